@@ -1,0 +1,190 @@
+"""Makes the demo's speech corpus: a small grammar, spoken by free synthesisers, laid out as LibriSpeech is.
+
+Sentences come from a grammar of about seventy words. Sixteen synthetic speakers (espeak-ng and flite voices) read
+them. Each subset is a tree as LibriSpeech has it:
+
+    <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.opus
+    <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt     lines "<utterance id> TEXT IN CAPITALS"
+
+No sentence occurs twice, in one subset or in two. The speakers of `test-demo-new-voices` occur nowhere else.
+
+Needs `espeak-ng` and `flite` on the PATH, and the Python packages numpy, soundfile and soxr:
+
+    python make_speech.py --out speech
+
+With the same seed and the same versions of the synthesisers the transcripts and the decoded samples are the same;
+the files' bytes are not, since every Ogg stream carries a random serial number.
+"""
+
+import argparse
+import random
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLE_RATE = 16_000
+CHAPTER = 1
+PEAK = 0.5
+SILENCE = 0.01  # of the peak: quieter samples at either end are trimmed
+MARGIN_S = 0.06  # kept on either side of the trimmed speech
+OPUS_COMPRESSION = 0.95  # libsndfile's scale from 0 to 1; about 20 kbit/s at 16 kHz mono
+
+# One line is one kind of sentence. {slots} are filled from WORDS, each use independently.
+PATTERNS = (
+    "{whose} {person} {took} {number} {colour} {things}",
+    "{whose} {person} {moved} {where} the {place}",
+    "the {mood} {person} {moved} {when}",
+    "please {give} {number} {colour} {things}",
+    "the {colour} {things} are {where} the {place}",
+    "{when} {whose} {person} {took} the {things}",
+)
+WORDS = {
+    "whose": ("my", "the", "our"),
+    "person": ("mother", "sister", "brother", "doctor", "farmer", "teacher", "captain", "children"),
+    "mood": ("happy", "young", "tired", "quiet"),
+    "took": ("found", "painted", "carried", "wanted", "bought", "counted"),
+    "moved": ("walked", "waited", "danced", "worked", "laughed"),
+    "give": ("bring", "wash", "hide", "sell"),
+    "number": ("three", "four", "five", "seven", "nine", "twelve"),
+    "colour": ("red", "green", "yellow", "white", "black", "purple"),
+    "things": ("apples", "boxes", "flowers", "horses", "letters", "tables", "chairs", "candles"),
+    "where": ("near", "behind", "under", "beside"),
+    "place": ("river", "bridge", "garden", "station", "mountain", "window", "market"),
+    "when": ("today", "yesterday", "last winter", "every morning", "at night"),
+}
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One synthetic voice.
+
+    `voice` is espeak-ng's `accent+variant`, or flite's voice name. `pitch` (espeak-ng only) runs from 0 to 99. `pace`
+    is words a minute for espeak-ng, and for flite the factor by which every sound is stretched.
+    """
+
+    id: int
+    engine: str
+    voice: str
+    pace: float
+    pitch: int | None = None
+
+    def command(self, text: str, wav: Path) -> list[str]:
+        """The command line that speaks `text` into the file `wav`."""
+        if self.engine == "flite":
+            return ["flite", "-voice", self.voice, "--setf", f"duration_stretch={self.pace}", "-t", text, "-o", str(wav)]
+        return ["espeak-ng", "-v", self.voice, "-s", f"{self.pace:.0f}", "-p", str(self.pitch), "-w", str(wav), text]
+
+
+KNOWN_VOICES = (
+    Speaker(1, "flite", "kal16", 0.9),
+    Speaker(2, "flite", "awb", 0.9),
+    Speaker(3, "flite", "slt", 0.9),
+    Speaker(4, "espeak-ng", "en-us", 170, 45),
+    Speaker(5, "espeak-ng", "en-us+f3", 180, 55),
+    Speaker(6, "espeak-ng", "en-us+m3", 165, 35),
+    Speaker(7, "espeak-ng", "en-gb", 175, 50),
+    Speaker(8, "espeak-ng", "en-gb+f2", 170, 60),
+    Speaker(9, "espeak-ng", "en-gb-x-rp+m7", 180, 40),
+    Speaker(10, "espeak-ng", "en-gb-scotland+f4", 170, 50),
+    Speaker(11, "espeak-ng", "en-gb-x-gbclan+m1", 175, 55),
+    Speaker(12, "espeak-ng", "en-us-nyc+f5", 170, 45),
+)
+NEW_VOICES = (
+    Speaker(13, "flite", "rms", 0.9),
+    Speaker(14, "espeak-ng", "en-us+f1", 175, 65),
+    Speaker(15, "espeak-ng", "en-gb+m2", 170, 30),
+    Speaker(16, "espeak-ng", "en-gb-x-rp+f3", 175, 45),
+)
+
+
+def sentences(rng: random.Random) -> Iterator[str]:
+    """Endless sentences of the grammar, in lower case, no two the same."""
+    seen = set()
+    for pattern in cycle(PATTERNS):
+        slots = {slot: rng.choice(words) for slot, words in WORDS.items()}
+        sentence = pattern.format(**slots)
+        if sentence not in seen:
+            seen.add(sentence)
+            yield sentence
+
+
+def speak(speaker: Speaker, text: str, folder: Path) -> np.ndarray:
+    """Speech of `text`: float32 samples of shape (samples,) at SAMPLE_RATE, silence trimmed, peak at PEAK."""
+    wav = folder / "speech.wav"
+    subprocess.run(speaker.command(text, wav), check=True)
+    samples, rate = soundfile.read(wav, dtype="float32")
+    samples = soxr.resample(samples, rate, SAMPLE_RATE)
+    samples *= PEAK / np.abs(samples).max()
+    loud = np.flatnonzero(np.abs(samples) > SILENCE * PEAK)
+    margin = round(MARGIN_S * SAMPLE_RATE)
+    return samples[max(0, loud[0] - margin) : loud[-1] + margin]
+
+
+def write_subset(folder: Path, speakers: tuple[Speaker, ...], texts: list[str], scratch: Path) -> float:
+    """Speaks `texts`, dealt to the speakers in turn, into the LibriSpeech tree `folder`; returns the seconds of speech."""
+    seconds = 0.0
+    for position, speaker in enumerate(speakers):
+        chapter = folder / str(speaker.id) / str(CHAPTER)
+        chapter.mkdir(parents=True)
+        lines = []
+        for index, text in enumerate(texts[position :: len(speakers)]):
+            utterance = f"{speaker.id}-{CHAPTER}-{index:04d}"
+            samples = speak(speaker, text, scratch)
+            soundfile.write(
+                chapter / f"{utterance}.opus",
+                samples,
+                SAMPLE_RATE,
+                format="OGG",
+                subtype="OPUS",
+                compression_level=OPUS_COMPRESSION,
+            )
+            lines.append(f"{utterance} {text.upper()}\n")
+            seconds += len(samples) / SAMPLE_RATE
+        (chapter / f"{speaker.id}-{CHAPTER}.trans.txt").write_text("".join(lines))
+    return seconds
+
+
+def words_of(texts: list[str]) -> set[str]:
+    return {word for text in texts for word in text.split()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist yet")
+    parser.add_argument("--seed", type=int, default=1, help="which sentences are drawn (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=840, help="training utterances (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=32, help="utterances of each other subset (default: %(default)s)")
+    args = parser.parse_args()
+
+    source = sentences(random.Random(args.seed))
+    plan = {
+        "dev-demo": (KNOWN_VOICES, args.held_out),
+        "test-demo-known-voices": (KNOWN_VOICES, args.held_out),
+        "test-demo-new-voices": (NEW_VOICES, args.held_out),
+        "train-demo": (KNOWN_VOICES, args.train),
+    }
+    texts = {subset: [next(source) for _ in range(count)] for subset, (_, count) in plan.items()}
+    spoken = [text for subset in texts.values() for text in subset]
+    assert len(set(spoken)) == len(spoken), "a sentence occurs twice"
+    assert words_of(spoken) == words_of(texts["train-demo"]), "a word is missing from the training subset"
+    assert not {s.id for s in KNOWN_VOICES} & {s.id for s in NEW_VOICES}, "a new voice is a known one"
+
+    args.out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for subset, (speakers, _) in plan.items():
+            seconds = write_subset(args.out / subset, speakers, texts[subset], Path(scratch))
+            print(f"{subset:24} {len(texts[subset]):5} utterances {seconds / 60:6.1f} min")
+    rows = [f"{s.id}\t{s.engine}\t{s.voice}\t{s.pace}\t{s.pitch or '-'}\n" for s in KNOWN_VOICES + NEW_VOICES]
+    (args.out / "speakers.tsv").write_text("".join(["speaker\tengine\tvoice\tpace\tpitch\n", *rows]))
+    print(f"{len(words_of(spoken))} words")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What a user did wrong, in one sentence.
+
+A `UserError` says what is wrong, where, and what to do. At the boundary of a program it becomes
+that sentence and exit code 2; everything else that escapes is a defect of ours and keeps its
+traceback.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+
+EXIT_CODE = 2
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_PERMITTED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class UserError(Exception):
+    """One sentence for the user: what is wrong, where, and what to do."""
+
+
+def from_os_error(error: OSError) -> UserError | None:
+    """The sentence for an operating system's refusal, or None where it is not the user's to mend."""
+    where = error.filename or "the output folder"
+    if error.errno in _DISK_FULL:
+        return UserError(
+            f"The disk is full ({os.strerror(error.errno)}) while writing {where}: free some space "
+            "or choose another output folder, then run the same command again."
+        )
+    if error.errno in _NOT_PERMITTED:
+        return UserError(
+            f"No permission for {where} ({os.strerror(error.errno)}): "
+            "choose another path or change its owner."
+        )
+    if error.errno == errno.ENOTDIR:
+        return UserError(f"{where} lies below a file, not a folder: choose another path.")
+    return None
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a `UserError`, a full disk or a refused permission into one line and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        _exit(str(error), EXIT_CODE)
+    except OSError as error:
+        known = from_os_error(error)
+        if known is None:
+            raise
+        _exit(str(known), EXIT_CODE)
+    except KeyboardInterrupt:
+        _exit("interrupted; run the same command again to go on", 130)
+
+
+def _exit(sentence: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f"slam-asr: error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(code)

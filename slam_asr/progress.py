@@ -1,0 +1,84 @@
+"""Progress on long steps: a bar in a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+PLAIN_INTERVAL = 15.0
+"""Seconds between two plain lines: often enough to see life, seldom enough to read a day's log."""
+
+
+def say(line: str) -> None:
+    """Print one line of a stage's log at once, without tearing a bar that is on the screen."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def track(items: Iterable[T], label: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Yield `items` and show how many are done, at what rate, and how long the rest will take."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with Meter(label, total=total, unit=unit) as meter:
+        for item in items:
+            yield item
+            meter.update(1)
+
+
+class Meter:
+    """A progress display that is told of each advance.
+
+    In a terminal it is tqdm's bar; elsewhere a line is printed every `PLAIN_INTERVAL` seconds and
+    once at the end, so that a log in a file or in a dashboard stays readable.
+    """
+
+    def __init__(self, label: str, total: int | None = None, unit: str = "it") -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self.started = self.last_line = time.monotonic()
+        self.note = ""
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True) if terminal else None
+
+    def update(self, amount: int = 1, note: str = "") -> None:
+        """Count `amount` more items as done; `note` (losses, say) is shown behind the counts."""
+        self.done += amount
+        self.note = note or self.note
+        if self.bar is not None:
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(amount)
+        elif time.monotonic() - self.last_line >= PLAIN_INTERVAL:
+            self._line()
+
+    def _line(self) -> None:
+        now = time.monotonic()
+        self.last_line = now
+        rate = self.done / max(now - self.started, 1e-9)
+        count = f"{self.done}/{self.total}" if self.total else str(self.done)
+        parts = [f"{self.label}: {count} {self.unit}", f"{rate:.1f} {self.unit}/s"]
+        if self.total and self.done < self.total and rate > 0:
+            parts.append(f"ETA {clock((self.total - self.done) / rate)}")
+        if self.note:
+            parts.append(self.note)
+        say(", ".join(parts))
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.done:
+            self._line()
+
+
+def clock(seconds: float) -> str:
+    """`75` → `1:15`, `4000` → `1:06:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

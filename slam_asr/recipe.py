@@ -1,0 +1,316 @@
+"""Recipes: everything that decides what is trained and measured, typed and documented.
+
+A recipe is a YAML file. Those that ship lie in `slam_asr/recipes/` and go by their name; any other
+goes by its path. Keys are checked against the dataclasses below: a key that is unknown, a value of
+the wrong type and a combination that cannot work are refused by the key's full name, before
+anything is loaded. The command line can override every field: `--training.max_steps 200`.
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from slam_asr.errors import UserError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass
+class Data:
+    """Which utterances, and how their transcripts are written."""
+
+    train: list[str] = field(default_factory=lambda: ["train-*"])
+    """Subsets of the corpus to train on; shell patterns are allowed."""
+    dev: list[str] = field(default_factory=lambda: ["dev-other"])
+    """Subsets to validate on while training. Where the corpus has none of them, `dev_fraction` is held out of train."""
+    test: list[str] = field(default_factory=lambda: ["test-*"])
+    """Subsets to decode and score, each reported by itself."""
+    dev_fraction: float = 0.05
+    """Share of the train utterances held out for validation where the corpus has no dev subset; chosen by a hash of the key, so it never changes."""
+    text: Literal["lower", "upper", "as-is"] = "lower"
+    """Case of the transcripts. LLMs spell lower case with fewer tokens; a model and its test set must agree."""
+    min_duration: float = 0.1
+    """Seconds; anything shorter is set aside."""
+    max_duration: float = 30.0
+    """Seconds; anything longer is set aside. Whisper hears 30 s at most."""
+    max_rejected: float = 0.05
+    """Share of bad utterances (unreadable, too short, without text …) above which the stage fails instead of setting them aside."""
+
+
+@dataclass
+class Encoder:
+    """The frozen speech encoder."""
+
+    name: str = "openai/whisper-tiny.en"
+    """A name on the model hub, or a folder with transformers' files."""
+    frames: Literal["all", "speech"] = "all"
+    """How much of Whisper's output is used: its whole 30-s window (300 audio positions, as the published models were trained), or the first ceil(samples / 320) frames (10 positions a second: several times faster to train)."""
+    batch_size: int = 8
+    """Utterances encoded at once. More fills a GPU better and takes more memory."""
+
+
+@dataclass
+class Features:
+    """The cache of encoder outputs."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """How values are stored. bf16 halves fp32's size, and training computes in bf16 anyway."""
+    shard_megabytes: int = 512
+    """Largest size of a shard. Smaller shards lose less work when extraction is interrupted; larger ones are fewer objects."""
+
+
+@dataclass
+class Projector:
+    """The trained part: k neighbouring frames are joined, then Linear, ReLU, Linear."""
+
+    kind: Literal["linear"] = "linear"
+    """The published architecture."""
+    downsampling: int = 5
+    """k: encoder frames joined into one LLM position. 5 gives 10 positions a second; more is faster and blurs short words."""
+    hidden: int = 2048
+    """Width between the two linear layers."""
+
+
+@dataclass
+class Llm:
+    """The frozen language model."""
+
+    name: str = "lmsys/vicuna-7b-v1.5"
+    """A name on the model hub, or a folder with transformers' files: any causal LM."""
+    prompt: str = "Transcribe speech to text. "
+    """What the LLM is asked, put into `USER: {}\\n ASSISTANT:` behind the audio."""
+
+
+@dataclass
+class Training:
+    """How the projector is trained, with DeepSpeed."""
+
+    processes: int = 0
+    """Processes on this machine, one a GPU. 0: as many as there are GPUs, or one on a CPU."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Arithmetic of the frozen weights and the projector's passes; the projector's master weights are always fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's ZeRO stage. 0 is fastest wherever the LLM fits on one GPU; 3 spreads the frozen LLM too."""
+    epochs: int = 3
+    """Passes over the train utterances; `max_steps` may end training earlier."""
+    max_steps: int = 100_000
+    """Optimiser steps at most."""
+    positions_per_step: int = 6000
+    """LLM positions (audio, prompt and answer) in one optimiser step, over all processes. Fixes the steps whatever the number of processes."""
+    positions_per_batch: int = 6000
+    """LLM positions that one process puts through the LLM at once. Less takes less memory; the rest of a step is accumulated."""
+    learning_rate: float = 1e-4
+    """Peak of AdamW's learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = 1000
+    """Steps over which the learning rate rises linearly from zero."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after warm-up: constant as published, or down to zero at the last step."""
+    gradient_clipping: float = 0.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    validate_every: int = 1000
+    """Steps between validations on dev; there is one at the end in any case."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    seed: int = 0
+    """Of the projector's initial weights and the order of the utterances."""
+
+
+@dataclass
+class Decoding:
+    """How transcripts are found and scored."""
+
+    beams: int = 4
+    """Hypotheses kept at each token; 1 is greedy and fastest."""
+    max_new_tokens: int = 200
+    """Tokens at which an answer is cut."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens already said become less likely: against loops."""
+    length_penalty: float = 1.0
+    """Exponent of the length in a beam's score; above 1 favours longer answers."""
+    positions_per_batch: int = 20_000
+    """LLM positions (audio, prompt and room for the answer, times beams) decoded at once."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Arithmetic of decoding."""
+    shuffled_control: bool = False
+    """Also decode every utterance with the audio of another one. A model that listens does far worse; one that only guesses does not."""
+    seed: int = 0
+    """Of the shuffle."""
+
+
+@dataclass
+class Recipe:
+    """A model, how it is trained, and how it is measured."""
+
+    name: str = "custom"
+    """Shown in the report and in the dashboard."""
+    description: str = ""
+    """What the recipe is for, in a sentence or two."""
+    published_wer: dict[str, float] = field(default_factory=dict)
+    """Published word error rate in percent by test subset, shown beside ours."""
+    data: Data = field(default_factory=Data)
+    encoder: Encoder = field(default_factory=Encoder)
+    features: Features = field(default_factory=Features)
+    projector: Projector = field(default_factory=Projector)
+    llm: Llm = field(default_factory=Llm)
+    training: Training = field(default_factory=Training)
+    decoding: Decoding = field(default_factory=Decoding)
+
+    def __post_init__(self) -> None:
+        for key, low in _LOWER_BOUNDS.items():
+            value = _get(self, key)
+            if value < low:
+                raise UserError(f"Recipe {self.name}: {key} is {value} but must be at least {low}.")
+        for key, high in _UPPER_BOUNDS.items():
+            value = _get(self, key)
+            if value > high:
+                raise UserError(f"Recipe {self.name}: {key} is {value} but must be at most {high}.")
+        if self.training.learning_rate <= 0:
+            raise UserError(f"Recipe {self.name}: training.learning_rate is {self.training.learning_rate} but must be above 0.")
+        if self.data.max_duration <= self.data.min_duration:
+            raise UserError(
+                f"Recipe {self.name}: data.max_duration ({self.data.max_duration}) must be above "
+                f"data.min_duration ({self.data.min_duration})."
+            )
+        if self.training.positions_per_batch > self.training.positions_per_step:
+            raise UserError(
+                f"Recipe {self.name}: training.positions_per_batch ({self.training.positions_per_batch}) must not "
+                f"exceed training.positions_per_step ({self.training.positions_per_step}): a batch is a part of a step."
+            )
+        for key in ("data.train", "data.test"):
+            if not _get(self, key):
+                raise UserError(f"Recipe {self.name}: {key} names no subset; give at least one, such as [train-*].")
+
+
+_LOWER_BOUNDS = {
+    "data.dev_fraction": 0.0, "data.min_duration": 0.0, "data.max_rejected": 0.0,
+    "encoder.batch_size": 1, "features.shard_megabytes": 1, "projector.downsampling": 1, "projector.hidden": 1,
+    "training.processes": 0, "training.epochs": 1, "training.max_steps": 1, "training.positions_per_step": 1,
+    "training.positions_per_batch": 1, "training.weight_decay": 0.0, "training.warmup_steps": 0,
+    "training.gradient_clipping": 0.0, "training.validate_every": 1, "training.log_every": 1,
+    "decoding.beams": 1, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
+    "decoding.positions_per_batch": 1,
+}
+_UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0}
+
+
+def _get(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = resources.files("slam_asr") / "recipes"
+    return {Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".yaml")}
+
+
+def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe by shipped name, file, or YAML text, with overrides applied.
+
+    Args:
+        source: `demo`, `path/to/recipe.yaml`, or the YAML itself (anything with a line break).
+        overrides: values by full key, such as `{"training.max_steps": 200}`.
+
+    Raises:
+        UserError: no such recipe, an unknown key, a wrong type, or values that contradict.
+    """
+    values, where = _read(source)
+    for key, value in (overrides or {}).items():
+        section, _, name = key.rpartition(".")
+        target = values.setdefault(section, {}) if section else values
+        if not isinstance(target, dict):
+            raise UserError(f"{where}: {section} must hold keys of its own.")
+        target[name] = value
+    return _typed(values, where)
+
+
+def recipe_values(source: str) -> dict[str, Any]:
+    """A recipe's own values as nested dictionaries, checked: defaults for a command line."""
+    return asdict(load_recipe(source))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every field, in the order of the dataclasses."""
+    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def recipe_keys(section: type = Recipe, prefix: str = "") -> list[str]:
+    """Full names of all fields: `name`, `training.max_steps`, …"""
+    keys = []
+    for f in fields(section):
+        inner = f.default_factory if is_dataclass(f.default_factory) else None
+        keys += recipe_keys(inner, f"{prefix}{f.name}.") if inner else [prefix + f.name]
+    return keys
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean X?` for the known word closest to a mistyped one, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not close and "." not in word:
+        by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
+        close = [by_last[c] for c in difflib.get_close_matches(word, list(by_last), n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _read(source: str) -> tuple[dict[str, Any], str]:
+    shipped = shipped_recipes()
+    if "\n" in source:
+        text, where = source, "The recipe given as text"
+    elif source in shipped:
+        text, where = shipped[source].read_text(), f"Recipe {source}"
+    elif Path(source).is_file():
+        text, where = Path(source).read_text(), f"Recipe {source}"
+    else:
+        hint = nearest(source, list(shipped)) or "."
+        raise UserError(f"No recipe named {source}, and no such file{hint} Shipped recipes: {', '.join(shipped)}.")
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must hold keys and values, such as `encoder:`; it holds {type(values).__name__}.")
+    return values, where
+
+
+def _typed(values: dict[str, Any], where: str) -> Recipe:
+    _refuse_unknown_keys(values, Recipe, "", where)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, None)
+    try:
+        return Recipe(**vars(parser.instantiate(parser.parse_object(values))))
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse raises ArgumentError, TypeError and ValueError alike
+        raise UserError(f"{where}: {one_sentence(error)}") from error
+
+
+def _refuse_unknown_keys(values: dict[str, Any], section: type, prefix: str, where: str) -> None:
+    known = {f.name: f for f in fields(section)}
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        if key not in known:
+            raise UserError(f"{where}: unknown key {full}{nearest(full, recipe_keys()) or '.'}")
+        inner = known[key].default_factory
+        if is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {full} must hold keys of its own, not {value!r}.")
+            _refuse_unknown_keys(value, inner, f"{full}.", where)
+
+
+def one_sentence(error: Exception) -> str:
+    """A library's complaint about a value, in one line and in plain words."""
+    text = " ".join(str(error).split())
+    for library, plain in (
+        ('Parser key "', ""), ('":', ":"), ("typing.Literal", "one of "),
+        ("<class 'int'>", "whole number"), ("<class 'float'>", "number"), ("<class 'str'>", "text"),
+        ("<class 'bool'>", "true or false"), ("<class 'list'>", "list"),
+    ):
+        text = text.replace(library, plain)
+    return text.rstrip(".") + "."

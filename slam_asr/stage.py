@@ -1,0 +1,152 @@
+"""What all stages share: an output folder that is complete or does not count.
+
+A stage writes its results into a folder and, last of all, `stage.json`: the digest of everything
+that went in, what came out, and how long it took. Run again with the same inputs, a stage finds
+that record and does nothing; killed half-way, there is no record and the work is done again. In an
+output path, `{fingerprint}` stands for the digest of the inputs, so that one store can hold the
+results of many recipes.
+
+Between the steps of a pipeline travels a pointer: a small JSON file {uri, sha256, bytes} that names
+such a folder. The next program opens the folder itself.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slam_asr import __version__
+from slam_asr.errors import UserError
+from slam_asr.progress import clock, say
+from slam_asr.storage import digest, local_path, sha256_of_file, write_json
+
+RECORD = "stage.json"
+FINGERPRINT = "{fingerprint}"
+
+
+@dataclass
+class Outcome:
+    """What a stage's work came to."""
+
+    summary: str
+    """One line for people: what came out."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers for the dashboard."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What later stages or the report want to know of this one."""
+
+
+@dataclass
+class Record(Outcome):
+    """A finished stage, as `stage.json` keeps it."""
+
+    stage: str = ""
+    folder: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Wall time of the run that did the work."""
+    version: str = __version__
+
+    def file(self, name: str) -> Path:
+        """The path of a file in the stage's folder."""
+        return Path(self.folder) / name
+
+
+def run_stage(
+    stage: str,
+    output: str,
+    inputs: dict[str, Any],
+    work: Callable[[Path], Outcome],
+    overwrite: bool = False,
+) -> Record:
+    """Do a stage's work once for the same inputs.
+
+    Args:
+        stage: the stage's name, as on the command line.
+        output: the folder; `{fingerprint}` in it is replaced.
+        inputs: everything that the result depends on, JSON-able.
+        work: called with the folder; writes the results there.
+        overwrite: replace results of other inputs instead of refusing.
+
+    Raises:
+        UserError: the folder holds results of other inputs.
+    """
+    folder = local_path(output.replace(FINGERPRINT, digest(inputs)[:16])).absolute()
+    done = read_record(folder)
+    if done is not None and done.inputs == inputs:
+        say(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
+        return done
+    if done is not None:
+        if not overwrite:
+            changed = sorted(k for k in inputs | done.inputs if inputs.get(k) != done.inputs.get(k))
+            raise UserError(
+                f"{folder} holds the results of {done.stage} with other inputs "
+                f"(changed: {', '.join(changed)}): choose another --output or add --overwrite true."
+            )
+        (folder / RECORD).unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    outcome = work(folder)
+    record = Record(
+        **vars(outcome), stage=stage, folder=str(folder), inputs=inputs,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    write_json(folder / RECORD, asdict(record))
+    say(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
+    return record
+
+
+def read_record(folder: str | Path) -> Record | None:
+    """The record of a finished stage, or None where the folder is missing or half-done."""
+    path = local_path(folder) / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = Record(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a stage's record: remove that folder and run the stage again.") from error
+    record.folder = str(path.parent)
+    return record
+
+
+def require_record(folder: str | Path, stage: str) -> Record:
+    """The record of a finished `stage`.
+
+    Raises:
+        UserError: there is none, or it is another stage's.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise UserError(f"{folder} holds no finished {stage}: run `slam-asr {stage}` first, or check the path.")
+    if record.stage != stage:
+        raise UserError(f"{folder} was written by {record.stage}, not by {stage}: give the folder of {stage}.")
+    return record
+
+
+def write_pointer(record: Record, path: str | Path) -> None:
+    """Write the small artifact that names a stage's folder to the next step."""
+    folder = Path(record.folder)
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    write_json(path, {
+        "uri": record.folder, "sha256": sha256_of_file(folder / RECORD), "bytes": size,
+        "stage": record.stage, "summary": record.summary,
+    })
+
+
+def follow_pointer(path: str | Path) -> str:
+    """The folder that a pointer names, after checking that it still holds what it held.
+
+    Raises:
+        UserError: the folder is gone or its record is another one now.
+    """
+    try:
+        pointer = json.loads(local_path(path).read_text())
+        folder, expected = pointer["uri"], pointer["sha256"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not a pointer to a stage's folder ({type(error).__name__}): run the step before again.") from error
+    record = local_path(folder) / RECORD
+    if not record.is_file() or sha256_of_file(record) != expected:
+        raise UserError(f"{folder}, named by {path}, is gone or was replaced since: run the step before again.")
+    return folder

@@ -1,0 +1,62 @@
+"""Files that are visible whole or not at all, and the digests that name them."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from slam_asr.errors import UserError
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """The local path behind what the user typed.
+
+    Raises:
+        UserError: for a URI of a scheme that is not read here.
+    """
+    text = os.fspath(path)
+    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", text)
+    if scheme and scheme[1] != "file":
+        raise UserError(f"{text}: paths of the scheme {scheme[1]}:// cannot be read; give a local path.")
+    return Path(text.removeprefix("file://")).expanduser()
+
+
+def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
+    """Write a file aside, flush it to disk, and rename it into place.
+
+    A reader never sees a part of it, and a crash leaves the older file, if there was one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        # The name the user knows, not the one aside.
+        error.filename = error.filename and str(path)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """The SHA-256 of a JSON-able value, independent of the order of its keys."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
