@@ -22,7 +22,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +106,9 @@ NEW_VOICES = (
 def sentences(rng: random.Random) -> Iterator[str]:
     """Endless sentences of the grammar, in lower case, no two the same."""
     seen = set()
-    for pattern in cycle(PATTERNS):
+    while True:
         slots = {slot: rng.choice(words) for slot, words in WORDS.items()}
-        sentence = pattern.format(**slots)
+        sentence = rng.choice(PATTERNS).format(**slots)
         if sentence not in seen:
             seen.add(sentence)
             yield sentence

@@ -242,20 +242,31 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_keys(section: type = Recipe, prefix: str = "") -> list[str]:
-    """Full names of all fields: `name`, `training.max_steps`, …"""
+    """Full names of all sections and fields: `name`, `training`, `training.max_steps`, …"""
     keys = []
     for f in fields(section):
-        inner = f.default_factory if is_dataclass(f.default_factory) else None
-        keys += recipe_keys(inner, f"{prefix}{f.name}.") if inner else [prefix + f.name]
+        keys.append(prefix + f.name)
+        if is_dataclass(f.default_factory):
+            keys += recipe_keys(f.default_factory, f"{prefix}{f.name}.")
     return keys
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean X?` for the known word closest to a mistyped one, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not close and "." not in word:
+    """`; did you mean X?` for the known word closest to a mistyped one, or nothing.
+
+    Abbreviations by initials count as close (`lr` for `learning_rate`), and so does a right name
+    without its section (`max_steps` for `training.max_steps`).
+    """
+    section, _, last = word.rpartition(".")
+    for candidate in known:
+        its_section, _, its_last = candidate.rpartition(".")
+        initials = "".join(part[0] for part in its_last.split("_"))
+        if section in ("", its_section) and len(last) > 1 and last == initials:
+            return f"; did you mean {candidate}?"
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not close:
         by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
-        close = [by_last[c] for c in difflib.get_close_matches(word, list(by_last), n=1, cutoff=0.6)]
+        close = [by_last[c] for c in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)]
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -1,0 +1,66 @@
+# Everything here works from a fresh clone with python3 (3.11 or later), python3-venv, make and git.
+#
+# On Linux, pip's usual torch comes with CUDA: several gigabytes. Where there is no GPU, name the
+# index of torch's CPU builds (see torch's own installation page):
+#
+#     make demo PIP_ARGS="--extra-index-url https://…/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+python := $(VENV)/bin/python
+pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use-pep517 $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-test demo test unit soak lint lock compile clean
+
+help:  ## say what can be made
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
+	@echo 'PIP_ARGS="…" goes to pip (-v shows what it does), PYTEST_ARGS="…" to pytest; PYTHON and VENV choose the interpreter and the environment.'
+
+install: $(VENV)/.run  ## set up .venv with all that the pipelines need
+install-test: $(VENV)/.test  ## the same, and what the tests need
+
+demo: $(VENV)/.run  ## train, convert and measure a small model on speech that lies in the repository
+	$(python) -m pipelines run demo
+
+test: $(VENV)/.test  ## all tests, the quick ones first
+	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(python) -m pytest -m slow $(PYTEST_ARGS)
+
+unit: $(VENV)/.test  ## the quick tests alone
+	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+soak: $(VENV)/.test  ## the long tests: hours
+	SLAM_ASR_SOAK=1 $(python) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test  ## check the style
+	$(python) -m ruff check .
+
+compile: $(VENV)/.run  ## write the pipeline's and the components' YAML to build/kfp
+	$(python) -m pipelines compile
+
+lock: $(VENV)/.test  ## write requirements/*.txt from what is installed
+	$(python) requirements/lock.py
+
+clean:  ## remove .venv and everything built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last: an installation that was cut off is done again. test.txt and run.txt
+# build upon each other, so that a change of a lower one installs the upper ones too.
+$(VENV)/.run: requirements/run.txt requirements/stages.txt pyproject.toml | $(VENV)/bin/pip
+	@echo 'Installing the packages of requirements/run.txt into $(VENV); this takes minutes, once.'
+	$(pip_install) -r requirements/run.txt
+	$(pip_install) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt $(VENV)/.run
+	$(pip_install) -r requirements/test.txt
+	@touch $@
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, not " + sys.version.split()[0] + ": choose one with make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)

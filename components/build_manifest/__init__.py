@@ -1,0 +1,1 @@
+"""Kubeflow's view of the stage `build-manifest`."""

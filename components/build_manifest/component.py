@@ -1,0 +1,45 @@
+"""`build-manifest` as a Kubeflow component."""
+
+from kfp import dsl
+
+from components import image
+
+
+@dsl.component(base_image=image("build-manifest"), install_kfp_package=False)
+def build_manifest(
+    recipe: str,
+    corpus: str,
+    store: str,
+    manifests: dsl.Output[dsl.Dataset],
+    resolved_recipe: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Read a corpus, check its audio, and write the manifests of train, dev and test.
+
+    Args:
+        recipe: Name of a shipped recipe, or a recipe's YAML.
+        corpus: Folder or file of the corpus, as the step's container sees it.
+        store: Folder that keeps the results of all stages; a result that is there already is used again.
+        manifests: Pointer to the folder with train.jsonl, dev.jsonl, test.jsonl and statistics.json.
+        resolved_recipe: The recipe with every key spelt out; all later steps read this one.
+        metrics: Utterances and hours, kept and set aside.
+    """
+    from slam_asr.errors import exit_on_user_error
+
+    with exit_on_user_error():
+        import math
+
+        from slam_asr.corpora.build import build_manifest as run
+        from slam_asr.recipe import dump_recipe, load_recipe
+        from slam_asr.stage import write_pointer
+        from slam_asr.storage import write_atomically
+
+        resolved = load_recipe(recipe)
+        record = run(resolved, corpus, f"{store}/build-manifest/{{fingerprint}}")
+        write_pointer(record, manifests.path)
+        # Not the folder's recipe.yaml: that one stems from the run that made the folder, and a
+        # recipe which differs in later stages only finds the same folder.
+        write_atomically(resolved_recipe.path, dump_recipe(resolved))
+        for name, value in record.metrics.items():
+            # kfp cannot write NaN, which a training that diverged has for a loss.
+            metrics.log_metric(name, value if math.isfinite(value) else str(value))

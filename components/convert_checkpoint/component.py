@@ -1,0 +1,35 @@
+"""`convert-checkpoint` as a Kubeflow component."""
+
+from kfp import dsl
+
+from components import image
+
+
+@dsl.component(base_image=image("convert-checkpoint"), install_kfp_package=False)
+def convert_checkpoint(
+    store: str,
+    checkpoint: dsl.Input[dsl.Model],
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Turn a training checkpoint into the projector's weights and the model's configuration.
+
+    Args:
+        store: Folder that keeps the results of all stages.
+        checkpoint: Pointer to the folder of train.
+        model: Pointer to the folder with projector.safetensors and config.json.
+        metrics: Parameters and bytes.
+    """
+    from slam_asr.errors import exit_on_user_error
+
+    with exit_on_user_error():
+        import math
+
+        from slam_asr.conversion.convert import convert_checkpoint as run
+        from slam_asr.stage import follow_pointer, write_pointer
+
+        record = run(follow_pointer(checkpoint.path), f"{store}/convert-checkpoint/{{fingerprint}}")
+        write_pointer(record, model.path)
+        for name, value in record.metrics.items():
+            # kfp cannot write NaN, which a training that diverged has for a loss.
+            metrics.log_metric(name, value if math.isfinite(value) else str(value))

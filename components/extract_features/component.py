@@ -1,0 +1,43 @@
+"""`extract-features` as a Kubeflow component."""
+
+from kfp import dsl
+
+from components import image
+
+
+@dsl.component(base_image=image("extract-features"), install_kfp_package=False)
+def extract_features(
+    store: str,
+    recipe: dsl.Input[dsl.Artifact],
+    manifests: dsl.Input[dsl.Dataset],
+    features: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Run the frozen speech encoder once over all utterances and keep its outputs.
+
+    Args:
+        store: Folder that keeps the results of all stages.
+        recipe: The resolved recipe.
+        manifests: Pointer to the folder of build-manifest.
+        features: Pointer to the folder with the shards and their index.
+        metrics: Utterances, bytes and speed.
+    """
+    from slam_asr.errors import exit_on_user_error
+
+    with exit_on_user_error():
+        import math
+
+        from slam_asr.features.extract import extract_features as run
+        from slam_asr.recipe import load_recipe
+        from slam_asr.stage import follow_pointer, write_pointer
+
+        folder = follow_pointer(manifests.path)
+        record = run(
+            load_recipe(recipe.path),
+            [f"{folder}/train.jsonl", f"{folder}/dev.jsonl", f"{folder}/test.jsonl"],
+            f"{store}/extract-features/{{fingerprint}}",
+        )
+        write_pointer(record, features.path)
+        for name, value in record.metrics.items():
+            # kfp cannot write NaN, which a training that diverged has for a loss.
+            metrics.log_metric(name, value if math.isfinite(value) else str(value))

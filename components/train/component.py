@@ -1,0 +1,51 @@
+"""`train` as a Kubeflow component."""
+
+from kfp import dsl
+
+from components import image
+
+
+@dsl.component(base_image=image("train"), install_kfp_package=False)
+def train(
+    store: str,
+    recipe: dsl.Input[dsl.Artifact],
+    manifests: dsl.Input[dsl.Dataset],
+    features: dsl.Input[dsl.Dataset],
+    checkpoint: dsl.Output[dsl.Model],
+    curves: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Train the projector between the frozen encoder and the frozen LLM.
+
+    Args:
+        store: Folder that keeps the results of all stages; checkpoints go there while training.
+        recipe: The resolved recipe.
+        manifests: Pointer to the folder of build-manifest.
+        features: Pointer to the folder of extract-features.
+        checkpoint: Pointer to the folder with the checkpoints.
+        curves: Loss and accuracy by step.
+        metrics: Loss and accuracy at the end, steps and speed.
+    """
+    from slam_asr.errors import exit_on_user_error
+
+    with exit_on_user_error():
+        import math
+        import shutil
+
+        from slam_asr.recipe import load_recipe
+        from slam_asr.stage import follow_pointer, write_pointer
+        from slam_asr.training.train import train as run
+
+        folder = follow_pointer(manifests.path)
+        record = run(
+            load_recipe(recipe.path),
+            train_manifest=f"{folder}/train.jsonl",
+            feature_store=follow_pointer(features.path),
+            output=f"{store}/train/{{fingerprint}}",
+            dev_manifest=f"{folder}/dev.jsonl",
+        )
+        write_pointer(record, checkpoint.path)
+        shutil.copyfile(record.file("curves.html"), curves.path)
+        for name, value in record.metrics.items():
+            # kfp cannot write NaN, which a training that diverged has for a loss.
+            metrics.log_metric(name, value if math.isfinite(value) else str(value))

@@ -1,0 +1,5 @@
+"""Which stages run, in what order: compiled for a cluster, or run on this machine.
+
+    python -m pipelines run demo
+    python -m pipelines compile
+"""

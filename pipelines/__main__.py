@@ -1,0 +1,34 @@
+"""`python -m pipelines`: compile the pipeline, or run it on this machine."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def _complaint() -> str | None:
+    """Why this cannot work here, or None."""
+    for package in ("pipelines", "components"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != CHECKOUT:
+            return (
+                "pipelines and components are not installed, they run from the checkout: "
+                f"cd {CHECKOUT} and use `python -m pipelines`."
+            )
+    for package in ("slam_asr", "kfp", "jsonargparse"):
+        if importlib.util.find_spec(package) is None:
+            return (
+                f"{sys.executable} has no {package}: `make install` sets up .venv with all that is needed, "
+                "then use .venv/bin/python."
+            )
+    return None
+
+
+if __name__ == "__main__":
+    complaint = _complaint()
+    if complaint:
+        sys.exit(f"slam-asr: error: {complaint}")
+    from pipelines.cli import main
+
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Run the pipeline on this machine, through kfp's own local runner.
+
+kfp starts each step as a process, hands artifacts from one to the next, and stops at the first
+failure. What is ours: the steps' lines reach the user without kfp's own (those are in `kfp.log`),
+an interrupted run leaves no process behind, and the exit code of a failed step is kept.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TextIO
+
+from kfp import local
+from kfp.local import subprocess_task_handler
+
+from components import RESULTS
+from pipelines import processes
+from pipelines.asr import asr
+from slam_asr.errors import UserError
+from slam_asr.stage import Record, follow_pointer, require_record
+
+KFP_LOG = "kfp.log"
+_EXECUTOR_PREFIX = "[KFP Executor "
+
+
+class StepFailed(Exception):
+    """A step ended with another exit code than 0; it has said why."""
+
+    def __init__(self, step: "Step") -> None:
+        super().__init__(f"{step.name} ended with exit code {step.exit_code}")
+        self.step = step
+
+
+@dataclass
+class Step:
+    """One step of a run."""
+
+    name: str
+    folder: Path
+    """Where kfp keeps the step's output artifacts."""
+    started: float
+    """Unix time."""
+    exit_code: int | None = None
+
+    def record(self) -> Record:
+        """The record of the stage's folder that the step points to."""
+        return require_record(follow_pointer(self.folder / RESULTS[self.name]), self.name)
+
+
+class LocalRun:
+    """One run of the pipeline; results go to `output`/store, kfp's artifacts to `output`/steps."""
+
+    def __init__(self, output: Path, voice: TextIO | None = None) -> None:
+        self.output = output.absolute()
+        self.voice = voice or sys.stdout
+        self.steps: list[Step] = []
+
+    def execute(self, recipe: str, corpus: str) -> list[Step]:
+        """Run all steps.
+
+        Args:
+            recipe: the resolved recipe as YAML.
+            corpus: an absolute path.
+
+        Raises:
+            StepFailed: a step failed.
+            UserError: another run works in the same folder.
+        """
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:
+            raise UserError(f"{self.output} cannot be made a folder ({error.strerror}): choose another --output.") from error
+        with (
+            _alone_in(self.output),
+            open(self.output / KFP_LOG, "w") as log,
+            tempfile.TemporaryDirectory(prefix="slam-asr-") as temporary,
+            self._hooked_into_kfp(log, temporary),
+        ):
+            local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(self.output / "steps"))
+            try:
+                asr(recipe=recipe, corpus=corpus, store=str(self.output / "store"))
+            except RuntimeError:
+                if self.steps and self.steps[-1].exit_code:
+                    raise StepFailed(self.steps[-1]) from None
+                raise
+        return self.steps
+
+    @contextlib.contextmanager
+    def _hooked_into_kfp(self, log: TextIO, temporary: str) -> Iterator[None]:
+        """Let kfp start steps through `_run_step`, and keep its own words to the log."""
+
+        def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
+            # kfp's launcher leaves a temporary folder behind at each step: they go with ours.
+            env = os.environ | {"TMPDIR": temporary, "PYTHONUNBUFFERED": "1"} | (env_vars or {})
+            return self._run_step(full_command, env, log)
+
+        with (
+            _replaced(subprocess_task_handler, "run_local_subprocess", run_step),
+            _replaced(subprocess_task_handler, "replace_python_executable", _with_this_python),
+            contextlib.redirect_stdout(log),
+            warnings.catch_warnings(),
+        ):
+            # An image's name says nothing here, where all steps run in this Python.
+            warnings.filterwarnings("ignore", message=".*non-Python base image", category=RuntimeWarning)
+            yield
+
+    def _run_step(self, command: list[str], env: dict[str, str], log: TextIO) -> int:
+        folder = _artifact_folder(command)
+        step = Step(folder.name, folder, time.time())
+        self.steps.append(step)
+        print(f"\n{len(self.steps)}/{len(RESULTS)} {step.name}", file=self.voice, flush=True)
+        step.exit_code = processes.run(command, Sieve(self.voice, log).hear, env)
+        return step.exit_code
+
+
+class Sieve:
+    """Parts a step's own lines from those that kfp's executor logs around them."""
+
+    def __init__(self, voice: TextIO, log: TextIO) -> None:
+        self.voice, self.log = voice, log
+        self.in_dump = False
+
+    def hear(self, line: str) -> None:
+        """Pass one line on to where it belongs."""
+        ours = not self.in_dump and not (line.startswith(_EXECUTOR_PREFIX) and " INFO]: " in line)
+        target = self.voice if ours else self.log
+        target.write(line)
+        target.flush()
+        # "Got executor_input:" is followed by indented JSON; its last line is a brace alone.
+        if self.in_dump:
+            self.in_dump = line.rstrip("\n") != "}"
+        elif not ours:
+            self.in_dump = line.rstrip().endswith("Got executor_input:")
+
+
+def _with_this_python(full_command: list[str], new_executable: str) -> list[str]:
+    """Name the Python in the launcher's script only.
+
+    kfp's own replaces the word in all arguments, and so breaks paths with `python3` in them.
+    """
+    shell, option, script, *rest = full_command
+    return [shell, option, script.replace("python3", shlex.quote(new_executable)), *rest]
+
+
+def _artifact_folder(command: list[str]) -> Path:
+    """The folder of a step's output artifacts, from kfp's command line for it."""
+    executor_input = json.loads(command[command.index("--executor_input") + 1])
+    return Path(executor_input["outputs"]["outputFile"]).parent
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, name: str, function: Callable) -> Iterator[None]:
+    """Put `function` in the place of `module.name` for a while."""
+    original = getattr(module, name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one run; two would write into each other's half-done results."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another run is working in {folder}: wait for it, or choose another --output.") from None
+        yield

@@ -1,0 +1,54 @@
+"""What a run came to, for the terminal."""
+
+import signal
+from pathlib import Path
+
+from pipelines.local import KFP_LOG, Step
+from slam_asr.errors import EXIT_CODE
+from slam_asr.progress import clock
+from slam_asr.stage import RECORD, Record
+
+WER_METRICS = ("wer", "wer shuffled audio", "wer empty output")
+"""The error rate, and two that it must be far below: with another utterance's audio, and with no words at all."""
+
+
+def summary(steps: list[Step], seconds: float) -> str:
+    """A table of the steps, the word error rate with its controls, and where the report is.
+
+    Args:
+        steps: the finished steps of a run.
+        seconds: how long the run took.
+    """
+    records = [step.record() for step in steps]
+    rows = [("step", "time", "what came out")]
+    rows += [(r.stage, _time(s, r), r.summary) for s, r in zip(steps, records, strict=True)]
+    rows.append(("this run", clock(seconds), ""))
+    name, time = (max(len(row[i]) for row in rows) for i in (0, 1))
+    lines = [f"{a:<{name}}  {b:>{time}}  {c}".rstrip() for a, b, c in rows]
+    return "\n".join([*lines, "", *_result(records[-1])])
+
+
+def _time(step: Step, record: Record) -> str:
+    kept = record.file(RECORD).stat().st_mtime < step.started
+    return f"(kept) {clock(record.seconds)}" if kept else clock(record.seconds)
+
+
+def _result(decoding: Record) -> list[str]:
+    rates = [f"{name.replace('wer', 'WER')} {decoding.metrics[name]:.2f} %" for name in WER_METRICS if name in decoding.metrics]
+    return [" · ".join(rates), f"report: {decoding.file('report.html')}"]
+
+
+def failure(step: Step, output: Path) -> str:
+    """One line on a step that failed, below what the step itself has said."""
+    code = step.exit_code or 0
+    if code == EXIT_CODE:
+        why = "stopped at the error above: mend it and run the same command again"
+    elif code > 128:
+        why = f"was killed by signal {code - 128}{_likely_reason(code - 128)}"
+    else:
+        why = f"failed with exit code {code}; its own lines are above, kfp's in {output / KFP_LOG}"
+    return f"step {step.name} {why}; finished steps are kept."
+
+
+def _likely_reason(number: int) -> str:
+    return " (often: out of memory)" if number == signal.SIGKILL else ""

@@ -1,0 +1,150 @@
+"""`slam-asr STAGE …`: one sub-command a stage, made from the stage's own function.
+
+The options are the function's parameters, with their help from its docstring; where it takes a
+recipe, `--recipe` names one and every field of it can be overridden: `--training.max_steps 200`.
+"""
+
+import importlib
+import inspect
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from slam_asr import __version__
+from slam_asr.errors import UserError, exit_on_user_error
+from slam_asr.recipe import Recipe, nearest, one_sentence, recipe_values, shipped_recipes
+
+STAGES = {
+    "build-manifest": "slam_asr.corpora.build:build_manifest",
+    "extract-features": "slam_asr.features.extract:extract_features",
+    "train": "slam_asr.training.train:train",
+    "convert-checkpoint": "slam_asr.conversion.convert:convert_checkpoint",
+    "decode": "slam_asr.decoding.decode:decode",
+}
+
+USAGE = """usage: slam-asr STAGE --option value …
+
+stages, in order:
+  build-manifest       a corpus becomes a manifest
+  extract-features     the encoder's outputs, computed once
+  train                the projector, with DeepSpeed
+  convert-checkpoint   a checkpoint becomes a model folder
+  decode               transcripts, word error rate, report
+
+slam-asr STAGE --help   its options
+slam-asr --version      versions of slam-asr and torch
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one stage from the command line; a user's mistake ends with one sentence and code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+    elif arguments[0] == "--version":
+        import torch
+
+        print(f"slam-asr {__version__}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    else:
+        with exit_on_user_error():
+            run(arguments[0], arguments[1:])
+
+
+def run(stage: str, arguments: list[str]) -> Any:
+    """Run a stage with options as they stand on the command line → its record."""
+    if stage not in STAGES:
+        raise UserError(f"There is no stage {stage}{nearest(stage, list(STAGES)) or '.'} Stages: {', '.join(STAGES)}.")
+    module, name = STAGES[stage].split(":")
+    function: Callable = getattr(importlib.import_module(module), name)
+    takes_recipe = "recipe" in inspect.signature(function).parameters
+    parser = ArgumentParser(prog=f"slam-asr {stage}", exit_on_error=False, description=inspect.getdoc(function).split("\n")[0])
+    parser.add_function_arguments(function, skip={"recipe"}, fail_untyped=True)
+    if takes_recipe:
+        add_recipe_options(parser, _recipe_named(arguments))
+    values = parse_options(parser, arguments)
+    if takes_recipe:
+        values["recipe"] = pop_recipe(values)
+    return function(**values)
+
+
+def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:
+    """Give a parser `--recipe` and an option for each field of the recipe named, with its values as defaults.
+
+    Raises:
+        UserError: there is no such recipe, or it is wrong.
+    """
+    shipped = ", ".join(shipped_recipes())
+    parser.add_argument("--recipe", default=recipe, help=f"a shipped recipe ({shipped}) or a YAML file")
+    parser.add_class_arguments(Recipe, None)
+    if recipe is not None:
+        parser.set_defaults(recipe_values(recipe))
+
+
+def pop_recipe(values: dict[str, Any]) -> Recipe:
+    """Take the recipe's fields out of parsed options.
+
+    Raises:
+        UserError: no recipe was named, or values contradict.
+    """
+    if values.pop("recipe") is None:
+        raise UserError(f"--recipe is missing: name a shipped recipe ({', '.join(shipped_recipes())}) or a YAML file.")
+    return Recipe(**{f.name: values.pop(f.name) for f in fields(Recipe)})
+
+
+def parse_options(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """Options as a dictionary of typed values.
+
+    Raises:
+        UserError: an option that is unknown (with the nearest valid one), missing, or of the wrong type.
+    """
+    try:
+        return vars(parser.instantiate(parser.parse_args(arguments)))
+    except UserError:
+        raise
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError(_complaint(parser, error)) from error
+
+
+def _complaint(parser: ArgumentParser, error: Exception) -> str:
+    unknown = re.search(r"unrecognized arguments: --([^\s=]+)", str(error))
+    help_hint = f"; see `{parser.prog} --help`."
+    if unknown:
+        known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+        hint = nearest(unknown[1], known).replace("did you mean ", "did you mean --")
+        return f"Unknown option --{unknown[1]}{hint or help_hint}"
+    missing = re.search(r"arguments are required: (.*)", str(error))
+    if missing:
+        return f"Missing: {', '.join('--' + name.strip(' -') for name in missing[1].split(','))}{help_hint}"
+    return f"Option --{one_sentence(error)}"
+
+
+def _recipe_named(arguments: list[str]) -> str | None:
+    """The value of `--recipe`, needed before the options that it gives defaults to.
+
+    Without one, a model's own recipe serves: `decode --model FOLDER`.
+    """
+    named = _value_of("--recipe", arguments)
+    model = _value_of("--model", arguments)
+    if named is None and model is not None:
+        from slam_asr.conversion.model import read_config
+
+        return read_config(model).recipe
+    return named
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
+
+
+if __name__ == "__main__":
+    main()

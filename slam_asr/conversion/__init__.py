@@ -1,0 +1,1 @@
+"""From what a training wrote to a model that decodes."""

@@ -1,0 +1,130 @@
+"""DeepSpeed's checkpoints of ZeRO stages 0 to 3, put together into fp32 tensors.
+
+The layout, as DeepSpeed 0.19 writes it below `global_stepN/`:
+
+- stage 0: `mp_rank_00_model_states.pt` holds the weights; in half precision the fp32 masters stand
+  beside them in `optimizer.fp32_groups`, in the order of the trainable weights.
+- stages 1, 2: `*zero_pp_rank_R_*_optim_states.pt` of each rank holds a slice of the flattened fp32
+  masters of each parameter group; `param_shapes` of the model file says what lies where.
+- stage 3: every weight is cut into equal slices, one a rank, padded; each rank's slices stand one
+  after the other in its `fp32_flat_groups`.
+
+Files are read with `weights_only=True`. The three classes of DeepSpeed's that it writes beside
+tensors are replaced by inert stand-ins, so nothing of a stranger's file ever runs, and DeepSpeed
+need not be installed.
+"""
+
+import math
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from slam_asr.errors import UserError
+
+
+class _Inert:
+    """Stands for a class of DeepSpeed's: takes what it is given and does nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_ALLOWED = [
+    (_Inert, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+]
+
+
+def fp32_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint in fp32, by name.
+
+    Args:
+        folder: `…/global_stepN`.
+
+    Raises:
+        UserError: files missing, damaged, or holding anything but tensors and DeepSpeed's own.
+    """
+    models = _by_rank(folder, "*model_states.pt")
+    if not models:
+        raise UserError(f"{folder} holds no DeepSpeed checkpoint (no *model_states.pt): give the folder of a training.")
+    model = load_pickle(models[0])
+    optimisers = _by_rank(folder, "*optim_states.pt")
+    if not optimisers:
+        return _stage_0(model)
+    ranks = int(model["dp_world_size"])
+    if len(optimisers) != ranks:
+        raise UserError(f"{folder} holds {len(optimisers)} of {ranks} optimiser shards: copy the whole checkpoint.")
+    states = [load_pickle(path)["optimizer_state_dict"] for path in optimisers]
+    shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
+    if "fp32_flat_groups" in states[0]:
+        return _stage_3(shapes, states)
+    return _stages_1_and_2(shapes, states)
+
+
+def load_pickle(path: Path) -> dict[str, Any]:
+    """A `.pt` file's content, without running anything in it.
+
+    Raises:
+        UserError: the file is damaged, or names a class that is not on the allow-list.
+    """
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named:
+            raise UserError(f"{path} holds {named[1]}, which a checkpoint has no need of: it is refused.") from error
+        raise UserError(f"{path} is damaged or no checkpoint: copy it again or take another.") from error
+
+
+def _by_rank(folder: Path, pattern: str) -> list[Path]:
+    def rank(path: Path) -> int:
+        found = re.search(r"pp_rank_(\d+)", path.name)
+        return int(found[1]) if found else 0
+
+    return sorted(folder.glob(pattern), key=rank)
+
+
+def _stage_0(model: dict[str, Any]) -> dict[str, torch.Tensor]:
+    weights = model["module"]
+    masters = (model["optimizer"] or {}).get("fp32_groups")
+    if masters is None:
+        return {name: tensor.float() for name, tensor in weights.items()}
+    flat = [tensor for group in masters for tensor in group]
+    names = [name for name in weights if name not in model["buffer_names"]]
+    if [tuple(t.shape) for t in flat] != [tuple(weights[n].shape) for n in names]:
+        raise UserError("The checkpoint's fp32 weights do not match its half-precision ones in number or shape: train again.")
+    return dict(zip(names, flat, strict=True))
+
+
+def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> dict[str, torch.Tensor]:
+    weights = {}
+    for group, names in enumerate(shapes):
+        flat = torch.cat([state["single_partition_of_fp32_groups"][group] for state in states])
+        offset = 0
+        for name, shape in names.items():
+            size = math.prod(shape)
+            weights[name] = flat[offset : offset + size].view(shape).clone()
+            offset += size
+    return weights
+
+
+def _stage_3(shapes: list[dict], states: list[dict]) -> dict[str, torch.Tensor]:
+    # All parameter groups stand one after the other in a rank's slices.
+    per_rank = [torch.cat([part.flatten() for part in state["fp32_flat_groups"]]) for state in states]
+    weights, offset = {}, 0
+    for name, shape in (item for group in shapes for item in group.items()):
+        size = math.prod(shape)
+        slice_size = -(-size // len(states))
+        joined = torch.cat([part[offset : offset + slice_size] for part in per_rank])
+        weights[name] = joined[:size].view(shape).clone()
+        offset += slice_size
+    return weights

@@ -1,0 +1,1 @@
+"""From a model and speech to transcripts and their word error rate."""

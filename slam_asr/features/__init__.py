@@ -1,0 +1,1 @@
+"""The cache of encoder outputs: computed once an utterance, shared by every run."""

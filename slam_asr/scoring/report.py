@@ -1,0 +1,415 @@
+"""The report of a test: one page for people, a short table for the dashboard, numbers for programs.
+
+`report.html` is self-contained: style, script and curves are inside, nothing is fetched or kept, and
+it works in a sandboxed frame. Beside the model's word error rate stand its controls, the same score
+for a recogniser that cannot have listened, for a rate says little where silence or guessing comes close.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from io import StringIO
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from slam_asr import __version__
+from slam_asr.errors import UserError
+from slam_asr.scoring.wer import Hypothesis, WordErrors, align, score, score_by_subset
+from slam_asr.storage import write_atomically, write_json
+
+PAGE = "report.html"
+MARKDOWN = "report.md"
+NUMBERS = "wer.json"
+
+WORST = 200
+"""Utterances shown with their alignments: enough to see what goes wrong, and a page of some 200 KB."""
+CURVE_POINTS = 400
+"""Points drawn of a training curve; more than a screen can tell apart only make the page heavy."""
+NO_SUBSET = "(no subset)"
+
+_CONTROL_NOTES = {
+    "shuffled audio": "Each utterance decoded with the audio of another. A model that listens does far better than this.",
+    "empty output": "A recogniser that never writes a word.",
+}
+
+
+def write_report(
+    folder: str | Path,
+    title: str,
+    rows: Sequence[Hypothesis],
+    controls: dict[str, list[Hypothesis]],
+    training: dict[str, Any],
+    published: dict[str, float],
+    decoding: dict[str, Any],
+) -> dict[str, float]:
+    """Write `report.html`, `report.md` and `wer.json`.
+
+    Args:
+        folder: where to; made where missing.
+        title: the page's heading, such as the recipe's name.
+        rows: the model's hypotheses.
+        controls: other hypotheses for the same utterances by name, such as `shuffled audio` and `empty output`.
+        training: how the model was trained: recipe, encoder, llm, projector_parameters, all_parameters,
+            precision, device, processes, steps, epochs, seconds, train_utterances, train_hours,
+            curve (list of {step, loss, accuracy, learning_rate}) and validation (list of {step, loss,
+            accuracy}), with accuracies as fractions. What is absent is not shown.
+        published: published WER in percent by subset.
+        decoding: how it was decoded: beams, seconds, audio_hours, utterances, answers_cut,
+            empty_answers, or other facts, which are shown under their own names.
+
+    Returns:
+        WER in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`.
+
+    Raises:
+        UserError: no utterance was decoded, or no reference holds a word.
+    """
+    if not rows:
+        raise UserError("There is nothing to report: no utterance was decoded. Check the test manifest.")
+    _ = score(rows).wer  # Without a word in the references this raises, before anything is written.
+    training = training | {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
+    numbers = {
+        "title": title,
+        "wer_unit": "percent",
+        **_scores(rows),
+        "controls": {name: _scores(control) for name, control in controls.items()},
+        "published": published,
+        "training": training,
+        "decoding": decoding,
+        "version": __version__,
+    }
+    folder = Path(folder)
+    write_atomically(folder / PAGE, _page(numbers, rows))
+    write_atomically(folder / MARKDOWN, _markdown(numbers))
+    write_json(folder / NUMBERS, _finite(numbers))
+    return _metrics(numbers)
+
+
+def _scores(rows: Sequence[Hypothesis]) -> dict[str, Any]:
+    hours: dict[str, float] = {}
+    for row in rows:
+        hours[row.subset] = hours.get(row.subset, 0.0) + row.duration / 3600
+    return {
+        "all": _counts(score(rows), sum(hours.values())),
+        "subsets": {name: _counts(errors, hours[name]) for name, errors in score_by_subset(rows).items()},
+    }
+
+
+def _counts(errors: WordErrors, hours: float) -> dict[str, Any]:
+    return asdict(errors) | {"errors": errors.errors, "hours": round(hours, 4), "wer": _percent(errors)}
+
+
+def _percent(errors: WordErrors) -> float | None:
+    return round(100 * errors.wer, 2) if errors.words else None
+
+
+def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
+    named = {"wer": numbers["all"]}
+    named |= {f"wer {name}": counts for name, counts in numbers["subsets"].items() if name}
+    named |= {f"wer {name}": control["all"] for name, control in numbers["controls"].items()}
+    return {name: counts["wer"] for name, counts in named.items() if counts["wer"] is not None}
+
+
+# ---- the page
+
+
+def _page(numbers: dict[str, Any], rows: Sequence[Hypothesis]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("slam_asr.scoring", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"capital": _capital, "grouped": grouped, "rate": _rate}
+    return environment.get_template(PAGE).render(
+        **numbers,
+        rows=_table(numbers),
+        control_notes=_CONTROL_NOTES,
+        has_published=_has_published(numbers),
+        training_facts=_training_facts(numbers["training"]),
+        decoding_facts=_decoding_facts(numbers["decoding"]),
+        curves=_curves(numbers["training"]),
+        utterances=_worst(rows),
+        utterance_count=len(rows),
+    )
+
+
+def _has_published(numbers: dict[str, Any]) -> bool:
+    return any(name in numbers["published"] for name in numbers["subsets"])
+
+
+def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a subset, and one for all together where there are several."""
+    table = []
+    for name, counts in numbers["subsets"].items():
+        controls = [control["subsets"].get(name, {}).get("wer") for control in numbers["controls"].values()]
+        table.append(
+            {"label": name or NO_SUBSET, "published": numbers["published"].get(name), "controls": controls} | counts
+        )
+    if len(table) > 1:
+        controls = [control["all"]["wer"] for control in numbers["controls"].values()]
+        table.append({"label": "All", "published": None, "controls": controls} | numbers["all"])
+    return table
+
+
+def _worst(rows: Sequence[Hypothesis]) -> list[dict[str, Any]]:
+    """The utterances with most word errors, which cost the total rate most, worst first."""
+    scored = [(row, score([row])) for row in rows]
+    scored.sort(key=lambda pair: (-pair[1].errors, pair[1].words, pair[0].key, pair[0].subset))
+    return [
+        asdict(row) | {"errors": errors.errors, "words": errors.words, "wer": _percent(errors), "pieces": _pieces(row)}
+        for row, errors in scored[:WORST]
+    ]
+
+
+def _pieces(row: Hypothesis) -> list[tuple[str, str, str]]:
+    """The alignment as (kind, spoken, written), with each substituted word by itself."""
+    pieces = []
+    for kind, spoken, written in align(row):
+        if kind == "substitute":
+            pieces += [(kind, *words) for words in zip(spoken, written, strict=True)]
+        else:
+            pieces.append((kind, " ".join(spoken), " ".join(written)))
+    return pieces
+
+
+def _training_facts(training: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = _Facts(training)
+    facts.add("Recipe", "recipe")
+    facts.add("Speech encoder", "encoder")
+    facts.add("Language model", "llm")
+    trained, everything = training.get("projector_parameters"), training.get("all_parameters")
+    share = f" ({100 * trained / everything:.2g}\u202f% of all)" if trained and everything else ""
+    facts.add("Trained parameters", "projector_parameters", lambda n: f"{grouped(n)}{share}")
+    facts.add("Parameters in all", "all_parameters")
+    facts.add("Precision", "precision")
+    facts.add("Device", "device")
+    facts.add("Processes", "processes")
+    facts.add("Optimiser steps", "steps")
+    facts.add("Epochs", "epochs")
+    facts.add("Training utterances", "train_utterances")
+    facts.add("Training audio", "train_hours", lambda hours: f"{hours:.2f} h")
+    facts.add("Training time (h:mm:ss)", "seconds", clock)
+    return facts.all_with_the_rest()
+
+
+def _decoding_facts(decoding: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = _Facts(decoding)
+    facts.add("Beams", "beams")
+    facts.add("Utterances", "utterances")
+    hours, seconds = decoding.get("audio_hours"), decoding.get("seconds")
+    speed = f", {hours * 3600 / seconds:.1f} times real time" if hours and seconds else ""
+    facts.add("Audio", "audio_hours", lambda h: f"{h:.2f} h")
+    facts.add("Decoding time (h:mm:ss)", "seconds", lambda s: f"{clock(s)}{speed}")
+    facts.add("Answers cut at the token limit", "answers_cut")
+    facts.add("Empty answers", "empty_answers")
+    return facts.all_with_the_rest()
+
+
+class _Facts:
+    """Labels and values for people, in the order they are added."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = {key: v for key, v in values.items() if v is not None and not isinstance(v, list | dict)}
+        self.facts: list[tuple[str, str]] = []
+
+    def add(self, label: str, key: str, show: Callable[[Any], str] | None = None) -> None:
+        value = self.values.pop(key, None)
+        if value is not None:
+            self.facts.append((label, (show or _shown)(value)))
+
+    def all_with_the_rest(self) -> list[tuple[str, str]]:
+        rest = [(_capital(key.replace("_", " ")), _shown(value)) for key, value in self.values.items()]
+        return self.facts + rest
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return grouped(value) if isinstance(value, int | float) else str(value)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def grouped(number: float) -> str:
+    """`18880512` → `18 880 512`, with narrow spaces that do not break; `2.50` → `2.5`."""
+    text = f"{number:,}" if isinstance(number, int) else f"{number:,.4g}" if abs(number) < 1000 else f"{number:,.0f}"
+    return text.replace(",", "\u202f")
+
+
+def clock(seconds: float) -> str:
+    """`3723` → `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _rate(percent: float | None) -> str:
+    """A rate in percent for a cell of a table; a dash where there is none."""
+    return "–" if percent is None else f"{percent:.2f}"
+
+
+# ---- the training curves
+
+
+def thinned(points: Sequence[dict[str, Any]], most: int = CURVE_POINTS) -> list[dict[str, Any]]:
+    """At most `most` points: each the mean of equally many neighbours, at the step of the last."""
+    if len(points) <= most:
+        return list(points)
+    width = math.ceil(len(points) / most)
+    return [_mean(points[start : start + width]) for start in range(0, len(points), width)]
+
+
+def _mean(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    mean = {"step": points[-1]["step"]}
+    for key in points[-1]:
+        values = [p[key] for p in points if _is_number(p.get(key))]
+        if key != "step" and values:
+            mean[key] = fmean(values)
+    return mean
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _curves(training: dict[str, Any]) -> list[dict[str, Any]]:
+    curves = []
+    for quantity, heading, scale in (("loss", "Loss", 1), ("accuracy", "Next-token accuracy, %", 100)):
+        series = {
+            name: [(p["step"], scale * p[quantity]) for p in training[source] if _is_number(p.get(quantity))]
+            for name, source in (("training", "curve"), ("validation", "validation"))
+        }
+        if any(series.values()):
+            summary = _in_words(series, *((min, "{:.3f}") if quantity == "loss" else (max, "{:.1f}\u202f%")))
+            svg = Markup(_svg(quantity, series, f"{heading} over optimiser steps", summary))
+            curves.append({"heading": heading, "summary": summary, "svg": svg})
+    return curves
+
+
+def _in_words(series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], shown: str) -> str:
+    sentences = []
+    if series["training"]:
+        (first, start), (last, end) = series["training"][0], series["training"][-1]
+        sentences.append(
+            f"Training: {shown.format(start)} at step {grouped(first)}, {shown.format(end)} at step {grouped(last)}."
+        )
+    if series["validation"]:
+        step, value = best(series["validation"], key=lambda point: point[1])
+        sentences.append(f"Validation: best {shown.format(value)}, at step {grouped(step)}.")
+    return " ".join(sentences)
+
+
+# Stand-ins that matplotlib draws with; the page's style sheet has the colours, by day and by night.
+_COLOURS = {"#010203": "currentColor", "#040506": "var(--grid)", "#070809": "var(--curve)", "#0a0b0c": "var(--accent)"}
+_INK, _GRID, _TRAINING, _VALIDATION = _COLOURS
+
+
+def _svg(quantity: str, series: dict[str, list[tuple[int, float]]], title: str, description: str) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": quantity, "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK,
+        "axes.edgecolor": _GRID, "xtick.color": _GRID, "ytick.color": _GRID, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "grid.color": _GRID, "ytick.major.size": 0,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.4, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*_columns(series["training"]), color=_TRAINING, linewidth=1.3, label="training")
+        axes.plot(
+            *_columns(series["validation"]), color=_VALIDATION, marker="o", markersize=4, linewidth=1.3,
+            linestyle=(0, (3, 2)), label="validation",
+        )  # fmt: skip
+        axes.set_xlabel("optimiser step")
+        axes.grid(axis="y", linewidth=0.6)
+        highest = max(value for points in series.values() for _, value in points)
+        axes.set_ylim(0, 100 if quantity == "accuracy" else 1.05 * highest or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: grouped(round(step))))
+        axes.legend(
+            frameon=False, handlelength=2.6, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
+        )
+        text = StringIO()
+        figure.savefig(text, format="svg", transparent=True)
+    return _inline(text.getvalue(), quantity, title, description)
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _inline(svg: str, name: str, title: str, description: str) -> str:
+    """matplotlib's file as a part of a page: no header, a name and a description, the page's colours."""
+    body = svg[svg.index("<svg") :]
+    view = re.search(r'viewBox="[^"]+"', body)[0]
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body[body.index(">") + 1 :], flags=re.DOTALL)
+    # Groups are numbered anew in each figure: two on one page would share their ids.
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    for stand_in, colour in _COLOURS.items():
+        body = body.replace(stand_in, colour)
+    return (
+        f'<svg {view} role="img" aria-labelledby="{name}-title {name}-description">'
+        f'<title id="{name}-title">{title}</title><desc id="{name}-description">{description}</desc>{body}'
+    )
+
+
+# ---- the other two files
+
+
+def _markdown(numbers: dict[str, Any]) -> str:
+    total = numbers["all"]
+    head = ["Subset", "WER, %"]
+    head += ["Published, %"] if _has_published(numbers) else []
+    head += [f"{_plain(_capital(name))}, %" for name in numbers["controls"]]
+    head += ["Sub.", "Del.", "Ins.", "Words", "Utterances", "Hours"]
+    lines = [
+        f"# {_plain(numbers['title'])}",
+        "",
+        f"**Word error rate {_rate(total['wer'])} %**: {grouped(total['errors'])} errors in "
+        f"{grouped(total['words'])} words, {grouped(total['utterances'])} utterances.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"| --- |{' ---: |' * (len(head) - 1)}",
+    ]
+    for row in _table(numbers):
+        cells = [_plain(row["label"]), _rate(row["wer"])]
+        cells += [_rate(row["published"])] if _has_published(numbers) else []
+        cells += [_rate(wer) for wer in row["controls"]]
+        cells += [grouped(row[key]) for key in ("substitutions", "deletions", "insertions", "words", "utterances")]
+        lines.append(f"| {' | '.join(cells)} | {_hours(row['hours'])} |")
+    for label, facts in (
+        ("Trained", _training_facts(numbers["training"])),
+        ("Decoded", _decoding_facts(numbers["decoding"])),
+    ):
+        if facts:
+            lines += ["", f"{label}: " + "; ".join(f"{_plain(name)} {_plain(value)}" for name, value in facts) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.2f}" if hours else "–"
+
+
+def _plain(text: str) -> str:
+    """Text that no Markdown viewer takes for markup."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

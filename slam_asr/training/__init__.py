@@ -1,0 +1,1 @@
+"""Training the projector between a frozen encoder and a frozen LLM."""

@@ -1,0 +1,35 @@
+"""Checkpoints on disk: what DeepSpeed writes, and a pointer that moves last."""
+
+import shutil
+from pathlib import Path
+
+from slam_asr.errors import UserError
+from slam_asr.storage import write_atomically
+
+POINTER = "latest"
+
+
+def publish(folder: Path, tag: str) -> None:
+    """Name `tag` the latest complete checkpoint and remove the others.
+
+    Called by one process, after all have written theirs.
+    """
+    write_atomically(folder / POINTER, tag)
+    for other in folder.iterdir():
+        if other.is_dir() and other.name != tag:
+            shutil.rmtree(other)
+
+
+def latest(folder: Path) -> Path:
+    """The folder of the latest complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    pointer = folder / POINTER
+    if not pointer.is_file():
+        raise UserError(f"{folder} holds no checkpoint (no file `{POINTER}`): run `slam-asr train` first, or check the path.")
+    target = folder / pointer.read_text().strip()
+    if not target.is_dir():
+        raise UserError(f"{pointer} names {target.name}, which is not there: the checkpoint is incomplete; train again.")
+    return target

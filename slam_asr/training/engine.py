@@ -1,0 +1,101 @@
+"""DeepSpeed behind the few calls that the loop makes.
+
+DeepSpeed averages gradients over processes as if all had seen equally many targets. They have not,
+so each process scales the sum over its own targets by processes / targets of the whole step, and
+the average becomes the mean over all target tokens of the step, accumulation included.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from slam_asr.recipe import Training
+
+
+class DeepSpeedEngine:
+    """The model under DeepSpeed, with AdamW on its trainable weights.
+
+    Args:
+        model: on any device; weights that require no gradient stay as they are.
+        options: precision, ZeRO stage, clipping, weight decay.
+        device: where it trains.
+    """
+
+    def __init__(self, model: nn.Module, options: Training, device: torch.device) -> None:
+        _name_accelerator(device)
+        import deepspeed
+
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
+        self.engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(options))
+        self.groups = optimizer.param_groups
+        self.processes = torch.distributed.get_world_size()
+        self._forget_warm_up_step(optimizer)
+
+    @staticmethod
+    def _forget_warm_up_step(optimizer: torch.optim.Optimizer) -> None:
+        # DeepSpeed's half-precision optimiser of stage 0 allocates its state with a step over zero
+        # gradients, which leaves Adam's bias correction one step ahead: the first real update
+        # would be a quarter too small.
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
+
+    def backward(self, loss_sum: torch.Tensor, targets_of_step: int, last: bool) -> None:
+        """Accumulate the gradient of one micro-batch.
+
+        Args:
+            loss_sum: summed over this process' targets of the micro-batch.
+            targets_of_step: target tokens of the whole step, over all processes.
+            last: whether the optimiser steps after this one.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss_sum * (self.processes / targets_of_step), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> None:
+        """To be called after each `backward`; updates the weights after the step's last one."""
+        for group in self.groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+
+    def save(self, folder: Path, tag: str, state: dict) -> None:
+        """Write a checkpoint without frozen weights; all processes call it."""
+        self.engine.save_checkpoint(
+            str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True
+        )
+
+
+def deepspeed_config(options: Training) -> dict:
+    """The recipe's training section in DeepSpeed's own words.
+
+    The micro-batch size is nominal: batches are planned by positions, and the loop says itself
+    where a step ends.
+    """
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": options.zero_stage},
+        "gradient_clipping": options.gradient_clipping,
+        "steps_per_print": 10**9,
+    }
+    if options.precision != "fp32":
+        config[options.precision] = {"enabled": True}
+    return config
+
+
+def start_process_group(device: torch.device) -> None:
+    """Join the processes that torchrun started."""
+    _name_accelerator(device)
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+def _name_accelerator(device: torch.device) -> None:
+    # DeepSpeed decides at import, and without a hint it warns or guesses.
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Compiling kernels is never needed here, and a machine without a compiler must do.
+    os.environ.setdefault("DS_BUILD_OPS", "0")

@@ -1,0 +1,24 @@
+"""The learning rate over the steps."""
+
+import math
+from collections.abc import Callable
+
+
+def learning_rate_schedule(kind: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """A function from step (the first is 1) to learning rate.
+
+    Rises linearly to `peak` over `warmup_steps`, then stays (`constant`, as published) or falls to
+    zero at the last step (`linear`, `cosine`).
+    """
+
+    def rate(step: int) -> float:
+        if step <= warmup_steps:
+            return peak * step / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        if kind == "linear":
+            return peak * (1 - progress)
+        if kind == "cosine":
+            return peak * (1 + math.cos(math.pi * progress)) / 2
+        return peak
+
+    return rate

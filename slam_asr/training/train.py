@@ -1,0 +1,147 @@
+"""The stage `train`: checks everything that can be checked without weights, then starts torchrun."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from slam_asr.errors import UserError
+from slam_asr.features.store import FeatureStore, address_of
+from slam_asr.manifest import read_manifest
+from slam_asr.progress import say
+from slam_asr.recipe import Recipe, dump_recipe
+from slam_asr.stage import Outcome, Record, run_stage
+from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
+
+
+def train(
+    recipe: Recipe,
+    train_manifest: str,
+    feature_store: str,
+    output: str,
+    dev_manifest: str | None = None,
+    overwrite: bool = False,
+) -> Record:
+    """Train the projector with DeepSpeed, on one or more processes.
+
+    Args:
+        recipe: models and hyper-parameters.
+        train_manifest: utterances to train on (JSON lines).
+        feature_store: written by extract-features.
+        output: folder for checkpoints and curves; {fingerprint} in it becomes a digest of the inputs.
+        dev_manifest: utterances to validate on.
+        overwrite: replace results of other inputs.
+
+    Returns:
+        The stage's record; its folder holds checkpoints/, curve.jsonl, curves.html and recipe.yaml.
+
+    Raises:
+        UserError: inputs that do not fit each other, or a machine that cannot train this.
+    """
+    from slam_asr.models.encoder import describe_encoder
+    from slam_asr.models.precision import explain_precision, pick_device
+    from slam_asr.models.pretrained import locate_model, weights_sha256
+
+    device = pick_device()
+    explain_precision(recipe.training.precision, device)
+    manifests = {"train": train_manifest, **({"dev": dev_manifest} if dev_manifest else {})}
+    utterances = {name: read_manifest(path) for name, path in manifests.items()}
+    encoder = describe_encoder(recipe.encoder)
+    store = FeatureStore(feature_store, encoder.fingerprint())
+    for name in utterances:
+        for utterance in utterances[name]:
+            store.frames(address_of(utterance))
+    llm_folder = locate_model(recipe.llm.name)
+    base = {"encoder_fingerprint": encoder.fingerprint(), "llm_sha256": weights_sha256(llm_folder)}
+    inputs = {
+        "manifests": {name: sha256_of_file(local_path(path)) for name, path in manifests.items()},
+        "features": store.index.fingerprint,
+        **base,
+        "recipe": _what_decides_the_weights(recipe),
+    }
+    hours = sum(u.duration or 0.0 for u in utterances["train"]) / 3600
+
+    def work(folder: Path) -> Outcome:
+        from slam_asr.training.loop import CHECKPOINTS, FACTS, FAILURE, Job
+        from slam_asr.training.monitor import CURVE, read_curve
+
+        for leftover in (CHECKPOINTS, FACTS, FAILURE):
+            _remove(folder / leftover)
+        write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
+        job = Job(
+            recipe=dump_recipe(recipe), train_manifest=str(local_path(train_manifest)),
+            dev_manifest=str(local_path(dev_manifest)) if dev_manifest else None,
+            feature_store=str(local_path(feature_store)), llm_folder=str(llm_folder), folder=str(folder),
+        )
+        write_json(folder / "job.json", asdict(job))
+        _torchrun(recipe.training.processes or _accelerators(), folder)
+        facts = json.loads((folder / FACTS).read_text())
+        curve, validation = read_curve(folder / CURVE)
+        last = validation[-1] if validation else curve[-1]
+        facts |= {
+            "recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name, **base,
+            "train_utterances": len(utterances["train"]), "train_hours": round(hours, 4),
+            "curve": curve, "validation": validation,
+        }
+        summary = f"{facts['steps']} steps, {'dev ' if validation else ''}accuracy {last['accuracy']:.3f}, loss {last['loss']:.3f}"
+        metrics = {"steps": facts["steps"], "loss": round(curve[-1]["loss"], 4), "accuracy": round(curve[-1]["accuracy"], 4)}
+        if validation:
+            metrics |= {"dev loss": round(last["loss"], 4), "dev accuracy": round(last["accuracy"], 4)}
+        return Outcome(summary, metrics, facts)
+
+    return run_stage("train", output, inputs, work, overwrite)
+
+
+def _what_decides_the_weights(recipe: Recipe) -> dict:
+    """The recipe without what changes nothing in the result: names, logging, how the work is divided."""
+    values = asdict(recipe)
+    values["training"] = {k: v for k, v in values["training"].items() if k not in ("processes", "log_every")}
+    return {section: values[section] for section in ("encoder", "projector", "llm", "training")}
+
+
+def _accelerators() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _torchrun(processes: int, folder: Path) -> None:
+    """Run the loop in `processes` processes under torchrun's own launcher.
+
+    Raises:
+        UserError: with the sentence of the process that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from slam_asr.training.loop import FAILURE
+
+    # Each process takes its share of the cores; left alone, every one would take them all.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # Python's own answer to a loopback name may need a resolver that a container does not have.
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"slam-asr-{os.getpid()}",
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.2,
+    )
+    say(f"starting {processes} training process{'es' * (processes > 1)}")
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
+    except ChildFailedError as error:
+        failure = folder / FAILURE
+        if failure.is_file():
+            raise UserError(failure.read_text()) from error
+        code = next(iter(error.failures.values())).exitcode
+        if code == -9:
+            raise UserError(
+                "A training process was killed (signal 9), most often for want of memory: "
+                "lower training.positions_per_batch or training.processes."
+            ) from error
+        raise UserError(f"A training process ended with code {code}; its own message stands above.") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

@@ -1,0 +1,103 @@
+"""JSON lines give each line to one subset: by the split's file, by the line's own word, or by the file's name."""
+
+import json
+
+import pytest
+
+from slam_asr.corpora import Candidate, Rejection
+from slam_asr.corpora.jsonlines import JsonLines
+from slam_asr.errors import UserError
+from tests.conftest import write_wav
+
+
+def write_lines(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def row(key: str, **fields) -> dict:
+    return {"key": key, "source": "x.wav", "target": key.upper()} | fields
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_wav(tmp_path / "x.wav")
+    return tmp_path
+
+
+def test_a_split_s_file_is_that_split_and_keeps_the_lines_own_subset(folder):
+    write_lines(folder / "train.jsonl", row("a"), row("b", subset="train-clean-100"))
+    write_lines(folder / "test.jsonl", row("c", subset="test-other", speaker="7"))
+    reader = JsonLines.find(folder)
+    assert reader.subsets() == ["test", "train"]
+    assert [c.extra["subset"] for c in reader.read("train")] == ["train", "train-clean-100"]
+    assert list(reader.read("test")) == [
+        Candidate("c", str(folder / "x.wav"), "C", {"subset": "test-other", "speaker": "7"})
+    ]
+
+
+def test_files_may_be_named_by_subset(folder):
+    write_lines(folder / "train-clean-100.jsonl", row("a"))
+    write_lines(folder / "test-other.jsonl", row("b"))
+    reader = JsonLines.find(folder)
+    assert reader.subsets() == ["test-other", "train-clean-100"]
+    assert [c.extra for c in reader.read("test-other")] == [{"subset": "test-other"}]
+
+
+@pytest.mark.parametrize("name", ["all.jsonl", "train.jsonl"])
+def test_the_lines_of_one_file_may_carry_their_subsets(folder, name):
+    path = write_lines(folder / name, row("a", subset="train-x"), row("b", subset="test-x"), row("c"))
+    reader = JsonLines.find(path)
+    assert reader.subsets() == sorted(["test-x", "train-x", path.stem])
+
+
+def test_what_an_earlier_build_set_aside_is_not_read(folder):
+    write_lines(folder / "train.jsonl", row("a"))
+    write_lines(folder / "rejected.jsonl", {"key": "z", "source": "", "reason": "too short"})
+    assert JsonLines.find(folder).subsets() == ["train"]
+
+
+def test_a_line_whose_audio_is_not_there_is_set_aside(folder):
+    write_lines(folder / "train.jsonl", row("a"), row("b", source="gone.wav"))
+    _, rejection = JsonLines.find(folder).read("train")
+    assert isinstance(rejection, Rejection)
+    assert (rejection.key, rejection.source, rejection.reason) == (
+        "b",
+        str(folder / "gone.wav"),
+        "transcript without audio",
+    )
+
+
+def test_a_bad_line_is_refused_by_file_and_number(folder):
+    write_lines(folder / "train.jsonl", row("a"), {"key": "b"})
+    with pytest.raises(UserError, match=r"train\.jsonl, line 2 has no source and no target"):
+        JsonLines.find(folder)
+
+
+@pytest.mark.parametrize("subset", [7, "", ["x"]])
+def test_a_subset_that_is_no_text_is_refused(folder, subset):
+    write_lines(folder / "all.jsonl", row("a", subset=subset))
+    with pytest.raises(UserError, match="line 1: subset must be text"):
+        JsonLines.find(folder)
+
+
+def test_sources_that_cannot_be_read_here_are_refused(folder):
+    write_lines(folder / "train.jsonl", row("a", source="s3://bucket/x.wav"))
+    with pytest.raises(UserError, match="s3"):
+        JsonLines.find(folder)
+
+
+def test_other_folders_and_files_are_left_alone(folder):
+    assert JsonLines.find(folder) is None
+    assert JsonLines.find(folder / "x.wav") is None
+
+
+def test_the_stamps_change_with_the_lines_and_with_the_audio(folder):
+    path = write_lines(folder / "train.jsonl", row("a"))
+    before = list(JsonLines.find(folder).stamps("train"))
+    with open(folder / "x.wav", "ab") as file:
+        file.write(b"\0")
+    audio_changed = list(JsonLines.find(folder).stamps("train"))
+    write_lines(path, row("a"), row("b"))
+    assert len({str(before), str(audio_changed), str(list(JsonLines.find(folder).stamps("train")))}) == 3

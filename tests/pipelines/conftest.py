@@ -1,0 +1,82 @@
+"""A whole small world for the five stages: random models of a few thousand weights, and tones as speech."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import write_librispeech
+
+WORDS = ("one two three", "four five", "six seven eight", "nine ten", "one nine two", "three eight")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, str]:
+    """Folders of a Whisper and of a Llama with random weights."""
+    root = tmp_path_factory.mktemp("models")
+    _tiny_whisper(root / "whisper")
+    _tiny_llama(root / "llama")
+    return {"encoder": str(root / "whisper"), "llm": str(root / "llama")}
+
+
+def _tiny_whisper(folder: Path) -> None:
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+    config = WhisperConfig(
+        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_target_positions=8,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )
+    WhisperModel(config).save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+
+
+def _tiny_llama(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, bos_token_id=0, eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """Six short utterances in each of train, dev and test, laid out as LibriSpeech is."""
+    root = tmp_path_factory.mktemp("corpus")
+    texts = {f"1-{chapter}-{i:04}": text for chapter in (1,) for i, text in enumerate(WORDS)}
+    return write_librispeech(root, {subset: texts_of(subset, texts) for subset in ("train-tiny", "dev-tiny", "test-tiny")})
+
+
+def texts_of(subset: str, texts: dict[str, str]) -> dict[str, str]:
+    """The same texts under the subset's own speaker, since a key stands for one utterance in a corpus."""
+    speaker = {"train-tiny": "1", "dev-tiny": "2", "test-tiny": "3"}[subset]
+    return {f"{speaker}{key[1:]}": text for key, text in texts.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_models, tmp_path_factory) -> Path:
+    """A recipe that trains those models for three steps."""
+    recipe = {
+        "name": "tiny",
+        "data": {"train": ["train-tiny"], "dev": ["dev-tiny"], "test": ["test-tiny"]},
+        "encoder": {"name": tiny_models["encoder"], "frames": "speech"},
+        "projector": {"hidden": 8},
+        "llm": {"name": tiny_models["llm"]},
+        "training": {
+            "max_steps": 3, "positions_per_step": 200, "positions_per_batch": 200, "warmup_steps": 1,
+            "precision": "fp32", "validate_every": 100, "processes": 1,
+        },
+        "decoding": {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "shuffled_control": True},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path

@@ -1,0 +1,169 @@
+"""Word error rates.
+
+Invariants: hits + substitutions + deletions = reference words; subsets add up to the whole; the rate
+is jiwer's; identical text scores 0 and no text scores 1; no utterance is ever left out.
+"""
+
+import json
+import random
+from dataclasses import astuple
+
+import jiwer
+import pytest
+
+from slam_asr.errors import UserError
+from slam_asr.scoring.wer import (
+    Hypothesis,
+    WordErrors,
+    align,
+    read_hypotheses,
+    score,
+    score_by_subset,
+    write_hypotheses,
+)
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat", "and", "that", "was", "that"]
+
+
+def random_rows(count: int, seed: int = 0) -> list[Hypothesis]:
+    """Utterances with empty references and hypotheses among them."""
+    chance = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(0, 12)))
+
+    return [
+        Hypothesis(f"u{n:04d}", sentence(), sentence(), subset=chance.choice(["clean", "other", ""]), duration=1.5)
+        for n in range(count)
+    ]
+
+
+def test_counts_add_up():
+    rows = random_rows(300)
+    errors = score(rows)
+    assert errors.utterances == 300
+    assert errors.words == sum(len(row.reference.split()) for row in rows)
+    assert errors.hits + errors.substitutions + errors.deletions == errors.words
+    assert errors.hits + errors.substitutions + errors.insertions == sum(len(row.hypothesis.split()) for row in rows)
+    assert errors.errors == errors.substitutions + errors.deletions + errors.insertions
+
+
+def test_the_rate_is_jiwers():
+    rows = random_rows(300, seed=1)
+    expected = jiwer.wer([row.reference for row in rows], [row.hypothesis for row in rows])
+    assert score(rows).wer == pytest.approx(expected)
+
+
+def test_by_hand():
+    rows = [Hypothesis("a", "the cat sat on the big red mat", "the cat sit on the red mat now")]
+    errors = score(rows)
+    # sat → sit, "big" left out, "now" put in.
+    assert (errors.substitutions, errors.deletions, errors.insertions) == (1, 1, 1)
+    assert errors.wer == pytest.approx(3 / 8)
+
+
+def test_utterances_add_up_to_the_whole():
+    rows = random_rows(200, seed=2)
+    alone = [astuple(score([row])) for row in rows]
+    assert WordErrors(*map(sum, zip(*alone, strict=True))) == score(rows)
+
+
+def test_subsets_add_up_to_the_whole_and_are_sorted():
+    rows = random_rows(200, seed=3)
+    subsets = score_by_subset(rows)
+    assert list(subsets) == ["", "clean", "other"]
+    assert WordErrors(*map(sum, zip(*map(astuple, subsets.values()), strict=True))) == score(rows)
+
+
+def test_identical_text_scores_zero():
+    rows = [Hypothesis(str(n), sentence, sentence) for n, sentence in enumerate(["one two", "three"])]
+    assert score(rows).wer == 0
+
+
+def test_empty_hypotheses_are_all_deletions():
+    rows = [Hypothesis(row.key, row.reference, " \n ") for row in random_rows(50)]
+    errors = score(rows)
+    assert errors.wer == 1
+    assert errors.utterances == 50
+    assert errors.deletions == errors.words
+
+
+def test_insertions_take_the_rate_above_one():
+    assert score([Hypothesis("a", "okay", "okay okay okay")]).wer == 2
+
+
+def test_white_space_of_any_kind_makes_no_error():
+    assert score([Hypothesis("a", " a\tb\n c\u00a0d ", "a b  c d")]).wer == 0
+
+
+def test_case_and_punctuation_count():
+    assert score([Hypothesis("a", "Hello world,", "hello world")]).substitutions == 2
+
+
+def test_words_where_nothing_was_said_are_insertions():
+    rows = [Hypothesis("silence", "", "thank you"), Hypothesis("speech", "a b", "a b")]
+    assert score(rows).insertions == 2
+    assert score(rows).wer == 1
+
+
+@pytest.mark.parametrize("rows", [[], [Hypothesis("a", "", "")], [Hypothesis("a", " ", "some words")]])
+def test_no_reference_words_is_no_rate(rows):
+    with pytest.raises(UserError, match="no words"):
+        _ = score(rows).wer
+
+
+def test_an_alignment_spells_both_texts():
+    for row in random_rows(100, seed=4):
+        stretches = align(row)
+        assert [word for stretch in stretches for word in stretch.reference] == row.reference.split()
+        assert [word for stretch in stretches for word in stretch.hypothesis] == row.hypothesis.split()
+        for kind, spoken, written in stretches:
+            assert (kind == "equal") == (spoken == written)
+            assert (kind == "insert") == (not spoken)
+            assert (kind == "delete") == (not written)
+            if kind == "substitute":
+                assert len(spoken) == len(written)
+
+
+def test_hypotheses_come_back_sorted_by_key(tmp_path):
+    rows = random_rows(20)
+    rows += [Hypothesis("z", 'quotes " and \u2028 \r\n breaks', "Grüße, 世界", "test", "61", 2.25)]
+    shuffled = random.Random(0).sample(rows, len(rows))
+    write_hypotheses(tmp_path / "deep" / "hypotheses.jsonl", shuffled)
+    assert read_hypotheses(tmp_path / "deep" / "hypotheses.jsonl") == rows
+
+
+def test_the_order_of_the_rows_does_not_change_the_file(tmp_path):
+    rows = random_rows(20)
+    write_hypotheses(tmp_path / "a", rows)
+    write_hypotheses(tmp_path / "b", reversed(rows))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_foreign_fields_are_passed_over(tmp_path):
+    line = {"key": "a", "reference": "x", "hypothesis": "y", "beams": 4, "speaker": None}
+    (tmp_path / "h.jsonl").write_text(json.dumps(line) + "\n\n")
+    assert read_hypotheses(tmp_path / "h.jsonl") == [Hypothesis("a", "x", "y")]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "an object"),
+        ('{"key": "a", "reference": "x"}', "no 'hypothesis'"),
+        ('{"key": "a", "reference": "x", "hypothesis": 3}', "'hypothesis' must be text"),
+        ('{"key": "a", "reference": "x", "hypothesis": "", "duration": NaN}', "'duration' must be a number"),
+        ('{"key": "a", "reference": "x", "hypothesis": "", "duration": true}', "'duration' must be a number"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, complaint):
+    path = tmp_path / "h.jsonl"
+    path.write_text('{"key": "a", "reference": "x", "hypothesis": "y"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"line 2: .*" + complaint):
+        read_hypotheses(path)
+
+
+def test_a_missing_file_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="run decode first"):
+        read_hypotheses(tmp_path / "none.jsonl")
