@@ -1,115 +1,70 @@
 """The command line of `python -m pipelines`."""
 
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from components import DEFAULT_IMAGES, IMAGES_VARIABLE
 from pipelines import processes
+from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import EXIT_CODE, UserError, exit_on_user_error
-from slam_asr.recipe import Recipe, dump_recipe, load_recipe, nearest, one_sentence, recipe_keys, shipped_recipes
+from slam_asr.recipe import Recipe, dump_recipe, nearest, shipped_recipes
 from slam_asr.storage import local_path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_CORPUS = CHECKOUT / "demo" / "speech"
-COMMANDS = ("run", "compile")
-RUN_OPTIONS = ("corpus", "output")
-COMPILE_OPTIONS = ("output", "images")
+
+USAGE = """usage: python -m pipelines run RECIPE [--corpus PATH] [--output DIR] [--SECTION.KEY VALUE ...]
+       python -m pipelines compile [--output DIR|FILE.yaml] [--images TEMPLATE]
+
+  run       train, convert and measure on this machine, through Kubeflow's local runner
+  compile   write the YAML to submit to Kubeflow Pipelines
+
+python -m pipelines run RECIPE --help   all options, with the recipe's values
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile or run; the exit code is 0, 1 (a defect), 2 (the user's to mend) or 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    commands = {"run": _run, "compile": _compile}
     with processes.interruptible(), exit_on_user_error():
-        options = _parse(list(sys.argv[1:] if argv is None else argv))
-        if options.subcommand == "compile":
-            return _compile(options.compile)
-        return _run(options.run)
+        if arguments[0] not in commands:
+            hint = nearest(arguments[0], list(commands)) or "."
+            raise UserError(f"There is no command {arguments[0]}{hint} Commands: {', '.join(commands)}.")
+        return commands[arguments[0]](arguments[1:])
 
 
-def _parse(argv: list[str]) -> Namespace:
-    try:
-        # Without defaults, what is left is what the user wrote: it goes on top of the recipe.
-        return _parser().parse_args(argv or ["--help"], defaults=False)
-    except ArgumentError as error:
-        raise UserError(_explained(error, argv)) from error
-
-
-def _parser() -> ArgumentParser:
-    parser = _plain_parser(prog="python -m pipelines", description="The SLAM-ASR pipeline, on a cluster or on this machine.")
-    commands = parser.add_subcommands(required=True, dest="subcommand")
-    commands.add_subcommand("run", _run_parser(), help="run the five steps on this machine")
-    commands.add_subcommand("compile", _compile_parser(), help="write the YAML to submit to Kubeflow Pipelines")
-    return parser
-
-
-def _run_parser() -> ArgumentParser:
-    parser = _plain_parser(
-        usage="python -m pipelines run RECIPE [--corpus PATH] [--output DIR] [--SECTION.KEY VALUE ...]",
-        description="Run the five steps on this machine, one after another. Run again, it keeps the steps that are done.",
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help=f"a recipe's file, or one of {', '.join(shipped_recipes())}")
-    parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo brings its own)")
-    parser.add_argument("--output", type=str, help="folder for all results (default: runs/RECIPE)")
-    # A default shown by --help is the key's own: the recipe may say otherwise.
-    parser.add_class_arguments(Recipe, None, help="keys of the recipe; any can be set here, such as --training.max_steps 50")
-    return parser
-
-
-def _compile_parser() -> ArgumentParser:
-    parser = _plain_parser(
-        usage="python -m pipelines compile [--output DIR|FILE.yaml] [--images TEMPLATE]",
-        description="Write the pipeline and each component as YAML; the same source gives the same bytes.",
-    )
-    parser.add_argument("--output", type=str, help="folder, or a .yaml file for the pipeline alone (default: build/kfp)")
+def _compile(arguments: list[str]) -> int:
+    parser = _parser("compile", "Write the pipeline and each component as YAML; the same source gives the same bytes.")
+    parser.add_argument("--output", default="build/kfp", help="a folder, or a .yaml file for the pipeline alone")
     parser.add_argument(
-        "--images", type=str,
-        help=f"the steps' images, with {{stage}} and {{version}} (default: ${IMAGES_VARIABLE}, else {DEFAULT_IMAGES})",
+        "--images", default=os.environ.get(IMAGES_VARIABLE) or DEFAULT_IMAGES,
+        help=f"the steps' images, with {{stage}} and {{version}}; or set {IMAGES_VARIABLE}",
     )
-    return parser
-
-
-def _plain_parser(**settings: Any) -> ArgumentParser:
-    return ArgumentParser(exit_on_error=False, allow_abbrev=False, **settings)
-
-
-def _explained(error: ArgumentError, argv: list[str]) -> str:
-    """The parser's complaint as a sentence; for an unknown option, with the nearest one there is."""
-    if argv[0] not in COMMANDS:
-        return f"Unknown command {argv[0]}{nearest(argv[0], list(COMMANDS)) or '.'} Commands: {', '.join(COMMANDS)}."
-    unknown = re.match(r"unrecognized arguments: (\S+)", str(error), re.IGNORECASE)
-    if not unknown:
-        return f"{one_sentence(error)} See `python -m pipelines {argv[0]} --help`."
-    word = unknown[1].partition("=")[0].lstrip("-")
-    known = COMPILE_OPTIONS if argv[0] == "compile" else (*RUN_OPTIONS, *recipe_keys())
-    if not unknown[1].startswith("-"):
-        return f"Unexpected argument {unknown[1]}: options are written as --name value."
-    hint = nearest(word, list(known)).replace("did you mean ", "did you mean --")
-    return f"Unknown option --{word}{hint or '.'}"
-
-
-def _compile(options: Namespace) -> int:
-    if options.get("images"):
-        os.environ[IMAGES_VARIABLE] = options.images
+    options = parse_options(parser, arguments)
     # kfp reads the images' names when the components are defined, that is, imported.
+    os.environ[IMAGES_VARIABLE] = options["images"]
     from pipelines.compile import compile_all
 
-    for path in compile_all(local_path(options.get("output") or "build/kfp")):
+    for path in compile_all(local_path(options["output"])):
         print(path)
     return 0
 
 
-def _run(options: Namespace) -> int:
-    overrides = {key: value for key, value in options.items() if key not in ("recipe", *RUN_OPTIONS)}
-    recipe = load_recipe(options.recipe, overrides)
-    corpus = _corpus(options)
-    output = local_path(options.get("output") or Path("runs") / Path(options.recipe).stem).absolute()
-
+def _run(arguments: list[str]) -> int:
+    options = _run_options(arguments)
+    source, recipe = options["recipe"], pop_recipe(options)
+    corpus = _corpus(source, options["corpus"])
+    output = local_path(options["output"] or Path("runs") / Path(source).stem).absolute()
     started = time.monotonic()
     if code := _fetch_models(recipe):
         return code
@@ -127,20 +82,43 @@ def _run(options: Namespace) -> int:
     return 0
 
 
+def _run_options(arguments: list[str]) -> dict[str, Any]:
+    """Options of `run RECIPE …`; those of the recipe have its values where the user wrote none."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    parser = _parser("run", "Run the five steps on this machine, one after another; steps that are done are kept.")
+    parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo brings its own)")
+    parser.add_argument("--output", type=str, help="folder for all results (default: runs/RECIPE)")
+    add_recipe_options(parser, arguments[0] if named else None)
+    options = parse_options(parser, arguments[1:] if named else arguments)
+    if not named:
+        raise UserError(f"RECIPE is missing: python -m pipelines run RECIPE, with a file or one of {', '.join(shipped_recipes())}.")
+    if options["recipe"] != arguments[0]:
+        raise UserError(f"Two recipes are named, {arguments[0]} and {options['recipe']}: leave out --recipe.")
+    return options
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    usage = next(line for line in USAGE.splitlines() if f"pipelines {command} " in line)
+    return ArgumentParser(
+        prog=f"python -m pipelines {command}", usage=usage.removeprefix("usage:").strip(), description=description,
+        exit_on_error=False, allow_abbrev=False,
+    )
+
+
 def _fetch_models(recipe: Recipe) -> int:
     """Have both frozen models on this machine first: a misspelt name fails now and not hours later."""
     command = [sys.executable, "-m", "slam_asr.models.pretrained", recipe.encoder.name, recipe.llm.name]
     return processes.run(command, lambda line: print(line, end="", flush=True))
 
 
-def _corpus(options: Namespace) -> Path:
+def _corpus(recipe: str, path: str | None) -> Path:
     """The corpus as an absolute path, after a look that it is there."""
-    if options.get("corpus"):
-        corpus = local_path(options.corpus).absolute()
-    elif options.recipe == "demo":
+    if path:
+        corpus = local_path(path).absolute()
+    elif recipe == "demo":
         corpus = DEMO_CORPUS
     else:
-        raise UserError(f"Recipe {options.recipe} brings no corpus: say where yours is with --corpus PATH.")
+        raise UserError(f"Recipe {recipe} brings no corpus: say where yours is with --corpus PATH.")
     if not corpus.exists():
         raise UserError(f"There is no corpus at {corpus}: check --corpus.")
     return corpus

@@ -152,6 +152,8 @@ def test_a_wav_with_chunks_around_its_samples_is_read(tmp_path):
     odd = b"LIST" + struct.pack("<I", 5) + b"hello\0"
     path.write_bytes(content[:at] + odd + content[at:] + odd)
     assert len(load_audio(path)) == 16_000
+    path.write_bytes(content[:at] + odd + content[at:-1000])
+    assert refusal(path).reason == "unreadable audio"
 
 
 def test_a_flac_without_a_length_is_refused_with_a_remedy(tmp_path):

@@ -33,6 +33,11 @@ def test_what_was_written_is_read_back(tmp_path):
     assert read_manifest(tmp_path / "m.jsonl") == sorted(written, key=lambda u: u.key)
 
 
+def test_text_stays_readable_in_the_file(tmp_path):
+    write_manifest(tmp_path / "m.jsonl", [Utterance("a", "/a.wav", "naïve café")])
+    assert "naïve café" in (tmp_path / "m.jsonl").read_text()
+
+
 def test_the_same_utterances_give_the_same_bytes_in_whatever_order(tmp_path):
     utterances = [Utterance(f"{i:02d}", f"/{i}.wav", str(i), i + 0.0000625) for i in range(20)]
     write_manifest(tmp_path / "one.jsonl", utterances)

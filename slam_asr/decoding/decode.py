@@ -87,9 +87,10 @@ def _encoded(spec: "EncoderSpec", recipe: Recipe) -> "Callable[[list[Utterance]]
     """Encoder outputs computed on the way."""
     from slam_asr.audio import load_audio
     from slam_asr.models.encoder import load_encoder
-    from slam_asr.models.precision import DTYPES, pick_device
+    from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
 
-    encoder = load_encoder(spec, DTYPES[recipe.decoding.precision], pick_device())
+    device = pick_device()
+    encoder = load_encoder(spec, DTYPES[encoder_precision(recipe.decoding.precision, device)], device)
 
     def encode(utterances: list[Utterance]) -> "list[torch.Tensor]":
         frames = []

@@ -79,15 +79,15 @@ def unique_audio(utterances: Iterable[Utterance]) -> dict[str, Utterance]:
 def _extract(recipe: Recipe, spec, utterances: dict[str, Utterance], fingerprint: dict, folder: Path) -> Outcome:
     from slam_asr.audio import SAMPLE_RATE
     from slam_asr.models.encoder import load_encoder
-    from slam_asr.models.precision import DTYPES, explain_precision, pick_device
+    from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
 
     device = pick_device()
-    compute = "bf16" if recipe.features.dtype == "bf16" else "fp32"
+    compute = encoder_precision(recipe.features.dtype, device)
     stored = DTYPES[recipe.features.dtype]
     hours = sum(u.duration or 0.0 for u in utterances.values()) / 3600
     say(f"encoder: {recipe.encoder.name}, frames: {recipe.encoder.frames}, {len(utterances)} utterances, {hours:.2f} h")
     encoder = load_encoder(spec, DTYPES[compute], device)
-    say(f"encoder parameters: {encoder.parameters:,}; {explain_precision(compute, device)}; stored as {recipe.features.dtype}")
+    say(f"encoder parameters: {encoder.parameters:,}; computed in {compute} on {device.type}, stored as {recipe.features.dtype}")
 
     def planned_frames(utterance: Utterance) -> int:
         return spec.window_frames if utterance.duration is None else spec.frames_of_seconds(utterance.duration)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 _VERSION = 6
+_ENGLISH_VOCABULARY = 51864
+"""Multilingual Whispers have more tokens."""
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 _NAMES = [
     (r"position_encodings/encodings$", "embed_positions.weight"),
@@ -134,16 +136,16 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
         model = WhisperForConditionalGeneration(config)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
-    english = config.vocab_size == 51864
+    english = config.vocab_size == _ENGLISH_VOCABULARY
     languages = {} if english else {
         "lang_to_id": {token: i for token, i in ids.items() if i in said["lang_ids"]},
-        "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
+        "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}, "task": "transcribe",
     }
     model.generation_config = GenerationConfig(
         **special, **languages, is_multilingual=not english, max_length=config.max_target_positions,
         suppress_tokens=said["suppress_ids"], begin_suppress_tokens=said["suppress_ids_begin"],
         alignment_heads=said["alignment_heads"], no_timestamps_token_id=ids["<|notimestamps|>"],
-        prev_sot_token_id=ids["<|startofprev|>"], return_timestamps=False,
+        prev_sot_token_id=ids["<|startofprev|>"], max_initial_timestamp_index=50, return_timestamps=False,
     )
     model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=bins).save_pretrained(folder)

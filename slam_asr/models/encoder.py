@@ -88,7 +88,11 @@ class WhisperEncoder:
     """
 
     def __init__(self, spec: EncoderSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        import transformers
         from transformers import WhisperFeatureExtractor, WhisperModel
+
+        # Its bars for the loading of weights would tear the stage's own log.
+        transformers.utils.logging.disable_progress_bar()
 
         self.spec, self.dtype, self.device = spec, dtype, device
         try:

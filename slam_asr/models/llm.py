@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slam_asr.errors import UserError
 from slam_asr.recipe import one_sentence
+
+# Its bars for the loading of weights would tear the stage's own log.
+transformers.utils.logging.disable_progress_bar()
 
 
 def load_llm(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:

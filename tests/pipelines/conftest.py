@@ -51,15 +51,12 @@ def _tiny_llama(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory) -> Path:
     """Six short utterances in each of train, dev and test, laid out as LibriSpeech is."""
-    root = tmp_path_factory.mktemp("corpus")
-    texts = {f"1-{chapter}-{i:04}": text for chapter in (1,) for i, text in enumerate(WORDS)}
-    return write_librispeech(root, {subset: texts_of(subset, texts) for subset in ("train-tiny", "dev-tiny", "test-tiny")})
-
-
-def texts_of(subset: str, texts: dict[str, str]) -> dict[str, str]:
-    """The same texts under the subset's own speaker, since a key stands for one utterance in a corpus."""
-    speaker = {"train-tiny": "1", "dev-tiny": "2", "test-tiny": "3"}[subset]
-    return {f"{speaker}{key[1:]}": text for key, text in texts.items()}
+    # A speaker for each subset: a key may stand for one utterance only.
+    subsets = {
+        subset: {f"{speaker}-1-{i:04}": text for i, text in enumerate(WORDS)}
+        for speaker, subset in enumerate(("train-tiny", "dev-tiny", "test-tiny"), start=1)
+    }
+    return write_librispeech(tmp_path_factory.mktemp("corpus"), subsets)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,78 @@
+"""What the local pipeline costs over calling the five programs by hand.
+
+    python benchmarks/pipeline_overhead.py                      # the demo: minutes
+    python benchmarks/pipeline_overhead.py my.yaml --corpus /data/x --repeats 5
+
+Both ways do the same work: once from nothing, then `--repeats` times over what is there already,
+where starting processes and handing on results is all that is left. The first row includes the
+noise of the work itself; the second is the overhead. Run it on an idle machine.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def by_hand(recipe: str, corpus: str, output: Path) -> None:
+    """The five programs, one after another."""
+    manifests, features, checkpoint, model = (str(output / n) for n in ("manifests", "features", "checkpoint", "model"))
+    splits = [f"{manifests}/{split}.jsonl" for split in ("train", "dev", "test")]
+    programs = [
+        ["build-manifest", "--recipe", recipe, "--corpus", corpus, "--output", manifests],
+        ["extract-features", "--recipe", recipe, "--manifests", f"[{','.join(splits)}]", "--output", features],
+        ["train", "--recipe", recipe, "--train_manifest", splits[0], "--dev_manifest", splits[1], "--features", features, "--output", checkpoint],
+        ["convert-checkpoint", "--checkpoint", checkpoint, "--output", model],
+        ["decode", "--recipe", recipe, "--model", model, "--manifests", f"[{splits[2]}]", "--features", features, "--output", str(output / "decoded")],
+    ]
+    for program in programs:
+        _run("-m", "slam_asr", *program)
+
+
+def through_kfp(recipe: str, corpus: str, output: Path) -> None:
+    """The same steps as one pipeline."""
+    _run("-m", "pipelines", "run", recipe, "--corpus", corpus, "--output", str(output))
+
+
+def _run(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, *arguments], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout}")
+
+
+def seconds(way: Callable, *arguments) -> float:
+    """How long one call takes."""
+    started = time.monotonic()
+    way(*arguments)
+    return time.monotonic() - started
+
+
+def main() -> None:
+    """Measure both ways and print the seconds and their difference."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default="demo")
+    parser.add_argument("--corpus", default=str(CHECKOUT / "demo" / "speech"))
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    print(f"{'':24} {'by hand':>10} {'pipeline':>10} {'difference':>10}")
+    with tempfile.TemporaryDirectory() as folder:
+        hand = (by_hand, options.recipe, options.corpus, Path(folder, "hand"))
+        kfp = (through_kfp, options.recipe, options.corpus, Path(folder, "kfp"))
+        _row("from nothing (1 run)", [seconds(*hand)], [seconds(*kfp)])
+        rounds = [(seconds(*hand), seconds(*kfp)) for _ in range(options.repeats)]
+        _row(f"kept (median of {options.repeats})", [h for h, _ in rounds], [k for _, k in rounds])
+
+
+def _row(label: str, hand: list[float], kfp: list[float]) -> None:
+    h, k = statistics.median(hand), statistics.median(kfp)
+    print(f"{label:24} {h:8.1f} s {k:8.1f} s {k - h:+8.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

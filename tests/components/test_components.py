@@ -1,0 +1,66 @@
+"""What all faces have in common: thin, documented, and safe to hand any record to."""
+
+import importlib
+import inspect
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from components import RESULTS, image
+from slam_asr import __version__
+from slam_asr.recipe import dump_recipe, load_recipe
+from slam_asr.stage import Outcome, run_stage, write_pointer
+
+
+def component_of(stage: str):
+    name = stage.replace("-", "_")
+    return getattr(importlib.import_module(f"components.{name}.component"), name)
+
+
+@pytest.mark.parametrize("stage", RESULTS)
+def test_every_input_and_output_is_explained(stage):
+    function = component_of(stage).python_func
+    explained = inspect.getdoc(function).partition("Args:")[2]
+    assert [name for name in inspect.signature(function).parameters if f"{name}: " not in explained] == []
+
+
+@pytest.mark.parametrize("stage", RESULTS)
+def test_component_points_to_its_stage_folder(stage):
+    assert RESULTS[stage] in component_of(stage).component_spec.outputs
+    assert component_of(stage).component_spec.implementation.container.image == image(stage)
+
+
+def test_images_follow_the_template(monkeypatch):
+    monkeypatch.setenv("SLAM_ASR_IMAGES", "registry.example/{version}/{stage}")
+    assert image("train") == f"registry.example/{__version__}/train"
+    monkeypatch.delenv("SLAM_ASR_IMAGES")
+    assert image("train") == f"slam-asr/train:{__version__}"
+
+
+def test_loss_that_is_not_a_number_does_not_break_the_step(tmp_path, monkeypatch):
+    def diverge(*_, **__):
+        def work(folder: Path) -> Outcome:
+            (folder / "curves.html").write_text("<p>")
+            return Outcome("diverged", {"loss": math.nan, "steps": 3})
+
+        return run_stage("train", str(tmp_path / "train"), {}, work)
+
+    module = types.ModuleType("slam_asr.training.train")
+    module.train = diverge
+    monkeypatch.setitem(sys.modules, "slam_asr.training.train", module)
+    recipe = tmp_path / "recipe"
+    recipe.write_text(dump_recipe(load_recipe("demo")))
+    write_pointer(run_stage("before", str(tmp_path / "before"), {}, lambda _: Outcome("")), tmp_path / "pointer")
+    logged = {}
+    component_of("train").python_func(
+        store=str(tmp_path), recipe=SimpleNamespace(path=str(recipe)), manifests=SimpleNamespace(path=tmp_path / "pointer"),
+        features=SimpleNamespace(path=tmp_path / "pointer"), checkpoint=SimpleNamespace(path=tmp_path / "checkpoint"),
+        curves=SimpleNamespace(path=tmp_path / "curves"), metrics=SimpleNamespace(log_metric=logged.__setitem__),
+    )
+    assert logged == {"loss": "nan", "steps": 3}
+    assert json.loads(json.dumps(logged, allow_nan=False)) == logged

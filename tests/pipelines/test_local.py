@@ -1,0 +1,145 @@
+"""The pipeline under kfp's real local runner: each component once, kept results, failures, Ctrl-C."""
+
+import fcntl
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from components import RESULTS
+from pipelines.local import LocalRun, Sieve, Step
+from pipelines.summary import failure
+from slam_asr.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def command(recipe: Path, corpus: Path, output: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines", "run", str(recipe), "--corpus", str(corpus), "--output", str(output), *options]
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), cwd=CHECKOUT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_recipe, tiny_corpus, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """One run from nothing, in a folder whose name kfp's own runner would garble."""
+    output = tmp_path_factory.mktemp("runs") / "my python3 läuft"
+    done = run(tiny_recipe, tiny_corpus, output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done
+
+
+def table(stdout: str) -> dict[str, tuple[str, str]]:
+    """Time and summary by step, from the table at the end of a run."""
+    rows = re.findall(r"^(\S+|this run) +((?:\(kept\) )?\d+:\d\d)(?:  (.*))?$", stdout, re.MULTILINE)
+    return {name: (time, summary) for name, time, summary in rows}
+
+
+@pytest.mark.slow
+def test_all_steps_run_and_are_summed_up(finished):
+    output, done = finished
+    rows = table(done.stdout)
+    assert list(rows) == [*RESULTS, "this run"]
+    assert all(not time.startswith("(kept)") for time, _ in rows.values())
+    rates = re.search(r"^WER (.*) % · WER shuffled audio (.*) % · WER empty output (.*) %$", done.stdout, re.MULTILINE)
+    assert float(rates[3]) == 100.0
+    report = Path(re.search(r"^report: (.*)$", done.stdout, re.MULTILINE)[1])
+    assert report.is_file() and report.is_relative_to(output / "store" / "decode")
+
+
+@pytest.mark.slow
+def test_dashboard_gets_pages_and_metrics(finished):
+    output, _ = finished
+    [steps] = (output / "steps").iterdir()
+    for page in ("train/curves", "decode/report", "decode/summary"):
+        assert (steps / page).stat().st_size > 0, page
+    for stage in RESULTS:
+        outputs = json.loads((steps / stage / "executor_output.json").read_text())
+        assert outputs["artifacts"]["metrics"]["artifacts"][0]["metadata"], stage
+
+
+@pytest.mark.slow
+def test_user_reads_the_steps_and_the_log_keeps_the_rest(finished):
+    output, done = finished
+    assert "KFP" not in done.stdout + done.stderr
+    assert "\x1b" not in done.stdout and "non-Python base image" not in done.stderr
+    assert "Got executor_input" in (output / "kfp.log").read_text()
+
+
+@pytest.mark.slow
+def test_second_run_keeps_everything(finished, tiny_recipe, tiny_corpus):
+    output, _ = finished
+    done = run(tiny_recipe, tiny_corpus, output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("already there, nothing to do") == len(RESULTS)
+    assert all(table(done.stdout)[stage][0].startswith("(kept)") for stage in RESULTS)
+
+
+@pytest.mark.slow
+def test_change_of_training_reaches_the_steps_behind_kept_ones(finished, tiny_recipe, tiny_corpus):
+    output, _ = finished
+    done = run(tiny_recipe, tiny_corpus, output, "--training.max_steps", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = {stage for stage in RESULTS if table(done.stdout)[stage][0].startswith("(kept)")}
+    assert kept == {"build-manifest", "extract-features"}
+    assert table(done.stdout)["train"][1].startswith("2 steps")
+
+
+def test_mistake_found_by_a_step_is_one_sentence_and_code_2(tiny_recipe, tiny_corpus, tmp_path):
+    done = run(tiny_recipe, tiny_corpus, tmp_path, "--data.test", "[no-such-subset]")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len(re.findall("^slam-asr: error: .*no-such-subset", done.stdout, re.MULTILINE)) == 1
+    assert done.stderr == (
+        "slam-asr: step build-manifest stopped at the error above: mend it and run the same command again; finished steps are kept.\n"
+    )
+
+
+def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_corpus, tmp_path):
+    process = subprocess.Popen(
+        command(tiny_recipe, tiny_corpus, tmp_path), cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for line in process.stdout:
+        if line.startswith("2/5"):
+            break
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines() == ["slam-asr: error: interrupted; run the same command again to go on"]
+    assert family and not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_second_run_in_the_same_folder_is_refused(tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another run is working in"):
+            LocalRun(tmp_path).execute("", "")
+
+
+def test_sieve_parts_the_executor_from_the_step():
+    voice, log = io.StringIO(), io.StringIO()
+    sieve = Sieve(voice, log)
+    executor = ["[KFP Executor 2026-01-01 INFO]: Got executor_input:\n", "{\n", '    "a": {\n', "    }\n", "}\n"]
+    step = ["train: 1/2\n", "{\n", "}\n", "[KFP Executor 2026-01-01 WARNING]: look here\n"]
+    for line in [*executor, *step, "[KFP Executor 2026-01-01 INFO]: Wrote executor output file\n"]:
+        sieve.hear(line)
+    assert voice.getvalue() == "".join(step)
+    assert log.getvalue() == "".join(executor) + "[KFP Executor 2026-01-01 INFO]: Wrote executor output file\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(1, "failed with exit code 1; its own lines are above, kfp's in"), (137, "killed by signal 9 (often: out of memory)"), (143, "killed by signal 15;")],
+)
+def test_failure_names_the_step_and_the_likely_reason(tmp_path, code, words):
+    line = failure(Step("train", tmp_path, 0.0, code), tmp_path)
+    assert line.startswith("step train ") and words in line

@@ -1,0 +1,91 @@
+"""A step is heard line by line, its exit code is kept, and nothing of it outlives an interruption."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from pipelines import processes
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_lines_of_both_streams_and_the_exit_code_come_through():
+    lines = []
+    code = processes.run(python("import sys; print('a'); print('b', file=sys.stderr); sys.exit(3)"), lines.append)
+    assert (sorted(lines), code) == (["a\n", "b\n"], 3)
+
+
+def test_bytes_that_are_no_text_do_not_stop_a_step():
+    lines = []
+    code = processes.run(python(r"import os; os.write(1, b'caf\xe9\n')"), lines.append)
+    assert (lines, code) == (["caf\N{REPLACEMENT CHARACTER}\n"], 0)
+
+
+# The worker is in a session of its own, as torchrun's are, and pays no attention to SIGINT.
+STEP_WITH_WORKER = """
+import subprocess, sys
+worker = subprocess.Popen(
+    [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"],
+    start_new_session=True,
+)
+print(worker.pid, flush=True)
+{then}
+"""
+
+
+@pytest.mark.parametrize("then", ["worker.wait()", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); worker.wait()"])
+def test_interrupted_step_leaves_no_process(monkeypatch, then):
+    monkeypatch.setattr(processes, "GRACE", 1.0)
+    pids = []
+
+    def interrupt_at_once(line: str) -> None:
+        pids.append(int(line))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        processes.run(python(STEP_WITH_WORKER.format(then=then)), interrupt_at_once)
+    assert wait_for_end(pids[0])
+
+
+def wait_for_end(pid: int) -> bool:
+    """Whether a process that was killed is gone, or is a zombie that nobody waits for."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_interrupted_step_may_finish_what_it_prints(monkeypatch):
+    # More than a pipe holds: unread, it would keep the step until it is killed.
+    code = "import time\ntry: print('on', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('x' * 1_000_000)"
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        processes.run(python(code), interrupt)
+    assert time.monotonic() - started < processes.GRACE / 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_requests_to_end_are_interruptions(number):
+    with pytest.raises(KeyboardInterrupt), processes.interruptible():
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        time.sleep(5)
+
+
+def test_signal_that_the_caller_ignores_stays_ignored():
+    code = "from pipelines import processes; import os, signal\nwith processes.interruptible(): os.kill(os.getpid(), signal.SIGHUP); print('still here')"
+    done = subprocess.run(["sh", "-c", 'trap "" HUP; exec "$0" -c "$1"', sys.executable, code], capture_output=True, text=True)
+    assert done.stdout == "still here\n", done.stderr
