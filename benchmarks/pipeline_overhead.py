@@ -27,9 +27,9 @@ def by_hand(recipe: str, corpus: str, output: Path) -> None:
     programs = [
         ["build-manifest", "--recipe", recipe, "--corpus", corpus, "--output", manifests],
         ["extract-features", "--recipe", recipe, "--manifests", f"[{','.join(splits)}]", "--output", features],
-        ["train", "--recipe", recipe, "--train_manifest", splits[0], "--dev_manifest", splits[1], "--features", features, "--output", checkpoint],
+        ["train", "--recipe", recipe, "--train_manifest", splits[0], "--dev_manifest", splits[1], "--feature_store", features, "--output", checkpoint],
         ["convert-checkpoint", "--checkpoint", checkpoint, "--output", model],
-        ["decode", "--recipe", recipe, "--model", model, "--manifests", f"[{splits[2]}]", "--features", features, "--output", str(output / "decoded")],
+        ["decode", "--recipe", recipe, "--model", model, "--manifests", f"[{splits[2]}]", "--feature_store", features, "--output", str(output / "decoded")],
     ]
     for program in programs:
         _run("-m", "slam_asr", *program)

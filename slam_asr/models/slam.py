@@ -75,6 +75,14 @@ class Slam(nn.Module):
     def __init__(self, projector: LinearProjector, llm: PreTrainedModel) -> None:
         super().__init__()
         self.projector, self.llm = projector, llm
+        self._wanted: torch.Tensor | None = None
+        # The LLM's own forward pass stays in charge of what it does to logits (scaling, capping); only
+        # the rows that its output layer sees are chosen here. Besides, a row-by-row product of a
+        # slice takes ten times longer on a CPU than one product of the chosen rows.
+        llm.get_output_embeddings().register_forward_pre_hook(self._choose_rows)
+
+    def _choose_rows(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        return None if self._wanted is None else (inputs[0][:, :-1][self._wanted],)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """[utterances, L, LLM width]: token embeddings with the audio's positions filled in."""
@@ -83,16 +91,19 @@ class Slam(nn.Module):
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits that predict the answers: [utterances, answer columns, vocabulary].
+        """Logits that predict the target tokens: [targets, vocabulary].
 
-        Column j predicts `batch.labels[:, j]`; the columns before are never computed.
+        They stand in the order of `batch.labels[batch.labels != IGNORED]`; no others are computed.
         """
         arguments = {}
         if not bool(batch.mask.all()):
             # Positions count from each utterance's own start, for LLMs with absolute positions.
             arguments = {"attention_mask": batch.mask, "position_ids": (batch.mask.cumsum(1) - 1).clamp(min=0)}
-        answers = batch.labels.shape[1]
-        output = self.llm(
-            inputs_embeds=self.embed(batch), use_cache=False, logits_to_keep=answers + 1, **arguments
-        )
-        return output.logits[:, :-1]
+        self._wanted = batch.labels != IGNORED
+        try:
+            output = self.llm(
+                inputs_embeds=self.embed(batch), use_cache=False, logits_to_keep=batch.labels.shape[1] + 1, **arguments
+            )
+        finally:
+            self._wanted = None
+        return output.logits

@@ -9,16 +9,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
-from statistics import fmean
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from slam_asr import __version__
 from slam_asr.errors import UserError
+from slam_asr.pages.curves import draw_curves, thinned
+from slam_asr.pages.render import capital, grouped, render
+from slam_asr.progress import clock
 from slam_asr.scoring.wer import Hypothesis, WordErrors, align, score, score_by_subset
 from slam_asr.storage import write_atomically, write_json
 
@@ -28,8 +26,6 @@ NUMBERS = "wer.json"
 
 WORST = 200
 """Utterances shown with their alignments: enough to see what goes wrong, and a page of some 200 KB."""
-CURVE_POINTS = 400
-"""Points drawn of a training curve; more than a screen can tell apart only make the page heavy."""
 NO_SUBSET = "(no subset)"
 
 _CONTROL_NOTES = {
@@ -118,22 +114,16 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
 
 
 def _page(numbers: dict[str, Any], rows: Sequence[Hypothesis]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("slam_asr.scoring", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"capital": _capital, "grouped": grouped, "rate": _rate}
-    return environment.get_template(PAGE).render(
+    return render(
+        PAGE,
+        filters={"rate": _rate},
         **numbers,
         rows=_table(numbers),
         control_notes=_CONTROL_NOTES,
         has_published=_has_published(numbers),
         training_facts=_training_facts(numbers["training"]),
         decoding_facts=_decoding_facts(numbers["decoding"]),
-        curves=_curves(numbers["training"]),
+        curves=draw_curves(numbers["training"]),
         utterances=_worst(rows),
         utterance_count=len(rows),
     )
@@ -194,7 +184,7 @@ def _training_facts(training: dict[str, Any]) -> list[tuple[str, str]]:
     facts.add("Epochs", "epochs")
     facts.add("Training utterances", "train_utterances")
     facts.add("Training audio", "train_hours", lambda hours: f"{hours:.2f} h")
-    facts.add("Training time (h:mm:ss)", "seconds", clock)
+    facts.add("Training time", "seconds", clock)
     return facts.all_with_the_rest()
 
 
@@ -205,7 +195,7 @@ def _decoding_facts(decoding: dict[str, Any]) -> list[tuple[str, str]]:
     hours, seconds = decoding.get("audio_hours"), decoding.get("seconds")
     speed = f", {hours * 3600 / seconds:.1f} times real time" if hours and seconds else ""
     facts.add("Audio", "audio_hours", lambda h: f"{h:.2f} h")
-    facts.add("Decoding time (h:mm:ss)", "seconds", lambda s: f"{clock(s)}{speed}")
+    facts.add("Decoding time", "seconds", lambda s: f"{clock(s)}{speed}")
     facts.add("Answers cut at the token limit", "answers_cut")
     facts.add("Empty answers", "empty_answers")
     return facts.all_with_the_rest()
@@ -224,7 +214,7 @@ class _Facts:
             self.facts.append((label, (show or _shown)(value)))
 
     def all_with_the_rest(self) -> list[tuple[str, str]]:
-        rest = [(_capital(key.replace("_", " ")), _shown(value)) for key, value in self.values.items()]
+        rest = [(capital(key.replace("_", " ")), _shown(value)) for key, value in self.values.items()]
         return self.facts + rest
 
 
@@ -234,133 +224,9 @@ def _shown(value: Any) -> str:
     return grouped(value) if isinstance(value, int | float) else str(value)
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def grouped(number: float) -> str:
-    """`18880512` → `18 880 512`, with narrow spaces that do not break; `2.50` → `2.5`."""
-    text = f"{number:,}" if isinstance(number, int) else f"{number:,.4g}" if abs(number) < 1000 else f"{number:,.0f}"
-    return text.replace(",", "\u202f")
-
-
-def clock(seconds: float) -> str:
-    """`3723` → `1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
-
-
 def _rate(percent: float | None) -> str:
     """A rate in percent for a cell of a table; a dash where there is none."""
     return "–" if percent is None else f"{percent:.2f}"
-
-
-# ---- the training curves
-
-
-def thinned(points: Sequence[dict[str, Any]], most: int = CURVE_POINTS) -> list[dict[str, Any]]:
-    """At most `most` points: each the mean of equally many neighbours, at the step of the last."""
-    if len(points) <= most:
-        return list(points)
-    width = math.ceil(len(points) / most)
-    return [_mean(points[start : start + width]) for start in range(0, len(points), width)]
-
-
-def _mean(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    mean = {"step": points[-1]["step"]}
-    for key in points[-1]:
-        values = [p[key] for p in points if _is_number(p.get(key))]
-        if key != "step" and values:
-            mean[key] = fmean(values)
-    return mean
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _curves(training: dict[str, Any]) -> list[dict[str, Any]]:
-    curves = []
-    for quantity, heading, scale in (("loss", "Loss", 1), ("accuracy", "Next-token accuracy, %", 100)):
-        series = {
-            name: [(p["step"], scale * p[quantity]) for p in training[source] if _is_number(p.get(quantity))]
-            for name, source in (("training", "curve"), ("validation", "validation"))
-        }
-        if any(series.values()):
-            summary = _in_words(series, *((min, "{:.3f}") if quantity == "loss" else (max, "{:.1f}\u202f%")))
-            svg = Markup(_svg(quantity, series, f"{heading} over optimiser steps", summary))
-            curves.append({"heading": heading, "summary": summary, "svg": svg})
-    return curves
-
-
-def _in_words(series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], shown: str) -> str:
-    sentences = []
-    if series["training"]:
-        (first, start), (last, end) = series["training"][0], series["training"][-1]
-        sentences.append(
-            f"Training: {shown.format(start)} at step {grouped(first)}, {shown.format(end)} at step {grouped(last)}."
-        )
-    if series["validation"]:
-        step, value = best(series["validation"], key=lambda point: point[1])
-        sentences.append(f"Validation: best {shown.format(value)}, at step {grouped(step)}.")
-    return " ".join(sentences)
-
-
-# Stand-ins that matplotlib draws with; the page's style sheet has the colours, by day and by night.
-_COLOURS = {"#010203": "currentColor", "#040506": "var(--grid)", "#070809": "var(--curve)", "#0a0b0c": "var(--accent)"}
-_INK, _GRID, _TRAINING, _VALIDATION = _COLOURS
-
-
-def _svg(quantity: str, series: dict[str, list[tuple[int, float]]], title: str, description: str) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    style = {
-        "svg.fonttype": "none", "svg.hashsalt": quantity, "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK,
-        "axes.edgecolor": _GRID, "xtick.color": _GRID, "ytick.color": _GRID, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "grid.color": _GRID, "ytick.major.size": 0,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.4, 2.8), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(*_columns(series["training"]), color=_TRAINING, linewidth=1.3, label="training")
-        axes.plot(
-            *_columns(series["validation"]), color=_VALIDATION, marker="o", markersize=4, linewidth=1.3,
-            linestyle=(0, (3, 2)), label="validation",
-        )  # fmt: skip
-        axes.set_xlabel("optimiser step")
-        axes.grid(axis="y", linewidth=0.6)
-        highest = max(value for points in series.values() for _, value in points)
-        axes.set_ylim(0, 100 if quantity == "accuracy" else 1.05 * highest or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: grouped(round(step))))
-        axes.legend(
-            frameon=False, handlelength=2.6, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
-        )
-        text = StringIO()
-        figure.savefig(text, format="svg", transparent=True)
-    return _inline(text.getvalue(), quantity, title, description)
-
-
-def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _inline(svg: str, name: str, title: str, description: str) -> str:
-    """matplotlib's file as a part of a page: no header, a name and a description, the page's colours."""
-    body = svg[svg.index("<svg") :]
-    view = re.search(r'viewBox="[^"]+"', body)[0]
-    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body[body.index(">") + 1 :], flags=re.DOTALL)
-    # Groups are numbered anew in each figure: two on one page would share their ids.
-    body = re.sub(r'<g id="[^"]*"', "<g", body)
-    for stand_in, colour in _COLOURS.items():
-        body = body.replace(stand_in, colour)
-    return (
-        f'<svg {view} role="img" aria-labelledby="{name}-title {name}-description">'
-        f'<title id="{name}-title">{title}</title><desc id="{name}-description">{description}</desc>{body}'
-    )
 
 
 # ---- the other two files
@@ -370,7 +236,7 @@ def _markdown(numbers: dict[str, Any]) -> str:
     total = numbers["all"]
     head = ["Subset", "WER, %"]
     head += ["Published, %"] if _has_published(numbers) else []
-    head += [f"{_plain(_capital(name))}, %" for name in numbers["controls"]]
+    head += [f"{_plain(capital(name))}, %" for name in numbers["controls"]]
     head += ["Sub.", "Del.", "Ins.", "Words", "Utterances", "Hours"]
     lines = [
         f"# {_plain(numbers['title'])}",

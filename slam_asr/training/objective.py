@@ -22,13 +22,12 @@ def score_answers(logits: torch.Tensor, labels: torch.Tensor) -> AnswerScores:
     """Cross entropy and next-token accuracy on the answers.
 
     Args:
-        logits: [utterances, answer columns, vocabulary].
+        logits: [targets, vocabulary], as `Slam` gives them.
         labels: [utterances, answer columns], `IGNORED` where there is no target.
     """
-    wanted = labels != IGNORED
-    chosen, targets = logits[wanted].float(), labels[wanted]
-    # A batch without targets still needs a loss with a (zero) gradient: every process steps together.
-    loss = functional.cross_entropy(chosen, targets, reduction="sum") if len(targets) else logits.float().sum() * 0.0
-    right = (chosen.argmax(-1) == targets).sum()
+    logits, targets = logits.float(), labels[labels != IGNORED]
+    # The sum over no target is zero with a zero gradient: a process without work steps with the others.
+    loss = functional.cross_entropy(logits, targets, reduction="sum")
+    right = (logits.argmax(-1) == targets).sum()
     sums = torch.stack([loss.detach().double(), right.double(), torch.tensor(len(targets), device=loss.device).double()])
     return AnswerScores(loss, sums)

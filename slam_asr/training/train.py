@@ -10,7 +10,7 @@ from pathlib import Path
 from slam_asr.errors import UserError
 from slam_asr.features.store import FeatureStore, address_of
 from slam_asr.manifest import read_manifest
-from slam_asr.progress import say
+from slam_asr.progress import clock, say
 from slam_asr.recipe import Recipe, dump_recipe
 from slam_asr.stage import Outcome, Record, run_stage
 from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
@@ -64,6 +64,7 @@ def train(
     hours = sum(u.duration or 0.0 for u in utterances["train"]) / 3600
 
     def work(folder: Path) -> Outcome:
+        from slam_asr.pages.curves import write_curves
         from slam_asr.training.loop import CHECKPOINTS, FACTS, FAILURE, Job
         from slam_asr.training.monitor import CURVE, read_curve
 
@@ -85,6 +86,12 @@ def train(
             "train_utterances": len(utterances["train"]), "train_hours": round(hours, 4),
             "curve": curve, "validation": validation,
         }
+        write_curves(
+            folder / "curves.html", f"{recipe.name}: training",
+            [("Models", f"{recipe.encoder.name} + {recipe.llm.name}"), ("Optimiser steps", str(facts["steps"])),
+             ("Audio", f"{hours:.2f} h in {len(utterances['train'])} utterances"), ("Time", clock(facts["seconds"]))],
+            facts,
+        )
         summary = f"{facts['steps']} steps, {'dev ' if validation else ''}accuracy {last['accuracy']:.3f}, loss {last['loss']:.3f}"
         metrics = {"steps": facts["steps"], "loss": round(curve[-1]["loss"], 4), "accuracy": round(curve[-1]["accuracy"], 4)}
         if validation:

@@ -1,0 +1,4 @@
+"""Self-contained HTML pages: style, script and drawings inside, nothing fetched, nothing kept.
+
+They open from disk and in a sandboxed frame of the dashboard.
+"""

@@ -1,0 +1,134 @@
+"""Training curves: loss and next-token accuracy over the steps, drawn as inline SVG."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from io import StringIO
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from markupsafe import Markup
+
+from slam_asr.pages.render import grouped, render
+from slam_asr.storage import write_atomically
+
+CURVE_POINTS = 400
+"""Points drawn of a training curve; more than a screen can tell apart only make the page heavy."""
+
+
+def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training: dict[str, Any]) -> None:
+    """Write a page with the curves of one training.
+
+    Args:
+        path: the page.
+        title: its heading.
+        facts: (name, value) pairs shown above the curves.
+        training: `curve` and `validation`, lists of {step, loss, accuracy}.
+    """
+    points = {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
+    write_atomically(path, render("curves.html", title=title, facts=facts, curves=draw_curves(points)))
+
+
+def thinned(points: Sequence[dict[str, Any]], most: int = CURVE_POINTS) -> list[dict[str, Any]]:
+    """At most `most` points: each the mean of equally many neighbours, at the step of the last."""
+    if len(points) <= most:
+        return list(points)
+    width = math.ceil(len(points) / most)
+    return [_mean(points[start : start + width]) for start in range(0, len(points), width)]
+
+
+def _mean(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    mean = {"step": points[-1]["step"]}
+    for key in points[-1]:
+        values = [p[key] for p in points if is_number(p.get(key))]
+        if key != "step" and values:
+            mean[key] = fmean(values)
+    return mean
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
+    curves = []
+    for quantity, heading, scale in (("loss", "Loss", 1), ("accuracy", "Next-token accuracy, %", 100)):
+        series = {
+            name: [(p["step"], scale * p[quantity]) for p in training[source] if is_number(p.get(quantity))]
+            for name, source in (("training", "curve"), ("validation", "validation"))
+        }
+        if any(series.values()):
+            summary = _in_words(series, *((min, "{:.3f}") if quantity == "loss" else (max, "{:.1f}\u202f%")))
+            svg = Markup(_svg(quantity, series, f"{heading} over optimiser steps", summary))
+            curves.append({"heading": heading, "summary": summary, "svg": svg})
+    return curves
+
+
+def _in_words(series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], shown: str) -> str:
+    sentences = []
+    if series["training"]:
+        (first, start), (last, end) = series["training"][0], series["training"][-1]
+        sentences.append(
+            f"Training: {shown.format(start)} at step {grouped(first)}, {shown.format(end)} at step {grouped(last)}."
+        )
+    if series["validation"]:
+        step, value = best(series["validation"], key=lambda point: point[1])
+        sentences.append(f"Validation: best {shown.format(value)}, at step {grouped(step)}.")
+    return " ".join(sentences)
+
+
+# Stand-ins that matplotlib draws with; the page's style sheet has the colours, by day and by night.
+_COLOURS = {"#010203": "currentColor", "#040506": "var(--grid)", "#070809": "var(--curve)", "#0a0b0c": "var(--accent)"}
+_INK, _GRID, _TRAINING, _VALIDATION = _COLOURS
+
+
+def _svg(quantity: str, series: dict[str, list[tuple[int, float]]], title: str, description: str) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": quantity, "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK,
+        "axes.edgecolor": _GRID, "xtick.color": _GRID, "ytick.color": _GRID, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "grid.color": _GRID, "ytick.major.size": 0,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.4, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*_columns(series["training"]), color=_TRAINING, linewidth=1.3, label="training")
+        axes.plot(
+            *_columns(series["validation"]), color=_VALIDATION, marker="o", markersize=4, linewidth=1.3,
+            linestyle=(0, (3, 2)), label="validation",
+        )  # fmt: skip
+        axes.set_xlabel("optimiser step")
+        axes.grid(axis="y", linewidth=0.6)
+        highest = max(value for points in series.values() for _, value in points)
+        axes.set_ylim(0, 100 if quantity == "accuracy" else 1.05 * highest or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: grouped(round(step))))
+        axes.legend(
+            frameon=False, handlelength=2.6, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
+        )
+        text = StringIO()
+        figure.savefig(text, format="svg", transparent=True)
+    return _inline(text.getvalue(), quantity, title, description)
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _inline(svg: str, name: str, title: str, description: str) -> str:
+    """matplotlib's file as a part of a page: no header, a name and a description, the page's colours."""
+    body = svg[svg.index("<svg") :]
+    view = re.search(r'viewBox="[^"]+"', body)[0]
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body[body.index(">") + 1 :], flags=re.DOTALL)
+    # Groups are numbered anew in each figure: two on one page would share their ids.
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    for stand_in, colour in _COLOURS.items():
+        body = body.replace(stand_in, colour)
+    return (
+        f'<svg {view} role="img" aria-labelledby="{name}-title {name}-description">'
+        f'<title id="{name}-title">{title}</title><desc id="{name}-description">{description}</desc>{body}'
+    )

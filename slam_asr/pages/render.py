@@ -1,0 +1,36 @@
+"""Templates of this folder, filled in; everything is escaped unless it is marked as safe."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+
+
+def render(template: str, filters: dict[str, Callable[..., str]] | None = None, **values: Any) -> str:
+    """A page as text.
+
+    Args:
+        template: file name in this folder.
+        filters: beside `grouped` and `capital`.
+        values: what the template names; one that is missing is an error.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("slam_asr.pages", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"capital": capital, "grouped": grouped, **(filters or {})}
+    return environment.get_template(template).render(**values)
+
+
+def capital(text: str) -> str:
+    """`shuffled audio` → `Shuffled audio`."""
+    return text[:1].upper() + text[1:]
+
+
+def grouped(number: float) -> str:
+    """`18880512` → `18 880 512`, with narrow spaces that do not break; `2.50` → `2.5`."""
+    text = f"{number:,}" if isinstance(number, int) else f"{number:,.4g}" if abs(number) < 1000 else f"{number:,.0f}"
+    return text.replace(",", "\u202f")
