@@ -158,8 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist yet")
     parser.add_argument("--seed", type=int, default=1, help="which sentences are drawn (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=840, help="training utterances (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=32, help="utterances of each other subset (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=600, help="training utterances (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=36, help="utterances of each other subset (default: %(default)s)")
     args = parser.parse_args()
 
     source = sentences(random.Random(args.seed))

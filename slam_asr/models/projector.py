@@ -34,7 +34,7 @@ class LinearProjector(nn.Module):
             [sum of positions, LLM width], utterance after utterance.
         """
         k = self.downsampling
-        joined = torch.cat([u[: len(u) // k * k].reshape(len(u) // k, -1) for u in utterances])
+        joined = torch.cat([u[: len(u) // k * k].reshape(len(u) // k, k * u.shape[1]) for u in utterances])
         return self.linear2(torch.relu(self.linear1(joined.to(self.linear1.weight.dtype))))
 
 

@@ -1,0 +1,77 @@
+"""Stages: a folder is complete or does not count; the same inputs are never worked on twice."""
+
+import json
+
+import pytest
+
+from slam_asr.errors import UserError
+from slam_asr.stage import RECORD, Outcome, follow_pointer, read_record, require_record, run_stage, write_pointer
+
+
+def counting(calls):
+    def work(folder):
+        calls.append(folder)
+        (folder / "result").write_text("42")
+        return Outcome("one result", {"results": 1})
+
+    return work
+
+
+def test_the_same_inputs_are_worked_on_once(tmp_path):
+    calls = []
+    first = run_stage("train", str(tmp_path / "out"), {"a": 1}, counting(calls))
+    second = run_stage("train", str(tmp_path / "out"), {"a": 1}, counting(calls))
+    assert len(calls) == 1
+    assert first == second
+
+
+def test_a_stage_that_fails_leaves_no_record_and_is_done_again(tmp_path):
+    def failing(folder):
+        (folder / "half").write_text("4")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run_stage("train", str(tmp_path), {}, failing)
+    assert read_record(tmp_path) is None
+    calls = []
+    run_stage("train", str(tmp_path), {}, counting(calls))
+    assert calls
+
+
+def test_other_inputs_never_replace_results_unasked(tmp_path):
+    calls = []
+    run_stage("train", str(tmp_path), {"a": 1, "b": 1}, counting(calls))
+    with pytest.raises(UserError, match=r"changed: b\)"):
+        run_stage("train", str(tmp_path), {"a": 1, "b": 2}, counting(calls))
+    run_stage("train", str(tmp_path), {"a": 1, "b": 2}, counting(calls), overwrite=True)
+    assert len(calls) == 2
+
+
+def test_fingerprint_gives_each_input_a_folder_of_its_own(tmp_path):
+    folders = {run_stage("train", str(tmp_path / "{fingerprint}"), {"a": a}, counting([])).folder for a in (1, 2, 1)}
+    assert len(folders) == 2
+
+
+def test_a_pointer_leads_back_until_the_folder_changes(tmp_path):
+    record = run_stage("train", str(tmp_path / "out"), {"a": 1}, counting([]))
+    write_pointer(record, tmp_path / "pointer")
+    assert follow_pointer(tmp_path / "pointer") == record.folder
+    assert json.loads((tmp_path / "pointer").read_text())["bytes"] > 0
+    (tmp_path / "out" / RECORD).write_text("{}")
+    with pytest.raises(UserError, match="gone or was replaced"):
+        follow_pointer(tmp_path / "pointer")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"uri": 3}'])
+def test_what_is_no_pointer_is_refused(tmp_path, content):
+    (tmp_path / "pointer").write_text(content)
+    with pytest.raises(UserError, match="not a pointer"):
+        follow_pointer(tmp_path / "pointer")
+
+
+def test_a_stage_refuses_another_stages_folder(tmp_path):
+    run_stage("train", str(tmp_path), {}, counting([]))
+    with pytest.raises(UserError, match="written by train, not by build-manifest"):
+        require_record(tmp_path, "build-manifest")
+    with pytest.raises(UserError, match="no finished train"):
+        require_record(tmp_path / "nowhere", "train")

@@ -1,0 +1,46 @@
+"""Files are visible whole or not at all, and a full disk is told in one sentence."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from slam_asr.errors import UserError
+from slam_asr.storage import digest, local_path, write_atomically
+
+
+def test_a_failed_write_leaves_the_older_file_and_no_litter(tmp_path):
+    target = tmp_path / "file"
+    write_atomically(target, "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="file"):
+            write_atomically(target, "new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("path", ["/dev/full"])
+def test_a_full_disk_is_one_sentence_and_code_2(path):
+    program = (
+        "from slam_asr.errors import exit_on_user_error\n"
+        f"with exit_on_user_error():\n    f = open({path!r}, 'w', buffering=1)\n    f.write('x\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("slam-asr: error: The disk is full") and done.stderr.count("\n") == 1
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys():
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
+
+
+def test_a_scheme_that_cannot_be_read_is_named():
+    with pytest.raises(UserError, match="ftp://"):
+        local_path("ftp://host/file")
+    assert str(local_path("file:///a/b")) == "/a/b"
