@@ -82,7 +82,7 @@ class LocalRun:
             raise UserError(f"{self.output} cannot be made a folder ({error.strerror}): choose another --output.") from error
         with (
             _alone_in(self.output),
-            open(self.output / KFP_LOG, "w") as log,
+            open(self.output / KFP_LOG, "w", encoding="utf-8") as log,
             tempfile.TemporaryDirectory(prefix="slam-asr-") as temporary,
             self._hooked_into_kfp(log, temporary),
         ):

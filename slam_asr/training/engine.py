@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from slam_asr.errors import UserError
 from slam_asr.recipe import Training
 
 
@@ -61,10 +62,23 @@ class DeepSpeedEngine:
         self.engine.step()
 
     def save(self, folder: Path, tag: str, state: dict) -> None:
-        """Write a checkpoint without frozen weights; all processes call it."""
-        self.engine.save_checkpoint(
-            str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True
-        )
+        """Write a checkpoint without frozen weights; all processes call it.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        try:
+            self.engine.save_checkpoint(
+                str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True
+            )
+        except (OSError, RuntimeError) as error:
+            # torch tells of a failed write as a RuntimeError of its zip writer.
+            if isinstance(error, RuntimeError) and "writ" not in str(error):
+                raise
+            raise UserError(
+                f"The checkpoint {folder / tag} could not be written (disk full, or no permission?): free some space or "
+                "choose another output folder, then run the same command again."
+            ) from error
 
 
 def deepspeed_config(options: Training) -> dict:

@@ -1,0 +1,94 @@
+"""Conversion: the tensors are bit for bit the engine's own fp32 weights, and no stranger's code runs."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slam_asr.conversion.zero import fp32_weights, load_pickle
+from slam_asr.errors import UserError
+from slam_asr.training.checkpoint import latest
+from tests.conversion import engine_program
+from tests.conversion.engine_program import PRECISIONS, STAGES
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n} ranks")
+def checkpoints(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    done = subprocess.run(
+        [*command, engine_program.__file__, str(folder)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_every_stage_and_precision_converts_to_the_engines_own_weights(checkpoints):
+    for stage in STAGES:
+        for precision in PRECISIONS:
+            folder = checkpoints / f"{stage}-{precision}"
+            expected = load_file(folder / "expected.safetensors")
+            del expected["losses"]
+            weights = fp32_weights(latest(folder))
+            assert weights.keys() == expected.keys(), (stage, precision)
+            for name, tensor in weights.items():
+                assert tensor.dtype == torch.float32
+                assert torch.equal(tensor, expected[name]), (stage, precision, name)
+
+
+@pytest.mark.slow
+def test_all_stages_take_the_same_steps(checkpoints):
+    for precision, tolerance in (("fp32", 1e-6), ("bf16", 1e-3)):
+        losses = [load_file(checkpoints / f"{s}-{precision}" / "expected.safetensors")["losses"] for s in STAGES]
+        for other in losses[1:]:
+            torch.testing.assert_close(other, losses[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_half_its_shards_is_refused(checkpoints):
+    shards = sorted((checkpoints / "2-bf16" / "global_step3").glob("*optim_states.pt"))
+    if len(shards) > 1:
+        shards[1].rename(shards[1].with_suffix(".away"))
+        try:
+            with pytest.raises(UserError, match="1 of 2 optimiser shards"):
+                fp32_weights(latest(checkpoints / "2-bf16"))
+        finally:
+            shards[1].with_suffix(".away").rename(shards[1])
+
+
+class Intruder:
+    def __reduce__(self):
+        return os.system, ("touch intruder-was-here",)
+
+
+def test_a_pickle_that_would_run_code_runs_nothing_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"module": Intruder()}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(UserError, match=r"posix\.system"):
+        fp32_weights(tmp_path)
+    assert not (tmp_path / "intruder-was-here").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"a": 1})])
+def test_a_damaged_file_is_one_sentence(tmp_path, content):
+    (tmp_path / "model_states.pt").write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_pickle(tmp_path / "model_states.pt")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_without_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no DeepSpeed checkpoint"):
+        fp32_weights(tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        latest(tmp_path)
+    (tmp_path / "latest").write_text("global_step9")
+    with pytest.raises(UserError, match="global_step9, which is not there"):
+        latest(tmp_path)

@@ -1,0 +1,108 @@
+"""Extraction: frames as the recipe says, the same audio once, and nothing lost to an interruption."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from slam_asr.errors import UserError
+from slam_asr.features.extract import extract_features
+from slam_asr.features.store import FeatureStore
+from slam_asr.manifest import Utterance, write_manifest
+from slam_asr.models.encoder import describe_encoder, load_encoder
+from slam_asr.recipe import load_recipe
+from slam_asr.storage import sha256_of_file
+from tests.conftest import make_tone, write_wav
+
+LENGTHS = (0.1, 0.73, 1.0, 2.345)
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    utterances = []
+    for i, seconds in enumerate(LENGTHS):
+        wav = write_wav(tmp_path / f"{i}.wav", make_tone(seconds, frequency=200 + 50 * i))
+        utterances.append(Utterance(f"k{i}", str(wav), "text", round(seconds * 16000) / 16000, 16000, sha256_of_file(wav)))
+    again = dataclasses.replace(utterances[0], key="the same audio again")
+    write_manifest(tmp_path / "manifest.jsonl", [*utterances, again])
+    return tmp_path / "manifest.jsonl", utterances
+
+
+def recipe(tiny_models, **overrides):
+    return load_recipe("librispeech", {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **overrides})
+
+
+@pytest.mark.parametrize("frames", ["all", "speech"])
+def test_frames_are_the_window_or_the_speech(tiny_models, manifest, tmp_path, frames):
+    record = extract_features(recipe(tiny_models, **{"encoder.frames": frames}), [str(manifest[0])], str(tmp_path / "store"))
+    store = FeatureStore(record.folder)
+    assert len(store.index.entries) == len(LENGTHS)
+    for utterance in manifest[1]:
+        samples = round(utterance.duration * 16000)
+        assert store.frames(utterance.sha256) == (1500 if frames == "all" else math.ceil(samples / 320))
+
+
+def test_speech_frames_are_the_first_of_the_whole_window(tiny_models, manifest, tmp_path):
+    stores = [
+        FeatureStore(extract_features(recipe(tiny_models, **{"encoder.frames": f}), [str(manifest[0])], str(tmp_path / f)).folder)
+        for f in ("all", "speech")
+    ]
+    for utterance in manifest[1]:
+        whole, speech = (s.read(utterance.sha256) for s in stores)
+        torch.testing.assert_close(whole[: len(speech)], speech)
+
+
+def test_a_batch_gives_what_each_utterance_gives_alone(tiny_models, manifest, tmp_path):
+    options = recipe(tiny_models, **{"encoder.batch_size": 4})
+    store = FeatureStore(extract_features(options, [str(manifest[0])], str(tmp_path / "store")).folder)
+    encoder = load_encoder(describe_encoder(options.encoder), torch.float32)
+    for utterance in manifest[1]:
+        from slam_asr.audio import load_audio
+
+        wave = load_audio(utterance.source)
+        alone = encoder.encode([encoder.log_mel(wave)], [len(wave)])[0]
+        torch.testing.assert_close(store.read(utterance.sha256), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_shards_finished_before_an_interruption_are_kept(tiny_models, manifest, tmp_path, monkeypatch):
+    from slam_asr.features import extract
+
+    options = recipe(tiny_models, **{"encoder.frames": "all", "encoder.batch_size": 1})
+    # 1 MB holds ten windows of the tiny encoder: four utterances in shards of one each.
+    monkeypatch.setattr(extract, "plan_shards", lambda sizes, _, made_by: plan(sizes, 100_000, made_by))
+    from slam_asr.features.store import plan_shards as plan
+
+    done = []
+
+    def dying(path, tensors):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(path)
+        write(path, tensors)
+
+    write = extract.write_shard
+    monkeypatch.setattr(extract, "write_shard", dying)
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(options, [str(manifest[0])], str(tmp_path / "store"))
+    with pytest.raises(UserError, match="holds no feature store"):
+        FeatureStore(tmp_path / "store")
+    times = {p: p.stat().st_mtime_ns for p in done}
+    monkeypatch.setattr(extract, "write_shard", write)
+    record = extract_features(options, [str(manifest[0])], str(tmp_path / "store"))
+    assert times == {p: p.stat().st_mtime_ns for p in done}
+    whole = extract_features(options, [str(manifest[0])], str(tmp_path / "uninterrupted"))
+    assert json.loads(record.file("index.json").read_text()) == json.loads(whole.file("index.json").read_text())
+
+
+def test_audio_that_changed_under_its_manifest_is_refused(tiny_models, manifest, tmp_path):
+    write_wav(tmp_path / "2.wav", np.zeros(16000, np.float32))
+    with pytest.raises(UserError, match=r"2\.wav was changed since"):
+        extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store"))
+
+
+def test_an_encoder_of_another_kind_is_refused_by_name(tiny_models, manifest, tmp_path):
+    with pytest.raises(UserError, match="a model of type llama; supported encoders: whisper"):
+        extract_features(recipe(tiny_models, **{"encoder.name": tiny_models["llm"]}), [str(manifest[0])], str(tmp_path / "s"))

@@ -1,0 +1,87 @@
+"""One and two processes see the same losses, step by step, and a cut-off training leaves nothing that counts."""
+
+import json
+import os
+
+import pytest
+
+from slam_asr.corpora.build import build_manifest
+from slam_asr.errors import UserError
+from slam_asr.features.extract import extract_features
+from slam_asr.manifest import read_manifest, write_manifest
+from slam_asr.recipe import load_recipe
+from slam_asr.stage import read_record
+from slam_asr.training.monitor import read_curve
+from slam_asr.training.train import train
+
+REAL = {
+    "training.precision": "fp32", "training.positions_per_step": 700, "training.max_steps": 6, "training.epochs": 2,
+    "training.validate_every": 3, "training.learning_rate": 1e-3, "training.warmup_steps": 2, "features.dtype": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(libri_mini, tmp_path_factory):
+    """Thirty utterances of 2 to 10 s with real features."""
+    folder = tmp_path_factory.mktemp("ranks")
+    recipe = load_recipe("librispeech", REAL | {"training.positions_per_batch": 700})
+    built = build_manifest(recipe, str(libri_mini), str(folder / "manifest"))
+    chosen = [u for u in read_manifest(built.file("train.jsonl")) if 2 <= u.duration <= 10][:30]
+    write_manifest(folder / "train.jsonl", chosen[:25])
+    write_manifest(folder / "dev.jsonl", chosen[25:])
+    features = extract_features(recipe, [str(folder / "train.jsonl"), str(folder / "dev.jsonl")], str(folder / "features"))
+    return folder, features.folder
+
+
+def losses(prepared, name, **overrides):
+    folder, features = prepared
+    recipe = load_recipe("librispeech", REAL | overrides)
+    record = train(recipe, str(folder / "train.jsonl"), features, str(folder / name), str(folder / "dev.jsonl"))
+    curve, validation = read_curve(record.file("curve.jsonl"))
+    return [row["loss"] for row in curve], [row["loss"] for row in validation]
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_give_the_same_losses(prepared):
+    one, dev_one = losses(prepared, "one", **{"training.processes": 1, "training.positions_per_batch": 700})
+    # A smaller micro-batch as well: accumulation must not show either.
+    two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 250})
+    assert len(one) == 6 and len(dev_one) == 2
+    assert two == pytest.approx(one, rel=2e-5)
+    assert dev_two == pytest.approx(dev_one, rel=2e-5)
+    assert len(set(one)) == 6 and one[-1] < one[0]
+
+
+def test_features_of_another_encoder_are_refused_before_training(tiny_recipe, tiny_corpus, tmp_path):
+    recipe = load_recipe(str(tiny_recipe))
+    built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
+    features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
+    other = load_recipe(str(tiny_recipe), {"encoder.frames": "all"})
+    with pytest.raises(UserError, match="frames: store speech, model all"):
+        train(other, str(built.file("train.jsonl")), features.folder, str(tmp_path / "t"))
+
+
+@pytest.mark.slow
+def test_a_failing_process_ends_training_with_its_sentence(tiny_recipe, tiny_corpus, tmp_path):
+    recipe = load_recipe(str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 20})
+    built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
+    features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
+    with pytest.raises(UserError, match=r"lower training\.learning_rate"):
+        train(recipe, str(built.file("train.jsonl")), features.folder, str(tmp_path / "t"))
+    assert read_record(tmp_path / "t") is None
+
+
+@pytest.mark.skipif(os.environ.get("CUDA_VISIBLE_DEVICES", "") != "", reason="a GPU can compute in fp16")
+def test_fp16_on_a_cpu_is_answered_before_anything_is_read(tiny_recipe, tmp_path):
+    recipe = load_recipe(str(tiny_recipe), {"training.precision": "fp16"})
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        train(recipe, "/no/such/manifest", "/no/such/store", str(tmp_path))
+
+
+def test_what_decides_the_weights_leaves_out_what_does_not(tiny_recipe):
+    from slam_asr.training.train import _what_decides_the_weights
+
+    plain = _what_decides_the_weights(load_recipe(str(tiny_recipe)))
+    assert plain == _what_decides_the_weights(load_recipe(str(tiny_recipe), {"training.processes": 2, "training.log_every": 3}))
+    assert plain != _what_decides_the_weights(load_recipe(str(tiny_recipe), {"training.seed": 3}))
+    json.dumps(plain)
