@@ -12,7 +12,7 @@ from slam_asr.features.store import Entry, Index, address_of, plan_shards, write
 from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.progress import Meter, say
 from slam_asr.recipe import Recipe
-from slam_asr.stage import Outcome, Record, run_stage
+from slam_asr.stage import Outcome, Record, require_record, run_stage
 from slam_asr.storage import local_path, sha256_of_file
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from slam_asr.models.encoder import WhisperEncoder
 
-DEFAULT_MANIFESTS = ("train.jsonl", "dev.jsonl", "test.jsonl")
+MANIFESTS = ("train.jsonl", "dev.jsonl", "test.jsonl")
 
 
 def extract_features(recipe: Recipe, manifests: list[str], output: str, overwrite: bool = False) -> Record:
@@ -57,14 +57,18 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, overwrit
 
 
 def manifest_files(manifests: Iterable[str]) -> list[Path]:
-    """Manifests by path; a folder stands for the train, dev and test manifests in it."""
+    """Manifests by path; the folder of a finished build-manifest stands for the three in it.
+
+    Raises:
+        UserError: a folder that build-manifest did not finish.
+    """
     files: list[Path] = []
     for manifest in manifests:
         path = local_path(manifest)
-        inside = [path / name for name in DEFAULT_MANIFESTS if (path / name).is_file()] if path.is_dir() else [path]
-        if not inside:
-            raise UserError(f"{path} holds none of {', '.join(DEFAULT_MANIFESTS)}: give a folder of build-manifest or a manifest.")
-        files += inside
+        if path.is_dir():
+            files += [require_record(path, "build-manifest").file(name) for name in MANIFESTS]
+        else:
+            files.append(path)
     return files
 
 

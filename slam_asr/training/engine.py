@@ -104,6 +104,9 @@ def start_process_group(device: torch.device) -> None:
     _name_accelerator(device)
     import deepspeed
 
+    # Its all-reduce through shared memory is compiled on first use: a minute of waiting, or a failure where
+    # there is no compiler. gloo's is fast enough for a projector.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 
@@ -111,5 +114,3 @@ def _name_accelerator(device: torch.device) -> None:
     # DeepSpeed decides at import, and without a hint it warns or guesses.
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Compiling kernels is never needed here, and a machine without a compiler must do.
-    os.environ.setdefault("DS_BUILD_OPS", "0")
