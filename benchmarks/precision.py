@@ -1,0 +1,77 @@
+"""fp32 against bf16 on this machine: one training pass through the LLM, and one pass of the encoder.
+
+    python benchmarks/precision.py [--threads N]
+
+Both precisions take turns within one run, so that a machine whose speed drifts slows both; what
+counts is the ratio. Quoted for two cores of an Intel Xeon with AVX-512 and its bf16 instructions
+but without AMX: fp32 is the faster one there.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from slam_asr.models.encoder import describe_encoder, load_encoder
+from slam_asr.models.llm import load_llm
+from slam_asr.models.precision import DTYPES, pick_device
+from slam_asr.models.pretrained import locate_model
+from slam_asr.recipe import load_recipe
+
+UTTERANCES, POSITIONS, ANSWER = 8, 55, 12
+"""A micro-batch of the demo's size."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    recipe, device = load_recipe("demo"), pick_device()
+    print(f"{device.type}, {options.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
+    spec = describe_encoder(recipe.encoder)
+    llms = {name: llm_pass(locate_model(recipe.llm.name), DTYPES[name], device) for name in ("fp32", "bf16")}
+    compare(f"{recipe.llm.name}, forward and backward", "positions/s", UTTERANCES * POSITIONS, llms, options.rounds)
+    encoders = {name: encoder_pass(spec, DTYPES[name], device) for name in ("fp32", "bf16")}
+    compare(f"{recipe.encoder.name}, 30-s window", "windows/s", 1, encoders, options.rounds)
+
+
+def llm_pass(folder, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Forward to the answer's logits, and backward to the input, as training does."""
+    llm = load_llm(folder, dtype, device)
+    embeddings = torch.randn(UTTERANCES, POSITIONS, llm.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
+
+    def run() -> None:
+        logits = llm(inputs_embeds=embeddings, use_cache=False, logits_to_keep=ANSWER).logits
+        logits.float().logsumexp(-1).sum().backward()
+
+    return run
+
+
+def encoder_pass(spec, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """One window through the encoder, its log-mel spectrogram ready."""
+    encoder = load_encoder(spec, dtype, device)
+    mel = encoder.log_mel(np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32))
+    return lambda: encoder.encode([mel], [48_000]) and None
+
+
+def compare(what: str, unit: str, amount: int, passes: dict[str, Callable[[], None]], rounds: int) -> None:
+    """Time the passes in turn and print medians and their ratio."""
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for round_number in range(rounds + 1):
+        for name, run in passes.items():
+            started = time.perf_counter()
+            run()
+            if round_number:  # The first is a warm-up.
+                seconds[name].append(time.perf_counter() - started)
+    rates = {name: amount / statistics.median(times) for name, times in seconds.items()}
+    figures = ", ".join(f"{name} {rate:.2f} {unit}" for name, rate in rates.items())
+    print(f"{what}: {figures}; fp32 / bf16 = {rates['fp32'] / rates['bf16']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
