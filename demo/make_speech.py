@@ -29,7 +29,8 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000
-CHAPTER = 1
+# A key may stand for one utterance only, so each subset is a chapter of its own.
+CHAPTERS = {"train-demo": 1, "dev-demo": 2, "test-demo-known-voices": 3, "test-demo-new-voices": 4}
 PEAK = 0.5
 SILENCE = 0.01  # of the peak: quieter samples at either end are trimmed
 MARGIN_S = 0.06  # kept on either side of the trimmed speech
@@ -129,12 +130,13 @@ def speak(speaker: Speaker, text: str, folder: Path) -> np.ndarray:
 def write_subset(folder: Path, speakers: tuple[Speaker, ...], texts: list[str], scratch: Path) -> float:
     """Speaks `texts`, dealt to the speakers in turn, into the LibriSpeech tree `folder`; returns the seconds of speech."""
     seconds = 0.0
+    number = CHAPTERS[folder.name]
     for position, speaker in enumerate(speakers):
-        chapter = folder / str(speaker.id) / str(CHAPTER)
+        chapter = folder / str(speaker.id) / str(number)
         chapter.mkdir(parents=True)
         lines = []
         for index, text in enumerate(texts[position :: len(speakers)]):
-            utterance = f"{speaker.id}-{CHAPTER}-{index:04d}"
+            utterance = f"{speaker.id}-{number}-{index:04d}"
             samples = speak(speaker, text, scratch)
             soundfile.write(
                 chapter / f"{utterance}.opus",
@@ -146,7 +148,7 @@ def write_subset(folder: Path, speakers: tuple[Speaker, ...], texts: list[str], 
             )
             lines.append(f"{utterance} {text.upper()}\n")
             seconds += len(samples) / SAMPLE_RATE
-        (chapter / f"{speaker.id}-{CHAPTER}.trans.txt").write_text("".join(lines))
+        (chapter / f"{speaker.id}-{number}.trans.txt").write_text("".join(lines))
     return seconds
 
 
