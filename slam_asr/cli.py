@@ -62,7 +62,9 @@ def run(stage: str, arguments: list[str]) -> Any:
     module, name = STAGES[stage].split(":")
     function: Callable = getattr(importlib.import_module(module), name)
     takes_recipe = "recipe" in inspect.signature(function).parameters
-    parser = ArgumentParser(prog=f"slam-asr {stage}", exit_on_error=False, description=inspect.getdoc(function).split("\n")[0])
+    parser = ArgumentParser(
+        prog=f"slam-asr {stage}", description=inspect.getdoc(function).split("\n")[0], exit_on_error=False, allow_abbrev=False
+    )
     parser.add_function_arguments(function, skip={"recipe"}, fail_untyped=True)
     if takes_recipe:
         add_recipe_options(parser, _recipe_named(arguments))
@@ -117,6 +119,12 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
         known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
         hint = nearest(unknown[1], known).replace("did you mean ", "did you mean --")
         return f"Unknown option --{unknown[1]}{hint or help_hint}"
+    stray = re.search(r"unrecognized arguments: (\S+)", str(error))
+    if stray:
+        return f"{stray[1]} stands alone: each value follows the name of its option{help_hint}"
+    valueless = re.search(r"argument (\S+): expected (?:one|at least one) argument", str(error))
+    if valueless:
+        return f"{valueless[1]} lacks a value{help_hint}"
     missing = re.search(r"arguments are required: (.*)", str(error))
     if missing:
         return f"Missing: {', '.join('--' + name.strip(' -') for name in missing[1].split(','))}{help_hint}"
