@@ -23,7 +23,7 @@ def explain_precision(precision: str, device: torch.device) -> str:
     reasons = {
         "bf16": "frozen weights and passes in bf16, master weights of the projector in fp32",
         "fp16": "frozen weights and passes in fp16 with loss scaling, master weights of the projector in fp32",
-        "fp32": "everything in fp32, as the recipe asks: slower, for comparisons",
+        "fp32": "everything in fp32",
     }
     return f"{precision} on {device.type} ({reasons[precision]})"
 
