@@ -8,11 +8,11 @@ import pytest
 
 from slam_asr.stage import read_record
 
-UTTERANCES, STEPS = 24, 120
+UTTERANCES, STEPS = 24, 180
 OVERRIDES = [
     "--training.max_steps", str(STEPS), "--training.epochs", "1000", "--training.learning_rate", "1e-3",
-    "--training.positions_per_step", "430", "--training.positions_per_batch", "430",
-    "--training.warmup_steps", "10", "--training.validate_every", "1000",
+    "--training.positions_per_step", "240", "--training.positions_per_batch", "240",
+    "--training.warmup_steps", "10", "--training.schedule", "linear", "--training.validate_every", "1000",
 ]  # fmt: skip
 
 
