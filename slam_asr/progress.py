@@ -33,11 +33,12 @@ class Meter:
     """A progress display that is told of each advance.
 
     In a terminal it is tqdm's bar; elsewhere a line is printed every `PLAIN_INTERVAL` seconds and
-    once at the end, so that a log in a file or in a dashboard stays readable.
+    once at the end, so that a log in a file or in a dashboard stays readable. Without `plain_lines`
+    the caller prints lines of its own there.
     """
 
-    def __init__(self, label: str, total: int | None = None, unit: str = "it") -> None:
-        self.label, self.total, self.unit = label, total, unit
+    def __init__(self, label: str, total: int | None = None, unit: str = "it", plain_lines: bool = True) -> None:
+        self.label, self.total, self.unit, self.plain_lines = label, total, unit, plain_lines
         self.done = 0
         self.started = self.last_line = time.monotonic()
         self.note = ""
@@ -52,8 +53,15 @@ class Meter:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(amount)
-        elif time.monotonic() - self.last_line >= PLAIN_INTERVAL:
+        elif self.plain_lines and time.monotonic() - self.last_line >= PLAIN_INTERVAL:
             self._line()
+
+    @property
+    def eta(self) -> str:
+        """Time to the end at the rate so far, or nothing where that is unknown."""
+        if not self.total or not self.done:
+            return ""
+        return clock((self.total - self.done) * (time.monotonic() - self.started) / self.done)
 
     def _line(self) -> None:
         now = time.monotonic()
@@ -61,8 +69,8 @@ class Meter:
         rate = self.done / max(now - self.started, 1e-9)
         count = f"{self.done}/{self.total}" if self.total else str(self.done)
         parts = [f"{self.label}: {count} {self.unit}", f"{rate:.1f} {self.unit}/s"]
-        if self.total and self.done < self.total and rate > 0:
-            parts.append(f"ETA {clock((self.total - self.done) / rate)}")
+        if self.total and self.done < self.total:
+            parts.append(f"ETA {self.eta}")
         if self.note:
             parts.append(self.note)
         say(", ".join(parts))
@@ -73,7 +81,7 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif self.done:
+        elif self.plain_lines and self.done:
             self._line()
 
 

@@ -10,9 +10,11 @@ Between the steps of a pipeline travels a pointer: a small JSON file {uri, sha25
 such a folder. The next program opens the folder itself.
 """
 
+import contextlib
+import fcntl
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,28 +76,48 @@ def run_stage(
         UserError: the folder holds results of other inputs.
     """
     folder = local_path(output.replace(FINGERPRINT, digest(inputs)[:16])).absolute()
-    done = read_record(folder)
-    if done is not None and done.inputs == inputs:
-        say(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
-        return done
-    if done is not None:
-        if not overwrite:
-            changed = sorted(k for k in inputs | done.inputs if inputs.get(k) != done.inputs.get(k))
-            raise UserError(
-                f"{folder} holds the results of {done.stage} with other inputs "
-                f"(changed: {', '.join(changed)}): choose another --output or add --overwrite true."
-            )
-        (folder / RECORD).unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    outcome = work(folder)
-    record = Record(
-        **vars(outcome), stage=stage, folder=str(folder), inputs=inputs,
-        seconds=round(time.monotonic() - started, 3),
-    )
-    write_json(folder / RECORD, asdict(record))
+    with _alone_in(folder):
+        done = read_record(folder)
+        if done is not None and done.inputs == inputs:
+            say(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
+            return done
+        if done is not None:
+            _make_way(folder, done, inputs, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        outcome = work(folder)
+        seconds = round(time.monotonic() - started, 3)
+        record = Record(**vars(outcome), stage=stage, folder=str(folder), inputs=inputs, seconds=seconds)
+        write_json(folder / RECORD, asdict(record))
     say(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder for one process; a second one waits, and then most often finds the work done.
+
+    The lock ends with the process that holds it, however that ends.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that works in {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make_way(folder: Path, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:
+    """Withdraw the record of results of other inputs, if the user said so."""
+    if not overwrite:
+        changed = sorted(k for k in inputs | done.inputs if inputs.get(k) != done.inputs.get(k))
+        raise UserError(
+            f"{folder} holds the results of {done.stage} with other inputs "
+            f"(changed: {', '.join(changed)}): choose another --output or add --overwrite true."
+        )
+    (folder / RECORD).unlink()
 
 
 def read_record(folder: str | Path) -> Record | None:

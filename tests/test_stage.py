@@ -1,6 +1,8 @@
 """Stages: a folder is complete or does not count; the same inputs are never worked on twice."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -45,6 +47,20 @@ def test_other_inputs_never_replace_results_unasked(tmp_path):
         run_stage("train", str(tmp_path), {"a": 1, "b": 2}, counting(calls))
     run_stage("train", str(tmp_path), {"a": 1, "b": 2}, counting(calls), overwrite=True)
     assert len(calls) == 2
+
+
+def test_two_processes_never_work_in_one_folder_at_once(tmp_path):
+    def slow(folder):
+        marker = folder / "busy"
+        assert not marker.exists()
+        marker.touch()
+        time.sleep(0.3)
+        marker.unlink()
+        return Outcome("done")
+
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(run_stage, "train", str(tmp_path / "out"), {}, slow) for _ in range(4)]
+    assert len({r.result().seconds for r in runs}) == 1
 
 
 def test_fingerprint_gives_each_input_a_folder_of_its_own(tmp_path):

