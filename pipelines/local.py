@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from components import RESULTS
 from pipelines import processes
 from pipelines.asr import asr
 from slam_asr.errors import UserError
+from slam_asr.progress import BAR_COLUMNS
 from slam_asr.stage import Record, follow_pointer, require_record
 
 KFP_LOG = "kfp.log"
@@ -102,6 +104,8 @@ class LocalRun:
         def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
             # kfp's launcher leaves a temporary folder behind at each step: they go with ours.
             env = os.environ | {"TMPDIR": temporary, "PYTHONUNBUFFERED": "1"} | (env_vars or {})
+            if self.voice.isatty():
+                env[BAR_COLUMNS] = str(shutil.get_terminal_size().columns)
             return self._run_step(full_command, env, log)
 
         with (

@@ -1,6 +1,7 @@
 """A step's process: in a group of its own, heard line by line, and gone when the run is."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -35,24 +36,25 @@ def interruptible() -> Iterator[None]:
 
 
 def run(command: list[str], hear: Callable[[str], None], env: dict[str, str] | None = None) -> int:
-    """Run `command`, pass each line of its output to `hear`, and give its exit code.
+    """Run `command`, pass each line of its output, and each redrawn bar, to `hear`, and give its exit code.
 
     Left by an exception, such as Ctrl-C, it ends the command and all processes that it has started.
     """
     # A group of its own: on Ctrl-C the terminal signals the foreground group only, so that the
     # step hears of it from us, once, and we decide what is still printed.
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, encoding="utf-8", errors="replace", bufsize=1, env=env, start_new_session=True,
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True
     )
+    # Line ends stay as they are: a progress bar is redrawn behind a carriage return.
+    lines = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
     try:
-        for line in process.stdout:
+        for line in lines:
             hear(line)
         return process.wait()
     finally:
         if process.poll() is None:
             _end(process)
-        process.stdout.close()
+        lines.close()
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -1,5 +1,6 @@
 """Progress on long steps: a bar in a terminal, a plain line now and then elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,9 @@ T = TypeVar("T")
 
 PLAIN_INTERVAL = 15.0
 """Seconds between two plain lines: often enough to see life, seldom enough to read a day's log."""
+
+BAR_COLUMNS = "SLAM_ASR_BAR_COLUMNS"
+"""Environment variable with a terminal's width, for a process whose output reaches that terminal through a pipe."""
 
 
 def say(line: str) -> None:
@@ -42,8 +46,7 @@ class Meter:
         self.done = 0
         self.started = self.last_line = time.monotonic()
         self.note = ""
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True) if terminal else None
+        self.bar = _bar(label, total, unit)
 
     def update(self, amount: int = 1, note: str = "") -> None:
         """Count `amount` more items as done; `note` (losses, say) is shown behind the counts."""
@@ -83,6 +86,15 @@ class Meter:
             self.bar.close()
         elif self.plain_lines and self.done:
             self._line()
+
+
+def _bar(label: str, total: int | None, unit: str) -> tqdm | None:
+    """tqdm's bar where a terminal will show it, else None."""
+    columns = os.environ.get(BAR_COLUMNS)
+    if not columns and not sys.stderr.isatty():
+        return None
+    width = {"ncols": int(columns)} if columns else {"dynamic_ncols": True}
+    return tqdm(total=total, desc=label, unit=unit, **width)
 
 
 def clock(seconds: float) -> str:

@@ -82,7 +82,7 @@ def test_help_shows_the_values_of_the_recipe(capsys):
         cli.main(["run", "demo", "--help"])
     assert leaving.value.code == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "Optimiser steps at most. (type: int, default: 200)" in help_text
+    assert f"Optimiser steps at most. (type: int, default: {load_recipe('demo').training.max_steps})" in help_text
 
 
 def test_started_elsewhere_it_says_where_it_runs(tmp_path):
