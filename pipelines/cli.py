@@ -1,6 +1,7 @@
 """The command line of `python -m pipelines`."""
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -108,6 +109,9 @@ def _parser(command: str, description: str) -> ArgumentParser:
 def _fetch_models(recipe: Recipe) -> int:
     """Have both frozen models on this machine first: a misspelt name fails now and not hours later."""
     command = [sys.executable, "-m", "slam_asr.models.pretrained", recipe.encoder.name, recipe.llm.name]
+    if sys.stdout.isatty():
+        # Downloads draw their bars themselves.
+        return subprocess.call(command)
     return processes.run(command, lambda line: print(line, end="", flush=True))
 
 

@@ -14,7 +14,7 @@ import soundfile
 import soxr
 
 from slam_asr.errors import UserError
-from slam_asr.storage import local_path
+from slam_asr.storage import local_path, sha256_of_file
 
 SAMPLE_RATE = 16_000
 """Hz: what every encoder here was trained on."""
@@ -41,6 +41,18 @@ class AudioError(UserError):
     def __init__(self, sentence: str, reason: str = UNREADABLE) -> None:
         super().__init__(sentence)
         self.reason = reason
+
+
+def audio_sha256(path: str) -> str:
+    """The SHA-256 of an audio file's bytes.
+
+    Raises:
+        AudioError: the file is missing.
+    """
+    file = local_path(path)
+    if not file.is_file():
+        raise AudioError(f"There is no audio file {path}: build the manifest again where the corpus lies now.", MISSING)
+    return sha256_of_file(file)
 
 
 @dataclass

@@ -34,8 +34,8 @@ def from_os_error(error: OSError) -> UserError | None:
             f"No permission for {where} ({os.strerror(error.errno)}): "
             "choose another path or change its owner."
         )
-    if error.errno == errno.ENOTDIR:
-        return UserError(f"{where} lies below a file, not a folder: choose another path.")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{where} is a file, or lies below one, where a folder is needed: choose another path.")
     return None
 
 

@@ -3,12 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 from tqdm import tqdm
-
-T = TypeVar("T")
 
 PLAIN_INTERVAL = 15.0
 """Seconds between two plain lines: often enough to see life, seldom enough to read a day's log."""
@@ -21,16 +17,6 @@ def say(line: str) -> None:
     """Print one line of a stage's log at once, without tearing a bar that is on the screen."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
-
-
-def track(items: Iterable[T], label: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Yield `items` and show how many are done, at what rate, and how long the rest will take."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
-    with Meter(label, total=total, unit=unit) as meter:
-        for item in items:
-            yield item
-            meter.update(1)
 
 
 class Meter:

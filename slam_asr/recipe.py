@@ -7,6 +7,8 @@ anything is loaded. The command line can override every field: `--training.max_s
 """
 
 import difflib
+import math
+import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -139,7 +141,7 @@ class Decoding:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of decoding."""
     shuffled_control: bool = False
-    """Also decode every utterance with the audio of another one. A model that listens does far worse; one that only guesses does not."""
+    """Also score every utterance with what the model writes for the audio of another one. A model that listens does far worse there; one that only guesses does not."""
     seed: int = 0
     """Of the shuffle."""
 
@@ -165,18 +167,25 @@ class Recipe:
     def __post_init__(self) -> None:
         for key, low in _LOWER_BOUNDS.items():
             value = _get(self, key)
-            if value < low:
+            if not value >= low:
                 raise UserError(f"Recipe {self.name}: {key} is {value} but must be at least {low}.")
         for key, high in _UPPER_BOUNDS.items():
             value = _get(self, key)
-            if value > high:
+            if not value <= high:
                 raise UserError(f"Recipe {self.name}: {key} is {value} but must be at most {high}.")
-        if self.training.learning_rate <= 0:
+        if not 0 < self.training.learning_rate < math.inf:
             raise UserError(f"Recipe {self.name}: training.learning_rate is {self.training.learning_rate} but must be above 0.")
         if self.data.max_duration <= self.data.min_duration:
             raise UserError(
                 f"Recipe {self.name}: data.max_duration ({self.data.max_duration}) must be above "
                 f"data.min_duration ({self.data.min_duration})."
+            )
+        shortest = math.ceil(self.data.min_duration * 50)
+        if self.encoder.frames == "speech" and shortest < self.projector.downsampling:
+            raise UserError(
+                f"Recipe {self.name}: data.min_duration ({self.data.min_duration} s, {shortest} frames) leaves the shortest "
+                f"utterances without an audio position at projector.downsampling {self.projector.downsampling}: raise it to "
+                f"{self.projector.downsampling / 50} or more."
             )
         if self.training.positions_per_batch > self.training.positions_per_step:
             raise UserError(
@@ -275,15 +284,15 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     if "\n" in source:
         text, where = source, "The recipe given as text"
     elif source in shipped:
-        text, where = shipped[source].read_text(), f"Recipe {source}"
-    elif Path(source).is_file():
-        text, where = Path(source).read_text(), f"Recipe {source}"
+        text, where = shipped[source].read_bytes(), f"Recipe {source}"
+    elif os.path.isfile(source):
+        text, where = Path(source).read_bytes(), f"Recipe {source}"
     else:
         hint = nearest(source, list(shipped)) or "."
         raise UserError(f"No recipe named {source}, and no such file{hint} Shipped recipes: {', '.join(shipped)}.")
     try:
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeError) as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{where} must hold keys and values, such as `encoder:`; it holds {type(values).__name__}.")

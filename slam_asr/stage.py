@@ -13,6 +13,7 @@ such a folder. The next program opens the folder itself.
 import contextlib
 import fcntl
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -155,6 +156,12 @@ def write_pointer(record: Record, path: str | Path) -> None:
         "uri": record.folder, "sha256": sha256_of_file(folder / RECORD), "bytes": size,
         "stage": record.stage, "summary": record.summary,
     })
+
+
+def log_metrics(record: Record, log: Callable[[str, Any], None]) -> None:
+    """Hand a stage's metrics to a dashboard's logger; a number that is not finite goes as text, which is all it can keep."""
+    for name, value in record.metrics.items():
+        log(name, value if math.isfinite(value) else str(value))
 
 
 def follow_pointer(path: str | Path) -> str:

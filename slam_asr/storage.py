@@ -20,7 +20,10 @@ def local_path(path: str | os.PathLike) -> Path:
     scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", text)
     if scheme and scheme[1] != "file":
         raise UserError(f"{text}: paths of the scheme {scheme[1]}:// cannot be read; give a local path.")
-    return Path(text.removeprefix("file://")).expanduser()
+    try:
+        return Path(text.removeprefix("file://")).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: there is no such user's home folder; give a full path.") from error
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
@@ -39,7 +42,6 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
         os.replace(aside, path)
     except OSError as error:
         # The name the user knows, not the one aside.
-        error.filename = error.filename and str(path)
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)

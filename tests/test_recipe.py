@@ -33,6 +33,9 @@ def test_published_recipes_use_the_whole_window_and_the_small_ones_speech_only()
         ({"data.min_duration": 40}, "data.max_duration (30.0) must be above data.min_duration (40"),
         ({"training.positions_per_batch": 10**6}, "training.positions_per_batch (1000000) must not exceed"),
         ({"data.test": []}, "data.test names no subset"),
+        ({"training.learning_rate": float("nan")}, "training.learning_rate is nan"),
+        ({"data.max_rejected": float("nan")}, "data.max_rejected is nan"),
+        ({"projector.downsampling": 100}, "without an audio position at projector.downsampling 100: raise it to 2.0"),
         ({"training": 4}, "training must hold keys of its own, not 4"),
         ({"data.test": "test-other"}, "data.test: Expected a list"),
     ],
@@ -44,7 +47,13 @@ def test_wrong_values_are_named_in_full(overrides, complaint):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("source", ["a: [\n", "x\n", "no-such-recipe", "/no/such/file.yaml"])
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"name: \xe4\xf6\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "a: [\n", "x\n", "no-such-recipe", "/no/such/file.yaml"])
 def test_what_is_no_recipe_is_refused_in_one_line(source):
     with pytest.raises(UserError) as refused:
         load_recipe(source)

@@ -63,6 +63,17 @@ def test_two_processes_never_work_in_one_folder_at_once(tmp_path):
     assert len({r.result().seconds for r in runs}) == 1
 
 
+def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path, capsys):
+    from slam_asr.errors import exit_on_user_error
+
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit) as left, exit_on_user_error():
+            run_stage("train", str(output), {}, counting([]))
+        assert left.value.code == 2
+        assert "where a folder is needed" in capsys.readouterr().err
+
+
 def test_fingerprint_gives_each_input_a_folder_of_its_own(tmp_path):
     folders = {run_stage("train", str(tmp_path / "{fingerprint}"), {"a": a}, counting([])).folder for a in (1, 2, 1)}
     assert len(folders) == 2

@@ -27,11 +27,9 @@ def build_manifest(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        import math
-
         from slam_asr.corpora.build import build_manifest as run
         from slam_asr.recipe import dump_recipe, load_recipe
-        from slam_asr.stage import write_pointer
+        from slam_asr.stage import log_metrics, write_pointer
         from slam_asr.storage import write_atomically
 
         resolved = load_recipe(recipe)
@@ -40,6 +38,4 @@ def build_manifest(
         # Not the folder's recipe.yaml: that one stems from the run that made the folder, and a
         # recipe which differs in later stages only finds the same folder.
         write_atomically(resolved_recipe.path, dump_recipe(resolved))
-        for name, value in record.metrics.items():
-            # kfp cannot write NaN, which a training that diverged has for a loss.
-            metrics.log_metric(name, value if math.isfinite(value) else str(value))
+        log_metrics(record, metrics.log_metric)

@@ -18,18 +18,14 @@ def convert_checkpoint(
         store: Folder that keeps the results of all stages.
         checkpoint: Pointer to the folder of train.
         model: Pointer to the folder with projector.safetensors and config.json.
-        metrics: Parameters and bytes.
+        metrics: Number of weights.
     """
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        import math
-
         from slam_asr.conversion.convert import convert_checkpoint as run
-        from slam_asr.stage import follow_pointer, write_pointer
+        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
 
         record = run(follow_pointer(checkpoint.path), f"{store}/convert-checkpoint/{{fingerprint}}")
         write_pointer(record, model.path)
-        for name, value in record.metrics.items():
-            # kfp cannot write NaN, which a training that diverged has for a loss.
-            metrics.log_metric(name, value if math.isfinite(value) else str(value))
+        log_metrics(record, metrics.log_metric)

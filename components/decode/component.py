@@ -33,12 +33,11 @@ def decode(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        import math
         import shutil
 
         from slam_asr.decoding.decode import decode as run
         from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_pointer, write_pointer
+        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
 
         record = run(
             load_recipe(recipe.path),
@@ -50,6 +49,4 @@ def decode(
         write_pointer(record, hypotheses.path)
         shutil.copyfile(record.file("report.html"), report.path)
         shutil.copyfile(record.file("report.md"), summary.path)
-        for name, value in record.metrics.items():
-            # kfp cannot write NaN, which a training that diverged has for a loss.
-            metrics.log_metric(name, value if math.isfinite(value) else str(value))
+        log_metrics(record, metrics.log_metric)

@@ -20,16 +20,14 @@ def extract_features(
         recipe: The resolved recipe.
         manifests: Pointer to the folder of build-manifest.
         features: Pointer to the folder with the shards and their index.
-        metrics: Utterances, bytes and speed.
+        metrics: Utterances, hours of audio, megabytes.
     """
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        import math
-
         from slam_asr.features.extract import extract_features as run
         from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_pointer, write_pointer
+        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
 
         folder = follow_pointer(manifests.path)
         record = run(
@@ -38,6 +36,4 @@ def extract_features(
             f"{store}/extract-features/{{fingerprint}}",
         )
         write_pointer(record, features.path)
-        for name, value in record.metrics.items():
-            # kfp cannot write NaN, which a training that diverged has for a loss.
-            metrics.log_metric(name, value if math.isfinite(value) else str(value))
+        log_metrics(record, metrics.log_metric)

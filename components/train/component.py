@@ -24,16 +24,15 @@ def train(
         features: Pointer to the folder of extract-features.
         checkpoint: Pointer to the folder with the checkpoints.
         curves: Loss and accuracy by step.
-        metrics: Loss and accuracy at the end, steps and speed.
+        metrics: Loss and accuracy at the end, and the number of steps.
     """
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        import math
         import shutil
 
         from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_pointer, write_pointer
+        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
         from slam_asr.training.train import train as run
 
         folder = follow_pointer(manifests.path)
@@ -46,6 +45,4 @@ def train(
         )
         write_pointer(record, checkpoint.path)
         shutil.copyfile(record.file("curves.html"), curves.path)
-        for name, value in record.metrics.items():
-            # kfp cannot write NaN, which a training that diverged has for a loss.
-            metrics.log_metric(name, value if math.isfinite(value) else str(value))
+        log_metrics(record, metrics.log_metric)

@@ -46,7 +46,8 @@ class ModelConfig:
 
 
 def write_model(folder: Path, weights: dict[str, torch.Tensor], config: ModelConfig) -> None:
-    """Write a model folder; the configuration last."""
+    """Write a model folder; the configuration last, and until then there is none."""
+    (folder / CONFIG).unlink(missing_ok=True)
     write_atomically(folder / WEIGHTS, save({name: t.float().contiguous() for name, t in weights.items()}))
     write_json(folder / CONFIG, vars(config))
 

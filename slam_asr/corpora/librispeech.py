@@ -60,7 +60,7 @@ class LibriSpeech:
         for speaker, chapter, entries in self._chapters(subset):
             audio = _preferred_audio(entries)
             spoken = set()
-            for file in (e for e in entries if e.name.endswith(TRANSCRIPTS)):
+            for file in (e for e in entries if e.name.lower().endswith(TRANSCRIPTS)):
                 for number, key, text in _transcripts(Path(file.path)):
                     source = audio.get(key, "")
                     if key in spoken:

@@ -15,7 +15,7 @@ def shuffled_audio(rows: Sequence[Hypothesis], seed: int) -> list[Hypothesis]:
 
     The model sees nothing of an utterance but its audio, so what it writes for another's audio is
     what it wrote for that other utterance: nothing needs to be decoded again. Utterances are
-    exchanged along one cycle within their test subset, so none of several keeps its own.
+    exchanged along one cycle within their test subset, so none keeps its own; an only one is left out.
     """
     subsets: dict[str, list[Hypothesis]] = {}
     for row in rows:
@@ -24,6 +24,8 @@ def shuffled_audio(rows: Sequence[Hypothesis], seed: int) -> list[Hypothesis]:
     for subset in sorted(subsets):
         order = sorted(subsets[subset], key=lambda row: row.key)
         random.Random(f"{seed}/{subset}").shuffle(order)
+        if len(order) < 2:
+            continue
         followers = [*order[1:], order[0]]
         exchanged += [replace(row, hypothesis=other.hypothesis) for row, other in zip(order, followers, strict=True)]
     return exchanged

@@ -14,7 +14,7 @@ from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.progress import Meter, say
 from slam_asr.recipe import Recipe
 from slam_asr.stage import Outcome, Record, run_stage
-from slam_asr.storage import local_path, sha256_of_file
+from slam_asr.storage import digest, local_path, sha256_of_file
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def decode(
         recipe: how to decode (its section `decoding`) and the published word error rates to show;
             on the command line, the recipe that the model was trained with unless another is named.
         model: folder that convert-checkpoint wrote.
-        manifests: test utterances (JSON lines).
+        manifests: test utterances (JSON lines); a folder of build-manifest stands for its test.jsonl.
         output: folder for hypotheses and report; {fingerprint} in it becomes a digest of the inputs.
         feature_store: written by extract-features; without it, audio is encoded on the way.
         overwrite: replace results of other inputs.
@@ -56,7 +56,8 @@ def decode(
     explain_precision(recipe.decoding.precision, pick_device())
     config = read_config(model)
     trained = config.typed_recipe
-    utterances = [u for file in manifest_files(manifests) for u in read_manifest(file)]
+    files = manifest_files(manifests, ("test.jsonl",))
+    utterances = [u for file in files for u in read_manifest(file)]
     spec = describe_encoder(trained.encoder)
     if spec.fingerprint() != config.encoder:
         raise UserError(_not_the_one("encoder", trained.encoder.name, model))
@@ -66,7 +67,8 @@ def decode(
     store = FeatureStore(feature_store, config.encoder) if feature_store else None
     inputs = {
         "model": {name: sha256_of_file(local_path(model) / name) for name in (CONFIG, WEIGHTS)},
-        "manifests": [sha256_of_file(file) for file in manifest_files(manifests)],
+        "manifests": [sha256_of_file(file) for file in files],
+        "audio": digest([address_of(u) for u in utterances]),
         "features": store.index.fingerprint if store else None,
         "decoding": asdict(recipe.decoding), "published": recipe.published_wer,
     }
@@ -156,8 +158,8 @@ def _decode(
     ]
     write_hypotheses(folder / HYPOTHESES, rows)
     controls = {EMPTY: empty_output(rows)}
-    if options.shuffled_control:
-        controls = {SHUFFLED: shuffled_audio(rows, options.seed), **controls}
+    if options.shuffled_control and (shuffled := shuffled_audio(rows, options.seed)):
+        controls = {SHUFFLED: shuffled, **controls}
     cut = sum(a.cut for a in answers.values())
     facts = {
         "beams": options.beams, "seconds": round(seconds, 1), "audio_hours": round(hours, 4),

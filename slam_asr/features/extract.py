@@ -1,19 +1,19 @@
 """The stage `extract-features`: every utterance of the manifests through the frozen encoder, once."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slam_asr.errors import UserError
-from slam_asr.features.store import Entry, Index, address_of, plan_shards, write_index, write_shard
+from slam_asr.features.store import INDEX, Entry, Index, address_of, plan_shards, write_index, write_shard
 from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.progress import Meter, say
 from slam_asr.recipe import Recipe
 from slam_asr.stage import Outcome, Record, require_record, run_stage
-from slam_asr.storage import local_path, sha256_of_file
+from slam_asr.storage import digest, local_path, sha256_of_file
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, overwrit
     spec = describe_encoder(recipe.encoder)
     fingerprint = {**spec.fingerprint(), "dtype": recipe.features.dtype}
     inputs = {
-        "manifests": [sha256_of_file(file) for file in files],
+        "audio": digest(list(utterances)),
         "fingerprint": fingerprint,
         "shard_megabytes": recipe.features.shard_megabytes,
     }
@@ -56,8 +56,8 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, overwrit
     return run_stage("extract-features", output, inputs, work, overwrite)
 
 
-def manifest_files(manifests: Iterable[str]) -> list[Path]:
-    """Manifests by path; the folder of a finished build-manifest stands for the three in it.
+def manifest_files(manifests: Iterable[str], inside: Sequence[str] = MANIFESTS) -> list[Path]:
+    """Manifests by path; the folder of a finished build-manifest stands for those of it that are meant.
 
     Raises:
         UserError: a folder that build-manifest did not finish.
@@ -66,7 +66,7 @@ def manifest_files(manifests: Iterable[str]) -> list[Path]:
     for manifest in manifests:
         path = local_path(manifest)
         if path.is_dir():
-            files += [require_record(path, "build-manifest").file(name) for name in MANIFESTS]
+            files += [require_record(path, "build-manifest").file(name) for name in inside]
         else:
             files.append(path)
     return files
@@ -91,7 +91,7 @@ def _extract(recipe: Recipe, spec, utterances: dict[str, Utterance], fingerprint
     hours = sum(u.duration or 0.0 for u in utterances.values()) / 3600
     say(f"encoder: {recipe.encoder.name}, frames: {recipe.encoder.frames}, {len(utterances)} utterances, {hours:.2f} h")
     encoder = load_encoder(spec, DTYPES[compute], device)
-    say(f"encoder parameters: {encoder.parameters:,}; computed in {compute} on {device.type}, stored as {recipe.features.dtype}")
+    say(f"encoder parameters: {spec.parameters:,}; computed in {compute} on {device.type}, stored as {recipe.features.dtype}")
 
     def planned_frames(utterance: Utterance) -> int:
         return spec.window_frames if utterance.duration is None else spec.frames_of_seconds(utterance.duration)
@@ -100,7 +100,10 @@ def _extract(recipe: Recipe, spec, utterances: dict[str, Utterance], fingerprint
     sizes = {address: planned_frames(u) * bytes_a_frame for address, u in utterances.items()}
     index = Index(fingerprint, spec.width)
     shards = plan_shards(sizes, recipe.features.shard_megabytes * 1_000_000, fingerprint)
-    cut = 0
+    # Until all is there, an older store in this folder does not exist; what a killed run left aside goes.
+    (folder / INDEX).unlink(missing_ok=True)
+    for litter in (folder / "shards").glob(".*.partial"):
+        litter.unlink()
     with Meter("extract-features", total=len(utterances), unit="utt") as meter:
         for shard in shards:
             path = folder / "shards" / shard.name
@@ -109,7 +112,6 @@ def _extract(recipe: Recipe, spec, utterances: dict[str, Utterance], fingerprint
                 tensors = {}
                 batches = _batches((utterances[a] for a in shard.addresses), encoder, recipe.encoder.batch_size)
                 for batch, mels, samples in batches:
-                    cut += sum(n > spec.window_samples for n in samples)
                     for utterance, frames in zip(batch, encoder.encode(mels, samples), strict=True):
                         tensors[address_of(utterance)] = frames.to(stored).cpu()
                     meter.update(len(batch))
@@ -118,6 +120,7 @@ def _extract(recipe: Recipe, spec, utterances: dict[str, Utterance], fingerprint
                 meter.update(len(tensors))
             index.shards[shard.name] = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
             index.entries |= {address: Entry(shard.name, len(t)) for address, t in tensors.items()}
+    cut = sum(round((u.duration or 0) * SAMPLE_RATE) > spec.window_samples for u in utterances.values())
     if cut:
         say(f"{cut} utterances are longer than the encoder's {spec.window_samples / SAMPLE_RATE:.0f}-s window and were cut there")
     write_index(folder, index)
@@ -144,10 +147,10 @@ def _batches(
     utterances: Iterable[Utterance], encoder: "WhisperEncoder", size: int
 ) -> Iterator[tuple[list[Utterance], "list[torch.Tensor]", list[int]]]:
     """Read audio and compute mels in threads, two batches ahead of the encoder."""
-    from slam_asr.audio import load_audio
+    from slam_asr.audio import audio_sha256, load_audio
 
     def prepare(utterance: Utterance) -> tuple:
-        if utterance.sha256 not in (None, sha256_of_file(utterance.source)):
+        if utterance.sha256 not in (None, audio_sha256(utterance.source)):
             raise UserError(f"{utterance.source} was changed since its manifest was built: run `slam-asr build-manifest` again.")
         waveform = load_audio(utterance.source)
         return utterance, encoder.log_mel(waveform), len(waveform)

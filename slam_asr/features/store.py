@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from slam_asr.audio import audio_sha256
 from slam_asr.errors import UserError
 from slam_asr.manifest import Utterance
 from slam_asr.storage import digest, local_path, sha256_of_file, write_atomically, write_json
@@ -45,7 +46,7 @@ class Index:
 
 def address_of(utterance: Utterance) -> str:
     """Where an utterance's features are found: the SHA-256 of its audio file's bytes."""
-    return utterance.sha256 or sha256_of_file(utterance.source)
+    return utterance.sha256 or audio_sha256(utterance.source)
 
 
 @dataclass

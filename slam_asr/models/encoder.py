@@ -14,7 +14,7 @@ import torch
 
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.errors import UserError
-from slam_asr.models.pretrained import locate_model, weights_sha256
+from slam_asr.models.pretrained import UNREADABLE_WEIGHTS, locate_model, weights_sha256
 from slam_asr.recipe import Encoder, one_sentence
 
 SAMPLES_PER_FRAME = 320
@@ -48,6 +48,15 @@ class EncoderSpec:
     def frames_of_seconds(self, duration: float) -> int:
         """The same, from a manifest's duration."""
         return self.frames_of(round(duration * SAMPLE_RATE))
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, counted without loading them."""
+        from transformers import AutoConfig, WhisperModel
+
+        with torch.device("meta"):
+            encoder = WhisperModel(AutoConfig.from_pretrained(self.folder)).get_encoder()
+        return sum(p.numel() for p in encoder.parameters())
 
     def fingerprint(self) -> dict:
         """What decides the output's values: weights, preprocessing, and how much is kept."""
@@ -98,14 +107,9 @@ class WhisperEncoder:
         try:
             self.mel = WhisperFeatureExtractor.from_pretrained(spec.folder)
             model = WhisperModel.from_pretrained(spec.folder, dtype=dtype, attn_implementation="sdpa")
-        except (OSError, ValueError) as error:
+        except UNREADABLE_WEIGHTS as error:
             raise UserError(f"The encoder in {spec.folder} cannot be loaded: {one_sentence(error)}") from error
         self.model = model.get_encoder().eval().requires_grad_(False).to(device)
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights of the encoder half."""
-        return sum(p.numel() for p in self.model.parameters())
 
     def log_mel(self, waveform: np.ndarray) -> torch.Tensor:
         """[samples] at 16 kHz → log-mel spectrogram [mel bins, 2 · window frames] in float32."""

@@ -7,6 +7,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slam_asr.errors import UserError
+from slam_asr.models.pretrained import UNREADABLE_WEIGHTS
 from slam_asr.recipe import one_sentence
 
 # Its bars for the loading of weights would tear the stage's own log.
@@ -21,7 +22,7 @@ def load_llm(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+    except UNREADABLE_WEIGHTS as error:
         raise UserError(f"The LLM in {folder} cannot be loaded: {one_sentence(error)}") from error
     return model.eval().requires_grad_(False).to(device)
 
@@ -41,9 +42,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def llm_width(folder: Path) -> int:
-    """Width of the embeddings, from the configuration alone."""
+def llm_positions(folder: Path) -> int | None:
+    """Positions that the LLM can hold, from the configuration alone; None where it does not say."""
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config().hidden_size
+        return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
         raise UserError(f"The LLM in {folder} has no readable config.json: {one_sentence(error)}") from error

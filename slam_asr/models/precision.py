@@ -20,10 +20,11 @@ def explain_precision(precision: str, device: torch.device) -> str:
     """
     if device.type == "cpu" and precision == "fp16":
         raise UserError("Precision fp16 needs a GPU; on this CPU choose bf16 or fp32 (for training, --training.precision bf16).")
+    fastest = "the faster one on CPUs without matrix units for bf16" if device.type == "cpu" else "for comparisons"
     reasons = {
-        "bf16": "frozen weights and passes in bf16, master weights of the projector in fp32",
-        "fp16": "frozen weights and passes in fp16 with loss scaling, master weights of the projector in fp32",
-        "fp32": "everything in fp32",
+        "bf16": "half of fp32's memory and all of its range; the projector's master weights stay in fp32",
+        "fp16": "for GPUs without bf16; with loss scaling, and the projector's master weights in fp32",
+        "fp32": f"as the recipe asks: {fastest}",
     }
     return f"{precision} on {device.type} ({reasons[precision]})"
 

@@ -26,12 +26,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from pickle import UnpicklingError
+
+from safetensors import SafetensorError
 
 from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.models.ctranslate2 import convert_whisper
 from slam_asr.models.smollm2 import convert_smollm2, require_gguf
 from slam_asr.progress import say
 from slam_asr.storage import digest, local_path, sha256_of_file, write_json
+
+UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
+"""What loading a folder's weights raises where they are damaged or of another kind."""
 
 HUB_TIMEOUT = 3.0
 """Seconds within which the hub must answer whether it has a model."""

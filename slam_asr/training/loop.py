@@ -21,7 +21,7 @@ import torch
 from slam_asr.errors import EXIT_CODE, UserError, from_os_error
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import read_manifest
-from slam_asr.models.llm import load_llm, load_tokenizer
+from slam_asr.models.llm import llm_positions, load_llm, load_tokenizer
 from slam_asr.models.precision import DTYPES, explain_precision, pick_device
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
@@ -51,6 +51,7 @@ class Job:
     dev_manifest: str | None
     feature_store: str
     llm_folder: str
+    encoder_parameters: int
     folder: str
     """Where results go."""
 
@@ -67,8 +68,7 @@ class Trainer:
         store = FeatureStore(job.feature_store)
         llm_folder = Path(job.llm_folder)
         prompt = Prompt(load_tokenizer(llm_folder), self.recipe.llm.prompt)
-        self.llm = load_llm(llm_folder, DTYPES[self.options.precision])
-        limit = getattr(self.llm.config.get_text_config(), "max_position_embeddings", None)
+        limit = llm_positions(llm_folder)
         self.readers = {
             name: BatchReader(
                 make_examples(read_manifest(manifest), store, self.recipe.projector.downsampling, prompt, limit), store
@@ -76,11 +76,14 @@ class Trainer:
             for name, manifest in (("train", job.train_manifest), ("dev", job.dev_manifest))
             if manifest
         }
+        self.llm = load_llm(llm_folder, DTYPES[self.options.precision])
         projector = build_projector(
             self.recipe.projector, store.index.width, self.llm.config.get_text_config().hidden_size, self.options.seed
         )
         self.projector_parameters = sum(p.numel() for p in projector.parameters())
-        self.all_parameters = self.projector_parameters + sum(p.numel() for p in self.llm.parameters())
+        self.all_parameters = (
+            job.encoder_parameters + self.projector_parameters + sum(p.numel() for p in self.llm.parameters())
+        )
         self.plan = list(
             training_steps(
                 self.readers["train"].positions, self.options.positions_per_step, self.options.seed,
@@ -102,7 +105,7 @@ class Trainer:
         """Say what will happen, before the first step."""
         recipe, options = self.recipe, self.options
         say(f"models: {recipe.encoder.name} (cached features, frames: {recipe.encoder.frames}) + {recipe.llm.name}")
-        say(f"parameters: {self.all_parameters:,} in projector and LLM, {self.projector_parameters:,} trained")
+        say(f"parameters: {self.all_parameters:,} in encoder, LLM and projector, {self.projector_parameters:,} trained")
         say(
             f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, "
             f"ZeRO stage {options.zero_stage}"
@@ -217,9 +220,10 @@ def failures_written_to(folder: Path) -> Iterator[None]:
 
 
 def _leave(folder: Path, error: UserError) -> None:
-    with contextlib.suppress(OSError):
+    try:
         write_atomically(folder / FAILURE, str(error))
-    print(error, file=sys.stderr, flush=True)
+    except OSError:  # On a full disk the parent can only refer to this line.
+        print(error, file=sys.stderr, flush=True)
     # The other processes wait in a collective operation; leaving at once lets torchrun end them.
     os._exit(EXIT_CODE)
 

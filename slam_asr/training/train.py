@@ -45,7 +45,13 @@ def train(
     from slam_asr.models.pretrained import locate_model, weights_sha256
 
     device = pick_device()
-    explain_precision(recipe.training.precision, device)
+    for precision in (recipe.training.precision, recipe.decoding.precision):
+        explain_precision(precision, device)
+    if device.type == "cuda" and recipe.training.processes > _accelerators():
+        raise UserError(
+            f"training.processes is {recipe.training.processes} but this machine has {_accelerators()} GPUs: lower it, or "
+            "leave it at 0 to use them all."
+        )
     manifests = {"train": train_manifest, **({"dev": dev_manifest} if dev_manifest else {})}
     utterances = {name: read_manifest(path) for name, path in manifests.items()}
     encoder = describe_encoder(recipe.encoder)
@@ -74,7 +80,8 @@ def train(
         job = Job(
             recipe=dump_recipe(recipe), train_manifest=str(local_path(train_manifest)),
             dev_manifest=str(local_path(dev_manifest)) if dev_manifest else None,
-            feature_store=str(local_path(feature_store)), llm_folder=str(llm_folder), folder=str(folder),
+            feature_store=str(local_path(feature_store)), llm_folder=str(llm_folder), encoder_parameters=encoder.parameters,
+            folder=str(folder),
         )
         write_json(folder / "job.json", asdict(job))
         _torchrun(recipe.training.processes or _accelerators(), folder)
@@ -102,9 +109,10 @@ def train(
 
 
 def _what_decides_the_weights(recipe: Recipe) -> dict:
-    """The recipe without what changes nothing in the result: names, logging, how the work is divided."""
+    """The recipe without what changes nothing but rounding: names, logging, how the work is divided."""
     values = asdict(recipe)
-    values["training"] = {k: v for k, v in values["training"].items() if k not in ("processes", "log_every")}
+    for section, key in (("training", "processes"), ("training", "log_every"), ("training", "positions_per_batch"), ("encoder", "batch_size")):
+        del values[section][key]
     return {section: values[section] for section in ("encoder", "projector", "llm", "training")}
 
 
@@ -120,6 +128,7 @@ def _torchrun(processes: int, folder: Path) -> None:
     Raises:
         UserError: with the sentence of the process that failed first.
     """
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -135,6 +144,8 @@ def _torchrun(processes: int, folder: Path) -> None:
     say(f"starting {processes} training process{'es' * (processes > 1)}")
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
+    except SignalException as error:
+        raise KeyboardInterrupt from error
     except ChildFailedError as error:
         failure = folder / FAILURE
         if failure.is_file():

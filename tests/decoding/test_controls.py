@@ -20,6 +20,10 @@ def test_every_utterance_gets_the_audio_of_another_of_its_subset():
     assert sorted(r.hypothesis for r in shuffled.values()) == sorted(r.hypothesis for r in ROWS)
 
 
+def test_an_only_utterance_has_no_other_and_is_left_out():
+    assert shuffled_audio(ROWS[:1], seed=0) == []
+
+
 def test_the_shuffle_is_a_function_of_its_seed():
     assert shuffled_audio(ROWS, 0) == shuffled_audio(list(reversed(ROWS)), 0) != shuffled_audio(ROWS, 1)
 

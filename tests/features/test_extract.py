@@ -103,6 +103,45 @@ def test_audio_that_changed_under_its_manifest_is_refused(tiny_models, manifest,
         extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store"))
 
 
+def test_audio_that_went_away_is_named(tiny_models, manifest, tmp_path):
+    (tmp_path / "2.wav").unlink()
+    with pytest.raises(UserError, match=r"There is no audio file .*2\.wav"):
+        extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store"))
+
+
+def test_audio_that_changed_is_extracted_again_where_the_manifest_has_no_digests(tiny_models, manifest, tmp_path):
+    plain = tmp_path / "plain.jsonl"
+    write_manifest(plain, [dataclasses.replace(u, sha256=None, duration=None) for u in manifest[1]])
+    output = str(tmp_path / "{fingerprint}")
+    before = extract_features(recipe(tiny_models), [str(plain)], output)
+    write_wav(tmp_path / "2.wav", make_tone(0.5))
+    after = extract_features(recipe(tiny_models), [str(plain)], output)
+    assert before.folder != after.folder
+
+
+def test_damaged_weights_are_one_sentence(tiny_models, manifest, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_models["encoder"], broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        extract_features(recipe(tiny_models, **{"encoder.name": str(broken)}), [str(manifest[0])], str(tmp_path / "s"))
+
+
+def test_a_folder_of_manifests_means_all_three_here_and_the_test_set_in_decoding(tmp_path, tiny_recipe, tiny_corpus):
+    from slam_asr.corpora.build import build_manifest
+    from slam_asr.features.extract import manifest_files
+
+    built = build_manifest(load_recipe(str(tiny_recipe)), str(tiny_corpus), str(tmp_path / "m"))
+    assert [f.name for f in manifest_files([built.folder])] == ["train.jsonl", "dev.jsonl", "test.jsonl"]
+    assert [f.name for f in manifest_files([built.folder], ("test.jsonl",))] == ["test.jsonl"]
+    built.file("stage.json").unlink()
+    with pytest.raises(UserError, match="no finished build-manifest"):
+        manifest_files([built.folder])
+
+
 def test_an_encoder_of_another_kind_is_refused_by_name(tiny_models, manifest, tmp_path):
     with pytest.raises(UserError, match="a model of type llama; supported encoders: whisper"):
         extract_features(recipe(tiny_models, **{"encoder.name": tiny_models["llm"]}), [str(manifest[0])], str(tmp_path / "s"))
