@@ -6,6 +6,7 @@ the average becomes the mean over all target tokens of the step, accumulation in
 """
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ class DeepSpeedEngine:
             )
         except (OSError, RuntimeError) as error:
             # torch tells of a failed write as a RuntimeError of its zip writer.
-            if isinstance(error, RuntimeError) and "writ" not in str(error):
+            if isinstance(error, RuntimeError) and not re.search("inline_container|StreamWriter", str(error)):
                 raise
             raise UserError(
                 f"The checkpoint {folder / tag} could not be written (disk full, or no permission?): free some space or "
