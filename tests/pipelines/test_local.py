@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -110,7 +111,10 @@ def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_cor
     for line in process.stdout:
         if line.startswith("2/5"):
             break
-    family = psutil.Process(process.pid).children(recursive=True)
+    # The line comes before the step's process does: wait for that, for there must be something to end.
+    deadline = time.monotonic() + 30
+    while not (family := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
