@@ -21,6 +21,10 @@ REAL = {
 """The published learning rate. Adam's first updates are little more than the gradient's signs, so a rate ten times as
 high lets the rounding of another summation order grow to 1e-3 within five steps, on one process as on two."""
 
+NOISE = 3e-4
+"""Relative. Before the first update two orders of summation differ by 1e-6; six updates of Adam make up to 1e-4 of it,
+more on some machines than on others. Ranks averaged without regard to their numbers of targets are off by 1e-2."""
+
 
 @pytest.fixture(scope="module")
 def prepared(libri_mini, tmp_path_factory):
@@ -49,8 +53,9 @@ def test_one_and_two_processes_give_the_same_losses(prepared):
     # A smaller micro-batch as well: accumulation must not show either.
     two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 250})
     assert len(one) == 6 and len(dev_one) == 2
-    assert two == pytest.approx(one, rel=2e-5)
-    assert dev_two == pytest.approx(dev_one, rel=2e-5)
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    assert two == pytest.approx(one, rel=NOISE)
+    assert dev_two == pytest.approx(dev_one, rel=NOISE)
     assert len(set(one)) == 6 and one[-1] < one[0]
 
 
