@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from slam_asr.models.encoder import describe_encoder, load_encoder
+from slam_asr.models.encoder import describe_encoder
 from slam_asr.models.llm import load_llm
 from slam_asr.models.precision import DTYPES, pick_device
 from slam_asr.models.pretrained import locate_model
@@ -53,10 +53,10 @@ def llm_pass(folder, dtype: torch.dtype, device: torch.device) -> Callable[[], N
 
 
 def encoder_pass(spec, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """One window through the encoder, its log-mel spectrogram ready."""
-    encoder = load_encoder(spec, dtype, device)
-    mel = encoder.log_mel(np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32))
-    return lambda: encoder.encode([mel], [48_000]) and None
+    """Three seconds (of Whisper's window) through the encoder, its input ready."""
+    encoder = spec.load(dtype, device)
+    prepared = encoder.prepare(np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32))
+    return lambda: encoder.encode([prepared]) and None
 
 
 def compare(what: str, unit: str, amount: int, passes: dict[str, Callable[[], None]], rounds: int) -> None:

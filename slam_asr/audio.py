@@ -110,6 +110,22 @@ def read_clip(path: str | os.PathLike, longest: float | None = None) -> Clip:
     return Clip(np.ascontiguousarray(mono, dtype=np.float32), sample_rate, channels)
 
 
+def count_samples(path: str | os.PathLike) -> int:
+    """Samples at 16 kHz that a file's header announces.
+
+    Raises:
+        AudioError: the file is missing or no audio.
+    """
+    file = local_path(path)
+    if not file.is_file():
+        raise AudioError(f"There is no audio file {path}.", MISSING)
+    try:
+        header = soundfile.info(file)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
+    return round(header.frames * SAMPLE_RATE / header.samplerate)
+
+
 def _decode(file: Path, path: str | os.PathLike, longest: float | None) -> tuple[np.ndarray, int]:
     """All samples as float32 [samples, channels], and the file's sample rate."""
     try:

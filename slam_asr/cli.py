@@ -61,13 +61,16 @@ def run(stage: str, arguments: list[str]) -> Any:
         raise UserError(f"There is no stage {stage}{nearest(stage, list(STAGES)) or '.'} Stages: {', '.join(STAGES)}.")
     module, name = STAGES[stage].split(":")
     function: Callable = getattr(importlib.import_module(module), name)
-    takes_recipe = "recipe" in inspect.signature(function).parameters
+    parameter = inspect.signature(function).parameters.get("recipe")
+    named = _recipe_named(arguments) if parameter else None
+    # Where a recipe may be left out, it is, and its options with it.
+    takes_recipe = parameter is not None and (parameter.default is inspect.Parameter.empty or named is not None)
     parser = ArgumentParser(
         prog=f"slam-asr {stage}", description=inspect.getdoc(function).split("\n")[0], exit_on_error=False, allow_abbrev=False
     )
     parser.add_function_arguments(function, skip={"recipe"}, fail_untyped=True)
     if takes_recipe:
-        add_recipe_options(parser, _recipe_named(arguments))
+        add_recipe_options(parser, named)
     values = parse_options(parser, arguments)
     if takes_recipe:
         values["recipe"] = pop_recipe(values)

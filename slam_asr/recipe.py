@@ -8,6 +8,7 @@ anything is loaded. The command line can override every field: `--training.max_s
 
 import difflib
 import math
+import operator
 import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
@@ -46,14 +47,20 @@ class Data:
 
 @dataclass
 class Encoder:
-    """The frozen speech encoder."""
+    """The speech encoder."""
 
     name: str = "openai/whisper-tiny.en"
-    """A name on the model hub, or a folder with transformers' files."""
+    """A Whisper, WavLM, HuBERT or wav2vec 2.0: a name on the model hub, a folder or s3:// prefix with transformers' files, or an original checkpoint file (OpenAI's Whisper, Microsoft's WavLM, fairseq's HuBERT and wav2vec 2.0)."""
     frames: Literal["all", "speech"] = "all"
-    """How much of Whisper's output is used: its whole 30-s window (300 audio positions, as the published models were trained), or the first ceil(samples / 320) frames (10 positions a second: several times faster to train)."""
+    """How much of Whisper's output is used: its whole 30-s window (300 audio positions, as the published models were trained), or the first ceil(samples / 320) frames (10 positions a second: several times faster to train). The other encoders have no window and give what the audio is long."""
+    long_audio: Literal["cut", "split", "set-aside"] = "cut"
+    """What becomes of audio longer than Whisper's window, where `data.max_duration` lets it through: cut there (as the reference does; its transcript is not), split into windows whose frames are joined, or left out of training and decoding and counted."""
     batch_size: int = 8
     """Utterances encoded at once. More fills a GPU better and takes more memory."""
+    tuning: Literal["frozen", "full"] = "frozen"
+    """Whether the encoder is trained too. Then nothing can be cached, and every step encodes its audio."""
+    learning_rate: float | None = None
+    """Peak of the encoder's own learning rate where it is trained; training.learning_rate if not given."""
 
 
 @dataclass
@@ -68,24 +75,51 @@ class Features:
 
 @dataclass
 class Projector:
-    """The trained part: k neighbouring frames are joined, then Linear, ReLU, Linear."""
+    """The trained part between encoder and LLM."""
 
-    kind: Literal["linear"] = "linear"
-    """The published architecture."""
+    kind: Literal["linear", "cov1d-linear", "q-former"] = "linear"
+    """`linear` is the published architecture: k neighbouring frames are joined, then Linear, ReLU, Linear. `cov1d-linear` puts a convolution over k frames first. `q-former` turns any audio into a fixed number of positions."""
     downsampling: int = 5
     """k: encoder frames joined into one LLM position. 5 gives 10 positions a second; more is faster and blurs short words."""
     hidden: int = 2048
-    """Width between the two linear layers."""
+    """Width between the two linear layers; of no meaning to a q-former."""
+    queries: int = 64
+    """LLM positions that a q-former gives, whatever the audio is long; of no meaning to the others."""
+    layers: int = 8
+    """Layers of a q-former; of no meaning to the others."""
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters on the LLM, where `llm.tuning` is `lora`."""
+
+    rank: int = 8
+    """r: width of the bottleneck."""
+    alpha: float = 32
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Share of the adapter's inputs that is dropped in training."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Names of the linear layers that get one."""
 
 
 @dataclass
 class Llm:
-    """The frozen language model."""
+    """The language model."""
 
     name: str = "lmsys/vicuna-7b-v1.5"
-    """A name on the model hub, or a folder with transformers' files: any causal LM."""
+    """Any causal LM of transformers: a name on the model hub, or a folder or s3:// prefix with its files."""
     prompt: str = "Transcribe speech to text. "
-    """What the LLM is asked, put into `USER: {}\\n ASSISTANT:` behind the audio."""
+    """What the LLM is asked; a space at its end belongs to it."""
+    training_prompts: list[str] = field(default_factory=list)
+    """Prompts drawn at random in training, one for each utterance in each epoch; validation and decoding use `prompt`. Empty: always `prompt`."""
+    template: str = "USER: {}\n ASSISTANT:"
+    """What stands around the prompt, at `{}`. The audio stands in front of it all, or where the template says `{audio}`. `chat`: the model's own chat template, with the audio at the start of the user's turn."""
+    tuning: Literal["frozen", "lora", "full"] = "frozen"
+    """What of the LLM is trained: nothing, low-rank adapters, or all of it."""
+    learning_rate: float | None = None
+    """Peak of the LLM's own learning rate where it is trained; training.learning_rate if not given."""
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass
@@ -98,6 +132,10 @@ class Training:
     """Arithmetic of the frozen weights and the projector's passes; the projector's master weights are always fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed's ZeRO stage. 0 is fastest wherever the LLM fits on one GPU; 3 spreads the frozen LLM too."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state (12 bytes a trained weight) in the host's memory and step there; from ZeRO stage 1 on."""
+    gradient_checkpointing: bool = False
+    """Keep only each LLM layer's input and compute the layer again on the way back: a fraction of the memory, a third more time."""
     epochs: int = 3
     """Passes over the train utterances; `max_steps` may end training earlier."""
     max_steps: int = 100_000
@@ -173,8 +211,22 @@ class Recipe:
             value = _get(self, key)
             if not value <= high:
                 raise UserError(f"Recipe {self.name}: {key} is {value} but must be at most {high}.")
-        if not 0 < self.training.learning_rate < math.inf:
-            raise UserError(f"Recipe {self.name}: training.learning_rate is {self.training.learning_rate} but must be above 0.")
+        for key in ("training.learning_rate", "llm.learning_rate", "encoder.learning_rate"):
+            rate = _get(self, key)
+            if rate is not None and not 0 < rate < math.inf:
+                raise UserError(f"Recipe {self.name}: {key} is {rate} but must be above 0.")
+        for key in ("llm", "encoder"):
+            if getattr(self, key).tuning == "frozen" and getattr(self, key).learning_rate is not None:
+                raise UserError(f"Recipe {self.name}: {key}.learning_rate is given but {key}.tuning is frozen: choose what is to be trained, or leave it out.")
+        if self.llm.tuning == "lora" and not self.llm.lora.targets:
+            raise UserError(f"Recipe {self.name}: llm.lora.targets names no layer; give at least one, such as [q_proj, v_proj].")
+        if self.llm.template != "chat" and (self.llm.template.count("{}") != 1 or self.llm.template.count("{audio}") > 1):
+            raise UserError(
+                f"Recipe {self.name}: llm.template is {self.llm.template!r} but must hold {{}} once, for the prompt, and {{audio}} "
+                "at most once; or be `chat`."
+            )
+        if self.training.offload_optimizer and self.training.zero_stage == 0:
+            raise UserError(f"Recipe {self.name}: training.offload_optimizer needs training.zero_stage 1, 2 or 3; it is 0.")
         if self.data.max_duration <= self.data.min_duration:
             raise UserError(
                 f"Recipe {self.name}: data.max_duration ({self.data.max_duration}) must be above "
@@ -200,18 +252,18 @@ class Recipe:
 _LOWER_BOUNDS = {
     "data.dev_fraction": 0.0, "data.min_duration": 0.0, "data.max_rejected": 0.0,
     "encoder.batch_size": 1, "features.shard_megabytes": 1, "projector.downsampling": 1, "projector.hidden": 1,
+    "projector.queries": 1, "projector.layers": 1, "llm.lora.rank": 1, "llm.lora.alpha": 0.0, "llm.lora.dropout": 0.0,
     "training.processes": 0, "training.epochs": 1, "training.max_steps": 1, "training.positions_per_step": 1,
     "training.positions_per_batch": 1, "training.weight_decay": 0.0, "training.warmup_steps": 0,
     "training.gradient_clipping": 0.0, "training.validate_every": 1, "training.log_every": 1,
     "decoding.beams": 1, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
     "decoding.positions_per_batch": 1,
 }
-_UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0}
+_UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0, "llm.lora.dropout": 0.9}
 
 
 def _get(recipe: Recipe, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(recipe, section), name)
+    return operator.attrgetter(key)(recipe)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -232,10 +284,12 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """
     values, where = _read(source)
     for key, value in (overrides or {}).items():
-        section, _, name = key.rpartition(".")
-        target = values.setdefault(section, {}) if section else values
-        if not isinstance(target, dict):
-            raise UserError(f"{where}: {section} must hold keys of its own.")
+        *sections, name = key.split(".")
+        target = values
+        for depth, section in enumerate(sections, start=1):
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UserError(f"{where}: {'.'.join(sections[:depth])} must hold keys of its own.")
         target[name] = value
     return _typed(values, where)
 

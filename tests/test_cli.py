@@ -17,7 +17,7 @@ def run(capsys, *arguments):
         (["trian"], "did you mean train?"),
         (["train", "--recipe", "demo", "--training.lr", "1"], "did you mean --training.learning_rate?"),
         (["train", "--recpe", "demo"], "did you mean --recipe?"),
-        (["train", "--recipe", "demo"], "Missing: --train_manifest, --feature_store, --output"),
+        (["train", "--recipe", "demo"], "Missing: --train_manifest, --output"),
         (["build-manifest", "--corpus", "x", "--output", "y"], "--recipe is missing"),
         (["build-manifest", "--recipe", "demoo", "--corpus", "x", "--output", "y"], "did you mean demo?"),
         (["build-manifest", "--recipe", "demo", "--corpus", "/no/such", "--output", "y"], "/no/such"),

@@ -1,26 +1,34 @@
-"""The model folder: `projector.safetensors` and `config.json`.
+"""The model folder: `projector.safetensors`, `config.json`, and what else was trained.
 
 Enough to decode with nothing else but the two base models, which are named together with the
-SHA-256 of their weights.
+SHA-256 of their weights. Where the recipe trained more than the projector, the folder holds it in
+the field's own formats: `adapter/` as peft writes it, `llm/` and `encoder/` as transformers does.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from slam_asr.errors import UserError
-from slam_asr.models.projector import LinearProjector, build_projector
-from slam_asr.recipe import Recipe, load_recipe
-from slam_asr.storage import local_path, write_atomically, write_json
+from slam_asr.models.projector import SpeechProjector, build_projector
+from slam_asr.recipe import Encoder, Projector, Recipe, load_recipe
+from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
 
 WEIGHTS = "projector.safetensors"
 CONFIG = "config.json"
-FORMAT = 1
+ADAPTER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"
+LLM, ENCODER = "llm", "encoder"
+FORMAT = 2
+"""1 knew the linear projector alone, and is read as it is."""
+
+_PEFT = "base_model.model."
+"""In front of every name in an adapter's file."""
 
 
 @dataclass
@@ -30,9 +38,9 @@ class ModelConfig:
     recipe: str
     """The resolved recipe as YAML: encoder, LLM, projector, prompt, and how it was trained."""
     encoder: dict[str, Any]
-    """Fingerprint of the encoder that the features came from: weights' sha256, preprocessing."""
+    """Fingerprint of the base encoder: weights' sha256, preprocessing."""
     llm_sha256: str
-    """Of the LLM's weights."""
+    """Of the base LLM's weights."""
     encoder_width: int
     llm_width: int
     training: dict[str, Any] = field(default_factory=dict)
@@ -45,10 +53,10 @@ class ModelConfig:
         return load_recipe(self.recipe)
 
 
-def write_model(folder: Path, weights: dict[str, torch.Tensor], config: ModelConfig) -> None:
-    """Write a model folder; the configuration last, and until then there is none."""
+def write_model(folder: Path, projector: dict[str, torch.Tensor], config: ModelConfig) -> None:
+    """Write a model's projector and configuration; the configuration last, and until then there is none."""
     (folder / CONFIG).unlink(missing_ok=True)
-    write_atomically(folder / WEIGHTS, save({name: t.float().contiguous() for name, t in weights.items()}))
+    write_atomically(folder / WEIGHTS, save({name: t.float().contiguous() for name, t in projector.items()}))
     write_json(folder / CONFIG, vars(config))
 
 
@@ -70,25 +78,129 @@ def read_config(model: str | Path) -> ModelConfig:
         raise UserError(f"{path} is not a model's configuration: convert the checkpoint again.") from error
 
 
-def read_projector(model: str | Path, config: ModelConfig) -> LinearProjector:
+def model_digests(model: str | Path) -> dict[str, str]:
+    """The SHA-256 of every file of a model that decides what it says."""
+    folder = local_path(model)
+    files = [folder / CONFIG, folder / WEIGHTS]
+    files += [f for part in (ADAPTER, LLM, ENCODER) for f in sorted((folder / part).glob("*")) if f.suffix in (".json", ".safetensors")]
+    return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if not f.name.startswith(".")}
+
+
+def encoder_of(model: str | Path, base: Encoder) -> Encoder:
+    """The section that names the model's own encoder, if it has one, else the base model."""
+    own = local_path(model) / ENCODER
+    return replace(base, name=str(own)) if own.is_dir() else base
+
+
+def read_projector(model: str | Path, config: ModelConfig) -> SpeechProjector:
     """The trained projector in float32.
 
     Raises:
-        UserError: the weights are missing, damaged, or of other widths than the configuration says.
+        UserError: the weights are missing, damaged, not finite, or of other widths than the configuration says.
     """
     path = local_path(model) / WEIGHTS
-    projector = build_projector(config.typed_recipe.projector, config.encoder_width, config.llm_width)
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: convert the checkpoint again.") from error
+    return projector_with(weights, config.typed_recipe.projector, config.encoder_width, config.llm_width, str(path))
+
+
+def projector_with(
+    weights: dict[str, torch.Tensor], options: Projector, encoder_width: int, llm_width: int, where: str
+) -> SpeechProjector:
+    """A frozen projector with the given weights.
+
+    Raises:
+        UserError: they are not finite, or do not fit an encoder and an LLM of these widths.
+    """
+    with torch.device("meta"):
+        projector = build_projector(options, encoder_width, llm_width)
     expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if expected != found:
-        wrong = sorted(n for n in expected | found if expected.get(n) != found.get(n))
+        wrong = [n for n in expected | found if expected.get(n) != found.get(n)]
+        name = wrong[0]
         raise UserError(
-            f"{path} does not fit its configuration (encoder width {config.encoder_width}, LLM width "
-            f"{config.llm_width}): {', '.join(f'{n} is {found.get(n)}, not {expected.get(n)}' for n in wrong)}."
+            f"{where} does not fit a {options.kind} projector with k = {options.downsampling} from encoder width {encoder_width} "
+            f"to LLM width {llm_width}: {name} is {found.get(name, 'missing')}, not {expected.get(name, 'expected')}"
+            f"{f', and {len(wrong) - 1} more differ' * (len(wrong) > 1)}. Name the encoder, LLM and projector that it was trained with."
         )
-    projector.load_state_dict(weights)
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds values that are not finite; the training diverged. Take an earlier checkpoint.")
+    projector.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
     return projector.eval().requires_grad_(False)
+
+
+def write_adapter(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> None:
+    """Write a LoRA adapter as peft does.
+
+    Args:
+        folder: the model's; the adapter goes below it.
+        weights: by their names in the LLM, `…q_proj.lora_A.default.weight`.
+        recipe: rank, alpha, targets, and the LLM's name.
+    """
+    from slam_asr.models.llm import lora_config
+
+    config = lora_config(recipe.llm.lora)
+    config.base_model_name_or_path, config.task_type, config.inference_mode = recipe.llm.name, "CAUSAL_LM", True
+    tensors = {_PEFT + n.replace(".default.", "."): t.float().contiguous() for n, t in weights.items()}
+    (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder / ADAPTER)
+    write_atomically(folder / ADAPTER / ADAPTER_WEIGHTS, save(tensors))
+
+
+def read_adapter(model: str | Path) -> dict[str, torch.Tensor]:
+    """The adapter's weights by their names in the LLM; none where the model has no adapter.
+
+    Raises:
+        UserError: its file is damaged or missing.
+    """
+    folder = local_path(model) / ADAPTER
+    if not folder.is_dir():
+        return {}
+    try:
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / ADAPTER_WEIGHTS} cannot be read: convert the checkpoint again.") from error
+    return {_with_adapter_name(n.removeprefix(_PEFT)): t for n, t in weights.items()}
+
+
+def _with_adapter_name(name: str) -> str:
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.default.{last}"
+
+
+def require_fitting(module: nn.Module, weights: dict[str, torch.Tensor], where: str, trained: list[str]) -> None:
+    """Compare weights with the module that they are for; it may be on the meta device.
+
+    Args:
+        module: with the names that `weights` has.
+        weights: new values.
+        where: to name in a complaint.
+        trained: names that must all be there.
+
+    Raises:
+        UserError: a weight is missing, unknown, of another shape, or not finite.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False))
+    missing = [n for n in trained if n not in weights]
+    if missing:
+        raise UserError(f"{where} lacks {len(missing)} weights, such as {missing[0]}: it belongs to another recipe.")
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            shape = tuple(own[name].shape) if name in own else "not there"
+            raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, but in this LLM or encoder {shape}: it belongs to another model.")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds values that are not finite; the training diverged. Take an earlier checkpoint.")
+
+
+def load_into(module: nn.Module, weights: dict[str, torch.Tensor], where: str, trained: list[str]) -> None:
+    """Replace some of a module's weights, after `require_fitting`.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    require_fitting(module, weights, where, trained)
+    module.load_state_dict(weights, strict=False)

@@ -9,38 +9,27 @@ The layout, as DeepSpeed 0.19 writes it below `global_stepN/`:
 - stage 3: every weight is cut into equal slices, one a rank, padded; each rank's slices stand one
   after the other in its `fp32_flat_groups`.
 
-Files are read with `weights_only=True`. The three classes of DeepSpeed's that it writes beside
-tensors are replaced by inert stand-ins, so nothing of a stranger's file ever runs, and DeepSpeed
-need not be installed.
+Files are read by `slam_asr.models.pickles`: the few classes of DeepSpeed's that it writes beside
+tensors are replaced by inert stand-ins, any other is refused, so nothing of a stranger's file ever
+runs, and DeepSpeed need not be installed.
 """
 
 import math
 import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from slam_asr.errors import UserError
+from slam_asr.models.pickles import read_pickle
 
-
-class _Inert:
-    """Stands for a class of DeepSpeed's: takes what it is given and does nothing."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-_ALLOWED = [
-    (_Inert, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-]
+_ALLOWED = (
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+)
 
 
 def fp32_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -75,14 +64,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged, or names a class that is not on the allow-list.
     """
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named:
-            raise UserError(f"{path} holds {named[1]}, which a checkpoint has no need of: it is refused.") from error
-        raise UserError(f"{path} is damaged or no checkpoint: copy it again or take another.") from error
+    return read_pickle(path, allowed=_ALLOWED)
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
@@ -95,11 +77,13 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
 
 def _stage_0(model: dict[str, Any]) -> dict[str, torch.Tensor]:
     weights = model["module"]
+    # Tied weights stand in the module under each of their names, even frozen ones, among the trained once.
+    trained = model.get("trained_weights")
+    names = [n for group in trained for n in group] if trained else [n for n in weights if n not in model["buffer_names"]]
     masters = (model["optimizer"] or {}).get("fp32_groups")
     if masters is None:
-        return {name: tensor.float() for name, tensor in weights.items()}
+        return {name: weights[name].float() for name in names}
     flat = [tensor for group in masters for tensor in group]
-    names = [name for name in weights if name not in model["buffer_names"]]
     if [tuple(t.shape) for t in flat] != [tuple(weights[n].shape) for n in names]:
         raise UserError("The checkpoint's fp32 weights do not match its half-precision ones in number or shape: train again.")
     return dict(zip(names, flat, strict=True))

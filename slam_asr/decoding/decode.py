@@ -1,12 +1,21 @@
 """The stage `decode`: test manifests through a model, and the word error rate of what comes out."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slam_asr.conversion.model import CONFIG, WEIGHTS, ModelConfig, read_config, read_projector
+from slam_asr.conversion.model import (
+    ADAPTER,
+    LLM,
+    ModelConfig,
+    encoder_of,
+    load_into,
+    model_digests,
+    read_adapter,
+    read_config,
+    read_projector,
+)
 from slam_asr.errors import UserError
 from slam_asr.features.extract import manifest_files
 from slam_asr.features.store import FeatureStore, address_of
@@ -17,9 +26,8 @@ from slam_asr.stage import Outcome, Record, run_stage
 from slam_asr.storage import digest, local_path, sha256_of_file
 
 if TYPE_CHECKING:
-    import torch
-
     from slam_asr.models.encoder import EncoderSpec
+    from slam_asr.models.slam import Slam
 
 HYPOTHESES = "hypotheses.jsonl"
 
@@ -49,6 +57,7 @@ def decode(
     Raises:
         UserError: a base model that is not there or not the one trained with, or features of another encoder.
     """
+    from slam_asr.features.reader import fit_to_window
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
@@ -57,16 +66,20 @@ def decode(
     config = read_config(model)
     trained = config.typed_recipe
     files = manifest_files(manifests, ("test.jsonl",))
-    utterances = [u for file in files for u in read_manifest(file)]
-    spec = describe_encoder(trained.encoder)
-    if spec.fingerprint() != config.encoder:
+    spec = describe_encoder(encoder_of(model, trained.encoder))
+    if trained.encoder.tuning == "full":
+        feature_store = None
+    elif spec.fingerprint() != config.encoder:
         raise UserError(_not_the_one("encoder", trained.encoder.name, model))
-    llm_folder = locate_model(trained.llm.name)
-    if weights_sha256(llm_folder) != config.llm_sha256:
-        raise UserError(_not_the_one("LLM", trained.llm.name, model))
+    utterances = fit_to_window([u for file in files for u in read_manifest(file)], spec)
+    llm_folder = local_path(model) / LLM
+    if not llm_folder.is_dir():
+        llm_folder = locate_model(trained.llm.name)
+        if weights_sha256(llm_folder) != config.llm_sha256:
+            raise UserError(_not_the_one("LLM", trained.llm.name, model))
     store = FeatureStore(feature_store, config.encoder) if feature_store else None
     inputs = {
-        "model": {name: sha256_of_file(local_path(model) / name) for name in (CONFIG, WEIGHTS)},
+        "model": model_digests(model),
         "manifests": [sha256_of_file(file) for file in files],
         "audio": digest([address_of(u) for u in utterances]),
         "features": store.index.fingerprint if store else None,
@@ -74,8 +87,7 @@ def decode(
     }
 
     def work(folder: Path) -> Outcome:
-        frames_of = _cached(store) if store else _encoded(spec, recipe)
-        return _decode(recipe, config, read_projector(model, config), llm_folder, utterances, frames_of, spec, folder)
+        return _decode(recipe, config, local_path(model), llm_folder, utterances, spec, store, folder)
 
     return run_stage("decode", output, inputs, work, overwrite)
 
@@ -87,68 +99,46 @@ def _not_the_one(part: str, name: str, model: str) -> str:
     )
 
 
-def _cached(store: FeatureStore) -> "Callable[[list[Utterance]], list[torch.Tensor]]":
-    """Encoder outputs from a feature store."""
-    return lambda utterances: [store.read(address_of(u)) for u in utterances]
-
-
-def _encoded(spec: "EncoderSpec", recipe: Recipe) -> "Callable[[list[Utterance]], list[torch.Tensor]]":
-    """Encoder outputs computed on the way."""
-    from slam_asr.audio import load_audio
-    from slam_asr.models.encoder import load_encoder
-    from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
-
-    device = pick_device()
-    encoder = load_encoder(spec, DTYPES[encoder_precision(recipe.decoding.precision, device)], device)
-
-    def encode(utterances: list[Utterance]) -> "list[torch.Tensor]":
-        frames = []
-        for start in range(0, len(utterances), recipe.encoder.batch_size):
-            waveforms = [load_audio(u.source) for u in utterances[start : start + recipe.encoder.batch_size]]
-            frames += encoder.encode([encoder.log_mel(w) for w in waveforms], [len(w) for w in waveforms])
-        return frames
-
-    return encode
-
-
 def _decode(
     recipe: Recipe,
     config: ModelConfig,
-    projector: "torch.nn.Module",
+    model_folder: Path,
     llm_folder: Path,
     utterances: list[Utterance],
-    frames_of: "Callable[[list[Utterance]], list[torch.Tensor]]",
     spec: "EncoderSpec",
+    store: FeatureStore | None,
     folder: Path,
 ) -> Outcome:
     from slam_asr.decoding.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
     from slam_asr.decoding.search import Answer, Searcher, plan_batches
-    from slam_asr.models.llm import load_llm, load_tokenizer
-    from slam_asr.models.precision import DTYPES, explain_precision, pick_device
+    from slam_asr.features.reader import AudioReader
+    from slam_asr.models.llm import load_tokenizer
+    from slam_asr.models.precision import explain_precision, pick_device
+    from slam_asr.models.projector import positions_of
     from slam_asr.models.prompt import Prompt
-    from slam_asr.models.slam import Slam
     from slam_asr.scoring.report import write_report
     from slam_asr.scoring.wer import Hypothesis, write_hypotheses
 
     options, trained = recipe.decoding, config.typed_recipe
-    device, dtype = pick_device(), DTYPES[options.precision]
     hours = sum(u.duration or 0.0 for u in utterances) / 3600
-    say(f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, device)}")
+    say(f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}")
     say(f"decoding {len(utterances)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}")
-    prompt = Prompt(load_tokenizer(llm_folder), trained.llm.prompt)
-    model = Slam(projector.to(device, dtype), load_llm(llm_folder, dtype, device)).eval()
+    prompt = Prompt(load_tokenizer(llm_folder), trained.llm)
+    reader = store or AudioReader(utterances, spec)
+    audio = [positions_of(trained.projector, reader.span(address_of(u))) for u in utterances]
+    positions = [n + len(prompt.main.before) + len(prompt.main.ids) for n in audio]
+    _require_room(positions, utterances, options.max_new_tokens, llm_folder)
+    model = load_model(config, model_folder, llm_folder, None if store else spec, recipe)
+    if isinstance(reader, AudioReader):
+        reader.encoder = model.encoder
     searcher = Searcher(model, prompt, options)
 
     started = time.monotonic()
     answers: dict[int, Answer] = {}
-    positions = [
-        projector.positions(spec.frames_of_seconds(u.duration) if u.duration else spec.window_frames) + len(prompt.ids)
-        for u in utterances
-    ]
     with Meter("decode", total=len(utterances), unit="utt") as meter:
         for batch in plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch):
-            frames = frames_of([utterances[i] for i in batch])
-            answers |= dict(zip(batch, searcher.decode(frames), strict=True))
+            inputs = [reader.read(address_of(utterances[i])) for i in batch]
+            answers |= dict(zip(batch, searcher.decode(inputs, [audio[i] for i in batch]), strict=True))
             meter.update(len(batch))
     seconds = time.monotonic() - started
 
@@ -168,3 +158,47 @@ def _decode(
     metrics = write_report(folder, recipe.name, rows, controls, config.training, recipe.published_wer, facts)
     summary = f"WER {metrics['wer']:.2f} % on {len(rows)} utterances"
     return Outcome(summary, metrics, facts)
+
+
+def load_model(
+    config: ModelConfig, model_folder: Path, llm_folder: Path, encoder: "EncoderSpec | None", recipe: Recipe
+) -> "Slam":
+    """Projector and LLM with all that was trained of them, on this machine's device, ready to decode.
+
+    Args:
+        config: the model's.
+        model_folder: where its projector and adapter lie.
+        llm_folder: the LLM, the base one or its own.
+        encoder: where audio is encoded on the way.
+        recipe: its section `decoding` names the precision.
+
+    Raises:
+        UserError: weights that are missing, damaged or do not fit.
+    """
+    from slam_asr.models.llm import add_lora, load_llm
+    from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
+    from slam_asr.models.slam import Slam
+
+    device, precision = pick_device(), recipe.decoding.precision
+    projector = read_projector(model_folder, config)
+    adapter = read_adapter(model_folder)
+    llm = load_llm(llm_folder, DTYPES[precision])
+    if adapter:
+        add_lora(llm, config.typed_recipe.llm.lora, seed=0)
+        load_into(llm, adapter, str(model_folder / ADAPTER), [n for n, _ in llm.named_parameters() if ".lora_" in n])
+    heard = encoder.load(DTYPES[encoder_precision(precision, device)], device) if encoder else None
+    slam = Slam(projector.to(device, DTYPES[precision]), llm.to(device), heard, recipe.encoder.batch_size)
+    return slam.eval().requires_grad_(False)
+
+
+def _require_room(positions: list[int], utterances: list[Utterance], room: int, llm_folder: Path) -> None:
+    from slam_asr.models.llm import llm_positions
+
+    limit = llm_positions(llm_folder)
+    longest = max(range(len(positions)), key=positions.__getitem__)
+    if limit is not None and positions[longest] + room > limit:
+        raise UserError(
+            f"Utterance {utterances[longest].key} takes {positions[longest]} LLM positions with the prompt, which leaves "
+            f"{max(0, limit - positions[longest])} of {limit} for the answer, fewer than decoding.max_new_tokens ({room}): lower "
+            "that, or decode shorter audio."
+        )

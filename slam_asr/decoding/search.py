@@ -1,4 +1,4 @@
-"""Finding the transcript: greedy or beam search through the frozen LLM."""
+"""Finding the transcript: greedy or beam search through the LLM."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
+from slam_asr.models.encoder import Prepared
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import Slam, collate
+from slam_asr.models.slam import Row, Slam, collate
 from slam_asr.recipe import Decoding
 
 
@@ -18,10 +19,12 @@ class Answer:
     text: str
     cut: bool
     """Whether it was still talking at `max_new_tokens`."""
+    ids: list[int]
+    """Token ids as generated: with the end, and what fills the row after it."""
 
 
 class Searcher:
-    """Decodes batches of encoder outputs.
+    """Decodes batches of audio.
 
     Args:
         model: projector and LLM, on one device.
@@ -31,27 +34,31 @@ class Searcher:
 
     def __init__(self, model: Slam, prompt: Prompt, options: Decoding) -> None:
         self.model, self.prompt = model, prompt
-        eos = prompt.tokenizer.eos_token_id
         # A configuration of our own: whatever sampling the LLM's folder asks for stays out of a measurement.
         self.generation = GenerationConfig(
             num_beams=options.beams, do_sample=False, max_new_tokens=options.max_new_tokens,
             repetition_penalty=options.repetition_penalty, length_penalty=options.length_penalty,
-            eos_token_id=eos, pad_token_id=eos,
+            eos_token_id=prompt.stops, pad_token_id=prompt.end,
         )
         model.llm.generation_config = self.generation
 
     @torch.inference_mode()
-    def decode(self, frames: list[torch.Tensor]) -> list[Answer]:
-        """Encoder outputs, each [frames, encoder width] → an answer each."""
-        device = self.model.llm.device
-        positions = [self.model.projector.positions(len(f)) for f in frames]
-        batch = collate(frames, positions, [self.prompt.ids] * len(frames), [[]] * len(frames)).to(device)
+    def decode(self, audio: list[torch.Tensor | Prepared], positions: list[int]) -> list[Answer]:
+        """Find the answers to a batch.
+
+        Args:
+            audio: encoder outputs, each [frames, encoder width], or what the model's encoder takes.
+            positions: LLM positions of each.
+        """
+        spelling = self.prompt.main
+        rows = [Row(a, n, spelling.before, spelling.ids, []) for a, n in zip(audio, positions, strict=True)]
+        batch = collate(rows).to(self.model.llm.device)
         generated = self.model.llm.generate(
             inputs_embeds=self.model.embed(batch), attention_mask=batch.mask, generation_config=self.generation
         )
-        eos = self.prompt.tokenizer.eos_token_id
+        stops = set(self.prompt.stops)
         return [
-            Answer(self.prompt.answer_of(ids), cut=eos not in ids and len(ids) >= self.generation.max_new_tokens)
+            Answer(self.prompt.answer_of(ids), cut=not stops & set(ids) and len(ids) >= self.generation.max_new_tokens, ids=ids)
             for ids in generated.tolist()
         ]
 

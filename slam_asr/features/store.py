@@ -29,6 +29,8 @@ class Entry:
 
     shard: str
     frames: int
+    span: int
+    """Length of the audio in frames, by which LLM positions are counted; see `EncoderSpec.span_of`."""
 
 
 @dataclass
@@ -124,8 +126,16 @@ class FeatureStore:
                 "extract features with this recipe, or give the store that belongs to it."
             )
 
-    def frames(self, address: str) -> int:
-        """Frames of the entry of this audio.
+    def span(self, address: str) -> int:
+        """Length in frames of this audio.
+
+        Raises:
+            UserError: the store has none.
+        """
+        return self.entry(address).span
+
+    def entry(self, address: str) -> Entry:
+        """The place of this audio.
 
         Raises:
             UserError: the store has none.
@@ -136,12 +146,11 @@ class FeatureStore:
                 f"The feature store {self.folder} lacks audio {address[:16]}…: run `slam-asr extract-features` "
                 "over this manifest."
             )
-        return entry.frames
+        return entry
 
     def read(self, address: str) -> torch.Tensor:
         """[frames, width] of the entry of this audio, in the store's dtype."""
-        self.frames(address)
-        name = self.index.entries[address].shard
+        name = self.entry(address).shard
         if name not in self._open:
             try:
                 self._open[name] = safe_open(self.folder / "shards" / name, framework="pt")

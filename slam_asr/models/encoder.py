@@ -1,24 +1,41 @@
-"""Frozen speech encoders: waveforms in, one [frames, width] tensor an utterance out.
+"""Speech encoders: waveforms in, one [frames, width] tensor an utterance out.
 
-Whisper always hears its whole 30-s window, padded with silence: reported results depend on it.
-`frames` says how much of the output is used. Every encoder here gives 50 frames a second, that is
-one frame for 320 samples at 16 kHz.
+Every encoder here gives 50 frames a second, that is one frame for 320 samples at 16 kHz. This module
+holds what they share, and chooses by the checkpoint's own configuration; `whisper` and `waveform`
+hold the two families.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.errors import UserError
-from slam_asr.models.pretrained import UNREADABLE_WEIGHTS, locate_model, weights_sha256
+from slam_asr.models.pretrained import locate_model, weights_sha256
+from slam_asr.models.weights import load_weights
 from slam_asr.recipe import Encoder, one_sentence
 
 SAMPLES_PER_FRAME = 320
-"""At 16 kHz: Whisper's hop of 160 samples times its convolution's stride of 2."""
+"""At 16 kHz: Whisper's hop of 160 samples times its convolution's stride of 2; the product of the others' strides."""
+
+
+@dataclass
+class Prepared:
+    """An utterance as its encoder takes it."""
+
+    inputs: list[torch.Tensor]
+    """Whisper: log-mel spectrograms [mel bins, 3000], one a window. The others: the waveform [samples], once."""
+    samples: int
+    """Of the utterance, at 16 kHz."""
+
+    def to(self, device: torch.device | str) -> "Prepared":
+        """The same on a device."""
+        return Prepared([i.to(device) for i in self.inputs], self.samples)
 
 
 @dataclass
@@ -26,69 +43,63 @@ class EncoderSpec:
     """What is known of an encoder without loading its weights."""
 
     folder: Path
-    width: int
-    """d_enc: values a frame."""
-    window_frames: int
-    """Frames of the whole window."""
-    mel_bins: int
-    frames: str
-    """`all` or `speech`, as in the recipe."""
+    config: PretrainedConfig
+    options: Encoder
 
     @property
-    def window_samples(self) -> int:
-        """Samples at 16 kHz in the window: 480 000 for Whisper's 30 s."""
-        return self.window_frames * SAMPLES_PER_FRAME
+    def width(self) -> int:
+        """d_enc: values a frame."""
+        return self.config.hidden_size
+
+    @property
+    def window_samples(self) -> int | None:
+        """Samples at 16 kHz that are heard at once, or None where there is no window."""
+        return None
 
     def frames_of(self, samples: int) -> int:
-        """How many frames of the output an utterance of `samples` samples at 16 kHz keeps."""
-        if self.frames == "all":
-            return self.window_frames
-        return min(math.ceil(samples / SAMPLES_PER_FRAME), self.window_frames)
+        """How many frames an utterance of `samples` samples at 16 kHz becomes."""
+        raise NotImplementedError
 
-    def frames_of_seconds(self, duration: float) -> int:
-        """The same, from a manifest's duration."""
-        return self.frames_of(round(duration * SAMPLE_RATE))
+    def span_of(self, samples: int) -> int:
+        """The utterance's length in frames, by which LLM positions are counted.
 
-    @property
-    def parameters(self) -> int:
+        Equal to `frames_of`, or one more where the encoder's last frame would need samples beyond
+        the end: the reference reserves that frame's position all the same.
+        """
+        return self.frames_of(samples)
+
+    def is_too_long(self, samples: int) -> bool:
+        """Whether an utterance exceeds the window."""
+        return self.window_samples is not None and samples > self.window_samples
+
+    def count_parameters(self) -> int:
         """Number of weights, counted without loading them."""
-        from transformers import AutoConfig, WhisperModel
-
         with torch.device("meta"):
-            encoder = WhisperModel(AutoConfig.from_pretrained(self.folder)).get_encoder()
-        return sum(p.numel() for p in encoder.parameters())
+            return sum(p.numel() for p in self.encoder_of(AutoModel.from_config(self.config)).parameters())
 
-    def fingerprint(self) -> dict:
+    def encoder_of(self, model: PreTrainedModel) -> nn.Module:
+        """The part of a checkpoint's model that encodes."""
+        return model
+
+    def fingerprint(self) -> dict[str, Any]:
         """What decides the output's values: weights, preprocessing, and how much is kept."""
-        return {
-            "weights_sha256": weights_sha256(self.folder),
-            "window_frames": self.window_frames, "mel_bins": self.mel_bins, "frames": self.frames,
-        }
+        return {"weights_sha256": weights_sha256(self.folder), **self.preprocessing()}
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to the audio beside the weights."""
+        raise NotImplementedError
+
+    def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "SpeechEncoder":
+        """Load the weights, frozen.
+
+        Raises:
+            UserError: weights missing, damaged, or not finite.
+        """
+        raise NotImplementedError
 
 
-def describe_encoder(options: Encoder) -> EncoderSpec:
-    """Read an encoder's configuration, not its weights.
-
-    Raises:
-        UserError: the model is not there or is of a kind that is not supported.
-    """
-    from transformers import AutoConfig
-
-    folder = locate_model(options.name)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{options.name} ({folder}) has no readable config.json: {one_sentence(error)}") from error
-    if config.model_type != "whisper":
-        raise UserError(
-            f"encoder.name is {options.name}, a model of type {config.model_type}; "
-            "supported encoders: whisper. Give a Whisper checkpoint."
-        )
-    return EncoderSpec(folder, config.d_model, config.max_source_positions, config.num_mel_bins, options.frames)
-
-
-class WhisperEncoder:
-    """The encoder half of a Whisper checkpoint, frozen.
+class SpeechEncoder(nn.Module):
+    """An encoder with its weights.
 
     Args:
         spec: from `describe_encoder`.
@@ -97,33 +108,54 @@ class WhisperEncoder:
     """
 
     def __init__(self, spec: EncoderSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        import transformers
-        from transformers import WhisperFeatureExtractor, WhisperModel
+        super().__init__()
+        self.spec = spec
+        self.model = spec.encoder_of(load_weights(AutoModel, spec.folder, dtype, "encoder")).to(device)
 
-        # Its bars for the loading of weights would tear the stage's own log.
-        transformers.utils.logging.disable_progress_bar()
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return next(self.model.parameters()).dtype
 
-        self.spec, self.dtype, self.device = spec, dtype, device
-        try:
-            self.mel = WhisperFeatureExtractor.from_pretrained(spec.folder)
-            model = WhisperModel.from_pretrained(spec.folder, dtype=dtype, attn_implementation="sdpa")
-        except UNREADABLE_WEIGHTS as error:
-            raise UserError(f"The encoder in {spec.folder} cannot be loaded: {one_sentence(error)}") from error
-        self.model = model.get_encoder().eval().requires_grad_(False).to(device)
+    def prepare(self, waveform: np.ndarray) -> Prepared:
+        """[samples] at 16 kHz in float32 → what `forward` takes; needs no weights, so any thread can do it."""
+        raise NotImplementedError
 
-    def log_mel(self, waveform: np.ndarray) -> torch.Tensor:
-        """[samples] at 16 kHz → log-mel spectrogram [mel bins, 2 · window frames] in float32."""
-        features = self.mel(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt")
-        return features.input_features[0]
+    def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
+        """Utterances of any lengths → [frames, width] each, as if each were encoded alone."""
+        raise NotImplementedError
 
     @torch.inference_mode()
-    def encode(self, mels: list[torch.Tensor], samples: list[int]) -> list[torch.Tensor]:
-        """Log-mel spectrograms and their utterances' lengths in samples → [frames, width] each."""
-        batch = torch.stack(mels).to(self.device, self.dtype)
-        hidden = self.model(batch).last_hidden_state
-        return [h[: self.spec.frames_of(n)] for h, n in zip(hidden, samples, strict=True)]
+    def encode(self, utterances: list[Prepared]) -> list[torch.Tensor]:
+        """`forward`, without gradients."""
+        device = next(self.model.parameters()).device
+        return self([u.to(device) for u in utterances])
 
 
-def load_encoder(spec: EncoderSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> WhisperEncoder:
-    """Load the encoder that `spec` describes."""
-    return WhisperEncoder(spec, dtype, device)
+def describe_encoder(options: Encoder) -> EncoderSpec:
+    """Read an encoder's configuration, not its weights.
+
+    Raises:
+        UserError: the model is not there or is of a kind that is not supported.
+    """
+    from slam_asr.models.waveform import WAVEFORM_MODELS, WaveformSpec
+    from slam_asr.models.whisper import WhisperSpec
+
+    folder = locate_model(options.name)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{options.name} ({folder}) has no readable config.json: {one_sentence(error)}") from error
+    if config.model_type == "whisper":
+        return WhisperSpec(folder, config, options)
+    if config.model_type in WAVEFORM_MODELS:
+        return WaveformSpec(folder, config, options)
+    raise UserError(
+        f"encoder.name is {options.name}, a model of type {config.model_type}; "
+        f"supported encoders: whisper, {', '.join(WAVEFORM_MODELS)}. Give one of these."
+    )
+
+
+def samples_of_seconds(duration: float) -> int:
+    """Samples at 16 kHz, from a manifest's duration."""
+    return round(duration * SAMPLE_RATE)

@@ -117,7 +117,8 @@ def locate_model(name: str) -> Path:
     if it answers within `HUB_TIMEOUT`, and the wheels of `WHEEL_MODELS`.
 
     Args:
-        name: a name on the model hub, such as `openai/whisper-tiny.en`, or a folder.
+        name: a name on the model hub, such as `openai/whisper-tiny.en`, a folder, or an original file of a speech encoder,
+            which is converted into our cache.
 
     Raises:
         UserError: the folder is not a model's, or no source has the model.
@@ -127,12 +128,34 @@ def locate_model(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise UserError(f"The folder {name} holds no config.json: give a folder with transformers' files, or a model's name on the hub.")
         return folder.absolute()
+    if folder.is_file():
+        return _converted(folder)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] in ".-":
         raise UserError(f"No folder {name}, and that is no name on the model hub, such as openai/whisper-tiny.en: check the path.")
     kept = cache_folder() / "models" / name.replace("/", "--")
     if is_whole(kept):
         return kept
     return _in_hub_cache(name) or _fetch(name, kept)
+
+
+def _converted(source: Path) -> Path:
+    """The folder in our cache that an original file was converted into, found by the file's content."""
+    from slam_asr.models.originals import convert_original
+
+    kept = cache_folder() / "models" / f"{source.stem}-{sha256_of_file(source)[:16]}"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(kept.with_name(f".{kept.name}.lock"), str(source)):
+        if not is_whole(kept):
+            aside = kept.with_name(f".{kept.name}.partial")
+            shutil.rmtree(aside, ignore_errors=True)
+            say(f"converting {source} to transformers' files in {kept}")
+            try:
+                say(f"{source.name}: {convert_original(source, aside)}")
+                shutil.rmtree(kept, ignore_errors=True)
+                os.rename(aside, kept)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return kept
 
 
 def is_whole(folder: Path) -> bool:

@@ -1,19 +1,43 @@
-"""The joined model: audio positions, prompt and answer through the frozen LLM.
+"""The joined model: audio positions, prompt and answer through the LLM.
 
 A batch is padded left to the longest audio and prompt and right to the longest answer, so that all
 answers start at one column. Only from there on are logits computed.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from slam_asr.models.projector import LinearProjector
+from slam_asr.errors import UserError
+from slam_asr.models.encoder import Prepared, SpeechEncoder
+from slam_asr.models.projector import SpeechProjector
 
 IGNORED = -100
 """Label of a position without a target, as torch's cross entropy has it."""
+
+
+@dataclass
+class Row:
+    """An utterance as it goes into a batch."""
+
+    audio: torch.Tensor | Prepared
+    """Encoder output [frames, encoder width]; or what the encoder takes, where it runs with the model."""
+    positions: int
+    """LLM positions of the audio."""
+    before: list[int]
+    """Token ids in front of the audio; none in the reference."""
+    prompt: list[int]
+    """Token ids behind the audio."""
+    answer: list[int]
+    """Token ids with the one that ends it; none where the answer is to be found."""
+
+    @property
+    def head(self) -> int:
+        """LLM positions up to the answer."""
+        return len(self.before) + self.positions + len(self.prompt)
 
 
 @dataclass
@@ -23,8 +47,10 @@ class Batch:
     `L` columns: padding, audio, prompt; from `answer_start` on the answer, eos, padding.
     """
 
-    frames: list[torch.Tensor]
-    """Encoder outputs, each [frames, encoder width]."""
+    audio: list[torch.Tensor | Prepared]
+    """As in `Row`."""
+    positions: list[int]
+    """LLM positions of each one's audio."""
     token_ids: torch.Tensor
     """[utterances, L]; any token where there is audio or padding."""
     is_audio: torch.Tensor
@@ -34,60 +60,97 @@ class Batch:
     labels: torch.Tensor
     """[utterances, L - answer_start]: the answer's tokens and eos, `IGNORED` elsewhere."""
     answer_start: int
+    padded: bool
+    """Whether `mask` has a 0."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("token_ids", "is_audio", "mask", "labels")}
-        return Batch(frames=[f.to(device) for f in self.frames], answer_start=self.answer_start, **moved)
+        return Batch([a.to(device) for a in self.audio], self.positions, **moved, answer_start=self.answer_start, padded=self.padded)
 
 
-def collate(
-    frames: list[torch.Tensor], positions: list[int], prompts: list[list[int]], answers: list[list[int]]
-) -> Batch:
-    """Lay utterances out side by side.
-
-    Args:
-        frames: encoder outputs, each [frames, encoder width].
-        positions: audio positions of each, after the projector.
-        prompts: token ids of each prompt.
-        answers: token ids of each answer with eos; empty lists where the answer is to be found.
-    """
-    heads = [n + len(p) for n, p in zip(positions, prompts, strict=True)]
-    start, width = max(heads), max(heads) + max(map(len, answers))
-    shape = (len(frames), width)
+def collate(rows: list[Row]) -> Batch:
+    """Lay utterances out side by side."""
+    start = max(row.head for row in rows)
+    width = start + max(len(row.answer) for row in rows)
+    shape = (len(rows), width)
     token_ids = torch.zeros(shape, dtype=torch.long)
     is_audio = torch.zeros(shape, dtype=torch.bool)
     mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full((len(frames), width - start), IGNORED)
-    for row, (n, prompt, answer) in enumerate(zip(positions, prompts, answers, strict=True)):
-        left = start - heads[row]
-        is_audio[row, left : left + n] = True
-        token_ids[row, left + n : start] = torch.tensor(prompt)
-        token_ids[row, start : start + len(answer)] = torch.tensor(answer, dtype=torch.long)
-        labels[row, : len(answer)] = torch.tensor(answer, dtype=torch.long)
-        mask[row, left : start + len(answer)] = 1
-    return Batch(frames, token_ids, is_audio, mask, labels, start)
+    labels = torch.full((len(rows), width - start), IGNORED)
+    for i, row in enumerate(rows):
+        left, end = start - row.head, start + len(row.answer)
+        audio = left + len(row.before)
+        token_ids[i, left:audio] = torch.tensor(row.before, dtype=torch.long)
+        is_audio[i, audio : audio + row.positions] = True
+        token_ids[i, audio + row.positions : start] = torch.tensor(row.prompt, dtype=torch.long)
+        token_ids[i, start:end] = torch.tensor(row.answer, dtype=torch.long)
+        labels[i, : len(row.answer)] = torch.tensor(row.answer, dtype=torch.long)
+        mask[i, left:end] = 1
+    return Batch(
+        [row.audio for row in rows], [row.positions for row in rows], token_ids, is_audio, mask, labels, start,
+        padded=not bool(mask.all()),
+    )
 
 
 class Slam(nn.Module):
-    """Projector and LLM; the encoder's outputs come with the batch."""
+    """Projector, LLM and, unless its outputs come with the batch, encoder.
 
-    def __init__(self, projector: LinearProjector, llm: PreTrainedModel) -> None:
+    Args:
+        projector: trained.
+        llm: frozen, or with weights that require a gradient.
+        encoder: where audio is encoded on the way.
+        encoded_at_once: utterances that the encoder takes together.
+
+    Raises:
+        UserError: the LLM has no output layer of its own.
+    """
+
+    def __init__(
+        self, projector: SpeechProjector, llm: PreTrainedModel, encoder: SpeechEncoder | None = None, encoded_at_once: int = 8
+    ) -> None:
         super().__init__()
-        self.projector, self.llm = projector, llm
+        self.projector, self.llm, self.encoder = projector, llm, encoder
+        self.encoded_at_once = encoded_at_once
         self._wanted: torch.Tensor | None = None
+        if llm.get_output_embeddings() is None:
+            raise UserError(f"{type(llm).__name__} has no output layer that predicts tokens: choose a causal LM.")
         # The LLM's own forward pass stays in charge of what it does to logits (scaling, capping); only
         # the rows that its output layer sees are chosen here. Besides, a row-by-row product of a
         # slice takes ten times longer on a CPU than one product of the chosen rows.
         llm.get_output_embeddings().register_forward_pre_hook(self._choose_rows)
 
     def _choose_rows(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        return None if self._wanted is None else (inputs[0][:, :-1][self._wanted],)
+        if self._wanted is None:
+            return None
+        # What predicts a token stands one position before it.
+        return (inputs[0][:, -self._wanted.shape[1] - 1 : -1][self._wanted],)
+
+    def train(self, mode: bool = True) -> "Slam":
+        """Training mode, for what is trained: dropout in frozen weights would be noise."""
+        super().train(mode)
+        for part in (self.llm, self.encoder):
+            if mode and part is not None and not all(p.requires_grad for p in part.parameters()):
+                part.eval()
+                for name, module in part.named_modules():
+                    if "lora_dropout" in name:
+                        module.train()
+        return self
+
+    def encode(self, audio: list[torch.Tensor | Prepared]) -> list[torch.Tensor]:
+        """Audio of any kind → encoder outputs, each [frames, encoder width]."""
+        if self.encoder is None or isinstance(audio[0], torch.Tensor):
+            return audio
+        frozen = not any(p.requires_grad for p in self.encoder.parameters())
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            size = self.encoded_at_once
+            return [f for start in range(0, len(audio), size) for f in self.encoder(audio[start : start + size])]
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """[utterances, L, LLM width]: token embeddings with the audio's positions filled in."""
+        # Whatever the LLM does to its embeddings inside that layer (Gemma scales them), audio is spared.
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
-        audio = self.projector(batch.frames).to(embeddings.dtype)
+        audio = self.projector(self.encode(batch.audio), batch.positions).to(embeddings.dtype)
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -96,14 +159,13 @@ class Slam(nn.Module):
         They stand in the order of `batch.labels[batch.labels != IGNORED]`; no others are computed.
         """
         arguments = {}
-        if not bool(batch.mask.all()):
+        if batch.padded:
             # Positions count from each utterance's own start, for LLMs with absolute positions.
             arguments = {"attention_mask": batch.mask, "position_ids": (batch.mask.cumsum(1) - 1).clamp(min=0)}
         self._wanted = batch.labels != IGNORED
         try:
-            output = self.llm(
-                inputs_embeds=self.embed(batch), use_cache=False, logits_to_keep=batch.labels.shape[1] + 1, **arguments
-            )
+            output = self.llm(inputs_embeds=self.embed(batch), use_cache=False, **arguments)
         finally:
             self._wanted = None
         return output.logits
+

@@ -169,13 +169,15 @@ def _pieces(row: Hypothesis) -> list[tuple[str, str, str]]:
 
 
 def _training_facts(training: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = _Facts(training)
+    values = {"trained_parameters": training.get("projector_parameters"), **training}
+    values.pop("projector_parameters", None)
+    facts = _Facts(values)
     facts.add("Recipe", "recipe")
     facts.add("Speech encoder", "encoder")
     facts.add("Language model", "llm")
-    trained, everything = training.get("projector_parameters"), training.get("all_parameters")
+    trained, everything = values["trained_parameters"], values.get("all_parameters")
     share = f" ({100 * trained / everything:.2g}\u202f% of all)" if trained and everything else ""
-    facts.add("Trained parameters", "projector_parameters", lambda n: f"{grouped(n)}{share}")
+    facts.add("Trained parameters", "trained_parameters", lambda n: f"{grouped(n)}{share}")
     facts.add("Parameters in all", "all_parameters")
     facts.add("Precision", "precision")
     facts.add("Device", "device")

@@ -6,18 +6,37 @@ the same number of micro-batches in each step, so that no process waits for one 
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from slam_asr.errors import UserError
-from slam_asr.features.store import FeatureStore, address_of
+from slam_asr.features.reader import Reader
+from slam_asr.features.store import address_of
 from slam_asr.manifest import Utterance
-from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import Batch, collate
+from slam_asr.models.projector import positions_of
+from slam_asr.models.prompt import Prompt, Spelling
+from slam_asr.models.slam import IGNORED, Batch, Row, collate
+from slam_asr.recipe import Projector
 
 STEPS_PER_POOL = 16
 """Utterances of about this many steps are sorted by length together: less padding, and still a
 random mixture, since the steps of all pools are shuffled afterwards."""
+
+
+@dataclass
+class Spoken:
+    """An utterance's text with one of the prompts."""
+
+    before: list[int]
+    """Token ids in front of the audio."""
+    prompt: list[int]
+    answer: list[int]
+    """Token ids with the end: the targets."""
+
+    @property
+    def positions(self) -> int:
+        """LLM positions of all text."""
+        return len(self.before) + len(self.prompt) + len(self.answer)
 
 
 @dataclass
@@ -26,29 +45,30 @@ class Example:
 
     key: str
     address: str
-    """Of its features."""
+    """Of its audio."""
     audio: int
     """Audio positions."""
-    prompt: list[int]
-    answer: list[int]
-    """Token ids with eos: the targets."""
+    spoken: list[Spoken]
+    """With each prompt that may be drawn for it."""
 
     @property
     def positions(self) -> int:
-        """LLM positions: audio, prompt and answer."""
-        return self.audio + len(self.prompt) + len(self.answer)
+        """LLM positions, audio and text, with the longest prompt: batches hold whichever is drawn."""
+        return self.audio + max(s.positions for s in self.spoken)
 
 
 def make_examples(
-    utterances: Iterable[Utterance], store: FeatureStore, downsampling: int, prompt: Prompt, limit: int | None
+    utterances: Iterable[Utterance], reader: Reader, projector: Projector, prompt: Prompt, spellings: list[Spelling],
+    limit: int | None,
 ) -> list[Example]:
     """Tokenise utterances and count their positions.
 
     Args:
         utterances: of a manifest.
-        store: where their features lie.
-        downsampling: encoder frames a position.
+        reader: knows how long their audio is.
+        projector: how many positions that makes.
         prompt: as the LLM's tokenizer spells it.
+        spellings: of it, those that may be drawn.
         limit: positions that the LLM can hold, or None.
 
     Raises:
@@ -56,14 +76,15 @@ def make_examples(
     """
     examples = []
     for utterance in utterances:
-        ids = prompt.with_answer(utterance.target)
-        cut = len(prompt.ids)
         address = address_of(utterance)
-        example = Example(utterance.key, address, store.frames(address) // downsampling, ids[:cut], ids[cut:])
+        spoken = [Spoken(s.before, *prompt.with_answer(s, utterance.target)) for s in spellings]
+        example = Example(utterance.key, address, positions_of(projector, reader.span(address)), spoken)
         if limit is not None and example.positions > limit:
+            longest = max(spoken, key=lambda s: s.positions)
             raise UserError(
                 f"Utterance {utterance.key} needs {example.positions} LLM positions (audio {example.audio}, prompt "
-                f"{cut}, answer {len(example.answer)}) but the LLM holds {limit}: shorten it with data.max_duration."
+                f"{len(longest.before) + len(longest.prompt)}, answer {len(longest.answer)}) but the LLM holds {limit}: shorten "
+                "it with data.max_duration, or the prompt."
             )
         examples.append(example)
     return examples
@@ -148,30 +169,40 @@ def split_step(step: list[int], positions: list[int], processes: int, budget: in
 
 
 class BatchReader:
-    """Makes batches of examples with their features."""
+    """Makes batches of examples with their audio.
 
-    def __init__(self, examples: list[Example], store: FeatureStore) -> None:
-        self.examples, self.store = examples, store
+    Args:
+        examples: from `make_examples`.
+        reader: gives the audio.
+        draw: (epoch, key) → which of an example's prompts it gets.
+    """
+
+    def __init__(self, examples: list[Example], reader: Reader, draw: Callable[[int, str], int] = lambda epoch, key: 0) -> None:
+        self.examples, self.reader, self.draw = examples, reader, draw
         self.positions = [e.positions for e in examples]
 
-    def batch(self, indices: list[int]) -> Batch:
+    def batch(self, indices: list[int], epoch: int = 0) -> Batch:
         """The utterances side by side.
 
         An empty list gives one utterance without targets: a process that has nothing to do in a
         micro-batch goes through the same motions, with no effect on the loss.
         """
-        chosen = [self.examples[i] for i in indices or [0]]
-        batch = collate(
-            [self.store.read(e.address) for e in chosen],
-            [e.audio for e in chosen], [e.prompt for e in chosen], [e.answer for e in chosen],
-        )
+        rows = []
+        for index in indices or [0]:
+            example, spoken = self.examples[index], self._spoken(index, epoch)
+            rows.append(Row(self.reader.read(example.address), example.audio, spoken.before, spoken.prompt, spoken.answer))
+        batch = collate(rows)
         if not indices:
-            batch.labels.fill_(-100)
+            batch.labels.fill_(IGNORED)
         return batch
 
-    def targets(self, indices: Iterable[int]) -> int:
+    def targets(self, indices: Iterable[int], epoch: int = 0) -> int:
         """Target tokens of these utterances."""
-        return sum(len(self.examples[i].answer) for i in indices)
+        return sum(len(self._spoken(i, epoch).answer) for i in indices)
+
+    def _spoken(self, index: int, epoch: int) -> Spoken:
+        example = self.examples[index]
+        return example.spoken[self.draw(epoch, example.key)]
 
 
 def training_steps(positions: list[int], budget: int, seed: int, epochs: int, max_steps: int) -> Iterator[tuple[int, list[int]]]:

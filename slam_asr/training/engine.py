@@ -15,6 +15,9 @@ from torch import nn
 from slam_asr.errors import UserError
 from slam_asr.recipe import Training
 
+TRAINED = "trained_weights"
+"""Under this name a checkpoint tells what is in each of the optimiser's groups, in which order."""
+
 
 class DeepSpeedEngine:
     """The model under DeepSpeed, with AdamW on its trainable weights.
@@ -23,15 +26,25 @@ class DeepSpeedEngine:
         model: on any device; weights that require no gradient stay as they are.
         options: precision, ZeRO stage, clipping, weight decay.
         device: where it trains.
+        learning_rates: peaks of those parts of the model (its direct children) that have their own.
     """
 
-    def __init__(self, model: nn.Module, options: Training, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float] | None = None
+    ) -> None:
         _name_accelerator(device)
         import deepspeed
 
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
-        self.engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(options))
+        parts = {name: [(n, p) for n, p in part.named_parameters(name) if p.requires_grad] for name, part in model.named_children()}
+        peaks = {name: (learning_rates or {}).get(name, options.learning_rate) for name, weights in parts.items() if weights}
+        groups = [{"params": [p for _, p in parts[name]], "lr": peak} for name, peak in peaks.items()]
+        self.trained = [[n for n, _ in parts[name]] for name in peaks]
+        """Names of the trained weights, by group."""
+        self.relative_rates = [peak / options.learning_rate for peak in peaks.values()]
+        optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(options, device)
+        )
         self.groups = optimizer.param_groups
         self.processes = torch.distributed.get_world_size()
         self._forget_warm_up_step(optimizer)
@@ -57,9 +70,13 @@ class DeepSpeedEngine:
         self.engine.backward(loss_sum * (self.processes / targets_of_step), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> None:
-        """To be called after each `backward`; updates the weights after the step's last one."""
-        for group in self.groups:
-            group["lr"] = learning_rate
+        """To be called after each `backward`; updates the weights after the step's last one.
+
+        Args:
+            learning_rate: of this step; that of a part with a peak of its own is in proportion.
+        """
+        for group, relative in zip(self.groups, self.relative_rates, strict=True):
+            group["lr"] = learning_rate * relative
         self.engine.step()
 
     def save(self, folder: Path, tag: str, state: dict) -> None:
@@ -70,7 +87,8 @@ class DeepSpeedEngine:
         """
         try:
             self.engine.save_checkpoint(
-                str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True
+                str(folder), tag=tag, client_state={**state, TRAINED: self.trained}, save_latest=False,
+                exclude_frozen_parameters=True,
             )
         except (OSError, RuntimeError) as error:
             # torch tells of a failed write as a RuntimeError of its zip writer.
@@ -82,7 +100,7 @@ class DeepSpeedEngine:
             ) from error
 
 
-def deepspeed_config(options: Training) -> dict:
+def deepspeed_config(options: Training, device: torch.device) -> dict:
     """The recipe's training section in DeepSpeed's own words.
 
     The micro-batch size is nominal: batches are planned by positions, and the loop says itself
@@ -95,6 +113,10 @@ def deepspeed_config(options: Training) -> dict:
         "gradient_clipping": options.gradient_clipping,
         "steps_per_print": 10**9,
     }
+    if options.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        # DeepSpeed's own Adam for the host has to be compiled where it runs; torch's does the same arithmetic.
+        config["zero_force_ds_cpu_optimizer"] = False
     if options.precision != "fp32":
         config[options.precision] = {"enabled": True}
     return config

@@ -6,6 +6,7 @@ and leaves the curve and a checkpoint beside it.
 
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import os
@@ -19,9 +20,11 @@ from pathlib import Path
 import torch
 
 from slam_asr.errors import EXIT_CODE, UserError, from_os_error
+from slam_asr.features.reader import AudioReader, fit_to_window
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import read_manifest
-from slam_asr.models.llm import llm_positions, load_llm, load_tokenizer
+from slam_asr.models.encoder import EncoderSpec, describe_encoder
+from slam_asr.models.llm import checkpoint_layers, llm_positions, llm_width, load_llm, load_tokenizer, set_tuning
 from slam_asr.models.precision import DTYPES, explain_precision, pick_device
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
@@ -49,7 +52,8 @@ class Job:
     """Resolved, as YAML."""
     train_manifest: str
     dev_manifest: str | None
-    feature_store: str
+    feature_store: str | None
+    """None where audio is encoded on the way."""
     llm_folder: str
     encoder_parameters: int
     folder: str
@@ -65,32 +69,57 @@ class Trainer:
         self.folder = Path(job.folder)
         self.device = self._device()
         self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        store = FeatureStore(job.feature_store)
+        torch.manual_seed(self.options.seed + self.rank)  # of dropout, where there is any
         llm_folder = Path(job.llm_folder)
-        prompt = Prompt(load_tokenizer(llm_folder), self.recipe.llm.prompt)
+        prompt = Prompt(load_tokenizer(llm_folder), self.recipe.llm)
+        store = FeatureStore(job.feature_store) if job.feature_store else None
+        spec = describe_encoder(self.recipe.encoder)
+        manifests = {"train": job.train_manifest, **({"dev": job.dev_manifest} if job.dev_manifest else {})}
+        utterances = {name: fit_to_window(read_manifest(path), spec) for name, path in manifests.items()}
+        sources = {name: store or AudioReader(us, spec) for name, us in utterances.items()}
+        spellings = {"train": prompt.drawn, "dev": [prompt.main]}
         limit = llm_positions(llm_folder)
-        self.readers = {
-            name: BatchReader(
-                make_examples(read_manifest(manifest), store, self.recipe.projector.downsampling, prompt, limit), store
-            )
-            for name, manifest in (("train", job.train_manifest), ("dev", job.dev_manifest))
-            if manifest
+        examples = {
+            name: make_examples(us, sources[name], self.recipe.projector, prompt, spellings[name], limit)
+            for name, us in utterances.items()
         }
-        self.llm = load_llm(llm_folder, DTYPES[self.options.precision])
-        projector = build_projector(
-            self.recipe.projector, store.index.width, self.llm.config.get_text_config().hidden_size, self.options.seed
-        )
-        self.projector_parameters = sum(p.numel() for p in projector.parameters())
-        self.all_parameters = (
-            job.encoder_parameters + self.projector_parameters + sum(p.numel() for p in self.llm.parameters())
-        )
+        draw = functools.partial(prompt.draw, self.options.seed)
+        self.readers = {"train": BatchReader(examples["train"], sources["train"], draw)}
+        if "dev" in manifests:
+            self.readers["dev"] = BatchReader(examples["dev"], sources["dev"])
+        self.hours = sum(u.duration or 0.0 for u in utterances["train"]) / 3600
+        model = self._model(llm_folder, None if store else spec, spec.width)
+        for source in sources.values():
+            if isinstance(source, AudioReader):
+                source.encoder = model.encoder
+        self.counts = {
+            name: (sum(p.numel() for p in part.parameters()), sum(p.numel() for p in part.parameters() if p.requires_grad))
+            for name, part in model.named_children()
+        }
+        self.counts.setdefault("encoder", (job.encoder_parameters, 0))
         self.plan = list(
             training_steps(
                 self.readers["train"].positions, self.options.positions_per_step, self.options.seed,
                 self.options.epochs, self.options.max_steps,
             )
         )
-        self.engine = DeepSpeedEngine(Slam(projector, self.llm), self.options, self.device)
+        rates = {"llm": self.recipe.llm.learning_rate, "encoder": self.recipe.encoder.learning_rate}
+        self.engine = DeepSpeedEngine(model, self.options, self.device, {name: r for name, r in rates.items() if r is not None})
+
+    def _model(self, llm_folder: Path, encoder: EncoderSpec | None, encoder_width: int) -> Slam:
+        """The model in the recipe's precision, with what is trained open to gradients."""
+        recipe, seed, dtype = self.recipe, self.options.seed, DTYPES[self.options.precision]
+        llm = load_llm(llm_folder, dtype)
+        set_tuning(llm, recipe.llm, seed)
+        projector = build_projector(recipe.projector, encoder_width, llm_width(llm), seed)
+        heard = encoder.load(dtype) if encoder else None
+        if heard is not None:
+            heard.requires_grad_(recipe.encoder.tuning == "full")
+        if self.options.gradient_checkpointing:
+            checkpoint_layers(llm)
+            if recipe.encoder.tuning == "full":
+                checkpoint_layers(heard)
+        return Slam(projector, llm, heard, recipe.encoder.batch_size)
 
     @staticmethod
     def _device() -> torch.device:
@@ -101,17 +130,20 @@ class Trainer:
         start_process_group(device)
         return device
 
-    def announce(self, train_hours: float) -> None:
+    def announce(self) -> None:
         """Say what will happen, before the first step."""
         recipe, options = self.recipe, self.options
-        say(f"models: {recipe.encoder.name} (cached features, frames: {recipe.encoder.frames}) + {recipe.llm.name}")
-        say(f"parameters: {self.all_parameters:,} in encoder, LLM and projector, {self.projector_parameters:,} trained")
+        audio = "cached features" if isinstance(self.readers["train"].reader, FeatureStore) else "encoded on the way"
+        say(f"models: {recipe.encoder.name} ({audio}) + {recipe.projector.kind} projector + {recipe.llm.name}")
+        everything, trained = (sum(counts) for counts in zip(*self.counts.values(), strict=True))
+        parts = ", ".join(f"{name} {count:,}" for name, (_, count) in self.counts.items() if count)
+        say(f"parameters: {everything:,} in encoder, projector and LLM, {trained:,} trained ({parts})")
         say(
             f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, "
             f"ZeRO stage {options.zero_stage}"
         )
         say(
-            f"audio: {train_hours:.2f} h in {len(self.readers['train'].examples)} utterances; {len(self.plan)} steps of "
+            f"audio: {self.hours:.2f} h in {len(self.readers['train'].examples)} utterances; {len(self.plan)} steps of "
             f"{options.positions_per_step} LLM positions in {self.plan[-1][0] + 1} epochs"
         )
 
@@ -120,8 +152,9 @@ class Trainer:
         options = self.options
         rate = learning_rate_schedule(options.schedule, options.learning_rate, options.warmup_steps, len(self.plan))
         monitor = Monitor(self.folder, len(self.plan), options.log_every) if self.rank == 0 else None
+        self.engine.engine.train()
         for number, (epoch, step) in enumerate(self.plan, start=1):
-            loss, accuracy = self._step(step, rate(number), number)
+            loss, accuracy = self._step(step, epoch, rate(number), number)
             if monitor:
                 positions = sum(self.readers["train"].positions[i] for i in step)
                 monitor.step(number, epoch, loss, accuracy, rate(number), positions)
@@ -133,14 +166,14 @@ class Trainer:
             monitor.close()
         self._save()
 
-    def _step(self, step: list[int], learning_rate: float, number: int) -> tuple[float, float]:
+    def _step(self, step: list[int], epoch: int, learning_rate: float, number: int) -> tuple[float, float]:
         """One optimiser step over the given utterances → mean loss and accuracy over all its targets."""
         reader = self.readers["train"]
         micro_batches = split_step(step, reader.positions, self.processes, self.options.positions_per_batch)[self.rank]
-        targets = reader.targets(step)
+        targets = reader.targets(step, epoch)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for position, indices in enumerate(micro_batches, start=1):
-            batch = reader.batch(indices).to(self.device)
+            batch = reader.batch(indices, epoch).to(self.device)
             scores = score_answers(self.engine.engine(batch), batch.labels)
             self.engine.backward(scores.loss, targets, last=position == len(micro_batches))
             self.engine.step(learning_rate)
@@ -186,7 +219,9 @@ class Trainer:
     def facts(self, seconds: float) -> dict:
         """What the report says about this training."""
         return {
-            "projector_parameters": self.projector_parameters, "all_parameters": self.all_parameters,
+            "projector_parameters": self.counts["projector"][0],
+            "trained_parameters": sum(trained for _, trained in self.counts.values()),
+            "all_parameters": sum(everything for everything, _ in self.counts.values()),
             "precision": self.options.precision, "device": self.device.type, "processes": self.processes,
             "steps": len(self.plan), "epochs": self.plan[-1][0] + 1, "seconds": round(seconds, 1),
         }
@@ -197,7 +232,7 @@ def train_in_this_process(job: Job) -> None:
     started = time.monotonic()
     trainer = Trainer(job)
     if trainer.rank == 0:
-        trainer.announce(sum(u.duration or 0.0 for u in read_manifest(job.train_manifest)) / 3600)
+        trainer.announce()
     trainer.run()
     if trainer.rank == 0:
         write_json(trainer.folder / FACTS, trainer.facts(time.monotonic() - started))

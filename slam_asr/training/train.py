@@ -19,18 +19,18 @@ from slam_asr.storage import local_path, sha256_of_file, write_atomically, write
 def train(
     recipe: Recipe,
     train_manifest: str,
-    feature_store: str,
     output: str,
+    feature_store: str | None = None,
     dev_manifest: str | None = None,
     overwrite: bool = False,
 ) -> Record:
-    """Train the projector with DeepSpeed, on one or more processes.
+    """Train the projector, and what else the recipe says, with DeepSpeed on one or more processes.
 
     Args:
         recipe: models and hyper-parameters.
         train_manifest: utterances to train on (JSON lines).
-        feature_store: written by extract-features.
         output: folder for checkpoints and curves; {fingerprint} in it becomes a digest of the inputs.
+        feature_store: written by extract-features; without it, or where the encoder is trained too, audio is encoded on the way.
         dev_manifest: utterances to validate on.
         overwrite: replace results of other inputs.
 
@@ -40,6 +40,7 @@ def train(
     Raises:
         UserError: inputs that do not fit each other, or a machine that cannot train this.
     """
+    from slam_asr.features.reader import fit_to_window
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
@@ -55,15 +56,19 @@ def train(
     manifests = {"train": train_manifest, **({"dev": dev_manifest} if dev_manifest else {})}
     utterances = {name: read_manifest(path) for name, path in manifests.items()}
     encoder = describe_encoder(recipe.encoder)
-    store = FeatureStore(feature_store, encoder.fingerprint())
-    for name in utterances:
-        for utterance in utterances[name]:
-            store.frames(address_of(utterance))
+    if recipe.encoder.tuning == "full":
+        feature_store = None
+    store = FeatureStore(feature_store, encoder.fingerprint()) if feature_store else None
+    if store:
+        for name in utterances:
+            for utterance in fit_to_window(utterances[name], encoder):
+                store.entry(address_of(utterance))
     llm_folder = locate_model(recipe.llm.name)
+    check_llm(recipe, llm_folder)
     base = {"encoder_fingerprint": encoder.fingerprint(), "llm_sha256": weights_sha256(llm_folder)}
     inputs = {
         "manifests": {name: sha256_of_file(local_path(path)) for name, path in manifests.items()},
-        "features": store.index.fingerprint,
+        "features": store.index.fingerprint if store else None,
         **base,
         "recipe": _what_decides_the_weights(recipe),
     }
@@ -80,7 +85,8 @@ def train(
         job = Job(
             recipe=dump_recipe(recipe), train_manifest=str(local_path(train_manifest)),
             dev_manifest=str(local_path(dev_manifest)) if dev_manifest else None,
-            feature_store=str(local_path(feature_store)), llm_folder=str(llm_folder), encoder_parameters=encoder.parameters,
+            feature_store=str(local_path(feature_store)) if feature_store else None,
+            llm_folder=str(llm_folder), encoder_parameters=encoder.count_parameters(),
             folder=str(folder),
         )
         write_json(folder / "job.json", asdict(job))
@@ -108,11 +114,33 @@ def train(
     return run_stage("train", output, inputs, work, overwrite)
 
 
+def check_llm(recipe: Recipe, folder: Path) -> None:
+    """Refuse an LLM that does not suit the recipe, from its configuration and tokenizer alone.
+
+    Raises:
+        UserError: no causal LM, no tokenizer, no such prompt, no such layers for adapters, or no room for an answer.
+    """
+    from slam_asr.models.llm import describe_llm, llm_positions, load_tokenizer, require_targets
+    from slam_asr.models.prompt import Prompt
+
+    prompt = Prompt(load_tokenizer(folder), recipe.llm)
+    longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.drawn))
+    limit = llm_positions(folder)
+    if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:
+        raise UserError(
+            f"The prompt takes {longest} LLM positions and decoding.max_new_tokens {recipe.decoding.max_new_tokens}, which leaves no "
+            f"room for audio in the {limit} that {recipe.llm.name} holds: shorten one of them."
+        )
+    if recipe.llm.tuning == "lora":
+        require_targets(describe_llm(folder), recipe.llm.lora)
+
+
 def _what_decides_the_weights(recipe: Recipe) -> dict:
     """The recipe without what changes nothing but rounding: names, logging, how the work is divided."""
     values = asdict(recipe)
-    for section, key in (("training", "processes"), ("training", "log_every"), ("training", "positions_per_batch"), ("encoder", "batch_size")):
-        del values[section][key]
+    for key in ("processes", "log_every", "positions_per_batch", "offload_optimizer", "gradient_checkpointing"):
+        del values["training"][key]
+    del values["encoder"]["batch_size"]
     return {section: values[section] for section in ("encoder", "projector", "llm", "training")}
 
 

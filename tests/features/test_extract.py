@@ -12,7 +12,7 @@ from slam_asr.errors import UserError
 from slam_asr.features.extract import extract_features
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, write_manifest
-from slam_asr.models.encoder import describe_encoder, load_encoder
+from slam_asr.models.encoder import describe_encoder
 from slam_asr.recipe import load_recipe
 from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_wav
@@ -42,7 +42,7 @@ def test_frames_are_the_window_or_the_speech(tiny_models, manifest, tmp_path, fr
     assert len(store.index.entries) == len(LENGTHS)
     for utterance in manifest[1]:
         samples = round(utterance.duration * 16000)
-        assert store.frames(utterance.sha256) == (1500 if frames == "all" else math.ceil(samples / 320))
+        assert store.entry(utterance.sha256).frames == (1500 if frames == "all" else math.ceil(samples / 320))
 
 
 def test_speech_frames_are_the_first_of_the_whole_window(tiny_models, manifest, tmp_path):
@@ -58,12 +58,12 @@ def test_speech_frames_are_the_first_of_the_whole_window(tiny_models, manifest, 
 def test_a_batch_gives_what_each_utterance_gives_alone(tiny_models, manifest, tmp_path):
     options = recipe(tiny_models, **{"encoder.batch_size": 4})
     store = FeatureStore(extract_features(options, [str(manifest[0])], str(tmp_path / "store")).folder)
-    encoder = load_encoder(describe_encoder(options.encoder), torch.float32)
+    encoder = describe_encoder(options.encoder).load(torch.float32)
     for utterance in manifest[1]:
         from slam_asr.audio import load_audio
 
         wave = load_audio(utterance.source)
-        alone = encoder.encode([encoder.log_mel(wave)], [len(wave)])[0]
+        alone = encoder.encode([encoder.prepare(wave)])[0]
         torch.testing.assert_close(store.read(utterance.sha256), alone, rtol=1e-4, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ def store(tmp_path):
     path = tmp_path / "shards" / "one.safetensors"
     write_shard(path, tensors)
     index = Index(MADE_BY, 4, {"one.safetensors": {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}})
-    index.entries = {a: Entry("one.safetensors", len(t)) for a, t in tensors.items()}
+    index.entries = {a: Entry("one.safetensors", len(t), len(t) + 1) for a, t in tensors.items()}
     write_index(tmp_path, index)
     return tmp_path, tensors
 
@@ -28,7 +28,7 @@ def test_what_is_written_is_read(store):
     reader = FeatureStore(folder, MADE_BY)
     for address, tensor in tensors.items():
         assert torch.equal(reader.read(address), tensor)
-        assert reader.frames(address) == len(tensor)
+        assert reader.span(address) == len(tensor) + 1
     reader.verify()
 
 

@@ -1,4 +1,4 @@
-"""What the reference implementation computed for its tiny models is what we compute."""
+"""What the reference implementation computed for its tiny models is what we compute, from audio to text."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from slam_asr.audio import load_audio
+from slam_asr.conversion.model import projector_with
+from slam_asr.conversion.slam_llm import from_slam_llm
 from slam_asr.decoding.search import Searcher
 from slam_asr.manifest import read_manifest
+from slam_asr.models.encoder import describe_encoder
 from slam_asr.models.llm import load_llm, load_tokenizer
-from slam_asr.models.projector import LinearProjector, build_projector
+from slam_asr.models.pickles import read_pickle
+from slam_asr.models.projector import build_projector, positions_of
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import IGNORED, Slam, collate
-from slam_asr.recipe import Decoding, Llm, Projector
+from slam_asr.models.slam import IGNORED, Row, Slam, collate
+from slam_asr.recipe import Decoding, Encoder, Llm, Projector
 from slam_asr.training.objective import score_answers
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
@@ -21,29 +26,36 @@ REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 class Reference:
     """One encoder's numbers, and our model with the same weights."""
 
-    def __init__(self, encoder: str) -> None:
+    def __init__(self, encoder: str, folder: str) -> None:
         self.expected = json.loads((REFERENCE / "expected.json").read_text())[encoder]
         self.features = torch.load(REFERENCE / f"features_{encoder}.pt", weights_only=True)
-        self.gradients = _without_prefix(torch.load(REFERENCE / f"gradients_{encoder}.pt", weights_only=True))
-        weights = _without_prefix(torch.load(REFERENCE / f"model_{encoder}.pt", weights_only=True))
+        gradients = torch.load(REFERENCE / f"gradients_{encoder}.pt", weights_only=True)
+        self.gradients = {n.removeprefix("encoder_projector."): t for n, t in gradients.items()}
+        weights = from_slam_llm(read_pickle(REFERENCE / f"model_{encoder}.pt"), "model.pt")
+        weights = {n.removeprefix("projector."): t for n, t in weights.items()}
+        self.spec = describe_encoder(Encoder(name=folder, frames="all"))
+        self.encoder = self.spec.load(torch.float32)
         hidden, joined = weights["linear1.weight"].shape
+        self.options = Projector(downsampling=joined // self.spec.width, hidden=hidden)
         llm = load_llm(REFERENCE / "llm", torch.float32)
-        width = self.features[next(iter(self.features))].shape[1]
-        self.projector = LinearProjector(Projector(downsampling=joined // width, hidden=hidden), width, len(weights["linear2.bias"]))
-        self.projector.load_state_dict(weights)
-        self.prompt = Prompt(load_tokenizer(REFERENCE / "llm"), Llm().prompt)
+        self.projector = projector_with(weights, self.options, self.spec.width, llm.config.hidden_size, "model.pt")
+        self.projector.requires_grad_(True)
+        self.prompt = Prompt(load_tokenizer(REFERENCE / "llm"), Llm())
         self.model = Slam(self.projector, llm)
         by_key = {u.key: u for u in read_manifest(REFERENCE / "manifest.jsonl")}
         lines = (REFERENCE / "manifest.jsonl").read_text().splitlines()
         self.utterances = [by_key[json.loads(line)["key"]] for line in lines]
+        waves = [load_audio(u.source) for u in self.utterances]
+        self.prepared = [self.encoder.prepare(w) for w in waves]
+        self.frames = [self.encoder.encode([p])[0].clone() for p in self.prepared]
+        self.positions = [positions_of(self.options, self.spec.span_of(len(w))) for w in waves]
 
     def batch(self, indices):
-        chosen = [self.utterances[i] for i in indices]
-        frames = [self.features[u.key] for u in chosen]
-        ids = [self.prompt.with_answer(u.target) for u in chosen]
-        cut = len(self.prompt.ids)
-        positions = [self.projector.positions(len(f)) for f in frames]
-        return collate(frames, positions, [i[:cut] for i in ids], [i[cut:] for i in ids])
+        spelling = self.prompt.main
+        return collate([
+            Row(self.frames[i], self.positions[i], spelling.before, *self.prompt.with_answer(spelling, self.utterances[i].target))
+            for i in indices
+        ])
 
     def mean_loss(self, indices):
         batch = self.batch(indices)
@@ -51,19 +63,38 @@ class Reference:
         return scores.loss / scores.sums[2]
 
 
-def _without_prefix(tensors):
-    return {name.removeprefix("encoder_projector."): tensor for name, tensor in tensors.items()}
-
-
-@pytest.fixture(params=["whisper", "wavlm"], scope="module")
-def reference(request):
+@pytest.fixture(params=["whisper", "wavlm", "whisper-converted", "wavlm-converted"], scope="module")
+def reference(request, tmp_path_factory):
     if not REFERENCE.is_dir():
         pytest.skip("the reference's numbers are not there")
-    return Reference(request.param)
+    kind, _, converted = request.param.partition("-")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLAM_ASR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        source = str(REFERENCE / f"{kind}.pt")
+        if converted:
+            from slam_asr.conversion.convert import convert_checkpoint
+
+            source = convert_checkpoint(source, str(tmp_path_factory.mktemp("converted") / kind)).folder
+        yield Reference(kind, source)
 
 
 def name(indices):
     return f"{'single' if len(indices) == 1 else 'batch'}_{'_'.join(map(str, indices))}"
+
+
+def test_features_and_projected_features_agree(reference):
+    for utterance, frames, positions in zip(reference.utterances, reference.frames, reference.positions, strict=True):
+        wanted, projected = reference.features[utterance.key], reference.features[f"{utterance.key}.projected"]
+        assert frames.shape == wanted.shape
+        torch.testing.assert_close(frames, wanted, atol=1e-4, rtol=0)
+        ours = reference.projector([frames]).detach()
+        torch.testing.assert_close(ours, projected, atol=1e-4, rtol=0)
+        assert positions - len(ours) in (0, 1)
+
+
+def test_encoding_together_is_encoding_alone(reference):
+    for together, alone in zip(reference.encoder.encode(reference.prepared), reference.frames, strict=True):
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("indices", [[0], [1], [2], [3], [0, 1, 2, 3]], ids=name)
@@ -76,7 +107,7 @@ def test_sequences_are_laid_out_alike(reference, indices):
 
 @pytest.mark.parametrize("index", range(4))
 def test_single_losses_agree(reference, index):
-    assert reference.mean_loss([index]).item() == pytest.approx(reference.expected[f"loss_single_{index}"], abs=1e-5)
+    assert reference.mean_loss([index]).item() == pytest.approx(reference.expected[f"loss_single_{index}"], abs=1e-4)
 
 
 def test_a_batch_is_the_mean_of_its_utterances_weighted_by_targets(reference):
@@ -90,7 +121,7 @@ def test_batch_loss_and_gradients_agree(reference, request):
     # The reference lets one half-padded frame of each WavLM utterance through its mask.
     leaks = "wavlm" in request.node.name
     loss = reference.mean_loss([0, 1, 2, 3])
-    assert loss.item() == pytest.approx(reference.expected["loss_batch_0_1_2_3"], abs=5e-4 if leaks else 1e-5)
+    assert loss.item() == pytest.approx(reference.expected["loss_batch_0_1_2_3"], abs=5e-4 if leaks else 1e-4)
     reference.projector.zero_grad()
     loss.backward()
     for parameter, tensor in reference.projector.named_parameters():
@@ -99,31 +130,17 @@ def test_batch_loss_and_gradients_agree(reference, request):
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-@pytest.mark.parametrize("index", range(4))
-def test_single_utterances_are_decoded_alike(reference, beams, index):
+@pytest.mark.parametrize("indices", [[0], [1], [2], [3], [0, 1, 2, 3]], ids=name)
+def test_utterances_are_decoded_alike(reference, beams, indices, request):
+    if len(indices) > 1 and "wavlm" in request.node.name:
+        pytest.skip("the reference's WavLM batch leaks a frame, and its random model is a coin toss")
     searcher = Searcher(reference.model, reference.prompt, Decoding(beams=beams, max_new_tokens=40))
-    answer = searcher.decode([reference.features[reference.utterances[index].key]])[0]
-    assert answer.text == reference.expected[f"text_beam{beams}_single_{index}"][0].strip()
+    answers = searcher.decode([reference.frames[i] for i in indices], [reference.positions[i] for i in indices])
+    key = f"beam{beams}_{name(indices)}"
+    assert [a.ids for a in answers] == [list(ids) for ids in reference.expected[f"ids_{key}"]]
+    assert [a.text for a in answers] == [text.strip() for text in reference.expected[f"text_{key}"]]
 
 
 def test_the_published_projector_has_the_published_size():
     projector = build_projector(Projector(), encoder_width=1024, llm_width=4096)
     assert sum(p.numel() for p in projector.parameters()) == 18_880_512
-
-
-def test_a_new_projector_depends_on_its_seed_alone():
-    torch.manual_seed(1)
-    first = build_projector(Projector(hidden=4), 3, 2, seed=5)
-    torch.manual_seed(2)
-    again = build_projector(Projector(hidden=4), 3, 2, seed=5)
-    other = build_projector(Projector(hidden=4), 3, 2, seed=6)
-    assert torch.equal(first.linear1.weight, again.linear1.weight)
-    assert not torch.equal(first.linear1.weight, other.linear1.weight)
-
-
-def test_projecting_together_is_projecting_alone():
-    projector = build_projector(Projector(hidden=16), 8, 4)
-    utterances = [torch.randn(n, 8) for n in (5, 23, 4, 50)]
-    together = projector(utterances)
-    assert len(together) == 1 + 4 + 0 + 10
-    torch.testing.assert_close(together, torch.cat([projector([u]) for u in utterances]))

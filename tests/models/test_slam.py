@@ -6,8 +6,8 @@ import torch
 from slam_asr.models.llm import load_llm, load_tokenizer
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import IGNORED, Slam, collate
-from slam_asr.recipe import Projector
+from slam_asr.models.slam import IGNORED, Row, Slam, collate
+from slam_asr.recipe import Llm, Projector
 from slam_asr.training.objective import score_answers
 
 WIDTH = 8
@@ -18,7 +18,7 @@ UTTERANCES = ((12, "one"), (61, "two three four"), (7, "a much longer answer tha
 @pytest.fixture(scope="module")
 def world(tiny_models):
     llm = load_llm(tiny_models["llm"], torch.float32)
-    prompt = Prompt(load_tokenizer(tiny_models["llm"]), "Transcribe speech to text. ")
+    prompt = Prompt(load_tokenizer(tiny_models["llm"]), Llm())
     model = Slam(build_projector(Projector(hidden=16), WIDTH, llm.config.hidden_size), llm)
     generator = torch.Generator().manual_seed(0)
     frames = [torch.randn(n, WIDTH, generator=generator) for n, _ in UTTERANCES]
@@ -27,11 +27,9 @@ def world(tiny_models):
 
 def batch(world, indices):
     _, prompt, frames = world
-    ids = [prompt.with_answer(UTTERANCES[i][1]) for i in indices]
-    cut = len(prompt.ids)
-    return collate(
-        [frames[i] for i in indices], [len(frames[i]) // 5 for i in indices], [i[:cut] for i in ids], [i[cut:] for i in ids]
-    )
+    return collate([
+        Row(frames[i], len(frames[i]) // 5, prompt.main.before, *prompt.with_answer(prompt.main, UTTERANCES[i][1])) for i in indices
+    ])
 
 
 def test_a_batch_is_the_sum_of_its_utterances(world):
@@ -57,7 +55,7 @@ def test_answers_start_at_one_column_and_end_with_eos(world):
         assert prompt.answer_of(targets[:-1]) == answer
         assert given.is_audio[row].sum() == frames // 5
         text = given.token_ids[row][(given.mask[row] == 1) & ~given.is_audio[row]].tolist()
-        assert text == prompt.with_answer(answer)
+        assert text == sum(prompt.with_answer(prompt.main, answer), [])
 
 
 def test_only_the_projector_learns(world):
@@ -77,9 +75,3 @@ def test_an_utterance_without_targets_changes_nothing_but_takes_part(world):
     assert scores.sums.tolist() == [0, 0, 0]
     assert all(p.grad is None or not p.grad.any() for p in model.projector.parameters())
     assert scores.loss.requires_grad
-
-
-def test_the_prompt_is_the_references(world):
-    prompt = world[1]
-    assert prompt.text == "USER: Transcribe speech to text. \n ASSISTANT:"
-    assert prompt.with_answer("x")[: len(prompt.ids)] == prompt.ids

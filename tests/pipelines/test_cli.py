@@ -44,7 +44,7 @@ def complaint(monkeypatch, capsys):
         (["run", "demo", "--max_steps=5"], "Unknown option --max_steps; did you mean --training.max_steps?"),
         (["run", "demo", "--outptu", "x"], "Unknown option --outptu; did you mean --output?"),
         (["compile", "--image", "x"], "Unknown option --image; did you mean --images?"),
-        (["run"], "RECIPE is missing: python -m pipelines run RECIPE, with a file or one of demo, librispeech,"),
+        (["run"], "RECIPE is missing: python -m pipelines run RECIPE, with a file or one of demo, "),
         (["run", "demo", "--recipe", "librispeech"], "Two recipes are named, demo and librispeech: leave out --recipe."),
         (["run", "demo", "--training.max_steps", "many"], "Option --training.max_steps: Expected a whole number. Got value: many."),
         (["run", "demo", "--training.max_steps", "0"], "Recipe demo: training.max_steps is 0 but must be at least 1."),

@@ -23,7 +23,7 @@ high lets the rounding of another summation order grow to 1e-3 within five steps
 
 NOISE = 3e-4
 """Relative. Before the first update two orders of summation differ by 1e-6; six updates of Adam make up to 1e-4 of it,
-more on some machines than on others. Ranks averaged without regard to their numbers of targets are off by 1e-2."""
+more on some machines than on others."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def prepared(libri_mini, tmp_path_factory):
 def losses(prepared, name, **overrides):
     folder, features = prepared
     recipe = load_recipe("librispeech", REAL | overrides)
-    record = train(recipe, str(folder / "train.jsonl"), features, str(folder / name), str(folder / "dev.jsonl"))
+    record = train(recipe, str(folder / "train.jsonl"), str(folder / name), features, str(folder / "dev.jsonl"))
     curve, validation = read_curve(record.file("curve.jsonl"))
     return [row["loss"] for row in curve], [row["loss"] for row in validation]
 
@@ -65,7 +65,7 @@ def test_features_of_another_encoder_are_refused_before_training(tiny_recipe, ti
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
     other = load_recipe(str(tiny_recipe), {"encoder.frames": "all"})
     with pytest.raises(UserError, match="frames: store speech, model all"):
-        train(other, str(built.file("train.jsonl")), features.folder, str(tmp_path / "t"))
+        train(other, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_a_failing_process_ends_training_with_its_sentence(tiny_recipe, tiny_cor
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
     with pytest.raises(UserError, match=r"lower training\.learning_rate"):
-        train(recipe, str(built.file("train.jsonl")), features.folder, str(tmp_path / "t"))
+        train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
     assert read_record(tmp_path / "t") is None
 
 
@@ -82,7 +82,7 @@ def test_a_failing_process_ends_training_with_its_sentence(tiny_recipe, tiny_cor
 def test_fp16_on_a_cpu_is_answered_before_anything_is_read(tiny_recipe, tmp_path):
     recipe = load_recipe(str(tiny_recipe), {"training.precision": "fp16"})
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        train(recipe, "/no/such/manifest", "/no/such/store", str(tmp_path))
+        train(recipe, "/no/such/manifest", str(tmp_path), "/no/such/store")
 
 
 def test_what_decides_the_weights_leaves_out_what_does_not(tiny_recipe):

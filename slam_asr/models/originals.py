@@ -1,0 +1,268 @@
+"""Original checkpoint files of speech encoders, rewritten as transformers' folders.
+
+OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0, the last two pretrained or
+fine-tuned with CTC. Neither fairseq nor any code of the file's is needed. Sizes come from the tensors
+themselves; what no tensor tells (heads, strides, where norms stand) comes from the configuration in
+the file. Every tensor is accounted for: mapped, dropped by a name on a list, or complained about.
+"""
+
+import ast
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from transformers import AutoModel, HubertConfig, PretrainedConfig, Wav2Vec2Config, WavLMConfig, WhisperConfig
+
+from slam_asr.errors import UserError
+from slam_asr.models.pickles import plain, read_pickle
+from slam_asr.storage import write_atomically, write_json
+
+Tensors = dict[str, torch.Tensor]
+
+_WHISPER = [
+    (r"positional_embedding", "embed_positions.weight"), (r"token_embedding", "embed_tokens"),
+    (r"ln_post|decoder\.ln(?=\.)", lambda m: m[0].replace("ln_post", "layer_norm").replace("decoder.ln", "decoder.layer_norm")),
+    (r"blocks\.", "layers."), (r"\.attn_ln\.", ".self_attn_layer_norm."), (r"cross_attn_ln", "encoder_attn_layer_norm"),
+    (r"\.mlp_ln\.", ".final_layer_norm."), (r"\.mlp\.0\.", ".fc1."), (r"\.mlp\.2\.", ".fc2."),
+    (r"\.attn\.", ".self_attn."), (r"cross_attn\.", "encoder_attn."),
+    (r"\.query\.", ".q_proj."), (r"\.key\.", ".k_proj."), (r"\.value\.", ".v_proj."), (r"\.out\.", ".out_proj."),
+]
+_WAVEFORM = [
+    (r"^mask_emb$", "masked_spec_embed"),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.0\.", r"\1.conv."),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.2\.(?:1\.)?", r"\1.layer_norm."),
+    (r"^post_extract_proj\.", "feature_projection.projection."), (r"^layer_norm\.", "feature_projection.layer_norm."),
+    (r"^encoder\.pos_conv\.0\.weight_g$", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
+    (r"^encoder\.pos_conv\.0\.weight_v$", "encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
+    (r"^encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.conv."),
+    (r"\.self_attn_layer_norm\.", ".layer_norm."), (r"\.self_attn\.", ".attention."),
+    (r"\.fc1\.", ".feed_forward.intermediate_dense."), (r"\.fc2\.", ".feed_forward.output_dense."),
+    (r"\.grep_a$", ".gru_rel_pos_const"), (r"\.grep_linear\.", ".gru_rel_pos_linear."),
+    (r"\.relative_attention_bias\.", ".rel_attn_embed."),
+]
+"""fairseq's names, which WavLM's authors kept, and transformers'."""
+
+_TUNED = "w2v_encoder.w2v_model."
+"""In front of every name of a model that fairseq fine-tuned."""
+_HEADS = re.compile(
+    r"w2v_encoder\.proj\..*|label_embs_concat|final_proj\..*|quantizer\..*|project_q\..*|project_hid\..*|target_glu\..*"
+    r"|layer_norm_for_extract\..*|proj\..*"
+)
+"""What only pretraining or CTC needs: dropped."""
+
+
+@dataclass
+class Original:
+    """A file's content, told apart from its container."""
+
+    config: PretrainedConfig
+    tensors: Tensors
+    rules: list
+    normalize: bool | None = None
+    """Whether waveforms are to be normalised; Whisper takes none."""
+    dropped: list[str] = field(default_factory=list)
+
+
+def convert_original(source: Path, folder: Path) -> str:
+    """Write config.json, model.safetensors and preprocessor_config.json for an original file.
+
+    Args:
+        source: the `.pt` file.
+        folder: for the result; config.json is written last, and until then there is none.
+
+    Returns:
+        What it was, in a line.
+
+    Raises:
+        UserError: damaged, of another kind, or with a tensor that is missing, left over, of another
+            shape or not finite; it is named.
+    """
+    original = recognise(read_pickle(source), str(source))
+    weights = map_tensors(original, str(source))
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{source} holds values that are not finite (NaN or infinite), in what becomes {name}: fetch it again.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    write_atomically(folder / "model.safetensors", save({n: t.contiguous() for n, t in weights.items()}, {"format": "pt"}))
+    write_json(folder / "preprocessor_config.json", _preprocessor(original))
+    original.config.architectures = [type(_skeleton(original.config)).__name__]
+    original.config.dtype = next(iter(weights.values())).dtype
+    original.config.save_pretrained(folder)
+    count = sum(t.numel() for t in weights.values())
+    without = f", without {len(original.dropped)} tensors of its head" if original.dropped else ""
+    return f"{original.config.model_type} of {count:,} parameters in transformers' files{without}"
+
+
+def recognise(content: Any, where: str) -> Original:
+    """Tell what an original file holds.
+
+    Args:
+        content: from `read_pickle`; its tensors may be on the meta device.
+        where: to name in a complaint.
+
+    Raises:
+        UserError: it is none of the kinds known here.
+    """
+    match content:
+        case {"dims": dict(dims), "model_state_dict": dict(tensors)}:
+            return _whisper(dims, tensors, where)
+        case {"cfg": cfg, "model": dict(tensors)} | {"args": cfg, "model": dict(tensors)}:
+            options = plain(content.get("cfg") or cfg)
+            if isinstance(options, dict) and any("feature_extractor.conv_layers.0.0.weight" in name for name in tensors):
+                return _waveform(options, tensors, where)
+    raise UserError(
+        f"{where} is no checkpoint that is known here: neither of OpenAI's Whisper (dims, model_state_dict) nor of WavLM or "
+        "fairseq's HuBERT or wav2vec 2.0 (cfg or args, model); nor SLAM-LLM's model.pt (encoder_projector.…)."
+    )
+
+
+def map_tensors(original: Original, where: str) -> Tensors:
+    """The tensors under transformers' names, each exactly where one is expected.
+
+    Raises:
+        UserError: one is missing, left over, or of another shape.
+    """
+    expected = _skeleton(original.config).state_dict()
+    mapped: Tensors = {}
+    for name, tensor in original.tensors.items():
+        target = name
+        for pattern, replacement in original.rules:
+            target = re.sub(pattern, replacement, target)
+        if target not in expected:
+            raise UserError(f"{where} holds a tensor that is not known here, {name}: it cannot be converted without loss.")
+        if tensor.shape != expected[target].shape:
+            raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, but its sizes ask for {tuple(expected[target].shape)}: fetch it again.")
+        mapped[target] = tensor
+    missing = [name for name in expected if name not in mapped]
+    if missing:
+        raise UserError(f"{where} lacks {len(missing)} tensors, such as what becomes {missing[0]}: fetch it again.")
+    return mapped
+
+
+def _skeleton(config: PretrainedConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+def _whisper(dims: dict[str, int], tensors: Tensors, where: str) -> Original:
+    try:
+        width, text_width = dims["n_audio_state"], dims["n_text_state"]
+        if width != text_width:
+            raise UserError(f"{where} has an encoder of width {width} and a decoder of {text_width}: transformers has no such Whisper.")
+        config = WhisperConfig(
+            num_mel_bins=dims["n_mels"], max_source_positions=dims["n_audio_ctx"], d_model=width,
+            encoder_layers=dims["n_audio_layer"], encoder_attention_heads=dims["n_audio_head"], encoder_ffn_dim=4 * width,
+            vocab_size=dims["n_vocab"], max_target_positions=dims["n_text_ctx"], decoder_layers=dims["n_text_layer"],
+            decoder_attention_heads=dims["n_text_head"], decoder_ffn_dim=4 * text_width,
+            # Of use to the decoder alone; transformers wants them within the vocabulary.
+            pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
+        )
+    except KeyError as error:
+        raise UserError(f"{where}: its dims lack {error.args[0]}: it is no checkpoint of OpenAI's Whisper.") from error
+    return Original(config, tensors, _WHISPER)
+
+
+def _waveform(options: dict[str, Any], tensors: Tensors, where: str) -> Original:
+    tuned = any(name.startswith(_TUNED) for name in tensors)
+    kept = {name.removeprefix(_TUNED): t for name, t in tensors.items() if not _HEADS.fullmatch(name.removeprefix(_TUNED))}
+    dropped = [name for name in tensors if _HEADS.fullmatch(name.removeprefix(_TUNED))]
+    sections = _sections(options, tuned)
+
+    def option(name: str) -> Any:
+        for section in sections:
+            if name in section and section[name] is not None:
+                return section[name]
+        raise UserError(f"{where}: its configuration does not tell {name}: it cannot be converted.")
+
+    normalize = [s["normalize"] for s in (_dict(options, "task"), _dict(options, "model"), options) if "normalize" in s]
+    if not normalize:
+        normalize = [s["normalize"] for s in sections if "normalize" in s]
+    if not normalize:
+        raise UserError(f"{where}: its configuration does not tell whether waveforms are normalised (normalize): it cannot be converted.")
+    try:
+        sizes = _sizes(kept, option)
+    except (KeyError, ValueError, SyntaxError, TypeError, IndexError) as error:
+        raise UserError(f"{where} lacks what an encoder consists of ({' '.join(str(error).split())}): fetch it again.") from error
+    if "encoder.layers.0.self_attn.relative_attention_bias.weight" in kept:
+        buckets = kept["encoder.layers.0.self_attn.relative_attention_bias.weight"].shape[0]
+        config = WavLMConfig(**sizes, num_buckets=buckets, max_bucket_distance=option("max_distance"))
+    else:
+        # HuBERT's targets have embeddings of their own; wav2vec 2.0 quantises. Fine-tuned, only the configuration tells.
+        named = str([s.get("_name", s.get("arch", "")) for s in sections]).lower()
+        hubert = "label_embs_concat" in tensors or "hubert" in named
+        config = (HubertConfig if hubert else Wav2Vec2Config)(**sizes)
+    return Original(config, kept, _WAVEFORM, bool(normalize[0]), dropped)
+
+
+def _sections(options: dict[str, Any], tuned: bool) -> list[dict[str, Any]]:
+    """Where the model's own options may stand, the most specific first."""
+    inner = _dict(_dict(options, "model"), "w2v_args") or _dict(options, "w2v_args")
+    found = [_dict(inner, "model"), inner] if tuned else []
+    return [s for s in (*found, _dict(options, "model"), options) if s]
+
+
+def _dict(section: dict[str, Any], key: str) -> dict[str, Any]:
+    value = section.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _sizes(tensors: Tensors, option: Any) -> dict[str, Any]:
+    """Arguments of transformers' configurations."""
+    convolutions = sorted(
+        (n for n in tensors if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.0\.weight", n)), key=lambda n: int(n.split(".")[2])
+    )
+    shapes = [tuple(tensors[n].shape) for n in convolutions]
+    layout = _layers(option("conv_feature_layers"))
+    if [(s[0], s[2]) for s in shapes] != [(dim, kernel) for dim, kernel, _ in layout]:
+        raise ValueError(f"conv_feature_layers is {layout}, its convolutions are {shapes}")
+    position = tensors["encoder.pos_conv.0.weight_v"].shape
+    width = position[0]
+    grep = tensors.get("encoder.layers.0.self_attn.grep_a")
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")}),
+        "num_attention_heads": grep.shape[1] if grep is not None else option("encoder_attention_heads"),
+        "intermediate_size": tensors["encoder.layers.0.fc1.weight"].shape[0],
+        "conv_dim": [dim for dim, _, _ in layout], "conv_kernel": [kernel for _, kernel, _ in layout],
+        "conv_stride": [stride for _, _, stride in layout], "num_feat_extract_layers": len(layout),
+        "conv_bias": "feature_extractor.conv_layers.0.0.bias" in tensors,
+        "feat_extract_norm": "layer" if "feature_extractor.conv_layers.0.2.1.weight" in tensors else "group",
+        "do_stable_layer_norm": bool(option("layer_norm_first")),
+        "num_conv_pos_embeddings": position[2], "num_conv_pos_embedding_groups": width // position[1],
+    }
+
+
+def _layers(text: Any) -> list[tuple[int, int, int]]:
+    """`[(512,10,5)] + [(512,3,2)] * 4` → [(dim, kernel, stride), …], computed without running it.
+
+    Raises:
+        ValueError, TypeError, SyntaxError: it is anything but lists, sums and multiples.
+    """
+    if not isinstance(text, str):
+        return [tuple(layer) for layer in text]
+
+    def value(node: ast.AST) -> Any:
+        match node:
+            case ast.BinOp(left, ast.Add(), right):
+                return value(left) + value(right)
+            case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))) if 0 <= times <= 100:
+                return value(left) * times
+        return ast.literal_eval(node)
+
+    layers = [tuple(layer) for layer in value(ast.parse(text.strip(), mode="eval").body)]
+    if not all(len(layer) == 3 and all(isinstance(n, int) for n in layer) for layer in layers):
+        raise ValueError(f"conv_feature_layers is {text}")
+    return layers
+
+
+def _preprocessor(original: Original) -> dict[str, Any]:
+    if original.normalize is None:
+        return {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": original.config.num_mel_bins, "sampling_rate": 16000}
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": original.normalize, "feature_size": 1,
+        "sampling_rate": 16000, "padding_value": 0.0, "return_attention_mask": original.config.feat_extract_norm == "layer",
+    }

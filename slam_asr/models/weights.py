@@ -1,0 +1,68 @@
+"""Loading pretrained weights: whole, finite and frozen, or not at all."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from slam_asr.errors import UserError
+from slam_asr.models.pretrained import UNREADABLE_WEIGHTS
+from slam_asr.recipe import one_sentence
+
+
+def load_weights(kind: type, folder: Path, dtype: torch.dtype, part: str) -> PreTrainedModel:
+    """A pretrained model with all its weights, frozen, in evaluation mode.
+
+    Args:
+        kind: one of transformers' Auto classes.
+        folder: with transformers' files.
+        dtype: of the weights.
+        part: what to call it in a complaint: `encoder` or `LLM`.
+
+    Raises:
+        UserError: weights are missing, damaged, of another shape, or not finite.
+    """
+    with _quiet():
+        try:
+            # Weights of another shape are reported, rather than raised in a table of many lines.
+            model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        except UNREADABLE_WEIGHTS as error:
+            raise UserError(f"The {part} in {folder} cannot be loaded: {one_sentence(error)}") from error
+    wrong = {str(key[0]) for key in report["mismatched_keys"]}
+    # The mask's embedding serves pretraining alone; not every checkpoint keeps it.
+    wrong |= {name for name in report["missing_keys"] if not name.endswith("masked_spec_embed")}
+    if wrong:
+        raise UserError(
+            f"The weights of the {part} in {folder} do not fit its config.json ({len(wrong)} are missing or of another shape, "
+            f"such as {min(wrong)}): fetch or convert the model again."
+        )
+    require_finite(model, f"The {part} in {folder}")
+    return model.eval().requires_grad_(False)
+
+
+def require_finite(model: nn.Module, what: str) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        UserError: naming the first such weight.
+    """
+    for name, weight in model.named_parameters():
+        # A sum is finite only if all it adds is, and reads the weight but once.
+        if not torch.isfinite(weight.detach().sum(dtype=torch.float32)) and not torch.isfinite(weight.detach()).all():
+            raise UserError(f"{what} holds values that are not finite (NaN or infinite) in {name}: fetch or convert it again.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # transformers' bars and reports would tear the stage's own log; what matters of them is checked above.
+    transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)

@@ -1,0 +1,98 @@
+"""SLAM-LLM's `model.pt`: read with the recipe it belongs to, refused with any other, and written back bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from slam_asr.conversion.convert import convert_checkpoint
+from slam_asr.conversion.model import read_config
+from slam_asr.errors import UserError
+from slam_asr.models.llm import add_lora, load_llm
+from slam_asr.models.projector import PROJECTORS, build_projector
+from slam_asr.recipe import load_recipe
+
+
+def recipe(tiny_recipe, **overrides):
+    return load_recipe(str(tiny_recipe), overrides)
+
+
+def checkpoint(path: Path, options, widths=(16, 16), **more) -> Path:
+    weights = build_projector(options, *widths, seed=3).state_dict()
+    torch.save({f"encoder_projector.{n}": t for n, t in weights.items()} | more, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_what_is_read_is_written_back(tiny_recipe, tmp_path, kind):
+    r = recipe(tiny_recipe, **{"projector.kind": kind, "projector.layers": 1, "projector.queries": 3})
+    file = checkpoint(tmp_path / "model.pt", r.projector)
+    model = convert_checkpoint(str(file), str(tmp_path / "model"), recipe=r)
+    config = read_config(model.folder)
+    assert (config.encoder_width, config.llm_width) == (16, 16)
+    back = convert_checkpoint(model.folder, str(tmp_path / "back"), to="slam-llm")
+    first, second = (torch.load(f, weights_only=True) for f in (file, back.file("model.pt")))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def lora_weights(r):
+    llm = load_llm(Path(r.llm.name), torch.float32)
+    add_lora(llm, r.llm.lora, seed=1)
+    return {f"llm.base_model.model.{n}": p.detach() + 1 for n, p in llm.named_parameters() if ".lora_" in n}
+
+
+def test_lora_beside_the_projector_is_kept(tiny_recipe, tmp_path):
+    r = recipe(tiny_recipe, **{"llm.tuning": "lora"})
+    file = checkpoint(tmp_path / "model.pt", r.projector, **lora_weights(r))
+    model = convert_checkpoint(str(file), str(tmp_path / "model"), recipe=r)
+    assert model.file("adapter/adapter_model.safetensors").is_file()
+    back = convert_checkpoint(model.folder, str(tmp_path / "back"), to="slam-llm")
+    first, second = (torch.load(f, weights_only=True) for f in (file, back.file("model.pt")))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_lora_without_a_recipe_that_has_it_is_refused(tiny_recipe, tmp_path):
+    r = recipe(tiny_recipe, **{"llm.tuning": "lora"})
+    file = checkpoint(tmp_path / "model.pt", r.projector, **lora_weights(r))
+    with pytest.raises(UserError, match=r"llm\.tuning"):
+        convert_checkpoint(str(file), str(tmp_path / "model"), recipe=recipe(tiny_recipe))
+
+
+@pytest.mark.parametrize(("widths", "named"), [((24, 16), "encoder width 16 to LLM width 16"), ((16, 20), "to LLM width 16")])
+def test_other_widths_are_refused_by_name(tiny_recipe, tmp_path, widths, named):
+    r = recipe(tiny_recipe)
+    file = checkpoint(tmp_path / "model.pt", r.projector, widths)
+    with pytest.raises(UserError, match=named):
+        convert_checkpoint(str(file), str(tmp_path / "model"), recipe=r)
+    assert not (tmp_path / "model" / "config.json").exists()
+
+
+def test_nan_is_refused_by_name(tiny_recipe, tmp_path):
+    r = recipe(tiny_recipe)
+    file = checkpoint(tmp_path / "model.pt", r.projector)
+    weights = torch.load(file, weights_only=True)
+    weights["encoder_projector.linear1.bias"][1] = torch.nan
+    torch.save(weights, file)
+    with pytest.raises(UserError, match=r"linear1\.bias holds values that are not finite"):
+        convert_checkpoint(str(file), str(tmp_path / "model"), recipe=r)
+
+
+def test_without_a_recipe_it_is_said_what_is_missing(tiny_recipe, tmp_path):
+    file = checkpoint(tmp_path / "model.pt", recipe(tiny_recipe).projector)
+    with pytest.raises(UserError, match="name them with --recipe"):
+        convert_checkpoint(str(file), str(tmp_path / "model"))
+
+
+def test_a_truncated_file_is_one_sentence(tiny_recipe, tmp_path):
+    file = checkpoint(tmp_path / "model.pt", recipe(tiny_recipe).projector)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError) as raised:
+        convert_checkpoint(str(file), str(tmp_path / "model"), recipe=recipe(tiny_recipe))
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_of_something_else_are_refused(tiny_recipe, tmp_path):
+    r = recipe(tiny_recipe)
+    file = checkpoint(tmp_path / "model.pt", r.projector, **{"llm.lm_head.weight": torch.zeros(2, 2)})
+    with pytest.raises(UserError, match=r"llm\.lm_head\.weight, which is neither"):
+        convert_checkpoint(str(file), str(tmp_path / "model"), recipe=r)

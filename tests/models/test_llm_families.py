@@ -1,0 +1,192 @@
+"""Any causal LM: padding and company change nothing, audio enters as it is, and targets follow the reference's rule."""
+
+import copy
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from slam_asr.decoding.search import Searcher
+from slam_asr.models.llm import checkpoint_layers, llm_width
+from slam_asr.models.projector import build_projector
+from slam_asr.models.prompt import Prompt
+from slam_asr.models.slam import IGNORED, Row, Slam, collate
+from slam_asr.recipe import Decoding, Llm, Projector
+from slam_asr.training.objective import score_answers
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES = {
+    # name: (transformers' model type, what differs from SIZES, the tokenizer's beginning of text)
+    "vicuna": ("llama", {"num_key_value_heads": 4}, "<s>"),
+    "llama-3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "<s>"),
+    "tinyllama": ("llama", {}, "<s>"),
+    "qwen-2.5": ("qwen2", {"tie_word_embeddings": True}, None),
+    "qwen-3": ("qwen3", {"head_dim": 16}, None),
+    "phi-2": ("phi", {}, None),
+    "phi-3": ("phi3", {"pad_token_id": 0}, None),
+    "gemma": ("gemma", {"head_dim": 8, "tie_word_embeddings": True}, "<s>"),
+    "gemma-2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}, "<s>"),
+    "gemma-3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}, "<s>"),
+    "mistral": ("mistral", {"sliding_window": 64}, "<s>"),
+    "smollm2": ("llama", {"tie_word_embeddings": True}, None),
+    "gpt-2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}, None),
+    "gpt-neox": ("gpt_neox", {"max_position_embeddings": 256}, None),
+}
+UTTERANCES = ((12, "one"), (61, "two three four"), (7, "a much longer answer than the others"))
+"""Encoder frames and answer."""
+WIDTH = 8
+
+
+def byte_tokenizer(begin: str | None = None, adds_end: bool = False) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, some pairs merged, without a token for padding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("o", "n"), ("on", "e"), ("\u0120", "a"), (":", "o"), (":", "t")]
+    tokens = ["<s>", "</s>", *alphabet, *("".join(p) for p in pairs)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    frame = f"{begin or ''} $A {'</s>' if adds_end else ''}".split()
+    if len(frame) > 1:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join(frame), special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token="</s>")
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def world(request):
+    kind, changes, begin = FAMILIES[request.param]
+    tokenizer = byte_tokenizer(begin)
+    config = CONFIG_MAPPING[kind](**{
+        **SIZES, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None, **changes,
+    })
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    with torch.no_grad():  # of random weights all tokens are about as likely; now some are far more so
+        llm.get_output_embeddings().weight.mul_(30)
+    prompt = Prompt(tokenizer, Llm())
+    model = Slam(build_projector(Projector(hidden=16), WIDTH, llm_width(llm)), llm)
+    generator = torch.Generator().manual_seed(0)
+    return model, prompt, [torch.randn(n, WIDTH, generator=generator) for n, _ in UTTERANCES]
+
+
+def batch(world, indices):
+    _, prompt, frames = world
+    return collate([
+        Row(frames[i], len(frames[i]) // 5, prompt.main.before, *prompt.with_answer(prompt.main, UTTERANCES[i][1])) for i in indices
+    ])
+
+
+def test_a_batch_is_the_sum_of_its_utterances(world):
+    together = batch(world, [0, 1, 2])
+    scores = score_answers(world[0](together), together.labels)
+    singles = [score_answers(world[0](b), b.labels) for b in (batch(world, [i]) for i in range(3))]
+    torch.testing.assert_close(scores.loss, sum(s.loss for s in singles), rtol=1e-5, atol=1e-5)
+    assert scores.sums[1:].tolist() == sum(s.sums for s in singles)[1:].tolist()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decoding_together_is_decoding_alone(world, beams):
+    model, prompt, frames = world
+    searcher = Searcher(model, prompt, Decoding(beams=beams, max_new_tokens=8))
+    positions = [len(f) // 5 for f in frames]
+    alone = [searcher.decode([f], [n])[0] for f, n in zip(frames, positions, strict=True)]
+    assert [a.text for a in searcher.decode(frames, positions)] == [a.text for a in alone]
+
+
+@torch.no_grad()
+def test_audio_enters_as_the_projector_gives_it(world):
+    model, given = world[0], batch(world, [1])
+    torch.testing.assert_close(model.embed(given)[given.is_audio], model.projector(given.audio, given.positions))
+
+
+@torch.no_grad()
+def test_embeddings_are_those_of_token_ids(world):
+    llm, given = world[0].llm, batch(world, [1])
+    ids = given.token_ids[~given.is_audio][None]
+    embedded = llm(inputs_embeds=llm.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(embedded, llm(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_chosen_logits_are_those_of_the_whole_sequence(world):
+    model, given = world[0], batch(world, [1])
+    whole = model.llm(inputs_embeds=model.embed(given)).logits[0]
+    start = given.answer_start - 1
+    torch.testing.assert_close(model(given), whole[start : start + given.labels.shape[1]], rtol=1e-4, atol=1e-4)
+
+
+def test_targets_follow_the_references_rule(world):
+    tokenizer, given = world[1].tokenizer, batch(world, [0, 1, 2])
+    text = "USER: Transcribe speech to text. \n ASSISTANT:"
+    for row, (_, answer) in enumerate(UTTERANCES):
+        wanted = [*tokenizer(text + answer)["input_ids"], tokenizer.eos_token_id][len(tokenizer(text)["input_ids"]) :]
+        assert given.labels[row][given.labels[row] != IGNORED].tolist() == wanted
+
+
+def test_computing_layers_again_changes_no_gradient(world):
+    given, gradients = batch(world, [0, 1]), []
+    for again in (False, True):
+        model = copy.deepcopy(world[0])
+        model = Slam(model.projector, model.llm).train()
+        if again:
+            checkpoint_layers(model.llm)
+        score_answers(model(given), given.labels).loss.backward()
+        gradients.append(model.projector.linear1.weight.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("begin", ["<s>", None])
+@pytest.mark.parametrize("adds_end", [False, True])
+def test_begin_stands_behind_the_audio_and_the_end_once(begin, adds_end):
+    tokenizer = byte_tokenizer(begin, adds_end)
+    prompt = Prompt(tokenizer, Llm())
+    ids, answer = prompt.with_answer(prompt.main, "one")
+    assert (ids[0] == 0) == (begin is not None) and 0 not in ids[1:] + answer
+    assert ids.count(1) == 0 and answer.count(1) == 1 and answer[-1] == 1
+    assert prompt.answer_of(answer) == "one" and prompt.main.before == []
+
+
+def test_a_template_may_put_text_in_front_of_the_audio():
+    tokenizer = byte_tokenizer("<s>")
+    prompt = Prompt(tokenizer, Llm(prompt="Say it.", template="Hear: {audio} {}\nAnswer:"))
+    assert tokenizer.decode(prompt.main.before) == "<s>Hear: "
+    ids, answer = prompt.with_answer(prompt.main, "one")
+    assert tokenizer.decode(ids) == " Say it.\nAnswer:" and prompt.answer_of(answer) == "one"
+    assert [*prompt.main.before, *ids].count(0) == 1
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_chat_models_own_template_surrounds_audio_and_prompt():
+    tokenizer = byte_tokenizer("<s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT
+    prompt = Prompt(tokenizer, Llm(prompt="Say it.", template="chat"))
+    ids, answer = prompt.with_answer(prompt.main, "one")
+    assert tokenizer.decode(prompt.main.before) == "<|im_start|>user\n"
+    assert tokenizer.decode(ids) == "Say it.<|im_end|>\n<|im_start|>assistant\n"
+    assert answer[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") in prompt.stops
+    assert prompt.answer_of([*answer, 1, 1]) == "one"
+
+
+def test_a_model_without_a_chat_template_is_refused():
+    with pytest.raises(Exception, match="has no chat template"):
+        Prompt(byte_tokenizer(), Llm(template="chat"))
+
+
+def test_prompts_are_drawn_by_seed_epoch_and_key():
+    prompt = Prompt(byte_tokenizer(), Llm(training_prompts=["one. ", "two. ", "three. "]))
+    drawn = [prompt.draw(0, epoch, f"key{i}") for epoch in range(3) for i in range(50)]
+    assert drawn == [prompt.draw(0, epoch, f"key{i}") for epoch in range(3) for i in range(50)]
+    assert {0, 1, 2} == set(drawn) and drawn[:50] != drawn[50:100]
+    assert prompt.main.text == "USER: Transcribe speech to text. \n ASSISTANT:"
+    assert {s.text for s in prompt.drawn} == {f"USER: {n}. \n ASSISTANT:" for n in ("one", "two", "three")}

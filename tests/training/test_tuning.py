@@ -1,0 +1,94 @@
+"""What is trained beside the projector: it changes, the rest does not, and decoding gets all of it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slam_asr.conversion.convert import convert_checkpoint
+from slam_asr.conversion.model import read_adapter, read_config, read_projector
+from slam_asr.conversion.zero import fp32_weights
+from slam_asr.corpora.build import build_manifest
+from slam_asr.decoding.decode import decode
+from slam_asr.errors import UserError
+from slam_asr.features.extract import extract_features
+from slam_asr.recipe import load_recipe
+from slam_asr.training.train import train
+
+KINDS = {
+    "lora": {"llm.tuning": "lora", "llm.learning_rate": 5e-4, "training.zero_stage": 2},
+    "lora-bf16": {"llm.tuning": "lora", "training.precision": "bf16"},
+    "full-llm": {"llm.tuning": "full", "llm.learning_rate": 1e-5, "training.gradient_checkpointing": True},
+    "full-llm-offload": {
+        "llm.tuning": "full", "training.zero_stage": 2, "training.offload_optimizer": True, "training.precision": "bf16",
+    },
+    "full-encoder": {"encoder.tuning": "full", "encoder.learning_rate": 2e-5, "training.zero_stage": 3},
+    "q-former": {"projector.kind": "q-former", "projector.queries": 5, "projector.layers": 1},
+    "cov1d-linear": {"projector.kind": "cov1d-linear", "training.zero_stage": 3},
+    "drawn-prompts": {"llm.training_prompts": ["Write it down. ", "What is said? "]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_arrives_in_decoding(tiny_recipe, tiny_corpus, tmp_path, kind):
+    recipe = load_recipe(str(tiny_recipe), {"training.learning_rate": 1e-3, **KINDS[kind]})
+    built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
+    features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
+    manifest = str(built.file("train.jsonl"))
+    trained = train(recipe, manifest, str(tmp_path / "t"), features.folder, str(built.file("dev.jsonl")))
+    assert trained.facts["steps"] == 3
+    weights = fp32_weights(next((tmp_path / "t" / "checkpoints").glob("global_step*")))
+    parts = {name.partition(".")[0] for name in weights}
+    tuned = {"lora": "llm", "full": "llm" if recipe.llm.tuning == "full" else "encoder"}
+    wanted = {"projector"} | {tuned[k] for k in tuned if k in (recipe.llm.tuning, recipe.encoder.tuning)}
+    assert parts == wanted
+    assert trained.facts["trained_parameters"] >= trained.facts["projector_parameters"]
+    if recipe.llm.tuning == "lora":
+        assert all(".lora_" in n for n in weights if n.startswith("llm."))
+        assert any(t.any() for n, t in weights.items() if ".lora_B" in n)
+
+    model = convert_checkpoint(trained.folder, str(tmp_path / "model"))
+    config = read_config(model.folder)
+    for name, tensor in read_projector(model.folder, config).state_dict().items():
+        torch.testing.assert_close(tensor, weights[f"projector.{name}"])
+    if recipe.llm.tuning == "lora":
+        adapter = read_adapter(model.folder)
+        assert {f"llm.{n}" for n in adapter} == {n for n in weights if n.startswith("llm.")}
+        assert json.loads(model.file("adapter/adapter_config.json").read_text())["r"] == 8
+    if wanted - {"projector"} and recipe.llm.tuning != "lora":
+        part = (wanted - {"projector"}).pop()
+        base = load_file(f"{recipe.llm.name if part == 'llm' else recipe.encoder.name}/model.safetensors")
+        own = load_file(model.file(f"{part}/model.safetensors"))
+        assert own.keys() == base.keys()
+        assert any(not torch.equal(own[n].float(), base[n].float()) for n in own)
+    decoded = decode(recipe, model.folder, [built.folder], str(tmp_path / "d"), features.folder)
+    assert decoded.metrics["wer"] > 0
+    if recipe.encoder.tuning == "frozen":
+        from_audio = decode(recipe, model.folder, [built.folder], str(tmp_path / "a"))
+        texts = [(tmp_path / d / "hypotheses.jsonl").read_text() for d in ("d", "a")]
+        assert texts[0] == texts[1] and from_audio.metrics["wer"] == decoded.metrics["wer"]
+
+    if wanted == {"projector"} or recipe.llm.tuning == "lora":
+        theirs = convert_checkpoint(model.folder, str(tmp_path / "slam-llm"), to="slam-llm")
+        back = convert_checkpoint(str(theirs.file("model.pt")), str(tmp_path / "back"), recipe=recipe)
+        for name, tensor in load_file(model.file("projector.safetensors")).items():
+            assert torch.equal(tensor, load_file(back.file("projector.safetensors"))[name])
+        assert read_adapter(model.folder).keys() == read_adapter(back.folder).keys()
+
+
+def test_layers_that_the_llm_does_not_have_are_named_before_training(tiny_recipe, tiny_corpus, tmp_path):
+    recipe = load_recipe(str(tiny_recipe), {"llm.tuning": "lora", "llm.lora.targets": ["q_prj"]})
+    built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
+    features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
+    with pytest.raises(UserError, match="names q_prj, a layer that this LLM does not have; did you mean q_proj?"):
+        train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
+
+
+def test_a_prompt_without_room_for_the_answer_is_refused_before_training(tiny_recipe, tiny_corpus, tmp_path):
+    recipe = load_recipe(str(tiny_recipe), {"decoding.max_new_tokens": 2040})
+    built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
+    features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
+    with pytest.raises(UserError, match="leaves no room for audio in the 2048"):
+        train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
