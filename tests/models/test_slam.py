@@ -55,7 +55,8 @@ def test_answers_start_at_one_column_and_end_with_eos(world):
         assert prompt.answer_of(targets[:-1]) == answer
         assert given.is_audio[row].sum() == frames // 5
         text = given.token_ids[row][(given.mask[row] == 1) & ~given.is_audio[row]].tolist()
-        assert text == sum(prompt.with_answer(prompt.main, answer), [])
+        ids, targets_with_end = prompt.with_answer(prompt.main, answer)
+        assert text == ids + targets_with_end
 
 
 def test_only_the_projector_learns(world):

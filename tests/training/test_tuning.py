@@ -82,7 +82,7 @@ def test_layers_that_the_llm_does_not_have_are_named_before_training(tiny_recipe
     recipe = load_recipe(str(tiny_recipe), {"llm.tuning": "lora", "llm.lora.targets": ["q_prj"]})
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
-    with pytest.raises(UserError, match="names q_prj, a layer that this LLM does not have; did you mean q_proj?"):
+    with pytest.raises(UserError, match=r"names q_prj, a layer that this LLM does not have; did you mean q_proj\?"):
         train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
 
 

@@ -1,0 +1,81 @@
+"""Pickles of strangers: read without their software, and nothing in them ever runs."""
+
+import argparse
+import sys
+import types
+from enum import Enum
+
+import pytest
+import torch
+
+from slam_asr.errors import UserError
+from slam_asr.models.pickles import plain, read_pickle
+
+
+class Harm:
+    """Its pickle calls a function when it is read."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def fairseq(monkeypatch):
+    """A module with classes like fairseq's, for as long as something is written."""
+    module = types.ModuleType("fairseq.data.dictionary")
+    for name, kind in {
+        "Dictionary": type("Dictionary", (), {}), "Choice": Enum("Choice", {"constant": "constant", "linear": "linear"}),
+    }.items():
+        kind.__module__ = module.__name__
+        setattr(module, name, kind)
+    for name in ("fairseq", "fairseq.data"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_classes_that_are_not_installed_become_their_contents(fairseq, tmp_path, monkeypatch):
+    symbols = fairseq.Dictionary()
+    symbols.symbols, symbols.count = ["a", "b"], {"a": 3}
+    content = {
+        "args": argparse.Namespace(layers=3, mode=fairseq.Choice.constant), "dictionary": symbols, "model": {"w": torch.ones(2)},
+    }
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
+        with monkeypatch.context() as patch:
+            for name in ("fairseq", "fairseq.data", "fairseq.data.dictionary"):
+                patch.delitem(sys.modules, name)
+            read = read_pickle(tmp_path / "file.pt")
+            assert not any(name.startswith("fairseq") for name in sys.modules)
+        assert torch.equal(read["model"]["w"], torch.ones(2))
+        assert plain(read["args"])["layers"] == 3 and plain(read["args"])["mode"] == "constant"
+        assert plain(read["dictionary"]) == {"symbols": ["a", "b"], "count": {"a": 3}}
+
+
+@pytest.mark.parametrize("name", ["posix.system", "builtins.eval", "subprocess.check_output"])
+def test_what_would_run_is_refused_and_does_not(tmp_path, name):
+    mark = tmp_path / "it ran"
+    module, _, function = name.rpartition(".")
+    harm = Harm(getattr(__import__(module), function), f"open({str(mark)!r}, 'w')" if "eval" in name else ["touch", str(mark)])
+    torch.save({"model": {"w": torch.ones(1)}, "args": harm}, tmp_path / "file.pt")
+    with pytest.raises(UserError, match="is refused"):
+        read_pickle(tmp_path / "file.pt")
+    assert not mark.exists()
+
+
+def test_a_strict_list_refuses_what_is_harmless_elsewhere(tmp_path):
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "file.pt")
+    assert plain(read_pickle(tmp_path / "file.pt")) == {"args": {"a": 1}}
+    with pytest.raises(UserError, match=r"argparse\.Namespace"):
+        read_pickle(tmp_path / "file.pt", allowed=("deepspeed.nothing",))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"just text, and not short", bytes(range(256))])
+def test_damaged_and_foreign_files_are_one_sentence(tmp_path, content):
+    (tmp_path / "file.pt").write_bytes(content)
+    with pytest.raises(UserError, match="damaged or no checkpoint") as raised:
+        read_pickle(tmp_path / "file.pt")
+    assert "\n" not in str(raised.value)
