@@ -26,6 +26,7 @@ STAGES = {
     "convert-checkpoint": "slam_asr.conversion.convert:convert_checkpoint",
     "decode": "slam_asr.decoding.decode:decode",
 }
+COMMANDS = {**STAGES, "plan": "slam_asr.planning.plan:plan"}
 
 USAGE = """usage: slam-asr STAGE --option value …
 
@@ -35,6 +36,8 @@ stages, in order:
   train                the projector, with DeepSpeed
   convert-checkpoint   a checkpoint becomes a model folder
   decode               transcripts, word error rate, report
+
+slam-asr plan RECIPE    memory, time and storage that a recipe takes, before anything is loaded
 
 slam-asr STAGE --help   its options
 slam-asr --version      versions of slam-asr and torch
@@ -57,9 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(stage: str, arguments: list[str]) -> Any:
     """Run a stage with options as they stand on the command line → its record."""
-    if stage not in STAGES:
-        raise UserError(f"There is no stage {stage}{nearest(stage, list(STAGES)) or '.'} Stages: {', '.join(STAGES)}.")
-    module, name = STAGES[stage].split(":")
+    if stage not in COMMANDS:
+        raise UserError(f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}.")
+    module, name = COMMANDS[stage].split(":")
+    arguments = _spelt_out(arguments)
     function: Callable = getattr(importlib.import_module(module), name)
     parameter = inspect.signature(function).parameters.get("recipe")
     named = _recipe_named(arguments) if parameter else None
@@ -75,6 +79,13 @@ def run(stage: str, arguments: list[str]) -> Any:
     if takes_recipe:
         values["recipe"] = pop_recipe(values)
     return function(**values)
+
+
+def _spelt_out(arguments: list[str]) -> list[str]:
+    """`RECIPE --gpu-memory 80` → `--recipe RECIPE --gpu_memory 80`: what people are used to from other programs."""
+    if arguments and (arguments[0] in shipped_recipes() or arguments[0].endswith((".yaml", ".yml"))):
+        arguments = ["--recipe", *arguments]
+    return [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
 
 
 def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from slam_asr.audio import SAMPLE_RATE
 from slam_asr.errors import UserError
 from slam_asr.models.pretrained import locate_model, weights_sha256
 from slam_asr.models.weights import load_weights
@@ -138,14 +137,23 @@ def describe_encoder(options: Encoder) -> EncoderSpec:
     Raises:
         UserError: the model is not there or is of a kind that is not supported.
     """
-    from slam_asr.models.waveform import WAVEFORM_MODELS, WaveformSpec
-    from slam_asr.models.whisper import WhisperSpec
-
     folder = locate_model(options.name)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{options.name} ({folder}) has no readable config.json: {one_sentence(error)}") from error
+    return spec_of(folder, config, options)
+
+
+def spec_of(folder: Path, config: PretrainedConfig, options: Encoder) -> EncoderSpec:
+    """What is known of an encoder from its configuration.
+
+    Raises:
+        UserError: it is of a kind that is not supported.
+    """
+    from slam_asr.models.waveform import WAVEFORM_MODELS, WaveformSpec
+    from slam_asr.models.whisper import WhisperSpec
+
     if config.model_type == "whisper":
         return WhisperSpec(folder, config, options)
     if config.model_type in WAVEFORM_MODELS:
@@ -154,8 +162,3 @@ def describe_encoder(options: Encoder) -> EncoderSpec:
         f"encoder.name is {options.name}, a model of type {config.model_type}; "
         f"supported encoders: whisper, {', '.join(WAVEFORM_MODELS)}. Give one of these."
     )
-
-
-def samples_of_seconds(duration: float) -> int:
-    """Samples at 16 kHz, from a manifest's duration."""
-    return round(duration * SAMPLE_RATE)

@@ -143,6 +143,30 @@ def locate_model(name: str) -> Path:
     return _in_hub_cache(name) or _fetch(name, kept)
 
 
+def locate_config(name: str) -> Path:
+    """A folder with a model's configuration, tokenizer and so on, fetched without its weights where it is not here.
+
+    Raises:
+        UserError: no source has the model.
+    """
+    if is_s3(name):
+        return locate_model(name)
+    folder = local_path(name)
+    kept = cache_folder() / "models" / name.replace("/", "--")
+    if folder.exists() or is_whole(kept) or name in WHEEL_MODELS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] in ".-":
+        return locate_model(name)
+    cached = _in_hub_cache(name)
+    if cached is not None:
+        return cached
+    small = cache_folder() / "configs" / name.replace("/", "--")
+    if not (small / "config.json").is_file():
+        try:
+            _from_hub(name, small, weights=False)
+        except _Unavailable as reason:
+            raise UserError(f"No model {name}: it is not in the cache, and {reason}; give a folder with its files, or connect to the hub.") from None
+    return small
+
+
 def _from_object_storage(uri: str) -> Path:
     """The folder in our cache that an s3:// prefix, or original file, was fetched into.
 
@@ -307,7 +331,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _from_hub(name: str, aside: Path) -> None:
+def _from_hub(name: str, aside: Path, weights: bool = True) -> None:
     """Download from the hub into `aside`; what an interrupted run left there is used again."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -323,9 +347,9 @@ def _from_hub(name: str, aside: Path) -> None:
     try:
         info = HfApi().model_info(name, timeout=HUB_TIMEOUT)
         files = [file.rfilename for file in info.siblings or []]
-        weights = _SAFETENSORS if any(fnmatch(f, _SAFETENSORS) for f in files) else _PICKLES
-        wanted = [f for f in files if "/" not in f and any(fnmatch(f, p) for p in (weights, *_SMALL_FILES))]
-        say(f"fetching {name} from the hub")
+        heavy = [_SAFETENSORS if any(fnmatch(f, _SAFETENSORS) for f in files) else _PICKLES] if weights else []
+        wanted = [f for f in files if "/" not in f and any(fnmatch(f, p) for p in (*heavy, *_SMALL_FILES))]
+        say(f"fetching {name}{'' if weights else ' (configuration)'} from the hub")
         snapshot_download(name, revision=info.sha, local_dir=aside, allow_patterns=wanted)
     except OfflineModeIsEnabled:
         raise _Unavailable("the hub is switched off (HF_HUB_OFFLINE)") from None

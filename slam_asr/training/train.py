@@ -15,6 +15,10 @@ from slam_asr.recipe import Recipe, dump_recipe
 from slam_asr.stage import Outcome, Record, run_stage
 from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
 
+ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
+"""Has glibc give each block above 4 MiB pages of its own, returned when it is freed. Left alone it raises that threshold to
+32 MiB, and activations leave holes between them: on a CPU a training took half as much memory again, in the same time."""
+
 
 def train(
     recipe: Recipe,
@@ -162,6 +166,7 @@ def _torchrun(processes: int, folder: Path) -> None:
 
     from slam_asr.training.loop import FAILURE
 
+    os.environ.setdefault(*ALLOCATION)
     # Each process takes its share of the cores; left alone, every one would take them all.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Python's own answer to a loopback name may need a resolver that a container does not have.

@@ -1,0 +1,167 @@
+"""What `slam-asr plan` predicts of a training's memory, beside what one process really takes.
+
+    python benchmarks/plan.py                     # several sizes, on this machine's CPU or GPU
+    python benchmarks/plan.py --only 2 --json     # one of them, as a line of JSON
+
+Each size is a LLM with random weights and a batch of random features, two optimiser steps in a
+process of its own. On a CPU the measure is the peak of resident memory above that of the same process
+before any model is there (torch, transformers and DeepSpeed imported, process group started); on a
+GPU it is torch's peak of allocated memory, and plain AdamW serves where DeepSpeed is not installed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CASES = [
+    # LLM; precision, utterances, positions of each, audio positions, targets
+    ({"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+      "vocab_size": 49152, "tie_word_embeddings": True}, "fp32", 6, 100, 60, 25),
+    ({"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 32000},
+     "fp32", 16, 150, 100, 30),
+    ({"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "vocab_size": 32000},
+     "bf16", 16, 200, 140, 40),
+    ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16, "num_attention_heads": 8, "vocab_size": 16000},
+     "fp32", 40, 120, 80, 20),
+    ({"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 10, "num_attention_heads": 20, "vocab_size": 8000},
+     "fp32", 8, 300, 240, 50),
+]
+ENCODER = {"model_type": "whisper", "d_model": 384, "encoder_layers": 1, "decoder_layers": 1}
+
+
+def main() -> None:
+    """Print predicted and measured memory of each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, help="number of a case, from 0")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--llm", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(json.loads(options.measure), Path(options.llm))))
+        return
+    for number, case in enumerate(CASES):
+        if options.only in (None, number):
+            result = compare(number, case)
+            print(json.dumps(result) if options.json else _line(result), flush=True)
+
+
+def _line(result: dict) -> str:
+    parts = ", ".join(f"{name} {value / 1e6:.0f}" for name, value in result["parts"].items() if value)
+    return (
+        f"case {result['case']}: measured {result['measured'] / 1e6:.0f} MB, predicted {result['predicted'] / 1e6:.0f} MB "
+        f"({parts}): predicted / measured {result['predicted'] / result['measured']:.3f}"
+    )
+
+
+def compare(number: int, case: tuple) -> dict:
+    """Predict and measure one case."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from slam_asr.models.encoder import spec_of
+    from slam_asr.planning.memory import Load, training_memory
+    from slam_asr.planning.shapes import Shapes
+    from slam_asr.training.train import ALLOCATION
+
+    llm_sizes, precision, rows, length, audio, targets = case
+    recipe = _recipe(precision)
+    encoder = dict(ENCODER)
+    config = AutoConfig.for_model("llama", **llm_sizes)
+    shapes = Shapes(recipe, spec_of(Path("none"), AutoConfig.for_model(encoder.pop("model_type"), **encoder), recipe.encoder), config, [])
+    memory = training_memory(shapes, Load(rows, length, audio, targets), 1, on_gpu=False)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16 if precision == "bf16" else torch.float32).save_pretrained(folder)
+        command = [sys.executable, __file__, "--measure", json.dumps(case), "--llm", folder]
+        env = os.environ | dict([ALLOCATION]) | {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return {"case": number, "measured": json.loads(done.stdout.splitlines()[-1]), "predicted": memory.total, "parts": vars(memory)}
+
+
+def _recipe(precision: str):
+    from slam_asr.recipe import load_recipe
+
+    return load_recipe("librispeech", {"training.precision": precision})
+
+
+def measure(case: tuple, llm_folder: Path) -> int:
+    """Bytes that training takes at its peak, in this process."""
+    import torch
+
+    from slam_asr.models.llm import llm_width, load_llm
+    from slam_asr.models.precision import DTYPES, pick_device
+    from slam_asr.models.projector import build_projector
+    from slam_asr.models.slam import Row, Slam, collate
+    from slam_asr.training.objective import score_answers
+
+    _, precision, rows, length, audio, targets = case
+    recipe, device = _recipe(precision), pick_device()
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        engine_of = _plain_engine
+    else:
+        engine_of = _deepspeed_engine(device)
+    idle = _resident("VmRSS")
+    llm = load_llm(llm_folder, DTYPES[precision])
+    model = Slam(build_projector(recipe.projector, ENCODER["d_model"], llm_width(llm)), llm)
+    model, backward = engine_of(model, recipe.training, device)
+    model.train()
+    for _ in range(2):
+        features = [torch.randn(audio * 5, ENCODER["d_model"]).to(DTYPES[precision]) for _ in range(rows)]
+        prompt = [1] * (length - audio - targets)
+        batch = collate([Row(f, audio, [], prompt, [1] * targets) for f in features]).to(device)
+        backward(score_answers(model(batch), batch.labels).loss, rows * targets)
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM") - idle
+
+
+def _deepspeed_engine(device):
+    from slam_asr.training.engine import DeepSpeedEngine, start_process_group
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    start_process_group(device)
+
+    def engine_of(model, options, device):
+        engine = DeepSpeedEngine(model, options, device)
+
+        def backward(loss, count: int) -> None:
+            engine.backward(loss, count, last=True)
+            engine.step(1e-4)
+
+        return engine.engine, backward
+
+    return engine_of
+
+
+def _plain_engine(model, options, device):
+    import torch
+
+    model.to(device)
+    if options.precision != "fp32":
+        model.projector.to(next(model.llm.parameters()).dtype)
+    optimizer = torch.optim.AdamW(model.projector.parameters(), lr=1e-4)
+
+    def backward(loss, count: int) -> None:
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, backward
+
+
+def _resident(field: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this system does not tell of resident memory")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What one process of a training holds in memory, part by part."""
+
+from dataclasses import dataclass
+
+import torch
+
+from slam_asr.models.precision import DTYPES
+from slam_asr.planning.shapes import Shapes
+
+LOGIT_BYTES = 12
+"""A value of the logits at the peak: log-probabilities, and two gradients of them on the way back, all in fp32."""
+CUDA_OVERHEAD = 1.5e9
+"""Bytes of CUDA's context, its libraries' workspaces and NCCL's buffers on a GPU; a rule of thumb."""
+FRAGMENTATION = 1.05
+"""What an allocator takes for activations beyond what is asked of it; a rule of thumb."""
+
+
+@dataclass
+class Load:
+    """One micro-batch."""
+
+    rows: int
+    """Utterances."""
+    length: int
+    """LLM positions of each, padding included."""
+    audio: int
+    """Of these, audio positions."""
+    targets: int
+    """Of these, target tokens."""
+
+
+@dataclass
+class Memory:
+    """Bytes by part, of one process."""
+
+    frozen: float
+    """Frozen weights of the LLM, and of the encoder where it runs with the model."""
+    trained: float
+    """Trained weights and their gradients."""
+    optimizer: float
+    """fp32 masters, where computing is in half precision, and Adam's two moments."""
+    activations: float
+    """What layers keep for the way back, and the most that one of them needs beside that."""
+    logits: float
+    overhead: float
+    """Of the accelerator's software."""
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.frozen + self.trained + self.optimizer + self.activations + self.logits + self.overhead
+
+
+def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = True) -> Memory:
+    """Memory of one of `processes` processes at the peak of a step.
+
+    Args:
+        shapes: the models.
+        load: its largest micro-batch.
+        processes: how many share what ZeRO spreads.
+        on_gpu: whether to count what a GPU's software takes.
+    """
+    options = shapes.recipe.training
+    size = DTYPES[options.precision].itemsize
+    spread = [1 if options.zero_stage < stage else processes for stage in range(4)]
+    trained = shapes.trained_parameters
+    frozen = (shapes.llm_parameters - shapes.llm_trained) * size / spread[3]
+    weights_and_gradients = trained * size / spread[3] + trained * size / spread[2]
+    # Adam's two moments, and beside half-precision weights their masters and, in a step, the gradients in fp32.
+    optimizer = 0.0 if options.offload_optimizer else trained * (8 if size == 4 else 16) / spread[1]
+    kept = shapes.saved_bytes(load.rows, load.length)
+    if options.gradient_checkpointing:
+        kept += shapes.saved_bytes_of_a_layer(load.rows, load.length)
+    inputs = load.rows * load.audio * shapes.recipe.projector.downsampling * shapes.encoder.width * (size + size)
+    hidden = load.rows * load.audio * (2 * shapes.recipe.projector.hidden + shapes.width) * size
+    embedded = 3 * load.rows * load.length * shapes.width * size
+    activations = kept + inputs + hidden + embedded + _transient(shapes, load, size)
+    logits = load.rows * load.targets * shapes.vocabulary * LOGIT_BYTES
+    return Memory(
+        frozen, weights_and_gradients, optimizer, activations * FRAGMENTATION, logits, CUDA_OVERHEAD if on_gpu else 0.0
+    )
+
+
+def _transient(shapes: Shapes, load: Load, size: int) -> float:
+    """The widest layer's output and its gradient."""
+    widest = max(m.out_features for m in shapes.llm.base_model.modules() if isinstance(m, torch.nn.Linear))
+    return 2 * load.rows * load.length * widest * size

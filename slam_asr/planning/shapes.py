@@ -1,0 +1,196 @@
+"""Sizes of encoder and LLM from their configurations, on torch's meta device: nothing is allocated."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from slam_asr.errors import UserError
+from slam_asr.models.encoder import EncoderSpec, spec_of
+from slam_asr.models.llm import checkpoint_layers, llm_width, set_tuning
+from slam_asr.models.precision import DTYPES
+from slam_asr.models.pretrained import locate_config
+from slam_asr.models.projector import build_projector
+from slam_asr.recipe import Recipe, one_sentence
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that saves what fused kernels save, and computes nothing."""
+
+    @staticmethod
+    def forward(context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        # The logarithm of the sum of exponentials, one number a head and position, in fp32.
+        context.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value, *_ = context.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("counted", _attention)
+
+
+@dataclass
+class Shapes:
+    """A recipe's models, without weights."""
+
+    recipe: Recipe
+    encoder: EncoderSpec
+    llm_config: PretrainedConfig
+    notes: list[str]
+    """Where configurations came from, if not from the models themselves."""
+
+    @cached_property
+    def llm(self) -> torch.nn.Module:
+        """On the meta device, with what is trained open to gradients."""
+        with torch.device("meta"):
+            llm = AutoModelForCausalLM.from_config(self.llm_config, attn_implementation="counted")
+        set_tuning(llm.to(DTYPES[self.recipe.training.precision]), self.recipe.llm, seed=0)
+        return llm
+
+    @cached_property
+    def encoder_parameters(self) -> int:
+        """Of the part that encodes."""
+        return self.encoder.count_parameters()
+
+    @cached_property
+    def projector_parameters(self) -> int:
+        """Trained in any case."""
+        with torch.device("meta"):
+            projector = build_projector(self.recipe.projector, self.encoder.width, llm_width(self.llm))
+        return sum(p.numel() for p in projector.parameters())
+
+    @cached_property
+    def llm_parameters(self) -> int:
+        """All of them, adapters too."""
+        return sum(p.numel() for p in self.llm.parameters())
+
+    @cached_property
+    def llm_trained(self) -> int:
+        """Of the LLM's, those that are trained."""
+        return sum(p.numel() for p in self.llm.parameters() if p.requires_grad)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Of projector, LLM and encoder."""
+        tuned = self.encoder_parameters if self.recipe.encoder.tuning == "full" else 0
+        return self.projector_parameters + self.llm_trained + tuned
+
+    @cached_property
+    def layer_parameters(self) -> int:
+        """Of the LLM's, without the embedding, which costs no arithmetic, and the output layer, which sees answers alone."""
+        tables = {id(p): p.numel() for m in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings()) for p in m.parameters()}
+        return self.llm_parameters - sum(tables.values())
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output layer."""
+        return self.llm.get_output_embeddings().weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """d_llm."""
+        return llm_width(self.llm)
+
+    @property
+    def layers(self) -> int:
+        """Of the LLM."""
+        return self.llm_config.get_text_config().num_hidden_layers
+
+    def saved_bytes(self, rows: int, length: int) -> int:
+        """What the LLM keeps for the way back, of `rows` utterances of `length` positions, beside its weights."""
+        return _saved_bytes(self._counted(self.recipe.training.gradient_checkpointing), rows, length)
+
+    def saved_bytes_of_a_layer(self, rows: int, length: int) -> int:
+        """What one layer keeps without gradient checkpointing: what is there again while it is computed again."""
+        return _saved_bytes(self._counted(False), rows, length) // self.layers
+
+    def _counted(self, checkpointed: bool) -> torch.nn.Module:
+        if not checkpointed:
+            return self.llm
+        with torch.device("meta"):
+            llm = AutoModelForCausalLM.from_config(self.llm_config, attn_implementation="counted")
+        set_tuning(llm.to(DTYPES[self.recipe.training.precision]), self.recipe.llm, seed=0)
+        checkpoint_layers(llm)
+        return llm
+
+
+def _saved_bytes(llm: torch.nn.Module, rows: int, length: int) -> int:
+    weights = {p.untyped_storage()._cdata for p in llm.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    dtype = next(llm.parameters()).dtype
+    embeddings = torch.empty(rows, length, llm_width(llm), dtype=dtype, device="meta", requires_grad=True)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        llm.base_model(inputs_embeds=embeddings * 1, use_cache=False)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def describe(recipe: Recipe) -> Shapes:
+    """Find the configurations of a recipe's models, without their weights.
+
+    Raises:
+        UserError: one is neither here nor on the hub nor among the known ones.
+    """
+    notes: list[str] = []
+    encoder, llm = (_config(name, notes) for name in (recipe.encoder.name, recipe.llm.name))
+    return Shapes(recipe, spec_of(Path(recipe.encoder.name), encoder, recipe.encoder), llm, notes)
+
+
+def _config(name: str, notes: list[str]) -> PretrainedConfig:
+    known = yaml.safe_load((resources.files("slam_asr.planning") / "known_models.yaml").read_text())
+    try:
+        return AutoConfig.from_pretrained(locate_config(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} has no readable config.json: {one_sentence(error)}") from error
+    except UserError:
+        if name not in known:
+            raise
+    notes.append(f"{name}: sizes as published; the model is not on this machine")
+    values = dict(known[name])
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def encoder_flops(spec: EncoderSpec, samples: int) -> float:
+    """FLOPs of encoding one utterance of `samples` samples at 16 kHz: 2 a multiplication and addition.
+
+    Linear layers and convolutions by their weights, attention by its two products over all frames.
+    """
+    config = spec.config
+    if spec.window_samples:
+        frames = spec.window_samples // 320
+        width, layers = config.d_model, config.encoder_layers
+        total = 2 * 2 * frames * 3 * config.num_mel_bins * width + 2 * frames * 3 * width * width
+        feed_forward = config.encoder_ffn_dim
+    else:
+        width, layers, feed_forward = config.hidden_size, config.num_hidden_layers, config.intermediate_size
+        total, frames, channels = 0.0, samples, 1
+        for dim, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
+            frames = max(0, (frames - kernel) // stride + 1)
+            total += 2 * frames * kernel * channels * dim
+            channels = dim
+        total += 2 * frames * channels * width
+        total += 2 * frames * config.num_conv_pos_embeddings * width * width / config.num_conv_pos_embedding_groups
+    a_layer = 2 * frames * (4 * width * width + 2 * width * feed_forward) + 4 * frames * frames * width
+    return total + layers * a_layer

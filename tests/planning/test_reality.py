@@ -1,0 +1,24 @@
+"""Plans against reality: predicted memory is what a training process takes, also at sizes that no constant was chosen by."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "plan.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [1, 2, 4])
+def test_predicted_memory_is_within_15_percent(case):
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--only", str(case), "--json"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["measured"] > 1e9
+    assert result["predicted"] == pytest.approx(result["measured"], rel=0.15)
