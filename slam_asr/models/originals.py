@@ -1,9 +1,9 @@
 """Original checkpoint files of speech encoders, rewritten as transformers' folders.
 
 OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0, the last two pretrained or
-fine-tuned with CTC. Neither fairseq nor any code of the file's is needed. Sizes come from the tensors
-themselves; what no tensor tells (heads, strides, where norms stand) comes from the configuration in
-the file. Every tensor is accounted for: mapped, dropped by a name on a list, or complained about.
+fine-tuned with CTC. Neither fairseq nor any code of the file's is needed. Sizes come from the
+configuration in the file, so that a layer cannot be lacking unnoticed, and from the tensors where it
+does not tell. Every tensor is accounted for: mapped, dropped by a name on a list, or complained about.
 """
 
 import ast
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save
 from transformers import AutoModel, HubertConfig, PretrainedConfig, Wav2Vec2Config, WavLMConfig, WhisperConfig
 
 from slam_asr.errors import UserError
 from slam_asr.models.pickles import plain, read_pickle
+from slam_asr.recipe import one_sentence
 from slam_asr.storage import write_atomically, write_json
 
 Tensors = dict[str, torch.Tensor]
@@ -52,6 +54,13 @@ _HEADS = re.compile(
     r"|layer_norm_for_extract\..*|proj\..*"
 )
 """What only pretraining or CTC needs: dropped."""
+
+_NORMS = {"default": "group", "layer_norm": "layer"}
+"""fairseq's `extractor_mode`, and where transformers' convolutions are normalised."""
+_ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
+"""Of the feed-forward layers: fairseq's `activation_fn` and transformers' name."""
+_MOST_CONVOLUTIONS, _LONGEST_LAYOUT = 100, 1000
+"""Beyond these a layout of convolutions is made to exhaust the reader."""
 
 
 @dataclass
@@ -109,11 +118,14 @@ def recognise(content: Any, where: str) -> Original:
     """
     match content:
         case {"dims": dict(dims), "model_state_dict": dict(tensors)}:
+            _require_tensors(tensors, where)
             return _whisper(dims, tensors, where)
-        case {"cfg": cfg, "model": dict(tensors)} | {"args": cfg, "model": dict(tensors)}:
-            options = plain(content.get("cfg") or cfg)
-            if isinstance(options, dict) and any("feature_extractor.conv_layers.0.0.weight" in name for name in tensors):
-                return _waveform(options, tensors, where)
+        case {"model": dict(tensors)} if any("feature_extractor.conv_layers.0.0.weight" in str(name) for name in tensors):
+            # fairseq came to write cfg in place of args; some of its files have both, one of them None.
+            for options in (plain(content.get("cfg")), plain(content.get("args"))):
+                if isinstance(options, dict):
+                    _require_tensors(tensors, where)
+                    return _waveform(options, tensors, where)
     raise UserError(
         f"{where} is no checkpoint that is known here: neither of OpenAI's Whisper (dims, model_state_dict) nor of WavLM or "
         "fairseq's HuBERT or wav2vec 2.0 (cfg or args, model); nor SLAM-LLM's model.pt (encoder_projector.…)."
@@ -126,7 +138,10 @@ def map_tensors(original: Original, where: str) -> Tensors:
     Raises:
         UserError: one is missing, left over, or of another shape.
     """
-    expected = _skeleton(original.config).state_dict()
+    try:
+        expected = _skeleton(original.config).state_dict()
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: its sizes make no model ({one_sentence(error)}): fetch it again.") from error
     mapped: Tensors = {}
     for name, tensor in original.tensors.items():
         target = name
@@ -141,6 +156,12 @@ def map_tensors(original: Original, where: str) -> Tensors:
     if missing:
         raise UserError(f"{where} lacks {len(missing)} tensors, such as what becomes {missing[0]}: fetch it again.")
     return mapped
+
+
+def _require_tensors(tensors: dict[Any, Any], where: str) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise UserError(f"{where} holds {name!r} among its weights, which is no tensor of floats: it cannot be converted.")
 
 
 def _skeleton(config: PretrainedConfig) -> torch.nn.Module:
@@ -163,6 +184,8 @@ def _whisper(dims: dict[str, int], tensors: Tensors, where: str) -> Original:
         )
     except KeyError as error:
         raise UserError(f"{where}: its dims lack {error.args[0]}: it is no checkpoint of OpenAI's Whisper.") from error
+    except (TypeError, StrictDataclassError) as error:
+        raise UserError(f"{where}: its dims are no sizes ({one_sentence(error)}): it is no checkpoint of OpenAI's Whisper.") from error
     return Original(config, tensors, _WHISPER)
 
 
@@ -172,30 +195,36 @@ def _waveform(options: dict[str, Any], tensors: Tensors, where: str) -> Original
     dropped = [name for name in tensors if _HEADS.fullmatch(name.removeprefix(_TUNED))]
     sections = _sections(options, tuned)
 
-    def option(name: str) -> Any:
+    def option(name: str, derived: Any = None) -> Any:
         for section in sections:
-            if name in section and section[name] is not None:
+            if section.get(name) is not None:
                 return section[name]
-        raise UserError(f"{where}: its configuration does not tell {name}: it cannot be converted.")
+        if derived is None:
+            raise UserError(f"{where}: its configuration does not tell {name}: it cannot be converted.")
+        return derived
 
-    normalize = [s["normalize"] for s in (_dict(options, "task"), _dict(options, "model"), options) if "normalize" in s]
-    if not normalize:
-        normalize = [s["normalize"] for s in sections if "normalize" in s]
+    pretrained = _dict(_dict(options, "model"), "w2v_args") or _dict(options, "w2v_args")
+    places = (_dict(options, "task"), _dict(options, "model"), options, _dict(pretrained, "task"), *sections)
+    # Not the strings, such as ${task.normalize}, by which omegaconf points elsewhere.
+    normalize = [s["normalize"] for s in places if isinstance(s.get("normalize"), int)]
     if not normalize:
         raise UserError(f"{where}: its configuration does not tell whether waveforms are normalised (normalize): it cannot be converted.")
     try:
-        sizes = _sizes(kept, option)
-    except (KeyError, ValueError, SyntaxError, TypeError, IndexError) as error:
-        raise UserError(f"{where} lacks what an encoder consists of ({' '.join(str(error).split())}): fetch it again.") from error
-    if "encoder.layers.0.self_attn.relative_attention_bias.weight" in kept:
-        buckets = kept["encoder.layers.0.self_attn.relative_attention_bias.weight"].shape[0]
-        config = WavLMConfig(**sizes, num_buckets=buckets, max_bucket_distance=option("max_distance"))
-    else:
-        # HuBERT's targets have embeddings of their own; wav2vec 2.0 quantises. Fine-tuned, only the configuration tells.
-        named = str([s.get("_name", s.get("arch", "")) for s in sections]).lower()
-        hubert = "label_embs_concat" in tensors or "hubert" in named
-        config = (HubertConfig if hubert else Wav2Vec2Config)(**sizes)
+        config = _config(kept, tensors, sections, option)
+    except (LookupError, ValueError, SyntaxError, TypeError, ZeroDivisionError, MemoryError, RecursionError, StrictDataclassError) as error:
+        raise UserError(f"{where} lacks what an encoder consists of ({one_sentence(error)}): fetch it again.") from error
     return Original(config, kept, _WAVEFORM, bool(normalize[0]), dropped)
+
+
+def _config(kept: Tensors, tensors: Tensors, sections: list[dict[str, Any]], option: Any) -> PretrainedConfig:
+    sizes = _sizes(kept, option)
+    bias = kept.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
+    if bias is not None:
+        return WavLMConfig(**sizes, num_buckets=option("num_buckets", bias.shape[0]), max_bucket_distance=option("max_distance"))
+    # HuBERT's targets have embeddings of their own; wav2vec 2.0 quantises. Fine-tuned, only the configuration tells.
+    named = str([s.get("_name", s.get("arch", "")) for s in sections]).lower()
+    hubert = "label_embs_concat" in tensors or "hubert" in named
+    return (HubertConfig if hubert else Wav2Vec2Config)(**sizes)
 
 
 def _sections(options: dict[str, Any], tuned: bool) -> list[dict[str, Any]]:
@@ -222,17 +251,23 @@ def _sizes(tensors: Tensors, option: Any) -> dict[str, Any]:
     position = tensors["encoder.pos_conv.0.weight_v"].shape
     width = position[0]
     grep = tensors.get("encoder.layers.0.self_attn.grep_a")
+    mode = option("extractor_mode", "layer_norm" if "feature_extractor.conv_layers.0.2.1.weight" in tensors else "default")
+    layers = option("encoder_layers", len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")}))
+    if layers > len(tensors):
+        raise ValueError(f"encoder_layers is {layers}, its tensors are {len(tensors)}")
     return {
-        "hidden_size": width,
-        "num_hidden_layers": len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")}),
-        "num_attention_heads": grep.shape[1] if grep is not None else option("encoder_attention_heads"),
-        "intermediate_size": tensors["encoder.layers.0.fc1.weight"].shape[0],
+        "hidden_size": option("encoder_embed_dim", width),
+        "num_hidden_layers": layers,
+        "num_attention_heads": option("encoder_attention_heads", grep.shape[1] if grep is not None else None),
+        "intermediate_size": option("encoder_ffn_embed_dim", tensors["encoder.layers.0.fc1.weight"].shape[0]),
+        "hidden_act": _ACTIVATIONS[option("activation_fn", "gelu")],
         "conv_dim": [dim for dim, _, _ in layout], "conv_kernel": [kernel for _, kernel, _ in layout],
         "conv_stride": [stride for _, _, stride in layout], "num_feat_extract_layers": len(layout),
-        "conv_bias": "feature_extractor.conv_layers.0.0.bias" in tensors,
-        "feat_extract_norm": "layer" if "feature_extractor.conv_layers.0.2.1.weight" in tensors else "group",
+        "conv_bias": option("conv_bias", "feature_extractor.conv_layers.0.0.bias" in tensors),
+        "feat_extract_norm": _NORMS[mode],
         "do_stable_layer_norm": bool(option("layer_norm_first")),
-        "num_conv_pos_embeddings": position[2], "num_conv_pos_embedding_groups": width // position[1],
+        "num_conv_pos_embeddings": option("conv_pos", position[2]),
+        "num_conv_pos_embedding_groups": option("conv_pos_groups", width // position[1]),
     }
 
 
@@ -249,10 +284,15 @@ def _layers(text: Any) -> list[tuple[int, int, int]]:
         match node:
             case ast.BinOp(left, ast.Add(), right):
                 return value(left) + value(right)
-            case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))) if 0 <= times <= 100:
-                return value(left) * times
+            case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))):
+                repeated = value(left)
+                if not 0 <= times * len(repeated) <= _MOST_CONVOLUTIONS:
+                    raise ValueError(f"{times} times {len(repeated)} convolutions")
+                return repeated * times
         return ast.literal_eval(node)
 
+    if len(text) > _LONGEST_LAYOUT:
+        raise ValueError(f"conv_feature_layers has {len(text)} characters")
     layers = [tuple(layer) for layer in value(ast.parse(text.strip(), mode="eval").body)]
     if not all(len(layer) == 3 and all(isinstance(n, int) for n in layer) for layer in layers):
         raise ValueError(f"conv_feature_layers is {text}")

@@ -31,7 +31,7 @@ HARMLESS = (
     # Types that a configuration names, and how Python 3.11 writes the member of an enumeration.
     r"builtins\.(bool|bytes|complex|dict|float|frozenset|getattr|int|list|object|set|slice|str|tuple|type)",
     # How `Optional[int]` and objects of old classes are written.
-    r"operator\.getitem",
+    r"_?operator\.getitem",
     r"copyreg\._reconstructor",
 )
 """What fairseq, omegaconf and WavLM's authors have in their files, as patterns of full names."""

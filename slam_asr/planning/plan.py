@@ -113,7 +113,7 @@ def propose(shapes: Shapes, seconds: float, gpus: int, room: float) -> dict[str,
                 continue
             options = {"zero_stage": stage, "offload_optimizer": False, **more}
             training = replace(recipe.training, **options)
-            changed = Shapes(replace(recipe, training=training), shapes.encoder, shapes.llm_config, shapes.notes)
+            changed = replace(shapes, recipe=replace(recipe, training=training))
             length = mean_load(changed, seconds, 1).length
             one, two = (training_memory(changed, mean_load(changed, seconds, n * length), gpus).total for n in (1, 2))
             if one > room:

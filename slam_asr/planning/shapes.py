@@ -1,7 +1,6 @@
 """Sizes of encoder and LLM from their configurations, on torch's meta device: nothing is allocated."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,33 +54,43 @@ class Shapes:
     llm_config: PretrainedConfig
     notes: list[str]
     """Where configurations came from, if not from the models themselves."""
+    _known: dict[tuple, Any] = field(default_factory=dict)
+    """What was found out, also for the same models under other training options (`dataclasses.replace`)."""
 
-    @cached_property
+    @property
     def llm(self) -> torch.nn.Module:
         """On the meta device, with what is trained open to gradients."""
-        with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(self.llm_config, attn_implementation="counted")
-        set_tuning(llm.to(DTYPES[self.recipe.training.precision]), self.recipe.llm, seed=0)
-        return llm
+        return self._llm(checkpointed=False)
 
-    @cached_property
+    def _llm(self, checkpointed: bool) -> torch.nn.Module:
+        key = ("llm", self.recipe.training.precision, checkpointed)
+        if key not in self._known:
+            with torch.device("meta"):
+                llm = AutoModelForCausalLM.from_config(self.llm_config, attn_implementation="counted")
+            set_tuning(llm.to(DTYPES[self.recipe.training.precision]), self.recipe.llm, seed=0)
+            if checkpointed:
+                checkpoint_layers(llm)
+            self._known[key] = llm
+        return self._known[key]
+
+    @property
     def encoder_parameters(self) -> int:
         """Of the part that encodes."""
         return self.encoder.count_parameters()
 
-    @cached_property
+    @property
     def projector_parameters(self) -> int:
         """Trained in any case."""
         with torch.device("meta"):
             projector = build_projector(self.recipe.projector, self.encoder.width, llm_width(self.llm))
         return sum(p.numel() for p in projector.parameters())
 
-    @cached_property
+    @property
     def llm_parameters(self) -> int:
         """All of them, adapters too."""
         return sum(p.numel() for p in self.llm.parameters())
 
-    @cached_property
+    @property
     def llm_trained(self) -> int:
         """Of the LLM's, those that are trained."""
         return sum(p.numel() for p in self.llm.parameters() if p.requires_grad)
@@ -92,7 +101,7 @@ class Shapes:
         tuned = self.encoder_parameters if self.recipe.encoder.tuning == "full" else 0
         return self.projector_parameters + self.llm_trained + tuned
 
-    @cached_property
+    @property
     def layer_parameters(self) -> int:
         """Of the LLM's, without the embedding, which costs no arithmetic, and the output layer, which sees answers alone."""
         tables = {id(p): p.numel() for m in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings()) for p in m.parameters()}
@@ -115,20 +124,17 @@ class Shapes:
 
     def saved_bytes(self, rows: int, length: int) -> int:
         """What the LLM keeps for the way back, of `rows` utterances of `length` positions, beside its weights."""
-        return _saved_bytes(self._counted(self.recipe.training.gradient_checkpointing), rows, length)
+        return rows * self._saved_bytes_of_a_row(length, self.recipe.training.gradient_checkpointing)
 
     def saved_bytes_of_a_layer(self, rows: int, length: int) -> int:
         """What one layer keeps without gradient checkpointing: what is there again while it is computed again."""
-        return _saved_bytes(self._counted(False), rows, length) // self.layers
+        return rows * self._saved_bytes_of_a_row(length, False) // self.layers
 
-    def _counted(self, checkpointed: bool) -> torch.nn.Module:
-        if not checkpointed:
-            return self.llm
-        with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(self.llm_config, attn_implementation="counted")
-        set_tuning(llm.to(DTYPES[self.recipe.training.precision]), self.recipe.llm, seed=0)
-        checkpoint_layers(llm)
-        return llm
+    def _saved_bytes_of_a_row(self, length: int, checkpointed: bool) -> int:
+        key = ("bytes", self.recipe.training.precision, length, checkpointed)
+        if key not in self._known:
+            self._known[key] = _saved_bytes(self._llm(checkpointed), 1, length)
+        return self._known[key]
 
 
 def _saved_bytes(llm: torch.nn.Module, rows: int, length: int) -> int:

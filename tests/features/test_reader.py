@@ -1,0 +1,67 @@
+"""Audio that is too long for the encoder's window: said once, counted, and dealt with as the recipe says."""
+
+import pytest
+import torch
+
+from slam_asr.errors import UserError
+from slam_asr.features.extract import extract_features
+from slam_asr.features.reader import AudioReader, fit_to_window, samples_of
+from slam_asr.features.store import FeatureStore, address_of
+from slam_asr.manifest import Utterance, write_manifest
+from slam_asr.models.encoder import describe_encoder
+from slam_asr.recipe import load_recipe
+from slam_asr.storage import sha256_of_file
+from tests.conftest import make_tone, write_wav
+
+
+@pytest.fixture
+def utterances(tmp_path):
+    made = []
+    for seconds in (2.0, 30.0, 31.5):
+        wav = write_wav(tmp_path / f"{seconds}.wav", make_tone(seconds, frequency=200 + seconds))
+        made.append(Utterance(f"of {seconds} s", str(wav), "text", seconds, 16000, sha256_of_file(wav)))
+    return made
+
+
+def recipe(tiny_models, choice, frames="speech"):
+    return load_recipe("librispeech", {
+        "encoder.name": tiny_models["encoder"], "encoder.long_audio": choice, "encoder.frames": frames, "features.dtype": "fp32",
+    })
+
+
+@pytest.mark.parametrize(("choice", "frames"), [("cut", [100, 1500, 1500]), ("split", [100, 1500, 1575]), ("set-aside", [100, 1500])])
+def test_long_audio_is_cut_split_or_set_aside(tiny_models, utterances, tmp_path, capsys, choice, frames):
+    options = recipe(tiny_models, choice)
+    write_manifest(tmp_path / "m.jsonl", utterances)
+    store = FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
+    said = [line for line in capsys.readouterr().out.splitlines() if "longer than the encoder's 30-s window" in line]
+    assert len(said) == 1 and said[0].startswith("1 of 3 utterances") and f"encoder.long_audio: {choice}" in said[0]
+    kept = fit_to_window(utterances, describe_encoder(options.encoder))
+    assert [store.entry(address_of(u)).frames for u in kept] == frames == [store.span(address_of(u)) for u in kept]
+
+
+@pytest.mark.parametrize("choice", ["cut", "split"])
+def test_audio_on_the_way_is_what_the_store_has(tiny_models, utterances, tmp_path, choice):
+    options = recipe(tiny_models, choice)
+    write_manifest(tmp_path / "m.jsonl", utterances)
+    store = FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
+    spec = describe_encoder(options.encoder)
+    encoder = spec.load(torch.float32)
+    reader = AudioReader(utterances, spec, encoder)
+    for utterance in utterances:
+        address = address_of(utterance)
+        assert reader.span(address) == store.span(address)
+        torch.testing.assert_close(encoder.encode([reader.read(address)])[0], store.read(address), atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_left_is_refused(tiny_models, utterances):
+    spec = describe_encoder(recipe(tiny_models, "set-aside").encoder)
+    with pytest.raises(UserError, match="All 1 utterances are longer"):
+        fit_to_window(utterances[2:], spec)
+
+
+def test_a_manifest_without_durations_is_measured_by_the_files(utterances, tiny_models):
+    for utterance in utterances:
+        samples = samples_of(utterance)
+        utterance.duration = None
+        assert samples_of(utterance) == samples
