@@ -63,7 +63,7 @@ def run(stage: str, arguments: list[str]) -> Any:
     if stage not in COMMANDS:
         raise UserError(f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}.")
     module, name = COMMANDS[stage].split(":")
-    arguments = _spelt_out(arguments)
+    arguments = spelt_out(arguments)
     function: Callable = getattr(importlib.import_module(module), name)
     parameter = inspect.signature(function).parameters.get("recipe")
     named = _recipe_named(arguments) if parameter else None
@@ -81,7 +81,7 @@ def run(stage: str, arguments: list[str]) -> Any:
     return function(**values)
 
 
-def _spelt_out(arguments: list[str]) -> list[str]:
+def spelt_out(arguments: list[str]) -> list[str]:
     """`RECIPE --gpu-memory 80` → `--recipe RECIPE --gpu_memory 80`: what people are used to from other programs."""
     if arguments and (arguments[0] in shipped_recipes() or arguments[0].endswith((".yaml", ".yml"))):
         arguments = ["--recipe", *arguments]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slam_asr.cli import STAGES
+from slam_asr.cli import COMMANDS, spelt_out
 from slam_asr.recipe import recipe_keys, shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,9 +103,10 @@ def test_every_recipe_that_a_page_names_ships(page):
 
 @every_command("slam-asr")
 def test_every_command_of_a_stage_has_real_options_and_all_that_it_needs(page, words):
-    stage = words[1]
-    assert stage in STAGES
-    module, name = STAGES[stage].split(":")
+    _, command, *arguments = words
+    assert command in COMMANDS
+    words = spelt_out(arguments)
+    module, name = COMMANDS[command].split(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     allowed = {f"--{parameter}" for parameter in parameters} | {"--help"}
     if "recipe" in parameters:

@@ -141,7 +141,7 @@ def map_tensors(original: Original, where: str) -> Tensors:
     try:
         expected = _skeleton(original.config).state_dict()
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: its sizes make no model ({one_sentence(error)}): fetch it again.") from error
+        raise UserError(f"{where}: its sizes make no model; fetch it again: {one_sentence(error)}") from error
     mapped: Tensors = {}
     for name, tensor in original.tensors.items():
         target = name
@@ -185,7 +185,7 @@ def _whisper(dims: dict[str, int], tensors: Tensors, where: str) -> Original:
     except KeyError as error:
         raise UserError(f"{where}: its dims lack {error.args[0]}: it is no checkpoint of OpenAI's Whisper.") from error
     except (TypeError, StrictDataclassError) as error:
-        raise UserError(f"{where}: its dims are no sizes ({one_sentence(error)}): it is no checkpoint of OpenAI's Whisper.") from error
+        raise UserError(f"{where}: its dims are no sizes, so it is no checkpoint of OpenAI's Whisper; give another: {one_sentence(error)}") from error
     return Original(config, tensors, _WHISPER)
 
 
@@ -212,7 +212,7 @@ def _waveform(options: dict[str, Any], tensors: Tensors, where: str) -> Original
     try:
         config = _config(kept, tensors, sections, option)
     except (LookupError, ValueError, SyntaxError, TypeError, ZeroDivisionError, MemoryError, RecursionError, StrictDataclassError) as error:
-        raise UserError(f"{where} lacks what an encoder consists of ({one_sentence(error)}): fetch it again.") from error
+        raise UserError(f"{where} lacks what an encoder consists of; fetch it again: {one_sentence(error)}") from error
     return Original(config, kept, _WAVEFORM, bool(normalize[0]), dropped)
 
 

@@ -135,6 +135,52 @@ def test_options_in_a_namespace_are_read(tmp_path):
     assert "wav2vec2" in convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
 
 
+@pytest.mark.parametrize("form", ["pointer", "namespace inside", "old and tuned", "old beside an empty new"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_every_form_of_fairseqs_configuration_is_read(tmp_path, form, normalize):
+    model = random_model("hubert", "large")
+    content = fairseq_file("hubert", "large", model, form != "old beside an empty new", normalize)
+    flat = options("hubert", "large") | {"normalize": normalize}
+    match form:
+        case "pointer":
+            content["cfg"] = {"model": content["cfg"]["model"] | {"normalize": "${task.normalize}"}}
+            content["cfg"]["model"]["w2v_args"]["task"]["normalize"] = normalize
+        case "namespace inside":
+            content["cfg"]["model"]["w2v_args"] = argparse.Namespace(**flat)
+        case "old and tuned":
+            content["args"] = argparse.Namespace(w2v_args=argparse.Namespace(**flat), normalize=normalize, arch="hubert_ctc")
+            del content["cfg"]
+        case "old beside an empty new":
+            content |= {"args": argparse.Namespace(**flat), "cfg": None}
+    convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
+    spec = describe_encoder(Encoder(name=str(tmp_path / "c")))
+    assert (spec.config.model_type, spec.config.num_attention_heads, spec.normalize) == ("hubert", 4, normalize)
+
+
+@pytest.mark.parametrize(("option", "value", "complaint"), [
+    ("encoder_layers", 3, r"encoder\.layers\.2\."), ("encoder_layers", 1, r"encoder\.layers\.1\."),
+    ("encoder_embed_dim", 64, r"mask_emb is \(32,\).*\(64,\)"), ("encoder_ffn_embed_dim", 64, r"fc1\.weight is \(48, 32\).*\(64, 32\)"),
+    ("conv_pos_groups", 8, r"weight_v is \(32, 8, 16\).*\(32, 4, 16\)"), ("conv_bias", False, r"conv_layers\.0\.0\.bias"),
+    ("encoder_attention_heads", 5, "make no model"), ("encoder_attention_heads", "4", "expected int"),
+    ("activation_fn", "tanh", "tanh"), ("conv_feature_layers", "[(16,10,5)]" + "*99" * 6, "99 times 99"),
+    ("conv_feature_layers", "-" * 200_000 + "1", "200001 characters"),
+])
+def test_a_configuration_that_its_tensors_contradict_is_refused(tmp_path, option, value, complaint):
+    content = fairseq_file("hubert", "large", random_model("hubert", "large"))
+    content["cfg"]["model"][option] = value
+    with pytest.raises(UserError, match=complaint) as raised:
+        convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
+    assert "\n" not in str(raised.value) and not (tmp_path / "c" / "config.json").exists()
+
+
+@pytest.mark.parametrize("value", [3, "x", torch.ones(16, dtype=torch.int8)])
+def test_what_is_no_tensor_of_floats_is_named(tmp_path, value):
+    content = fairseq_file("hubert", "large", random_model("hubert", "large"))
+    content["model"]["layer_norm.weight"] = value
+    with pytest.raises(UserError, match=r"'layer_norm\.weight'.*no tensor of floats"):
+        convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
+
+
 @pytest.mark.parametrize("tuned", [True, False])
 def test_every_tensor_of_hubert_x_large_has_its_place(tuned):
     layout = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"

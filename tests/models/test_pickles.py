@@ -3,8 +3,11 @@
 import argparse
 import sys
 import types
+from collections import defaultdict
 from enum import Enum
+from typing import Optional
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +56,23 @@ def test_classes_that_are_not_installed_become_their_contents(fairseq, tmp_path,
         assert torch.equal(read["model"]["w"], torch.ones(2))
         assert plain(read["args"])["layers"] == 3 and plain(read["args"])["mode"] == "constant"
         assert plain(read["dictionary"]) == {"symbols": ["a", "b"], "count": {"a": 3}}
+
+
+def test_a_configuration_of_omegaconfs_becomes_its_values(tmp_path, monkeypatch):
+    """Its containers know their parents, their types as typing writes them, and keep a defaultdict."""
+    module = types.ModuleType("omegaconf.dictconfig")
+    for name in ("DictConfig", "AnyNode"):
+        setattr(module, name, type(name, (), {"__module__": module.__name__}))
+    root, inner, leaf = module.DictConfig(), module.DictConfig(), module.AnyNode()
+    about = {"ref_type": Optional[int], "object_type": dict, "resolver_cache": defaultdict(dict)}
+    leaf.__dict__ = {"_metadata": about, "_parent": inner, "_val": 48}
+    inner.__dict__ = {"_metadata": about, "_parent": root, "_content": {"encoder_layers": leaf}}
+    root.__dict__ = {"_metadata": about, "_parent": None, "_content": {"model": inner, "loss": np.float64(0.5)}}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+        patch.setitem(sys.modules, module.__name__, module)
+        torch.save({"cfg": root}, tmp_path / "file.pt")
+    assert plain(read_pickle(tmp_path / "file.pt")) == {"cfg": {"model": {"encoder_layers": 48}, "loss": 0.5}}
 
 
 @pytest.mark.parametrize("name", ["posix.system", "builtins.eval", "subprocess.check_output"])
