@@ -1,6 +1,7 @@
 """What is trained beside the projector: it changes, the rest does not, and decoding gets all of it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,3 +93,15 @@ def test_a_prompt_without_room_for_the_answer_is_refused_before_training(tiny_re
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
     with pytest.raises(UserError, match="leaves no room for audio in the 2048"):
         train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
+
+
+def test_an_llm_without_a_tokenizer_is_refused_before_training(tiny_recipe, tiny_corpus, tmp_path):
+    recipe = load_recipe(str(tiny_recipe))
+    bare = tmp_path / "llm"
+    shutil.copytree(recipe.llm.name, bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
+    features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
+    with pytest.raises(UserError, match="has no tokenizer"):
+        train(load_recipe(str(tiny_recipe), {"llm.name": str(bare)}), str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
