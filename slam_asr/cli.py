@@ -75,6 +75,8 @@ def run(stage: str, arguments: list[str]) -> Any:
     parser.add_function_arguments(function, skip={"recipe"}, fail_untyped=True)
     if takes_recipe:
         add_recipe_options(parser, named)
+    elif parameter:
+        parser.add_argument("--recipe", help="a shipped recipe or a YAML file, where one is needed; each of its fields is an option then")
     values = parse_options(parser, arguments)
     if takes_recipe:
         values["recipe"] = pop_recipe(values)

@@ -64,7 +64,8 @@ def test_a_configuration_of_omegaconfs_becomes_its_values(tmp_path, monkeypatch)
     for name in ("DictConfig", "AnyNode"):
         setattr(module, name, type(name, (), {"__module__": module.__name__}))
     root, inner, leaf = module.DictConfig(), module.DictConfig(), module.AnyNode()
-    about = {"ref_type": Optional[int], "object_type": dict, "resolver_cache": defaultdict(dict)}
+    # In fairseq's own spelling, which is pickled otherwise than `int | None`.
+    about = {"ref_type": Optional[int], "object_type": dict, "resolver_cache": defaultdict(dict)}  # noqa: UP045
     leaf.__dict__ = {"_metadata": about, "_parent": inner, "_val": 48}
     inner.__dict__ = {"_metadata": about, "_parent": root, "_content": {"encoder_layers": leaf}}
     root.__dict__ = {"_metadata": about, "_parent": None, "_content": {"model": inner, "loss": np.float64(0.5)}}
