@@ -19,7 +19,7 @@ FRAGMENTATION = 1.05
 class Load:
     """One micro-batch."""
 
-    rows: int
+    rows: float
     """Utterances."""
     length: int
     """LLM positions of each, padding included."""

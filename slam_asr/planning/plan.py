@@ -58,7 +58,7 @@ def plan(
 
     Args:
         recipe: models and hyper-parameters.
-        gpus: GPUs that train.
+        gpus: GPUs that train; 0 for one process on a CPU.
         gpu_memory: GB (10^9 bytes) of each.
         hours: audio to train on; LibriSpeech has 960.9.
         utterance_seconds: mean length of an utterance; 12.3 in LibriSpeech.
@@ -72,35 +72,38 @@ def plan(
     Raises:
         UserError: a model's configuration is nowhere to be found, or a number is not above 0.
     """
-    for name, value in (("gpus", gpus), ("gpu_memory", gpu_memory), ("hours", hours), ("utterance_seconds", utterance_seconds),
+    if gpus < 0:
+        raise UserError(f"--gpus is {gpus} but must be at least 0.")
+    for name, value in (("gpu_memory", gpu_memory), ("hours", hours), ("utterance_seconds", utterance_seconds),
                         ("test_hours", test_hours), ("gpu_tflops", gpu_tflops), ("gpu_bandwidth", gpu_bandwidth)):
         if not value > 0:
             raise UserError(f"--{name} is {value} but must be above 0.")
     shapes = describe(recipe)
     utterances = max(1, round(hours * 3600 / utterance_seconds))
     # More than a process' share of a step never comes together.
-    share = recipe.training.positions_per_step // gpus
+    processes = max(1, gpus)
+    share = recipe.training.positions_per_step // processes
     load = mean_load(shapes, utterance_seconds, min(recipe.training.positions_per_batch, share))
-    memory = training_memory(shapes, load, gpus)
+    memory = training_memory(shapes, load, processes, on_gpu=gpus > 0)
     room = USABLE * gpu_memory * 1e9
-    stages, steps = _work(shapes, load, utterances, utterance_seconds, test_hours, gpus, gpu_tflops * 1e12, gpu_bandwidth * 1e12)
+    stages, steps = _work(shapes, load, utterances, utterance_seconds, test_hours, processes, gpu_tflops * 1e12, gpu_bandwidth * 1e12)
     frames = shapes.encoder.frames_of(round(utterance_seconds * 16_000))
     cached = recipe.encoder.tuning == "frozen"
     cache = utterances * frames * shapes.encoder.width * DTYPES[recipe.features.dtype].itemsize if cached else 0
-    result = Plan(load, memory, memory.total <= room, cache, stages, steps, propose(shapes, utterance_seconds, gpus, room))
+    result = Plan(load, memory, memory.total <= room, cache, stages, steps, propose(shapes, utterance_seconds, processes, room, gpus > 0))
     _print(result, shapes, gpus, gpu_memory, gpu_tflops, hours)
     return result
 
 
 def mean_load(shapes: Shapes, seconds: float, budget: int) -> Load:
-    """As many utterances of mean length as fit a budget of LLM positions; one at least."""
+    """As many utterances of mean length as fill a budget of LLM positions; one at least."""
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(round(seconds * 16_000)))
     targets = round(seconds * TOKENS_A_SECOND) + 1
     length = audio + PROMPT_POSITIONS + targets
-    return Load(max(1, budget // length), length, audio, targets)
+    return Load(max(1.0, budget / length), length, audio, targets)
 
 
-def propose(shapes: Shapes, seconds: float, gpus: int, room: float) -> dict[str, object]:
+def propose(shapes: Shapes, seconds: float, processes: int, room: float, on_gpu: bool = True) -> dict[str, object]:
     """The smallest ZeRO stage with which the recipe fits, and the largest budget of positions with it.
 
     Where no stage does, layers are computed again, and then the optimiser is kept by the host.
@@ -108,18 +111,18 @@ def propose(shapes: Shapes, seconds: float, gpus: int, room: float) -> dict[str,
     recipe = shapes.recipe
     helps = [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload_optimizer": True}]
     for more in helps:
-        for stage in (0, 1, 2, 3) if gpus > 1 else (0, 2):
+        for stage in (0, 1, 2, 3) if processes > 1 else (0, 2):
             if more.get("offload_optimizer") and stage == 0:
                 continue
             options = {"zero_stage": stage, "offload_optimizer": False, **more}
             training = replace(recipe.training, **options)
             changed = replace(shapes, recipe=replace(recipe, training=training))
             length = mean_load(changed, seconds, 1).length
-            one, two = (training_memory(changed, mean_load(changed, seconds, n * length), gpus).total for n in (1, 2))
+            one, two = (training_memory(changed, mean_load(changed, seconds, n * length), processes, on_gpu).total for n in (1, 2))
             if one > room:
                 continue
             rows = int((room - one) // (two - one)) + 1
-            budget = min(rows * length, max(length, recipe.training.positions_per_step // gpus))
+            budget = min(rows * length, max(length, recipe.training.positions_per_step // processes))
             return {f"training.{name}": value for name, value in ({**options, "positions_per_batch": budget}).items()}
     return {}
 
@@ -167,26 +170,28 @@ def _print(result: Plan, shapes: Shapes, gpus: int, gpu_memory: float, gpu_tflop
         f"parameters: encoder {shapes.encoder_parameters:,}, projector {shapes.projector_parameters:,}, LLM "
         f"{shapes.llm_parameters:,} (of which trained {shapes.llm_trained:,})"
     )
-    say(f"\nmemory of each of {gpus} GPU{'s' * (gpus > 1)} in training, ZeRO stage {recipe.training.zero_stage}, GB:")
+    where = f"each of {gpus} GPU{'s' * (gpus > 1)}" if gpus else "a process on a CPU, beyond an idle one,"
+    say(f"\nmemory of {where} in training, ZeRO stage {recipe.training.zero_stage}, GB:")
     load = result.load
     rows = {
         "frozen weights": memory.frozen, "trained weights and gradients": memory.trained, "optimiser": memory.optimizer,
-        f"activations ({load.rows} utterances of {load.length} positions)": memory.activations,
-        f"logits ({load.rows * load.targets} targets × {shapes.vocabulary})": memory.logits, "CUDA and NCCL, about": memory.overhead,
+        f"activations ({load.rows:.1f} utterances of {load.length} positions)": memory.activations,
+        f"logits ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})": memory.logits, "CUDA and NCCL, about": memory.overhead,
     }
     for name, size in rows.items():
-        say(f"  {name:<52}{size / 1e9:8.2f}")
+        if size:
+            say(f"  {name:<52}{size / 1e9:8.2f}")
     verdict = "fits" if result.fits else "DOES NOT FIT"
     say(f"  {'in all':<52}{memory.total / 1e9:8.2f}  {verdict} into {gpu_memory:g} GB ({USABLE:.0%} of them planned with)")
     if recipe.training.offload_optimizer:
         say(f"  {'optimiser in the memory of all hosts together':<52}{12 * shapes.trained_parameters / 1e9:8.2f}")
     if result.cache_bytes:
         say(f"\nfeature cache: {result.cache_bytes / 1e9:,.1f} GB for {hours:g} h")
-    say(f"\nwork, at {gpu_tflops:g} TFLOP/s a GPU, of which {ENCODING:.0%} encoding and {TRAINING:.0%} training, in {result.steps:,} steps:")
+    say(f"\nwork, at {gpu_tflops:g} TFLOP/s each, of which {ENCODING:.0%} encoding and {TRAINING:.0%} training, in {result.steps:,} steps:")
     for name, stage in result.stages.items():
-        say(f"  {name:<18}{stage.flops / 1e15:12,.1f} PFLOP {clock(stage.seconds):>12} on {stage.gpus} GPU{'s' * (stage.gpus > 1)}")
+        say(f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {stage.gpus} {'GPU' if gpus else 'CPU'}{'s' * (stage.gpus > 1)}")
     total = sum(s.seconds * s.gpus for s in result.stages.values()) / 3600
-    say(f"  {'GPU-hours':<18}{total:12,.1f}")
+    say(f"  {'GPU-hours' if gpus else 'hours':<18}{total:12,.1f}")
     if result.proposal:
         command = " ".join(f"--{name} {str(value).lower()}" for name, value in result.proposal.items())
         say(f"\nproposed: {command}")

@@ -122,13 +122,13 @@ class Shapes:
         """Of the LLM."""
         return self.llm_config.get_text_config().num_hidden_layers
 
-    def saved_bytes(self, rows: int, length: int) -> int:
+    def saved_bytes(self, rows: float, length: int) -> float:
         """What the LLM keeps for the way back, of `rows` utterances of `length` positions, beside its weights."""
         return rows * self._saved_bytes_of_a_row(length, self.recipe.training.gradient_checkpointing)
 
-    def saved_bytes_of_a_layer(self, rows: int, length: int) -> int:
+    def saved_bytes_of_a_layer(self, rows: float, length: int) -> float:
         """What one layer keeps without gradient checkpointing: what is there again while it is computed again."""
-        return rows * self._saved_bytes_of_a_row(length, False) // self.layers
+        return rows * self._saved_bytes_of_a_row(length, False) / self.layers
 
     def _saved_bytes_of_a_row(self, length: int, checkpointed: bool) -> int:
         key = ("bytes", self.recipe.training.precision, length, checkpointed)
