@@ -8,12 +8,16 @@ results of many recipes.
 
 Between the steps of a pipeline travels a pointer: a small JSON file {uri, sha256, bytes} that names
 such a folder. The next program opens the folder itself.
+
+A folder may lie in object storage. The work is done on local disk then and published when it is
+finished, the record last.
 """
 
 import contextlib
 import fcntl
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,7 +27,22 @@ from typing import Any
 from slam_asr import __version__
 from slam_asr.errors import UserError
 from slam_asr.progress import clock, say
-from slam_asr.storage import digest, local_path, sha256_of_file, write_json
+from slam_asr.storage import (
+    delete,
+    digest,
+    exists,
+    fetch,
+    is_s3,
+    join,
+    local_path,
+    publish_folder,
+    read_bytes,
+    sha256_of_bytes,
+    walk,
+    write_bytes,
+    write_json,
+)
+from slam_asr.storage.cache import cache_folder
 
 RECORD = "stage.json"
 FINGERPRINT = "{fingerprint}"
@@ -53,8 +72,8 @@ class Record(Outcome):
     version: str = __version__
 
     def file(self, name: str) -> Path:
-        """The path of a file in the stage's folder."""
-        return Path(self.folder) / name
+        """A file of the stage's folder on local disk; it is fetched from object storage first."""
+        return fetch(join(self.folder, name))
 
 
 def run_stage(
@@ -76,20 +95,27 @@ def run_stage(
     Raises:
         UserError: the folder holds results of other inputs.
     """
-    folder = local_path(output.replace(FINGERPRINT, digest(inputs)[:16])).absolute()
-    with _alone_in(folder):
+    output = output.replace(FINGERPRINT, digest(inputs)[:16])
+    remote = is_s3(output)
+    folder = output.rstrip("/") if remote else str(local_path(output).absolute())
+    bench = cache_folder() / "work" / digest(folder)[:24] if remote else Path(folder)
+    with _alone_in(bench):
         done = read_record(folder)
         if done is not None and done.inputs == inputs:
             say(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
             return done
         if done is not None:
             _make_way(folder, done, inputs, overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
+        bench.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        outcome = work(folder)
+        outcome = work(bench)
         seconds = round(time.monotonic() - started, 3)
-        record = Record(**vars(outcome), stage=stage, folder=str(folder), inputs=inputs, seconds=seconds)
-        write_json(folder / RECORD, asdict(record))
+        record = Record(**vars(outcome), stage=stage, folder=folder, inputs=inputs, seconds=seconds)
+        write_json(bench / RECORD, asdict(record))
+        if remote:
+            say(f"{stage}: uploading to {folder}")
+            publish_folder(bench, folder, last=RECORD)
+            shutil.rmtree(bench)
     say(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record
 
@@ -110,7 +136,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make_way(folder: Path, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:
+def _make_way(folder: str, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:
     """Withdraw the record of results of other inputs, if the user said so."""
     if not overwrite:
         changed = sorted(k for k in inputs | done.inputs if inputs.get(k) != done.inputs.get(k))
@@ -118,19 +144,19 @@ def _make_way(folder: Path, done: Record, inputs: dict[str, Any], overwrite: boo
             f"{folder} holds the results of {done.stage} with other inputs "
             f"(changed: {', '.join(changed)}): choose another --output or add --overwrite true."
         )
-    (folder / RECORD).unlink()
+    delete(join(folder, RECORD))
 
 
 def read_record(folder: str | Path) -> Record | None:
     """The record of a finished stage, or None where the folder is missing or half-done."""
-    path = local_path(folder) / RECORD
-    if not path.is_file():
+    path = join(folder, RECORD)
+    if not exists(path):
         return None
     try:
-        record = Record(**json.loads(path.read_text()))
+        record = Record(**json.loads(read_bytes(path)))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a stage's record: remove that folder and run the stage again.") from error
-    record.folder = str(path.parent)
+    record.folder = str(folder).rstrip("/") if is_s3(folder) else str(local_path(folder))
     return record
 
 
@@ -150,12 +176,11 @@ def require_record(folder: str | Path, stage: str) -> Record:
 
 def write_pointer(record: Record, path: str | Path) -> None:
     """Write the small artifact that names a stage's folder to the next step."""
-    folder = Path(record.folder)
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    write_json(path, {
-        "uri": record.folder, "sha256": sha256_of_file(folder / RECORD), "bytes": size,
-        "stage": record.stage, "summary": record.summary,
-    })
+    pointer = {
+        "uri": record.folder, "sha256": sha256_of_bytes(read_bytes(join(record.folder, RECORD))),
+        "bytes": sum(f.bytes for f in walk(record.folder)), "stage": record.stage, "summary": record.summary,
+    }
+    write_bytes(path, json.dumps(pointer, indent=2, ensure_ascii=False) + "\n")
 
 
 def log_metrics(record: Record, log: Callable[[str, Any], None]) -> None:
@@ -171,11 +196,11 @@ def follow_pointer(path: str | Path) -> str:
         UserError: the folder is gone or its record is another one now.
     """
     try:
-        pointer = json.loads(local_path(path).read_text())
+        pointer = json.loads(read_bytes(path))
         folder, expected = pointer["uri"], pointer["sha256"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not a pointer to a stage's folder ({type(error).__name__}): run the step before again.") from error
-    record = local_path(folder) / RECORD
-    if not record.is_file() or sha256_of_file(record) != expected:
+    record = join(folder, RECORD)
+    if not exists(record) or sha256_of_bytes(read_bytes(record)) != expected:
         raise UserError(f"{folder}, named by {path}, is gone or was replaced since: run the step before again.")
     return folder

@@ -3,10 +3,12 @@ random models of a few thousand weights, with tones for speech."""
 
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 import soundfile
 import yaml
+from moto.server import ThreadedMotoServer
 
 LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-mini"
 
@@ -117,3 +119,28 @@ def tiny_recipe(tiny_models, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> str:
+    """The address of a server that speaks S3."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch, tmp_path):
+    """An empty bucket named `bucket`, with what a program needs to find it in the environment, and an empty cache."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "a-secret-that-nobody-may-see",
+        "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+        "SLAM_ASR_S3_PATIENCE": "5", "SLAM_ASR_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    made = boto3.session.Session().resource("s3").create_bucket(Bucket="bucket")
+    yield made
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    made.objects.all().delete()
+    made.delete()

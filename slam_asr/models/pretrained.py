@@ -34,9 +34,9 @@ from safetensors import SafetensorError
 from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.models.ctranslate2 import convert_whisper
 from slam_asr.models.smollm2 import convert_smollm2, require_gguf
-from slam_asr.object_storage import download, is_s3, list_objects, split_uri
 from slam_asr.progress import Meter, say
-from slam_asr.storage import digest, local_path, sha256_of_file, write_json
+from slam_asr.storage import Info, digest, is_s3, join, local_path, name_of, s3, sha256_of_file, walk, write_json
+from slam_asr.storage.cache import cache_folder
 
 UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
 """What loading a folder's weights raises where they are damaged or of another kind."""
@@ -105,14 +105,6 @@ class _Unavailable(Exception):
     """One source does not have the model; says why in a few words."""
 
 
-def cache_folder() -> Path:
-    """`SLAM_ASR_CACHE`, or `slam-asr` in the user's cache folder."""
-    moved = os.environ.get("SLAM_ASR_CACHE")
-    if moved:
-        return local_path(moved).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slam-asr"
-
-
 def locate_model(name: str) -> Path:
     """The folder with transformers' files of a model, fetched and converted first if need be.
 
@@ -173,27 +165,27 @@ def _from_object_storage(uri: str) -> Path:
     Its name holds a digest of the objects' names, sizes and etags: what changed there is fetched again.
     """
     uri = uri.rstrip("/")
-    objects = list_objects(uri)
-    if not objects:
+    single = s3.head(uri)
+    files = [Info(name_of(uri), single.bytes, single.etag)] if single else list(walk(uri))
+    if not files:
         raise UserError(f"There is nothing at {uri}: check the bucket and the prefix.")
-    known = digest([[o.key, o.bytes, o.etag] for o in objects])[:16]
-    kept = cache_folder() / "models" / f"{uri.removeprefix('s3://').replace('/', '--')}-{known}"
-    single = [o.key for o in objects] == [split_uri(uri)[1]]
-    names = {o.key: o.key.removeprefix(split_uri(uri)[1]).lstrip("/") for o in objects}
-    weights = _SAFETENSORS if any(fnmatch(n, _SAFETENSORS) for n in names.values()) else _PICKLES
-    wanted = [
-        o for o in objects if single or ("/" not in names[o.key] and any(fnmatch(names[o.key], p) for p in (weights, *_SMALL_FILES)))
-    ]
+    known = digest([[f.name, f.bytes, f.stamp] for f in files])[:16]
+    kept = cache_folder() / "models" / f"{uri.removeprefix(s3.SCHEME).replace('/', '--')}-{known}"
+    weights = _SAFETENSORS if any(fnmatch(f.name, _SAFETENSORS) for f in files) else _PICKLES
+    wanted = [f for f in files if single or ("/" not in f.name and any(fnmatch(f.name, p) for p in (weights, *_SMALL_FILES)))]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with _locked(kept.with_name(f".{kept.name}.lock"), uri):
         if not kept.is_dir():
             aside = kept.with_name(f".{kept.name}.partial")
-            with Meter(f"fetching {uri}", total=sum(o.bytes for o in wanted) // _MEGABYTE, unit="MB") as meter:
-                download(uri, wanted, aside, _by_megabytes(meter))
+            aside.mkdir(exist_ok=True)
+            with Meter(f"fetching {uri}", total=sum(f.bytes for f in wanted) // _MEGABYTE, unit="MB") as meter:
+                for file in wanted:
+                    with open(aside / file.name, "w+b") as target:
+                        s3.download(uri if single else join(uri, file.name), target, report=_by_megabytes(meter))
             if not single and not is_whole(aside):
                 raise UserError(f"{uri} holds no whole model (config.json, weights, and tokenizer or preprocessor files): check the prefix.")
             os.rename(aside, kept)
-    return _converted(kept / uri.rpartition("/")[2]) if single else kept
+    return _converted(kept / name_of(uri)) if single else kept
 
 
 def _by_megabytes(meter: Meter) -> Callable[[int], None]:

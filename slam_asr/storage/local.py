@@ -1,4 +1,4 @@
-"""Files that are visible whole or not at all, and the digests that name them."""
+"""Files on disk that are visible whole or not at all, and the digests that name them."""
 
 import hashlib
 import json
@@ -18,28 +18,45 @@ def local_path(path: str | os.PathLike) -> Path:
     """
     text = os.fspath(path)
     scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", text)
+    if scheme and scheme[1] == "s3":
+        raise UserError(f"{text} lies in object storage, and a local path is needed here: give one.")
     if scheme and scheme[1] != "file":
-        raise UserError(f"{text}: paths of the scheme {scheme[1]}:// cannot be read; give a local path.")
+        raise UserError(f"{text}: paths of the scheme {scheme[1]}:// cannot be read; give a local path or s3://bucket/key.")
     try:
         return Path(text.removeprefix("file://")).expanduser()
     except RuntimeError as error:
         raise UserError(f"{text}: there is no such user's home folder; give a full path.") from error
 
 
-def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
+def write_atomically(path: str | os.PathLike, content: bytes | memoryview | str, replace: bool = True) -> bool:
     """Write a file aside, flush it to disk, and rename it into place.
 
     A reader never sees a part of it, and a crash leaves the older file, if there was one.
+
+    Args:
+        path: of the file; its folder is made.
+        content: text is written as UTF-8.
+        replace: whether a file that is there already is replaced.
+
+    Returns:
+        Whether it was written: without `replace`, the first of several writers wins.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        if replace:
+            os.replace(aside, path)
+            return True
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            return False
+        return True
     except OSError as error:
         # The name the user knows, not the one aside.
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -58,7 +75,12 @@ def sha256_of_file(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_bytes(content: bytes | memoryview) -> str:
+    """The SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def digest(value: Any) -> str:
     """The SHA-256 of a JSON-able value, independent of the order of its keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,150 @@
+"""Fetched objects on local disk, within a bound: the least recently used go first.
+
+Processes share a cache. Each object is fetched by one of them and waited for by the others; one that
+any process holds is not removed. All locks are the kernel's, and end with the process that has them.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from slam_asr.storage.local import local_path
+
+_PARTIAL = ".partial"
+
+
+def cache_folder() -> Path:
+    """`SLAM_ASR_CACHE`, or `slam-asr` in the user's cache folder."""
+    moved = os.environ.get("SLAM_ASR_CACHE")
+    if moved:
+        return local_path(moved).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slam-asr"
+
+
+class NoRoom(Exception):
+    """An object does not fit: all that is in the cache is in use, or the disk is full."""
+
+
+class DiskCache:
+    """A folder of files that are held while they are used.
+
+    Args:
+        folder: shared by the processes of this machine.
+        limit: bytes that it may hold, those on their way included.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._locks = folder / ".locks"
+        self._locks.mkdir(parents=True, exist_ok=True)
+
+    def hold(self, name: str, size: int, fill: Callable[[BinaryIO], None]) -> "Held":
+        """A file of this name, filled if it is not there; it stays until released.
+
+        Args:
+            name: of the file; says all about its content.
+            size: of it in bytes.
+            fill: writes the content to a file opened for reading and writing, or raises.
+
+        Raises:
+            NoRoom: it does not fit.
+        """
+        while True:
+            with self._locked(name):
+                path = self.folder / name
+                if not path.is_file() or path.stat().st_size != size:
+                    self._fill(path, size, fill)
+                held = Held(path)
+            # Between the two locks, another process may have removed it.
+            if held.is_there():
+                os.utime(path)
+                return held
+            held.release()
+
+    def _fill(self, path: Path, size: int, fill: Callable[[BinaryIO], None]) -> None:
+        aside = path.with_name(f".{path.name}{_PARTIAL}")
+        try:
+            self._reserve(aside, size)
+            with open(aside, "r+b") as file:
+                fill(file)
+            os.replace(aside, path)
+        except OSError as error:
+            raise NoRoom(f"{self.folder}: {error.strerror}") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _reserve(self, aside: Path, size: int) -> None:
+        """Make room for a file, and take it."""
+        with self._locked("room"):
+            files = {}
+            for file in self.folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if file.is_file() and file != aside:
+                        files[file] = file.stat()
+            used = sum(s.st_size for s in files.values())
+            for file, status in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
+                if used + size <= self.limit:
+                    break
+                if self._removed(file):
+                    used -= status.st_size
+            if used + size > self.limit:
+                raise NoRoom(f"{self.folder} holds {used:,} bytes in use, and {size:,} more exceed its limit of {self.limit:,}")
+            with open(aside, "wb") as file:
+                # Blocks of its own, so that a full disk shows now.
+                if size:
+                    os.posix_fallocate(file.fileno(), 0, size)
+
+    def _removed(self, file: Path) -> bool:
+        """Remove a file that nobody holds, or what a killed process left half-fetched."""
+        if file.name.endswith(_PARTIAL):
+            with self._locked(file.name[1 : -len(_PARTIAL)], wait=False) as free:
+                if free:
+                    file.unlink(missing_ok=True)
+                return free
+        try:
+            with open(file, "rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.unlink(missing_ok=True)
+        except FileNotFoundError:
+            return True
+        except BlockingIOError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
+        with open(self._locks / name, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+class Held:
+    """A file of the cache that stays there until it is released."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: BinaryIO | None = open(path, "rb")  # noqa: SIM115 - closed by release()
+            fcntl.flock(self._file, fcntl.LOCK_SH)
+        except FileNotFoundError:
+            self._file = None
+
+    def is_there(self) -> bool:
+        """Whether the file under this path is the one that is held."""
+        try:
+            return self._file is not None and os.fstat(self._file.fileno()).st_ino == os.stat(self.path).st_ino
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Let it be removed."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,66 @@
+"""Models in object storage: fetched whole, once, and again when they change; every failure is a sentence."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from slam_asr.errors import UserError
+from slam_asr.models.encoder import describe_encoder
+from slam_asr.models.pretrained import locate_model
+from slam_asr.recipe import Encoder
+
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
+
+
+def upload(bucket, folder, prefix: str) -> None:
+    for file in Path(folder).iterdir():
+        bucket.upload_file(str(file), f"{prefix}/{file.name}")
+
+
+def test_a_prefix_serves_as_a_model_and_is_fetched_once(bucket, tiny_models):
+    upload(bucket, tiny_models["encoder"], "a/whisper")
+    bucket.put_object(Key="a/whisper/pytorch_model.bin", Body=b"a pickle that nobody needs")
+    bucket.put_object(Key="a/whisper-other/config.json", Body=b"not this one")
+    spec = describe_encoder(Encoder(name="s3://bucket/a/whisper/"))
+    assert not (spec.folder / "pytorch_model.bin").exists()
+    wanted = describe_encoder(Encoder(name=tiny_models["encoder"]))
+    assert spec.fingerprint() == wanted.fingerprint()
+    spec.load(torch.float32)
+    times = {f: f.stat().st_mtime_ns for f in spec.folder.iterdir()}
+    assert locate_model("s3://bucket/a/whisper") == spec.folder
+    assert {f: f.stat().st_mtime_ns for f in spec.folder.iterdir()} == times
+
+
+def test_what_changed_is_fetched_again(bucket, tiny_models):
+    upload(bucket, tiny_models["llm"], "llm")
+    first = locate_model("s3://bucket/llm")
+    bucket.put_object(Key="llm/generation_config.json", Body=b'{"eos_token_id": 1 }')
+    second = locate_model("s3://bucket/llm")
+    assert first != second and (second / "generation_config.json").read_bytes() == b'{"eos_token_id": 1 }'
+
+
+def test_an_original_file_is_fetched_and_converted(bucket):
+    if not REFERENCE.is_dir():
+        pytest.skip("the reference's files are not there")
+    bucket.upload_file(str(REFERENCE / "wavlm.pt"), "originals/wavlm.pt")
+    assert describe_encoder(Encoder(name="s3://bucket/originals/wavlm.pt")).config.model_type == "wavlm"
+
+
+def test_a_model_without_weights_is_refused(bucket):
+    bucket.put_object(Key="empty/config.json", Body=b"{}")
+    with pytest.raises(UserError, match="holds no whole model"):
+        locate_model("s3://bucket/empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("s3://bucket/nothing", "There is nothing at"), ("s3://no-such-bucket/model", "there is no such bucket"),
+        ("s3:///model", "write it as s3://bucket/prefix"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(bucket, name, answer):
+    with pytest.raises(UserError, match=answer) as raised:
+        locate_model(name)
+    assert "\n" not in str(raised.value)
