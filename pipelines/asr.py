@@ -25,12 +25,13 @@ def asr(recipe: str, corpus: str, store: str):
     """
     manifest = build_manifest(recipe=recipe, corpus=corpus, store=store)
     resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
-    extraction = extract_features(store=store, recipe=resolved, manifests=manifests)
-    features = extraction.outputs["features"]
-    training = train(store=store, recipe=resolved, manifests=manifests, features=features)
+    with dsl.ParallelFor(manifest.outputs["Output"], name="parts") as part:
+        extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=part)
+    parts = extraction.outputs["features"]
+    training = train(store=store, recipe=resolved, manifests=manifests, features=dsl.Collected(parts))
     conversion = convert_checkpoint(store=store, checkpoint=training.outputs["checkpoint"])
     decoding = decode(
-        store=store, recipe=resolved, manifests=manifests, features=features, model=conversion.outputs["model"]
+        store=store, recipe=resolved, manifests=manifests, features=dsl.Collected(parts), model=conversion.outputs["model"]
     )
     for task in (manifest, extraction, training, conversion, decoding):
         # Kubeflow's cache knows neither the corpus' content nor a half-done training: each stage

@@ -15,12 +15,12 @@ from pipelines import processes
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import EXIT_CODE, UserError, exit_on_user_error
 from slam_asr.recipe import Recipe, dump_recipe, nearest, shipped_recipes
-from slam_asr.storage import local_path
+from slam_asr.storage import is_s3, local_path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_CORPUS = CHECKOUT / "demo" / "speech"
 
-USAGE = """usage: python -m pipelines run RECIPE [--corpus PATH] [--output DIR] [--SECTION.KEY VALUE ...]
+USAGE = """usage: python -m pipelines run RECIPE [--corpus PATH] [--output DIR] [--store PATH] [--SECTION.KEY VALUE ...]
        python -m pipelines compile [--output DIR|FILE.yaml] [--images TEMPLATE]
 
   run       train, convert and measure on this machine, through Kubeflow's local runner
@@ -73,7 +73,7 @@ def _run(arguments: list[str]) -> int:
     from pipelines.local import LocalRun, StepFailed
     from pipelines.summary import failure, summary
 
-    run = LocalRun(output)
+    run = LocalRun(output, store=options["store"])
     try:
         run.execute(dump_recipe(recipe), str(corpus))
     except StepFailed as error:
@@ -89,6 +89,7 @@ def _run_options(arguments: list[str]) -> dict[str, Any]:
     parser = _parser("run", "Run the five steps on this machine, one after another; steps that are done are kept.")
     parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo brings its own)")
     parser.add_argument("--output", type=str, help="folder for all results (default: runs/RECIPE)")
+    parser.add_argument("--store", type=str, help="folder or s3://bucket/prefix for the stages' results, which runs may share (default: OUTPUT/store)")
     add_recipe_options(parser, arguments[0] if named else None)
     options = parse_options(parser, arguments[1:] if named else arguments)
     if not named:
@@ -115,8 +116,10 @@ def _fetch_models(recipe: Recipe) -> int:
     return processes.run(command, lambda line: print(line, end="", flush=True))
 
 
-def _corpus(recipe: str, path: str | None) -> Path:
-    """The corpus as an absolute path, after a look that it is there."""
+def _corpus(recipe: str, path: str | None) -> Path | str:
+    """The corpus as an absolute path, after a look that it is there; one in object storage is looked at by its step."""
+    if path and is_s3(path):
+        return path
     if path:
         corpus = local_path(path).absolute()
     elif recipe == "demo":

@@ -30,6 +30,7 @@ from pipelines.asr import asr
 from slam_asr.errors import UserError
 from slam_asr.progress import BAR_COLUMNS
 from slam_asr.stage import Record, follow_pointer, require_record
+from slam_asr.storage import is_s3, local_path
 
 KFP_LOG = "kfp.log"
 _EXECUTOR_PREFIX = "[KFP Executor "
@@ -60,10 +61,11 @@ class Step:
 
 
 class LocalRun:
-    """One run of the pipeline; results go to `output`/store, kfp's artifacts to `output`/steps."""
+    """One run of the pipeline; results go to `store`, or `output`/store, and kfp's artifacts to `output`/steps."""
 
-    def __init__(self, output: Path, voice: TextIO | None = None) -> None:
+    def __init__(self, output: Path, voice: TextIO | None = None, store: str | None = None) -> None:
         self.output = output.absolute()
+        self.store = store if store and is_s3(store) else str(local_path(store).absolute() if store else self.output / "store")
         self.voice = voice or sys.stdout
         self.steps: list[Step] = []
 
@@ -90,10 +92,10 @@ class LocalRun:
         ):
             local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(self.output / "steps"))
             try:
-                asr(recipe=recipe, corpus=corpus, store=str(self.output / "store"))
+                asr(recipe=recipe, corpus=corpus, store=self.store)
             except RuntimeError:
-                if self.steps and self.steps[-1].exit_code:
-                    raise StepFailed(self.steps[-1]) from None
+                if failed := next((step for step in self.steps if step.exit_code), None):
+                    raise StepFailed(failed) from None
                 raise
         return self.steps
 
@@ -122,7 +124,7 @@ class LocalRun:
         folder = _artifact_folder(command)
         step = Step(folder.name, folder, time.time())
         self.steps.append(step)
-        print(f"\n{len(self.steps)}/{len(RESULTS)} {step.name}", file=self.voice, flush=True)
+        print(f"\n{list(RESULTS).index(step.name) + 1}/{len(RESULTS)} {step.name}", file=self.voice, flush=True)
         step.exit_code = processes.run(command, Sieve(self.voice, log).hear, env)
         return step.exit_code
 

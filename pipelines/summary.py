@@ -6,7 +6,7 @@ from pathlib import Path
 from pipelines.local import KFP_LOG, Step
 from slam_asr.errors import EXIT_CODE
 from slam_asr.progress import clock
-from slam_asr.stage import RECORD, Record
+from slam_asr.stage import Record
 
 WER_METRICS = ("wer", "wer shuffled audio", "wer empty output")
 """The error rate, and two that it must be far below: with another utterance's audio, and with no words at all."""
@@ -29,7 +29,7 @@ def summary(steps: list[Step], seconds: float) -> str:
 
 
 def _time(step: Step, record: Record) -> str:
-    kept = record.file(RECORD).stat().st_mtime < step.started
+    kept = record.finished < step.started
     return f"(kept) {clock(record.seconds)}" if kept else clock(record.seconds)
 
 

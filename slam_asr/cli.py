@@ -26,7 +26,13 @@ STAGES = {
     "convert-checkpoint": "slam_asr.conversion.convert:convert_checkpoint",
     "decode": "slam_asr.decoding.decode:decode",
 }
-COMMANDS = {**STAGES, "plan": "slam_asr.planning.plan:plan"}
+COMMANDS = {
+    **STAGES,
+    "plan": "slam_asr.planning.plan:plan",
+    "features ls": "slam_asr.features.keeping:list_store",
+    "features verify": "slam_asr.features.keeping:verify_store",
+    "features prune": "slam_asr.features.keeping:prune_store",
+}
 
 USAGE = """usage: slam-asr STAGE --option value …
 
@@ -37,7 +43,10 @@ stages, in order:
   convert-checkpoint   a checkpoint becomes a model folder
   decode               transcripts, word error rate, report
 
-slam-asr plan RECIPE    memory, time and storage that a recipe takes, before anything is loaded
+slam-asr plan RECIPE           memory, time and storage that a recipe takes, before anything is loaded
+slam-asr features ls STORE     what a feature store holds
+slam-asr features verify STORE whether it is whole
+slam-asr features prune STORE  what of it may go
 
 slam-asr STAGE --help   its options
 slam-asr --version      versions of slam-asr and torch
@@ -60,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(stage: str, arguments: list[str]) -> Any:
     """Run a stage with options as they stand on the command line → its record."""
+    stage, arguments = _command(stage, arguments)
     if stage not in COMMANDS:
         raise UserError(f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}.")
     module, name = COMMANDS[stage].split(":")
@@ -81,6 +91,17 @@ def run(stage: str, arguments: list[str]) -> Any:
     if takes_recipe:
         values["recipe"] = pop_recipe(values)
     return function(**values)
+
+
+def _command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """`features`, `ls STORE …` → `features ls`, `--store STORE …`."""
+    if stage != "features":
+        return stage, arguments
+    verbs = [command.partition(" ")[2] for command in COMMANDS if command.startswith("features ")]
+    if not arguments or arguments[0] not in verbs:
+        raise UserError(f"slam-asr features needs one of {', '.join(verbs)}, such as `slam-asr features ls STORE`.")
+    verb, *rest = arguments
+    return f"features {verb}", ["--store", *rest] if rest and not rest[0].startswith("-") else rest
 
 
 def spelt_out(arguments: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from slam_asr.errors import UserError
+from slam_asr.storage import is_s3, read_bytes
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -55,8 +56,8 @@ class Encoder:
     """How much of Whisper's output is used: its whole 30-s window (300 audio positions, as the published models were trained), or the first ceil(samples / 320) frames (10 positions a second: several times faster to train). The other encoders have no window and give what the audio is long."""
     long_audio: Literal["cut", "split", "set-aside"] = "cut"
     """What becomes of audio longer than Whisper's window, where `data.max_duration` lets it through: cut there (as the reference does; its transcript is not), split into windows whose frames are joined, or left out of training and decoding and counted."""
-    batch_size: int = 8
-    """Utterances encoded at once. More fills a GPU better and takes more memory."""
+    batch_seconds: float = 240.0
+    """Seconds of audio encoded at once, each utterance counted as long as the batch's longest and Whisper's as its whole windows of 30 s. More fills a GPU better and takes more memory."""
     tuning: Literal["frozen", "full"] = "frozen"
     """Whether the encoder is trained too. Then nothing can be cached, and every step encodes its audio."""
     learning_rate: float | None = None
@@ -67,10 +68,22 @@ class Encoder:
 class Features:
     """The cache of encoder outputs."""
 
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """How values are stored. bf16 halves fp32's size, and training computes in bf16 anyway."""
+    cache: Literal["store", "none"] = "store"
+    """Whether the frozen encoder's outputs are computed once and kept. `none` (or `features: none` for the whole section) encodes on the way in training and decoding: the same numbers, no storage, and the encoder's time in every epoch."""
+    dtype: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"
+    """How values are stored. bf16 halves fp32's size, and training computes in bf16 anyway; fp8, with a scale for each frame, halves it again."""
     shard_megabytes: int = 512
     """Largest size of a shard. Smaller shards lose less work when extraction is interrupted; larger ones are fewer objects."""
+    window_shards: int = 8
+    """Shards whose utterances are shuffled together in training. More mixes better and takes more local disk: two windows are there at once."""
+    cache_gigabytes: float = 50.0
+    """Local disk that shards fetched from object storage may take on each machine; the least recently used go first."""
+    parts: int = 1
+    """Parts that the pipeline divides extraction into, each a step that any node may take. No more than there are shards."""
+    processes: int = 0
+    """Processes that extract on one machine, one a GPU. 0: as many as there are GPUs, or one on a CPU."""
+    workers: int = 0
+    """Processes beside each of those that read and prepare audio. 0: the cores that are free, 16 at most."""
 
 
 @dataclass
@@ -202,6 +215,11 @@ class Recipe:
     training: Training = field(default_factory=Training)
     decoding: Decoding = field(default_factory=Decoding)
 
+    @property
+    def caches_features(self) -> bool:
+        """Whether encoder outputs are computed once and kept, rather than on the way."""
+        return self.encoder.tuning == "frozen" and self.features.cache == "store"
+
     def __post_init__(self) -> None:
         for key, low in _LOWER_BOUNDS.items():
             value = _get(self, key)
@@ -218,6 +236,13 @@ class Recipe:
         for key in ("llm", "encoder"):
             if getattr(self, key).tuning == "frozen" and getattr(self, key).learning_rate is not None:
                 raise UserError(f"Recipe {self.name}: {key}.learning_rate is given but {key}.tuning is frozen: choose what is to be trained, or leave it out.")
+        window = 2 * self.features.window_shards * self.features.shard_megabytes / 1000
+        if self.features.cache == "store" and self.features.cache_gigabytes < window:
+            raise UserError(
+                f"Recipe {self.name}: features.cache_gigabytes ({self.features.cache_gigabytes}) is too small for two windows of "
+                f"features.window_shards ({self.features.window_shards}) × features.shard_megabytes ({self.features.shard_megabytes}): "
+                f"raise it to {window:g} or lower those."
+            )
         if self.llm.tuning == "lora" and not self.llm.lora.targets:
             raise UserError(f"Recipe {self.name}: llm.lora.targets names no layer; give at least one, such as [q_proj, v_proj].")
         if self.llm.template != "chat" and (self.llm.template.count("{}") != 1 or self.llm.template.count("{audio}") > 1):
@@ -251,7 +276,8 @@ class Recipe:
 
 _LOWER_BOUNDS = {
     "data.dev_fraction": 0.0, "data.min_duration": 0.0, "data.max_rejected": 0.0,
-    "encoder.batch_size": 1, "features.shard_megabytes": 1, "projector.downsampling": 1, "projector.hidden": 1,
+    "encoder.batch_seconds": 1, "features.shard_megabytes": 1, "features.window_shards": 1, "features.cache_gigabytes": 0.0,
+    "features.parts": 1, "features.processes": 0, "features.workers": 0, "projector.downsampling": 1, "projector.hidden": 1,
     "projector.queries": 1, "projector.layers": 1, "llm.lora.rank": 1, "llm.lora.alpha": 0.0, "llm.lora.dropout": 0.0,
     "training.processes": 0, "training.epochs": 1, "training.max_steps": 1, "training.positions_per_step": 1,
     "training.positions_per_batch": 1, "training.weight_decay": 0.0, "training.warmup_steps": 0,
@@ -339,6 +365,8 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
         text, where = source, "The recipe given as text"
     elif source in shipped:
         text, where = shipped[source].read_bytes(), f"Recipe {source}"
+    elif is_s3(source):
+        text, where = read_bytes(source), f"Recipe {source}"
     elif os.path.isfile(source):
         text, where = Path(source).read_bytes(), f"Recipe {source}"
     else:
@@ -348,6 +376,8 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeError) as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if isinstance(values, dict) and values.get("features", ...) in (None, "none"):
+        values["features"] = {"cache": "none"}
     if not isinstance(values, dict):
         raise UserError(f"{where} must hold keys and values, such as `encoder:`; it holds {type(values).__name__}.")
     return values, where

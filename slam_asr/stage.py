@@ -19,7 +19,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class Record(Outcome):
     inputs: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     """Wall time of the run that did the work."""
+    finished: float = 0.0
+    """Unix time at its end, by the clock of the machine that did it."""
     version: str = __version__
 
     def file(self, name: str) -> Path:
@@ -82,6 +84,7 @@ def run_stage(
     inputs: dict[str, Any],
     work: Callable[[Path], Outcome],
     overwrite: bool = False,
+    intact: Callable[[Record], bool] = lambda record: True,
 ) -> Record:
     """Do a stage's work once for the same inputs.
 
@@ -91,6 +94,7 @@ def run_stage(
         inputs: everything that the result depends on, JSON-able.
         work: called with the folder; writes the results there.
         overwrite: replace results of other inputs instead of refusing.
+        intact: whether what a record vouches for is still there, where that lies outside of its folder.
 
     Raises:
         UserError: the folder holds results of other inputs.
@@ -101,16 +105,16 @@ def run_stage(
     bench = cache_folder() / "work" / digest(folder)[:24] if remote else Path(folder)
     with _alone_in(bench):
         done = read_record(folder)
-        if done is not None and done.inputs == inputs:
+        if done is not None and done.inputs == inputs and intact(done):
             say(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
             return done
-        if done is not None:
+        if done is not None and done.inputs != inputs:
             _make_way(folder, done, inputs, overwrite)
         bench.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         outcome = work(bench)
         seconds = round(time.monotonic() - started, 3)
-        record = Record(**vars(outcome), stage=stage, folder=folder, inputs=inputs, seconds=seconds)
+        record = Record(**vars(outcome), stage=stage, folder=folder, inputs=inputs, seconds=seconds, finished=time.time())
         write_json(bench / RECORD, asdict(record))
         if remote:
             say(f"{stage}: uploading to {folder}")
@@ -204,3 +208,13 @@ def follow_pointer(path: str | Path) -> str:
     if not exists(record) or sha256_of_bytes(read_bytes(record)) != expected:
         raise UserError(f"{folder}, named by {path}, is gone or was replaced since: run the step before again.")
     return folder
+
+
+def follow_parts(paths: Iterable[str]) -> str:
+    """The folder of the first of several parts that lie in one store, after checking each pointer.
+
+    Raises:
+        UserError: a folder is gone or its record is another one now.
+    """
+    first, *_ = [follow_pointer(path) for path in paths]
+    return first

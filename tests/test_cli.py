@@ -40,7 +40,8 @@ def test_mistakes_are_one_line_and_code_2(capsys, arguments, answer):
 def test_every_stage_explains_its_options(capsys, stage):
     code, output = run(capsys, stage, "--help")
     assert code == 0
-    assert "--output OUTPUT" in output.out and "--overwrite" in output.out
+    # Extraction replaces nothing: a store only grows.
+    assert "--output OUTPUT" in output.out and ("--shard" if stage == "extract-features" else "--overwrite") in output.out
 
 
 def test_the_usage_names_every_stage(capsys):

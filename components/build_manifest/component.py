@@ -13,7 +13,7 @@ def build_manifest(
     manifests: dsl.Output[dsl.Dataset],
     resolved_recipe: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
-):
+) -> list[str]:
     """Read a corpus, check its audio, and write the manifests of train, dev and test.
 
     Args:
@@ -23,6 +23,9 @@ def build_manifest(
         manifests: Pointer to the folder with train.jsonl, dev.jsonl, test.jsonl and statistics.json.
         resolved_recipe: The recipe with every key spelt out; all later steps read this one.
         metrics: Utterances and hours, kept and set aside.
+
+    Returns:
+        The parts that extraction is divided into: 1/n, 2/n and so on.
     """
     from slam_asr.errors import exit_on_user_error
 
@@ -39,3 +42,5 @@ def build_manifest(
         # recipe which differs in later stages only finds the same folder.
         write_atomically(resolved_recipe.path, dump_recipe(resolved))
         log_metrics(record, metrics.log_metric)
+        parts = resolved.features.parts
+        return [f"{part}/{parts}" for part in range(1, parts + 1)]

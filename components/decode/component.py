@@ -10,7 +10,7 @@ def decode(
     store: str,
     recipe: dsl.Input[dsl.Artifact],
     manifests: dsl.Input[dsl.Dataset],
-    features: dsl.Input[dsl.Dataset],
+    features: dsl.Input[list[dsl.Dataset]],
     model: dsl.Input[dsl.Model],
     hypotheses: dsl.Output[dsl.Dataset],
     report: dsl.Output[dsl.HTML],
@@ -23,7 +23,7 @@ def decode(
         store: Folder that keeps the results of all stages.
         recipe: The resolved recipe.
         manifests: Pointer to the folder of build-manifest.
-        features: Pointer to the folder of extract-features.
+        features: Pointers to the parts of extract-features.
         model: Pointer to the folder of convert-checkpoint.
         hypotheses: Pointer to the folder with hypotheses.jsonl and wer.json.
         report: Word error rates, alignments and the worst utterances.
@@ -37,14 +37,14 @@ def decode(
 
         from slam_asr.decoding.decode import decode as run
         from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
+        from slam_asr.stage import follow_parts, follow_pointer, log_metrics, write_pointer
 
         record = run(
             load_recipe(recipe.path),
             follow_pointer(model.path),
             [f"{follow_pointer(manifests.path)}/test.jsonl"],
             f"{store}/decode/{{fingerprint}}",
-            feature_store=follow_pointer(features.path),
+            feature_store=follow_parts(f.path for f in features),
         )
         write_pointer(record, hypotheses.path)
         shutil.copyfile(record.file("report.html"), report.path)

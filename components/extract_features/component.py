@@ -10,6 +10,7 @@ def extract_features(
     store: str,
     recipe: dsl.Input[dsl.Artifact],
     manifests: dsl.Input[dsl.Dataset],
+    shard: str,
     features: dsl.Output[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
 ):
@@ -19,7 +20,8 @@ def extract_features(
         store: Folder that keeps the results of all stages.
         recipe: The resolved recipe.
         manifests: Pointer to the folder of build-manifest.
-        features: Pointer to the folder with the shards and their index.
+        shard: i/n: which part of the work is this step's.
+        features: Pointer to the record of this part in the feature store.
         metrics: Utterances, hours of audio, megabytes.
     """
     from slam_asr.errors import exit_on_user_error
@@ -33,7 +35,8 @@ def extract_features(
         record = run(
             load_recipe(recipe.path),
             [f"{folder}/train.jsonl", f"{folder}/dev.jsonl", f"{folder}/test.jsonl"],
-            f"{store}/extract-features/{{fingerprint}}",
+            f"{store}/features",
+            shard,
         )
         write_pointer(record, features.path)
         log_metrics(record, metrics.log_metric)

@@ -10,7 +10,7 @@ def train(
     store: str,
     recipe: dsl.Input[dsl.Artifact],
     manifests: dsl.Input[dsl.Dataset],
-    features: dsl.Input[dsl.Dataset],
+    features: dsl.Input[list[dsl.Dataset]],
     checkpoint: dsl.Output[dsl.Model],
     curves: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
@@ -21,7 +21,7 @@ def train(
         store: Folder that keeps the results of all stages; checkpoints go there while training.
         recipe: The resolved recipe.
         manifests: Pointer to the folder of build-manifest.
-        features: Pointer to the folder of extract-features.
+        features: Pointers to the parts of extract-features.
         checkpoint: Pointer to the folder with the checkpoints.
         curves: Loss and accuracy by step.
         metrics: Loss and accuracy at the end, and the number of steps.
@@ -32,14 +32,14 @@ def train(
         import shutil
 
         from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
+        from slam_asr.stage import follow_parts, follow_pointer, log_metrics, write_pointer
         from slam_asr.training.train import train as run
 
         folder = follow_pointer(manifests.path)
         record = run(
             load_recipe(recipe.path),
             train_manifest=f"{folder}/train.jsonl",
-            feature_store=follow_pointer(features.path),
+            feature_store=follow_parts(f.path for f in features),
             output=f"{store}/train/{{fingerprint}}",
             dev_manifest=f"{folder}/dev.jsonl",
         )

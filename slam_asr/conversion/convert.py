@@ -4,6 +4,7 @@ What it is given is found out from its content: the folder of a training, SLAM-L
 original file of a speech encoder, or a model folder that is to be written in SLAM-LLM's format.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from slam_asr.errors import UserError
 from slam_asr.progress import say
 from slam_asr.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.stage import Outcome, Record, read_record, require_record, run_stage
-from slam_asr.storage import local_path, sha256_of_file
+from slam_asr.storage import exists, fetch, fetch_folder, sha256_of_file
 
 if TYPE_CHECKING:
     import torch
@@ -42,25 +43,25 @@ def convert_checkpoint(
     Raises:
         UserError: no checkpoint there, or one that is incomplete, damaged, or does not fit its encoder or LLM.
     """
-    path = local_path(checkpoint)
-    if path.is_file():
-        return _convert_file(path, output, to, recipe, overwrite)
-    record = read_record(path)
+    if exists(checkpoint):
+        return _convert_file(fetch(checkpoint), output, to, recipe, overwrite)
+    record = read_record(checkpoint)
     if record is not None and record.stage == STAGE:
-        return _write_for_slam_llm(path, output, to, overwrite)
+        return _write_for_slam_llm(fetch_folder(checkpoint), output, to, overwrite)
     return _convert_training(require_record(checkpoint, "train"), output, to, overwrite)
 
 
 def _convert_training(trained: Record, output: str, to: str, overwrite: bool) -> Record:
     from slam_asr.training.checkpoint import latest
 
-    source = latest(Path(trained.folder) / "checkpoints")
+    folder_of_training = fetch_folder(trained.folder)
+    source = latest(folder_of_training / "checkpoints")
     inputs = {"training": trained.inputs, "files": {f.name: sha256_of_file(f) for f in sorted(source.iterdir())}, "to": to}
 
     def work(folder: Path) -> Outcome:
         from slam_asr.conversion.zero import fp32_weights
 
-        recipe = load_recipe((Path(trained.folder) / "recipe.yaml").read_text())
+        recipe = load_recipe((folder_of_training / "recipe.yaml").read_text())
         facts = dict(trained.facts)
         bases = {"encoder": facts.pop("encoder_fingerprint"), "llm_sha256": facts.pop("llm_sha256")}
         return _write(folder, fp32_weights(source), recipe, bases, facts, str(source), to)
@@ -89,6 +90,8 @@ def _convert_file(path: Path, output: str, to: str, recipe: Recipe | None, overw
         return run_stage(STAGE, output, inputs, convert, overwrite)
     if recipe is None:
         raise UserError(f"{path} does not say which encoder and LLM it belongs to: name them with --recipe.")
+    # Its projector was trained on encoder outputs as they came, not on stored ones.
+    recipe = replace(recipe, features=replace(recipe.features, dtype="fp32"))
     weights = from_slam_llm(content, str(path))
     bases = {
         "encoder": describe_encoder(recipe.encoder).fingerprint(), "llm_sha256": weights_sha256(locate_model(recipe.llm.name)),

@@ -18,7 +18,7 @@ from torch import nn
 from slam_asr.errors import UserError
 from slam_asr.models.projector import SpeechProjector, build_projector
 from slam_asr.recipe import Encoder, Projector, Recipe, load_recipe
-from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
+from slam_asr.storage import fetch_folder, local_path, sha256_of_file, write_atomically, write_json
 
 WEIGHTS = "projector.safetensors"
 CONFIG = "config.json"
@@ -66,7 +66,7 @@ def read_config(model: str | Path) -> ModelConfig:
     Raises:
         UserError: the folder is no model, or one of a newer format.
     """
-    path = local_path(model) / CONFIG
+    path = fetch_folder(model) / CONFIG
     if not path.is_file():
         raise UserError(f"{model} holds no model (no {CONFIG}): give the folder that convert-checkpoint wrote.")
     try:

@@ -1,6 +1,8 @@
 """The stage `decode`: test manifests through a model, and the word error rate of what comes out."""
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +20,13 @@ from slam_asr.conversion.model import (
 )
 from slam_asr.errors import UserError
 from slam_asr.features.extract import manifest_files
-from slam_asr.features.store import FeatureStore, address_of
+from slam_asr.features.space import address_of
+from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.progress import Meter, say
 from slam_asr.recipe import Recipe
 from slam_asr.stage import Outcome, Record, run_stage
-from slam_asr.storage import digest, local_path, sha256_of_file
+from slam_asr.storage import digest, fetch, fetch_folder, local_path, sha256_of_file
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
@@ -57,19 +60,20 @@ def decode(
     Raises:
         UserError: a base model that is not there or not the one trained with, or features of another encoder.
     """
-    from slam_asr.features.reader import fit_to_window
+    from slam_asr.features.audio_source import fit_to_window
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
 
     explain_precision(recipe.decoding.precision, pick_device())
+    model = str(fetch_folder(model))
     config = read_config(model)
     trained = config.typed_recipe
     files = manifest_files(manifests, ("test.jsonl",))
     spec = describe_encoder(encoder_of(model, trained.encoder))
-    if trained.encoder.tuning == "full":
+    if trained.encoder.tuning == "full" or recipe.features.cache == "none":
         feature_store = None
-    elif spec.fingerprint() != config.encoder:
+    if trained.encoder.tuning == "frozen" and spec.fingerprint() != config.encoder:
         raise UserError(_not_the_one("encoder", trained.encoder.name, model))
     utterances = fit_to_window([u for file in files for u in read_manifest(file)], spec)
     llm_folder = local_path(model) / LLM
@@ -77,12 +81,13 @@ def decode(
         llm_folder = locate_model(trained.llm.name)
         if weights_sha256(llm_folder) != config.llm_sha256:
             raise UserError(_not_the_one("LLM", trained.llm.name, model))
-    store = FeatureStore(feature_store, config.encoder) if feature_store else None
+    addresses = [address_of(u) for u in utterances]
+    store = FeatureStore(feature_store, config.encoder, trained.features.dtype, addresses) if feature_store else None
     inputs = {
         "model": model_digests(model),
-        "manifests": [sha256_of_file(file) for file in files],
-        "audio": digest([address_of(u) for u in utterances]),
-        "features": store.index.fingerprint if store else None,
+        "manifests": [sha256_of_file(fetch(file)) for file in files],
+        "audio": digest(addresses),
+        "features": store.fingerprint if store else None,
         "decoding": asdict(recipe.decoding), "published": recipe.published_wer,
     }
 
@@ -111,7 +116,7 @@ def _decode(
 ) -> Outcome:
     from slam_asr.decoding.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
     from slam_asr.decoding.search import Answer, Searcher, plan_batches
-    from slam_asr.features.reader import AudioReader
+    from slam_asr.features.reader import AudioReader, StoreReader
     from slam_asr.models.llm import load_tokenizer
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.projector import positions_of
@@ -124,20 +129,18 @@ def _decode(
     say(f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}")
     say(f"decoding {len(utterances)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}")
     prompt = Prompt(load_tokenizer(llm_folder), trained.llm)
-    reader = store or AudioReader(utterances, spec)
-    audio = [positions_of(trained.projector, reader.span(address_of(u))) for u in utterances]
+    reader = StoreReader(store) if store else AudioReader(spec, trained.features)
+    audio = [positions_of(trained.projector, reader.span(u)) for u in utterances]
     positions = [n + len(prompt.main.before) + len(prompt.main.ids) for n in audio]
     _require_room(positions, utterances, options.max_new_tokens, llm_folder)
     model = load_model(config, model_folder, llm_folder, None if store else spec, recipe)
-    if isinstance(reader, AudioReader):
-        reader.encoder = model.encoder
     searcher = Searcher(model, prompt, options)
 
     started = time.monotonic()
     answers: dict[int, Answer] = {}
-    with Meter("decode", total=len(utterances), unit="utt") as meter:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio") as reading, Meter("decode", total=len(utterances), unit="utt") as meter:
         for batch in plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch):
-            inputs = [reader.read(address_of(utterances[i])) for i in batch]
+            inputs = list(reading.map(reader.read, [utterances[i] for i in batch]))
             answers |= dict(zip(batch, searcher.decode(inputs, [audio[i] for i in batch]), strict=True))
             meter.update(len(batch))
     seconds = time.monotonic() - started
@@ -186,8 +189,13 @@ def load_model(
     if adapter:
         add_lora(llm, config.typed_recipe.llm.lora, seed=0)
         load_into(llm, adapter, str(model_folder / ADAPTER), [n for n, _ in llm.named_parameters() if ".lora_" in n])
-    heard = encoder.load(DTYPES[encoder_precision(precision, device)], device) if encoder else None
-    slam = Slam(projector.to(device, DTYPES[precision]), llm.to(device), heard, recipe.encoder.batch_size)
+    trained = config.typed_recipe
+    # What the projector was trained on: features as the store has them. In fp32 they are not rounded, and the
+    # encoder may work in whatever precision is asked for.
+    stored_as = trained.features.dtype if trained.encoder.tuning == "frozen" else "fp32"
+    computed = encoder_precision(precision if stored_as == "fp32" else stored_as, device.type == "cuda")
+    heard = encoder.load(DTYPES[computed], device) if encoder else None
+    slam = Slam(projector.to(device, DTYPES[precision]), llm.to(device), heard, stored_as)
     return slam.eval().requires_grad_(False)
 
 

@@ -5,36 +5,24 @@ holds what they share, and chooses by the checkpoint's own configuration; `whisp
 hold the two families.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from slam_asr.audio import SAMPLE_RATE
 from slam_asr.errors import UserError
+from slam_asr.models.preparing import Prepared, Preparer
 from slam_asr.models.pretrained import locate_model, weights_sha256
 from slam_asr.models.weights import load_weights
 from slam_asr.recipe import Encoder, one_sentence
 
 SAMPLES_PER_FRAME = 320
 """At 16 kHz: Whisper's hop of 160 samples times its convolution's stride of 2; the product of the others' strides."""
-
-
-@dataclass
-class Prepared:
-    """An utterance as its encoder takes it."""
-
-    inputs: list[torch.Tensor]
-    """Whisper: log-mel spectrograms [mel bins, 3000], one a window. The others: the waveform [samples], once."""
-    samples: int
-    """Of the utterance, at 16 kHz."""
-
-    def to(self, device: torch.device | str) -> "Prepared":
-        """The same on a device."""
-        return Prepared([i.to(device) for i in self.inputs], self.samples)
 
 
 @dataclass
@@ -67,6 +55,10 @@ class EncoderSpec:
         """
         return self.frames_of(samples)
 
+    def seconds_of(self, samples: int) -> float:
+        """Seconds that the encoder works on for an utterance: all of its windows, where there are windows."""
+        return samples / SAMPLE_RATE
+
     def is_too_long(self, samples: int) -> bool:
         """Whether an utterance exceeds the window."""
         return self.window_samples is not None and samples > self.window_samples
@@ -86,6 +78,10 @@ class EncoderSpec:
 
     def preprocessing(self) -> dict[str, Any]:
         """What is done to the audio beside the weights."""
+        raise NotImplementedError
+
+    def preparer(self) -> Preparer:
+        """What turns waveforms into the encoder's input; it can be sent to other processes."""
         raise NotImplementedError
 
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "SpeechEncoder":
@@ -110,15 +106,13 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.model = spec.encoder_of(load_weights(AutoModel, spec.folder, dtype, "encoder")).to(device)
+        self.prepare = spec.preparer()
+        """[samples] at 16 kHz in float32 → what `forward` takes."""
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
         return next(self.model.parameters()).dtype
-
-    def prepare(self, waveform: np.ndarray) -> Prepared:
-        """[samples] at 16 kHz in float32 → what `forward` takes; needs no weights, so any thread can do it."""
-        raise NotImplementedError
 
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """Utterances of any lengths → [frames, width] each, as if each were encoded alone."""
@@ -127,8 +121,34 @@ class SpeechEncoder(nn.Module):
     @torch.inference_mode()
     def encode(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """`forward`, without gradients."""
-        device = next(self.model.parameters()).device
-        return self([u.to(device) for u in utterances])
+        return self(utterances)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.model.parameters()).device
+
+
+def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:
+    """Group utterances, in the order given, into batches for an encoder.
+
+    Args:
+        seconds: that the encoder works on for each.
+        budget: seconds of a batch, each utterance counted as long as its longest; exceeded only by an
+            utterance that is longer by itself.
+
+    Returns:
+        Indices of each batch.
+    """
+    batches: list[list[int]] = []
+    longest = 0.0
+    for index, length in enumerate(seconds):
+        longest = max(longest, length)
+        if not batches or longest * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+            longest = length
+        batches[-1].append(index)
+    return batches
 
 
 def describe_encoder(options: Encoder) -> EncoderSpec:

@@ -4,7 +4,6 @@ A batch is padded left to the longest audio and prompt and right to the longest 
 answers start at one column. Only from there on are logits computed.
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slam_asr.errors import UserError
-from slam_asr.models.encoder import Prepared, SpeechEncoder
+from slam_asr.models.encoder import SpeechEncoder, batches_of
+from slam_asr.models.preparing import Prepared
 from slam_asr.models.projector import SpeechProjector
+from slam_asr.models.stored import as_if_stored
 
 IGNORED = -100
 """Label of a position without a target, as torch's cross entropy has it."""
@@ -99,19 +100,25 @@ class Slam(nn.Module):
     Args:
         projector: trained.
         llm: frozen, or with weights that require a gradient.
-        encoder: where audio is encoded on the way.
-        encoded_at_once: utterances that the encoder takes together.
+        encoder: where audio is encoded on the way. A frozen one is no part of the module: it keeps its own precision, and no
+            optimiser, checkpoint or partition knows of it.
+        stored_as: dtype of the feature store whose numbers a frozen encoder's outputs are to be.
 
     Raises:
         UserError: the LLM has no output layer of its own.
     """
 
     def __init__(
-        self, projector: SpeechProjector, llm: PreTrainedModel, encoder: SpeechEncoder | None = None, encoded_at_once: int = 8
+        self, projector: SpeechProjector, llm: PreTrainedModel, encoder: SpeechEncoder | None = None, stored_as: str = "fp32"
     ) -> None:
         super().__init__()
-        self.projector, self.llm, self.encoder = projector, llm, encoder
-        self.encoded_at_once = encoded_at_once
+        self.projector, self.llm = projector, llm
+        self.encoder: SpeechEncoder | None
+        if encoder is not None and any(p.requires_grad for p in encoder.parameters()):
+            self.encoder = encoder
+        else:
+            object.__setattr__(self, "encoder", encoder)
+        self.stored_as = stored_as
         self._wanted: torch.Tensor | None = None
         if llm.get_output_embeddings() is None:
             raise UserError(f"{type(llm).__name__} has no output layer that predicts tokens: choose a causal LM.")
@@ -129,7 +136,7 @@ class Slam(nn.Module):
     def train(self, mode: bool = True) -> "Slam":
         """Training mode, for what is trained: dropout in frozen weights would be noise."""
         super().train(mode)
-        for part in (self.llm, self.encoder):
+        for part in (self.llm, self._modules.get("encoder")):
             if mode and part is not None and not all(p.requires_grad for p in part.parameters()):
                 part.eval()
                 for name, module in part.named_modules():
@@ -141,10 +148,15 @@ class Slam(nn.Module):
         """Audio of any kind → encoder outputs, each [frames, encoder width]."""
         if self.encoder is None or isinstance(audio[0], torch.Tensor):
             return audio
-        frozen = not any(p.requires_grad for p in self.encoder.parameters())
-        with torch.no_grad() if frozen else contextlib.nullcontext():
-            size = self.encoded_at_once
-            return [f for start in range(0, len(audio), size) for f in self.encoder(audio[start : start + size])]
+        spec = self.encoder.spec
+        groups = batches_of([spec.seconds_of(a.samples) for a in audio], spec.options.batch_seconds)
+        encode = self.encoder if "encoder" in self._modules else self._encode_frozen
+        return [f for group in groups for f in encode([audio[i] for i in group])]
+
+    def _encode_frozen(self, audio: list[Prepared]) -> list[torch.Tensor]:
+        """What a feature store would hold."""
+        with torch.no_grad():
+            return [as_if_stored(frames, self.stored_as) for frames in self.encoder(audio)]
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """[utterances, L, LLM width]: token embeddings with the audio's positions filled in."""

@@ -9,7 +9,6 @@ import json
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -17,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from slam_asr.errors import UserError
-from slam_asr.models.encoder import SAMPLES_PER_FRAME, EncoderSpec, Prepared, SpeechEncoder
+from slam_asr.models.encoder import SAMPLES_PER_FRAME, EncoderSpec, SpeechEncoder
+from slam_asr.models.preparing import Prepared, Waveform
 
 # transformers' WavLM gives torch its two masks in two types; users can do nothing about it.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
@@ -64,6 +64,10 @@ class WaveformSpec(EncoderSpec):
         """Whether waveforms are normalised."""
         return {"normalize": self.normalize}
 
+    def preparer(self) -> Waveform:
+        """Normalising or not, as the checkpoint says."""
+        return Waveform(self.normalize)
+
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "WaveformEncoder":
         """Load the weights, frozen."""
         return WaveformEncoder(self, dtype, device)
@@ -76,25 +80,18 @@ class WaveformEncoder(SpeechEncoder):
 
     def __init__(self, spec: WaveformSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__(spec, dtype, device)
-        self.normalize = spec.normalize
         first = self.model.feature_extractor.conv_layers[0]
         if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
             first.layer_norm = MaskedGroupNorm(first.layer_norm)
-
-    def prepare(self, waveform: np.ndarray) -> Prepared:
-        """The waveform [samples] in float32, layer-normalised where the checkpoint wants it."""
-        samples = torch.from_numpy(np.ascontiguousarray(waveform))
-        # As fairseq does it: with an epsilon of 1e-5, which matters for quiet audio.
-        return Prepared([functional.layer_norm(samples, samples.shape) if self.normalize else samples], len(samples))
 
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """Waveforms are padded with zeros to the longest and masked."""
         frames = [self.spec.frames_of(u.samples) for u in utterances]
         heard = [u for u, n in zip(utterances, frames, strict=True) if n > 0]
         if not heard:
-            return [torch.zeros(0, self.spec.width, dtype=self.dtype, device=u.inputs[0].device) for u in utterances]
-        lengths = torch.tensor([u.samples for u in heard], device=heard[0].inputs[0].device)
-        waveforms = pad_sequence([u.inputs[0] for u in heard], batch_first=True).to(self.dtype)
+            return [torch.zeros(0, self.spec.width, dtype=self.dtype, device=self.device) for u in utterances]
+        lengths = torch.tensor([u.samples for u in heard], device=self.device)
+        waveforms = pad_sequence([u.inputs[0] for u in heard], batch_first=True).to(self.device, self.dtype)
         mask = None
         if len(set(lengths.tolist())) > 1:
             mask = (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None]).long()

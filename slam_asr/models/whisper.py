@@ -8,13 +8,14 @@ checkpoint's.
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, WhisperFeatureExtractor
+from torch.nn import functional
+from transformers import PreTrainedModel
 
 from slam_asr.audio import SAMPLE_RATE
-from slam_asr.models.encoder import SAMPLES_PER_FRAME, EncoderSpec, Prepared, SpeechEncoder
+from slam_asr.models.encoder import SAMPLES_PER_FRAME, EncoderSpec, SpeechEncoder
+from slam_asr.models.preparing import COLUMN_SAMPLES, LogMel, Prepared
 
 
 class WhisperSpec(EncoderSpec):
@@ -37,7 +38,15 @@ class WhisperSpec(EncoderSpec):
 
     def windows_of(self, samples: int) -> int:
         """Windows that an utterance takes: one, unless long audio is split."""
-        return max(1, math.ceil(samples / self.window_samples)) if self.options.long_audio == "split" else 1
+        return self.preparer().windows_of(samples)
+
+    def preparer(self) -> LogMel:
+        """Of as many mel bins as the model has: not a file beside it, which might say another number."""
+        return LogMel(self.config.num_mel_bins, self.window_samples, self.options.long_audio == "split")
+
+    def seconds_of(self, samples: int) -> float:
+        """Seconds of all windows: 30 for an utterance in one."""
+        return self.windows_of(samples) * self.window_samples / SAMPLE_RATE
 
     def frames_of(self, samples: int) -> int:
         """All frames of all windows, or those that hold speech: ceil(samples / 320)."""
@@ -65,23 +74,11 @@ class WhisperEncoder(SpeechEncoder):
 
     spec: WhisperSpec
 
-    def __init__(self, spec: WhisperSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        super().__init__(spec, dtype, device)
-        # From the model, not from a file beside it: an encoder with 128 mel bins cannot be given 80.
-        self.mel = WhisperFeatureExtractor(
-            feature_size=spec.config.num_mel_bins, chunk_length=spec.window_samples // SAMPLE_RATE
-        )
-
-    def prepare(self, waveform: np.ndarray) -> Prepared:
-        """Log-mel spectrograms [mel bins, 2 · window frames] in float32, one a window."""
-        size = self.spec.window_samples
-        windows = [waveform[size * i : size * (i + 1)] for i in range(self.spec.windows_of(len(waveform)))]
-        mels = [self.mel(w, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features[0] for w in windows]
-        return Prepared(mels, len(waveform))
-
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """All windows of all utterances at once; those of one utterance are joined again."""
-        windows = torch.stack([window for u in utterances for window in u.inputs]).to(self.dtype)
+        columns = self.spec.window_samples // COLUMN_SAMPLES
+        whole = [functional.pad(w[None], (0, columns - w.shape[1]), mode="replicate")[0] for u in utterances for w in u.inputs]
+        windows = torch.stack(whole).to(self.device, self.dtype, non_blocking=True)
         hidden = self.model(windows).last_hidden_state
         parts = hidden.split([len(u.inputs) for u in utterances])
         return [p.flatten(0, 1)[: self.spec.frames_of(u.samples)] for p, u in zip(parts, utterances, strict=True)]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slam_asr.models.precision import DTYPES
+from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.planning.shapes import Shapes
 
 LOGIT_BYTES = 12
@@ -65,6 +65,9 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
     spread = [1 if options.zero_stage < stage else processes for stage in range(4)]
     trained = shapes.trained_parameters
     frozen = (shapes.llm_parameters - shapes.llm_trained) * size / spread[3]
+    if shapes.recipe.encoder.tuning == "frozen" and not shapes.recipe.caches_features:
+        # On the way: whole on every process.
+        frozen += shapes.encoder_parameters * DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)].itemsize
     weights_and_gradients = trained * size / spread[3] + trained * size / spread[2]
     # Adam's two moments, and beside half-precision weights their masters and, in a step, the gradients in fp32.
     optimizer = 0.0 if options.offload_optimizer else trained * (8 if size == 4 else 16) / spread[1]

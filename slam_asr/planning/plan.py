@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from slam_asr.errors import UserError
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
+from slam_asr.models.stored import bytes_a_frame
 from slam_asr.planning.memory import Load, Memory, training_memory
 from slam_asr.planning.shapes import Shapes, describe, encoder_flops
 from slam_asr.progress import clock, say
@@ -88,8 +89,7 @@ def plan(
     room = USABLE * gpu_memory * 1e9
     stages, steps = _work(shapes, load, utterances, utterance_seconds, test_hours, processes, gpu_tflops * 1e12, gpu_bandwidth * 1e12)
     frames = shapes.encoder.frames_of(round(utterance_seconds * 16_000))
-    cached = recipe.encoder.tuning == "frozen"
-    cache = utterances * frames * shapes.encoder.width * DTYPES[recipe.features.dtype].itemsize if cached else 0
+    cache = utterances * frames * bytes_a_frame(shapes.encoder.width, recipe.features.dtype) if recipe.caches_features else 0
     result = Plan(load, memory, memory.total <= room, cache, stages, steps, propose(shapes, utterance_seconds, processes, room, gpus > 0))
     _print(result, shapes, gpus, gpu_memory, gpu_tflops, hours)
     return result
@@ -144,11 +144,12 @@ def _work(
     attention = (passes + 2) * load.length * load.length * width * layers
     output = 4 * load.targets * shapes.vocabulary * width
     projected = 6 * load.audio * shapes.projector_parameters
-    tuned = 3 * encode if recipe.encoder.tuning == "full" else 0
-    train = seen * (text + attention + output + projected + tuned)
-    extract = 0 if recipe.encoder.tuning == "full" else utterances * encode
+    on_the_way = 0 if recipe.caches_features else encode
+    heard = 3 * on_the_way if recipe.encoder.tuning == "full" else on_the_way
+    train = seen * (text + attention + output + projected + heard)
+    extract = utterances * encode if recipe.caches_features else 0
     tested = test_hours * 3600 / seconds
-    prefill = tested * (2 * shapes.layer_parameters * (load.length - load.targets) + encode * (recipe.encoder.tuning == "full"))
+    prefill = tested * (2 * shapes.layer_parameters * (load.length - load.targets) + on_the_way)
     beams = recipe.decoding.beams
     rows = max(1, recipe.decoding.positions_per_batch // ((load.length + recipe.decoding.max_new_tokens) * beams))
     decode = prefill + tested * 2 * shapes.llm_parameters * load.targets * beams

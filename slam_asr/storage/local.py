@@ -1,13 +1,19 @@
 """Files on disk that are visible whole or not at all, and the digests that name them."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from slam_asr.errors import UserError
+
+PARTIAL = ".partial"
 
 
 def local_path(path: str | os.PathLike) -> Path:
@@ -42,26 +48,36 @@ def write_atomically(path: str | os.PathLike, content: bytes | memoryview | str,
         Whether it was written: without `replace`, the first of several writers wins.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.name[:200]}.{os.getpid()}.{threading.get_ident()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # tells `remove_abandoned` that somebody is at it
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        if replace:
-            os.replace(aside, path)
+            if replace:
+                os.replace(aside, path)
+                return True
+            try:
+                os.link(aside, path)
+            except FileExistsError:
+                return False
             return True
-        try:
-            os.link(aside, path)
-        except FileExistsError:
-            return False
-        return True
     except OSError as error:
         # The name the user knows, not the one aside.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left half-written below a folder; what is being written is locked, and stays."""
+    for aside in folder.rglob(f".*{PARTIAL}"):
+        with contextlib.suppress(OSError), open(aside, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.fstat(file.fileno()).st_mtime > 1:  # not one that is just about to be locked
+                aside.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -115,7 +115,10 @@ def _walk_folder(folder: Path, above: str) -> Iterator[Info]:
         if entry.is_dir():
             yield from _walk_folder(Path(entry.path), f"{above}{entry.name}/")
         elif entry.is_file():
-            status = entry.stat()
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # removed meanwhile
+                continue
             yield Info(above + entry.name, status.st_size, str(status.st_mtime_ns))
 
 

@@ -3,15 +3,24 @@
 The recipe fixes LLM positions per optimiser step. Order and grouping depend on seed and epoch
 alone; only the division of a step among processes depends on how many there are. Each process gets
 the same number of micro-batches in each step, so that no process waits for one that has run out.
+
+An epoch goes through the shards of the feature store in random order, a window of some of them at a
+time, and through the utterances of each window in random order: every shard is needed only once.
 """
 
+import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from slam_asr.errors import UserError
+from slam_asr.features.audio_source import samples_of
+from slam_asr.features.index import in_order
 from slam_asr.features.reader import Reader
-from slam_asr.features.store import address_of
+from slam_asr.features.space import address_of
 from slam_asr.manifest import Utterance
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt, Spelling
@@ -20,7 +29,7 @@ from slam_asr.recipe import Projector
 
 STEPS_PER_POOL = 16
 """Utterances of about this many steps are sorted by length together: less padding, and still a
-random mixture, since the steps of all pools are shuffled afterwards."""
+random mixture, since the steps of a window are shuffled afterwards."""
 
 
 @dataclass
@@ -39,33 +48,12 @@ class Spoken:
         return len(self.before) + len(self.prompt) + len(self.answer)
 
 
-@dataclass
-class Example:
-    """An utterance as the LLM will see it, without its audio."""
-
-    key: str
-    address: str
-    """Of its audio."""
-    audio: int
-    """Audio positions."""
-    spoken: list[Spoken]
-    """With each prompt that may be drawn for it."""
-
-    @property
-    def positions(self) -> int:
-        """LLM positions, audio and text, with the longest prompt: batches hold whichever is drawn."""
-        return self.audio + max(s.positions for s in self.spoken)
-
-
-def make_examples(
-    utterances: Iterable[Utterance], reader: Reader, projector: Projector, prompt: Prompt, spellings: list[Spelling],
-    limit: int | None,
-) -> list[Example]:
-    """Tokenise utterances and count their positions.
+class Examples:
+    """Utterances as the LLM will see them, without their audio: some numbers for each, text as it is needed.
 
     Args:
         utterances: of a manifest.
-        reader: knows how long their audio is.
+        reader: knows how long their audio is, and where it lies.
         projector: how many positions that makes.
         prompt: as the LLM's tokenizer spells it.
         spellings: of it, those that may be drawn.
@@ -74,47 +62,142 @@ def make_examples(
     Raises:
         UserError: an utterance without features, or one that does not fit the LLM.
     """
-    examples = []
-    for utterance in utterances:
-        address = address_of(utterance)
-        spoken = [Spoken(s.before, *prompt.with_answer(s, utterance.target)) for s in spellings]
-        example = Example(utterance.key, address, positions_of(projector, reader.span(address)), spoken)
-        if limit is not None and example.positions > limit:
+
+    def __init__(
+        self, utterances: Sequence[Utterance], reader: Reader, projector: Projector, prompt: Prompt, spellings: list[Spelling],
+        limit: int | None,
+    ) -> None:
+        self.utterances, self.prompt, self.spellings = utterances, prompt, spellings
+        count = len(utterances)
+        self.audio = np.zeros(count, np.int32)
+        """[utterances] audio positions."""
+        self.answers = np.zeros((count, len(spellings)), np.int32)
+        """[utterances, spellings] target tokens."""
+        self.positions: list[int] = []
+        """LLM positions, audio and text, with the longest prompt: batches hold whichever is drawn."""
+        self.hours = 0.0
+        addresses, samples = bytearray(), []
+        for at, utterance in enumerate(utterances):
+            addresses += bytes.fromhex(address_of(utterance))
+            samples.append(samples_of(utterance))
+            spoken = [self._spell(utterance, s) for s in spellings]
+            self.audio[at] = positions_of(projector, reader.span(utterance))
+            self.answers[at] = [len(s.answer) for s in spoken]
             longest = max(spoken, key=lambda s: s.positions)
-            raise UserError(
-                f"Utterance {utterance.key} needs {example.positions} LLM positions (audio {example.audio}, prompt "
-                f"{len(longest.before) + len(longest.prompt)}, answer {len(longest.answer)}) but the LLM holds {limit}: shorten "
-                "it with data.max_duration, or the prompt."
-            )
-        examples.append(example)
-    return examples
+            self.positions.append(int(self.audio[at]) + longest.positions)
+            self.hours += (utterance.duration or 0.0) / 3600
+            if limit is not None and self.positions[-1] > limit:
+                raise UserError(
+                    f"Utterance {utterance.key} needs {self.positions[-1]} LLM positions (audio {self.audio[at]}, prompt "
+                    f"{len(longest.before) + len(longest.prompt)}, answer {len(longest.answer)}) but the LLM holds {limit}: shorten "
+                    "it with data.max_duration, or the prompt."
+                )
+        columns = np.frombuffer(bytes(addresses), np.uint8).reshape(-1, 32)
+        self.shards, self.reader_shards = _in_canonical_order(reader.shards_of(columns, np.array(samples, np.int64)), columns)
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def spoken(self, at: int, spelling: int) -> Spoken:
+        """The text of an utterance with one of the prompts."""
+        return self._spell(self.utterances[at], self.spellings[spelling])
+
+    def _spell(self, utterance: Utterance, spelling: Spelling) -> Spoken:
+        return Spoken(spelling.before, *self.prompt.with_answer(spelling, utterance.target))
 
 
-def plan_epoch(positions: list[int], budget: int, seed: int, epoch: int) -> list[list[int]]:
+def _in_canonical_order(numbers: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Shards counted anew, in the order of the smallest address in each: the same wherever the features lie.
+
+    Args:
+        numbers: [utterances] of shards, as a reader counts them.
+        addresses: [utterances, 32] of audio.
+
+    Returns:
+        [utterances] of shards, counted anew; and for each of these the reader's number.
+    """
+    by_address = in_order(addresses)
+    shards, first = np.unique(numbers[by_address], return_index=True)
+    ranked = shards[np.argsort(first)]
+    rank = np.zeros(int(shards.max(initial=-1)) + 1, np.int32)
+    rank[ranked] = np.arange(len(ranked))
+    return rank[numbers], ranked.tolist()
+
+
+@dataclass
+class Window:
+    """Some shards, and the optimiser steps over their utterances."""
+
+    epoch: int
+    shards: list[int]
+    steps: list[list[int]]
+    """For each, the indices of its utterances."""
+
+
+def plan_epoch(
+    positions: Sequence[int], shards: np.ndarray, window_shards: int, budget: int, seed: int, epoch: int
+) -> Iterator[Window]:
     """Group utterances into the optimiser steps of one epoch.
 
     Args:
         positions: LLM positions of each utterance.
+        shards: [utterances] in which each one's audio lies.
+        window_shards: shards whose utterances are mixed with each other.
         budget: positions a step; exceeded only by an utterance that is longer by itself.
         seed: of the order.
         epoch: each has its own order.
 
     Returns:
-        For each step, the indices of its utterances; every index occurs exactly once.
+        Windows; every shard is in exactly one, and every index occurs exactly once.
     """
     # Seeding by text goes through SHA-512: the same order on every machine and Python version.
-    shuffled = list(range(len(positions)))
     generator = random.Random(f"{seed}/{epoch}")
-    generator.shuffle(shuffled)
-    steps: list[list[int]] = []
-    for pool in _divide(shuffled, positions, STEPS_PER_POOL * budget):
-        pool.sort(key=lambda i: (positions[i], i))
-        steps += _divide(pool, positions, budget)
-    generator.shuffle(steps)
-    return steps
+    by_shard = np.argsort(shards, kind="stable")
+    ends = np.searchsorted(shards[by_shard], np.arange(int(shards.max(initial=-1)) + 1), side="right").tolist()
+    order = list(range(len(ends)))
+    generator.shuffle(order)
+    for begin in range(0, len(order), window_shards):
+        window = order[begin : begin + window_shards]
+        shuffled = [i for s in window for i in by_shard[ends[s - 1] if s else 0 : ends[s]].tolist()]
+        generator.shuffle(shuffled)
+        steps: list[list[int]] = []
+        for pool in _divide(shuffled, positions, STEPS_PER_POOL * budget):
+            pool.sort(key=lambda i: (positions[i], i))
+            steps += _divide(pool, positions, budget)
+        generator.shuffle(steps)
+        yield Window(epoch, window, steps)
 
 
-def _divide(indices: list[int], positions: list[int], budget: int) -> list[list[int]]:
+class TrainingPlan:
+    """Every optimiser step of a training; they are planned again when they are needed, and take no memory.
+
+    Args:
+        examples: to train on.
+        budget: LLM positions a step.
+        window_shards: shards whose utterances are mixed.
+        seed: of the order.
+        epochs: passes over the examples.
+        max_steps: at which the training ends in any case.
+    """
+
+    def __init__(self, examples: Examples, budget: int, window_shards: int, seed: int, epochs: int, max_steps: int) -> None:
+        self.examples, self.max_steps = examples, max_steps
+        self._plan = lambda epoch: plan_epoch(examples.positions, examples.shards, window_shards, budget, seed, epoch)
+        self._epochs = epochs
+        self.steps = self.epochs = 0
+        while self.epochs < epochs and self.steps < max_steps:
+            self.steps = min(max_steps, self.steps + sum(len(w.steps) for w in self._plan(self.epochs)))
+            self.epochs += 1
+
+    def __iter__(self) -> Iterator[tuple[Window, Window | None, list[int]]]:
+        """Each step with the window that it belongs to and the one behind that."""
+        windows = (window for epoch in range(self._epochs) for window in self._plan(epoch))
+        pairs = itertools.pairwise(itertools.chain(windows, [None]))
+        steps = ((window, behind, step) for window, behind in pairs for step in window.steps)
+        return itertools.islice(steps, self.max_steps)
+
+
+def _divide(indices: list[int], positions: Sequence[int], budget: int) -> list[list[int]]:
     """Cut a list into runs of about equal sums, none above the budget where that is possible."""
     rest = sum(positions[i] for i in indices)
     parts: list[list[int]] = []
@@ -136,7 +219,7 @@ def _divide(indices: list[int], positions: list[int], budget: int) -> list[list[
     return parts
 
 
-def split_step(step: list[int], positions: list[int], processes: int, budget: int) -> list[list[list[int]]]:
+def split_step(step: list[int], positions: Sequence[int], processes: int, budget: int) -> list[list[list[int]]]:
     """Divide a step's utterances among processes and their micro-batches.
 
     Args:
@@ -172,14 +255,17 @@ class BatchReader:
     """Makes batches of examples with their audio.
 
     Args:
-        examples: from `make_examples`.
+        examples: what is said.
         reader: gives the audio.
         draw: (epoch, key) → which of an example's prompts it gets.
+        threads: that read the audio of a batch together.
     """
 
-    def __init__(self, examples: list[Example], reader: Reader, draw: Callable[[int, str], int] = lambda epoch, key: 0) -> None:
+    def __init__(
+        self, examples: Examples, reader: Reader, draw: Callable[[int, str], int] = lambda epoch, key: 0, threads: int = 1
+    ) -> None:
         self.examples, self.reader, self.draw = examples, reader, draw
-        self.positions = [e.positions for e in examples]
+        self._pool = ThreadPoolExecutor(threads, "read-audio") if threads > 1 else None
 
     def batch(self, indices: list[int], epoch: int = 0) -> Batch:
         """The utterances side by side.
@@ -187,10 +273,12 @@ class BatchReader:
         An empty list gives one utterance without targets: a process that has nothing to do in a
         micro-batch goes through the same motions, with no effect on the loss.
         """
+        chosen = [self.examples.utterances[i] for i in indices or [0]]
+        audio = (self._pool.map if self._pool else map)(self.reader.read, chosen)
         rows = []
-        for index in indices or [0]:
-            example, spoken = self.examples[index], self._spoken(index, epoch)
-            rows.append(Row(self.reader.read(example.address), example.audio, spoken.before, spoken.prompt, spoken.answer))
+        for index, utterance, heard in zip(indices or [0], chosen, audio, strict=True):
+            spoken = self.examples.spoken(index, self.draw(epoch, utterance.key))
+            rows.append(Row(heard, int(self.examples.audio[index]), spoken.before, spoken.prompt, spoken.answer))
         batch = collate(rows)
         if not indices:
             batch.labels.fill_(IGNORED)
@@ -198,19 +286,11 @@ class BatchReader:
 
     def targets(self, indices: Iterable[int], epoch: int = 0) -> int:
         """Target tokens of these utterances."""
-        return sum(len(self._spoken(i, epoch).answer) for i in indices)
+        utterances, answers = self.examples.utterances, self.examples.answers
+        several = answers.shape[1] > 1
+        return sum(int(answers[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
 
-    def _spoken(self, index: int, epoch: int) -> Spoken:
-        example = self.examples[index]
-        return example.spoken[self.draw(epoch, example.key)]
-
-
-def training_steps(positions: list[int], budget: int, seed: int, epochs: int, max_steps: int) -> Iterator[tuple[int, list[int]]]:
-    """(epoch, indices) of every optimiser step of a training."""
-    done = 0
-    for epoch in range(epochs):
-        for step in plan_epoch(positions, budget, seed, epoch):
-            if done == max_steps:
-                return
-            done += 1
-            yield epoch, step
+    def enter(self, window: Window, behind: Window | None) -> None:
+        """Be told that a window begins: its audio is needed now, that of the one behind it soon."""
+        shards = [*window.shards, *(behind.shards if behind else [])]
+        self.reader.expect([self.examples.reader_shards[s] for s in shards])

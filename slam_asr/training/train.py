@@ -1,19 +1,27 @@
 """The stage `train`: checks everything that can be checked without weights, then starts torchrun."""
 
+import itertools
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from slam_asr.errors import UserError
-from slam_asr.features.store import FeatureStore, address_of
-from slam_asr.manifest import read_manifest
+from slam_asr.features.index import to_array
+from slam_asr.features.space import address_of
+from slam_asr.features.store import FeatureStore
+from slam_asr.manifest import Utterance, read_manifest
+from slam_asr.processes import FAILURE
 from slam_asr.progress import clock, say
 from slam_asr.recipe import Recipe, dump_recipe
 from slam_asr.stage import Outcome, Record, run_stage
-from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
+from slam_asr.storage import fetch, sha256_of_file, write_atomically, write_json
 
 ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
 """Has glibc give each block above 4 MiB pages of its own, returned when it is freed. Left alone it raises that threshold to
@@ -44,7 +52,7 @@ def train(
     Raises:
         UserError: inputs that do not fit each other, or a machine that cannot train this.
     """
-    from slam_asr.features.reader import fit_to_window
+    from slam_asr.features.audio_source import fit_to_window
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
@@ -60,19 +68,16 @@ def train(
     manifests = {"train": train_manifest, **({"dev": dev_manifest} if dev_manifest else {})}
     utterances = {name: read_manifest(path) for name, path in manifests.items()}
     encoder = describe_encoder(recipe.encoder)
-    if recipe.encoder.tuning == "full":
+    if not recipe.caches_features:
         feature_store = None
-    store = FeatureStore(feature_store, encoder.fingerprint()) if feature_store else None
-    if store:
-        for name in utterances:
-            for utterance in fit_to_window(utterances[name], encoder):
-                store.entry(address_of(utterance))
+    heard = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
+    features = require_features(feature_store, encoder.fingerprint(), recipe, heard.values()) if feature_store else None
     llm_folder = locate_model(recipe.llm.name)
     check_llm(recipe, llm_folder)
     base = {"encoder_fingerprint": encoder.fingerprint(), "llm_sha256": weights_sha256(llm_folder)}
     inputs = {
-        "manifests": {name: sha256_of_file(local_path(path)) for name, path in manifests.items()},
-        "features": store.index.fingerprint if store else None,
+        "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
+        "features": features,
         **base,
         "recipe": _what_decides_the_weights(recipe),
     }
@@ -80,16 +85,14 @@ def train(
 
     def work(folder: Path) -> Outcome:
         from slam_asr.pages.curves import write_curves
-        from slam_asr.training.loop import CHECKPOINTS, FACTS, FAILURE, Job
+        from slam_asr.training.loop import CHECKPOINTS, FACTS, Job
         from slam_asr.training.monitor import CURVE, read_curve
 
         for leftover in (CHECKPOINTS, FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
         job = Job(
-            recipe=dump_recipe(recipe), train_manifest=str(local_path(train_manifest)),
-            dev_manifest=str(local_path(dev_manifest)) if dev_manifest else None,
-            feature_store=str(local_path(feature_store)) if feature_store else None,
+            recipe=dump_recipe(recipe), train_manifest=train_manifest, dev_manifest=dev_manifest, feature_store=feature_store,
             llm_folder=str(llm_folder), encoder_parameters=encoder.count_parameters(),
             folder=str(folder),
         )
@@ -118,6 +121,32 @@ def train(
     return run_stage("train", output, inputs, work, overwrite)
 
 
+def require_features(
+    path: str, expected: dict[str, Any], recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
+) -> dict[str, Any]:
+    """The fingerprint of a feature store, after a look that it has every utterance.
+
+    Args:
+        path: the store.
+        expected: fingerprint of the encoder.
+        recipe: names the dtype.
+        manifests: the utterances.
+
+    Raises:
+        UserError: no store, another encoder's, or one that lacks some.
+    """
+    addresses = [address_of(u) for utterances in manifests for u in utterances]
+    store = FeatureStore(path, expected, recipe.features.dtype, addresses)
+    absent = np.flatnonzero(store.index.locate(to_array(addresses)) < 0)
+    if len(absent):
+        key = next(itertools.islice(itertools.chain.from_iterable(manifests), int(absent[0]), None)).key
+        raise UserError(
+            f"The feature store {path} lacks {len(absent)} of {len(addresses)} utterances, first {key} (audio {addresses[absent[0]][:16]}…): run "
+            "`slam-asr extract-features` over this manifest, all of its parts if it was divided."
+        )
+    return store.fingerprint
+
+
 def check_llm(recipe: Recipe, folder: Path) -> None:
     """Refuse an LLM that does not suit the recipe, from its configuration and tokenizer alone.
 
@@ -144,8 +173,10 @@ def _what_decides_the_weights(recipe: Recipe) -> dict:
     values = asdict(recipe)
     for key in ("processes", "log_every", "positions_per_batch", "offload_optimizer", "gradient_checkpointing"):
         del values["training"][key]
-    del values["encoder"]["batch_size"]
-    return {section: values[section] for section in ("encoder", "projector", "llm", "training")}
+    del values["encoder"]["batch_seconds"]
+    # How shards are mixed decides the order, as their size does.
+    values["features"] = {key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")}
+    return {section: values[section] for section in ("encoder", "features", "projector", "llm", "training")}
 
 
 def _accelerators() -> int:
@@ -163,8 +194,6 @@ def _torchrun(processes: int, folder: Path) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from slam_asr.training.loop import FAILURE
 
     os.environ.setdefault(*ALLOCATION)
     # Each process takes its share of the cores; left alone, every one would take them all.

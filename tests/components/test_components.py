@@ -59,7 +59,7 @@ def test_loss_that_is_not_a_number_does_not_break_the_step(tmp_path, monkeypatch
     logged = {}
     component_of("train").python_func(
         store=str(tmp_path), recipe=SimpleNamespace(path=str(recipe)), manifests=SimpleNamespace(path=tmp_path / "pointer"),
-        features=SimpleNamespace(path=tmp_path / "pointer"), checkpoint=SimpleNamespace(path=tmp_path / "checkpoint"),
+        features=[SimpleNamespace(path=tmp_path / "pointer")] * 2, checkpoint=SimpleNamespace(path=tmp_path / "checkpoint"),
         curves=SimpleNamespace(path=tmp_path / "curves"), metrics=SimpleNamespace(log_metric=logged.__setitem__),
     )
     assert logged == {"loss": "nan", "steps": 3}

@@ -1,31 +1,46 @@
-"""Extraction: frames as the recipe says, the same audio once, and nothing lost to an interruption."""
+"""Extraction: frames as the recipe says, the same audio once, nothing lost to an interruption, the same bytes however it went."""
 
 import dataclasses
-import json
 import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from slam_asr.audio import load_audio
 from slam_asr.errors import UserError
 from slam_asr.features.extract import extract_features
+from slam_asr.features.space import address_of, spaces_in
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, write_manifest
 from slam_asr.models.encoder import describe_encoder
 from slam_asr.recipe import load_recipe
-from slam_asr.storage import sha256_of_file
+from slam_asr.storage import delete, read_bytes, sha256_of_file, walk, write_bytes
 from tests.conftest import make_tone, write_wav
 
 LENGTHS = (0.1, 0.73, 1.0, 2.345)
+KILLS = 20 if os.environ.get("SLAM_ASR_SOAK") else 3
+
+
+def utterances_in(folder: Path, lengths=LENGTHS, first=0) -> list[Utterance]:
+    made = []
+    for i, seconds in enumerate(lengths, start=first):
+        wav = write_wav(folder / f"{i}.wav", make_tone(seconds, frequency=200 + 7 * i))
+        made.append(Utterance(f"k{i}", str(wav), "text", round(seconds * 16000) / 16000, 16000, sha256_of_file(wav)))
+    return made
 
 
 @pytest.fixture
 def manifest(tmp_path):
-    utterances = []
-    for i, seconds in enumerate(LENGTHS):
-        wav = write_wav(tmp_path / f"{i}.wav", make_tone(seconds, frequency=200 + 50 * i))
-        utterances.append(Utterance(f"k{i}", str(wav), "text", round(seconds * 16000) / 16000, 16000, sha256_of_file(wav)))
+    utterances = utterances_in(tmp_path)
     again = dataclasses.replace(utterances[0], key="the same audio again")
     write_manifest(tmp_path / "manifest.jsonl", [*utterances, again])
     return tmp_path / "manifest.jsonl", utterances
@@ -35,11 +50,20 @@ def recipe(tiny_models, **overrides):
     return load_recipe("librispeech", {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **overrides})
 
 
+SMALL = {"encoder.frames": "all", "features.shard_megabytes": 1, "encoder.batch_seconds": 60}
+"""1 MB holds ten windows of the tiny encoder in fp32."""
+
+
+def contents(store) -> dict[str, bytes]:
+    """Every file of a store but the records, which tell the time."""
+    return {f.name: read_bytes(f"{store}/{f.name}") for f in walk(str(store)) if not f.name.endswith(("stage.json", ".lock"))}
+
+
 @pytest.mark.parametrize("frames", ["all", "speech"])
 def test_frames_are_the_window_or_the_speech(tiny_models, manifest, tmp_path, frames):
     record = extract_features(recipe(tiny_models, **{"encoder.frames": frames}), [str(manifest[0])], str(tmp_path / "store"))
     store = FeatureStore(record.folder)
-    assert len(store.index.entries) == len(LENGTHS)
+    assert len(store.index) == len(LENGTHS) == record.metrics["utterances"]
     for utterance in manifest[1]:
         samples = round(utterance.duration * 16000)
         assert store.entry(utterance.sha256).frames == (1500 if frames == "all" else math.ceil(samples / 320))
@@ -55,46 +79,233 @@ def test_speech_frames_are_the_first_of_the_whole_window(tiny_models, manifest, 
         torch.testing.assert_close(whole[: len(speech)], speech)
 
 
-def test_a_batch_gives_what_each_utterance_gives_alone(tiny_models, manifest, tmp_path):
-    options = recipe(tiny_models, **{"encoder.batch_size": 4})
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
+def test_a_batch_gives_what_each_utterance_gives_alone(tiny_models, manifest, tmp_path, dtype):
+    options = recipe(tiny_models, **{"encoder.batch_seconds": 120, "features.dtype": dtype})
     store = FeatureStore(extract_features(options, [str(manifest[0])], str(tmp_path / "store")).folder)
     encoder = describe_encoder(options.encoder).load(torch.float32)
     for utterance in manifest[1]:
-        from slam_asr.audio import load_audio
-
-        wave = load_audio(utterance.source)
-        alone = encoder.encode([encoder.prepare(wave)])[0]
-        torch.testing.assert_close(store.read(utterance.sha256), alone, rtol=1e-4, atol=1e-5)
+        alone = encoder.encode([encoder.prepare(load_audio(utterance.source))])[0]
+        relative = {"fp32": 1e-4, "bf16": 2**-7, "fp8": 2**-3}[dtype]
+        torch.testing.assert_close(store.read(utterance.sha256).float(), alone, rtol=relative, atol=1e-5 if dtype == "fp32" else 0.02)
 
 
-def test_shards_finished_before_an_interruption_are_kept(tiny_models, manifest, tmp_path, monkeypatch):
-    from slam_asr.features import extract
+def test_a_second_extraction_does_nothing(tiny_models, manifest, tmp_path, capsys):
+    first = extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store"))
+    assert extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store")) == first
+    assert "already there, nothing to do" in capsys.readouterr().out
 
-    options = recipe(tiny_models, **{"encoder.frames": "all", "encoder.batch_size": 1})
-    # 1 MB holds ten windows of the tiny encoder: four utterances in shards of one each.
-    monkeypatch.setattr(extract, "plan_shards", lambda sizes, _, made_by: plan(sizes, 100_000, made_by))
-    from slam_asr.features.store import plan_shards as plan
 
-    done = []
+def test_only_what_is_new_is_computed(tiny_models, manifest, tmp_path):
+    extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store"))
+    before = contents(tmp_path / "store")
+    new = utterances_in(tmp_path, (0.5, 0.6), first=10)
+    renamed = [dataclasses.replace(u, key=f"other-{u.key}") for u in manifest[1]]
+    write_manifest(tmp_path / "more.jsonl", [*renamed, *new])
+    record = extract_features(recipe(tiny_models), [str(tmp_path / "more.jsonl")], str(tmp_path / "store"))
+    assert (record.metrics["new utterances"], record.metrics["utterances"]) == (2, 6)
+    after = contents(tmp_path / "store")
+    assert before.items() <= after.items()
+    assert sum("shards/" in name for name in after) == 2
+    store = FeatureStore(record.folder)
+    assert all(len(store.read(address_of(u))) for u in [*manifest[1], *new])
 
-    def dying(path, tensors):
-        if len(done) == 2:
+
+def test_audio_of_an_earlier_manifest_of_the_same_command_is_stored_once(tiny_models, manifest, tmp_path):
+    extra = utterances_in(tmp_path, (0.5,), first=10)
+    write_manifest(tmp_path / "dev.jsonl", [dataclasses.replace(manifest[1][1], key="heard before"), *extra])
+    record = extract_features(recipe(tiny_models), [str(manifest[0]), str(tmp_path / "dev.jsonl")], str(tmp_path / "store"))
+    assert record.metrics["new utterances"] == len(LENGTHS) + 1
+    [space] = spaces_in(str(tmp_path / "store"))
+    stored = sum(len(space.read_index(space.index(name))) for name in space.index_names())
+    assert stored == len(LENGTHS) + 1
+
+
+def test_a_changed_encoder_never_meets_old_features(tiny_models, manifest, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_models["encoder"], other)
+    weights = load_file(other / "model.safetensors")
+    weights["encoder.conv1.bias"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    records = [
+        extract_features(recipe(tiny_models, **{"encoder.name": str(name)}), [str(manifest[0])], str(tmp_path / "store"))
+        for name in (tiny_models["encoder"], other)
+    ]
+    assert all(r.metrics["new utterances"] == len(LENGTHS) for r in records)
+    one, two = (FeatureStore(str(tmp_path / "store"), describe_encoder(recipe(tiny_models, **{"encoder.name": str(n)}).encoder).fingerprint())
+                for n in (tiny_models["encoder"], other))
+    assert not torch.equal(one.read(manifest[1][2].sha256), two.read(manifest[1][2].sha256))
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Fifty utterances: five shards of `SMALL`."""
+    utterances = utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)])
+    write_manifest(tmp_path / "many.jsonl", utterances)
+    return tmp_path / "many.jsonl"
+
+
+@pytest.fixture
+def undisturbed(tiny_models, many, tmp_path):
+    extract_features(recipe(tiny_models, **SMALL), [str(many)], str(tmp_path / "undisturbed"))
+    return contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("parts", [2, 7])
+def test_parts_fill_the_store_with_the_same_shards(tiny_models, many, undisturbed, tmp_path, parts):
+    store = tmp_path / "store"
+    for part in reversed(range(parts)):
+        record = extract_features(recipe(tiny_models, **SMALL), [str(many)], str(store), f"{part + 1}/{parts}")
+    shards = {n: c for n, c in undisturbed.items() if "/shards/" in n}
+    assert {n: c for n, c in contents(store).items() if "/shards/" in n} == shards and len(shards) == 5
+    assert len(FeatureStore(record.folder).index) == 50
+
+
+@pytest.mark.slow
+def test_several_processes_fill_the_store_with_the_same_bytes(tiny_models, many, undisturbed, tmp_path, monkeypatch):
+    # As many threads as each of two processes gets, so that sums are in the same order.
+    extract_features(recipe(tiny_models, **SMALL, **{"features.processes": 2}), [str(many)], str(tmp_path / "store"))
+    assert contents(tmp_path / "store").keys() == undisturbed.keys()
+    assert contents(tmp_path / "store") == undisturbed
+
+
+def test_a_store_in_object_storage_has_the_same_bytes(tiny_models, many, undisturbed, bucket):
+    record = extract_features(recipe(tiny_models, **SMALL), [str(many)], "s3://bucket/store")
+    assert contents("s3://bucket/store") == undisturbed
+    assert record.folder.startswith("s3://bucket/store/") and len(FeatureStore(record.folder).index) == 50
+
+
+def test_lost_shards_and_indexes_are_computed_again(tiny_models, many, undisturbed, tmp_path, capsys):
+    store = tmp_path / "store"
+    record = extract_features(recipe(tiny_models, **SMALL), [str(many)], str(store))
+    for kind in ("shards", "indexes"):
+        lost = sorted(n for n in undisturbed if f"/{kind}/" in n)[0]
+        delete(store / lost)
+        with pytest.raises(UserError, match="run `slam-asr extract-features`"):
+            FeatureStore(record.folder)
+        extract_features(recipe(tiny_models, **SMALL), [str(many)], str(store))
+        assert "the store has lost some" in capsys.readouterr().out
+        assert contents(store) == undisturbed
+
+
+def test_shards_finished_before_an_interruption_are_kept(tiny_models, many, undisturbed, tmp_path, monkeypatch):
+    from slam_asr.features import encode
+
+    published = []
+
+    def dying(self, shard, features, spans, real=encode.ShardWriter._publish):
+        if len(published) == 2:
             raise KeyboardInterrupt
-        done.append(path)
-        write(path, tensors)
+        published.append(shard.number)
+        real(self, shard, features, spans)
 
-    write = extract.write_shard
-    monkeypatch.setattr(extract, "write_shard", dying)
+    monkeypatch.setattr(encode.ShardWriter, "_publish", dying)
     with pytest.raises(KeyboardInterrupt):
-        extract_features(options, [str(manifest[0])], str(tmp_path / "store"))
-    with pytest.raises(UserError, match="holds no feature store"):
-        FeatureStore(tmp_path / "store")
-    times = {p: p.stat().st_mtime_ns for p in done}
-    monkeypatch.setattr(extract, "write_shard", write)
-    record = extract_features(options, [str(manifest[0])], str(tmp_path / "store"))
-    assert times == {p: p.stat().st_mtime_ns for p in done}
-    whole = extract_features(options, [str(manifest[0])], str(tmp_path / "uninterrupted"))
-    assert json.loads(record.file("index.json").read_text()) == json.loads(whole.file("index.json").read_text())
+        extract_features(recipe(tiny_models, **SMALL), [str(many)], str(tmp_path / "store"))
+    with pytest.raises(UserError, match="no index"):
+        FeatureStore(str(tmp_path / "store"))
+    times = {f.name: f.stamp for f in walk(str(tmp_path / "store")) if "/shards/" in f.name}
+    assert len(times) == 2
+    monkeypatch.undo()
+    extract_features(recipe(tiny_models, **SMALL), [str(many)], str(tmp_path / "store"))
+    assert times.items() <= {f.name: f.stamp for f in walk(str(tmp_path / "store"))}.items()
+    assert contents(tmp_path / "store") == undisturbed
+
+
+def command(options: dict, manifest: Path, store) -> list[str]:
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    return [sys.executable, "-m", "slam_asr", "extract-features", "--recipe", "librispeech", "--manifests", f"[{manifest}]", "--output", str(store), *arguments]
+
+
+def whole_run(options, manifest, store, **environment) -> float:
+    started = time.monotonic()
+    done = subprocess.run(command(options, manifest, store), capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return time.monotonic() - started
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_the_store_has_the_same_bytes(tiny_models, many, tmp_path):
+    options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
+    duration = whole_run(options, many, tmp_path / "undisturbed")
+    wanted = contents(tmp_path / "undisturbed")
+    moments = random.Random(0)
+    cut = 0
+    for kill in range(KILLS):
+        store = tmp_path / f"store-{kill}"
+        # Three kills in a row, since most of the time goes into starting; then it is left to finish.
+        for _ in range(3):
+            run = subprocess.Popen(command(options, many, store), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            family = _family_after(run, moments.uniform(0.3, 1.0) * duration)
+            cut += run.poll() is None
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+            _all_gone(family)
+        whole_run(options, many, store)
+        assert contents(store) == wanted, f"kill {kill}"
+    assert cut >= KILLS, "most runs were over before they could be killed"
+
+
+def _family_after(run: subprocess.Popen, seconds: float) -> list[psutil.Process]:
+    end = time.monotonic() + seconds
+    family: list[psutil.Process] = []
+    while time.monotonic() < end and run.poll() is None:
+        time.sleep(0.02)
+        if run.poll() is None:
+            family = psutil.Process(run.pid).children(recursive=True)
+    return family
+
+
+def _all_gone(family: list[psutil.Process]) -> None:
+    """The processes that a killed one had started end by themselves."""
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, f"left behind: {alive}"
+
+
+@pytest.mark.slow
+def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, bucket):
+    options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
+    whole_run(options, many, tmp_path / "undisturbed")
+    # On two machines: with clocks, names and caches of their own, and no lock between them.
+    both = [
+        subprocess.Popen(
+            command(options, many, "s3://bucket/store"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"SLAM_ASR_CACHE": str(tmp_path / f"cache-{i}"), "HOSTNAME": f"node-{i}", "TZ": zone},
+        )
+        for i, zone in enumerate(("UTC", "Asia/Tokyo"))
+    ]
+    for run in both:
+        _, errors = run.communicate()
+        assert run.returncode == 0, errors
+    assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
+
+
+def test_a_full_disk_loses_nothing(tiny_models, many, undisturbed, tmp_path):
+    disk = tmp_path / "small disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            extract_features(recipe(tiny_models, **SMALL), [str(many)], str(disk / "store"))
+        with pytest.raises(UserError, match="no index"):
+            FeatureStore(str(disk / "store"))
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        extract_features(recipe(tiny_models, **SMALL), [str(many)], str(disk / "store"))
+        assert contents(disk / "store") == undisturbed
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_nothing_is_kept_where_the_recipe_says_so(tiny_models, manifest, tmp_path):
+    for options, why in ((recipe(tiny_models, **{"features.cache": "none"}), "features: none"), (recipe(tiny_models, **{"encoder.tuning": "full"}), "trained too")):
+        record = extract_features(options, [str(manifest[0])], str(tmp_path / "store"))
+        assert why in record.summary
+        assert [f.name.rpartition("/")[2] for f in walk(record.folder)] == ["stage.json"]
 
 
 def test_audio_that_changed_under_its_manifest_is_refused(tiny_models, manifest, tmp_path):
@@ -112,11 +323,10 @@ def test_audio_that_went_away_is_named(tiny_models, manifest, tmp_path):
 def test_audio_that_changed_is_extracted_again_where_the_manifest_has_no_digests(tiny_models, manifest, tmp_path):
     plain = tmp_path / "plain.jsonl"
     write_manifest(plain, [dataclasses.replace(u, sha256=None, duration=None) for u in manifest[1]])
-    output = str(tmp_path / "{fingerprint}")
-    before = extract_features(recipe(tiny_models), [str(plain)], output)
+    extract_features(recipe(tiny_models), [str(plain)], str(tmp_path / "store"))
     write_wav(tmp_path / "2.wav", make_tone(0.5))
-    after = extract_features(recipe(tiny_models), [str(plain)], output)
-    assert before.folder != after.folder
+    after = extract_features(recipe(tiny_models), [str(plain)], str(tmp_path / "store"))
+    assert after.metrics["new utterances"] == 1
 
 
 def test_damaged_weights_are_one_sentence(tiny_models, manifest, tmp_path):
@@ -130,13 +340,28 @@ def test_damaged_weights_are_one_sentence(tiny_models, manifest, tmp_path):
         extract_features(recipe(tiny_models, **{"encoder.name": str(broken)}), [str(manifest[0])], str(tmp_path / "s"))
 
 
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_a_part_that_is_none_is_one_sentence(tiny_models, manifest, tmp_path, shard):
+    with pytest.raises(UserError, match=f"--shard is {shard}: write it as i/n"):
+        extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "s"), shard)
+
+
+def test_a_damaged_plan_is_one_sentence(tiny_models, manifest, tmp_path):
+    record = extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "s"))
+    [plan] = [f.name for f in walk(str(tmp_path / "s")) if "/plans/" in f.name]
+    write_bytes(tmp_path / "s" / plan, b"{")
+    delete(f"{record.folder}/stage.json")
+    with pytest.raises(UserError, match="is damaged: remove it"):
+        extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "s"))
+
+
 def test_a_folder_of_manifests_means_all_three_here_and_the_test_set_in_decoding(tmp_path, tiny_recipe, tiny_corpus):
     from slam_asr.corpora.build import build_manifest
     from slam_asr.features.extract import manifest_files
 
     built = build_manifest(load_recipe(str(tiny_recipe)), str(tiny_corpus), str(tmp_path / "m"))
-    assert [f.name for f in manifest_files([built.folder])] == ["train.jsonl", "dev.jsonl", "test.jsonl"]
-    assert [f.name for f in manifest_files([built.folder], ("test.jsonl",))] == ["test.jsonl"]
+    assert [Path(f).name for f in manifest_files([built.folder])] == ["train.jsonl", "dev.jsonl", "test.jsonl"]
+    assert [Path(f).name for f in manifest_files([built.folder], ("test.jsonl",))] == ["test.jsonl"]
     built.file("stage.json").unlink()
     with pytest.raises(UserError, match="no finished build-manifest"):
         manifest_files([built.folder])

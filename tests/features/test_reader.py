@@ -1,14 +1,19 @@
 """Audio that is too long for the encoder's window: said once, counted, and dealt with as the recipe says."""
 
+import numpy as np
 import pytest
 import torch
 
 from slam_asr.errors import UserError
+from slam_asr.features.audio_source import fit_to_window, samples_of
 from slam_asr.features.extract import extract_features
-from slam_asr.features.reader import AudioReader, fit_to_window, samples_of
-from slam_asr.features.store import FeatureStore, address_of
+from slam_asr.features.index import to_array
+from slam_asr.features.reader import AudioReader, StoreReader
+from slam_asr.features.space import address_of
+from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, write_manifest
 from slam_asr.models.encoder import describe_encoder
+from slam_asr.models.stored import as_if_stored
 from slam_asr.recipe import load_recipe
 from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_wav
@@ -23,9 +28,10 @@ def utterances(tmp_path):
     return made
 
 
-def recipe(tiny_models, choice, frames="speech"):
+def recipe(tiny_models, choice, frames="speech", dtype="fp32", shard_megabytes=512):
     return load_recipe("librispeech", {
-        "encoder.name": tiny_models["encoder"], "encoder.long_audio": choice, "encoder.frames": frames, "features.dtype": "fp32",
+        "encoder.name": tiny_models["encoder"], "encoder.long_audio": choice, "encoder.frames": frames, "features.dtype": dtype,
+        "features.shard_megabytes": shard_megabytes,
     })
 
 
@@ -41,17 +47,35 @@ def test_long_audio_is_cut_split_or_set_aside(tiny_models, utterances, tmp_path,
 
 
 @pytest.mark.parametrize("choice", ["cut", "split"])
-def test_audio_on_the_way_is_what_the_store_has(tiny_models, utterances, tmp_path, choice):
-    options = recipe(tiny_models, choice)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
+def test_audio_on_the_way_is_what_the_store_has(tiny_models, utterances, tmp_path, choice, dtype):
+    options = recipe(tiny_models, choice, dtype=dtype)
     write_manifest(tmp_path / "m.jsonl", utterances)
-    store = FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
+    store = StoreReader(FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder))
     spec = describe_encoder(options.encoder)
     encoder = spec.load(torch.float32)
-    reader = AudioReader(utterances, spec, encoder)
+    reader = AudioReader(spec, options.features)
     for utterance in utterances:
-        address = address_of(utterance)
-        assert reader.span(address) == store.span(address)
-        torch.testing.assert_close(encoder.encode([reader.read(address)])[0], store.read(address), atol=1e-5, rtol=1e-4)
+        assert reader.span(utterance) == store.span(utterance)
+        on_the_way = as_if_stored(encoder.encode([reader.read(utterance)])[0], dtype)
+        # Batches are other ones: sums may differ in their last bit, and so may what that is rounded to.
+        error = {"fp32": 1e-5, "bf16": 2**-7, "fp8": 2**-3}[dtype]
+        torch.testing.assert_close(on_the_way, store.read(utterance), atol=error, rtol=error)
+
+
+def test_both_ways_divide_utterances_into_the_same_shards(tiny_models, tmp_path):
+    options = recipe(tiny_models, "cut", "all", shard_megabytes=1)
+    made = [write_wav(tmp_path / f"{i}.wav", make_tone(0.3, frequency=200 + 9 * i)) for i in range(25)]
+    many = [Utterance(f"k{i}", str(wav), "text", 0.3, 16000, sha256_of_file(wav)) for i, wav in enumerate(made)]
+    write_manifest(tmp_path / "m.jsonl", many)
+    store = StoreReader(FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder))
+    addresses, samples = to_array([address_of(u) for u in many]), np.full(25, 4800)
+    groups = []
+    for reader in (store, AudioReader(describe_encoder(options.encoder), options.features)):
+        numbers = reader.shards_of(addresses, samples)
+        assert len(set(numbers)) == 3
+        groups.append({frozenset(np.flatnonzero(numbers == n)) for n in set(numbers)})
+    assert groups[0] == groups[1]
 
 
 def test_nothing_left_is_refused(tiny_models, utterances):

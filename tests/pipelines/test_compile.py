@@ -61,17 +61,23 @@ def test_tasks_form_the_chain(compiled):
     tasks = spec_of(compiled / "asr.yaml").root.dag.tasks
     assert {name: sorted(task.dependent_tasks) for name, task in tasks.items()} == {
         "build-manifest": [],
-        "extract-features": ["build-manifest"],
-        "train": ["build-manifest", "extract-features"],
+        "for-loop-1": ["build-manifest"],
+        "train": ["build-manifest", "for-loop-1"],
         "convert-checkpoint": ["train"],
-        "decode": ["build-manifest", "convert-checkpoint", "extract-features"],
+        "decode": ["build-manifest", "convert-checkpoint", "for-loop-1"],
     }
+    loop = tasks["for-loop-1"]
+    assert loop.parameter_iterator.items.input_parameter.endswith("build-manifest-Output")
+    assert list(spec_of(compiled / "asr.yaml").components["comp-for-loop-1"].dag.tasks) == ["extract-features"]
+    del tasks["for-loop-1"]
     assert [name for name, task in tasks.items() if task.caching_options.enable_cache] == []
 
 
 def test_inputs_and_parameters_are_explained(compiled):
     spec = spec_of(compiled / "asr.yaml")
-    for name, component in [("asr", spec.root), *spec.components.items()]:
+    # A loop's inputs are kfp's own; those of the steps in it are explained with the others.
+    steps = [(name, component) for name, component in spec.components.items() if not component.HasField("dag")]
+    for name, component in [("asr", spec.root), *steps]:
         inputs = component.input_definitions
         for kind in (inputs.parameters, inputs.artifacts):
             assert [key for key, value in kind.items() if not value.description] == [], name

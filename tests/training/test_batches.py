@@ -1,12 +1,26 @@
-"""Batches: every utterance once an epoch, steps that do not depend on the number of processes, none left waiting."""
+"""Batches: every utterance once an epoch, every shard once an epoch, steps that do not depend on the number of processes."""
 
+import itertools
 import random
+import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from slam_asr.training.batches import plan_epoch, split_step, training_steps
+from slam_asr.training.batches import TrainingPlan, _in_canonical_order, split_step
+from slam_asr.training.batches import plan_epoch as plan_windows
+from slam_asr.training.prefetch import ahead
 
-LENGTHS = [random.Random(3).randint(30, 330) for _ in range(500)]
+CHANCE = random.Random(3)
+LENGTHS = [CHANCE.randint(30, 330) for _ in range(500)]
+SHARDS = np.array([CHANCE.randrange(20) for _ in range(500)])
+
+
+def plan_epoch(lengths, budget, seed, epoch):
+    """The steps of an epoch over a single shard."""
+    windows = plan_windows(lengths, np.zeros(len(lengths), int), 8, budget, seed, epoch)
+    return [step for window in windows for step in window.steps]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -56,7 +70,72 @@ def test_fewer_utterances_than_processes_leave_empty_batches_not_missing_ones():
     assert sorted(len(batch) for share in shares for batch in share) == [0, 0, 0, 1]
 
 
+@pytest.mark.parametrize("window", [1, 3, 8, 100])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_every_shard_is_in_one_window_and_every_utterance_in_one_step(window, epoch):
+    windows = list(plan_windows(LENGTHS, SHARDS, window, 1500, 0, epoch))
+    assert sorted(s for w in windows for s in w.shards) == list(range(20))
+    assert sorted(i for w in windows for step in w.steps for i in step) == list(range(500))
+    for w in windows:
+        assert {int(SHARDS[i]) for step in w.steps for i in step} == set(w.shards) and len(w.shards) <= window
+
+
+def test_utterances_of_a_windows_shards_are_mixed():
+    for window in plan_windows(LENGTHS, SHARDS, 5, 1500, 0, 0):
+        mixed = [len({int(SHARDS[i]) for i in step}) for step in window.steps if len(step) > 3]
+        assert sum(mixed) / len(mixed) > 2
+
+
+def test_the_order_is_the_same_wherever_the_shards_lie():
+    addresses = np.random.default_rng(0).integers(0, 256, (500, 32), dtype=np.uint8)
+    renamed = np.array(random.Random(1).sample(range(100), 20))
+    one, names = _in_canonical_order(SHARDS, addresses)
+    two, other_names = _in_canonical_order(renamed[SHARDS], addresses)
+    assert (one == two).all() and renamed[names].tolist() == other_names
+    assert (np.array(names)[one] == SHARDS).all()
+
+
+def examples(lengths=LENGTHS, shards=SHARDS):
+    return SimpleNamespace(positions=lengths, shards=shards)
+
+
 def test_training_ends_after_its_epochs_or_its_steps():
-    whole = list(training_steps(LENGTHS, 1500, 0, epochs=3, max_steps=10**9))
-    assert {epoch for epoch, _ in whole} == {0, 1, 2}
-    assert list(training_steps(LENGTHS, 1500, 0, epochs=3, max_steps=5)) == whole[:5]
+    plan = TrainingPlan(examples(), 1500, 4, 0, epochs=3, max_steps=10**9)
+    whole = [(window.epoch, step) for window, _, step in plan]
+    assert {epoch for epoch, _ in whole} == {0, 1, 2} and plan.steps == len(whole) and plan.epochs == 3
+    cut = TrainingPlan(examples(), 1500, 4, 0, epochs=3, max_steps=5)
+    assert [(window.epoch, step) for window, _, step in cut] == whole[:5] and (cut.steps, cut.epochs) == (5, 1)
+
+
+def test_each_window_knows_the_one_behind_it_over_epochs_too():
+    plan = TrainingPlan(examples(), 1500, 8, 0, epochs=2, max_steps=10**9)
+    pairs = list({id(window): (window, behind) for window, behind, _ in plan}.values())
+    assert len(pairs) == 6 and pairs[-1][1] is None
+    assert all(behind is following for (_, behind), (following, _) in itertools.pairwise(pairs))
+
+
+def test_what_is_made_ahead_is_the_same_and_bounded():
+    made = []
+
+    def items():
+        for i in range(10):
+            made.append(i)
+            yield i
+
+    taken = []
+    for item in ahead(items(), depth=2):
+        time.sleep(0.01)
+        taken.append(item)
+        assert len(made) <= len(taken) + 4
+    assert taken == list(range(10))
+
+
+def test_a_failure_ahead_is_raised_in_its_place():
+    def items():
+        yield 1
+        raise ValueError("no more")
+
+    iterator = ahead(items())
+    assert next(iterator) == 1
+    with pytest.raises(ValueError, match="no more"):
+        next(iterator)

@@ -1,0 +1,111 @@
+"""Extraction against the bare encoder: does the encoder ever wait?
+
+    python benchmarks/extraction.py CORPUS              # a LibriSpeech tree; Whisper tiny.en
+    python benchmarks/extraction.py --synthetic         # noise instead of speech, no corpus, no network
+
+Both in one process and in turn: the same utterances through the encoder alone, in ready-made batches of the same
+composition, and through all of `extract-features` (reading, decoding, spectrograms, encoder, writing, checksums).
+Prints utterances a second of each and their ratio.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from slam_asr.audio import load_audio
+from slam_asr.features.encode import plan_batches, run_shards
+from slam_asr.features.extract import Extraction
+from slam_asr.features.loading import Loader, workers_beside
+from slam_asr.features.plan import Part
+from slam_asr.manifest import Utterance, write_manifest
+from slam_asr.models.encoder import describe_encoder
+from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
+from slam_asr.progress import Meter
+from slam_asr.recipe import load_recipe
+from slam_asr.storage import sha256_of_file
+
+
+def manifest_of(files: list[Path], folder: Path) -> Path:
+    """A manifest of audio files."""
+    utterances = []
+    for file in files:
+        duration = len(load_audio(file)) / 16_000
+        utterances.append(Utterance(file.stem, str(file), "x", duration, 16_000, sha256_of_file(file)))
+    write_manifest(folder / "m.jsonl", utterances)
+    return folder / "m.jsonl"
+
+
+def noise(folder: Path, count: int) -> list[Path]:
+    """Files of 3 to 16 s."""
+    generator = np.random.default_rng(0)
+    files = []
+    for i in range(count):
+        samples = generator.normal(0, 0.1, int(generator.uniform(3, 16) * 16_000)).astype(np.float32)
+        files.append(folder / f"{i}.flac")
+        soundfile.write(files[-1], samples, 16_000)
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("corpus", nargs="?", help="folder with audio files")
+    parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--utterances", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--encoder", default="openai/whisper-tiny.en")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--batch-seconds", type=float, default=60.0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if options.synthetic:
+            files = noise(folder, options.utterances)
+        else:
+            files = sorted(Path(options.corpus).rglob("*.flac"))[: options.utterances]
+        manifest = manifest_of(files, folder)
+        recipe = load_recipe("librispeech", {
+            "encoder.name": options.encoder, "encoder.frames": "speech", "encoder.batch_seconds": options.batch_seconds,
+            "features.workers": options.workers,
+        })
+        spec, device = describe_encoder(recipe.encoder), pick_device()
+        encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
+        extraction = Extraction(recipe, spec, [str(manifest)], str(folder / "planned"), Part())
+        shards = [shard for plan in extraction.plans() for shard in plan.shards]
+        with Meter("prepare", plain_lines=False) as meter:
+            ready = [
+                [encoder.prepare(load_audio(u.source)) for u in batch.utterances]
+                for batch in plan_batches(shards, spec, recipe.encoder.batch_seconds, meter)
+            ]
+        audio = sum(p.samples for batch in ready for p in batch) / 16_000
+        bare, whole = [], []
+        loader = Loader(spec.preparer(), options.workers or workers_beside(1, device.type == "cuda"))
+        for repeat in range(options.repeats + 1):
+            started = time.perf_counter()
+            for batch in ready:
+                encoder.encode(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            bare_seconds = time.perf_counter() - started
+            fresh = Extraction(recipe, spec, [str(manifest)], str(folder / f"store-{repeat}"), Part())
+            todo = fresh.missing(fresh.plans())
+            started = time.perf_counter()
+            run_shards(fresh, todo, encoder, loader)
+            if repeat:  # the first of each warms up
+                bare.append(bare_seconds)
+                whole.append(time.perf_counter() - started)
+        loader.__exit__()
+        a, b = statistics.median(bare), statistics.median(whole)
+        print(f"{len(files)} utterances, {audio:.0f} s, {len(ready)} batches, {device.type}, {torch.get_num_threads()} threads")
+        print(f"bare encoder   {len(files) / a:7.2f} utt/s, {audio / a:7.0f} × real time")
+        print(f"extraction     {len(files) / b:7.2f} utt/s, {audio / b:7.0f} × real time, without loading weights")
+        print(f"ratio          {a / b:.3f}  (each repeat: {', '.join(f'{x / y:.3f}' for x, y in zip(bare, whole, strict=True))})")
+
+
+if __name__ == "__main__":
+    main()

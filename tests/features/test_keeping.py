@@ -1,0 +1,102 @@
+"""A store is listed, verified, repaired and pruned, and what stays can still be read."""
+
+import pytest
+import torch
+
+from slam_asr.cli import run
+from slam_asr.errors import UserError
+from slam_asr.features.extract import extract_features
+from slam_asr.features.space import address_of
+from slam_asr.features.store import FeatureStore
+from slam_asr.manifest import read_manifest, write_manifest
+from slam_asr.storage import delete, join, read_bytes, walk, write_bytes
+from tests.features.test_extract import SMALL, contents, recipe, utterances_in
+
+
+@pytest.fixture(params=["folder", "prefix"])
+def kept(request, tiny_models, tmp_path):
+    """A store of three shards of ten utterances, and its manifest."""
+    if request.param == "prefix":
+        request.getfixturevalue("bucket")
+        store = "s3://bucket/features"
+    else:
+        store = str(tmp_path / "features")
+    write_manifest(tmp_path / "m.jsonl", utterances_in(tmp_path, [0.2 + 0.01 * i for i in range(30)]))
+    options = recipe(tiny_models, **SMALL)
+    return store, str(tmp_path / "m.jsonl"), lambda: extract_features(options, [str(tmp_path / "m.jsonl")], store)
+
+
+def test_a_store_is_listed(kept, capsys):
+    store, _, extract = kept
+    extract()
+    run("features", ["ls", store])
+    said = capsys.readouterr().out
+    assert "30 utterances" in said and "in 3 shards" in said and "nothing names" not in said
+
+
+@pytest.mark.parametrize("damage", ["flipped", "deleted", "cut"])
+def test_damage_is_found_removed_and_computed_anew(kept, damage):
+    store, _, extract = kept
+    extract()
+    before = contents(store)
+    run("features", ["verify", store])
+    shard = join(store, sorted(n for n in before if "/shards/" in n)[1])
+    content = bytearray(read_bytes(shard))
+    content[len(content) // 2] ^= 1
+    delete(shard)
+    if damage != "deleted":
+        write_bytes(shard, bytes(content) if damage == "flipped" else bytes(content[:-5]))
+    with pytest.raises(UserError, match="1 shards are damaged and 0" if damage == "flipped" else "0 shards are damaged and 1"):
+        run("features", ["verify", store])
+    with pytest.raises(UserError, match="extract-features"):
+        run("features", ["verify", store, "--repair", "true"])
+    extract()
+    assert contents(store) == before
+    run("features", ["verify", store])
+
+
+def test_pruning_keeps_what_a_manifest_needs(kept, tmp_path):
+    store, manifest, extract = kept
+    record = extract()
+    reader = FeatureStore(record.folder)
+    of_shard = {}
+    for utterance in read_manifest(manifest):
+        of_shard.setdefault(reader.shard_of(address_of(utterance)), []).append(utterance)
+    wanted = of_shard[0][:2]
+    features = {u.key: reader.read(address_of(u)).clone() for u in wanted}
+    write_manifest(tmp_path / "few.jsonl", wanted)
+    whole = contents(store)
+    run("features", ["prune", store, "--keep", f"[{tmp_path / 'few.jsonl'}]"])
+    assert contents(store) == whole, "without --yes nothing goes"
+    run("features", ["prune", store, "--keep", f"[{tmp_path / 'few.jsonl'}]", "--yes", "true"])
+    after = FeatureStore(store)
+    assert sum("/shards/" in f.name for f in walk(store)) == 1 and len(after.index) == len(of_shard[0])
+    assert all(torch.equal(after.read(address_of(u)), features[u.key]) for u in wanted)
+    run("features", ["verify", store])
+    assert extract().metrics["new utterances"] == 20
+    assert len(FeatureStore(store).index) == 30
+
+
+def test_shards_that_nothing_names_and_whole_encoders_go(kept):
+    store, _, extract = kept
+    extract()
+    before = contents(store)
+    space = next(iter(before)).partition("/")[0]
+    write_bytes(join(store, space, "shards", "f" * 64 + ".safetensors"), b"of nobody")
+    run("features", ["prune", store, "--yes", "true"])
+    assert contents(store) == before
+    with pytest.raises(UserError, match="has no nonsense"):
+        run("features", ["prune", store, "--drop", "[nonsense]"])
+    run("features", ["prune", store, "--drop", f"[{space}]", "--yes", "true"])
+    assert contents(store) == {}
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"]])
+def test_what_features_can_do_is_said(arguments):
+    with pytest.raises(UserError, match="needs one of ls, verify, prune"):
+        run("features", arguments)
+
+
+def test_no_store_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no feature store"):
+        run("features", ["ls", str(tmp_path)])
