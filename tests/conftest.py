@@ -10,6 +10,8 @@ import soundfile
 import yaml
 from moto.server import ThreadedMotoServer
 
+from tests.faults import FaultyProxy
+
 LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-mini"
 
 
@@ -144,3 +146,13 @@ def bucket(s3_server, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     made.objects.all().delete()
     made.delete()
+
+
+@pytest.fixture
+def faulty_s3(bucket, s3_server, monkeypatch):
+    """The bucket behind a network of which a fifth of the requests fail: with 503, silence, a reset or a cut answer."""
+    with FaultyProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        monkeypatch.setenv("SLAM_ASR_S3_TIMEOUT", "0.5")
+        monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "30")
+        yield proxy

@@ -1,0 +1,234 @@
+"""A network that fails: a proxy in front of an HTTP server that spoils a share of the requests.
+
+    with FaultyProxy(server, share=0.2, seed=1) as proxy:
+        ...                                  # talk to proxy.address instead of server
+    assert proxy.faults.total() > 0
+
+All that is not spoiled passes byte for byte. Each request has a connection of its own.
+"""
+
+import contextlib
+import random
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+BUSY = "busy"
+"""503 with S3's error SlowDown; the server never sees the request."""
+STALL = "stall"
+"""Silence, until the client hangs up."""
+RESET = "reset"
+"""The connection is reset when half of the request's body has reached the server."""
+LOST = "lost"
+"""The server does what was asked; its answer is lost in a reset."""
+CUT = "cut"
+"""The answer ends in its middle, in good order: fewer bytes than its Content-Length says."""
+FLIP = "flip"
+"""One bit of the request's body is wrong, or of the answer's where the request has none."""
+
+PASSING = (BUSY, STALL, RESET, LOST, CUT)
+"""What a client survives by asking again."""
+
+_ERROR = "<?xml version='1.0' encoding='UTF-8'?>\n<Error><Code>{0}</Code><Message>{0}, says the proxy</Message><RequestId>0</RequestId></Error>"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked of the proxy."""
+
+    method: str
+    target: str
+    """Path and query, as sent."""
+    headers: dict[str, str]
+    """Names in small letters."""
+    body: bytes
+    """As sent: with the chunks' lengths where it is chunked."""
+
+
+Fault = str | tuple[int, str]
+"""One of the kinds above, or an answer of the proxy's own: (503, "SlowDown")."""
+
+
+class FaultyProxy:
+    """Spoils a share of the requests to an HTTP server.
+
+    Args:
+        server: its address, http://host:port.
+        share: of the requests that are spoiled, drawn by chance; change it at any time.
+        kinds: of fault that are drawn from.
+        seed: of the draws.
+        rule: decides for a request by itself: a fault, or None to let it pass; `share` does not count then.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        share: float = 0.2,
+        kinds: tuple[Fault, ...] = PASSING,
+        seed: int = 0,
+        rule: Callable[[Request], Fault | None] | None = None,
+    ) -> None:
+        there = urlsplit(server)
+        self.server = (there.hostname, there.port)
+        self.share, self.kinds, self.rule = share, kinds, rule
+        self.requests: list[Request] = []
+        """All that came, without their bodies."""
+        self.faults: Counter[str] = Counter()
+        """How many requests were spoiled, by kind."""
+        self._chance = random.Random(seed)
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> "FaultyProxy":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        # Closing alone would leave the thread in accept().
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def asked(self, method: str, part: str = "") -> int:
+        """How many requests of a method came whose target has this part."""
+        return sum(r.method == method and part in r.target for r in self.requests)
+
+    def clear(self) -> None:
+        """Count anew."""
+        with self._lock:
+            self.requests.clear()
+            self.faults.clear()
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        # Whoever hangs up in between has had enough.
+        with client, contextlib.suppress(OSError, EOFError):
+            request = _receive(client)
+            if request is not None:
+                self._answer(client, request, self._choose(request))
+
+    def _choose(self, request: Request) -> Fault | None:
+        with self._lock:
+            self.requests.append(Request(request.method, request.target, request.headers, b""))
+            if self.rule is not None:
+                fault = self.rule(request)
+            else:
+                fault = self._chance.choice(self.kinds) if self._chance.random() < self.share else None
+            if fault is not None:
+                self.faults[fault if isinstance(fault, str) else fault[1]] += 1
+            return fault
+
+    def _answer(self, client: socket.socket, request: Request, fault: Fault | None) -> None:
+        if fault == BUSY:
+            fault = (503, "SlowDown")
+        if isinstance(fault, tuple):
+            client.sendall(_error(*fault, request.method))
+        elif fault == STALL:
+            client.settimeout(60)
+            client.recv(1)
+        elif fault == RESET:
+            with socket.create_connection(self.server) as server:
+                server.sendall(_head_of(request) + request.body[: len(request.body) // 2])
+                _set_to_reset(server)
+            _set_to_reset(client)
+        else:
+            if fault == FLIP and request.body:
+                request, fault = Request(request.method, request.target, request.headers, _flipped(request.body)), None
+            head, body = self._pass(request)
+            if fault == LOST:
+                _set_to_reset(client)
+            elif fault == CUT:
+                client.sendall(head + body[: len(body) // 2] if body else head[: len(head) // 2])
+            else:
+                client.sendall(head)
+                client.sendall(_flipped(body) if fault == FLIP and body else body)
+
+    def _pass(self, request: Request) -> tuple[bytes, bytes]:
+        """The server's answer: head and body as they came."""
+        with socket.create_connection(self.server) as server:
+            server.sendall(_head_of(request))
+            server.sendall(request.body)
+            answer = bytearray()
+            while piece := server.recv(2**18):
+                answer += piece
+        end = answer.index(b"\r\n\r\n") + 4
+        head, view = bytes(answer[:end]), memoryview(answer)[end:]
+        if b"\r\nconnection: close" not in head.lower():
+            head = head[:-2] + b"Connection: close\r\n\r\n"
+        return head, bytes(view)
+
+
+def _receive(client: socket.socket) -> Request | None:
+    """One request, read to its end; None where the client hung up before it."""
+    stream = client.makefile("rb")
+    first = stream.readline().decode("latin-1").split()
+    if not first:
+        return None
+    headers = {}
+    while line := stream.readline().strip():
+        name, _, value = line.decode("latin-1").partition(":")
+        headers[name.strip().lower()] = value.strip()
+    if headers.pop("expect", "").lower() == "100-continue":
+        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        body = b"".join(_chunks(stream))
+    else:
+        body = _exactly(stream, int(headers.get("content-length", 0)))
+    return Request(first[0], first[1], headers, body)
+
+
+def _chunks(stream) -> Iterator[bytes]:
+    size = -1
+    while size:
+        line = stream.readline()
+        size = int(line.split(b";")[0], 16)
+        yield line
+        if size:
+            yield _exactly(stream, size + 2)
+    while (line := stream.readline()) not in (b"\r\n", b""):
+        yield line
+    yield b"\r\n"
+
+
+def _exactly(stream, size: int) -> bytes:
+    content = stream.read(size)
+    if len(content) < size:
+        raise EOFError
+    return content
+
+
+def _head_of(request: Request) -> bytes:
+    headers = request.headers | {"connection": "close"}
+    lines = [f"{request.method} {request.target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def _error(status: int, code: str, method: str) -> bytes:
+    body = b"" if method == "HEAD" else _ERROR.format(code).encode()
+    return (
+        f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    ).encode() + body
+
+
+def _flipped(body: bytes) -> bytes:
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+
+
+def _set_to_reset(connection: socket.socket) -> None:
+    """Let close() reset the connection instead of ending it in good order."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
