@@ -1,0 +1,97 @@
+"""How fast the encoders run, and what share of the hardware's limit that is: random weights in the published shapes.
+
+    python benchmarks/encoders.py                                   # on a GPU: WavLM-large and Whisper large-v3, bf16
+    python benchmarks/encoders.py --layers 2 --seconds-a-batch 60   # on a CPU: the same code, small
+
+No network is needed. Each batch is made once; what is timed is what `extract-features` does with it on the device: input
+copied there, encoder, output in the store's dtype copied back, the next batch under way meanwhile. FLOPs are those of
+`slam_asr.planning`; --peak is the device's in TFLOP/s.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, PretrainedConfig, WavLMConfig, WhisperConfig
+
+from slam_asr.features.encode import Batch, _to_host
+from slam_asr.models import encoder as encoders
+from slam_asr.models import stored
+from slam_asr.models.encoder import spec_of
+from slam_asr.models.precision import DTYPES, pick_device
+from slam_asr.planning.shapes import encoder_flops
+from slam_asr.recipe import Encoder
+
+SHAPES: dict[str, PretrainedConfig] = {
+    "wavlm-large": WavLMConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, feat_extract_norm="layer",
+        do_stable_layer_norm=True, num_buckets=320, max_bucket_distance=800,
+    ),
+    "whisper-large-v3": WhisperConfig(
+        d_model=1280, encoder_layers=32, decoder_layers=1, encoder_attention_heads=20, decoder_attention_heads=20, encoder_ffn_dim=5120,
+        decoder_ffn_dim=5120, num_mel_bins=128, vocab_size=51866,
+    ),
+}
+
+
+def build(name: str, layers: int | None, dtype: torch.dtype, device: torch.device, folder: Path) -> encoders.SpeechEncoder:
+    """An encoder with random weights."""
+    config = SHAPES[name]
+    if layers:
+        config.update({"num_hidden_layers": layers, "encoder_layers": layers} if name.startswith("whisper") else {"num_hidden_layers": layers})
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
+
+    def random_weights(kind: type, where: Path, precision: torch.dtype, part: str) -> torch.nn.Module:
+        with torch.device(device):
+            return AutoModel.from_config(config).to(precision).eval().requires_grad_(False)
+
+    encoders.load_weights = random_weights
+    return spec_of(folder, config, Encoder(name=name)).load(dtype, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--layers", type=int, help="fewer than the published shapes have")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--seconds-a-batch", type=float, nargs="+", default=[480.0, 960.0])
+    parser.add_argument("--utterance", type=float, default=12.3, help="seconds; 12.3 is LibriSpeech's mean")
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--peak", type=float, default=790.0, help="TFLOP/s of the device, dense, in that dtype")
+    options = parser.parse_args()
+    device, dtype = pick_device(), DTYPES[options.dtype]
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in options.shapes:
+            encoder = build(name, options.layers, dtype, device, Path(temporary))
+            samples = round(options.utterance * 16_000)
+            for seconds in options.seconds_a_batch:
+                count = max(1, int(seconds / encoder.spec.seconds_of(samples)))
+                waves = [generator.normal(0, 0.1, samples).astype(np.float32) for _ in range(count)]
+                prepared = [encoder.prepare(w) for w in waves]
+                times, under_way = [], None
+                for _ in range(options.repeats + 2):
+                    started = time.perf_counter()
+                    features = [stored.store(f, options.dtype) for f in encoder.encode(prepared)]
+                    encoded = _to_host(Batch(None, [], [], True), features)
+                    if under_way is not None:
+                        under_way.wait()
+                    under_way = encoded
+                    times.append(time.perf_counter() - started)
+                took = statistics.median(times[2:])
+                flops = count * encoder_flops(encoder.spec, samples)
+                audio = count * options.utterance
+                print(
+                    f"{name}{f' ({options.layers} layers)' if options.layers else ''}, {options.dtype} on {device.type}, {count} utterances of "
+                    f"{options.utterance:g} s: {audio / took:8.1f} × real time, {flops / took / 1e12:7.2f} TFLOP/s, "
+                    f"{flops / took / options.peak / 1e10:5.1f} % of {options.peak:g}"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Reading features in the order of training: from a warm local store, and from object storage.
+
+    python benchmarks/reading.py                 # makes a store of noise; starts moto's server for the second part
+
+1. A local store, memory-mapped and in the page cache: every utterance of an epoch is read in the sampler's order, once
+   with its checksum compared (a process' first epoch) and once without (all later ones), and each byte is touched by a
+   copy. GB/s, in one process.
+2. The same store in object storage: an epoch with an empty cache through `FeatureStore` (fetched ahead, SHA-256 compared,
+   written to the disk cache, read utterance by utterance), against bare boto3 `download_file` of the same shards in the
+   same order with as many at once. The two take turns; the ratio is of their medians.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slam_asr.features.index import in_order
+from slam_asr.features.space import Space, pack
+from slam_asr.features.store import _FETCHES, FeatureStore
+from slam_asr.models.stored import Values
+from slam_asr.storage import write_bytes
+from slam_asr.training.batches import plan_epoch
+
+MADE_BY = {"weights_sha256": "noise", "dtype": "bf16"}
+
+
+def make_store(root: str, shards: int, megabytes: int, width: int) -> None:
+    """Shards of utterances of 4 to 20 s."""
+    generator = np.random.default_rng(0)
+    space = Space.of(root, MADE_BY)
+    space.write_fingerprint(MADE_BY, width)
+    for number in range(shards):
+        features, size = {}, 0
+        while size < megabytes * 1_000_000:
+            frames = int(generator.integers(200, 1000))
+            noise = torch.from_numpy(generator.integers(-(2**14), 2**14, (frames, width), dtype=np.int16)).view(torch.bfloat16)
+            features[generator.bytes(32).hex()] = Values(noise, None)
+            size += noise.nbytes
+        content, index = pack(features, MADE_BY, {a: len(v.frames) for a, v in features.items()})
+        write_bytes(space.shard(index.shards[0].name), content)
+        write_bytes(space.index(f"noise-{number}-of-{shards}"), index.to_bytes())
+
+
+def epoch_of(store: FeatureStore, window: int) -> tuple[list[list[str]], list[list[int]]]:
+    """Addresses in the sampler's order and shards, by window."""
+    addresses = store.index.addresses()
+    assert (in_order(store.index.columns["address"]) == np.arange(len(addresses))).all()
+    positions = (store.index.columns["span"] // 5 + 40).tolist()
+    windows = list(plan_epoch(positions, store.index.columns["shard"], window, 6000, 0, 0))
+    return [[addresses[i] for step in w.steps for i in step] for w in windows], [w.shards for w in windows]
+
+
+def read_epoch(store: FeatureStore, windows: list[list[str]], shards: list[list[int]]) -> float:
+    """Seconds to read an epoch and touch every byte of it."""
+    target = torch.empty(1000 * store.index.width, dtype=torch.bfloat16)
+    started = time.perf_counter()
+    for number, addresses in enumerate(windows):
+        store.expect([*shards[number], *(shards[number + 1] if number + 1 < len(shards) else [])])
+        for address in addresses:
+            frames = store.read(address)
+            target[: frames.numel()].copy_(frames.flatten())
+    return time.perf_counter() - started
+
+
+def local(root: str, repeats: int, window: int) -> None:
+    """Part 1."""
+    first, later, copies = [], [], []
+    for _ in range(repeats):
+        store = FeatureStore(root)
+        windows, shards = epoch_of(store, window)
+        size = sum(s.bytes for s in store.index.shards)
+        for times in (first, later):
+            times.append(size / read_epoch(store, windows, shards) / 1e9)
+        source = torch.frombuffer(bytearray(Path(store.space.shard(store.index.shards[0].name)).read_bytes()), dtype=torch.uint8)
+        started = time.perf_counter()
+        for _ in range(4):
+            source.clone()
+        copies.append(4 * source.numel() / (time.perf_counter() - started) / 1e9)
+    print(f"local store of {size / 1e9:.2f} GB in {len(store.index.shards)} shards, {len(store.index)} utterances, one process, warm")
+    print(f"  first epoch, checksums compared   {statistics.median(first):6.2f} GB/s")
+    print(f"  later epochs                      {statistics.median(later):6.2f} GB/s")
+    print(f"  a plain copy in memory            {statistics.median(copies):6.2f} GB/s")
+
+
+def remote(root: str, folder: Path, repeats: int, window: int) -> None:
+    """Part 2."""
+    import boto3
+
+    with serving() as endpoint:
+        os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+                       "AWS_EC2_METADATA_DISABLED": "true", "SLAM_ASR_CACHE": str(folder / "cache")}
+        client = boto3.session.Session().client("s3")
+        client.create_bucket(Bucket="bench")
+        for file in sorted(Path(root).rglob("*")):
+            if file.is_file():
+                client.upload_file(str(file), "bench", f"store/{file.relative_to(root)}")
+        ours, bare = [], []
+        for repeat in range(repeats + 1):
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+            store = FeatureStore("s3://bench/store")
+            windows, shards = epoch_of(store, window)
+            size = sum(s.bytes for s in store.index.shards)
+            mine = read_epoch(store, windows, shards)
+            order = [store.index.shards[n] for w in shards for n in w]
+            target = folder / "bare"
+            target.mkdir()
+            started = time.perf_counter()
+            with ThreadPoolExecutor(_FETCHES) as pool:
+                keys = [f"{store.space.root.removeprefix('s3://bench/')}/shards/{s.name}" for s in order]
+                list(pool.map(lambda key: client.download_file("bench", key, str(target / Path(key).name)), keys))  # noqa: B023
+            theirs = time.perf_counter() - started
+            shutil.rmtree(target)
+            if repeat:
+                ours.append(mine)
+                bare.append(theirs)
+        a, b = statistics.median(ours), statistics.median(bare)
+        print(f"object storage (moto), {size / 1e9:.2f} GB in {len(order)} shards, windows of {window}, empty cache")
+        print(f"  bare boto3 downloads              {size / b / 1e6:6.0f} MB/s")
+        print(f"  an epoch in the sampler's order   {size / a / 1e6:6.0f} MB/s")
+        print(f"  ratio                             {b / a:6.3f}  (each repeat: {', '.join(f'{y / x:.3f}' for x, y in zip(ours, bare, strict=True))})")
+
+
+class serving:
+    """moto's server in a process of its own, so that it does not share Python's lock with what is measured."""
+
+    def __enter__(self) -> str:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c",
+             "from moto.server import ThreadedMotoServer as S; import time, logging; logging.getLogger('werkzeug').setLevel(40)\n"
+             "s = S(ip_address='127.0.0.1', port=0, verbose=False); s.start(); print(*s.get_host_and_port(), flush=True); time.sleep(1e6)"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        return "http://{}:{}".format(*self.process.stdout.readline().split())
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shards", type=int, default=16)
+    parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--window", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--local-only", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = str(Path(temporary) / "store")
+        make_store(root, options.shards, options.megabytes, options.width)
+        local(root, options.repeats, options.window)
+        if not options.local_only:
+            remote(root, Path(temporary), options.repeats, options.window)
+
+
+if __name__ == "__main__":
+    main()
