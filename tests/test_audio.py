@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from slam_asr.audio import SAMPLE_RATE, AudioError, load_audio, read_clip
+from slam_asr.audio import SAMPLE_RATE, AudioError, audio_sha256, count_samples, load_audio, load_utterance, read_clip
+from slam_asr.errors import UserError
+from slam_asr.manifest import Utterance
 from tests.conftest import make_tone, write_wav
 
 SUFFIXES = [".wav", ".flac", ".ogg", ".opus", ".mp3"]
@@ -178,3 +180,35 @@ def test_a_header_that_announces_far_too_much_is_refused_before_it_fills_the_mem
 
 def test_an_absurd_sample_rate_is_refused(tmp_path):
     assert refusal(write_wav(tmp_path / "x.wav", make_tone(1.0), rate=1)).reason == "unreadable audio"
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
+def test_a_stretch_of_a_file_is_that_part_of_it(tmp_path, suffix):
+    ramp = (np.arange(48_000) / 48_000).astype(np.float32)
+    path = write_wav(tmp_path / f"x{suffix}", ramp)
+    whole = load_audio(path)
+    stretch = load_utterance(Utterance("k", str(path), "t", 0.5, start=1.25))
+    assert len(stretch) == 8000 and np.allclose(stretch, whole[20_000:28_000], atol=1e-6 if suffix != ".ogg" else 0.05)
+
+
+def test_a_stretch_beyond_the_end_is_refused_and_a_rounding_error_is_not(tmp_path):
+    path = write_wav(tmp_path / "x.wav", make_tone(1.0))
+    assert len(read_clip(path, start=0.5, duration=0.51).samples) == 8000
+    with pytest.raises(AudioError, match="lasts 1.00 s, and an utterance of it is to end at 1.50 s"):
+        read_clip(path, start=0.5, duration=1.0)
+
+
+def test_audio_in_object_storage_is_what_it_is_on_disk(bucket, tmp_path):
+    path = write_wav(tmp_path / "x.flac", make_tone(0.7))
+    bucket.upload_file(str(path), "a b/ü.flac")
+    remote = "s3://bucket/a b/ü.flac"
+    assert np.array_equal(load_audio(remote), load_audio(path))
+    assert audio_sha256(remote) == audio_sha256(str(path)) and count_samples(remote) == count_samples(path) == 11_200
+    utterance = Utterance("k", remote, "t", 0.7, sha256=audio_sha256(remote))
+    assert np.array_equal(load_utterance(utterance), load_audio(path))
+    bucket.put_object(Key="a b/ü.flac", Body=b"something else")
+    with pytest.raises(UserError, match="was changed since its manifest was built"):
+        load_utterance(utterance)
+    with pytest.raises(AudioError, match="There is no audio file s3://bucket/none.wav") as raised:
+        load_audio("s3://bucket/none.wav")
+    assert raised.value.reason == "missing audio"

@@ -5,25 +5,13 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from slam_asr.audio import SAMPLE_RATE, audio_sha256, count_samples, load_audio
+from slam_asr.audio import SAMPLE_RATE, count_samples
 from slam_asr.errors import UserError
 from slam_asr.manifest import Utterance
 from slam_asr.progress import say
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
-
-
-def read_unchanged(utterance: Utterance) -> np.ndarray:
-    """The waveform of an utterance: float32 [samples], 16 kHz.
-
-    Raises:
-        UserError: the file is not the one that the manifest was built from.
-        AudioError: it cannot be read.
-    """
-    if utterance.sha256 not in (None, audio_sha256(utterance.source)):
-        raise UserError(f"{utterance.source} was changed since its manifest was built: run `slam-asr build-manifest` again.")
-    return load_audio(utterance.source)
 
 
 def samples_of(utterance: Utterance) -> int:

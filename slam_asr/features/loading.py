@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from slam_asr.audio import load_utterance
 from slam_asr.errors import UserError
-from slam_asr.features.audio_source import read_unchanged
 from slam_asr.manifest import Utterance
 from slam_asr.models.preparing import Prepared, Preparer
 from slam_asr.processes import die_with_parent
@@ -98,5 +98,5 @@ def _begin(preparer: Preparer) -> None:
 
 
 def _prepare(utterance: Utterance) -> tuple[list[np.ndarray], int]:
-    prepared = _preparer(read_unchanged(utterance))
+    prepared = _preparer(load_utterance(utterance))
     return [i.numpy() for i in prepared.inputs], prepared.samples

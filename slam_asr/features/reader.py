@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from slam_asr.features.audio_source import read_unchanged, samples_of
+from slam_asr.audio import load_utterance
+from slam_asr.features.audio_source import samples_of
 from slam_asr.features.index import first_of_each
 from slam_asr.features.plan import plan_shards
 from slam_asr.features.space import address_of
@@ -84,7 +85,7 @@ class AudioReader:
 
     def read(self, utterance: Utterance) -> "Prepared":
         """The audio as the encoder takes it."""
-        return self._prepare(read_unchanged(utterance))
+        return self._prepare(load_utterance(utterance))
 
     def shards_of(self, addresses: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """[utterances] number of the shard that each would lie in."""

@@ -44,10 +44,9 @@ def address_of(utterance: Utterance) -> str:
     Of a whole file, that of the file's bytes; of a stretch of one, a digest of that and of where it lies.
     """
     sha256 = utterance.sha256 or audio_sha256(utterance.source)
-    start = getattr(utterance, "start", None)
-    if start is None:
+    if utterance.start is None:
         return sha256
-    return hashlib.sha256(f"{sha256}/{start:.6f}/{utterance.duration:.6f}".encode()).hexdigest()
+    return hashlib.sha256(f"{sha256}/{utterance.start:.6f}/{utterance.duration:.6f}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
