@@ -5,15 +5,18 @@ any process holds is not removed. All locks are the kernel's, and end with the p
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from slam_asr.errors import UserError
 from slam_asr.storage.local import local_path
 
 _PARTIAL = ".partial"
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_folder() -> Path:
@@ -32,7 +35,7 @@ class DiskCache:
     """A folder of files that are held while they are used.
 
     Args:
-        folder: shared by the processes of this machine.
+        folder: shared by the processes of this machine; on a local disk.
         limit: bytes that it may hold, those on their way included.
     """
 
@@ -45,15 +48,18 @@ class DiskCache:
         """A file of this name, filled if it is not there; it stays until released.
 
         Args:
-            name: of the file; says all about its content.
+            name: of the file; says all about its content. It has no slash, and no dot in front.
             size: of it in bytes.
-            fill: writes the content to a file opened for reading and writing, or raises.
+            fill: writes the content to a file opened for reading and writing, or raises. A thread that fills
+                one file must not ask for the same one.
 
         Raises:
             NoRoom: it does not fit.
+            OSError: the disk fails.
+            UserError: what was filled in has another size.
         """
         while True:
-            with self._locked(name):
+            with self._locked(f"{name}.lock"):
                 path = self.folder / name
                 if not path.is_file() or path.stat().st_size != size:
                     self._fill(path, size, fill)
@@ -70,8 +76,15 @@ class DiskCache:
             self._reserve(aside, size)
             with open(aside, "r+b") as file:
                 fill(file)
+                file.flush()
+                if (found := os.fstat(file.fileno()).st_size) != size:
+                    raise UserError(f"{path.name} has {found:,} bytes and not {size:,}: it is damaged; write it anew.")
+                # Its name will vouch for it, even after a crash of the machine.
+                os.fsync(file.fileno())
             os.replace(aside, path)
         except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
             raise NoRoom(f"{self.folder}: {error.strerror}") from error
         finally:
             aside.unlink(missing_ok=True)
@@ -85,22 +98,34 @@ class DiskCache:
                     if file.is_file() and file != aside:
                         files[file] = file.stat()
             used = sum(s.st_size for s in files.values())
-            for file, status in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
-                if used + size <= self.limit:
-                    break
-                if self._removed(file):
-                    used -= status.st_size
-            if used + size > self.limit:
-                raise NoRoom(f"{self.folder} holds {used:,} bytes in use, and {size:,} more exceed its limit of {self.limit:,}")
+            oldest = iter(sorted(files.items(), key=lambda item: item[1].st_mtime_ns))
+            while not (used + size <= self.limit and self._taken(aside, size)):
+                for file, status in oldest:
+                    if self._removed(file):
+                        used -= status.st_size
+                        break
+                else:
+                    if used + size <= self.limit:
+                        raise NoRoom(f"{self.folder}: {os.strerror(errno.ENOSPC)}")
+                    raise NoRoom(f"{self.folder} holds {used:,} bytes in use, and {size:,} more exceed its limit of {self.limit:,}")
+
+    def _taken(self, aside: Path, size: int) -> bool:
+        """Whether a file got its bytes on disk: blocks of its own, so that a full disk shows now."""
+        try:
             with open(aside, "wb") as file:
-                # Blocks of its own, so that a full disk shows now.
                 if size:
                     os.posix_fallocate(file.fileno(), 0, size)
+            return True
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            if error.errno not in _DISK_FULL:
+                raise
+            return False
 
     def _removed(self, file: Path) -> bool:
         """Remove a file that nobody holds, or what a killed process left half-fetched."""
         if file.name.endswith(_PARTIAL):
-            with self._locked(file.name[1 : -len(_PARTIAL)], wait=False) as free:
+            with self._locked(f"{file.name[1 : -len(_PARTIAL)]}.lock", wait=False) as free:
                 if free:
                     file.unlink(missing_ok=True)
                 return free
@@ -116,13 +141,30 @@ class DiskCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
-        with open(self._locks / name, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
+        path = self._locks / name
+        while True:
+            with open(path, "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
+                    yield False
+                    return
+                # Whoever had it before removed its file, and a third one may have made another.
+                if not _is_same(lock, path):
+                    continue
+                try:
+                    yield True
+                finally:
+                    path.unlink(missing_ok=True)
                 return
-            yield True
+
+
+def _is_same(file: Any, path: Path) -> bool:
+    """Whether an open file is the one of this name now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 class Held:
@@ -138,10 +180,7 @@ class Held:
 
     def is_there(self) -> bool:
         """Whether the file under this path is the one that is held."""
-        try:
-            return self._file is not None and os.fstat(self._file.fileno()).st_ino == os.stat(self.path).st_ino
-        except FileNotFoundError:
-            return False
+        return self._file is not None and _is_same(self._file, self.path)
 
     def release(self) -> None:
         """Let it be removed."""

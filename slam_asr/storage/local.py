@@ -25,15 +25,23 @@ def local_path(path: str | os.PathLike) -> Path:
         UserError: for a URI of a scheme that is not read here.
     """
     text = os.fspath(path)
+    # What stands before an @ may be a password.
+    shown = re.sub(r"://.*@", "://...@", text)
     scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", text)
     if scheme and scheme[1] == "s3":
-        raise UserError(f"{text} lies in object storage, and a local path is needed here: give one.")
+        raise UserError(f"{shown} lies in object storage, and a local path is needed here: give one.")
     if scheme and scheme[1] != "file":
-        raise UserError(f"{text}: paths of the scheme {scheme[1]}:// cannot be read; give a local path or s3://bucket/key.")
+        raise UserError(f"{shown}: paths of the scheme {scheme[1]}:// cannot be read; give a local path or s3://bucket/key.")
     try:
         return Path(text.removeprefix("file://")).expanduser()
     except RuntimeError as error:
         raise UserError(f"{text}: there is no such user's home folder; give a full path.") from error
+
+
+def aside_of(path: Path) -> Path:
+    """A name beside a file for what is not finished, that no other thread or process uses."""
+    # 255 bytes at most, were all its letters of four.
+    return path.with_name(f".{path.name[:50]}.{os.getpid()}.{threading.get_ident()}.partial")
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | memoryview | str, replace: bool = True) -> bool:
@@ -65,7 +73,7 @@ class Written(io.BufferedWriter):
 @contextlib.contextmanager
 def written_whole(path: Path, replace: bool = True) -> Iterator[Written]:
     """A file that is written aside, and is under its path, flushed to disk, when the block ends without an error."""
-    aside = path.with_name(f".{path.name[:200]}.{os.getpid()}.{threading.get_ident()}{PARTIAL}")
+    aside = aside_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb", buffering=0) as raw:

@@ -1,6 +1,7 @@
 """What programs do with files, the same for a local path and for `s3://bucket/key`."""
 
 import contextlib
+import fcntl
 import io
 import os
 import posixpath
@@ -14,7 +15,7 @@ from typing import BinaryIO
 from slam_asr.errors import UserError
 from slam_asr.storage import s3
 from slam_asr.storage.cache import cache_folder
-from slam_asr.storage.local import digest, local_path, write_atomically
+from slam_asr.storage.local import aside_of, digest, local_path, write_atomically
 from slam_asr.storage.s3 import is_s3
 
 _PARALLEL_FILES = 8
@@ -183,7 +184,7 @@ def upload(file: str | os.PathLike, path: str | os.PathLike) -> None:
         return
     target = local_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    aside = aside_of(target)
     try:
         shutil.copyfile(file, aside)
         os.replace(aside, target)
@@ -204,6 +205,7 @@ def fetch(path: str | os.PathLike) -> Path:
     """A local file with the content of a file or object; an object is fetched once, and again when it changes.
 
     Raises:
+        OSError: the disk is full, or fails.
         UserError: an object that is not there, or cannot be read.
     """
     path = os.fspath(path)
@@ -212,27 +214,21 @@ def fetch(path: str | os.PathLike) -> Path:
     known = s3.head(path)
     if known is None:
         raise UserError(f"There is no object {path}: check the address.")
-    target = cache_folder() / "objects" / digest([path, known.etag])[:24] / name_of(path)
+    target = _kept([path, known.etag], path)
     if not target.is_file():
-        _download(path, target)
+        with _alone_with(target):
+            if not target.is_file():
+                aside = target.with_name(f".{target.name}.partial")
+                _download(path, aside, known)
+                os.replace(aside, target)
     return target
-
-
-def _download(uri: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name[:200]}.{os.getpid()}.partial")
-    try:
-        with open(aside, "w+b") as file:
-            s3.download(uri, file)
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def fetch_folder(path: str | os.PathLike) -> Path:
     """A local folder with all files below a folder or prefix; fetched once, and again when any of them changes.
 
     Raises:
+        OSError: the disk is full, or fails.
         UserError: there is nothing below that prefix, or it cannot be read.
     """
     path = os.fspath(path)
@@ -241,22 +237,63 @@ def fetch_folder(path: str | os.PathLike) -> Path:
     files = list(walk(path))
     if not files:
         raise UserError(f"There is nothing at {path}: check the bucket and the prefix.")
-    known = digest([path.rstrip("/"), [[f.name, f.bytes, f.stamp] for f in files]])[:24]
-    folder = cache_folder() / "objects" / known / name_of(path)
+    folder = _kept([path.rstrip("/"), [[f.name, f.bytes, f.stamp] for f in files]], path)
     if not folder.is_dir():
-        aside = folder.with_name(f".{folder.name[:200]}.{os.getpid()}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        for file in files:
-            if not (aside / file.name).resolve().is_relative_to(aside.resolve()):
-                raise UserError(f"{path} holds an object whose name leads out of its folder, {file.name}: it is not fetched.")
-        try:
-            with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
-                list(pool.map(lambda f: _download(join(path, f.name), aside / f.name), files))
-            with contextlib.suppress(OSError):  # another process was first
+        with _alone_with(folder):
+            if not folder.is_dir():
+                aside = folder.with_name(f".{folder.name}.partial")
+                _download_folder(path, files, aside)
                 os.rename(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _kept(known: list, path: str) -> Path:
+    """Where in the cache something is kept, by all that is known of it; under its own name, for people and for its suffix."""
+    name = os.fsencode(name_of(path))[-200:].decode(errors="ignore")
+    return cache_folder() / "objects" / digest(known)[:24] / name
+
+
+@contextlib.contextmanager
+def _alone_with(target: Path) -> Iterator[None]:
+    """Let one process, or thread, fetch, and the others wait for it; what a killed one left is begun anew."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _download(uri: str, aside: Path, known: s3.Object | None = None) -> None:
+    """Fetch an object; a failure leaves nothing."""
+    try:
+        with open(aside, "w+b") as file:
+            s3.download(uri, file, known=known)
+            # Before it gets its name, by which its content is taken for granted even after a crash of the machine.
+            os.fsync(file.fileno())
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _download_folder(path: str, files: list[Info], aside: Path) -> None:
+    """Fetch files below a prefix into a new folder; a failure leaves nothing."""
+    shutil.rmtree(aside, ignore_errors=True)
+    prefix = s3.split_uri(path)[1].rstrip("/")
+    for file in files:
+        if not (aside / file.name).resolve().is_relative_to(aside.resolve()):
+            raise UserError(f"{path} holds an object whose name leads out of its folder, {file.name}: it is not fetched.")
+
+    def one(file: Info) -> None:
+        (aside / file.name).parent.mkdir(parents=True, exist_ok=True)
+        # What was listed saves asking for each: an object that was replaced since is refused by its etag, and asked for anew.
+        known = s3.Object(f"{prefix}/{file.name}".lstrip("/"), file.bytes, file.stamp)
+        _download(join(path, file.name), aside / file.name, known)
+
+    try:
+        with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+            list(pool.map(one, files))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def publish_folder(folder: Path, path: str, last: str) -> None:

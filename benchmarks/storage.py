@@ -1,0 +1,140 @@
+"""What verified transfers cost over boto3's bare ones, against a server on this machine.
+
+    python benchmarks/storage.py                         # 8 objects of 64 MB, 5 repeats: some minutes
+    python benchmarks/storage.py --objects 4 --megabytes 16 --repeats 3
+
+Both ways take turns against the same server (moto's, in a process of its own), so that only the ratios
+within one run mean anything. Ours compares checksums; boto3's `download_file` with its default
+TransferConfig compares none in a transfer of several parts. Files go to /dev/shm if there is one:
+the disk is not what is measured.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CHECKOUT))
+BUCKET = "bench"
+
+
+def start_server() -> subprocess.Popen:
+    """A server that speaks S3, and the environment in which programs find it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    program = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return server
+        except OSError:
+            time.sleep(0.1)
+    server.kill()
+    sys.exit("the server does not start: is moto[server] installed?")
+
+
+def measure(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way, taking turns, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        # Whoever comes first pays for what the other finds warm: the order changes.
+        for name in sorted(ways, reverse=bool(repeat % 2)):
+            started = time.perf_counter()
+            ways[name]()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def compare(label: str, ways: dict[str, Callable[[], None]], repeats: int, megabytes: float) -> None:
+    """Print the medians of `ours` and `bare`, and their ratio."""
+    seconds = measure(ways, repeats)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = [bare / ours for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
+    print(
+        f"{label:34} ours {megabytes / medians['ours']:7.0f} MB/s   boto3 {megabytes / medians['bare']:7.0f} MB/s   "
+        f"ratio {medians['bare'] / medians['ours']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Make objects, and measure each kind of transfer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objects", type=int, default=8)
+    parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    server = start_server()
+    try:
+        _run(options.objects, options.megabytes, options.repeats)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _run(objects: int, megabytes: int, repeats: int) -> None:
+    import boto3
+
+    from slam_asr.storage import s3
+
+    bare = boto3.session.Session().client("s3")
+    bare.create_bucket(Bucket=BUCKET)
+    names = [f"object-{i}" for i in range(objects)]
+    content = os.urandom(2**20) * megabytes
+    for name in names:
+        s3.write(f"s3://{BUCKET}/{name}", content)
+    total = objects * megabytes * 2**20 / 1e6
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+
+        def ours_one(name: str) -> None:
+            with open(f"{folder}/ours-{name}", "w+b") as file:
+                s3.download(f"s3://{BUCKET}/{name}", file)
+            os.unlink(f"{folder}/ours-{name}")
+
+        def bare_one(name: str) -> None:
+            bare.download_file(BUCKET, name, f"{folder}/bare-{name}")
+            os.unlink(f"{folder}/bare-{name}")
+
+        def at_once(way: Callable[[str], None], threads: int) -> None:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(way, names))
+
+        print(f"{objects} objects of {megabytes} MiB, {os.cpu_count()} cores, {repeats} repeats; ratio: the share of boto3's speed")
+        for threads in (1, 2, 4):
+            ways = {"ours": lambda n=threads: at_once(ours_one, n), "bare": lambda n=threads: at_once(bare_one, n)}
+            compare(f"download to files, {threads} at once", ways, repeats, total)
+    compare(
+        "read_bytes / get_object().read()",
+        {
+            "ours": lambda: [s3.read(f"s3://{BUCKET}/{n}") for n in names],
+            "bare": lambda: [bare.get_object(Bucket=BUCKET, Key=n)["Body"].read() for n in names],
+        },
+        repeats, total,
+    )
+    compare(
+        "write / put_object()",
+        {
+            "ours": lambda: [s3.write(f"s3://{BUCKET}/{n}", content) for n in names],
+            "bare": lambda: [bare.put_object(Bucket=BUCKET, Key=n, Body=content) for n in names],
+        },
+        max(repeats // 2, 1), total,
+    )
+
+
+if __name__ == "__main__":
+    main()

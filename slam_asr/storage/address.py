@@ -1,0 +1,34 @@
+"""What `s3://bucket/key` means."""
+
+import os
+import re
+
+from slam_asr.errors import UserError
+
+SCHEME = "s3://"
+
+
+def is_s3(path: str | os.PathLike) -> bool:
+    """Whether a path lies in object storage."""
+    return os.fspath(path).startswith(SCHEME)
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """`s3://bucket/some/key` → bucket and key.
+
+    Raises:
+        UserError: there is no bucket's name in it.
+    """
+    place = uri.removeprefix(SCHEME).partition("/")[0]
+    # A secret key may hold a slash, so that a colon alone says enough. What was given is not repeated.
+    if "@" in place or ":" in place:
+        raise UserError("An s3:// address holds a name or password before its bucket: take it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
+    found = re.fullmatch(r"s3://([a-zA-Z0-9][a-zA-Z0-9._-]+)/?(.*)", uri, re.DOTALL)
+    if not found:
+        raise UserError(f"{uri} is no address in object storage: write it as s3://bucket/prefix.")
+    return found[1], found[2]
+
+
+def folder_of(prefix: str) -> str:
+    """The start that all keys below a prefix share: a folder's, and not that of another one with a longer name."""
+    return prefix.rstrip("/") + "/" if prefix else ""
