@@ -77,12 +77,13 @@ class _Download:
         starts = range(0, max(known.bytes, 1), pieces.PART_BYTES)
         total, carried = hashlib.sha256(), known.sha256
         with parallel(len(starts)) as (pool, stop):
-            arriving = [pool.submit(self._piece, known, start, min(start + pieces.PART_BYTES, known.bytes), stop) for start in starts]
-            for start, piece in zip(starts, arriving, strict=True):
+            ranges = [(start, min(start + pieces.PART_BYTES, known.bytes)) for start in starts]
+            arriving = [pool.submit(self._piece, known, start, end, stop) for start, end in ranges]
+            for (start, end), piece in zip(ranges, arriving, strict=True):
                 carried = piece.result()
                 # Out of the system's memory, while the pieces behind it arrive.
-                for position in range(start, min(start + pieces.PART_BYTES, known.bytes), _CHUNK_BYTES):
-                    total.update(os.pread(self.descriptor, min(_CHUNK_BYTES, known.bytes - position), position))
+                for position in range(start, end, _CHUNK_BYTES):
+                    total.update(os.pread(self.descriptor, min(_CHUNK_BYTES, end - position), position))
         wanted = self.wanted or carried
         if wanted and total.hexdigest() != wanted:
             self.report(-known.bytes)
