@@ -81,7 +81,9 @@ class DiskCache:
                     raise UserError(f"{path.name} has {found:,} bytes and not {size:,}: it is damaged; write it anew.")
                 # Its name will vouch for it, even after a crash of the machine.
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            # Whoever counts meanwhile would miss it under both names.
+            with self._locked("room"):
+                os.replace(aside, path)
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
