@@ -256,3 +256,27 @@ def test_a_disk_that_is_smaller_than_the_bound_serves_as_far_as_it_goes(small_di
         hold(cache, "e", 900_000)
     assert held.path.read_bytes() == content_of("a", 400_000)
     assert not [n for n in names(small_disk / "cache") if n.startswith(".")]
+
+
+def test_a_process_that_is_forked_meanwhile_keeps_no_lock(tmp_path):
+    cache, filling, go_on = DiskCache(tmp_path, 3000), threading.Event(), threading.Event()
+
+    def fill(file):
+        filling.set()
+        go_on.wait(10)
+        file.write(content_of("x", 1000))
+
+    filler = threading.Thread(target=lambda: cache.hold("x", 1000, fill).release())
+    filler.start()
+    filling.wait(10)
+    process = fork.Process(target=time.sleep, args=(30,))
+    process.start()
+    go_on.set()
+    filler.join(10)
+    found = []
+    waiter = threading.Thread(target=lambda: found.append(hold(cache, "x")), daemon=True)
+    waiter.start()
+    waiter.join(5)
+    process.kill()
+    process.join()
+    assert len(found) == 1
