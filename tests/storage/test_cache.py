@@ -269,14 +269,16 @@ def test_a_process_that_is_forked_meanwhile_keeps_no_lock(tmp_path):
     filler = threading.Thread(target=lambda: cache.hold("x", 1000, fill).release())
     filler.start()
     filling.wait(10)
-    process = fork.Process(target=time.sleep, args=(30,))
-    process.start()
-    go_on.set()
-    filler.join(10)
     found = []
     waiter = threading.Thread(target=lambda: found.append(hold(cache, "x")), daemon=True)
     waiter.start()
-    waiter.join(5)
+    time.sleep(0.2)
+    process = fork.Process(target=time.sleep, args=(30,))
+    process.start()
+    go_on.set()
+    waiter.join(3)
+    in_time = len(found)
     process.kill()
     process.join()
-    assert len(found) == 1
+    filler.join(10)
+    assert in_time == 1
