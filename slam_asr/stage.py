@@ -102,8 +102,10 @@ def run_stage(
     output = output.replace(FINGERPRINT, digest(inputs)[:16])
     remote = is_s3(output)
     folder = output.rstrip("/") if remote else str(local_path(output).absolute())
-    bench = cache_folder() / "work" / digest(folder)[:24] if remote else Path(folder)
-    with _alone_in(bench):
+    place = cache_folder() / "work" / digest(folder)[:24] if remote else Path(folder)
+    # What was left half-done with other inputs is never published with these.
+    bench = place / digest(inputs)[:24] if remote else place
+    with _alone_in(place):
         done = read_record(folder)
         if done is not None and done.inputs == inputs and intact(done):
             say(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
@@ -119,7 +121,7 @@ def run_stage(
         if remote:
             say(f"{stage}: uploading to {folder}")
             publish_folder(bench, folder, last=RECORD)
-            shutil.rmtree(bench)
+            shutil.rmtree(place)
     say(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record
 

@@ -132,8 +132,14 @@ def s3_server() -> str:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def s3_resource(s3_server):
+    """boto3 as the tests themselves use it, whatever the environment says: it takes long to make."""
+    return boto3.session.Session("key", "a-secret-that-nobody-may-see", region_name="us-east-1").resource("s3", endpoint_url=s3_server)
+
+
 @pytest.fixture
-def bucket(s3_server, monkeypatch, tmp_path):
+def bucket(s3_server, s3_resource, monkeypatch, tmp_path):
     """An empty bucket named `bucket`, with what a program needs to find it in the environment, and an empty cache."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "a-secret-that-nobody-may-see",
@@ -141,9 +147,8 @@ def bucket(s3_server, monkeypatch, tmp_path):
         "SLAM_ASR_S3_PATIENCE": "5", "SLAM_ASR_CACHE": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
-    made = boto3.session.Session().resource("s3").create_bucket(Bucket="bucket")
+    made = s3_resource.create_bucket(Bucket="bucket")
     yield made
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     made.objects.all().delete()
     made.delete()
 
@@ -153,6 +158,6 @@ def faulty_s3(bucket, s3_server, monkeypatch):
     """The bucket behind a network of which a fifth of the requests fail: with 503, silence, a reset or a cut answer."""
     with FaultyProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-        monkeypatch.setenv("SLAM_ASR_S3_TIMEOUT", "0.5")
+        monkeypatch.setenv("SLAM_ASR_S3_TIMEOUT", "0.3")
         monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "30")
         yield proxy

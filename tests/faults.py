@@ -7,7 +7,9 @@
 All that is not spoiled passes byte for byte. Each request has a connection of its own.
 """
 
+import base64
 import contextlib
+import hashlib
 import random
 import socket
 import struct
@@ -75,12 +77,16 @@ class FaultyProxy:
         there = urlsplit(server)
         self.server = (there.hostname, there.port)
         self.share, self.kinds, self.rule = share, kinds, rule
+        self.checks = True
+        """Whether the server seems to compare SHA-256 sums, as S3 does and moto does not; else it seems to know none."""
+        self.one_at_a_time = False
+        """Whether the server gets one request after another."""
         self.requests: list[Request] = []
         """All that came, without their bodies."""
         self.faults: Counter[str] = Counter()
         """How many requests were spoiled, by kind."""
         self._chance = random.Random(seed)
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -148,7 +154,11 @@ class FaultyProxy:
         else:
             if fault == FLIP and request.body:
                 request, fault = Request(request.method, request.target, request.headers, _flipped(request.body)), None
-            head, body = self._pass(request)
+            if self.checks and _differs(request):
+                client.sendall(_error(400, "BadDigest", request.method))
+                return
+            with self._turn if self.one_at_a_time else contextlib.nullcontext():
+                head, body = self._pass(request if self.checks else _without_checksums(request))
             if fault == LOST:
                 _set_to_reset(client)
             elif fault == CUT:
@@ -222,6 +232,16 @@ def _error(status: int, code: str, method: str) -> bytes:
     return (
         f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     ).encode() + body
+
+
+def _differs(request: Request) -> bool:
+    said = request.headers.get("x-amz-checksum-sha256")
+    return bool(said and request.body) and said != base64.b64encode(hashlib.sha256(request.body).digest()).decode()
+
+
+def _without_checksums(request: Request) -> Request:
+    headers = {n: v for n, v in request.headers.items() if not n.startswith(("x-amz-checksum", "x-amz-sdk-checksum"))}
+    return Request(request.method, request.target, headers, request.body)
 
 
 def _flipped(body: bytes) -> bytes:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,21 @@ from slam_asr.storage.local import local_path
 
 _PARTIAL = ".partial"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+_open_locks: set[Any] = set()
+"""Files on which threads of this process have locks, or wait for them."""
+_opening = threading.Lock()
+
+
+def _let_go() -> None:
+    """A forked process has a share in each lock of its parent's threads, and would keep it for as long as it lives."""
+    for lock in _open_locks:
+        lock.close()
+    _open_locks.clear()
+    _opening.release()
+
+
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_let_go)
 
 
 def cache_folder() -> Path:
@@ -60,13 +76,14 @@ class DiskCache:
         """
         while True:
             with self._locked(f"{name}.lock"):
-                path = self.folder / name
-                if not path.is_file() or path.stat().st_size != size:
-                    self._fill(path, size, fill)
-                held = Held(path)
-            # Between the two locks, another process may have removed it.
-            if held.is_there():
-                os.utime(path)
+                held = Held(self.folder / name)
+                if not held.is_there(size):
+                    held.release()
+                    self._fill(held.path, size, fill)
+                    held = Held(held.path)
+            # Between the renaming and the holding, another process may have removed it.
+            if held.is_there(size):
+                os.utime(held.path)
                 return held
             held.release()
 
@@ -81,7 +98,9 @@ class DiskCache:
                     raise UserError(f"{path.name} has {found:,} bytes and not {size:,}: it is damaged; write it anew.")
                 # Its name will vouch for it, even after a crash of the machine.
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            # Whoever counts meanwhile would miss it under both names.
+            with self._locked("room"):
+                os.replace(aside, path)
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
@@ -143,7 +162,7 @@ class DiskCache:
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
         path = self._locks / name
         while True:
-            with open(path, "w") as lock:
+            with _opened(path) as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except BlockingIOError:
@@ -157,6 +176,19 @@ class DiskCache:
                 finally:
                     path.unlink(missing_ok=True)
                 return
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    with _opening:
+        lock = open(path, "w")  # noqa: SIM115 - closed below, or in a forked process
+        _open_locks.add(lock)
+    try:
+        yield lock
+    finally:
+        with _opening:
+            lock.close()
+            _open_locks.discard(lock)
 
 
 def _is_same(file: Any, path: Path) -> bool:
@@ -178,9 +210,9 @@ class Held:
         except FileNotFoundError:
             self._file = None
 
-    def is_there(self) -> bool:
-        """Whether the file under this path is the one that is held."""
-        return self._file is not None and _is_same(self._file, self.path)
+    def is_there(self, size: int) -> bool:
+        """Whether the file under this path is the one that is held, and of this size."""
+        return self._file is not None and os.fstat(self._file.fileno()).st_size == size and _is_same(self._file, self.path)
 
     def release(self) -> None:
         """Let it be removed."""

@@ -1,9 +1,10 @@
 """Objects to disk in parallel pieces, each tried again by itself, with their checksum compared."""
 
+import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from slam_asr.errors import UserError
@@ -72,17 +73,19 @@ class _Download:
             Damaged: its checksum differs.
             _Changed: it is another object now.
         """
-        self.file.seek(0)
-        self.file.truncate(known.bytes)
+        with self._by_name():
+            self.file.seek(0)
+            self.file.truncate(known.bytes)
         starts = range(0, max(known.bytes, 1), pieces.PART_BYTES)
         total, carried = hashlib.sha256(), known.sha256
         with parallel(len(starts)) as (pool, stop):
-            arriving = [pool.submit(self._piece, known, start, min(start + pieces.PART_BYTES, known.bytes), stop) for start in starts]
-            for start, piece in zip(starts, arriving, strict=True):
+            ranges = [(start, min(start + pieces.PART_BYTES, known.bytes)) for start in starts]
+            arriving = [pool.submit(self._piece, known, start, end, stop) for start, end in ranges]
+            for (start, end), piece in zip(ranges, arriving, strict=True):
                 carried = piece.result()
                 # Out of the system's memory, while the pieces behind it arrive.
-                for position in range(start, min(start + pieces.PART_BYTES, known.bytes), _CHUNK_BYTES):
-                    total.update(os.pread(self.descriptor, min(_CHUNK_BYTES, known.bytes - position), position))
+                for position in range(start, end, _CHUNK_BYTES):
+                    total.update(os.pread(self.descriptor, min(_CHUNK_BYTES, end - position), position))
         wanted = self.wanted or carried
         if wanted and total.hexdigest() != wanted:
             self.report(-known.bytes)
@@ -127,10 +130,15 @@ class _Download:
         return answer
 
     def _put(self, chunk: bytes, position: int) -> None:
-        try:
+        with self._by_name():
             while chunk:
                 written = os.pwrite(self.descriptor, chunk, position)
                 chunk, position = chunk[written:], position + written
+
+    @contextlib.contextmanager
+    def _by_name(self) -> Iterator[None]:
+        """A full disk is told with the file's name."""
+        try:
+            yield
         except OSError as error:
-            # With the name, for the sentence.
             raise OSError(error.errno, error.strerror, str(self.file.name)) from error

@@ -125,7 +125,10 @@ def _reason_to_try_again(error: Exception, uri: str, done: str) -> str:
     if isinstance(error, boto.ClientError):
         return _reason_of_server(error, uri, done)
     if isinstance(error, boto.SSLError) and _is_about_certificates(error):
-        raise UserError(f"{uri} cannot be reached: the server's certificate is not trusted; check AWS_ENDPOINT_URL and AWS_CA_BUNDLE.") from None
+        raise UserError(
+            f"{uri} cannot be reached: there is no secure connection to the server, whose certificate is not trusted or which speaks http only; "
+            "check AWS_ENDPOINT_URL and AWS_CA_BUNDLE."
+        ) from None
     if isinstance(error, boto.ConnectionError | boto.HTTPClientError | boto.IncompleteReadError | HTTPError | ConnectionError | TimeoutError):
         return _FAULTS.get(type(error).__name__, type(error).__name__)
     if type(error).__name__ in ("ResponseParserError", "IncompleteRead", "BadStatusLine", "RemoteDisconnected", "LineTooLong"):
@@ -142,7 +145,8 @@ def _reason_to_try_again(error: Exception, uri: str, done: str) -> str:
         raise UserError(
             f"{uri} is no valid address in object storage: names of objects have 1 to 1024 bytes, those of buckets 3 to 63 small letters, digits, dots and dashes."
         ) from None
-    if isinstance(error, boto.BotoCoreError | Boto3Error):
+    # boto3 follows a server that sends it to another region for ever.
+    if isinstance(error, boto.BotoCoreError | Boto3Error | RecursionError):
         raise UserError(f"{uri} cannot be reached ({type(error).__name__}): check AWS_ENDPOINT_URL and AWS_REGION.") from None
     raise error
 

@@ -1,0 +1,229 @@
+"""While a fifth of the requests fail, every call gives exactly the right bytes, and a flipped bit is never read."""
+
+import os
+import random
+import threading
+
+import pytest
+
+from slam_asr.errors import UserError
+from slam_asr.storage import (
+    delete,
+    exists,
+    fetch,
+    fetch_folder,
+    info,
+    join,
+    open_stream,
+    paths,
+    publish_folder,
+    read_bytes,
+    s3,
+    upload,
+    walk,
+    write_bytes,
+)
+from tests.faults import BUSY, CUT, FLIP, LOST, RESET, STALL
+
+ROOT = "s3://bucket/store"
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+@pytest.mark.parametrize("kind", [BUSY, STALL, RESET, LOST, CUT])
+def test_each_kind_of_fault_is_survived_by_each_request(faulty_s3, small_pieces, tmp_path, kind):
+    seen = set()
+
+    def the_first_time(request):
+        known = (request.method, request.target, request.headers.get("range"))
+        return None if known in seen else (seen.add(known), kind)[1]
+
+    faulty_s3.rule = the_first_time
+    content = noise(3 * small_pieces + 1)
+    write_bytes(f"{ROOT}/a/large", content)
+    write_bytes(f"{ROOT}/small", b"small")
+    assert write_bytes(f"{ROOT}/once", b"first", replace=False)
+    assert read_bytes(f"{ROOT}/small") == b"small"
+    assert fetch(f"{ROOT}/a/large").read_bytes() == content
+    assert [f.name for f in walk(ROOT)] == ["a/large", "once", "small"]
+    assert paths.folders_in(ROOT) == ["a"]
+    delete(f"{ROOT}/small")
+    assert info(f"{ROOT}/small") is None
+    assert faulty_s3.faults[kind] >= 10
+
+
+def test_content_of_every_size_survives_a_fifth_of_faults(faulty_s3, small_pieces, tmp_path):
+    for size in (0, 1, small_pieces, small_pieces + 1, 9 * small_pieces + 7):
+        content = noise(size, seed=size)
+        (tmp_path / "file").write_bytes(content)
+        uri = f"{ROOT}/{size}"
+        upload(tmp_path / "file", uri)
+        assert info(uri).bytes == size
+        assert read_bytes(uri) == content
+        assert fetch(uri).read_bytes() == content
+        with open_stream(uri) as stream:
+            assert stream.read(10) + stream.read() == content
+        with open_stream(uri) as stream:
+            assert b"".join(iter(lambda: stream.read(33_333), b"")) == content
+        for start, end in ((0, size), (size // 3, size // 2), (max(size - 5, 0), size)):
+            assert s3.read(uri, start, end) == content[start:end]
+        write_bytes(uri, content[::-1])
+        assert read_bytes(uri) == content[::-1]
+    assert faulty_s3.faults.total() > 10
+
+
+def test_a_listing_of_several_pages_survives_a_fifth_of_faults(faulty_s3, bucket):
+    names = sorted(f"{i:04}" for i in range(2345))
+    faulty_s3.share = 0
+    from moto.s3.models import s3_backends
+
+    backend = next(iter(s3_backends.values()))["global"]
+    for name in names:
+        backend.put_object("bucket", f"store/{name}", b"x")
+    faulty_s3.share = 0.5
+    assert [f.name for f in walk(ROOT)] == names
+    assert faulty_s3.faults.total() > 0
+
+
+def test_folders_survive_a_fifth_of_faults(faulty_s3, small_pieces, tmp_path):
+    files = {f"part-{i}/{i}.bin": noise(i * small_pieces // 3, seed=i) for i in range(20)}
+    for name, content in files.items():
+        write_bytes(tmp_path / "folder" / name, content)
+    write_bytes(tmp_path / "folder" / "last.json", "{}")
+    publish_folder(tmp_path / "folder", ROOT, last="last.json")
+    fetched = fetch_folder(ROOT)
+    assert {f.name: read_bytes(join(fetched, f.name)) for f in walk(fetched)} == files | {"last.json": b"{}"}
+    assert faulty_s3.faults.total() > 5
+
+
+def test_one_of_several_conditional_writers_wins_under_faults(faulty_s3):
+    # moto itself lets two in: the server gets one of these requests at a time.
+    faulty_s3.one_at_a_time = True
+    for turn in range(3):
+        won = []
+
+        def compete(turn=turn, won=won) -> None:
+            # The same content from all: no reason for any to believe that it was first.
+            if write_bytes(f"{ROOT}/claim-{turn}", b"mine", replace=False):
+                won.append(threading.get_ident())
+
+        threads = [threading.Thread(target=compete) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1 and read_bytes(f"{ROOT}/claim-{turn}") == b"mine"
+
+
+@pytest.mark.parametrize("answer", [(501, "NotImplemented"), (400, "InvalidArgument")])
+def test_a_server_without_conditional_writes_serves_too(faulty_s3, answer):
+    faulty_s3.rule = lambda request: answer if "if-none-match" in request.headers else None
+    assert write_bytes(f"{ROOT}/once", b"first", replace=False)
+    assert not write_bytes(f"{ROOT}/once", b"second", replace=False)
+    assert read_bytes(f"{ROOT}/once") == b"first"
+
+
+def first(number: int, kind, method: str):
+    """A rule that spoils the first requests of a method."""
+    left = [number]
+
+    def rule(request):
+        if request.method == method and left[0]:
+            left[0] -= 1
+            return kind
+        return None
+
+    return rule
+
+
+@pytest.mark.parametrize("size", [1000, 350_000])
+def test_a_bit_that_flips_on_the_way_here_is_healed(faulty_s3, small_pieces, size):
+    faulty_s3.share = 0
+    content = noise(size)
+    write_bytes(f"{ROOT}/x", content)
+    for reading in (lambda: read_bytes(f"{ROOT}/x"), lambda: fetch(f"{ROOT}/x").read_bytes()):
+        faulty_s3.rule = first(1, FLIP, "GET")
+        assert reading() == content
+    faulty_s3.rule = first(1, FLIP, "GET")
+    if size < small_pieces:
+        assert open_stream(f"{ROOT}/x").read() == content
+    else:
+        # What has been handed on cannot be taken back: it is an error at the end.
+        with pytest.raises(UserError, match="damaged"):
+            open_stream(f"{ROOT}/x").read()
+    assert faulty_s3.faults[FLIP] == 3
+
+
+@pytest.mark.parametrize("size", [1000, 350_000])
+@pytest.mark.parametrize("checksums", [True, False], ids=["new server", "server without checksums"])
+def test_a_bit_that_flips_on_the_way_there_is_healed(faulty_s3, small_pieces, size, checksums):
+    faulty_s3.checks = checksums
+    faulty_s3.rule = first(2, FLIP, "PUT")
+    content = noise(size)
+    write_bytes(f"{ROOT}/x", content)
+    assert faulty_s3.faults[FLIP] == 2
+    faulty_s3.rule, faulty_s3.share = None, 0
+    assert read_bytes(f"{ROOT}/x") == content
+
+
+def test_a_network_that_flips_a_bit_each_time_is_one_sentence(faulty_s3):
+    faulty_s3.rule = lambda request: FLIP if request.method == "PUT" else None
+    with pytest.raises(UserError, match=r"arrives damaged .* 3 times"):
+        write_bytes(f"{ROOT}/x", b"content")
+    assert faulty_s3.asked("PUT") == 3 and not exists(f"{ROOT}/x")
+
+
+@pytest.mark.parametrize("size", [1000, 350_000])
+def test_an_object_that_is_damaged_where_it_lies_is_one_sentence(bucket, small_pieces, size, tmp_path):
+    content = noise(size)
+    write_bytes(f"{ROOT}/x", content)
+    carried = bucket.Object("store/x").metadata
+    bucket.put_object(Key="store/x", Body=content[:-1] + bytes([content[-1] ^ 1]), Metadata=carried)
+    for reading in (read_bytes, fetch, lambda uri: open_stream(uri).read()):
+        with pytest.raises(UserError, match="is damaged") as raised:
+            reading(f"{ROOT}/x")
+        assert "\n" not in str(raised.value)
+    assert [f for f in tmp_path.rglob("*") if f.is_file() and f.stat().st_size] == []
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_never_mixed(bucket, small_pieces, faulty_s3):
+    old, new = noise(5 * small_pieces, seed=1), noise(5 * small_pieces, seed=2)
+    write_bytes(f"{ROOT}/x", old)
+    stream = s3.ObjectStream(f"{ROOT}/x")
+    assert stream.read(10) == old[:10]
+    bucket.put_object(Key="store/x", Body=new)
+    with pytest.raises(UserError, match="was replaced while it was read"):
+        stream.readall()
+    gets = []
+
+    def replace(request):
+        gets.append(request.method)
+        if gets.count("GET") == 3:
+            write_bytes_directly(bucket, old)
+        return None
+
+    faulty_s3.rule = replace
+    assert fetch(f"{ROOT}/x").read_bytes() == old
+
+
+def write_bytes_directly(bucket, content: bytes) -> None:
+    from moto.s3.models import s3_backends
+
+    next(iter(s3_backends.values()))["global"].put_object("bucket", "store/x", content)
+
+
+def test_progress_counts_each_byte_once(faulty_s3, small_pieces, tmp_path):
+    content = noise(7 * small_pieces + 3)
+    for done in (True, False):
+        counted = []
+        with open(tmp_path / "file", "w+b") as file:
+            if done:
+                file.write(content)
+                s3.upload(f"{ROOT}/x", file, report=counted.append)
+            else:
+                s3.download(f"{ROOT}/x", file, report=counted.append)
+        assert sum(counted) == len(content)
+    assert (tmp_path / "file").read_bytes() == content
+    assert os.path.getsize(tmp_path / "file") == len(content)
