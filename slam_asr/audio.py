@@ -78,6 +78,8 @@ class Clip:
     """Of the file, in Hz."""
     channels: int
     """Of the file; `samples` is their mean."""
+    sha256: str | None = None
+    """Of the file's bytes, where all of them were in memory."""
 
     @property
     def duration(self) -> float:
@@ -117,7 +119,8 @@ def load_utterance(utterance: "Utterance") -> np.ndarray:
 
 
 def read_clip(
-    path: str | os.PathLike, longest: float | None = None, start: float | None = None, duration: float | None = None
+    path: str | os.PathLike, longest: float | None = None, start: float | None = None, duration: float | None = None,
+    content: bytes | None = None,
 ) -> Clip:
     """A file's waveform, or a segment's, with what the file was before it became 16-kHz mono.
 
@@ -128,15 +131,20 @@ def read_clip(
         start: seconds into the file at which a segment begins; nothing before it is decoded where the
             format can be entered anywhere.
         duration: seconds of the segment; to the file's end if not given.
+        content: the file's bytes, where they are at hand; `path` is its name for people then.
 
     Raises:
         AudioError: as for `load_audio`, or longer than `longest`, or a segment that the file does not hold.
     """
-    if not is_s3(path):
-        file: Path | bytes = _present(path)
+    if content is not None:
+        file: Path | bytes = content
+    elif is_s3(path) and start is None:
+        file = _content(path)
     else:
-        file = _content(path) if start is None else _segments_file(path)
-    return _clip(file, path, start, duration, longest)
+        file = _segments_file(path)
+    clip = _clip(file, path, start, duration, longest)
+    clip.sha256 = sha256_of_bytes(file) if isinstance(file, bytes) else None
+    return clip
 
 
 def count_samples(path: str | os.PathLike) -> int:

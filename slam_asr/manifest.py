@@ -165,6 +165,12 @@ def manifest_line(utterance: Utterance) -> bytes:
     return json_line(_fields(utterance))
 
 
+def parse_line(line: bytes) -> Utterance:
+    """An utterance from a line that `manifest_line` made; its source stays as it is written."""
+    extra = json.loads(line)
+    return Utterance(**{name: extra.pop(name) for name in _TYPES if name in extra}, extra=extra)
+
+
 def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line, whole or not at all."""
     write_lines(path, map(json_line, rows))
