@@ -18,7 +18,7 @@ from pathlib import Path
 
 from slam_asr.manifest import Utterance, iterate_manifest, read_manifest, write_manifest
 
-WORDS = "the of and to a in that he was it his is with as i for had you be on".split()
+WORDS = ["the", "of", "and", "to", "a", "in", "that", "he", "was", "it", "his", "is", "with", "as", "i", "for", "had", "you", "be", "on"]
 
 
 def utterances(count: int) -> Iterator[Utterance]:

@@ -2,33 +2,31 @@
 
 A manifest is a file of JSON lines, one utterance each. `key`, `source` and `target` are named as in
 SLAM-LLM, so its files are read as they are; `duration`, `sample_rate` and `sha256` are added by
-`build-manifest`, `start` where an utterance is a stretch of a longer file; any other field is carried
+`build-manifest`; `start` makes the utterance a segment of a longer file; any other field is carried
 along untouched:
 
     {"key": "1001-134707-0000", "source": "/data/x.flac", "target": "…", "duration": 12.3, "subset": "test-clean"}
 
-Manifests may have millions of lines: they are validated in a stream, kept as a file with the places of
-its lines, and written through a sort on disk.
+A manifest may hold millions of lines and lie in object storage: it is read line by line, checked
+whole, and sorted through local disk, in memory that does not grow with the length of its lines.
 """
 
 import json
 import math
-import mmap
 import os
+import threading
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
-import xxhash
 
 from slam_asr.errors import UserError
-from slam_asr.sorting import SortedLines
-from slam_asr.storage import exists, fetch, is_s3, local_path, parent_of, resolve, upload
-from slam_asr.storage.local import written_whole
+from slam_asr.external_sort import ExternalSort
+from slam_asr.storage import exists, fetch, is_s3, local_path, name_of, parent_of, resolve, upload
+from slam_asr.storage.cache import cache_folder
 
 
 @dataclass
@@ -41,16 +39,16 @@ class Utterance:
     """The audio file: an absolute local path, or a URI."""
     target: str
     """The transcript."""
+    start: float | None = field(default=None, kw_only=True)
+    """Seconds into the file where it begins; absent: it is the whole file."""
     duration: float | None = None
-    """Seconds: samples at 16 kHz, divided by 16 000."""
+    """Seconds, of the segment where there is a `start`: samples at 16 kHz, divided by 16 000."""
     sample_rate: int | None = None
     """Of the file, in Hz; `audio.load_audio` always gives 16 kHz."""
     sha256: str | None = None
-    """Of the audio file's bytes."""
+    """Of the whole audio file's bytes."""
     extra: dict[str, Any] = field(default_factory=dict)
     """All other fields, as they were."""
-    start: float | None = None
-    """Seconds into the file at which it begins, for `duration`; absent where it is the whole file."""
 
     @property
     def subset(self) -> str:
@@ -64,87 +62,77 @@ class Utterance:
 
 
 class Manifest(Sequence[Utterance]):
-    """A manifest's utterances in the order of its lines, each read from the file when it is asked for.
+    """The utterances of a manifest, in the order of its lines, each parsed when it is asked for.
 
-    In memory are the places of the lines, 8 bytes each. It can be sent to other processes.
-
-    Args:
-        path: as the user named it.
-        offsets: [lines] at which byte of the file each utterance's line begins.
+    Holds where each line begins (8 bytes an utterance), not what it says. Threads and forked processes
+    may share one; it can be pickled, and then needs the file to be there where it is used. Made by
+    `read_manifest`.
     """
 
     def __init__(self, path: str | os.PathLike, offsets: np.ndarray) -> None:
-        self.path, self.offsets = os.fspath(path), offsets
-        self._folder = parent_of(path)
-        self._mapped: mmap.mmap | None = None
+        self.path = _absolute(path)
+        self._offsets = offsets
+        """int64 [utterances + 1]: where each line begins, and where the last one ends."""
+        self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Utterance: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Utterance]: ...
+    def __getitem__(self, index: int | slice) -> Utterance | list[Utterance]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        if self._file is None:
+            self._file = open(fetch(self.path), "rb", buffering=0)  # noqa: SIM115 - closed with the object
+        start, end = int(self._offsets[position]), int(self._offsets[position + 1])
+        # Not seek and read: threads and forked processes share the file's position.
+        line = os.pread(self._file.fileno(), end - start, start)
+        return _utterance(line, parent_of(self.path), self._place(position))
 
     def __iter__(self) -> Iterator[Utterance]:
-        return (utterance for _, _, utterance in _stream(self.path))
-
-    @overload
-    def __getitem__(self, at: int) -> Utterance: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Utterance]: ...
-    def __getitem__(self, at: int | slice) -> Utterance | list[Utterance]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        mapped = self._mapped or self._map()
-        begin = int(self.offsets[at])
-        end = mapped.find(b"\n", begin)
-        return _utterance(mapped[begin : end if end >= 0 else len(mapped)], self._folder, self.path)
+        folder = parent_of(self.path)
+        lines = _lines(fetch(self.path))
+        for position, (_, _, line) in zip(range(len(self)), lines, strict=False):
+            yield _utterance(line, folder, self._place(position))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
     __hash__ = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_mapped": None}
+    def __repr__(self) -> str:
+        return f"Manifest({self.path!r}, {len(self)} utterances)"
 
-    def _map(self) -> mmap.mmap:
-        with open(fetch(self.path), "rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._mapped
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_file": None}
+
+    def _place(self, position: int) -> Callable[[], str]:
+        return lambda: f"{self.path}, utterance {position + 1} (changed since it was first read)"
 
 
 def read_manifest(path: str | os.PathLike) -> Manifest:
-    """A manifest, all of its lines validated.
+    """All utterances of a manifest, in the order of its lines; every line is checked now.
 
     Raises:
         UserError: no such file, no utterance in it, or a line that is not one, by file and line.
     """
-    offsets, keys = array("q"), array("Q")
-    for _, offset, utterance in _stream(path):
+    file = _manifest_file(path)
+    offsets, hashes = array("q"), array("q")
+    for number, offset, line in _lines(file):
+        key = _checked_fields(line, _place(path, number))["key"]
         offsets.append(offset)
-        keys.append(xxhash.xxh3_64_intdigest(utterance.key.encode()))
+        hashes.append(hash(key))
     if not offsets:
         raise UserError(f"{path} holds no utterance: it must have one JSON object a line with key, source and target.")
-    manifest = Manifest(path, np.frombuffer(offsets, np.int64))
-    _refuse_repeated_keys(manifest, np.frombuffer(keys, np.uint64))
-    return manifest
-
-
-def _refuse_repeated_keys(manifest: Manifest, hashes: np.ndarray) -> None:
-    order = np.argsort(hashes, kind="stable")
-    alike = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-    # Only keys whose hashes are equal are looked at, in the order of the lines that repeat one.
-    for later in np.sort(order[alike + 1]).tolist():
-        key = manifest[later].key
-        for earlier in np.flatnonzero(hashes[:later] == hashes[later]).tolist():
-            if manifest[earlier].key == key:
-                first, second = (_line_of(manifest, row) for row in (earlier, later))
-                raise UserError(
-                    f"{manifest.path}, line {second}: key {key} is already that of line {first}: keys must be unique."
-                )
-
-
-def _line_of(manifest: Manifest, row: int) -> int:
-    """Number of an utterance's line, from 1."""
-    with open(fetch(manifest.path), "rb") as file:
-        return file.read(int(manifest.offsets[row])).count(b"\n") + 1
+    _refuse_repeated_keys(path, file, np.frombuffer(hashes, np.int64))
+    offsets.append(os.path.getsize(file))
+    return Manifest(path, np.frombuffer(offsets, np.int64))
 
 
 def iterate_manifest(path: str | os.PathLike) -> Iterator[tuple[int, Utterance]]:
@@ -153,68 +141,122 @@ def iterate_manifest(path: str | os.PathLike) -> Iterator[tuple[int, Utterance]]
     Raises:
         UserError: no such file, or a line that is not an utterance.
     """
-    return ((number, utterance) for number, _, utterance in _stream(path))
-
-
-def _stream(path: str | os.PathLike) -> Iterator[tuple[int, int, Utterance]]:
-    """Line numbers, places in the file, and utterances."""
-    folder = parent_of(path)
-    offset = 0
-    with open(_file_of(path), "rb") as lines:
-        # Bytes, because text would also be split at line separators that may stand inside a transcript.
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, offset, _utterance(line, folder, path, number)
-            offset += len(line)
-
-
-def _file_of(path: str | os.PathLike) -> Path:
-    """A manifest's file on local disk."""
-    if is_s3(path):
-        if not exists(path):
-            raise UserError(f"There is no manifest {path}: check the address, or write one with `slam-asr build-manifest`.")
-        return fetch(path)
-    file = local_path(path)
-    if file.is_dir():
-        raise UserError(f"{path} is a folder, not a manifest: name a .jsonl file in it, such as {file / 'train.jsonl'}.")
-    if not file.is_file():
-        raise UserError(f"There is no manifest {path}: check the path, or write one with `slam-asr build-manifest`.")
-    return file
+    file = _manifest_file(path)
+    folder = parent_of(_absolute(path))
+    for number, _, line in _lines(file):
+        yield number, _utterance(line, folder, _place(path, number))
 
 
 def write_manifest(path: str | os.PathLike, utterances: Iterable[Utterance]) -> None:
-    """Write a manifest whole or not at all, sorted by key: the same utterances give the same bytes."""
-    with SortedLines() as lines:
+    """Write a manifest whole or not at all, sorted by key: the same utterances give the same bytes.
+
+    Args:
+        path: a local path or s3://.
+        utterances: in any order and number; sorted through local disk where they are many.
+    """
+    with ExternalSort(_workplace(path)) as ordered:
         for utterance in utterances:
-            lines.add(utterance.key, to_line(utterance))
-        write_lines(path, (line for _, line in lines))
+            ordered.add(utterance.key.encode("utf-8", "backslashreplace"), manifest_line(utterance))
+        write_lines(path, (line for _, line in ordered))
 
 
-def to_line(utterance: Utterance) -> bytes:
-    """An utterance as its line in a manifest."""
-    return as_line(_fields(utterance))
+def manifest_line(utterance: Utterance) -> bytes:
+    """An utterance as it stands in a manifest, with the line's end."""
+    return json_line(_fields(utterance))
 
 
-def as_line(row: dict[str, Any]) -> bytes:
-    """A JSON object as a line."""
-    # A file name that is not UTF-8 becomes a JSON escape and reads back as the same name.
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+def parse_line(line: bytes) -> Utterance:
+    """An utterance from a line that `manifest_line` made; its source stays as it is written."""
+    extra = json.loads(line)
+    return Utterance(**{name: extra.pop(name) for name in _TYPES if name in extra}, extra=extra)
 
 
 def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line, whole or not at all."""
-    write_lines(path, map(as_line, rows))
+    write_lines(path, map(json_line, rows))
+
+
+def json_line(row: dict[str, Any]) -> bytes:
+    """A JSON object as one line; a file name that is not UTF-8 becomes an escape and reads back as the same name."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_lines(path: str | os.PathLike, lines: Iterable[bytes]) -> None:
-    """Write lines as they come, visible when all are there."""
+    """Write lines to a local file or an object as they come; they are visible whole or not at all."""
+    remote = is_s3(path)
+    name = name_of(path)[:200]
+    aside = _workplace(path) / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
+    try:
+        with open(aside, "wb") as file:
+            file.writelines(lines)
+            file.flush()
+            if not remote:
+                os.fsync(file.fileno())
+        if remote:
+            upload(aside, path)
+        else:
+            os.replace(aside, local_path(path))
+    except OSError as error:
+        if error.filename not in (None, str(aside)):
+            raise
+        # The name the user knows, not the one aside.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _workplace(path: str | os.PathLike) -> Path:
+    """Where what is not finished lies: beside a local file, or in the cache folder for an object."""
+    folder = cache_folder() / "work" if is_s3(path) else local_path(path).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _absolute(path: str | os.PathLike) -> str:
+    return os.fspath(path) if is_s3(path) else str(local_path(path).absolute())
+
+
+def _manifest_file(path: str | os.PathLike) -> Path:
+    """A manifest on local disk; it is fetched from object storage first."""
+    remedy = "check the path, or write one with `slam-asr build-manifest`."
     if is_s3(path):
-        with TemporaryDirectory(prefix="slam-asr-") as folder:
-            write_lines(Path(folder) / "lines", lines)
-            upload(Path(folder) / "lines", path)
+        if not exists(path):
+            raise UserError(f"There is no manifest {path}: {remedy}")
+        return fetch(path)
+    file = local_path(path)
+    if file.is_dir():
+        raise UserError(
+            f"{path} is a folder, not a manifest: name a .jsonl file in it, such as {file / 'train.jsonl'}."
+        )
+    if not file.is_file():
+        raise UserError(f"There is no manifest {path}: {remedy}")
+    return file
+
+
+def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, offset in bytes and content of each line that is not blank."""
+    offset = 0
+    with open(file, "rb", buffering=2**20) as lines:
+        # Bytes, because text would also be split at line separators that may stand inside a transcript.
+        for number, line in enumerate(lines, start=1):
+            if not line.isspace():
+                yield number, offset, line
+            offset += len(line)
+
+
+def _refuse_repeated_keys(path: str | os.PathLike, file: Path, hashes: np.ndarray) -> None:
+    ordered = np.sort(hashes)
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not suspects:
         return
-    with written_whole(local_path(path)) as file:
-        file.writelines(lines)
+    first_lines: dict[str, int] = {}
+    for (number, _, line), value in zip(_lines(file), hashes.tolist(), strict=True):
+        if value not in suspects:
+            continue
+        key = _checked_fields(line, _place(path, number))["key"]
+        first = first_lines.setdefault(key, number)
+        if first != number:
+            raise UserError(f"{path}, line {number}: key {key} is already that of line {first}: keys must be unique.")
 
 
 def _fields(utterance: Utterance) -> dict[str, Any]:
@@ -222,51 +264,69 @@ def _fields(utterance: Utterance) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None} | utterance.extra
 
 
-_TYPES = {"key": str, "source": str, "target": str, "duration": float, "sample_rate": int, "sha256": str, "start": float}
+_TYPES = {
+    "key": str, "source": str, "target": str, "start": float, "duration": float, "sample_rate": int, "sha256": str,
+}  # fmt: skip
 _REQUIRED = ("key", "source", "target")
-_IN_WORDS = {str: "text", float: "a number of seconds above 0", int: "a whole number of Hz above 0"}
+_OPTIONAL = tuple(name for name in _TYPES if name not in _REQUIRED)
+_IN_WORDS = {
+    "start": "a number of seconds, 0 or more", "duration": "a number of seconds above 0",
+    "sample_rate": "a whole number of Hz above 0",
+}  # fmt: skip
+
+Place = Callable[[], str]
+"""File and line in words; put together only for a line that is refused."""
 
 
-def _utterance(line: bytes, folder: str, path: str | os.PathLike, number: int | None = None) -> Utterance:
+def _place(path: str | os.PathLike, number: int) -> Place:
+    return lambda: f"{path}, line {number}"
+
+
+def _utterance(line: bytes, folder: str, where: Place) -> Utterance:
+    extra = _checked_fields(line, where)
+    known = {name: extra.pop(name) for name in _TYPES if name in extra}
+    known["source"] = resolve(known["source"], folder)
+    return Utterance(**known, extra=extra)
+
+
+def _checked_fields(line: bytes, where: Place) -> dict[str, Any]:
+    """What a line says, its known fields being right."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{_where(path, number)} is not JSON ({error}): each line must be one JSON object.") from error
+        raise UserError(f"{where()} is not JSON ({error}): each line must be one JSON object.") from error
     if not isinstance(values, dict):
         raise UserError(
-            f"{_where(path, number)} holds {type(values).__name__} where an object with key, source and target must stand."
+            f"{where()} holds {type(values).__name__} where an object with key, source and target must stand."
         )
     missing = [name for name in _REQUIRED if name not in values]
     if missing:
-        raise UserError(f"{_where(path, number)} has no {' and no '.join(missing)}: each line needs key, source and target.")
-    known = {name: values.pop(name) for name in _TYPES if name in values}
-    for name, value in known.items():
-        _check(name, value, path, number)
-    if known.get("start") is not None and known.get("duration") is None:
-        raise UserError(f"{_where(path, number)} has a start but no duration: a stretch of a file needs both.")
-    if "://" not in known["source"]:
-        known["source"] = resolve(known["source"], folder)
-    return Utterance(**known, extra=values)
+        raise UserError(f"{where()} has no {' and no '.join(missing)}: each line needs key, source and target.")
+    for name in _REQUIRED:
+        _check_text(name, values[name], where)
+    for name in _OPTIONAL:
+        if values.get(name) is not None:
+            _check_optional(name, values[name], where)
+    if values.get("start") is not None and values.get("duration") is None:
+        raise UserError(f"{where()} has a start but no duration: a segment of a file needs both.")
+    return values
 
 
-def _where(path: str | os.PathLike, number: int | None) -> str:
-    return f"{path}, line {number}" if number else f"A line of {path}"
+def _check_text(name: str, value: Any, where: Place) -> None:
+    if not isinstance(value, str) or not (name == "target" or value.strip()):
+        raise UserError(f"{where()}: {name} must be text, not {json.dumps(value)[:60]}.")
+    if name in ("key", "target") and not _is_unicode(value):
+        raise UserError(f"{where()}: {name} holds half a character (a lone surrogate): write it as UTF-8.")
 
 
-def _check(name: str, value: Any, path: str | os.PathLike, number: int | None) -> None:
-    kind = _TYPES[name]
-    if value is None and name not in _REQUIRED:
+def _check_optional(name: str, value: Any, where: Place) -> None:
+    if _TYPES[name] is str:
+        _check_text(name, value, where)
         return
-    if kind is str:
-        right = isinstance(value, str) and (name == "target" or bool(value.strip()))
-        if right and name in ("key", "target") and not _is_unicode(value):
-            raise UserError(f"{_where(path, number)}: {name} holds half a character (a lone surrogate): write it as UTF-8.")
-    else:
-        right = isinstance(value, int | kind) and not isinstance(value, bool) and value < math.inf
-        right = right and (value >= 0 if name == "start" else value > 0)
-    if not right:
-        words = "a number of seconds from 0 on" if name == "start" else _IN_WORDS[kind]
-        raise UserError(f"{_where(path, number)}: {name} must be {words}, not {json.dumps(value)[:60]}.")
+    kinds = int if name == "sample_rate" else (int, float)
+    right = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not right or (value == 0 and name != "start"):
+        raise UserError(f"{where()}: {name} must be {_IN_WORDS[name]}, not {json.dumps(value)[:60]}.")
 
 
 def _is_unicode(text: str) -> bool:

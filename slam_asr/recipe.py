@@ -25,9 +25,31 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass
+class Columns:
+    """Names of a table's columns. One left empty is found by its usual names."""
+
+    audio: str = ""
+    """The audio file, or the audio itself. Usual names: audio, path, file, wav, file_name and the like."""
+    text: str = ""
+    """The transcript. Usual names: text, sentence, transcript, transcription, target."""
+    key: str = ""
+    """What tells utterances apart. Usual names: id, key, utt_id; without one, the audio file's path."""
+    split: str = ""
+    """The subset, which the patterns of train, dev and test are matched against. Usual names: split, subset; without one, the table's file name."""
+    speaker: str = ""
+    """Who speaks. Usual names: speaker, speaker_id, client_id."""
+    start: str = ""
+    """Seconds into the file where an utterance begins, where rows are segments of longer files. Taken only if it is named here."""
+    duration: str = ""
+    """Seconds that a segment lasts; to the file's end if not named."""
+
+
+@dataclass
 class Data:
     """Which utterances, and how their transcripts are written."""
 
+    kind: Literal["auto", "librispeech", "table", "folder", "jsonlines", "kaldi", "lhotse", "huggingface"] = "auto"
+    """How the corpus is laid out; `auto` finds it out from what lies there."""
     train: list[str] = field(default_factory=lambda: ["train-*"])
     """Subsets of the corpus to train on; shell patterns are allowed."""
     dev: list[str] = field(default_factory=lambda: ["dev-other"])
@@ -36,8 +58,11 @@ class Data:
     """Subsets to decode and score, each reported by itself."""
     dev_fraction: float = 0.05
     """Share of the train utterances held out for validation where the corpus has no dev subset; chosen by a hash of the key, so it never changes."""
-    text: Literal["lower", "upper", "as-is"] = "lower"
-    """Case of the transcripts. LLMs spell lower case with fewer tokens; a model and its test set must agree."""
+    columns: Columns = field(default_factory=Columns)
+    audio_root: str = ""
+    """Folder or s3:// prefix that the relative audio paths of a table, a list or cuts count from; the folder of that file if not given."""
+    text: Literal["lower", "upper", "as-is", "whisper"] = "lower"
+    """How transcripts are written: in one case, as they are, or through Whisper's normaliser for English, which spells out contractions and leaves punctuation out. LLMs spell lower case with fewer tokens; a model and its test set must agree."""
     min_duration: float = 0.1
     """Seconds; anything shorter is set aside."""
     max_duration: float = 30.0

@@ -1,11 +1,16 @@
 """Manifests: what is read is what was written, and what is no manifest is refused by file and line."""
 
 import json
+import pickle
+import threading
 
 import pytest
 
+from slam_asr import manifest
 from slam_asr.errors import UserError
-from slam_asr.manifest import Utterance, read_manifest, write_manifest
+from slam_asr.external_sort import ExternalSort
+from slam_asr.manifest import Manifest, Utterance, iterate_manifest, read_manifest, write_manifest
+from slam_asr.storage import read_bytes, write_bytes
 
 GOOD = {"key": "a", "source": "/x.wav", "target": "hello"}
 
@@ -116,6 +121,8 @@ def test_a_failed_write_leaves_the_older_manifest(tmp_path):
         (GOOD | {"key": "b", "duration": True}, "duration must be"),
         (GOOD | {"key": "b", "sample_rate": 16000.5}, "sample_rate must be a whole number"),
         (GOOD | {"key": "b", "sha256": 12}, "sha256 must be text"),
+        (GOOD | {"key": "b", "start": -0.5, "duration": 1}, "start must be a number of seconds, 0 or more, not -0.5"),
+        (GOOD | {"key": "b", "start": 1.5}, "has a start but no duration"),
     ],
 )
 def test_a_bad_line_is_refused_by_file_and_number(tmp_path, bad, says):
@@ -150,3 +157,113 @@ def test_a_missing_manifest_is_refused_with_the_stage_that_writes_one(tmp_path):
 
 def test_a_folder_is_refused_with_a_file_to_name_instead(tmp_path):
     assert str(tmp_path / "train.jsonl") in refusal(tmp_path)
+
+
+def utterances(count: int) -> list[Utterance]:
+    return [Utterance(f"k{i * 7919 % count:05d}", f"/{i}.wav", f"text {i}\u2028", 1.0 + i) for i in range(count)]
+
+
+def small_runs(*arguments):
+    return ExternalSort(*arguments, run_bytes=2000)
+
+
+def test_a_segment_is_read_back_with_its_start(tmp_path):
+    written = [Utterance("a", "/x.wav", "x", 2.5, start=0.0), Utterance("b", "/x.wav", "x", 2.5, start=2.5)]
+    write_manifest(tmp_path / "m.jsonl", written)
+    assert read_manifest(tmp_path / "m.jsonl") == written
+
+
+def test_sorting_through_disk_gives_the_bytes_of_sorting_in_memory(tmp_path, monkeypatch):
+    write_manifest(tmp_path / "memory.jsonl", utterances(1000))
+    monkeypatch.setattr(manifest, "ExternalSort", small_runs)
+    write_manifest(tmp_path / "disk.jsonl", utterances(1000))
+    assert (tmp_path / "disk.jsonl").read_bytes() == (tmp_path / "memory.jsonl").read_bytes()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["disk.jsonl", "memory.jsonl"]
+
+
+def test_records_of_one_key_stay_in_the_order_of_their_coming_whatever_the_runs(monkeypatch):
+    monkeypatch.setattr("slam_asr.external_sort._MOST_RUNS", 3)
+    with small_runs() as ordered:
+        for i in range(500):
+            ordered.add(b"%d" % (i % 5), b"%05d" % i)
+        once, twice = list(ordered), list(ordered)
+    assert once == twice == sorted(once)
+    assert len(once) == 500
+
+
+def test_keys_are_in_the_order_of_their_characters(tmp_path):
+    keys = ["é", "z", "\U0001f600", "\ufffd", "a/b", "a b", "..", "../../x", "k" * 2000]
+    write_manifest(tmp_path / "m.jsonl", [Utterance(key, "/x.wav", "x") for key in keys])
+    assert [u.key for u in read_manifest(tmp_path / "m.jsonl")] == sorted(keys)
+
+
+def test_a_manifest_is_a_sequence_of_its_lines(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write_manifest(path, utterances(50))
+    path.write_bytes(b"\n" + path.read_bytes().replace(b"\n", b"\n \n\n", 3))
+    read, expected = read_manifest(path), sorted(utterances(50), key=lambda u: u.key)
+    assert len(read) == 50
+    assert list(read) == [u for _, u in iterate_manifest(path)] == expected
+    assert (read[0], read[-1], read[7:12], read[::-9]) == (expected[0], expected[-1], expected[7:12], expected[::-9])
+    assert list(reversed(read)) == expected[::-1]
+    with pytest.raises(IndexError):
+        read[50]
+
+
+def test_a_manifest_travels_to_other_processes_and_threads(tmp_path):
+    write_manifest(tmp_path / "m.jsonl", utterances(200))
+    read = read_manifest(tmp_path / "m.jsonl")
+    assert read[3].key == "k00003"
+    again = pickle.loads(pickle.dumps(read))
+    assert isinstance(again, Manifest)
+    assert again == read
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.extend(again[i].key for i in range(200))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == sorted([f"k{i:05d}" for i in range(200)] * 4)
+
+
+def test_relative_paths_hold_after_a_change_of_folder(tmp_path, monkeypatch):
+    write_lines(tmp_path / "m.jsonl", GOOD | {"source": "x.wav"})
+    monkeypatch.chdir(tmp_path)
+    read = read_manifest("m.jsonl")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert read[0].source == str(tmp_path / "x.wav")
+    assert [u.source for u in read] == [str(tmp_path / "x.wav")]
+
+
+def test_a_manifest_in_object_storage_is_read_and_written_as_a_local_one(tmp_path, bucket):
+    uri = "s3://bucket/corpus/m.jsonl"
+    sources = {"a": "wav/a.wav", "b": "../b.wav", "c": "/data/c.wav", "d": "s3://other/d.wav"}
+    write_manifest(uri, [Utterance(key, source, "x") for key, source in reversed(sources.items())])
+    write_manifest(tmp_path / "m.jsonl", [Utterance(key, source, "x") for key, source in sources.items()])
+    assert read_bytes(uri) == (tmp_path / "m.jsonl").read_bytes()
+    expected = ["s3://bucket/corpus/wav/a.wav", "s3://bucket/b.wav", "/data/c.wav", "s3://other/d.wav"]
+    read = read_manifest(uri)
+    assert [u.source for u in read] == [read[i].source for i in range(4)] == expected
+    with pytest.raises(UserError, match=r"no manifest s3://bucket/none\.jsonl.*build-manifest"):
+        read_manifest("s3://bucket/none.jsonl")
+    write_bytes("s3://bucket/bad.jsonl", b"{}\n")
+    with pytest.raises(UserError, match=r"s3://bucket/bad\.jsonl, line 1 has no key"):
+        read_manifest("s3://bucket/bad.jsonl")
+
+
+def test_keys_whose_hashes_meet_are_not_taken_for_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "hash", lambda _: 7, raising=False)
+    write_manifest(tmp_path / "m.jsonl", utterances(20))
+    assert len(read_manifest(tmp_path / "m.jsonl")) == 20
+    with open(tmp_path / "m.jsonl", "ab") as file:
+        file.write(b'{"key": "k00004", "source": "x", "target": ""}\n')
+    assert "line 21: key k00004 is already that of line 5" in refusal(tmp_path / "m.jsonl")
+
+
+def test_a_line_that_changed_under_a_reader_is_refused(tmp_path):
+    path = write_lines(tmp_path / "m.jsonl", GOOD, GOOD | {"key": "b"})
+    read = read_manifest(path)
+    path.write_text("no longer the manifest that it was, and of another length\n" * 5)
+    with pytest.raises(UserError, match=r"utterance 2 \(changed since it was first read\)"):
+        read[1]

@@ -10,66 +10,69 @@ What subset a line belongs to is found in this order:
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from slam_asr.corpora import NO_AUDIO, SPLITS, Candidate, Rejection, Stamp, stamp
+from slam_asr.corpora import SPLITS, Candidate, Rejection, Stamp
+from slam_asr.corpora.places import Unpacked, audio_path, files_in, if_present, is_file, name_of, stamps_of, stem_of
 from slam_asr.errors import UserError
 from slam_asr.manifest import iterate_manifest
-from slam_asr.storage import local_path
+from slam_asr.recipe import Data
 
 SUFFIX = ".jsonl"
+LAYOUT = ".jsonl files with key, source and target on each line"
 _NOT_UTTERANCES = "rejected.jsonl"
 """What `build-manifest` sets aside, should its folder be the corpus."""
 
 
-class JsonLines:
+class JsonLines(Unpacked):
     """The reader of one folder or file."""
 
     kind = "JSON lines"
 
-    def __init__(self, root: Path, files: list[Path]) -> None:
-        self.root = root
-        self.files = files
-        self.utterances: dict[str, list[Candidate]] = {}
-        for file in files:
-            self._collect(file)
+    def __init__(self, root: str | os.PathLike, files: list[str]) -> None:
+        self.root = os.fspath(root)
+        self.files = {file: self._subsets_of(file) for file in files}
 
     @classmethod
-    def find(cls, root: Path) -> "JsonLines | None":
-        """The corpus at a path, or None where no .jsonl file lies there."""
-        if root.is_file() and root.suffix.lower() == SUFFIX:
+    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "JsonLines | None":
+        """The corpus at a path, or None where no .jsonl file lies there.
+
+        Raises:
+            UserError: a line is no utterance; all are read for it.
+        """
+        root = os.fspath(root)
+        if root.lower().endswith(SUFFIX) and is_file(root):
             return cls(root, [root])
-        if not root.is_dir():
-            return None
-        files = sorted(f for f in root.iterdir() if f.suffix.lower() == SUFFIX and f.is_file())
-        files = [f for f in files if f.name != _NOT_UTTERANCES and not f.name.startswith(".")]
+        files = [f for f in files_in(root, (SUFFIX,)) if name_of(f) != _NOT_UTTERANCES]
         return cls(root, files) if files else None
 
     def subsets(self) -> list[str]:
-        return sorted(self.utterances)
+        return sorted(set().union(*self.files.values()))
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        for file in self.files:
-            yield stamp(file.name, file.stat())
-        for candidate in self.utterances[subset]:
-            if os.path.isfile(candidate.source):
-                yield stamp(candidate.source, os.stat(candidate.source))
+        return stamps_of(self.files, (c.source for c in self._candidates(subset)), self.root)
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
-        for candidate in self.utterances[subset]:
-            if os.path.isfile(candidate.source):
-                yield candidate
-            else:
-                detail = f"There is no audio file {candidate.source}."
-                yield Rejection(candidate.key, candidate.source, NO_AUDIO, detail)
+        return map(if_present, self._candidates(subset))
 
-    def _collect(self, file: Path) -> None:
-        in_folder = self.root != file
+    def _subsets_of(self, file: str) -> set[str]:
+        return {part for part, _ in self._lines(file)}
+
+    def _candidates(self, subset: str) -> Iterator[Candidate]:
+        for file in (f for f, subsets in self.files.items() if subset in subsets):
+            for part, candidate in self._lines(file):
+                if part == subset:
+                    yield candidate
+
+    def _lines(self, file: str) -> Iterator[tuple[str, Candidate]]:
+        """Each utterance of a file, with the subset that it belongs to."""
+        stem = stem_of(file)
+        named_by_file = self.root != file and stem in SPLITS
         for number, utterance in iterate_manifest(file):
             own = utterance.extra.get("subset")
             if own is not None and not (isinstance(own, str) and own):
                 raise UserError(f"{file}, line {number}: subset must be text, not {own!r}.")
-            part = file.stem if (in_folder and file.stem in SPLITS) else own or file.stem
-            extra = utterance.extra | {"subset": own or part}
-            source = os.path.abspath(local_path(utterance.source))
-            self.utterances.setdefault(part, []).append(Candidate(utterance.key, source, utterance.target, extra))
+            part = stem if named_by_file else own or stem
+            yield part, Candidate(
+                utterance.key, audio_path(utterance.source, file, ""), utterance.target, utterance.extra | {"subset": own or part},
+                utterance.start, None if utterance.start is None else utterance.duration,
+            )  # fmt: skip

@@ -9,40 +9,38 @@ LibriSpeech/                                  (may be left out, or be the folder
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from itertools import groupby, islice
 
-from slam_asr.corpora import (
-    AUDIO_SUFFIXES,
-    DUPLICATE,
-    NO_AUDIO,
-    NO_TRANSCRIPT,
-    Candidate,
-    Rejection,
-    Stamp,
-    stamp,
-)
+from slam_asr.corpora import AUDIO_SUFFIXES, DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection, Stamp
+from slam_asr.corpora.places import Unpacked, is_folder, name_of, visible_files, visible_folders
 from slam_asr.errors import UserError
+from slam_asr.recipe import Data
+from slam_asr.storage import Info, join, read_bytes
 
 TRANSCRIPTS = ".trans.txt"
-_OUTER = "LibriSpeech"
+OUTER = "LibriSpeech"
+LAYOUT = "<subset>/<speaker>/<chapter>/ with .trans.txt and audio files"
+_LOOKED_AT = 5000
+"""Files of a folder that are looked at to tell whether it is a subset: those of a hundred chapters."""
 
 
-class LibriSpeech:
+class LibriSpeech(Unpacked):
     """The reader of one tree."""
 
     kind = "LibriSpeech tree"
 
-    def __init__(self, root: Path, folders: dict[str, Path]) -> None:
-        self.root = root
+    def __init__(self, root: str | os.PathLike, folders: dict[str, str]) -> None:
+        self.root = os.fspath(root)
         self.folders = folders
 
     @classmethod
-    def find(cls, root: Path) -> "LibriSpeech | None":
+    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "LibriSpeech | None":
         """The tree in a folder, or None where the folder is laid out in another way."""
-        if not root.is_dir():
+        root = os.fspath(root)
+        if not is_folder(root):
             return None
-        trees = [{f.name: f for f in _folders(base)} for base in (root, root / _OUTER)]
-        for tree in (*trees, {root.name: root}):
+        trees = [{name: join(base, name) for name in visible_folders(base)} for base in (root, join(root, OUTER))]
+        for tree in (*trees, {name_of(root): root}):
             folders = {name: folder for name, folder in tree.items() if _holds(folder, (TRANSCRIPTS, *AUDIO_SUFFIXES))}
             if any(_holds(folder, (TRANSCRIPTS,)) for folder in folders.values()):
                 return cls(root, folders)
@@ -52,22 +50,23 @@ class LibriSpeech:
         return sorted(self.folders)
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        for _, _, entries in self._chapters(subset):
-            for entry in entries:
-                yield stamp(os.path.relpath(entry.path, self.root), entry.stat())
+        for _, _, files in self._chapters(subset):
+            for file in files:
+                yield f"{subset}/{file.name}", file.bytes, file.stamp
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
-        for speaker, chapter, entries in self._chapters(subset):
-            audio = _preferred_audio(entries)
+        for speaker, chapter, files in self._chapters(subset):
+            audio = self._preferred_audio(subset, files)
             spoken = set()
-            for file in (e for e in entries if e.name.lower().endswith(TRANSCRIPTS)):
-                for number, key, text in _transcripts(Path(file.path)):
+            for file in (f for f in files if f.name.lower().endswith(TRANSCRIPTS)):
+                path = join(self.folders[subset], file.name)
+                for number, key, text in _transcripts(path):
                     source = audio.get(key, "")
                     if key in spoken:
-                        detail = f"{file.path}, line {number}: {key} has a line already."
+                        detail = f"{path}, line {number}: {key} has a line already."
                         yield Rejection(key, source, DUPLICATE, detail)
                     elif not source:
-                        detail = f"{file.path}, line {number}: no audio file {key} beside it."
+                        detail = f"{path}, line {number}: no audio file {key} beside it."
                         yield Rejection(key, source, NO_AUDIO, detail)
                     else:
                         yield Candidate(key, source, text, {"subset": subset, "speaker": speaker, "chapter": chapter})
@@ -76,48 +75,36 @@ class LibriSpeech:
                 detail = f"{audio[key]} has no line in a {TRANSCRIPTS} file beside it."
                 yield Rejection(key, audio[key], NO_TRANSCRIPT, detail)
 
-    def _chapters(self, subset: str) -> Iterator[tuple[str, str, list[os.DirEntry]]]:
+    def _chapters(self, subset: str) -> Iterator[tuple[str, str, list[Info]]]:
         """Speaker, chapter and the files that matter, everything in order of name."""
-        for speaker in _folders(self.folders[subset]):
-            for chapter in _folders(speaker):
-                yield speaker.name, chapter.name, [e for e in _entries(chapter) if _matters(e)]
+        matter = (f for f in _of_chapters(self.folders[subset]) if f.name.lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES)))
+        for folder, files in groupby(matter, key=lambda f: f.name.rpartition("/")[0]):
+            yield *folder.split("/"), list(files)
+
+    def _preferred_audio(self, subset: str, files: list[Info]) -> dict[str, str]:
+        """Audio files by key."""
+        found: dict[str, tuple[int, str]] = {}
+        for file in files:
+            key, suffix = os.path.splitext(name_of(file.name))
+            if suffix.lower() in AUDIO_SUFFIXES:
+                choice = AUDIO_SUFFIXES.index(suffix.lower()), join(self.folders[subset], file.name)
+                found[key] = min(found.get(key, choice), choice)
+        return {key: path for key, (_, path) in found.items()}
 
 
-def _entries(folder: Path) -> list[os.DirEntry]:
-    # Names with a dot in front are other programs' (macOS leaves `._x.flac` beside each x.flac).
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+def _of_chapters(subset: str) -> Iterator[Info]:
+    """The files that lie where a chapter's do, two levels below."""
+    return (f for f in visible_files(subset) if f.name.count("/") == 2)
 
 
-def _folders(folder: Path) -> list[Path]:
-    return [Path(e.path) for e in _entries(folder) if e.is_dir()] if folder.is_dir() else []
+def _holds(subset: str, suffixes: tuple[str, ...]) -> bool:
+    return any(f.name.lower().endswith(suffixes) for f in islice(_of_chapters(subset), _LOOKED_AT))
 
 
-def _matters(entry: os.DirEntry) -> bool:
-    return entry.is_file() and entry.name.lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES))
-
-
-def _holds(subset: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether such files lie where a chapter's do, two levels below."""
-    chapters = (chapter for speaker in _folders(subset) for chapter in _folders(speaker))
-    return any(e.is_file() and e.name.lower().endswith(suffixes) for chapter in chapters for e in _entries(chapter))
-
-
-def _preferred_audio(entries: list[os.DirEntry]) -> dict[str, str]:
-    """Audio files by key."""
-    found: dict[str, tuple[int, str]] = {}
-    for entry in entries:
-        key, suffix = os.path.splitext(entry.name)
-        if suffix.lower() in AUDIO_SUFFIXES:
-            choice = AUDIO_SUFFIXES.index(suffix.lower()), entry.path
-            found[key] = min(found.get(key, choice), choice)
-    return {key: path for key, (_, path) in found.items()}
-
-
-def _transcripts(file: Path) -> Iterator[tuple[int, str, str]]:
+def _transcripts(file: str) -> Iterator[tuple[int, str, str]]:
     """Line number, key and text of each line; the text may be blank."""
     try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+        lines = read_bytes(file).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): write it anew as UTF-8."

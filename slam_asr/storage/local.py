@@ -3,13 +3,11 @@
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,37 +56,21 @@ def write_atomically(path: str | os.PathLike, content: bytes | memoryview | str,
         Whether it was written: without `replace`, the first of several writers wins.
     """
     path = Path(path)
-    with written_whole(path, replace) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-    return file.published
-
-
-class Written(io.BufferedWriter):
-    """A file that is being written."""
-
-    published = False
-    """Whether it is under its path now."""
-
-
-@contextlib.contextmanager
-def written_whole(path: Path, replace: bool = True) -> Iterator[Written]:
-    """A file that is written aside, and is under its path, flushed to disk, when the block ends without an error."""
     aside = aside_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb", buffering=0) as raw:
-            fcntl.flock(raw, fcntl.LOCK_EX)  # tells `remove_abandoned` that somebody is at it
-            with Written(raw, 2**20) as file:
-                yield file
-                file.flush()
-                os.fsync(raw.fileno())
-                if replace:
-                    os.replace(aside, path)
-                    file.published = True
-                else:
-                    with contextlib.suppress(FileExistsError):
-                        os.link(aside, path)
-                        file.published = True
+        with open(aside, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # tells `remove_abandoned` that somebody is at it
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+            if replace:
+                os.replace(aside, path)
+                return True
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+                return True
+            return False
     except OSError as error:
         # The name the user knows, not the one aside.
         raise OSError(error.errno, error.strerror, str(path)) from error

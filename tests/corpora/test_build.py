@@ -25,7 +25,7 @@ from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_librispeech, write_wav
 
 MANIFESTS = ["dev.jsonl", "test.jsonl", "train.jsonl"]
-FILES = sorted([*MANIFESTS, "recipe.yaml", "rejected.jsonl", "stage.json", "statistics.json"])
+FILES = sorted([*MANIFESTS, "recipe.yaml", "rejected.jsonl", "stage.json", "statistics.html", "statistics.json"])
 ROOT = Path(__file__).parents[2]
 
 
@@ -287,10 +287,13 @@ def test_a_key_in_two_json_lines_files_is_refused(corpus, tmp_path):
 
 def test_a_corpus_that_is_not_there_is_refused(tmp_path):
     assert "There is no corpus" in refusal(recipe(), str(tmp_path / "none"), str(tmp_path / "out"))
-    assert "s3://" in refusal(recipe(), "s3://bucket/corpus", str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(("name", "says"), [("corpus.csv", "unknown kind"), ("train-clean-100.tar.gz", "unpack it")])
+def test_a_corpus_that_is_not_in_the_bucket_is_refused(bucket, tmp_path):
+    assert "There is no corpus s3://bucket/corpus" in refusal(recipe(), "s3://bucket/corpus", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("name", "says"), [("corpus.xml", "unknown kind"), ("corpus.zip", "unpack it")])
 def test_a_file_of_another_kind_is_refused(tmp_path, name, says):
     (tmp_path / name).write_text("x")
     message = refusal(recipe(), str(tmp_path / name), str(tmp_path / "out"))
@@ -304,9 +307,9 @@ def test_folders_that_are_no_corpus_are_refused_each_by_its_cause(tmp_path):
     assert "is empty" in refusal(recipe(), str(folder), str(tmp_path / "out"))
     (folder / "notes.txt").touch()
     assert "no audio and no transcripts" in refusal(recipe(), str(folder), str(tmp_path / "out"))
-    (folder / "dev-clean.tar.gz").touch()
-    assert "archives (dev-clean.tar.gz)" in refusal(recipe(), str(folder), str(tmp_path / "out"))
-    (folder / "dev-clean.tar.gz").unlink()
+    (folder / "dev-clean.zip").touch()
+    assert "archives (dev-clean.zip)" in refusal(recipe(), str(folder), str(tmp_path / "out"))
+    (folder / "dev-clean.zip").unlink()
     (folder / "train.jsonl").touch()
     assert "hold no utterance" in refusal(recipe(), str(folder), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
 """Every candidate is answered, in the order asked, by what its file is at that moment."""
 
-from slam_asr.corpora import Candidate, Rejection
+from slam_asr.corpora import Candidate, Rejection, checking
 from slam_asr.corpora.checking import check_all
 from slam_asr.recipe import Data
 from tests.conftest import make_tone, write_wav
@@ -9,7 +9,7 @@ from tests.conftest import make_tone, write_wav
 def test_answers_come_in_the_order_of_the_candidates(tmp_path):
     # Long and short in turn, so that later ones are done first.
     sources = [str(write_wav(tmp_path / f"{i}.wav", make_tone(20.0 if i % 9 == 0 else 0.2))) for i in range(40)]
-    checked = check_all([Candidate(str(i), source, "text") for i, source in enumerate(sources)], Data(), "test")
+    checked = list(check_all([Candidate(str(i), source, "text") for i, source in enumerate(sources)], Data(), "test"))
     assert [c.utterance.key for c in checked] == [str(i) for i in range(40)]
 
 
@@ -20,4 +20,12 @@ def test_a_file_that_vanished_since_it_was_listed_is_set_aside(tmp_path):
 
 
 def test_nothing_to_check_is_no_fault():
-    assert check_all([], Data(), "test") == []
+    assert list(check_all([], Data(), "test")) == []
+
+
+def test_candidates_are_taken_only_a_few_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "workers", lambda: 2)
+    source, taken = str(write_wav(tmp_path / "x.wav")), []
+    candidates = (taken.append(i) or Candidate(str(i), source, "text") for i in range(1000))
+    next(check_all(candidates, Data(), "test"))
+    assert len(taken) <= 64

@@ -1,0 +1,132 @@
+"""What a corpus came to: hours, durations, characters, and what was set aside and why."""
+
+import math
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slam_asr.pages.render import grouped, render
+from slam_asr.recipe import Recipe
+from slam_asr.storage import write_atomically
+
+MOST_BARS = 60
+"""Bars of the histogram; longer utterances widen them."""
+MOST_CHARACTERS = 200
+_SHOWN = 160
+"""Characters of a sentence or key on the page; the list has them whole."""
+
+# The drawing's own units.
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 960, 250, 64, 34, 8
+
+
+def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statistics: dict[str, Any]) -> None:
+    """Write the page.
+
+    Args:
+        path: the page.
+        corpus: where it lies.
+        kind: what it is, in words.
+        recipe: its data section is told.
+        statistics: what `corpora.statistics` counted.
+    """
+    splits = statistics["splits"]
+    total = {name: sum(m[name] for m in splits.values()) for name in ("hours", "utterances", "words")}
+    shown = {
+        "corpus": corpus, "kind": kind, "data": recipe.data, "splits": splits, "total": total,
+        "speakers": sum(m["speakers"] for m in splits.values()),
+        "histogram": draw_histogram(splits), "characters": characters(statistics["alphabet"]),
+        "distinct": len(statistics["alphabet"]), "left_out": max(0, len(statistics["alphabet"]) - MOST_CHARACTERS),
+        "rejected": statistics["rejected"], "reasons": _reasons(statistics),
+        "held_out": statistics["dev_held_out_of_train"], "converted": statistics["converted"],
+    }  # fmt: skip
+    write_atomically(path, render("corpus.html", {"hours": hours, "share": share}, **shown))
+
+
+def hours(value: float) -> str:
+    """`0.5` → `30 min`, `960.7` → `960.7 h`; narrow spaces keep them whole."""
+    if value < 1:
+        return f"{value * 60:.1f}\u202fmin"
+    return f"{grouped(round(value, 1 if value < 10_000 else None))}\u202fh"
+
+
+def share(part: float, whole: float) -> str:
+    """`3, 100` → `3.0 %`."""
+    percent = 100 * part / whole if whole else 0
+    return "< 0.1\u202f%" if 0 < percent < 0.1 else f"{percent:.1f}\u202f%"
+
+
+@dataclass
+class Bar:
+    """A bar of the histogram, stacked by split."""
+
+    x: float
+    width: float
+    parts: list[tuple[str, float, float]]
+    """Split, top and height of each part, the first one lowest."""
+    says: str
+
+
+def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Bars and axes of the durations of all splits, in the drawing's units."""
+    longest = max(len(m["durations"]) for m in splits.values())
+    width = math.ceil(longest / MOST_BARS)
+    counts = [
+        {s: sum(m["durations"][second : second + width]) for s, m in splits.items()} for second in range(0, longest, width)
+    ]
+    step, highest = _scale(max(sum(c.values()) for c in counts))
+    across, up = (_WIDTH - _LEFT) / len(counts), (_HEIGHT - _BOTTOM - _TOP) / highest
+    bars = []
+    for index, count in enumerate(counts):
+        parts, base = [], _HEIGHT - _BOTTOM
+        for split, number in count.items():
+            if number:
+                height = number * up
+                base -= height
+                parts.append((split, round(base, 2), round(height, 2)))
+        told = ", ".join(f"{grouped(n)} {split}" for split, n in count.items() if n) or "none"
+        says = f"{index * width} to {(index + 1) * width} s: {told}"
+        bars.append(Bar(round(_LEFT + index * across + 1, 2), round(max(across - 2, 1), 2), parts, says))
+    every = max(1, math.ceil(len(counts) / 12))
+    return {
+        "bars": bars, "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "bottom": _HEIGHT - _BOTTOM, "bin": width,
+        "x": [(round(_LEFT + i * across, 2), i * width) for i in range(0, len(counts) + 1, every)],
+        "y": [(round(_HEIGHT - _BOTTOM - n * up, 2), n) for n in range(0, highest + 1, step)],
+    }  # fmt: skip
+
+
+def _scale(highest: int) -> tuple[int, int]:
+    """A round step of the axis, and its end."""
+    raw = max(highest, 1) / 4
+    power = 10 ** math.floor(math.log10(raw)) if raw >= 1 else 1
+    step = next(int(f * power) for f in (1, 2, 5, 10) if f * power >= raw)
+    return step, step * math.ceil(max(highest, 1) / step)
+
+
+def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
+    """Characters from the most to the least frequent, those without a shape of their own by name."""
+    total = sum(alphabet.values())
+    return [
+        {
+            "shape": char if unicodedata.category(char)[0] not in "CZ" else "", "count": count,
+            "name": unicodedata.name(char, f"U+{ord(char):04X}").lower(), "code": f"U+{ord(char):04X}", "of": share(count, total),
+            "plain": "space" if char == " " else f"U+{ord(char):04X}",
+        }
+        for char, count in list(alphabet.items())[:MOST_CHARACTERS]
+    ]  # fmt: skip
+
+
+def _reasons(statistics: dict[str, Any]) -> list[dict[str, Any]]:
+    by_reason = statistics["rejected"]["by_reason"]
+    return [
+        {
+            "reason": reason, "count": count,
+            "examples": [{k: _short(v) for k, v in example.items()} for example in statistics["examples"][reason]],
+        }
+        for reason, count in sorted(by_reason.items(), key=lambda pair: -pair[1])
+    ]  # fmt: skip
+
+
+def _short(text: str) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 40]} … {text[-36:]}"
