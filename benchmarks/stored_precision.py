@@ -1,0 +1,67 @@
+"""What storing features in fewer bits does to the loss of a trained model.
+
+    python benchmarks/stored_precision.py MODEL MANIFEST
+
+MODEL is a folder of convert-checkpoint, MANIFEST has utterances that it was not trained on. The encoder runs once, in fp32;
+its outputs are rounded to each dtype of `features.dtype` and put through projector and LLM in fp32. Prints bytes a frame,
+the features' relative error (root of mean squares), the mean loss over all target tokens, and its change against fp32.
+"""
+
+import argparse
+
+import torch
+
+from slam_asr.audio import load_utterance
+from slam_asr.conversion.model import encoder_of, read_config
+from slam_asr.decoding.decode import load_model
+from slam_asr.features.audio_source import samples_of
+from slam_asr.manifest import read_manifest
+from slam_asr.models.encoder import describe_encoder
+from slam_asr.models.llm import load_tokenizer
+from slam_asr.models.pretrained import locate_model
+from slam_asr.models.projector import positions_of
+from slam_asr.models.prompt import Prompt
+from slam_asr.models.slam import IGNORED, Row, collate
+from slam_asr.models.stored import STORED, as_if_stored, bytes_a_frame
+from slam_asr.recipe import load_recipe
+from slam_asr.storage import fetch_folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("manifest")
+    parser.add_argument("--utterances", type=int, default=72)
+    options = parser.parse_args()
+    config = read_config(options.model)
+    recipe = load_recipe(config.recipe, {"decoding.precision": "fp32"})
+    llm_folder = locate_model(recipe.llm.name)
+    spec = describe_encoder(encoder_of(options.model, recipe.encoder))
+    model = load_model(config, fetch_folder(options.model), llm_folder, spec, recipe)
+    prompt = Prompt(load_tokenizer(llm_folder), recipe.llm)
+    utterances = read_manifest(options.manifest)[: options.utterances]
+    heard = [model.encoder.encode([model.encoder.prepare(load_utterance(u))])[0].float() for u in utterances]
+
+    def loss(dtype: str) -> tuple[float, float]:
+        total = targets = error = power = 0.0
+        for utterance, frames in zip(utterances, heard, strict=True):
+            rounded = as_if_stored(frames, dtype).float()
+            error, power = error + float(((rounded - frames) ** 2).sum()), power + float((frames**2).sum())
+            text, answer = prompt.with_answer(prompt.main, utterance.target)
+            positions = positions_of(recipe.projector, spec.span_of(samples_of(utterance)))
+            batch = collate([Row(rounded, positions, prompt.main.before, text, answer)]).to(model.llm.device)
+            with torch.inference_mode():
+                wanted = batch.labels[batch.labels != IGNORED]
+                total += float(torch.nn.functional.cross_entropy(model(batch).float(), wanted, reduction="sum"))
+            targets += len(wanted)
+        return total / targets, (error / power) ** 0.5
+
+    exact, _ = loss("fp32")
+    print(f"{len(utterances)} utterances, frames: {recipe.encoder.frames}, width {spec.width}")
+    for dtype in sorted(STORED, key=lambda d: -bytes_a_frame(spec.width, d)):
+        value, error = loss(dtype)
+        print(f"{dtype:5} {bytes_a_frame(spec.width, dtype):6} bytes a frame, relative error {error:.2e}, loss {value:.5f} ({value - exact:+.5f})")
+
+
+if __name__ == "__main__":
+    main()
