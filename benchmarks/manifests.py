@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STEPS = ("sort", "validate", "iterate", "index")
-WORDS = "the of and to in a that he was it his with is for as had you not be her on at by which have or from this him but".split()
+WORDS = ["the", "of", "and", "to", "in", "a", "that", "he", "was", "it", "his", "with", "is", "for", "as", "had", "you", "not", "be", "her", "on", "at", "by", "which", "have", "or", "from", "this", "him", "but"]
 
 
 def utterances(count: int) -> Iterator:
