@@ -1,12 +1,15 @@
-"""A million manifest lines: written through a sort on disk, validated, and read in any order; time and memory.
+"""A million utterances: how long a manifest takes to be sorted, validated and read, and in how much memory.
 
-    python benchmarks/manifests.py
+    python -m benchmarks.manifests                       # one million lines
+    python -m benchmarks.manifests --utterances 100000 --build
 
-Each part runs in a process of its own, so that its peak of memory is its own; Python's own start and imports are in it.
+Each step runs in a process of its own, whose peak of resident memory is the kernel's figure and
+includes what Python and its packages take. `--build` also runs the whole stage on a table of that
+many rows, all with one short file for audio: what is measured then is everything but decoding.
 """
 
 import argparse
-import hashlib
+import os
 import random
 import resource
 import subprocess
@@ -16,70 +19,83 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from slam_asr.manifest import Utterance, iterate_manifest, read_manifest, write_manifest
+STEPS = ("sort", "validate", "iterate", "index")
+WORDS = ["the", "of", "and", "to", "in", "a", "that", "he", "was", "it", "his", "with", "is", "for", "as", "had", "you", "not", "be", "her", "on", "at", "by", "which", "have", "or", "from", "this", "him", "but"]
 
-WORDS = ["the", "of", "and", "to", "a", "in", "that", "he", "was", "it", "his", "is", "with", "as", "i", "for", "had", "you", "be", "on"]
 
+def utterances(count: int) -> Iterator:
+    """Utterances as LibriSpeech has them, in no order."""
+    from slam_asr.manifest import Utterance
 
-def utterances(count: int) -> Iterator[Utterance]:
-    """As LibriSpeech has them, in no order: 150 characters of text, a digest, two more fields."""
     chance = random.Random(0)
-    numbers = list(range(count))
-    chance.shuffle(numbers)
-    for number in numbers:
-        speaker, chapter, utterance = number // 5000, number // 50 % 100, number % 50
-        key = f"{speaker}-{chapter}-{utterance:04}"
-        text = " ".join(WORDS[(number * 7 + i * i) % 20] for i in range(45))
-        yield Utterance(
-            key, f"/data/LibriSpeech/train/{speaker}/{chapter}/{key}.flac", text, 1 + number % 240 / 16, 16_000,
-            hashlib.sha256(key.encode()).hexdigest(), {"subset": "train", "speaker": str(speaker)},
-        )
+    for index in range(count):
+        speaker, chapter = chance.randrange(9000), chance.randrange(200_000)
+        text = " ".join(chance.choices(WORDS, k=chance.randrange(5, 60)))
+        key = f"{speaker}-{chapter}-{index:07d}"
+        extra = {"subset": "train-clean-360", "speaker": str(speaker), "chapter": str(chapter)}
+        seconds = chance.randrange(20_000, 400_000) / 16_000
+        source = f"/data/LibriSpeech/train-clean-360/{speaker}/{chapter}/{key}.flac"
+        yield Utterance(key, source, text, seconds, 16_000, f"{chance.getrandbits(256):064x}", extra)
 
 
-def write(path: Path, count: int) -> str:
-    write_manifest(path, utterances(count))
-    return f"written, sorted by key ({path.stat().st_size / 1e6:.0f} MB)"
+def step(name: str, folder: Path, count: int) -> None:
+    """Do one step, and print seconds and MB."""
+    from slam_asr.manifest import read_manifest, write_manifest
 
-
-def validate(path: Path, count: int) -> str:
-    manifest = read_manifest(path)
-    assert len(manifest) == count
-    return "validated: JSON, types, every key unique"
-
-
-def stream(path: Path, count: int) -> str:
-    assert sum(1 for _ in iterate_manifest(path)) == count
-    return "streamed"
-
-
-def pick(path: Path, count: int) -> str:
-    manifest = read_manifest(path)
-    chance = random.Random(1)
+    path = folder / "manifest.jsonl"
+    manifest = read_manifest(path) if name in ("iterate", "index") else None
     started = time.perf_counter()
-    for _ in range(100_000):
-        manifest[chance.randrange(count)]
-    return f"validated, and 100,000 lines read at random ({(time.perf_counter() - started) * 10:.1f} µs each)"
+    if name == "sort":
+        write_manifest(path, utterances(count))
+    elif name == "validate":
+        assert len(read_manifest(path)) == count
+    elif name == "iterate":
+        assert sum(1 for _ in manifest) == count
+    elif name == "index":
+        chance = random.Random(1)
+        for _ in range(100_000):
+            manifest[chance.randrange(count)]
+    elif name == "build":
+        build(folder, count)
+    seconds = time.perf_counter() - started
+    print(f"{seconds:.2f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
 
 
-PARTS = {f.__name__: f for f in (write, validate, stream, pick)}
+def build(folder: Path, count: int) -> None:
+    """`build-manifest` on a table of so many rows."""
+    import numpy as np
+    import soundfile
+
+    from slam_asr.corpora.build import build_manifest
+    from slam_asr.recipe import load_recipe
+
+    soundfile.write(folder / "a.wav", np.zeros(1600, np.int16), 16_000)
+    with open(folder / "table.csv", "w") as table:
+        table.write("id,path,text,split\n")
+        table.writelines(f"{u.key},a.wav,{u.target},{'test' if i % 100 == 0 else 'train'}\n" for i, u in enumerate(utterances(count)))
+    sys.stdout = sys.stderr
+    build_manifest(load_recipe("demo"), str(folder / "table.csv"), str(folder / "out"))
+    sys.stdout = sys.__stdout__
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lines", type=int, default=1_000_000)
-    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
-    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--utterances", type=int, default=1_000_000)
+    parser.add_argument("--build", action="store_true", help="run the whole stage too")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="where the files go; some hundred MB a million utterances")
     options = parser.parse_args()
-    if options.part:
-        started = time.perf_counter()
-        done = PARTS[options.part](options.path, options.lines)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-        print(f"{options.lines:,} lines {done}: {time.perf_counter() - started:.1f} s, at most {peak:.0f} MB")
+    if options.step:
+        step(options.step, options.folder, options.utterances)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        for part in PARTS:
-            command = [sys.executable, __file__, "--lines", str(options.lines), "--part", part, "--path", f"{folder}/m.jsonl"]
-            subprocess.run(command, check=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        print(f"{options.utterances:,} utterances, {os.cpu_count()} cores")
+        print(f"{'step':<10}{'seconds':>9}{'peak MB':>9}")
+        for name in (*STEPS, *(["build"] if options.build else [])):
+            command = [sys.executable, "-m", "benchmarks.manifests", "--step", name, "--folder", folder, "--utterances", str(options.utterances)]
+            seconds, megabytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            print(f"{name:<10}{float(seconds):>9.1f}{megabytes:>9}", flush=True)
+        print(f"the manifest has {(Path(folder) / 'manifest.jsonl').stat().st_size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

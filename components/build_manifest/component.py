@@ -12,16 +12,18 @@ def build_manifest(
     store: str,
     manifests: dsl.Output[dsl.Dataset],
     resolved_recipe: dsl.Output[dsl.Artifact],
+    statistics: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
 ) -> list[str]:
     """Read a corpus, check its audio, and write the manifests of train, dev and test.
 
     Args:
         recipe: Name of a shipped recipe, or a recipe's YAML.
-        corpus: Folder or file of the corpus, as the step's container sees it.
+        corpus: Folder, file or s3:// prefix of the corpus, as the step's container sees it.
         store: Folder that keeps the results of all stages; a result that is there already is used again.
         manifests: Pointer to the folder with train.jsonl, dev.jsonl, test.jsonl and statistics.json.
         resolved_recipe: The recipe with every key spelt out; all later steps read this one.
+        statistics: Hours, durations, characters, and what was set aside and why.
         metrics: Utterances and hours, kept and set aside.
 
     Returns:
@@ -30,6 +32,8 @@ def build_manifest(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
+        import shutil
+
         from slam_asr.corpora.build import build_manifest as run
         from slam_asr.recipe import dump_recipe, load_recipe
         from slam_asr.stage import log_metrics, write_pointer
@@ -41,6 +45,7 @@ def build_manifest(
         # Not the folder's recipe.yaml: that one stems from the run that made the folder, and a
         # recipe which differs in later stages only finds the same folder.
         write_atomically(resolved_recipe.path, dump_recipe(resolved))
+        shutil.copyfile(record.file("statistics.html"), statistics.path)
         log_metrics(record, metrics.log_metric)
         parts = resolved.features.parts
         return [f"{part}/{parts}" for part in range(1, parts + 1)]

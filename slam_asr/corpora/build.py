@@ -90,7 +90,7 @@ def _build(folder: Path, reader: Reader, chosen: dict[str, list[str]], recipe: R
         rejected = stack.enter_context(ExternalSort(folder))
         items = read_splits(reader, chosen, recipe.data, found.repeated)
         total = found.candidates + found.rejected.total()
-        for result in check_all(items, recipe.data, STAGE, folder, total):
+        for result in check_all(items, recipe.data, STAGE, folder, total, is_s3(reader.root)):
             if isinstance(result, Rejection):
                 rejected.add(_bytes("\0".join((result.key, result.source, result.reason))), json_line(asdict(result)))
                 continue

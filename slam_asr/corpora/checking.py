@@ -19,6 +19,8 @@ from slam_asr.storage import name_of
 
 _CHUNK = 8
 """Files a worker takes at once: few enough for a lively progress display."""
+_REMOTE = 16
+"""Workers at least where audio comes over a network, which mostly waits."""
 _AHEAD = 3
 """Chunks for each worker that are under way or wait: bounds what is held of audio that lies in tables."""
 
@@ -37,7 +39,8 @@ def workers() -> int:
 
 
 def check_all(
-    items: Iterable[Candidate | Rejection], data: Data, label: str, folder: Path | None = None, total: int | None = None
+    items: Iterable[Candidate | Rejection], data: Data, label: str, folder: Path | None = None, total: int | None = None,
+    remote: bool = False,
 ) -> Iterator[Checked | Rejection]:
     """Every candidate checked, in the order given whatever the number of workers; rejections pass through.
 
@@ -50,15 +53,17 @@ def check_all(
         label: of the progress display.
         folder: where audio that lies in tables becomes files.
         total: how many there are, for the display.
+        remote: whether their audio lies in object storage.
     """
-    pool = ThreadPoolExecutor(workers())
+    threads = max(workers(), _REMOTE) if remote else workers()
+    pool = ThreadPoolExecutor(threads)
     waiting: deque[Future] = deque()
     try:
         with Meter(label, total=total, unit="files") as meter:
             remaining = iter(items)
             while chunk := list(islice(remaining, _CHUNK)):
                 waiting.append(pool.submit(lambda chunk: [_check(item, data, folder) for item in chunk], chunk))
-                if len(waiting) >= _AHEAD * workers():
+                if len(waiting) >= _AHEAD * threads:
                     yield from _finished(waiting, meter)
             while waiting:
                 yield from _finished(waiting, meter)

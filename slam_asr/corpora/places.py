@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 from slam_asr.corpora import NO_AUDIO, Candidate, Rejection, Stamp
@@ -25,10 +24,11 @@ def absolute(path: str | os.PathLike) -> str:
 
 def is_folder(path: str) -> bool:
     """Whether anything lies below a path."""
-    return any(True for _ in islice(walk(path), 1)) and not is_file(path) if is_s3(path) else os.path.isdir(path)
+    return any(True for _ in walk(path)) if is_s3(path) else os.path.isdir(path)
 
 
 def is_file(path: str) -> bool:
+    """Whether there is such a file or object."""
     return info(path) is not None
 
 

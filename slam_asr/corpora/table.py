@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from slam_asr.corpora import NO_AUDIO, Candidate, Rejection, Stamp
@@ -67,7 +67,8 @@ class Table(Unpacked):
         return sorted(set().union(*self._subsets.values()))
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        sources = (item.source for item in self._rows(subset) if isinstance(item, Candidate) and item.content is None)
+        named = [file for file in self.files if not self._embeds(file)]
+        sources = (item.source for item in self._rows(subset, named) if isinstance(item, Candidate) and item.content is None)
         return stamps_of(self.files, sources, self.root)
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
@@ -83,8 +84,13 @@ class Table(Unpacked):
         named = cells.get(self._columns[file].split)
         return str(named).strip() if named is not None and str(named).strip() else self.files[file]
 
-    def _rows(self, subset: str) -> Iterator[Candidate | Rejection]:
-        for file in (f for f, subsets in self._subsets.items() if subset in subsets):
+    def _embeds(self, file: str) -> bool:
+        """Whether a table has its audio inside, by its first row."""
+        first = next(rows(file), None)
+        return first is not None and _audio(first[1][self._columns[file].audio], file)[1] is not None
+
+    def _rows(self, subset: str, files: Iterable[str] | None = None) -> Iterator[Candidate | Rejection]:
+        for file in (f for f in (self.files if files is None else files) if subset in self._subsets[f]):
             for number, cells in rows(file):
                 if self._subset(file, cells) == subset:
                     yield self._candidate(file, number, cells, subset)

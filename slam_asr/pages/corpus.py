@@ -17,7 +17,7 @@ _SHOWN = 160
 """Characters of a sentence or key on the page; the list has them whole."""
 
 # The drawing's own units.
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 960, 250, 64, 34, 8
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 960, 250, 64, 16, 34, 8
 
 
 def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statistics: dict[str, Any]) -> None:
@@ -34,7 +34,6 @@ def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statis
     total = {name: sum(m[name] for m in splits.values()) for name in ("hours", "utterances", "words")}
     shown = {
         "corpus": corpus, "kind": kind, "data": recipe.data, "splits": splits, "total": total,
-        "speakers": sum(m["speakers"] for m in splits.values()),
         "histogram": draw_histogram(splits), "characters": characters(statistics["alphabet"]),
         "distinct": len(statistics["alphabet"]), "left_out": max(0, len(statistics["alphabet"]) - MOST_CHARACTERS),
         "rejected": statistics["rejected"], "reasons": _reasons(statistics),
@@ -75,7 +74,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         {s: sum(m["durations"][second : second + width]) for s, m in splits.items()} for second in range(0, longest, width)
     ]
     step, highest = _scale(max(sum(c.values()) for c in counts))
-    across, up = (_WIDTH - _LEFT) / len(counts), (_HEIGHT - _BOTTOM - _TOP) / highest
+    across, up = (_WIDTH - _LEFT - _RIGHT) / len(counts), (_HEIGHT - _BOTTOM - _TOP) / highest
     bars = []
     for index, count in enumerate(counts):
         parts, base = [], _HEIGHT - _BOTTOM
@@ -89,7 +88,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         bars.append(Bar(round(_LEFT + index * across + 1, 2), round(max(across - 2, 1), 2), parts, says))
     every = max(1, math.ceil(len(counts) / 12))
     return {
-        "bars": bars, "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "bottom": _HEIGHT - _BOTTOM, "bin": width,
+        "bars": bars, "width": _WIDTH, "end": _WIDTH - _RIGHT, "height": _HEIGHT, "left": _LEFT, "bottom": _HEIGHT - _BOTTOM, "bin": width,
         "x": [(round(_LEFT + i * across, 2), i * width) for i in range(0, len(counts) + 1, every)],
         "y": [(round(_HEIGHT - _BOTTOM - n * up, 2), n) for n in range(0, highest + 1, step)],
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """The manifests hold every good utterance once, in one split, with audio that was decoded; or they are not written."""
 
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from slam_asr.audio import load_audio
 from slam_asr.corpora import checking
 from slam_asr.corpora.build import build_manifest
 from slam_asr.errors import UserError
+from slam_asr.external_sort import ExternalSort
 from slam_asr.manifest import read_manifest
 from slam_asr.recipe import load_recipe
 from slam_asr.stage import read_record
@@ -102,7 +104,32 @@ def test_the_statistics_are_those_of_the_manifests(corpus, tmp_path):
         assert measures["characters"] == len("".join(u.target for u in utterances))
         assert measures["speakers"] == len({u.speaker for u in utterances})
         assert list(measures["subsets"]) == sorted({u.subset for u in utterances})
+        assert sum(measures["durations"]) == len(utterances)
+        assert measures["durations"][0] == sum(d < 1 for d in durations)
     assert statistics["rejected"] == {"total": 0, "by_reason": {}}
+    every = "".join(u.target for split in ("train", "dev", "test") for u in read_manifest(record.file(f"{split}.jsonl")))
+    assert statistics["alphabet"] == {c: every.count(c) for c in set(every)}
+
+
+def test_the_page_shows_what_was_set_aside_and_runs_nothing_of_it(corpus, tmp_path):
+    (corpus / "train-a/1/7/1-7-0000.wav").unlink()
+    transcripts = corpus / "train-a/1/7/1-7.trans.txt"
+    transcripts.write_text(transcripts.read_text() + "<script>alert(1)</script> \u200b<b>EVIL</b>\n")
+    record = build_manifest(recipe(max_rejected=0.5, text="as-is"), str(corpus), str(tmp_path / "out"))
+    page = record.file("statistics.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "Transcript without audio" in page and "no audio file 1-7-0000 beside it" in page
+    assert "http" not in page.replace("http-equiv", "")
+    for number in (record.metrics["rejected"], 24):
+        assert f'<dd class="number">{number}</dd>' in page
+
+
+def test_sorting_through_disk_gives_the_same_bytes(corpus, tmp_path, monkeypatch):
+    build_manifest(recipe(), str(corpus), str(tmp_path / "memory"))
+    monkeypatch.setattr("slam_asr.corpora.build.ExternalSort", functools.partial(ExternalSort, run_bytes=1000))
+    build_manifest(recipe(), str(corpus), str(tmp_path / "disk"))
+    for name in (n for n in FILES if n != "stage.json"):
+        assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
 
 
 def test_the_recipe_that_is_kept_reads_as_the_recipe_given(corpus, tmp_path):
