@@ -302,21 +302,35 @@ class Plan:
         """Whether a shard is neither indexed nor noted as finished, or is gone."""
         if among(shard.audio.addresses, self.have.columns["address"]).all():
             return False
-        if shard.receipt not in self._noted:
+        noted = self._read_receipt(shard) if shard.receipt in self._noted else None
+        if noted is None:
             return True
-        if len(self._present(self.space.read_index(shard.receipt))) == len(shard.audio):
+        if len(self._present(noted)) == len(shard.audio):
             return False
         delete(shard.receipt)
         return True
 
+    def _read_receipt(self, shard: Planned) -> Index | None:
+        """What a finished shard holds, or None where it is not noted, or its index was published meanwhile."""
+        if not exists(shard.receipt):
+            return None
+        try:
+            return self.space.read_index(shard.receipt)
+        except (FileNotFoundError, UserError):
+            if exists(shard.receipt):
+                raise
+            return None
+
     def publish(self) -> tuple[str, Index]:
         """Write the index of this part's utterances, its name and what it holds."""
+        noted = [index for shard in self.mine if (index := self._read_receipt(shard))]
+        # Another extraction of the same audio may have published its index, and removed the receipts, first.
+        published = map(self._index, self.space.index_names())
         self._there = self.space.shards_there()
-        noted = [self.space.read_index(s.receipt) for s in self.mine if exists(s.receipt)]
         mine = [s.audio.addresses for s in self.mine] + [self.old.addresses[self.part.number - 1 :: self.part.of]]
         wanted = np.concatenate(mine)
         wanted = wanted[in_order(wanted)]
-        index = self._present(merge(self.fingerprint, self.spec.width, [*noted, self.have], wanted))
+        index = self._present(merge(self.fingerprint, self.spec.width, [*noted, *published], wanted))
         if len(index) != len(wanted):
             raise UserError(
                 f"{len(wanted) - len(index)} utterances vanished from {self.space.root} while features were extracted: run the same command again."

@@ -270,11 +270,15 @@ def _all_gone(family: list[psutil.Process]) -> None:
 def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, bucket):
     options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
     whole_run(options, many, tmp_path / "undisturbed")
-    # On two machines: with clocks, names and caches of their own, and no lock between them.
+    # On two machines: with clocks a year apart, names and caches of their own, and no lock between them.
+    elsewhere = (
+        "import runpy, socket, sys, time\nreal = time.time\ntime.time = lambda: real() + {0} * 3e7\n"
+        "socket.gethostname = lambda: 'node-{0}'\nsys.argv[0] = 'slam_asr'\nrunpy.run_module('slam_asr', run_name='__main__')"
+    )
     both = [
         subprocess.Popen(
-            command(options, many, "s3://bucket/store"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"SLAM_ASR_CACHE": str(tmp_path / f"cache-{i}"), "HOSTNAME": f"node-{i}", "TZ": zone},
+            [sys.executable, "-c", elsewhere.format(i), *command(options, many, "s3://bucket/store")[3:]],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"SLAM_ASR_CACHE": str(tmp_path / f"cache-{i}"), "TZ": zone},
         )
         for i, zone in enumerate(("UTC", "Asia/Tokyo"))
     ]

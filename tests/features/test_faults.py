@@ -1,0 +1,93 @@
+"""While a fifth of the requests fail, extraction leaves the very bytes, and reading in training gives the very features."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+
+from slam_asr.features.extract import extract_features
+from slam_asr.features.space import address_of
+from slam_asr.features.store import FeatureStore
+from slam_asr.manifest import read_manifest, write_manifest
+from slam_asr.storage import walk
+from slam_asr.storage.cache import DiskCache
+from tests.features.test_extract import SMALL, contents, recipe, utterances_in
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Fifty utterances: five shards."""
+    write_manifest(tmp_path / "many.jsonl", utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)]))
+    return tmp_path / "many.jsonl"
+
+
+def all_features(store, manifest) -> dict[str, torch.Tensor]:
+    """Every utterance in windows of two shards, as training reads them."""
+    shards = {}
+    for utterance in read_manifest(manifest):
+        shards.setdefault(store.shard_of(address_of(utterance)), []).append(utterance)
+    read = {}
+    for number in sorted(shards):
+        store.expect([number, number + 1] if number + 1 in shards else [number])
+        read |= {u.key: store.read(address_of(u)).clone() for u in shards[number]}
+    return read
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_extraction_and_reading_survive_a_fifth_of_faults(tiny_models, many, tmp_path, faulty_s3):
+    options = recipe(tiny_models, **SMALL)
+    local = extract_features(options, [str(many)], str(tmp_path / "undisturbed"))
+    record = extract_features(options, [str(many)], "s3://bucket/store")
+    wanted = all_features(FeatureStore(local.folder), many)
+    for _ in range(2):
+        assert same(all_features(FeatureStore(record.folder), many), wanted)
+    spoiled = faulty_s3.faults.total()
+    assert spoiled >= 5, faulty_s3.faults
+    faulty_s3.share = 0
+    assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
+
+
+def test_an_endpoint_that_is_down_ends_extraction_with_a_sentence_and_loses_nothing(tiny_models, many, tmp_path, faulty_s3, monkeypatch):
+    from slam_asr.errors import UserError
+    from slam_asr.features import encode
+
+    options, published = recipe(tiny_models, **SMALL), []
+
+    def breaking(self, shard, features, spans, real=encode.ShardWriter._publish):
+        if len(published) == 2:
+            monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "1")
+            faulty_s3.share, faulty_s3.kinds = 1.0, ("reset",)
+        published.append(shard.number)
+        real(self, shard, features, spans)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode.ShardWriter, "_publish", breaking)
+        with pytest.raises(UserError, match=r"could not be (written|read) in [\d.]+ s of trying"):
+            extract_features(options, [str(many)], "s3://bucket/store")
+    faulty_s3.share = 0
+    record = extract_features(options, [str(many)], "s3://bucket/store")
+    assert record.metrics["new utterances"] == 30, "two of five shards were there"
+    extract_features(options, [str(many)], str(tmp_path / "undisturbed"))
+    assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
+
+
+def test_a_full_local_disk_slows_reading_down_and_spoils_nothing(tiny_models, many, tmp_path, bucket):
+    options = recipe(tiny_models, **SMALL)
+    record = extract_features(options, [str(many)], "s3://bucket/store")
+    local = extract_features(options, [str(many)], str(tmp_path / "undisturbed"))
+    disk = tmp_path / "small disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        store = FeatureStore(record.folder)
+        store._cache = DiskCache(disk, 10**9)
+        assert same(all_features(store, many), all_features(FeatureStore(local.folder), many))
+        assert sum(f.bytes for f in walk(str(disk))) <= 1_500_000
+        store.expect([])
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
