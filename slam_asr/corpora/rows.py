@@ -171,7 +171,8 @@ def _batches(file: Path, wanted: list[str], at_once: int) -> Iterator[Any]:
     if file.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER) as table:
+        # Read ahead by pyarrow itself, all that went by would stay in memory.
+        with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
             yield from table.iter_batches(batch_size=at_once, columns=wanted, use_threads=False)
         return
     with _opened_arrow(file) as batches:
