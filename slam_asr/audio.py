@@ -155,7 +155,7 @@ def count_samples(path: str | os.PathLike) -> int:
     """
     file = _content(path) if is_s3(path) else _present(path)
     try:
-        header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else file)
+        header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
     except (soundfile.LibsndfileError, TypeError) as error:
         raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
     return round(header.frames * SAMPLE_RATE / header.samplerate)
@@ -219,8 +219,9 @@ def _clip(
         if _is_cut_off(stream):
             raise AudioError(f"{path} ends too early: it was cut off when it was written or copied.")
         stream.seek(0)
-        # libsndfile reads a file by its name faster than through Python.
-        samples, sample_rate = _decode(stream if isinstance(file, bytes) else file, path, start, duration, longest)
+        # libsndfile reads a file by its name faster than through Python; soundfile takes any name as bytes only.
+        opened = stream if isinstance(file, bytes) else os.fsencode(file)
+        samples, sample_rate = _decode(opened, path, start, duration, longest)
     channels = samples.shape[1]
     mono = samples.mean(axis=1, dtype=np.float32) if channels > 1 else samples[:, 0]
     if not np.isfinite(mono).all():
@@ -233,9 +234,9 @@ def _clip(
 
 
 def _decode(
-    file: Path | BinaryIO, path: str | os.PathLike, start: float | None, duration: float | None, longest: float | None
+    file: bytes | BinaryIO, path: str | os.PathLike, start: float | None, duration: float | None, longest: float | None
 ) -> tuple[np.ndarray, int]:
-    """All samples as float32 [samples, channels], or a segment's, and the file's sample rate."""
+    """All samples of a file (its name, or a stream) as float32 [samples, channels], or a segment's, and its sample rate."""
     try:
         sound = soundfile.SoundFile(file)
     except (soundfile.LibsndfileError, TypeError) as error:

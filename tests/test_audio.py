@@ -186,8 +186,10 @@ def test_an_absurd_sample_rate_is_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("rate", [16_000, 48_000])
-def test_a_segment_is_that_part_of_the_whole_file(tmp_path, suffix, rate):
-    path = write_wav(tmp_path / f"x{suffix}", noise(3.0, rate), rate)
+@pytest.mark.parametrize("sound", [noise, make_tone])
+def test_a_segment_is_that_part_of_the_whole_file(tmp_path, suffix, rate, sound):
+    # An mp3 keeps what a tone does not need of one frame for the next: it cannot be entered anywhere.
+    path = write_wav(tmp_path / f"x{suffix}", sound(3.0, rate), rate)
     whole = load_audio(path)
     segment = read_clip(path, start=1.25, duration=0.5).samples
     assert len(segment) == 8_000

@@ -17,6 +17,8 @@ SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
 _FEW, _MANY = 32, 4096
 """Rows that are decoded at once: where their cells may hold audio, and where they do not."""
+_BUFFER = 2**20
+"""Bytes of a parquet column that are read ahead; without a buffer, a whole row group would be in memory."""
 
 Row = tuple[int, dict[str, Any]]
 """Its number in the file, counted as a person would, and its cells."""
@@ -169,7 +171,8 @@ def _batches(file: Path, wanted: list[str], at_once: int) -> Iterator[Any]:
     if file.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(file, memory_map=True) as table:
+        # Read ahead by pyarrow itself, all that went by would stay in memory.
+        with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
             yield from table.iter_batches(batch_size=at_once, columns=wanted, use_threads=False)
         return
     with _opened_arrow(file) as batches:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -471,7 +472,33 @@ def test_a_folder_pairs_audio_and_text_and_tells_what_lacks_the_other(tmp_path):
     assert {(r.key, r.reason) for r in found if isinstance(r, Rejection)} == {("alone", "audio without transcript"), ("notes", "transcript without audio")}
 
 
+def test_file_names_that_are_not_utf8_give_keys_that_are(tmp_path):
+    for name in (b"a\xff", "é".encode()):
+        path = os.fsdecode(os.fsencode(tmp_path / "x") + b"/" + name)
+        write_text(Path(path + ".txt"), "one")
+        shutil.copy(write_wav(tmp_path / "tone.wav"), path + ".wav")
+    write_wav(tmp_path / "x" / "b" / "t.wav", make_tone(0.5))
+    write_text(tmp_path / "x" / "b" / "t.txt", "two")
+    build_manifest(recipe(train=["x"], test=["b"]), str(tmp_path / "x"), str(tmp_path / "out"))
+    assert sorted(key for found in spoken(tmp_path / "out").values() for key in found) == ["a\\xff", "b/t", "é"]
+
+
 # What all have in common
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_change_of_any_file_is_noticed(tmp_path, audio, layout):
+    corpus = LAYOUTS[layout](tmp_path / "corpus", audio)
+    build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
+    before = (tmp_path / "out" / "stage.json").read_bytes()
+    build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "stage.json").read_bytes() == before, "nothing to do"
+    heard = read_manifest(tmp_path / "out" / "train.jsonl")[0].source
+    packed = heard.startswith(str(tmp_path / "out"))
+    changed = Path(heard) if not packed else next(f for f in sorted(corpus.rglob("*train-a*/*.arrow" if layout == "Hugging Face dataset" else "*train-a*")) if f.is_file())
+    os.utime(changed, (1, 1))
+    with pytest.raises(UserError, match="changed: listing"):
+        build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
 
 
 def test_a_subset_called_validation_is_dev(tmp_path, audio):
