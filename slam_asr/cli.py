@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(stage: str, arguments: list[str]) -> Any:
     """Run a stage with options as they stand on the command line → its record."""
-    stage, arguments = _command(stage, arguments)
+    stage, arguments = command_of(stage, arguments)
     if stage not in COMMANDS:
         raise UserError(f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}.")
     module, name = COMMANDS[stage].split(":")
@@ -93,7 +93,7 @@ def run(stage: str, arguments: list[str]) -> Any:
     return function(**values)
 
 
-def _command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
+def command_of(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
     """`features`, `ls STORE …` → `features ls`, `--store STORE …`."""
     if stage != "features":
         return stage, arguments

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slam_asr.cli import COMMANDS, spelt_out
+from slam_asr.cli import COMMANDS, command_of, spelt_out
 from slam_asr.recipe import recipe_keys, shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +20,7 @@ A_KEY = re.compile(rf"(?:--)?((?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?:[:\s].*)?")
 A_FILE = re.compile(r".*\.(?:py|yaml|json|jsonl|html|safetensors|pt)")
 A_RECIPE = re.compile(r"(?:whisper|wavlm|hubert)-[\w.-]*(?:vicuna|llama)[\w-]*")
 
-PIPELINE_OPTIONS = {"--corpus", "--output"}
+PIPELINE_OPTIONS = {"--corpus", "--output", "--store"}
 OPTIONS_OF_SLAM_LLM = """
     encoder_name encoder_path encoder_path_hf encoder_dim encoder_projector encoder_projector_ds_rate encoder_ds_rate
     encoder_type llm_name llm_path llm_type llm_dim normalize modal file model_factory
@@ -103,7 +103,7 @@ def test_every_recipe_that_a_page_names_ships(page):
 
 @every_command("slam-asr")
 def test_every_command_of_a_stage_has_real_options_and_all_that_it_needs(page, words):
-    _, command, *arguments = words
+    command, arguments = command_of(words[1], words[2:])
     assert command in COMMANDS
     words = spelt_out(arguments)
     module, name = COMMANDS[command].split(":")
