@@ -86,11 +86,13 @@ class Manifest(Sequence[Utterance]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
-        if self._file is None:
-            self._file = open(fetch(self.path), "rb", buffering=0)  # noqa: SIM115 - closed with the object
+        file = self._file
+        if file is None:
+            # Of threads that come here together, each has a file of its own until it is done with it.
+            file = self._file = open(fetch(self.path), "rb", buffering=0)  # noqa: SIM115 - closed with the object
         start, end = int(self._offsets[position]), int(self._offsets[position + 1])
         # Not seek and read: threads and forked processes share the file's position.
-        line = os.pread(self._file.fileno(), end - start, start)
+        line = os.pread(file.fileno(), end - start, start)
         return _utterance(line, parent_of(self.path), self._place(position))
 
     def __iter__(self) -> Iterator[Utterance]:

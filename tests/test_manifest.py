@@ -217,13 +217,14 @@ def test_a_manifest_travels_to_other_processes_and_threads(tmp_path):
     again = pickle.loads(pickle.dumps(read))
     assert isinstance(again, Manifest)
     assert again == read
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.extend(again[i].key for i in range(200))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == sorted([f"k{i:05d}" for i in range(200)] * 4)
+    for _ in range(20):
+        fresh, found = pickle.loads(pickle.dumps(read)), []
+        threads = [threading.Thread(target=lambda f=fresh, k=found: k.extend(f[i].key for i in range(200))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(found) == sorted([f"k{i:05d}" for i in range(200)] * 4)
 
 
 def test_relative_paths_hold_after_a_change_of_folder(tmp_path, monkeypatch):
