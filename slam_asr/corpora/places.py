@@ -7,7 +7,7 @@ from pathlib import Path
 from slam_asr.corpora import NO_AUDIO, Candidate, Rejection, Stamp
 from slam_asr.errors import UserError
 from slam_asr.storage import Info, info, is_s3, join, local_path, name_of, parent_of, resolve, walk
-from slam_asr.storage.paths import folders_in
+from slam_asr.storage.paths import folders_in, names_in
 
 
 class Unpacked:
@@ -33,15 +33,8 @@ def is_file(path: str) -> bool:
 
 
 def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
-    """Full names of the files right in a folder that end so, without hidden ones, in order.
-
-    Below a prefix, all objects are listed for it: object storage has no folders.
-    """
-    if is_s3(folder):
-        names = [f.name for f in walk(folder) if "/" not in f.name]
-    else:
-        names = [e.name for e in os.scandir(folder) if e.is_file()] if os.path.isdir(folder) else []
-    return [join(folder, n) for n in sorted(names) if n.lower().endswith(suffixes) and not n.startswith(".")]
+    """Full names of the files right in a folder that end so, without hidden ones, in order."""
+    return [join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")]
 
 
 def visible_folders(folder: str) -> list[str]:

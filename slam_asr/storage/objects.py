@@ -63,6 +63,19 @@ def list_folders(uri: str) -> list[str]:
     return [p["Prefix"].removeprefix(folder).rstrip("/") for page in pages for p in page.get("CommonPrefixes", [])]
 
 
+def list_files(uri: str) -> Iterator[Object]:
+    """The objects right below a prefix, in order, without those deeper down.
+
+    Raises:
+        UserError: the bucket is not there, not permitted, or not to be reached.
+    """
+    folder = folder_of(split_uri(uri)[1])
+    for page in _pages(uri, Prefix=folder, Delimiter="/"):
+        for found in page.get("Contents", []):
+            if found["Key"] != folder:
+                yield Object(found["Key"], found["Size"], found["ETag"].strip('"'))
+
+
 def _pages(uri: str, **arguments: str) -> Iterator[dict[str, Any]]:
     arguments["Bucket"] = split_uri(uri)[0]
     while True:

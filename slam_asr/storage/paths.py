@@ -127,9 +127,18 @@ def folders_in(root: str | os.PathLike) -> list[str]:
     """Names of the folders right below a folder or prefix, in order."""
     root = os.fspath(root)
     if is_s3(root):
-        return s3.list_folders(root)
+        return sorted(s3.list_folders(root))
     folder = local_path(root)
     return sorted(f.name for f in folder.iterdir() if f.is_dir()) if folder.is_dir() else []
+
+
+def names_in(root: str | os.PathLike) -> list[str]:
+    """Names of the files right in a folder or prefix, in order."""
+    root = os.fspath(root)
+    if is_s3(root):
+        return [name_of(found.key) for found in s3.list_files(root)]
+    folder = local_path(root)
+    return sorted(f.name for f in folder.iterdir() if f.is_file()) if folder.is_dir() else []
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

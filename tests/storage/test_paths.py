@@ -13,6 +13,7 @@ from slam_asr.storage import (
     info,
     join,
     open_stream,
+    paths,
     publish_folder,
     read_bytes,
     resolve,
@@ -43,6 +44,13 @@ def test_what_is_written_is_listed_in_order_and_read(root):
         assert fetch(join(root, name)).read_bytes() == name.encode()
         assert open_stream(join(root, name)).read() == name.encode()
     assert sorted(f.name for f in walk(fetch_folder(root))) == sorted(NAMES)
+
+
+def test_files_and_folders_right_in_a_folder_are_told_from_those_below(root):
+    for name in NAMES:
+        write_bytes(join(root, name), b"x")
+    assert paths.names_in(root) == ["a.txt", "a0", "z"] and paths.folders_in(root) == ["a", "a-b"]
+    assert paths.names_in(join(root, "nothing")) == [] == paths.folders_in(join(root, "nothing"))
 
 
 def test_a_prefix_is_a_folder_and_not_the_start_of_a_name(root):
