@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from slam_asr.features.extract import Extraction, Job, Planned, extraction_processes
+from slam_asr.features.extract import Extraction, extraction_processes
 from slam_asr.features.loading import Loader, workers_beside
-from slam_asr.features.plan import Part
+from slam_asr.features.plan import Part, Planned
 from slam_asr.features.space import Space, address_of, pack
+from slam_asr.features.spread import Job
 from slam_asr.manifest import Utterance
 from slam_asr.models import stored
 from slam_asr.models.encoder import EncoderSpec, SpeechEncoder, batches_of, describe_encoder

@@ -5,31 +5,23 @@ shards that were finished and goes on with the others. Several processes, on one
 take every n-th shard each: the store's bytes do not depend on how many there are.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from slam_asr.errors import UserError
 from slam_asr.features.audio_source import fit_to_window, samples_of
-from slam_asr.features.index import Index, among, in_order, merge
-from slam_asr.features.plan import Audio, Part, audio_of, plan_shards
+from slam_asr.features.index import among
+from slam_asr.features.plan import Audio, Part, Plan, Planned, audio_of
 from slam_asr.features.space import Space
+from slam_asr.features.spread import Job, spread
 from slam_asr.manifest import read_manifest
-from slam_asr.models.stored import bytes_a_frame
-from slam_asr.processes import FAILURE
 from slam_asr.progress import say
 from slam_asr.recipe import Recipe, dump_recipe
 from slam_asr.stage import FINGERPRINT, Outcome, Record, require_record, run_stage
-from slam_asr.storage import delete, digest, exists, is_s3, join, local_path, read_bytes, walk, write_bytes, write_json
+from slam_asr.storage import exists, is_s3, join, local_path
+from slam_asr.storage.local import remove_abandoned
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
@@ -98,16 +90,6 @@ def manifest_files(manifests: Iterable[str], inside: Sequence[str] = MANIFESTS) 
     return files
 
 
-@dataclass
-class Planned:
-    """A shard to be, and the audio that goes into it."""
-
-    number: int
-    audio: Audio
-    receipt: str
-    """Where it is noted that the shard is finished."""
-
-
 class Extraction:
     """What one extraction has to do, and how far it is.
 
@@ -134,12 +116,12 @@ class Extraction:
             found.append(audio)
         return found
 
-    def plans(self) -> list["Plan"]:
+    def plans(self) -> list[Plan]:
         """What there is to do for each manifest, as the store is now."""
-        return [Plan(self, audio) for audio in self.audio]
+        return [Plan(audio, self.space, self.fingerprint, self.spec, self.recipe.features, self.part) for audio in self.audio]
 
     @staticmethod
-    def missing(plans: list["Plan"], process: int = 0, processes: int = 1) -> list["Planned"]:
+    def missing(plans: list[Plan], process: int = 0, processes: int = 1) -> list[Planned]:
         """This part's shards that are not there yet; of several processes, each has its own whatever the others have done."""
         mine = [(plan, shard) for plan in plans for shard in plan.mine]
         return [shard for plan, shard in mine[process::processes] if plan.is_missing(shard)]
@@ -172,7 +154,7 @@ class Extraction:
         processes = extraction_processes(self.recipe)
         device = pick_device()
         if todo and processes > 1:
-            self._spread(processes)
+            spread(Job(dump_recipe(self.recipe), self.files, self.output, asdict(self.part)), processes)
         elif todo:
             encode_shards(self, todo, device)
         published = [plan.publish() for plan in plans]
@@ -190,160 +172,7 @@ class Extraction:
     def _remove_litter(self) -> None:
         """What a killed extraction left half-written on a local disk; a living one holds a lock on what it writes."""
         if not is_s3(self.space.root):
-            from slam_asr.storage.local import remove_abandoned
-
             remove_abandoned(local_path(self.space.root))
-
-    def _spread(self, processes: int) -> None:
-        """Let each of several processes on this machine compute its share."""
-        with TemporaryDirectory(prefix="slam-asr-") as folder:
-            jobs = []
-            for number in range(processes):
-                job = Job(dump_recipe(self.recipe), self.files, self.output, asdict(self.part), number, processes, folder)
-                path = Path(folder) / f"job-{number}.json"
-                write_json(path, asdict(job))
-                environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-                jobs.append(subprocess.Popen([sys.executable, "-u", "-m", "slam_asr.features.encode", str(path)], env=environment))
-            try:
-                codes = [_wait_for_any_failure(jobs)] and [job.wait() for job in jobs]
-            finally:
-                for job in jobs:
-                    if job.poll() is None:
-                        job.terminate()
-                        job.wait()
-            failure = Path(folder) / FAILURE
-            if failure.is_file():
-                raise UserError(failure.read_text())
-            if any(codes):
-                raise UserError(
-                    f"A process of the extraction ended with code {next(c for c in codes if c)}; its own message stands above. "
-                    "-9 is most often for want of memory: lower encoder.batch_seconds or features.processes."
-                )
-
-
-def _wait_for_any_failure(jobs: list[subprocess.Popen]) -> bool:
-    """Wait until all have ended, or one has failed; then end the others."""
-    import time
-
-    while any(job.poll() is None for job in jobs):
-        if any(job.poll() for job in jobs):
-            for job in jobs:
-                job.terminate()
-            break
-        time.sleep(0.1)
-    return True
-
-
-@dataclass
-class Job:
-    """What one of several processes on a machine is told."""
-
-    recipe: str
-    files: list[str]
-    output: str
-    part: dict[str, int]
-    process: int
-    processes: int
-    folder: str
-    """Where it leaves a failure."""
-
-
-class Plan:
-    """The shards that a manifest's audio becomes.
-
-    What other indexes had when the extraction was first begun is not computed again; which indexes those
-    were is written down, so that an interrupted extraction comes to the same plan. Shards that were lost
-    since are computed again.
-    """
-
-    def __init__(self, extraction: Extraction, audio: Audio) -> None:
-        self.space, self.spec, self.part, self.audio = extraction.space, extraction.spec, extraction.part, audio
-        self.fingerprint = extraction.fingerprint
-        limit = extraction.recipe.features.shard_megabytes * 1_000_000
-        self.name = digest([audio.digest(), limit])[:16]
-        self._there = self.space.shards_there()
-        unfinished = join(self.space.root, "unfinished", self.name)
-        self._noted = {join(unfinished, f.name) for f in walk(unfinished)}
-        names = self.space.index_names()
-        bases = [name for name in self._bases(names) if name in names]
-        based = merge(self.fingerprint, self.spec.width, map(self._index, bases), audio.addresses)
-        self.have = self._present(merge(self.fingerprint, self.spec.width, map(self._index, names), audio.addresses))
-        is_old = among(audio.addresses, based.columns["address"])
-        lost = is_old & ~among(audio.addresses, self.have.columns["address"])
-        self.old = audio.take(is_old & ~lost)
-        frame = bytes_a_frame(self.spec.width, extraction.recipe.features.dtype)
-        self.shards: list[Planned] = []
-        for chosen in (audio.take(~is_old), audio.take(lost)):
-            sizes = [self.spec.frames_of(int(n)) * frame for n in chosen.samples]
-            for piece in plan_shards(sizes, limit):
-                number = len(self.shards)
-                self.shards.append(Planned(number, chosen.take(piece), join(unfinished, f"{number:06}.safetensors")))
-        self.mine = [shard for shard in self.shards if self.part.takes(shard.number)]
-
-    def _bases(self, names: list[str]) -> list[str]:
-        """The indexes that were there when this extraction was first begun, by whatever process."""
-        path = join(self.space.root, "plans", f"{self.name}.json")
-        others = [name for name in names if not name.startswith(self.name)]
-        write_bytes(path, json.dumps(others) + "\n", replace=False)
-        try:
-            return list(json.loads(read_bytes(path)))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: remove it and run `slam-asr {STAGE}` again.") from error
-
-    def _index(self, name: str) -> Index:
-        return self.space.read_index(self.space.index(name))
-
-    def _present(self, index: Index) -> Index:
-        """Those entries whose shards are there."""
-        whole = np.array([self._there.get(s.name) == s.bytes for s in index.shards], bool)
-        return index.keep(whole[index.columns["shard"]] if len(index) else np.zeros(0, bool))
-
-    def is_missing(self, shard: Planned) -> bool:
-        """Whether a shard is neither indexed nor noted as finished, or is gone."""
-        if among(shard.audio.addresses, self.have.columns["address"]).all():
-            return False
-        noted = self._read_receipt(shard) if shard.receipt in self._noted else None
-        if noted is None:
-            return True
-        if len(self._present(noted)) == len(shard.audio):
-            return False
-        delete(shard.receipt)
-        return True
-
-    def _read_receipt(self, shard: Planned) -> Index | None:
-        """What a finished shard holds, or None where it is not noted, or its index was published meanwhile."""
-        if not exists(shard.receipt):
-            return None
-        try:
-            return self.space.read_index(shard.receipt)
-        except (FileNotFoundError, UserError):
-            if exists(shard.receipt):
-                raise
-            return None
-
-    def publish(self) -> tuple[str, Index]:
-        """Write the index of this part's utterances, its name and what it holds."""
-        noted = [index for shard in self.mine if (index := self._read_receipt(shard))]
-        # Another extraction of the same audio may have published its index, and removed the receipts, first.
-        published = map(self._index, self.space.index_names())
-        self._there = self.space.shards_there()
-        mine = [s.audio.addresses for s in self.mine] + [self.old.addresses[self.part.number - 1 :: self.part.of]]
-        wanted = np.concatenate(mine)
-        wanted = wanted[in_order(wanted)]
-        index = self._present(merge(self.fingerprint, self.spec.width, [*noted, *published], wanted))
-        if len(index) != len(wanted):
-            raise UserError(
-                f"{len(wanted) - len(index)} utterances vanished from {self.space.root} while features were extracted: run the same command again."
-            )
-        name = f"{self.name}-{self.part}"
-        write_bytes(self.space.index(name), index.to_bytes())
-        for shard in self.mine:
-            delete(shard.receipt)
-        return name, index
-
-    def mine_seconds(self) -> float:
-        """Of this part's audio, old and new."""
-        return sum(s.audio.seconds() for s in self.mine) + float(self.old.samples[self.part.number - 1 :: self.part.of].sum()) / 16_000
 
 
 def fingerprint_of(recipe: Recipe, spec: "EncoderSpec") -> dict[str, Any]:
