@@ -63,7 +63,7 @@ class StoreReader:
         return self.store.index.columns["shard"][self.store.index.locate(addresses)]
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Fetch these and let go of others, where the store is remote."""
+        """Let go of other shards, and fetch these ahead where the store is remote."""
         self.store.expect(shards)
 
 

@@ -139,13 +139,13 @@ class FeatureStore:
         return restore(Values(frames, torch.frombuffer(parts[1], dtype=torch.float32) if len(parts) > 1 else None))
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Fetch these shards ahead, in this order, and let go of all others; nothing to do where the store is local."""
-        if not self.remote:
-            return
+        """Let go of all other shards, and where the store is remote, fetch these ahead, in this order."""
         ahead = list(dict.fromkeys(shards))
         with self._lock:
             for number in [n for n in self._open if n not in set(ahead)]:
                 self._close(number)
+            if not self.remote:
+                return
             for number in [n for n in self._coming if n not in set(ahead)]:
                 self._coming.pop(number).add_done_callback(_let_go)
             for number in ahead:

@@ -221,6 +221,19 @@ def test_shards_expected_next_are_fetched_and_others_let_go(bucket):
         assert there <= 2 * size + 10
 
 
+def test_no_more_shards_are_mapped_than_are_expected(root):
+    stores = [some_features(seed=i) for i in range(6)]
+    for i, features in enumerate(stores):
+        publish(root, features, f"p{i}-1-of-1")
+    reader = FeatureStore(root)
+    kept = {}
+    for number in range(6):
+        reader.expect([number])
+        kept |= {a: (reader.read(a), t) for features in stores for a, t in features.items() if reader.shard_of(a) == number}
+        assert list(reader._open) == [number]
+    assert len(kept) == 18 and all(torch.equal(read, wanted) for read, wanted in kept.values()), "features outlive their shard's mapping"
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp8"])
 def test_what_comes_back_is_what_was_computed_to_the_dtypes_precision(tmp_path, dtype):
     frames = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 50)[:, None]
