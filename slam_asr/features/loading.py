@@ -5,8 +5,11 @@ of /dev/shm, which is 64 MB in a container.
 """
 
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.process
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,7 +23,6 @@ from slam_asr.audio import load_utterance
 from slam_asr.errors import UserError
 from slam_asr.manifest import Utterance
 from slam_asr.models.preparing import Prepared, Preparer
-from slam_asr.processes import die_with_parent
 
 Tag = TypeVar("Tag")
 
@@ -92,9 +94,16 @@ def _begin(preparer: Preparer) -> None:
     """Set up a worker."""
     global _preparer
     _preparer = preparer
-    die_with_parent()
+    # A signal at the parent's death would be the fork server's, and come to nothing where that died first.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is interrupted ends its workers
     torch.set_num_threads(1)
+
+
+def _end_with(owner: multiprocessing.process.BaseProcess) -> None:
+    """End this process when the one that it works for is gone, however that ended."""
+    multiprocessing.connection.wait([owner.sentinel])
+    os._exit(1)
 
 
 def _prepare(utterance: Utterance) -> tuple[list[np.ndarray], int]:
