@@ -54,7 +54,8 @@ def test_all_five_stages_learn_24_utterances_by_heart(libri_mini, tmp_path):
     assert {f.name for f in model.iterdir()} == {"projector.safetensors", "config.json", "stage.json"}
     program("decode", "--model", model, "--manifests", f"[{manifests / 'test.jsonl'}]", "--feature_store", store, "--output", decoded)
 
-    assert read_record(store).metrics["utterances"] == UTTERANCES
+    [extraction] = store.glob("*/runs/*/stage.json")
+    assert read_record(extraction.parent).metrics["utterances"] == UTTERANCES
     metrics = read_record(decoded).metrics
     assert metrics["wer"] == 0.0
     assert metrics["wer shuffled audio"] > 50
