@@ -16,8 +16,9 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from slam_asr import __version__
+from slam_asr.configuration import nearest, one_sentence
 from slam_asr.errors import UserError, exit_on_user_error
-from slam_asr.recipe import Recipe, nearest, one_sentence, recipe_values, shipped_recipes
+from slam_asr.recipe import Recipe, recipe_values, shipped_recipes
 
 STAGES = {
     "build-manifest": "slam_asr.corpora.build:build_manifest",

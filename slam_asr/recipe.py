@@ -6,22 +6,19 @@ the wrong type and a combination that cannot work are refused by the key's full 
 anything is loaded. The command line can override every field: `--training.max_steps 200`.
 """
 
-import difflib
 import math
 import operator
 import os
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
 
+from slam_asr.configuration import keys_of, nearest, parse_yaml, typed
 from slam_asr.errors import UserError
 from slam_asr.storage import is_s3, read_bytes
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass
@@ -164,8 +161,10 @@ class Llm:
 class Training:
     """How the projector is trained, with DeepSpeed."""
 
+    nodes: int = 1
+    """Machines to train on. With more than one, the pipeline's step starts them through Kubeflow Trainer; each runs the same number of processes."""
     processes: int = 0
-    """Processes on this machine, one a GPU. 0: as many as there are GPUs, or one on a CPU."""
+    """Processes on each machine, one a GPU. 0: as many as there are GPUs, or one on a CPU."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of the frozen weights and the projector's passes; the projector's master weights are always fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -304,7 +303,7 @@ _LOWER_BOUNDS = {
     "encoder.batch_seconds": 1, "features.shard_megabytes": 1, "features.window_shards": 1, "features.cache_gigabytes": 0.0,
     "features.parts": 1, "features.processes": 0, "features.workers": 0, "projector.downsampling": 1, "projector.hidden": 1,
     "projector.queries": 1, "projector.layers": 1, "llm.lora.rank": 1, "llm.lora.alpha": 0.0, "llm.lora.dropout": 0.0,
-    "training.processes": 0, "training.epochs": 1, "training.max_steps": 1, "training.positions_per_step": 1,
+    "training.nodes": 1, "training.processes": 0, "training.epochs": 1, "training.max_steps": 1, "training.positions_per_step": 1,
     "training.positions_per_batch": 1, "training.weight_decay": 0.0, "training.warmup_steps": 0,
     "training.gradient_clipping": 0.0, "training.validate_every": 1, "training.log_every": 1,
     "decoding.beams": 1, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
@@ -342,7 +341,7 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
             if not isinstance(target, dict):
                 raise UserError(f"{where}: {'.'.join(sections[:depth])} must hold keys of its own.")
         target[name] = value
-    return _typed(values, where)
+    return typed(values, Recipe, where)
 
 
 def recipe_values(source: str) -> dict[str, Any]:
@@ -355,33 +354,9 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True, width=100)
 
 
-def recipe_keys(section: type = Recipe, prefix: str = "") -> list[str]:
+def recipe_keys() -> list[str]:
     """Full names of all sections and fields: `name`, `training`, `training.max_steps`, …"""
-    keys = []
-    for f in fields(section):
-        keys.append(prefix + f.name)
-        if is_dataclass(f.default_factory):
-            keys += recipe_keys(f.default_factory, f"{prefix}{f.name}.")
-    return keys
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean X?` for the known word closest to a mistyped one, or nothing.
-
-    Abbreviations by initials count as close (`lr` for `learning_rate`), and so does a right name
-    without its section (`max_steps` for `training.max_steps`).
-    """
-    section, _, last = word.rpartition(".")
-    for candidate in known:
-        its_section, _, its_last = candidate.rpartition(".")
-        initials = "".join(part[0] for part in its_last.split("_"))
-        if section in ("", its_section) and len(last) > 1 and last == initials:
-            return f"; did you mean {candidate}?"
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not close:
-        by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
-        close = [by_last[c] for c in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)]
-    return f"; did you mean {close[0]}?" if close else ""
+    return keys_of(Recipe)
 
 
 def _read(source: str) -> tuple[dict[str, Any], str]:
@@ -397,49 +372,7 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     else:
         hint = nearest(source, list(shipped)) or "."
         raise UserError(f"No recipe named {source}, and no such file{hint} Shipped recipes: {', '.join(shipped)}.")
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if isinstance(values, dict) and values.get("features", ...) in (None, "none"):
+    values = parse_yaml(text, where, "encoder:")
+    if values.get("features", ...) in (None, "none"):
         values["features"] = {"cache": "none"}
-    if not isinstance(values, dict):
-        raise UserError(f"{where} must hold keys and values, such as `encoder:`; it holds {type(values).__name__}.")
     return values, where
-
-
-def _typed(values: dict[str, Any], where: str) -> Recipe:
-    _refuse_unknown_keys(values, Recipe, "", where)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe, None)
-    try:
-        return Recipe(**vars(parser.instantiate(parser.parse_object(values))))
-    except UserError:
-        raise
-    except Exception as error:  # jsonargparse raises ArgumentError, TypeError and ValueError alike
-        raise UserError(f"{where}: {one_sentence(error)}") from error
-
-
-def _refuse_unknown_keys(values: dict[str, Any], section: type, prefix: str, where: str) -> None:
-    known = {f.name: f for f in fields(section)}
-    for key, value in values.items():
-        full = f"{prefix}{key}"
-        if key not in known:
-            raise UserError(f"{where}: unknown key {full}{nearest(full, recipe_keys()) or '.'}")
-        inner = known[key].default_factory
-        if is_dataclass(inner):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: {full} must hold keys of its own, not {value!r}.")
-            _refuse_unknown_keys(value, inner, f"{full}.", where)
-
-
-def one_sentence(error: Exception) -> str:
-    """A library's complaint about a value, in one line and in plain words."""
-    text = " ".join(str(error).split())
-    for library, plain in (
-        ('Parser key "', ""), ('":', ":"), ("typing.Literal", "one of "),
-        ("<class 'int'>", "whole number"), ("<class 'float'>", "number"), ("<class 'str'>", "text"),
-        ("<class 'bool'>", "true or false"), ("<class 'list'>", "list"),
-    ):
-        text = text.replace(library, plain)
-    return text.rstrip(".") + "."

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from slam_asr.audio import SAMPLE_RATE
+from slam_asr.configuration import one_sentence
 from slam_asr.errors import UserError
 from slam_asr.models.preparing import Prepared, Preparer
 from slam_asr.models.pretrained import locate_model, weights_sha256
 from slam_asr.models.weights import load_weights
-from slam_asr.recipe import Encoder, one_sentence
+from slam_asr.recipe import Encoder
 
 SAMPLES_PER_FRAME = 320
 """At 16 kHz: Whisper's hop of 160 samples times its convolution's stride of 2; the product of the others' strides."""

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from slam_asr.configuration import nearest, one_sentence
 from slam_asr.errors import UserError
 from slam_asr.models.weights import load_weights
-from slam_asr.recipe import Llm, Lora, nearest, one_sentence
+from slam_asr.recipe import Llm, Lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -17,9 +17,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save
 from transformers import AutoModel, HubertConfig, PretrainedConfig, Wav2Vec2Config, WavLMConfig, WhisperConfig
 
+from slam_asr.configuration import one_sentence
 from slam_asr.errors import UserError
 from slam_asr.models.pickles import plain, read_pickle
-from slam_asr.recipe import one_sentence
 from slam_asr.storage import write_atomically, write_json
 
 Tensors = dict[str, torch.Tensor]

@@ -9,9 +9,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from slam_asr.configuration import one_sentence
 from slam_asr.errors import UserError
 from slam_asr.models.pretrained import UNREADABLE_WEIGHTS
-from slam_asr.recipe import one_sentence
 
 
 def load_weights(kind: type, folder: Path, dtype: torch.dtype, part: str) -> PreTrainedModel:

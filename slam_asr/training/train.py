@@ -171,7 +171,7 @@ def check_llm(recipe: Recipe, folder: Path) -> None:
 def _what_decides_the_weights(recipe: Recipe) -> dict:
     """The recipe without what changes nothing but rounding: names, logging, how the work is divided."""
     values = asdict(recipe)
-    for key in ("processes", "log_every", "positions_per_batch", "offload_optimizer", "gradient_checkpointing"):
+    for key in ("nodes", "processes", "log_every", "positions_per_batch", "offload_optimizer", "gradient_checkpointing"):
         del values["training"][key]
     del values["encoder"]["batch_seconds"]
     # How shards are mixed decides the order, as their size does.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cli, local
+from pipelines import cli, local, run
 from slam_asr.recipe import load_recipe
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,110 @@
+"""YAML files with typed, documented keys: what recipes and cluster profiles share.
+
+A file's keys are the fields of dataclasses, sections being dataclasses within. A key that is
+unknown and a value of the wrong type are refused by the key's full name.
+"""
+
+import difflib
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from slam_asr.errors import UserError
+
+# The sentence below a field is its help.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+T = TypeVar("T")
+
+
+def parse_yaml(text: str | bytes, where: str, example: str) -> dict[str, Any]:
+    """The keys and values of a YAML text.
+
+    Args:
+        text: the YAML.
+        where: what it is, for errors: `Recipe demo`.
+        example: a key that such a file may hold, for errors.
+
+    Raises:
+        UserError: it is not YAML, or holds something else than keys and values.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must hold keys and values, such as `{example}`; it holds {type(values).__name__}.")
+    return values
+
+
+def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
+    """A dataclass from nested dictionaries, with its defaults for what they leave out.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or what the dataclass itself refuses.
+    """
+    _refuse_unknown_keys(values, kind, "", where, keys_of(kind))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, None)
+    try:
+        return kind(**vars(parser.instantiate(parser.parse_object(values))))
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse raises ArgumentError, TypeError and ValueError alike
+        raise UserError(f"{where}: {one_sentence(error)}") from error
+
+
+def keys_of(section: type, prefix: str = "") -> list[str]:
+    """Full names of all sections and fields: `name`, `training`, `training.max_steps`, …"""
+    keys = []
+    for f in fields(section):
+        keys.append(prefix + f.name)
+        if is_dataclass(f.default_factory):
+            keys += keys_of(f.default_factory, f"{prefix}{f.name}.")
+    return keys
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean X?` for the known word closest to a mistyped one, or nothing.
+
+    Abbreviations by initials count as close (`lr` for `learning_rate`), and so does a right name
+    without its section (`max_steps` for `training.max_steps`).
+    """
+    section, _, last = word.rpartition(".")
+    for candidate in known:
+        its_section, _, its_last = candidate.rpartition(".")
+        initials = "".join(part[0] for part in its_last.split("_"))
+        if section in ("", its_section) and len(last) > 1 and last == initials:
+            return f"; did you mean {candidate}?"
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not close:
+        by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
+        close = [by_last[c] for c in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _refuse_unknown_keys(values: dict[str, Any], section: type, prefix: str, where: str, all_keys: list[str]) -> None:
+    known = {f.name: f for f in fields(section)}
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        if key not in known:
+            raise UserError(f"{where}: unknown key {full}{nearest(full, all_keys) or '.'}")
+        inner = known[key].default_factory
+        if is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {full} must hold keys of its own, not {value!r}.")
+            _refuse_unknown_keys(value, inner, f"{full}.", where, all_keys)
+
+
+def one_sentence(error: Exception) -> str:
+    """A library's complaint about a value, in one line and in plain words."""
+    text = " ".join(str(error).split())
+    for library, plain in (
+        ('Parser key "', ""), ('":', ":"), ("typing.Literal", "one of "),
+        ("<class 'int'>", "whole number"), ("<class 'float'>", "number"), ("<class 'str'>", "text"),
+        ("<class 'bool'>", "true or false"), ("<class 'list'>", "list"),
+    ):
+        text = text.replace(library, plain)
+    return text.rstrip(".") + "."
