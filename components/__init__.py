@@ -3,13 +3,18 @@
 kfp cuts a component's body out of its module, so a body imports all that it uses, and calls the
 same function as the command line does.
 
-Images are named at compile time, here and nowhere else: `SLAM_ASR_IMAGES` is a template such as
-`registry.example/team/{stage}:{version}`.
+Images are named at compile time. `SLAM_ASR_IMAGES` is a template such as
+`registry.example/team/{stage}:{version}`, or the file of digests that `make images` writes.
 """
 
 import os
+import re
+from pathlib import Path
+
+import yaml
 
 from slam_asr import __version__
+from slam_asr.errors import UserError
 
 RESULTS = {
     "build-manifest": "manifests",
@@ -23,8 +28,40 @@ RESULTS = {
 IMAGES_VARIABLE = "SLAM_ASR_IMAGES"
 DEFAULT_IMAGES = "slam-asr/{stage}:{version}"
 
+_REFERENCE = re.compile(r"([\w.-]+(:\d+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?")
+
 
 def image(stage: str) -> str:
-    """The image that `stage` runs in."""
-    template = os.environ.get(IMAGES_VARIABLE) or DEFAULT_IMAGES
-    return template.replace("{stage}", stage).replace("{version}", __version__)
+    """The image that `stage` runs in, as the environment says."""
+    return images(os.environ.get(IMAGES_VARIABLE) or DEFAULT_IMAGES)[stage]
+
+
+def images(source: str) -> dict[str, str]:
+    """The image of each stage.
+
+    Args:
+        source: a template with {stage} and {version}, or a YAML file that names an image for each stage.
+
+    Raises:
+        UserError: no such file, one that leaves out a stage, or a name that no image can have.
+    """
+    if source.endswith((".yaml", ".yml")):
+        named = _read(Path(source))
+    else:
+        named = {stage: source.replace("{stage}", stage).replace("{version}", __version__) for stage in RESULTS}
+    for stage, name in named.items():
+        if not _REFERENCE.fullmatch(name):
+            raise UserError(f"{name!r} cannot be the image of {stage}: write REGISTRY/NAME:TAG in lower case, such as registry.example/team/{stage}:{__version__}.")
+    return named
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        named = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"The file of images {path} cannot be read ({error.strerror}): `make images` writes one.") from None
+    except yaml.YAMLError:
+        named = None
+    if not isinstance(named, dict) or not all(isinstance(named.get(stage), str) for stage in RESULTS):
+        raise UserError(f"{path} must name an image for each of {', '.join(RESULTS)}: `make images` writes such a file.")
+    return {stage: named[stage] for stage in RESULTS}

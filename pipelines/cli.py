@@ -17,7 +17,7 @@ COMMANDS = {
 """Each command's function: it takes the arguments behind the command's name and gives the exit code. Imported when it is called."""
 
 USAGE = """usage: python -m pipelines run RECIPE [--corpus PATH] [--output DIR] [--store PATH] [--SECTION.KEY VALUE ...]
-       python -m pipelines compile [--output DIR|FILE.yaml] [--images TEMPLATE]
+       python -m pipelines compile [RECIPE] [--cluster PROFILE] [--images TEMPLATE|FILE] [--corpus s3://…] [--store s3://…] [--output DIR|FILE.yaml] [--SECTION.KEY VALUE ...]
 
   run       train, convert and measure on this machine, through Kubeflow's local runner
   compile   write the YAML to submit to Kubeflow Pipelines

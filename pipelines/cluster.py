@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from slam_asr.configuration import nearest, parse_yaml, typed
 from slam_asr.errors import UserError
@@ -100,7 +100,7 @@ class Step:
     """Local disk for the cache of models and shards."""
     node_selector: dict[str, str] = field(default_factory=dict)
     """Labels that a node must have."""
-    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    tolerations: list[dict[str, str]] = field(default_factory=list)
     """Taints that the step puts up with: {key, operator, value, effect}."""
     retries: int = 3
     """How often a step that failed, was preempted or lost its node is started again. It goes on where it was."""

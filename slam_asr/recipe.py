@@ -246,15 +246,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for key, low in _LOWER_BOUNDS.items():
-            value = _get(self, key)
+            value = value_of(self, key)
             if not value >= low:
                 raise UserError(f"Recipe {self.name}: {key} is {value} but must be at least {low}.")
         for key, high in _UPPER_BOUNDS.items():
-            value = _get(self, key)
+            value = value_of(self, key)
             if not value <= high:
                 raise UserError(f"Recipe {self.name}: {key} is {value} but must be at most {high}.")
         for key in ("training.learning_rate", "llm.learning_rate", "encoder.learning_rate"):
-            rate = _get(self, key)
+            rate = value_of(self, key)
             if rate is not None and not 0 < rate < math.inf:
                 raise UserError(f"Recipe {self.name}: {key} is {rate} but must be above 0.")
         for key in ("llm", "encoder"):
@@ -294,7 +294,7 @@ class Recipe:
                 f"exceed training.positions_per_step ({self.training.positions_per_step}): a batch is a part of a step."
             )
         for key in ("data.train", "data.test"):
-            if not _get(self, key):
+            if not value_of(self, key):
                 raise UserError(f"Recipe {self.name}: {key} names no subset; give at least one, such as [train-*].")
 
 
@@ -312,7 +312,15 @@ _LOWER_BOUNDS = {
 _UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0, "llm.lora.dropout": 0.9}
 
 
-def _get(recipe: Recipe, key: str) -> Any:
+def _whole(value: Any) -> Any:
+    """`2.0` → `2`: a pipeline's parameter of several keys knows numbers of one kind only."""
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    """The value of a field by its full name, such as `training.max_steps`."""
     return operator.attrgetter(key)(recipe)
 
 
@@ -326,7 +334,7 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """A recipe by shipped name, file, or YAML text, with overrides applied.
 
     Args:
-        source: `demo`, `path/to/recipe.yaml`, or the YAML itself (anything with a line break).
+        source: `demo`, `path/to/recipe.yaml`, or the YAML itself (anything with a line break, or in braces).
         overrides: values by full key, such as `{"training.max_steps": 200}`.
 
     Raises:
@@ -340,7 +348,7 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise UserError(f"{where}: {'.'.join(sections[:depth])} must hold keys of its own.")
-        target[name] = value
+        target[name] = _whole(value)
     return typed(values, Recipe, where)
 
 
@@ -361,7 +369,7 @@ def recipe_keys() -> list[str]:
 
 def _read(source: str) -> tuple[dict[str, Any], str]:
     shipped = shipped_recipes()
-    if "\n" in source:
+    if "\n" in source or source.startswith("{"):
         text, where = source, "The recipe given as text"
     elif source in shipped:
         text, where = shipped[source].read_bytes(), f"Recipe {source}"

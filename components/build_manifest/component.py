@@ -14,6 +14,7 @@ def build_manifest(
     resolved_recipe: dsl.Output[dsl.Artifact],
     statistics: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
+    recipe_overrides: dict = {},  # noqa: B006 - kfp needs a literal
 ) -> list[str]:
     """Read a corpus, check its audio, and write the manifests of train, dev and test.
 
@@ -25,6 +26,7 @@ def build_manifest(
         resolved_recipe: The recipe with every key spelt out; all later steps read this one.
         statistics: Hours, durations, characters, and what was set aside and why.
         metrics: Utterances and hours, kept and set aside.
+        recipe_overrides: Values that replace the recipe's, by full name, such as {"training.epochs": 1}.
 
     Returns:
         The parts that extraction is divided into: 1/n, 2/n and so on.
@@ -39,7 +41,7 @@ def build_manifest(
         from slam_asr.stage import log_metrics, write_pointer
         from slam_asr.storage import write_atomically
 
-        resolved = load_recipe(recipe)
+        resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, corpus, f"{store}/build-manifest/{{fingerprint}}")
         write_pointer(record, manifests.path)
         # Not the folder's recipe.yaml: that one stems from the run that made the folder, and a

@@ -14,6 +14,7 @@ def train(
     checkpoint: dsl.Output[dsl.Model],
     curves: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
+    trainjob: str = "",
 ):
     """Train the projector between the frozen encoder and the frozen LLM.
 
@@ -25,6 +26,7 @@ def train(
         checkpoint: Pointer to the folder with the checkpoints.
         curves: Loss and accuracy by step.
         metrics: Loss and accuracy at the end, and the number of steps.
+        trainjob: How the nodes of a training over several nodes are placed (JSON); empty: it trains in this pod.
     """
     from slam_asr.errors import exit_on_user_error
 

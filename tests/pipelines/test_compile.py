@@ -1,5 +1,6 @@
-"""The compiled YAML: the same bytes each time, whole, and with the images that were asked for."""
+"""The compiled YAML: the same bytes each time, whole, and with what the cluster's profile says."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,14 +12,22 @@ from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
 from components import RESULTS
+from pipelines import cli
+from pipelines.checking import PackageDefect, check_package, read_package
+from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
+from pipelines.compile import compile_package
 from slam_asr import __version__
+from slam_asr.recipe import load_recipe
+from slam_asr.trainjob import Placement
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+IMAGES = {stage: f"slam-asr/{stage}:{__version__}" for stage in RESULTS}
 
 
 def compile_to(output: Path, *options: str, **environment: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pipelines", "compile", "--output", str(output), *options],
+        [sys.executable, "-m", "pipelines", "compile", *options, "--output", str(output)],
         cwd=CHECKOUT, env=os.environ | environment, check=True, capture_output=True,
     )
 
@@ -30,8 +39,23 @@ def compiled(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def refused(capsys):
+    """Run the command line, and give the one sentence with which it refuses."""
+
+    def run(*argv: str) -> str:
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(argv)
+        assert leaving.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0].removeprefix("slam-asr: error: ")
+
+    return run
+
+
 def spec_of(path: Path) -> PipelineSpec:
-    return json_format.ParseDict(yaml.safe_load(path.read_text()), PipelineSpec())
+    return json_format.ParseDict(next(yaml.safe_load_all(path.read_text())), PipelineSpec())
 
 
 def images_of(spec: PipelineSpec) -> dict[str, str]:
@@ -42,13 +66,13 @@ def images_of(spec: PipelineSpec) -> dict[str, str]:
 def test_same_source_gives_same_bytes(compiled, tmp_path):
     compile_to(tmp_path, PYTHONHASHSEED="7")
     names = sorted(str(f.relative_to(compiled)) for f in compiled.rglob("*.yaml"))
-    assert names == sorted(["asr.yaml", *(f"components/{stage}.yaml" for stage in RESULTS)])
+    assert names == sorted(["slam-asr.yaml", "slam-asr.resources.yaml", *(f"components/{stage}.yaml" for stage in RESULTS)])
     for name in names:
         assert (tmp_path / name).read_bytes() == (compiled / name).read_bytes(), name
 
 
 def test_pipeline_has_every_stage_in_its_own_image(compiled):
-    assert images_of(spec_of(compiled / "asr.yaml")) == {s: f"slam-asr/{s}:{__version__}" for s in RESULTS}
+    assert images_of(spec_of(compiled / "slam-asr.yaml")) == {s: f"slam-asr/{s}:{__version__}" for s in RESULTS}
 
 
 @pytest.mark.parametrize("stage", RESULTS)
@@ -58,7 +82,7 @@ def test_each_component_stands_alone(compiled, stage):
 
 
 def test_tasks_form_the_chain(compiled):
-    tasks = spec_of(compiled / "asr.yaml").root.dag.tasks
+    tasks = spec_of(compiled / "slam-asr.yaml").root.dag.tasks
     assert {name: sorted(task.dependent_tasks) for name, task in tasks.items()} == {
         "build-manifest": [],
         "for-loop-1": ["build-manifest"],
@@ -68,16 +92,16 @@ def test_tasks_form_the_chain(compiled):
     }
     loop = tasks["for-loop-1"]
     assert loop.parameter_iterator.items.input_parameter.endswith("build-manifest-Output")
-    assert list(spec_of(compiled / "asr.yaml").components["comp-for-loop-1"].dag.tasks) == ["extract-features"]
+    assert list(spec_of(compiled / "slam-asr.yaml").components["comp-for-loop-1"].dag.tasks) == ["extract-features"]
     del tasks["for-loop-1"]
     assert [name for name, task in tasks.items() if task.caching_options.enable_cache] == []
 
 
 def test_inputs_and_parameters_are_explained(compiled):
-    spec = spec_of(compiled / "asr.yaml")
+    spec = spec_of(compiled / "slam-asr.yaml")
     # A loop's inputs are kfp's own; those of the steps in it are explained with the others.
     steps = [(name, component) for name, component in spec.components.items() if not component.HasField("dag")]
-    for name, component in [("asr", spec.root), *steps]:
+    for name, component in [("pipeline", spec.root), *steps]:
         inputs = component.input_definitions
         for kind in (inputs.parameters, inputs.artifacts):
             assert [key for key, value in kind.items() if not value.description] == [], name
@@ -90,3 +114,209 @@ def test_images_are_named_at_compile_time(tmp_path):
     compile_to(tmp_path / "by-variable.yaml", SLAM_ASR_IMAGES=template)
     assert images_of(spec_of(tmp_path / "by-option.yaml")) == wanted
     assert images_of(spec_of(tmp_path / "by-variable.yaml")) == wanted
+
+
+@pytest.mark.parametrize("name", [*shipped_clusters(), "two-nodes"])
+def test_compiled_yaml_is_as_it_was(name, tmp_path):
+    """After a change that is meant: compile again to tests/pipelines/golden, as below, and read the difference."""
+    options = {"two-nodes": ["demo", "--cluster", "several-nodes", "--training.nodes", "2"]}.get(name, ["--cluster", name])
+    assert cli.main(["compile", *options, "--output", str(tmp_path / "pipeline.yaml")]) == 0
+    assert (tmp_path / "pipeline.yaml").read_text() == (GOLDEN / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("stage", RESULTS)
+def test_each_component_is_as_it_was(compiled, stage):
+    assert (compiled / "components" / f"{stage}.yaml").read_text() == (GOLDEN / "components" / f"{stage}.yaml").read_text()
+
+
+EVERYTHING = """
+namespace: team
+service_account: runner
+environment: {HTTPS_PROXY: "http://proxy:3128"}
+images: {names: "registry.example/team/{stage}:7", pull_policy: Always, pull_secrets: [pull]}
+storage: {store: "s3://b/s", secret: bucket-secret, endpoint: "http://seaweed:8333", region: somewhere}
+models: {claim: model-claim, mirror: "s3://b/models", token_secret: hub, offline: true}
+queue: {name: research, priority: high}
+steps:
+  train:
+    {cpu: 500m, memory: 64Gi, gpus: 4, gpu_resource: example.com/gpu, shared_memory: 8Gi, scratch: 30Gi,
+     node_selector: {disk: fast}, tolerations: [{key: gpu, value: "yes", effect: NoSchedule}],
+     retries: 5, retry_after: 2m, timeout_hours: 1.5, labels: {team: speech}, annotations: {note: hello}}
+"""
+
+
+def test_profile_reaches_every_field_of_a_task(tmp_path):
+    (tmp_path / "everything.yaml").write_text(EVERYTHING)
+    package = compile_package(load_cluster(str(tmp_path / "everything.yaml")), tmp_path / "p.yaml", defaults={"store": "s3://b/s"})
+    spec, settings = read_package(package)
+    container = json_format.MessageToDict(spec.deployment_spec)["executors"]["exec-train"]["container"]
+    assert container["image"] == "registry.example/team/train:7"
+    assert {e["name"]: e["value"] for e in container["env"]} == {
+        "SLAM_ASR_CACHE": "/var/cache/slam-asr", "AWS_ENDPOINT_URL": "http://seaweed:8333", "AWS_REGION": "somewhere",
+        "SLAM_ASR_MODELS": "s3://b/models", "HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://proxy:3128",
+    }
+    resources = container["resources"]
+    assert (resources["resourceCpuRequest"], resources["resourceCpuLimit"]) == ("500m", "500m")
+    assert (resources["resourceMemoryRequest"], resources["resourceMemoryLimit"]) == ("64Gi", "64Gi")
+    assert resources["accelerator"]["resourceType"] == "example.com/gpu"
+    assert resources["accelerator"]["resourceCount"] == "4"
+    task = spec.root.dag.tasks["train"]
+    retry = json_format.MessageToDict(task.retry_policy)
+    assert retry == {"maxRetryCount": 5, "backoffDuration": "120s", "backoffFactor": 2.0, "backoffMaxDuration": "3600s"}
+    assert not task.caching_options.enable_cache
+    settings = json_format.MessageToDict(settings["exec-train"])
+    assert settings["emptyDirMounts"] == [
+        {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "8Gi"},
+        {"volumeName": "scratch", "mountPath": "/var/cache/slam-asr", "sizeLimit": "30Gi"},
+    ]
+    assert settings["nodeSelector"] == {"labels": {"disk": "fast"}}
+    assert settings["tolerations"] == [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}]
+    assert settings["activeDeadlineSeconds"] == "5400"
+    assert settings["imagePullPolicy"] == "Always"
+    assert [s["secretName"] for s in settings["imagePullSecret"]] == ["pull"]
+    assert settings["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
+    assert [(s["secretName"], s["mountPath"]) for s in settings["secretAsVolume"]] == [("bucket-secret", "/var/run/secrets/slam-asr/s3")]
+    assert [(s["secretName"], s["keyToEnv"][0]["envVar"]) for s in settings["secretAsEnv"]] == [("hub", "HF_TOKEN")]
+    assert [m["mountPath"] for m in settings["pvcMount"]] == ["/var/cache/slam-asr/models"]
+    assert settings["podMetadata"]["annotations"] == {"note": "hello"}
+    labels = settings["podMetadata"]["labels"]
+    assert labels.items() >= {"kueue.x-k8s.io/queue-name": "research", "kueue.x-k8s.io/priority-class": "high", "team": "speech"}.items()
+
+
+def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
+    spec, settings = read_package(compiled / "slam-asr.yaml")
+    executors = json_format.MessageToDict(spec.deployment_spec)["executors"]
+    loops = [c.dag.tasks for c in spec.components.values() if c.HasField("dag")]
+    tasks = {name: task for dag in (spec.root.dag.tasks, *loops) for name, task in dag.items() if not name.startswith("for-loop")}
+    assert sorted(tasks) == sorted(RESULTS)
+    for stage in RESULTS:
+        assert tasks[stage].retry_policy.max_retry_count > 0
+        assert not tasks[stage].caching_options.enable_cache
+        assert settings[f"exec-{stage}"].active_deadline_seconds > 0
+        assert settings[f"exec-{stage}"].security_context.run_as_non_root
+        assert [s.secret_name for s in settings[f"exec-{stage}"].secret_as_volume] == ["slam-asr-s3"]
+        assert "resourceMemoryLimit" in executors[f"exec-{stage}"]["container"]["resources"]
+    gpus = {s for s in RESULTS if "accelerator" in executors[f"exec-{s}"]["container"]["resources"]}
+    assert gpus == {"extract-features", "train", "decode"}
+
+
+def test_training_over_nodes_leaves_the_gpus_to_its_nodes(tmp_path):
+    cluster = load_cluster("several-nodes")
+    spec, settings = read_package(compile_package(cluster, tmp_path / "p.yaml", nodes=2))
+    assert "accelerator" not in json_format.MessageToDict(spec.deployment_spec)["executors"]["exec-train"]["container"]["resources"]
+    assert "kueue.x-k8s.io/queue-name" not in settings["exec-train"].pod_metadata.labels
+    given = json.loads(spec.root.dag.tasks["train"].inputs.parameters["trainjob"].runtime_value.constant.string_value)
+    placement = Placement(**given)
+    assert placement.resources == {"cpu": "64", "memory": "384Gi", "nvidia.com/gpu": "8"}
+    assert placement.labels["kueue.x-k8s.io/queue-name"] == "slam-asr"
+    assert (placement.image, placement.storage_secret) == (f"slam-asr/train:{__version__}", "slam-asr-s3")
+    one, _ = read_package(compile_package(cluster, tmp_path / "one.yaml"))
+    assert one.root.dag.tasks["train"].inputs.parameters["trainjob"].runtime_value.constant.string_value == ""
+
+
+def test_recipe_becomes_the_parameters_that_give_it(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text('name: own\nllm: {name: x/y, prompt: "a {b}\\n c"}\ntraining: {max_steps: 7}')
+    for source, changes in (("demo", ["--training.max_steps", "7"]), (str(own), [])):
+        package = tmp_path / "pipeline.yaml"
+        cli.main(["compile", source, *changes, "--output", str(package), "--corpus", "s3://b/c"])
+        parameters = spec_of(package).root.input_definitions.parameters
+        defaults = {name: json_format.MessageToDict(p.default_value) for name, p in parameters.items()}
+        assert defaults["corpus"] == "s3://b/c"
+        expected = load_recipe(source, {"training.max_steps": 7})
+        assert load_recipe(defaults["recipe"], defaults["recipe_overrides"]) == expected
+
+
+def test_images_from_the_file_of_digests(tmp_path):
+    named = {stage: f"registry.example/{stage}@sha256:{'0' * 64}" for stage in RESULTS}
+    (tmp_path / "images.yaml").write_text(yaml.safe_dump(named))
+    cli.main(["compile", "--images", str(tmp_path / "images.yaml"), "--output", str(tmp_path / "all")])
+    assert images_of(spec_of(tmp_path / "all" / "slam-asr.yaml")) == named
+    assert images_of(spec_of(tmp_path / "all" / "components" / "train.yaml")) == {"train": named["train"]}
+
+
+def test_resources_of_kubernetes_hold_the_same_pipeline(compiled):
+    pipeline, version = yaml.safe_load_all((compiled / "slam-asr.resources.yaml").read_text())
+    spec, platform = yaml.safe_load_all((compiled / "slam-asr.yaml").read_text())
+    assert (pipeline["apiVersion"], pipeline["kind"]) == ("pipelines.kubeflow.org/v2beta1", "Pipeline")
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"] == "slam-asr"
+    assert version["spec"]["pipelineSpec"] == spec
+    assert version["spec"]["platformSpec"] == platform
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("producerTask: train", "convert-checkpoint.checkpoint comes from trian, which does not exist"),
+        ("outputArtifactKey: checkpoint", "convert-checkpoint.checkpoint comes from train's output trian, which does not exist"),
+        ("componentInputParameter: corpus", "build-manifest.corpus comes from trian, which the graph is not given"),
+        ("name: comp-decode", "decode uses the component trian, which does not exist"),
+        ("image: slam-asr/decode:", "exec-decode runs in trian"),
+        ("exec-convert-checkpoint:\n          activeDeadline", "exec-convert-checkpoint has no settings of Kubernetes"),
+    ],
+)
+def test_pipeline_that_contradicts_itself_is_refused(compiled, tmp_path, change, complaint):
+    text = (compiled / "slam-asr.yaml").read_text()
+    assert change in text
+    key, _, rest = change.partition(": ")
+    broken = text.replace(change, f"{key}: trian" if rest else change.replace("exec-", "exec-un"))
+    (tmp_path / "broken.yaml").write_text(broken)
+    with pytest.raises(PackageDefect) as defect:
+        check_package(tmp_path / "broken.yaml", IMAGES)
+    assert complaint in str(defect.value)
+    check_package(compiled / "slam-asr.yaml", IMAGES)
+
+
+@pytest.mark.parametrize("change", ["executorLabel: exec-train", "activeDeadlineSeconds"])
+def test_unknown_key_is_refused(compiled, tmp_path, change):
+    (tmp_path / "broken.yaml").write_text((compiled / "slam-asr.yaml").read_text().replace(change, f"un{change}"))
+    with pytest.raises(PackageDefect, match="no field named"):
+        check_package(tmp_path / "broken.yaml", IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--cluster", "one-gpu-nod"], "No cluster profile named one-gpu-nod, and no such file; did you mean one-gpu-node?"),
+        (["--images", "/no/such.yaml"], "The file of images /no/such.yaml cannot be read (No such file or directory): `make images` writes one."),
+        (["--images", "Registry/{stage} x"], "'Registry/build-manifest x' cannot be the image of build-manifest"),
+        (["--corpus", "/data"], "--corpus is /data, a place on this machine, which no pod of the cluster sees"),
+        (["--store", "runs"], "--store is runs, a place on this machine"),
+        (["demo", "--training.processes", "9"], "Recipe demo: training.processes is 9, but the cluster one-gpu-node gives each node of train 8 GPUs"),
+        (["demi"], "No recipe named demi, and no such file; did you mean demo?"),
+    ],
+)
+def test_what_cannot_run_is_refused_when_it_is_compiled(refused, tmp_path, argv, sentence):
+    assert refused("compile", *argv, "--output", str(tmp_path / "out")).startswith(sentence)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "sentence"),
+    [
+        ("namespaces: x", "Cluster {}: unknown key namespaces; did you mean namespace?"),
+        ("steps: {train: {gpu: 1}}", "Cluster {}: unknown key steps.train.gpu; did you mean steps.train.gpus?"),
+        ("steps: {train: {gpus: 9, gpus_per_node: 8}}", "Cluster mine: steps.train.gpus is 9, but a node has 8"),
+        ("steps: {train: {gpus: many}}", "Cluster {}: steps.train.gpus: Expected a whole number. Got value: many."),
+        ("steps: {train: {memory: much}}", "Cluster mine: steps.train.memory is 'much' but must be a size such as 16Gi."),
+        ("steps: {train: {memory: 8Gi, shared_memory: 8Gi}}", "Cluster mine: steps.train.shared_memory (8Gi) counts against steps.train.memory (8Gi)"),
+        ("steps: {train: {tolerations: [{keys: x}]}}", "Cluster mine: steps.train.tolerations has an unknown key keys; did you mean key?"),
+        ("environment: {AWS_SECRET_ACCESS_KEY: x}", "Cluster mine: environment.AWS_SECRET_ACCESS_KEY looks like a credential"),
+        ("storage: {endpoint: 'http://me:word@host'}", "Cluster mine: storage.endpoint is 'http://…@host' but must be http://host:port"),
+        ("storage: {store: /data}", "Cluster mine: storage.store is '/data' but must be an s3:// prefix."),
+        ("run_as_user: 0", "Cluster mine: run_as_user is 0 but must be above 0: steps do not run as root."),
+        ("[]", "Cluster {} must hold keys and values, such as `namespace:`; it holds list."),
+    ],
+)
+def test_mistake_in_a_profile_is_explained(refused, tmp_path, profile, sentence):
+    path = tmp_path / "mine.yaml"
+    path.write_text(profile)
+    assert refused("compile", "--cluster", str(path), "--output", str(tmp_path / "out")).startswith(sentence.replace("{}", str(path)))
+
+
+def test_sizes_are_read_as_kubernetes_reads_them():
+    assert [size_in_bytes(s) for s in ("5", "1.5Gi", "2M", "1Ti")] == [5, 1.5 * 2**30, 2e6, 2**40]
+
+
+def test_defaults_of_a_profile_ask_for_no_gpu():
+    assert all(Cluster().steps[stage].gpus == 0 for stage in RESULTS)

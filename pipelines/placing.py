@@ -1,0 +1,129 @@
+"""What each step gets of a cluster: a profile's settings, written onto the tasks of a pipeline.
+
+From kfp come image, cores, memory, GPUs, environment and retries; everything else is a setting of
+Kubernetes, through kfp-kubernetes. Of a pod's security context that package can set user, group and
+non-root; dropping capabilities, seccomp and privilege escalation are left to Kubeflow's backend and
+to the namespace's pod security labels.
+"""
+
+import json
+from dataclasses import asdict
+
+from kfp import kubernetes
+from kfp.dsl import PipelineTask
+
+from pipelines.cluster import Cluster, Step
+from slam_asr import __version__
+from slam_asr.storage.client import SECRET_FOLDER
+from slam_asr.trainjob import Placement
+
+CACHE = "/var/cache/slam-asr"
+_KUEUE = "kueue.x-k8s.io"
+_LONGEST_WAIT = "3600s"
+
+COORDINATOR = Step(cpu="1", memory="4Gi", scratch="10Gi")
+"""The step `train` where a TrainJob does the work: it starts the job, watches it, and makes the page of the curves."""
+
+
+def place(cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTask, over_nodes: bool = False) -> None:
+    """Give a task what the profile says for its stage.
+
+    Args:
+        cluster: the profile.
+        images: each stage's image.
+        stage: the task's stage.
+        task: changed in place.
+        over_nodes: whether a TrainJob does the step's work, so that its own pod needs no GPU.
+    """
+    step = cluster.steps[stage]
+    task.set_container_image(images[stage])
+    task.set_display_name(stage)
+    _resources(task, _coordinator(step) if over_nodes else step)
+    _storage(task, cluster, COORDINATOR if over_nodes else step)
+    for name, value in environment(cluster).items():
+        task.set_env_variable(name, value)
+    task.set_retry(step.retries, backoff_duration=_seconds(step.retry_after), backoff_factor=2.0, backoff_max_duration=_LONGEST_WAIT)
+    if step.timeout_hours:
+        kubernetes.set_timeout(task, round(step.timeout_hours * 3600))
+    if not over_nodes:
+        for label, value in step.node_selector.items():
+            kubernetes.add_node_selector(task, label, value)
+        for taint in step.tolerations:
+            kubernetes.add_toleration(task, **{"operator": "Equal", **taint})
+    # A step that only watches does not wait in the queue for the room that its own nodes need.
+    for label, value in labels(cluster, stage, queued=not over_nodes).items():
+        kubernetes.add_pod_label(task, label, value)
+    for name, value in step.annotations.items():
+        kubernetes.add_pod_annotation(task, name, value)
+    kubernetes.set_image_pull_policy(task, cluster.images.pull_policy)
+    if cluster.images.pull_secrets:
+        kubernetes.set_image_pull_secrets(task, cluster.images.pull_secrets)
+    kubernetes.set_security_context(task, run_as_user=cluster.run_as_user, run_as_group=cluster.run_as_user, run_as_non_root=True)
+
+
+def placement(cluster: Cluster, image: str) -> str:
+    """What each node of a training over several nodes gets, as the step `train` takes it: JSON of `Placement`."""
+    step = cluster.steps["train"]
+    resources = {"cpu": step.cpu, "memory": step.memory, **({step.gpu_resource: str(step.gpus)} if step.gpus else {})}
+    return json.dumps(asdict(Placement(
+        namespace=cluster.namespace, image=image, runtime=cluster.trainer.runtime, resources=resources,
+        shared_memory=step.shared_memory, scratch=step.scratch, cache=CACHE, models_claim=cluster.models.claim,
+        storage_secret=cluster.storage.secret, token_secret=cluster.models.token_secret, environment=environment(cluster),
+        service_account=cluster.service_account, run_as_user=cluster.run_as_user, pull_policy=cluster.images.pull_policy,
+        pull_secrets=cluster.images.pull_secrets, node_selector=step.node_selector, tolerations=step.tolerations,
+        labels=labels(cluster, "train", queued=True), annotations=step.annotations, timeout_hours=cluster.trainer.timeout_hours,
+    )), sort_keys=True)  # fmt: skip
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    """The environment of all steps; nothing in it is secret."""
+    return {
+        "SLAM_ASR_CACHE": CACHE,
+        **({"AWS_ENDPOINT_URL": cluster.storage.endpoint} if cluster.storage.endpoint else {}),
+        **({"AWS_REGION": cluster.storage.region} if cluster.storage.region else {}),
+        **({"SLAM_ASR_MODELS": cluster.models.mirror} if cluster.models.mirror else {}),
+        **({"HF_HUB_OFFLINE": "1"} if cluster.models.offline else {}),
+        **cluster.environment,
+    }
+
+
+def labels(cluster: Cluster, stage: str, queued: bool) -> dict[str, str]:
+    """The labels of a step's pods, Kueue's among them."""
+    return {
+        "app.kubernetes.io/part-of": "slam-asr",
+        "app.kubernetes.io/component": stage,
+        "app.kubernetes.io/version": __version__,
+        **({f"{_KUEUE}/queue-name": cluster.queue.name} if cluster.queue.name and queued else {}),
+        **({f"{_KUEUE}/priority-class": cluster.queue.priority} if cluster.queue.priority and queued else {}),
+        **cluster.steps[stage].labels,
+    }
+
+
+def _coordinator(step: Step) -> Step:
+    return Step(**{**asdict(COORDINATOR), "gpu_resource": step.gpu_resource})
+
+
+def _resources(task: PipelineTask, step: Step) -> None:
+    task.set_cpu_request(step.cpu).set_cpu_limit(step.cpu)
+    task.set_memory_request(step.memory).set_memory_limit(step.memory)
+    if step.gpus:
+        task.set_accelerator_type(step.gpu_resource).set_accelerator_limit(step.gpus)
+    if step.shared_memory:
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=step.shared_memory)
+
+
+def _storage(task: PipelineTask, cluster: Cluster, step: Step) -> None:
+    if step.scratch:
+        kubernetes.empty_dir_mount(task, "scratch", CACHE, size_limit=step.scratch)
+    if cluster.models.claim:
+        kubernetes.mount_pvc(task, cluster.models.claim, f"{CACHE}/models")
+    if cluster.storage.secret:
+        # As files: a rotated secret reaches a step that is running, and no environment shows it.
+        kubernetes.use_secret_as_volume(task, cluster.storage.secret, SECRET_FOLDER)
+    if cluster.models.token_secret:
+        kubernetes.use_secret_as_env(task, cluster.models.token_secret, {"HF_TOKEN": "HF_TOKEN"})
+
+
+def _seconds(time: str) -> str:
+    """`5m` → `300s`, the only unit that the pipeline's specification has."""
+    return f"{int(time[:-1]) * {'s': 1, 'm': 60, 'h': 3600}[time[-1]]}s"
