@@ -7,9 +7,11 @@ Images are named at compile time. `SLAM_ASR_IMAGES` is a template such as
 `registry.example/team/{stage}:{version}`, or the file of digests that `make images` writes.
 """
 
+import importlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,8 +24,12 @@ RESULTS = {
     "train": "checkpoint",
     "convert-checkpoint": "model",
     "decode": "hypotheses",
+    "score": "scores",
 }
-"""The stages in the order in which they run, and the output of each that points to its folder."""
+"""The pipeline's steps in the order in which they run, and the output of each that points to its folder."""
+
+STAGES = tuple(step for step in RESULTS if step != "score")
+"""The steps that have an image of their own; `score` runs in decode's."""
 
 IMAGES_VARIABLE = "SLAM_ASR_IMAGES"
 DEFAULT_IMAGES = "slam-asr/{stage}:{version}"
@@ -31,13 +37,20 @@ DEFAULT_IMAGES = "slam-asr/{stage}:{version}"
 _REFERENCE = re.compile(r"([\w.-]+(:\d+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?")
 
 
-def image(stage: str) -> str:
-    """The image that `stage` runs in, as the environment says."""
-    return images(os.environ.get(IMAGES_VARIABLE) or DEFAULT_IMAGES)[stage]
+def component_of(step: str) -> Any:
+    """The component of a step."""
+    name = step.replace("-", "_")
+    module = "decode.score" if step == "score" else f"{name}.component"
+    return getattr(importlib.import_module(f"components.{module}"), name)
+
+
+def image(step: str) -> str:
+    """The image that a step runs in, as the environment says."""
+    return images(os.environ.get(IMAGES_VARIABLE) or DEFAULT_IMAGES)[step]
 
 
 def images(source: str) -> dict[str, str]:
-    """The image of each stage.
+    """The image of each step.
 
     Args:
         source: a template with {stage} and {version}, or a YAML file that names an image for each stage.
@@ -48,11 +61,11 @@ def images(source: str) -> dict[str, str]:
     if source.endswith((".yaml", ".yml")):
         named = _read(Path(source))
     else:
-        named = {stage: source.replace("{stage}", stage).replace("{version}", __version__) for stage in RESULTS}
+        named = {stage: source.replace("{stage}", stage).replace("{version}", __version__) for stage in STAGES}
     for stage, name in named.items():
         if not _REFERENCE.fullmatch(name):
             raise UserError(f"{name!r} cannot be the image of {stage}: write REGISTRY/NAME:TAG in lower case, such as registry.example/team/{stage}:{__version__}.")
-    return named
+    return named | {"score": named["decode"]}
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -62,6 +75,6 @@ def _read(path: Path) -> dict[str, str]:
         raise UserError(f"The file of images {path} cannot be read ({error.strerror}): `make images` writes one.") from None
     except yaml.YAMLError:
         named = None
-    if not isinstance(named, dict) or not all(isinstance(named.get(stage), str) for stage in RESULTS):
-        raise UserError(f"{path} must name an image for each of {', '.join(RESULTS)}: `make images` writes such a file.")
-    return {stage: named[stage] for stage in RESULTS}
+    if not isinstance(named, dict) or not all(isinstance(named.get(stage), str) for stage in STAGES):
+        raise UserError(f"{path} must name an image for each of {', '.join(STAGES)}: `make images` writes such a file.")
+    return {stage: named[stage] for stage in STAGES}

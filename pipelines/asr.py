@@ -8,6 +8,7 @@ from kfp.dsl.base_component import BaseComponent
 from components.build_manifest.component import build_manifest
 from components.convert_checkpoint.component import convert_checkpoint
 from components.decode.component import decode
+from components.decode.score import score
 from components.extract_features.component import extract_features
 from components.train.component import train
 
@@ -38,15 +39,19 @@ def build_pipeline(place: Callable[[str, dsl.PipelineTask], None] = lambda stage
         """
         manifest = build_manifest(recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store)
         resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
-        with dsl.ParallelFor(manifest.outputs["Output"], name="parts") as part:
+        # kfp's local runner knows loops over a step's only return value, so each list comes from the step before its loop.
+        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as part:
             extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=part)
-        parts = extraction.outputs["features"]
-        training = train(store=store, recipe=resolved, manifests=manifests, features=dsl.Collected(parts), trainjob=trainjob)
-        conversion = convert_checkpoint(store=store, checkpoint=training.outputs["checkpoint"])
-        decoding = decode(
-            store=store, recipe=resolved, manifests=manifests, features=dsl.Collected(parts), model=conversion.outputs["model"]
+        features = dsl.Collected(extraction.outputs["features"])
+        training = train(store=store, recipe=resolved, manifests=manifests, features=features, trainjob=trainjob)
+        conversion = convert_checkpoint(store=store, recipe=resolved, checkpoint=training.outputs["checkpoint"])
+        model = conversion.outputs["model"]
+        with dsl.ParallelFor(conversion.outputs["Output"], name="decoding") as part:
+            decoding = decode(store=store, recipe=resolved, manifests=manifests, model=model, shard=part)
+        scoring = score(
+            store=store, recipe=resolved, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"])
         )
-        for task in (manifest, extraction, training, conversion, decoding):
+        for task in (manifest, extraction, training, conversion, decoding, scoring):
             # Kubeflow's cache knows neither the corpus' content nor a half-done training, and would hand out
             # a pointer whose folder was deleted since: each stage looks itself, in the store, for what is there.
             task.set_caching_options(False)

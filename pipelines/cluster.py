@@ -16,8 +16,8 @@ from slam_asr.errors import UserError
 
 FOLDER = Path(__file__).parent / "clusters"
 
-STEPS = ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode")
-"""The steps by their stages' names; in a profile they are spelt with underscores."""
+STEPS = ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode", "score")
+"""The pipeline's steps; in a profile they are spelt with underscores."""
 
 
 @dataclass
@@ -123,6 +123,7 @@ class Steps:
     train: Step = field(default_factory=Step)
     convert_checkpoint: Step = field(default_factory=Step)
     decode: Step = field(default_factory=Step)
+    score: Step = field(default_factory=Step)
 
     def __getitem__(self, stage: str) -> Step:
         return getattr(self, stage.replace("-", "_"))

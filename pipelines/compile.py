@@ -1,7 +1,6 @@
 """`python -m pipelines compile`: the pipeline and each component as YAML, the same bytes from the same source."""
 
 import copy
-import importlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from components import DEFAULT_IMAGES, IMAGES_VARIABLE, RESULTS
+from components import DEFAULT_IMAGES, IMAGES_VARIABLE, RESULTS, component_of
 from components import images as images_of
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
@@ -185,8 +184,7 @@ def _component(stage: str, image: str, path: Path) -> Path:
     """Write one component by itself, for pipelines of one's own."""
     from kfp.compiler import Compiler
 
-    name = stage.replace("-", "_")
-    component = copy.deepcopy(getattr(importlib.import_module(f"components.{name}.component"), name))
+    component = copy.deepcopy(component_of(stage))
     component.component_spec.implementation.container.image = image
     path.parent.mkdir(parents=True, exist_ok=True)
     Compiler().compile(component, str(path))

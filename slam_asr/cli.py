@@ -29,6 +29,7 @@ STAGES = {
 }
 COMMANDS = {
     **STAGES,
+    "score": "slam_asr.scoring.score:score_parts",
     "plan": "slam_asr.planning.plan:plan",
     "features ls": "slam_asr.features.keeping:list_store",
     "features verify": "slam_asr.features.keeping:verify_store",
@@ -44,6 +45,7 @@ stages, in order:
   convert-checkpoint   a checkpoint becomes a model folder
   decode               transcripts, word error rate, report
 
+slam-asr score                 one report of a decoding that was done in parts
 slam-asr plan RECIPE           memory, time and storage that a recipe takes, before anything is loaded
 slam-asr features ls STORE     what a feature store holds
 slam-asr features verify STORE whether it is whole

@@ -215,6 +215,8 @@ class Decoding:
     """LLM positions (audio, prompt and room for the answer, times beams) decoded at once."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of decoding."""
+    parts: int = 1
+    """Parts that the pipeline divides decoding into, each a step that any node may take. Their number changes no text."""
     shuffled_control: bool = False
     """Also score every utterance with what the model writes for the audio of another one. A model that listens does far worse there; one that only guesses does not."""
     seed: int = 0
@@ -306,7 +308,7 @@ _LOWER_BOUNDS = {
     "training.nodes": 1, "training.processes": 0, "training.epochs": 1, "training.max_steps": 1, "training.positions_per_step": 1,
     "training.positions_per_batch": 1, "training.weight_decay": 0.0, "training.warmup_steps": 0,
     "training.gradient_clipping": 0.0, "training.validate_every": 1, "training.log_every": 1,
-    "decoding.beams": 1, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
+    "decoding.parts": 1, "decoding.beams": 1, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
     "decoding.positions_per_batch": 1,
 }
 _UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0, "llm.lora.dropout": 0.9}

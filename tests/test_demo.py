@@ -15,13 +15,13 @@ def test_the_demo_is_far_better_than_its_controls(tmp_path):
     command = [sys.executable, "-m", "pipelines", "run", "demo", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (numbers,) = tmp_path.glob("store/decode/*/wer.json")
+    (numbers,) = tmp_path.glob("store/score/*/wer.json")
     report = json.loads(numbers.read_text())
     controls = {name: control["all"]["wer"] for name, control in report["controls"].items()}
     assert controls["empty output"] == 100
     assert report["all"]["wer"] < 0.5 * min(controls.values())
     assert set(report["subsets"]) == {"test-demo-known-voices", "test-demo-new-voices"}
-    (page,) = tmp_path.glob("store/decode/*/report.html")
+    (page,) = tmp_path.glob("store/score/*/report.html")
     assert "Training time" in page.read_text()
 
 

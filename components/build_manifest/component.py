@@ -37,6 +37,7 @@ def build_manifest(
         import shutil
 
         from slam_asr.corpora.build import build_manifest as run
+        from slam_asr.parts import all_parts
         from slam_asr.recipe import dump_recipe, load_recipe
         from slam_asr.stage import log_metrics, write_pointer
         from slam_asr.storage import write_atomically
@@ -49,5 +50,4 @@ def build_manifest(
         write_atomically(resolved_recipe.path, dump_recipe(resolved))
         shutil.copyfile(record.file("statistics.html"), statistics.path)
         log_metrics(record, metrics.log_metric)
-        parts = resolved.features.parts
-        return [f"{part}/{parts}" for part in range(1, parts + 1)]
+        return all_parts(resolved.features.parts)

@@ -8,24 +8,32 @@ from components import image
 @dsl.component(base_image=image("convert-checkpoint"), install_kfp_package=False)
 def convert_checkpoint(
     store: str,
+    recipe: dsl.Input[dsl.Artifact],
     checkpoint: dsl.Input[dsl.Model],
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
-):
+) -> list[str]:
     """Turn a training checkpoint into the projector's weights and the model's configuration.
 
     Args:
         store: Folder that keeps the results of all stages.
+        recipe: The resolved recipe.
         checkpoint: Pointer to the folder of train.
         model: Pointer to the folder with projector.safetensors and config.json.
         metrics: Number of weights.
+
+    Returns:
+        The parts that decoding is divided into: 1/n, 2/n and so on.
     """
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
         from slam_asr.conversion.convert import convert_checkpoint as run
+        from slam_asr.parts import all_parts
+        from slam_asr.recipe import load_recipe
         from slam_asr.stage import follow_pointer, log_metrics, write_pointer
 
         record = run(follow_pointer(checkpoint.path), f"{store}/convert-checkpoint/{{fingerprint}}")
         write_pointer(record, model.path)
         log_metrics(record, metrics.log_metric)
+        return all_parts(load_recipe(recipe.path).decoding.parts)

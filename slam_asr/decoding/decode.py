@@ -3,9 +3,8 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slam_asr.conversion.model import (
     ADAPTER,
@@ -23,16 +22,17 @@ from slam_asr.features.extract import manifest_files
 from slam_asr.features.space import address_of
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, read_manifest
+from slam_asr.parts import Part, parse_part
 from slam_asr.progress import Meter, say
 from slam_asr.recipe import Recipe
+from slam_asr.scoring.score import HYPOTHESES, controls_of, rates, report, what_decides_the_texts
+from slam_asr.scoring.wer import Hypothesis, write_hypotheses
 from slam_asr.stage import Outcome, Record, run_stage
 from slam_asr.storage import digest, fetch, fetch_folder, local_path, sha256_of_file
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
     from slam_asr.models.slam import Slam
-
-HYPOTHESES = "hypotheses.jsonl"
 
 
 def decode(
@@ -42,6 +42,7 @@ def decode(
     output: str,
     feature_store: str | None = None,
     overwrite: bool = False,
+    shard: str | None = None,
 ) -> Record:
     """Transcribe test utterances, score them, and write the report.
 
@@ -53,9 +54,10 @@ def decode(
         output: folder for hypotheses and report; {fingerprint} in it becomes a digest of the inputs.
         feature_store: written by extract-features; without it, audio is encoded on the way.
         overwrite: replace results of other inputs.
+        shard: i/n: transcribe the i-th of n parts only, with the same texts; `slam-asr score` joins the parts and writes the report.
 
     Returns:
-        The stage's record; its folder holds hypotheses.jsonl, wer.json, report.html and report.md.
+        The stage's record; its folder holds hypotheses.jsonl, and, of the whole, wer.json, report.html and report.md.
 
     Raises:
         UserError: a base model that is not there or not the one trained with, or features of another encoder.
@@ -65,6 +67,7 @@ def decode(
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
 
+    part = parse_part(shard) if shard else None
     explain_precision(recipe.decoding.precision, pick_device())
     model = str(fetch_folder(model))
     config = read_config(model)
@@ -88,11 +91,16 @@ def decode(
         "manifests": [sha256_of_file(fetch(file)) for file in files],
         "audio": digest(addresses),
         "features": store.fingerprint if store else None,
-        "decoding": asdict(recipe.decoding), "published": recipe.published_wer,
+        "decoding": what_decides_the_texts(recipe.decoding),
+        **({"part": str(part)} if part else {"published": recipe.published_wer, "controls": controls_of(recipe.decoding)}),
     }
 
     def work(folder: Path) -> Outcome:
-        return _decode(recipe, config, local_path(model), llm_folder, utterances, spec, store, folder)
+        rows, facts = _decode(recipe, config, local_path(model), llm_folder, utterances, spec, store, part or Part())
+        write_hypotheses(folder / HYPOTHESES, rows)
+        if part:
+            return Outcome(f"{len(rows)} of {len(utterances)} utterances, part {part}", rates(facts), facts)
+        return report(folder, recipe, rows, config.training, facts)
 
     return run_stage("decode", output, inputs, work, overwrite)
 
@@ -112,34 +120,37 @@ def _decode(
     utterances: list[Utterance],
     spec: "EncoderSpec",
     store: FeatureStore | None,
-    folder: Path,
-) -> Outcome:
-    from slam_asr.decoding.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
+    part: Part,
+) -> tuple[list[Hypothesis], dict[str, Any]]:
+    """Transcribe a part of the utterances → what was written, and facts of how."""
     from slam_asr.decoding.search import Answer, Searcher, plan_batches
     from slam_asr.features.reader import AudioReader, StoreReader
     from slam_asr.models.llm import load_tokenizer
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.projector import positions_of
     from slam_asr.models.prompt import Prompt
-    from slam_asr.scoring.report import write_report
-    from slam_asr.scoring.wer import Hypothesis, write_hypotheses
 
     options, trained = recipe.decoding, config.typed_recipe
-    hours = sum(u.duration or 0.0 for u in utterances) / 3600
     say(f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}")
-    say(f"decoding {len(utterances)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}")
     prompt = Prompt(load_tokenizer(llm_folder), trained.llm)
     reader = StoreReader(store) if store else AudioReader(spec, trained.features)
     audio = [positions_of(trained.projector, reader.span(u)) for u in utterances]
     positions = [n + len(prompt.main.before) + len(prompt.main.ids) for n in audio]
     _require_room(positions, utterances, options.max_new_tokens, llm_folder)
-    model = load_model(config, model_folder, llm_folder, None if store else spec, recipe)
-    searcher = Searcher(model, prompt, options)
-
-    started = time.monotonic()
+    # Planned over all utterances, so that each is decoded beside the same others whatever the number of parts.
+    batches = [
+        batch for number, batch in enumerate(plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch))
+        if part.takes(number)
+    ]  # fmt: skip
+    mine = sorted(index for batch in batches for index in batch)
+    hours = sum(utterances[i].duration or 0.0 for i in mine) / 3600
+    say(f"decoding {len(mine)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}")
     answers: dict[int, Answer] = {}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio") as reading, Meter("decode", total=len(utterances), unit="utt") as meter:
-        for batch in plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch):
+    if mine:
+        searcher = Searcher(load_model(config, model_folder, llm_folder, None if store else spec, recipe), prompt, options)
+    started = time.monotonic()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio") as reading, Meter("decode", total=len(mine), unit="utt") as meter:
+        for batch in batches:
             inputs = list(reading.map(reader.read, [utterances[i] for i in batch]))
             answers |= dict(zip(batch, searcher.decode(inputs, [audio[i] for i in batch]), strict=True))
             meter.update(len(batch))
@@ -147,20 +158,12 @@ def _decode(
 
     rows = [
         Hypothesis(u.key, u.target, answers[i].text, u.subset, u.speaker, u.duration or 0.0)
-        for i, u in enumerate(utterances)
+        for i, u in ((i, utterances[i]) for i in mine)
     ]
-    write_hypotheses(folder / HYPOTHESES, rows)
-    controls = {EMPTY: empty_output(rows)}
-    if options.shuffled_control and (shuffled := shuffled_audio(rows, options.seed)):
-        controls = {SHUFFLED: shuffled, **controls}
-    cut = sum(a.cut for a in answers.values())
-    facts = {
-        "beams": options.beams, "seconds": round(seconds, 1), "audio_hours": round(hours, 4),
-        "utterances": len(rows), "answers_cut": cut, "empty_answers": sum(not a.text for a in answers.values()),
-    }
-    metrics = write_report(folder, recipe.name, rows, controls, config.training, recipe.published_wer, facts)
-    summary = f"WER {metrics['wer']:.2f} % on {len(rows)} utterances"
-    return Outcome(summary, metrics, facts)
+    return rows, {
+        "beams": options.beams, "seconds": round(seconds, 1), "audio_hours": round(hours, 4), "utterances": len(rows),
+        "answers_cut": sum(a.cut for a in answers.values()), "empty_answers": sum(not a.text for a in answers.values()),
+    }  # fmt: skip
 
 
 def load_model(

@@ -16,13 +16,14 @@ import torch
 
 from slam_asr.features.extract import Extraction, extraction_processes
 from slam_asr.features.loading import Loader, workers_beside
-from slam_asr.features.plan import Part, Planned
+from slam_asr.features.plan import Planned
 from slam_asr.features.space import Space, address_of, pack
 from slam_asr.features.spread import Job
 from slam_asr.manifest import Utterance
 from slam_asr.models import stored
 from slam_asr.models.encoder import EncoderSpec, SpeechEncoder, batches_of, describe_encoder
 from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
+from slam_asr.parts import Part
 from slam_asr.processes import die_with_parent, failures_written_to
 from slam_asr.progress import Meter, say
 from slam_asr.recipe import load_recipe

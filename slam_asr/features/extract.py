@@ -5,7 +5,6 @@ shards that were finished and goes on with the others. Several processes, on one
 take every n-th shard each: the store's bytes do not depend on how many there are.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from slam_asr.errors import UserError
 from slam_asr.features.audio_source import fit_to_window, samples_of
 from slam_asr.features.index import among
-from slam_asr.features.plan import Audio, Part, Plan, Planned, audio_of
+from slam_asr.features.plan import Audio, Plan, Planned, audio_of
 from slam_asr.features.space import Space
 from slam_asr.features.spread import Job, spread
 from slam_asr.manifest import read_manifest
+from slam_asr.parts import Part, parse_part
 from slam_asr.progress import say
 from slam_asr.recipe import Recipe, dump_recipe
 from slam_asr.stage import FINGERPRINT, Outcome, Record, require_record, run_stage
@@ -50,7 +50,7 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, shard: s
     """
     from slam_asr.models.encoder import describe_encoder
 
-    part = _part(shard)
+    part = parse_part(shard)
     files = manifest_files(manifests)
     spec = describe_encoder(recipe.encoder)
     if not recipe.caches_features:
@@ -65,13 +65,6 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, shard: s
         "shard_megabytes": recipe.features.shard_megabytes, "part": str(part),
     }
     return run_stage(STAGE, join(extraction.space.root, "runs", FINGERPRINT), inputs, lambda _: extraction.run(), intact=extraction.is_intact)
-
-
-def _part(shard: str) -> Part:
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"--shard is {shard}: write it as i/n, such as 1/4, with i from 1 to n.")
-    return Part(int(found[1]), int(found[2]))
 
 
 def manifest_files(manifests: Iterable[str], inside: Sequence[str] = MANIFESTS) -> list[str]:

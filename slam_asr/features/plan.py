@@ -17,6 +17,7 @@ from slam_asr.features.index import Index, among, first_of_each, in_order, merge
 from slam_asr.features.space import Space, address_of
 from slam_asr.manifest import Utterance
 from slam_asr.models.stored import bytes_a_frame
+from slam_asr.parts import Part
 from slam_asr.storage import delete, digest, exists, join, read_bytes, walk, write_bytes
 
 if TYPE_CHECKING:
@@ -80,21 +81,6 @@ def plan_shards(sizes: Sequence[int], limit: int) -> list[slice]:
     if len(sizes):
         shards.append(slice(begin, len(sizes)))
     return shards
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of several extractions that share a manifest: it takes every n-th shard."""
-
-    number: int = 1
-    of: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.number}-of-{self.of}"
-
-    def takes(self, shard: int) -> bool:
-        """Whether a shard, counted from 0, is this part's."""
-        return shard % self.of == self.number - 1
 
 
 @dataclass

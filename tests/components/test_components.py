@@ -1,6 +1,5 @@
 """What all faces have in common: thin, documented, and safe to hand any record to."""
 
-import importlib
 import inspect
 import json
 import math
@@ -11,15 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from components import RESULTS, image
+from components import RESULTS, component_of, image
 from slam_asr import __version__
 from slam_asr.recipe import dump_recipe, load_recipe
 from slam_asr.stage import Outcome, run_stage, write_pointer
-
-
-def component_of(stage: str):
-    name = stage.replace("-", "_")
-    return getattr(importlib.import_module(f"components.{name}.component"), name)
 
 
 @pytest.mark.parametrize("stage", RESULTS)

@@ -11,7 +11,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
-from components import RESULTS
+from components import RESULTS, STAGES, images
 from pipelines import cli
 from pipelines.checking import PackageDefect, check_package, read_package
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
@@ -22,7 +22,7 @@ from slam_asr.trainjob import Placement
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
-IMAGES = {stage: f"slam-asr/{stage}:{__version__}" for stage in RESULTS}
+IMAGES = images("slam-asr/{stage}:{version}")
 
 
 def compile_to(output: Path, *options: str, **environment: str) -> None:
@@ -72,13 +72,13 @@ def test_same_source_gives_same_bytes(compiled, tmp_path):
 
 
 def test_pipeline_has_every_stage_in_its_own_image(compiled):
-    assert images_of(spec_of(compiled / "slam-asr.yaml")) == {s: f"slam-asr/{s}:{__version__}" for s in RESULTS}
+    assert images_of(spec_of(compiled / "slam-asr.yaml")) == IMAGES
 
 
 @pytest.mark.parametrize("stage", RESULTS)
 def test_each_component_stands_alone(compiled, stage):
     spec = spec_of(compiled / "components" / f"{stage}.yaml")
-    assert images_of(spec) == {stage: f"slam-asr/{stage}:{__version__}"}
+    assert images_of(spec) == {stage: IMAGES[stage]}
 
 
 def test_tasks_form_the_chain(compiled):
@@ -87,13 +87,15 @@ def test_tasks_form_the_chain(compiled):
         "build-manifest": [],
         "for-loop-1": ["build-manifest"],
         "train": ["build-manifest", "for-loop-1"],
-        "convert-checkpoint": ["train"],
-        "decode": ["build-manifest", "convert-checkpoint", "for-loop-1"],
+        "convert-checkpoint": ["build-manifest", "train"],
+        "for-loop-2": ["build-manifest", "convert-checkpoint"],
+        "score": ["build-manifest", "convert-checkpoint", "for-loop-2"],
     }
-    loop = tasks["for-loop-1"]
-    assert loop.parameter_iterator.items.input_parameter.endswith("build-manifest-Output")
-    assert list(spec_of(compiled / "slam-asr.yaml").components["comp-for-loop-1"].dag.tasks) == ["extract-features"]
-    del tasks["for-loop-1"]
+    loops = {"for-loop-1": ("build-manifest", "extract-features"), "for-loop-2": ("convert-checkpoint", "decode")}
+    for loop, (before, inside) in loops.items():
+        assert tasks[loop].parameter_iterator.items.input_parameter.endswith(f"{before}-Output")
+        assert list(spec_of(compiled / "slam-asr.yaml").components[f"comp-{loop}"].dag.tasks) == [inside]
+        del tasks[loop]
     assert [name for name, task in tasks.items() if task.caching_options.enable_cache] == []
 
 
@@ -109,7 +111,8 @@ def test_inputs_and_parameters_are_explained(compiled):
 
 def test_images_are_named_at_compile_time(tmp_path):
     template = "registry.example/team/{stage}:{version}-gpu"
-    wanted = {s: f"registry.example/team/{s}:{__version__}-gpu" for s in RESULTS}
+    wanted = images(template)
+    assert wanted["train"] == f"registry.example/team/train:{__version__}-gpu" and wanted["score"] == wanted["decode"]
     compile_to(tmp_path / "by-option.yaml", "--images", template)
     compile_to(tmp_path / "by-variable.yaml", SLAM_ASR_IMAGES=template)
     assert images_of(spec_of(tmp_path / "by-option.yaml")) == wanted
@@ -228,10 +231,10 @@ def test_recipe_becomes_the_parameters_that_give_it(tmp_path):
 
 
 def test_images_from_the_file_of_digests(tmp_path):
-    named = {stage: f"registry.example/{stage}@sha256:{'0' * 64}" for stage in RESULTS}
+    named = {stage: f"registry.example/{stage}@sha256:{'0' * 64}" for stage in STAGES}
     (tmp_path / "images.yaml").write_text(yaml.safe_dump(named))
     cli.main(["compile", "--images", str(tmp_path / "images.yaml"), "--output", str(tmp_path / "all")])
-    assert images_of(spec_of(tmp_path / "all" / "slam-asr.yaml")) == named
+    assert images_of(spec_of(tmp_path / "all" / "slam-asr.yaml")) == named | {"score": named["decode"]}
     assert images_of(spec_of(tmp_path / "all" / "components" / "train.yaml")) == {"train": named["train"]}
 
 

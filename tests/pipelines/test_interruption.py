@@ -11,7 +11,7 @@ import pytest
 from slam_asr.storage import sha256_of_file
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-MOMENTS = ["1/5 build-manifest", "encoder parameters", "starting 1 training process", "step 1/3", "dev loss", "5/5 decode", "decoding 6"]
+MOMENTS = ["1/6 build-manifest", "encoder parameters", "starting 1 training process", "step 1/3", "dev loss", "5/6 decode", "decoding 6"]
 """Lines of the log, one or two a step, at which everything is killed."""
 CHOSEN = MOMENTS if os.environ.get("SLAM_ASR_SOAK") else ["encoder parameters", "step 1/3"]
 
@@ -23,7 +23,7 @@ def command(recipe, corpus, output):
 def results(output):
     """What a run came to: the weights and the transcripts."""
     (model,) = output.glob("store/convert-checkpoint/*/projector.safetensors")
-    (hypotheses,) = output.glob("store/decode/*/hypotheses.jsonl")
+    (hypotheses,) = output.glob("store/score/*/hypotheses.jsonl")
     return sha256_of_file(model), hypotheses.read_text()
 
 

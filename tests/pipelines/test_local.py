@@ -53,14 +53,14 @@ def test_all_steps_run_and_are_summed_up(finished):
     rates = re.search(r"^WER (.*) % · WER shuffled audio (.*) % · WER empty output (.*) %$", done.stdout, re.MULTILINE)
     assert float(rates[3]) == 100.0
     report = Path(re.search(r"^report: (.*)$", done.stdout, re.MULTILINE)[1])
-    assert report.is_file() and report.is_relative_to(output / "store" / "decode")
+    assert report.is_file() and report.is_relative_to(output / "store" / "score")
 
 
 @pytest.mark.slow
 def test_dashboard_gets_pages_and_metrics(finished):
     output, _ = finished
     [steps] = (output / "steps").iterdir()
-    for page in ("train/curves", "decode/report", "decode/summary"):
+    for page in ("build-manifest/statistics", "train/curves", "score/report", "score/summary"):
         assert (steps / page).stat().st_size > 0, page
     for stage in RESULTS:
         # A step of a loop lies in folders of its own.
@@ -84,6 +84,36 @@ def test_second_run_keeps_everything(finished, tiny_recipe, tiny_corpus):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("already there, nothing to do") == len(RESULTS)
     assert all(table(done.stdout)[stage][0].startswith("(kept)") for stage in RESULTS)
+
+
+@pytest.mark.slow
+def test_decoding_in_parts_gives_the_same_texts_and_rates(finished, tiny_recipe, tiny_corpus):
+    output, whole = finished
+    [before] = (output / "store" / "score").glob("*/hypotheses.jsonl")
+    done = run(tiny_recipe, tiny_corpus, output, "--decoding.parts", "3", "--decoding.positions_per_batch", "40")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [after] = (f for f in (output / "store" / "score").glob("*/hypotheses.jsonl") if f != before)
+    assert after.read_bytes() == before.read_bytes()
+    assert re.search(r"^WER .*$", done.stdout, re.MULTILINE)[0] == re.search(r"^WER .*$", whole.stdout, re.MULTILINE)[0]
+    parts = re.findall(r"decode: (\d+) of (\d+) utterances, part (\d)-of-3", done.stdout)
+    assert sorted(number for *_, number in parts) == ["1", "2", "3"]
+    assert sum(int(mine) for mine, *_ in parts) == int(parts[0][1]) and min(int(mine) for mine, *_ in parts) > 0
+
+
+@pytest.mark.slow
+def test_what_travels_between_steps_is_small(finished):
+    """Whatever the data's size: pointers, and pages whose size is bounded."""
+    output, _ = finished
+    steps = output / "steps"
+    files = {f.relative_to(steps): f.stat().st_size for f in steps.rglob("*") if f.is_file()}
+    pages = {name: size for name, size in files.items() if name.name in ("statistics", "curves", "report", "summary")}
+    assert len(pages) >= 4 and max(pages.values()) < 1_000_000
+    assert max(size for name, size in files.items() if name not in pages) < 10_000
+    pointers = [name for name in files if name.name in RESULTS.values()]
+    assert sorted({name.name for name in pointers}) == sorted(RESULTS.values())
+    for name in pointers:
+        pointer = json.loads((steps / name).read_text())
+        assert set(pointer) == {"uri", "sha256", "bytes", "stage", "summary"}
 
 
 @pytest.mark.slow
@@ -111,7 +141,7 @@ def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_cor
         command(tiny_recipe, tiny_corpus, tmp_path), cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     for line in process.stdout:
-        if line.startswith("2/5"):
+        if line.startswith("2/6"):
             break
     # The line comes before the step's process does: wait for that, for there must be something to end.
     deadline = time.monotonic() + 30

@@ -2,8 +2,8 @@
 
 import pytest
 
-from slam_asr.decoding.controls import empty_output, shuffled_audio
 from slam_asr.decoding.search import plan_batches
+from slam_asr.scoring.controls import empty_output, shuffled_audio
 from slam_asr.scoring.wer import Hypothesis, score
 
 ROWS = [Hypothesis(f"k{i}", f"reference {i}", f"said {i}", subset="ab"[i % 2]) for i in range(21)]

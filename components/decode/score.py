@@ -1,0 +1,49 @@
+"""`score` as a Kubeflow component, in the image of the stage `decode`."""
+
+from kfp import dsl
+
+from components import image
+
+
+@dsl.component(base_image=image("score"), install_kfp_package=False)
+def score(
+    store: str,
+    recipe: dsl.Input[dsl.Artifact],
+    model: dsl.Input[dsl.Model],
+    hypotheses: dsl.Input[list[dsl.Dataset]],
+    scores: dsl.Output[dsl.Dataset],
+    report: dsl.Output[dsl.HTML],
+    summary: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Join the transcripts of all parts and report the word error rate.
+
+    Args:
+        store: Folder that keeps the results of all stages.
+        recipe: The resolved recipe.
+        model: Pointer to the folder of convert-checkpoint.
+        hypotheses: Pointers to the parts of decode.
+        scores: Pointer to the folder with hypotheses.jsonl and wer.json.
+        report: Word error rates, alignments and the worst utterances.
+        summary: The same in short.
+        metrics: Word error rates in percent, with their controls.
+    """
+    from slam_asr.errors import exit_on_user_error
+
+    with exit_on_user_error():
+        import shutil
+
+        from slam_asr.recipe import load_recipe
+        from slam_asr.scoring.score import score_parts as run
+        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
+
+        record = run(
+            load_recipe(recipe.path),
+            follow_pointer(model.path),
+            [follow_pointer(part.path) for part in hypotheses],
+            f"{store}/score/{{fingerprint}}",
+        )
+        write_pointer(record, scores.path)
+        shutil.copyfile(record.file("report.html"), report.path)
+        shutil.copyfile(record.file("report.md"), summary.path)
+        log_metrics(record, metrics.log_metric)
