@@ -1,0 +1,86 @@
+"""Parts of a decoding are joined only if they are all there and belong together."""
+
+import json
+
+import pytest
+
+from slam_asr.conversion.model import CONFIG, ModelConfig
+from slam_asr.errors import UserError
+from slam_asr.recipe import Recipe, dump_recipe, load_recipe
+from slam_asr.scoring.score import HYPOTHESES, score_parts, what_decides_the_texts
+from slam_asr.scoring.wer import Hypothesis, read_hypotheses, write_hypotheses
+from slam_asr.stage import Outcome, run_stage
+
+ROWS = [Hypothesis(f"u{i}", f"the word {i}", f"the word {i % 4}", "test", "", 2.0) for i in range(7)]
+FACTS = {"beams": 1, "seconds": 2.0, "audio_hours": 0.001, "utterances": 1, "answers_cut": 1, "empty_answers": 0}
+
+
+@pytest.fixture
+def model(tmp_path):
+    from dataclasses import asdict
+
+    config = ModelConfig(dump_recipe(load_recipe("demo")), "e", "l", encoder_width=8, llm_width=8, training={"recipe": "demo"})
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(asdict(config)))
+    return str(folder)
+
+
+@pytest.fixture
+def part_of(tmp_path):
+    def decode(number, of, rows, name="", **inputs):
+        def work(folder):
+            write_hypotheses(folder / HYPOTHESES, rows)
+            return Outcome("", {}, FACTS | {"utterances": len(rows)})
+
+        part = {"part": f"{number}-of-{of}"} if of else {}
+        return run_stage("decode", str(tmp_path / f"decoded{name}-{number}-of-{of}"), {"model": "m", **inputs, **part}, work).folder
+
+    return decode
+
+
+def test_parts_become_what_the_whole_would_be(tmp_path, model, part_of):
+    recipe = load_recipe("demo")
+    whole = score_parts(recipe, model, [part_of(1, 1, ROWS)], str(tmp_path / "whole"))
+    parts = [part_of(2, 3, ROWS[1::3]), part_of(3, 3, ROWS[2::3]), part_of(1, 3, ROWS[::3])]
+    joined = score_parts(recipe, model, parts, str(tmp_path / "joined"))
+    assert joined.metrics == whole.metrics and joined.metrics["wer"] > 0
+    assert read_hypotheses(joined.file(HYPOTHESES)) == ROWS
+    assert joined.file("report.md").is_file() and joined.file("report.html").is_file()
+    assert joined.facts["utterances"] == len(ROWS) and joined.facts["answers_cut"] == 3 and joined.facts["seconds"] == 6.0
+
+
+def test_part_without_utterances_takes_nothing_away(tmp_path, model, part_of):
+    joined = score_parts(load_recipe("demo"), model, [part_of(1, 2, ROWS), part_of(2, 2, [])], str(tmp_path / "joined"))
+    assert len(read_hypotheses(joined.file(HYPOTHESES))) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ([], "There is nothing to score"),
+        ([(1, 3), (3, 3)], r"The decoding lacks 1 of 3 parts, first 2/3: run `slam-asr decode --shard 2/3`"),
+        ([(1, 2), (1, 2, "again")], "are the same part 1-of-2: give each part once"),
+        ([(1, 2), (2, 3)], r"are parts of different decodings \(number of parts differ\)"),
+        ([(1, None)], "holds a whole decoding, which has its report already"),
+    ],
+)
+def test_parts_that_are_no_whole_are_refused(tmp_path, model, part_of, parts, sentence):
+    folders = [part_of(number, of, ROWS[:2], *name) for number, of, *name in parts]
+    with pytest.raises(UserError, match=sentence):
+        score_parts(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
+    assert not (tmp_path / "scored").exists()
+
+
+def test_parts_of_two_models_are_refused(tmp_path, model, part_of):
+    folders = [part_of(1, 2, ROWS[:2], model="a"), part_of(2, 2, ROWS[2:], model="b")]
+    with pytest.raises(UserError, match=r"parts of different decodings \(model differ\)"):
+        score_parts(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
+
+
+def test_number_of_parts_and_controls_decide_no_text():
+    one, other = Recipe().decoding, Recipe().decoding
+    other.parts, other.shuffled_control, other.seed = 5, True, 3
+    assert what_decides_the_texts(one) == what_decides_the_texts(other)
+    other.beams += 1
+    assert what_decides_the_texts(one) != what_decides_the_texts(other)
