@@ -15,10 +15,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from slam_asr import __version__
 from slam_asr.configuration import nearest, one_sentence
 from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.recipe import Recipe, recipe_values, shipped_recipes
+from slam_asr.version import describe_version
 
 STAGES = {
     "build-manifest": "slam_asr.corpora.build:build_manifest",
@@ -52,7 +52,7 @@ slam-asr features verify STORE whether it is whole
 slam-asr features prune STORE  what of it may go
 
 slam-asr STAGE --help   its options
-slam-asr --version      versions of slam-asr and torch
+slam-asr --version      versions of slam-asr and torch, and the commit
 """
 
 
@@ -62,9 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
     elif arguments[0] == "--version":
-        import torch
-
-        print(f"slam-asr {__version__}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+        print(describe_version())
     else:
         with exit_on_user_error():
             run(arguments[0], arguments[1:])

@@ -1,0 +1,34 @@
+"""`slam-asr --version`: what exactly is installed here."""
+
+import importlib.util
+import os
+import subprocess
+from pathlib import Path
+
+from slam_asr import __version__
+
+COMMIT = "SLAM_ASR_COMMIT"
+"""Environment variable that images carry: the commit that they were built from, with + where files differed from it."""
+
+
+def describe_version() -> str:
+    """Version, commit where it is known, and torch with its CUDA where it is installed, in one line."""
+    commit = os.environ.get(COMMIT) or _commit_of_checkout()
+    line = f"slam-asr {__version__}" + (f" (commit {commit})" if commit else "")
+    if importlib.util.find_spec("torch") is None:
+        return f"{line}, no torch"
+    import torch
+
+    gpus = f", {torch.cuda.device_count()} GPUs" if torch.version.cuda else ""
+    return f"{line}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}{gpus}"
+
+
+def _commit_of_checkout() -> str:
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
