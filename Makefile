@@ -14,7 +14,7 @@ python := $(VENV)/bin/python
 pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use-pep517 $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test unit soak lint lock compile clean
+.PHONY: help install install-test demo test unit soak lint lock images compile clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
@@ -38,6 +38,11 @@ soak: $(VENV)/.test  ## the long tests: hours
 
 lint: $(VENV)/.test  ## check the style
 	$(python) -m ruff check .
+
+images:  ## build the steps' images: REGISTRY=… TAG=… PUSH=1, and STAGES, BASE_IMAGE, TORCH, PIP_ARGS, BUILD_ARGS
+	$(PYTHON) images/build.py $(if $(REGISTRY),--registry "$(REGISTRY)") $(if $(TAG),--tag "$(TAG)") $(if $(PUSH),--push) \
+	  $(if $(STAGES),--stages "$(STAGES)") $(if $(BASE_IMAGE),--base-image "$(BASE_IMAGE)") $(if $(TORCH),--torch "$(TORCH)") \
+	  $(if $(PIP_ARGS),--pip-args="$(PIP_ARGS)") $(if $(BUILD_ARGS),--build-args="$(BUILD_ARGS)")
 
 compile: $(VENV)/.run  ## write the pipeline's and the components' YAML to build/kfp
 	$(python) -m pipelines compile

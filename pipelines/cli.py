@@ -16,10 +16,10 @@ COMMANDS = {
 }
 """Each command's function: it takes the arguments behind the command's name and gives the exit code. Imported when it is called."""
 
-USAGE = """usage: python -m pipelines run RECIPE [--corpus PATH] [--output DIR] [--store PATH] [--SECTION.KEY VALUE ...]
+USAGE = """usage: python -m pipelines run RECIPE [--corpus PATH] [--output DIR] [--store PATH] [--only STAGE] [--runner docker ...] [--SECTION.KEY VALUE ...]
        python -m pipelines compile [RECIPE] [--cluster PROFILE] [--images TEMPLATE|FILE] [--corpus s3://…] [--store s3://…] [--output DIR|FILE.yaml] [--SECTION.KEY VALUE ...]
 
-  run       train, convert and measure on this machine, through Kubeflow's local runner
+  run       train, convert and measure on this machine, as processes or in Docker, through Kubeflow's local runner
   compile   write the YAML to submit to Kubeflow Pipelines
 
 python -m pipelines run RECIPE --help   all options, with the recipe's values

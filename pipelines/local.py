@@ -1,6 +1,6 @@
 """Run the pipeline on this machine, through kfp's own local runner.
 
-kfp starts each step as a process, hands artifacts from one to the next, and stops at the first
+kfp starts each step as a process or in a container, hands artifacts from one to the next, and stops at the first
 failure. What is ours: the steps' lines reach the user without kfp's own (those are in `kfp.log`),
 an interrupted run leaves no process behind, and the exit code of a failed step is kept.
 """
@@ -19,14 +19,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TextIO
+from typing import Any, TextIO
 
 from kfp import local
-from kfp.local import subprocess_task_handler
+from kfp.local import docker_task_handler, subprocess_task_handler
 
 from components import RESULTS
 from pipelines import processes
 from pipelines.asr import asr
+from pipelines.docker import Containers
 from slam_asr.errors import UserError
 from slam_asr.progress import BAR_COLUMNS
 from slam_asr.stage import Record, follow_pointer, require_record
@@ -63,10 +64,13 @@ class Step:
 class LocalRun:
     """One run of the pipeline; results go to `store`, or `output`/store, and kfp's artifacts to `output`/steps."""
 
-    def __init__(self, output: Path, voice: TextIO | None = None, store: str | None = None) -> None:
+    def __init__(
+        self, output: Path, voice: TextIO | None = None, store: str | None = None, containers: Containers | None = None
+    ) -> None:
         self.output = output.absolute()
         self.store = store if store and is_s3(store) else str(local_path(store).absolute() if store else self.output / "store")
         self.voice = voice or sys.stdout
+        self.containers = containers
         self.steps: list[Step] = []
 
     def execute(self, recipe: str, corpus: str) -> list[Step]:
@@ -90,7 +94,8 @@ class LocalRun:
             tempfile.TemporaryDirectory(prefix="slam-asr-") as temporary,
             self._hooked_into_kfp(log, temporary),
         ):
-            local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(self.output / "steps"))
+            runner = local.DockerRunner() if self.containers else local.SubprocessRunner(use_venv=False)
+            local.init(runner, pipeline_root=str(self.output / "steps"))
             try:
                 asr(recipe=recipe, corpus=corpus, store=self.store)
             except RuntimeError:
@@ -99,19 +104,41 @@ class LocalRun:
                 raise
         return self.steps
 
+    def execute_only(self, stage: str, image: str, command: list[str]) -> Step:
+        """Run a single stage's command line.
+
+        Raises:
+            StepFailed: it failed.
+            UserError: another run works in the same folder.
+        """
+        with _alone_in(self.output), open(self.output / KFP_LOG, "w", encoding="utf-8") as log:
+            step = Step(stage, self.output, time.time())
+            hear = Sieve(self.voice, log).hear
+            if self.containers:
+                step.exit_code = self.containers.run(stage, image, command, hear)
+            else:
+                program = [sys.executable, "-m", "slam_asr", *command[1:]]
+                step.exit_code = processes.run(program, hear, self._environment({}))
+        if step.exit_code:
+            raise StepFailed(step)
+        return step
+
     @contextlib.contextmanager
     def _hooked_into_kfp(self, log: TextIO, temporary: str) -> Iterator[None]:
         """Let kfp start steps through `_run_step`, and keep its own words to the log."""
 
         def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
             # kfp's launcher leaves a temporary folder behind at each step: they go with ours.
-            env = os.environ | {"TMPDIR": temporary, "PYTHONUNBUFFERED": "1"} | (env_vars or {})
-            if self.voice.isatty():
-                env[BAR_COLUMNS] = str(shutil.get_terminal_size().columns)
-            return self._run_step(full_command, env, log)
+            env = self._environment({"TMPDIR": temporary} | (env_vars or {}))
+            return self._run_step(full_command, log, lambda step, hear: processes.run(full_command, hear, env))
+
+        def run_container(client: object, image: str, command: list[str], volumes: object, **options: Any) -> int:
+            environment = options.get("environment")
+            return self._run_step(command, log, lambda step, hear: self.containers.run(step.name, image, command, hear, environment))
 
         with (
             _replaced(subprocess_task_handler, "run_local_subprocess", run_step),
+            _replaced(docker_task_handler, "run_docker_container", run_container),
             _replaced(subprocess_task_handler, "replace_python_executable", _with_this_python),
             contextlib.redirect_stdout(log),
             warnings.catch_warnings(),
@@ -120,12 +147,17 @@ class LocalRun:
             warnings.filterwarnings("ignore", message=".*non-Python base image", category=RuntimeWarning)
             yield
 
-    def _run_step(self, command: list[str], env: dict[str, str], log: TextIO) -> int:
+    def _environment(self, more: dict[str, str]) -> dict[str, str]:
+        """A step's environment: this one, unbuffered, with room for a progress bar where there is a terminal."""
+        columns = {BAR_COLUMNS: str(shutil.get_terminal_size().columns)} if self.voice.isatty() else {}
+        return os.environ | {"PYTHONUNBUFFERED": "1"} | columns | more
+
+    def _run_step(self, command: list[str], log: TextIO, start: Callable[["Step", Callable[[str], None]], int]) -> int:
         folder = _artifact_folder(command)
         step = Step(folder.name, folder, time.time())
         self.steps.append(step)
         print(f"\n{list(RESULTS).index(step.name) + 1}/{len(RESULTS)} {step.name}", file=self.voice, flush=True)
-        step.exit_code = processes.run(command, Sieve(self.voice, log).hear, env)
+        step.exit_code = start(step, Sieve(self.voice, log).hear)
         return step.exit_code
 
 

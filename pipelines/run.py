@@ -1,43 +1,87 @@
-"""`python -m pipelines run`: the whole pipeline on this machine."""
+"""`python -m pipelines run`: the pipeline, or one stage of it, on this machine, as processes or in containers."""
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from components import IMAGES_VARIABLE, RESULTS, STAGES, image
 from pipelines import processes
 from pipelines.cli import command_parser
+from pipelines.single import command_of_stage, require_stage
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import EXIT_CODE, UserError
 from slam_asr.recipe import Recipe, dump_recipe, shipped_recipes
-from slam_asr.storage import is_s3, local_path
+from slam_asr.storage import is_s3, local_path, write_atomically
+
+if TYPE_CHECKING:
+    from pipelines.docker import Containers
+    from pipelines.local import LocalRun
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_CORPUS = CHECKOUT / "demo" / "speech"
 
 
 def run(arguments: list[str]) -> int:
-    """Run the five steps one after another → the exit code."""
+    """Run the steps one after another, or a single stage → the exit code."""
     options = _options(arguments)
     source, recipe = options["recipe"], pop_recipe(options)
-    corpus = _corpus(source, options["corpus"])
+    only = require_stage(options["only"]) if options["only"] else None
+    corpus = str(_corpus(source, options["corpus"])) if only in (None, "build-manifest") else ""
     output = local_path(options["output"] or Path("runs") / Path(source).stem).absolute()
+    if options["images"]:
+        # kfp reads the images' names when the components are defined, that is, imported.
+        os.environ[IMAGES_VARIABLE] = options["images"]
     started = time.monotonic()
-    if code := _fetch_models(recipe):
-        return code
+    with contextlib.ExitStack() as stack:
+        containers = stack.enter_context(_containers(options, output, recipe, corpus)) if options["runner"] == "docker" else None
+        if code := _fetch_models(recipe):
+            return code
 
-    from pipelines.local import LocalRun, StepFailed
-    from pipelines.summary import failure, summary
+        from pipelines.local import LocalRun, StepFailed
+        from pipelines.summary import failure, summary
 
-    local_run = LocalRun(output, store=options["store"])
-    try:
-        local_run.execute(dump_recipe(recipe), str(corpus))
-    except StepFailed as error:
-        print(f"slam-asr: {failure(error.step, output)}", file=sys.stderr)
-        return EXIT_CODE if error.step.exit_code == EXIT_CODE else 1
+        local_run = LocalRun(output, store=options["store"], containers=containers)
+        try:
+            if only:
+                _run_only(only, local_run, recipe, corpus)
+                return 0
+            local_run.execute(dump_recipe(recipe), corpus)
+        except StepFailed as error:
+            print(f"slam-asr: {failure(error.step, output)}", file=sys.stderr)
+            return EXIT_CODE if error.step.exit_code == EXIT_CODE else 1
     print("\n" + summary(local_run.steps, time.monotonic() - started))
     return 0
+
+
+def _run_only(stage: str, local_run: "LocalRun", recipe: Recipe, corpus: str) -> None:
+    """Run one stage, fed by what the stages before it left in the run's folder."""
+    written = local_run.output / "recipe.yaml"
+    write_atomically(written, dump_recipe(recipe))
+    command = command_of_stage(stage, local_run.output, local_run.store, written, corpus, recipe.caches_features)
+    local_run.execute_only(stage, image(stage), command)
+
+
+def _containers(options: dict[str, Any], output: Path, recipe: Recipe, corpus: str) -> "Containers":
+    """The Docker engine, with all folders that the steps need, and every image there.
+
+    Raises:
+        UserError: no engine, no image, or a folder that is not there.
+    """
+    from pipelines.docker import Containers, Settings
+
+    settings = Settings(options["network"], options["gpus"], options["shared_memory"], options["mounts"])
+    writable = [output, *([local_path(options["store"]).absolute()] if options["store"] and not is_s3(options["store"]) else [])]
+    named = [corpus, recipe.data.audio_root, recipe.encoder.name, recipe.llm.name]
+    here = [Path(name).absolute() for name in named if name and not is_s3(name) and os.path.exists(name)]
+    # A list of audio files names them relative to the folder that it lies in.
+    containers = Containers(settings, str(output), writable, [path if path.is_dir() else path.parent for path in here])
+    stages = [options["only"]] if options["only"] else RESULTS
+    containers.require_images({stage: image(stage) for stage in stages}, lambda line: print(line, flush=True))
+    return containers
 
 
 def _options(arguments: list[str]) -> dict[str, Any]:
@@ -47,6 +91,13 @@ def _options(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo brings its own)")
     parser.add_argument("--output", type=str, help="folder for all results (default: runs/RECIPE)")
     parser.add_argument("--store", type=str, help="folder or s3://bucket/prefix for the stages' results, which runs may share (default: OUTPUT/store)")
+    parser.add_argument("--runner", type=Literal["process", "docker"], default="process", help="steps as processes of this Python, or in containers")
+    parser.add_argument("--only", type=str, help=f"run this stage alone, fed by what the others left in OUTPUT: {', '.join(STAGES)}")
+    parser.add_argument("--images", type=str, help=f"docker: the steps' images, a template with {{stage}} and {{version}} or the file that `make images` writes; else {IMAGES_VARIABLE}")
+    parser.add_argument("--network", type=str, default="host", help="docker: host, none, or the name of a network")
+    parser.add_argument("--gpus", type=str, default="auto", help="docker: all, none, or a number; auto takes all that the engine has")
+    parser.add_argument("--shared_memory", type=str, default="8g", help="docker: size of /dev/shm")
+    parser.add_argument("--mounts", type=list[str], default=[], help="docker: more folders that the steps read, such as those of audio that a list names")
     add_recipe_options(parser, arguments[0] if named else None)
     options = parse_options(parser, arguments[1:] if named else arguments)
     if not named:

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from slam_asr.configuration import nearest, one_sentence
 from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.recipe import Recipe, recipe_values, shipped_recipes
+from slam_asr.stage import write_pointer
 from slam_asr.version import describe_version
 
 STAGES = {
@@ -27,6 +28,8 @@ STAGES = {
     "convert-checkpoint": "slam_asr.conversion.convert:convert_checkpoint",
     "decode": "slam_asr.decoding.decode:decode",
 }
+RESULTS_OF = (*STAGES, "score")
+"""Commands whose result is a folder with a record."""
 COMMANDS = {
     **STAGES,
     "score": "slam_asr.scoring.score:score_parts",
@@ -88,10 +91,16 @@ def run(stage: str, arguments: list[str]) -> Any:
         add_recipe_options(parser, named)
     elif parameter:
         parser.add_argument("--recipe", help="a shipped recipe or a YAML file, where one is needed; each of its fields is an option then")
+    if stage in RESULTS_OF:
+        parser.add_argument("--pointer", type=str, help="a file that will name the result's folder, as the pipeline's steps hand it on: {uri, sha256, bytes}")
     values = parse_options(parser, arguments)
     if takes_recipe:
         values["recipe"] = pop_recipe(values)
-    return function(**values)
+    pointer = values.pop("pointer", None)
+    result = function(**values)
+    if pointer:
+        write_pointer(result, pointer)
+    return result
 
 
 def command_of(stage: str, arguments: list[str]) -> tuple[str, list[str]]:

@@ -1,6 +1,9 @@
 """Real audio made by hand, real speech where it lies beside the repository, and a whole small world:
 random models of a few thousand weights, with tones for speech."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import boto3
@@ -10,6 +13,7 @@ import soundfile
 import yaml
 from moto.server import ThreadedMotoServer
 
+from tests.engine import NoEngine, build_images, engine
 from tests.faults import FaultyProxy
 
 LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-mini"
@@ -161,3 +165,31 @@ def faulty_s3(bucket, s3_server, monkeypatch):
         monkeypatch.setenv("SLAM_ASR_S3_TIMEOUT", "0.3")
         monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "30")
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def docker_engine():
+    """The address of a Docker engine; DOCKER_HOST leads to it as long as the session lasts."""
+    # A socket's path has room for some hundred characters.
+    folder = Path(tempfile.mkdtemp(prefix="slam-asr-engine-"))
+    before = os.environ.get("DOCKER_HOST")
+    try:
+        with engine(folder) as address:
+            os.environ["DOCKER_HOST"] = address
+            yield address
+    except NoEngine as reason:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(reason))
+    finally:
+        os.environ.pop("DOCKER_HOST", None)
+        if before is not None:
+            os.environ["DOCKER_HOST"] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def images(docker_engine, tmp_path_factory) -> str:
+    """The template of the names of all five images, built from this checkout."""
+    build_images(tmp_path_factory.mktemp("images"), docker_engine)
+    return "slam-asr/{stage}:test"

@@ -27,7 +27,7 @@ def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(bucket, tiny_r
         done = subprocess.run([*command, "--output", str(tmp_path / run)], cwd=CHECKOUT, capture_output=True, text=True, env=os.environ)
         assert done.returncode == 0, done.stdout + done.stderr
         if run == "second":
-            assert done.stdout.count("(kept)") == 6, done.stdout
+            assert done.stdout.count("(kept)") == 7, done.stdout
         for text in (done.stdout, done.stderr, (tmp_path / run / "kfp.log").read_text()):
             assert not any(secret in text for secret in SECRETS)
     names = [f.name for f in walk("s3://bucket/runs/tiny")]
@@ -38,7 +38,7 @@ def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(bucket, tiny_r
         for file in walk(str(folder)):
             content = read_bytes(f"{folder}/{file.name}")
             assert not any(secret.encode() in content for secret in SECRETS), file.name
-    [report] = [name for name in names if name.startswith("decode/") and name.endswith("stage.json")]
+    [report] = [name for name in names if name.startswith("score/") and name.endswith("stage.json")]
     assert json.loads(read_bytes(f"s3://bucket/runs/tiny/{report}"))["metrics"]["wer"] >= 0
 
 

@@ -1,0 +1,129 @@
+"""A Docker engine for tests: the machine's own where one answers, else one that is started here; and the images on it.
+
+No registry is needed: the base image is a Debian made on the spot, and torch's wheel comes from pip's own
+sources by way of a small server. An engine that is started here has a socket and a folder of its own.
+"""
+
+import contextlib
+import functools
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+BASE = "slam-asr-test-base:bookworm"
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+PACKAGES = ["docker.io", "mmdebstrap"]
+
+
+class NoEngine(Exception):
+    """This machine cannot run one."""
+
+
+@contextlib.contextmanager
+def engine(folder: Path) -> Iterator[str]:
+    """The address of an engine that answers."""
+    if _answers(os.environ.get("DOCKER_HOST")):
+        yield os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        return
+    if os.geteuid() != 0:
+        raise NoEngine("no Docker engine answers, and only root can start one")
+    install(["dockerd"], PACKAGES)
+    folder.mkdir(parents=True, exist_ok=True)
+    address = f"unix://{folder}/docker.sock"
+    command = [
+        "dockerd", "--iptables=false", "--bridge=none", "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec",
+        "--pidfile", f"{folder}/pid", "--host", address,
+    ]  # fmt: skip
+    with open(folder / "log", "w") as log:
+        daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not _answers(address):
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                raise NoEngine(f"dockerd does not start here: {(folder / 'log').read_text()[-300:]}")
+            time.sleep(0.2)
+        yield address
+    finally:
+        daemon.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            daemon.wait(timeout=30)
+
+
+def install(programs: list[str], packages: list[str]) -> None:
+    """Have Debian's packages here where a program is missing."""
+    if all(shutil.which(program) for program in programs):
+        return
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise NoEngine(f"{' and '.join(programs)} are missing, and cannot be installed here")
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "update", "-qq"], check=True, env=environment, capture_output=True)
+    subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages], check=True, env=environment, capture_output=True)
+
+
+def build_images(folder: Path, address: str) -> str:
+    """Build all five images → what the build printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"DOCKER_HOST": address}
+    make_base(folder, environment)
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder / "wheels"), "torch==2.13.0"], check=True, capture_output=True)
+    with serving(folder / "wheels") as wheels:
+        built = subprocess.run(
+            ["make", "images", f"BASE_IMAGE={BASE}", "TORCH=cpu", "TAG=test", f"PIP_ARGS=--find-links {wheels}", "BUILD_ARGS=--network host",
+             f"PYTHON={sys.executable}"],
+            cwd=CHECKOUT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    return built.stdout
+
+
+def make_base(folder: Path, environment: dict[str, str]) -> None:
+    """A stand-in for the public base image: Debian with Python, and this machine's certificates."""
+    if subprocess.run(["docker", "image", "inspect", BASE], env=environment, capture_output=True).returncode == 0:
+        return
+    install(["mmdebstrap"], PACKAGES)
+    root = folder / "base.tar"
+    subprocess.run(
+        ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", "bookworm", str(root)],
+        check=True, capture_output=True,
+    )
+    certificates = folder / "extra" / CERTIFICATES.relative_to("/")
+    certificates.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(CERTIFICATES, certificates)
+    # A later member of an archive replaces an earlier one of the same name.
+    subprocess.run(["tar", "-rf", str(root), "-C", str(folder / "extra"), f"./{CERTIFICATES.relative_to('/')}"], check=True)
+    subprocess.run(["docker", "import", "--change", f"ENV PIP_CERT={CERTIFICATES}", str(root), BASE], check=True, env=environment, capture_output=True)
+    root.unlink()
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """A folder behind an HTTP address of this machine."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    try:
+        # The same address each time: it stands in the build's arguments, and decides whether the engine finds layers again.
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 18_765), handler)
+    except OSError:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    with server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+def _answers(address: str | None) -> bool:
+    if not shutil.which("docker"):
+        return False
+    environment = os.environ | ({"DOCKER_HOST": address} if address else {})
+    return subprocess.run(["docker", "version"], env=environment, capture_output=True).returncode == 0

@@ -1,0 +1,136 @@
+"""The images: one pattern, what the stage imports and nothing else, and a user who may write where it must."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from components import STAGES
+from slam_asr import __version__
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+LISTS = CHECKOUT / "requirements" / "images"
+sys.path.insert(0, str(CHECKOUT / "requirements"))
+
+import lock  # noqa: E402 - it lies beside the lists that it writes
+from imports import third_party  # noqa: E402
+
+WITHOUT_TORCH = "build-manifest"
+
+
+def dockerfile(stage: str) -> str:
+    return (CHECKOUT / "images" / stage / "Dockerfile").read_text()
+
+
+def listed(file: str) -> dict[str, str]:
+    """Name and hash of each line."""
+    lines = [line for line in (LISTS / file).read_text().splitlines() if not line.startswith("#")]
+    return {re.match(r"[\w.-]+", line)[0]: line.partition("--hash=sha256:")[2] for line in lines}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dockerfile_follows_the_pattern(stage):
+    """All five are one text, but for the stage's name, torch, and the GPU."""
+
+    def plain(text: str, name: str) -> list[str]:
+        text = text.replace(name, "STAGE").replace("TORCH=cpu", "TORCH=cuda")
+        lines = [line for line in text.splitlines() if not line.startswith("# The image of the stage")]
+        return [line for line in lines if "NVIDIA" not in line]
+
+    pattern = plain(dockerfile("train"), "train")
+    ours = plain(dockerfile(stage), stage)
+    if stage == WITHOUT_TORCH:
+        left_out = [line for line in pattern if line not in ours]
+        assert all("torch" in line.lower() or "common.txt" in line or line.startswith("# cuda:") for line in left_out), left_out
+        assert [line for line in ours if line not in pattern] == []
+    else:
+        assert ours == pattern
+    assert "ENTRYPOINT [" not in dockerfile(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_everything_that_is_installed_is_pinned_by_version_and_hash(stage):
+    installs = re.findall(r"^RUN pip install (.*)$", dockerfile(stage), re.MULTILINE)
+    *lists, ours = installs
+    assert ours.endswith("--no-deps --no-build-isolation .")
+    assert lists and all("--require-hashes --no-deps" in line and " -r requirements/images/" in line for line in lists)
+    for file in (f"{stage}.txt", "common.txt", "torch-cpu.txt", "torch-cuda.txt"):
+        assert all(len(digest) == 64 for digest in listed(file).values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_image_holds_what_the_stage_imports_and_what_that_needs(stage):
+    names = listed(f"{stage}.txt").keys()
+    assert names == lock.of_stage(stage) - {"torch"}, "run requirements/lock.py again"
+    assert ("torch" in lock.of_stage(stage)) == (stage != WITHOUT_TORCH)
+    if stage != WITHOUT_TORCH:
+        assert listed("common.txt").keys() <= names
+
+
+def test_only_training_has_deepspeed_and_only_tables_have_pyarrow():
+    assert [stage for stage in STAGES if "deepspeed" in listed(f"{stage}.txt")] == ["train"]
+    assert [stage for stage in STAGES if "pyarrow" in listed(f"{stage}.txt")] == ["build-manifest"]
+    assert not any("pytest" in listed(f"{stage}.txt") or ("kubernetes" in listed(f"{stage}.txt") and stage != "train") for stage in STAGES)
+
+
+def test_imports_for_type_checkers_alone_do_not_count(tmp_path):
+    source = tmp_path / "module.py"
+    source.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import one\ndef f():\n    import two.three\n")
+    assert third_party([str(source)]).keys() == {"two"}
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+    def refused(*options: str, **environment: str) -> str:
+        command = [sys.executable, str(CHECKOUT / "images" / "build.py"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment})
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        return done.stderr
+
+    assert "there is no stage trian: STAGES may name build-manifest" in refused("--stages", "trian")
+    assert "there is no docker command" in refused(PATH=str(tmp_path))
+
+
+@pytest.fixture
+def inside(images):
+    """Run a command in a stage's image, as a user whom the image does not know, without a network."""
+
+    def run(stage: str, *command: str, user: str = "4242:4343") -> str:
+        options = ["--rm", "--network", "none", "--user", user, "--env", "_KFP_RUNTIME=true"]
+        done = subprocess.run(["docker", "run", *options, images.replace("{stage}", stage), *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_image_says_what_it_is_and_everything_it_imports_is_there(stage, inside, images):
+    line = inside(stage, "slam-asr", "--version")
+    assert re.fullmatch(rf"slam-asr {__version__} \(commit [0-9a-f]+\+?\), (no torch|torch 2[\d.]+\+cpu, CUDA none)\n", line)
+    assert ("no torch" in line) == (stage == WITHOUT_TORCH)
+    packages = sorted(third_party(lock.STAGES[stage]).keys() - lock.OURS)
+    inside(stage, "python3", "-c", f"import {', '.join(packages)}")
+    about = json.loads(subprocess.run(["docker", "inspect", images.replace("{stage}", stage)], check=True, capture_output=True, text=True).stdout)[0]
+    assert not about["Config"]["Entrypoint"] and about["Config"]["User"] == "1000"
+    known = packages_distributions()
+    assert known["torch"] == ["torch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("user", ["1000", "4242:4343"])
+def test_any_user_may_write_where_a_step_has_to(user, inside):
+    script = 'touch /minio/x /s3/x /gcs/x "$SLAM_ASR_CACHE"/models/x "$HOME"/x && python3 -c "import getpass; print(getpass.getuser())" && id -u'
+    assert inside("build-manifest", "sh", "-c", script, user=user).split() == ["slam", user.partition(":")[0]]
+
+
+@pytest.mark.slow
+def test_images_are_written_down_for_compile(images, tmp_path):
+    from components import images as images_of
+
+    named = images_of(str(CHECKOUT / "build" / "images.yaml"))
+    assert {stage: named[stage] for stage in STAGES} == {stage: f"slam-asr/{stage}:test" for stage in STAGES}
