@@ -52,12 +52,10 @@ class Models:
 
     claim: str = ""
     """Name of a PersistentVolumeClaim that keeps downloaded models for all steps and runs. Empty: each step fetches them into its own scratch space."""
-    mirror: str = ""
-    """s3:// prefix with copies of the models by their names on the hub, as `slam-asr copy-models` makes them. It is asked before the hub."""
     token_secret: str = ""
     """Name of the secret with HF_TOKEN, for models that the hub gives only to those who accepted a licence."""
     offline: bool = False
-    """Never ask the hub: models come from claim or mirror."""
+    """Never ask the hub: models come from the claim, or are named by folder or s3:// prefix."""
 
 
 @dataclass
@@ -158,9 +156,8 @@ class Cluster:
         for key in ("namespace", "service_account"):
             _require(re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", getattr(self, key)), self, key, getattr(self, key), "lower-case letters, digits and dashes")
         _require(self.run_as_user > 0, self, "run_as_user", self.run_as_user, "above 0: steps do not run as root")
-        for section, key in (("storage", "store"), ("models", "mirror")):
-            value = getattr(getattr(self, section), key)
-            _require(not value or value.startswith("s3://"), self, f"{section}.{key}", value, "an s3:// prefix")
+        store = self.storage.store
+        _require(not store or store.startswith("s3://"), self, "storage.store", store, "an s3:// prefix")
         if address := self.storage.endpoint:
             _require(re.fullmatch(r"https?://[^/@\s]+/?", address), self, "storage.endpoint", _hidden(address), "http://host:port or https://host, without a name or password in it")
         for name in self.environment:

@@ -81,7 +81,6 @@ def environment(cluster: Cluster) -> dict[str, str]:
         "SLAM_ASR_CACHE": CACHE,
         **({"AWS_ENDPOINT_URL": cluster.storage.endpoint} if cluster.storage.endpoint else {}),
         **({"AWS_REGION": cluster.storage.region} if cluster.storage.region else {}),
-        **({"SLAM_ASR_MODELS": cluster.models.mirror} if cluster.models.mirror else {}),
         **({"HF_HUB_OFFLINE": "1"} if cluster.models.offline else {}),
         **cluster.environment,
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from components import IMAGES_VARIABLE, RESULTS, STAGES, image
 from pipelines import processes
 from pipelines.cli import command_parser
-from pipelines.single import command_of_stage, require_stage
+from pipelines.single import command_of_stage, corpus_of, require_stage
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import EXIT_CODE, UserError
 from slam_asr.recipe import Recipe, dump_recipe, shipped_recipes
@@ -30,8 +30,8 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     source, recipe = options["recipe"], pop_recipe(options)
     only = require_stage(options["only"]) if options["only"] else None
-    corpus = str(_corpus(source, options["corpus"])) if only in (None, "build-manifest") else ""
     output = local_path(options["output"] or Path("runs") / Path(source).stem).absolute()
+    corpus = str(_corpus(source, options["corpus"])) if only in (None, "build-manifest") else corpus_of(output, only)
     if options["images"]:
         # kfp reads the images' names when the components are defined, that is, imported.
         os.environ[IMAGES_VARIABLE] = options["images"]

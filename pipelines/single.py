@@ -9,7 +9,7 @@ from pathlib import Path
 
 from components import RESULTS, STAGES
 from slam_asr.errors import UserError
-from slam_asr.stage import FINGERPRINT, follow_pointer
+from slam_asr.stage import FINGERPRINT, follow_pointer, require_record
 from slam_asr.storage import join
 
 RESULTS_OF_SINGLES = "results"
@@ -52,6 +52,15 @@ def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus:
     }  # fmt: skip
     pointer = pointer_of(output, stage)
     return ["slam-asr", stage, *arguments[stage](), "--pointer", str(pointer)]
+
+
+def corpus_of(output: Path, stage: str) -> str:
+    """The corpus that the run's manifests stem from: later stages read its audio.
+
+    Raises:
+        UserError: there are no manifests.
+    """
+    return require_record(follow_pointer(_latest(output, "build-manifest", stage)), "build-manifest").inputs["corpus"]
 
 
 def require_stage(name: str) -> str:

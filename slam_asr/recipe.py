@@ -162,7 +162,7 @@ class Training:
     """How the projector is trained, with DeepSpeed."""
 
     nodes: int = 1
-    """Machines to train on. With more than one, the pipeline's step starts them through Kubeflow Trainer; each runs the same number of processes."""
+    """Machines to train on. Only 1 is there yet."""
     processes: int = 0
     """Processes on each machine, one a GPU. 0: as many as there are GPUs, or one on a CPU."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"

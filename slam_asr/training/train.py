@@ -57,6 +57,8 @@ def train(
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
 
+    if recipe.training.nodes > 1:
+        raise UserError(f"training.nodes is {recipe.training.nodes}, but training over several nodes is not there yet: set it to 1, and use all GPUs of one node.")
     device = pick_device()
     for precision in (recipe.training.precision, recipe.decoding.precision):
         explain_precision(precision, device)

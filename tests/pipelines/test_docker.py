@@ -171,7 +171,7 @@ def test_containers_of_a_run_that_was_killed_are_removed_by_the_next(images, tmp
         (["--gpus", "many"], "--gpus is many: give auto, all, none or a number."),
         (["--network", "no-such"], "The Docker engine has no network no-such: --network may be"),
         (["--mounts", "[/no/such]"], "There is nothing at /no/such, which the containers are to see"),
-        (["--only", "decode"], "decode needs what convert-checkpoint makes, and "),
+        (["--only", "decode"], "decode needs what build-manifest makes, and "),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(docker_engine, monkeypatch, images, tiny_recipe, tiny_corpus, tmp_path, capsys, options, sentence):
