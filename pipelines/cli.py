@@ -13,14 +13,26 @@ from slam_asr.errors import UserError, exit_on_user_error
 COMMANDS = {
     "run": "pipelines.run:run",
     "compile": "pipelines.compile:compile_command",
+    "submit": "pipelines.kubeflow.commands:submit",
+    "status": "pipelines.kubeflow.commands:status",
+    "logs": "pipelines.kubeflow.commands:logs",
+    "resume": "pipelines.kubeflow.commands:resume",
 }
 """Each command's function: it takes the arguments behind the command's name and gives the exit code. Imported when it is called."""
 
 USAGE = """usage: python -m pipelines run RECIPE [--corpus PATH] [--output DIR] [--store PATH] [--only STAGE] [--runner docker ...] [--SECTION.KEY VALUE ...]
        python -m pipelines compile [RECIPE] [--cluster PROFILE] [--images TEMPLATE|FILE] [--corpus s3://…] [--store s3://…] [--output DIR|FILE.yaml] [--SECTION.KEY VALUE ...]
+       python -m pipelines submit RECIPE --corpus s3://… [--cluster PROFILE] [--endpoint URL] [--namespace NAME] [--images TEMPLATE|FILE] [--store s3://…] [--experiment NAME] [--run-name NAME] [--wait] [--SECTION.KEY VALUE ...]
+       python -m pipelines status [RUN] [--wait] [--cluster PROFILE] [--endpoint URL] [--namespace NAME]
+       python -m pipelines logs RUN [--step STEP] [--follow] [--cluster PROFILE] [--endpoint URL] [--namespace NAME]
+       python -m pipelines resume RUN [--wait] [--cluster PROFILE] [--endpoint URL] [--namespace NAME]
 
   run       train, convert and measure on this machine, as processes or in Docker, through Kubeflow's local runner
   compile   write the YAML to submit to Kubeflow Pipelines
+  submit    compile, upload and start a run in a cluster; --wait follows it
+  status    a run's steps, or the latest runs
+  logs      the lines of a run's steps
+  resume    a failed run again, from the steps that failed
 
 python -m pipelines run RECIPE --help   all options, with the recipe's values
 """

@@ -1,0 +1,1 @@
+"""Kubeflow Pipelines from the outside: submit, follow, read logs, start again."""

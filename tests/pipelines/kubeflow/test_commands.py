@@ -1,0 +1,253 @@
+"""submit, status, logs and resume against servers that speak HTTP with the clients' own models."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import cli
+from pipelines.checking import check_package
+from tests.pipelines.kubeflow.fake import STEPS, TOKEN, FakeKubeflow, Handler, KubernetesHandler, serving
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+SUBMIT = ["submit", "demo", "--cluster", "cpu", "--corpus", "s3://b/corpus", "--training.max_steps", "7"]
+
+
+@pytest.fixture
+def kubeflow(monkeypatch, tmp_path):
+    fake = FakeKubeflow()
+    with serving(Handler, fake=fake) as address:
+        for name in ("SLAM_ASR_IMAGES", "KF_PIPELINES_UI_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", address)
+        monkeypatch.setenv("KFP_EXISTING_TOKEN", TOKEN)
+        monkeypatch.setenv("SLAM_ASR_KFP_PATIENCE", "3")
+        # kfp keeps its context below the home folder.
+        monkeypatch.setenv("HOME", str(tmp_path))
+        fake.address = address
+        yield fake
+
+
+@pytest.fixture
+def program(capsys):
+    """Run a command → exit code, what it printed, and its complaints without their prefix."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(argv)
+        except SystemExit as leaving:
+            code = leaving.code
+        out, err = capsys.readouterr()
+        assert TOKEN not in out + err
+        return code, out, err.removeprefix("slam-asr: error: ")
+
+    return run
+
+
+def test_submit_uploads_once_and_starts_a_run_with_what_was_asked(kubeflow, program, tmp_path):
+    code, out, _ = program(*SUBMIT)
+    assert code == 0
+    assert f"{kubeflow.address}/#/runs/details/run-1" in out and "demo · whisper-tiny.en + SmolLM2-135M-Instruct · " in out
+    [asked] = kubeflow.created
+    assert asked["runtime_config"]["parameters"] == {
+        "corpus": "s3://b/corpus", "store": "s3://slam-asr/runs", "recipe": "demo", "recipe_overrides": {"training.max_steps": 7},
+    }
+    assert asked["service_account"] == "slam-asr-runner"
+    assert asked["pipeline_version_reference"] == {"pipeline_id": "pipeline-1", "pipeline_version_id": "version-1"}
+    assert [(e.display_name, e.namespace) for e in kubeflow.experiments.values()] == [("slam-asr", "slam-asr")]
+    package = tmp_path / "uploaded.yaml"
+    package.write_bytes(kubeflow.packages["version-1"])
+    from components import images
+
+    check_package(package, images("slam-asr/{stage}:{version}"))
+    # The same content again is no new version, whatever the run's parameters; another content is.
+    assert program(*SUBMIT, "--training.epochs", "2")[0] == 0
+    assert len(kubeflow.versions) == 1 and len(kubeflow.runs) == 2 and len(kubeflow.experiments) == 1
+    assert program(*SUBMIT, "--images", "registry.example/x/{stage}:2")[0] == 0
+    assert program(*SUBMIT)[0] == 0
+    assert len(kubeflow.versions) == 2
+
+
+def test_waiting_tells_each_change_and_ends_with_the_run(kubeflow, program):
+    code, out, _ = program(*SUBMIT, "--wait", "--poll", "0.01")
+    assert code == 0
+    told = [line.split()[:2] for line in out.splitlines() if line.split()[0] in STEPS]
+    for step in STEPS:
+        states = [state for name, state in told if name == step]
+        assert states == ["pending", "running", "succeeded"][-len(states):] and states[-1] == "succeeded"
+    assert "-driver" not in out and "1:01" in out and out.splitlines()[-1] == "the run succeeded"
+
+
+def test_failed_run_is_said_and_goes_on_by_resume(kubeflow, program):
+    kubeflow.fails_at = "train"
+    code, out, _ = program(*SUBMIT, "--wait", "--poll", "0.01")
+    assert code == 1
+    assert out.splitlines()[-1].startswith("the run failed in train")
+    assert "`python -m pipelines logs run-1`" in out
+    code, out, _ = program("status", "run-1", "--cluster", "cpu")
+    assert code == 0 and "train                failed      1:01  exit code 2" in out
+    code, out, _ = program("resume", "run-1", "--wait", "--poll", "0.01")
+    assert code == 0 and kubeflow.retried == ["run-1"] and out.splitlines()[-1] == "the run succeeded"
+    code, _, err = program("resume", "run-1")
+    assert code == 2 and "is succeeded, and only one that failed can be resumed" in err and kubeflow.retried == ["run-1"]
+
+
+def test_latest_runs_and_a_run_by_its_name(kubeflow, program):
+    for name in ("first", "second"):
+        program(*SUBMIT, "--run-name", name)
+    code, out, _ = program("status")
+    assert [line.split()[-1] for line in out.splitlines()] == ["second", "first"] and code == 0
+    assert program("status", "first")[1].startswith("first: ")
+    code, _, err = program("status", "frist")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.startswith("There is no run frist in the namespace slam-asr; did you mean first?")
+
+
+def test_following_survives_slow_failing_and_half_finished_answers(kubeflow, program):
+    program(*SUBMIT)
+    kubeflow.faults = ["ok", "ok", "slow", "503", "500", "cut", "ok", "cut", "503"]
+    code, out, _ = program("status", "run-1", "--wait", "--poll", "0.01")
+    assert code == 0 and out.splitlines()[-1] == "the run succeeded"
+    assert kubeflow.faults == []
+
+
+def test_start_whose_answer_is_lost_is_not_tried_twice(kubeflow, program):
+    program(*SUBMIT)
+    asked = len(kubeflow.asked)
+    program(*SUBMIT)
+    requests = kubeflow.asked[asked:]
+    kubeflow.faults = ["ok"] * requests.index("POST /apis/v2beta1/runs") + ["cut"]
+    code, _, err = program(*SUBMIT)
+    assert code == 2 and "failed to start the run" in err and "look at `python -m pipelines status` before you try again" in err
+    assert len(kubeflow.runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("faults", "sentence"),
+    [
+        (["html"], "answers with a web page, most likely a login: give a token in KFP_EXISTING_TOKEN"),
+        (["401"], "refuses the token (401): get a new one"),
+        (["ok", "403"], "You may not look for the pipeline in the namespace slam-asr (403): check --namespace"),
+        (["ok", "401"], "refuses the token (401): get a new one"),
+        (["503"] * 40, "does not answer (it answers 503); it was tried for 3 s."),
+        (["ok"] + ["503"] * 40, "does not look for the pipeline (503 Service Unavailable); it was tried for 3 s."),
+    ],
+)
+def test_refusal_is_one_sentence_before_anything_was_made(kubeflow, program, faults, sentence):
+    kubeflow.faults = faults
+    code, out, err = program(*SUBMIT)
+    assert (code, len(err.splitlines()), out) == (2, 1, ""), out + err
+    assert sentence in err
+    assert not kubeflow.pipelines and not kubeflow.runs
+
+
+def test_expired_token_and_wrong_address(kubeflow, program, monkeypatch, tmp_path):
+    monkeypatch.delenv("KFP_EXISTING_TOKEN")
+    assert "refuses the token (401)" in program("status")[2]
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    assert program("status")[0] == 0
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "nothing"))
+    assert "which is no file: put a token there" in program("status")[2]
+    monkeypatch.setenv("KFP_EXISTING_TOKEN", TOKEN)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nothing = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for endpoint, sentence in (
+        (nothing, f"Nothing answers at {nothing} ("), ("kubeflow.example", "The endpoint is kubeflow.example: write http:// or https://"),
+        (f"{kubeflow.address}/nowhere", "has no API of Kubeflow Pipelines 2 at /apis/v2beta1 (it answers 404)"),
+    ):
+        code, _, err = program("status", "--endpoint", endpoint)
+        assert (code, len(err.splitlines())) == (2, 1) and sentence in err
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    assert program("status")[2].startswith("Where is Kubeflow Pipelines? Give --endpoint, set KF_PIPELINES_ENDPOINT")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["submit"], "RECIPE is missing: python -m pipelines submit RECIPE"),
+        (["submit", "demo", "--cluster", "cpu"], "The run has no corpus: give --corpus s3://…."),
+        (["submit", "demo", "--cluster", "cpu", "--corpus", "/data"], "--corpus is /data, a place on this machine"),
+        (["submit", "demo", "--corpus", "s3://b/c", "--images", "Not/{stage} valid"], "'Not/build-manifest valid' cannot be the image"),
+        (["submit", "demo", "--corpus", "s3://b/c", "--training.processes", "9"], "Recipe demo: training.processes is 9, but"),
+        (["resume"], "RUN is missing: python -m pipelines resume RUN"),
+        (["logs"], "RUN is missing: python -m pipelines logs RUN"),
+    ],
+)
+def test_mistake_is_said_without_asking_the_cluster(kubeflow, program, argv, sentence):
+    code, _, err = program(*argv)
+    assert code == 2 and err.startswith(sentence)
+    assert kubeflow.asked == []
+
+
+def test_interrupted_waiting_leaves_the_run_alone(kubeflow):
+    command = [sys.executable, "-m", "pipelines", *SUBMIT, "--wait", "--poll", "60"]
+    process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("extract-features"):
+            break
+        if line.startswith("build-manifest"):
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "slam-asr: the run goes on in the cluster: `python -m pipelines status run-1` shows it"
+
+
+@pytest.fixture
+def cluster(monkeypatch, tmp_path):
+    """A Kubernetes API with the pods of run-1, found by a kubeconfig."""
+    label = {"pipeline/runid": "run-1"}
+    pods = {
+        "a-train": (label | {"app.kubernetes.io/component": "train"}, "Running", "step 1\nlöss 2"),
+        "a-driver": (label, "Succeeded", "not for people"),
+        "a-score": (label | {"app.kubernetes.io/component": "score"}, "Pending", "0/3 nodes are available: 3 Insufficient memory."),
+        "other": ({"pipeline/runid": "run-2", "app.kubernetes.io/component": "train"}, "Running", "of another run"),
+    }
+    with serving(KubernetesHandler, pods=pods, forbidden=False) as address:
+        config = {
+            "apiVersion": "v1", "kind": "Config", "current-context": "fake",
+            "clusters": [{"name": "fake", "cluster": {"server": address}}],
+            "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "me"}}],
+            "users": [{"name": "me", "user": {"token": "another-token"}}],
+        }
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        yield pods
+
+
+def test_logs_are_those_of_the_runs_own_steps(kubeflow, cluster, program):
+    program(*SUBMIT)
+    code, out, _ = program("logs", "run-1")
+    assert code == 0
+    assert out.splitlines() == [
+        "── train (a-train, running)", "step 1", "löss 2",
+        "── score (a-score, pending)", "it waits: 0/3 nodes are available: 3 Insufficient memory.",
+    ]
+    assert "score" not in program("logs", "run-1", "--step", "train", "--follow")[1]
+    assert program("logs", "run-1", "--step", "trian")[2].startswith("There is no step trian: --step may be build-manifest")
+    assert "There are no pods of step decode of the run run-1 in slam-asr" in program("logs", "run-1", "--step", "decode")[2]
+
+
+def test_logs_without_a_cluster_or_without_rights(kubeflow, program, monkeypatch, tmp_path):
+    program(*SUBMIT)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nothing"))
+    code, _, err = program("logs", "run-1")
+    assert (code, len(err.splitlines())) == (2, 1) and err.startswith("The Kubernetes API is not known here")
+
+
+def test_what_is_sent_holds_no_credential(kubeflow, program, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+    program(*SUBMIT)
+    sent = json.dumps(kubeflow.created) + kubeflow.packages["version-1"].decode()
+    assert "another-secret" not in sent and TOKEN not in sent
+    assert os.environ["KFP_EXISTING_TOKEN"] == TOKEN
