@@ -17,6 +17,7 @@ COMMANDS = {
     "status": "pipelines.kubeflow.commands:status",
     "logs": "pipelines.kubeflow.commands:logs",
     "resume": "pipelines.kubeflow.commands:resume",
+    "doctor": "pipelines.kubeflow.doctor:doctor",
 }
 """Each command's function: it takes the arguments behind the command's name and gives the exit code. Imported when it is called."""
 
@@ -26,6 +27,7 @@ USAGE = """usage: python -m pipelines run RECIPE [--corpus PATH] [--output DIR] 
        python -m pipelines status [RUN] [--wait] [--cluster PROFILE] [--endpoint URL] [--namespace NAME]
        python -m pipelines logs RUN [--step STEP] [--follow] [--cluster PROFILE] [--endpoint URL] [--namespace NAME]
        python -m pipelines resume RUN [--wait] [--cluster PROFILE] [--endpoint URL] [--namespace NAME]
+       python -m pipelines doctor [--cluster PROFILE] [--endpoint URL] [--namespace NAME] [--images TEMPLATE|FILE]
 
   run       train, convert and measure on this machine, as processes or in Docker, through Kubeflow's local runner
   compile   write the YAML to submit to Kubeflow Pipelines
@@ -33,6 +35,7 @@ USAGE = """usage: python -m pipelines run RECIPE [--corpus PATH] [--output DIR] 
   status    a run's steps, or the latest runs
   logs      the lines of a run's steps
   resume    a failed run again, from the steps that failed
+  doctor    whether a cluster has all that a run needs
 
 python -m pipelines run RECIPE --help   all options, with the recipe's values
 """

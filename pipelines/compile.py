@@ -121,7 +121,7 @@ def compile_package(
     """
     from pipelines.checking import check_package
 
-    named = images_of(_images_source(cluster, images))
+    named = images_of(images_source(cluster, images))
     _write(_pipeline(cluster, named, nodes), output, defaults)
     check_package(output, named)
     return output
@@ -141,7 +141,7 @@ def compile_all(
     """
     if output.suffix in (".yaml", ".yml"):
         return [compile_package(cluster, output, images, defaults, nodes)]
-    named = images_of(_images_source(cluster, images))
+    named = images_of(images_source(cluster, images))
     written = [compile_package(cluster, output / "slam-asr.yaml", images, defaults, nodes)]
     resources = output / "slam-asr.resources.yaml"
     _write(_pipeline(cluster, named, nodes), resources, defaults, resources_in=cluster.namespace)
@@ -158,7 +158,8 @@ def _pipeline(cluster: Cluster, images: dict[str, str], nodes: int) -> Any:
     )
 
 
-def _images_source(cluster: Cluster, images: str | None) -> str:
+def images_source(cluster: Cluster, images: str | None) -> str:
+    """Where the images' names come from: what was asked for, the environment, or the profile."""
     return images or os.environ.get(IMAGES_VARIABLE) or cluster.images.names or DEFAULT_IMAGES
 
 

@@ -36,7 +36,7 @@ def complaint(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["rum", "demo"], "There is no command rum; did you mean run? Commands: run, compile, submit, status, logs, resume."),
+        (["rum", "demo"], "There is no command rum; did you mean run? Commands: run, compile, submit, status, logs, resume, doctor."),
         (["run", "demi"], "No recipe named demi, and no such file; did you mean demo?"),
         (["run", "librispeech"], "Recipe librispeech brings no corpus: say where yours is with --corpus PATH."),
         (["run", "demo", "--corpus", "/no/such"], "There is no corpus at /no/such: check --corpus."),

@@ -161,7 +161,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class KubernetesHandler(http.server.BaseHTTPRequestHandler):
-    """Pods and their logs, for `server.pods`: name → (labels, phase, log)."""
+    """Pods and their logs, for `server.pods`: name → (labels, phase, log); other objects by their path, for `server.objects`."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -171,6 +171,11 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
         options = dict(urllib.parse.parse_qsl(query))
         if self.server.forbidden:
             return self._send(403, json.dumps({"kind": "Status", "message": "forbidden"}).encode())
+        if path in self.server.objects:
+            status, content = self.server.objects[path]
+            return self._send(status, json.dumps(content).encode())
+        if not path.endswith("/pods") and "/pods/" not in path:
+            return self._send(404, json.dumps({"kind": "Status", "code": 404}).encode())
         if found := re.fullmatch(r"/api/v1/namespaces/[^/]+/pods/([^/]+)/log", path):
             assert options["container"] == "main"
             return self._send(200, self.server.pods[found[1]][2].encode(), "text/plain")
@@ -185,6 +190,32 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
     def _send(self, status: int, content: bytes, kind: str = "application/json") -> None:
         self.send_response(status)
         self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+class RegistryHandler(http.server.BaseHTTPRequestHandler):
+    """A registry that gives everybody a token for what is public: `server.manifests`, name/reference → status."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        found = re.fullmatch(r"/v2/(.+)/manifests/(.+)", self.path)
+        if self.headers.get("authorization") != f"Bearer for-{found[1]}":
+            self.send_response(401)
+            address = f"http://127.0.0.1:{self.server.server_address[1]}/token"
+            self.send_header("www-authenticate", f'Bearer realm="{address}",service="registry",scope="repository:{found[1]}:pull"')
+        else:
+            self.send_response(self.server.manifests.get(f"{found[1]}:{found[2]}", 404))
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        query = dict(urllib.parse.parse_qsl(self.path.partition("?")[2]))
+        content = json.dumps({"token": f"for-{query['scope'].split(':')[1]}"}).encode()
+        self.send_response(200)
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

@@ -10,45 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from pipelines import cli
 from pipelines.checking import check_package
-from tests.pipelines.kubeflow.fake import STEPS, TOKEN, FakeKubeflow, Handler, KubernetesHandler, serving
+from tests.pipelines.kubeflow.fake import STEPS, TOKEN
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 SUBMIT = ["submit", "demo", "--cluster", "cpu", "--corpus", "s3://b/corpus", "--training.max_steps", "7"]
-
-
-@pytest.fixture
-def kubeflow(monkeypatch, tmp_path):
-    fake = FakeKubeflow()
-    with serving(Handler, fake=fake) as address:
-        for name in ("SLAM_ASR_IMAGES", "KF_PIPELINES_UI_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", address)
-        monkeypatch.setenv("KFP_EXISTING_TOKEN", TOKEN)
-        monkeypatch.setenv("SLAM_ASR_KFP_PATIENCE", "3")
-        # kfp keeps its context below the home folder.
-        monkeypatch.setenv("HOME", str(tmp_path))
-        fake.address = address
-        yield fake
-
-
-@pytest.fixture
-def program(capsys):
-    """Run a command → exit code, what it printed, and its complaints without their prefix."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        try:
-            code = cli.main(argv)
-        except SystemExit as leaving:
-            code = leaving.code
-        out, err = capsys.readouterr()
-        assert TOKEN not in out + err
-        return code, out, err.removeprefix("slam-asr: error: ")
-
-    return run
 
 
 def test_submit_uploads_once_and_starts_a_run_with_what_was_asked(kubeflow, program, tmp_path):
@@ -201,28 +168,6 @@ def test_interrupted_waiting_leaves_the_run_alone(kubeflow):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "slam-asr: the run goes on in the cluster: `python -m pipelines status run-1` shows it"
-
-
-@pytest.fixture
-def cluster(monkeypatch, tmp_path):
-    """A Kubernetes API with the pods of run-1, found by a kubeconfig."""
-    label = {"pipeline/runid": "run-1"}
-    pods = {
-        "a-train": (label | {"app.kubernetes.io/component": "train"}, "Running", "step 1\nlöss 2"),
-        "a-driver": (label, "Succeeded", "not for people"),
-        "a-score": (label | {"app.kubernetes.io/component": "score"}, "Pending", "0/3 nodes are available: 3 Insufficient memory."),
-        "other": ({"pipeline/runid": "run-2", "app.kubernetes.io/component": "train"}, "Running", "of another run"),
-    }
-    with serving(KubernetesHandler, pods=pods, forbidden=False) as address:
-        config = {
-            "apiVersion": "v1", "kind": "Config", "current-context": "fake",
-            "clusters": [{"name": "fake", "cluster": {"server": address}}],
-            "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "me"}}],
-            "users": [{"name": "me", "user": {"token": "another-token"}}],
-        }
-        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
-        yield pods
 
 
 def test_logs_are_those_of_the_runs_own_steps(kubeflow, cluster, program):

@@ -1,0 +1,70 @@
+"""The fakes as fixtures, and what leads to them in the environment."""
+
+import pytest
+import yaml
+
+from pipelines import cli
+from tests.pipelines.kubeflow.fake import TOKEN, FakeKubeflow, Handler, KubernetesHandler, serving
+
+
+@pytest.fixture
+def kubeflow(monkeypatch, tmp_path):
+    fake = FakeKubeflow()
+    with serving(Handler, fake=fake) as address:
+        for name in ("SLAM_ASR_IMAGES", "KF_PIPELINES_UI_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", address)
+        monkeypatch.setenv("KFP_EXISTING_TOKEN", TOKEN)
+        monkeypatch.setenv("SLAM_ASR_KFP_PATIENCE", "3")
+        # kfp keeps its context below the home folder.
+        monkeypatch.setenv("HOME", str(tmp_path))
+        fake.address = address
+        yield fake
+
+
+@pytest.fixture
+def program(capsys):
+    """Run a command → exit code, what it printed, and its complaints without their prefix."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(argv)
+        except SystemExit as leaving:
+            code = leaving.code
+        out, err = capsys.readouterr()
+        assert TOKEN not in out + err
+        return code, out, err.removeprefix("slam-asr: error: ")
+
+    return run
+
+
+@pytest.fixture
+def kubernetes_at(monkeypatch, tmp_path):
+    """Write a kubeconfig that leads to an address."""
+
+    def write(address: str) -> None:
+        config = {
+            "apiVersion": "v1", "kind": "Config", "current-context": "fake",
+            "clusters": [{"name": "fake", "cluster": {"server": address}}],
+            "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "me"}}],
+            "users": [{"name": "me", "user": {"token": "another-token"}}],
+        }
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+
+    return write
+
+
+@pytest.fixture
+def cluster(kubernetes_at):
+    """A Kubernetes API with the pods of run-1."""
+    label = {"pipeline/runid": "run-1"}
+    pods = {
+        "a-train": (label | {"app.kubernetes.io/component": "train"}, "Running", "step 1\nlöss 2"),
+        "a-driver": (label, "Succeeded", "not for people"),
+        "a-score": (label | {"app.kubernetes.io/component": "score"}, "Pending", "0/3 nodes are available: 3 Insufficient memory."),
+        "other": ({"pipeline/runid": "run-2", "app.kubernetes.io/component": "train"}, "Running", "of another run"),
+    }
+    with serving(KubernetesHandler, pods=pods, objects={}, forbidden=False) as address:
+        kubernetes_at(address)
+        yield pods

@@ -1,0 +1,118 @@
+"""doctor finds what is missing, says what to do, and shows no secret."""
+
+import base64
+
+import pytest
+
+from tests.pipelines.kubeflow.fake import KubernetesHandler, RegistryHandler, serving
+
+PROFILE = """
+namespace: team
+service_account: runner
+images: {{names: "{registry}/team/{{stage}}:7"}}
+storage: {{store: "s3://bucket/store", secret: bucket-secret}}
+models: {{claim: models, token_secret: hub}}
+queue: {{name: research}}
+steps:
+  train: {{gpus: 4, node_selector: {{disk: fast}}, tolerations: [{{key: gpu, operator: Exists, effect: NoSchedule}}]}}
+  decode: {{gpus: 1, tolerations: [{{key: gpu, operator: Exists}}]}}
+"""
+NAMESPACE = "/api/v1/namespaces/team"
+
+
+def node(gpus: int, labels: dict, taints: list) -> dict:
+    return {
+        "metadata": {"name": f"node-{gpus}", "labels": labels}, "spec": {"taints": taints},
+        "status": {"allocatable": {"nvidia.com/gpu": str(gpus), "cpu": "8"}},
+    }  # fmt: skip
+
+
+def objects() -> dict:
+    """A cluster in which nothing is missing."""
+    encoded = {key: base64.b64encode(b"nobody-may-see-this").decode() for key in ("accesskey", "secretkey")}
+    taint = {"key": "gpu", "value": "yes", "effect": "NoSchedule"}
+    return {
+        f"{NAMESPACE}/serviceaccounts/runner": (200, {"metadata": {"name": "runner"}}),
+        f"{NAMESPACE}/secrets/bucket-secret": (200, {"metadata": {"name": "bucket-secret"}, "data": encoded}),
+        f"{NAMESPACE}/secrets/hub": (200, {"metadata": {"name": "hub"}, "data": {"HF_TOKEN": encoded["accesskey"]}}),
+        f"{NAMESPACE}/configmaps/kfp-launcher": (200, {"metadata": {"name": "kfp-launcher"}, "data": {"defaultPipelineRoot": "s3://bucket/artifacts"}}),
+        f"{NAMESPACE}/persistentvolumeclaims/models": (200, {
+            "metadata": {"name": "models"}, "spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Bound", "capacity": {"storage": "100Gi"}},
+        }),
+        "/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research": (200, {"metadata": {"name": "research"}}),
+        "/api/v1/nodes": (200, {"items": [node(0, {}, []), node(4, {"disk": "fast"}, [taint])]}),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
+    """Ask the doctor about a cluster that a change was made to → exit code, and answers by what they are about."""
+
+    def ask(change=lambda objects, manifests: None, forbidden=False, profile=PROFILE):
+        there, manifests = objects(), {f"team/{stage}:7": 200 for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode")}
+        change(there, manifests)
+        with serving(KubernetesHandler, pods={}, objects=there, forbidden=forbidden) as kubernetes, serving(RegistryHandler, manifests=manifests) as registry:
+            kubernetes_at(kubernetes)
+            (tmp_path / "profile.yaml").write_text(profile.format(registry=registry.removeprefix("http://")))
+            code, out, err = program("doctor", "--cluster", str(tmp_path / "profile.yaml"))
+        assert err == "" and "nobody-may-see" not in out
+        return code, out.replace(registry.removeprefix("http://"), "registry")
+
+    return ask
+
+
+def test_cluster_in_which_nothing_is_missing(doctor, bucket):
+    code, out = doctor()
+    assert code == 0, out
+    lines = out.splitlines()
+    assert len(lines) == 16 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert "nodes: 2 that take pods, and for each step one with enough GPUs" in out
+    assert list(bucket.objects.all()) == [], "what was written to see whether one may is gone again"
+
+
+def gone(path):
+    return lambda there, manifests: there.pop(path)
+
+
+def changed(path, **values):
+    def change(there, manifests):
+        there[path] = (200, there[path][1] | values)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (gone(f"{NAMESPACE}/serviceaccounts/runner"), "✗ service account runner: is not in team"),
+        (gone(f"{NAMESPACE}/secrets/bucket-secret"), "✗ secret bucket-secret: is not in team"),
+        (changed(f"{NAMESPACE}/secrets/bucket-secret", data={"key": ""}), "✗ secret bucket-secret: holds key, but must hold accesskey and secretkey"),
+        (changed(f"{NAMESPACE}/secrets/hub", data={}), "✗ secret hub: has no HF_TOKEN"),
+        (gone(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher's configuration: is not in team"),
+        (gone(f"{NAMESPACE}/persistentvolumeclaims/models"), "✗ volume of models models: is not in team"),
+        (gone("/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research"), "✗ queue research: is not in team"),
+        (changed("/api/v1/nodes", items=[node(4, {"disk": "fast"}, [{"key": "other", "effect": "NoSchedule"}])]), "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 4)"),
+        (changed("/api/v1/nodes", items=[node(8, {}, [])]), "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 8)"),
+        (changed("/api/v1/nodes", items=[node(3, {"disk": "fast"}, [])]), "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 3)"),
+        (lambda there, manifests: manifests.pop("team/train:7"), "✗ image registry/team/train:7: is not in its registry"),
+    ],
+)
+def test_what_is_missing_is_named(doctor, change, says):
+    code, out = doctor(change)
+    assert code == 1 and says in out, out
+    assert sum(line.startswith("✗") for line in out.splitlines()) == 1 and out.splitlines()[-1] == "1 to mend"
+
+
+def test_what_may_not_be_looked_at_is_said_to_be_unknown(doctor):
+    code, out = doctor(forbidden=True)
+    assert code == 0 and out.count("you may not look at it (403)") == 7, out
+    code, out = doctor(lambda there, manifests: manifests.update({"team/decode:7": 403}))
+    assert code == 0 and "– image registry/team/decode:7: the registry asks who pulls" in out
+
+
+def test_bucket_that_does_not_exist_and_login_page(doctor, kubeflow):
+    kubeflow.faults = ["html"]
+    code, out = doctor(profile=PROFILE.replace("s3://bucket/store", "s3://no-such-bucket/store"))
+    assert code == 1
+    assert "✗ Kubeflow Pipelines: " in out and "answers with a web page, most likely a login" in out
+    assert "✗ store s3://no-such-bucket/store: " in out
