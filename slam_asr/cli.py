@@ -33,6 +33,7 @@ RESULTS_OF = (*STAGES, "score")
 COMMANDS = {
     **STAGES,
     "score": "slam_asr.scoring.score:score_parts",
+    "copy-models": "slam_asr.models.copying:copy_models",
     "plan": "slam_asr.planning.plan:plan",
     "features ls": "slam_asr.features.keeping:list_store",
     "features verify": "slam_asr.features.keeping:verify_store",
@@ -50,6 +51,7 @@ stages, in order:
 
 slam-asr score                 one report of a decoding that was done in parts
 slam-asr plan RECIPE           memory, time and storage that a recipe takes, before anything is loaded
+slam-asr copy-models RECIPE    its frozen models into a bucket, once
 slam-asr features ls STORE     what a feature store holds
 slam-asr features verify STORE whether it is whole
 slam-asr features prune STORE  what of it may go

