@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 from slam_asr.errors import UserError
-from slam_asr.storage import write_atomically
+from slam_asr.storage import join, upload, write_atomically
 
 POINTER = "latest"
+WRITTEN_BY_ALL = ("mp_rank_00_model_states.pt",)
 
 
 def publish(folder: Path, tag: str) -> None:
@@ -18,6 +19,16 @@ def publish(folder: Path, tag: str) -> None:
     for other in folder.iterdir():
         if other.is_dir() and other.name != tag:
             shutil.rmtree(other)
+
+
+def contribute(folder: Path, tag: str, to: str) -> None:
+    """Upload what this machine's processes wrote of a checkpoint to where the first machine's will be.
+
+    What every machine writes alike is the first one's to publish.
+    """
+    for file in sorted((folder / tag).iterdir()):
+        if file.is_file() and file.name not in WRITTEN_BY_ALL:
+            upload(file, join(to, tag, file.name))
 
 
 def latest(folder: Path) -> Path:

@@ -117,6 +117,9 @@ def deepspeed_config(options: Training, device: torch.device) -> dict:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
         # DeepSpeed's own Adam for the host has to be compiled where it runs; torch's does the same arithmetic.
         config["zero_force_ds_cpu_optimizer"] = False
+    if options.nodes > 1:
+        # Each machine writes to its own disk; without this, only the first one would make the checkpoint's folder.
+        config["checkpoint"] = {"use_node_local_storage": True}
     if options.precision != "fp32":
         config[options.precision] = {"enabled": True}
     return config

@@ -31,7 +31,7 @@ from slam_asr.models.slam import Batch, Slam
 from slam_asr.processes import die_with_parent, failures_written_to
 from slam_asr.progress import say
 from slam_asr.recipe import Recipe, load_recipe
-from slam_asr.storage import write_json
+from slam_asr.storage import join, write_json
 from slam_asr.training import checkpoint
 from slam_asr.training.batches import BatchReader, Examples, TrainingPlan, split_step
 from slam_asr.training.engine import DeepSpeedEngine, start_process_group
@@ -58,6 +58,8 @@ class Job:
     encoder_parameters: int
     folder: str
     """Where results go."""
+    published: str | None = None
+    """On all machines but the first: the stage's folder, which this one's share of the checkpoint is uploaded to."""
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         self.recipe: Recipe = load_recipe(job.recipe)
         self.options = self.recipe.training
-        self.folder = Path(job.folder)
+        self.folder, self.published = Path(job.folder), job.published
         self.device = self._device()
         self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
         torch.manual_seed(self.options.seed + self.rank)  # of dropout, where there is any
@@ -242,6 +244,10 @@ class Trainer:
         folder = self.folder / CHECKPOINTS
         self.engine.save(folder, tag, state)
         torch.distributed.barrier()
+        if self.published and int(os.environ["LOCAL_RANK"]) == 0:
+            checkpoint.contribute(folder, tag, join(self.published, CHECKPOINTS))
+        if self.options.nodes > 1:
+            torch.distributed.barrier()
         if self.rank == 0:
             checkpoint.publish(folder, tag)
 

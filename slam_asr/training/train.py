@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,15 @@ from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.processes import FAILURE
 from slam_asr.progress import clock, say
 from slam_asr.recipe import Recipe, dump_recipe
-from slam_asr.stage import Outcome, Record, run_stage
-from slam_asr.storage import fetch, sha256_of_file, write_atomically, write_json
+from slam_asr.stage import FINGERPRINT, Outcome, Record, read_record, run_stage
+from slam_asr.storage import delete, digest, fetch, join, sha256_of_file, walk, write_atomically, write_json
+from slam_asr.storage.cache import cache_folder
+from slam_asr.training.nodes import Nodes, nodes_of_environment
+
+WAIT_FOR_RECORD = 600.0
+"""Seconds for which other nodes wait for the first one's record, once all have trained."""
+RENDEZVOUS = 1800
+"""Seconds for which a node waits for the others to come: one may still be pulling its image or fetching models."""
 
 ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
 """Has glibc give each block above 4 MiB pages of its own, returned when it is freed. Left alone it raises that threshold to
@@ -56,9 +64,9 @@ def train(
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
+    from slam_asr.training.loop import CHECKPOINTS, FACTS, Job
 
-    if recipe.training.nodes > 1:
-        raise UserError(f"training.nodes is {recipe.training.nodes}, but training over several nodes is not there yet: set it to 1, and use all GPUs of one node.")
+    nodes = nodes_of_environment(recipe.training.nodes)
     device = pick_device()
     for precision in (recipe.training.precision, recipe.decoding.precision):
         explain_precision(precision, device)
@@ -85,21 +93,26 @@ def train(
     }
     hours = sum(u.duration or 0.0 for u in utterances["train"]) / 3600
 
-    def work(folder: Path) -> Outcome:
-        from slam_asr.pages.curves import write_curves
-        from slam_asr.training.loop import CHECKPOINTS, FACTS, Job
-        from slam_asr.training.monitor import CURVE, read_curve
-
+    def train_here(folder: Path, published: str | None) -> None:
         for leftover in (CHECKPOINTS, FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
         job = Job(
             recipe=dump_recipe(recipe), train_manifest=train_manifest, dev_manifest=dev_manifest, feature_store=feature_store,
             llm_folder=str(llm_folder), encoder_parameters=encoder.count_parameters(),
-            folder=str(folder),
+            folder=str(folder), published=published,
         )
         write_json(folder / "job.json", asdict(job))
-        _torchrun(recipe.training.processes or _accelerators(), folder)
+        _torchrun(recipe.training.processes or _accelerators(), folder, nodes)
+
+    def work(folder: Path) -> Outcome:
+        from slam_asr.pages.curves import write_curves
+        from slam_asr.training.monitor import CURVE, read_curve
+
+        if nodes.number > 1:
+            # What other machines left of an attempt that did not end.
+            _empty(join(output.replace(FINGERPRINT, digest(inputs)[:16]), CHECKPOINTS))
+        train_here(folder, None)
         facts = json.loads((folder / FACTS).read_text())
         curve, validation = read_curve(folder / CURVE)
         last = validation[-1] if validation else curve[-1]
@@ -120,7 +133,31 @@ def train(
             metrics |= {"dev loss": round(last["loss"], 4), "dev accuracy": round(last["accuracy"], 4)}
         return Outcome(summary, metrics, facts)
 
+    if not nodes.leads:
+        return _take_part(output, inputs, nodes, train_here)
     return run_stage("train", output, inputs, work, overwrite)
+
+
+def _take_part(output: str, inputs: dict[str, Any], nodes: Nodes, train_here: Callable[[Path, str | None], None]) -> Record:
+    """Be a machine that trains with the others, while the first one keeps the record."""
+    folder = output.replace(FINGERPRINT, digest(inputs)[:16])
+    done = read_record(folder)
+    if done is not None and done.inputs == inputs:
+        say(f"train: already there, nothing to do: {done.summary} ({folder})")
+        return done
+    bench = cache_folder() / "work" / f"{digest(folder)[:24]}-node-{nodes.rank}"
+    bench.mkdir(parents=True, exist_ok=True)
+    try:
+        train_here(bench, folder)
+    finally:
+        shutil.rmtree(bench, ignore_errors=True)
+    deadline = time.monotonic() + WAIT_FOR_RECORD
+    while (done := read_record(folder)) is None or done.inputs != inputs:
+        if time.monotonic() > deadline:
+            raise UserError(f"The first node has left no record in {folder}: its own log says why.")
+        time.sleep(1.0)
+    say(f"train: node {nodes.rank} of {nodes.number} is done; the first one wrote {folder}")
+    return done
 
 
 def require_features(
@@ -187,8 +224,13 @@ def _accelerators() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _torchrun(processes: int, folder: Path) -> None:
-    """Run the loop in `processes` processes under torchrun's own launcher.
+def _empty(folder: str) -> None:
+    for file in list(walk(folder)):
+        delete(join(folder, file.name))
+
+
+def _torchrun(processes: int, folder: Path, nodes: Nodes) -> None:
+    """Run the loop in `processes` processes under torchrun's own launcher, here and on the other nodes.
 
     Raises:
         UserError: with the sentence of the process that failed first.
@@ -201,11 +243,17 @@ def _torchrun(processes: int, folder: Path) -> None:
     # Each process takes its share of the cores; left alone, every one would take them all.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Python's own answer to a loopback name may need a resolver that a container does not have.
+    alone = {"run_id": f"slam-asr-{os.getpid()}", "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+    together = {
+        "run_id": "slam-asr", "rdzv_backend": "static", "rdzv_endpoint": f"{nodes.address}:{nodes.port}",
+        "rdzv_configs": {"rank": nodes.rank, "timeout": RENDEZVOUS},
+    }  # fmt: skip
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"slam-asr-{os.getpid()}",
-        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.2,
+        min_nodes=nodes.number, max_nodes=nodes.number, nproc_per_node=processes, max_restarts=0, monitor_interval=0.2,
+        **(together if nodes.number > 1 else alone),
     )
-    say(f"starting {processes} training process{'es' * (processes > 1)}")
+    here = f" on node {nodes.rank} of {nodes.number}" if nodes.number > 1 else ""
+    say(f"starting {processes} training process{'es' * (processes > 1)}{here}")
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
     except SignalException as error:
