@@ -73,10 +73,8 @@ def check_recipe(recipe: Recipe, cluster: Cluster) -> None:
     """Refuse a recipe that asks for more than the profile gives.
 
     Raises:
-        UserError: more processes than GPUs, or several nodes.
+        UserError: more processes than GPUs.
     """
-    if recipe.training.nodes > 1:
-        raise UserError(f"Recipe {recipe.name}: training.nodes is {recipe.training.nodes}, but training over several nodes is not there yet: set it to 1, and use all GPUs of one node.")
     gpus = cluster.steps["train"].gpus
     if gpus and recipe.training.processes > gpus:
         raise UserError(

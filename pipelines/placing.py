@@ -69,7 +69,7 @@ def placement(cluster: Cluster, image: str) -> str:
         namespace=cluster.namespace, image=image, runtime=cluster.trainer.runtime, resources=resources,
         shared_memory=step.shared_memory, scratch=step.scratch, cache=CACHE, models_claim=cluster.models.claim,
         storage_secret=cluster.storage.secret, token_secret=cluster.models.token_secret, environment=environment(cluster),
-        service_account=cluster.service_account, run_as_user=cluster.run_as_user, pull_policy=cluster.images.pull_policy,
+        service_account=cluster.service_account, run_as_user=cluster.run_as_user,
         pull_secrets=cluster.images.pull_secrets, node_selector=step.node_selector, tolerations=step.tolerations,
         labels=labels(cluster, "train", queued=True), annotations=step.annotations, timeout_hours=cluster.trainer.timeout_hours,
     )), sort_keys=True)  # fmt: skip

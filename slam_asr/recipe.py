@@ -162,7 +162,7 @@ class Training:
     """How the projector is trained, with DeepSpeed."""
 
     nodes: int = 1
-    """Machines to train on. Only 1 is there yet."""
+    """Machines to train on. With more than one, the pipeline's step `train` starts them as a TrainJob of Kubeflow Trainer."""
     processes: int = 0
     """Processes on each machine, one a GPU. 0: as many as there are GPUs, or one on a CPU."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"

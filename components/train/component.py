@@ -31,20 +31,25 @@ def train(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
+        import json
         import shutil
 
         from slam_asr.recipe import load_recipe
         from slam_asr.stage import follow_parts, follow_pointer, log_metrics, write_pointer
         from slam_asr.training.train import train as run
 
-        folder = follow_pointer(manifests.path)
-        record = run(
-            load_recipe(recipe.path),
-            train_manifest=f"{folder}/train.jsonl",
-            feature_store=follow_parts(f.path for f in features),
-            output=f"{store}/train/{{fingerprint}}",
-            dev_manifest=f"{folder}/dev.jsonl",
-        )
+        folder, wanted = follow_pointer(manifests.path), load_recipe(recipe.path)
+        inputs = {
+            "train_manifest": f"{folder}/train.jsonl",
+            "dev_manifest": f"{folder}/dev.jsonl",
+            "feature_store": follow_parts(f.path for f in features) if wanted.caches_features else None,
+        }
+        if trainjob:
+            from slam_asr.trainjob import Placement, train_on_nodes
+
+            record = train_on_nodes(wanted, Placement(**json.loads(trainjob)), store=store, **inputs)
+        else:
+            record = run(wanted, output=f"{store}/train/{{fingerprint}}", **inputs)
         write_pointer(record, checkpoint.path)
         shutil.copyfile(record.file("curves.html"), curves.path)
         log_metrics(record, metrics.log_metric)

@@ -44,11 +44,14 @@ def submit(arguments: list[str]) -> int:
         if name not in parameters:
             raise UserError(f"The run has no {name}: give {option}.")
 
+    from pipelines.kubeflow.doctor import require_trainer
     from pipelines.kubeflow.runs import follow, run_name, start
 
     with tempfile.TemporaryDirectory(prefix="slam-asr-") as folder:
         package = compile_package(cluster, Path(folder) / "slam-asr.yaml", options["images"], nodes=recipe.training.nodes)
         connection = connect(options, cluster)
+        if recipe.training.nodes > 1:
+            require_trainer(cluster)
         name = options["run_name"] or run_name(recipe)
         run_id = start(connection, package, name, options["experiment"], parameters, cluster.service_account)
     print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)

@@ -77,6 +77,7 @@ def examine(cluster: Cluster, namespace: str, images: str, connected: Callable[[
         *([(f"volume of models {cluster.models.claim}", lambda: _claim(api, cluster, namespace))] if cluster.models.claim else []),
         *([(f"queue {cluster.queue.name}", lambda: _queue(cluster, namespace))] if cluster.queue.name else []),
         ("nodes", lambda: _nodes(api, cluster)),
+        (f"training runtime {cluster.trainer.runtime}", lambda: _runtime(cluster)),
     ]
     for what, look in looks:
         yield _looked(what, namespace, look)
@@ -226,6 +227,46 @@ def _claim(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Findi
 def _queue(cluster: Cluster, namespace: str) -> Finding:
     kubernetes.CustomObjectsApi().get_namespaced_custom_object("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", cluster.queue.name)
     return Finding(GOOD, f"queue {cluster.queue.name}", "is there")
+
+
+def _runtime(cluster: Cluster) -> Finding:
+    what = f"training runtime {cluster.trainer.runtime}"
+    if has_runtime(cluster):
+        return Finding(GOOD, what, "is there, for recipes of several nodes")
+    return Finding(UNKNOWN, what, "is not there; only recipes of several nodes (training.nodes) need it, and Kubeflow Trainer 2")
+
+
+def has_runtime(cluster: Cluster) -> bool:
+    """Whether Kubeflow Trainer and the profile's runtime are in the cluster.
+
+    Raises:
+        kubernetes.ApiException: one may not look.
+    """
+    try:
+        kubernetes.CustomObjectsApi().get_cluster_custom_object("trainer.kubeflow.org", "v1alpha1", "clustertrainingruntimes", cluster.trainer.runtime)
+    except kubernetes.ApiException as error:
+        if error.status != 404:
+            raise
+        return False
+    return True
+
+
+def require_trainer(cluster: Cluster) -> None:
+    """Refuse several nodes where the cluster has no Trainer, as far as that can be seen from here.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        core_api()
+        there = has_runtime(cluster)
+    except (UserError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
+        return
+    if not there:
+        raise UserError(
+            f"The recipe asks for several nodes, but the cluster has no training runtime {cluster.trainer.runtime}: install Kubeflow Trainer 2 with its "
+            "runtimes, correct trainer.runtime in the profile, or set training.nodes to 1."
+        )
 
 
 def _nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:

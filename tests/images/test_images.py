@@ -74,7 +74,8 @@ def test_image_holds_what_the_stage_imports_and_what_that_needs(stage):
 def test_only_training_has_deepspeed_and_only_tables_have_pyarrow():
     assert [stage for stage in STAGES if "deepspeed" in listed(f"{stage}.txt")] == ["train"]
     assert [stage for stage in STAGES if "pyarrow" in listed(f"{stage}.txt")] == ["build-manifest"]
-    assert not any("pytest" in listed(f"{stage}.txt") or ("kubernetes" in listed(f"{stage}.txt") and stage != "train") for stage in STAGES)
+    assert [stage for stage in STAGES if "kubeflow" in listed(f"{stage}.txt")] == ["train"]
+    assert not any("pytest" in listed(f"{stage}.txt") for stage in STAGES)
 
 
 def test_imports_for_type_checkers_alone_do_not_count(tmp_path):

@@ -16,7 +16,7 @@ from slam_asr.storage.client import SECRET_FOLDER
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 OVERLAYS = sorted(path.parent.name for path in MANIFESTS.glob("overlays/*/kustomization.yaml"))
 KUBERNETES = "1.32"
-CLUSTER_SCOPED = {"Namespace", "ResourceFlavor", "ClusterQueue"}
+CLUSTER_SCOPED = {"Namespace", "ResourceFlavor", "ClusterQueue", "ClusterRole", "ClusterRoleBinding"}
 CUSTOM = {"ResourceFlavor": [], "ClusterQueue": ["resourceGroups", "namespaceSelector"], "LocalQueue": ["clusterQueue"]}
 """Kinds of Kueue, which no schema of Kubernetes knows, and the fields of their specification that must be there."""
 EXTERNAL = {"Secret": {"slam-asr-s3", "slam-asr-hub"}}
@@ -81,12 +81,13 @@ def test_no_secret_is_kept_here(rendered):
 
 
 def test_everything_that_is_named_exists(rendered):
-    there = {kind: {t["metadata"]["name"] for t in of_kind(rendered, kind)} for kind in ("ServiceAccount", "PersistentVolumeClaim", "ClusterQueue", "Role")}
+    there = {kind: {t["metadata"]["name"] for t in of_kind(rendered, kind)} for kind in ("ServiceAccount", "PersistentVolumeClaim", "ClusterQueue")}
     assert set(named(rendered, "serviceAccountName")) <= there["ServiceAccount"]
     assert set(named(rendered, "claimName")) <= there["PersistentVolumeClaim"]
     assert set(named(rendered, "clusterQueue")) <= there["ClusterQueue"]
-    for binding in of_kind(rendered, "RoleBinding"):
-        assert binding["roleRef"]["name"] in there["Role"]
+    roles = {role["metadata"]["name"] for role in of_kind(rendered, "Role", "ClusterRole")}
+    for binding in of_kind(rendered, "RoleBinding", "ClusterRoleBinding"):
+        assert binding["roleRef"]["name"] in roles
         assert [(s["name"] in there["ServiceAccount"], s["namespace"]) for s in binding["subjects"]] == [(True, "slam-asr")]
     secrets = {ref["name"] for ref in named(rendered, "secretKeyRef")} | set(named(rendered, "secretName"))
     assert secrets <= EXTERNAL["Secret"]
@@ -97,13 +98,18 @@ def test_everything_that_is_named_exists(rendered):
 
 
 def test_account_has_no_more_rights_than_a_step_needs(rendered):
-    assert not of_kind(rendered, "ClusterRole", "ClusterRoleBinding")
+    for role in of_kind(rendered, "ClusterRole"):
+        assert role["rules"] == [{"apiGroups": ["trainer.kubeflow.org"], "resources": ["clustertrainingruntimes"], "verbs": ["get"]}]
     for role in of_kind(rendered, "Role"):
         for rule in role["rules"]:
             assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
             if {"secrets", "configmaps"} & set(rule["resources"]):
                 assert rule["resourceNames"] and rule["verbs"] == ["get"]
-            assert not {"delete", "update", "list", "watch"} & set(rule["verbs"])
+            assert not {"update", "patch", "watch"} & set(rule["verbs"]) or rule["resources"] == ["workflowtaskresults"]
+            if "delete" in rule["verbs"]:
+                assert rule["resources"] == ["trainjobs"]
+            if "list" in rule["verbs"]:
+                assert rule["resources"] == ["pods", "events"]
 
 
 def test_our_own_pods_are_restricted(rendered):

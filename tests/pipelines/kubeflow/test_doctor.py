@@ -40,6 +40,7 @@ def objects() -> dict:
             "metadata": {"name": "models"}, "spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Bound", "capacity": {"storage": "100Gi"}},
         }),
         "/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research": (200, {"metadata": {"name": "research"}}),
+        "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/torch-distributed": (200, {"metadata": {"name": "torch-distributed"}}),
         "/api/v1/nodes": (200, {"items": [node(0, {}, []), node(4, {"disk": "fast"}, [taint])]}),
     }  # fmt: skip
 
@@ -65,7 +66,7 @@ def test_cluster_in_which_nothing_is_missing(doctor, bucket):
     code, out = doctor()
     assert code == 0, out
     lines = out.splitlines()
-    assert len(lines) == 16 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert len(lines) == 17 and all(line.startswith("✓ ") for line in lines[:-1]), out
     assert "nodes: 2 that take pods, and for each step one with enough GPUs" in out
     assert list(bucket.objects.all()) == [], "what was written to see whether one may is gone again"
 
@@ -105,9 +106,24 @@ def test_what_is_missing_is_named(doctor, change, says):
 
 def test_what_may_not_be_looked_at_is_said_to_be_unknown(doctor):
     code, out = doctor(forbidden=True)
-    assert code == 0 and out.count("you may not look at it (403)") == 7, out
+    assert code == 0 and out.count("you may not look at it (403)") == 8, out
     code, out = doctor(lambda there, manifests: manifests.update({"team/decode:7": 403}))
     assert code == 0 and "– image registry/team/decode:7: the registry asks who pulls" in out
+
+
+def test_several_nodes_without_trainer_are_refused_before_anything_is_made(doctor, kubeflow, kubernetes_at, program):
+    code, out = doctor(gone("/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/torch-distributed"))
+    assert code == 0 and "– training runtime torch-distributed: is not there; only recipes of several nodes" in out
+    submit = ["submit", "demo", "--cluster", "several-nodes", "--corpus", "s3://b/c", "--training.nodes", "2"]
+    with serving(KubernetesHandler, pods={}, objects={}, forbidden=False) as kubernetes:
+        kubernetes_at(kubernetes)
+        code, _, err = program(*submit)
+    assert code == 2 and err.startswith("The recipe asks for several nodes, but the cluster has no training runtime torch-distributed")
+    assert not kubeflow.pipelines and not kubeflow.runs
+    with serving(KubernetesHandler, pods={}, objects=objects(), forbidden=False) as kubernetes:
+        kubernetes_at(kubernetes)
+        assert program(*submit)[0] == 0
+    assert len(kubeflow.runs) == 1
 
 
 def test_bucket_that_does_not_exist_and_login_page(doctor, kubeflow):
