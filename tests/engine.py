@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from slam_asr.processes import die_with_parent
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 BASE = "slam-asr-test-base:bookworm"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -42,7 +44,7 @@ def engine(folder: Path) -> Iterator[str]:
         "--pidfile", f"{folder}/pid", "--host", address,
     ]  # fmt: skip
     with open(folder / "log", "w") as log:
-        daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent)
     try:
         deadline = time.monotonic() + 60
         while not _answers(address):
