@@ -65,8 +65,10 @@ def install(programs: list[str], packages: list[str]) -> None:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise NoEngine(f"{' and '.join(programs)} are missing, and cannot be installed here")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(["apt-get", "update", "-qq"], check=True, env=environment, capture_output=True)
-    subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages], check=True, env=environment, capture_output=True)
+    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *packages]):
+        done = subprocess.run(["apt-get", *command], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise NoEngine(f"{' '.join(packages)} cannot be installed here: {done.stderr[-300:]}")
 
 
 def build_images(folder: Path, address: str) -> str:

@@ -2,8 +2,10 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from components import STAGES
 from slam_asr import __version__
+from tests.engine import BASE, install
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LISTS = CHECKOUT / "requirements" / "images"
@@ -135,3 +138,49 @@ def test_images_are_written_down_for_compile(images, tmp_path):
 
     named = images_of(str(CHECKOUT / "build" / "images.yaml"))
     assert {stage: named[stage] for stage in STAGES} == {stage: f"slam-asr/{stage}:test" for stage in STAGES}
+
+
+@pytest.fixture
+def registry(docker_engine, tmp_path):
+    """A registry of images on this machine → its name."""
+    install(["docker-registry"], ["docker-registry"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        name = f"127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "registry.yml").write_text(
+        f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{name}'}}\nstorage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}\n"
+    )
+    server = subprocess.Popen(["docker-registry", "serve", str(tmp_path / "registry.yml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", int(name.partition(":")[2])), 1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    yield name
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.slow
+def test_pushed_images_are_written_down_by_their_digest_and_found_by_doctor(images, registry):
+    from pipelines.kubeflow.doctor import _image
+
+    written = CHECKOUT / "build" / "images.yaml"
+    before = written.read_text()
+    name = f"{registry}/team/build-manifest"
+    try:
+        # What has been built is what is pushed: nothing is built again.
+        options = [f"REGISTRY={registry}/team", "TAG=7", "PUSH=1", "STAGES=build-manifest", f"BASE_IMAGE={BASE}", "BUILD_ARGS=--network host"]
+        done = subprocess.run(["make", "images", *options, f"PYTHON={sys.executable}"], cwd=CHECKOUT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        line = next(line for line in written.read_text().splitlines() if line.startswith("build-manifest: "))
+    finally:
+        written.write_text(before)
+    pushed = line.removeprefix("build-manifest: ")
+    assert re.fullmatch(rf"{name}@sha256:[0-9a-f]{{64}}", pushed)
+    assert _image("build-manifest", pushed).sign == "✓" and _image("build-manifest", f"{name}:7").sign == "✓"
+    missing = _image("build-manifest", f"{name}:8")
+    assert missing.sign == "✗" and "is not in its registry" in missing.says
+    subprocess.run(["docker", "rmi", "--force", f"{name}:7"], capture_output=True)
