@@ -225,8 +225,16 @@ def _claim(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Findi
 
 
 def _queue(cluster: Cluster, namespace: str) -> Finding:
-    kubernetes.CustomObjectsApi().get_namespaced_custom_object("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", cluster.queue.name)
-    return Finding(GOOD, f"queue {cluster.queue.name}", "is there")
+    what = f"queue {cluster.queue.name}"
+    queues = kubernetes.CustomObjectsApi()
+    try:
+        queues.get_namespaced_custom_object("kueue.x-k8s.io", "v1beta2", namespace, "localqueues", cluster.queue.name)
+    except kubernetes.ApiException as error:
+        if error.status != 404:
+            raise
+        # An older Kueue, or no such queue.
+        queues.get_namespaced_custom_object("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", cluster.queue.name)
+    return Finding(GOOD, what, "is there")
 
 
 def _runtime(cluster: Cluster) -> Finding:

@@ -60,7 +60,7 @@ def test_there_is_an_overlay_for_each_shipped_cluster():
 def test_every_object_is_valid(rendered):
     for thing in rendered:
         if thing["kind"] in CUSTOM:
-            assert thing["apiVersion"] == "kueue.x-k8s.io/v1beta1"
+            assert thing["apiVersion"] == "kueue.x-k8s.io/v1beta2"
             assert all(thing["spec"].get(field) for field in CUSTOM[thing["kind"]])
         else:
             kubernetes_validate.validate(thing, KUBERNETES, strict=True)
