@@ -87,7 +87,7 @@ def _containers(options: dict[str, Any], output: Path, recipe: Recipe, corpus: s
 def _options(arguments: list[str]) -> dict[str, Any]:
     """Options of `run RECIPE …`; those of the recipe have its values where the user wrote none."""
     named = bool(arguments) and not arguments[0].startswith("-")
-    parser = command_parser("run", "Run the five steps on this machine, one after another; steps that are done are kept.")
+    parser = command_parser("run", "Run the steps on this machine, one after another; steps that are done are kept.")
     parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo brings its own)")
     parser.add_argument("--output", type=str, help="folder for all results (default: runs/RECIPE)")
     parser.add_argument("--store", type=str, help="folder or s3://bucket/prefix for the stages' results, which runs may share (default: OUTPUT/store)")
