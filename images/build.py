@@ -28,6 +28,7 @@ def main() -> int:
     options = _options()
     try:
         stages = _stages(options.stages)
+        _require_index(stages, options)
         _require_engine()
         names = {stage: f"{options.registry.rstrip('/')}/{stage}:{options.tag}".lstrip("/") for stage in stages}
         for stage, name in names.items():
@@ -60,6 +61,16 @@ def _stages(named: str) -> list[str]:
     if unknown:
         raise Refused(f"there is no stage {unknown[0]}: STAGES may name {', '.join(STAGES)}.")
     return named.split() or list(STAGES)
+
+
+def _require_index(stages: list[str], options: argparse.Namespace) -> None:
+    """Say before the first build what would else show in the fourth."""
+    without_cuda = stages if options.torch == "cpu" else [s for s in stages if s == "convert-checkpoint" and not options.torch]
+    if [s for s in without_cuda if s != "build-manifest"] and not options.pip_args and not options.base_image:
+        raise Refused(
+            f"{without_cuda[-1]} takes torch's build without CUDA, which has an index of its own: name it with PIP_ARGS=\"--extra-index-url …\" (torch's "
+            "installation page has the address), or take TORCH=cuda."
+        )
 
 
 def _require_engine() -> None:

@@ -95,7 +95,9 @@ def test_mistakes_are_one_sentence(tmp_path):
         return done.stderr
 
     assert "there is no stage trian: STAGES may name build-manifest" in refused("--stages", "trian")
-    assert "there is no docker command" in refused(PATH=str(tmp_path))
+    assert "convert-checkpoint takes torch's build without CUDA, which has an index of its own" in refused(PATH=str(tmp_path))
+    assert "decode takes torch's build without CUDA" in refused("--torch", "cpu", "--stages", "build-manifest decode")
+    assert "there is no docker command" in refused("--torch", "cuda", PATH=str(tmp_path))
 
 
 @pytest.fixture
