@@ -110,8 +110,12 @@ def _push(name: str) -> str:
     if pushed.returncode:
         raise Refused(f"{name} was not pushed ({_last_line(pushed.stderr)}): `docker login` for its registry, or check REGISTRY.")
     digests = json.loads(subprocess.run(["docker", "inspect", "--format", "{{json .RepoDigests}}", name], check=True, capture_output=True, text=True).stdout)
-    repository = name.rpartition(":")[0]
-    return next(digest for digest in digests if digest.startswith(f"{repository}@"))
+    # Docker leaves its own registry's name out.
+    repository = name.rpartition(":")[0].removeprefix("docker.io/").removeprefix("library/")
+    digest = next((d.partition("@")[2] for d in digests if d.partition("@")[0] == repository), None)
+    if digest is None:
+        raise Refused(f"{name} was pushed, but Docker does not say its digest ({', '.join(digests) or 'none'}): write build/images.yaml by hand.")
+    return f"{name.rpartition(':')[0]}@{digest}"
 
 
 def _size(name: str) -> str:

@@ -31,6 +31,8 @@ GRACE = 15
 """Seconds that a step gets to end by itself when the run is interrupted."""
 
 _PASSED_ON = ("AWS_", "HF_", "NCCL_", "OMP_", "SLAM_ASR_S3_")
+_FILES = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CA_BUNDLE")
+"""Variables that name a file, which the container has to see too."""
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 
 
@@ -73,6 +75,7 @@ class Containers:
         self.gpus = _gpus(settings.gpus, info)
         self._require_network()
         self._running: dict[str, Any] = {}
+        self._ending = False
         self._guard = threading.Lock()
 
     def __enter__(self) -> "Containers":
@@ -81,6 +84,8 @@ class Containers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # Another thread may be about to start a step: it finds this and does not.
+        self._ending = True
         with self._guard:
             running = list(self._running.values())
         for container in running:
@@ -114,6 +119,8 @@ class Containers:
         Raises:
             UserError: the engine refuses the container.
         """
+        if self._ending:
+            return 137
         try:
             container = self.client.containers.create(
                 image, command, entrypoint=[], environment=_environment() | (environment or {}), volumes=self.volumes,
@@ -183,6 +190,7 @@ def _credential_files() -> dict[str, str]:
         os.path.expanduser(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config"): "/run/aws/config",
         os.environ.get(SECRET) or SECRET_FOLDER: SECRET_FOLDER,
     }
+    files |= {os.environ[name]: f"/run/aws/{name}" for name in _FILES if os.environ.get(name)}
     return {source: target for source, target in files.items() if os.path.exists(source)}
 
 
@@ -192,6 +200,9 @@ def _environment() -> dict[str, str]:
         name: value for name, value in os.environ.items()
         if name.startswith(_PASSED_ON) or name.upper() in _PROXIES
     }  # fmt: skip
+    for name in _FILES:
+        if name in passed and os.path.exists(passed[name]):
+            passed[name] = f"/run/aws/{name}"
     targets = _credential_files().values()
     for name, target in (("AWS_SHARED_CREDENTIALS_FILE", "/run/aws/credentials"), ("AWS_CONFIG_FILE", "/run/aws/config"), (SECRET, SECRET_FOLDER)):
         passed.pop(name, None)

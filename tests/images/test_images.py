@@ -100,6 +100,19 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert "there is no docker command" in refused("--torch", "cuda", PATH=str(tmp_path))
 
 
+def test_docker_hubs_own_images_are_found_by_their_short_names(monkeypatch):
+    """Docker says `team/train@sha256:…` of what was pushed as `docker.io/team/train`."""
+    sys.path.insert(0, str(CHECKOUT / "images"))
+    import build
+
+    said = {"push": "", "inspect": json.dumps(["team/train@sha256:1", "registry.example/team/train@sha256:2"])}
+    monkeypatch.setattr(build.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, said[command[1]], ""))
+    assert build._push("docker.io/team/train:7") == "docker.io/team/train@sha256:1"
+    assert build._push("registry.example/team/train:7") == "registry.example/team/train@sha256:2"
+    with pytest.raises(build.Refused, match="does not say its digest"):
+        build._push("registry.example/other/train:7")
+
+
 @pytest.fixture
 def inside(images):
     """Run a command in a stage's image, as a user whom the image does not know, without a network."""

@@ -196,3 +196,26 @@ def test_no_engine_and_no_stage_are_said_in_one_sentence(monkeypatch, tiny_recip
         [line] = capsys.readouterr().err.splitlines()
         assert line.removeprefix("slam-asr: error: ").startswith(sentence)
     assert not (tmp_path / "run").exists()
+
+
+def test_files_that_the_environment_names_are_seen_inside_and_ours_stay_out(monkeypatch, tmp_path):
+    from pipelines.docker import _credential_files, _environment
+
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "SLAM_ASR_")):
+            monkeypatch.delenv(name)
+    (tmp_path / "token").write_text("t")
+    (tmp_path / "credentials").write_text("c")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("HF_HOME", "/here")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("SLAM_ASR_CACHE", "/here")
+    monkeypatch.setenv("https_proxy", "http://proxy")
+    environment, files = _environment(), _credential_files()
+    assert environment["AWS_WEB_IDENTITY_TOKEN_FILE"] == files[str(tmp_path / "token")]
+    assert environment["AWS_SHARED_CREDENTIALS_FILE"] == files[str(tmp_path / "credentials")]
+    assert "AWS_CONFIG_FILE" not in environment and str(tmp_path / "no-config") not in files
+    assert environment["HF_HUB_OFFLINE"] == "1" and environment["https_proxy"] == "http://proxy"
+    assert not {"HF_HOME", "SLAM_ASR_CACHE", "HOME", "PATH"} & environment.keys()
