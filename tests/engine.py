@@ -93,16 +93,14 @@ def make_base(folder: Path, environment: dict[str, str]) -> None:
         return
     install(["mmdebstrap"], PACKAGES)
     root = folder / "base.tar"
-    subprocess.run(
-        ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", "bookworm", str(root)],
-        check=True, capture_output=True,
-    )
-    certificates = folder / "extra" / CERTIFICATES.relative_to("/")
-    certificates.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(CERTIFICATES, certificates)
-    # A later member of an archive replaces an earlier one of the same name.
-    subprocess.run(["tar", "-rf", str(root), "-C", str(folder / "extra"), f"./{CERTIFICATES.relative_to('/')}"], check=True)
-    subprocess.run(["docker", "import", "--change", f"ENV PIP_CERT={CERTIFICATES}", str(root), BASE], check=True, env=environment, capture_output=True)
+    commands = [
+        ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,python3-venv,ca-certificates",
+         f"--customize-hook=upload {CERTIFICATES} {CERTIFICATES}", "bookworm", str(root)],
+        ["docker", "import", "--change", f"ENV PIP_CERT={CERTIFICATES}", str(root), BASE],
+    ]  # fmt: skip
+    for command in commands:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
     root.unlink()
 
 
