@@ -23,7 +23,7 @@ LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-
 def libri_mini() -> Path:
     """Two hours of LibriSpeech: train-clean-100 and test-other as they come from the archive."""
     if not LIBRI_MINI.is_dir():
-        pytest.skip("libri-mini is not there")
+        pytest.skip("needs LibriSpeech's real speech in ../shared/speech/libri-mini, which is not part of this repository")
     return LIBRI_MINI
 
 
@@ -178,7 +178,7 @@ def docker_engine():
             os.environ["DOCKER_HOST"] = address
             yield address
     except NoEngine as reason:
-        pytest.skip(str(reason))
+        pytest.skip(f"needs a Docker engine: {reason}")
     finally:
         os.environ.pop("DOCKER_HOST", None)
         if before is not None:

@@ -5,6 +5,7 @@ holds what they share, and chooses by the checkpoint's own configuration; `whisp
 hold the two families.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ SAMPLES_PER_FRAME = 320
 
 
 @dataclass
-class EncoderSpec:
+class EncoderSpec(ABC):
     """What is known of an encoder without loading its weights."""
 
     folder: Path
@@ -44,9 +45,9 @@ class EncoderSpec:
         """Samples at 16 kHz that are heard at once, or None where there is no window."""
         return None
 
+    @abstractmethod
     def frames_of(self, samples: int) -> int:
         """How many frames an utterance of `samples` samples at 16 kHz becomes."""
-        raise NotImplementedError
 
     def span_of(self, samples: int) -> int:
         """The utterance's length in frames, by which LLM positions are counted.
@@ -77,24 +78,24 @@ class EncoderSpec:
         """What decides the output's values: weights, preprocessing, and how much is kept."""
         return {"weights_sha256": weights_sha256(self.folder), **self.preprocessing()}
 
+    @abstractmethod
     def preprocessing(self) -> dict[str, Any]:
         """What is done to the audio beside the weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def preparer(self) -> Preparer:
         """What turns waveforms into the encoder's input; it can be sent to other processes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "SpeechEncoder":
         """Load the weights, frozen.
 
         Raises:
             UserError: weights missing, damaged, or not finite.
         """
-        raise NotImplementedError
 
 
-class SpeechEncoder(nn.Module):
+class SpeechEncoder(nn.Module, ABC):
     """An encoder with its weights.
 
     Args:
@@ -115,9 +116,9 @@ class SpeechEncoder(nn.Module):
         """Of weights and activations."""
         return next(self.model.parameters()).dtype
 
+    @abstractmethod
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """Utterances of any lengths → [frames, width] each, as if each were encoded alone."""
-        raise NotImplementedError
 
     @torch.inference_mode()
     def encode(self, utterances: list[Prepared]) -> list[torch.Tensor]:

@@ -1,5 +1,7 @@
 """The trained part: encoder frames in, LLM positions out."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -13,12 +15,12 @@ def positions_of(options: Projector, span: int) -> int:
     return options.queries if options.kind == "q-former" else span // options.downsampling
 
 
-class SpeechProjector(nn.Module):
+class SpeechProjector(nn.Module, ABC):
     """What the projectors share: utterances of unequal lengths, side by side without padding."""
 
+    @abstractmethod
     def project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
         """Encoder outputs, each [frames, encoder width] → [positions, LLM width] each."""
-        raise NotImplementedError
 
     def forward(self, utterances: list[torch.Tensor], positions: list[int] | None = None) -> torch.Tensor:
         """Project utterances of unequal lengths.

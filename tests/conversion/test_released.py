@@ -15,7 +15,7 @@ REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 @pytest.mark.parametrize("encoder", ["whisper", "wavlm"])
 def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams):
     if not REFERENCE.is_dir():
-        pytest.skip("the reference's files are not there")
+        pytest.skip("needs the files of the reference implementation in ../shared/reference, which are not part of this repository")
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / "cache"))
     checkpoint = REFERENCE / f"model_{encoder}.pt"
     hidden = len(torch.load(checkpoint, weights_only=True)["encoder_projector.linear1.bias"])

@@ -292,7 +292,7 @@ def test_a_full_disk_loses_nothing(tiny_models, many, undisturbed, tmp_path):
     disk = tmp_path / "small disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("no disk can be mounted here")
+        pytest.skip("needs the right to mount a small disk (root), to fill it up")
     try:
         with pytest.raises(OSError, match="No space left"):
             extract_features(recipe(tiny_models, **SMALL), [str(many)], str(disk / "store"))

@@ -82,7 +82,7 @@ def test_a_full_local_disk_slows_reading_down_and_spoils_nothing(tiny_models, ma
     disk = tmp_path / "small disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("no disk can be mounted here")
+        pytest.skip("needs the right to mount a small disk (root), to fill it up")
     try:
         store = FeatureStore(record.folder)
         store._cache = DiskCache(disk, 10**9)

@@ -161,7 +161,7 @@ def registry(docker_engine, tmp_path):
     try:
         install(["docker-registry"], ["docker-registry"])
     except NoEngine as reason:
-        pytest.skip(str(reason))
+        pytest.skip(f"needs a registry of images to push to: {reason}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         name = f"127.0.0.1:{free.getsockname()[1]}"

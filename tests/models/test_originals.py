@@ -200,7 +200,7 @@ def test_every_tensor_of_hubert_x_large_has_its_place(tuned):
 @pytest.mark.parametrize("name", ["whisper", "wavlm"])
 def test_reference_files_are_converted_by_the_stage(tmp_path, name):
     if not REFERENCE.is_dir():
-        pytest.skip("the reference's files are not there")
+        pytest.skip("needs the files of the reference implementation in ../shared/reference, which are not part of this repository")
     record = convert_checkpoint(str(REFERENCE / f"{name}.pt"), str(tmp_path / "c"))
     spec = describe_encoder(Encoder(name=record.folder))
     assert spec.config.model_type == name and spec.width == 48
@@ -213,7 +213,7 @@ def test_reference_files_are_converted_by_the_stage(tmp_path, name):
 def test_a_faulty_tensor_is_named(tmp_path, fault, kind):
     if kind == "whisper":
         if not REFERENCE.is_dir():
-            pytest.skip("the reference's files are not there")
+            pytest.skip("needs the files of the reference implementation in ../shared/reference, which are not part of this repository")
         content = torch.load(REFERENCE / "whisper.pt", weights_only=True)
         tensors, name = content["model_state_dict"], "encoder.blocks.1.mlp.0.weight"
     else:

@@ -66,7 +66,7 @@ class Reference:
 @pytest.fixture(params=["whisper", "wavlm", "whisper-converted", "wavlm-converted"], scope="module")
 def reference(request, tmp_path_factory):
     if not REFERENCE.is_dir():
-        pytest.skip("the reference's numbers are not there")
+        pytest.skip("needs the numbers of the reference implementation in ../shared/reference, which are not part of this repository")
     kind, _, converted = request.param.partition("-")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLAM_ASR_CACHE", str(tmp_path_factory.mktemp("cache")))
