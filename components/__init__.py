@@ -31,6 +31,9 @@ RESULTS = {
 STAGES = tuple(step for step in RESULTS if step != "score")
 """The steps that have an image of their own; `score` runs in decode's."""
 
+CACHE = "/var/cache/slam-asr"
+"""Where the images have SLAM_ASR_CACHE."""
+
 IMAGES_VARIABLE = "SLAM_ASR_IMAGES"
 DEFAULT_IMAGES = "slam-asr/{stage}:{version}"
 

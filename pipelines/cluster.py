@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from components import RESULTS
 from slam_asr.configuration import nearest, parse_yaml, typed
 from slam_asr.errors import UserError
 
 FOLDER = Path(__file__).parent / "clusters"
-
-STEPS = ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode", "score")
-"""The pipeline's steps; in a profile they are spelt with underscores."""
 
 
 @dataclass
@@ -114,7 +112,7 @@ class Step:
 
 @dataclass
 class Steps:
-    """Each step's pod."""
+    """Each step's pod; underscores stand for the dashes of the steps' names."""
 
     build_manifest: Step = field(default_factory=Step)
     extract_features: Step = field(default_factory=Step)
@@ -166,7 +164,7 @@ class Cluster:
                     f"Cluster {self.name}: environment.{name} looks like a credential, and would stand in the compiled pipeline: "
                     "put it into a secret (storage.secret, models.token_secret) instead."
                 )
-        for stage in STEPS:
+        for stage in RESULTS:
             self._check_step(stage)
 
     def _check_step(self, stage: str) -> None:

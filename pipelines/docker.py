@@ -18,13 +18,11 @@ from typing import Any
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
-from slam_asr.configuration import one_sentence
+from components import CACHE
 from slam_asr.errors import UserError
 from slam_asr.storage.cache import cache_folder
 from slam_asr.storage.client import SECRET, SECRET_FOLDER
 
-CACHE = "/var/cache/slam-asr"
-"""Where the images have SLAM_ASR_CACHE."""
 WITH_GPUS = ("extract-features", "train", "decode")
 LABEL = "slam-asr.run"
 GRACE = 15
@@ -71,14 +69,19 @@ class Containers:
             info = self.client.info()
         except DockerException as error:
             raise UserError(f"The Docker engine does not answer ({_reason(error)}): start it, set DOCKER_HOST, or join the group docker.") from error
-        self.volumes = _volumes(writable, [*readable, *(Path(m).absolute() for m in settings.mounts)])
         self.gpus = _gpus(settings.gpus, info)
         self._require_network()
+        self.writable = [*writable, cache_folder()]
+        self.volumes = _volumes(writable, [*readable, *(Path(m).absolute() for m in settings.mounts)])
         self._running: dict[str, Any] = {}
         self._ending = False
         self._guard = threading.Lock()
 
     def __enter__(self) -> "Containers":
+        # Not before everything has been looked at: what is refused leaves nothing behind. And not left to the engine, which
+        # would make them as root.
+        for folder in self.writable:
+            folder.mkdir(parents=True, exist_ok=True)
         for left in self._ours():
             _remove(left)
         return self
@@ -172,12 +175,9 @@ def _volumes(writable: list[Path], readable: list[Path]) -> dict[str, dict[str, 
     for path in readable:
         if not path.exists():
             raise UserError(f"There is nothing at {path}, which the containers are to see: check the path, or --mounts.")
-    cache = cache_folder()
-    for folder in [*writable, cache]:
-        folder.mkdir(parents=True, exist_ok=True)
     volumes = {str(path): {"bind": str(path), "mode": "ro"} for path in readable}
     volumes |= {str(path): {"bind": str(path), "mode": "rw"} for path in writable}
-    volumes[str(cache)] = {"bind": CACHE, "mode": "rw"}
+    volumes[str(cache_folder())] = {"bind": CACHE, "mode": "rw"}
     for source, target in _credential_files().items():
         volumes[source] = {"bind": target, "mode": "ro"}
     return volumes
@@ -250,4 +250,4 @@ def _remove(container: Any) -> None:
 
 def _reason(error: Exception) -> str:
     explained = getattr(error, "explanation", None) or str(error)
-    return one_sentence(Exception(explained)).rstrip(".")[:300]
+    return " ".join(str(explained).split()).rstrip(".")[:300]

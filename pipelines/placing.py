@@ -12,17 +12,17 @@ from dataclasses import asdict
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
+from components import CACHE
 from pipelines.cluster import Cluster, Step
 from slam_asr import __version__
 from slam_asr.storage.client import SECRET_FOLDER
-from slam_asr.trainjob import Placement
+from slam_asr.trainjob.placement import Placement
 
-CACHE = "/var/cache/slam-asr"
 _KUEUE = "kueue.x-k8s.io"
 _LONGEST_WAIT = "3600s"
 
 COORDINATOR = Step(cpu="1", memory="4Gi", scratch="10Gi")
-"""The step `train` where a TrainJob does the work: it starts the job, watches it, and makes the page of the curves."""
+"""The step `train` where a TrainJob does the work: it starts the job and watches it."""
 
 
 def place(cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTask, over_nodes: bool = False) -> None:
@@ -38,8 +38,9 @@ def place(cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTa
     step = cluster.steps[stage]
     task.set_container_image(images[stage])
     task.set_display_name(stage)
-    _resources(task, _coordinator(step) if over_nodes else step)
-    _storage(task, cluster, COORDINATOR if over_nodes else step)
+    pod = COORDINATOR if over_nodes else step
+    _resources(task, pod)
+    _storage(task, cluster, pod)
     for name, value in environment(cluster).items():
         task.set_env_variable(name, value)
     task.set_retry(step.retries, backoff_duration=_seconds(step.retry_after), backoff_factor=2.0, backoff_max_duration=_LONGEST_WAIT)
@@ -96,10 +97,6 @@ def labels(cluster: Cluster, stage: str, queued: bool) -> dict[str, str]:
         **({f"{_KUEUE}/priority-class": cluster.queue.priority} if cluster.queue.priority and queued else {}),
         **cluster.steps[stage].labels,
     }
-
-
-def _coordinator(step: Step) -> Step:
-    return Step(**{**asdict(COORDINATOR), "gpu_resource": step.gpu_resource})
 
 
 def _resources(task: PipelineTask, step: Step) -> None:

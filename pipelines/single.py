@@ -79,7 +79,6 @@ def pointer_of(output: Path, stage: str) -> Path:
     return output / RESULTS_OF_SINGLES / f"{stage}.json"
 
 
-
 def _latest(output: Path, of: str, wanted_by: str) -> Path:
     """The newest pointer that a whole run or a single stage left."""
     found = [pointer_of(output, of), *(output / "steps").glob(f"**/{of}/{RESULTS[of]}")]

@@ -7,6 +7,7 @@ import http.server
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,12 +18,13 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from slam_asr import trainjob
 from slam_asr.errors import UserError
 from slam_asr.recipe import load_recipe
 from slam_asr.stage import Outcome, run_stage, write_pointer
 from slam_asr.training.nodes import nodes_of_environment
-from slam_asr.trainjob import Placement, command_of, train_on_nodes
+from slam_asr.trainjob import watching
+from slam_asr.trainjob.placement import Placement
+from slam_asr.trainjob.train import command_of, train_on_nodes
 
 GROUP = "/apis/trainer.kubeflow.org/v1alpha1"
 RUNTIME = {
@@ -40,7 +42,7 @@ RUNTIME = {
     },
 }  # fmt: skip
 PLACEMENT = Placement(
-    namespace="team", image="registry.example/train:7", resources={"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "4"},
+    namespace="team", image="registry.example/train:7", cache="/var/cache/slam-asr", resources={"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "4"},
     shared_memory="16Gi", scratch="100Gi", models_claim="models", storage_secret="bucket", token_secret="hub",
     environment={"NCCL_DEBUG": "INFO"}, service_account="runner", run_as_user=1234, pull_secrets=["pull"],
     node_selector={"disk": "fast"}, tolerations=[{"key": "gpu", "operator": "Exists"}],
@@ -158,7 +160,7 @@ def cluster(monkeypatch, tmp_path, bucket):
         }
         (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
-        monkeypatch.setattr(trainjob, "POLL", 0.05)
+        monkeypatch.setattr(watching, "POLL", 0.05)
         fake.kubeconfig = str(tmp_path / "kubeconfig")
         yield fake
         server.shutdown()
@@ -308,6 +310,17 @@ def test_refusal_is_one_sentence_before_anything_was_created(cluster, change, se
 def test_places_that_nodes_do_not_share_are_refused(cluster):
     with pytest.raises(UserError, match="The store is /data: training over 2 nodes needs one in object storage"):
         start(store="/data")
+    assert not cluster.created
+
+
+def test_server_that_does_not_answer(cluster, monkeypatch, tmp_path):
+    config = yaml.safe_load(Path(cluster.kubeconfig).read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        config["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{free.getsockname()[1]}"
+    Path(cluster.kubeconfig).write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="The Kubernetes API does not answer"):
+        start()
     assert not cluster.created
 
 

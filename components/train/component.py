@@ -45,7 +45,8 @@ def train(
             "feature_store": follow_parts(f.path for f in features) if wanted.caches_features else None,
         }
         if trainjob:
-            from slam_asr.trainjob import Placement, train_on_nodes
+            from slam_asr.trainjob.placement import Placement
+            from slam_asr.trainjob.train import train_on_nodes
 
             record = train_on_nodes(wanted, Placement(**json.loads(trainjob)), store=store, **inputs)
         else:

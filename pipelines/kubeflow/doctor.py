@@ -1,11 +1,8 @@
 """`python -m pipelines doctor`: is everything there that a run needs? Each answer with what to do."""
 
-import json
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import urllib3
@@ -16,32 +13,14 @@ from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, Step, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER, images_source
 from pipelines.kubeflow.connection import Connection, add_connection_options, connect
+from pipelines.kubeflow.findings import BAD, GOOD, UNKNOWN, Finding
 from pipelines.kubeflow.logs import core_api
+from pipelines.kubeflow.registry import look_at_image
 from slam_asr.cli import parse_options
 from slam_asr.errors import UserError
 from slam_asr.storage import delete, join, write_bytes
 
-GOOD, BAD, UNKNOWN = "✓", "✗", "–"
 SECRET_KEYS = ({"accesskey", "secretkey"}, {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
-_MANIFESTS = ", ".join((
-    "application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json",
-))  # fmt: skip
-
-
-@dataclass
-class Finding:
-    """One answer."""
-
-    sign: str
-    what: str
-    says: str
-
-    def line(self) -> str:
-        """For people."""
-        return f"{self.sign} {self.what}: {self.says}"
-
-
 def doctor(arguments: list[str]) -> int:
     """Look at everything, and print each answer → 0 where nothing is wrong, else 1."""
     parser = command_parser("doctor", "Look whether a cluster has all that a run needs.")
@@ -131,49 +110,7 @@ def _images(source: str) -> Iterator[Finding]:
         return
     for stage, image in named.items():
         if stage != "score":
-            yield _image(stage, image)
-
-
-def _image(stage: str, image: str) -> Finding:
-    what = f"image {image}"
-    registry, slash, rest = image.partition("/")
-    if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
-        return Finding(BAD, what, f"has no registry, so that nodes look for it on Docker Hub: push it (`make images REGISTRY=… PUSH=1`) and name it with its registry; it is {stage}'s.")
-    name, _, reference = rest.partition("@") if "@" in rest else rest.rpartition(":")
-    if not name:
-        name, reference = rest, "latest"
-    scheme = "http" if re.match(r"(localhost|127\.)", registry) else "https"
-    pool = urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=15), retries=1)
-    address, headers = f"{scheme}://{registry}/v2/{name}/manifests/{reference}", {"Accept": _MANIFESTS}
-    try:
-        answer = pool.request("HEAD", address, headers=headers)
-        if answer.status == 401:
-            token = _anonymous(pool, answer.headers.get("www-authenticate", ""))
-            if token is None:
-                return Finding(UNKNOWN, what, "the registry asks who pulls; not looked at. The nodes need images.pull_secrets, or credentials of their own.")
-            answer = pool.request("HEAD", address, headers=headers | {"Authorization": f"Bearer {token}"})
-    except urllib3.exceptions.HTTPError as error:
-        return Finding(UNKNOWN, what, f"its registry does not answer from here ({type(error).__name__})")
-    if answer.status == 200:
-        return Finding(GOOD, what, "is in its registry, and anybody may pull it")
-    if answer.status in (401, 403):
-        return Finding(UNKNOWN, what, "the registry asks who pulls; not looked at. The nodes need images.pull_secrets, or credentials of their own.")
-    if answer.status == 404:
-        return Finding(BAD, what, "is not in its registry: `make images REGISTRY=… TAG=… PUSH=1`, or correct images.names.")
-    return Finding(UNKNOWN, what, f"the registry answers {answer.status}")
-
-
-def _anonymous(pool: urllib3.PoolManager, challenge: str) -> str | None:
-    """The token that a registry gives to everybody, if it does."""
-    asked = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-    if not challenge.lower().startswith("bearer") or "realm" not in asked:
-        return None
-    answer = pool.request("GET", asked.pop("realm"), fields=asked)
-    try:
-        given = json.loads(answer.data) if answer.status == 200 else {}
-    except ValueError:
-        return None
-    return given.get("token") or given.get("access_token")
+            yield look_at_image(stage, image)
 
 
 def _looked(what: str, namespace: str, look: Callable[[], Finding]) -> Finding:

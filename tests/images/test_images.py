@@ -183,7 +183,7 @@ def registry(docker_engine, tmp_path):
 
 @pytest.mark.slow
 def test_pushed_images_are_written_down_by_their_digest_and_found_by_doctor(images, registry):
-    from pipelines.kubeflow.doctor import _image
+    from pipelines.kubeflow.registry import look_at_image
 
     written = CHECKOUT / "build" / "images.yaml"
     before = written.read_text()
@@ -198,7 +198,7 @@ def test_pushed_images_are_written_down_by_their_digest_and_found_by_doctor(imag
         written.write_text(before)
     pushed = line.removeprefix("build-manifest: ")
     assert re.fullmatch(rf"{name}@sha256:[0-9a-f]{{64}}", pushed)
-    assert _image("build-manifest", pushed).sign == "✓" and _image("build-manifest", f"{name}:7").sign == "✓"
-    missing = _image("build-manifest", f"{name}:8")
+    assert look_at_image("build-manifest", pushed).sign == "✓" and look_at_image("build-manifest", f"{name}:7").sign == "✓"
+    missing = look_at_image("build-manifest", f"{name}:8")
     assert missing.sign == "✗" and "is not in its registry" in missing.says
     subprocess.run(["docker", "rmi", "--force", f"{name}:7"], capture_output=True)

@@ -18,7 +18,7 @@ from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_b
 from pipelines.compile import compile_package
 from slam_asr import __version__
 from slam_asr.recipe import load_recipe
-from slam_asr.trainjob import Placement
+from slam_asr.trainjob.placement import Placement
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
