@@ -84,10 +84,6 @@ class LocalRun:
             StepFailed: a step failed.
             UserError: another run works in the same folder.
         """
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, FileNotFoundError) as error:
-            raise UserError(f"{self.output} cannot be made a folder ({error.strerror}): choose another --output.") from error
         with (
             _alone_in(self.output),
             open(self.output / KFP_LOG, "w", encoding="utf-8") as log,
@@ -104,14 +100,20 @@ class LocalRun:
                 raise
         return self.steps
 
-    def execute_only(self, stage: str, image: str, command: list[str]) -> Step:
+    def execute_only(self, stage: str, image: str, prepare: Callable[[], list[str]]) -> Step:
         """Run a single stage's command line.
+
+        Args:
+            stage: its name.
+            image: for containers.
+            prepare: writes what the stage reads, and gives its command line; called when the folder is held.
 
         Raises:
             StepFailed: it failed.
             UserError: another run works in the same folder.
         """
         with _alone_in(self.output), open(self.output / KFP_LOG, "w", encoding="utf-8") as log:
+            command = prepare()
             step = Step(stage, self.output, time.time())
             hear = Sieve(self.voice, log).hear
             if self.containers:
@@ -209,7 +211,11 @@ def _replaced(module: ModuleType, name: str, function: Callable) -> Iterator[Non
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run; two would write into each other's half-done results."""
+    """Make `folder`, and hold it for one run; two would write into each other's half-done results."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made a folder ({error.strerror}): choose another --output.") from error
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

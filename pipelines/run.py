@@ -59,10 +59,13 @@ def run(arguments: list[str]) -> int:
 
 def _run_only(stage: str, local_run: "LocalRun", recipe: Recipe, corpus: str) -> None:
     """Run one stage, fed by what the stages before it left in the run's folder."""
-    written = local_run.output / "recipe.yaml"
-    write_atomically(written, dump_recipe(recipe))
-    command = command_of_stage(stage, local_run.output, local_run.store, written, corpus, recipe.caches_features)
-    local_run.execute_only(stage, image(stage), command)
+
+    def prepare() -> list[str]:
+        written = local_run.output / "recipe.yaml"
+        write_atomically(written, dump_recipe(recipe))
+        return command_of_stage(stage, local_run.output, local_run.store, written, corpus, recipe.caches_features)
+
+    local_run.execute_only(stage, image(stage), prepare)
 
 
 def _containers(options: dict[str, Any], output: Path, recipe: Recipe, corpus: str) -> "Containers":

@@ -120,7 +120,11 @@ def spelt_out(arguments: list[str]) -> list[str]:
     """`RECIPE --gpu-memory 80` → `--recipe RECIPE --gpu_memory 80`: what people are used to from other programs."""
     if arguments and (arguments[0] in shipped_recipes() or arguments[0].endswith((".yaml", ".yml"))):
         arguments = ["--recipe", *arguments]
-    return [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
+    return [_underscored(argument) for argument in arguments]
+
+
+def _underscored(argument: str) -> str:
+    return re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), argument)
 
 
 def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:
@@ -148,13 +152,13 @@ def pop_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def parse_options(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """Options as a dictionary of typed values.
+    """Options as a dictionary of typed values; names may have dashes for underscores.
 
     Raises:
         UserError: an option that is unknown (with the nearest valid one), missing, or of the wrong type.
     """
     try:
-        return vars(parser.instantiate(parser.parse_args(arguments)))
+        return vars(parser.instantiate(parser.parse_args([_underscored(argument) for argument in arguments])))
     except UserError:
         raise
     except (ArgumentError, TypeError, ValueError) as error:

@@ -111,7 +111,8 @@ def run_stage(
             say(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
             return done
         if done is not None and done.inputs != inputs:
-            _make_way(folder, done, inputs, overwrite)
+            require_way(folder, done, inputs, overwrite)
+            delete(join(folder, RECORD))
         bench.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         outcome = work(bench)
@@ -142,15 +143,18 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make_way(folder: str, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:
-    """Withdraw the record of results of other inputs, if the user said so."""
+def require_way(folder: str, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:
+    """Refuse results of other inputs, unless the user gave them up.
+
+    Raises:
+        UserError: the folder holds results of other inputs.
+    """
     if not overwrite:
         changed = sorted(k for k in inputs | done.inputs if inputs.get(k) != done.inputs.get(k))
         raise UserError(
             f"{folder} holds the results of {done.stage} with other inputs "
             f"(changed: {', '.join(changed)}): choose another --output or add --overwrite true."
         )
-    delete(join(folder, RECORD))
 
 
 def read_record(folder: str | Path) -> Record | None:

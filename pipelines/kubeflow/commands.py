@@ -132,15 +132,12 @@ def _add_wait(parser: ArgumentParser) -> None:
 
 
 def _flags(arguments: list[str]) -> list[str]:
-    """`--wait` → `--wait=true`; and dashes within a name as people write them."""
-    spelt = []
-    for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            argument = f"--{name[2:].replace('-', '_')}{equals}{value}"
-        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-        spelt.append(f"{argument}=true" if argument in ("--wait", "--follow") and following.startswith("--") else argument)
-    return spelt
+    """`--wait` → `--wait=true`."""
+    followers = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in ("--wait", "--follow") and following.startswith("--") else argument
+        for argument, following in zip(arguments, followers, strict=False)
+    ]
 
 
 def _named(arguments: list[str], missing: str) -> tuple[str, list[str]]:

@@ -21,7 +21,7 @@ from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.processes import FAILURE
 from slam_asr.progress import clock, say
 from slam_asr.recipe import Recipe, dump_recipe
-from slam_asr.stage import FINGERPRINT, Outcome, Record, read_record, run_stage
+from slam_asr.stage import FINGERPRINT, Outcome, Record, read_record, require_way, run_stage
 from slam_asr.storage import delete, digest, fetch, join, sha256_of_file, walk, write_atomically, write_json
 from slam_asr.storage.cache import cache_folder
 from slam_asr.training.nodes import Nodes, nodes_of_environment
@@ -134,17 +134,21 @@ def train(
         return Outcome(summary, metrics, facts)
 
     if not nodes.leads:
-        return _take_part(output, inputs, nodes, train_here)
+        return _take_part(output, inputs, nodes, train_here, overwrite)
     return run_stage("train", output, inputs, work, overwrite)
 
 
-def _take_part(output: str, inputs: dict[str, Any], nodes: Nodes, train_here: Callable[[Path, str | None], None]) -> Record:
+def _take_part(
+    output: str, inputs: dict[str, Any], nodes: Nodes, train_here: Callable[[Path, str | None], None], overwrite: bool
+) -> Record:
     """Be a machine that trains with the others, while the first one keeps the record."""
     folder = output.replace(FINGERPRINT, digest(inputs)[:16])
     done = read_record(folder)
     if done is not None and done.inputs == inputs:
         say(f"train: already there, nothing to do: {done.summary} ({folder})")
         return done
+    if done is not None:
+        require_way(folder, done, inputs, overwrite)
     bench = cache_folder() / "work" / f"{digest(folder)[:24]}-node-{nodes.rank}"
     bench.mkdir(parents=True, exist_ok=True)
     try:

@@ -17,10 +17,12 @@ from tests.engine import BASE, NoEngine, install
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LISTS = CHECKOUT / "requirements" / "images"
-sys.path.insert(0, str(CHECKOUT / "requirements"))
+sys.path[:0] = [str(CHECKOUT / "requirements"), str(CHECKOUT / "images")]
 
 import lock  # noqa: E402 - it lies beside the lists that it writes
 from imports import third_party  # noqa: E402
+
+import build  # noqa: E402 - it runs without the library
 
 WITHOUT_TORCH = "build-manifest"
 
@@ -33,6 +35,10 @@ def listed(file: str) -> dict[str, str]:
     """Name and hash of each line."""
     lines = [line for line in (LISTS / file).read_text().splitlines() if not line.startswith("#")]
     return {re.match(r"[\w.-]+", line)[0]: line.partition("--hash=sha256:")[2] for line in lines}
+
+
+def test_an_image_is_built_for_every_stage():
+    assert build.STAGES == STAGES
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -17,6 +17,7 @@ from components import RESULTS
 from pipelines.local import LocalRun, Sieve, Step
 from pipelines.summary import failure
 from slam_asr.errors import UserError
+from slam_asr.stage import follow_pointer, read_record
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -154,11 +155,25 @@ def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_cor
     assert family and not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_single_stage_in_a_fresh_folder_is_found_by_the_stages_behind_it(tiny_recipe, tiny_corpus, tmp_path):
+    output = tmp_path / "fresh" / "run"
+    done = run(tiny_recipe, tiny_corpus, output, "--only", "extract-features")
+    assert done.returncode == 2 and "extract-features needs what build-manifest makes" in done.stderr
+    assert not output.exists()
+    done = run(tiny_recipe, tiny_corpus, output, "--only", "build-manifest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (output / "recipe.yaml").is_file()
+    record = read_record(follow_pointer(output / "results" / "build-manifest.json"))
+    assert record.stage == "build-manifest"
+
+
 def test_second_run_in_the_same_folder_is_refused(tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another run is working in"):
             LocalRun(tmp_path).execute("", "")
+        with pytest.raises(UserError, match="Another run is working in"):
+            LocalRun(tmp_path).execute_only("train", "", lambda: pytest.fail("prepared in a folder that another run holds"))
 
 
 def test_sieve_parts_the_executor_from_the_step():

@@ -109,6 +109,9 @@ def test_two_machines_train_what_two_processes_of_one_do(machines, bucket, tmp_p
     # Again: all find the record, and do nothing.
     again = machines(f"two-{stage}", 2, *zero)
     assert all("already there, nothing to do" in text for text in finish(again)) and [p.returncode for p in again] == [0, 0]
+    # With other inputs: all refuse, none waits for another.
+    other = machines(f"two-{stage}", 2, *zero, "--training.max_steps", "2")
+    assert all("with other inputs (changed: recipe)" in text for text in finish(other)) and [p.returncode for p in other] == [2, 2]
 
 
 @pytest.mark.slow
