@@ -6,10 +6,11 @@
 Each size is a LLM with random weights and a batch of random features, two optimiser steps in a
 process of its own. On a CPU the measure is the peak of resident memory above that of the same process
 before any model is there (torch, transformers and DeepSpeed imported, process group started); on a
-GPU it is torch's peak of allocated memory, and plain AdamW serves where DeepSpeed is not installed.
+GPU it is torch's peak of allocated memory, and DDP serves where DeepSpeed is not installed.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -98,61 +99,27 @@ def measure(case: tuple, llm_folder: Path) -> int:
     from slam_asr.models.precision import DTYPES, pick_device
     from slam_asr.models.projector import build_projector
     from slam_asr.models.slam import Row, Slam, collate
+    from slam_asr.training.engines.choose import make_engine, start_process_group
     from slam_asr.training.objective import score_answers
 
     _, precision, rows, length, audio, targets = case
     recipe, device = _recipe(precision), pick_device()
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        engine_of = _plain_engine
-    else:
-        engine_of = _deepspeed_engine(device)
+    if importlib.util.find_spec("deepspeed") is None:
+        recipe.training.engine = "ddp"
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    start_process_group(device, recipe.training.engine)
     idle = _resident("VmRSS")
     llm = load_llm(llm_folder, DTYPES[precision])
     model = Slam(build_projector(recipe.projector, ENCODER["d_model"], llm_width(llm)), llm)
-    model, backward = engine_of(model, recipe.training, device)
-    model.train()
+    engine = make_engine(model, recipe.training, device, {})
+    engine.module.train()
     for _ in range(2):
         features = [torch.randn(audio * 5, ENCODER["d_model"]).to(DTYPES[precision]) for _ in range(rows)]
         prompt = [1] * (length - audio - targets)
         batch = collate([Row(f, audio, [], prompt, [1] * targets) for f in features]).to(device)
-        backward(score_answers(model(batch), batch.labels).loss, rows * targets)
+        engine.backward(score_answers(engine.forward(batch, last=True), batch.labels).loss, rows * targets, last=True)
+        engine.step(1e-4)
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM") - idle
-
-
-def _deepspeed_engine(device):
-    from slam_asr.training.engine import DeepSpeedEngine, start_process_group
-
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    start_process_group(device)
-
-    def engine_of(model, options, device):
-        engine = DeepSpeedEngine(model, options, device)
-
-        def backward(loss, count: int) -> None:
-            engine.backward(loss, count, last=True)
-            engine.step(1e-4)
-
-        return engine.engine, backward
-
-    return engine_of
-
-
-def _plain_engine(model, options, device):
-    import torch
-
-    model.to(device)
-    if options.precision != "fp32":
-        model.projector.to(next(model.llm.parameters()).dtype)
-    optimizer = torch.optim.AdamW(model.projector.parameters(), lr=1e-4)
-
-    def backward(loss, count: int) -> None:
-        (loss / count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return model, backward
 
 
 def _resident(field: str) -> int:

@@ -39,6 +39,19 @@ def from_os_error(error: OSError) -> UserError | None:
     return None
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked for the end, and what was done is kept.
+
+    Args:
+        sentence: how far it came, and how to go on.
+        code: to exit with: 128 and the signal's number.
+    """
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, a full disk or a refused permission into one line and exit code 2."""
@@ -51,8 +64,8 @@ def exit_on_user_error() -> Iterator[None]:
         if known is None:
             raise
         _exit(str(known), EXIT_CODE)
-    except KeyboardInterrupt:
-        _exit("interrupted; run the same command again to go on", 130)
+    except KeyboardInterrupt as interruption:
+        _exit(str(interruption) or "interrupted; run the same command again to go on", getattr(interruption, "code", 130))
 
 
 def _exit(sentence: str, code: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from slam_asr.configuration import keys_of, nearest, parse_yaml, typed
+from slam_asr.deepspeed_json import adopt
 from slam_asr.errors import UserError
 from slam_asr.storage import is_s3, read_bytes
 
@@ -159,8 +160,10 @@ class Llm:
 
 @dataclass
 class Training:
-    """How the projector is trained, with DeepSpeed."""
+    """How the projector is trained."""
 
+    engine: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
+    """What spreads the training over processes: DeepSpeed; PyTorch's DDP, where each process holds the whole model; or its FSDP2, where each holds a part. All take the same steps."""
     nodes: int = 1
     """Machines to train on. With more than one, the pipeline's step `train` starts them as a TrainJob of Kubeflow Trainer."""
     processes: int = 0
@@ -168,7 +171,9 @@ class Training:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of the frozen weights and the projector's passes; the projector's master weights are always fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed's ZeRO stage. 0 is fastest wherever the LLM fits on one GPU; 3 spreads the frozen LLM too."""
+    """DeepSpeed's ZeRO stage. 0 is fastest wherever the LLM fits on one GPU; 3 spreads the frozen LLM too. Of no meaning to the other engines."""
+    deepspeed: dict[str, Any] | str = field(default_factory=dict)
+    """DeepSpeed's own JSON, or the path of one: what a recipe has keys for goes into them, the rest to DeepSpeed; contradictions are refused."""
     offload_optimizer: bool = False
     """Keep the optimiser's state (12 bytes a trained weight) in the host's memory and step there; from ZeRO stage 1 on."""
     gradient_checkpointing: bool = False
@@ -181,6 +186,10 @@ class Training:
     """LLM positions (audio, prompt and answer) in one optimiser step, over all processes. Fixes the steps whatever the number of processes."""
     positions_per_batch: int = 6000
     """LLM positions that one process puts through the LLM at once. Less takes less memory; the rest of a step is accumulated."""
+    utterances_per_batch: int = 0
+    """Utterances that one process puts through the LLM at once, as the reference has it, instead of batches by positions. A step then has this many × `accumulation` × processes, and depends on their number. 0: batches by positions."""
+    accumulation: int = 1
+    """Batches of `utterances_per_batch` that each process adds up in a step."""
     learning_rate: float = 1e-4
     """Peak of AdamW's learning rate."""
     weight_decay: float = 0.0
@@ -193,6 +202,20 @@ class Training:
     """Largest norm of the gradient; 0 leaves it as it is."""
     validate_every: int = 1000
     """Steps between validations on dev; there is one at the end in any case."""
+    samples: int = 8
+    """Dev utterances that are transcribed (greedily) at each validation, always the same: a first word error rate, and texts to look at; 0: none."""
+    trackers: list[str] = field(default_factory=list)
+    """Where else the numbers go, beside the log, curve.jsonl and TensorBoard's files: mlflow, wandb. Their packages and accounts are yours to provide."""
+    patience: int = 0
+    """Validations without a lower dev loss after which training ends early; 0: never."""
+    nonfinite_steps: int = 3
+    """Steps in a row whose loss or gradient is not a number before training stops; each is left out, and its utterances are written to nonfinite.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; 0: by time alone. There is one at the end, and at each validation with the lowest dev loss so far."""
+    checkpoint_minutes: float = 15.0
+    """Minutes after which there is a checkpoint in any case; 0: by steps alone."""
+    checkpoints: int = 2
+    """Checkpoints that are kept: the last ones, and the one with the lowest dev loss besides."""
     log_every: int = 10
     """Steps between two lines of the log."""
     seed: int = 0
@@ -276,6 +299,16 @@ class Recipe:
                 f"Recipe {self.name}: llm.template is {self.llm.template!r} but must hold {{}} once, for the prompt, and {{audio}} "
                 "at most once; or be `chat`."
             )
+        unknown = [t for t in self.training.trackers if t not in ("mlflow", "wandb")]
+        if unknown:
+            raise UserError(f"Recipe {self.name}: training.trackers knows mlflow and wandb, not {unknown[0]}{nearest(unknown[0], ['mlflow', 'wandb']) or '.'}")
+        theirs = [key for key in ("zero_stage", "offload_optimizer", "deepspeed") if getattr(self.training, key)]
+        if self.training.engine != "deepspeed" and theirs:
+            key = theirs[0]
+            raise UserError(
+                f"Recipe {self.name}: training.{key} is DeepSpeed's, but training.engine is {self.training.engine}: leave it out, or choose "
+                "the engine deepspeed."
+            )
         if self.training.offload_optimizer and self.training.zero_stage == 0:
             raise UserError(f"Recipe {self.name}: training.offload_optimizer needs training.zero_stage 1, 2 or 3; it is 0.")
         if self.data.max_duration <= self.data.min_duration:
@@ -289,6 +322,11 @@ class Recipe:
                 f"Recipe {self.name}: data.min_duration ({self.data.min_duration} s, {shortest} frames) leaves the shortest "
                 f"utterances without an audio position at projector.downsampling {self.projector.downsampling}: raise it to "
                 f"{self.projector.downsampling / 50} or more."
+            )
+        if self.training.accumulation > 1 and not self.training.utterances_per_batch:
+            raise UserError(
+                f"Recipe {self.name}: training.accumulation is {self.training.accumulation} without training.utterances_per_batch: batches by "
+                "positions are added up as training.positions_per_step says; set that, or utterances_per_batch."
             )
         if self.training.positions_per_batch > self.training.positions_per_step:
             raise UserError(
@@ -307,7 +345,8 @@ _LOWER_BOUNDS = {
     "projector.queries": 1, "projector.layers": 1, "llm.lora.rank": 1, "llm.lora.alpha": 0.0, "llm.lora.dropout": 0.0,
     "training.nodes": 1, "training.processes": 0, "training.epochs": 1, "training.max_steps": 1, "training.positions_per_step": 1,
     "training.positions_per_batch": 1, "training.weight_decay": 0.0, "training.warmup_steps": 0,
-    "training.gradient_clipping": 0.0, "training.validate_every": 1, "training.log_every": 1,
+    "training.gradient_clipping": 0.0, "training.validate_every": 1, "training.log_every": 1, "training.patience": 0,
+    "training.samples": 0, "training.utterances_per_batch": 0, "training.accumulation": 1,    "training.nonfinite_steps": 1, "training.checkpoint_every": 0, "training.checkpoint_minutes": 0.0, "training.checkpoints": 1,
     "decoding.parts": 1, "decoding.beams": 1, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
     "decoding.positions_per_batch": 1,
 }
@@ -351,6 +390,7 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
             if not isinstance(target, dict):
                 raise UserError(f"{where}: {'.'.join(sections[:depth])} must hold keys of its own.")
         target[name] = _whole(value)
+    adopt(values, where)
     return typed(values, Recipe, where)
 
 

@@ -12,7 +12,7 @@ from slam_asr.errors import UserError
 from slam_asr.progress import say
 from slam_asr.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.stage import Outcome, Record, read_record, require_record, run_stage
-from slam_asr.storage import exists, fetch, fetch_folder, sha256_of_file
+from slam_asr.storage import exists, fetch, fetch_folder, join, sha256_of_file
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ def convert_checkpoint(
     output: str,
     to: Literal["model", "slam-llm"] = "model",
     recipe: Recipe | None = None,
+    which: Literal["latest", "best"] = "latest",
     overwrite: bool = False,
 ) -> Record:
     """Turn a checkpoint into projector.safetensors and config.json, or into another format.
@@ -35,6 +36,7 @@ def convert_checkpoint(
         output: folder of the model; {fingerprint} in it becomes a digest of the inputs.
         to: `model` is ours; `slam-llm` writes SLAM-LLM's model.pt.
         recipe: encoder, LLM, projector and prompt of SLAM-LLM's model.pt, which does not name them.
+        which: of a training's checkpoints, that of the last step, or the one with the lowest dev loss.
         overwrite: replace a model made from another checkpoint.
 
     Returns:
@@ -48,23 +50,20 @@ def convert_checkpoint(
     record = read_record(checkpoint)
     if record is not None and record.stage == STAGE:
         return _write_for_slam_llm(fetch_folder(checkpoint), output, to, overwrite)
-    return _convert_training(require_record(checkpoint, "train"), output, to, overwrite)
+    return _convert_training(require_record(checkpoint, "train"), output, to, which, overwrite)
 
 
-def _convert_training(trained: Record, output: str, to: str, overwrite: bool) -> Record:
-    from slam_asr.training.checkpoint import latest
+def _convert_training(trained: Record, output: str, to: str, which: str, overwrite: bool) -> Record:
+    from slam_asr.training.checkpoint import require
 
-    folder_of_training = fetch_folder(trained.folder)
-    source = latest(folder_of_training / "checkpoints")
-    inputs = {"training": trained.inputs, "files": {f.name: sha256_of_file(f) for f in sorted(source.iterdir())}, "to": to}
+    source = require(join(trained.folder, "checkpoints"), which)
+    inputs = {"training": trained.inputs, "files": {name: facts["sha256"] for name, facts in source.files.items()}, "to": to}
 
     def work(folder: Path) -> Outcome:
-        from slam_asr.conversion.zero import fp32_weights
-
-        recipe = load_recipe((folder_of_training / "recipe.yaml").read_text())
-        facts = dict(trained.facts)
+        recipe = load_recipe(trained.file("recipe.yaml").read_text())
+        facts = {**trained.facts, "steps": source.step}
         bases = {"encoder": facts.pop("encoder_fingerprint"), "llm_sha256": facts.pop("llm_sha256")}
-        return _write(folder, fp32_weights(source), recipe, bases, facts, str(source), to)
+        return _write(folder, dict(source.tensors("weights")), recipe, bases, facts, source.folder, to)
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 

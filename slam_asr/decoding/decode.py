@@ -123,12 +123,12 @@ def _decode(
     part: Part,
 ) -> tuple[list[Hypothesis], dict[str, Any]]:
     """Transcribe a part of the utterances → what was written, and facts of how."""
-    from slam_asr.decoding.search import Answer, Searcher, plan_batches
     from slam_asr.features.reader import AudioReader, StoreReader
     from slam_asr.models.llm import load_tokenizer
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.projector import positions_of
     from slam_asr.models.prompt import Prompt
+    from slam_asr.models.search import Answer, Searcher, plan_batches
 
     options, trained = recipe.decoding, config.typed_recipe
     say(f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}")

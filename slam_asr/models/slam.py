@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from slam_asr.errors import UserError
 from slam_asr.models.encoder import SpeechEncoder, batches_of
@@ -164,6 +164,10 @@ class Slam(nn.Module):
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
         audio = self.projector(self.encode(batch.audio), batch.positions).to(embeddings.dtype)
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
+
+    def generate(self, batch: Batch, generation: GenerationConfig) -> torch.Tensor:
+        """Answers to a batch without any: token ids [utterances, tokens], filled up behind the end."""
+        return self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=generation)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits that predict the target tokens: [targets, vocabulary].

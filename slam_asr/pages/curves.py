@@ -24,10 +24,12 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
         path: the page.
         title: its heading.
         facts: (name, value) pairs shown above the curves.
-        training: `curve` and `validation`, lists of {step, loss, accuracy}.
+        training: `curve` and `validation`, lists of {step, loss, accuracy}, the latter perhaps with wer; and `samples`, the
+            transcripts of the last validation with key, reference and hypothesis.
     """
     points = {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
-    write_atomically(path, render("curves.html", title=title, facts=facts, curves=draw_curves(points)))
+    samples = training.get("samples") or []
+    write_atomically(path, render("curves.html", title=title, facts=facts, curves=draw_curves(points), samples=samples))
 
 
 def thinned(points: Sequence[dict[str, Any]], most: int = CURVE_POINTS) -> list[dict[str, Any]]:
@@ -53,16 +55,22 @@ def is_number(value: Any) -> bool:
 
 def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
     curves = []
-    for quantity, heading, scale in (("loss", "Loss", 1), ("accuracy", "Next-token accuracy, %", 100)):
+    for quantity, heading, scale in (
+        ("loss", "Loss", 1), ("accuracy", "Next-token accuracy, %", 100), ("wer", "Word error rate of some dev utterances, greedy, %", 100),
+    ):  # fmt: skip
         series = {
             name: [(p["step"], scale * p[quantity]) for p in training[source] if is_number(p.get(quantity))]
             for name, source in (("training", "curve"), ("validation", "validation"))
         }
         if any(series.values()):
-            summary = _in_words(series, *((min, "{:.3f}") if quantity == "loss" else (max, "{:.1f}\u202f%")))
+            summary = _in_words(series, *_BEST[quantity])
             svg = Markup(_svg(quantity, series, f"{heading} over optimiser steps", summary))
             curves.append({"heading": heading, "summary": summary, "svg": svg})
     return curves
+
+
+_BEST = {"loss": (min, "{:.3f}"), "accuracy": (max, "{:.1f}\u202f%"), "wer": (min, "{:.1f}\u202f%")}
+"""Which of a quantity's values is the best, and how it is written."""
 
 
 def _in_words(series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], shown: str) -> str:

@@ -25,7 +25,7 @@ from slam_asr.manifest import Utterance
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt, Spelling
 from slam_asr.models.slam import IGNORED, Batch, Row, collate
-from slam_asr.recipe import Projector
+from slam_asr.recipe import Projector, Training
 
 STEPS_PER_POOL = 16
 """Utterances of about this many steps are sorted by length together: less padding, and still a
@@ -135,7 +135,8 @@ class Window:
 
 
 def plan_epoch(
-    positions: Sequence[int], shards: np.ndarray, window_shards: int, budget: int, seed: int, epoch: int
+    positions: Sequence[int], shards: np.ndarray, window_shards: int, budget: int, seed: int, epoch: int,
+    sizes: Sequence[int] | None = None,
 ) -> Iterator[Window]:
     """Group utterances into the optimiser steps of one epoch.
 
@@ -146,12 +147,15 @@ def plan_epoch(
         budget: positions a step; exceeded only by an utterance that is longer by itself.
         seed: of the order.
         epoch: each has its own order.
+        sizes: what each utterance takes of the budget, if not its positions.
 
     Returns:
         Windows; every shard is in exactly one, and every index occurs exactly once.
     """
     # Seeding by text goes through SHA-512: the same order on every machine and Python version.
     generator = random.Random(f"{seed}/{epoch}")
+    divide = _divide if sizes is None else _fill
+    sizes = positions if sizes is None else sizes
     by_shard = np.argsort(shards, kind="stable")
     ends = np.searchsorted(shards[by_shard], np.arange(int(shards.max(initial=-1)) + 1), side="right").tolist()
     order = list(range(len(ends)))
@@ -161,11 +165,33 @@ def plan_epoch(
         shuffled = [i for s in window for i in by_shard[ends[s - 1] if s else 0 : ends[s]].tolist()]
         generator.shuffle(shuffled)
         steps: list[list[int]] = []
-        for pool in _divide(shuffled, positions, STEPS_PER_POOL * budget):
+        for pool in divide(shuffled, sizes, STEPS_PER_POOL * budget):
             pool.sort(key=lambda i: (positions[i], i))
-            steps += _divide(pool, positions, budget)
+            steps += divide(pool, sizes, budget)
         generator.shuffle(steps)
         yield Window(epoch, window, steps)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much goes into a step, and into what one process computes at once."""
+
+    step: int
+    batch: int
+    fixed: bool = False
+    """Whether these are utterances, as the reference counts them, and not LLM positions."""
+
+    def sizes(self, positions: Sequence[int]) -> Sequence[int]:
+        """What each utterance takes of it."""
+        return [1] * len(positions) if self.fixed else positions
+
+
+def budget_of(options: Training, processes: int) -> Budget:
+    """The recipe's budget for so many processes."""
+    each = options.utterances_per_batch
+    if each:
+        return Budget(each * options.accumulation * processes, each, fixed=True)
+    return Budget(options.positions_per_step, options.positions_per_batch)
 
 
 class TrainingPlan:
@@ -173,16 +199,17 @@ class TrainingPlan:
 
     Args:
         examples: to train on.
-        budget: LLM positions a step.
+        budget: of a step.
         window_shards: shards whose utterances are mixed.
         seed: of the order.
         epochs: passes over the examples.
         max_steps: at which the training ends in any case.
     """
 
-    def __init__(self, examples: Examples, budget: int, window_shards: int, seed: int, epochs: int, max_steps: int) -> None:
+    def __init__(self, examples: Examples, budget: Budget, window_shards: int, seed: int, epochs: int, max_steps: int) -> None:
         self.examples, self.max_steps = examples, max_steps
-        self._plan = lambda epoch: plan_epoch(examples.positions, examples.shards, window_shards, budget, seed, epoch)
+        sizes = budget.sizes(examples.positions)
+        self._plan = lambda epoch: plan_epoch(examples.positions, examples.shards, window_shards, budget.step, seed, epoch, sizes)
         self._epochs = epochs
         self.steps = self.epochs = 0
         while self.epochs < epochs and self.steps < max_steps:
@@ -191,21 +218,25 @@ class TrainingPlan:
 
     def __iter__(self) -> Iterator[tuple[Window, Window | None, list[int]]]:
         """Each step with the window that it belongs to and the one behind that."""
+        return self.after(0)
+
+    def after(self, done: int) -> Iterator[tuple[Window, Window | None, list[int]]]:
+        """Each step after the first `done`, with the window that it belongs to and the one behind that."""
         windows = (window for epoch in range(self._epochs) for window in self._plan(epoch))
         pairs = itertools.pairwise(itertools.chain(windows, [None]))
         steps = ((window, behind, step) for window, behind in pairs for step in window.steps)
-        return itertools.islice(steps, self.max_steps)
+        return itertools.islice(steps, done, self.steps)
 
 
-def _divide(indices: list[int], positions: Sequence[int], budget: int) -> list[list[int]]:
+def _divide(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
     """Cut a list into runs of about equal sums, none above the budget where that is possible."""
-    rest = sum(positions[i] for i in indices)
+    rest = sum(sizes[i] for i in indices)
     parts: list[list[int]] = []
     current: list[int] = []
     size = 0
     target = rest / max(1, -(-rest // budget))
     for index in indices:
-        size_with = size + positions[index]
+        size_with = size + sizes[index]
         # Close the run where that comes nearer to the even share than going on.
         if current and (size_with > budget or size_with - target > target - size):
             parts.append(current)
@@ -213,13 +244,28 @@ def _divide(indices: list[int], positions: Sequence[int], budget: int) -> list[l
             target = rest / max(1, -(-rest // budget))
             current, size = [], 0
         current.append(index)
-        size += positions[index]
+        size += sizes[index]
     if current:
         parts.append(current)
     return parts
 
 
-def split_step(step: list[int], positions: Sequence[int], processes: int, budget: int) -> list[list[list[int]]]:
+def _fill(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut a list into runs that are as full as the budget allows; the last one has the rest."""
+    parts: list[list[int]] = []
+    size = budget
+    for index in indices:
+        if size + sizes[index] > budget:
+            parts.append([])
+            size = 0
+        parts[-1].append(index)
+        size += sizes[index]
+    return parts
+
+
+def split_step(
+    step: list[int], positions: Sequence[int], processes: int, budget: int, sizes: Sequence[int] | None = None
+) -> list[list[list[int]]]:
     """Divide a step's utterances among processes and their micro-batches.
 
     Args:
@@ -228,16 +274,18 @@ def split_step(step: list[int], positions: Sequence[int], processes: int, budget
         processes: how many share the step.
         budget: positions, padding included, that a process puts through the LLM at once; exceeded
             only by an utterance that is longer by itself.
+        sizes: what each utterance takes of the budget, if not its positions.
 
     Returns:
         [process][micro-batch] → indices. Every process has equally many micro-batches; one may be
         empty where there are fewer utterances than processes.
     """
+    sizes = positions if sizes is None else sizes
     longest_first = sorted(step, key=lambda i: (-positions[i], i))
     groups: list[list[int]] = []
     for index in longest_first:
         # The first of a group is its longest, which all the others are padded to.
-        if groups and positions[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
+        if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(index)
         else:
             groups.append([index])

@@ -1,46 +1,178 @@
-"""Checkpoints on disk: what DeepSpeed writes, and a pointer that moves last."""
+"""Checkpoints: all that a training needs to go on as if nothing had happened.
 
-import shutil
-from pathlib import Path
+A folder `step-N` holds what was trained, and nothing of what is frozen:
+
+- `weights-R-of-W.safetensors` and `moments-R-of-W.safetensors`, of each of W processes: whole tensors in
+  fp32 (weights by name; `exp_avg/NAME` and `exp_avg_sq/NAME`), so that any engine on any number of
+  processes can go on from them, and no pickle is ever read;
+- `random-R-of-W.safetensors`: the state of that process' random numbers;
+- `curve.jsonl`: the curve up to there;
+- `checkpoint.json`, written last: the step, what the loop counts, the inputs of the training, and size and
+  SHA-256 of every file. A folder without it does not count.
+
+Beside the folders, `latest` and `best` name one of them each, and move last.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from slam_asr.errors import UserError
-from slam_asr.storage import join, upload, write_atomically
+from slam_asr.storage import (
+    delete,
+    exists,
+    fetch,
+    is_s3,
+    join,
+    local_path,
+    read_bytes,
+    sha256_of_file,
+    walk,
+    write_bytes,
+)
 
-POINTER = "latest"
-WRITTEN_BY_ALL = ("mp_rank_00_model_states.pt",)
-
-
-def publish(folder: Path, tag: str) -> None:
-    """Name `tag` the latest complete checkpoint and remove the others.
-
-    Called by one process, after all have written theirs.
-    """
-    write_atomically(folder / POINTER, tag)
-    for other in folder.iterdir():
-        if other.is_dir() and other.name != tag:
-            shutil.rmtree(other)
-
-
-def contribute(folder: Path, tag: str, to: str) -> None:
-    """Upload what this machine's processes wrote of a checkpoint to where the first machine's will be.
-
-    What every machine writes alike is the first one's to publish.
-    """
-    for file in sorted((folder / tag).iterdir()):
-        if file.is_file() and file.name not in WRITTEN_BY_ALL:
-            upload(file, join(to, tag, file.name))
+DESCRIPTION = "checkpoint.json"
+LATEST, BEST = "latest", "best"
+CURVE = "curve.jsonl"
 
 
-def latest(folder: Path) -> Path:
-    """The folder of the latest complete checkpoint.
+@dataclass
+class Checkpoint:
+    """What `checkpoint.json` says."""
+
+    step: int
+    """Optimiser steps done."""
+    epoch: int
+    updates: int
+    """Of Adam: fewer than steps where some were left out."""
+    engine: str
+    processes: int
+    inputs: dict[str, Any]
+    """Of the training: models, data, and the recipe as far as it decides the weights."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    """What the loop keeps over its steps."""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    dev_loss: float | None = None
+    """After this very step, where it was measured."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Size in bytes and SHA-256 of each file, by name."""
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        return folder_name(self.step)
+
+    def file(self, name: str) -> str:
+        """A local path with a file's content, compared with what was written.
+
+        Raises:
+            UserError: it is missing, or is not what was written.
+        """
+        path = join(self.folder, name)
+        if not exists(path):
+            raise UserError(f"The checkpoint {self.folder} lacks {name}: copy it whole, or remove that folder and train again.")
+        local = fetch(path)
+        if sha256_of_file(local) != self.files[name]["sha256"]:
+            raise UserError(f"{path} is damaged (its SHA-256 is not the one in {DESCRIPTION}): remove {self.folder}, and the training goes on from an older one.")
+        return str(local)
+
+    def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors of the files of one kind (`weights`, `moments`), one after the other, by name."""
+        for name in sorted(self.files):
+            if name.startswith(f"{kind}-"):
+                with safe_open(self.file(name), "pt") as file:
+                    for key in file.keys():  # noqa: SIM118 - not a dictionary
+                        yield key, file.get_tensor(key)
+
+
+def folder_name(step: int) -> str:
+    """Of a step's checkpoint; names sort as steps do."""
+    return f"step-{step:08d}"
+
+
+def file_name(kind: str, rank: int, processes: int) -> str:
+    """Of what one process writes."""
+    return f"{kind}-{rank:05d}-of-{processes:05d}.safetensors"
+
+
+def find(folder: str, pointer: str = LATEST) -> Checkpoint | None:
+    """The checkpoint that a pointer names, or None where there is none.
 
     Raises:
-        UserError: there is none.
+        UserError: the checkpoint is not there, or not whole.
     """
-    pointer = folder / POINTER
-    if not pointer.is_file():
-        raise UserError(f"{folder} holds no checkpoint (no file `{POINTER}`): run `slam-asr train` first, or check the path.")
-    target = folder / pointer.read_text().strip()
-    if not target.is_dir():
-        raise UserError(f"{pointer} names {target.name}, which is not there: the checkpoint is incomplete; train again.")
-    return target
+    path = join(folder, pointer)
+    if not exists(path):
+        return None
+    name = read_bytes(path).decode(errors="replace").strip()
+    description = join(folder, name, DESCRIPTION)
+    if not exists(description):
+        raise UserError(f"{path} names {name}, which is not there or not whole: copy the whole folder {folder}, or remove it and train again.")
+    try:
+        return Checkpoint(**{**json.loads(read_bytes(description)), "folder": join(folder, name)})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{description} is not a checkpoint's description: remove that folder, or train with the version that wrote it.") from error
+
+
+def require(folder: str, pointer: str = LATEST) -> Checkpoint:
+    """The same, where there must be one.
+
+    Raises:
+        UserError: there is none, or it is not whole.
+    """
+    found = find(folder, pointer)
+    if found is None:
+        raise UserError(f"{folder} holds no checkpoint (no file `{pointer}`): run `slam-asr train` first, or check the path.")
+    return found
+
+
+def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
+    """Let a checkpoint count whose files are all there, and remove those that need not be kept.
+
+    Args:
+        folder: of all checkpoints.
+        checkpoint: the newest.
+        keep: how many of the last ones stay; the best one does in any case.
+    """
+    content = asdict(checkpoint)
+    del content["folder"]
+    write_bytes(join(folder, checkpoint.name, DESCRIPTION), json.dumps(content, indent=2) + "\n")
+    best = None if checkpoint.dev_loss is None else find(folder, BEST)
+    if checkpoint.dev_loss is not None and (best is None or best.dev_loss is None or checkpoint.dev_loss < best.dev_loss):
+        write_bytes(join(folder, BEST), checkpoint.name)
+    write_bytes(join(folder, LATEST), checkpoint.name)
+    prune(folder, keep)
+
+
+def prune(folder: str, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` whole ones and the best one; and what was left half-written."""
+    files = [f.name for f in walk(folder) if "/" in f.name]
+    pointers = [read_bytes(join(folder, p)).decode().strip() for p in (LATEST, BEST) if exists(join(folder, p))]
+    whole = sorted({name.partition("/")[0] for name in files if name.endswith(f"/{DESCRIPTION}")})
+    # What lies beyond the latest was left by an attempt that this training has gone back behind.
+    kept = {*pointers, *[name for name in whole if name <= pointers[0]][-keep:]} if pointers else set()
+    # The description goes first: what is half-removed must not look whole.
+    for name in sorted(files, key=lambda n: not n.endswith(f"/{DESCRIPTION}")):
+        if name.partition("/")[0] not in kept:
+            delete(join(folder, name))
+    _remove_empty(folder)
+
+
+def clear(folder: str) -> None:
+    """Remove all checkpoints; the pointers first."""
+    for name in (LATEST, BEST):
+        delete(join(folder, name))
+    for file in list(walk(folder)):
+        delete(join(folder, file.name))
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: str) -> None:
+    if not is_s3(folder) and local_path(folder).is_dir():
+        for inner in local_path(folder).iterdir():
+            if inner.is_dir() and not any(inner.iterdir()):
+                inner.rmdir()

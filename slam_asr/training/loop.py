@@ -1,65 +1,44 @@
 """One process of a training: started by torchrun, one a GPU.
 
-`python -m slam_asr.training.loop JOB` reads what `slam-asr train` has checked and written down,
-and leaves the curve and a checkpoint beside it.
+`python -m slam_asr.training.loop JOB` reads what `slam-asr train` has checked and written down, goes on from
+the latest checkpoint if there is one, and leaves the curve and a last checkpoint.
 """
 
-import functools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from slam_asr.errors import UserError
-from slam_asr.features.audio_source import fit_to_window
-from slam_asr.features.reader import AudioReader, Reader, StoreReader
-from slam_asr.features.space import address_of
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import Utterance, read_manifest
-from slam_asr.models.encoder import EncoderSpec, describe_encoder
-from slam_asr.models.llm import checkpoint_layers, llm_positions, llm_width, load_llm, load_tokenizer, set_tuning
-from slam_asr.models.precision import DTYPES, encoder_precision, explain_precision, pick_device
-from slam_asr.models.projector import build_projector
-from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import Batch, Slam
+from slam_asr.features.reader import StoreReader
+from slam_asr.models.precision import explain_precision, pick_device
+from slam_asr.models.slam import Batch
 from slam_asr.processes import die_with_parent, failures_written_to
 from slam_asr.progress import say
 from slam_asr.recipe import Recipe, load_recipe
-from slam_asr.storage import join, write_json
+from slam_asr.storage import join, upload, write_atomically, write_json
 from slam_asr.training import checkpoint
-from slam_asr.training.batches import BatchReader, Examples, TrainingPlan, split_step
-from slam_asr.training.engine import DeepSpeedEngine, start_process_group
-from slam_asr.training.monitor import Monitor
+from slam_asr.training.batches import BatchReader, TrainingPlan, budget_of, split_step
+from slam_asr.training.building import build_model, build_prompt, build_readers, count_parameters
+from slam_asr.training.checkpoint import CURVE, Checkpoint
+from slam_asr.training.engines.choose import make_engine, start_process_group
+from slam_asr.training.job import CHECKPOINTS, FACTS, Job
+from slam_asr.training.monitor import Monitor, StepNumbers
 from slam_asr.training.objective import score_answers
 from slam_asr.training.prefetch import ahead
+from slam_asr.training.samples import Sampler, Samples
+from slam_asr.training.saving import Saver, restore, take_snapshot
 from slam_asr.training.schedule import learning_rate_schedule
+from slam_asr.training.stopping import StopRequest
 
-FACTS = "training.json"
-CHECKPOINTS = "checkpoints"
-
-
-@dataclass
-class Job:
-    """What `slam-asr train` hands to its processes."""
-
-    recipe: str
-    """Resolved, as YAML."""
-    train_manifest: str
-    dev_manifest: str | None
-    feature_store: str | None
-    """None where audio is encoded on the way."""
-    llm_folder: str
-    encoder_parameters: int
-    folder: str
-    """Where results go."""
-    published: str | None = None
-    """On all machines but the first: the stage's folder, which this one's share of the checkpoint is uploaded to."""
+NONFINITE = "nonfinite.jsonl"
 
 
 @dataclass
@@ -76,211 +55,368 @@ class MicroBatch:
     """Target tokens of the whole step."""
     is_last: bool
     """Of its step, on this process."""
+    filled: int
+    """LLM positions that hold something."""
+    cells: int
+    """The same with padding."""
+
+
+@dataclass
+class Counts:
+    """What the loop keeps over its steps, and a checkpoint with it."""
+
+    nonfinite: int = 0
+    """Steps in a row that were left out."""
+    best_dev_loss: float = math.inf
+    stale: int = 0
+    """Validations since the best one."""
+    validated: int = 0
+    """The step of the last validation."""
+    seconds: float = 0.0
+    """Spent by earlier attempts of this training."""
+
+
+@dataclass
+class Totals:
+    """Sums over a step: of one process first, of all in the end."""
+
+    numbers: list[float] = field(default_factory=lambda: [0.0] * 5)
+    """Loss, right tokens, target tokens, LLM positions that hold something, and the same with padding."""
+    stop: bool = False
+    """Whether any process was asked to stop."""
+    busy: bool = False
+    """Whether any process still writes a checkpoint."""
+    due: bool = False
+    """Whether it is time for one."""
+
+    def add(self, scores: torch.Tensor, micro: MicroBatch) -> None:
+        """Count a micro-batch."""
+        mine = [*scores.tolist(), micro.filled, micro.cells]
+        self.numbers = [total + number for total, number in zip(self.numbers, mine, strict=True)]
+
+    @property
+    def loss(self) -> float:
+        """Mean over the target tokens."""
+        return self.numbers[0] / self.numbers[2]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the target tokens that come first in the prediction."""
+        return self.numbers[1] / self.numbers[2]
+
+    @property
+    def positions(self) -> int:
+        """LLM positions that hold something."""
+        return int(self.numbers[3])
+
+    @property
+    def padding(self) -> float:
+        """Share of the LLM positions that hold nothing."""
+        return 1 - self.numbers[3] / self.numbers[4]
 
 
 class Trainer:
     """The loop, as one process sees it."""
 
     def __init__(self, job: Job) -> None:
+        self.job = job
         self.recipe: Recipe = load_recipe(job.recipe)
         self.options = self.recipe.training
-        self.folder, self.published = Path(job.folder), job.published
+        self.folder = Path(job.folder)
         self.device = self._device()
         self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
         torch.manual_seed(self.options.seed + self.rank)  # of dropout, where there is any
-        llm_folder = Path(job.llm_folder)
-        prompt = Prompt(load_tokenizer(llm_folder), self.recipe.llm)
-        spec = describe_encoder(self.recipe.encoder)
-        manifests = {"train": job.train_manifest, **({"dev": job.dev_manifest} if job.dev_manifest else {})}
-        utterances = {name: fit_to_window(read_manifest(path), spec) for name, path in manifests.items()}
-        source = self._reader(job.feature_store, spec, utterances.values())
-        spellings = {"train": prompt.drawn, "dev": [prompt.main]}
-        limit = llm_positions(llm_folder)
-        examples = {
-            name: Examples(us, source, self.recipe.projector, prompt, spellings[name], limit) for name, us in utterances.items()
-        }
-        threads = 1 if job.feature_store else max(1, len(os.sched_getaffinity(0)) // self.processes)
-        self.readers = {"train": BatchReader(examples["train"], source, functools.partial(prompt.draw, self.options.seed), threads)}
-        if "dev" in manifests:
-            self.readers["dev"] = BatchReader(examples["dev"], source, threads=threads)
-        model = self._model(llm_folder, None if job.feature_store else spec, spec.width)
-        self.counts = {
-            name: (sum(p.numel() for p in part.parameters()), sum(p.numel() for p in part.parameters() if p.requires_grad))
-            for name, part in model.named_children()
-        }
-        self.counts.setdefault("encoder", (job.encoder_parameters, 0))
+        prompt = build_prompt(job, self.recipe)
+        self.readers = build_readers(job, self.recipe, prompt, self.processes)
+        self.sampler = Sampler(self.readers["dev"], prompt, self.recipe) if "dev" in self.readers and self.options.samples else None
+        model = build_model(job, self.recipe, self.device)
+        self.counts_of_parameters = count_parameters(model, job.encoder_parameters)
+        self.budget = budget_of(self.options, self.processes)
         self.plan = TrainingPlan(
-            examples["train"], self.options.positions_per_step, self.recipe.features.window_shards, self.options.seed,
-            self.options.epochs, self.options.max_steps,
+            self.readers["train"].examples, self.budget, self.recipe.features.window_shards, self.options.seed, self.options.epochs,
+            self.options.max_steps,
         )
         rates = {"llm": self.recipe.llm.learning_rate, "encoder": self.recipe.encoder.learning_rate}
-        self.engine = DeepSpeedEngine(model, self.options, self.device, {name: r for name, r in rates.items() if r is not None})
+        self.engine = make_engine(model, self.options, self.device, {name: r for name, r in rates.items() if r is not None})
+        self.saver = Saver(join(job.published, CHECKPOINTS), self.folder, self.options.checkpoints)
+        self.rate = learning_rate_schedule(self.options.schedule, self.options.learning_rate, self.options.warmup_steps, self.plan.steps)
+        self.counts = Counts()
+        self.done = self.saved = self.epoch = 0
+        """Optimiser steps that are behind, those of the last checkpoint, and the epoch."""
+        self.interrupted = False
+        """Whether it was asked to stop, and does."""
+        self.stop = StopRequest()
+        self.started = time.monotonic()
+        self.earlier = 0.0
+        """Seconds that earlier attempts took."""
+        self.monitor: Monitor | None = None
 
-    def _reader(self, store: str | None, spec: EncoderSpec, manifests: Iterable[Sequence[Utterance]]) -> Reader:
-        """The feature store, or the audio itself."""
-        if store is None:
-            return AudioReader(spec, self.recipe.features)
-        wanted = [address_of(u) for utterances in manifests for u in utterances]
-        cache = int(self.recipe.features.cache_gigabytes * 1e9)
-        return StoreReader(FeatureStore(store, spec.fingerprint(), self.recipe.features.dtype, wanted, cache))
-
-    def _model(self, llm_folder: Path, encoder: EncoderSpec | None, encoder_width: int) -> Slam:
-        """The model in the recipe's precision, with what is trained open to gradients."""
-        recipe, seed, dtype = self.recipe, self.options.seed, DTYPES[self.options.precision]
-        llm = load_llm(llm_folder, dtype)
-        set_tuning(llm, recipe.llm, seed)
-        projector = build_projector(recipe.projector, encoder_width, llm_width(llm), seed)
-        heard = None
-        if encoder is not None and recipe.encoder.tuning == "full":
-            heard = encoder.load(dtype).requires_grad_(True)
-        elif encoder is not None:
-            heard = encoder.load(DTYPES[encoder_precision(recipe.features.dtype, self.device.type == "cuda")], self.device)
-        if self.options.gradient_checkpointing:
-            checkpoint_layers(llm)
-            if recipe.encoder.tuning == "full":
-                checkpoint_layers(heard)
-        return Slam(projector, llm, heard, recipe.features.dtype)
-
-    @staticmethod
-    def _device() -> torch.device:
+    def _device(self) -> torch.device:
         device = pick_device()
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        start_process_group(device)
+        start_process_group(device, self.options.engine)
         return device
 
     def announce(self) -> None:
         """Say what will happen, before the first step."""
         recipe, options = self.recipe, self.options
+        examples = self.readers["train"].examples
         audio = "cached features" if isinstance(self.readers["train"].reader, StoreReader) else "encoded on the way"
         say(f"models: {recipe.encoder.name} ({audio}) + {recipe.projector.kind} projector + {recipe.llm.name}")
-        everything, trained = (sum(counts) for counts in zip(*self.counts.values(), strict=True))
-        parts = ", ".join(f"{name} {count:,}" for name, (_, count) in self.counts.items() if count)
+        everything, trained = (sum(counts) for counts in zip(*self.counts_of_parameters.values(), strict=True))
+        parts = ", ".join(f"{name} {count:,}" for name, (_, count) in self.counts_of_parameters.items() if count)
         say(f"parameters: {everything:,} in encoder, projector and LLM, {trained:,} trained ({parts})")
+        spread = {"deepspeed": f"DeepSpeed, ZeRO stage {options.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}[options.engine]
+        say(f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, {spread}")
         say(
-            f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, "
-            f"ZeRO stage {options.zero_stage}"
-        )
-        say(
-            f"audio: {self.readers['train'].examples.hours:.2f} h in {len(self.readers['train'].examples)} utterances; {self.plan.steps} "
-            f"steps of {options.positions_per_step} LLM positions in {self.plan.epochs} epochs"
+            f"audio: {examples.hours:.2f} h in {len(examples)} utterances; {self.plan.steps} steps of "
+            f"{self.budget.step} {'utterances' if self.budget.fixed else 'LLM positions'} in {self.plan.epochs} epochs"
         )
 
-    def run(self) -> None:
-        """Train, validate, and leave a checkpoint."""
-        options = self.options
-        rate = learning_rate_schedule(options.schedule, options.learning_rate, options.warmup_steps, self.plan.steps)
-        monitor = Monitor(self.folder, self.plan.steps, options.log_every) if self.rank == 0 else None
-        self.engine.engine.train()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for micro in ahead(self._micro_batches()):
-            number = micro.number
+    def resume(self) -> None:
+        """Go on from the latest checkpoint, if there is one."""
+        # The first process looks, so that all see the same.
+        found = [checkpoint.find(self.saver.folder)] if self.rank == 0 else [None]
+        torch.distributed.broadcast_object_list(found)
+        latest: Checkpoint | None = found[0]
+        curve = b""
+        if latest is not None:
+            if latest.step > self.plan.steps:
+                raise UserError(f"{latest.folder} is beyond the {self.plan.steps} steps of this training: raise training.max_steps or training.epochs, or choose another --output.")
+            restore(self.engine, latest)
+            self.done = self.saved = latest.step
+            self.epoch, self.counts = latest.epoch, Counts(**latest.counts)
+            self.earlier = self.counts.seconds
+            if self.rank == 0:
+                curve = Path(latest.file(CURVE)).read_bytes()
+                say(f"going on behind step {latest.step} of {self.plan.steps}, from {latest.folder}")
+        if self.rank == 0:
+            write_atomically(self.folder / CURVE, curve)
+            published = self.job.published if self.job.published != str(self.folder) else None
+            self.monitor = Monitor(self.folder, self.recipe, self.plan.steps, self.done, self.device, published)
+
+    def run(self) -> bool:
+        """Train, validate, and leave checkpoints.
+
+        Returns:
+            Whether this came to its end, rather than being asked to stop.
+        """
+        self.stop.listen()
+        self.engine.module.train()
+        goes_on = self.done < self.plan.steps or self._conclude(Totals())
+        totals = Totals()
+        for micro in ahead(self._micro_batches()) if goes_on else ():
             batch = micro.batch.to(self.device)
-            scores = score_answers(self.engine.engine(batch), batch.labels)
+            scores = score_answers(self.engine.forward(batch, micro.is_last), batch.labels)
             self.engine.backward(scores.loss, micro.targets, last=micro.is_last)
-            self.engine.step(rate(number))
-            sums += scores.sums
-            if not micro.is_last:
-                continue
-            loss, accuracy = self._means(sums)
-            sums.zero_()
-            self._require_finite(loss, micro)
-            if monitor:
-                positions = sum(self.readers["train"].examples.positions[i] for i in micro.step)
-                monitor.step(number, micro.epoch, loss, accuracy, rate(number), positions)
-            if "dev" in self.readers and (number % options.validate_every == 0 or number == self.plan.steps):
-                dev_loss, dev_accuracy = self.validate()
-                if monitor:
-                    monitor.validation(number, dev_loss, dev_accuracy)
-        if monitor:
-            monitor.close()
-        self._save()
+            totals.add(scores.sums, micro)
+            if micro.is_last:
+                self._agree_on(totals)
+                self._update(micro, totals)
+                if not self._conclude(totals):
+                    break
+                totals = Totals()
+        if self.monitor:
+            self.monitor.close()
+        self._finish_saving()
+        return not self.interrupted
 
-    def _micro_batches(self) -> Iterator["MicroBatch"]:
-        """This process' share of every step."""
-        reader, budget = self.readers["train"], self.options.positions_per_batch
+    def _conclude(self, totals: "Totals") -> bool:
+        """Validate and save behind a step, if it is time → whether there is another one."""
+        at_end, counts = self.done == self.plan.steps, self.counts
+        self.interrupted = totals.stop
+        dev_loss = None
+        if "dev" in self.readers and counts.validated < self.done and (self.done % self.options.validate_every == 0 or at_end):
+            dev_loss = self._validate_and_compare()
+        ended = (at_end and not self.interrupted) or bool(self.options.patience and counts.stale >= self.options.patience)
+        self._keep(totals, dev_loss, forced=self.interrupted or ended)
+        if ended and not at_end and self.rank == 0:
+            say(f"step {self.done}: the dev loss was no lower in {counts.stale} validations, so training ends here (training.patience)")
+        return not (self.interrupted or ended)
+
+    def _agree_on(self, totals: "Totals") -> None:
+        """Make the sums of this process those of all."""
+        flags = [self.stop.signal is not None, self.saver.busy, self.rank == 0 and self._time_is_up()]
+        mine = torch.tensor([*totals.numbers, *flags], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(mine)
+        *numbers, stop, busy, due = mine.tolist()
+        totals.numbers, totals.stop, totals.busy, totals.due = numbers, stop > 0, busy > 0, due > 0
+
+    def _time_is_up(self) -> bool:
+        minutes = self.options.checkpoint_minutes
+        return bool(minutes) and time.monotonic() - self.saver.last > 60 * minutes
+
+    def _steps_are_up(self) -> bool:
+        every = self.options.checkpoint_every
+        return bool(every) and self.done - self.saved >= every
+
+    def _update(self, micro: MicroBatch, totals: Totals) -> None:
+        """Let the optimiser step."""
+        number, loss = micro.number, totals.loss
+        update = self.engine.step(self.rate(number))
+        self.done, self.epoch = number, micro.epoch
+        if self.monitor:
+            examples = self.readers["train"].examples
+            self.monitor.step(StepNumbers(
+                step=number, epoch=micro.epoch, loss=loss, accuracy=totals.accuracy, learning_rate=self.rate(number),
+                gradient_norm=update.gradient_norm, padding=totals.padding, positions=totals.positions,
+                audio_seconds=sum(examples.utterances[i].duration or 0.0 for i in micro.step),
+            ))  # fmt: skip
+        # In fp16 a step is left out now and then, while the loss scale finds its place.
+        good = math.isfinite(loss) and (update.applied or self.options.precision == "fp16")
+        self.counts.nonfinite = 0 if good else self.counts.nonfinite + 1
+        if not good:
+            self._say_nonfinite(micro, loss)
+
+    def _say_nonfinite(self, micro: MicroBatch, loss: float) -> None:
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        keys = [self.readers["train"].examples.utterances[i].key for i in micro.step]
+        if self.rank == 0:
+            with open(self.folder / NONFINITE, "a") as file:
+                file.write(json.dumps({"step": micro.number, "what": what, "keys": keys}) + "\n")
+            say(f"step {micro.number} was left out: its {what} is not a number (utterances in {NONFINITE})")
+        if self.counts.nonfinite >= self.options.nonfinite_steps:
+            if self.rank == 0 and self.job.published != str(self.folder):
+                upload(self.folder / NONFINITE, join(self.job.published, NONFINITE))
+            shown = ", ".join(keys[:5])
+            raise UserError(
+                f"The {what} was not a number {self.counts.nonfinite} steps in a row, the last one step {micro.number} (utterances {shown} …; all "
+                f"in {join(self.job.published, NONFINITE)}): lower training.learning_rate, set training.gradient_clipping, or train in bf16 or "
+                "fp32 if this is fp16; look at those utterances if they are always the same."
+            )
+
+    def _keep(self, totals: "Totals", dev_loss: float | None, forced: bool) -> None:
+        """Begin a checkpoint; unless it must be, an older one that is still being written is not waited for."""
+        improved = dev_loss is not None and self.counts.stale == 0
+        if not forced and not improved and (totals.busy or not (totals.due or self._steps_are_up())):
+            return
+        self.counts.seconds = round(self.seconds, 1)
+        about = Checkpoint(
+            step=self.done, epoch=self.epoch, updates=self.engine.updates(), engine=self.options.engine, processes=self.processes,
+            inputs=self.job.inputs, counts=asdict(self.counts), loss_scale=self.engine.loss_scale(), dev_loss=dev_loss,
+        )  # fmt: skip
+        curve = (self.folder / CURVE).read_bytes() if self.rank == 0 else b""
+        self.saver.save(take_snapshot(self.engine, about, curve))
+        self.saved = self.done
+
+    def _finish_saving(self) -> None:
+        """Wait until the last checkpoint counts."""
+        try:
+            self.saver.wait()
+        finally:
+            self.saver.close()
+
+    @property
+    def seconds(self) -> float:
+        """Spent on this training, earlier attempts included."""
+        return self.earlier + time.monotonic() - self.started
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        """This process' share of every step that is still to do."""
+        reader = self.readers["train"]
         entered = None
-        for number, (window, behind, step) in enumerate(self.plan, start=1):
+        for number, (window, behind, step) in enumerate(self.plan.after(self.done), start=self.done + 1):
             if window is not entered:
                 reader.enter(window, behind)
                 entered = window
-            mine = split_step(step, reader.examples.positions, self.processes, budget)[self.rank]
+            mine = self._share_of(step, reader)
             targets = reader.targets(step, window.epoch)
             for position, indices in enumerate(mine, start=1):
-                yield MicroBatch(number, window.epoch, step, reader.batch(indices, window.epoch), targets, position == len(mine))
+                batch = reader.batch(indices, window.epoch)
+                filled = int(batch.mask.sum()) if indices else 0
+                yield MicroBatch(number, window.epoch, step, batch, targets, position == len(mine), filled, batch.mask.numel())
 
-    def _require_finite(self, loss: float, micro: "MicroBatch") -> None:
-        if not math.isfinite(loss):
-            keys = ", ".join(self.readers["train"].examples.utterances[i].key for i in micro.step[:5])
-            raise UserError(
-                f"The loss is {loss} at step {micro.number} (utterances {keys} …): lower training.learning_rate, or train in "
-                "bf16 or fp32 if this is fp16."
-            )
+    def _share_of(self, step: list[int], reader: BatchReader) -> list[list[int]]:
+        """What this process computes of a step, batch by batch."""
+        positions = reader.examples.positions
+        return split_step(step, positions, self.processes, self.budget.batch, self.budget.sizes(positions))[self.rank]
+
+    def _validate_and_compare(self) -> float | None:
+        """The dev loss, counted among the others; None, and interrupted, if asked to stop meanwhile."""
+        found = self.validate()
+        if found is None:
+            self.interrupted = True
+            return None
+        loss, accuracy = found
+        self.counts.validated = self.done
+        if loss < self.counts.best_dev_loss:
+            self.counts.best_dev_loss, self.counts.stale = loss, 0
+        else:
+            self.counts.stale += 1
+        samples = self._transcribe() if self.sampler else None
+        if self.monitor:
+            self.monitor.validation(self.done, loss, accuracy, samples)
+        return loss
+
+    def _transcribe(self) -> Samples:
+        self.engine.module.eval()
+        try:
+            return self.sampler.transcribe(self.engine.bare)
+        finally:
+            self.engine.module.train()
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, float]:
-        """Mean loss and accuracy over the target tokens of the dev set."""
+    def validate(self) -> tuple[float, float] | None:
+        """Mean loss and accuracy over the target tokens of the dev set, or None if asked to stop meanwhile."""
         reader = self.readers["dev"]
         everything = list(range(len(reader.examples)))
-        mine = split_step(everything, reader.examples.positions, self.processes, self.options.positions_per_batch)[self.rank]
+        mine = self._share_of(everything, reader)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.engine.engine.eval()
-        for batch in ahead(reader.batch(indices) for indices in mine):
-            batch = batch.to(self.device)
-            sums += score_answers(self.engine.engine(batch), batch.labels).sums
-        self.engine.engine.train()
-        return self._means(sums)
-
-    def _means(self, sums: torch.Tensor) -> tuple[float, float]:
+        self.engine.module.eval()
+        try:
+            for batch in ahead(reader.batch(indices) for indices in mine):
+                batch = batch.to(self.device)
+                sums += score_answers(self.engine.module(batch), batch.labels).sums
+                if self._anyone_stops():
+                    return None
+        finally:
+            self.engine.module.train()
         torch.distributed.all_reduce(sums)
         loss, right, targets = sums.tolist()
         return loss / targets, right / targets
 
-    def _save(self) -> None:
-        steps = self.plan.steps
-        tag = f"global_step{steps}"
-        state = {"step": steps, "epoch": self.plan.epochs - 1, "rng": torch.get_rng_state(), "seed": self.options.seed}
-        folder = self.folder / CHECKPOINTS
-        self.engine.save(folder, tag, state)
-        torch.distributed.barrier()
-        if self.published and int(os.environ["LOCAL_RANK"]) == 0:
-            checkpoint.contribute(folder, tag, join(self.published, CHECKPOINTS))
-        if self.options.nodes > 1:
-            torch.distributed.barrier()
-        if self.rank == 0:
-            checkpoint.publish(folder, tag)
+    def _anyone_stops(self) -> bool:
+        flag = torch.tensor([float(self.stop.signal is not None)], device=self.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag.item())
 
-    def facts(self, seconds: float) -> dict:
+    def facts(self) -> dict:
         """What the report says about this training."""
         return {
-            "projector_parameters": self.counts["projector"][0],
-            "trained_parameters": sum(trained for _, trained in self.counts.values()),
-            "all_parameters": sum(everything for everything, _ in self.counts.values()),
+            "projector_parameters": self.counts_of_parameters["projector"][0],
+            "trained_parameters": sum(trained for _, trained in self.counts_of_parameters.values()),
+            "all_parameters": sum(everything for everything, _ in self.counts_of_parameters.values()),
             "precision": self.options.precision, "device": self.device.type, "processes": self.processes,
-            "steps": self.plan.steps, "epochs": self.plan.epochs, "seconds": round(seconds, 1),
+            "steps": self.done, "epochs": self.plan.epochs, "seconds": round(self.seconds, 1),
         }
 
 
-def train_in_this_process(job: Job) -> None:
-    """Be one process of the training that `job` describes."""
-    started = time.monotonic()
+def train_in_this_process(job: Job) -> int:
+    """Be one process of the training that `job` describes → the exit code."""
     trainer = Trainer(job)
     if trainer.rank == 0:
         trainer.announce()
-    trainer.run()
+    trainer.resume()
+    if not trainer.run():
+        return 128 + (trainer.stop.signal or 15)
     if trainer.rank == 0:
-        write_json(trainer.folder / FACTS, trainer.facts(time.monotonic() - started))
+        write_json(trainer.folder / FACTS, trainer.facts())
+    return 0
 
 
 def main() -> None:
     """Entry point of a process under torchrun."""
     die_with_parent()
+    # DeepSpeed calls torch by names of yesterday, several times a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     with failures_written_to(Path(job.folder)):
-        train_in_this_process(job)
+        code = train_in_this_process(job)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,67 +1,161 @@
 """What one sees of a training: lines in the log, and the curve as JSON lines."""
 
 import json
+import math
+import resource
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from slam_asr.progress import Meter, say
+import torch
 
-CURVE = "curve.jsonl"
+from slam_asr.pages.curves import is_number
+from slam_asr.progress import Meter, say
+from slam_asr.recipe import Recipe
+from slam_asr.storage import digest
+from slam_asr.training.checkpoint import CURVE
+from slam_asr.training.live import LivePage, read_curve
+from slam_asr.training.plateau import Plateau
+from slam_asr.training.samples import Samples
+from slam_asr.training.trackers import make_trackers
+
+SHOWN = 3
+"""Transcripts of a validation that are shown in the log; the page has all."""
+
+
+@dataclass
+class StepNumbers:
+    """What is known of an optimiser step when it is done."""
+
+    step: int
+    epoch: int
+    loss: float
+    """Mean over the target tokens."""
+    accuracy: float
+    """Share of the target tokens that come first in the prediction."""
+    learning_rate: float
+    gradient_norm: float | None
+    """2-norm before clipping."""
+    padding: float
+    """Share of the LLM positions that hold nothing."""
+    positions: int
+    """LLM positions that hold something."""
+    audio_seconds: float
 
 
 class Monitor:
-    """Collects the numbers of each step; used by one process only.
+    """Collects the numbers of each step and shows them; used by one process only.
 
     Args:
-        folder: where the curve is written.
+        folder: where the curve is; it is gone on with.
+        recipe: what is trained.
         total_steps: of the training.
-        log_every: steps between two lines of the log.
+        done: steps that are behind.
+        device: whose memory is told.
+        published: the folder in object storage where those who wait look, if there is one.
     """
 
-    def __init__(self, folder: Path, total_steps: int, log_every: int) -> None:
-        self.log_every = log_every
-        self.started = time.monotonic()
-        self.positions = 0
-        self.file: TextIO = open(folder / CURVE, "w")  # noqa: SIM115 - closed by close()
-        self.meter = Meter("train", total=total_steps, unit="step", plain_lines=False)
-        self.total = total_steps
+    def __init__(self, folder: Path, recipe: Recipe, total_steps: int, done: int, device: torch.device, published: str | None) -> None:
+        self.log_every, self.device = recipe.training.log_every, device
+        self.file: TextIO = open(folder / CURVE, "a")  # noqa: SIM115 - closed by close()
+        self.meter = Meter("train", total=total_steps - done, unit="step", plain_lines=False)
+        self.total, self.first = total_steps, done + 1
+        self.since = _Since()
+        self.plateau = Plateau()
+        for row in read_curve(folder / CURVE)[0]:
+            self.plateau.see(row["step"], row["accuracy"])
+        name = f"{recipe.name}-{digest([str(folder), published])[:8]}"
+        self.trackers = make_trackers(recipe.training.trackers, folder, name, _flat(asdict(recipe)), done)
+        self.page = LivePage(folder, recipe, published)
 
-    def step(self, step: int, epoch: int, loss: float, accuracy: float, learning_rate: float, positions: int) -> None:
+    def step(self, numbers: StepNumbers) -> None:
         """One optimiser step is done."""
-        self.positions += positions
-        row = {"step": step, "epoch": epoch, "loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
+        self.since.add(numbers)
+        row = asdict(numbers) | {"memory": self.memory()}
         self._write(row)
-        self.meter.update(1, f"loss {loss:.3f}, accuracy {accuracy:.3f}")
-        if step % self.log_every == 0 or step in (1, self.total):
-            rate = self.positions / (time.monotonic() - self.started)
+        self.meter.update(1, f"loss {numbers.loss:.3f}, accuracy {numbers.accuracy:.3f}")
+        if numbers.step % self.log_every == 0 or numbers.step in (self.first, self.total):
+            norm = "" if numbers.gradient_norm is None else f", gradient norm {numbers.gradient_norm:.3g}"
             say(
-                f"step {step}/{self.total}, epoch {epoch + 1}: loss {loss:.4f}, accuracy {accuracy:.3f}, "
-                f"learning rate {learning_rate:.2e}, {rate:.0f} positions/s, ETA {self.meter.eta}"
+                f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: loss {numbers.loss:.4f}, accuracy {numbers.accuracy:.3f}, "
+                f"learning rate {numbers.learning_rate:.2e}{norm}, {self.since.in_words()}, {self.memory() / 1e9:.1f} GB, ETA {self.meter.eta}"
             )
+            self._track(numbers.step, {f"train/{k}": v for k, v in (row | self.since.rates()).items() if k not in ("step", "positions", "audio_seconds")})
+            self.since = _Since()
+        plateau = self.plateau.see(numbers.step, numbers.accuracy)
+        if plateau:
+            say(plateau)
+        self.page.refresh()
 
-    def validation(self, step: int, loss: float, accuracy: float) -> None:
+    def memory(self) -> int:
+        """Most bytes that this process has held so far: of the GPU's memory, or of the host's on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def validation(self, step: int, loss: float, accuracy: float, samples: Samples | None) -> None:
         """The dev set was scored after `step`."""
-        self._write({"step": step, "validation": {"loss": loss, "accuracy": accuracy}})
-        say(f"step {step}: dev loss {loss:.4f}, dev accuracy {accuracy:.3f}")
+        numbers = {"loss": loss, "accuracy": accuracy}
+        said = f"step {step}: dev loss {loss:.4f}, dev accuracy {accuracy:.3f}"
+        if samples is not None and samples.wer is not None:
+            numbers["wer"] = samples.wer
+            said += f", WER {100 * samples.wer:.1f} % on {len(samples.texts)} dev utterances"
+        self._write({"step": step, "validation": numbers, **({"samples": samples.texts} if samples else {})})
+        say(said)
+        self._track(step, {f"dev/{name}": value for name, value in numbers.items()})
+        if samples is not None:
+            for row in samples.texts[:SHOWN]:
+                say(f"  {row['key']}: {row['hypothesis'] or '(nothing)'}\n  {'said':>{len(row['key'])}}: {row['reference']}")
+            text = "\n\n".join(f"{row['key']}\n{row['hypothesis']}\nsaid: {row['reference']}" for row in samples.texts)
+            for tracker in self.trackers:
+                tracker.text(step, "dev/samples", text)
+
+    def _track(self, step: int, numbers: dict[str, Any]) -> None:
+        finite = {name: value for name, value in numbers.items() if is_number(value)}
+        for tracker in self.trackers:
+            tracker.log(step, finite)
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        # JSON knows no NaN.
+        self.file.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
-        """Finish the display and the file."""
+        """Finish the display and the files."""
         self.meter.__exit__()
         self.file.close()
+        for tracker in self.trackers:
+            tracker.close()
+        self.page.close()
 
 
-def read_curve(path: Path) -> tuple[list[dict], list[dict]]:
-    """(training points, validation points) of a curve; each point has step, loss and accuracy."""
-    training, validation = [], []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        if "validation" in row:
-            validation.append({"step": row["step"], **row["validation"]})
-        else:
-            training.append(row)
-    return training, validation
+class _Since:
+    """Sums since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.positions = self.cells = self.audio = 0.0
+
+    def add(self, numbers: StepNumbers) -> None:
+        self.positions += numbers.positions
+        self.cells += numbers.positions / (1 - numbers.padding)
+        self.audio += numbers.audio_seconds
+
+    def rates(self) -> dict[str, float]:
+        seconds = time.monotonic() - self.started
+        return {
+            "positions_per_second": self.positions / seconds, "audio_hours_per_hour": self.audio / seconds,
+            "padding": 1 - self.positions / self.cells if self.cells else 0.0,
+        }
+
+    def in_words(self) -> str:
+        rates = self.rates()
+        return f"{rates['positions_per_second']:.0f} positions/s ({rates['padding']:.0%} padding), {rates['audio_hours_per_hour']:.0f} h of audio an hour"
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return flat

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slam_asr.errors import UserError
+from slam_asr.errors import Stopped, UserError
 from slam_asr.features.index import to_array
 from slam_asr.features.space import address_of
 from slam_asr.features.store import FeatureStore
@@ -22,14 +23,19 @@ from slam_asr.processes import FAILURE
 from slam_asr.progress import clock, say
 from slam_asr.recipe import Recipe, dump_recipe
 from slam_asr.stage import FINGERPRINT, Outcome, Record, read_record, require_way, run_stage
-from slam_asr.storage import delete, digest, fetch, join, sha256_of_file, walk, write_atomically, write_json
+from slam_asr.storage import digest, fetch, is_s3, join, local_path, sha256_of_file, write_atomically, write_json
 from slam_asr.storage.cache import cache_folder
 from slam_asr.training.nodes import Nodes, nodes_of_environment
+from slam_asr.training.trackers import require_trackers
 
 WAIT_FOR_RECORD = 600.0
 """Seconds for which other nodes wait for the first one's record, once all have trained."""
 RENDEZVOUS = 1800
 """Seconds for which a node waits for the others to come: one may still be pulling its image or fetching models."""
+
+LAST_CHECKPOINT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+"""Seconds for which a training that was asked to stop may write its last checkpoint; a cluster's own grace period is most often shorter."""
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
 """Has glibc give each block above 4 MiB pages of its own, returned when it is freed. Left alone it raises that threshold to
@@ -64,9 +70,10 @@ def train(
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
-    from slam_asr.training.loop import CHECKPOINTS, FACTS, Job
+    from slam_asr.training.job import CHECKPOINTS, FACTS, Job
 
     nodes = nodes_of_environment(recipe.training.nodes)
+    require_trackers(recipe.training.trackers)
     device = pick_device()
     for precision in (recipe.training.precision, recipe.decoding.precision):
         explain_precision(precision, device)
@@ -91,58 +98,54 @@ def train(
         **base,
         "recipe": _what_decides_the_weights(recipe),
     }
+    if recipe.training.utterances_per_batch:
+        inputs["processes"] = nodes.number * (recipe.training.processes or _accelerators())
     hours = sum(u.duration or 0.0 for u in utterances["train"]) / 3600
+    published = output.replace(FINGERPRINT, digest(inputs)[:16]).rstrip("/")
+    published = published if is_s3(published) else str(local_path(published).absolute())
 
-    def train_here(folder: Path, published: str | None) -> None:
-        for leftover in (CHECKPOINTS, FACTS, FAILURE):
+    def train_here(folder: Path) -> None:
+        for leftover in (FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
         job = Job(
             recipe=dump_recipe(recipe), train_manifest=train_manifest, dev_manifest=dev_manifest, feature_store=feature_store,
-            llm_folder=str(llm_folder), encoder_parameters=encoder.count_parameters(),
-            folder=str(folder), published=published,
-        )
+            llm_folder=str(llm_folder), encoder_parameters=encoder.count_parameters(), folder=str(folder), published=published,
+            inputs=inputs,
+        )  # fmt: skip
         write_json(folder / "job.json", asdict(job))
-        _torchrun(recipe.training.processes or _accelerators(), folder, nodes)
+        _torchrun(recipe.training.processes or _accelerators(), folder, nodes, join(published, CHECKPOINTS))
 
     def work(folder: Path) -> Outcome:
-        from slam_asr.pages.curves import write_curves
-        from slam_asr.training.monitor import CURVE, read_curve
+        from slam_asr.training.live import write_page
 
-        if nodes.number > 1:
-            # What other machines left of an attempt that did not end.
-            _empty(join(output.replace(FINGERPRINT, digest(inputs)[:16]), CHECKPOINTS))
-        train_here(folder, None)
+        require_same_training(join(published, CHECKPOINTS), inputs, overwrite)
+        train_here(folder)
         facts = json.loads((folder / FACTS).read_text())
-        curve, validation = read_curve(folder / CURVE)
+        shown = write_page(folder, recipe, [("Audio", f"{hours:.2f} h in {len(utterances['train'])} utterances"), ("Time", clock(facts["seconds"]))])
+        curve, validation = shown["curve"], shown["validation"]
         last = validation[-1] if validation else curve[-1]
         facts |= {
             "recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name, **base,
-            "train_utterances": len(utterances["train"]), "train_hours": round(hours, 4),
-            "curve": curve, "validation": validation,
+            "train_utterances": len(utterances["train"]), "train_hours": round(hours, 4), **shown,
         }
-        write_curves(
-            folder / "curves.html", f"{recipe.name}: training",
-            [("Models", f"{recipe.encoder.name} + {recipe.llm.name}"), ("Optimiser steps", str(facts["steps"])),
-             ("Audio", f"{hours:.2f} h in {len(utterances['train'])} utterances"), ("Time", clock(facts["seconds"]))],
-            facts,
-        )
         summary = f"{facts['steps']} steps, {'dev ' if validation else ''}accuracy {last['accuracy']:.3f}, loss {last['loss']:.3f}"
         metrics = {"steps": facts["steps"], "loss": round(curve[-1]["loss"], 4), "accuracy": round(curve[-1]["accuracy"], 4)}
         if validation:
             metrics |= {"dev loss": round(last["loss"], 4), "dev accuracy": round(last["accuracy"], 4)}
+        if "wer" in last:
+            metrics["dev WER of samples"] = round(last["wer"], 4)
         return Outcome(summary, metrics, facts)
 
     if not nodes.leads:
-        return _take_part(output, inputs, nodes, train_here, overwrite)
+        return _take_part(published, inputs, nodes, train_here, overwrite)
     return run_stage("train", output, inputs, work, overwrite)
 
 
 def _take_part(
-    output: str, inputs: dict[str, Any], nodes: Nodes, train_here: Callable[[Path, str | None], None], overwrite: bool
+    folder: str, inputs: dict[str, Any], nodes: Nodes, train_here: Callable[[Path], None], overwrite: bool
 ) -> Record:
     """Be a machine that trains with the others, while the first one keeps the record."""
-    folder = output.replace(FINGERPRINT, digest(inputs)[:16])
     done = read_record(folder)
     if done is not None and done.inputs == inputs:
         say(f"train: already there, nothing to do: {done.summary} ({folder})")
@@ -152,7 +155,7 @@ def _take_part(
     bench = cache_folder() / "work" / f"{digest(folder)[:24]}-node-{nodes.rank}"
     bench.mkdir(parents=True, exist_ok=True)
     try:
-        train_here(bench, folder)
+        train_here(bench)
     finally:
         shutil.rmtree(bench, ignore_errors=True)
     deadline = time.monotonic() + WAIT_FOR_RECORD
@@ -162,6 +165,56 @@ def _take_part(
         time.sleep(1.0)
     say(f"train: node {nodes.rank} of {nodes.number} is done; the first one wrote {folder}")
     return done
+
+
+def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) -> None:
+    """Look at what an earlier attempt left: it is gone on with, or refused, or removed.
+
+    Args:
+        folder: of checkpoints.
+        inputs: of this training.
+        overwrite: whether those of another training may go.
+
+    Raises:
+        UserError: they are another training's, with the keys that differ.
+    """
+    from slam_asr.training import checkpoint
+
+    found = checkpoint.find(folder)
+    if found is None:
+        return
+    differing = _what_differs(found.inputs, inputs)
+    if differing and not overwrite:
+        shown = ", ".join(f"{key} {before} → {now}" for key, before, now in differing[:5])
+        raise UserError(
+            f"{found.folder} is a checkpoint of another training ({len(differing)} keys differ: {shown}{', …' * (len(differing) > 5)}): choose another "
+            "--output, or add --overwrite true to begin anew."
+        )
+    if differing:
+        checkpoint.clear(folder)
+
+
+def _what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, before, now) of all inputs that differ and are not harmless."""
+    flat_before, flat_now = _flat(before), _flat(now)
+    harmless = {"recipe.training.validate_every", "recipe.training.patience"}
+    if flat_before.get("recipe.training.schedule") == flat_now.get("recipe.training.schedule") == "constant":
+        # Whatever their number, the steps before are the same.
+        harmless |= {"recipe.training.max_steps", "recipe.training.epochs"}
+    keys = sorted(k for k in flat_before | flat_now if flat_before.get(k) != flat_now.get(k) and k not in harmless)
+    return [(key.removeprefix("recipe."), _shown(flat_before.get(key)), _shown(flat_now.get(key))) for key in keys]
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 20 else text[:12] + "…"
 
 
 def require_features(
@@ -214,8 +267,14 @@ def check_llm(recipe: Recipe, folder: Path) -> None:
 def _what_decides_the_weights(recipe: Recipe) -> dict:
     """The recipe without what changes nothing but rounding: names, logging, how the work is divided."""
     values = asdict(recipe)
-    for key in ("nodes", "processes", "log_every", "positions_per_batch", "offload_optimizer", "gradient_checkpointing"):
+    for key in (
+        "nodes", "processes", "engine", "zero_stage", "log_every", "positions_per_batch", "offload_optimizer", "deepspeed", "gradient_checkpointing",
+        "nonfinite_steps", "checkpoint_every", "checkpoint_minutes", "checkpoints", "samples", "trackers",
+    ):
         del values["training"][key]
+    optimizer = recipe.training.deepspeed.get("optimizer")
+    if optimizer:
+        values["training"]["deepspeed"] = {"optimizer": optimizer}
     del values["encoder"]["batch_seconds"]
     # How shards are mixed decides the order, as their size does.
     values["features"] = {key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")}
@@ -228,15 +287,11 @@ def _accelerators() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _empty(folder: str) -> None:
-    for file in list(walk(folder)):
-        delete(join(folder, file.name))
-
-
-def _torchrun(processes: int, folder: Path, nodes: Nodes) -> None:
+def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> None:
     """Run the loop in `processes` processes under torchrun's own launcher, here and on the other nodes.
 
     Raises:
+        Stopped: a signal asked for it; the processes have left a checkpoint.
         UserError: with the sentence of the process that failed first.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -244,6 +299,7 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault(*ALLOCATION)
+    os.environ.setdefault(*LAST_CHECKPOINT)
     # Each process takes its share of the cores; left alone, every one would take them all.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Python's own answer to a loopback name may need a resolver that a container does not have.
@@ -261,18 +317,28 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes) -> None:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
     except SignalException as error:
-        raise KeyboardInterrupt from error
+        raise Stopped(_how_far(error.sigval.name, checkpoints), 128 + error.sigval.value) from error
     except ChildFailedError as error:
         failure = folder / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text()) from error
-        code = next(iter(error.failures.values())).exitcode
+        code = error.get_first_failure()[1].exitcode
+        if code - 128 in STOPPING:
+            raise Stopped(_how_far(signal.Signals(code - 128).name, checkpoints), code) from error
         if code == -9:
             raise UserError(
                 "A training process was killed (signal 9), most often for want of memory: "
                 "lower training.positions_per_batch or training.processes."
             ) from error
         raise UserError(f"A training process ended with code {code}; its own message stands above.") from error
+
+
+def _how_far(name: str, checkpoints: str) -> str:
+    from slam_asr.training import checkpoint
+
+    found = checkpoint.find(checkpoints)
+    kept = f"behind step {found.step}, which {found.folder} holds" if found else "before there was a checkpoint"
+    return f"stopped by {name} {kept}; run the same command again to go on"
 
 
 def _remove(path: Path) -> None:

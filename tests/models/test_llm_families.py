@@ -7,10 +7,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from slam_asr.decoding.search import Searcher
 from slam_asr.models.llm import checkpoint_layers, llm_width
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
+from slam_asr.models.search import Searcher
 from slam_asr.models.slam import IGNORED, Row, Slam, collate
 from slam_asr.recipe import Decoding, Llm, Projector
 from slam_asr.training.objective import score_answers

@@ -9,13 +9,13 @@ import torch
 from slam_asr.audio import load_audio
 from slam_asr.conversion.model import projector_with
 from slam_asr.conversion.slam_llm import from_slam_llm
-from slam_asr.decoding.search import Searcher
 from slam_asr.manifest import read_manifest
 from slam_asr.models.encoder import describe_encoder
 from slam_asr.models.llm import load_llm, load_tokenizer
 from slam_asr.models.pickles import read_pickle
 from slam_asr.models.projector import build_projector, positions_of
 from slam_asr.models.prompt import Prompt
+from slam_asr.models.search import Searcher
 from slam_asr.models.slam import IGNORED, Row, Slam, collate
 from slam_asr.recipe import Decoding, Encoder, Llm, Projector
 from slam_asr.training.objective import score_answers

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slam_asr.decoding.search import plan_batches
+from slam_asr.models.search import plan_batches
 from slam_asr.scoring.controls import empty_output, shuffled_audio
 from slam_asr.scoring.wer import Hypothesis, score
 

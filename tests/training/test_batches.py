@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from slam_asr.training.batches import TrainingPlan, _in_canonical_order, split_step
+from slam_asr.recipe import Training
+from slam_asr.training.batches import Budget, TrainingPlan, _in_canonical_order, budget_of, split_step
 from slam_asr.training.batches import plan_epoch as plan_windows
 from slam_asr.training.prefetch import ahead
 
@@ -100,15 +101,15 @@ def examples(lengths=LENGTHS, shards=SHARDS):
 
 
 def test_training_ends_after_its_epochs_or_its_steps():
-    plan = TrainingPlan(examples(), 1500, 4, 0, epochs=3, max_steps=10**9)
+    plan = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=10**9)
     whole = [(window.epoch, step) for window, _, step in plan]
     assert {epoch for epoch, _ in whole} == {0, 1, 2} and plan.steps == len(whole) and plan.epochs == 3
-    cut = TrainingPlan(examples(), 1500, 4, 0, epochs=3, max_steps=5)
+    cut = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=5)
     assert [(window.epoch, step) for window, _, step in cut] == whole[:5] and (cut.steps, cut.epochs) == (5, 1)
 
 
 def test_each_window_knows_the_one_behind_it_over_epochs_too():
-    plan = TrainingPlan(examples(), 1500, 8, 0, epochs=2, max_steps=10**9)
+    plan = TrainingPlan(examples(), Budget(1500, 1500), 8, 0, epochs=2, max_steps=10**9)
     pairs = list({id(window): (window, behind) for window, behind, _ in plan}.values())
     assert len(pairs) == 6 and pairs[-1][1] is None
     assert all(behind is following for (_, behind), (following, _) in itertools.pairwise(pairs))
@@ -139,3 +140,33 @@ def test_a_failure_ahead_is_raised_in_its_place():
     assert next(iterator) == 1
     with pytest.raises(ValueError, match="no more"):
         next(iterator)
+
+
+def test_what_is_behind_is_left_out_and_the_rest_is_the_same():
+    plan = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=10**9)
+    whole = [(window.epoch, window.shards, step) for window, _, step in plan]
+    for done in (1, 7, plan.steps // 2, plan.steps - 1, plan.steps):
+        assert [(window.epoch, window.shards, step) for window, _, step in plan.after(done)] == whole[done:]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_order_of_two_epochs_is_the_same_for_any_number_of_processes(processes):
+    options = Training(positions_per_step=1500, positions_per_batch=400)
+    plan = TrainingPlan(examples(), budget_of(options, processes), 4, 0, epochs=2, max_steps=10**9)
+    alone = TrainingPlan(examples(), budget_of(options, 1), 4, 0, epochs=2, max_steps=10**9)
+    assert [step for _, _, step in plan] == [step for _, _, step in alone]
+    for _, _, step in plan:
+        shares = split_step(step, LENGTHS, processes, 400)
+        assert sorted(i for share in shares for batch in share for i in batch) == sorted(step)
+        assert len({len(share) for share in shares}) == 1
+
+
+def test_batches_of_a_fixed_number_of_utterances_as_the_reference_has_them():
+    budget = budget_of(Training(utterances_per_batch=4, accumulation=2), processes=3)
+    assert (budget.step, budget.batch) == (24, 4)
+    plan = TrainingPlan(examples(), budget, 4, 0, epochs=1, max_steps=10**9)
+    sizes = budget.sizes(LENGTHS)
+    steps = [step for _, _, step in plan]
+    assert max(map(len, steps)) == 24 and sorted(i for step in steps for i in step) == list(range(len(LENGTHS)))
+    shares = split_step(next(s for s in steps if len(s) == 24), LENGTHS, 3, budget.batch, sizes)
+    assert [[len(batch) for batch in share] for share in shares] == [[4, 4]] * 3

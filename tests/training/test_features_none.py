@@ -9,7 +9,7 @@ from slam_asr.corpora.build import build_manifest
 from slam_asr.decoding.decode import decode
 from slam_asr.features.extract import extract_features
 from slam_asr.recipe import load_recipe
-from slam_asr.training.monitor import read_curve
+from slam_asr.training.live import read_curve
 from slam_asr.training.train import train
 from tests.conftest import write_librispeech
 

@@ -16,7 +16,7 @@ from slam_asr.errors import UserError
 from slam_asr.recipe import load_recipe
 from slam_asr.stage import read_record
 from slam_asr.storage import read_bytes, walk
-from slam_asr.training.monitor import read_curve
+from slam_asr.training.live import read_curve
 from slam_asr.training.nodes import Nodes, nodes_of_environment
 
 VARIABLES = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")

@@ -11,7 +11,7 @@ from slam_asr.features.extract import extract_features
 from slam_asr.manifest import read_manifest, write_manifest
 from slam_asr.recipe import load_recipe
 from slam_asr.stage import read_record
-from slam_asr.training.monitor import read_curve
+from slam_asr.training.live import read_curve
 from slam_asr.training.train import train
 
 REAL = {

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.conversion.model import read_adapter, read_config, read_projector
-from slam_asr.conversion.zero import fp32_weights
 from slam_asr.corpora.build import build_manifest
 from slam_asr.decoding.decode import decode
 from slam_asr.errors import UserError
 from slam_asr.features.extract import extract_features
 from slam_asr.recipe import load_recipe
+from slam_asr.training import checkpoint
 from slam_asr.training.train import train
 
 KINDS = {
@@ -40,7 +40,7 @@ def test_what_is_trained_arrives_in_decoding(tiny_recipe, tiny_corpus, tmp_path,
     manifest = str(built.file("train.jsonl"))
     trained = train(recipe, manifest, str(tmp_path / "t"), features.folder, str(built.file("dev.jsonl")))
     assert trained.facts["steps"] == 3
-    weights = fp32_weights(next((tmp_path / "t" / "checkpoints").glob("global_step*")))
+    weights = dict(checkpoint.require(str(tmp_path / "t" / "checkpoints")).tensors("weights"))
     parts = {name.partition(".")[0] for name in weights}
     tuned = {"lora": "llm", "full": "llm" if recipe.llm.tuning == "full" else "encoder"}
     wanted = {"projector"} | {tuned[k] for k in tuned if k in (recipe.llm.tuning, recipe.encoder.tuning)}

@@ -30,10 +30,11 @@ class Searcher:
         model: projector and LLM, on one device.
         prompt: what stands behind the audio.
         options: beams, penalties, limits.
+        for_good: whether the model will not be trained any more.
     """
 
-    def __init__(self, model: Slam, prompt: Prompt, options: Decoding) -> None:
-        self.model, self.prompt = model, prompt
+    def __init__(self, model: Slam, prompt: Prompt, options: Decoding, for_good: bool = True) -> None:
+        self.model, self.prompt, self.for_good = model, prompt, for_good
         # A configuration of our own: whatever sampling the LLM's folder asks for stays out of a measurement.
         self.generation = GenerationConfig(
             num_beams=options.beams, do_sample=False, max_new_tokens=options.max_new_tokens,
@@ -42,9 +43,8 @@ class Searcher:
         )
         model.llm.generation_config = self.generation
 
-    @torch.inference_mode()
     def decode(self, audio: list[torch.Tensor | Prepared], positions: list[int]) -> list[Answer]:
-        """Find the answers to a batch.
+        """Find the answers to a batch; nothing is kept for gradients.
 
         Args:
             audio: encoder outputs, each [frames, encoder width], or what the model's encoder takes.
@@ -53,9 +53,9 @@ class Searcher:
         spelling = self.prompt.main
         rows = [Row(a, n, spelling.before, spelling.ids, []) for a, n in zip(audio, positions, strict=True)]
         batch = collate(rows).to(self.model.llm.device)
-        generated = self.model.llm.generate(
-            inputs_embeds=self.model.embed(batch), attention_mask=batch.mask, generation_config=self.generation
-        )
+        # Weights that an engine puts together meanwhile must be fit for training afterwards.
+        with torch.inference_mode() if self.for_good else torch.no_grad():
+            generated = self.model.generate(batch, self.generation)
         stops = set(self.prompt.stops)
         return [
             Answer(self.prompt.answer_of(ids), cut=not stops & set(ids) and len(ids) >= self.generation.max_new_tokens, ids=ids)

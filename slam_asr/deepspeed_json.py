@@ -1,0 +1,208 @@
+"""DeepSpeed's own JSON as a part of a recipe (`training.deepspeed`).
+
+What it says of things that a recipe has keys for (ZeRO stage, precision, offload, clipping, learning rate, batch)
+goes into those keys; where the recipe says otherwise, both are named and neither is taken. What a recipe has
+no keys for is handed to DeepSpeed as it is. Keys that DeepSpeed does not know, which it would
+pass over in silence, are refused, and so is what this training does in its own way.
+
+The names are those of DeepSpeed 0.19.8.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slam_asr.configuration import nearest
+from slam_asr.errors import UserError
+from slam_asr.storage import fetch
+
+KEY = "deepspeed"
+
+ZERO = (
+    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce", "allgather_partitions",
+    "allgather_bucket_size", "overlap_comm", "offload_param", "offload_optimizer", "sub_group_size", "prefetch_bucket_size",
+    "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters", "max_reuse_distance", "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params", "allgather_sequential", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters", "legacy_stage1",
+    "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear", "override_module_apply",
+    "log_trace_cache_warnings", "enable_sanity_checks", "leaf_module", "compute_grad_norm",
+    # Of checkpoints that DeepSpeed writes; ours are of another kind, so that these change nothing.
+    "load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint", "gather_16bit_weights_on_model_save",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+)  # fmt: skip
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "zero_optimization": ZERO,
+    "zero_optimization.offload_optimizer": ("device", "pin_memory", "buffer_count", "ratio", "fast_init", "pipeline_read", "pipeline_write"),
+    "zero_optimization.offload_param": ("device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"),
+    "fp16": ("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale"),
+    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow"),
+    "optimizer": ("type", "params"),
+    "optimizer.params": ("lr", "weight_decay", "betas", "eps", "torch_adam", "adam_w_mode", "bias_correction"),
+}  # fmt: skip
+"""Sections whose keys are checked one by one, and the keys they may have."""
+PASSED_ON = (
+    "communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather",
+    "steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "aio", "disable_python_gc",
+    "activation_checkpointing", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "fp32_allreduce", "compile",
+)  # fmt: skip
+"""Sections and keys that DeepSpeed gets as they are."""
+REFUSED = {
+    "scheduler": "the learning rate follows training.schedule and training.warmup_steps",
+    "amp": "precision is training.precision",
+    "torch_autocast": "precision is training.precision",
+    "curriculum_learning": "the order of the utterances is this training's own",
+    "data_efficiency": "the order of the utterances is this training's own",
+    "elasticity": "a step is fixed by the recipe, whatever the number of processes",
+    "autotuning": "`slam-asr plan` says what fits",
+    "compression_training": "nothing is compressed here",
+    "quantize_training": "nothing is compressed here",
+    "sparse_attention": "the LLM's attention is its own",
+    "sparse_gradients": "no gradient is sparse here",
+    "pipeline": "layers are spread by ZeRO stage 3",
+    "checkpoint": "checkpoints are written by training.checkpoint_every",
+    "load_universal_checkpoint": "checkpoints of any number of processes are gone on with by themselves",
+    "data_types": "gradients are added up in the recipe's precision",
+    "tensorboard": "TensorBoard's files are always written",
+    "wandb": "set training.trackers: [wandb]",
+    "csv_monitor": "curve.jsonl has all numbers",
+}  # fmt: skip
+"""What this training does in its own way, and how."""
+
+
+def _offload(device: Any) -> bool:
+    if device not in ("cpu", "none", None):
+        raise ValueError(f"must be cpu or none, not {device!r}")
+    return device == "cpu"
+
+
+DECIDES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "zero_optimization.stage": ("zero_stage", int),
+    "zero_optimization.offload_optimizer.device": ("offload_optimizer", _offload),
+    "gradient_clipping": ("gradient_clipping", float),
+    "optimizer.params.lr": ("learning_rate", float),
+    "optimizer.params.weight_decay": ("weight_decay", float),
+    "train_micro_batch_size_per_gpu": ("utterances_per_batch", int),
+    "gradient_accumulation_steps": ("accumulation", int),
+}
+"""Keys of DeepSpeed's that have one of the recipe's section `training`."""
+
+
+def adopt(values: dict[str, Any], where: str) -> None:
+    """Read the JSON that a recipe's own values hold or name, and divide it between recipe and DeepSpeed.
+
+    Args:
+        values: of a recipe, not yet typed; changed.
+        where: what it is, for errors.
+
+    Raises:
+        UserError: no such file, no JSON, an unknown key, or one that contradicts the recipe.
+    """
+    training = values.get("training")
+    given = training.get(KEY) if isinstance(training, dict) else None
+    if not given:
+        return
+    settings, named = (_read(given, where), f"{where}: training.{KEY} ({given})") if isinstance(given, str) else (given, f"{where}: training.{KEY}")
+    if not isinstance(settings, dict):
+        raise UserError(f"{named} must hold DeepSpeed's keys and values, or name a JSON file of them.")
+    settings = {key: _numbers(value) for key, value in settings.items() if value != "auto"}
+    _refuse_unknown(settings, named)
+    for key, (ours, convert) in DECIDES.items():
+        _take(settings, key, training, ours, convert, named)
+    _take_precision(settings, training, named)
+    _take_optimizer(settings, named)
+    if settings.pop("train_batch_size", None) is not None and not training.get("utterances_per_batch"):
+        raise UserError(f"{named} sets train_batch_size without train_micro_batch_size_per_gpu: give both, or leave both to training.positions_per_step.")
+    training[KEY] = settings
+
+
+def _numbers(value: Any) -> Any:
+    """A copy with numbers for what YAML takes for text, such as 1e-8."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        number = float(value)
+        return int(number) if number.is_integer() else number
+    return value
+
+
+def _read(path: str, where: str) -> Any:
+    try:
+        return json.loads(Path(fetch(path)).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: training.{KEY} names {path}, which cannot be read as JSON ({error}): give DeepSpeed's JSON file, or its keys themselves.") from error
+
+
+def _refuse_unknown(settings: dict[str, Any], named: str) -> None:
+    known = [*SECTIONS, *PASSED_ON, *DECIDES, "train_batch_size"]
+    top = sorted({key.partition(".")[0] for key in known})
+    for key, value in settings.items():
+        if key in REFUSED:
+            raise UserError(f"{named}: {key} is not taken: {REFUSED[key]}. Leave it out.")
+        if key not in top:
+            raise UserError(f"{named}: DeepSpeed knows no key {key}{nearest(key, [*top, *REFUSED]) or '.'}")
+        _refuse_unknown_within(key, value, named)
+
+
+def _refuse_unknown_within(section: str, value: Any, named: str) -> None:
+    if section not in SECTIONS:
+        return
+    if not isinstance(value, dict):
+        raise UserError(f"{named}: {section} must hold keys of its own, not {value!r}.")
+    for key, inner in value.items():
+        if key not in SECTIONS[section]:
+            raise UserError(f"{named}: DeepSpeed, as it is used here, knows no key {section}.{key}{nearest(key, list(SECTIONS[section])) or '.'}")
+        _refuse_unknown_within(f"{section}.{key}", inner, named)
+
+
+def _pop(settings: dict[str, Any], key: str) -> Any:
+    *sections, last = key.split(".")
+    for section in sections:
+        settings = settings.get(section, {})
+    return settings.pop(last, None)
+
+
+def _take(settings: dict[str, Any], key: str, training: dict[str, Any], ours: str, convert: Callable[[Any], Any], named: str) -> None:
+    value = _pop(settings, key)
+    if value is None or value == "auto":
+        return
+    try:
+        value = convert(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{named}: {key} is {value!r}: {error}.") from error
+    _agree(training, ours, value, key, named)
+
+
+def _agree(training: dict[str, Any], ours: str, value: Any, key: str, named: str) -> None:
+    if ours in training and training[ours] != value:
+        raise UserError(f"{named}: {key} is {value}, but the recipe's training.{ours} is {training[ours]}: they must agree, or leave one of them out.")
+    training[ours] = value
+
+
+def _take_precision(settings: dict[str, Any], training: dict[str, Any], named: str) -> None:
+    enabled = [name for name in ("fp16", "bf16") if _pop(settings, f"{name}.enabled")]
+    if len(enabled) > 1:
+        raise UserError(f"{named}: fp16 and bf16 are both enabled: choose one.")
+    for name in enabled:
+        _agree(training, "precision", name, f"{name}.enabled", named)
+
+
+def _take_optimizer(settings: dict[str, Any], named: str) -> None:
+    """Leave of the optimiser what AdamW takes as it is."""
+    optimizer = settings.pop("optimizer", None)
+    if optimizer is None:
+        return
+    if optimizer.get("type", "AdamW").lower() not in ("adam", "adamw"):
+        raise UserError(f"{named}: optimizer.type is {optimizer['type']}, but this training's optimiser is AdamW: take Adam or AdamW, or leave it out.")
+    params = {k: v for k, v in optimizer.get("params", {}).items() if v != "auto"}
+    for switch in ("adam_w_mode", "bias_correction"):
+        if params.pop(switch, True) is not True:
+            raise UserError(f"{named}: optimizer.params.{switch} is false, but this training's optimiser is AdamW with it: leave it out.")
+    params.pop("torch_adam", None)
+    if params:
+        settings["optimizer"] = {"params": params}

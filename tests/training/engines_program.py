@@ -1,0 +1,122 @@
+"""Run under torchrun by the tests: the same steps by every engine, a stop half-way, and gradients that are no numbers.
+
+Leaves losses.json: by engine and precision, the losses of an uninterrupted run, of one that goes on
+from a saved state in a new engine of the same kind, and of one that goes on in another kind.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from slam_asr.recipe import Training
+from slam_asr.training.engines.choose import make_engine, start_process_group
+from slam_asr.training.engines.engine import Engine
+
+STEPS, HALF = 20, 10
+DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+ENGINES = {
+    "zero-0": {"zero_stage": 0}, "zero-1": {"zero_stage": 1}, "zero-2": {"zero_stage": 2}, "zero-3": {"zero_stage": 3},
+    "zero-1-offload": {"zero_stage": 1, "offload_optimizer": True}, "zero-2-offload": {"zero_stage": 2, "offload_optimizer": True},
+    "zero-3-offload": {"zero_stage": 3, "offload_optimizer": True}, "ddp": {"engine": "ddp"}, "fsdp": {"engine": "fsdp"},
+}  # fmt: skip
+PRECISIONS = ("fp32", "bf16", "fp16") if torch.cuda.is_available() else ("fp32", "bf16")
+
+
+class Model(torch.nn.Module):
+    """Odd sizes, so that no slice comes out even; a frozen part; two trained parts with rates of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.projector = torch.nn.Sequential(torch.nn.Linear(10, 7), torch.nn.ReLU(), torch.nn.Linear(7, 5))
+        self.llm = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3))
+        self.llm[0].requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.llm(self.projector(x.to(self.llm[2].weight.dtype)))
+
+
+def make(kind: str, precision: str) -> Engine:
+    options = dataclasses.replace(Training(), precision=precision, gradient_clipping=0.5, weight_decay=0.01, **ENGINES[kind])
+    return make_engine(Model(), options, DEVICE, {"llm": 3e-5})
+
+
+def run(engine: Engine, first: int, last: int, poison: int | None = None) -> list[float]:
+    """Steps `first` to `last` → their losses; in step `poison` an input of the last process is NaN."""
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    losses = []
+    for number in range(first, last):
+        generator = torch.Generator().manual_seed(number)
+        inputs, wanted = torch.randn(8, 10, generator=generator), torch.randn(8, 3, generator=generator)
+        if number == poison:
+            inputs[-1, 0] = torch.nan
+        total = torch.zeros((), device=DEVICE)
+        mine = torch.arange(8)[rank::processes]
+        for part in (mine[:1], mine[1:]):  # of unequal sizes
+            last = len(part) > 1
+            loss = ((engine.forward(inputs[part].to(DEVICE), last).float() - wanted[part].to(DEVICE)) ** 2).sum()
+            engine.backward(loss, targets_of_step=8, last=last)
+            total += loss.detach()
+        update = engine.step(1e-2 * (1 - number / 40))
+        assert update.applied == (number != poison), (number, update)
+        assert update.gradient_norm is None or update.gradient_norm > 0
+        torch.distributed.all_reduce(total)
+        losses.append(float(total) / 8)
+    return losses
+
+
+def save(engine: Engine, folder: Path) -> None:
+    share = {f"{which}/{name}": tensor for name, which, tensor in engine.share()}
+    save_file(share, folder / f"{torch.distributed.get_rank()}.safetensors")
+    torch.distributed.barrier()
+
+
+def load(engine: Engine, folder: Path, updates: int, scale: dict[str, float]) -> Engine:
+    for file in sorted(folder.glob("*.safetensors")):
+        for key, tensor in load_file(file).items():
+            which, name = key.split("/", 1)
+            engine.put_state(name, which, tensor)
+    engine.finish_restoring(updates)
+    engine.put_loss_scale(scale)
+    torch.distributed.barrier()
+    return engine
+
+
+def main(folder: Path) -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+    start_process_group(DEVICE, "deepspeed" if any(e.get("engine") is None for e in ENGINES.values()) else "ddp")
+    found: dict[str, dict] = {}
+    for precision in PRECISIONS:
+        for at, kind in enumerate(ENGINES):
+            engine = make(kind, precision)
+            uninterrupted = run(engine, 0, HALF)
+            inside = folder / f"{kind}-{precision}"
+            inside.mkdir(exist_ok=True)
+            save(engine, inside)
+            updates, scale = engine.updates(), copy.deepcopy(engine.loss_scale())
+            uninterrupted += run(engine, HALF, STEPS)
+            again = load(make(kind, precision), inside, updates, scale)
+            other = load(make(list(ENGINES)[at - 1], precision), inside, updates, scale)
+            poisoned = load(make(kind, precision), inside, updates, scale)
+            before = {name: poisoned.state_of(name, "weight").clone() for name in poisoned.groups.weights}
+            run(poisoned, HALF, HALF + 1, poison=HALF)
+            same = all(torch.equal(before[name], poisoned.state_of(name, "weight")) for name in before)
+            found[f"{kind} {precision}"] = {
+                "uninterrupted": uninterrupted, "again": run(again, HALF, STEPS), "other": run(other, HALF, STEPS),
+                "updates": updates, "unspoilt": same, "behind": run(poisoned, HALF + 1, HALF + 2),
+            }  # fmt: skip
+    if torch.distributed.get_rank() == 0:
+        (folder / "losses.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,49 @@
+"""Every engine takes the same steps, can be stopped and gone on with, and is not spoilt by a gradient that is no number."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training import engines_program
+from tests.training.engines_program import ENGINES, HALF, PRECISIONS
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n} ranks")
+def found(request, tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("engines")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    done = subprocess.run(
+        [*command, engines_program.__file__, str(folder)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.slow
+def test_all_engines_have_the_same_losses_over_twenty_steps(found):
+    for precision in PRECISIONS:
+        first = found[f"zero-0 {precision}"]["uninterrupted"]
+        assert len(set(first)) == len(first) and first[-1] < first[0]
+        for engine in ENGINES:
+            tolerance = 1e-5 if precision == "fp32" else 3e-3
+            assert found[f"{engine} {precision}"]["uninterrupted"] == pytest.approx(first, rel=tolerance), engine
+
+
+@pytest.mark.slow
+def test_going_on_from_a_saved_state_is_bit_equal_and_another_engine_can_do_it_too(found):
+    for name, run in found.items():
+        assert run["updates"] == HALF, name
+        assert run["again"] == run["uninterrupted"][HALF:], name
+        assert run["other"] == pytest.approx(run["uninterrupted"][HALF:], rel=1e-5 if "fp32" in name else 3e-3), name
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_no_number_leaves_the_weights_as_they_were(found):
+    for name, run in found.items():
+        assert run["unspoilt"], name
+        assert run["behind"][0] > 0, name
