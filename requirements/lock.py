@@ -35,7 +35,7 @@ LAYERS = {
 STAGES = {
     "build-manifest": ["components/build_manifest/component.py"],
     "extract-features": ["components/extract_features/component.py"],
-    "train": ["components/train/component.py"],
+    "train": ["components/train/component.py", "slam_asr/training/loop.py"],
     "convert-checkpoint": ["components/convert_checkpoint/component.py"],
     "decode": ["components/decode/component.py", "components/decode/score.py"],
 }

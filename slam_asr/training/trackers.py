@@ -63,8 +63,8 @@ class _TensorBoard:
     def __init__(self, folder: Path, done: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # What an earlier attempt wrote beyond its checkpoint is hidden.
-        self.writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None, write_to_disk=True)
+        # What an earlier attempt wrote beyond its checkpoint is hidden; its file, named by the second, is not written over.
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None, filename_suffix=f".from-{done}")
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -72,9 +72,6 @@ class _TensorBoard:
 
     def text(self, step: int, name: str, text: str) -> None:
         self.writer.add_text(name, text, step)
-
-    def flush(self) -> None:
-        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
