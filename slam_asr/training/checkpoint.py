@@ -141,24 +141,35 @@ def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
     content = asdict(checkpoint)
     del content["folder"]
     write_bytes(join(folder, checkpoint.name, DESCRIPTION), json.dumps(content, indent=2) + "\n")
+    write_bytes(join(folder, LATEST), checkpoint.name)
     best = None if checkpoint.dev_loss is None else find(folder, BEST)
     if checkpoint.dev_loss is not None and (best is None or best.dev_loss is None or checkpoint.dev_loss < best.dev_loss):
         write_bytes(join(folder, BEST), checkpoint.name)
-    write_bytes(join(folder, LATEST), checkpoint.name)
     prune(folder, keep)
 
 
 def prune(folder: str, keep: int) -> None:
-    """Remove all checkpoints but the last `keep` whole ones and the best one; and what was left half-written."""
+    """Remove all checkpoints before the latest but the last `keep` whole ones and the best one.
+
+    Those behind it are left alone: other processes may be at the next one already.
+    """
+    latest, *best = [read_bytes(join(folder, p)).decode().strip() for p in (LATEST, BEST) if exists(join(folder, p))]
     files = [f.name for f in walk(folder) if "/" in f.name]
-    pointers = [read_bytes(join(folder, p)).decode().strip() for p in (LATEST, BEST) if exists(join(folder, p))]
     whole = sorted({name.partition("/")[0] for name in files if name.endswith(f"/{DESCRIPTION}")})
-    # What lies beyond the latest was left by an attempt that this training has gone back behind.
-    kept = {*pointers, *[name for name in whole if name <= pointers[0]][-keep:]} if pointers else set()
+    kept = {latest, *best, *[name for name in whole if name <= latest][-keep:]}
+    _remove(folder, [name for name in files if name.partition("/")[0] < latest and name.partition("/")[0] not in kept])
+
+
+def forget_what_is_behind(folder: str) -> None:
+    """Remove what an earlier attempt has begun behind its latest checkpoint; only while nobody writes."""
+    latest = read_bytes(join(folder, LATEST)).decode().strip() if exists(join(folder, LATEST)) else ""
+    _remove(folder, [f.name for f in walk(folder) if "/" in f.name and f.name.partition("/")[0] > latest])
+
+
+def _remove(folder: str, files: list[str]) -> None:
     # The description goes first: what is half-removed must not look whole.
     for name in sorted(files, key=lambda n: not n.endswith(f"/{DESCRIPTION}")):
-        if name.partition("/")[0] not in kept:
-            delete(join(folder, name))
+        delete(join(folder, name))
     _remove_empty(folder)
 
 

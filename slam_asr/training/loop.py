@@ -7,6 +7,7 @@ the latest checkpoint if there is one, and leaves the curve and a last checkpoin
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -39,6 +40,8 @@ from slam_asr.training.schedule import learning_rate_schedule
 from slam_asr.training.stopping import StopRequest
 
 NONFINITE = "nonfinite.jsonl"
+PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
+"""How gloo and NCCL say that another process is no more."""
 
 
 @dataclass
@@ -84,8 +87,8 @@ class Totals:
     """Loss, right tokens, target tokens, LLM positions that hold something, and the same with padding."""
     stop: bool = False
     """Whether any process was asked to stop."""
-    busy: bool = False
-    """Whether any process still writes a checkpoint."""
+    pending: float = 0.0
+    """Checkpoints that are still being written, the mean over the processes."""
     due: bool = False
     """Whether it is time for one."""
 
@@ -178,9 +181,12 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the latest checkpoint, if there is one."""
         # The first process looks, so that all see the same.
-        found = [checkpoint.find(self.saver.folder)] if self.rank == 0 else [None]
+        found: list[Checkpoint | None] = [None]
+        if self.rank == 0:
+            found = [checkpoint.find(self.saver.folder)]
+            checkpoint.forget_what_is_behind(self.saver.folder)
         torch.distributed.broadcast_object_list(found)
-        latest: Checkpoint | None = found[0]
+        latest = found[0]
         curve = b""
         if latest is not None:
             if latest.step > self.plan.steps:
@@ -220,7 +226,7 @@ class Trainer:
                 totals = Totals()
         if self.monitor:
             self.monitor.close()
-        self._finish_saving()
+        self.saver.close()
         return not self.interrupted
 
     def _conclude(self, totals: "Totals") -> bool:
@@ -238,11 +244,11 @@ class Trainer:
 
     def _agree_on(self, totals: "Totals") -> None:
         """Make the sums of this process those of all."""
-        flags = [self.stop.signal is not None, self.saver.busy, self.rank == 0 and self._time_is_up()]
+        flags = [self.stop.signal is not None, self.saver.pending, self.rank == 0 and self._time_is_up()]
         mine = torch.tensor([*totals.numbers, *flags], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(mine)
-        *numbers, stop, busy, due = mine.tolist()
-        totals.numbers, totals.stop, totals.busy, totals.due = numbers, stop > 0, busy > 0, due > 0
+        *numbers, stop, pending, due = mine.tolist()
+        totals.numbers, totals.stop, totals.pending, totals.due = numbers, stop > 0, pending / self.processes, due > 0
 
     def _time_is_up(self) -> bool:
         minutes = self.options.checkpoint_minutes
@@ -288,9 +294,12 @@ class Trainer:
             )
 
     def _keep(self, totals: "Totals", dev_loss: float | None, forced: bool) -> None:
-        """Begin a checkpoint; unless it must be, an older one that is still being written is not waited for."""
+        """Begin a checkpoint, if it is time and older ones are out of the way: training does not wait for slow storage."""
         improved = dev_loss is not None and self.counts.stale == 0
-        if not forced and not improved and (totals.busy or not (totals.due or self._steps_are_up())):
+        if forced:
+            self.saver.wait()
+        # One more may wait where it is the best so far; each takes memory.
+        elif not (improved and totals.pending <= 1) and (totals.pending or not (totals.due or self._steps_are_up())):
             return
         self.counts.seconds = round(self.seconds, 1)
         about = Checkpoint(
@@ -300,13 +309,6 @@ class Trainer:
         curve = (self.folder / CURVE).read_bytes() if self.rank == 0 else b""
         self.saver.save(take_snapshot(self.engine, about, curve))
         self.saved = self.done
-
-    def _finish_saving(self) -> None:
-        """Wait until the last checkpoint counts."""
-        try:
-            self.saver.wait()
-        finally:
-            self.saver.close()
 
     @property
     def seconds(self) -> float:
@@ -413,7 +415,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     with failures_written_to(Path(job.folder)):
-        code = train_in_this_process(job)
+        try:
+            code = train_in_this_process(job)
+        except RuntimeError as error:
+            if not PEER_GONE.search(str(error)):
+                raise
+            # What that one died of is what people should read.
+            say(f"process {os.environ['RANK']} ends, because another one of this training is gone")
+            os._exit(1)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     sys.exit(code)

@@ -66,45 +66,42 @@ class Saver:
         """Why the last one could not be written."""
         self.last = time.monotonic()
         """When the last one was begun."""
-        self._waiting: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
-        self._idle = threading.Event()
-        self._idle.set()
+        self._snapshots: queue.Queue[Snapshot | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
     @property
-    def busy(self) -> bool:
-        """Whether a snapshot is still being written."""
-        return not self._idle.is_set()
+    def pending(self) -> int:
+        """Snapshots that are being written, or wait for it."""
+        return self._snapshots.unfinished_tasks
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begin to write a snapshot; all processes call it, none while busy."""
-        self._idle.clear()
+        """Have a snapshot written; all processes call it."""
         self.last = time.monotonic()
-        self._waiting.put(snapshot)
+        self._snapshots.put(snapshot)
 
     def wait(self) -> None:
-        """Wait for what is being written.
+        """Wait until nothing is pending."""
+        self._snapshots.join()
+
+    def close(self) -> None:
+        """Wait for what is pending, and end.
 
         Raises:
-            UserError: it could not be.
+            UserError: the last checkpoint could not be written.
         """
-        self._idle.wait()
+        self._snapshots.put(None)
+        self._thread.join()
         if self.failure:
             raise UserError(self.failure)
 
-    def close(self) -> None:
-        """End the thread, after what it is at."""
-        self._waiting.put(None)
-        self._thread.join()
-
     def _work(self) -> None:
-        while (snapshot := self._waiting.get()) is not None:
+        while (snapshot := self._snapshots.get()) is not None:
             try:
                 self.failure = self._write(snapshot)
             finally:
                 del snapshot  # its memory
-                self._idle.set()
+                self._snapshots.task_done()
 
     def _write(self, snapshot: Snapshot) -> str | None:
         """Write this process' share and hear of the others'; the reason where any could not."""
@@ -120,7 +117,10 @@ class Saver:
             failure = f"{join(self.folder, about.name)} could not be written ({type(error).__name__}: {error}): disk full, or no permission?"
         if self.group is not None:
             told: list = [None] * self.processes
-            torch.distributed.all_gather_object(told, (files, failure), group=self.group)
+            try:
+                torch.distributed.all_gather_object(told, (files, failure), group=self.group)
+            except RuntimeError:  # the training thread will find out by itself, and say so
+                return f"The checkpoint of step {about.step} is not whole: another process is gone."
             files = {name: facts for theirs, _ in told for name, facts in theirs.items()}
             failure = next((f for _, f in told if f), None)
         if failure is None and self.rank == 0:

@@ -322,7 +322,8 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
         failure = folder / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text()) from error
-        code = error.get_first_failure()[1].exitcode
+        # Those that lost a process end too; what it died of says more.
+        code = min(failed.exitcode for failed in error.failures.values())
         if code - 128 in STOPPING:
             raise Stopped(_how_far(signal.Signals(code - 128).name, checkpoints), code) from error
         if code == -9:

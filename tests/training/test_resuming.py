@@ -214,6 +214,7 @@ def test_storage_that_is_away_for_a_while_does_not_stop_training(prepared, bucke
         printed = ended(process, within=120 + 4 * seconds)
     assert process.returncode == 0, printed
     assert re.search(r"warning: the checkpoint of step \d+ could not be written, training goes on", printed)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     assert proxy.faults["busy"] > 1 and checkpoint.require("s3://bucket/t/checkpoints").step == read_record("s3://bucket/t").facts["steps"]
 
 
@@ -253,7 +254,18 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path):
     (tmp_path / "step-00000010" / "weights-00000-of-00002.safetensors").write_bytes(b"half")
     assert checkpoint.require(folder).step == 5
     checkpoint.publish(folder, checkpoint.Checkpoint(8, 0, 8, "ddp", 1, {}), keep=2)
-    assert not (tmp_path / "step-00000010").exists()
+    assert (tmp_path / "step-00000010").exists(), "another process may be writing it"
+    checkpoint.publish(folder, checkpoint.Checkpoint(12, 0, 12, "ddp", 1, {}), keep=2)
+    assert not (tmp_path / "step-00000010").exists() and (tmp_path / "step-00000008").exists()
+
+
+def test_what_lies_behind_the_latest_is_forgotten_before_it_is_gone_on(tmp_path):
+    folder = str(tmp_path)
+    for step in (5, 9):
+        checkpoint.publish(folder, checkpoint.Checkpoint(step, 0, step, "ddp", 1, {}), keep=2)
+    (tmp_path / "latest").write_text("step-00000005")
+    checkpoint.forget_what_is_behind(folder)
+    assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["step-00000005"] and checkpoint.require(folder).step == 5
 
 
 def test_no_checkpoint_and_a_lost_one_are_said(tmp_path):
