@@ -186,6 +186,8 @@ class Training:
     """LLM positions (audio, prompt and answer) in one optimiser step, over all processes. Fixes the steps whatever the number of processes."""
     positions_per_batch: int = 6000
     """LLM positions that one process puts through the LLM at once. Less takes less memory; the rest of a step is accumulated."""
+    packing: bool = True
+    """Put the utterances of a batch in one row, one behind the other, where the LLM can keep them apart: nothing is padded. Else, and where it cannot, side by side, padded to the longest."""
     utterances_per_batch: int = 0
     """Utterances that one process puts through the LLM at once, as the reference has it, instead of batches by positions. A step then has this many × `accumulation` × processes, and depends on their number. 0: batches by positions."""
     accumulation: int = 1

@@ -1,7 +1,8 @@
 """The joined model: audio positions, prompt and answer through the LLM.
 
 A batch is padded left to the longest audio and prompt and right to the longest answer, so that all
-answers start at one column. Only from there on are logits computed.
+answers start at one column; or packed into a single row without padding. Logits are computed only where
+they predict an answer.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from slam_asr.errors import UserError
 from slam_asr.models.encoder import SpeechEncoder, batches_of
+from slam_asr.models.packing import packed_arguments
 from slam_asr.models.preparing import Prepared
 from slam_asr.models.projector import SpeechProjector
 from slam_asr.models.stored import as_if_stored
@@ -63,11 +65,13 @@ class Batch:
     answer_start: int
     padded: bool
     """Whether `mask` has a 0."""
+    lengths: list[int] | None = None
+    """Positions of each utterance, where they stand in one row one behind the other."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("token_ids", "is_audio", "mask", "labels")}
-        return Batch([a.to(device) for a in self.audio], self.positions, **moved, answer_start=self.answer_start, padded=self.padded)
+        return Batch([a.to(device) for a in self.audio], self.positions, **moved, answer_start=self.answer_start, padded=self.padded, lengths=self.lengths)
 
 
 def collate(rows: list[Row]) -> Batch:
@@ -92,6 +96,20 @@ def collate(rows: list[Row]) -> Batch:
         [row.audio for row in rows], [row.positions for row in rows], token_ids, is_audio, mask, labels, start,
         padded=not bool(mask.all()),
     )
+
+
+def pack(rows: list[Row]) -> Batch:
+    """Lay utterances out in one row, one behind the other, for an LLM that can keep them apart (`models/packing.py`)."""
+    ids, is_audio, labels = [], [], []
+    for row in rows:
+        ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]
+        is_audio += [False] * len(row.before) + [True] * row.positions + [False] * (len(row.prompt) + len(row.answer))
+        labels += [*[IGNORED] * row.head, *row.answer]
+    return Batch(
+        [row.audio for row in rows], [row.positions for row in rows], torch.tensor([ids]), torch.tensor([is_audio]),
+        torch.ones((1, len(ids)), dtype=torch.long), torch.tensor([labels[1:]]), answer_start=1, padded=False,
+        lengths=[row.head + len(row.answer) for row in rows],
+    )  # fmt: skip
 
 
 class Slam(nn.Module):
@@ -175,7 +193,9 @@ class Slam(nn.Module):
         They stand in the order of `batch.labels[batch.labels != IGNORED]`; no others are computed.
         """
         arguments = {}
-        if batch.padded:
+        if batch.lengths is not None:
+            arguments = packed_arguments(batch.lengths, batch.token_ids.device)
+        elif batch.padded:
             # Positions count from each utterance's own start, for LLMs with absolute positions.
             arguments = {"attention_mask": batch.mask, "position_ids": (batch.mask.cumsum(1) - 1).clamp(min=0)}
         self._wanted = batch.labels != IGNORED

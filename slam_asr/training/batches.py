@@ -8,6 +8,7 @@ An epoch goes through the shards of the feature store in random order, a window 
 time, and through the utterances of each window in random order: every shard is needed only once.
 """
 
+import heapq
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from slam_asr.features.space import address_of
 from slam_asr.manifest import Utterance
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt, Spelling
-from slam_asr.models.slam import IGNORED, Batch, Row, collate
+from slam_asr.models.slam import IGNORED, Batch, Row, collate, pack
 from slam_asr.recipe import Projector, Training
 
 STEPS_PER_POOL = 16
@@ -299,6 +300,26 @@ def split_step(
     return [groups[rank::processes] for rank in range(processes)]
 
 
+def split_packed(step: list[int], positions: Sequence[int], processes: int, budget: int) -> list[list[list[int]]]:
+    """The same where a batch has no padding: as few micro-batches as hold the step, all about equally full."""
+    longest_first = sorted(step, key=lambda i: (-positions[i], i))
+    rounds = max(1, -(-sum(positions[i] for i in step) // (budget * processes)))
+    while True:
+        groups: list[list[int]] = [[] for _ in range(rounds * processes)]
+        # (positions, number) of each group: the next longest goes to the emptiest.
+        fill = [(0, number) for number in range(len(groups))]
+        for index in longest_first:
+            size, number = heapq.heappop(fill)
+            groups[number].append(index)
+            heapq.heappush(fill, (size + positions[index], number))
+        if all(size <= budget or len(groups[number]) == 1 for size, number in fill):
+            break
+        rounds += 1
+    # Empty ones last, so that all of a round's processes have something, if any do.
+    groups.sort(key=lambda group: not group)
+    return [groups[rank::processes] for rank in range(processes)]
+
+
 class BatchReader:
     """Makes batches of examples with their audio.
 
@@ -307,16 +328,18 @@ class BatchReader:
         reader: gives the audio.
         draw: (epoch, key) → which of an example's prompts it gets.
         threads: that read the audio of a batch together.
+        packs: whether the utterances of a batch stand in one row.
     """
 
     def __init__(
-        self, examples: Examples, reader: Reader, draw: Callable[[int, str], int] = lambda epoch, key: 0, threads: int = 1
+        self, examples: Examples, reader: Reader, draw: Callable[[int, str], int] = lambda epoch, key: 0, threads: int = 1,
+        packs: bool = False,
     ) -> None:
-        self.examples, self.reader, self.draw = examples, reader, draw
+        self.examples, self.reader, self.draw, self.packs = examples, reader, draw, packs
         self._pool = ThreadPoolExecutor(threads, "read-audio") if threads > 1 else None
 
     def batch(self, indices: list[int], epoch: int = 0) -> Batch:
-        """The utterances side by side.
+        """The utterances side by side, or in one row.
 
         An empty list gives one utterance without targets: a process that has nothing to do in a
         micro-batch goes through the same motions, with no effect on the loss.
@@ -327,7 +350,7 @@ class BatchReader:
         for index, utterance, heard in zip(indices or [0], chosen, audio, strict=True):
             spoken = self.examples.spoken(index, self.draw(epoch, utterance.key))
             rows.append(Row(heard, int(self.examples.audio[index]), spoken.before, spoken.prompt, spoken.answer))
-        batch = collate(rows)
+        batch = pack(rows) if self.packs else collate(rows)
         if not indices:
             batch.labels.fill_(IGNORED)
         return batch

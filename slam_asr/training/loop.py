@@ -19,6 +19,7 @@ import torch
 
 from slam_asr.errors import UserError
 from slam_asr.features.reader import StoreReader
+from slam_asr.models.packing import allow_packing
 from slam_asr.models.precision import explain_precision, pick_device
 from slam_asr.models.slam import Batch
 from slam_asr.processes import die_with_parent, failures_written_to
@@ -26,7 +27,7 @@ from slam_asr.progress import say
 from slam_asr.recipe import Recipe, load_recipe
 from slam_asr.storage import join, upload, write_atomically, write_json
 from slam_asr.training import checkpoint
-from slam_asr.training.batches import BatchReader, TrainingPlan, budget_of, split_step
+from slam_asr.training.batches import BatchReader, TrainingPlan, budget_of, split_packed, split_step
 from slam_asr.training.building import build_model, build_prompt, build_readers, count_parameters
 from slam_asr.training.checkpoint import CURVE, Checkpoint
 from slam_asr.training.engines.choose import make_engine, start_process_group
@@ -133,6 +134,9 @@ class Trainer:
         self.readers = build_readers(job, self.recipe, prompt, self.processes)
         self.sampler = Sampler(self.readers["dev"], prompt, self.recipe) if "dev" in self.readers and self.options.samples else None
         model = build_model(job, self.recipe, self.device)
+        self.packs = self.options.packing and allow_packing(model.llm)
+        for reader in self.readers.values():
+            reader.packs = self.packs
         self.counts_of_parameters = count_parameters(model, job.encoder_parameters)
         self.budget = budget_of(self.options, self.processes)
         self.plan = TrainingPlan(
@@ -175,7 +179,8 @@ class Trainer:
         say(f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, {spread}")
         say(
             f"audio: {examples.hours:.2f} h in {len(examples)} utterances; {self.plan.steps} steps of "
-            f"{self.budget.step} {'utterances' if self.budget.fixed else 'LLM positions'} in {self.plan.epochs} epochs"
+            f"{self.budget.step} {'utterances' if self.budget.fixed else 'LLM positions'} in {self.plan.epochs} epochs, "
+            f"batches {'packed' if self.packs else 'padded'}"
         )
 
     def resume(self) -> None:
@@ -332,8 +337,10 @@ class Trainer:
 
     def _share_of(self, step: list[int], reader: BatchReader) -> list[list[int]]:
         """What this process computes of a step, batch by batch."""
-        positions = reader.examples.positions
-        return split_step(step, positions, self.processes, self.budget.batch, self.budget.sizes(positions))[self.rank]
+        positions, batch = reader.examples.positions, self.budget.batch
+        if reader.packs and not self.budget.fixed:
+            return split_packed(step, positions, self.processes, batch)[self.rank]
+        return split_step(step, positions, self.processes, batch, self.budget.sizes(positions))[self.rank]
 
     def _validate_and_compare(self) -> float | None:
         """The dev loss, counted among the others; None, and interrupted, if asked to stop meanwhile."""

@@ -268,7 +268,7 @@ def _what_decides_the_weights(recipe: Recipe) -> dict:
     """The recipe without what changes nothing but rounding: names, logging, how the work is divided."""
     values = asdict(recipe)
     for key in (
-        "nodes", "processes", "engine", "zero_stage", "log_every", "positions_per_batch", "offload_optimizer", "deepspeed", "gradient_checkpointing",
+        "nodes", "processes", "engine", "zero_stage", "log_every", "positions_per_batch", "offload_optimizer", "deepspeed", "packing", "gradient_checkpointing",
         "nonfinite_steps", "checkpoint_every", "checkpoint_minutes", "checkpoints", "samples", "trackers",
     ):
         del values["training"][key]

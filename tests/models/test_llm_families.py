@@ -8,10 +8,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from slam_asr.models.llm import checkpoint_layers, llm_width
+from slam_asr.models.packing import NAME, allow_packing
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.search import Searcher
-from slam_asr.models.slam import IGNORED, Row, Slam, collate
+from slam_asr.models.slam import IGNORED, Row, Slam, collate, pack
 from slam_asr.recipe import Decoding, Llm, Projector
 from slam_asr.training.objective import score_answers
 
@@ -73,9 +74,9 @@ def world(request):
     return model, prompt, [torch.randn(n, WIDTH, generator=generator) for n, _ in UTTERANCES]
 
 
-def batch(world, indices):
+def batch(world, indices, lay_out=collate):
     _, prompt, frames = world
-    return collate([
+    return lay_out([
         Row(frames[i], len(frames[i]) // 5, prompt.main.before, *prompt.with_answer(prompt.main, UTTERANCES[i][1])) for i in indices
     ])
 
@@ -86,6 +87,32 @@ def test_a_batch_is_the_sum_of_its_utterances(world):
     singles = [score_answers(world[0](b), b.labels) for b in (batch(world, [i]) for i in range(3))]
     torch.testing.assert_close(scores.loss, sum(s.loss for s in singles), rtol=1e-5, atol=1e-5)
     assert scores.sums[1:].tolist() == sum(s.sums for s in singles)[1:].tolist()
+
+
+NOT_PACKED = {"gemma-2"}
+"""Its attention caps its scores, which torch's has no form for; it gets padded batches."""
+
+
+def test_packed_padded_and_one_by_one_losses_and_gradients_agree(world, request):
+    model, name = copy.deepcopy(world[0]), request.node.callspec.params["world"]
+    model = Slam(model.projector.requires_grad_(True), model.llm)
+    assert allow_packing(model.llm) == (name not in NOT_PACKED)
+    if name in NOT_PACKED:
+        assert model.llm.config._attn_implementation != NAME
+        return
+
+    def of(batches):
+        model.zero_grad()
+        scores = [score_answers(model(b), b.labels) for b in batches]
+        sum(s.loss for s in scores).backward()
+        return sum(s.sums for s in scores), [p.grad.clone() for p in model.projector.parameters()]
+
+    packed, gradients = of([batch(world, [0, 1, 2], pack)])
+    for others in ([batch(world, [0, 1, 2])], [batch(world, [i]) for i in range(3)], [batch(world, [i], pack) for i in range(3)]):
+        sums, theirs = of(others)
+        torch.testing.assert_close(sums, packed, rtol=1e-5, atol=1e-5)
+        for ours, other in zip(gradients, theirs, strict=True):
+            torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slam_asr.recipe import Training
-from slam_asr.training.batches import Budget, TrainingPlan, _in_canonical_order, budget_of, split_step
+from slam_asr.training.batches import Budget, TrainingPlan, _in_canonical_order, budget_of, split_packed, split_step
 from slam_asr.training.batches import plan_epoch as plan_windows
 from slam_asr.training.prefetch import ahead
 
@@ -170,3 +170,23 @@ def test_batches_of_a_fixed_number_of_utterances_as_the_reference_has_them():
     assert max(map(len, steps)) == 24 and sorted(i for step in steps for i in step) == list(range(len(LENGTHS)))
     shares = split_step(next(s for s in steps if len(s) == 24), LENGTHS, 3, budget.batch, sizes)
     assert [[len(batch) for batch in share] for share in shares] == [[4, 4]] * 3
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("budget", [300, 700, 5000])
+def test_packed_batches_hold_every_utterance_within_the_budget_and_equally_many_for_each_process(processes, budget):
+    for step in plan_epoch(LENGTHS, 1500, 0, 0):
+        shares = split_packed(step, LENGTHS, processes, budget)
+        batches = [batch for share in shares for batch in share]
+        assert sorted(i for batch in batches for i in batch) == sorted(step)
+        assert len({len(share) for share in shares}) == 1
+        assert all(sum(LENGTHS[i] for i in batch) <= budget or len(batch) == 1 for batch in batches)
+        # No more rounds than one above the fewest there could be, unless single utterances are as long as that.
+        fewest = -(-sum(LENGTHS[i] for i in step) // (budget * processes))
+        assert len(shares[0]) <= fewest + 1 or max(LENGTHS) > budget // 2
+
+
+def test_packed_batches_are_about_equally_full():
+    step = plan_epoch(LENGTHS, 6000, 0, 0)[0]
+    loads = [sum(LENGTHS[i] for i in share[0]) for share in split_packed(step, LENGTHS, 4, 6000)]
+    assert max(loads) - min(loads) <= max(LENGTHS[i] for i in step)
