@@ -18,6 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from slam_asr.models.cpu_attention import causal_attention
+
 NAME = "slam_asr_packed"
 """Of the attention function, among transformers' own."""
 
@@ -82,14 +84,18 @@ def _attention(
     bounds = [0, *accumulate(lengths)]
     if query.is_cuda and query.dtype != torch.float32 and _varlen is not None:
         return _at_once(query, key, value, bounds, max(lengths), scaling, window), None
-    outputs = [
-        functional.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale=scaling, enable_gqa=key.shape[1] != query.shape[1],
-            **({"attn_mask": _band(b - a, window, query.device)} if window and window < b - a else {"is_causal": True}),
-        )
-        for a, b in pairwise(bounds)
-    ]
+    outputs = [_alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window) for a, b in pairwise(bounds)]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None) -> torch.Tensor:
+    """The attention of one utterance."""
+    positions = query.shape[2]
+    banded = bool(window) and window < positions
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not banded:
+        return causal_attention(query[0], key[0], value[0], scaling)[None]
+    mask = {"attn_mask": _band(positions, window, query.device)} if banded else {"is_causal": True}
+    return functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=key.shape[1] != query.shape[1], **mask)
 
 
 def _band(positions: int, window: int, device: torch.device) -> torch.Tensor:

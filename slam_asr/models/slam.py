@@ -5,6 +5,7 @@ answers start at one column; or packed into a single row without padding. Logits
 they predict an answer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,10 @@ def pack(rows: list[Row]) -> Batch:
     )  # fmt: skip
 
 
+Scorer = Callable[[torch.Tensor, nn.Module, torch.Tensor], tuple[torch.Tensor, ...]]
+"""(inputs of the output layer [targets, LLM width], that layer, target tokens [targets]) → whatever is wanted of them."""
+
+
 class Slam(nn.Module):
     """Projector, LLM and, unless its outputs come with the batch, encoder.
 
@@ -137,7 +142,10 @@ class Slam(nn.Module):
         else:
             object.__setattr__(self, "encoder", encoder)
         self.stored_as = stored_as
+        self.scorer: Scorer | None = None
+        """If set, `forward` gives what this makes of the output layer's inputs, and logits are its own affair."""
         self._wanted: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
         if llm.get_output_embeddings() is None:
             raise UserError(f"{type(llm).__name__} has no output layer that predicts tokens: choose a causal LM.")
         # The LLM's own forward pass stays in charge of what it does to logits (scaling, capping); only
@@ -149,7 +157,8 @@ class Slam(nn.Module):
         if self._wanted is None:
             return None
         # What predicts a token stands one position before it.
-        return (inputs[0][:, -self._wanted.shape[1] - 1 : -1][self._wanted],)
+        self._rows = inputs[0][:, -self._wanted.shape[1] - 1 : -1][self._wanted]
+        return (self._rows if self.scorer is None else self._rows[:0],)
 
     def train(self, mode: bool = True) -> "Slam":
         """Training mode, for what is trained: dropout in frozen weights would be noise."""
@@ -187,8 +196,8 @@ class Slam(nn.Module):
         """Answers to a batch without any: token ids [utterances, tokens], filled up behind the end."""
         return self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=generation)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits that predict the target tokens: [targets, vocabulary].
+    def forward(self, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Logits that predict the target tokens: [targets, vocabulary]; or what the scorer makes of them.
 
         They stand in the order of `batch.labels[batch.labels != IGNORED]`; no others are computed.
         """
@@ -201,7 +210,9 @@ class Slam(nn.Module):
         self._wanted = batch.labels != IGNORED
         try:
             output = self.llm(inputs_embeds=self.embed(batch), use_cache=False, **arguments)
+            if self.scorer is None:
+                return output.logits
+            return self.scorer(self._rows, self.llm.get_output_embeddings(), batch.labels[self._wanted])
         finally:
-            self._wanted = None
-        return output.logits
+            self._wanted = self._rows = None
 

@@ -33,7 +33,7 @@ from slam_asr.training.checkpoint import CURVE, Checkpoint
 from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.job import CHECKPOINTS, FACTS, Job
 from slam_asr.training.monitor import Monitor, StepNumbers
-from slam_asr.training.objective import score_answers
+from slam_asr.training.objective import AnswerScores, allows_chunks, score_answers, score_in_chunks
 from slam_asr.training.prefetch import ahead
 from slam_asr.training.samples import Sampler, Samples
 from slam_asr.training.saving import Saver, restore, take_snapshot
@@ -137,6 +137,9 @@ class Trainer:
         self.packs = self.options.packing and allow_packing(model.llm)
         for reader in self.readers.values():
             reader.packs = self.packs
+        # Under ZeRO-3 the output layer's weights are whole only while it is called.
+        if self.options.zero_stage != 3 and allows_chunks(model.llm):
+            model.scorer = score_in_chunks
         self.counts_of_parameters = count_parameters(model, job.encoder_parameters)
         self.budget = budget_of(self.options, self.processes)
         self.plan = TrainingPlan(
@@ -220,7 +223,7 @@ class Trainer:
         totals = Totals()
         for micro in ahead(self._micro_batches()) if goes_on else ():
             batch = micro.batch.to(self.device)
-            scores = score_answers(self.engine.forward(batch, micro.is_last), batch.labels)
+            scores = self._scored(self.engine.forward(batch, micro.is_last), batch)
             self.engine.backward(scores.loss, micro.targets, last=micro.is_last)
             totals.add(scores.sums, micro)
             if micro.is_last:
@@ -377,7 +380,7 @@ class Trainer:
         try:
             for batch in ahead(reader.batch(indices) for indices in mine):
                 batch = batch.to(self.device)
-                sums += score_answers(self.engine.module(batch), batch.labels).sums
+                sums += self._scored(self.engine.module(batch), batch).sums
                 if self._anyone_stops():
                     return None
         finally:
@@ -385,6 +388,10 @@ class Trainer:
         torch.distributed.all_reduce(sums)
         loss, right, targets = sums.tolist()
         return loss / targets, right / targets
+
+    @staticmethod
+    def _scored(output: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch) -> AnswerScores:
+        return AnswerScores(*output) if isinstance(output, tuple) else score_answers(output, batch.labels)
 
     def _anyone_stops(self) -> bool:
         flag = torch.tensor([float(self.stop.signal is not None)], device=self.device)

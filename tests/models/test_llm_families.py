@@ -14,6 +14,7 @@ from slam_asr.models.prompt import Prompt
 from slam_asr.models.search import Searcher
 from slam_asr.models.slam import IGNORED, Row, Slam, collate, pack
 from slam_asr.recipe import Decoding, Llm, Projector
+from slam_asr.training import objective
 from slam_asr.training.objective import score_answers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -113,6 +114,29 @@ def test_packed_padded_and_one_by_one_losses_and_gradients_agree(world, request)
         torch.testing.assert_close(sums, packed, rtol=1e-5, atol=1e-5)
         for ours, other in zip(gradients, theirs, strict=True):
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_in_chunks_is_the_whole_one_and_so_is_its_gradient(world, request, monkeypatch):
+    """Of bias, no bias, tied and untied output layers; not where the LLM does something to logits behind it."""
+    model, name = copy.deepcopy(world[0]), request.node.callspec.params["world"]
+    model = Slam(model.projector.requires_grad_(True), model.llm)
+    assert objective.allows_chunks(model.llm) == (name != "gemma-2")
+    if name == "gemma-2":
+        return
+    given = batch(world, [0, 1, 2])
+    whole = score_answers(model(given), given.labels)
+    (3 * whole.loss).backward()
+    wanted = [p.grad.clone() for p in model.projector.parameters()]
+    monkeypatch.setattr(objective, "CHUNK", 7 * model.llm.get_output_embeddings().weight.shape[0])
+    model.zero_grad()
+    model.scorer = objective.score_in_chunks
+    loss, sums = model(given)
+    (3 * loss).backward()
+    torch.testing.assert_close(sums, whole.sums, rtol=1e-6, atol=1e-5)
+    for parameter, gradient in zip(model.projector.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model(given)[1], sums)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -1,0 +1,153 @@
+"""Utterances a second in training, beside the reference's way of doing it.
+
+    python benchmarks/training.py MANIFEST                     # train.jsonl of build-manifest
+    python benchmarks/training.py MANIFEST --utterances 96 --repeats 3 --precisions fp32 bf16
+
+Whisper tiny.en, a linear projector and SmolLM2-135M, one process. The reference's way: fp32, the encoder runs on each
+utterance's whole window of 30 s in every step, batches of 4 padded to the longest, logits and cross entropy
+at every position. Ours, from cached features: batches by positions, packed, logits where they predict
+an answer, in chunks; with `frames: all` (the same audio positions as the reference) and `frames: speech`. Each way goes over
+the same utterances, forward, backward and AdamW; ways take turns, so that a noisy machine hurts all alike.
+Prints utterances a second, and each way's ratio to the reference.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch.nn import functional
+
+from slam_asr.audio import load_utterance
+from slam_asr.manifest import read_manifest
+from slam_asr.models.encoder import describe_encoder
+from slam_asr.models.llm import llm_width, load_llm, load_tokenizer
+from slam_asr.models.packing import allow_packing
+from slam_asr.models.precision import DTYPES
+from slam_asr.models.pretrained import locate_model
+from slam_asr.models.projector import build_projector, positions_of
+from slam_asr.models.prompt import Prompt
+from slam_asr.models.slam import IGNORED, Batch, Row, Slam, collate, pack
+from slam_asr.recipe import Recipe, load_recipe
+from slam_asr.training.objective import allows_chunks, score_in_chunks
+
+BATCH = 4
+"""Utterances at once in the reference."""
+
+
+class Way:
+    """One way of training: a model, and batches of all utterances."""
+
+    def __init__(self, name: str, recipe: Recipe, precision: str, utterances: list) -> None:
+        self.name, self.recipe, self.utterances = name, recipe, utterances
+        torch.manual_seed(0)
+        folder = locate_model(recipe.llm.name)
+        llm = load_llm(folder, DTYPES[precision])
+        self.prompt = Prompt(load_tokenizer(folder), recipe.llm)
+        self.spec = describe_encoder(recipe.encoder)
+        self.model = Slam(build_projector(recipe.projector, self.spec.width, llm_width(llm), 0).to(DTYPES[precision]), llm)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.projector.parameters(), lr=1e-4)
+
+    def row(self, utterance, audio: torch.Tensor) -> Row:
+        positions = positions_of(self.recipe.projector, len(audio))
+        return Row(audio, positions, self.prompt.main.before, *self.prompt.with_answer(self.prompt.main, utterance.target))
+
+    def steps(self) -> Iterator[Callable[[], torch.Tensor]]:
+        """The loss of each step, to be computed."""
+        raise NotImplementedError
+
+    def epoch(self) -> float:
+        """Train on all utterances once → seconds."""
+        started = time.perf_counter()
+        for step in self.steps():
+            step().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+class Reference(Way):
+    """Encoder in every step, fixed batches, logits everywhere."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.encoder = self.spec.load(torch.float32)
+
+    def steps(self) -> Iterator[Callable[[], torch.Tensor]]:
+        for start in range(0, len(self.utterances), BATCH):
+            yield lambda chosen=self.utterances[start : start + BATCH]: self._loss(chosen)
+
+    def _loss(self, chosen: list) -> torch.Tensor:
+        with torch.no_grad():
+            heard = self.encoder([self.encoder.prepare(load_utterance(u)) for u in chosen])
+        batch = collate([self.row(u, audio) for u, audio in zip(chosen, heard, strict=True)])
+        logits = self.model.llm(inputs_embeds=self.model.embed(batch), attention_mask=batch.mask, use_cache=False).logits
+        labels = torch.full(batch.token_ids.shape, IGNORED)
+        labels[:, batch.answer_start :] = batch.labels
+        return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+class Ours(Way):
+    """Cached features, batches by positions, packed, logits of answers in chunks."""
+
+    def __init__(self, name: str, recipe: Recipe, precision: str, utterances: list, budget: int) -> None:
+        super().__init__(name, recipe, precision, utterances)
+        encoder = self.spec.load(torch.float32)
+        with torch.no_grad():
+            rows = [self.row(u, encoder([encoder.prepare(load_utterance(u))])[0].to(torch.bfloat16)) for u in utterances]
+        self.packs = allow_packing(self.model.llm)
+        self.model.scorer = score_in_chunks if allows_chunks(self.model.llm) else None
+        self.groups: list[list[Row]] = [[]]
+        for row in sorted(rows, key=lambda r: r.head + len(r.answer)):
+            if sum(r.head + len(r.answer) for r in [*self.groups[-1], row]) > budget and self.groups[-1]:
+                self.groups.append([])
+            self.groups[-1].append(row)
+        self.model.train()
+
+    def steps(self) -> Iterator[Callable[[], torch.Tensor]]:
+        for group in self.groups:
+            yield lambda group=group: self._loss(pack(group) if self.packs else collate(group))
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        loss, sums = self.model(batch)
+        return loss / sums[2]
+
+
+def main() -> None:
+    """Print utterances a second of each way."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest")
+    parser.add_argument("--utterances", type=int, default=48)
+    parser.add_argument("--positions", type=int, default=1600, help="LLM positions at once, in our way")
+    parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
+    parser.add_argument("--repeats", type=int, default=2)
+    options = parser.parse_args()
+    base = load_recipe("librispeech")
+    everything = read_manifest(options.manifest)
+    utterances = everything[:: max(1, len(everything) // options.utterances)][: options.utterances]
+    seconds = sum(u.duration or 0.0 for u in utterances)
+    print(f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, {torch.get_num_threads()} threads")
+
+    def recipe(frames: str) -> Recipe:
+        return replace(base, encoder=replace(base.encoder, frames=frames))
+
+    ways: list[Way] = [Reference("reference: fp32, encoder in each step, batches of 4, all logits", recipe("all"), "fp32", utterances)]
+    ways += [
+        Ours(f"ours: {precision}, frames: {frames}", recipe(frames), precision, utterances, options.positions)
+        for frames in ("all", "speech") for precision in options.precisions
+    ]  # fmt: skip
+    taken: dict[str, list[float]] = {way.name: [] for way in ways}
+    for _ in range(options.repeats):
+        for way in ways:
+            taken[way.name].append(way.epoch())
+    reference = taken[ways[0].name]
+    for name, times in taken.items():
+        ratios = [r / t for r, t in zip(reference, times, strict=True)]
+        print(f"{name:66} {len(utterances) / statistics.median(times):7.2f} utterances/s {statistics.median(ratios):6.2f} × ({', '.join(f'{r:.2f}' for r in ratios)})")
+
+
+if __name__ == "__main__":
+    main()
