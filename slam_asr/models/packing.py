@@ -66,9 +66,12 @@ def _agrees(llm: PreTrainedModel) -> bool:
         alone = [llm(inputs_embeds=embed(text[None]), use_cache=False).logits for text in texts]
     except (TypeError, ValueError, RuntimeError):
         return False
-    alone = torch.cat(alone, dim=1).float()
-    tolerance = 1e-3 if row.dtype == torch.float32 else 5e-2
-    return bool((row.float() - alone).abs().max() <= tolerance * alone.abs().max())
+    pairs = list(zip(row.float().split([6, 9], dim=1), (logits.float() for logits in alone), strict=True))
+    if row.dtype == torch.float32:
+        return all((ours - theirs).abs().max() <= 1e-3 * theirs.abs().max() for ours, theirs in pairs)
+    # In half precision single positions may differ by much, for any change of rounding: the first ones of a
+    # text, on which models put huge values. Another text's words would change most logits of the second.
+    return all((ours - theirs).abs().median() <= 0.1 * theirs.std() for ours, theirs in pairs)
 
 
 def _attention(
