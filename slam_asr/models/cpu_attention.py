@@ -41,7 +41,7 @@ class _CausalAttention(torch.autograd.Function):
         for start, end in _blocks(positions):
             count = end - start
             # The heads that share a key head are rows of one product.
-            scores = torch.bmm((query[:, start:end] * scale).reshape(groups, -1, width), keys[:, :, :end]).view(heads, count, end)
+            scores = _scaled(query[:, start:end].reshape(groups, -1, width), keys[:, :, :end], scale).view(heads, count, end)
             scores[:, :, start:].masked_fill_(_above_diagonal(count), -torch.inf)
             probabilities = torch.softmax(scores, -1)
             kept.append(probabilities)
@@ -65,9 +65,14 @@ class _CausalAttention(torch.autograd.Function):
             of_value[:, :end] += torch.bmm(probabilities.transpose(1, 2), of_output)
             of_probabilities = torch.bmm(of_output, values[:, :, :end])
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-            of_query[:, start:end] = torch.bmm(of_scores, key[:, :end]).mul_(ctx.scale).view(heads, end - start, width)
-            of_key[:, :end] += torch.bmm(of_scores.transpose(1, 2), (query[:, start:end] * ctx.scale).reshape(groups, -1, width))
+            of_query[:, start:end] = _scaled(of_scores, key[:, :end], ctx.scale).view(heads, end - start, width)
+            of_key[:, :end] += _scaled(of_scores.transpose(1, 2), query[:, start:end].reshape(groups, -1, width), ctx.scale)
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
+
+
+def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale × left × right, of stacks of matrices."""
+    return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale)
 
 
 def _blocks(positions: int) -> list[tuple[int, int]]:

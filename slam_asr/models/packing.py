@@ -87,8 +87,8 @@ def _attention(
     bounds = [0, *accumulate(lengths)]
     if query.is_cuda and query.dtype != torch.float32 and _varlen is not None:
         return _at_once(query, key, value, bounds, max(lengths), scaling, window), None
-    outputs = [_alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window) for a, b in pairwise(bounds)]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    outputs = [_alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window).transpose(1, 2) for a, b in pairwise(bounds)]
+    return torch.cat(outputs, dim=1), None
 
 
 def _alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None) -> torch.Tensor:
