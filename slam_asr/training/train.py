@@ -88,6 +88,7 @@ def train(
     if not recipe.caches_features:
         feature_store = None
     heard = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
+    _look_at(heard)
     features = require_features(feature_store, encoder.fingerprint(), recipe, heard.values()) if feature_store else None
     llm_folder = locate_model(recipe.llm.name)
     check_llm(recipe, llm_folder)
@@ -215,6 +216,24 @@ def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 def _shown(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 20 else text[:12] + "…"
+
+
+def _look_at(heard: dict[str, Sequence[Utterance]]) -> None:
+    """Refuse a set without utterances, and say where validation would measure what was learnt by heart.
+
+    Raises:
+        UserError: nothing is left to train on, or to validate on.
+    """
+    for name, utterances in heard.items():
+        if not utterances:
+            raise UserError(f"The {name} manifest has no utterance that can be heard: all are longer than the encoder's window (encoder.long_audio is set-aside), or it is empty.")
+    trained = {address_of(u) for u in heard["train"]}
+    shared = [u.key for u in heard.get("dev", ()) if address_of(u) in trained]
+    if shared:
+        say(
+            f"warning: {len(shared)} of {len(heard['dev'])} dev utterances are also in train (first {shared[0]}): the dev loss is lower than it would be on "
+            "speech that was not trained on, and neither early stopping nor the best checkpoint can be trusted"
+        )
 
 
 def require_features(

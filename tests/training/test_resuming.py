@@ -304,3 +304,17 @@ def test_training_ends_early_where_the_dev_loss_no_longer_falls(prepared, tmp_pa
     assert checkpoint.require(str(tmp_path / "t" / "checkpoints"), "best").step == best + 1
     latest, chosen = (convert_checkpoint(record.folder, str(tmp_path / which), which=which) for which in ("latest", "best"))
     assert latest.file("projector.safetensors").read_bytes() != chosen.file("projector.safetensors").read_bytes()
+
+
+def test_dev_utterances_that_are_trained_on_are_counted_and_an_empty_set_is_refused(prepared, tmp_path, capsys):
+    from slam_asr.manifest import read_manifest
+    from slam_asr.training.train import _look_at
+
+    _, manifests, _ = prepared
+    trained, dev = read_manifest(f"{manifests}/train.jsonl"), read_manifest(f"{manifests}/dev.jsonl")
+    _look_at({"train": trained, "dev": dev})
+    assert capsys.readouterr().out == ""
+    _look_at({"train": trained, "dev": [*dev, *trained[:2]]})
+    assert f"warning: 2 of {len(dev) + 2} dev utterances are also in train (first {trained[0].key})" in capsys.readouterr().out
+    with pytest.raises(UserError, match="The dev manifest has no utterance that can be heard"):
+        _look_at({"train": trained, "dev": []})
