@@ -102,7 +102,7 @@ def test_two_machines_train_what_two_processes_of_one_do(machines, bucket, tmp_p
     assert records[1].facts["processes"] == 2
     # Every rank's share of the checkpoint is there, and gives the same weights.
     shares = [sorted(f.name for f in walk(f"s3://bucket/{name}-{stage}/checkpoints")) for name in ("one", "two")]
-    assert shares[0] == shares[1] and (stage == 0 or sum("zero_pp_rank" in name for name in shares[1]) == 2)
+    assert shares[0] == shares[1] and sum("/weights-" in name for name in shares[1]) == 2
     models = [convert_checkpoint(f"s3://bucket/{name}-{stage}", str(tmp_path / f"model-{name}")) for name in ("one", "two")]
     weights = [read_bytes(model.file("projector.safetensors")) for model in models]
     assert weights[0] == weights[1]
@@ -134,5 +134,5 @@ def test_mistake_on_one_machine_is_said_there_and_ends_the_other(machines, bucke
     first, second = machines("differs", 2, "--training.learning_rate", "1e30", "--training.max_steps", "50", "--training.epochs", "1000")
     said = finish([first, second])
     assert (first.returncode, second.returncode) == (2, 2), "\n".join(said)
-    assert any("The loss is " in text for text in said)
+    assert any("was not a number 3 steps in a row" in text for text in said)
     assert signal.SIGKILL not in (-first.returncode, -second.returncode)

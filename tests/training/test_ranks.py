@@ -16,7 +16,7 @@ from slam_asr.training.train import train
 
 REAL = {
     "training.precision": "fp32", "training.positions_per_step": 700, "training.max_steps": 6, "training.epochs": 2,
-    "training.validate_every": 3, "training.learning_rate": 1e-4, "training.warmup_steps": 6, "features.dtype": "fp32",
+    "training.validate_every": 3, "training.learning_rate": 1e-4, "training.warmup_steps": 6, "training.samples": 0, "features.dtype": "fp32",
 }
 """The published learning rate. Adam's first updates are little more than the gradient's signs, so a rate ten times as
 high lets the rounding of another summation order grow to 1e-3 within five steps, on one process as on two."""
