@@ -1,5 +1,7 @@
 """Arithmetic by name, and which of it this machine can do."""
 
+import re
+
 import torch
 
 from slam_asr.errors import UserError
@@ -36,3 +38,15 @@ def encoder_precision(stored: str, on_gpu: bool) -> str:
     and 0.55 s in bf16 (AVX-512 with bf16 instructions).
     """
     return "fp32" if not on_gpu or stored == "fp32" else {"fp8": "bf16"}.get(stored, stored)
+
+
+PEAKS = {"H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65}
+"""Dense TFLOP/s in half precision of GPUs, as NVIDIA gives them, by a word of their name."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Floating-point operations a second that a device is sold with in half precision; None for one that is not known."""
+    if device.type != "cuda":
+        return None
+    words = re.split(r"[^A-Za-z0-9]+", torch.cuda.get_device_name(device))
+    return next((1e12 * PEAKS[word] for word in words if word in PEAKS), None)

@@ -104,11 +104,12 @@ def _svg(quantity: str, series: dict[str, list[tuple[int, float]]], title: str, 
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.subplots()
-        axes.plot(*_columns(series["training"]), color=_TRAINING, linewidth=1.3, label="training")
-        axes.plot(
-            *_columns(series["validation"]), color=_VALIDATION, marker="o", markersize=4, linewidth=1.3,
-            linestyle=(0, (3, 2)), label="validation",
-        )  # fmt: skip
+        styles = {
+            "training": {"color": _TRAINING}, "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))},
+        }  # fmt: skip
+        for name, points in series.items():
+            if points:
+                axes.plot(*_columns(points), linewidth=1.3, label=name, **styles[name])
         axes.set_xlabel("optimiser step")
         axes.grid(axis="y", linewidth=0.6)
         highest = max(value for points in series.values() for _, value in points)

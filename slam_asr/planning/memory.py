@@ -62,7 +62,9 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
     """
     options = shapes.recipe.training
     size = DTYPES[options.precision].itemsize
-    spread = [1 if options.zero_stage < stage else processes for stage in range(4)]
+    # FSDP2 spreads what ZeRO-3 does, DDP nothing.
+    spreads = 3 if options.engine == "fsdp" else options.zero_stage
+    spread = [1 if spreads < stage else processes for stage in range(4)]
     trained = shapes.trained_parameters
     frozen = (shapes.llm_parameters - shapes.llm_trained) * size / spread[3]
     if shapes.recipe.encoder.tuning == "frozen" and not shapes.recipe.caches_features:

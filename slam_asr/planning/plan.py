@@ -114,7 +114,8 @@ def propose(shapes: Shapes, seconds: float, processes: int, room: float, on_gpu:
         for stage in (0, 1, 2, 3) if processes > 1 else (0, 2):
             if more.get("offload_optimizer") and stage == 0:
                 continue
-            options = {"zero_stage": stage, "offload_optimizer": False, **more}
+            engine = {} if recipe.training.engine == "deepspeed" else {"engine": "deepspeed"}
+            options = {**engine, "zero_stage": stage, "offload_optimizer": False, **more}
             training = replace(recipe.training, **options)
             changed = replace(shapes, recipe=replace(recipe, training=training))
             length = mean_load(changed, seconds, 1).length
@@ -171,8 +172,10 @@ def _print(result: Plan, shapes: Shapes, gpus: int, gpu_memory: float, gpu_tflop
         f"parameters: encoder {shapes.encoder_parameters:,}, projector {shapes.projector_parameters:,}, LLM "
         f"{shapes.llm_parameters:,} (of which trained {shapes.llm_trained:,})"
     )
+    engine = recipe.training.engine
+    spread = f"ZeRO stage {recipe.training.zero_stage}" if engine == "deepspeed" else {"ddp": "DDP", "fsdp": "FSDP2"}[engine]
     where = f"each of {gpus} GPU{'s' * (gpus > 1)}" if gpus else "a process on a CPU, beyond an idle one,"
-    say(f"\nmemory of {where} in training, ZeRO stage {recipe.training.zero_stage}, GB:")
+    say(f"\nmemory of {where} in training, {spread}, GB:")
     load = result.load
     rows = {
         "frozen weights": memory.frozen, "trained weights and gradients": memory.trained, "optimiser": memory.optimizer,

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ import torch
 from slam_asr.errors import UserError
 from slam_asr.features.reader import StoreReader
 from slam_asr.models.packing import allow_packing
-from slam_asr.models.precision import explain_precision, pick_device
+from slam_asr.models.precision import explain_precision, peak_flops, pick_device
 from slam_asr.models.slam import Batch
 from slam_asr.processes import die_with_parent, failures_written_to
 from slam_asr.progress import say
@@ -82,10 +82,16 @@ class Counts:
 
 @dataclass
 class Totals:
-    """Sums over a step: of one process first, of all in the end."""
+    """Sums over a step."""
 
-    numbers: list[float] = field(default_factory=lambda: [0.0] * 5)
-    """Loss, right tokens, target tokens, LLM positions that hold something, and the same with padding."""
+    scores: torch.Tensor | None = None
+    """Loss, right tokens and target tokens of this process, where they were computed: asking for them would have a GPU waited for."""
+    filled: int = 0
+    """LLM positions of this process that hold something."""
+    cells: int = 0
+    """The same with padding."""
+    numbers: tuple[float, ...] = (0.0,) * 5
+    """All of these, of all processes."""
     stop: bool = False
     """Whether any process was asked to stop."""
     pending: float = 0.0
@@ -95,8 +101,9 @@ class Totals:
 
     def add(self, scores: torch.Tensor, micro: MicroBatch) -> None:
         """Count a micro-batch."""
-        mine = [*scores.tolist(), micro.filled, micro.cells]
-        self.numbers = [total + number for total, number in zip(self.numbers, mine, strict=True)]
+        self.scores = scores if self.scores is None else self.scores + scores
+        self.filled += micro.filled
+        self.cells += micro.cells
 
     @property
     def loss(self) -> float:
@@ -209,7 +216,16 @@ class Trainer:
         if self.rank == 0:
             write_atomically(self.folder / CURVE, curve)
             published = self.job.published if self.job.published != str(self.folder) else None
-            self.monitor = Monitor(self.folder, self.recipe, self.plan.steps, self.done, self.device, published)
+            self.monitor = Monitor(self.folder, self.recipe, self.plan.steps, self.done, self.device, self._work(), published)
+
+    def _work(self) -> tuple[float, float | None]:
+        """Floating-point operations for a position, and the peak of all devices.
+
+        Forward two a weight of the LLM, back two more through it, and two for its own gradient where it is trained.
+        """
+        weights, trained = self.counts_of_parameters["llm"]
+        peak = peak_flops(self.device)
+        return 4.0 * weights + 2.0 * trained, peak and peak * self.processes
 
     def run(self) -> bool:
         """Train, validate, and leave checkpoints.
@@ -253,10 +269,11 @@ class Trainer:
     def _agree_on(self, totals: "Totals") -> None:
         """Make the sums of this process those of all."""
         flags = [self.stop.signal is not None, self.saver.pending, self.rank == 0 and self._time_is_up()]
-        mine = torch.tensor([*totals.numbers, *flags], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(mine)
-        *numbers, stop, pending, due = mine.tolist()
-        totals.numbers, totals.stop, totals.pending, totals.due = numbers, stop > 0, pending / self.processes, due > 0
+        known = torch.tensor([totals.filled, totals.cells, *flags], dtype=torch.float64, device=self.device)
+        everything = torch.cat([totals.scores, known])
+        torch.distributed.all_reduce(everything)
+        *numbers, stop, pending, due = everything.tolist()
+        totals.numbers, totals.stop, totals.pending, totals.due = tuple(numbers), stop > 0, pending / self.processes, due > 0
 
     def _time_is_up(self) -> bool:
         minutes = self.options.checkpoint_minutes
@@ -304,6 +321,8 @@ class Trainer:
     def _keep(self, totals: "Totals", dev_loss: float | None, forced: bool) -> None:
         """Begin a checkpoint, if it is time and older ones are out of the way: training does not wait for slow storage."""
         improved = dev_loss is not None and self.counts.stale == 0
+        if self.saved == self.done and dev_loss is None:
+            return
         if forced:
             self.saver.wait()
         # One more may wait where it is the best so far; each takes memory.

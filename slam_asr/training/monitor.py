@@ -53,15 +53,19 @@ class Monitor:
         total_steps: of the training.
         done: steps that are behind.
         device: whose memory is told.
+        work: floating-point operations for a position, and those that all devices together are sold with in a second, if that is known.
         published: the folder in object storage where those who wait look, if there is one.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, total_steps: int, done: int, device: torch.device, published: str | None) -> None:
-        self.log_every, self.device = recipe.training.log_every, device
+    def __init__(
+        self, folder: Path, recipe: Recipe, total_steps: int, done: int, device: torch.device, work: tuple[float, float | None],
+        published: str | None,
+    ) -> None:
+        self.log_every, self.device, self.work = recipe.training.log_every, device, work
         self.file: TextIO = open(folder / CURVE, "a")  # noqa: SIM115 - closed by close()
         self.meter = Meter("train", total=total_steps - done, unit="step", plain_lines=False)
         self.total, self.first = total_steps, done + 1
-        self.since = _Since()
+        self.since = _Since(work)
         self.plateau = Plateau()
         for row in read_curve(folder / CURVE)[0]:
             self.plateau.see(row["step"], row["accuracy"])
@@ -82,7 +86,7 @@ class Monitor:
                 f"learning rate {numbers.learning_rate:.2e}{norm}, {self.since.in_words()}, {self.memory() / 1e9:.1f} GB, ETA {self.meter.eta}"
             )
             self._track(numbers.step, {f"train/{k}": v for k, v in (row | self.since.rates()).items() if k not in ("step", "positions", "audio_seconds")})
-            self.since = _Since()
+            self.since = _Since(self.work)
         plateau = self.plateau.see(numbers.step, numbers.accuracy)
         if plateau:
             say(plateau)
@@ -133,7 +137,8 @@ class Monitor:
 class _Since:
     """Sums since the last line of the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: tuple[float, float | None]) -> None:
+        self.a_position, self.peak = work
         self.started = time.monotonic()
         self.positions = self.cells = self.audio = 0.0
 
@@ -144,14 +149,20 @@ class _Since:
 
     def rates(self) -> dict[str, float]:
         seconds = time.monotonic() - self.started
+        flops = self.a_position * self.positions / seconds
         return {
             "positions_per_second": self.positions / seconds, "audio_hours_per_hour": self.audio / seconds,
-            "padding": 1 - self.positions / self.cells if self.cells else 0.0,
+            "padding": 1 - self.positions / self.cells if self.cells else 0.0, "tflops": flops / 1e12,
+            **({"share_of_peak": flops / self.peak} if self.peak else {}),
         }
 
     def in_words(self) -> str:
         rates = self.rates()
-        return f"{rates['positions_per_second']:.0f} positions/s ({rates['padding']:.0%} padding), {rates['audio_hours_per_hour']:.0f} h of audio an hour"
+        share = f" ({rates['share_of_peak']:.0%} of the peak)" if self.peak else ""
+        return (
+            f"{rates['positions_per_second']:.0f} positions/s ({rates['padding']:.0%} padding), {rates['tflops']:.3g} TFLOP/s{share}, "
+            f"{rates['audio_hours_per_hour']:.0f} h of audio an hour"
+        )
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

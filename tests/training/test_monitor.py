@@ -25,7 +25,7 @@ def numbers(step: int, **changed) -> StepNumbers:
 
 def monitor(folder: Path, total: int = 4, done: int = 0, **options) -> Monitor:
     recipe = load_recipe("demo", {"training.log_every": 2, **{f"training.{k}": v for k, v in options.items()}})
-    return Monitor(folder, recipe, total, done, torch.device("cpu"), None)
+    return Monitor(folder, recipe, total, done, torch.device("cpu"), (4e9, 1e20), None)
 
 
 SAMPLES = Samples(0.25, [{"key": "a-1", "reference": "one two", "hypothesis": "one <too>"}, {"key": "b-2", "reference": "three", "hypothesis": ""}])
@@ -42,7 +42,7 @@ def train(folder: Path, **options) -> None:
 def test_the_log_the_curve_and_the_page_say_the_same(tmp_path, capsys):
     train(tmp_path)
     log = capsys.readouterr().out
-    assert re.search(r"step 2/4, epoch 1: loss 1\.5000, accuracy 0\.500, learning rate 1\.00e-04, gradient norm 0\.25, \d+ positions/s \(20% padding\), \d+ h of audio an hour, [\d.]+ GB, ETA ", log)
+    assert re.search(r"step 2/4, epoch 1: loss 1\.5000, accuracy 0\.500, learning rate 1\.00e-04, gradient norm 0\.25, \d+ positions/s \(20% padding\), [\d.e+]+ TFLOP/s \(\d+% of the peak\), \d+ h of audio an hour, [\d.]+ GB, ETA ", log)
     assert "step 4: dev loss 0.7500, dev accuracy 0.625, WER 25.0 % on 2 dev utterances" in log
     assert "a-1: one <too>\n  said: one two" in log and "b-2: (nothing)" in log
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
@@ -82,7 +82,7 @@ def test_tensorboard_reads_what_was_written_and_nothing_beyond_where_it_was_gone
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, round(value.simple_value, 4)))
     assert found["train/loss"][:2] == [(1, 3.0), (2, 1.5)] and found["dev/wer"] == [(4, 0.25)]
-    assert found["train/learning_rate"][0] == (1, 1e-4) and {"train/padding", "train/audio_hours_per_hour", "train/memory"} <= found.keys()
+    assert found["train/learning_rate"][0] == (1, 1e-4) and {"train/padding", "train/audio_hours_per_hour", "train/memory", "train/share_of_peak"} <= found.keys()
     assert "dev/samples/text_summary" in found and purged == [3]
 
 
