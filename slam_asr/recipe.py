@@ -123,6 +123,8 @@ class Projector:
     """LLM positions that a q-former gives, whatever the audio is long; of no meaning to the others."""
     layers: int = 8
     """Layers of a q-former; of no meaning to the others."""
+    init_from: str = ""
+    """A model folder, local or s3://, whose projector training begins with; of the same kind and sizes. Empty: random weights by the seed."""
 
 
 @dataclass

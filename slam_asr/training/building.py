@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from slam_asr.conversion.model import read_config, read_projector
 from slam_asr.features.audio_source import fit_to_window
 from slam_asr.features.reader import AudioReader, Reader, StoreReader
 from slam_asr.features.space import address_of
@@ -59,6 +60,8 @@ def build_model(job: Job, recipe: Recipe, device: torch.device) -> Slam:
     llm = load_llm(Path(job.llm_folder), DTYPES[options.precision])
     set_tuning(llm, recipe.llm, options.seed)
     projector = build_projector(recipe.projector, spec.width, llm_width(llm), options.seed)
+    if job.init_from:
+        projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
     heard = None
     if job.feature_store is None and recipe.encoder.tuning == "full":
         heard = spec.load(DTYPES[options.precision]).requires_grad_(True)

@@ -24,5 +24,7 @@ class Job:
     """Where results go on this machine."""
     published: str
     """The stage's own folder, perhaps in object storage, where checkpoints go at once and results in the end."""
+    init_from: str | None = None
+    """Local folder of the model whose projector it begins with."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """All that the weights depend on."""

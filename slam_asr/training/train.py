@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,10 +23,23 @@ from slam_asr.processes import FAILURE
 from slam_asr.progress import clock, say
 from slam_asr.recipe import Recipe, dump_recipe
 from slam_asr.stage import FINGERPRINT, Outcome, Record, read_record, require_way, run_stage
-from slam_asr.storage import digest, fetch, is_s3, join, local_path, sha256_of_file, write_atomically, write_json
+from slam_asr.storage import (
+    digest,
+    fetch,
+    fetch_folder,
+    is_s3,
+    join,
+    local_path,
+    sha256_of_file,
+    write_atomically,
+    write_json,
+)
 from slam_asr.storage.cache import cache_folder
 from slam_asr.training.nodes import Nodes, nodes_of_environment
 from slam_asr.training.trackers import require_trackers
+
+if TYPE_CHECKING:
+    from slam_asr.models.encoder import EncoderSpec
 
 WAIT_FOR_RECORD = 600.0
 """Seconds for which other nodes wait for the first one's record, once all have trained."""
@@ -66,6 +79,7 @@ def train(
     Raises:
         UserError: inputs that do not fit each other, or a machine that cannot train this.
     """
+    from slam_asr.conversion.model import WEIGHTS
     from slam_asr.features.audio_source import fit_to_window
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.precision import explain_precision, pick_device
@@ -99,6 +113,9 @@ def train(
         **base,
         "recipe": _what_decides_the_weights(recipe),
     }
+    init_from = projector_to_begin_with(recipe, encoder, llm_folder, base)
+    if init_from is not None:
+        inputs["init_from"] = sha256_of_file(init_from / WEIGHTS)
     if recipe.training.utterances_per_batch:
         inputs["processes"] = nodes.number * (recipe.training.processes or _accelerators())
     hours = sum(u.duration or 0.0 for u in utterances["train"]) / 3600
@@ -112,7 +129,7 @@ def train(
         job = Job(
             recipe=dump_recipe(recipe), train_manifest=train_manifest, dev_manifest=dev_manifest, feature_store=feature_store,
             llm_folder=str(llm_folder), encoder_parameters=encoder.count_parameters(), folder=str(folder), published=published,
-            inputs=inputs,
+            init_from=str(init_from) if init_from else None, inputs=inputs,
         )  # fmt: skip
         write_json(folder / "job.json", asdict(job))
         _torchrun(recipe.training.processes or _accelerators(), folder, nodes, join(published, CHECKPOINTS))
@@ -262,6 +279,36 @@ def require_features(
     return store.fingerprint
 
 
+def projector_to_begin_with(recipe: Recipe, encoder: "EncoderSpec", llm_folder: Path, base: dict[str, Any]) -> Path | None:
+    """The local folder of the model that `projector.init_from` names, after a look that its projector fits; None where it names none.
+
+    Args:
+        recipe: its section `projector`.
+        encoder: of this training.
+        llm_folder: of this training.
+        base: fingerprints of both.
+
+    Raises:
+        UserError: no model there, or one of another kind or size.
+    """
+    from slam_asr.conversion.model import WEIGHTS, projector_with, read_config, read_projector
+    from slam_asr.models.llm import describe_llm, llm_width
+
+    name = recipe.projector.init_from
+    if not name:
+        return None
+    folder = fetch_folder(name)
+    config = read_config(folder)
+    weights = read_projector(folder, config).state_dict()
+    projector_with(weights, recipe.projector, encoder.width, llm_width(describe_llm(llm_folder)), f"projector.init_from: {join(folder, WEIGHTS)}")
+    others = [part for part, here, there in (
+        ("encoder", base["encoder_fingerprint"], config.encoder), ("LLM", base["llm_sha256"], config.llm_sha256),
+    ) if here != there]  # fmt: skip
+    if others:
+        say(f"warning: the projector of {name} was trained with another {' and '.join(others)}: as a beginning it may be worth little")
+    return folder
+
+
 def check_llm(recipe: Recipe, folder: Path) -> None:
     """Refuse an LLM that does not suit the recipe, from its configuration and tokenizer alone.
 
@@ -295,6 +342,7 @@ def _what_decides_the_weights(recipe: Recipe) -> dict:
     if optimizer:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
     del values["encoder"]["batch_seconds"]
+    del values["projector"]["init_from"]  # its weights count, wherever they lie
     # How shards are mixed decides the order, as their size does.
     values["features"] = {key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")}
     return {section: values[section] for section in ("encoder", "features", "projector", "llm", "training")}

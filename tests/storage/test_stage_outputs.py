@@ -55,7 +55,8 @@ def test_a_stage_that_is_killed_while_uploading_does_not_count_and_is_done_again
     faulty_s3.rule = lambda request: STALL if request.method == "PUT" and part in request.target else None
     process = fork.Process(target=run_stage, args=("a-stage", "s3://bucket/out", INPUTS, Work()))
     process.start()
-    while not faulty_s3.faults[STALL]:
+    # Files go side by side: the other one has arrived too.
+    while not (faulty_s3.faults[STALL] and exists("s3://bucket/out/a.txt")):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.join()

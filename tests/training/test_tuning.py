@@ -105,3 +105,23 @@ def test_an_llm_without_a_tokenizer_is_refused_before_training(tiny_recipe, tiny
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
     with pytest.raises(UserError, match="has no tokenizer"):
         train(load_recipe(str(tiny_recipe), {"llm.name": str(bare)}), str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
+
+
+@pytest.mark.slow
+def test_a_training_begins_with_the_projector_of_another_model(tiny_recipe, tiny_corpus, tmp_path, capsys):
+    recipe = load_recipe(str(tiny_recipe))
+    built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
+    features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
+    manifest = str(built.file("train.jsonl"))
+    first = convert_checkpoint(train(recipe, manifest, str(tmp_path / "t"), features.folder).folder, str(tmp_path / "first"))
+    options = {"projector.init_from": first.folder, "training.max_steps": 1, "training.warmup_steps": 0, "training.learning_rate": 1e-12}
+    record = train(load_recipe(str(tiny_recipe), options), manifest, str(tmp_path / "u"), features.folder)
+    second = convert_checkpoint(record.folder, str(tmp_path / "second"))
+    before, after = (load_file(model.file("projector.safetensors")) for model in (first, second))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-8)
+    assert "init_from" in record.inputs and "warning" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"projector\.init_from: .* does not fit a linear projector with k = 5"):
+        train(load_recipe(str(tiny_recipe), options | {"projector.hidden": 9}), manifest, str(tmp_path / "v"), features.folder)
+    with pytest.raises(UserError, match="holds no model"):
+        train(load_recipe(str(tiny_recipe), options | {"projector.init_from": str(tmp_path)}), manifest, str(tmp_path / "v"), features.folder)
