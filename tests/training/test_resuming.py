@@ -105,7 +105,7 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 def test_killed_at_random_steps_the_losses_are_those_of_an_uninterrupted_run(prepared, uninterrupted, tmp_path):
     output = tmp_path / "t"
     draw = random.Random(0 if KILLS == 2 else None)
-    for step in sorted(draw.sample(range(3, STEPS - 20), KILLS)):
+    for step in sorted(draw.sample(range(3, STEPS - 40), KILLS)):
         process = start(prepared, output, **{"training.processes": 2})
         wait_for_step(process, output, step)
         process.kill()
