@@ -14,6 +14,7 @@ Prints utterances a second, and each way's ratio to the reference.
 import argparse
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -37,7 +38,7 @@ BATCH = 4
 """Utterances at once in the reference."""
 
 
-class Way:
+class Way(ABC):
     """One way of training: a model, and batches of all utterances."""
 
     def __init__(self, name: str, recipe: Recipe, precision: str, utterances: list) -> None:
@@ -55,9 +56,9 @@ class Way:
         positions = positions_of(self.recipe.projector, len(audio))
         return Row(audio, positions, self.prompt.main.before, *self.prompt.with_answer(self.prompt.main, utterance.target))
 
+    @abstractmethod
     def steps(self) -> Iterator[Callable[[], torch.Tensor]]:
         """The loss of each step, to be computed."""
-        raise NotImplementedError
 
     def epoch(self) -> float:
         """Train on all utterances once → seconds."""

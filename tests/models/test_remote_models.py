@@ -42,7 +42,7 @@ def test_what_changed_is_fetched_again(bucket, tiny_models):
 
 def test_an_original_file_is_fetched_and_converted(bucket):
     if not REFERENCE.is_dir():
-        pytest.skip("the reference's files are not there")
+        pytest.skip("needs the files of the reference implementation in ../shared/reference, which are not part of this repository")
     bucket.upload_file(str(REFERENCE / "wavlm.pt"), "originals/wavlm.pt")
     assert describe_encoder(Encoder(name="s3://bucket/originals/wavlm.pt")).config.model_type == "wavlm"
 

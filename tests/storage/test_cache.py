@@ -242,7 +242,7 @@ def small_disk(tmp_path):
     (tmp_path / "disk").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path / "disk")]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
+        pytest.skip("needs the right to mount a small disk (root), to fill it up")
     yield tmp_path / "disk"
     subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 

@@ -88,8 +88,8 @@ def test_tensorboard_reads_what_was_written_and_nothing_beyond_where_it_was_gone
 
 @pytest.mark.slow
 def test_mlflow_and_wandb_get_the_numbers_and_the_same_run_when_gone_on(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    pytest.importorskip("wandb")
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow-skinny and wandb (the extra `trackers`), which are optional and no part of the lock")
+    pytest.importorskip("wandb", reason="needs mlflow-skinny and wandb (the extra `trackers`), which are optional and no part of the lock")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")

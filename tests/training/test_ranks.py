@@ -78,7 +78,7 @@ def test_a_failing_process_ends_training_with_its_sentence(tiny_recipe, tiny_cor
     assert read_record(tmp_path / "t") is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can compute in fp16")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for fp16's refusal on a CPU; a GPU computes in fp16")
 def test_fp16_on_a_cpu_is_answered_before_anything_is_read(tiny_recipe, tmp_path):
     recipe = load_recipe(str(tiny_recipe), {"training.precision": "fp16"})
     with pytest.raises(UserError, match="fp16 needs a GPU"):
