@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,12 @@ from slam_asr.conversion.zero import fp32_weights, load_pickle
 from slam_asr.errors import UserError
 from tests.conversion import engine_program
 from tests.conversion.engine_program import PRECISIONS, STAGES
+from tests.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n} ranks")
 def checkpoints(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    done = subprocess.run(
-        [*command, engine_program.__file__, str(folder)], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder = run_on_ranks(engine_program.__file__, request.param, tmp_path_factory.mktemp("checkpoints"))
     return folder
 
 

@@ -1,26 +1,17 @@
 """Every engine takes the same steps, can be stopped and gone on with, and is not spoilt by a gradient that is no number."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.ranks import run_on_ranks
 from tests.training import engines_program
 from tests.training.engines_program import ENGINES, HALF, PRECISIONS, STEPS
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n} ranks")
 def found(request, tmp_path_factory) -> dict[str, dict]:
-    folder = tmp_path_factory.mktemp("engines")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    done = subprocess.run(
-        [*command, engines_program.__file__, str(folder)], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder = run_on_ranks(engines_program.__file__, request.param, tmp_path_factory.mktemp("engines"))
     return json.loads((folder / "losses.json").read_text())
 
 

@@ -14,9 +14,7 @@ import psutil
 import pytest
 
 from slam_asr.conversion.convert import convert_checkpoint
-from slam_asr.corpora.build import build_manifest
 from slam_asr.errors import UserError
-from slam_asr.features.extract import extract_features
 from slam_asr.recipe import load_recipe
 from slam_asr.stage import read_record
 from slam_asr.training import checkpoint
@@ -32,16 +30,6 @@ OPTIONS = {
     "training.gradient_clipping": 1.0, "training.schedule": "cosine",
 }  # fmt: skip
 KILLS = 10 if os.environ.get("SLAM_ASR_SOAK") else 2
-
-
-@pytest.fixture(scope="module")
-def prepared(tiny_recipe, tiny_corpus, tmp_path_factory):
-    """Recipe, manifests and features of a world in which a step takes milliseconds."""
-    folder = tmp_path_factory.mktemp("prepared")
-    recipe = load_recipe(str(tiny_recipe))
-    built = build_manifest(recipe, str(tiny_corpus), str(folder / "m"))
-    features = extract_features(recipe, [built.folder], str(folder / "f"))
-    return str(tiny_recipe), built.folder, features.folder
 
 
 def command(prepared, output: str, **options) -> list[str]:

@@ -1,0 +1,16 @@
+"""Programs of the tests in several processes under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_on_ranks(program: str, number: int, folder: Path) -> Path:
+    """Run a file in so many processes, with the folder as its argument, to a good end → the folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), program, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder

@@ -1,0 +1,16 @@
+"""A world in which a training step takes milliseconds."""
+
+import pytest
+
+from slam_asr.corpora.build import build_manifest
+from slam_asr.features.extract import extract_features
+from slam_asr.recipe import load_recipe
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny_recipe, tiny_corpus, tmp_path_factory) -> tuple[str, str, str]:
+    """Recipe, folder of manifests, and feature store."""
+    folder = tmp_path_factory.mktemp("prepared")
+    recipe = load_recipe(str(tiny_recipe))
+    built = build_manifest(recipe, str(tiny_corpus), str(folder / "m"))
+    return str(tiny_recipe), built.folder, extract_features(recipe, [built.folder], str(folder / "f")).folder
