@@ -303,6 +303,12 @@ class Recipe:
                 f"Recipe {self.name}: llm.template is {self.llm.template!r} but must hold {{}} once, for the prompt, and {{audio}} "
                 "at most once; or be `chat`."
             )
+        if self.training.deepspeed:
+            # Files and overrides have been through this; a command's own option has not, and comes too late to fill other keys.
+            left: dict[str, Any] = {"deepspeed": self.training.deepspeed}
+            adopt({"training": left}, f"Recipe {self.name}")
+            if left != {"deepspeed": self.training.deepspeed}:
+                raise UserError(f"Recipe {self.name}: training.deepspeed decides other keys too, so it belongs into the recipe's file, not on the command line: write it there.")
         unknown = [t for t in self.training.trackers if t not in ("mlflow", "wandb")]
         if unknown:
             raise UserError(f"Recipe {self.name}: training.trackers knows mlflow and wandb, not {unknown[0]}{nearest(unknown[0], ['mlflow', 'wandb']) or '.'}")

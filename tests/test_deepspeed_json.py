@@ -100,3 +100,13 @@ def test_the_names_are_those_of_the_deepspeed_that_is_installed():
     for section, kind in theirs.items():
         names = set(kind.model_fields) | {f.alias for f in kind.model_fields.values() if f.alias}
         assert set(deepspeed_json.SECTIONS[section]) <= names, section
+
+
+@pytest.mark.parametrize("given", ["path", "keys"])
+def test_on_a_stages_command_line_it_is_sent_to_the_recipes_file(tmp_path, given):
+    from slam_asr.recipe import Recipe, Training
+
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(REFERENCE))
+    with pytest.raises(UserError, match="belongs into the recipe's file, not on the command line"):
+        Recipe(training=Training(deepspeed=str(path) if given == "path" else REFERENCE))
