@@ -81,7 +81,7 @@ def uninterrupted(prepared, tmp_path_factory):
     assert process.returncode == 0, printed
     training, validation = curve_of(output)
     assert len(training) == STEPS and [v["step"] for v in validation] == [25, 50, 75, 100, STEPS]
-    assert len({row[2] for row in training}) == STEPS
+    assert len({row[2] for row in training}) > STEPS // 2, "the losses hardly move: equal curves would say nothing"
     return training, validation
 
 
