@@ -124,7 +124,7 @@ class Projector:
     layers: int = 8
     """Layers of a q-former; of no meaning to the others."""
     init_from: str = ""
-    """A model folder, local or s3://, whose projector training begins with; of the same kind and sizes. Empty: random weights by the seed."""
+    """A model folder, local or s3://, or the name of a shipped model, whose projector training begins with; of the same kind and sizes. Empty: random weights by the seed."""
 
 
 @dataclass

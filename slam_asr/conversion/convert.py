@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from slam_asr.errors import UserError
 from slam_asr.progress import say
 from slam_asr.recipe import Recipe, dump_recipe, load_recipe
-from slam_asr.stage import Outcome, Record, read_record, require_record, run_stage
-from slam_asr.storage import exists, fetch, fetch_folder, join, sha256_of_file
+from slam_asr.stage import Outcome, Record, require_record, run_stage
+from slam_asr.storage import exists, fetch, join, sha256_of_file
 
 if TYPE_CHECKING:
     import torch
 
 STAGE = "convert-checkpoint"
+_HALF: dict[bool, dict[str, Any]] = {False: {}, True: {"half": True}}
+"""What it adds to a stage's inputs: nothing to those of models that were converted without it."""
 
 
 def convert_checkpoint(
@@ -26,17 +28,19 @@ def convert_checkpoint(
     to: Literal["model", "slam-llm"] = "model",
     recipe: Recipe | None = None,
     which: Literal["latest", "best"] = "latest",
+    half: bool = False,
     overwrite: bool = False,
 ) -> Record:
     """Turn a checkpoint into projector.safetensors and config.json, or into another format.
 
     Args:
         checkpoint: folder that train wrote; or SLAM-LLM's model.pt, with the recipe that it was trained by; or an
-            original file of Whisper, WavLM, HuBERT or wav2vec 2.0; or a model folder, to be written as SLAM-LLM's model.pt.
+            original file of Whisper, WavLM, HuBERT or wav2vec 2.0; or a model folder or a shipped model's name, to be written as SLAM-LLM's model.pt.
         output: folder of the model; {fingerprint} in it becomes a digest of the inputs.
         to: `model` is ours; `slam-llm` writes SLAM-LLM's model.pt.
         recipe: encoder, LLM, projector and prompt of SLAM-LLM's model.pt, which does not name them.
         which: of a training's checkpoints, that of the last step, or the one with the lowest dev loss.
+        half: store the projector's weights in fp16, in half the space; they are computed with in the recipe's precision either way.
         overwrite: replace a model made from another checkpoint.
 
     Returns:
@@ -46,36 +50,40 @@ def convert_checkpoint(
         UserError: no checkpoint there, or one that is incomplete, damaged, or does not fit its encoder or LLM.
     """
     if exists(checkpoint):
-        return _convert_file(fetch(checkpoint), output, to, recipe, overwrite)
-    record = read_record(checkpoint)
-    if record is not None and record.stage == STAGE:
-        return _write_for_slam_llm(fetch_folder(checkpoint), output, to, overwrite)
-    return _convert_training(require_record(checkpoint, "train"), output, to, which, overwrite)
+        return _convert_file(fetch(checkpoint), output, to, recipe, half, overwrite)
+    from slam_asr.conversion.model import WEIGHTS
+    from slam_asr.conversion.shipped import fetch_model, shipped_models
+
+    if half and to != "model":
+        raise UserError("--half true is for our model folder; SLAM-LLM's model.pt holds fp32: leave one of them out.")
+    if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
+        return _write_for_slam_llm(fetch_model(checkpoint), output, to, overwrite)
+    return _convert_training(require_record(checkpoint, "train"), output, to, which, half, overwrite)
 
 
-def _convert_training(trained: Record, output: str, to: str, which: str, overwrite: bool) -> Record:
+def _convert_training(trained: Record, output: str, to: str, which: str, half: bool, overwrite: bool) -> Record:
     from slam_asr.training.checkpoint import require
 
     source = require(join(trained.folder, "checkpoints"), which)
-    inputs = {"training": trained.inputs, "files": {name: facts["sha256"] for name, facts in source.files.items()}, "to": to}
+    inputs = {"training": trained.inputs, "files": {name: facts["sha256"] for name, facts in source.files.items()}, "to": to, **_HALF[half]}
 
     def work(folder: Path) -> Outcome:
         recipe = load_recipe(trained.file("recipe.yaml").read_text())
         facts = {**trained.facts, "steps": source.step}
         bases = {"encoder": facts.pop("encoder_fingerprint"), "llm_sha256": facts.pop("llm_sha256")}
-        return _write(folder, dict(source.tensors("weights")), recipe, bases, facts, source.folder, to)
+        return _write(folder, dict(source.tensors("weights")), recipe, bases, facts, source.folder, to, half)
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
 
-def _convert_file(path: Path, output: str, to: str, recipe: Recipe | None, overwrite: bool) -> Record:
+def _convert_file(path: Path, output: str, to: str, recipe: Recipe | None, half: bool, overwrite: bool) -> Record:
     from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.pickles import read_pickle
     from slam_asr.models.pretrained import locate_model, weights_sha256
 
     content = read_pickle(path)
-    inputs: dict[str, Any] = {"file": sha256_of_file(path), "to": to}
+    inputs: dict[str, Any] = {"file": sha256_of_file(path), "to": to, **_HALF[half]}
     if not is_slam_llm(content):
         from slam_asr.models.originals import convert_original
 
@@ -99,14 +107,14 @@ def _convert_file(path: Path, output: str, to: str, recipe: Recipe | None, overw
 
     def work(folder: Path) -> Outcome:
         facts = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}
-        return _write(folder, weights, recipe, bases, facts, str(path), to)
+        return _write(folder, weights, recipe, bases, facts, str(path), to, half)
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
 
 def _write(
     folder: Path, weights: "dict[str, torch.Tensor]", recipe: Recipe, bases: dict[str, Any], facts: dict[str, Any],
-    where: str, to: str,
+    where: str, to: str, half: bool,
 ) -> Outcome:
     """Check the weights against their encoder and LLM, and write them part by part."""
     from slam_asr.conversion.model import ModelConfig, projector_with, write_adapter, write_model
@@ -140,7 +148,7 @@ def _write(
             write_tuned_llm(folder, parts["llm"], recipe, where)
         if parts["encoder"]:
             write_tuned_encoder(folder, parts["encoder"], recipe, where)
-        write_model(folder, parts["projector"], ModelConfig(dump_recipe(recipe), **bases, encoder_width=widths[0], llm_width=widths[1], training=facts))
+        write_model(folder, parts["projector"], ModelConfig(dump_recipe(recipe), **bases, encoder_width=widths[0], llm_width=widths[1], training=facts), half)
     counts = {part: sum(t.numel() for t in tensors.values()) for part, tensors in parts.items() if tensors}
     summary = " and ".join(f"{part} of {count:,} parameters" for part, count in counts.items())
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".safetensors", ".pt")) / 1e6

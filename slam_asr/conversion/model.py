@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from slam_asr.conversion.shipped import fetch_model
 from slam_asr.errors import UserError
 from slam_asr.models.projector import SpeechProjector, build_projector
 from slam_asr.recipe import Encoder, Projector, Recipe, load_recipe
-from slam_asr.storage import fetch_folder, local_path, sha256_of_file, write_atomically, write_json
+from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
 
 WEIGHTS = "projector.safetensors"
 CONFIG = "config.json"
@@ -53,10 +54,10 @@ class ModelConfig:
         return load_recipe(self.recipe)
 
 
-def write_model(folder: Path, projector: dict[str, torch.Tensor], config: ModelConfig) -> None:
-    """Write a model's projector and configuration; the configuration last, and until then there is none."""
+def write_model(folder: Path, projector: dict[str, torch.Tensor], config: ModelConfig, half: bool = False) -> None:
+    """Write a model's projector, in fp16 or fp32, and configuration; the configuration last, and until then there is none."""
     (folder / CONFIG).unlink(missing_ok=True)
-    write_atomically(folder / WEIGHTS, save({name: t.float().contiguous() for name, t in projector.items()}))
+    write_atomically(folder / WEIGHTS, save({name: t.to(torch.float16 if half else torch.float32).contiguous() for name, t in projector.items()}))
     write_json(folder / CONFIG, vars(config))
 
 
@@ -66,7 +67,7 @@ def read_config(model: str | Path) -> ModelConfig:
     Raises:
         UserError: the folder is no model, or one of a newer format.
     """
-    path = fetch_folder(model) / CONFIG
+    path = fetch_model(model) / CONFIG
     if not path.is_file():
         raise UserError(f"{model} holds no model (no {CONFIG}): give the folder that convert-checkpoint wrote.")
     try:

@@ -17,6 +17,7 @@ from slam_asr.conversion.model import (
     read_config,
     read_projector,
 )
+from slam_asr.conversion.shipped import fetch_model
 from slam_asr.errors import UserError
 from slam_asr.features.extract import manifest_files
 from slam_asr.features.space import address_of
@@ -28,7 +29,7 @@ from slam_asr.recipe import Recipe
 from slam_asr.scoring.score import HYPOTHESES, controls_of, rates, report, what_decides_the_texts
 from slam_asr.scoring.wer import Hypothesis, write_hypotheses
 from slam_asr.stage import Outcome, Record, run_stage
-from slam_asr.storage import digest, fetch, fetch_folder, local_path, sha256_of_file
+from slam_asr.storage import digest, fetch, local_path, sha256_of_file
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
@@ -49,7 +50,7 @@ def decode(
     Args:
         recipe: how to decode (its section `decoding`) and the published word error rates to show;
             on the command line, the recipe that the model was trained with unless another is named.
-        model: folder that convert-checkpoint wrote.
+        model: folder that convert-checkpoint wrote, or the name of a shipped model.
         manifests: test utterances (JSON lines); a folder of build-manifest stands for its test.jsonl.
         output: folder for hypotheses and report; {fingerprint} in it becomes a digest of the inputs.
         feature_store: written by extract-features; without it, audio is encoded on the way.
@@ -69,7 +70,7 @@ def decode(
 
     part = parse_part(shard) if shard else None
     explain_precision(recipe.decoding.precision, pick_device())
-    model = str(fetch_folder(model))
+    model = str(fetch_model(model))
     config = read_config(model)
     trained = config.typed_recipe
     files = manifest_files(manifests, ("test.jsonl",))

@@ -26,7 +26,6 @@ from slam_asr.stage import FINGERPRINT, Outcome, Record, read_record, require_wa
 from slam_asr.storage import (
     digest,
     fetch,
-    fetch_folder,
     is_s3,
     join,
     local_path,
@@ -292,12 +291,13 @@ def projector_to_begin_with(recipe: Recipe, encoder: "EncoderSpec", llm_folder: 
         UserError: no model there, or one of another kind or size.
     """
     from slam_asr.conversion.model import WEIGHTS, projector_with, read_config, read_projector
+    from slam_asr.conversion.shipped import fetch_model
     from slam_asr.models.llm import describe_llm, llm_width
 
     name = recipe.projector.init_from
     if not name:
         return None
-    folder = fetch_folder(name)
+    folder = fetch_model(name)
     config = read_config(folder)
     weights = read_projector(folder, config).state_dict()
     projector_with(weights, recipe.projector, encoder.width, llm_width(describe_llm(llm_folder)), f"projector.init_from: {join(folder, WEIGHTS)}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slam_asr.conversion.convert import convert_checkpoint
-from slam_asr.conversion.model import read_config
+from slam_asr.conversion.model import read_config, read_projector
 from slam_asr.errors import UserError
 from slam_asr.models.llm import add_lora, load_llm
 from slam_asr.models.projector import PROJECTORS, build_projector
@@ -33,6 +33,20 @@ def test_what_is_read_is_written_back(tiny_recipe, tmp_path, kind):
     back = convert_checkpoint(model.folder, str(tmp_path / "back"), to="slam-llm")
     first, second = (torch.load(f, weights_only=True) for f in (file, back.file("model.pt")))
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_half_precision_takes_half_the_space_and_is_read_as_any(tiny_recipe, tmp_path):
+    r = recipe(tiny_recipe)
+    file = checkpoint(tmp_path / "model.pt", r.projector)
+    whole, half = (convert_checkpoint(str(file), str(tmp_path / name), recipe=r, half=name == "half") for name in ("whole", "half"))
+    sizes = [Path(model.file("projector.safetensors")).stat().st_size for model in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    first, second = (read_projector(model.folder, read_config(model.folder)).state_dict() for model in (whole, half))
+    for name, tensor in first.items():
+        assert second[name].dtype == torch.float32
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="--half true is for our model folder"):
+        convert_checkpoint(half.folder, str(tmp_path / "back"), to="slam-llm", half=True)
 
 
 def lora_weights(r):
