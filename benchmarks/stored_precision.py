@@ -8,23 +8,16 @@ the features' relative error (root of mean squares), the mean loss over all targ
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 
 from slam_asr.audio import load_utterance
-from slam_asr.conversion.model import encoder_of, read_config
-from slam_asr.decoding.decode import load_model
+from slam_asr.decoding.model import open_model
 from slam_asr.features.audio_source import samples_of
 from slam_asr.manifest import read_manifest
-from slam_asr.models.encoder import describe_encoder
-from slam_asr.models.llm import load_tokenizer
-from slam_asr.models.pretrained import locate_model
-from slam_asr.models.projector import positions_of
-from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import IGNORED, Row, collate
 from slam_asr.models.stored import STORED, as_if_stored, bytes_a_frame
-from slam_asr.recipe import load_recipe
-from slam_asr.storage import fetch_folder
 
 
 def main() -> None:
@@ -33,12 +26,9 @@ def main() -> None:
     parser.add_argument("manifest")
     parser.add_argument("--utterances", type=int, default=72)
     options = parser.parse_args()
-    config = read_config(options.model)
-    recipe = load_recipe(config.recipe, {"decoding.precision": "fp32"})
-    llm_folder = locate_model(recipe.llm.name)
-    spec = describe_encoder(encoder_of(options.model, recipe.encoder))
-    model = load_model(config, fetch_folder(options.model), llm_folder, spec, recipe)
-    prompt = Prompt(load_tokenizer(llm_folder), recipe.llm)
+    opened = open_model(options.model)
+    recipe, spec, prompt = opened.trained, opened.spec, opened.prompt()
+    model = opened.load(replace(recipe.decoding, precision="fp32"), with_encoder=True)
     utterances = read_manifest(options.manifest)[: options.utterances]
     heard = [model.encoder.encode([model.encoder.prepare(load_utterance(u))])[0].float() for u in utterances]
 
@@ -48,7 +38,7 @@ def main() -> None:
             rounded = as_if_stored(frames, dtype).float()
             error, power = error + float(((rounded - frames) ** 2).sum()), power + float((frames**2).sum())
             text, answer = prompt.with_answer(prompt.main, utterance.target)
-            positions = positions_of(recipe.projector, spec.span_of(samples_of(utterance)))
+            positions = opened.positions(spec.span_of(samples_of(utterance)))
             batch = collate([Row(rounded, positions, prompt.main.before, text, answer)]).to(model.llm.device)
             with torch.inference_mode():
                 wanted = batch.labels[batch.labels != IGNORED]

@@ -35,6 +35,7 @@ COMMANDS = {
     "score": "slam_asr.scoring.score:score_parts",
     "copy-models": "slam_asr.models.copying:copy_models",
     "plan": "slam_asr.planning.plan:plan",
+    "transcribe": "slam_asr.transcribing.transcribe:transcribe",
     "features ls": "slam_asr.features.keeping:list_store",
     "features verify": "slam_asr.features.keeping:verify_store",
     "features prune": "slam_asr.features.keeping:prune_store",
@@ -49,6 +50,7 @@ stages, in order:
   convert-checkpoint   a checkpoint becomes a model folder
   decode               transcripts, word error rate, report
 
+slam-asr transcribe MODEL FILES…  what is said in any audio, as text, JSON or subtitles
 slam-asr score                 one report of a decoding that was done in parts
 slam-asr plan RECIPE           memory, time and storage that a recipe takes, before anything is loaded
 slam-asr copy-models RECIPE    its frozen models into a bucket, once
@@ -106,7 +108,11 @@ def run(stage: str, arguments: list[str]) -> Any:
 
 
 def command_of(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """`features`, `ls STORE …` → `features ls`, `--store STORE …`."""
+    """`features`, `ls STORE …` → `features ls`, `--store STORE …`; `transcribe`, `MODEL FILE FILE …` → `--model`, `--files+` twice."""
+    if stage == "transcribe":
+        count = next((at for at, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+        model, files = arguments[: min(count, 1)], arguments[1:count]
+        return stage, [*(f"--model={name}" for name in model), *(f"--files+={file}" for file in files), *arguments[count:]]
     if stage != "features":
         return stage, arguments
     verbs = [command.partition(" ")[2] for command in COMMANDS if command.startswith("features ")]
