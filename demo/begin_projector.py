@@ -5,11 +5,13 @@
 From random weights, a projector in front of a frozen LLM learns nothing for thousands of steps: it has to find out by
 itself which position of the audio belongs to which word of the answer. Connectionist temporal classification (Graves et al.,
 2006) finds that out at a hundredth of the cost. The projector's outputs are compared with the LLM's embeddings of the tokens that occur in
-the transcripts, by their inner products, and with one learned vector that stands for nothing said. What comes out are vectors that look to the
-LLM like the transcript's own tokens; `slam-asr train` goes on from there with the LLM's own loss.
+the transcripts, by their distance, and with one learned vector that stands for nothing said.
 
-The outputs are held near the embeddings' own length, as the LLM knows no other. Features are read from a store that
-`slam-asr extract-features` wrote. Writes a model folder.
+To be told apart, outputs may lie anywhere on the right side of their neighbours, where the LLM has never seen a vector. So each is drawn to what
+it says: the mean of the embeddings, weighted by their probabilities. What comes out looks to the LLM like the transcript's own tokens, and
+`slam-asr train` goes on from there with the LLM's own loss.
+
+Features are read from a store that `slam-asr extract-features` wrote. Writes a model folder.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slam_asr.conversion.model import ModelConfig, write_model
+from slam_asr.conversion.model import ModelConfig, read_config, read_projector, write_model
 from slam_asr.features.reader import StoreReader
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, read_manifest
@@ -36,8 +38,9 @@ BLANK = 0
 POSITIONS = 3000
 """In a batch."""
 SHARPNESS = 20.0
-"""Logit of an output that equals its token's embedding, at the start."""
-LENGTH_WEIGHT = 0.02
+"""At the start: half of it is what a distance of an embedding's length costs in the logits."""
+DRAWN = 1.0
+"""Weight of an output's squared distance from what it says, in lengths of an embedding."""
 DROPPED = 0.1
 """Share of the encoder's values that is left out in training."""
 
@@ -59,21 +62,34 @@ class Speller(nn.Module):
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(SHARPNESS)))
 
     def forward(self, frames: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoder outputs, each [frames, width] → log-probabilities [positions of all, 1 + tokens], and the outputs' lengths [positions of all]."""
-        outputs = self.projector(frames) / self.size
-        logits = outputs @ torch.cat([self.blank, self.embeddings]).T * self.log_sharpness.exp()
-        return functional.log_softmax(logits, dim=1), outputs.norm(dim=1)
+        """Encoder outputs, each [frames, width] → logits [positions of all, 1 + tokens], and squared distances from what they say [positions of all]."""
+        words = torch.cat([self.blank, self.embeddings])
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = self.projector(frames) / self.size
+            products = outputs @ words.T
+            # The squared length of the output itself is the same for all words.
+            logits = (products.float() - words.square().sum(1) / 2) * self.log_sharpness.exp()
+            with torch.no_grad():
+                said = logits.softmax(1) @ words
+        return logits, (outputs.float() - said.float()).square().sum(1)
 
 
 def loss_of(speller: Speller, frames: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over tokens of CTC's loss, and what keeps outputs at the embeddings' length."""
+    """Mean over tokens of CTC's loss, and what draws outputs to what they say."""
     positions = [len(f) // speller.projector.downsampling for f in frames]
-    scores, lengths = speller(frames)
-    padded = nn.utils.rnn.pad_sequence(scores.split(positions))
+    logits, distances = speller(frames)
+    # Of all tokens, CTC looks at an utterance's own alone: a hundred columns instead of ten thousand.
+    scores, numbers = [], []
+    for rows, total, target in zip(logits.split(positions), logits.logsumexp(1, keepdim=True).split(positions), targets, strict=True):
+        own, number = torch.unique(target, return_inverse=True)
+        scores.append((rows[:, torch.cat([torch.tensor([BLANK]), own])] - total).T)
+        numbers.append(number + 1)
+    padded = nn.utils.rnn.pad_sequence([functional.pad(s, (0, max(positions) - s.shape[1])) for s in scores], batch_first=True)
     sums = functional.ctc_loss(
-        padded, torch.cat(targets), torch.tensor(positions), torch.tensor([len(t) for t in targets]), blank=BLANK, reduction="sum", zero_infinity=True
-    )
-    return sums / sum(len(t) for t in targets) + LENGTH_WEIGHT * ((lengths - 1) ** 2).mean()
+        padded.permute(2, 0, 1), torch.cat(numbers), torch.tensor(positions), torch.tensor([len(t) for t in targets]), blank=0, reduction="sum",
+        zero_infinity=True,
+    )  # fmt: skip
+    return sums / sum(len(t) for t in targets) + DRAWN * distances.mean()
 
 
 def spelled(speller: Speller, frames: torch.Tensor) -> list[int]:
@@ -101,6 +117,7 @@ def main() -> None:
     parser.add_argument("--dev", help="manifest to validate on")
     parser.add_argument("--features", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--begin", help="model whose projector it goes on from; a random one if not given")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--minutes", type=float, default=60, help="after which it ends in any case (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -111,6 +128,8 @@ def main() -> None:
     spec, folder = describe_encoder(recipe.encoder), locate_model(recipe.llm.name)
     tokenizer, llm = load_tokenizer(folder), load_llm(folder, torch.float32)
     projector = build_projector(recipe.projector, spec.width, llm_width(llm), recipe.training.seed)
+    if args.begin:
+        projector.load_state_dict(read_projector(args.begin, read_config(args.begin)).state_dict())
     sets = {name: read_manifest(path) for name, path in (("train", args.manifest), ("dev", args.dev)) if path}
     # Each word with the space in front that it has within a text: one sound, one token.
     ids = {name: [tokenizer.encode(" " + u.target, add_special_tokens=False) for u in us] for name, us in sets.items()}
@@ -143,7 +162,8 @@ def main() -> None:
             optimizer.zero_grad()
             running, step = 0.98 * running + 0.02 * loss.item(), step + 1
             if step % 50 == 0:
-                print(f"epoch {epoch} step {step} {done:4.0%} loss {running / (1 - 0.98**step):.3f} {time.monotonic() - started:.0f} s", flush=True)
+                far = speller(frames)[1].mean().sqrt().item()
+                print(f"epoch {epoch} step {step} {done:4.0%} loss {running / (1 - 0.98**step):.3f} distance {far:.2f} {time.monotonic() - started:.0f} s", flush=True)
         _validate(speller, reader, list(sets.get("dev", ())), tokenizer, tokens)
     config = ModelConfig(
         dump_recipe(recipe), encoder=spec.fingerprint(), llm_sha256=weights_sha256(folder), encoder_width=spec.width,
