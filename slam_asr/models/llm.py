@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slam_asr.configuration import nearest, one_sentence
 from slam_asr.errors import UserError
+from slam_asr.models.sharded import stand_ins
 from slam_asr.models.weights import load_weights
 from slam_asr.recipe import Llm, Lora
 
@@ -90,12 +91,12 @@ def set_tuning(llm: PreTrainedModel, options: Llm, seed: int) -> None:
 def add_lora(llm: PreTrainedModel, options: Lora, seed: int) -> None:
     """Put trainable low-rank adapters on the linear layers named in `options` (Hu et al., 2021, arXiv:2106.09685).
 
-    The rest is frozen. Initial weights depend on the seed alone.
+    The rest is frozen. Initial weights depend on the seed alone, and are there even where the LLM's own are not.
     """
     from peft import inject_adapter_in_model
 
     require_targets(llm, options)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), stand_ins(llm):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(options), llm)
 

@@ -196,6 +196,10 @@ class Slam(nn.Module):
         """Answers to a batch without any: token ids [utterances, tokens], filled up behind the end."""
         return self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=generation)
 
+    def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
+        """What `trial` finds out about the LLM: a method of the model, for engines that put weights together while one of it runs."""
+        return trial(self.llm)
+
     def forward(self, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Logits that predict the target tokens: [targets, vocabulary]; or what the scorer makes of them.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from slam_asr.conversion.model import read_config, read_projector
 from slam_asr.features.audio_source import fit_to_window
@@ -18,9 +19,12 @@ from slam_asr.models.llm import checkpoint_layers, llm_positions, llm_width, loa
 from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
+from slam_asr.models.sharded import NotOneToOne, StoredWeight, describe_stored_llm
 from slam_asr.models.slam import Slam
-from slam_asr.recipe import Recipe
+from slam_asr.progress import say
+from slam_asr.recipe import Recipe, Training
 from slam_asr.training.batches import BatchReader, Examples
+from slam_asr.training.engines.choose import spreads_weights
 from slam_asr.training.job import Job
 
 
@@ -53,11 +57,17 @@ def _source(store: str | None, spec: EncoderSpec, recipe: Recipe, manifests: Ite
     return StoreReader(FeatureStore(store, spec.fingerprint(), recipe.features.dtype, wanted, cache))
 
 
-def build_model(job: Job, recipe: Recipe, device: torch.device) -> Slam:
-    """The model in the recipe's precision, with what is trained open to gradients; initial weights depend on the seed alone."""
+def build_model(job: Job, recipe: Recipe, device: torch.device) -> tuple[Slam, list[StoredWeight]]:
+    """The model in the recipe's precision, with what is trained open to gradients; initial weights depend on the seed alone.
+
+    Where the engine spreads an LLM over processes, none of them holds it whole.
+
+    Returns:
+        The model, and the LLM's weights that its engine has to read; none where they are there.
+    """
     options = recipe.training
     spec = describe_encoder(recipe.encoder)
-    llm = load_llm(Path(job.llm_folder), DTYPES[options.precision])
+    llm, stored = _llm(Path(job.llm_folder), options)
     set_tuning(llm, recipe.llm, options.seed)
     projector = build_projector(recipe.projector, spec.width, llm_width(llm), options.seed)
     if job.init_from:
@@ -71,7 +81,18 @@ def build_model(job: Job, recipe: Recipe, device: torch.device) -> Slam:
         checkpoint_layers(llm)
         if recipe.encoder.tuning == "full":
             checkpoint_layers(heard)
-    return Slam(projector, llm, heard, recipe.features.dtype)
+    return Slam(projector, llm, heard, recipe.features.dtype), stored
+
+
+def _llm(folder: Path, options: Training) -> tuple[PreTrainedModel, list[StoredWeight]]:
+    dtype = DTYPES[options.precision]
+    if spreads_weights(options):
+        try:
+            return describe_stored_llm(folder, dtype)
+        except NotOneToOne as reason:
+            if torch.distributed.get_rank() == 0:
+                say(f"the LLM is loaded whole by each process, before it is spread: {reason}")
+    return load_llm(folder, dtype), []
 
 
 def count_parameters(model: Slam, encoder: int) -> dict[str, tuple[int, int]]:

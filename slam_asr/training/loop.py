@@ -140,13 +140,7 @@ class Trainer:
         prompt = build_prompt(job, self.recipe)
         self.readers = build_readers(job, self.recipe, prompt, self.processes)
         self.sampler = Sampler(self.readers["dev"], prompt, self.recipe) if "dev" in self.readers and self.options.samples else None
-        model = build_model(job, self.recipe, self.device)
-        self.packs = self.options.packing and allow_packing(model.llm)
-        for reader in self.readers.values():
-            reader.packs = self.packs
-        # Under ZeRO-3 the output layer's weights are whole only while it is called.
-        if self.options.zero_stage != 3 and allows_chunks(model.llm):
-            model.scorer = score_in_chunks
+        model, stored = build_model(job, self.recipe, self.device)
         self.counts_of_parameters = count_parameters(model, job.encoder_parameters)
         self.budget = budget_of(self.options, self.processes)
         self.plan = TrainingPlan(
@@ -154,7 +148,14 @@ class Trainer:
             self.options.max_steps,
         )
         rates = {"llm": self.recipe.llm.learning_rate, "encoder": self.recipe.encoder.learning_rate}
-        self.engine = make_engine(model, self.options, self.device, {name: r for name, r in rates.items() if r is not None})
+        self.engine = make_engine(model, self.options, self.device, {name: r for name, r in rates.items() if r is not None}, stored)
+        # An LLM that is spread has its weights only from here on.
+        self.packs = self.options.packing and self.engine.try_llm(allow_packing)
+        for reader in self.readers.values():
+            reader.packs = self.packs
+        # Under ZeRO-3 the output layer's weights are whole only while it is called.
+        if self.options.zero_stage != 3 and self.engine.try_llm(allows_chunks):
+            model.scorer = score_in_chunks
         self.saver = Saver(join(job.published, CHECKPOINTS), self.folder, self.options.checkpoints)
         self.rate = learning_rate_schedule(self.options.schedule, self.options.learning_rate, self.options.warmup_steps, self.plan.steps)
         self.counts = Counts()

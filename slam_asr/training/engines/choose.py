@@ -1,27 +1,41 @@
 """The engine that a recipe asks for, and the processes it runs on."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from slam_asr.models.sharded import StoredWeight
 from slam_asr.recipe import Training
 from slam_asr.training.engines.engine import Engine
 from slam_asr.training.engines.zero import DeepSpeedEngine, name_accelerator
 
 
-def make_engine(model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float]) -> Engine:
+def spreads_weights(options: Training) -> bool:
+    """Whether a process under `training.engine` holds a share of the frozen weights, rather than all of them."""
+    return options.engine == "fsdp" or options.zero_stage == 3
+
+
+def make_engine(
+    model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float], stored: Sequence[StoredWeight] = ()
+) -> Engine:
     """The model under `training.engine`.
 
     Args:
-        model: on any device.
+        model: on any device, but for what is stored: that is on the meta device.
         options: of the recipe.
         device: where it trains.
         learning_rates: peaks of those parts of the model (its direct children) that have their own.
+        stored: weights that are still to be read, by an engine that spreads them.
+
+    Raises:
+        UserError: one cannot be read, or is not finite.
     """
     if options.engine == "deepspeed":
-        return DeepSpeedEngine(model, options, device, learning_rates)
+        return DeepSpeedEngine(model, options, device, learning_rates, stored)
     from slam_asr.training.engines.masters import MastersEngine
 
-    return MastersEngine(model, options, device, learning_rates)
+    return MastersEngine(model, options, device, learning_rates, stored)
 
 
 def start_process_group(device: torch.device, engine: str) -> None:

@@ -8,12 +8,13 @@ accumulation included.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from slam_asr.recipe import Training
 
@@ -79,6 +80,17 @@ class Engine(ABC):
         """
         return self.module(batch)
 
+    def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
+        """Find something out about the LLM, which may be called for it; all processes do so together.
+
+        Args:
+            trial: what to do with it.
+
+        Returns:
+            What `trial` does.
+        """
+        return self.bare.try_llm(trial)
+
     @abstractmethod
     def backward(self, loss_sum: torch.Tensor, targets_of_step: int, last: bool) -> None:
         """Accumulate the gradient of one micro-batch.
@@ -143,6 +155,14 @@ class Engine(ABC):
                 if at % processes == rank:
                     # A copy: training goes on while it is written.
                     yield name, which, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def settle(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Bring weights to a precision and, with the buffers, to a device, but for those that have no values yet."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to("meta" if parameter.is_meta else device, dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def is_finite(norm: float | torch.Tensor | None) -> bool:

@@ -6,6 +6,7 @@ does: an update of a ten-thousandth is less than bf16 can tell from nothing.
 
 import functools
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slam_asr.models.precision import DTYPES
+from slam_asr.models.sharded import StoredWeight
 from slam_asr.recipe import Training
-from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite
+from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite, settle
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
 """fp16's loss scale at the start, and the good steps after which it doubles: as torch's own GradScaler has them."""
@@ -36,17 +39,19 @@ class MastersEngine(Engine):
         options: engine, precision, clipping, weight decay.
         device: where it trains.
         learning_rates: peaks of those parts of the model (its direct children) that have their own.
+        stored: weights that are still to be read; FSDP2 alone can.
     """
 
     def __init__(
-        self, model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float] | None = None
+        self, model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float] | None = None,
+        stored: Sequence[StoredWeight] = (),
     ) -> None:
         dtype = DTYPES[options.precision]
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        model.to(device)
+        settle(model, device, dtype)
         if options.engine == "fsdp":
-            shard(model)
+            shard(model, device)
+            for weight in stored:
+                read_share(weight, device)
             self.module = model
         else:
             # Statistics of batch norms, if there are any, belong to frozen parts: nothing to send round.
@@ -75,6 +80,13 @@ class MastersEngine(Engine):
             # What `no_sync` sets, which as a context would have to span the backward pass too.
             self.module.require_backward_grad_sync = last
         return self.module(batch)
+
+    def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
+        found = super().try_llm(trial)
+        if isinstance(self.module, FSDPModule):
+            # What was put together for it would go on to be computed with, whatever a checkpoint brings.
+            self.module.reshard()
+        return found
 
     def backward(self, loss_sum: torch.Tensor, targets_of_step: int, last: bool) -> None:
         (loss_sum * (self.scale * self.processes / targets_of_step)).backward()
@@ -161,17 +173,28 @@ class MastersEngine(Engine):
         self.good_steps = int(values.get("good_steps", 0))
 
 
-def shard(model: nn.Module) -> None:
+def shard(model: nn.Module, device: torch.device) -> None:
     """Spread a model's weights over all processes: each layer of the LLM by itself, the rest together.
 
     A layer is put together where it is needed and taken apart behind it, so that no more than two are
     whole at a time.
     """
-    wrap = functools.partial(fully_shard, mesh=torch.distributed.init_device_mesh(
-        next(model.parameters()).device.type, (torch.distributed.get_world_size(),)
-    ))  # fmt: skip
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    wrap = functools.partial(fully_shard, mesh=mesh)
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         wrap(layer)
     wrap(model)
-    if hasattr(model, "generate"):
-        register_fsdp_forward_method(model, "generate")
+    for method in ("generate", "try_llm"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+
+
+def read_share(weight: StoredWeight, device: torch.device) -> None:
+    """Read this process' rows of a weight that FSDP2 has spread before it had values."""
+    whole = weight.parameter
+    # As torch.chunk divides them: equal shares, but for the last ones with fewer rows or none.
+    share = -(-len(whole) // whole.device_mesh.size())
+    rows = weight.read_into(torch.empty_like(whole.to_local(), device=device), share * whole.device_mesh.get_local_rank())
+    weight.put(DTensor.from_local(
+        rows, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    ))  # fmt: skip

@@ -1,13 +1,16 @@
 """DeepSpeed behind the calls that the loop makes."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from slam_asr.models.precision import DTYPES
+from slam_asr.models.sharded import StoredWeight
 from slam_asr.recipe import Training
-from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite
+from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite, settle
 
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -20,21 +23,28 @@ class DeepSpeedEngine(Engine):
         options: precision, ZeRO stage, clipping, weight decay.
         device: where it trains.
         learning_rates: peaks of those parts of the model (its direct children) that have their own.
+        stored: weights that are still to be read; stage 3 alone can.
     """
 
     def __init__(
-        self, model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float] | None = None
+        self, model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float] | None = None,
+        stored: Sequence[StoredWeight] = (),
     ) -> None:
         name_accelerator(device)
         import deepspeed
 
+        config = deepspeed_config(options, device)
+        if stored:
+            # DeepSpeed takes a model that is partitioned already as it is.
+            settle(model, device, DTYPES[options.precision])
+            read_and_partition(stored, config, device)
         self.bare = model
         self.groups = Groups(model, options, learning_rates or {})
         self.trained = [[n for n, _ in weights] for weights in self.groups.parts.values()]
         """Names of the trained weights, by group."""
         theirs = options.deepspeed.get("optimizer", {}).get("params", {})
         self.adam = torch.optim.AdamW(self.groups.for_optimizer(), weight_decay=options.weight_decay, **theirs)
-        self.module, _, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=deepspeed_config(options, device))
+        self.module, _, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config)
         # DeepSpeed replaces a group's weights by its own masters, which are what Adam knows from then on.
         self.optimizer: Any = self.module.optimizer
         self.processes = torch.distributed.get_world_size()
@@ -158,6 +168,33 @@ class DeepSpeedEngine(Engine):
     def _scaler(self) -> Any:
         """What keeps the scale: an object of its own from ZeRO stage 1 on."""
         return getattr(self.optimizer, "loss_scaler", None) or getattr(self.optimizer, "loss_scale_config", None)
+
+
+def read_and_partition(stored: Sequence[StoredWeight], config: dict, device: torch.device) -> None:
+    """Read weights one by one in the first process, and leave each process its share of it, as stage 3 has it.
+
+    Args:
+        stored: on the meta device until then.
+        config: DeepSpeed's.
+        device: where it trains.
+    """
+    import deepspeed
+
+    # One after the other is whole in the same place: memory that is freed in pieces is not always given back.
+    largest = max((weight.parameter for weight in stored), key=torch.numel)
+    room = torch.empty(largest.numel(), dtype=largest.dtype, device=device)
+    converted: nn.Parameter | None = None
+    for weight in stored:
+        shape = weight.parameter.shape
+        whole = room[: shape.numel()].view(shape)
+        if torch.distributed.get_rank() == 0:  # which sends them round
+            weight.read_into(whole)
+        parameter = weight.put(whole)
+        if converted is None:
+            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
+            converted = parameter
+        else:
+            converted.convert_to_zero_parameters(param_list=[parameter])
 
 
 def deepspeed_config(options: Training, device: torch.device) -> dict:
