@@ -40,6 +40,7 @@ from slam_asr.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
+    from slam_asr.models.prompt import Prompt
 
 WAIT_FOR_RECORD = 600.0
 """Seconds for which other nodes wait for the first one's record, once all have trained."""
@@ -105,7 +106,7 @@ def train(
     _look_at(heard)
     features = require_features(feature_store, encoder.fingerprint(), recipe, heard.values()) if feature_store else None
     llm_folder = locate_model(recipe.llm.name)
-    check_llm(recipe, llm_folder)
+    prompt = check_llm(recipe, llm_folder)
     base = {"encoder_fingerprint": encoder.fingerprint(), "llm_sha256": weights_sha256(llm_folder)}
     inputs = {
         "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
@@ -123,6 +124,10 @@ def train(
     published = published if is_s3(published) else str(local_path(published).absolute())
 
     def train_here(folder: Path) -> None:
+        from slam_asr.planning.fitting import place_of, require_fit
+
+        processes = recipe.training.processes or _accelerators()
+        require_fit(recipe, encoder, llm_folder, prompt, heard["train"], place_of(device, processes, nodes.number))
         for leftover in (FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
@@ -132,7 +137,7 @@ def train(
             init_from=str(init_from) if init_from else None, inputs=inputs,
         )  # fmt: skip
         write_json(folder / "job.json", asdict(job))
-        _torchrun(recipe.training.processes or _accelerators(), folder, nodes, join(published, CHECKPOINTS))
+        _torchrun(processes, folder, nodes, join(published, CHECKPOINTS))
 
     def work(folder: Path) -> Outcome:
         from slam_asr.training.live import write_page
@@ -309,8 +314,11 @@ def projector_to_begin_with(recipe: Recipe, encoder: "EncoderSpec", llm_folder: 
     return folder
 
 
-def check_llm(recipe: Recipe, folder: Path) -> None:
+def check_llm(recipe: Recipe, folder: Path) -> "Prompt":
     """Refuse an LLM that does not suit the recipe, from its configuration and tokenizer alone.
+
+    Returns:
+        The recipe's prompts as its tokenizer spells them.
 
     Raises:
         UserError: no causal LM, no tokenizer, no such prompt, no such layers for adapters, or no room for an answer.
@@ -328,6 +336,7 @@ def check_llm(recipe: Recipe, folder: Path) -> None:
         )
     if recipe.llm.tuning == "lora":
         require_targets(describe_llm(folder), recipe.llm.lora)
+    return prompt
 
 
 def _what_decides_the_weights(recipe: Recipe) -> dict:
