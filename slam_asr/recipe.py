@@ -230,6 +230,8 @@ class Training:
 class Decoding:
     """How transcripts are found and scored."""
 
+    checkpoint: Literal["latest", "best"] = "latest"
+    """Which of a training's checkpoints the pipeline makes a model of: that of the last step, or the one with the lowest dev loss."""
     beams: int = 4
     """Hypotheses kept at each token; 1 is greedy and fastest."""
     max_new_tokens: int = 200

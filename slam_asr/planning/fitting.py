@@ -11,19 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from slam_asr.errors import UserError
 from slam_asr.features.audio_source import samples_of
 from slam_asr.manifest import Utterance
-from slam_asr.models.encoder import EncoderSpec
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt
 from slam_asr.planning.memory import Load, Memory, training_memory
 from slam_asr.planning.plan import USABLE, propose
 from slam_asr.planning.shapes import Shapes
 from slam_asr.progress import say
-from slam_asr.recipe import Recipe
 
 EXACT = 1.15
 """What is predicted over what is taken, at most."""
@@ -99,15 +96,11 @@ def _number(path: str) -> float | None:
         return None  # `max`, where there is no limit
 
 
-def require_fit(
-    recipe: Recipe, encoder: EncoderSpec, llm_folder: Path, prompt: Prompt, utterances: Sequence[Utterance], place: Place
-) -> None:
+def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], place: Place) -> None:
     """Refuse a training that cannot fit, and say where one may not.
 
     Args:
-        recipe: models and hyper-parameters.
-        encoder: of this training.
-        llm_folder: of this training.
+        shapes: of the training's models.
         prompt: as the LLM's tokenizer spells it.
         utterances: to train on.
         place: where.
@@ -118,7 +111,6 @@ def require_fit(
     if place.room is None:
         return
     try:
-        shapes = Shapes(recipe, encoder, AutoConfig.from_pretrained(llm_folder), [])
         one, load = loads_of(shapes, prompt, utterances, place.processes)
         memory = training_memory(shapes, load, place.processes, place.on_gpu)
     except Exception:  # an LLM of a kind that cannot be measured without its weights may train all the same

@@ -125,9 +125,11 @@ def train(
 
     def train_here(folder: Path) -> None:
         from slam_asr.planning.fitting import place_of, require_fit
+        from slam_asr.planning.shapes import Shapes
 
         processes = recipe.training.processes or _accelerators()
-        require_fit(recipe, encoder, llm_folder, prompt, heard["train"], place_of(device, processes, nodes.number))
+        shapes = Shapes(recipe, encoder, describe_llm(llm_folder).config, [])
+        require_fit(shapes, prompt, heard["train"], place_of(device, processes, nodes.number))
         for leftover in (FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
