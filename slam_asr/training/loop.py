@@ -4,6 +4,7 @@
 the latest checkpoint if there is one, and leaves the curve and a last checkpoint.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from slam_asr.training.building import build_model, build_prompt, build_readers,
 from slam_asr.training.checkpoint import CURVE, Checkpoint
 from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.job import CHECKPOINTS, FACTS, Job
+from slam_asr.training.kernels import compile_layers, use_liger
 from slam_asr.training.monitor import Monitor, StepNumbers
 from slam_asr.training.objective import AnswerScores, allows_chunks, score_answers, score_in_chunks
 from slam_asr.training.prefetch import ahead
@@ -147,6 +149,10 @@ class Trainer:
         # Under ZeRO-3 the output layer's weights are whole only while it is called.
         if self.options.zero_stage != 3 and allows_chunks(model.llm):
             model.scorer = score_in_chunks
+        if self.options.liger:
+            use_liger(model.llm)
+        if self.options.compile:
+            compile_layers(model.llm)
         self.counts_of_parameters = count_parameters(model, job.encoder_parameters)
         self.budget = budget_of(self.options, self.processes)
         self.plan = TrainingPlan(
@@ -383,8 +389,11 @@ class Trainer:
 
     def _transcribe(self) -> Samples:
         self.engine.module.eval()
+        # Layers are compiled for whole utterances, not for a token at a time.
+        as_written = torch.compiler.set_stance("force_eager") if self.options.compile else contextlib.nullcontext()
         try:
-            return self.sampler.transcribe(self.engine.bare)
+            with as_written:
+                return self.sampler.transcribe(self.engine.bare)
         finally:
             self.engine.module.train()
 

@@ -86,10 +86,12 @@ def train(
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
     from slam_asr.training.job import CHECKPOINTS, FACTS, Job
+    from slam_asr.training.kernels import require_kernels
 
     nodes = nodes_of_environment(recipe.training.nodes)
     require_trackers(recipe.training.trackers)
     device = pick_device()
+    require_kernels(recipe.training, device)
     for precision in (recipe.training.precision, recipe.decoding.precision):
         explain_precision(precision, device)
     if device.type == "cuda" and recipe.training.processes > _accelerators():
@@ -124,11 +126,13 @@ def train(
     published = published if is_s3(published) else str(local_path(published).absolute())
 
     def train_here(folder: Path) -> None:
+        from transformers import AutoConfig
+
         from slam_asr.planning.fitting import place_of, require_fit
         from slam_asr.planning.shapes import Shapes
 
         processes = recipe.training.processes or _accelerators()
-        shapes = Shapes(recipe, encoder, describe_llm(llm_folder).config, [])
+        shapes = Shapes(recipe, encoder, AutoConfig.from_pretrained(llm_folder), [])
         require_fit(shapes, prompt, heard["train"], place_of(device, processes, nodes.number))
         for leftover in (FACTS, FAILURE):
             _remove(folder / leftover)
@@ -345,7 +349,7 @@ def _what_decides_the_weights(recipe: Recipe) -> dict:
     """The recipe without what changes nothing but rounding: names, logging, how the work is divided."""
     values = asdict(recipe)
     for key in (
-        "nodes", "processes", "engine", "zero_stage", "log_every", "positions_per_batch", "offload_optimizer", "deepspeed", "packing", "gradient_checkpointing",
+        "nodes", "processes", "engine", "zero_stage", "log_every", "positions_per_batch", "offload_optimizer", "deepspeed", "packing", "gradient_checkpointing", "compile", "liger",
         "nonfinite_steps", "checkpoint_every", "checkpoint_minutes", "checkpoints", "samples", "trackers",
     ):
         del values["training"][key]
