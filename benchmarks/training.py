@@ -6,7 +6,8 @@
 Whisper tiny.en, a linear projector and SmolLM2-135M, one process. The reference's way: fp32, the encoder runs on each
 utterance's whole window of 30 s in every step, batches of 4 padded to the longest, logits and cross entropy
 at every position. Ours, from cached features: batches by positions, packed, logits where they predict
-an answer, in chunks; with `frames: all` (the same audio positions as the reference) and `frames: speech`. Each way goes over
+an answer, in chunks; with `frames: all` (the same audio positions as the reference) and `frames: speech`; with --compile also
+with `training.compile`. Each way goes over
 the same utterances, forward, backward and AdamW; ways take turns, so that a noisy machine hurts all alike.
 Prints utterances a second, and each way's ratio to the reference.
 """
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=48)
     parser.add_argument("--positions", type=int, default=1600, help="LLM positions at once, in our way")
     parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
+    parser.add_argument("--frames", nargs="+", default=["all", "speech"], choices=("all", "speech"))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="our way also with torch.compile, once over all batches before it is measured")
     options = parser.parse_args()
@@ -142,7 +144,7 @@ def main() -> None:
     ways: list[Way] = [Reference("reference: fp32, encoder in each step, batches of 4, all logits", recipe("all"), "fp32", utterances)]
     ways += [
         Ours(f"ours: {precision}, frames: {frames}{', compiled' * compiled}", recipe(frames), precision, utterances, options.positions, compiled)
-        for frames in ("all", "speech") for precision in options.precisions for compiled in ((False, True) if options.compile else (False,))
+        for frames in options.frames for precision in options.precisions for compiled in ((False, True) if options.compile else (False,))
     ]  # fmt: skip
     if options.compile:
         for way in ways:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import sys
 import types
 
@@ -17,6 +18,8 @@ from slam_asr.recipe import Projector, load_recipe
 from slam_asr.training.kernels import compile_layers, use_liger
 from slam_asr.training.objective import score_in_chunks
 from slam_asr.training.train import _what_decides_the_weights
+from tests.ranks import run_on_ranks
+from tests.training import kernels_program
 
 
 def tiny(again: bool = False) -> Slam:
@@ -83,6 +86,13 @@ def test_what_a_compiler_makes_computes_the_same():
     compile_layers(compiled.llm)
     for ours, theirs in zip(step(compiled, pack(rows(4, 9, 3))), step(written, pack(rows(4, 9, 3))), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_every_engine_takes_the_same_steps_with_compiled_layers(tmp_path):
+    folder = run_on_ranks(kernels_program.__file__, 2, tmp_path)
+    for kind, (written, compiled) in json.loads((folder / "losses.json").read_text()).items():
+        assert len(set(written)) == 4 and compiled == pytest.approx(written, rel=1e-5), kind
 
 
 def test_kernels_do_not_decide_the_weights():
