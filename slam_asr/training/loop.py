@@ -192,7 +192,8 @@ class Trainer:
         parts = ", ".join(f"{name} {count:,}" for name, (_, count) in self.counts_of_parameters.items() if count)
         say(f"parameters: {everything:,} in encoder, projector and LLM, {trained:,} trained ({parts})")
         spread = {"deepspeed": f"DeepSpeed, ZeRO stage {options.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}[options.engine]
-        say(f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, {spread}")
+        compiled = ", layers compiled while the first step waits" if options.compile else ""
+        say(f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, {spread}{compiled}")
         say(
             f"audio: {examples.hours:.2f} h in {len(examples)} utterances; {self.plan.steps} steps of "
             f"{self.budget.step} {'utterances' if self.budget.fixed else 'LLM positions'} in {self.plan.epochs} epochs, "
