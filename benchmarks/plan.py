@@ -3,8 +3,8 @@
     python benchmarks/plan.py                     # several sizes, on this machine's CPU or GPU
     python benchmarks/plan.py --only 2 --json     # one of them, as a line of JSON
 
-Each size is a LLM with random weights and a batch of random features, two optimiser steps in a
-process of its own. On a CPU the measure is the peak of resident memory above that of the same process
+Each size is a LLM with random weights and a batch of random features, packed and scored as a training does, two
+optimiser steps in a process of its own. On a CPU the measure is the peak of resident memory above that of the same process
 before any model is there (torch, transformers and DeepSpeed imported, process group started); on a
 GPU it is torch's peak of allocated memory, and DDP serves where DeepSpeed is not installed.
 """
@@ -19,17 +19,22 @@ import tempfile
 from pathlib import Path
 
 CASES = [
-    # LLM; precision, utterances, positions of each, audio positions, targets
+    # LLM; options of the training, utterances, positions of each, audio positions, targets
     ({"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-      "vocab_size": 49152, "tie_word_embeddings": True}, "fp32", 6, 100, 60, 25),
+      "vocab_size": 49152, "tie_word_embeddings": True}, {}, 6, 100, 60, 25),
     ({"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 32000},
-     "fp32", 16, 150, 100, 30),
+     {}, 16, 150, 100, 30),
     ({"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "vocab_size": 32000},
-     "bf16", 16, 200, 140, 40),
+     {"precision": "bf16"}, 16, 200, 140, 40),
     ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16, "num_attention_heads": 8, "vocab_size": 16000},
-     "fp32", 40, 120, 80, 20),
+     {"packing": False}, 40, 120, 80, 20),
     ({"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 10, "num_attention_heads": 20, "vocab_size": 8000},
-     "fp32", 8, 300, 240, 50),
+     {"packing": False}, 8, 300, 240, 50),
+    # Logits are most of it: in chunks, and whole under ZeRO-3.
+    ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 128000},
+     {}, 24, 100, 40, 50),
+    ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 128000},
+     {"zero_stage": 3}, 24, 100, 40, 50),
 ]
 ENCODER = {"model_type": "whisper", "d_model": 384, "encoder_layers": 1, "decoder_layers": 1}
 
@@ -65,18 +70,19 @@ def compare(number: int, case: tuple) -> dict:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from slam_asr.models.encoder import spec_of
+    from slam_asr.models.precision import DTYPES
     from slam_asr.planning.memory import Load, training_memory
     from slam_asr.planning.shapes import Shapes
     from slam_asr.training.train import ALLOCATION
 
-    llm_sizes, precision, rows, length, audio, targets = case
-    recipe = _recipe(precision)
+    llm_sizes, options, rows, length, audio, targets = case
+    recipe = _recipe(options)
     encoder = dict(ENCODER)
     config = AutoConfig.for_model("llama", **llm_sizes)
     shapes = Shapes(recipe, spec_of(Path("none"), AutoConfig.for_model(encoder.pop("model_type"), **encoder), recipe.encoder), config, [])
     memory = training_memory(shapes, Load(rows, length, audio, targets), 1, on_gpu=False)
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config).to(torch.bfloat16 if precision == "bf16" else torch.float32).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).to(DTYPES[recipe.training.precision]).save_pretrained(folder)
         command = [sys.executable, __file__, "--measure", json.dumps(case), "--llm", folder]
         env = os.environ | dict([ALLOCATION]) | {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -85,10 +91,10 @@ def compare(number: int, case: tuple) -> dict:
     return {"case": number, "measured": json.loads(done.stdout.splitlines()[-1]), "predicted": memory.total, "parts": vars(memory)}
 
 
-def _recipe(precision: str):
+def _recipe(options: dict):
     from slam_asr.recipe import load_recipe
 
-    return load_recipe("librispeech", {"training.precision": precision})
+    return load_recipe("librispeech", {f"training.{key}": value for key, value in {"precision": "fp32", **options}.items()})
 
 
 def measure(case: tuple, llm_folder: Path) -> int:
@@ -96,28 +102,37 @@ def measure(case: tuple, llm_folder: Path) -> int:
     import torch
 
     from slam_asr.models.llm import llm_width, load_llm
+    from slam_asr.models.packing import allow_packing
     from slam_asr.models.precision import DTYPES, pick_device
     from slam_asr.models.projector import build_projector
-    from slam_asr.models.slam import Row, Slam, collate
+    from slam_asr.models.slam import Row, Slam, collate, pack
     from slam_asr.training.engines.choose import make_engine, start_process_group
-    from slam_asr.training.objective import score_answers
+    from slam_asr.training.objective import AnswerScores, allows_chunks, score_answers, score_in_chunks
 
-    _, precision, rows, length, audio, targets = case
-    recipe, device = _recipe(precision), pick_device()
+    _, options, rows, length, audio, targets = case
+    recipe, device = _recipe(options), pick_device()
+    dtype = DTYPES[recipe.training.precision]
     if importlib.util.find_spec("deepspeed") is None:
         recipe.training.engine = "ddp"
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     start_process_group(device, recipe.training.engine)
+
+    def scored(output: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+        return AnswerScores(*output).loss if isinstance(output, tuple) else score_answers(output, labels).loss
+
     idle = _resident("VmRSS")
-    llm = load_llm(llm_folder, DTYPES[precision])
+    llm = load_llm(llm_folder, dtype)
     model = Slam(build_projector(recipe.projector, ENCODER["d_model"], llm_width(llm)), llm)
+    lay_out = pack if recipe.training.packing and allow_packing(llm) else collate
+    if recipe.training.zero_stage != 3 and allows_chunks(llm):
+        model.scorer = score_in_chunks
     engine = make_engine(model, recipe.training, device, {})
     engine.module.train()
     for _ in range(2):
-        features = [torch.randn(audio * 5, ENCODER["d_model"]).to(DTYPES[precision]) for _ in range(rows)]
+        features = [torch.randn(audio * 5, ENCODER["d_model"]).to(dtype) for _ in range(rows)]
         prompt = [1] * (length - audio - targets)
-        batch = collate([Row(f, audio, [], prompt, [1] * targets) for f in features]).to(device)
-        engine.backward(score_answers(engine.forward(batch, last=True), batch.labels).loss, rows * targets, last=True)
+        batch = lay_out([Row(f, audio, [], prompt, [1] * targets) for f in features]).to(device)
+        engine.backward(scored(engine.forward(batch, last=True), batch.labels), rows * targets, last=True)
         engine.step(1e-4)
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM") - idle
 

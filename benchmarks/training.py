@@ -6,7 +6,8 @@
 Whisper tiny.en, a linear projector and SmolLM2-135M, one process. The reference's way: fp32, the encoder runs on each
 utterance's whole window of 30 s in every step, batches of 4 padded to the longest, logits and cross entropy
 at every position. Ours, from cached features: batches by positions, packed, logits where they predict
-an answer, in chunks; with `frames: all` (the same audio positions as the reference) and `frames: speech`. Each way goes over
+an answer, in chunks; with `frames: all` (the same audio positions as the reference) and `frames: speech`; with --compile also
+with `training.compile`. Each way goes over
 the same utterances, forward, backward and AdamW; ways take turns, so that a noisy machine hurts all alike.
 Prints utterances a second, and each way's ratio to the reference.
 """
@@ -32,6 +33,7 @@ from slam_asr.models.projector import build_projector, positions_of
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import IGNORED, Batch, Row, Slam, collate, pack
 from slam_asr.recipe import Recipe, load_recipe
+from slam_asr.training.kernels import compile_layers
 from slam_asr.training.objective import allows_chunks, score_in_chunks
 
 BATCH = 4
@@ -94,13 +96,15 @@ class Reference(Way):
 class Ours(Way):
     """Cached features, batches by positions, packed, logits of answers in chunks."""
 
-    def __init__(self, name: str, recipe: Recipe, precision: str, utterances: list, budget: int) -> None:
+    def __init__(self, name: str, recipe: Recipe, precision: str, utterances: list, budget: int, compiled: bool = False) -> None:
         super().__init__(name, recipe, precision, utterances)
         encoder = self.spec.load(torch.float32)
         with torch.no_grad():
             rows = [self.row(u, encoder([encoder.prepare(load_utterance(u))])[0].to(torch.bfloat16)) for u in utterances]
         self.packs = allow_packing(self.model.llm)
         self.model.scorer = score_in_chunks if allows_chunks(self.model.llm) else None
+        if compiled:
+            compile_layers(self.model.llm)
         self.groups: list[list[Row]] = [[]]
         for row in sorted(rows, key=lambda r: r.head + len(r.answer)):
             if sum(r.head + len(r.answer) for r in [*self.groups[-1], row]) > budget and self.groups[-1]:
@@ -124,7 +128,9 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=48)
     parser.add_argument("--positions", type=int, default=1600, help="LLM positions at once, in our way")
     parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
+    parser.add_argument("--frames", nargs="+", default=["all", "speech"], choices=("all", "speech"))
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="our way also with torch.compile, once over all batches before it is measured")
     options = parser.parse_args()
     base = load_recipe("librispeech")
     everything = read_manifest(options.manifest)
@@ -137,9 +143,12 @@ def main() -> None:
 
     ways: list[Way] = [Reference("reference: fp32, encoder in each step, batches of 4, all logits", recipe("all"), "fp32", utterances)]
     ways += [
-        Ours(f"ours: {precision}, frames: {frames}", recipe(frames), precision, utterances, options.positions)
-        for frames in ("all", "speech") for precision in options.precisions
+        Ours(f"ours: {precision}, frames: {frames}{', compiled' * compiled}", recipe(frames), precision, utterances, options.positions, compiled)
+        for frames in options.frames for precision in options.precisions for compiled in ((False, True) if options.compile else (False,))
     ]  # fmt: skip
+    if options.compile:
+        for way in ways:
+            way.epoch()
     taken: dict[str, list[float]] = {way.name: [] for way in ways}
     for _ in range(options.repeats):
         for way in ways:

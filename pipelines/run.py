@@ -63,7 +63,7 @@ def _run_only(stage: str, local_run: "LocalRun", recipe: Recipe, corpus: str) ->
     def prepare() -> list[str]:
         written = local_run.output / "recipe.yaml"
         write_atomically(written, dump_recipe(recipe))
-        return command_of_stage(stage, local_run.output, local_run.store, written, corpus, recipe.caches_features)
+        return command_of_stage(stage, local_run.output, local_run.store, written, corpus, recipe)
 
     local_run.execute_only(stage, image(stage), prepare)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from components import RESULTS, STAGES
 from slam_asr.errors import UserError
+from slam_asr.recipe import Recipe
 from slam_asr.stage import FINGERPRINT, follow_pointer, require_record
 from slam_asr.storage import join
 
@@ -16,7 +17,7 @@ RESULTS_OF_SINGLES = "results"
 """Folder of a run that keeps the pointers of stages that were run by themselves."""
 
 
-def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus: str, caches_features: bool) -> list[str]:
+def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus: str, wanted: Recipe) -> list[str]:
     """The stage's command line.
 
     Args:
@@ -25,7 +26,7 @@ def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus:
         store: where results go.
         recipe: file with the resolved recipe.
         corpus: what build-manifest reads.
-        caches_features: whether the recipe has a feature store.
+        wanted: the same, read.
 
     Raises:
         UserError: a stage before it has not run, or its result is gone.
@@ -35,7 +36,7 @@ def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus:
         return follow_pointer(_latest(output, of, stage))
 
     def features() -> list[str]:
-        return ["--feature_store", result("extract-features")] if caches_features else []
+        return ["--feature_store", result("extract-features")] if wanted.caches_features else []
 
     arguments: dict[str, Callable[[], list[str]]] = {
         "build-manifest": lambda: ["--recipe", str(recipe), "--corpus", corpus, *_to(store, stage)],
@@ -44,7 +45,7 @@ def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus:
             "--recipe", str(recipe), "--train_manifest", join(result("build-manifest"), "train.jsonl"),
             "--dev_manifest", join(result("build-manifest"), "dev.jsonl"), *features(), *_to(store, stage),
         ],
-        "convert-checkpoint": lambda: ["--checkpoint", result("train"), *_to(store, stage)],
+        "convert-checkpoint": lambda: ["--checkpoint", result("train"), "--which", wanted.decoding.checkpoint, *_to(store, stage)],
         "decode": lambda: [
             "--recipe", str(recipe), "--model", result("convert-checkpoint"),
             "--manifests", f"[{join(result('build-manifest'), 'test.jsonl')}]", *features(), *_to(store, stage),

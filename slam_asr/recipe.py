@@ -180,6 +180,10 @@ class Training:
     """Keep the optimiser's state (12 bytes a trained weight) in the host's memory and step there; from ZeRO stage 1 on."""
     gradient_checkpointing: bool = False
     """Keep only each LLM layer's input and compute the layer again on the way back: a fraction of the memory, a third more time."""
+    compile: bool = False
+    """Have torch.compile fuse the operations of each LLM layer; needs a C++ compiler where it trains, and the first steps wait for it. Not with ZeRO stage 3."""
+    liger: bool = False
+    """Use Liger's kernels for the LLM's norms, rotary embeddings and feed-forward layers; for GPUs, from the package liger-kernel."""
     epochs: int = 3
     """Passes over the train utterances; `max_steps` may end training earlier."""
     max_steps: int = 100_000
@@ -230,6 +234,8 @@ class Training:
 class Decoding:
     """How transcripts are found and scored."""
 
+    checkpoint: Literal["latest", "best"] = "latest"
+    """Which of a training's checkpoints the pipeline makes a model of: that of the last step, or the one with the lowest dev loss."""
     beams: int = 4
     """Hypotheses kept at each token; 1 is greedy and fastest."""
     max_new_tokens: int = 200
@@ -321,6 +327,13 @@ class Recipe:
             )
         if self.training.offload_optimizer and self.training.zero_stage == 0:
             raise UserError(f"Recipe {self.name}: training.offload_optimizer needs training.zero_stage 1, 2 or 3; it is 0.")
+        if self.training.compile and self.training.zero_stage == 3:
+            raise UserError(
+                f"Recipe {self.name}: training.compile does not work with training.zero_stage 3, under which a layer's weights are put together while it "
+                "runs: leave one of them out, or choose the engine fsdp."
+            )
+        if self.training.compile and self.training.liger:
+            raise UserError(f"Recipe {self.name}: training.compile and training.liger both replace what the LLM's layers compute with: choose one.")
         if self.data.max_duration <= self.data.min_duration:
             raise UserError(
                 f"Recipe {self.name}: data.max_duration ({self.data.max_duration}) must be above "

@@ -125,6 +125,8 @@ def test_recipes_named_after_a_way_of_training_train_that_way(name, values):
         ({"llm.lora.rank": 0}, "llm.lora.rank is 0 but must be at least 1"),
         ({"llm.lora.dropout": 0.95}, "llm.lora.dropout is 0.95 but must be at most 0.9"),
         ({"llm.lora.rank": "wide"}, "llm.lora.rank: Expected a whole number. Got value: wide."),
+        ({"training.compile": True, "training.zero_stage": 3}, "training.compile does not work with training.zero_stage 3"),
+        ({"training.compile": True, "training.liger": True}, "training.compile and training.liger both replace"),
         ({"training.offload_optimizer": True}, "offload_optimizer needs training.zero_stage 1, 2 or 3; it is 0"),
         ({"llm.learning_rate": 1e-5}, "llm.learning_rate is given but llm.tuning is frozen"),
         ({"encoder.learning_rate": 1e-5}, "encoder.learning_rate is given but encoder.tuning is frozen"),

@@ -17,7 +17,7 @@ def convert_checkpoint(
 
     Args:
         store: Folder that keeps the results of all stages.
-        recipe: The resolved recipe.
+        recipe: The resolved recipe; its decoding.checkpoint says which checkpoint, the latest or the best.
         checkpoint: Pointer to the folder of train.
         model: Pointer to the folder with projector.safetensors and config.json.
         metrics: Number of weights.
@@ -33,7 +33,8 @@ def convert_checkpoint(
         from slam_asr.recipe import load_recipe
         from slam_asr.stage import follow_pointer, log_metrics, write_pointer
 
-        record = run(follow_pointer(checkpoint.path), f"{store}/convert-checkpoint/{{fingerprint}}")
+        decoding = load_recipe(recipe.path).decoding
+        record = run(follow_pointer(checkpoint.path), f"{store}/convert-checkpoint/{{fingerprint}}", which=decoding.checkpoint)
         write_pointer(record, model.path)
         log_metrics(record, metrics.log_metric)
-        return all_parts(load_recipe(recipe.path).decoding.parts)
+        return all_parts(decoding.parts)

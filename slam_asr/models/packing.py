@@ -24,6 +24,13 @@ NAME = "slam_asr_packed"
 """Of the attention function, among transformers' own."""
 
 
+class Lengths:
+    """Positions of each utterance of a row, as one thing: a compiler that saw into it would compile for every other number of utterances anew."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.values = list(lengths)
+
+
 def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """What an LLM gets besides the embeddings of a row.
 
@@ -33,7 +40,7 @@ def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, 
     """
     return {
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
-        "lengths": list(lengths),
+        "lengths": Lengths(lengths),
         # A mask that is there already is made no other; the attention has no use for it.
         "attention_mask": torch.zeros((1, 1, 1, 1), device=device),
     }
@@ -76,7 +83,7 @@ def _agrees(llm: PreTrainedModel) -> bool:
 
 def _attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, lengths: Sequence[int] | None = None, **kwargs: Any,
+    dropout: float = 0.0, scaling: float | None = None, lengths: Lengths | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[1, heads, positions, head width] of queries; keys and values with as many heads or fewer → [1, positions, heads, head width]."""
     if lengths is None:
@@ -84,9 +91,9 @@ def _attention(
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None or dropout:
         raise ValueError("attention of a kind that is not packed")
     window = kwargs.get("sliding_window")
-    bounds = [0, *accumulate(lengths)]
+    bounds = [0, *accumulate(lengths.values)]
     if query.is_cuda and query.dtype != torch.float32 and _varlen is not None:
-        return _at_once(query, key, value, bounds, max(lengths), scaling, window), None
+        return _at_once(query, key, value, bounds, max(lengths.values), scaling, window), None
     outputs = [_alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window).transpose(1, 2) for a, b in pairwise(bounds)]
     return torch.cat(outputs, dim=1), None
 
@@ -120,6 +127,11 @@ def _at_once(
     starts = torch.tensor(bounds, dtype=torch.int32, device=query.device)
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     return _varlen(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(window - 1 if window else -1, 0), enable_gqa=True)[None]
+
+
+def leave_to_python() -> None:
+    """Keep torch.compile out of the attention function: what it does depends on each batch's utterances."""
+    AttentionInterface.register(NAME, torch.compiler.disable(_attention))
 
 
 AttentionInterface.register(NAME, _attention)

@@ -6,9 +6,14 @@ import torch
 
 from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.planning.shapes import Shapes
+from slam_asr.training.objective import CHUNK
 
 LOGIT_BYTES = 12
-"""A value of the logits at the peak: log-probabilities, and two gradients of them on the way back, all in fp32."""
+"""A logit at the peak, where all are there at once: log-probabilities, and two gradients of them on the way back, all in fp32."""
+CHUNKED_LOGIT_BYTES = 8
+"""A logit of a chunk: itself, and its exponential while they are summed, in fp32."""
+GATHERED = 1e9
+"""Weights that ZeRO-3 leaves whole on every process until the way back has used them, as DeepSpeed has it (stage3_max_live_parameters)."""
 CUDA_OVERHEAD = 1.5e9
 """Bytes of CUDA's context, its libraries' workspaces and NCCL's buffers on a GPU; a rule of thumb."""
 FRAGMENTATION = 1.05
@@ -34,7 +39,7 @@ class Memory:
     """Bytes by part, of one process."""
 
     frozen: float
-    """Frozen weights of the LLM, and of the encoder where it runs with the model."""
+    """Frozen weights of the LLM, with what is whole for a while of weights that are spread, and of the encoder where it runs with the model."""
     trained: float
     """Trained weights and their gradients."""
     optimizer: float
@@ -42,6 +47,7 @@ class Memory:
     activations: float
     """What layers keep for the way back, and the most that one of them needs beside that."""
     logits: float
+    """What is there of them at a time, and what is computed from them."""
     overhead: float
     """Of the accelerator's software."""
 
@@ -66,13 +72,14 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
     spreads = 3 if options.engine == "fsdp" else options.zero_stage
     spread = [1 if spreads < stage else processes for stage in range(4)]
     trained = shapes.trained_parameters
-    frozen = (shapes.llm_parameters - shapes.llm_trained) * size / spread[3]
+    frozen = (shapes.llm_parameters - shapes.llm_trained) * size / spread[3] + _gathered(shapes) * size
     if shapes.recipe.encoder.tuning == "frozen" and not shapes.recipe.caches_features:
         # On the way: whole on every process.
         frozen += shapes.encoder_parameters * DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)].itemsize
     weights_and_gradients = trained * size / spread[3] + trained * size / spread[2]
     # Adam's two moments, and beside half-precision weights their masters and, in a step, the gradients in fp32.
-    optimizer = 0.0 if options.offload_optimizer else trained * (8 if size == 4 else 16) / spread[1]
+    # On a CPU the host's memory is this one.
+    optimizer = 0.0 if options.offload_optimizer and on_gpu else trained * (8 if size == 4 else 16) / spread[1]
     kept = shapes.saved_bytes(load.rows, load.length)
     if options.gradient_checkpointing:
         kept += shapes.saved_bytes_of_a_layer(load.rows, load.length)
@@ -80,10 +87,32 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
     hidden = load.rows * load.audio * (2 * shapes.recipe.projector.hidden + shapes.width) * size
     embedded = 3 * load.rows * load.length * shapes.width * size
     activations = kept + inputs + hidden + embedded + _transient(shapes, load, size)
-    logits = load.rows * load.targets * shapes.vocabulary * LOGIT_BYTES
     return Memory(
-        frozen, weights_and_gradients, optimizer, activations * FRAGMENTATION, logits, CUDA_OVERHEAD if on_gpu else 0.0
+        frozen, weights_and_gradients, optimizer, activations * FRAGMENTATION, _logits(shapes, load, size), CUDA_OVERHEAD if on_gpu else 0.0
     )
+
+
+def _gathered(shapes: Shapes) -> float:
+    """Weights of the LLM that are whole at the peak where each process holds a share of them."""
+    options = shapes.recipe.training
+    if options.engine == "fsdp":
+        # Two layers, and the embedding and output layers, which are not layers of their own.
+        return shapes.layer_parameters * 2 / shapes.layers + (shapes.llm_parameters - shapes.layer_parameters)
+    if options.zero_stage < 3:
+        return 0.0
+    # The input embedding is not needed on the way back, unless it is the output layer too.
+    head = sum(p.numel() for p in shapes.llm.get_output_embeddings().parameters())
+    return min(GATHERED, shapes.layer_parameters + head)
+
+
+def _logits(shapes: Shapes, load: Load, size: int) -> float:
+    """Logits with what is computed from them, as the loop has them scored."""
+    targets = load.rows * load.targets
+    if not shapes.scores_in_chunks:
+        return targets * shapes.vocabulary * LOGIT_BYTES
+    at_once = min(targets, max(1, CHUNK // shapes.vocabulary))
+    # Beside a chunk, the output layer's inputs and their gradient, which are kept.
+    return at_once * shapes.vocabulary * CHUNKED_LOGIT_BYTES + 2 * targets * shapes.width * size
 
 
 def _transient(shapes: Shapes, load: Load, size: int) -> float:

@@ -87,10 +87,11 @@ def plan(
     load = mean_load(shapes, utterance_seconds, min(recipe.training.positions_per_batch, share))
     memory = training_memory(shapes, load, processes, on_gpu=gpus > 0)
     room = USABLE * gpu_memory * 1e9
+    one = mean_load(shapes, utterance_seconds, 1)
     stages, steps = _work(shapes, load, utterances, utterance_seconds, test_hours, processes, gpu_tflops * 1e12, gpu_bandwidth * 1e12)
     frames = shapes.encoder.frames_of(round(utterance_seconds * 16_000))
     cache = utterances * frames * bytes_a_frame(shapes.encoder.width, recipe.features.dtype) if recipe.caches_features else 0
-    result = Plan(load, memory, memory.total <= room, cache, stages, steps, propose(shapes, utterance_seconds, processes, room, gpus > 0))
+    result = Plan(load, memory, memory.total <= room, cache, stages, steps, propose(shapes, one, processes, room, gpus > 0))
     _print(result, shapes, gpus, gpu_memory, gpu_tflops, hours)
     return result
 
@@ -103,14 +104,24 @@ def mean_load(shapes: Shapes, seconds: float, budget: int) -> Load:
     return Load(max(1.0, budget / length), length, audio, targets)
 
 
-def propose(shapes: Shapes, seconds: float, processes: int, room: float, on_gpu: bool = True) -> dict[str, object]:
-    """The smallest ZeRO stage with which the recipe fits, and the largest budget of positions with it.
+def propose(shapes: Shapes, one: Load, processes: int, room: float, on_gpu: bool = True) -> dict[str, object]:
+    """The smallest ZeRO stage with which the recipe fits, and the largest budget of a batch with it.
 
-    Where no stage does, layers are computed again, and then the optimiser is kept by the host.
+    Where no stage does, layers are computed again, and then the optimiser is kept by the host of the GPUs.
+
+    Args:
+        shapes: the models.
+        one: a batch of a single utterance.
+        processes: how many train.
+        room: bytes of each.
+        on_gpu: whether it trains on GPUs.
+
+    Returns:
+        Keys of the recipe and their values; none where nothing tried fits.
     """
     recipe = shapes.recipe
-    helps = [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload_optimizer": True}]
-    for more in helps:
+    again = {"gradient_checkpointing": True}
+    for more in ({}, again, {**again, "offload_optimizer": True}) if on_gpu else ({}, again):
         for stage in (0, 1, 2, 3) if processes > 1 else (0, 2):
             if more.get("offload_optimizer") and stage == 0:
                 continue
@@ -118,14 +129,20 @@ def propose(shapes: Shapes, seconds: float, processes: int, room: float, on_gpu:
             options = {**engine, "zero_stage": stage, "offload_optimizer": False, **more}
             training = replace(recipe.training, **options)
             changed = replace(shapes, recipe=replace(recipe, training=training))
-            length = mean_load(changed, seconds, 1).length
-            one, two = (training_memory(changed, mean_load(changed, seconds, n * length), processes, on_gpu).total for n in (1, 2))
-            if one > room:
+            first, second = (training_memory(changed, replace(one, rows=n), processes, on_gpu).total for n in (1, 2))
+            if first > room:
                 continue
-            rows = int((room - one) // (two - one)) + 1
-            budget = min(rows * length, max(length, recipe.training.positions_per_step // processes))
-            return {f"training.{name}": value for name, value in ({**options, "positions_per_batch": budget}).items()}
+            rows = int((room - first) // (second - first)) + 1
+            return {f"training.{name}": value for name, value in {**options, **_budget(recipe, one.length, rows, processes)}.items()}
     return {}
+
+
+def _budget(recipe: Recipe, length: int, rows: int, processes: int) -> dict[str, int]:
+    """The key that says how much is computed at once, with no more than a step has."""
+    options = recipe.training
+    if options.utterances_per_batch:
+        return {"utterances_per_batch": min(rows, options.utterances_per_batch)}
+    return {"positions_per_batch": min(rows * length, max(length, options.positions_per_step // processes))}
 
 
 def _work(

@@ -114,6 +114,16 @@ class Shapes:
         return self.llm.get_output_embeddings().weight.shape[0]
 
     @property
+    def scores_in_chunks(self) -> bool:
+        """Whether training computes logits a chunk at a time, as `allows_chunks` finds out of an LLM with its weights."""
+        head, options = self.llm.get_output_embeddings(), self.recipe.training
+        if options.zero_stage == 3 or options.precision == "fp16" or type(head) is not torch.nn.Linear or head.weight.requires_grad:
+            return False
+        if "bare logits" not in self._known:
+            self._known["bare logits"] = _gives_bare_logits(self.llm)
+        return self._known["bare logits"]
+
+    @property
     def width(self) -> int:
         """d_llm."""
         return llm_width(self.llm)
@@ -152,6 +162,20 @@ def _saved_bytes(llm: torch.nn.Module, rows: int, length: int) -> int:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         llm.base_model(inputs_embeds=embeddings * 1, use_cache=False)
     return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@torch.no_grad()
+def _gives_bare_logits(llm: torch.nn.Module) -> bool:
+    """Whether an LLM does nothing to logits behind its output layer."""
+    seen: list[torch.Tensor] = []
+    head = llm.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        embeddings = torch.empty(1, 4, llm_width(llm), dtype=next(llm.parameters()).dtype, device="meta")
+        logits = llm(inputs_embeds=embeddings, use_cache=False).logits
+    finally:
+        hook.remove()
+    return len(seen) == 1 and seen[0] is logits
 
 
 def describe(recipe: Recipe) -> Shapes:

@@ -79,7 +79,7 @@ def controls_of(decoding: Decoding) -> dict[str, Any]:
 
 def what_decides_the_texts(decoding: Decoding) -> dict[str, Any]:
     """The options without those that leave the texts as they are."""
-    return {key: value for key, value in asdict(decoding).items() if key not in ("parts", "shuffled_control", "seed")}
+    return {key: value for key, value in asdict(decoding).items() if key not in ("checkpoint", "parts", "shuffled_control", "seed")}
 
 
 def rates(facts: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@
 the latest checkpoint if there is one, and leaves the curve and a last checkpoint.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from slam_asr.training.building import build_model, build_prompt, build_readers,
 from slam_asr.training.checkpoint import CURVE, Checkpoint
 from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.job import CHECKPOINTS, FACTS, Job
+from slam_asr.training.kernels import compile_layers, use_liger
 from slam_asr.training.monitor import Monitor, StepNumbers
 from slam_asr.training.objective import AnswerScores, allows_chunks, score_answers, score_in_chunks
 from slam_asr.training.prefetch import ahead
@@ -156,6 +158,11 @@ class Trainer:
         # Under ZeRO-3 the output layer's weights are whole only while it is called.
         if self.options.zero_stage != 3 and self.engine.try_llm(allows_chunks):
             model.scorer = score_in_chunks
+        # Behind the trials, for which nothing need be compiled.
+        if self.options.liger:
+            use_liger(model.llm)
+        if self.options.compile:
+            compile_layers(model.llm)
         self.saver = Saver(join(job.published, CHECKPOINTS), self.folder, self.options.checkpoints)
         self.rate = learning_rate_schedule(self.options.schedule, self.options.learning_rate, self.options.warmup_steps, self.plan.steps)
         self.counts = Counts()
@@ -187,7 +194,8 @@ class Trainer:
         parts = ", ".join(f"{name} {count:,}" for name, (_, count) in self.counts_of_parameters.items() if count)
         say(f"parameters: {everything:,} in encoder, projector and LLM, {trained:,} trained ({parts})")
         spread = {"deepspeed": f"DeepSpeed, ZeRO stage {options.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}[options.engine]
-        say(f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, {spread}")
+        compiled = ", layers compiled while the first step waits" if options.compile else ""
+        say(f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, {spread}{compiled}")
         say(
             f"audio: {examples.hours:.2f} h in {len(examples)} utterances; {self.plan.steps} steps of "
             f"{self.budget.step} {'utterances' if self.budget.fixed else 'LLM positions'} in {self.plan.epochs} epochs, "
@@ -384,8 +392,11 @@ class Trainer:
 
     def _transcribe(self) -> Samples:
         self.engine.module.eval()
+        # Layers are compiled for whole utterances, not for a token at a time.
+        as_written = torch.compiler.set_stance("force_eager") if self.options.compile else contextlib.nullcontext()
         try:
-            return self.sampler.transcribe(self.engine.bare)
+            with as_written:
+                return self.sampler.transcribe(self.engine.bare)
         finally:
             self.engine.module.train()
 

@@ -39,6 +39,7 @@ from slam_asr.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
+    from slam_asr.models.prompt import Prompt
 
 WAIT_FOR_RECORD = 600.0
 """Seconds for which other nodes wait for the first one's record, once all have trained."""
@@ -84,10 +85,12 @@ def train(
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
     from slam_asr.training.job import CHECKPOINTS, FACTS, Job
+    from slam_asr.training.kernels import require_kernels
 
     nodes = nodes_of_environment(recipe.training.nodes)
     require_trackers(recipe.training.trackers)
     device = pick_device()
+    require_kernels(recipe.training, device)
     for precision in (recipe.training.precision, recipe.decoding.precision):
         explain_precision(precision, device)
     if device.type == "cuda" and recipe.training.processes > _accelerators():
@@ -104,7 +107,7 @@ def train(
     _look_at(heard)
     features = require_features(feature_store, encoder.fingerprint(), recipe, heard.values()) if feature_store else None
     llm_folder = locate_model(recipe.llm.name)
-    check_llm(recipe, llm_folder)
+    prompt = check_llm(recipe, llm_folder)
     base = {"encoder_fingerprint": encoder.fingerprint(), "llm_sha256": weights_sha256(llm_folder)}
     inputs = {
         "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
@@ -122,6 +125,14 @@ def train(
     published = published if is_s3(published) else str(local_path(published).absolute())
 
     def train_here(folder: Path) -> None:
+        from transformers import AutoConfig
+
+        from slam_asr.planning.fitting import place_of, require_fit
+        from slam_asr.planning.shapes import Shapes
+
+        processes = recipe.training.processes or _accelerators()
+        shapes = Shapes(recipe, encoder, AutoConfig.from_pretrained(llm_folder), [])
+        require_fit(shapes, prompt, heard["train"], place_of(device, processes, nodes.number))
         for leftover in (FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
@@ -131,7 +142,7 @@ def train(
             init_from=str(init_from) if init_from else None, inputs=inputs,
         )  # fmt: skip
         write_json(folder / "job.json", asdict(job))
-        _torchrun(recipe.training.processes or _accelerators(), folder, nodes, join(published, CHECKPOINTS))
+        _torchrun(processes, folder, nodes, join(published, CHECKPOINTS))
 
     def work(folder: Path) -> Outcome:
         from slam_asr.training.live import write_page
@@ -309,8 +320,11 @@ def projector_to_begin_with(recipe: Recipe, encoder: "EncoderSpec", llm_folder: 
     return folder
 
 
-def check_llm(recipe: Recipe, folder: Path) -> None:
+def check_llm(recipe: Recipe, folder: Path) -> "Prompt":
     """Refuse an LLM that does not suit the recipe, from its configuration and tokenizer alone.
+
+    Returns:
+        The recipe's prompts as its tokenizer spells them.
 
     Raises:
         UserError: no causal LM, no tokenizer, no such prompt, no such layers for adapters, or no room for an answer.
@@ -328,13 +342,14 @@ def check_llm(recipe: Recipe, folder: Path) -> None:
         )
     if recipe.llm.tuning == "lora":
         require_targets(describe_llm(folder), recipe.llm.lora)
+    return prompt
 
 
 def _what_decides_the_weights(recipe: Recipe) -> dict:
     """The recipe without what changes nothing but rounding: names, logging, how the work is divided."""
     values = asdict(recipe)
     for key in (
-        "nodes", "processes", "engine", "zero_stage", "log_every", "positions_per_batch", "offload_optimizer", "deepspeed", "packing", "gradient_checkpointing",
+        "nodes", "processes", "engine", "zero_stage", "log_every", "positions_per_batch", "offload_optimizer", "deepspeed", "packing", "gradient_checkpointing", "compile", "liger",
         "nonfinite_steps", "checkpoint_every", "checkpoint_minutes", "checkpoints", "samples", "trackers",
     ):
         del values["training"][key]

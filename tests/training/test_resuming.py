@@ -198,7 +198,9 @@ def test_storage_that_is_away_for_a_while_does_not_stop_training(prepared, bucke
 
     with FaultyProxy(s3_server, rule=away) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-        process = start(prepared, "s3://bucket/t", **{"training.checkpoint_every": 5, "training.max_steps": 600 * seconds // 6})
+        # Long enough to be still at it when the storage is back.
+        steps = {"training.max_steps": 150 * seconds, "training.epochs": 10**6}
+        process = start(prepared, "s3://bucket/t", **{"training.checkpoint_every": 5, **steps})
         printed = ended(process, within=120 + 4 * seconds)
     assert process.returncode == 0, printed
     assert re.search(r"warning: the checkpoint of step \d+ could not be written, training goes on", printed)

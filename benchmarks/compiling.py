@@ -1,0 +1,69 @@
+"""What `training.compile` gives: time of a step over an LLM's layers, compiled and as they are written.
+
+    python benchmarks/compiling.py                       # a Llama of SmolLM2-135M's widths, 4 layers, fp32 and bf16
+    python benchmarks/compiling.py --layers 30 --utterances 16
+
+Random weights, packed utterances of 30 to 100 positions, forward and back; batches differ in how many they hold. On a CPU the time is that of
+the processor in one thread, which other programs on the machine leave alone; on a GPU it is the clock's. Ways take turns; prints the median
+of their ratios, and all of them.
+"""
+
+import argparse
+import copy
+import random
+import statistics
+import time
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from slam_asr.models.packing import allow_packing, packed_arguments
+from slam_asr.models.precision import DTYPES, pick_device
+from slam_asr.training.kernels import compile_layers
+
+
+def main() -> None:
+    """Print the ratio for each precision."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--utterances", type=int, default=6, help="of a batch, on average")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
+    options = parser.parse_args()
+    device = pick_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    for precision in options.precisions:
+        llm = LlamaForCausalLM(LlamaConfig(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers, num_attention_heads=9, num_key_value_heads=3, vocab_size=64,
+        )).to(device, DTYPES[precision]).eval().requires_grad_(False)  # fmt: skip
+        assert allow_packing(llm)
+        compiled = copy.deepcopy(llm)
+        compile_layers(compiled)
+        generator = random.Random(0)
+        started = time.perf_counter()
+        _step(compiled, [40, 60])
+        first = time.perf_counter() - started
+        _step(llm, [40, 60])
+        ratios = []
+        for _ in range(options.steps):
+            lengths = [generator.randint(30, 100) for _ in range(options.utterances + generator.randint(-2, 2))]
+            written, fused = _step(llm, lengths), _step(compiled, lengths)
+            ratios.append(written / fused)
+        shown = ", ".join(f"{r:.2f}" for r in ratios)
+        print(f"{precision} on {device.type}: compiled {statistics.median(ratios):.2f} × as fast ({shown}); the first step took {first:.0f} s", flush=True)
+
+
+def _step(llm: LlamaForCausalLM, lengths: list[int]) -> float:
+    """Forward and back over one batch → seconds."""
+    embeddings = torch.randn(1, sum(lengths), 576, device=llm.device, dtype=llm.dtype).requires_grad_()
+    clock = time.perf_counter if embeddings.is_cuda else time.process_time
+    started = clock()
+    llm.base_model(inputs_embeds=embeddings * 1, use_cache=False, **packed_arguments(lengths, llm.device)).last_hidden_state.float().sum().backward()
+    if embeddings.is_cuda:
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+if __name__ == "__main__":
+    main()

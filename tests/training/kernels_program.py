@@ -1,0 +1,70 @@
+"""Run under torchrun by the tests: a small LLM with adapters under each engine, its layers compiled and as they are written.
+
+Leaves losses.json: by engine, the losses of both.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from slam_asr.models.llm import checkpoint_layers, set_tuning
+from slam_asr.models.packing import allow_packing
+from slam_asr.models.projector import build_projector
+from slam_asr.models.slam import Row, Slam, pack
+from slam_asr.recipe import Llm, Lora, Projector, Training
+from slam_asr.training.engines.choose import make_engine, start_process_group
+from slam_asr.training.kernels import compile_layers
+from slam_asr.training.objective import score_in_chunks
+
+DEVICE = torch.device("cpu")
+ENGINES = {
+    "zero-0": {"zero_stage": 0}, "zero-1": {"zero_stage": 1}, "zero-2": {"zero_stage": 2}, "zero-2-again": {"zero_stage": 2, "gradient_checkpointing": True},
+    "ddp": {"engine": "ddp"}, "ddp-again": {"engine": "ddp", "gradient_checkpointing": True}, "fsdp": {"engine": "fsdp"},
+}  # fmt: skip
+
+
+def losses(compiled: bool, **options) -> list[float]:
+    """Of four steps, each over other numbers of utterances."""
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)).eval()
+    set_tuning(llm, Llm(tuning="lora", lora=Lora(dropout=0.0)), seed=0)
+    assert allow_packing(llm)
+    if options.get("gradient_checkpointing"):
+        checkpoint_layers(llm)
+    if compiled:
+        compile_layers(llm)
+    model = Slam(build_projector(Projector(hidden=8), 16, 32, 0), llm)
+    model.scorer = score_in_chunks
+    engine = make_engine(model, dataclasses.replace(Training(), precision="fp32", **options), DEVICE, {})
+    engine.module.train()
+    found = []
+    for number in range(4):
+        generator = torch.Generator().manual_seed(2 * number + torch.distributed.get_rank())
+        rows = [Row(torch.randn(5 * n, 16, generator=generator), n, [], [3, 4], [5 + n, 7, 1]) for n in range(2, 4 + number)]
+        loss, sums = engine.forward(pack(rows), last=True)
+        engine.backward(loss, 2 * int(sums[2]), last=True)
+        engine.step(1e-2)
+        total = loss.detach() / sums[2]
+        torch.distributed.all_reduce(total)
+        found.append(float(total))
+    return found
+
+
+def main(folder: Path) -> None:
+    start_process_group(DEVICE, "deepspeed")
+    # What engines meet is a traced layer; which code a compiler makes of it is no matter of theirs.
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    found = {kind: [losses(compiled, **options) for compiled in (False, True)] for kind, options in ENGINES.items()}
+    if torch.distributed.get_rank() == 0:
+        (folder / "losses.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
