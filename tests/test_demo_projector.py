@@ -1,0 +1,84 @@
+"""The scripts that make a projector: speech that is joined keeps its words, and a projector learns to say an LLM's tokens."""
+
+import importlib
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from slam_asr.models.projector import build_projector
+from slam_asr.recipe import Projector
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of the folder demo, as a module."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    yield importlib.import_module
+    for name in ("make_training_speech", "begin_projector", "make_speech"):
+        sys.modules.pop(name, None)
+
+
+def test_joined_speech_keeps_all_words_in_order_and_its_length(script):
+    speech = script("make_training_speech")
+    rng = np.random.default_rng(0)
+    spoken = [rng.standard_normal(round(16_000 * s)).astype(np.float32) for s in rng.uniform(0.5, 9, 15)]
+    texts = [f"TEXT {n}" for n in range(15)]
+    joined = list(speech.join(spoken, texts, random.Random(3)))
+    assert " ".join(text for text, _ in joined) == " ".join(texts)
+    assert 1 < len(joined) < 15
+    pauses = sum(len(samples) for _, samples in joined) - sum(map(len, spoken))
+    assert speech.PAUSE[0] * 16_000 * (15 - len(joined)) <= pauses <= speech.PAUSE[1] * 16_000 * (15 - len(joined))
+    assert max(len(samples) for _, samples in joined) <= speech.JOINED[1] * 16_000
+
+
+def test_varied_speech_stays_speech(script):
+    speech = script("make_training_speech")
+    tone = np.sin(np.arange(32_000) / 10).astype(np.float32)
+    assert len(speech.at_speed(tone, 1.1)) == pytest.approx(32_000 / 1.1, abs=2)
+    for seed in range(20):
+        disturbed = speech.disturb(tone, np.random.default_rng(seed))
+        assert disturbed.shape == tone.shape and disturbed.dtype == np.float32
+        assert 0.05 < np.abs(disturbed).max() <= 0.91
+        assert abs(np.corrcoef(disturbed, tone)[0, 1]) > 0.5
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_projector_learns_to_say_the_tokens_and_comes_to_lie_near_them(script, seed):
+    begin = script("begin_projector")
+    torch.manual_seed(seed)
+    sounds = torch.randn(6, 12)  # of tokens 1 to 5, and of silence
+    targets = [[1, 2, 3], [4, 1, 5], [2, 5], [3]]
+    frames = [torch.cat([torch.stack([sounds[t], sounds[t], sounds[0], sounds[0]]) for t in row]) for row in targets]
+    speller = begin.Speller(build_projector(Projector(downsampling=2, hidden=64), 12, 16), torch.randn(6, 16))
+    optimizer = torch.optim.Adam(speller.parameters(), lr=1e-2)
+    losses, distances = [], []
+    for step in range(400):
+        loss = begin.loss_of(speller, frames, [torch.tensor(row) for row in targets], step / 400)
+        losses.append(loss.item())
+        distances.append(speller(frames)[1].mean().item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.2 * losses[0]
+    assert [begin.spelled(speller, f) for f in frames] == targets
+    said = nn.functional.normalize(speller.projector([frames[0][:2]]), dim=1) @ nn.functional.normalize(speller.embeddings, dim=1).T
+    assert said.argmax() == targets[0][0] and said.max() > 0.9 and distances[-1] < 0.3
+
+
+def test_ctc_over_an_utterances_own_tokens_is_ctc_over_all(script):
+    """The loss of few columns equals torch's over the whole vocabulary."""
+    begin = script("begin_projector")
+    torch.manual_seed(1)
+    speller = begin.Speller(build_projector(Projector(downsampling=2, hidden=8), 6, 10), torch.randn(41, 10))
+    frames, targets = [torch.randn(30, 6), torch.randn(21, 6)], [torch.tensor([7, 3, 3, 40]), torch.tensor([1, 7])]
+    logits, distances = speller(frames)
+    scores = nn.utils.rnn.pad_sequence(logits.log_softmax(1).split([15, 10]))
+    whole = nn.functional.ctc_loss(scores, torch.cat(targets), torch.tensor([15, 10]), torch.tensor([4, 2]), reduction="sum") / 6
+    assert begin.loss_of(speller, frames, targets, 0.5).item() == pytest.approx((whole + 0.5 * distances.mean()).item(), rel=1e-5)
