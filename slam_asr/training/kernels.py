@@ -6,6 +6,7 @@ utterances stays out of it: how many there are differs between batches.
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -79,8 +80,8 @@ def compile_layers(llm: PreTrainedModel) -> None:
 
 def use_liger(llm: PreTrainedModel) -> None:
     """Replace what Liger has kernels for in an LLM: norms, rotary embeddings and feed-forward layers, not the loss, which is ours."""
-    from liger_kernel.transformers import monkey_patch
-
+    # By name: an image is built with all that its stage imports, and this package is the user's to add.
+    monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
     kind = llm.config.model_type
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         say(f"training.liger: Liger has no kernels for a model of type {kind}, so it trains without them")
