@@ -34,6 +34,7 @@ from slam_asr.storage import (
     walk,
     write_bytes,
 )
+from slam_asr.storage.local import PARTIAL
 
 DESCRIPTION = "checkpoint.json"
 LATEST, BEST = "latest", "best"
@@ -161,9 +162,10 @@ def prune(folder: str, keep: int) -> None:
 
 
 def forget_what_is_behind(folder: str) -> None:
-    """Remove what an earlier attempt has begun behind its latest checkpoint; only while nobody writes."""
+    """Remove what an earlier attempt has begun behind its latest checkpoint, or was writing when it was killed; only while nobody writes."""
     latest = read_bytes(join(folder, LATEST)).decode().strip() if exists(join(folder, LATEST)) else ""
-    _remove(folder, [f.name for f in walk(folder) if "/" in f.name and f.name.partition("/")[0] > latest])
+    names = [f.name for f in walk(folder)]
+    _remove(folder, [name for name in names if ("/" in name and name.partition("/")[0] > latest) or name.endswith(PARTIAL)])
 
 
 def _remove(folder: str, files: list[str]) -> None:

@@ -254,7 +254,10 @@ def test_what_lies_behind_the_latest_is_forgotten_before_it_is_gone_on(tmp_path)
     for step in (5, 9):
         checkpoint.publish(folder, checkpoint.Checkpoint(step, 0, step, "ddp", 1, {}), keep=2)
     (tmp_path / "latest").write_text("step-00000005")
+    # Killed between writing a pointer's new content and giving it its name.
+    (tmp_path / ".latest.2780.140456.partial").write_text("step-00000009")
     checkpoint.forget_what_is_behind(folder)
+    assert not list(tmp_path.rglob("*.partial"))
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["step-00000005"] and checkpoint.require(folder).step == 5
 
 
