@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional
 
 from slam_asr.conversion.model import ModelConfig, read_config, read_projector, write_model
+from slam_asr.errors import exit_on_user_error
 from slam_asr.features.reader import StoreReader
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, read_manifest
@@ -187,4 +188,5 @@ def _validate(speller: Speller, reader: StoreReader, dev: list[Utterance], token
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

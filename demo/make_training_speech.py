@@ -18,6 +18,7 @@ Needs `espeak-ng` and `flite` on the PATH, and the Python packages numpy, soundf
 import argparse
 import multiprocessing
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -152,9 +153,20 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=2, help="of each real utterance, beside itself (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    if not args.text.is_file():
+        parser.error(f"there is no file {args.text}: name one with lines `<key> TEXT`")
+    if args.out.exists():
+        parser.error(f"{args.out} exists already: choose another folder")
+    if args.real and not any(args.real.rglob("*.trans.txt")):
+        parser.error(f"{args.real} holds no .trans.txt: name a folder in LibriSpeech's layout")
+    absent = [program for program in ("espeak-ng", "flite") if args.voices and not shutil.which(program)]
+    if absent:
+        parser.error(f"{absent[0]} is not on the PATH: `apt-get install espeak-ng flite`")
 
     rng = random.Random(args.seed)
     lines = [words for line in args.text.read_text().splitlines() if len(words := line.split()[1:]) >= WORDS[0]]
+    if not lines:
+        parser.error(f"{args.text} has no line `<key> TEXT` with {WORDS[0]} words or more")
     pieces = [draw_piece(rng.choice(lines), rng) for _ in range(VOICES * EACH)]
     args.out.mkdir(parents=True)
     tasks = [(args.out / "train-synthetic", 100_001 + n, pieces[n::VOICES], args.seed + n) for n in range(args.voices)]

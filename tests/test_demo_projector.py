@@ -2,6 +2,7 @@
 
 import importlib
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,3 +83,21 @@ def test_ctc_over_an_utterances_own_tokens_is_ctc_over_all(script):
     scores = nn.utils.rnn.pad_sequence(logits.log_softmax(1).split([15, 10]))
     whole = nn.functional.ctc_loss(scores, torch.cat(targets), torch.tensor([15, 10]), torch.tensor([4, 2]), reduction="sum") / 6
     assert begin.loss_of(speller, frames, targets, 0.5).item() == pytest.approx((whole + 0.5 * distances.mean()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "arguments", "said"), [
+    ("make_training_speech", ["--text", "nowhere.txt", "--out", "{out}"], "there is no file nowhere.txt"),
+    ("make_training_speech", ["--text", "{empty}", "--out", "{out}", "--voices", "0"], "has no line `<key> TEXT`"),
+    ("make_training_speech", ["--text", "{empty}", "--out", "{there}"], "exists already"),
+    ("make_training_speech", ["--text", "{empty}", "--out", "{out}", "--real", "{there}"], "holds no .trans.txt"),
+    ("begin_projector", ["--manifest", "nowhere.jsonl", "--features", "x", "--out", "{out}"], "There is no manifest nowhere.jsonl"),
+    ("begin_projector", ["--manifest", "{empty}", "--features", "x", "--out", "{out}"], "holds no utterance"),
+    ("begin_projector", ["--recipe", "libri", "--manifest", "{empty}", "--features", "x", "--out", "{out}"], "No recipe named libri"),
+])  # fmt: skip
+def test_bad_input_is_a_sentence_and_leaves_nothing(tmp_path, name, arguments, said):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "there").mkdir()
+    given = {key: tmp_path / key for key in ("out", "empty", "there")}
+    done = subprocess.run([sys.executable, DEMO / f"{name}.py", *(a.format(**given) for a in arguments)], capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ The folder holds LLMs. Leaves losses.json, by LLM, engine, tuning and way.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.engines.engine import Engine
 from slam_asr.training.engines.masters import MastersEngine
 from slam_asr.training.objective import allows_chunks, score_answers, score_in_chunks
+from tests.ranks import leave_answer
 from tests.training.engines_program import DEVICE
 
 ENGINES = {"zero-3": {"zero_stage": 3}, "fsdp": {"engine": "fsdp"}}
@@ -87,10 +87,7 @@ def all_losses(folder: Path) -> dict[str, list[float]]:
 def main(folder: Path) -> None:
     start_process_group(DEVICE, "deepspeed")
     losses = all_losses(folder)
-    if torch.distributed.get_rank() == 0:
-        (folder / "losses.json").write_text(json.dumps(losses))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_answer(folder, losses)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,13 @@ def test_more_memory_than_there_is(begin, monkeypatch):
         begin()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_compiling_without_a_compiler(begin, monkeypatch, tmp_path):
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """As on a machine without a GPU."""
+    monkeypatch.setattr("slam_asr.models.precision.pick_device", lambda: torch.device("cpu"))
+
+
+def test_compiling_without_a_compiler(begin, on_a_cpu, monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"^training\.compile needs a C\+\+ compiler, and g\+\+ is not here: [^\n]+$"):
@@ -57,8 +62,7 @@ def test_compiling_without_a_compiler(begin, monkeypatch, tmp_path):
         begin(compile=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_ligers_kernels_without_a_gpu(begin):
+def test_ligers_kernels_without_a_gpu(begin, on_a_cpu):
     with pytest.raises(UserError, match=r"^training\.liger needs a GPU"):
         begin(liger=True)
 
