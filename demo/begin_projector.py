@@ -38,14 +38,14 @@ from slam_asr.recipe import dump_recipe, load_recipe
 
 NOTHING_SAID = "\n"
 BLANK = 0
-POSITIONS = 3000
+POSITIONS = 1500
 """In a batch."""
 SHARPNESS = 20.0
 """At the start: half of it is what a distance of an embedding's length costs in the logits."""
 DRAWN = 1.0
 """Weight, at the end, of an output's squared distance from what it says, in lengths of an embedding. It grows from nothing: an output that
 is drawn to what it says before it is right stays there."""
-DROPPED = 0.1
+DROPPED = 0.2
 """Share of the encoder's values that is left out in training."""
 
 

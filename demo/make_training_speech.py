@@ -36,6 +36,7 @@ VARIANTS = (
 FLITE = ("kal16", "awb", "rms", "slt")
 """Three of them were made from recordings of people."""
 VOICES, EACH = 600, 15
+"""Synthetic speakers of one seed, and the pieces of text that each speaks."""
 PAUSE = (0.1, 0.5)
 """Seconds between joined pieces."""
 JOINED = (1.5, 20.0)
@@ -98,20 +99,20 @@ def write(folder: Path, speaker: str, chapter: int, utterances: Iterable[tuple[s
     return seconds
 
 
-def synthesise(task: tuple[Path, int, list[list[str]], int]) -> float:
+def synthesise(task: tuple[Path, int, list[list[str]], tuple[float, float], int]) -> float:
     """All pieces of one synthetic speaker, some of them joined → seconds of speech."""
-    folder, number, pieces, seed = task
+    folder, number, pieces, joined, seed = task
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     speaker = draw_speaker(number, rng)
     own_speed = rng.uniform(*SPEEDS)  # gives flite's four voices more than four throats
     with tempfile.TemporaryDirectory() as scratch:
         spoken = [disturb(at_speed(speak(speaker, " ".join(words).lower(), Path(scratch)), own_speed), noise) for words in pieces]
-    return write(folder, str(number), 1, join(spoken, [" ".join(words) for words in pieces], rng))
+    return write(folder, str(number), 1, join(spoken, [" ".join(words) for words in pieces], joined, rng))
 
 
-def join(spoken: list[np.ndarray], texts: list[str], rng: random.Random) -> Iterator[tuple[str, np.ndarray]]:
+def join(spoken: list[np.ndarray], texts: list[str], joined: tuple[float, float], rng: random.Random) -> Iterator[tuple[str, np.ndarray]]:
     """Pieces one behind the other, with pauses, up to a drawn length each time."""
-    low, high = JOINED
+    low, high = joined
     at = 0
     while at < len(spoken):
         length = low * (high / low) ** rng.random() * SAMPLE_RATE
@@ -149,7 +150,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="lines `<key> TEXT`")
     parser.add_argument("--real", type=Path, help="folder of real speech in LibriSpeech's layout")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist yet")
-    parser.add_argument("--voices", type=int, default=VOICES, help=f"of {VOICES}, with {EACH} utterances each (default: %(default)s)")
+    parser.add_argument("--voices", type=int, default=VOICES, help=f"synthetic speakers, of {VOICES} (default: %(default)s)")
+    parser.add_argument("--each", type=int, default=EACH, help="pieces of text that each of them speaks (default: %(default)s)")
+    parser.add_argument("--joined", type=float, nargs=2, default=JOINED, metavar=("SHORTEST", "LONGEST"), help="seconds that pieces are joined to (default: %(default)s)")
+    parser.add_argument("--first-voice", type=int, default=1, help="number of the first of them, so that several runs can lie in one corpus (default: %(default)s)")
     parser.add_argument("--copies", type=int, default=2, help="of each real utterance, beside itself (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -167,9 +171,9 @@ def main() -> None:
     lines = [words for line in args.text.read_text().splitlines() if len(words := line.split()[1:]) >= WORDS[0]]
     if not lines:
         parser.error(f"{args.text} has no line `<key> TEXT` with {WORDS[0]} words or more")
-    pieces = [draw_piece(rng.choice(lines), rng) for _ in range(VOICES * EACH)]
+    pieces = [draw_piece(rng.choice(lines), rng) for _ in range(VOICES * args.each)]
     args.out.mkdir(parents=True)
-    tasks = [(args.out / "train-synthetic", 100_001 + n, pieces[n::VOICES], args.seed + n) for n in range(args.voices)]
+    tasks = [(args.out / "train-synthetic", 100_000 + args.first_voice + n, pieces[n::VOICES], tuple(args.joined), args.seed + n) for n in range(args.voices)]
     in_parallel(synthesise, tasks, "train-synthetic")
     if args.real:
         chapters = sorted(args.real.rglob("*.trans.txt"))

@@ -17,7 +17,11 @@ from slam_asr.errors import UserError
 from slam_asr.pages.curves import draw_curves, thinned
 from slam_asr.pages.render import capital, grouped, render
 from slam_asr.progress import clock
-from slam_asr.scoring.wer import Hypothesis, WordErrors, align, score, score_by_subset
+from slam_asr.scoring.analysis import analyse, counts_of
+from slam_asr.scoring.controls import EMPTY
+from slam_asr.scoring.guards import GUARDS, guards_of
+from slam_asr.scoring.measuring import Measured, groups_of, measure, nothing_written
+from slam_asr.scoring.wer import Hypothesis, align
 from slam_asr.storage import write_atomically, write_json
 
 PAGE = "report.html"
@@ -26,6 +30,8 @@ NUMBERS = "wer.json"
 
 WORST = 200
 """Utterances shown with their alignments: enough to see what goes wrong, and a page of some 200 KB."""
+SPEAKERS = 100
+"""Speakers shown with a rate of their own; the numbers for programs hold them all."""
 NO_SUBSET = "(no subset)"
 
 _CONTROL_NOTES = {
@@ -59,64 +65,56 @@ def write_report(
             empty_answers, or other facts, which are shown under their own names.
 
     Returns:
-        WER in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`.
+        WER in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`; the ends of its 95 % interval; WER after Whisper's normaliser; CER.
 
     Raises:
         UserError: no utterance was decoded, or no reference holds a word.
     """
     if not rows:
         raise UserError("There is nothing to report: no utterance was decoded. Check the test manifest.")
-    _ = score(rows).wer  # Without a word in the references this raises, before anything is written.
+    measured = measure(rows)
+    _ = measured.total().wer  # Without a word in the references this raises, before anything is written.
     training = training | {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     numbers = {
         "title": title,
         "wer_unit": "percent",
-        **_scores(rows),
-        "controls": {name: _scores(control) for name, control in controls.items()},
+        **analyse(measured),
+        "controls": {name: _by_subset(nothing_written(measured) if name == EMPTY else measure(control)) for name, control in controls.items()},
         "published": published,
         "training": training,
         "decoding": decoding,
         "version": __version__,
     }
     folder = Path(folder)
-    write_atomically(folder / PAGE, _page(numbers, rows))
+    write_atomically(folder / PAGE, _page(numbers, measured))
     write_atomically(folder / MARKDOWN, _markdown(numbers))
     write_json(folder / NUMBERS, _finite(numbers))
     return _metrics(numbers)
 
 
-def _scores(rows: Sequence[Hypothesis]) -> dict[str, Any]:
-    hours: dict[str, float] = {}
-    for row in rows:
-        hours[row.subset] = hours.get(row.subset, 0.0) + row.duration / 3600
-    return {
-        "all": _counts(score(rows), sum(hours.values())),
-        "subsets": {name: _counts(errors, hours[name]) for name, errors in score_by_subset(rows).items()},
-    }
-
-
-def _counts(errors: WordErrors, hours: float) -> dict[str, Any]:
-    return asdict(errors) | {"errors": errors.errors, "hours": round(hours, 4), "wer": _percent(errors)}
-
-
-def _percent(errors: WordErrors) -> float | None:
-    return round(100 * errors.wer, 2) if errors.words else None
+def _by_subset(measured: Measured) -> dict[str, Any]:
+    subsets = groups_of(measured.rows, lambda row: row.subset)
+    return {"all": counts_of(measured), "subsets": {name: counts_of(measured, chosen) for name, chosen in subsets.items()}}
 
 
 def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
     named = {"wer": numbers["all"]}
     named |= {f"wer {name}": counts for name, counts in numbers["subsets"].items() if name}
     named |= {f"wer {name}": control["all"] for name, control in numbers["controls"].items()}
-    return {name: counts["wer"] for name, counts in named.items() if counts["wer"] is not None}
+    metrics = {name: counts["wer"] for name, counts in named.items() if counts["wer"] is not None}
+    everything = numbers["all"]
+    low, high = everything["interval"] or (None, None)
+    more = {"wer 95 % low": low, "wer 95 % high": high, "wer normalised": everything["normalised"], "cer": everything["cer"]}
+    return metrics | {name: value for name, value in more.items() if value is not None}
 
 
 # ---- the page
 
 
-def _page(numbers: dict[str, Any], rows: Sequence[Hypothesis]) -> str:
+def _page(numbers: dict[str, Any], measured: Measured) -> str:
     return render(
         PAGE,
-        filters={"rate": _rate},
+        filters={"rate": _rate, "interval": _interval},
         **numbers,
         rows=_table(numbers),
         control_notes=_CONTROL_NOTES,
@@ -124,8 +122,9 @@ def _page(numbers: dict[str, Any], rows: Sequence[Hypothesis]) -> str:
         training_facts=_training_facts(numbers["training"]),
         decoding_facts=_decoding_facts(numbers["decoding"]),
         curves=draw_curves(numbers["training"]),
-        utterances=_worst(rows),
-        utterance_count=len(rows),
+        guard_notes=GUARDS,
+        groups=_groups(numbers),
+        utterances=_worst(measured),
     )
 
 
@@ -147,14 +146,39 @@ def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     return table
 
 
-def _worst(rows: Sequence[Hypothesis]) -> list[dict[str, Any]]:
+def _worst(measured: Measured) -> list[dict[str, Any]]:
     """The utterances with most word errors, which cost the total rate most, worst first."""
-    scored = [(row, score([row])) for row in rows]
-    scored.sort(key=lambda pair: (-pair[1].errors, pair[1].words, pair[0].key, pair[0].subset))
+    rows, errors, words = measured.rows, measured.errors.tolist(), measured.words.tolist()
+    order = sorted(range(len(rows)), key=lambda i: (-errors[i], words[i], rows[i].key, rows[i].subset))
     return [
-        asdict(row) | {"errors": errors.errors, "words": errors.words, "wer": _percent(errors), "pieces": _pieces(row)}
-        for row, errors in scored[:WORST]
+        asdict(rows[i])
+        | {
+            "errors": errors[i], "words": words[i], "wer": round(100 * errors[i] / words[i], 2) if words[i] else None,
+            "pieces": _pieces(rows[i]), "guards": guards_of(rows[i]),
+        }
+        for i in order[:WORST]
+    ]  # fmt: skip
+
+
+def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tables of the rate by groups of utterances: length of audio, and speaker where there are several."""
+    durations = [
+        (f"{group['from']} to {group['to']} s" if group["to"] else f"above {group['from']} s", group) for group in numbers["durations"]
     ]
+    speakers = sorted(numbers["speakers"].items(), key=lambda item: (-(item[1]["wer"] or 0), item[0]))
+    tables = []
+    if len(durations) > 1:
+        tables.append(_group_table("By length of the audio", "Audio", durations, ""))
+    if len(speakers) > 1:
+        note = f"The {SPEAKERS} of {grouped(len(speakers))} speakers with the highest rates." if len(speakers) > SPEAKERS else "Highest rates first."
+        tables.append(_group_table("By speaker", "Speaker", speakers[:SPEAKERS], note))
+    return tables
+
+
+def _group_table(heading: str, label: str, groups: list[tuple[str, dict[str, Any]]], note: str) -> dict[str, Any]:
+    highest = max((group["wer"] or 0 for _, group in groups), default=0) or 1
+    rows = [group | {"label": name, "bar": round(100 * (group["wer"] or 0) / highest, 1)} for name, group in groups]
+    return {"heading": heading, "label": label, "rows": rows, "note": note}
 
 
 def _pieces(row: Hypothesis) -> list[tuple[str, str, str]]:
@@ -231,15 +255,20 @@ def _rate(percent: float | None) -> str:
     return "–" if percent is None else f"{percent:.2f}"
 
 
+def _interval(ends: Sequence[float] | None) -> str:
+    """`12.01–14.2` → `12.01–14.20`; a dash where there is none."""
+    return "–" if ends is None else f"{ends[0]:.2f}–{ends[1]:.2f}"
+
+
 # ---- the other two files
 
 
 def _markdown(numbers: dict[str, Any]) -> str:
     total = numbers["all"]
-    head = ["Subset", "WER, %"]
+    head = ["Subset", "WER, %", "95 % interval"]
     head += ["Published, %"] if _has_published(numbers) else []
     head += [f"{_plain(capital(name))}, %" for name in numbers["controls"]]
-    head += ["Sub.", "Del.", "Ins.", "Words", "Utterances", "Hours"]
+    head += ["Normalised, %", "CER, %", "Sub.", "Del.", "Ins.", "Words", "Utterances", "Hours"]
     lines = [
         f"# {_plain(numbers['title'])}",
         "",
@@ -250,11 +279,15 @@ def _markdown(numbers: dict[str, Any]) -> str:
         f"| --- |{' ---: |' * (len(head) - 1)}",
     ]
     for row in _table(numbers):
-        cells = [_plain(row["label"]), _rate(row["wer"])]
+        cells = [_plain(row["label"]), _rate(row["wer"]), _interval(row["interval"])]
         cells += [_rate(row["published"])] if _has_published(numbers) else []
         cells += [_rate(wer) for wer in row["controls"]]
+        cells += [_rate(row["normalised"]), _rate(row["cer"])]
         cells += [grouped(row[key]) for key in ("substitutions", "deletions", "insertions", "words", "utterances")]
         lines.append(f"| {' | '.join(cells)} | {_hours(row['hours'])} |")
+    wrong = [f"{_plain(guard)}: {grouped(count)}" for guard, count in numbers["guards"].items() if count]
+    if wrong:
+        lines += ["", f"Answers that went wrong: {'; '.join(wrong)}."]
     for label, facts in (
         ("Trained", _training_facts(numbers["training"])),
         ("Decoded", _decoding_facts(numbers["decoding"])),

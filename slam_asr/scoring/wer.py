@@ -32,6 +32,8 @@ class Hypothesis:
     speaker: str = ""
     duration: float = 0.0
     """Seconds; 0 where unknown."""
+    cut: bool = False
+    """Whether the recogniser was still talking where answers end."""
 
 
 @dataclass
@@ -79,29 +81,6 @@ class AlignedWords(NamedTuple):
 def normalise(text: str) -> str:
     """The text as it is scored: any run of white space is one space; case and punctuation count."""
     return " ".join(text.split())
-
-
-def score(rows: Sequence[Hypothesis]) -> WordErrors:
-    """The word errors of all utterances together."""
-    if not rows:
-        return WordErrors()
-    output = _process(rows)
-    return WordErrors(
-        utterances=len(rows),
-        words=output.hits + output.substitutions + output.deletions,
-        hits=output.hits,
-        substitutions=output.substitutions,
-        deletions=output.deletions,
-        insertions=output.insertions,
-    )
-
-
-def score_by_subset(rows: Iterable[Hypothesis]) -> dict[str, WordErrors]:
-    """The word errors of each test subset, sorted by its name."""
-    subsets: dict[str, list[Hypothesis]] = {}
-    for row in rows:
-        subsets.setdefault(row.subset, []).append(row)
-    return {subset: score(subsets[subset]) for subset in sorted(subsets)}
 
 
 def align(row: Hypothesis) -> list[AlignedWords]:
@@ -157,13 +136,13 @@ def _parse(line: str, where: str) -> Hypothesis:
     return Hypothesis(**known)
 
 
-def _checked(name: str, value: object, kind: type, where: str) -> str | float:
+def _checked(name: str, value: object, kind: type, where: str) -> str | float | bool:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(value) and value >= 0:
             return float(value)
-    elif kind is str and isinstance(value, str):
+    elif isinstance(value, kind):
         return value
-    expected = "text" if kind is str else "a number of seconds"
+    expected = {str: "text", bool: "true or false"}.get(kind, "a number of seconds")
     raise UserError(f"{where}: {name!r} must be {expected}, not {value!r}.")
 
 

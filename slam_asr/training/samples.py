@@ -7,7 +7,8 @@ from slam_asr.models.prompt import Prompt
 from slam_asr.models.search import Searcher, plan_batches
 from slam_asr.models.slam import Slam
 from slam_asr.recipe import Recipe
-from slam_asr.scoring.wer import Hypothesis, score
+from slam_asr.scoring.measuring import score
+from slam_asr.scoring.wer import Hypothesis
 from slam_asr.training.batches import BatchReader
 
 

@@ -19,10 +19,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 LISTS = CHECKOUT / "requirements" / "images"
 sys.path[:0] = [str(CHECKOUT / "requirements"), str(CHECKOUT / "images")]
 
+import build  # noqa: E402 - it runs without the library
 import lock  # noqa: E402 - it lies beside the lists that it writes
 from imports import third_party  # noqa: E402
-
-import build  # noqa: E402 - it runs without the library
 
 WITHOUT_TORCH = "build-manifest"
 

@@ -106,17 +106,19 @@ def test_the_metrics_are_percentages(tmp_path):
     assert metrics == {
         "wer": 37.5, "wer test-clean": 27.27, "wer test-other": 60.0,
         "wer shuffled audio": 100.0, "wer empty output": 100.0,
+        # "one two" is one word after Whisper's normaliser: 12.
+        "wer 95 % low": 0.0, "wer 95 % high": 75.0, "wer normalised": 40.0, "cer": 40.0,
     }  # fmt: skip
 
 
 def test_page_table_markdown_and_json_say_the_same(tmp_path):
     metrics, html, markdown, numbers = full_report(tmp_path)
     head, *rows = Page(html).tables[0]
-    assert head[:5] == ["Subset", "WER, %", "Published, %", "Shuffled audio, %", "Empty output, %"]
+    assert head[:6] == ["Subset", "WER, %", "95 % interval", "Published, %", "Shuffled audio, %", "Empty output, %"]
     assert rows == [
-        ["test-clean", "27.27", "–", "100.00", "100.00", "1", "1", "1", "11", "2", "0.00"],
-        ["test-other", "60.00", "6.47", "100.00", "100.00", "0", "3", "0", "5", "2", "1.00"],
-        ["All", "37.50", "–", "100.00", "100.00", "1", "4", "1", "16", "4", "1.00"],
+        ["test-clean", "27.27", "0.00–37.50", "–", "100.00", "100.00", "27.27", "21.95", "1", "1", "1", "11", "2", "0.00"],
+        ["test-other", "60.00", "0.00–100.00", "6.47", "100.00", "100.00", "75.00", "70.83", "0", "3", "0", "5", "2", "1.00"],
+        ["All", "37.50", "0.00–75.00", "–", "100.00", "100.00", "40.00", "40.00", "1", "4", "1", "16", "4", "1.00"],
     ]
     for row in rows:
         assert f"| {' | '.join(row)} |" in markdown
@@ -146,7 +148,7 @@ def test_how_it_was_made_is_told(tmp_path):
 
 def test_alignments_are_marked_without_colour(tmp_path):
     _, html, *_ = full_report(tmp_path)
-    texts = [row[2] for row in Page(html).tables[1][1:]]
+    texts = [row[2] for row in Page(html).tables[-1][1:]]
     assert "the cat sat → sit on the − big red mat + now c-1 · test-clean · speaker 61 · 2.5 s" in texts
     assert "− nothing was heard empty answer o-1 · test-other · speaker 63 · 1800.0 s" in texts
     assert "<del>sat</del><i> → </i><ins>sit</ins>" in html
@@ -154,9 +156,21 @@ def test_alignments_are_marked_without_colour(tmp_path):
     assert "<i>+ </i><ins>now</ins>" in html
 
 
+def test_groups_confusions_and_what_went_wrong_are_on_the_page(tmp_path):
+    rows = [*ROWS, Hypothesis("l-1", "over and out", "over over over over over over", "test-other", "61", 7.0, cut=True)]
+    _, html, markdown, numbers = full_report(tmp_path, rows=rows)
+    tables = {table[0][0]: table for table in Page(html).tables}
+    assert [row[0] for row in tables["Audio"][1:]] == ["0 to 5 s", "5 to 10 s", "above 30 s"]
+    assert [row[0] for row in tables["Speaker"][1:]] == ["61", "63", "62"]
+    assert "<li><b>1</b> sat<i> → </i>sit</li>" in html
+    assert numbers["guards"] == {"loop": 1, "cut at the limit": 1, "empty answer": 1, "refusal": 0}
+    assert '<span class="tag">loop</span> <span class="tag">cut at the limit</span>' in html
+    assert "Answers that went wrong: loop: 1; cut at the limit: 1; empty answer: 1." in markdown
+
+
 def test_utterances_come_worst_first(tmp_path):
     _, html, *_ = full_report(tmp_path)
-    head, *rows = Page(html).tables[1]
+    head, *rows = Page(html).tables[-1]
     assert head == ["Errors", "WER, %", "Utterance"]
     assert [row[0] for row in rows] == ["3/3", "3/8", "0/2", "0/3"]
 
@@ -226,9 +240,9 @@ def test_what_is_unknown_is_left_out(tmp_path, left_out):
 
 def test_the_barest_report(tmp_path):
     metrics, html, *_ = bare_report(tmp_path, [Hypothesis("a", "one two", "one")])
-    assert metrics == {"wer": 50.0}
+    assert metrics == {"wer": 50.0, "wer normalised": 100.0, "cer": 57.14}
     page = Page(html)
-    assert page.tables[0][1] == ["(no subset)", "50.00", "0", "1", "0", "2", "1", "–"]
+    assert page.tables[0][1] == ["(no subset)", "50.00", "–", "100.00", "57.14", "0", "1", "0", "2", "1", "–"]
     assert len(page.tables[0]) == 2
     for absent in ("Published", "Control", "How it was", "<svg"):
         assert absent not in html.partition("<body>")[2]
@@ -237,7 +251,8 @@ def test_the_barest_report(tmp_path):
 def test_a_subset_without_words_has_no_rate_and_hides_no_errors(tmp_path):
     rows = [Hypothesis("a", "one two", "one", "speech"), Hypothesis("b", "", "thank you", "silence")]
     metrics, html, _, numbers = bare_report(tmp_path, rows)
-    assert metrics == {"wer": 150.0, "wer speech": 50.0}
+    assert (metrics["wer"], metrics["wer speech"]) == (150.0, 50.0) and "wer silence" not in metrics
+    assert "In 1 utterances nothing was said; the 2 words written there count as insertions." in html
     assert numbers["subsets"]["silence"]["wer"] is None
     assert Page(html).tables[0][1][:2] == ["silence", "–"]
 
@@ -299,7 +314,7 @@ def test_five_thousand_utterances_are_quick_and_small(tmp_path):
     # About one second on a laptop; the bound only tells linear from quadratic.
     assert time.monotonic() - started < 20
     assert len(html) < 300_000
-    table = Page(html).tables[1]
+    table = Page(html).tables[-1]
     assert len(table) == WORST + 1
     assert "u04321" in table[1][2]
     assert f"The {WORST} of 5\u202f000 utterances" in html
@@ -316,4 +331,4 @@ def test_a_page_that_shows_all_says_nothing_of_more(tmp_path, monkeypatch):
 def test_a_control_over_fewer_utterances_says_so(tmp_path):
     _, html, *_ = full_report(tmp_path, controls={"shuffled audio": SHUFFLED[:2]})
     assert "Over 2 utterances." in html
-    assert Page(html).tables[0][2][3] == "–"
+    assert Page(html).tables[0][2][4] == "–"

@@ -12,13 +12,12 @@ import jiwer
 import pytest
 
 from slam_asr.errors import UserError
+from slam_asr.scoring.measuring import groups_of, measure, nothing_written, score
 from slam_asr.scoring.wer import (
     Hypothesis,
     WordErrors,
     align,
     read_hypotheses,
-    score,
-    score_by_subset,
     write_hypotheses,
 )
 
@@ -68,11 +67,30 @@ def test_utterances_add_up_to_the_whole():
     assert WordErrors(*map(sum, zip(*alone, strict=True))) == score(rows)
 
 
-def test_subsets_add_up_to_the_whole_and_are_sorted():
-    rows = random_rows(200, seed=3)
-    subsets = score_by_subset(rows)
-    assert list(subsets) == ["", "clean", "other"]
-    assert WordErrors(*map(sum, zip(*map(astuple, subsets.values()), strict=True))) == score(rows)
+def test_groups_add_up_to_the_whole_and_are_sorted():
+    measured = measure(random_rows(200, seed=3))
+    groups = groups_of(measured.rows, lambda row: row.subset)
+    assert list(groups) == ["", "clean", "other"]
+    totals = [astuple(measured.total(chosen)) for chosen in groups.values()]
+    assert WordErrors(*map(sum, zip(*totals, strict=True))) == measured.total()
+
+
+def test_confusions_are_the_errors_word_by_word(monkeypatch):
+    rows = random_rows(300, seed=4)
+    measured = measure(rows)
+    errors = measured.total()
+    assert measured.substituted.total() == errors.substitutions
+    assert measured.deleted.total() == errors.deletions
+    assert measured.inserted.total() == errors.insertions
+    monkeypatch.setattr("slam_asr.scoring.measuring._AT_ONCE", 7)
+    again = measure(rows)
+    assert (again.counts == measured.counts).all() and again.substituted == measured.substituted
+
+
+def test_nothing_written_is_what_empty_hypotheses_give():
+    measured = measure(random_rows(50))
+    empty = [Hypothesis(row.key, row.reference, "") for row in measured.rows]
+    assert (nothing_written(measured).counts == measure(empty).counts).all()
 
 
 def test_identical_text_scores_zero():

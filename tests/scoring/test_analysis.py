@@ -1,0 +1,171 @@
+"""What a test says beside its rate.
+
+Invariants: intervals hold the rate, shrink with the test set, are wider over speakers who differ, and cover the truth as often as
+they say; equal recognisers differ by chance alone; the quick normaliser writes what transformers' own writes; guards find what went
+wrong and nothing that was said; groups leave no utterance out.
+"""
+
+import random
+
+import jiwer
+import numpy as np
+import pytest
+
+from slam_asr.scoring.analysis import analyse
+from slam_asr.scoring.guards import CUT, EMPTY, LOOP, REFUSAL, guards_of
+from slam_asr.scoring.measuring import character_errors, measure
+from slam_asr.scoring.normalising import whisper_normaliser
+from slam_asr.scoring.statistics import interval, interval_over, matched_pairs
+from slam_asr.scoring.wer import Hypothesis
+
+
+def drawn(utterances: int, rate: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Errors and words of utterances of a recogniser with that true rate."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(1, 30, utterances)
+    return rng.binomial(words, rate), words
+
+
+def test_intervals_hold_the_truth_nineteen_times_in_twenty():
+    inside = 0
+    for seed in range(200):
+        low, high = interval(*drawn(150, 0.2, seed))
+        inside += low <= 0.2 <= high
+    # Of 200 at 95 %: 190, with a standard deviation of 3.1.
+    assert 178 <= inside <= 199
+
+
+def test_intervals_shrink_with_the_square_root_of_the_test_set():
+    small, large = interval(*drawn(200, 0.2, 1)), interval(*drawn(20_000, 0.2, 1))
+    assert (small[1] - small[0]) / (large[1] - large[0]) == pytest.approx(10, rel=0.25)
+
+
+def test_speakers_who_differ_widen_the_interval():
+    rng = np.random.default_rng(0)
+    words = np.full(400, 20)
+    errors = np.concatenate([rng.binomial(20, rate, 40) for rate in np.linspace(0.02, 0.4, 10)])
+    speakers = {str(n): np.arange(40 * n, 40 * n + 40) for n in range(10)}
+    over_utterances, over_speakers = interval(errors, words), interval_over(speakers, errors, words)
+    assert over_speakers[1] - over_speakers[0] > 2 * (over_utterances[1] - over_utterances[0])
+
+
+@pytest.mark.parametrize(("errors", "words"), [([], []), ([1], [2]), ([1, 1], [0, 0])])
+def test_what_has_no_interval_gets_none(errors, words):
+    assert interval(np.array(errors), np.array(words)) is None
+
+
+def test_equal_recognisers_differ_by_chance_alone():
+    false_alarms = 0
+    for seed in range(60):
+        first, words = drawn(100, 0.2, seed)
+        second = np.random.default_rng(seed + 1000).binomial(words, 0.2)
+        false_alarms += matched_pairs(first, second, words, seed).p < 0.05
+    assert false_alarms <= 9  # of 60 at 5 %: 3, and with a chance of one in a thousand more than 9.
+
+
+def test_a_better_recogniser_is_found_and_the_sign_says_which():
+    first, words = drawn(400, 0.1, 1)
+    second, _ = np.random.default_rng(2).binomial(words, 0.2), None
+    better = matched_pairs(first, second, words)
+    assert better.p < 0.001 and better.low < better.difference < better.high < 0
+    worse = matched_pairs(second, first, words)
+    assert worse.difference == -better.difference and worse.p == pytest.approx(better.p, abs=1e-3)
+
+
+def test_the_same_output_twice_is_no_difference():
+    errors, words = drawn(50, 0.2, 1)
+    same = matched_pairs(errors, errors, words)
+    assert (same.p, same.difference, same.differing) == (1.0, 0.0, 0)
+
+
+def test_randomisation_and_its_normal_approximation_agree(monkeypatch):
+    first, words = drawn(3000, 0.20, 5)
+    second = np.random.default_rng(6).binomial(words, 0.205)
+    exact = matched_pairs(first, second, words).p
+    monkeypatch.setattr("slam_asr.scoring.statistics.MANY", 0)
+    assert matched_pairs(first, second, words).p == pytest.approx(exact, abs=0.02)
+
+
+VOCABULARY = ["the", "cat", "one", "two", "and", "a", "half", "point", "twenty", "five", "oh", "hundred", "thousand", "minus", "dollars", "mr", "st", "it's", "been", "he'd", "gone", "uh", "hmm", "can't", "second", "per", "cent", "double", "seven", "ones", "'tis", "don't", "(laughs)", "42", "7th", "naïve", "U.S.", "Hello,", "o'clock", "won't"]
+
+
+def test_the_quick_normaliser_writes_what_transformers_own_writes():
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    whole, quick, chance = EnglishTextNormalizer({}), whisper_normaliser(), random.Random(1)
+    compared = 0
+    for _ in range(3000):
+        text = " ".join(chance.choices(VOCABULARY, k=chance.randint(0, 9)))
+        try:
+            expected = " ".join(whole(text).split())
+        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
+            assert isinstance(quick(text), str)
+            continue
+        assert quick(text) == expected, text
+        compared += 1
+    assert compared > 2900
+
+
+@pytest.mark.parametrize(
+    ("spoken", "written", "found"),
+    [
+        ("he came home", "he came home home home home home", [LOOP]),
+        ("he came home", "and then he and then he and then he and then he came", [LOOP]),
+        ("no no no no no said she", "no no no no no said she", []),
+        ("no no no", "no no no", []),
+        ("the rain in spain", "", [EMPTY]),
+        ("", "", []),
+        ("the rain in spain", "I'm sorry, but I can't assist with that.", [REFUSAL]),
+        ("the rain in spain", "as an ai language model i do not listen", [REFUSAL]),
+        ("i am sorry to say so", "i am sorry to say so", []),
+        ("i cannot help it", "i cannot help it", []),
+        ("sing a song", "sing sing sing and sing a song", []),
+    ],
+)  # fmt: skip
+def test_guards_find_what_went_wrong_and_nothing_that_was_said(spoken, written, found):
+    assert guards_of(Hypothesis("u", spoken, written)) == found
+    assert guards_of(Hypothesis("u", spoken, written, cut=True)).count(CUT) == 1
+
+
+def rows_of_two_speakers() -> list[Hypothesis]:
+    chance = random.Random(3)
+    words = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat"]
+    return [
+        Hypothesis(
+            f"u{n}", " ".join(chance.choices(words, k=chance.randint(0, 8))), " ".join(chance.choices(words, k=chance.randint(0, 8))),
+            chance.choice(["clean", "other"]), chance.choice(["61", "62"]), chance.choice([0.0, 3.0, 5.0, 12.0, 31.0]),
+        )
+        for n in range(120)
+    ]  # fmt: skip
+
+
+def test_groups_leave_no_utterance_out():
+    rows = rows_of_two_speakers()
+    numbers = analyse(measure(rows))
+    for groups in (numbers["subsets"].values(), numbers["speakers"].values()):
+        for key in ("utterances", "words", "errors"):
+            assert sum(group[key] for group in groups) == numbers["all"][key]
+    assert sum(group["utterances"] for group in numbers["durations"]) == sum(row.duration > 0 for row in rows)
+    assert [(group["from"], group["to"]) for group in numbers["durations"]] == [(0, 5), (10, 15), (30, None)]
+    silent = [row for row in rows if not row.reference]
+    assert numbers["empty_references"] == {"utterances": len(silent), "insertions": sum(len(row.hypothesis.split()) for row in silent)}
+    assert numbers["all"]["interval"][0] < numbers["all"]["wer"] < numbers["all"]["interval"][1]
+
+
+def test_the_character_error_rate_is_jiwers():
+    rows = [row for row in rows_of_two_speakers() if row.reference]
+    wrong, of = character_errors(rows).sum(0)
+    assert wrong / of == pytest.approx(jiwer.cer([r.reference for r in rows], [r.hypothesis for r in rows]))
+
+
+def test_an_unknown_speaker_leaves_no_interval_over_speakers():
+    rows = rows_of_two_speakers()
+    assert analyse(measure(rows))["all"]["speaker_interval"]
+    rows[5].speaker = ""
+    assert analyse(measure(rows))["all"]["speaker_interval"] is None
+
+
+def test_normalised_text_is_forgiven_its_spelling():
+    rows = [Hypothesis("a", "it's twenty one dollars", "It is $21."), Hypothesis("b", "mister brown", "Mr. Brown!")]
+    numbers = analyse(measure(rows))["all"]
+    assert numbers["normalised"] == 0.0 and numbers["wer"] == 100
