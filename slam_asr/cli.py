@@ -33,6 +33,7 @@ RESULTS_OF = (*STAGES, "score")
 COMMANDS = {
     **STAGES,
     "score": "slam_asr.scoring.score:score_parts",
+    "compare": "slam_asr.scoring.compare:compare",
     "copy-models": "slam_asr.models.copying:copy_models",
     "plan": "slam_asr.planning.plan:plan",
     "transcribe": "slam_asr.transcribing.transcribe:transcribe",
@@ -52,6 +53,7 @@ stages, in order:
 
 slam-asr transcribe MODEL FILES…  what is said in any audio, as text, JSON or subtitles
 slam-asr score                 one report of a decoding that was done in parts
+slam-asr compare A B           which of two decodings is better, and whether that may be chance
 slam-asr plan RECIPE           memory, time and storage that a recipe takes, before anything is loaded
 slam-asr copy-models RECIPE    its frozen models into a bucket, once
 slam-asr features ls STORE     what a feature store holds
@@ -108,11 +110,13 @@ def run(stage: str, arguments: list[str]) -> Any:
 
 
 def command_of(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """`features`, `ls STORE …` → `features ls`, `--store STORE …`; `transcribe`, `MODEL FILE FILE …` → `--model`, `--files+` twice."""
+    """`features`, `ls STORE …` → `features ls`, `--store STORE …`; `transcribe`, `MODEL FILE FILE …` → `--model`, `--files+` twice; `compare`, `A B`."""
+    count = next((at for at, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     if stage == "transcribe":
-        count = next((at for at, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
         model, files = arguments[: min(count, 1)], arguments[1:count]
         return stage, [*(f"--model={name}" for name in model), *(f"--files+={file}" for file in files), *arguments[count:]]
+    if stage == "compare" and count <= 2:
+        return stage, [*(f"--{side}={place}" for side, place in zip(("first", "second"), arguments[:count], strict=False)), *arguments[count:]]
     if stage != "features":
         return stage, arguments
     verbs = [command.partition(" ")[2] for command in COMMANDS if command.startswith("features ")]
