@@ -20,6 +20,7 @@ from slam_asr.progress import clock
 from slam_asr.scoring.analysis import analyse, counts_of
 from slam_asr.scoring.controls import EMPTY
 from slam_asr.scoring.guards import GUARDS, guards_of
+from slam_asr.scoring.listening import Name, worst_first
 from slam_asr.scoring.measuring import Measured, groups_of, measure, nothing_written
 from slam_asr.scoring.wer import Hypothesis, align
 from slam_asr.storage import write_atomically, write_json
@@ -48,6 +49,7 @@ def write_report(
     training: dict[str, Any],
     published: dict[str, float],
     decoding: dict[str, Any],
+    audio: dict[Name, str] | None = None,
 ) -> dict[str, float]:
     """Write `report.html`, `report.md` and `wer.json`.
 
@@ -63,6 +65,7 @@ def write_report(
         published: published WER in percent by subset.
         decoding: how it was decoded: beams, seconds, audio_hours, utterances, answers_cut,
             empty_answers, or other facts, which are shown under their own names.
+        audio: of some of the worst utterances, as MP3 in base64: it can be played on the page.
 
     Returns:
         WER in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`; the ends of its 95 % interval; WER after Whisper's normaliser; CER.
@@ -86,7 +89,7 @@ def write_report(
         "version": __version__,
     }
     folder = Path(folder)
-    write_atomically(folder / PAGE, _page(numbers, measured))
+    write_atomically(folder / PAGE, _page(numbers, measured, audio or {}))
     write_atomically(folder / MARKDOWN, _markdown(numbers))
     write_json(folder / NUMBERS, _finite(numbers))
     return _metrics(numbers)
@@ -111,7 +114,7 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
 # ---- the page
 
 
-def _page(numbers: dict[str, Any], measured: Measured) -> str:
+def _page(numbers: dict[str, Any], measured: Measured, audio: dict[Name, str]) -> str:
     return render(
         PAGE,
         filters={"rate": _rate, "interval": _interval},
@@ -124,7 +127,7 @@ def _page(numbers: dict[str, Any], measured: Measured) -> str:
         curves=draw_curves(numbers["training"]),
         guard_notes=GUARDS,
         groups=_groups(numbers),
-        utterances=_worst(measured),
+        utterances=_worst(measured, audio),
     )
 
 
@@ -146,17 +149,16 @@ def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     return table
 
 
-def _worst(measured: Measured) -> list[dict[str, Any]]:
+def _worst(measured: Measured, audio: dict[Name, str]) -> list[dict[str, Any]]:
     """The utterances with most word errors, which cost the total rate most, worst first."""
     rows, errors, words = measured.rows, measured.errors.tolist(), measured.words.tolist()
-    order = sorted(range(len(rows)), key=lambda i: (-errors[i], words[i], rows[i].key, rows[i].subset))
     return [
         asdict(rows[i])
         | {
             "errors": errors[i], "words": words[i], "wer": round(100 * errors[i] / words[i], 2) if words[i] else None,
-            "pieces": _pieces(rows[i]), "guards": guards_of(rows[i]),
+            "pieces": _pieces(rows[i]), "guards": guards_of(rows[i]), "audio": audio.get((rows[i].key, rows[i].subset), ""),
         }
-        for i in order[:WORST]
+        for i in worst_first(measured)[:WORST]
     ]  # fmt: skip
 
 

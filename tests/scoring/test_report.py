@@ -187,6 +187,13 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
         assert tag == "link" or not attributes.keys() & {"src", "href"}, (tag, attributes)
 
 
+def test_audio_that_is_given_is_within_the_page(tmp_path):
+    _, html, *_ = full_report(tmp_path, audio={("o-1", "test-other"): "SUQz"})
+    (player,) = [attributes for tag, attributes in Page(html).tags if tag == "audio"]
+    assert player["src"] == "data:audio/mpeg;base64,SUQz" and player["aria-label"] == "Audio of o-1"
+    assert "media-src data:" in html
+
+
 def test_ids_are_unique_and_references_lead_somewhere(tmp_path):
     _, html, *_ = full_report(tmp_path)
     page = Page(html)
