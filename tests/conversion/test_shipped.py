@@ -1,0 +1,63 @@
+"""Projectors that come with the package: each can be read, fits its models, is small, and says where it comes from."""
+
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from slam_asr.conversion.model import WEIGHTS, read_config, read_projector
+from slam_asr.conversion.shipped import fetch_model, shipped_models
+from slam_asr.models.encoder import describe_encoder
+from slam_asr.models.llm import describe_llm, llm_width
+from slam_asr.models.pretrained import locate_model, weights_sha256
+from slam_asr.recipe import load_recipe, shipped_recipes
+
+LARGEST = 12e6
+"""Bytes."""
+
+
+def test_there_is_one():
+    assert "whisper-tiny.en-smollm2-135m" in shipped_models()
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_it_is_small_and_in_half_precision(name):
+    weights = fetch_model(name) / WEIGHTS
+    assert weights.stat().st_size < LARGEST
+    with safe_open(weights, "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_it_has_a_recipe_that_begins_with_it(name):
+    trained, recipe = read_config(fetch_model(name)).typed_recipe, load_recipe(name)
+    assert recipe.projector.init_from == name
+    assert (recipe.encoder.name, recipe.encoder.frames, recipe.llm.name, recipe.llm.template, recipe.llm.prompt) == (
+        trained.encoder.name, trained.encoder.frames, trained.llm.name, trained.llm.template, trained.llm.prompt,
+    )  # fmt: skip
+    assert (recipe.projector.kind, recipe.projector.downsampling, recipe.projector.hidden) == (
+        trained.projector.kind, trained.projector.downsampling, trained.projector.hidden,
+    )  # fmt: skip
+    for begun in (load_recipe(n) for n in shipped_recipes()):
+        assert not begun.projector.init_from or begun.projector.init_from in shipped_models()
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_its_card_says_what_one_wants_to_know(name):
+    card = (fetch_model(name) / "README.md").read_text()
+    for said in ("## Data", "## How it was trained", "## Word error rate", "hours", "test-other", "shuffled audio", "slam-asr train", "Licence"):
+        assert said in card, said
+    assert not re.search(r"/(?:tmp|work|root|home)/", card)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shipped_models())
+def test_it_belongs_to_the_models_that_are_fetched(name):
+    config = read_config(fetch_model(name))
+    recipe = config.typed_recipe
+    spec, llm = describe_encoder(recipe.encoder), locate_model(recipe.llm.name)
+    assert spec.fingerprint() == config.encoder and weights_sha256(llm) == config.llm_sha256
+    projector = read_projector(fetch_model(name), config)
+    (said,) = projector([torch.zeros(recipe.projector.downsampling, spec.width)])
+    assert said.shape == (llm_width(describe_llm(llm)),) and torch.isfinite(said).all()
