@@ -88,24 +88,26 @@ def _attention(
     """[1, heads, positions, head width] of queries; keys and values with as many heads or fewer → [1, positions, heads, head width]."""
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None or dropout:
+    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("attention of a kind that is not packed")
     window = kwargs.get("sliding_window")
     bounds = [0, *accumulate(lengths.values)]
-    if query.is_cuda and query.dtype != torch.float32 and _varlen is not None:
+    if not dropout and query.is_cuda and query.dtype != torch.float32 and _varlen is not None:
         return _at_once(query, key, value, bounds, max(lengths.values), scaling, window), None
-    outputs = [_alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window).transpose(1, 2) for a, b in pairwise(bounds)]
+    outputs = [_alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window, dropout).transpose(1, 2) for a, b in pairwise(bounds)]
     return torch.cat(outputs, dim=1), None
 
 
-def _alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None) -> torch.Tensor:
-    """The attention of one utterance."""
+def _alone(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None, dropout: float
+) -> torch.Tensor:
+    """The attention of one utterance; dropout is of an LLM that is trained whole."""
     positions = query.shape[2]
     banded = bool(window) and window < positions
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not banded:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not banded and not dropout:
         return causal_attention(query[0], key[0], value[0], scaling)[None]
     mask = {"attn_mask": _band(positions, window, query.device)} if banded else {"is_causal": True}
-    return functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=key.shape[1] != query.shape[1], **mask)
+    return functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1], **mask)
 
 
 def _band(positions: int, window: int, device: torch.device) -> torch.Tensor:

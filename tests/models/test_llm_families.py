@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from slam_asr.models.llm import checkpoint_layers, llm_width
-from slam_asr.models.packing import NAME, allow_packing
+from slam_asr.models.packing import NAME, allow_packing, packed_arguments
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.search import Searcher
@@ -114,6 +114,27 @@ def test_packed_padded_and_one_by_one_losses_and_gradients_agree(world, request)
         torch.testing.assert_close(sums, packed, rtol=1e-5, atol=1e-5)
         for ours, other in zip(gradients, theirs, strict=True):
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_row_keeps_utterances_apart_where_attention_drops_out():
+    """As GPT-2's does where all of it is trained: other numbers each time, of its own utterance alone."""
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](n_embd=32, n_layer=2, n_head=4, vocab_size=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0.5))
+    assert allow_packing(llm)
+    llm.train()
+    row = torch.randn(1, 12, 32)
+
+    def hear(row):
+        torch.manual_seed(1)
+        return llm(inputs_embeds=row, use_cache=False, **packed_arguments([5, 7], row.device)).logits[0].split([5, 7])
+
+    changed = row.clone()
+    changed[0, 5:] += 1
+    (first, second), (same, other) = hear(row), hear(changed)
+    torch.testing.assert_close(first, same)
+    assert not torch.allclose(second, other)
+    torch.manual_seed(2)
+    assert not torch.allclose(first, llm(inputs_embeds=row, use_cache=False, **packed_arguments([5, 7], row.device)).logits[0, :5])
 
 
 def test_a_loss_in_chunks_is_the_whole_one_and_so_is_its_gradient(world, request, monkeypatch):
