@@ -119,7 +119,7 @@ def test_packed_padded_and_one_by_one_losses_and_gradients_agree(world, request)
 def test_a_packed_row_keeps_utterances_apart_where_attention_drops_out():
     """As GPT-2's does where all of it is trained: other numbers each time, of its own utterance alone."""
     torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](n_embd=32, n_layer=2, n_head=4, vocab_size=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0.5))
+    llm = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](n_embd=32, n_layer=2, n_head=4, vocab_size=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0.5, bos_token_id=0, eos_token_id=1))
     assert allow_packing(llm)
     llm.train()
     row = torch.randn(1, 12, 32)
@@ -129,7 +129,7 @@ def test_a_packed_row_keeps_utterances_apart_where_attention_drops_out():
         return llm(inputs_embeds=row, use_cache=False, **packed_arguments([5, 7], row.device)).logits[0].split([5, 7])
 
     changed = row.clone()
-    changed[0, 5:] += 1
+    changed[0, 5:] = torch.randn(7, 32)
     (first, second), (same, other) = hear(row), hear(changed)
     torch.testing.assert_close(first, same)
     assert not torch.allclose(second, other)
