@@ -238,6 +238,8 @@ class Decoding:
     """Which of a training's checkpoints the pipeline makes a model of: that of the last step, or the one with the lowest dev loss."""
     beams: int = 4
     """Hypotheses kept at each token; 1 is greedy and fastest."""
+    nbest: int = 1
+    """Answers to each utterance that are written down with their scores, best first, in nbest.jsonl; no more than beams."""
     max_new_tokens: int = 200
     """Tokens at which an answer is cut."""
     repetition_penalty: float = 1.0
@@ -254,6 +256,8 @@ class Decoding:
     """Also score every utterance with what the model writes for the audio of another one. A model that listens does far worse there; one that only guesses does not."""
     seed: int = 0
     """Of the shuffle."""
+    report_audio: float = 0.0
+    """Megabytes of audio of the worst utterances that the report holds, to be played on the page; 0: none."""
 
 
 @dataclass
@@ -356,6 +360,11 @@ class Recipe:
                 f"Recipe {self.name}: training.positions_per_batch ({self.training.positions_per_batch}) must not "
                 f"exceed training.positions_per_step ({self.training.positions_per_step}): a batch is a part of a step."
             )
+        if self.decoding.nbest > self.decoding.beams:
+            raise UserError(
+                f"Recipe {self.name}: decoding.nbest is {self.decoding.nbest} but decoding.beams is {self.decoding.beams}: a search finds as many answers as it "
+                "has beams; lower the one or raise the other."
+            )
         for key in ("data.train", "data.test"):
             if not value_of(self, key):
                 raise UserError(f"Recipe {self.name}: {key} names no subset; give at least one, such as [train-*].")
@@ -370,7 +379,7 @@ _LOWER_BOUNDS = {
     "training.positions_per_batch": 1, "training.weight_decay": 0.0, "training.warmup_steps": 0,
     "training.gradient_clipping": 0.0, "training.validate_every": 1, "training.log_every": 1, "training.patience": 0,
     "training.samples": 0, "training.utterances_per_batch": 0, "training.accumulation": 1,    "training.nonfinite_steps": 1, "training.checkpoint_every": 0, "training.checkpoint_minutes": 0.0, "training.checkpoints": 1,
-    "decoding.parts": 1, "decoding.beams": 1, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
+    "decoding.parts": 1, "decoding.beams": 1, "decoding.nbest": 1, "decoding.report_audio": 0.0, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
     "decoding.positions_per_batch": 1,
 }
 _UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0, "llm.lora.dropout": 0.9}

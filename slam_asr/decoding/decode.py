@@ -4,22 +4,31 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from slam_asr.audio import load_utterance
 from slam_asr.conversion.model import model_digests
 from slam_asr.decoding.model import Model, open_model, require_room
 from slam_asr.features.extract import manifest_files
 from slam_asr.features.space import address_of
 from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import Utterance, read_manifest
+from slam_asr.manifest import Utterance, read_manifest, write_json_lines
 from slam_asr.parts import Part, parse_part
 from slam_asr.progress import Meter, say
 from slam_asr.recipe import Recipe
-from slam_asr.scoring.score import HYPOTHESES, controls_of, rates, report, what_decides_the_texts
+from slam_asr.scoring.listening import Name, listen_to, worst_first, write_audio
+from slam_asr.scoring.measuring import measure
+from slam_asr.scoring.report import WORST
+from slam_asr.scoring.score import HYPOTHESES, NBEST, controls_of, rates, report, what_decides_the_texts
 from slam_asr.scoring.wer import Hypothesis, write_hypotheses
-from slam_asr.stage import Outcome, Record, run_stage
-from slam_asr.storage import digest, fetch, sha256_of_file
+from slam_asr.stage import FINGERPRINT, Outcome, Record, run_stage
+from slam_asr.storage import digest, fetch, is_s3, sha256_of_file
+
+if TYPE_CHECKING:
+    from slam_asr.decoding.kept import Kept
+    from slam_asr.models.search import Answer
 
 
 def decode(
@@ -49,6 +58,7 @@ def decode(
     Raises:
         UserError: a base model that is not there or not the one trained with, or features of another encoder.
     """
+    from slam_asr.decoding.kept import Kept
     from slam_asr.features.audio_source import fit_to_window
     from slam_asr.models.precision import explain_precision, pick_device
 
@@ -67,26 +77,41 @@ def decode(
         "audio": digest(addresses),
         "features": store.fingerprint if store else None,
         "decoding": what_decides_the_texts(recipe.decoding),
+        **({"audio of the worst": recipe.decoding.report_audio} if recipe.decoding.report_audio else {}),
         **({"part": str(part)} if part else {"published": recipe.published_wer, "controls": controls_of(recipe.decoding)}),
     }
 
+    # Neither does the report decide the texts, nor what it plays; what is kept of a decoding serves any.
+    deciding = digest({key: value for key, value in inputs.items() if key not in ("published", "controls", "audio of the worst")})
+    place = output.replace(FINGERPRINT, digest(inputs)[:16])
+
     def work(folder: Path) -> Outcome:
-        rows, facts = _decode(opened, recipe, utterances, store, part or Part())
+        with Kept(folder, deciding, place if is_s3(place) else None) as kept:
+            decoded, facts = _decode(opened, recipe, utterances, store, part or Part(), kept)
+        rows = [row for row, _ in decoded]
         write_hypotheses(folder / HYPOTHESES, rows)
+        if recipe.decoding.nbest > 1:
+            write_json_lines(folder / NBEST, [{"key": row.key, "subset": row.subset, "choices": [asdict(c) for c in answer.choices]} for row, answer in decoded])
+        heard = _audio_of_the_worst(recipe, rows, utterances)
         if part:
-            return Outcome(f"{len(rows)} of {len(utterances)} utterances, part {part}", rates(facts), facts)
-        return report(folder, recipe, rows, opened.config.training, facts)
+            if heard:
+                write_audio(folder, heard)
+            outcome = Outcome(f"{len(rows)} of {len(utterances)} utterances, part {part}", rates(facts), facts)
+        else:
+            outcome = report(folder, recipe, rows, opened.config.training, facts, heard)
+        kept.close()
+        return outcome
 
     return run_stage("decode", output, inputs, work, overwrite)
 
 
 def _decode(
-    model: Model, recipe: Recipe, utterances: Sequence[Utterance], store: FeatureStore | None, part: Part
-) -> tuple[list[Hypothesis], dict[str, Any]]:
-    """Transcribe a part of the utterances → what was written, and facts of how."""
+    model: Model, recipe: Recipe, utterances: Sequence[Utterance], store: FeatureStore | None, part: Part, kept: "Kept"
+) -> tuple[list[tuple[Hypothesis, "Answer"]], dict[str, Any]]:
+    """Transcribe a part of the utterances, but for those that are kept → what was written, and facts of how."""
     from slam_asr.features.reader import AudioReader, StoreReader
     from slam_asr.models.precision import explain_precision, pick_device
-    from slam_asr.models.search import Answer, Searcher, plan_batches
+    from slam_asr.models.search import Searcher, plan_batches
 
     options, trained = recipe.decoding, model.trained
     say(f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}")
@@ -103,22 +128,37 @@ def _decode(
     mine = sorted(index for batch in batches for index in batch)
     hours = sum(utterances[i].duration or 0.0 for i in mine) / 3600
     say(f"decoding {len(mine)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}")
-    answers: dict[int, Answer] = {}
-    if mine:
+    left = [batch for batch in batches if not kept.answers.keys() >= set(batch)]
+    if left:
         searcher = Searcher(model.load(options, with_encoder=store is None), prompt, options)
     started = time.monotonic()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio") as reading, Meter("decode", total=len(mine), unit="utt") as meter:
-        for batch in batches:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio") as reading, Meter("decode", total=sum(map(len, left)), unit="utt") as meter:
+        for batch in left:
             inputs = list(reading.map(reader.read, [utterances[i] for i in batch]))
-            answers |= dict(zip(batch, searcher.decode(inputs, [audio[i] for i in batch]), strict=True))
+            kept.add(dict(zip(batch, searcher.decode(inputs, [audio[i] for i in batch]), strict=True)))
             meter.update(len(batch))
     seconds = time.monotonic() - started
 
-    rows = [
-        Hypothesis(u.key, u.target, answers[i].text, u.subset, u.speaker, u.duration or 0.0)
+    answers = kept.answers
+    decoded = [
+        (Hypothesis(u.key, u.target, answers[i].text, u.subset, u.speaker, u.duration or 0.0, answers[i].cut), answers[i])
         for i, u in ((i, utterances[i]) for i in mine)
     ]
-    return rows, {
-        "beams": options.beams, "seconds": round(seconds, 1), "audio_hours": round(hours, 4), "utterances": len(rows),
-        "answers_cut": sum(a.cut for a in answers.values()), "empty_answers": sum(not a.text for a in answers.values()),
+    new = [i for batch in left for i in batch]
+    facts = {
+        "beams": options.beams, "seconds": round(seconds, 1), "audio_hours": round(hours, 4), "utterances": len(decoded),
+        "hours_decoded": round(sum(utterances[i].duration or 0.0 for i in new) / 3600, 4),
+        "answers_cut": sum(a.cut for _, a in decoded), "empty_answers": sum(not a.text for _, a in decoded),
     }  # fmt: skip
+    if options.beams == 1 or options.nbest > 1:
+        facts["close_calls"] = sum(a.close for _, a in decoded)
+    return decoded, facts
+
+
+def _audio_of_the_worst(recipe: Recipe, rows: Sequence[Hypothesis], utterances: Sequence[Utterance]) -> dict[Name, str]:
+    """The sound of as many of the worst utterances as the report has room for."""
+    if not recipe.decoding.report_audio:
+        return {}
+    spoken = {(u.key, u.subset): u for u in utterances}
+    names = ((rows[i].key, rows[i].subset) for i in worst_first(measure(rows))[:WORST])
+    return listen_to(names, lambda name: load_utterance(spoken[name]), recipe.decoding.report_audio)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from slam_asr.errors import UserError
 from slam_asr.models.encoder import SpeechEncoder, batches_of
@@ -192,9 +192,18 @@ class Slam(nn.Module):
         audio = self.projector(self.encode(batch.audio), batch.positions).to(embeddings.dtype)
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
 
-    def generate(self, batch: Batch, generation: GenerationConfig) -> torch.Tensor:
-        """Answers to a batch without any: token ids [utterances, tokens], filled up behind the end."""
-        return self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=generation)
+    def generate(self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None) -> torch.Tensor:
+        """Answers to a batch without any: token ids [utterances · answers to each, tokens], filled up behind the end.
+
+        Args:
+            batch: what is to be answered.
+            generation: how.
+            watch: is shown the scores of each step.
+        """
+        return self.llm.generate(
+            inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=generation,
+            logits_processor=LogitsProcessorList([watch] if watch else []),
+        )
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         """What `trial` finds out about the LLM: a method of the model, for engines that put weights together while one of it runs."""

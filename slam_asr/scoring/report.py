@@ -220,12 +220,13 @@ def _decoding_facts(decoding: dict[str, Any]) -> list[tuple[str, str]]:
     facts = _Facts(decoding)
     facts.add("Beams", "beams")
     facts.add("Utterances", "utterances")
-    hours, seconds = decoding.get("audio_hours"), decoding.get("seconds")
+    hours, seconds = facts.values.pop("hours_decoded", decoding.get("audio_hours")), decoding.get("seconds")
     speed = f", {hours * 3600 / seconds:.1f} times real time" if hours and seconds else ""
     facts.add("Audio", "audio_hours", lambda h: f"{h:.2f} h")
     facts.add("Decoding time", "seconds", lambda s: f"{clock(s)}{speed}")
     facts.add("Answers cut at the token limit", "answers_cut")
     facts.add("Empty answers", "empty_answers")
+    facts.add("Close calls, where rounding may decide", "close_calls")
     return facts.all_with_the_rest()
 
 

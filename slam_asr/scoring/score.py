@@ -10,15 +10,16 @@ from slam_asr.conversion.model import read_config
 from slam_asr.errors import UserError
 from slam_asr.recipe import Decoding, Recipe
 from slam_asr.scoring.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
+from slam_asr.scoring.listening import AUDIO, Name, read_audio
 from slam_asr.scoring.report import write_report
-from slam_asr.scoring.wer import Hypothesis, read_hypotheses, write_hypotheses
+from slam_asr.scoring.wer import Hypothesis, read_hypotheses, write_for_slam_llm, write_hypotheses
 from slam_asr.stage import Outcome, Record, require_record, run_stage
-from slam_asr.storage import fetch_folder, sha256_of_file
+from slam_asr.storage import exists, fetch_folder, join, sha256_of_file, write_atomically
 
 STAGE = "score"
-HYPOTHESES = "hypotheses.jsonl"
+HYPOTHESES, NBEST = "hypotheses.jsonl", "nbest.jsonl"
 
-_SUMMED = ("seconds", "audio_hours", "utterances", "answers_cut", "empty_answers")
+_SUMMED = ("seconds", "audio_hours", "hours_decoded", "utterances", "answers_cut", "empty_answers", "close_calls")
 
 
 def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: bool = False) -> Record:
@@ -49,12 +50,21 @@ def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overw
     def work(folder: Path) -> Outcome:
         rows = [row for file in files for row in read_hypotheses(file)]
         write_hypotheses(folder / HYPOTHESES, rows)
-        return report(folder, recipe, rows, config.training, _joined(records))
+        if choices := _everywhere(records, NBEST):
+            write_atomically(folder / NBEST, "".join(sorted(line for file in choices for line in file.read_text().splitlines(keepends=True))))
+        return report(folder, recipe, rows, config.training, _joined(records), read_audio(_everywhere(records, AUDIO)))
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
 
-def report(folder: Path, recipe: Recipe, rows: Sequence[Hypothesis], training: dict[str, Any], facts: dict[str, Any]) -> Outcome:
+def _everywhere(records: Sequence[Record], name: str) -> list[Path]:
+    """A file of each part that has it."""
+    return [record.file(name) for record in records if exists(join(record.folder, name))]
+
+
+def report(
+    folder: Path, recipe: Recipe, rows: Sequence[Hypothesis], training: dict[str, Any], facts: dict[str, Any], audio: dict[Name, str] | None = None
+) -> Outcome:
     """Write the report of all utterances, whose order does not matter, beside its controls.
 
     Args:
@@ -63,12 +73,14 @@ def report(folder: Path, recipe: Recipe, rows: Sequence[Hypothesis], training: d
         rows: what was decoded.
         training: what the model says of its training.
         facts: how it was decoded.
+        audio: of some of the utterances, for the page.
     """
     rows = sorted(rows, key=lambda row: (row.key, row.subset))
     controls = {EMPTY: empty_output(rows)}
     if recipe.decoding.shuffled_control and (shuffled := shuffled_audio(rows, recipe.decoding.seed)):
         controls = {SHUFFLED: shuffled, **controls}
-    metrics = write_report(folder, recipe.name, rows, controls, training, recipe.published_wer, facts)
+    metrics = write_report(folder, recipe.name, rows, controls, training, recipe.published_wer, facts, audio)
+    write_for_slam_llm(folder, rows)
     return Outcome(f"WER {metrics['wer']:.2f} % on {len(rows)} utterances", metrics, facts)
 
 
@@ -79,12 +91,12 @@ def controls_of(decoding: Decoding) -> dict[str, Any]:
 
 def what_decides_the_texts(decoding: Decoding) -> dict[str, Any]:
     """The options without those that leave the texts as they are."""
-    return {key: value for key, value in asdict(decoding).items() if key not in ("checkpoint", "parts", "shuffled_control", "seed")}
+    return {key: value for key, value in asdict(decoding).items() if key not in ("checkpoint", "parts", "shuffled_control", "seed", "report_audio")}
 
 
 def rates(facts: dict[str, Any]) -> dict[str, float]:
     """A part's numbers for the dashboard: how much, and how fast."""
-    hours, seconds = facts["audio_hours"], facts["seconds"]
+    hours, seconds = facts["hours_decoded"], facts["seconds"]
     return {
         "utterances": facts["utterances"], "answers cut": facts["answers_cut"], "empty answers": facts["empty_answers"],
         "times real time": round(hours * 3600 / seconds, 2) if seconds else math.inf,
@@ -93,7 +105,7 @@ def rates(facts: dict[str, Any]) -> dict[str, float]:
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:
     facts = dict(records[0].facts)
-    return facts | {key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED}
+    return facts | {key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED if key in facts}
 
 
 def _whole(records: list[Record]) -> list[Record]:

@@ -103,6 +103,13 @@ def write_hypotheses(path: str | Path, rows: Iterable[Hypothesis]) -> None:
     write_atomically(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in ordered))
 
 
+def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
+    """Write `decode_log_pred` and `decode_log_gt` as SLAM-LLM's decoding does: lines of key, tab, text, for the tools that read those."""
+    ordered = sorted(rows, key=lambda row: (row.key, row.subset))
+    for name, texts in (("pred", [row.hypothesis for row in ordered]), ("gt", [row.reference for row in ordered])):
+        write_atomically(Path(folder) / f"decode_log_{name}", "".join(f"{row.key}\t{normalise(text)}\n" for row, text in zip(ordered, texts, strict=True)))
+
+
 def read_hypotheses(path: str | Path) -> list[Hypothesis]:
     """Read what `write_hypotheses` wrote. Fields that are not ours are passed over.
 

@@ -12,7 +12,7 @@ from slam_asr.scoring.wer import Hypothesis, read_hypotheses, write_hypotheses
 from slam_asr.stage import Outcome, run_stage
 
 ROWS = [Hypothesis(f"u{i}", f"the word {i}", f"the word {i % 4}", "test", "", 2.0) for i in range(7)]
-FACTS = {"beams": 1, "seconds": 2.0, "audio_hours": 0.001, "utterances": 1, "answers_cut": 1, "empty_answers": 0}
+FACTS = {"beams": 1, "seconds": 2.0, "audio_hours": 0.001, "hours_decoded": 0.001, "utterances": 1, "answers_cut": 1, "empty_answers": 0}
 
 
 @pytest.fixture

@@ -1,0 +1,199 @@
+"""Decoding that is divided, cut off or shows several answers says what decoding in one go says.
+
+The models are tiny: what they write means nothing, but hangs on what they hear.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slam_asr.conversion.convert import convert_checkpoint
+from slam_asr.decoding import kept
+from slam_asr.decoding.decode import decode
+from slam_asr.decoding.kept import FILE, Kept
+from slam_asr.errors import UserError
+from slam_asr.models.projector import build_projector
+from slam_asr.models.search import Answer, Choice, CloseCalls, Searcher
+from slam_asr.recipe import dump_recipe, load_recipe
+from slam_asr.scoring.score import score_parts
+from slam_asr.scoring.wer import read_hypotheses
+from tests.conftest import make_tone, write_wav
+
+COUNT = 9
+
+
+@pytest.fixture(scope="module")
+def tiny_recipe(tiny_recipe, tiny_models, tmp_path_factory) -> str:
+    """With an LLM of large random weights: one of small weights says the same whatever it hears."""
+    folder = tmp_path_factory.mktemp("llm")
+    shutil.copytree(tiny_models["llm"], folder, dirs_exist_ok=True)
+    llm = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for weights in llm.parameters():
+            if weights.dim() > 1:
+                weights.mul_(20)
+    llm.save_pretrained(folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(dump_recipe(load_recipe(str(tiny_recipe), {"llm.name": str(folder)})))
+    return str(recipe)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_recipe, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    recipe = load_recipe(str(tiny_recipe))
+    weights = build_projector(recipe.projector, 16, 16, seed=3).state_dict()
+    torch.save({f"encoder_projector.{n}": 30 * t for n, t in weights.items()}, folder / "model.pt")
+    return convert_checkpoint(str(folder / "model.pt"), str(folder / "model"), recipe=recipe).folder
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = []
+    for n in range(COUNT):
+        clip = write_wav(folder / f"{n}.wav", make_tone(0.5 + n / 3, frequency=200 + 90 * n))
+        rows.append({"key": f"u{n}", "source": str(clip), "target": "some words", "duration": 0.5 + n / 3, "subset": "test", "speaker": str(n % 3)})
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "test.jsonl")
+
+
+def of(recipe, **options):
+    """A recipe that decodes audio in batches of few utterances."""
+    return load_recipe(str(recipe), {"features.cache": "none", "decoding.positions_per_batch": 120, "decoding.max_new_tokens": 6} | options)
+
+
+def texts(record):
+    return {row.key: row.hypothesis for row in read_hypotheses(record.file("hypotheses.jsonl"))}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_single_batched_divided_and_resumed_decoding_say_the_same(model, manifest, tiny_recipe, tmp_path, monkeypatch, beams):
+    recipe = of(tiny_recipe, **{"decoding.beams": beams})
+    whole = decode(recipe, model, [manifest], str(tmp_path / "whole"))
+    assert len(set(texts(whole).values())) > 1  # else there is nothing to mix up
+    single = decode(of(tiny_recipe, **{"decoding.beams": beams, "decoding.positions_per_batch": 1}), model, [manifest], str(tmp_path / "single"))
+    parts = [decode(recipe, model, [manifest], str(tmp_path / f"part{n}"), shard=f"{n}/3") for n in (1, 2, 3)]
+    joined = score_parts(recipe, model, [part.folder for part in parts], str(tmp_path / "joined"))
+    assert texts(single) == texts(joined) == texts(whole)
+    assert joined.metrics == whole.metrics
+
+    calls = []
+    search = Searcher.decode
+
+    def twice_then_cut(self, audio, positions):
+        calls.append(len(audio))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return search(self, audio, positions)
+
+    monkeypatch.setattr(Searcher, "decode", twice_then_cut)
+    with pytest.raises(KeyboardInterrupt):
+        decode(recipe, model, [manifest], str(tmp_path / "cut"))
+    assert (tmp_path / "cut" / FILE).is_file() and not (tmp_path / "cut" / "stage.json").exists()
+    done = sum(calls[:2])
+    again = decode(recipe, model, [manifest], str(tmp_path / "cut"))
+    assert texts(again) == texts(whole) and sum(calls[3:]) == COUNT - done
+    assert not (tmp_path / "cut" / FILE).exists()
+
+
+def test_other_options_use_no_kept_answer(model, manifest, tiny_recipe, tmp_path, monkeypatch):
+    search, calls = Searcher.decode, []
+    monkeypatch.setattr(Searcher, "decode", lambda self, audio, positions: calls.append(1) or (search(self, audio, positions) if len(calls) < 3 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        decode(of(tiny_recipe), model, [manifest], str(tmp_path / "d"))
+    monkeypatch.setattr(Searcher, "decode", search)
+    other = decode(of(tiny_recipe, **{"decoding.max_new_tokens": 2}), model, [manifest], str(tmp_path / "d"))
+    assert texts(other) == texts(decode(of(tiny_recipe, **{"decoding.max_new_tokens": 2}), model, [manifest], str(tmp_path / "fresh")))
+
+
+def test_half_a_line_of_a_killed_process_is_passed_over(tmp_path):
+    answer = Answer("text", False, [1, 2], choices=[Choice("text", -0.5), Choice("tex", -0.75)])
+    with Kept(tmp_path, "d") as first:
+        first.add({3: answer})
+        first.add({4: answer})
+    file = tmp_path / FILE
+    file.write_text(file.read_text()[:-7])
+    with Kept(tmp_path, "d") as second:
+        assert second.answers == {3: answer}
+        second.add({4: answer})
+    with Kept(tmp_path, "d") as third:
+        assert third.answers == {3: answer, 4: answer}
+        third.close()
+    assert not file.exists()
+
+
+def test_another_machine_goes_on_from_object_storage(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "UPLOADED_EVERY", -1.0)
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    with Kept(tmp_path / "here", "d", f"{bucket}/decoded") as first:
+        first.add({1: Answer("text", False, [1])})
+    with Kept(tmp_path / "there", "d", f"{bucket}/decoded") as second:
+        assert list(second.answers) == [1]
+        second.close()
+    (tmp_path / "third").mkdir()
+    with Kept(tmp_path / "third", "d", f"{bucket}/decoded") as third:
+        assert not third.answers
+
+
+def test_the_best_answers_stand_beside_their_scores(model, manifest, tiny_recipe, tmp_path):
+    options = {"decoding.beams": 3, "decoding.nbest": 3}
+    whole = decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / "whole"))
+    rows = [json.loads(line) for line in whole.file("nbest.jsonl").read_text().splitlines()]
+    assert {row["key"]: row["choices"][0]["text"] for row in rows} == texts(whole)
+    for row in rows:
+        scores = [choice["score"] for choice in row["choices"]]
+        assert len(scores) == 3 and all(score < 0 for score in scores)
+        assert scores == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
+    assert whole.facts["close_calls"] <= COUNT
+    parts = [decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / f"part{n}"), shard=f"{n}/2") for n in (1, 2)]
+    joined = score_parts(of(tiny_recipe, **options), model, [part.folder for part in parts], str(tmp_path / "joined"))
+    together = [json.loads(line) for line in joined.file("nbest.jsonl").read_text().splitlines()]
+    assert [(r["key"], [c["text"] for c in r["choices"]]) for r in together] == [(r["key"], [c["text"] for c in r["choices"]]) for r in rows]
+    with pytest.raises(UserError, match=r"decoding.nbest is 3 but decoding.beams is 1"):
+        of(tiny_recipe, **{"decoding.beams": 1, "decoding.nbest": 3})
+
+
+def test_close_calls_are_those_of_answers_that_go_on():
+    watch = CloseCalls(torch.tensor([9]))
+    near, far = [1.0, 1.00005, 0.0], [1.0, 2.0, 0.0]
+    watch(torch.zeros((3, 0), dtype=torch.long), torch.tensor([far, near, far]))
+    watch(torch.tensor([[5], [5], [9]]), torch.tensor([far, far, near]))
+    assert watch.close.tolist() == [False, True, False]
+
+
+def test_slam_llms_files_and_the_worst_to_listen_to(model, manifest, tiny_recipe, tmp_path):
+    record = decode(of(tiny_recipe, **{"decoding.report_audio": 0.05}), model, [manifest], str(tmp_path / "d"))
+    lines = [line.split("\t") for line in record.file("decode_log_gt").read_text().splitlines()]
+    assert lines == [[f"u{n}", "some words"] for n in range(COUNT)]
+    assert [line.split("\t")[0] for line in record.file("decode_log_pred").read_text().splitlines()] == [key for key, _ in lines]
+    assert 1 <= record.file("report.html").read_text().count("<audio ") <= COUNT
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on(model, manifest, tiny_recipe, tmp_path):
+    """The program itself, killed as soon as an answer is kept."""
+    command = [
+        sys.executable, "-m", "slam_asr", "decode", "--recipe", str(tiny_recipe), "--model", model, "--manifests", f"[{manifest}]", "--features.cache", "none",
+        "--decoding.positions_per_batch", "1", "--decoding.max_new_tokens", "6", "--output",
+    ]  # fmt: skip
+    file = tmp_path / "killed" / FILE
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (file.exists() and file.read_text().count("\n") > 1):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if process.returncode == -signal.SIGKILL:
+        done = subprocess.run([*command, str(tmp_path / "killed")], capture_output=True, text=True, check=True)
+        assert "utterances that are decoded already" in done.stdout
+    subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, check=True, env=os.environ)
+    assert (tmp_path / "killed" / "hypotheses.jsonl").read_text() == (tmp_path / "whole" / "hypotheses.jsonl").read_text()
