@@ -25,7 +25,7 @@ PUBLISHED = [
     ("whisper-tiny-vicuna-7b", "openai/whisper-tiny", VICUNA, 7.07, 16.01),
     ("whisper-tiny-tinyllama", "openai/whisper-tiny", TINYLLAMA, 12.72, 21.64),
 ]
-SMALL = {"demo", "librispeech"}
+SMALL = {"demo", "librispeech", "whisper-tiny.en-smollm2-135m"}
 LARGE = sorted(shipped_recipes().keys() - SMALL)
 
 
