@@ -26,10 +26,19 @@ RESULTS = {
     "decode": "hypotheses",
     "score": "scores",
 }
-"""The pipeline's steps in the order in which they run, and the output of each that points to its folder."""
+"""The steps of the pipeline that trains, in the order in which they run, and the output of each that points to its folder."""
 
-STAGES = tuple(step for step in RESULTS if step != "score")
-"""The steps that have an image of their own; `score` runs in decode's."""
+EVALUATION_RESULTS = {"open-model": "opened"} | {step: RESULTS[step] for step in ("build-manifest", "extract-features", "decode", "score")}
+"""The same of the pipeline that only measures a model."""
+
+ALL_RESULTS = EVALUATION_RESULTS | RESULTS
+"""The same of every step of any pipeline."""
+
+HOSTS = {"score": "decode", "open-model": "convert-checkpoint"}
+"""The stage in whose image a step without one of its own runs."""
+
+STAGES = tuple(step for step in RESULTS if step not in HOSTS)
+"""The steps that have an image of their own."""
 
 CACHE = "/var/cache/slam-asr"
 """Where the images have SLAM_ASR_CACHE."""
@@ -43,7 +52,7 @@ _REFERENCE = re.compile(r"([\w.-]+(:\d+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[\w][\
 def component_of(step: str) -> Any:
     """The component of a step."""
     name = step.replace("-", "_")
-    module = "decode.score" if step == "score" else f"{name}.component"
+    module = f"{HOSTS[step].replace('-', '_')}.{name}" if step in HOSTS else f"{name}.component"
     return getattr(importlib.import_module(f"components.{module}"), name)
 
 
@@ -68,7 +77,7 @@ def images(source: str) -> dict[str, str]:
     for stage, name in named.items():
         if not _REFERENCE.fullmatch(name):
             raise UserError(f"{name!r} cannot be the image of {stage}: write REGISTRY/NAME:TAG in lower case, such as registry.example/team/{stage}:{__version__}.")
-    return named | {"score": named["decode"]}
+    return named | {step: named[stage] for step, stage in HOSTS.items()}
 
 
 def _read(path: Path) -> dict[str, str]:

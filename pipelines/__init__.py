@@ -3,3 +3,7 @@
     python -m pipelines run demo
     python -m pipelines compile
 """
+
+TRAINING = "slam-asr"
+EVALUATION = "slam-asr-evaluate"
+"""The pipelines' names in Kubeflow."""

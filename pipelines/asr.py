@@ -11,8 +11,8 @@ from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
 from components.train.component import train
+from pipelines import TRAINING
 
-NAME = "slam-asr"
 DESCRIPTION = (
     "Train a SLAM-ASR speech recogniser and measure it: a frozen speech encoder, a frozen LLM, "
     "and the trained projector between them."
@@ -27,7 +27,7 @@ def build_pipeline(place: Callable[[str, dsl.PipelineTask], None] = lambda stage
         trainjob: how the nodes of a training over several nodes are placed (JSON); empty: it trains in its own pod.
     """
 
-    @dsl.pipeline(name=NAME, display_name="SLAM-ASR", description=DESCRIPTION)
+    @dsl.pipeline(name=TRAINING, display_name="SLAM-ASR", description=DESCRIPTION)
     def asr(corpus: str, recipe: str, store: str, recipe_overrides: dict = {}):  # noqa: B006 - kfp needs a literal
         """Train a SLAM-ASR speech recogniser and measure it.
 

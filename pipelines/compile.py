@@ -9,11 +9,14 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from components import DEFAULT_IMAGES, IMAGES_VARIABLE, RESULTS, component_of
+from components import ALL_RESULTS, DEFAULT_IMAGES, IMAGES_VARIABLE, component_of
 from components import images as images_of
+from pipelines import EVALUATION, TRAINING
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
+from pipelines.measuring import recipe_of_pipeline
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
+from slam_asr.conversion.shipped import shipped_models
 from slam_asr.errors import UserError
 from slam_asr.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.storage import is_s3, local_path
@@ -27,18 +30,20 @@ def compile_command(arguments: list[str]) -> int:
     parser = command_parser("compile", "Write the pipeline and each component as YAML; the same source gives the same bytes.")
     add_cluster_options(parser)
     parser.add_argument("--output", default="build/kfp", help="a folder, or a .yaml file for the pipeline alone")
+    parser.add_argument("--model", type=str, help="compile the pipeline that only measures this model: an s3:// prefix, or the name of a shipped one")
     if named:
         add_recipe_options(parser, arguments[0])
     options = parse_options(parser, arguments[1:] if named else arguments)
     cluster = load_cluster(options["cluster"])
-    defaults, nodes = places(cluster, options["corpus"], options["store"]), 1
+    model = options["model"]
+    defaults, nodes = places(cluster, options["corpus"], options["store"], model), 1
     if named:
         source = options["recipe"]
-        recipe = pop_recipe(options)
+        recipe = recipe_of_pipeline(pop_recipe(options), model)
         check_recipe(recipe, cluster)
         defaults |= recipe_parameters(source, recipe)
         nodes = recipe.training.nodes
-    written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, nodes)
+    written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, nodes, model is not None)
     print(f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})", file=sys.stderr)
     for path in written:
         print(path)
@@ -56,15 +61,15 @@ def add_cluster_options(parser: Any) -> None:
     parser.add_argument("--store", type=str, help="s3:// prefix for the results of all stages (default: the profile's storage.store)")
 
 
-def places(cluster: Cluster, corpus: str | None, store: str | None) -> dict[str, str]:
-    """The pipeline's parameters `corpus` and `store`, as far as options and profile name them.
+def places(cluster: Cluster, corpus: str | None, store: str | None, model: str | None = None) -> dict[str, str]:
+    """The pipeline's parameters `corpus`, `store` and `model`, as far as options and profile name them.
 
     Raises:
         UserError: a place on this machine, which no pod can see.
     """
-    named = {"corpus": corpus, "store": store or cluster.storage.store}
+    named = {"corpus": corpus, "store": store or cluster.storage.store, "model": model}
     for name, path in named.items():
-        if path and not is_s3(path):
+        if path and not is_s3(path) and not (name == "model" and path in shipped_models()):
             raise UserError(f"--{name} is {path}, a place on this machine, which no pod of the cluster sees: copy it to object storage and give its s3:// prefix.")
     return {name: path for name, path in named.items() if path}
 
@@ -104,6 +109,7 @@ def compile_package(
     images: str | None = None,
     defaults: dict[str, Any] | None = None,
     nodes: int = 1,
+    evaluation: bool = False,
 ) -> Path:
     """Write the pipeline's YAML for a cluster, and check that it hangs together.
 
@@ -113,6 +119,7 @@ def compile_package(
         images: a template or a file; the environment's or the profile's if not given.
         defaults: values of the pipeline's parameters that a run need not name.
         nodes: machines to train on; above 1, a TrainJob trains.
+        evaluation: the pipeline that only measures a model.
 
     Raises:
         UserError: images that cannot be.
@@ -120,7 +127,7 @@ def compile_package(
     from pipelines.checking import check_package
 
     named = images_of(images_source(cluster, images))
-    _write(_pipeline(cluster, named, nodes), output, defaults)
+    _write(_pipeline(cluster, named, nodes, evaluation), output, defaults)
     check_package(output, named)
     return output
 
@@ -131,25 +138,30 @@ def compile_all(
     images: str | None = None,
     defaults: dict[str, Any] | None = None,
     nodes: int = 1,
+    evaluation: bool = False,
 ) -> list[Path]:
     """Write the pipeline, the same as resources of Kubernetes, and each component, below `output`; the pipeline alone to a file `*.yaml`.
 
     Returns:
-        The files written: `slam-asr.yaml`, `slam-asr.resources.yaml` and `components/*.yaml`.
+        The files written: `slam-asr.yaml`, `slam-asr.resources.yaml` and `components/*.yaml`; of the pipeline that only measures, `slam-asr-evaluate.yaml` and so on.
     """
     if output.suffix in (".yaml", ".yml"):
-        return [compile_package(cluster, output, images, defaults, nodes)]
+        return [compile_package(cluster, output, images, defaults, nodes, evaluation)]
     named = images_of(images_source(cluster, images))
-    written = [compile_package(cluster, output / "slam-asr.yaml", images, defaults, nodes)]
-    resources = output / "slam-asr.resources.yaml"
-    _write(_pipeline(cluster, named, nodes), resources, defaults, resources_in=cluster.namespace)
-    return [*written, resources, *(_component(stage, named[stage], output / "components" / f"{stage}.yaml") for stage in RESULTS)]
+    name = EVALUATION if evaluation else TRAINING
+    written = [compile_package(cluster, output / f"{name}.yaml", images, defaults, nodes, evaluation)]
+    resources = output / f"{name}.resources.yaml"
+    _write(_pipeline(cluster, named, nodes, evaluation), resources, defaults, resources_in=cluster.namespace)
+    return [*written, resources, *(_component(stage, named[stage], output / "components" / f"{stage}.yaml") for stage in ALL_RESULTS)]
 
 
-def _pipeline(cluster: Cluster, images: dict[str, str], nodes: int) -> Any:
+def _pipeline(cluster: Cluster, images: dict[str, str], nodes: int, evaluation: bool) -> Any:
+    from pipelines import evaluate
     from pipelines.asr import build_pipeline
     from pipelines.placing import place, placement
 
+    if evaluation:
+        return evaluate.build_pipeline(lambda stage, task: place(cluster, images, stage, task))
     return build_pipeline(
         lambda stage, task: place(cluster, images, stage, task, over_nodes=stage == "train" and nodes > 1),
         trainjob=placement(cluster, images["train"]) if nodes > 1 else "",

@@ -24,13 +24,12 @@ from typing import Any, TextIO
 from kfp import local
 from kfp.local import docker_task_handler, subprocess_task_handler
 
-from components import RESULTS
+from components import ALL_RESULTS, EVALUATION_RESULTS, RESULTS
 from pipelines import processes
-from pipelines.asr import asr
 from pipelines.docker import Containers
 from slam_asr.errors import UserError
 from slam_asr.progress import BAR_COLUMNS
-from slam_asr.stage import Record, follow_pointer, require_record
+from slam_asr.stage import Record, follow_pointer, read_record
 from slam_asr.storage import is_s3, local_path
 
 KFP_LOG = "kfp.log"
@@ -58,7 +57,7 @@ class Step:
 
     def record(self) -> Record:
         """The record of the stage's folder that the step points to."""
-        return require_record(follow_pointer(self.folder / RESULTS[self.name]), self.name)
+        return read_record(follow_pointer(self.folder / ALL_RESULTS[self.name]))
 
 
 class LocalRun:
@@ -72,13 +71,15 @@ class LocalRun:
         self.voice = voice or sys.stdout
         self.containers = containers
         self.steps: list[Step] = []
+        self.expected = list(RESULTS)
 
-    def execute(self, recipe: str, corpus: str) -> list[Step]:
+    def execute(self, recipe: str, corpus: str, model: str | None = None) -> list[Step]:
         """Run all steps.
 
         Args:
             recipe: the resolved recipe as YAML.
             corpus: an absolute path.
+            model: measure this one, and train none.
 
         Raises:
             StepFailed: a step failed.
@@ -93,12 +94,24 @@ class LocalRun:
             runner = local.DockerRunner() if self.containers else local.SubprocessRunner(use_venv=False)
             local.init(runner, pipeline_root=str(self.output / "steps"))
             try:
-                asr(recipe=recipe, corpus=corpus, store=self.store)
+                self._run_pipeline(recipe, corpus, model)
             except RuntimeError:
                 if failed := next((step for step in self.steps if step.exit_code), None):
                     raise StepFailed(failed) from None
                 raise
         return self.steps
+
+    def _run_pipeline(self, recipe: str, corpus: str, model: str | None) -> None:
+        if model is None:
+            from pipelines.asr import asr
+
+            asr(recipe=recipe, corpus=corpus, store=self.store)
+            return
+        from pipelines.evaluate import evaluate
+
+        self.expected = list(EVALUATION_RESULTS)
+        # The recipe says all; the parameter's default would only repeat it.
+        evaluate(recipe=recipe, corpus=corpus, model=model, store=self.store, recipe_overrides={})
 
     def execute_only(self, stage: str, image: str, prepare: Callable[[], list[str]]) -> Step:
         """Run a single stage's command line.
@@ -158,7 +171,7 @@ class LocalRun:
         folder = _artifact_folder(command)
         step = Step(folder.name, folder, time.time())
         self.steps.append(step)
-        print(f"\n{list(RESULTS).index(step.name) + 1}/{len(RESULTS)} {step.name}", file=self.voice, flush=True)
+        print(f"\n{self.expected.index(step.name) + 1}/{len(self.expected)} {step.name}", file=self.voice, flush=True)
         step.exit_code = start(step, Sieve(self.voice, log).hear)
         return step.exit_code
 

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from components import IMAGES_VARIABLE, RESULTS, STAGES, image
+from components import EVALUATION_RESULTS, IMAGES_VARIABLE, RESULTS, STAGES, image
 from pipelines import processes
 from pipelines.cli import command_parser
+from pipelines.measuring import base_models, place_of_model, recipe_of_pipeline
 from pipelines.single import command_of_stage, corpus_of, require_stage
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import EXIT_CODE, UserError
@@ -28,8 +29,10 @@ DEMO_CORPUS = CHECKOUT / "demo" / "speech"
 def run(arguments: list[str]) -> int:
     """Run the steps one after another, or a single stage → the exit code."""
     options = _options(arguments)
-    source, recipe = options["recipe"], pop_recipe(options)
-    only = require_stage(options["only"]) if options["only"] else None
+    source, model = options["recipe"], options["model"]
+    model = model and place_of_model(model)
+    recipe = recipe_of_pipeline(pop_recipe(options), model)
+    only = require_stage(options["only"], model is not None) if options["only"] else None
     output = local_path(options["output"] or Path("runs") / Path(source).stem).absolute()
     corpus = str(_corpus(source, options["corpus"])) if only in (None, "build-manifest") else corpus_of(output, only)
     if options["images"]:
@@ -37,8 +40,8 @@ def run(arguments: list[str]) -> int:
         os.environ[IMAGES_VARIABLE] = options["images"]
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        containers = stack.enter_context(_containers(options, output, recipe, corpus)) if options["runner"] == "docker" else None
-        if code := _fetch_models(recipe):
+        containers = stack.enter_context(_containers(options, output, recipe, corpus, model)) if options["runner"] == "docker" else None
+        if code := _fetch_models(recipe, model):
             return code
 
         from pipelines.local import LocalRun, StepFailed
@@ -47,9 +50,9 @@ def run(arguments: list[str]) -> int:
         local_run = LocalRun(output, store=options["store"], containers=containers)
         try:
             if only:
-                _run_only(only, local_run, recipe, corpus)
+                _run_only(only, local_run, recipe, corpus, model)
                 return 0
-            local_run.execute(dump_recipe(recipe), corpus)
+            local_run.execute(dump_recipe(recipe), corpus, model)
         except StepFailed as error:
             print(f"slam-asr: {failure(error.step, output)}", file=sys.stderr)
             return EXIT_CODE if error.step.exit_code == EXIT_CODE else 1
@@ -57,18 +60,18 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _run_only(stage: str, local_run: "LocalRun", recipe: Recipe, corpus: str) -> None:
+def _run_only(stage: str, local_run: "LocalRun", recipe: Recipe, corpus: str, model: str | None) -> None:
     """Run one stage, fed by what the stages before it left in the run's folder."""
 
     def prepare() -> list[str]:
         written = local_run.output / "recipe.yaml"
         write_atomically(written, dump_recipe(recipe))
-        return command_of_stage(stage, local_run.output, local_run.store, written, corpus, recipe)
+        return command_of_stage(stage, local_run.output, local_run.store, written, corpus, recipe, model)
 
     local_run.execute_only(stage, image(stage), prepare)
 
 
-def _containers(options: dict[str, Any], output: Path, recipe: Recipe, corpus: str) -> "Containers":
+def _containers(options: dict[str, Any], output: Path, recipe: Recipe, corpus: str, model: str | None) -> "Containers":
     """The Docker engine, with all folders that the steps need, and every image there.
 
     Raises:
@@ -78,11 +81,11 @@ def _containers(options: dict[str, Any], output: Path, recipe: Recipe, corpus: s
 
     settings = Settings(options["network"], options["gpus"], options["shared_memory"], options["mounts"])
     writable = [output, *([local_path(options["store"]).absolute()] if options["store"] and not is_s3(options["store"]) else [])]
-    named = [corpus, recipe.data.audio_root, recipe.encoder.name, recipe.llm.name]
+    named = [corpus, recipe.data.audio_root, model, *base_models(recipe, model)]
     here = [Path(name).absolute() for name in named if name and not is_s3(name) and os.path.exists(name)]
     # A list of audio files names them relative to the folder that it lies in.
     containers = Containers(settings, str(output), writable, [path if path.is_dir() else path.parent for path in here])
-    stages = [options["only"]] if options["only"] else RESULTS
+    stages = [options["only"]] if options["only"] else RESULTS if model is None else EVALUATION_RESULTS
     containers.require_images({stage: image(stage) for stage in stages}, lambda line: print(line, flush=True))
     return containers
 
@@ -92,6 +95,7 @@ def _options(arguments: list[str]) -> dict[str, Any]:
     named = bool(arguments) and not arguments[0].startswith("-")
     parser = command_parser("run", "Run the steps on this machine, one after another; steps that are done are kept.")
     parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo brings its own)")
+    parser.add_argument("--model", type=str, help="train nothing, and measure this model: a folder, an s3:// prefix, or the name of a shipped one")
     parser.add_argument("--output", type=str, help="folder for all results (default: runs/RECIPE)")
     parser.add_argument("--store", type=str, help="folder or s3://bucket/prefix for the stages' results, which runs may share (default: OUTPUT/store)")
     parser.add_argument("--runner", type=Literal["process", "docker"], default="process", help="steps as processes of this Python, or in containers")
@@ -110,9 +114,9 @@ def _options(arguments: list[str]) -> dict[str, Any]:
     return options
 
 
-def _fetch_models(recipe: Recipe) -> int:
+def _fetch_models(recipe: Recipe, model: str | None) -> int:
     """Have both frozen models on this machine first: a misspelt name fails now and not hours later."""
-    command = [sys.executable, "-m", "slam_asr.models.pretrained", recipe.encoder.name, recipe.llm.name]
+    command = [sys.executable, "-m", "slam_asr.models.pretrained", *base_models(recipe, model)]
     if sys.stdout.isatty():
         # Downloads draw their bars themselves.
         return subprocess.call(command)

@@ -7,7 +7,7 @@ run of the whole pipeline finds it done.
 from collections.abc import Callable
 from pathlib import Path
 
-from components import RESULTS, STAGES
+from components import EVALUATION_RESULTS, RESULTS, STAGES
 from slam_asr.errors import UserError
 from slam_asr.recipe import Recipe
 from slam_asr.stage import FINGERPRINT, follow_pointer, require_record
@@ -17,7 +17,7 @@ RESULTS_OF_SINGLES = "results"
 """Folder of a run that keeps the pointers of stages that were run by themselves."""
 
 
-def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus: str, wanted: Recipe) -> list[str]:
+def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus: str, wanted: Recipe, model: str | None = None) -> list[str]:
     """The stage's command line.
 
     Args:
@@ -27,6 +27,7 @@ def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus:
         recipe: file with the resolved recipe.
         corpus: what build-manifest reads.
         wanted: the same, read.
+        model: decode with this one instead of the run's own.
 
     Raises:
         UserError: a stage before it has not run, or its result is gone.
@@ -47,7 +48,7 @@ def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus:
         ],
         "convert-checkpoint": lambda: ["--checkpoint", result("train"), "--which", wanted.decoding.checkpoint, *_to(store, stage)],
         "decode": lambda: [
-            "--recipe", str(recipe), "--model", result("convert-checkpoint"),
+            "--recipe", str(recipe), "--model", model or result("convert-checkpoint"),
             "--manifests", f"[{join(result('build-manifest'), 'test.jsonl')}]", *features(), *_to(store, stage),
         ],
     }  # fmt: skip
@@ -64,14 +65,19 @@ def corpus_of(output: Path, stage: str) -> str:
     return require_record(follow_pointer(_latest(output, "build-manifest", stage)), "build-manifest").inputs["corpus"]
 
 
-def require_stage(name: str) -> str:
+def require_stage(name: str, evaluation: bool = False) -> str:
     """A stage's name.
+
+    Args:
+        name: as it was asked for.
+        evaluation: whether a model is only measured.
 
     Raises:
         UserError: there is none of that name.
     """
-    if name not in STAGES:
-        raise UserError(f"There is no stage {name}: --only may be {', '.join(STAGES)}.")
+    known = [stage for stage in STAGES if not evaluation or stage in EVALUATION_RESULTS]
+    if name not in known:
+        raise UserError(f"There is no stage {name}{' where --model is only measured' * evaluation}: --only may be {', '.join(known)}.")
     return name
 
 

@@ -21,7 +21,7 @@ def summary(steps: list[Step], seconds: float) -> str:
     """
     records = [step.record() for step in steps]
     rows = [("step", "time", "what came out")]
-    rows += [(r.stage, _time(s, r), r.summary) for s, r in zip(steps, records, strict=True)]
+    rows += [(s.name, _time(s, r), r.summary) for s, r in zip(steps, records, strict=True)]
     rows.append(("this run", clock(seconds), ""))
     name, time = (max(len(row[i]) for row in rows) for i in (0, 1))
     lines = [f"{a:<{name}}  {b:>{time}}  {c}".rstrip() for a, b, c in rows]

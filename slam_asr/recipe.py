@@ -49,7 +49,7 @@ class Data:
     kind: Literal["auto", "librispeech", "table", "folder", "jsonlines", "kaldi", "lhotse", "huggingface"] = "auto"
     """How the corpus is laid out; `auto` finds it out from what lies there."""
     train: list[str] = field(default_factory=lambda: ["train-*"])
-    """Subsets of the corpus to train on; shell patterns are allowed."""
+    """Subsets of the corpus to train on; shell patterns are allowed. `[]`: none, where a trained model is only measured."""
     dev: list[str] = field(default_factory=lambda: ["dev-other"])
     """Subsets to validate on while training. Where the corpus has none of them, `dev_fraction` is held out of train."""
     test: list[str] = field(default_factory=lambda: ["test-*"])
@@ -365,9 +365,8 @@ class Recipe:
                 f"Recipe {self.name}: decoding.nbest is {self.decoding.nbest} but decoding.beams is {self.decoding.beams}: a search finds as many answers as it "
                 "has beams; lower the one or raise the other."
             )
-        for key in ("data.train", "data.test"):
-            if not value_of(self, key):
-                raise UserError(f"Recipe {self.name}: {key} names no subset; give at least one, such as [train-*].")
+        if not self.data.test:
+            raise UserError(f"Recipe {self.name}: data.test names no subset; give at least one, such as [test-*].")
 
 
 _LOWER_BOUNDS = {

@@ -7,7 +7,7 @@ import urllib3
 from kubernetes import client as kubernetes
 from kubernetes import config
 
-from components import RESULTS
+from components import ALL_RESULTS
 from slam_asr.errors import UserError
 
 RUN_LABEL = "pipeline/runid"
@@ -45,10 +45,10 @@ def show(api: kubernetes.CoreV1Api, namespace: str, run_id: str, step: str | Non
     Raises:
         UserError: no right to read them, no such step, or no pods any more.
     """
-    if step is not None and step not in RESULTS:
-        raise UserError(f"There is no step {step}: --step may be {', '.join(RESULTS)}.")
+    if step is not None and step not in ALL_RESULTS:
+        raise UserError(f"There is no step {step}: --step may be {', '.join(ALL_RESULTS)}.")
     pods = ask(namespace, "list pods", lambda: api.list_namespaced_pod(namespace, label_selector=f"{RUN_LABEL}={run_id}")).items
-    chosen = [pod for pod in pods if (pod.metadata.labels or {}).get(STEP_LABEL) in ([step] if step else RESULTS)]
+    chosen = [pod for pod in pods if (pod.metadata.labels or {}).get(STEP_LABEL) in ([step] if step else ALL_RESULTS)]
     if not chosen:
         which = f"of step {step} " if step else ""
         raise UserError(f"There are no pods {which}of the run {run_id} in {namespace}: they have not started, or were cleaned away since; the dashboard may have kept their logs.")

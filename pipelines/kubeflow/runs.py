@@ -10,8 +10,8 @@ from typing import Any
 
 import kfp_server_api
 
-from components import RESULTS
-from pipelines.asr import DESCRIPTION, NAME
+from components import ALL_RESULTS
+from pipelines import TRAINING, asr, evaluate
 from pipelines.kubeflow.connection import Connection, Gone
 from slam_asr import __version__
 from slam_asr.configuration import nearest
@@ -46,14 +46,15 @@ class Step:
         return f"{self.name:<20} {self.state.lower():<10}{time_taken}{'  ' + self.error if self.error else ''}"
 
 
-def upload(connection: Connection, package: Path) -> tuple[str, str, str]:
+def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> tuple[str, str, str]:
     """Have the pipeline there: its content is uploaded once, under a name that holds its digest → ids of pipeline and version, name of the version."""
     client = connection.client
+    description = asr.DESCRIPTION if pipeline == TRAINING else evaluate.DESCRIPTION
     version = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
-    pipeline_id = connection.call("look for the pipeline", lambda: client.get_pipeline_id(NAME))
+    pipeline_id = connection.call("look for the pipeline", lambda: client.get_pipeline_id(pipeline))
     if pipeline_id is None:
         made = connection.call("take the pipeline", lambda: client.upload_pipeline(
-            str(package), pipeline_name=NAME, description=DESCRIPTION, namespace=connection.namespace if connection.multi_user else None,
+            str(package), pipeline_name=pipeline, description=description, namespace=connection.namespace if connection.multi_user else None,
         ), once=True)  # fmt: skip
         pipeline_id = made.pipeline_id
     versions = _pages(connection, "list the pipeline's versions", lambda token: client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100), "pipeline_versions")
@@ -61,19 +62,19 @@ def upload(connection: Connection, package: Path) -> tuple[str, str, str]:
         if known.display_name == version:
             return pipeline_id, known.pipeline_version_id, version
     made = connection.call("take the pipeline's version", lambda: client.upload_pipeline_version(
-        str(package), version, pipeline_id=pipeline_id, description=DESCRIPTION,
+        str(package), version, pipeline_id=pipeline_id, description=description,
     ), once=True)  # fmt: skip
     return pipeline_id, made.pipeline_version_id, version
 
 
-def start(connection: Connection, package: Path, name: str, experiment: str, parameters: dict[str, Any], account: str) -> str:
+def start(connection: Connection, package: Path, name: str, experiment: str, parameters: dict[str, Any], account: str, pipeline: str = TRAINING) -> str:
     """Upload and run → the run's id.
 
     Raises:
         UserError: the API refuses one of it.
     """
     client = connection.client
-    pipeline_id, version_id, _ = upload(connection, package)
+    pipeline_id, version_id, _ = upload(connection, package, pipeline)
     namespace = connection.namespace if connection.multi_user else None
     made = connection.call("make the experiment", lambda: client.create_experiment(experiment, namespace=namespace))
     run = connection.call("start the run", lambda: client.run_pipeline(
@@ -118,7 +119,7 @@ def latest(connection: Connection, count: int = 50) -> list[kfp_server_api.V2bet
 def steps_of(run: kfp_server_api.V2beta1Run) -> list[Step]:
     """The pipeline's own steps, in their order; what Kubeflow runs around them is left out."""
     details = (run.run_details.task_details if run.run_details else None) or []
-    order = list(RESULTS)
+    order = list(ALL_RESULTS)
     found = [
         Step(d.task_id or d.display_name, d.display_name, d.state or "PENDING", d.start_time, _end(d), _message(d.error))
         for d in details

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from slam_asr.corpora import SPLITS, Reader, Rejection
 from slam_asr.corpora.checking import check_all
 from slam_asr.corpora.opening import open_corpus
 from slam_asr.corpora.places import is_folder
-from slam_asr.corpora.splits import choose_subsets, held_out, read_splits, survey
+from slam_asr.corpora.splits import choose_subsets, held_out, read_splits, survey, wanted_splits
 from slam_asr.corpora.statistics import CorpusStatistics
 from slam_asr.errors import UserError
 from slam_asr.external_sort import ExternalSort
@@ -99,9 +99,9 @@ def _build(folder: Path, reader: Reader, chosen: dict[str, list[str]], recipe: R
             statistics.mixed += result.channels != 1
         write_lines(folder / REJECTED, _counted(rejected, statistics))
         _refuse_too_many(rejected, statistics, total, recipe.data.max_rejected, folder / REJECTED)
-        without_dev = not chosen["dev"]
+        without_dev = bool(recipe.data.train) and not chosen["dev"]
         apart = _held_out_dev(splits["train"], recipe.data) if without_dev else set()
-        _write_manifests(folder, splits, apart, statistics)
+        _write_manifests(folder, splits, apart, statistics, wanted_splits(recipe.data))
     numbers = statistics.as_dict(without_dev)
     write_json(folder / "statistics.json", numbers)
     write_corpus_page(folder / STATISTICS_PAGE, reader.root, reader.kind, recipe, numbers)
@@ -145,7 +145,7 @@ def _held_out_dev(train: ExternalSort, data: Data) -> set[str]:
     return chosen
 
 
-def _write_manifests(folder: Path, splits: dict[str, ExternalSort], apart: set[str], statistics: CorpusStatistics) -> None:
+def _write_manifests(folder: Path, splits: dict[str, ExternalSort], apart: set[str], statistics: CorpusStatistics, wanted: Sequence[str]) -> None:
     """Write the three manifests, and count what is in them.
 
     Args:
@@ -153,6 +153,7 @@ def _write_manifests(folder: Path, splits: dict[str, ExternalSort], apart: set[s
         splits: sorted lines of each.
         apart: keys of train utterances that go to dev.
         statistics: counts.
+        wanted: splits that may not be empty.
     """
     shared = _SharedAudio()
     lines: dict[str, Iterable[tuple[bytes, bytes]]] = dict(splits)
@@ -162,7 +163,7 @@ def _write_manifests(folder: Path, splits: dict[str, ExternalSort], apart: set[s
     sizes = {split: len(lines) for split, lines in splits.items()}
     if apart:
         sizes |= {"train": sizes["train"] - len(apart), "dev": len(apart)}
-    _require_every_split(sizes, statistics, folder / REJECTED)
+    _require_every_split({split: sizes[split] for split in wanted}, statistics, folder / REJECTED)
     for split in SPLITS:
         write_lines(folder / f"{split}.jsonl", _counted_lines(split, lines[split], statistics, shared))
     shared.warn()
@@ -234,9 +235,9 @@ def _outcome(statistics: dict[str, Any]) -> Outcome:
     counts = {split: measures["utterances"] for split, measures in splits.items()}
     hours = {split: measures["hours"] for split, measures in splits.items()}
     summary = (
-        f"{counts['train']} train, {counts['dev']} dev, {counts['test']} test utterances, {sum(hours.values()):.2f} h"
+        f"{', '.join(f'{counts[split]} {split}' for split in SPLITS if split in counts)} utterances, {sum(hours.values()):.2f} h"
     )
-    metrics = {f"{split}_{name}": splits[split][name] for split in SPLITS for name in ("utterances", "hours")}
+    metrics = {f"{split}_{name}": splits[split][name] for split in splits for name in ("utterances", "hours")}
     return Outcome(
         summary=f"{summary}; {rejected} set aside",
         metrics=metrics | {"rejected": rejected},

@@ -38,10 +38,12 @@ def choose_subsets(reader: Reader, data: Data) -> dict[str, list[str]]:
     """
     found = reader.subsets()
     chosen: dict[str, list[str]] = {split: [] for split in SPLITS}
+    wanted = wanted_splits(data)
     for subset in found:
         splits = [s for s in SPLITS if any(fnmatchcase(subset, pattern) for pattern in getattr(data, s))]
         if subset in SPLIT_NAMES:
             splits = [SPLIT_NAMES[subset]]
+        splits = [split for split in splits if split in wanted]
         if len(splits) > 1:
             raise UserError(
                 f"The subset {subset} is in {' and in '.join(splits)} by the recipe's patterns "
@@ -50,13 +52,18 @@ def choose_subsets(reader: Reader, data: Data) -> dict[str, list[str]]:
         for split in splits:
             chosen[split].append(subset)
     for split in ("train", "test"):
-        if not chosen[split]:
+        if split in wanted and not chosen[split]:
             named = ", ".join(found[:_NAMED]) + (f", … ({len(found)} in all)" if len(found) > _NAMED else "")
             raise UserError(
                 f"No subset of {reader.root} is for {split}: the recipe's data.{split} asks for "
                 f"{', '.join(getattr(data, split))}, and the corpus has {named}: change --data.{split}."
             )
     return chosen
+
+
+def wanted_splits(data: Data) -> tuple[str, ...]:
+    """The splits that the recipe wants utterances of: all, or where it trains on nothing, those for which it names subsets."""
+    return tuple(split for split in SPLITS if data.train or getattr(data, split))
 
 
 @dataclass

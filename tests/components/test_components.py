@@ -10,22 +10,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from components import RESULTS, component_of, image
+from components import ALL_RESULTS, component_of, image
 from slam_asr import __version__
 from slam_asr.recipe import dump_recipe, load_recipe
 from slam_asr.stage import Outcome, run_stage, write_pointer
 
 
-@pytest.mark.parametrize("stage", RESULTS)
+@pytest.mark.parametrize("stage", ALL_RESULTS)
 def test_every_input_and_output_is_explained(stage):
     function = component_of(stage).python_func
     explained = inspect.getdoc(function).partition("Args:")[2]
     assert [name for name in inspect.signature(function).parameters if f"{name}: " not in explained] == []
 
 
-@pytest.mark.parametrize("stage", RESULTS)
+@pytest.mark.parametrize("stage", ALL_RESULTS)
 def test_component_points_to_its_stage_folder(stage):
-    assert RESULTS[stage] in component_of(stage).component_spec.outputs
+    assert ALL_RESULTS[stage] in component_of(stage).component_spec.outputs
     assert component_of(stage).component_spec.implementation.container.image == image(stage)
 
 

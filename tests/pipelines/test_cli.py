@@ -45,6 +45,8 @@ def complaint(monkeypatch, capsys):
         (["run", "demo", "--max_steps=5"], "Unknown option --max_steps; did you mean --training.max_steps?"),
         (["run", "demo", "--outptu", "x"], "Unknown option --outptu; did you mean --output?"),
         (["compile", "--image", "x"], "Unknown option --image; did you mean --images?"),
+        (["run", "demo", "--model", "no/such"], "no/such holds no model (no config.json)"),
+        (["run", "demo", "--data.train", "[]"], "Recipe demo: data.train names no subset; give at least one, such as [train-*], or a model to measure with --model."),
         (["run"], "RECIPE is missing: python -m pipelines run RECIPE, with a file or one of demo, "),
         (["run", "demo", "--recipe", "librispeech"], "Two recipes are named, demo and librispeech: leave out --recipe."),
         (["run", "demo", "--training.max_steps", "many"], "Option --training.max_steps: Expected a whole number. Got value: many."),
@@ -73,7 +75,7 @@ def test_model_that_is_nowhere_stops_the_run_before_its_first_step(tmp_path, tin
 
 def test_recipe_gets_what_was_written_and_keeps_the_rest(monkeypatch, tmp_path, tiny_recipe, tiny_corpus):
     seen = {}
-    monkeypatch.setattr(run_command, "_fetch_models", lambda recipe: seen.setdefault("recipe", recipe) and 1)
+    monkeypatch.setattr(run_command, "_fetch_models", lambda recipe, model: seen.setdefault("recipe", recipe) and 1)
     cli.main(["run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--training.max_steps", "7", "--data.train", "[a, b]"])
     assert (seen["recipe"].training.max_steps, seen["recipe"].data.train) == (7, ["a", "b"])
     assert seen["recipe"].training.warmup_steps == 1

@@ -11,7 +11,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
-from components import RESULTS, STAGES, images
+from components import ALL_RESULTS, EVALUATION_RESULTS, HOSTS, RESULTS, STAGES, images
 from pipelines import cli
 from pipelines.checking import PackageDefect, check_package, read_package
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
@@ -66,16 +66,32 @@ def images_of(spec: PipelineSpec) -> dict[str, str]:
 def test_same_source_gives_same_bytes(compiled, tmp_path):
     compile_to(tmp_path, PYTHONHASHSEED="7")
     names = sorted(str(f.relative_to(compiled)) for f in compiled.rglob("*.yaml"))
-    assert names == sorted(["slam-asr.yaml", "slam-asr.resources.yaml", *(f"components/{stage}.yaml" for stage in RESULTS)])
+    assert names == sorted(["slam-asr.yaml", "slam-asr.resources.yaml", *(f"components/{stage}.yaml" for stage in ALL_RESULTS)])
     for name in names:
         assert (tmp_path / name).read_bytes() == (compiled / name).read_bytes(), name
 
 
 def test_pipeline_has_every_stage_in_its_own_image(compiled):
-    assert images_of(spec_of(compiled / "slam-asr.yaml")) == IMAGES
+    assert images_of(spec_of(compiled / "slam-asr.yaml")) == {step: IMAGES[step] for step in RESULTS}
 
 
-@pytest.mark.parametrize("stage", RESULTS)
+def test_measuring_a_model_takes_its_steps_alone_and_looks_at_the_model_first():
+    spec = spec_of(GOLDEN / "evaluate.yaml")
+    assert images_of(spec) == {step: IMAGES[step] for step in EVALUATION_RESULTS}
+    tasks = spec.root.dag.tasks
+    assert {name: sorted(task.dependent_tasks) for name, task in tasks.items()} == {
+        "open-model": [],
+        "build-manifest": ["open-model"],
+        "for-loop-1": ["build-manifest"],
+        "for-loop-2": ["build-manifest", "for-loop-1", "open-model"],
+        "score": ["build-manifest", "for-loop-2", "open-model"],
+    }
+    defaults = {name: json_format.MessageToDict(p.default_value) for name, p in spec.root.input_definitions.parameters.items()}
+    resolved = load_recipe(defaults["recipe"], defaults["recipe_overrides"])
+    assert (resolved.data.train, resolved.data.dev, resolved.data.test) == ([], [], load_recipe("demo").data.test)
+
+
+@pytest.mark.parametrize("stage", ALL_RESULTS)
 def test_each_component_stands_alone(compiled, stage):
     spec = spec_of(compiled / "components" / f"{stage}.yaml")
     assert images_of(spec) == {stage: IMAGES[stage]}
@@ -112,22 +128,25 @@ def test_inputs_and_parameters_are_explained(compiled):
 def test_images_are_named_at_compile_time(tmp_path):
     template = "registry.example/team/{stage}:{version}-gpu"
     wanted = images(template)
-    assert wanted["train"] == f"registry.example/team/train:{__version__}-gpu" and wanted["score"] == wanted["decode"]
+    assert wanted["train"] == f"registry.example/team/train:{__version__}-gpu" and all(wanted[step] == wanted[stage] for step, stage in HOSTS.items())
     compile_to(tmp_path / "by-option.yaml", "--images", template)
     compile_to(tmp_path / "by-variable.yaml", SLAM_ASR_IMAGES=template)
-    assert images_of(spec_of(tmp_path / "by-option.yaml")) == wanted
-    assert images_of(spec_of(tmp_path / "by-variable.yaml")) == wanted
+    assert images_of(spec_of(tmp_path / "by-option.yaml")) == {step: wanted[step] for step in RESULTS}
+    assert images_of(spec_of(tmp_path / "by-variable.yaml")) == {step: wanted[step] for step in RESULTS}
 
 
-@pytest.mark.parametrize("name", [*shipped_clusters(), "two-nodes"])
+@pytest.mark.parametrize("name", [*shipped_clusters(), "two-nodes", "evaluate"])
 def test_compiled_yaml_is_as_it_was(name, tmp_path):
     """After a change that is meant: compile again to tests/pipelines/golden, as below, and read the difference."""
-    options = {"two-nodes": ["demo", "--cluster", "several-nodes", "--training.nodes", "2"]}.get(name, ["--cluster", name])
+    options = {
+        "two-nodes": ["demo", "--cluster", "several-nodes", "--training.nodes", "2"],
+        "evaluate": ["demo", "--model", "s3://speech/models/demo", "--cluster", "one-gpu-node"],
+    }.get(name, ["--cluster", name])
     assert cli.main(["compile", *options, "--output", str(tmp_path / "pipeline.yaml")]) == 0
     assert (tmp_path / "pipeline.yaml").read_text() == (GOLDEN / f"{name}.yaml").read_text()
 
 
-@pytest.mark.parametrize("stage", RESULTS)
+@pytest.mark.parametrize("stage", ALL_RESULTS)
 def test_each_component_is_as_it_was(compiled, stage):
     assert (compiled / "components" / f"{stage}.yaml").read_text() == (GOLDEN / "components" / f"{stage}.yaml").read_text()
 

@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from components import RESULTS
+from components import EVALUATION_RESULTS, RESULTS
 from pipelines.local import LocalRun, Sieve, Step
 from pipelines.summary import failure
 from slam_asr.errors import UserError
@@ -99,6 +100,41 @@ def test_decoding_in_parts_gives_the_same_texts_and_rates(finished, tiny_recipe,
     parts = re.findall(r"decode: (\d+) of (\d+) utterances, part (\d)-of-3", done.stdout)
     assert sorted(number for *_, number in parts) == ["1", "2", "3"]
     assert sum(int(mine) for mine, *_ in parts) == int(parts[0][1]) and min(int(mine) for mine, *_ in parts) > 0
+
+
+def model_of(output: Path) -> Path:
+    [model] = (output / "store" / "convert-checkpoint").glob("*/config.json")
+    return model.parent
+
+
+@pytest.fixture(scope="module")
+def trained_model(finished, tmp_path_factory) -> Path:
+    """What the run trained, as somebody hands it on: a model folder without a record of how it was made."""
+    folder = tmp_path_factory.mktemp("handed-on") / "model"
+    shutil.copytree(model_of(finished[0]), folder, ignore=shutil.ignore_patterns("stage.json"))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_that_is_only_measured_gets_the_error_rate_of_its_own_run(finished, trained_model, tiny_recipe, tiny_corpus, tmp_path):
+    [before] = (finished[0] / "store" / "score").glob("*/hypotheses.jsonl")
+    done = run(tiny_recipe, tiny_corpus, tmp_path, "--model", str(trained_model), "--decoding.parts", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(table(done.stdout)) == [*EVALUATION_RESULTS, "this run"]
+    [after] = (tmp_path / "store" / "score").glob("*/hypotheses.jsonl")
+    assert after.read_bytes() == before.read_bytes()
+    assert re.search(r"^WER .*$", done.stdout, re.MULTILINE)[0] == re.search(r"^WER .*$", finished[1].stdout, re.MULTILINE)[0]
+    assert table(done.stdout)["build-manifest"][1].startswith("6 test utterances")
+    assert table(done.stdout)["extract-features"][1].startswith("6 ")
+
+
+@pytest.mark.slow
+def test_a_model_of_other_features_stops_the_run_before_its_first_step(trained_model, tiny_recipe, tiny_corpus, tmp_path):
+    done = run(tiny_recipe, tiny_corpus, tmp_path, "--model", str(trained_model), "--encoder.frames", "all", "--features.dtype", "fp32")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.endswith("trained on other features (encoder.frames is all, not speech, features.dtype is fp32, not bf16): add --encoder.frames speech --features.dtype bf16.")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
