@@ -1,0 +1,61 @@
+"""How well a frozen LLM repeats a text that it is given as audio would be: what a perfect projector would reach without any training of its own.
+
+    python benchmarks/repeating.py TRANSCRIPTS --llm HuggingFaceTB/SmolLM2-135M-Instruct
+
+TRANSCRIPTS has lines `<key> TEXT`. In place of audio stand the text's own token embeddings, with a line break after some of them, as a projector
+gives more positions a second than there are tokens. Prints the share of the answer's tokens that are the LLM's first choice, by template and by line breaks
+a token: it tells how to choose `llm.template` and `projector.downsampling`.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+
+from slam_asr.models.llm import load_llm, load_tokenizer
+from slam_asr.models.pretrained import locate_model
+from slam_asr.models.prompt import AUDIO, Prompt
+from slam_asr.recipe import Llm
+
+TEMPLATES = ("USER: {}\n ASSISTANT:", "<|im_start|>user\n{audio}\n{}<|im_end|>\n<|im_start|>assistant\n")
+BREAKS = (0.0, 0.5, 0.8, 1.0, 1.8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("transcripts", type=Path)
+    parser.add_argument("--llm", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--texts", type=int, default=24)
+    parser.add_argument("--templates", nargs="+", default=TEMPLATES)
+    options = parser.parse_args()
+    folder = locate_model(options.llm)
+    tokenizer, llm = load_tokenizer(folder), load_llm(folder, torch.float32).eval()
+    lines = [line.split(" ", 1)[1].strip().lower() for line in options.transcripts.read_text().splitlines() if " " in line]
+    texts = random.Random(0).sample([line for line in lines if 40 < len(line) < 160], options.texts)
+    pause = tokenizer.encode("\n", add_special_tokens=False)[0]
+    for template in options.templates:
+        prompt = Prompt(tokenizer, Llm(name=options.llm, template=template))
+        shares = [repeated(llm, prompt, texts, pause, breaks) for breaks in BREAKS]
+        print(f"{template.replace(AUDIO, '…')!r:70}", *(f"{breaks:g}: {share:.3f}" for breaks, share in zip(BREAKS, shares, strict=True)), flush=True)
+
+
+@torch.inference_mode()
+def repeated(llm: torch.nn.Module, prompt: Prompt, texts: list[str], pause: int, breaks: float) -> float:
+    """The share of the answers' tokens that the LLM puts first, with that many line breaks a token."""
+    chance = random.Random(0)
+    right = total = 0
+    for text in texts:
+        heard: list[int] = []
+        for token in prompt.tokenizer.encode(" " + text, add_special_tokens=False):
+            heard += [token] + [pause] * (int(breaks) + (chance.random() < breaks % 1))
+        behind, answer = prompt.with_answer(prompt.main, text)
+        ids = [*prompt.main.before, *heard, *behind, *answer]
+        first = llm(torch.tensor([ids])).logits[0].argmax(-1)[len(ids) - len(answer) - 1 : -1].tolist()
+        right += sum(a == b for a, b in zip(first, answer, strict=True))
+        total += len(answer)
+    return right / total
+
+
+if __name__ == "__main__":
+    main()
