@@ -462,3 +462,20 @@ def test_the_first_subsets_of_librispeech_build_as_they_come(libri_mini, tmp_pat
     for u in read_manifest(record.file("test.jsonl"))[:5]:
         assert round(u.duration * 16_000) == len(load_audio(u.source))
         assert u.target == u.target.lower()
+
+
+def test_a_recipe_that_trains_on_nothing_reads_its_test_subsets_alone(corpus, tmp_path):
+    whole = build_manifest(recipe(), str(corpus), str(tmp_path / "whole"))
+    for file in (corpus / "train-a").rglob("*.wav"):
+        file.write_bytes(b"no audio, and nobody looks")
+    done = build_manifest(recipe(train=[], dev=[]), str(corpus), str(tmp_path / "test"))
+    assert (tmp_path / "test" / "test.jsonl").read_bytes() == Path(whole.file("test.jsonl")).read_bytes()
+    assert [(tmp_path / "test" / f"{name}.jsonl").read_bytes() for name in ("train", "dev")] == [b"", b""]
+    assert done.summary.startswith("3 test utterances, ")
+    assert done.facts["dev_held_out_of_train"] is False
+
+
+def test_subsets_called_train_and_dev_are_left_out_too_where_nothing_is_trained(tmp_path):
+    corpus = write_librispeech(tmp_path / "c", {name: {f"{s}-1-0000": "A B"} for s, name in enumerate(("train", "dev", "test"), start=1)})
+    done = build_manifest(recipe(train=[], dev=[]), str(corpus), str(tmp_path / "m"))
+    assert done.facts["utterances"] == {"test": 1}

@@ -1,0 +1,67 @@
+"""A model that is only measured fits the recipe's features, and gets a record that the pipeline's steps can point to."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from slam_asr.conversion.model import ModelConfig, write_model
+from slam_asr.conversion.trained import take_model
+from slam_asr.errors import UserError
+from slam_asr.models.projector import build_projector
+from slam_asr.recipe import Recipe, dump_recipe, load_recipe
+from slam_asr.stage import Outcome, follow_pointer, run_stage, write_pointer
+
+WANTED = load_recipe("demo", {"data.train": [], "data.dev": []})
+
+
+def write(folder, recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    projector = build_projector(recipe.projector, 8, 4)
+    write_model(folder, projector.state_dict(), ModelConfig(dump_recipe(recipe), {"weights": "e"}, "l", 8, 4))
+
+
+def refusal(recipe: Recipe, model) -> str:
+    with pytest.raises(UserError) as caught:
+        take_model(recipe, str(model), "{fingerprint}")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_without_a_record_is_copied_once_and_can_be_pointed_to(tmp_path):
+    write(tmp_path / "model", load_recipe("demo"))
+    record = take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}"))
+    write_pointer(record, tmp_path / "pointer")
+    folder = follow_pointer(tmp_path / "pointer")
+    for file in (tmp_path / "model").iterdir():
+        assert (tmp_path / "store" / record.folder / file.name).read_bytes() == file.read_bytes()
+    assert take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).folder == folder
+
+
+def test_a_model_with_its_record_stays_where_it_is(tmp_path):
+    made = run_stage("convert-checkpoint", str(tmp_path / "model"), {}, lambda folder: write(folder, load_recipe("demo")) or Outcome("done"))
+    assert take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")) == made
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_was_trained_on_other_features_is_refused_with_what_mends_it(tmp_path):
+    trained = load_recipe("demo")
+    write(tmp_path / "model", replace(trained, features=replace(trained.features, dtype="fp32")))
+    assert "features.dtype is bf16, not fp32" in refusal(WANTED, tmp_path / "model")
+    assert refusal(WANTED, tmp_path / "model").endswith("add --features.dtype fp32.")
+
+
+def test_the_folder_of_the_encoder_is_no_difference(tmp_path):
+    trained = load_recipe("demo")
+    write(tmp_path / "model", replace(trained, encoder=replace(trained.encoder, name=f"/models/{trained.encoder.name.rpartition('/')[2]}/")))
+    assert take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).stage == "open-model"
+
+
+def test_a_recipe_with_subsets_to_train_on_is_refused(tmp_path):
+    write(tmp_path / "model", load_recipe("demo"))
+    assert "set both to []" in refusal(load_recipe("demo"), tmp_path / "model")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    assert "holds no model" in refusal(WANTED, tmp_path)
