@@ -29,6 +29,7 @@ def convert_checkpoint(
     recipe: Recipe | None = None,
     which: Literal["latest", "best"] = "latest",
     half: bool = False,
+    verify: bool = True,
     overwrite: bool = False,
 ) -> Record:
     """Turn a checkpoint into projector.safetensors and config.json, or into another format.
@@ -41,6 +42,7 @@ def convert_checkpoint(
         recipe: encoder, LLM, projector and prompt of SLAM-LLM's model.pt, which does not name them.
         which: of a training's checkpoints, that of the last step, or the one with the lowest dev loss.
         half: store the projector's weights in fp16, in half the space; they are computed with in the recipe's precision either way.
+        verify: compare what was written with the checkpoint, by all weights and by the loss on a few made-up utterances, before it counts.
         overwrite: replace a model made from another checkpoint.
 
     Returns:
@@ -50,7 +52,7 @@ def convert_checkpoint(
         UserError: no checkpoint there, or one that is incomplete, damaged, or does not fit its encoder or LLM.
     """
     if exists(checkpoint):
-        return _convert_file(fetch(checkpoint), output, to, recipe, half, overwrite)
+        return _convert_file(fetch(checkpoint), output, to, recipe, half, verify, overwrite)
     from slam_asr.conversion.model import WEIGHTS
     from slam_asr.conversion.shipped import fetch_model, shipped_models
 
@@ -58,10 +60,10 @@ def convert_checkpoint(
         raise UserError("--half true is for our model folder; SLAM-LLM's model.pt holds fp32: leave one of them out.")
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
         return _write_for_slam_llm(fetch_model(checkpoint), output, to, overwrite)
-    return _convert_training(require_record(checkpoint, "train"), output, to, which, half, overwrite)
+    return _convert_training(require_record(checkpoint, "train"), output, to, which, half, verify, overwrite)
 
 
-def _convert_training(trained: Record, output: str, to: str, which: str, half: bool, overwrite: bool) -> Record:
+def _convert_training(trained: Record, output: str, to: str, which: str, half: bool, verify: bool, overwrite: bool) -> Record:
     from slam_asr.training.checkpoint import require
 
     source = require(join(trained.folder, "checkpoints"), which)
@@ -71,12 +73,12 @@ def _convert_training(trained: Record, output: str, to: str, which: str, half: b
         recipe = load_recipe(trained.file("recipe.yaml").read_text())
         facts = {**trained.facts, "steps": source.step}
         bases = {"encoder": facts.pop("encoder_fingerprint"), "llm_sha256": facts.pop("llm_sha256")}
-        return _write(folder, dict(source.tensors("weights")), recipe, bases, facts, source.folder, to, half)
+        return _write(folder, dict(source.tensors("weights")), recipe, bases, facts, source.folder, to, half, verify)
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
 
-def _convert_file(path: Path, output: str, to: str, recipe: Recipe | None, half: bool, overwrite: bool) -> Record:
+def _convert_file(path: Path, output: str, to: str, recipe: Recipe | None, half: bool, verify: bool, overwrite: bool) -> Record:
     from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.pickles import read_pickle
@@ -107,16 +109,16 @@ def _convert_file(path: Path, output: str, to: str, recipe: Recipe | None, half:
 
     def work(folder: Path) -> Outcome:
         facts = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}
-        return _write(folder, weights, recipe, bases, facts, str(path), to, half)
+        return _write(folder, weights, recipe, bases, facts, str(path), to, half, verify)
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
 
 def _write(
     folder: Path, weights: "dict[str, torch.Tensor]", recipe: Recipe, bases: dict[str, Any], facts: dict[str, Any],
-    where: str, to: str, half: bool,
+    where: str, to: str, half: bool, verify: bool,
 ) -> Outcome:
-    """Check the weights against their encoder and LLM, and write them part by part."""
+    """Check the weights against their encoder and LLM, write them part by part, and compare what was written."""
     from slam_asr.conversion.model import ModelConfig, projector_with, write_adapter, write_model
     from slam_asr.conversion.slam_llm import write_slam_llm
     from slam_asr.conversion.tuned import check_adapter, write_tuned_encoder, write_tuned_llm
@@ -149,10 +151,31 @@ def _write(
         if parts["encoder"]:
             write_tuned_encoder(folder, parts["encoder"], recipe, where)
         write_model(folder, parts["projector"], ModelConfig(dump_recipe(recipe), **bases, encoder_width=widths[0], llm_width=widths[1], training=facts), half)
+    compared = _compare(folder, parts, recipe, widths, where, to, half) if verify else "not compared with the checkpoint"
     counts = {part: sum(t.numel() for t in tensors.values()) for part, tensors in parts.items() if tensors}
     summary = " and ".join(f"{part} of {count:,} parameters" for part, count in counts.items())
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".safetensors", ".pt")) / 1e6
-    return Outcome(f"{summary}, {megabytes:.1f} MB", {"parameters": sum(counts.values())})
+    return Outcome(f"{summary}, {megabytes:.1f} MB, {compared}", {"parameters": sum(counts.values())})
+
+
+def _compare(
+    folder: Path, parts: "dict[str, dict[str, torch.Tensor]]", recipe: Recipe, widths: tuple[int, int], where: str, to: str, half: bool
+) -> str:
+    """Read what was written, and compare it with what was read; what differs is taken away again."""
+    from slam_asr.conversion.model import CONFIG, projector_with
+    from slam_asr.conversion.slam_llm import FILE
+    from slam_asr.conversion.verifying import Trained, loss_before_and_after, read_written, require_encoder
+    from slam_asr.models.pretrained import locate_model
+
+    rounded = {name: t.half().float() if half else t.float() for name, t in parts["projector"].items()}
+    before = Trained(projector_with(rounded, recipe.projector, *widths, where), parts["llm"])
+    try:
+        if parts["encoder"]:
+            require_encoder(folder, parts["encoder"])
+        return loss_before_and_after(recipe, locate_model(recipe.llm.name), widths[0], before, lambda: read_written(folder, recipe, widths, to), str(folder))
+    except UserError:
+        (folder / (FILE if to == "slam-llm" else CONFIG)).unlink(missing_ok=True)
+        raise
 
 
 def _write_for_slam_llm(model: Path, output: str, to: str, overwrite: bool) -> Record:
