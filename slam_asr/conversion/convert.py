@@ -171,7 +171,7 @@ def _compare(
     before = Trained(projector_with(rounded, recipe.projector, *widths, where), parts["llm"])
     try:
         if parts["encoder"]:
-            require_encoder(folder, parts["encoder"])
+            require_encoder(folder, parts["encoder"], recipe)
         return loss_before_and_after(recipe, locate_model(recipe.llm.name), widths[0], before, lambda: read_written(folder, recipe, widths, to), str(folder))
     except UserError:
         (folder / (FILE if to == "slam-llm" else CONFIG)).unlink(missing_ok=True)

@@ -7,18 +7,21 @@ compared weight by weight.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from slam_asr.conversion.model import ENCODER, LLM, projector_with, read_adapter, read_config, read_projector
 from slam_asr.conversion.slam_llm import FILE, from_slam_llm
 from slam_asr.errors import UserError
 from slam_asr.models.pickles import read_pickle
+from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import SpeechProjector, positions_of
+from slam_asr.models.weights import load_weights
 from slam_asr.planning.fitting import host_memory
 from slam_asr.recipe import Recipe
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 UTTERANCES = ((110, "the first of three utterances"), (61, "a second one"), (85, "and the last of them"))
 """Encoder frames and answer."""
+SMALL = 2e9
+"""Bytes of an LLM up to which the loss is computed in fp32."""
 ROOM = 0.6
 """Share of this machine's memory that the LLM may take."""
 
@@ -64,8 +69,7 @@ def loss_before_and_after(recipe: Recipe, llm_folder: Path, encoder_width: int, 
     llm = before.llm if lora else {n: t.to(written.llm[n].dtype) for n, t in before.llm.items() if n in written.llm}
     _require_equal(before.projector.state_dict(), written.projector.state_dict(), where)
     _require_equal(llm, written.llm, where)
-    bytes_of_llm = sum(f.stat().st_size for f in llm_folder.glob("*.safetensors"))
-    if bytes_of_llm > ROOM * (host_memory() or float("inf")):
+    if _bytes(llm_folder) > ROOM * (host_memory() or float("inf")):
         return "all weights equal before and after; no loss compared, for the LLM does not fit into this machine's memory"
     losses = _losses(recipe, llm_folder, encoder_width, [Trained(before.projector, llm), written])
     if losses[0] != losses[1]:
@@ -80,7 +84,7 @@ def _losses(recipe: Recipe, llm_folder: Path, encoder_width: int, models: list[T
     from slam_asr.models.slam import Row, Slam, collate
     from slam_asr.training.objective import score_answers
 
-    llm = load_llm(llm_folder, torch.float32 if _is_small(llm_folder) else torch.bfloat16).eval()
+    llm = load_llm(llm_folder, torch.float32 if _bytes(llm_folder) < SMALL else torch.bfloat16).eval()
     if recipe.llm.tuning == "lora":
         add_lora(llm, recipe.llm.lora, seed=0)
     prompt = Prompt(load_tokenizer(llm_folder), recipe.llm)
@@ -122,17 +126,19 @@ def read_written(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str)
     return Trained(read_projector(folder, read_config(folder)), read_adapter(folder) or _read(folder / LLM))
 
 
-def require_encoder(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+def require_encoder(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> None:
     """Compare a trained encoder's weights with those that were written for it.
 
     Raises:
         UserError: they differ.
     """
-    written = _read(folder / ENCODER)
+    from slam_asr.models.encoder import describe_encoder
+
+    spec = describe_encoder(replace(recipe.encoder, name=str(folder / ENCODER)))
+    whole = load_weights(AutoModel, spec.folder, DTYPES[recipe.training.precision], "encoder")
+    written = dict(spec.encoder_of(whole).named_parameters())
     own = {name.removeprefix("model."): t for name, t in weights.items()}
-    # Its file holds the checkpoint's whole model, with the encoder somewhere in it.
-    found = {name: next((t for n, t in written.items() if n.endswith(name)), None) for name in own}
-    _require_equal({n: t if found[n] is None else t.to(found[n].dtype) for n, t in own.items()}, {n: t for n, t in found.items() if t is not None}, str(folder))
+    _require_equal({n: t.to(DTYPES[recipe.training.precision]) for n, t in own.items()}, written, str(folder / ENCODER))
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
@@ -146,5 +152,6 @@ def _require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
         raise UserError(f"{where} is not what the checkpoint holds: {len(differing)} of {len(names)} weights differ, first {differing[0]}. Nothing is published; please report this.")
 
 
-def _is_small(folder: Path) -> bool:
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors")) < 2e9
+def _bytes(folder: Path) -> int:
+    """Of an LLM's weights, in whichever format they lie there."""
+    return sum(f.stat().st_size for kind in ("*.safetensors", "*.bin") for f in folder.glob(kind))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -116,3 +117,34 @@ def test_bad_input_is_one_sentence_before_anything_is_loaded(model, tmp_path, ca
     printed = capsys.readouterr()
     assert ended.value.code == 2 and re.search(said, printed.err) and "Traceback" not in printed.err
     assert printed.out == ""
+
+
+SHIPPED = "whisper-tiny.en-smollm2-135m"
+
+
+@pytest.mark.slow
+def test_the_shipped_model_hears_real_speech_of_any_length(libri_mini, tmp_path, capsys):
+    """Clips by themselves and one behind the other: the words are those that were said far more often than by chance, at the times when they were said."""
+    import soundfile
+
+    from slam_asr.scoring.measuring import score
+    from slam_asr.scoring.wer import Hypothesis
+
+    clips, spoken = [], []
+    for transcript in sorted(libri_mini.glob("train-clean-100/*/*/*.trans.txt"))[:3]:
+        for line in transcript.read_text().splitlines()[:2]:
+            key, text = line.split(" ", 1)
+            clips.append(transcript.parent / f"{key}.flac")
+            spoken.append(text.lower())
+    single = transcribe(load_recipe(SHIPPED), SHIPPED, [str(c) for c in clips])
+    said = score([Hypothesis(str(i), text, t.text) for i, (text, t) in enumerate(zip(spoken, single, strict=True))])
+    exchanged = score([Hypothesis(str(i), text, t.text) for i, (text, t) in enumerate(zip(spoken, single[1:] + single[:1], strict=True))])
+    assert said.wer < 0.75 and said.hits > 3 * exchanged.hits
+    pause = np.zeros(16_000, np.float32)
+    soundfile.write(tmp_path / "long.flac", np.concatenate([x for c in clips for x in (load_audio(c), pause)]), 16_000)
+    main(["transcribe", SHIPPED, str(tmp_path / "long.flac"), "--format", "json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    segments = json.loads(line)["segments"]
+    assert len(segments) >= 3 and all(a["end"] <= b["start"] for a, b in pairwise(segments))
+    together = score([Hypothesis("long", " ".join(spoken), json.loads(line)["text"])])
+    assert together.wer < 0.85
