@@ -31,7 +31,7 @@ def test_joined_speech_keeps_all_words_in_order_and_its_length(script):
     rng = np.random.default_rng(0)
     spoken = [rng.standard_normal(round(16_000 * s)).astype(np.float32) for s in rng.uniform(0.5, 9, 15)]
     texts = [f"TEXT {n}" for n in range(15)]
-    joined = list(speech.join(spoken, texts, random.Random(3)))
+    joined = list(speech.join(spoken, texts, speech.JOINED, random.Random(3)))
     assert " ".join(text for text, _ in joined) == " ".join(texts)
     assert 1 < len(joined) < 15
     pauses = sum(len(samples) for _, samples in joined) - sum(map(len, spoken))

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 STAGE = "convert-checkpoint"
 _HALF: dict[bool, dict[str, Any]] = {False: {}, True: {"half": True}}
-"""What it adds to a stage's inputs: nothing to those of models that were converted without it."""
+_UNVERIFIED: dict[bool, dict[str, Any]] = {True: {}, False: {"verified": False}}
+"""What they add to a stage's inputs: nothing to those of models that were converted in the usual way."""
 
 
 def convert_checkpoint(
@@ -67,7 +68,7 @@ def _convert_training(trained: Record, output: str, to: str, which: str, half: b
     from slam_asr.training.checkpoint import require
 
     source = require(join(trained.folder, "checkpoints"), which)
-    inputs = {"training": trained.inputs, "files": {name: facts["sha256"] for name, facts in source.files.items()}, "to": to, **_HALF[half]}
+    inputs = {"training": trained.inputs, "files": {name: facts["sha256"] for name, facts in source.files.items()}, "to": to, **_HALF[half], **_UNVERIFIED[verify]}
 
     def work(folder: Path) -> Outcome:
         recipe = load_recipe(trained.file("recipe.yaml").read_text())
@@ -85,7 +86,7 @@ def _convert_file(path: Path, output: str, to: str, recipe: Recipe | None, half:
     from slam_asr.models.pretrained import locate_model, weights_sha256
 
     content = read_pickle(path)
-    inputs: dict[str, Any] = {"file": sha256_of_file(path), "to": to, **_HALF[half]}
+    inputs: dict[str, Any] = {"file": sha256_of_file(path), "to": to, **_HALF[half], **_UNVERIFIED[verify]}
     if not is_slam_llm(content):
         from slam_asr.models.originals import convert_original
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slam_asr import __version__
 from slam_asr.audio import load_utterance
 from slam_asr.conversion.model import model_digests
 from slam_asr.decoding.model import Model, open_model, require_room
@@ -82,7 +83,7 @@ def decode(
     }
 
     # Neither does the report decide the texts, nor what it plays; what is kept of a decoding serves any.
-    deciding = digest({key: value for key, value in inputs.items() if key not in ("published", "controls", "audio of the worst")})
+    deciding = digest({"version": __version__} | {key: value for key, value in inputs.items() if key not in ("published", "controls", "audio of the worst")})
     place = output.replace(FINGERPRINT, digest(inputs)[:16])
 
     def work(folder: Path) -> Outcome:

@@ -45,7 +45,7 @@ def complaint(monkeypatch, capsys):
         (["run", "demo", "--max_steps=5"], "Unknown option --max_steps; did you mean --training.max_steps?"),
         (["run", "demo", "--outptu", "x"], "Unknown option --outptu; did you mean --output?"),
         (["compile", "--image", "x"], "Unknown option --image; did you mean --images?"),
-        (["run", "demo", "--model", "no/such"], "no/such holds no model (no config.json)"),
+        (["run", "demo", "--model", "/no/such"], "/no/such holds no model (no config.json)"),
         (["run", "demo", "--data.train", "[]"], "Recipe demo: data.train names no subset; give at least one, such as [train-*], or a model to measure with --model."),
         (["run"], "RECIPE is missing: python -m pipelines run RECIPE, with a file or one of demo, "),
         (["run", "demo", "--recipe", "librispeech"], "Two recipes are named, demo and librispeech: leave out --recipe."),
