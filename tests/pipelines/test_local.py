@@ -117,7 +117,7 @@ def trained_model(finished, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_model_that_is_only_measured_gets_the_error_rate_of_its_own_run(finished, trained_model, tiny_recipe, tiny_corpus, tmp_path):
-    [before] = (finished[0] / "store" / "score").glob("*/hypotheses.jsonl")
+    before = Path(re.search(r"^report: (.*)$", finished[1].stdout, re.MULTILINE)[1]).parent / "hypotheses.jsonl"
     done = run(tiny_recipe, tiny_corpus, tmp_path, "--model", str(trained_model), "--decoding.parts", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(table(done.stdout)) == [*EVALUATION_RESULTS, "this run"]
