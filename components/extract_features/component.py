@@ -31,12 +31,6 @@ def extract_features(
         from slam_asr.recipe import load_recipe
         from slam_asr.stage import follow_pointer, log_metrics, write_pointer
 
-        folder = follow_pointer(manifests.path)
-        record = run(
-            load_recipe(recipe.path),
-            [f"{folder}/train.jsonl", f"{folder}/dev.jsonl", f"{folder}/test.jsonl"],
-            f"{store}/features",
-            shard,
-        )
+        record = run(load_recipe(recipe.path), [follow_pointer(manifests.path)], f"{store}/features", shard)
         write_pointer(record, features.path)
         log_metrics(record, metrics.log_metric)

@@ -78,8 +78,10 @@ def manifest_files(manifests: Iterable[str], inside: Sequence[str] = MANIFESTS) 
         if exists(manifest) or (is_s3(manifest) and manifest.endswith(".jsonl")) or not (is_s3(manifest) or local_path(manifest).is_dir()):
             files.append(manifest)
         else:
-            folder = require_record(manifest, "build-manifest").folder
-            files += [join(folder, name) for name in inside]
+            record = require_record(manifest, "build-manifest")
+            # Where a model is only measured, there is nothing to train on.
+            counts = record.facts.get("utterances", {})
+            files += [join(record.folder, name) for name in inside if not counts or counts.get(name.removesuffix(".jsonl"))]
     return files
 
 

@@ -5,6 +5,7 @@ answers start at one column; or packed into a single row without padding. Logits
 they predict an answer.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -200,10 +201,13 @@ class Slam(nn.Module):
             generation: how.
             watch: is shown the scores of each step.
         """
-        return self.llm.generate(
-            inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=generation,
-            logits_processor=LogitsProcessorList([watch] if watch else []),
-        )
+        with warnings.catch_warnings():
+            # The penalty is meant for what is generated: prompt and audio have no tokens of the answer.
+            warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
+            return self.llm.generate(
+                inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=generation,
+                logits_processor=LogitsProcessorList([watch] if watch else []),
+            )
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         """What `trial` finds out about the LLM: a method of the model, for engines that put weights together while one of it runs."""
