@@ -1,9 +1,11 @@
 """`python -m pipelines compile`: the pipeline and each component as YAML, the same bytes from the same source."""
 
+import ast
 import copy
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -191,6 +193,15 @@ def _write(pipeline: Any, path: Path, defaults: dict[str, Any] | None, resources
             ),
         }  # fmt: skip
     Compiler().compile(pipeline, str(path), pipeline_parameters=defaults, **options)
+    path.write_text(_DICTIONARY.sub(_sorted, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+_DICTIONARY = re.compile(r"(?m)^(# +\w+: dict \[Default: )(\{.*\})\]$")
+"""A default value in the comment that kfp writes, in the order of protobuf's maps, which is another one each time."""
+
+
+def _sorted(comment: re.Match[str]) -> str:
+    return f"{comment[1]}{dict(sorted(ast.literal_eval(comment[2]).items()))}]"
 
 
 def _component(stage: str, image: str, path: Path) -> Path:
