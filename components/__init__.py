@@ -31,10 +31,19 @@ RESULTS = {
 EVALUATION_RESULTS = {"open-model": "opened"} | {step: RESULTS[step] for step in ("build-manifest", "extract-features", "decode", "score")}
 """The same of the pipeline that only measures a model."""
 
-ALL_RESULTS = {"open-model": EVALUATION_RESULTS["open-model"]} | RESULTS
+SWEEP_RESULTS = {
+    "plan-sweep": "planned",
+    **{step: RESULTS[step] for step in ("build-manifest", "extract-features")},
+    "vary-recipe": "varied",
+    **{step: RESULTS[step] for step in ("train", "convert-checkpoint", "decode", "score")},
+    "compare-runs": "comparison",
+}
+"""The same of the pipeline that trains several variations."""
+
+ALL_RESULTS = {"open-model": EVALUATION_RESULTS["open-model"]} | SWEEP_RESULTS
 """The same of every step of any pipeline."""
 
-HOSTS = {"score": "decode", "open-model": "convert-checkpoint"}
+HOSTS = {"score": "decode", "open-model": "convert-checkpoint", "plan-sweep": "build-manifest", "vary-recipe": "build-manifest", "compare-runs": "decode"}
 """The stage in whose image a step without one of its own runs."""
 
 STAGES = tuple(step for step in RESULTS if step not in HOSTS)

@@ -6,4 +6,5 @@
 
 TRAINING = "slam-asr"
 EVALUATION = "slam-asr-evaluate"
+SWEEP = "slam-asr-sweep"
 """The pipelines' names in Kubeflow."""

@@ -21,9 +21,9 @@ COMMANDS = {
 }
 """Each command's function: it takes the arguments behind the command's name and gives the exit code. Imported when it is called."""
 
-USAGE = """usage: python -m pipelines run RECIPE [--model MODEL] [--corpus PATH] [--output DIR] [--store PATH] [--only STAGE] [--runner docker ...] [--SECTION.KEY VALUE ...]
-       python -m pipelines compile [RECIPE] [--model MODEL] [--cluster PROFILE] [--images TEMPLATE|FILE] [--corpus s3://…] [--store s3://…] [--output DIR|FILE.yaml] [--SECTION.KEY VALUE ...]
-       python -m pipelines submit RECIPE --corpus s3://… [--model MODEL] [--cluster PROFILE] [--endpoint URL] [--namespace NAME] [--images TEMPLATE|FILE] [--store s3://…] [--experiment NAME] [--run-name NAME] [--wait] [--SECTION.KEY VALUE ...]
+USAGE = """usage: python -m pipelines run RECIPE [--model MODEL | --sweep FILE] [--corpus PATH] [--output DIR] [--store PATH] [--only STAGE] [--runner docker ...] [--SECTION.KEY VALUE ...]
+       python -m pipelines compile [RECIPE] [--model MODEL | --sweep FILE [--parallel N]] [--cluster PROFILE] [--images TEMPLATE|FILE] [--corpus s3://…] [--store s3://…] [--output DIR|FILE.yaml] [--SECTION.KEY VALUE ...]
+       python -m pipelines submit RECIPE --corpus s3://… [--model MODEL | --sweep FILE [--parallel N]] [--cluster PROFILE] [--endpoint URL] [--namespace NAME] [--images TEMPLATE|FILE] [--store s3://…] [--experiment NAME] [--run-name NAME] [--wait] [--SECTION.KEY VALUE ...]
        python -m pipelines status [RUN] [--wait] [--cluster PROFILE] [--endpoint URL] [--namespace NAME]
        python -m pipelines logs RUN [--step STEP] [--follow] [--cluster PROFILE] [--endpoint URL] [--namespace NAME]
        python -m pipelines resume RUN [--wait] [--cluster PROFILE] [--endpoint URL] [--namespace NAME]
@@ -38,6 +38,7 @@ USAGE = """usage: python -m pipelines run RECIPE [--model MODEL] [--corpus PATH]
   doctor    whether a cluster has all that a run needs
 
 --model MODEL trains nothing: the model is measured on the recipe's test sets.
+--sweep FILE  trains every variation of the recipe that FILE names, over the same features, and compares them.
 python -m pipelines run RECIPE --help   all options, with the recipe's values
 """
 

@@ -110,6 +110,10 @@ class Step:
     """Annotations of the pod."""
 
 
+_AS = {"open-model": "convert-checkpoint", "plan-sweep": "score", "vary-recipe": "score", "compare-runs": "score"}
+"""Steps without settings of their own: each gets what another one gets, which needs as little."""
+
+
 @dataclass
 class Steps:
     """Each step's pod; underscores stand for the dashes of the steps' names."""
@@ -122,8 +126,7 @@ class Steps:
     score: Step = field(default_factory=Step)
 
     def __getitem__(self, stage: str) -> Step:
-        # What only looks at a model needs as little as what writes one.
-        stage = "convert-checkpoint" if stage == "open-model" else stage
+        stage = _AS.get(stage, stage)
         return getattr(self, stage.replace("-", "_"))
 
 

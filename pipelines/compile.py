@@ -13,15 +13,16 @@ from typing import Any
 
 from components import ALL_RESULTS, DEFAULT_IMAGES, IMAGES_VARIABLE, component_of
 from components import images as images_of
-from pipelines import EVALUATION, TRAINING
+from pipelines import EVALUATION, SWEEP
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
-from pipelines.measuring import recipe_of_pipeline
+from pipelines.wanted import Wanted, add_pipeline_options, wanted_of
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.conversion.shipped import shipped_models
 from slam_asr.errors import UserError
 from slam_asr.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.storage import is_s3, local_path
+from slam_asr.sweeping.variations import varied
 
 DEFAULT_CLUSTER = "one-gpu-node"
 
@@ -32,20 +33,18 @@ def compile_command(arguments: list[str]) -> int:
     parser = command_parser("compile", "Write the pipeline and each component as YAML; the same source gives the same bytes.")
     add_cluster_options(parser)
     parser.add_argument("--output", default="build/kfp", help="a folder, or a .yaml file for the pipeline alone")
-    parser.add_argument("--model", type=str, help="compile the pipeline that only measures this model: an s3:// prefix, or the name of a shipped one")
+    add_pipeline_options(parser, in_a_cluster=True)
     if named:
         add_recipe_options(parser, arguments[0])
     options = parse_options(parser, arguments[1:] if named else arguments)
     cluster = load_cluster(options["cluster"])
-    model = options["model"]
-    defaults, nodes = places(cluster, options["corpus"], options["store"], model), 1
-    if named:
-        source = options["recipe"]
-        recipe = recipe_of_pipeline(pop_recipe(options), model)
-        check_recipe(recipe, cluster)
-        defaults |= recipe_parameters(source, recipe)
-        nodes = recipe.training.nodes
-    written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, nodes, model is not None)
+    source = options.get("recipe")
+    wanted = wanted_of(options, pop_recipe(options) if named else None, in_a_cluster=True)
+    defaults = places(cluster, options["corpus"], options["store"], wanted.model) | wanted.parameters
+    if wanted.recipe:
+        check_recipe(wanted, cluster)
+        defaults |= recipe_parameters(source, wanted.recipe)
+    written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, wanted)
     print(f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})", file=sys.stderr)
     for path in written:
         print(path)
@@ -63,7 +62,7 @@ def add_cluster_options(parser: Any) -> None:
     parser.add_argument("--store", type=str, help="s3:// prefix for the results of all stages (default: the profile's storage.store)")
 
 
-def places(cluster: Cluster, corpus: str | None, store: str | None, model: str | None = None) -> dict[str, str]:
+def places(cluster: Cluster, corpus: str | None, store: str | None, model: str | None = None) -> dict[str, Any]:
     """The pipeline's parameters `corpus`, `store` and `model`, as far as options and profile name them.
 
     Raises:
@@ -76,12 +75,17 @@ def places(cluster: Cluster, corpus: str | None, store: str | None, model: str |
     return {name: path for name, path in named.items() if path}
 
 
-def check_recipe(recipe: Recipe, cluster: Cluster) -> None:
-    """Refuse a recipe that asks for more than the profile gives.
+def check_recipe(wanted: Wanted, cluster: Cluster) -> None:
+    """Refuse a recipe, or a variation of it, that asks for more than the profile gives.
 
     Raises:
         UserError: more processes than GPUs.
     """
+    for recipe in (wanted.recipe, *(varied(wanted.recipe, variation) for variation in wanted.variations)):
+        _check_recipe(recipe, cluster)
+
+
+def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
     gpus = cluster.steps["train"].gpus
     if gpus and recipe.training.processes > gpus:
         raise UserError(
@@ -106,12 +110,7 @@ def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def compile_package(
-    cluster: Cluster,
-    output: Path,
-    images: str | None = None,
-    defaults: dict[str, Any] | None = None,
-    nodes: int = 1,
-    evaluation: bool = False,
+    cluster: Cluster, output: Path, images: str | None = None, defaults: dict[str, Any] | None = None, wanted: Wanted | None = None
 ) -> Path:
     """Write the pipeline's YAML for a cluster, and check that it hangs together.
 
@@ -120,8 +119,7 @@ def compile_package(
         output: the file.
         images: a template or a file; the environment's or the profile's if not given.
         defaults: values of the pipeline's parameters that a run need not name.
-        nodes: machines to train on; above 1, a TrainJob trains.
-        evaluation: the pipeline that only measures a model.
+        wanted: which pipeline; the one that trains if not given.
 
     Raises:
         UserError: images that cannot be.
@@ -129,45 +127,44 @@ def compile_package(
     from pipelines.checking import check_package
 
     named = images_of(images_source(cluster, images))
-    _write(_pipeline(cluster, named, nodes, evaluation), output, defaults)
+    _write(_pipeline(cluster, named, wanted or Wanted()), output, defaults)
     check_package(output, named)
     return output
 
 
 def compile_all(
-    cluster: Cluster,
-    output: Path,
-    images: str | None = None,
-    defaults: dict[str, Any] | None = None,
-    nodes: int = 1,
-    evaluation: bool = False,
+    cluster: Cluster, output: Path, images: str | None = None, defaults: dict[str, Any] | None = None, wanted: Wanted | None = None
 ) -> list[Path]:
     """Write the pipeline, the same as resources of Kubernetes, and each component, below `output`; the pipeline alone to a file `*.yaml`.
 
     Returns:
-        The files written: `slam-asr.yaml`, `slam-asr.resources.yaml` and `components/*.yaml`; of the pipeline that only measures, `slam-asr-evaluate.yaml` and so on.
+        The files written: `slam-asr.yaml`, `slam-asr.resources.yaml` and `components/*.yaml`; of the other pipelines, `slam-asr-evaluate.yaml` and so on.
     """
     if output.suffix in (".yaml", ".yml"):
-        return [compile_package(cluster, output, images, defaults, nodes, evaluation)]
+        return [compile_package(cluster, output, images, defaults, wanted)]
+    wanted = wanted or Wanted()
     named = images_of(images_source(cluster, images))
-    name = EVALUATION if evaluation else TRAINING
-    written = [compile_package(cluster, output / f"{name}.yaml", images, defaults, nodes, evaluation)]
-    resources = output / f"{name}.resources.yaml"
-    _write(_pipeline(cluster, named, nodes, evaluation), resources, defaults, resources_in=cluster.namespace)
+    written = [compile_package(cluster, output / f"{wanted.pipeline}.yaml", images, defaults, wanted)]
+    resources = output / f"{wanted.pipeline}.resources.yaml"
+    _write(_pipeline(cluster, named, wanted), resources, defaults, resources_in=cluster.namespace)
     return [*written, resources, *(_component(stage, named[stage], output / "components" / f"{stage}.yaml") for stage in ALL_RESULTS)]
 
 
-def _pipeline(cluster: Cluster, images: dict[str, str], nodes: int, evaluation: bool) -> Any:
-    from pipelines import evaluate
-    from pipelines.asr import build_pipeline
+def _pipeline(cluster: Cluster, images: dict[str, str], wanted: Wanted) -> Any:
+    from pipelines import asr, evaluate, sweep
     from pipelines.placing import place, placement
 
-    if evaluation:
-        return evaluate.build_pipeline(lambda stage, task: place(cluster, images, stage, task))
-    return build_pipeline(
-        lambda stage, task: place(cluster, images, stage, task, over_nodes=stage == "train" and nodes > 1),
-        trainjob=placement(cluster, images["train"]) if nodes > 1 else "",
-    )
+    nodes = wanted.nodes
+
+    def placed(stage: str, task: Any) -> None:
+        place(cluster, images, stage, task, over_nodes=stage == "train" and nodes > 1)
+
+    if wanted.pipeline == EVALUATION:
+        return evaluate.build_pipeline(placed)
+    trainjob = placement(cluster, images["train"]) if nodes > 1 else ""
+    if wanted.pipeline == SWEEP:
+        return sweep.build_pipeline(placed, trainjob, wanted.parallel)
+    return asr.build_pipeline(placed, trainjob)
 
 
 def images_source(cluster: Cluster, images: str | None) -> str:
@@ -196,12 +193,18 @@ def _write(pipeline: Any, path: Path, defaults: dict[str, Any] | None, resources
     path.write_text(_DICTIONARY.sub(_sorted, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-_DICTIONARY = re.compile(r"(?m)^(# +\w+: dict \[Default: )(\{.*\})\]$")
+_DICTIONARY = re.compile(r"(?m)^(# +\w+: (?:dict|list) \[Default: )([{\[].*[}\]])\]$")
 """A default value in the comment that kfp writes, in the order of protobuf's maps, which is another one each time."""
 
 
 def _sorted(comment: re.Match[str]) -> str:
-    return f"{comment[1]}{dict(sorted(ast.literal_eval(comment[2]).items()))}]"
+    return f"{comment[1]}{_in_order(ast.literal_eval(comment[2]))}]"
+
+
+def _in_order(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _in_order(inner) for key, inner in sorted(value.items())}
+    return [_in_order(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _component(stage: str, image: str, path: Path) -> Path:

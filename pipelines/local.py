@@ -24,11 +24,13 @@ from typing import Any, TextIO
 from kfp import local
 from kfp.local import docker_task_handler, subprocess_task_handler
 
-from components import ALL_RESULTS, EVALUATION_RESULTS, RESULTS
+from components import ALL_RESULTS
 from pipelines import processes
 from pipelines.docker import Containers
+from pipelines.wanted import Wanted
 from slam_asr.errors import UserError
 from slam_asr.progress import BAR_COLUMNS
+from slam_asr.recipe import dump_recipe
 from slam_asr.stage import Record, follow_pointer, read_record
 from slam_asr.storage import is_s3, local_path
 
@@ -71,15 +73,14 @@ class LocalRun:
         self.voice = voice or sys.stdout
         self.containers = containers
         self.steps: list[Step] = []
-        self.expected = list(RESULTS)
+        self.expected: list[str] = []
 
-    def execute(self, recipe: str, corpus: str, model: str | None = None) -> list[Step]:
+    def execute(self, wanted: Wanted, corpus: str) -> list[Step]:
         """Run all steps.
 
         Args:
-            recipe: the resolved recipe as YAML.
+            wanted: the pipeline, with its resolved recipe.
             corpus: an absolute path.
-            model: measure this one, and train none.
 
         Raises:
             StepFailed: a step failed.
@@ -94,24 +95,23 @@ class LocalRun:
             runner = local.DockerRunner() if self.containers else local.SubprocessRunner(use_venv=False)
             local.init(runner, pipeline_root=str(self.output / "steps"))
             try:
-                self._run_pipeline(recipe, corpus, model)
+                self._run_pipeline(wanted, corpus)
             except RuntimeError:
                 if failed := next((step for step in self.steps if step.exit_code), None):
                     raise StepFailed(failed) from None
                 raise
         return self.steps
 
-    def _run_pipeline(self, recipe: str, corpus: str, model: str | None) -> None:
-        if model is None:
-            from pipelines.asr import asr
-
-            asr(recipe=recipe, corpus=corpus, store=self.store)
-            return
+    def _run_pipeline(self, wanted: Wanted, corpus: str) -> None:
+        from pipelines import EVALUATION, SWEEP, TRAINING
+        from pipelines.asr import asr
         from pipelines.evaluate import evaluate
+        from pipelines.sweep import sweep
 
-        self.expected = list(EVALUATION_RESULTS)
+        self.expected = list(wanted.results)
+        run = {TRAINING: asr, EVALUATION: evaluate, SWEEP: sweep}[wanted.pipeline]
         # The recipe says all; the parameter's default would only repeat it.
-        evaluate(recipe=recipe, corpus=corpus, model=model, store=self.store, recipe_overrides={})
+        run(recipe=dump_recipe(wanted.recipe), corpus=corpus, store=self.store, recipe_overrides={}, **wanted.parameters)
 
     def execute_only(self, stage: str, image: str, prepare: Callable[[], list[str]]) -> Step:
         """Run a single stage's command line.

@@ -1,6 +1,7 @@
 """`python -m pipelines run`: the pipeline, or one stage of it, on this machine, as processes or in containers."""
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -8,14 +9,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from components import EVALUATION_RESULTS, IMAGES_VARIABLE, RESULTS, STAGES, image
+from components import IMAGES_VARIABLE, STAGES, image
 from pipelines import processes
 from pipelines.cli import command_parser
-from pipelines.measuring import base_models, place_of_model, recipe_of_pipeline
 from pipelines.single import command_of_stage, corpus_of, require_stage
+from pipelines.wanted import Wanted, add_pipeline_options, wanted_of
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import EXIT_CODE, UserError
-from slam_asr.recipe import Recipe, dump_recipe, shipped_recipes
+from slam_asr.recipe import dump_recipe, shipped_recipes
 from slam_asr.storage import is_s3, local_path, write_atomically
 
 if TYPE_CHECKING:
@@ -29,10 +30,9 @@ DEMO_CORPUS = CHECKOUT / "demo" / "speech"
 def run(arguments: list[str]) -> int:
     """Run the steps one after another, or a single stage → the exit code."""
     options = _options(arguments)
-    source, model = options["recipe"], options["model"]
-    model = model and place_of_model(model)
-    recipe = recipe_of_pipeline(pop_recipe(options), model)
-    only = require_stage(options["only"], model is not None) if options["only"] else None
+    source = options["recipe"]
+    wanted = wanted_of(options, pop_recipe(options), in_a_cluster=False)
+    only = require_stage(options["only"], wanted) if options["only"] else None
     output = local_path(options["output"] or Path("runs") / Path(source).stem).absolute()
     corpus = str(_corpus(source, options["corpus"])) if only in (None, "build-manifest") else corpus_of(output, only)
     if options["images"]:
@@ -40,8 +40,8 @@ def run(arguments: list[str]) -> int:
         os.environ[IMAGES_VARIABLE] = options["images"]
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        containers = stack.enter_context(_containers(options, output, recipe, corpus, model)) if options["runner"] == "docker" else None
-        if code := _fetch_models(recipe, model):
+        containers = stack.enter_context(_containers(options, output, wanted, corpus)) if options["runner"] == "docker" else None
+        if code := _fetch_models(wanted):
             return code
 
         from pipelines.local import LocalRun, StepFailed
@@ -50,9 +50,9 @@ def run(arguments: list[str]) -> int:
         local_run = LocalRun(output, store=options["store"], containers=containers)
         try:
             if only:
-                _run_only(only, local_run, recipe, corpus, model)
+                _run_only(only, local_run, wanted, corpus)
                 return 0
-            local_run.execute(dump_recipe(recipe), corpus, model)
+            local_run.execute(wanted, corpus)
         except StepFailed as error:
             print(f"slam-asr: {failure(error.step, output)}", file=sys.stderr)
             return EXIT_CODE if error.step.exit_code == EXIT_CODE else 1
@@ -60,18 +60,18 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _run_only(stage: str, local_run: "LocalRun", recipe: Recipe, corpus: str, model: str | None) -> None:
+def _run_only(stage: str, local_run: "LocalRun", wanted: Wanted, corpus: str) -> None:
     """Run one stage, fed by what the stages before it left in the run's folder."""
 
     def prepare() -> list[str]:
         written = local_run.output / "recipe.yaml"
-        write_atomically(written, dump_recipe(recipe))
-        return command_of_stage(stage, local_run.output, local_run.store, written, corpus, recipe, model)
+        write_atomically(written, dump_recipe(wanted.recipe))
+        return command_of_stage(stage, local_run.output, local_run.store, written, corpus, wanted.recipe, wanted.model)
 
     local_run.execute_only(stage, image(stage), prepare)
 
 
-def _containers(options: dict[str, Any], output: Path, recipe: Recipe, corpus: str, model: str | None) -> "Containers":
+def _containers(options: dict[str, Any], output: Path, wanted: Wanted, corpus: str) -> "Containers":
     """The Docker engine, with all folders that the steps need, and every image there.
 
     Raises:
@@ -81,11 +81,11 @@ def _containers(options: dict[str, Any], output: Path, recipe: Recipe, corpus: s
 
     settings = Settings(options["network"], options["gpus"], options["shared_memory"], options["mounts"])
     writable = [output, *([local_path(options["store"]).absolute()] if options["store"] and not is_s3(options["store"]) else [])]
-    named = [corpus, recipe.data.audio_root, model, *base_models(recipe, model)]
+    named = [corpus, wanted.recipe.data.audio_root, wanted.model, *itertools.chain(*wanted.base_models())]
     here = [Path(name).absolute() for name in named if name and not is_s3(name) and os.path.exists(name)]
     # A list of audio files names them relative to the folder that it lies in.
     containers = Containers(settings, str(output), writable, [path if path.is_dir() else path.parent for path in here])
-    stages = [options["only"]] if options["only"] else RESULTS if model is None else EVALUATION_RESULTS
+    stages = [options["only"]] if options["only"] else wanted.results
     containers.require_images({stage: image(stage) for stage in stages}, lambda line: print(line, flush=True))
     return containers
 
@@ -95,7 +95,7 @@ def _options(arguments: list[str]) -> dict[str, Any]:
     named = bool(arguments) and not arguments[0].startswith("-")
     parser = command_parser("run", "Run the steps on this machine, one after another; steps that are done are kept.")
     parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo brings its own)")
-    parser.add_argument("--model", type=str, help="train nothing, and measure this model: a folder, an s3:// prefix, or the name of a shipped one")
+    add_pipeline_options(parser, in_a_cluster=False)
     parser.add_argument("--output", type=str, help="folder for all results (default: runs/RECIPE)")
     parser.add_argument("--store", type=str, help="folder or s3://bucket/prefix for the stages' results, which runs may share (default: OUTPUT/store)")
     parser.add_argument("--runner", type=Literal["process", "docker"], default="process", help="steps as processes of this Python, or in containers")
@@ -114,9 +114,10 @@ def _options(arguments: list[str]) -> dict[str, Any]:
     return options
 
 
-def _fetch_models(recipe: Recipe, model: str | None) -> int:
-    """Have both frozen models on this machine first: a misspelt name fails now and not hours later."""
-    command = [sys.executable, "-m", "slam_asr.models.pretrained", *base_models(recipe, model)]
+def _fetch_models(wanted: Wanted) -> int:
+    """Have all frozen models on this machine first: a misspelt name fails now and not hours later."""
+    (encoder,), llms = wanted.base_models()
+    command = [sys.executable, "-m", "slam_asr.models.pretrained", encoder, *llms]
     if sys.stdout.isatty():
         # Downloads draw their bars themselves.
         return subprocess.call(command)

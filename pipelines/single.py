@@ -7,7 +7,8 @@ run of the whole pipeline finds it done.
 from collections.abc import Callable
 from pathlib import Path
 
-from components import EVALUATION_RESULTS, RESULTS, STAGES
+from components import RESULTS, STAGES
+from pipelines.wanted import Wanted
 from slam_asr.errors import UserError
 from slam_asr.recipe import Recipe
 from slam_asr.stage import FINGERPRINT, follow_pointer, require_record
@@ -65,19 +66,21 @@ def corpus_of(output: Path, stage: str) -> str:
     return require_record(follow_pointer(_latest(output, "build-manifest", stage)), "build-manifest").inputs["corpus"]
 
 
-def require_stage(name: str, evaluation: bool = False) -> str:
+def require_stage(name: str, wanted: Wanted) -> str:
     """A stage's name.
 
     Args:
         name: as it was asked for.
-        evaluation: whether a model is only measured.
+        wanted: the pipeline that it belongs to.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or it runs many times.
     """
-    known = [stage for stage in STAGES if not evaluation or stage in EVALUATION_RESULTS]
+    if wanted.variations:
+        raise UserError("--only and --sweep are both given: a sweep runs its stages once a variation; run the recipe with the variation's options instead.")
+    known = [stage for stage in STAGES if stage in wanted.results]
     if name not in known:
-        raise UserError(f"There is no stage {name}{' where --model is only measured' * evaluation}: --only may be {', '.join(known)}.")
+        raise UserError(f"There is no stage {name}{' where --model is only measured' if wanted.model else ''}: --only may be {', '.join(known)}.")
     return name
 
 

@@ -33,9 +33,12 @@ def _time(step: Step, record: Record) -> str:
     return f"(kept) {clock(record.seconds)}" if kept else clock(record.seconds)
 
 
-def _result(decoding: Record) -> list[str]:
-    rates = [f"{name.replace('wer', 'WER')} {decoding.metrics[name]:.2f} %" for name in WER_METRICS if name in decoding.metrics]
-    return [" · ".join(rates), f"report: {decoding.file('report.html')}"]
+def _result(last: Record) -> list[str]:
+    if last.stage == "compare-runs":
+        best = last.facts["order"][0]
+        return [f"best: {best}, WER {last.metrics['best wer']:.2f} %", f"comparison: {last.file('runs.html')}"]
+    rates = [f"{name.replace('wer', 'WER')} {last.metrics[name]:.2f} %" for name in WER_METRICS if name in last.metrics]
+    return [" · ".join(rates), f"report: {last.file('report.html')}"]
 
 
 def failure(step: Step, output: Path) -> str:

@@ -28,12 +28,13 @@ STAGES = {
     "convert-checkpoint": "slam_asr.conversion.convert:convert_checkpoint",
     "decode": "slam_asr.decoding.decode:decode",
 }
-RESULTS_OF = (*STAGES, "score")
+RESULTS_OF = (*STAGES, "score", "compare-runs")
 """Commands whose result is a folder with a record."""
 COMMANDS = {
     **STAGES,
     "score": "slam_asr.scoring.score:score_parts",
     "compare": "slam_asr.scoring.compare:compare",
+    "compare-runs": "slam_asr.sweeping.runs:compare_runs",
     "copy-models": "slam_asr.models.copying:copy_models",
     "plan": "slam_asr.planning.plan:plan",
     "transcribe": "slam_asr.transcribing.transcribe:transcribe",
@@ -54,6 +55,7 @@ stages, in order:
 slam-asr transcribe MODEL FILES…  what is said in any audio, as text, JSON or subtitles
 slam-asr score                 one report of a decoding that was done in parts
 slam-asr compare A B           which of two decodings is better, and whether that may be chance
+slam-asr compare-runs          many decodings on one page, with the curves of their trainings
 slam-asr plan RECIPE           memory, time and storage that a recipe takes, before anything is loaded
 slam-asr copy-models RECIPE    its frozen models into a bucket, once
 slam-asr features ls STORE     what a feature store holds

@@ -10,10 +10,10 @@ def train(
     store: str,
     recipe: dsl.Input[dsl.Artifact],
     manifests: dsl.Input[dsl.Dataset],
-    features: dsl.Input[list[dsl.Dataset]],
     checkpoint: dsl.Output[dsl.Model],
     curves: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
+    features: dsl.Input[list[dsl.Dataset]] = None,
     trainjob: str = "",
 ):
     """Train the projector between the frozen encoder and the frozen LLM.
@@ -22,10 +22,10 @@ def train(
         store: Folder that keeps the results of all stages; checkpoints go there while training.
         recipe: The resolved recipe.
         manifests: Pointer to the folder of build-manifest.
-        features: Pointers to the parts of extract-features.
         checkpoint: Pointer to the folder with the checkpoints.
         curves: Loss and accuracy by step.
         metrics: Loss and accuracy at the end, and the number of steps.
+        features: Pointers to the parts of extract-features; without them, the features of the store.
         trainjob: How the nodes of a training over several nodes are placed (JSON); empty: it trains in this pod.
     """
     from slam_asr.errors import exit_on_user_error
@@ -42,8 +42,10 @@ def train(
         inputs = {
             "train_manifest": f"{folder}/train.jsonl",
             "dev_manifest": f"{folder}/dev.jsonl",
-            "feature_store": follow_parts(f.path for f in features) if wanted.caches_features else None,
+            "feature_store": None,
         }
+        if wanted.caches_features:
+            inputs["feature_store"] = follow_parts(f.path for f in features) if features else f"{store}/features"
         if trainjob:
             from slam_asr.trainjob.placement import Placement
             from slam_asr.trainjob.train import train_on_nodes

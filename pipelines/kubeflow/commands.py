@@ -7,7 +7,6 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from pipelines import EVALUATION, TRAINING
 from pipelines.cli import command_parser
 from pipelines.cluster import load_cluster
 from pipelines.compile import (
@@ -19,7 +18,7 @@ from pipelines.compile import (
     recipe_parameters,
 )
 from pipelines.kubeflow.connection import add_connection_options, connect
-from pipelines.measuring import recipe_of_pipeline
+from pipelines.wanted import add_pipeline_options, wanted_of
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import UserError
 from slam_asr.recipe import shipped_recipes
@@ -36,14 +35,13 @@ def submit(arguments: list[str]) -> int:
     parser.add_argument("--experiment", type=str, default="slam-asr", help="the dashboard's group of runs")
     parser.add_argument("--run_name", type=str, help="default: recipe, models and time")
     _add_wait(parser)
-    parser.add_argument("--model", type=str, help="train nothing, and measure this model: an s3:// prefix, or the name of a shipped one")
+    add_pipeline_options(parser, in_a_cluster=True)
     add_recipe_options(parser, source)
     options = parse_options(parser, _flags(rest))
     cluster = load_cluster(options["cluster"])
-    model = options["model"]
-    recipe = recipe_of_pipeline(pop_recipe(options), model)
-    check_recipe(recipe, cluster)
-    parameters = places(cluster, options["corpus"], options["store"], model) | recipe_parameters(source, recipe)
+    wanted = wanted_of(options, pop_recipe(options), in_a_cluster=True)
+    check_recipe(wanted, cluster)
+    parameters = places(cluster, options["corpus"], options["store"], wanted.model) | wanted.parameters | recipe_parameters(source, wanted.recipe)
     for name, option in (("corpus", "--corpus s3://…"), ("store", "--store s3://…, or storage.store in the profile")):
         if name not in parameters:
             raise UserError(f"The run has no {name}: give {option}.")
@@ -52,12 +50,12 @@ def submit(arguments: list[str]) -> int:
     from pipelines.kubeflow.runs import follow, run_name, start
 
     with tempfile.TemporaryDirectory(prefix="slam-asr-") as folder:
-        package = compile_package(cluster, Path(folder) / "slam-asr.yaml", options["images"], nodes=recipe.training.nodes, evaluation=model is not None)
+        package = compile_package(cluster, Path(folder) / "slam-asr.yaml", options["images"], wanted=wanted)
         connection = connect(options, cluster)
-        if recipe.training.nodes > 1 and model is None:
+        if wanted.nodes > 1:
             require_trainer(cluster)
-        name = options["run_name"] or run_name(recipe)
-        run_id = start(connection, package, name, options["experiment"], parameters, cluster.service_account, TRAINING if model is None else EVALUATION)
+        name = options["run_name"] or run_name(wanted.recipe)
+        run_id = start(connection, package, name, options["experiment"], parameters, cluster.service_account, wanted.pipeline)
     print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
     if not options["wait"]:
         print(f"follow it with `python -m pipelines status {run_id} --wait true`")

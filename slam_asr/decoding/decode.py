@@ -79,11 +79,11 @@ def decode(
         "features": store.fingerprint if store else None,
         "decoding": what_decides_the_texts(recipe.decoding),
         **({"audio of the worst": recipe.decoding.report_audio} if recipe.decoding.report_audio else {}),
-        **({"part": str(part)} if part else {"published": recipe.published_wer, "controls": controls_of(recipe.decoding)}),
+        **({"part": str(part)} if part else {"title": recipe.name, "published": recipe.published_wer, "controls": controls_of(recipe.decoding)}),
     }
 
     # Neither does the report decide the texts, nor what it plays; what is kept of a decoding serves any.
-    deciding = digest({"version": __version__} | {key: value for key, value in inputs.items() if key not in ("published", "controls", "audio of the worst")})
+    deciding = digest({"version": __version__} | {key: value for key, value in inputs.items() if key not in ("title", "published", "controls", "audio of the worst")})
     place = output.replace(FINGERPRINT, digest(inputs)[:16])
 
     def work(folder: Path) -> Outcome:

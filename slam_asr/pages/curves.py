@@ -3,16 +3,19 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from slam_asr.pages.render import grouped, render
 from slam_asr.storage import write_atomically
 
+RUN_MARKERS = "●■▲◆▼★"
+"""The markers that `draw_runs` gives the first lines; the style sheet's --run-1, --run-2 … are their colours."""
 CURVE_POINTS = 400
 """Points drawn of a training curve; more than a screen can tell apart only make the page heavy."""
 
@@ -54,19 +57,52 @@ def is_number(value: Any) -> bool:
 
 
 def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """Figures of one training, with `heading`, `summary` and `svg`: its own values and those on dev."""
     curves = []
-    for quantity, heading, scale in (
-        ("loss", "Loss", 1), ("accuracy", "Next-token accuracy, %", 100), ("wer", "Word error rate of some dev utterances, greedy, %", 100),
-    ):  # fmt: skip
-        series = {
-            name: [(p["step"], scale * p[quantity]) for p in training[source] if is_number(p.get(quantity))]
-            for name, source in (("training", "curve"), ("validation", "validation"))
-        }
+    for quantity, heading, scale in _QUANTITIES:
+        series = {name: _points(training[source], quantity, scale) for name, source in (("training", "curve"), ("validation", "validation"))}
         if any(series.values()):
-            summary = _in_words(series, *_BEST[quantity])
-            svg = Markup(_svg(quantity, series, f"{heading} over optimiser steps", summary))
-            curves.append({"heading": heading, "summary": summary, "svg": svg})
+            lines = [Line(name, points, _STYLES[name]) for name, points in series.items() if points]
+            curves.append(_figure(quantity, heading, lines, _in_words(series, *_BEST[quantity])))
     return curves
+
+
+def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of several trainings, by name, as `draw_curves` makes them: their values on dev, or their own where there was no dev.
+
+    The first ones have colours and markers of their own, as `RUN_MARKERS` names them; the others share a quiet line. The page names the lines.
+    """
+    curves = []
+    for quantity, heading, scale in _QUANTITIES:
+        dev = {name: _points(training.get("validation") or [], quantity, scale) for name, training in trainings.items()}
+        own = {name: _points(thinned(training.get("curve") or []), quantity, scale) for name, training in trainings.items()}
+        series = dev if any(dev.values()) else own
+        lines = [Line(name, points, _style_of_run(at)) for at, (name, points) in enumerate(series.items()) if points]
+        if lines:
+            best, shown = _BEST[quantity]
+            ends = [f"{line.name}: best {shown.format(best(line.points, key=lambda point: point[1])[1])}" for line in lines[: len(_RUNS)]]
+            curves.append(_figure(quantity, f"{heading}{', dev' * (series is dev and quantity != 'wer')}", lines, "; ".join(ends) + ".", named=False))
+    return curves
+
+
+@dataclass
+class Line:
+    """One line of a figure: its name, its (step, value) points, and how matplotlib draws it."""
+
+    name: str
+    points: list[tuple[int, float]]
+    style: dict[str, Any]
+
+
+_QUANTITIES = (("loss", "Loss", 1), ("accuracy", "Next-token accuracy, %", 100), ("wer", "Word error rate of some dev utterances, greedy, %", 100))
+
+
+def _points(rows: Sequence[dict[str, Any]], quantity: str, scale: int) -> list[tuple[int, float]]:
+    return [(row["step"], scale * row[quantity]) for row in rows if is_number(row.get(quantity))]
+
+
+def _figure(quantity: str, heading: str, lines: Sequence[Line], summary: str, named: bool = True) -> dict[str, Any]:
+    return {"heading": heading, "summary": summary, "svg": Markup(_svg(quantity, lines, f"{heading} over optimiser steps", summary, named))}
 
 
 _BEST = {"loss": (min, "{:.3f}"), "accuracy": (max, "{:.1f}\u202f%"), "wer": (min, "{:.1f}\u202f%")}
@@ -87,11 +123,23 @@ def _in_words(series: dict[str, list[tuple[int, float]]], best: Callable[..., tu
 
 
 # Stand-ins that matplotlib draws with; the page's style sheet has the colours, by day and by night.
-_COLOURS = {"#010203": "currentColor", "#040506": "var(--grid)", "#070809": "var(--curve)", "#0a0b0c": "var(--accent)"}
-_INK, _GRID, _TRAINING, _VALIDATION = _COLOURS
+_INK, _GRID, _TRAINING, _VALIDATION, _QUIET = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+_RUNS = [f"#1011{number:02x}" for number in range(1, 7)]
+_COLOURS = {
+    _INK: "currentColor", _GRID: "var(--grid)", _TRAINING: "var(--curve)", _VALIDATION: "var(--accent)", _QUIET: "var(--quiet)",
+    **{colour: f"var(--run-{number})" for number, colour in enumerate(_RUNS, start=1)},
+}  # fmt: skip
+_STYLES = {"training": {"color": _TRAINING}, "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))}}
 
 
-def _svg(quantity: str, series: dict[str, list[tuple[int, float]]], title: str, description: str) -> str:
+def _style_of_run(at: int) -> dict[str, Any]:
+    """Colour and dashes: not by colour alone can lines be told apart by everyone."""
+    if at >= len(_RUNS):
+        return {"color": _QUIET, "alpha": 0.6}
+    return {"color": _RUNS[at], "marker": "os^Dv*"[at], "markersize": 4, "linestyle": [(0, ()), (0, (3, 2)), (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 4))][at]}
+
+
+def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, named: bool) -> str:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -104,21 +152,16 @@ def _svg(quantity: str, series: dict[str, list[tuple[int, float]]], title: str, 
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.subplots()
-        styles = {
-            "training": {"color": _TRAINING}, "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))},
-        }  # fmt: skip
-        for name, points in series.items():
-            if points:
-                axes.plot(*_columns(points), linewidth=1.3, label=name, **styles[name])
+        for line in lines:
+            axes.plot(*_columns(line.points), linewidth=1.3, label=line.name, **line.style)
         axes.set_xlabel("optimiser step")
         axes.grid(axis="y", linewidth=0.6)
-        highest = max(value for points in series.values() for _, value in points)
+        highest = max(value for line in lines for _, value in line.points)
         axes.set_ylim(0, 100 if quantity == "accuracy" else 1.05 * highest or 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: grouped(round(step))))
-        axes.legend(
-            frameon=False, handlelength=2.6, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
-        )
+        if named:
+            axes.legend(frameon=False, handlelength=2.6, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
         text = StringIO()
         figure.savefig(text, format="svg", transparent=True)
     return _inline(text.getvalue(), quantity, title, description)
@@ -139,5 +182,5 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
         body = body.replace(stand_in, colour)
     return (
         f'<svg {view} role="img" aria-labelledby="{name}-title {name}-description">'
-        f'<title id="{name}-title">{title}</title><desc id="{name}-description">{description}</desc>{body}'
+        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-description">{escape(description)}</desc>{body}'
     )

@@ -63,16 +63,29 @@ def compare(first: str, second: str, output: str | None = None, common: bool = F
     """
     ours, theirs = (read_output(place, HYPOTHESES) for place in (first, second))
     pairs, lacking = _paired((first, ours), (second, theirs), common)
+    rows = _by_subset(pairs, first, seed)
+    _print(rows, first, second, lacking)
+    if output:
+        write_json(output, {"first": first, "second": second, "unit": "percent", "left_out": lacking, "compared": [asdict(row) for row in rows]})
+    return rows
+
+
+def compare_outputs(first: tuple[str, Sequence[Hypothesis]], second: tuple[str, Sequence[Hypothesis]], seed: int = 0) -> list[Compared]:
+    """The same of what is read already, with the name of each.
+
+    Raises:
+        UserError: as for `compare`.
+    """
+    return _by_subset(_paired(first, second, common=False)[0], first[0], seed)
+
+
+def _by_subset(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, seed: int) -> list[Compared]:
     a, b = (measure([pair[side] for pair in pairs]) for side in (0, 1))
     if not a.words.sum():
         raise UserError(f"The references of the {len(pairs)} utterances of {first} hold no words, so there is no rate to compare.")
     subsets = groups_of(a.rows, lambda row: row.subset)
     chosen = {name: numbers for name, numbers in subsets.items() if name and a.words[numbers].sum()} if len(subsets) > 1 else {}
-    rows = [_compared(name, a, b, numbers, seed) for name, numbers in [*chosen.items(), (ALL, np.arange(len(pairs)))]]
-    _print(rows, first, second, lacking)
-    if output:
-        write_json(output, {"first": first, "second": second, "unit": "percent", "left_out": lacking, "compared": [asdict(row) for row in rows]})
-    return rows
+    return [_compared(name, a, b, numbers, seed) for name, numbers in [*chosen.items(), (ALL, np.arange(len(pairs)))]]
 
 
 def _paired(
@@ -122,11 +135,12 @@ def _print(rows: Sequence[Compared], first: str, second: str, lacking: dict[str,
         if count:
             say(f"left out: {count} utterances that only {place} holds")
     head: tuple[Any, ...] = ("subset", "utterances", "first", "second", "difference", "95 % interval", "p")
-    table = [head, *((r.subset, r.utterances, f"{r.first:.2f} %", f"{r.second:.2f} %", f"{r.difference:+.2f}", f"{r.low:+.2f} to {r.high:+.2f}", _probability(r.p)) for r in rows)]
+    table = [head, *((r.subset, r.utterances, f"{r.first:.2f} %", f"{r.second:.2f} %", f"{r.difference:+.2f}", f"{r.low:+.2f} to {r.high:+.2f}", probability_text(r.p)) for r in rows)]
     widths = [max(len(str(row[i])) for row in table) for i in range(len(head))]
     for cells, verdict in zip(table, ["", *(row.verdict for row in rows)], strict=True):
         say("  ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=True)) + "  " + verdict)
 
 
-def _probability(p: float) -> str:
+def probability_text(p: float) -> str:
+    """`0.0004` → `< 0.001`."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

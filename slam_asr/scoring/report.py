@@ -117,7 +117,7 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
 def _page(numbers: dict[str, Any], measured: Measured, audio: dict[Name, str]) -> str:
     return render(
         PAGE,
-        filters={"rate": _rate, "interval": _interval},
+        filters={"rate": rate_text, "interval": interval_text},
         **numbers,
         rows=_table(numbers),
         control_notes=_CONTROL_NOTES,
@@ -253,12 +253,12 @@ def _shown(value: Any) -> str:
     return grouped(value) if isinstance(value, int | float) else str(value)
 
 
-def _rate(percent: float | None) -> str:
+def rate_text(percent: float | None) -> str:
     """A rate in percent for a cell of a table; a dash where there is none."""
     return "–" if percent is None else f"{percent:.2f}"
 
 
-def _interval(ends: Sequence[float] | None) -> str:
+def interval_text(ends: Sequence[float] | None) -> str:
     """`12.01–14.2` → `12.01–14.20`; a dash where there is none."""
     return "–" if ends is None else f"{ends[0]:.2f}–{ends[1]:.2f}"
 
@@ -270,25 +270,25 @@ def _markdown(numbers: dict[str, Any]) -> str:
     total = numbers["all"]
     head = ["Subset", "WER, %", "95 % interval"]
     head += ["Published, %"] if _has_published(numbers) else []
-    head += [f"{_plain(capital(name))}, %" for name in numbers["controls"]]
+    head += [f"{plain(capital(name))}, %" for name in numbers["controls"]]
     head += ["Normalised, %", "CER, %", "Sub.", "Del.", "Ins.", "Words", "Utterances", "Hours"]
     lines = [
-        f"# {_plain(numbers['title'])}",
+        f"# {plain(numbers['title'])}",
         "",
-        f"**Word error rate {_rate(total['wer'])} %**: {grouped(total['errors'])} errors in "
+        f"**Word error rate {rate_text(total['wer'])} %**: {grouped(total['errors'])} errors in "
         f"{grouped(total['words'])} words, {grouped(total['utterances'])} utterances.",
         "",
         f"| {' | '.join(head)} |",
         f"| --- |{' ---: |' * (len(head) - 1)}",
     ]
     for row in _table(numbers):
-        cells = [_plain(row["label"]), _rate(row["wer"]), _interval(row["interval"])]
-        cells += [_rate(row["published"])] if _has_published(numbers) else []
-        cells += [_rate(wer) for wer in row["controls"]]
-        cells += [_rate(row["normalised"]), _rate(row["cer"])]
+        cells = [plain(row["label"]), rate_text(row["wer"]), interval_text(row["interval"])]
+        cells += [rate_text(row["published"])] if _has_published(numbers) else []
+        cells += [rate_text(wer) for wer in row["controls"]]
+        cells += [rate_text(row["normalised"]), rate_text(row["cer"])]
         cells += [grouped(row[key]) for key in ("substitutions", "deletions", "insertions", "words", "utterances")]
         lines.append(f"| {' | '.join(cells)} | {_hours(row['hours'])} |")
-    wrong = [f"{_plain(guard)}: {grouped(count)}" for guard, count in numbers["guards"].items() if count]
+    wrong = [f"{plain(guard)}: {grouped(count)}" for guard, count in numbers["guards"].items() if count]
     if wrong:
         lines += ["", f"Answers that went wrong: {'; '.join(wrong)}."]
     for label, facts in (
@@ -296,7 +296,7 @@ def _markdown(numbers: dict[str, Any]) -> str:
         ("Decoded", _decoding_facts(numbers["decoding"])),
     ):
         if facts:
-            lines += ["", f"{label}: " + "; ".join(f"{_plain(name)} {_plain(value)}" for name, value in facts) + "."]
+            lines += ["", f"{label}: " + "; ".join(f"{plain(name)} {plain(value)}" for name, value in facts) + "."]
     return "\n".join(lines) + "\n"
 
 
@@ -304,7 +304,7 @@ def _hours(hours: float) -> str:
     return f"{hours:.2f}" if hours else "–"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that no Markdown viewer takes for markup."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)

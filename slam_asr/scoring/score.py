@@ -43,7 +43,7 @@ def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overw
     records = _whole([require_record(part, "decode") for part in parts])
     files = [record.file(HYPOTHESES) for record in records]
     inputs = {
-        "parts": [sha256_of_file(file) for file in files], "training": config.training,
+        "parts": [sha256_of_file(file) for file in files], "title": recipe.name, "training": config.training,
         "published": recipe.published_wer, "controls": controls_of(recipe.decoding),
     }
 

@@ -135,13 +135,13 @@ def test_another_machine_goes_on_from_object_storage(bucket, tmp_path, monkeypat
     monkeypatch.setattr(kept, "UPLOADED_EVERY", -1.0)
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-    with Kept(tmp_path / "here", "d", f"{bucket}/decoded") as first:
+    with Kept(tmp_path / "here", "d", f"s3://{bucket.name}/decoded") as first:
         first.add({1: Answer("text", False, [1])})
-    with Kept(tmp_path / "there", "d", f"{bucket}/decoded") as second:
+    with Kept(tmp_path / "there", "d", f"s3://{bucket.name}/decoded") as second:
         assert list(second.answers) == [1]
         second.close()
     (tmp_path / "third").mkdir()
-    with Kept(tmp_path / "third", "d", f"{bucket}/decoded") as third:
+    with Kept(tmp_path / "third", "d", f"s3://{bucket.name}/decoded") as third:
         assert not third.answers
 
 

@@ -75,7 +75,7 @@ def test_model_that_is_nowhere_stops_the_run_before_its_first_step(tmp_path, tin
 
 def test_recipe_gets_what_was_written_and_keeps_the_rest(monkeypatch, tmp_path, tiny_recipe, tiny_corpus):
     seen = {}
-    monkeypatch.setattr(run_command, "_fetch_models", lambda recipe, model: seen.setdefault("recipe", recipe) and 1)
+    monkeypatch.setattr(run_command, "_fetch_models", lambda wanted: seen.setdefault("recipe", wanted.recipe) and 1)
     cli.main(["run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--training.max_steps", "7", "--data.train", "[a, b]"])
     assert (seen["recipe"].training.max_steps, seen["recipe"].data.train) == (7, ["a", "b"])
     assert seen["recipe"].training.warmup_steps == 1

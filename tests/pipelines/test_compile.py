@@ -11,7 +11,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
-from components import ALL_RESULTS, EVALUATION_RESULTS, HOSTS, RESULTS, STAGES, images
+from components import ALL_RESULTS, EVALUATION_RESULTS, HOSTS, RESULTS, STAGES, SWEEP_RESULTS, images
 from pipelines import cli
 from pipelines.checking import PackageDefect, check_package, read_package
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
@@ -91,6 +91,41 @@ def test_measuring_a_model_takes_its_steps_alone_and_looks_at_the_model_first():
     assert (resolved.data.train, resolved.data.dev, resolved.data.test) == ([], [], load_recipe("demo").data.test)
 
 
+def test_a_sweep_has_one_manifest_one_extraction_and_a_loop_of_trainings():
+    spec = spec_of(GOLDEN / "sweep.yaml")
+    assert images_of(spec) == {step: IMAGES[step] for step in SWEEP_RESULTS}
+    tasks = spec.root.dag.tasks
+    assert {name: sorted(task.dependent_tasks) for name, task in tasks.items()} == {
+        "plan-sweep": [],
+        "build-manifest": ["plan-sweep"],
+        "for-loop-1": ["build-manifest"],
+        "for-loop-2": ["build-manifest", "for-loop-1", "plan-sweep"],
+        "compare-runs": ["build-manifest", "for-loop-2", "plan-sweep"],
+    }
+    assert tasks["for-loop-2"].iterator_policy.parallelism_limit == 2
+    inside = spec.components["comp-for-loop-2"].dag.tasks
+    assert sorted(inside) == ["convert-checkpoint", "for-loop-3", "score", "train", "vary-recipe"]
+    # What a step of the loop reads of the recipe is its variation's.
+    for name in ("train", "convert-checkpoint", "score"):
+        assert inside[name].inputs.artifacts["recipe"].task_output_artifact.producer_task == "vary-recipe"
+    variations = json_format.MessageToDict(spec.root.input_definitions.parameters["variations"].default_value)
+    assert [variation["name"] for variation in variations] == ["as it is", "slow", "fast"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--sweep", "demo/sweep.yaml", "--model", "s3://speech/m"], "both given"),
+        (["--parallel", "2"], "goes with --sweep"),
+        (["--sweep", "/no/such.yaml"], "The variations /no/such.yaml cannot be read (No such file or directory): check --sweep."),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_sentence(options, sentence, tmp_path, capsys):
+    assert cli.main(["compile", "demo", *options, "--output", str(tmp_path / "pipeline.yaml")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert sentence in line and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("stage", ALL_RESULTS)
 def test_each_component_stands_alone(compiled, stage):
     spec = spec_of(compiled / "components" / f"{stage}.yaml")
@@ -135,12 +170,13 @@ def test_images_are_named_at_compile_time(tmp_path):
     assert images_of(spec_of(tmp_path / "by-variable.yaml")) == {step: wanted[step] for step in RESULTS}
 
 
-@pytest.mark.parametrize("name", [*shipped_clusters(), "two-nodes", "evaluate"])
+@pytest.mark.parametrize("name", [*shipped_clusters(), "two-nodes", "evaluate", "sweep"])
 def test_compiled_yaml_is_as_it_was(name, tmp_path):
     """After a change that is meant: compile again to tests/pipelines/golden, as below, and read the difference."""
     options = {
         "two-nodes": ["demo", "--cluster", "several-nodes", "--training.nodes", "2"],
         "evaluate": ["demo", "--model", "s3://speech/models/demo", "--cluster", "one-gpu-node"],
+        "sweep": ["demo", "--sweep", "demo/sweep.yaml", "--parallel", "2", "--cluster", "one-gpu-node"],
     }.get(name, ["--cluster", name])
     assert cli.main(["compile", *options, "--output", str(tmp_path / "pipeline.yaml")]) == 0
     assert (tmp_path / "pipeline.yaml").read_text() == (GOLDEN / f"{name}.yaml").read_text()

@@ -17,6 +17,7 @@ import pytest
 from components import EVALUATION_RESULTS, RESULTS
 from pipelines.local import LocalRun, Sieve, Step
 from pipelines.summary import failure
+from pipelines.wanted import Wanted
 from slam_asr.errors import UserError
 from slam_asr.stage import follow_pointer, read_record
 
@@ -207,7 +208,7 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another run is working in"):
-            LocalRun(tmp_path).execute("", "")
+            LocalRun(tmp_path).execute(Wanted(), "")
         with pytest.raises(UserError, match="Another run is working in"):
             LocalRun(tmp_path).execute_only("train", "", lambda: pytest.fail("prepared in a folder that another run holds"))
 

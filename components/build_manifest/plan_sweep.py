@@ -1,0 +1,40 @@
+"""`plan-sweep` as a Kubeflow component, in the image of the stage `build-manifest`."""
+
+from kfp import dsl
+
+from components import image
+
+
+@dsl.component(base_image=image("plan-sweep"), install_kfp_package=False)
+def plan_sweep(
+    recipe: str,
+    variations: list,
+    store: str,
+    planned: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    recipe_overrides: dict = {},  # noqa: B006 - kfp needs a literal
+) -> list[str]:
+    """Check all variations of a sweep before anything of it runs.
+
+    Args:
+        recipe: Name of a shipped recipe, or a recipe's YAML.
+        variations: What each variation changes, by full name, such as [{"name": "slow", "training.learning_rate": 0.0001}].
+        store: Folder that keeps the results of all stages.
+        planned: Pointer to the folder with variations.json.
+        metrics: Number of variations.
+        recipe_overrides: Values that replace the recipe's in all variations, by full name.
+
+    Returns:
+        The variations, each as JSON of its name and its overrides.
+    """
+    from slam_asr.errors import exit_on_user_error
+
+    with exit_on_user_error():
+        from slam_asr.recipe import load_recipe
+        from slam_asr.stage import log_metrics, write_pointer
+        from slam_asr.sweeping.plan import plan_sweep as run
+
+        record, found = run(load_recipe(recipe, recipe_overrides), variations, f"{store}/plan-sweep/{{fingerprint}}")
+        write_pointer(record, planned.path)
+        log_metrics(record, metrics.log_metric)
+        return [variation.as_json() for variation in found]

@@ -1,0 +1,46 @@
+"""`compare-runs` as a Kubeflow component, in the image of the stage `decode`."""
+
+from kfp import dsl
+
+from components import image
+
+
+@dsl.component(base_image=image("compare-runs"), install_kfp_package=False)
+def compare_runs(
+    store: str,
+    recipe: dsl.Input[dsl.Artifact],
+    variations: list,
+    scores: dsl.Input[list[dsl.Dataset]],
+    comparison: dsl.Output[dsl.Dataset],
+    report: dsl.Output[dsl.HTML],
+    summary: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Compare the trainings of a sweep on one page.
+
+    Args:
+        store: Folder that keeps the results of all stages.
+        recipe: The resolved recipe that all variations start from.
+        variations: What each changes, as plan-sweep gives it.
+        scores: Pointers to the folders of score.
+        comparison: Pointer to the folder with runs.html, runs.md and runs.json.
+        report: Word error rates, differences and curves of all.
+        summary: The same in short.
+        metrics: Each variation's word error rate in percent.
+    """
+    from slam_asr.errors import exit_on_user_error
+
+    with exit_on_user_error():
+        import shutil
+
+        from slam_asr.recipe import load_recipe
+        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
+        from slam_asr.sweeping.runs import MARKDOWN, PAGE
+        from slam_asr.sweeping.runs import compare_runs as run
+
+        folders = [follow_pointer(part.path) for part in scores]
+        record = run(folders, f"{store}/compare-runs/{{fingerprint}}", title=load_recipe(recipe.path).name, variations=variations)
+        write_pointer(record, comparison.path)
+        shutil.copyfile(record.file(PAGE), report.path)
+        shutil.copyfile(record.file(MARKDOWN), summary.path)
+        log_metrics(record, metrics.log_metric)

@@ -1,0 +1,164 @@
+"""`slam-asr compare-runs`: what several trainings came to, side by side on one page."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slam_asr.errors import UserError
+from slam_asr.pages.curves import RUN_MARKERS, draw_runs, is_number, thinned
+from slam_asr.pages.render import grouped, render
+from slam_asr.progress import clock
+from slam_asr.scoring.compare import Compared, compare_outputs, probability_text
+from slam_asr.scoring.outputs import read_output
+from slam_asr.scoring.report import NUMBERS, interval_text, plain, rate_text
+from slam_asr.scoring.score import HYPOTHESES
+from slam_asr.scoring.wer import Hypothesis
+from slam_asr.stage import Outcome, Record, run_stage
+from slam_asr.storage import exists, fetch, join, sha256_of_file, write_atomically, write_json
+from slam_asr.sweeping.variations import Variation, variation_of
+
+STAGE = "compare-runs"
+PAGE, MARKDOWN, RUNS = "runs.html", "runs.md", "runs.json"
+
+_LAST_ON_DEV = ("loss", "accuracy", "wer")
+
+
+@dataclass
+class Run:
+    """One decoded training."""
+
+    name: str
+    folder: str
+    changes: str
+    """What it changes of the recipe, in words; empty where that is not known."""
+    numbers: dict[str, Any]
+    """Its wer.json."""
+    rows: list[Hypothesis]
+    against_best: Compared | None = None
+    """The best run (first) and this one (second) on the same utterances; None for the best, and where they were tested on others."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        return self.numbers.get("training") or {}
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of a row: rates in percent, time in seconds."""
+        total = self.numbers["all"]
+        dev = (self.training.get("validation") or [{}])[-1]
+        shuffled = self.numbers["controls"].get("shuffled audio")
+        against = self.against_best
+        return {
+            "name": self.name, "changes": self.changes, "folder": self.folder, "wer": total["wer"], "interval": total["interval"],
+            "normalised": total["normalised"], "cer": total["cer"], "shuffled": shuffled["all"]["wer"] if shuffled else None,
+            "subsets": {name: counts["wer"] for name, counts in self.numbers["subsets"].items() if name},
+            "dev": {key: dev[key] for key in _LAST_ON_DEV if is_number(dev.get(key))},
+            "steps": self.training.get("steps"), "seconds": self.training.get("seconds"),
+            "worse_by": against.second - against.first if against else None, "p": against.p if against else None,
+        }  # fmt: skip
+
+
+def compare_runs(runs: list[str], output: str, title: str = "", variations: list[str] | None = None, overwrite: bool = False) -> Record:
+    """Compare what several trainings came to, best word error rate first, with their curves in one figure.
+
+    Args:
+        runs: folders that decode or score wrote, each of a whole test.
+        output: folder for the page; {fingerprint} in it becomes a digest of the inputs.
+        title: the page's heading, such as the recipe's name.
+        variations: what each run changes of the recipe, as JSON: {"name": …, "training.learning_rate": 0.0001}; found by the name that the run's report bears.
+        overwrite: replace results of other inputs.
+
+    Returns:
+        The stage's record; its folder holds runs.html, runs.md and runs.json.
+
+    Raises:
+        UserError: fewer than two runs, one without a report, or two that are the same.
+    """
+    if len(runs) < 2:
+        raise UserError(f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} of decode or score; give two or more.")
+    twice = sorted({folder for folder in runs if runs.count(folder) > 1})
+    if twice:
+        raise UserError(f"--runs names {twice[0]} twice: give each run once.")
+    for folder in runs:
+        if not exists(join(folder, NUMBERS)):
+            raise UserError(f"{folder} holds no {NUMBERS}, so there is no report to compare: give folders that score, or decode without --shard, wrote.")
+    known = [variation_of(text) for text in variations or []]
+    files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}
+    # By content, in no order: the pipeline's loop may hand on its results in any.
+    inputs = {
+        "runs": sorted([sha256_of_file(file) for file in pair] for pair in files.values()), "title": title,
+        "variations": [{"name": variation.name, **variation.overrides} for variation in known],
+    }  # fmt: skip
+
+    def work(place: Path) -> Outcome:
+        found = _read(files, {variation.name: variation for variation in known})
+        _write(place, title or found[0].numbers["title"], found)
+        best, worst = found[0], found[-1]
+        metrics = {"best wer": best.numbers["all"]["wer"]} | {f"wer {run.name}": run.numbers["all"]["wer"] for run in found}
+        return Outcome(
+            f"{len(found)} runs: best {best.name}, WER {best.numbers['all']['wer']:.2f} %; worst {worst.name}, {worst.numbers['all']['wer']:.2f} %",
+            metrics, {"order": [run.name for run in found]},
+        )  # fmt: skip
+
+    return run_stage(STAGE, output, inputs, work, overwrite)
+
+
+def _read(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) -> list[Run]:
+    """The runs, best first, each compared with the best."""
+    numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}
+    titles = [values["title"] for values in numbers.values()]
+    runs = []
+    for folder, values in numbers.items():
+        title = values["title"]
+        name = title if titles.count(title) == 1 else f"{title} ({folder.rstrip('/').rpartition('/')[2]})"
+        changes = known[title].told() if title in known else ""
+        runs.append(Run(name, folder, changes, values, read_output(folder, HYPOTHESES)))
+    runs.sort(key=lambda run: (run.numbers["all"]["wer"], run.name))
+    best = runs[0]
+    for run in runs[1:]:
+        if _tested_alike(best.rows, run.rows):
+            run.against_best = compare_outputs((best.name, best.rows), (run.name, run.rows))[-1]
+    return runs
+
+
+def _tested_alike(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> bool:
+    def spoken(rows: Sequence[Hypothesis]) -> dict[tuple[str, str], str]:
+        return {(row.key, row.subset): row.reference for row in rows}
+
+    return spoken(first) == spoken(second)
+
+
+def _write(folder: Path, title: str, runs: Sequence[Run]) -> None:
+    rows = [run.summary() for run in runs]
+    trainings = {run.name: {key: thinned(run.training.get(key) or []) for key in ("curve", "validation")} for run in runs}
+    # One model, decoded otherwise, has one curve.
+    same = len({json.dumps(training) for training in trainings.values()}) == 1
+    subsets = sorted({name for row in rows for name in row["subsets"]}) if any(len(row["subsets"]) > 1 for row in rows) else []
+    dev = [key for key in _LAST_ON_DEV if any(key in row["dev"] for row in rows)]
+    page = render(
+        PAGE,
+        filters={"rate": rate_text, "interval": interval_text, "clock": clock, "probability": _probability},
+        title=title, rows=rows, subsets=subsets, dev=dev, markers=RUN_MARKERS,
+        curves=[] if same else draw_runs(trainings), highest=max(row["wer"] for row in rows) or 1,
+        alike=all(run.against_best for run in runs[1:]),
+    )  # fmt: skip
+    write_atomically(folder / PAGE, page)
+    write_atomically(folder / MARKDOWN, _markdown(title, rows, subsets))
+    write_json(folder / RUNS, {"title": title, "unit": "percent", "runs": rows})
+
+
+def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]) -> str:
+    head = ["Run", "Changes", "WER, %", "95 % interval", *(f"{plain(name)}, %" for name in subsets), "Worse by", "p", "CER, %", "Steps", "Training"]
+    lines = [f"# {plain(title)}: {len(rows)} runs", "", f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
+    for row in rows:
+        cells = [plain(row["name"]), plain(row["changes"]), rate_text(row["wer"]), interval_text(row["interval"])]
+        cells += [rate_text(row["subsets"].get(name)) for name in subsets]
+        cells += ["–" if row["worse_by"] is None else f"{row['worse_by']:.2f}", _probability(row["p"]), rate_text(row["cer"])]
+        cells += ["–" if row["steps"] is None else grouped(row["steps"]), "–" if row["seconds"] is None else clock(row["seconds"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _probability(p: float | None) -> str:
+    return "–" if p is None else probability_text(p)
