@@ -16,6 +16,7 @@ from pipelines import cli
 from pipelines.checking import PackageDefect, check_package, read_package
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
 from pipelines.compile import compile_package
+from pipelines.wanted import Wanted
 from slam_asr import __version__
 from slam_asr.recipe import load_recipe
 from slam_asr.trainjob.placement import Placement
@@ -121,7 +122,9 @@ def test_a_sweep_has_one_manifest_one_extraction_and_a_loop_of_trainings():
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_sentence(options, sentence, tmp_path, capsys):
-    assert cli.main(["compile", "demo", *options, "--output", str(tmp_path / "pipeline.yaml")]) == 2
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["compile", "demo", *options, "--output", str(tmp_path / "pipeline.yaml")])
+    assert leaving.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert sentence in line and list(tmp_path.iterdir()) == []
 
@@ -260,7 +263,7 @@ def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
 
 def test_training_over_nodes_leaves_the_gpus_to_its_nodes(tmp_path):
     cluster = load_cluster("several-nodes")
-    spec, settings = read_package(compile_package(cluster, tmp_path / "p.yaml", nodes=2))
+    spec, settings = read_package(compile_package(cluster, tmp_path / "p.yaml", wanted=Wanted(load_recipe("demo", {"training.nodes": 2}))))
     assert "accelerator" not in json_format.MessageToDict(spec.deployment_spec)["executors"]["exec-train"]["container"]["resources"]
     assert "kueue.x-k8s.io/queue-name" not in settings["exec-train"].pod_metadata.labels
     given = json.loads(spec.root.dag.tasks["train"].inputs.parameters["trainjob"].runtime_value.constant.string_value)

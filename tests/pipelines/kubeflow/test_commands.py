@@ -179,7 +179,7 @@ def test_logs_are_those_of_the_runs_own_steps(kubeflow, cluster, program):
         "── score (a-score, pending)", "it waits: 0/3 nodes are available: 3 Insufficient memory.",
     ]
     assert "score" not in program("logs", "run-1", "--step", "train", "--follow")[1]
-    assert program("logs", "run-1", "--step", "trian")[2].startswith("There is no step trian: --step may be open-model, build-manifest, ")
+    assert program("logs", "run-1", "--step", "trian")[2].startswith("There is no step trian: --step may be open-model, plan-sweep, build-manifest, ")
     assert "There are no pods of step decode of the run run-1 in slam-asr" in program("logs", "run-1", "--step", "decode")[2]
 
 
