@@ -234,8 +234,8 @@ class Training:
 class Decoding:
     """How transcripts are found and scored."""
 
-    checkpoint: Literal["latest", "best"] = "latest"
-    """Which of a training's checkpoints the pipeline makes a model of: that of the last step, or the one with the lowest dev loss."""
+    checkpoint: Literal["latest", "best", "average"] = "latest"
+    """Which of a training's checkpoints the pipeline makes a model of: that of the last step, the one with the lowest dev loss, or the mean of all that were kept (training.checkpoints)."""
     beams: int = 4
     """Hypotheses kept at each token; 1 is greedy and fastest."""
     nbest: int = 1

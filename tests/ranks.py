@@ -22,7 +22,8 @@ def leave_answer(folder: Path, found: Any) -> None:
     """End such a program: the first process writes `losses.json`, when all are done."""
     import torch
 
+    from slam_asr.processes import leave_group
+
     if torch.distributed.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_group()

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-from slam_asr.conversion.model import ENCODER, LLM, load_into, require_fitting
+from slam_asr.conversion.model import ENCODER, load_into, require_fitting
 from slam_asr.models.encoder import describe_encoder
 from slam_asr.models.llm import add_lora, describe_llm, load_llm, load_tokenizer
 from slam_asr.models.precision import DTYPES
@@ -26,7 +26,7 @@ def check_adapter(weights: dict[str, torch.Tensor], recipe: Recipe, where: str) 
 
 
 def write_tuned_llm(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe, where: str) -> None:
-    """Write the whole LLM with its tokenizer, in the precision that it was trained in.
+    """Write the whole LLM with its tokenizer into a folder, in the precision that it was trained in.
 
     Raises:
         UserError: the weights are not those of the recipe's LLM.
@@ -34,8 +34,23 @@ def write_tuned_llm(folder: Path, weights: dict[str, torch.Tensor], recipe: Reci
     base = locate_model(recipe.llm.name)
     llm = load_llm(base, DTYPES[recipe.training.precision])
     load_into(llm, weights, where, [n for n, _ in llm.named_parameters()])
-    llm.save_pretrained(folder / LLM)
-    load_tokenizer(base).save_pretrained(folder / LLM)
+    llm.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+
+
+def write_merged_llm(folder: Path, adapter: dict[str, torch.Tensor], recipe: Recipe) -> None:
+    """Write the LLM with a LoRA adapter merged into it, and its tokenizer, in the precision that it was trained in; merged in fp32."""
+    base = locate_model(recipe.llm.name)
+    llm = load_llm(base, torch.float32)
+    add_lora(llm, recipe.llm.lora, seed=0)
+    llm.load_state_dict(adapter, strict=False)
+    for name, module in list(llm.named_modules()):
+        if hasattr(module, "get_delta_weight"):
+            module.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(llm.get_submodule(parent), last, module.get_base_layer())
+    llm.to(DTYPES[recipe.training.precision]).save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
 
 
 def write_tuned_encoder(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe, where: str) -> None:

@@ -32,6 +32,8 @@ UTTERANCES = ((110, "the first of three utterances"), (61, "a second one"), (85,
 """Encoder frames and answer."""
 SMALL = 2e9
 """Bytes of an LLM up to which the loss is computed in fp32."""
+MERGED_WITHIN = {"fp32": 1e-4, "bf16": 0.02, "fp16": 0.005}
+"""Share of the loss that rounding an LLM to its precision may change."""
 ROOM = 0.6
 """Share of this machine's memory that the LLM may take."""
 
@@ -75,6 +77,32 @@ def loss_before_and_after(recipe: Recipe, llm_folder: Path, encoder_width: int, 
     if losses[0] != losses[1]:
         raise UserError(f"{where} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is {losses[1]:.6f}, not {losses[0]:.6f}. Nothing is published; please report this.")
     return f"loss {losses[0]:.4f} before and after"
+
+
+def loss_of_merged(recipe: Recipe, llm_folder: Path, encoder_width: int, before: Trained, folder: Path) -> str:
+    """Compare an LLM that stands by itself with the base LLM and what was trained of it.
+
+    Args:
+        recipe: by which it was trained.
+        llm_folder: of the base LLM.
+        encoder_width: values of a frame.
+        before: of the checkpoint.
+        folder: of the LLM that was written.
+
+    Returns:
+        What was compared, for people.
+
+    Raises:
+        UserError: the losses differ by more than rounding to the precision that was written can explain.
+    """
+    if _bytes(llm_folder) > ROOM * (host_memory() or float("inf")):
+        return "not compared, for the LLM does not fit into this machine's memory"
+    [expected] = _losses(recipe, llm_folder, encoder_width, [before])
+    alone = replace(recipe, llm=replace(recipe.llm, tuning="frozen"))
+    [found] = _losses(alone, folder, encoder_width, [Trained(before.projector, {})])
+    if abs(found - expected) > MERGED_WITHIN[recipe.training.precision] * abs(expected):
+        raise UserError(f"{folder} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is {found:.6f}, not {expected:.6f}. Nothing is published; please report this.")
+    return f"loss {expected:.4f} before, {found:.4f} after"
 
 
 @torch.inference_mode()

@@ -51,11 +51,78 @@ def fp32_weights(folder: Path) -> dict[str, torch.Tensor]:
     ranks = int(model["dp_world_size"])
     if len(optimisers) != ranks:
         raise UserError(f"{folder} holds {len(optimisers)} of {ranks} optimiser shards: copy the whole checkpoint.")
-    states = [load_pickle(path)["optimizer_state_dict"] for path in optimisers]
+    states = [_optimiser_of(path) for path in optimisers]
+    _require_agreement(optimisers, states)
     shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
+    slices = states[0][_slices_of(states[0])]
+    needed = sum(math.prod(shape) for group in shapes for shape in group.values())
+    if sum(part.numel() for part in _flat(slices)) * ranks < needed:
+        raise UserError(f"{folder} holds fewer values than the {needed:,} that its weights have: it is no whole checkpoint; copy it again.")
     if "fp32_flat_groups" in states[0]:
         return _stage_3(shapes, states)
     return _stages_1_and_2(shapes, states)
+
+
+def zero_folder(folder: Path) -> Path | None:
+    """The `global_stepN` of a training's folder, the one that DeepSpeed's file `latest` names, or the folder itself where it is one; None if it is neither.
+
+    Raises:
+        UserError: `latest` names what is not there.
+    """
+    if any(folder.glob("*model_states.pt")):
+        return folder
+    steps = sorted(path.parent for path in folder.glob("*/*model_states.pt"))
+    latest = folder / "latest"
+    if latest.is_file():
+        named = folder / latest.read_text(errors="replace").strip()
+        if steps and named not in steps:
+            raise UserError(f"{latest} names {named.name}, which is not there: copy it too, or give the folder of one of the others, such as {steps[-1]}.")
+        return named if named in steps else None
+    if len(set(steps)) > 1:
+        raise UserError(f"{folder} holds {len(set(steps))} checkpoints and no file `latest`: give the folder of one of them, such as {steps[-1]}.")
+    return steps[0] if steps else None
+
+
+def _optimiser_of(path: Path) -> dict[str, Any]:
+    """Of a rank; one whose file holds none is refused."""
+    content = load_pickle(path)
+    state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or _slices_of(state) not in state:
+        raise UserError(f"{path} holds no fp32 weights of ZeRO: it is no optimiser shard of a DeepSpeed checkpoint; copy the whole checkpoint again.")
+    return state
+
+
+def _slices_of(state: dict[str, Any]) -> str:
+    return "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
+
+
+def _flat(slices: Any) -> list[torch.Tensor]:
+    return [slices] if isinstance(slices, torch.Tensor) else [tensor for part in slices for tensor in _flat(part)]
+
+
+def _require_agreement(paths: list[Path], states: list[dict[str, Any]]) -> None:
+    """Refuse shards that cannot stem from one step of one training."""
+
+    def traits(state: dict[str, Any]) -> dict[str, Any]:
+        kind = _slices_of(state)
+        return {"ZeRO stage": kind, "sizes": [part.numel() for part in _flat(state[kind])], "step": sorted(_steps_in(state.get("base_optimizer_state")))}
+
+    first = traits(states[0])
+    for path, state in zip(paths[1:], states[1:], strict=True):
+        differing = [name for name, value in traits(state).items() if value != first[name]]
+        if differing:
+            raise UserError(
+                f"{path.name} and {paths[0].name} in {path.parent} are not of one checkpoint ({', '.join(differing)} differ): copy all shards of one step from "
+                "the training that wrote them."
+            )
+
+
+def _steps_in(state: Any) -> set[float]:
+    """The numbers of steps that an optimiser's state names."""
+    if isinstance(state, dict):
+        own = {float(state["step"])} if isinstance(state.get("step"), int | float | torch.Tensor) else set()
+        return own.union(*(_steps_in(value) for key, value in state.items() if key != "step"))
+    return set().union(*(_steps_in(value) for value in state)) if isinstance(state, list | tuple) else set()
 
 
 def load_pickle(path: Path) -> dict[str, Any]:

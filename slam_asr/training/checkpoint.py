@@ -110,9 +110,13 @@ def find(folder: str, pointer: str = LATEST) -> Checkpoint | None:
     if not exists(path):
         return None
     name = read_bytes(path).decode(errors="replace").strip()
-    description = join(folder, name, DESCRIPTION)
-    if not exists(description):
+    if not exists(join(folder, name, DESCRIPTION)):
         raise UserError(f"{path} names {name}, which is not there or not whole: copy the whole folder {folder}, or remove it and train again.")
+    return _read(folder, name)
+
+
+def _read(folder: str, name: str) -> Checkpoint:
+    description = join(folder, name, DESCRIPTION)
     try:
         return Checkpoint(**{**json.loads(read_bytes(description)), "folder": join(folder, name)})
     except (ValueError, TypeError) as error:
@@ -129,6 +133,17 @@ def require(folder: str, pointer: str = LATEST) -> Checkpoint:
     if found is None:
         raise UserError(f"{folder} holds no checkpoint (no file `{pointer}`): run `slam-asr train` first, or check the path.")
     return found
+
+
+def all_kept(folder: str) -> list[Checkpoint]:
+    """All whole checkpoints up to the latest, by step.
+
+    Raises:
+        UserError: there is none, or the latest is not whole.
+    """
+    latest = require(folder)
+    names = sorted({name.partition("/")[0] for name in (f.name for f in walk(folder)) if name.endswith(f"/{DESCRIPTION}")})
+    return [_read(folder, name) for name in names if name < latest.name] + [latest]
 
 
 def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:

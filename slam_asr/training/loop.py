@@ -23,7 +23,7 @@ from slam_asr.features.reader import StoreReader
 from slam_asr.models.packing import allow_packing
 from slam_asr.models.precision import explain_precision, peak_flops, pick_device
 from slam_asr.models.slam import Batch
-from slam_asr.processes import die_with_parent, failures_written_to
+from slam_asr.processes import die_with_parent, failures_written_to, leave_group
 from slam_asr.progress import say
 from slam_asr.recipe import Recipe, load_recipe
 from slam_asr.storage import join, upload, write_atomically, write_json
@@ -468,9 +468,7 @@ def main() -> None:
             # What that one died of is what people should read.
             say(f"process {os.environ['RANK']} ends, because another one of this training is gone")
             os._exit(1)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.exit(code)
+    leave_group(code)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from slam_asr.processes import leave_group
 from slam_asr.recipe import Training
 from slam_asr.training.engines.choose import start_process_group
 from slam_asr.training.engines.zero import DeepSpeedEngine
@@ -64,8 +65,7 @@ def main(folder: Path) -> None:
             torch.distributed.barrier()
             if rank == 0:
                 save_file({**weights, "losses": torch.stack(losses)}, target / "expected.safetensors")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

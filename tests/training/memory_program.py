@@ -14,6 +14,7 @@ from pathlib import Path
 import deepspeed  # noqa: F401 - what it takes by itself is not counted
 import torch
 
+from slam_asr.processes import leave_group
 from slam_asr.recipe import Llm
 from slam_asr.training.engines.choose import start_process_group
 from tests.training.engines_program import DEVICE
@@ -56,8 +57,7 @@ def main(folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         (folder / "memory.json").write_text(json.dumps(shares))
     del engine
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,192 @@
+"""Every kind of checkpoint is found out by its content, and every kind of model can be written: the same weights, whatever the way."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slam_asr.conversion import tuned
+from slam_asr.conversion.convert import convert_checkpoint
+from slam_asr.conversion.model import read_config, read_projector
+from slam_asr.conversion.zero import zero_folder
+from slam_asr.errors import UserError
+from slam_asr.models.llm import add_lora, load_llm
+from slam_asr.models.projector import build_projector
+from slam_asr.recipe import load_recipe
+from slam_asr.storage import sha256_of_file
+from slam_asr.training.checkpoint import DESCRIPTION, LATEST, all_kept, file_name, folder_name
+from tests.conversion.test_slam_llm import checkpoint
+
+LORA = {"llm.tuning": "lora", "llm.lora.targets": ["q_proj", "v_proj"], "llm.lora.rank": 2}
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    return load_recipe(str(tiny_recipe))
+
+
+def weights_of(recipe, seed: int = 3) -> dict[str, torch.Tensor]:
+    return build_projector(recipe.projector, 16, 16, seed=seed).state_dict()
+
+
+def deepspeeds_folder(folder, weights, ranks: int = 2, step: int = 7, prefix: str = "encoder_projector."):
+    """As ZeRO-2 writes it: a slice of all weights in one row for each rank."""
+    folder.mkdir(parents=True)
+    flat = torch.cat([tensor.flatten() for tensor in weights.values()])
+    size = -(-len(flat) // ranks)
+    padded = torch.nn.functional.pad(flat, (0, size * ranks - len(flat)))
+    model = {"dp_world_size": ranks, "module": {}, "param_shapes": [{prefix + name: tensor.shape for name, tensor in weights.items()}], "optimizer": None, "buffer_names": []}
+    torch.save(model, folder / "mp_rank_00_model_states.pt")
+    for rank in range(ranks):
+        state = {"single_partition_of_fp32_groups": [padded[rank * size : (rank + 1) * size].clone()], "base_optimizer_state": {"state": {0: {"step": torch.tensor(float(step))}}}}
+        torch.save({"optimizer_state_dict": state}, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return folder
+
+
+@pytest.mark.parametrize("named", ["the training's folder", "the step's"])
+def test_a_folder_of_deepspeeds_is_the_same_model_as_slam_llms_file(recipe, tmp_path, named):
+    run = tmp_path / "run"
+    step = deepspeeds_folder(run / "global_step7", weights_of(recipe))
+    deepspeeds_folder(run / "global_step3", weights_of(recipe, seed=9))
+    (run / "latest").write_text("global_step7")
+    ours = convert_checkpoint(str(run if named == "the training's folder" else step), str(tmp_path / "ours"), recipe=recipe)
+    theirs = convert_checkpoint(str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "theirs"), recipe=recipe)
+    first, second = (load_file(record.file("projector.safetensors")) for record in (ours, theirs))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert "before and after" in ours.summary
+
+
+def test_which_of_deepspeeds_folders_is_meant_must_be_clear(recipe, tmp_path):
+    for step in (3, 7):
+        deepspeeds_folder(tmp_path / f"global_step{step}", weights_of(recipe))
+    with pytest.raises(UserError, match=r"2 checkpoints and no file `latest`: give the folder of one of them, such as .*global_step7"):
+        zero_folder(tmp_path)
+    (tmp_path / "latest").write_text("global_step9")
+    with pytest.raises(UserError, match=r"names global_step9, which is not there"):
+        zero_folder(tmp_path)
+
+
+def spoil(folder, change) -> None:
+    [path] = folder.glob("*pp_rank_1*")
+    content = torch.load(path, weights_only=True)
+    change(content["optimizer_state_dict"])
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s["single_partition_of_fp32_groups"].append(torch.zeros(3)), r"not of one checkpoint \(sizes differ\)"),
+        (lambda s: s["base_optimizer_state"]["state"][0].update(step=torch.tensor(8.0)), r"not of one checkpoint \(step differ\)"),
+        (lambda s: s.update(fp32_flat_groups=s.pop("single_partition_of_fp32_groups")), r"not of one checkpoint \(ZeRO stage differ\)"),
+        (lambda s: s.pop("single_partition_of_fp32_groups"), "holds no fp32 weights of ZeRO"),
+    ],
+)
+def test_ranks_that_disagree_are_refused_and_named(recipe, tmp_path, change, sentence):
+    folder = deepspeeds_folder(tmp_path / "global_step7", weights_of(recipe))
+    spoil(folder, change)
+    with pytest.raises(UserError, match=sentence) as refused:
+        convert_checkpoint(str(folder), str(tmp_path / "model"), recipe=recipe)
+    assert "pp_rank_1" in str(refused.value) and not (tmp_path / "model" / "config.json").exists()
+
+
+class Intruder:
+    def __reduce__(self):
+        return os.system, ("touch intruder-was-here",)
+
+
+@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "model.pt"])
+def test_a_pickle_that_would_run_code_runs_nothing_wherever_it_lies(recipe, tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    folder = deepspeeds_folder(tmp_path / "global_step7", weights_of(recipe))
+    torch.save({"optimizer_state_dict": Intruder(), "module": Intruder(), "encoder_projector.x": Intruder()}, folder / file)
+    source = folder / file if file == "model.pt" else folder
+    with pytest.raises(UserError, match=r"posix\.system"):
+        convert_checkpoint(str(source), str(tmp_path / "model"), recipe=recipe)
+    assert not (tmp_path / "intruder-was-here").exists()
+
+
+def test_a_model_can_be_written_as_a_model_again_in_half_precision_too(recipe, tmp_path):
+    model = convert_checkpoint(str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "model"), recipe=recipe)
+    copy = convert_checkpoint(model.folder, str(tmp_path / "copy"))
+    half = convert_checkpoint(model.folder, str(tmp_path / "half"), half=True)
+    assert (tmp_path / "copy" / "config.json").read_bytes() == (tmp_path / "model" / "config.json").read_bytes()
+    weights = {name: read_projector(record.folder, read_config(record.folder)).state_dict() for name, record in (("model", model), ("copy", copy), ("half", half))}
+    for name, tensor in weights["model"].items():
+        assert torch.equal(weights["copy"][name], tensor) and torch.equal(weights["half"][name], tensor.half().float())
+
+
+def with_lora(tiny_recipe, tmp_path, precision: str):
+    recipe = load_recipe(str(tiny_recipe), {**LORA, "training.precision": precision})
+    llm = load_llm(recipe.llm.name, torch.float32)
+    add_lora(llm, recipe.llm.lora, seed=1)
+    generator = torch.Generator().manual_seed(5)
+    # B begins at zero: an adapter that changes nothing would prove nothing.
+    adapter = {f"llm.base_model.model.{n}": 0.3 * torch.randn(p.shape, generator=generator) for n, p in llm.named_parameters() if ".lora_" in n}
+    return recipe, llm, checkpoint(tmp_path / "model.pt", recipe.projector, **adapter), adapter
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_merged_llm_says_what_llm_and_adapter_said(tiny_recipe, tmp_path, precision):
+    recipe, llm, file, adapter = with_lora(tiny_recipe, tmp_path, precision)
+    record = convert_checkpoint(str(file), str(tmp_path / "llm"), to="llm", recipe=recipe)
+    llm.load_state_dict({name.removeprefix("llm.base_model.model."): tensor for name, tensor in adapter.items()}, strict=False)
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected, found = llm.eval()(ids).logits, load_llm(record.folder, torch.float32).eval()(ids).logits
+        before = load_llm(recipe.llm.name, torch.float32).eval()(ids).logits
+    error = (found - expected).abs().max()
+    assert error < (1e-5 if precision == "fp32" else 0.02) and (before - expected).abs().max() > 3 * error
+    assert "before" in record.summary
+    # From our own folder too, and it can be named as any LLM.
+    model = convert_checkpoint(str(file), str(tmp_path / "model"), recipe=recipe)
+    again = convert_checkpoint(model.folder, str(tmp_path / "again"), to="llm")
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "llm" / name).read_bytes() and again.folder
+
+
+def test_an_llm_merged_wrongly_is_not_published(tiny_recipe, tmp_path, monkeypatch):
+    recipe, _, file, _ = with_lora(tiny_recipe, tmp_path, "fp32")
+    write = tuned.write_merged_llm
+    monkeypatch.setattr(tuned, "write_merged_llm", lambda folder, adapter, recipe: write(folder, {n: 1.1 * t for n, t in adapter.items()}, recipe))
+    with pytest.raises(UserError, match="is not what the checkpoint holds: the loss"):
+        convert_checkpoint(str(file), str(tmp_path / "llm"), to="llm", recipe=recipe)
+    assert not (tmp_path / "llm" / "config.json").exists() and not (tmp_path / "llm" / "stage.json").exists()
+
+
+def test_a_frozen_llm_is_not_written(recipe, tmp_path):
+    with pytest.raises(UserError, match="there is no trained one to write"):
+        convert_checkpoint(str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "llm"), to="llm", recipe=recipe)
+
+
+def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
+    """The folder of a training that kept its last three checkpoints, and has begun a fourth."""
+    for number, seed in enumerate(seeds, start=1):
+        step = folder / "checkpoints" / folder_name(10 * number)
+        step.mkdir(parents=True)
+        name = file_name("weights", 0, 1)
+        save_file({f"projector.{key}": tensor for key, tensor in weights_of(recipe, seed).items()}, step / name)
+        description = {"step": 10 * number, "epoch": 0, "updates": 10 * number, "engine": "ddp", "processes": 1, "inputs": {}}
+        description["files"] = {name: {"bytes": (step / name).stat().st_size, "sha256": sha256_of_file(step / name)}}
+        (step / DESCRIPTION).write_text(json.dumps(description))
+        (folder / "checkpoints" / LATEST).write_text(step.name)
+    (folder / "checkpoints" / folder_name(99)).mkdir()
+    (folder / "recipe.yaml").write_text(tiny_recipe.read_text())
+    facts = {"encoder_fingerprint": {}, "llm_sha256": "x"}
+    (folder / "stage.json").write_text(json.dumps({"summary": "", "facts": facts, "stage": "train", "inputs": {"a": 1}}))
+    return str(folder)
+
+
+def test_an_average_is_the_mean_of_all_that_were_kept(recipe, tiny_recipe, tmp_path):
+    training = a_training(tmp_path / "training", recipe, tiny_recipe)
+    assert [found.step for found in all_kept(f"{training}/checkpoints")] == [10, 20, 30]
+    record = convert_checkpoint(training, str(tmp_path / "mean"), which="average")
+    found = load_file(record.file("projector.safetensors"))
+    for name, tensor in found.items():
+        expected = torch.stack([weights_of(recipe, seed)[name] for seed in (1, 2, 3)]).mean(0)
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
+    assert read_config(record.folder).training["averaged_steps"] == "10, 20, 30"
+    latest = load_file(convert_checkpoint(training, str(tmp_path / "latest")).file("projector.safetensors"))
+    assert all(torch.equal(latest[name], weights_of(recipe, 3)[name]) for name in latest)
