@@ -20,7 +20,7 @@ A_KEY = re.compile(rf"(?:--)?((?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?:[:\s].*)?")
 A_FILE = re.compile(r".*\.(?:py|yaml|json|jsonl|html|safetensors|pt)")
 A_RECIPE = re.compile(r"(?:whisper|wavlm|hubert)-[\w.-]*(?:vicuna|llama)[\w-]*")
 
-PIPELINE_OPTIONS = {"--corpus", "--model", "--output", "--store", "--runner", "--only", "--images", "--network", "--gpus", "--shared_memory", "--mounts"}
+PIPELINE_OPTIONS = {"--corpus", "--model", "--sweep", "--parallel", "--output", "--store", "--runner", "--only", "--images", "--network", "--gpus", "--shared_memory", "--mounts"}
 OPTIONS_OF_SLAM_LLM = """
     encoder_name encoder_path encoder_path_hf encoder_dim encoder_projector encoder_projector_ds_rate encoder_ds_rate
     encoder_type llm_name llm_path llm_type llm_dim normalize modal file model_factory

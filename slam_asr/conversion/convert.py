@@ -31,6 +31,7 @@ def convert_checkpoint(
     recipe: Recipe | None = None,
     which: Literal["latest", "best", "average"] = "latest",
     half: bool = False,
+    adapter: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
 ) -> Record:
@@ -44,6 +45,7 @@ def convert_checkpoint(
         recipe: encoder, LLM, projector and prompt of what does not name them: SLAM-LLM's model.pt, and DeepSpeed's folders.
         which: of a training's checkpoints, that of the last step, the one with the lowest dev loss, or the mean of all that were kept.
         half: store the projector's weights in fp16, in half the space; they are computed with in the recipe's precision either way.
+        adapter: folder of a LoRA adapter as peft writes it, SLAM-LLM's peft_ckpt, where it does not lie in the checkpoint itself.
         verify: compare what was written with the checkpoint, by all weights and by the loss on a few made-up utterances, before it counts.
         overwrite: replace a model made from another checkpoint.
 
@@ -60,14 +62,19 @@ def convert_checkpoint(
     if half and to != "model":
         raise UserError("--half true is for our model folder; the other formats have a precision of their own: leave it out.")
     how = How(to, half, verify)
-    if exists(checkpoint):
-        return _convert_file(fetch(checkpoint), output, how, recipe, overwrite)
+    if checkpoint.endswith("model_states.pt"):
+        # DeepSpeed's file of the weights; what belongs to it lies beside it.
+        checkpoint = checkpoint.rpartition("/")[0] or "."
+    elif exists(checkpoint):
+        return _convert_file(fetch(checkpoint), output, how, recipe, adapter, overwrite)
+    if adapter and exists(join(checkpoint, RECORD)):
+        raise UserError(f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} holds its adapter itself, if it has one: leave it out.")
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
         return _convert_model(fetch_model(checkpoint), output, how, overwrite)
     if not exists(join(checkpoint, RECORD)):
         local = fetch_folder(checkpoint) if is_s3(checkpoint) else local_path(checkpoint)
         if (folder := zero_folder(local)) is not None:
-            return _convert_deepspeed(folder, output, how, recipe, overwrite)
+            return _convert_deepspeed(folder, output, how, recipe, adapter, overwrite)
     return _convert_training(require_record(checkpoint, "train"), output, how, which, overwrite)
 
 
@@ -114,13 +121,13 @@ def _mean(sources: "Sequence[Checkpoint]") -> "dict[str, torch.Tensor]":
     return weights
 
 
-def _convert_file(path: Path, output: str, how: How, recipe: Recipe | None, overwrite: bool) -> Record:
+def _convert_file(path: Path, output: str, how: How, recipe: Recipe | None, adapter: str | None, overwrite: bool) -> Record:
     from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
     from slam_asr.models.pickles import read_pickle
 
     content = read_pickle(path)
     if is_slam_llm(content):
-        return _convert_foreign(partial(from_slam_llm, content, str(path)), str(path), {"file": sha256_of_file(path)}, output, how, recipe, overwrite)
+        return _convert_foreign(partial(from_slam_llm, content, str(path)), str(path), {"file": sha256_of_file(path)}, output, how, recipe, adapter, overwrite)
     from slam_asr.models.originals import convert_original
 
     if how.to != "model":
@@ -133,7 +140,7 @@ def _convert_file(path: Path, output: str, how: How, recipe: Recipe | None, over
     return run_stage(STAGE, output, {"file": sha256_of_file(path), **how.inputs}, convert, overwrite)
 
 
-def _convert_deepspeed(folder: Path, output: str, how: How, recipe: Recipe | None, overwrite: bool) -> Record:
+def _convert_deepspeed(folder: Path, output: str, how: How, recipe: Recipe | None, adapter: str | None, overwrite: bool) -> Record:
     from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
     from slam_asr.conversion.zero import fp32_weights
 
@@ -142,13 +149,15 @@ def _convert_deepspeed(folder: Path, output: str, how: How, recipe: Recipe | Non
         return from_slam_llm(found, str(folder)) if is_slam_llm(found) else found
 
     files = {path.name: sha256_of_file(path) for path in sorted(folder.glob("*.pt"))}
-    return _convert_foreign(weights, str(folder), {"files": files}, output, how, recipe, overwrite)
+    return _convert_foreign(weights, str(folder), {"files": files}, output, how, recipe, adapter, overwrite)
 
 
 def _convert_foreign(
-    read: "Callable[[], dict[str, torch.Tensor]]", where: str, inputs: dict[str, Any], output: str, how: How, recipe: Recipe | None, overwrite: bool
+    read: "Callable[[], dict[str, torch.Tensor]]", where: str, inputs: dict[str, Any], output: str, how: How, recipe: Recipe | None,
+    adapter: str | None, overwrite: bool,
 ) -> Record:
     """What does not say which encoder and LLM it belongs to."""
+    from slam_asr.conversion.model import adapter_file, read_peft
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.pretrained import locate_model, weights_sha256
 
@@ -157,6 +166,10 @@ def _convert_foreign(
     # Its projector was trained on encoder outputs as they came, not on stored ones.
     recipe = replace(recipe, features=replace(recipe.features, dtype="fp32"))
     weights = read()
+    if adapter:
+        folder = fetch_folder(adapter) if is_s3(adapter) else local_path(adapter)
+        inputs = {**inputs, "adapter": sha256_of_file(adapter_file(folder))}
+        weights |= {f"llm.{name}": tensor for name, tensor in read_peft(folder).items()}
     bases = {
         "encoder": describe_encoder(recipe.encoder).fingerprint(), "llm_sha256": weights_sha256(locate_model(recipe.llm.name)),
     }

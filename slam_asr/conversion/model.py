@@ -17,6 +17,7 @@ from torch import nn
 
 from slam_asr.conversion.shipped import fetch_model
 from slam_asr.errors import UserError
+from slam_asr.models.pickles import read_pickle
 from slam_asr.models.projector import SpeechProjector, build_projector
 from slam_asr.recipe import Encoder, Projector, Recipe, load_recipe
 from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
@@ -159,12 +160,35 @@ def read_adapter(model: str | Path) -> dict[str, torch.Tensor]:
         UserError: its file is damaged or missing.
     """
     folder = local_path(model) / ADAPTER
-    if not folder.is_dir():
-        return {}
-    try:
-        weights = load_file(folder / ADAPTER_WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / ADAPTER_WEIGHTS} cannot be read: convert the checkpoint again.") from error
+    return read_peft(folder) if folder.is_dir() else {}
+
+
+def adapter_file(folder: Path) -> Path:
+    """The file of weights of a folder that peft wrote.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in (ADAPTER_WEIGHTS, "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} holds no LoRA adapter (no {ADAPTER_WEIGHTS}, no adapter_model.bin): give the folder that peft wrote.")
+
+
+def read_peft(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a folder that peft wrote, by their names in the LLM.
+
+    Raises:
+        UserError: its file is damaged or missing.
+    """
+    file = adapter_file(folder)
+    if file.suffix == ".bin":
+        weights = read_pickle(file)
+    else:
+        try:
+            weights = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read: copy it again, or convert the checkpoint again.") from error
     return {_with_adapter_name(n.removeprefix(_PEFT)): t for n, t in weights.items()}
 
 

@@ -54,9 +54,8 @@ def fp32_weights(folder: Path) -> dict[str, torch.Tensor]:
     states = [_optimiser_of(path) for path in optimisers]
     _require_agreement(optimisers, states)
     shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
-    slices = states[0][_slices_of(states[0])]
     needed = sum(math.prod(shape) for group in shapes for shape in group.values())
-    if sum(part.numel() for part in _flat(slices)) * ranks < needed:
+    if sum(part.numel() for state in states for part in _flat(state[_slices_of(state)])) < needed:
         raise UserError(f"{folder} holds fewer values than the {needed:,} that its weights have: it is no whole checkpoint; copy it again.")
     if "fp32_flat_groups" in states[0]:
         return _stage_3(shapes, states)
@@ -105,7 +104,10 @@ def _require_agreement(paths: list[Path], states: list[dict[str, Any]]) -> None:
 
     def traits(state: dict[str, Any]) -> dict[str, Any]:
         kind = _slices_of(state)
-        return {"ZeRO stage": kind, "sizes": [part.numel() for part in _flat(state[kind])], "step": sorted(_steps_in(state.get("base_optimizer_state")))}
+        parts = _flat(state[kind])
+        # Up to stage 2 the last ranks' slices are written without their padding.
+        sizes = [part.numel() for part in parts] if kind == "fp32_flat_groups" else len(parts)
+        return {"ZeRO stage": kind, "sizes": sizes, "step": sorted(_steps_in(state.get("base_optimizer_state")))}
 
     first = traits(states[0])
     for path, state in zip(paths[1:], states[1:], strict=True):

@@ -47,9 +47,9 @@ def main(folder: Path) -> None:
                 total = torch.zeros(())
                 # Two micro-batches a process, of unequal sizes.
                 mine = torch.arange(8)[rank::ranks]
-                for part in (mine[:1], mine[1:]):
+                for last, part in ((False, mine[:1]), (True, mine[1:])):
                     loss = ((engine.module(inputs[part]).float() - wanted[part]) ** 2).sum()
-                    engine.backward(loss, targets_of_step=8, last=len(part) > 1)
+                    engine.backward(loss, targets_of_step=8, last=last)
                     total += loss.detach()
                 engine.step(1e-2)
                 torch.distributed.all_reduce(total)

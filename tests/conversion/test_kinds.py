@@ -45,13 +45,14 @@ def deepspeeds_folder(folder, weights, ranks: int = 2, step: int = 7, prefix: st
     return folder
 
 
-@pytest.mark.parametrize("named", ["the training's folder", "the step's"])
+@pytest.mark.parametrize("named", ["the training's folder", "the step's", "the file of weights"])
 def test_a_folder_of_deepspeeds_is_the_same_model_as_slam_llms_file(recipe, tmp_path, named):
     run = tmp_path / "run"
     step = deepspeeds_folder(run / "global_step7", weights_of(recipe))
     deepspeeds_folder(run / "global_step3", weights_of(recipe, seed=9))
     (run / "latest").write_text("global_step7")
-    ours = convert_checkpoint(str(run if named == "the training's folder" else step), str(tmp_path / "ours"), recipe=recipe)
+    source = {"the training's folder": run, "the step's": step, "the file of weights": step / "mp_rank_00_model_states.pt"}[named]
+    ours = convert_checkpoint(str(source), str(tmp_path / "ours"), recipe=recipe)
     theirs = convert_checkpoint(str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "theirs"), recipe=recipe)
     first, second = (load_file(record.file("projector.safetensors")) for record in (ours, theirs))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -97,14 +98,15 @@ class Intruder:
         return os.system, ("touch intruder-was-here",)
 
 
-@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "model.pt"])
+@pytest.mark.parametrize("file", ["adapter_model.bin", "mp_rank_00_model_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "model.pt"])
 def test_a_pickle_that_would_run_code_runs_nothing_wherever_it_lies(recipe, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
     folder = deepspeeds_folder(tmp_path / "global_step7", weights_of(recipe))
     torch.save({"optimizer_state_dict": Intruder(), "module": Intruder(), "encoder_projector.x": Intruder()}, folder / file)
     source = folder / file if file == "model.pt" else folder
+    adapter = str(folder) if file == "adapter_model.bin" else None
     with pytest.raises(UserError, match=r"posix\.system"):
-        convert_checkpoint(str(source), str(tmp_path / "model"), recipe=recipe)
+        convert_checkpoint(str(source), str(tmp_path / "model"), recipe=recipe, adapter=adapter)
     assert not (tmp_path / "intruder-was-here").exists()
 
 
@@ -145,6 +147,22 @@ def test_a_merged_llm_says_what_llm_and_adapter_said(tiny_recipe, tmp_path, prec
     again = convert_checkpoint(model.folder, str(tmp_path / "again"), to="llm")
     name = "model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "llm" / name).read_bytes() and again.folder
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_adapter_in_a_folder_of_its_own_is_the_one_in_the_file(tiny_recipe, tmp_path, suffix):
+    recipe, _, file, adapter = with_lora(tiny_recipe, tmp_path, "fp32")
+    together = convert_checkpoint(str(file), str(tmp_path / "together"), recipe=recipe)
+    folder = tmp_path / "peft_ckpt"
+    folder.mkdir()
+    weights = {name.removeprefix("llm.").replace(".default.", "."): tensor for name, tensor in adapter.items()}
+    (save_file if suffix == "safetensors" else torch.save)(weights, folder / f"adapter_model.{suffix}")
+    alone = checkpoint(tmp_path / "alone.pt", recipe.projector)
+    apart = convert_checkpoint(str(alone), str(tmp_path / "apart"), recipe=recipe, adapter=str(folder))
+    for part in ("projector.safetensors", "adapter/adapter_model.safetensors"):
+        assert apart.file(part).read_bytes() == together.file(part).read_bytes()
+    with pytest.raises(UserError, match="holds no LoRA adapter"):
+        convert_checkpoint(str(alone), str(tmp_path / "none"), recipe=recipe, adapter=str(tmp_path))
 
 
 def test_an_llm_merged_wrongly_is_not_published(tiny_recipe, tmp_path, monkeypatch):

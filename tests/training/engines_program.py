@@ -58,8 +58,7 @@ def run(engine: Engine, first: int, last: int, poison: int | None = None) -> lis
             inputs[-1, 0] = torch.nan
         total = torch.zeros((), device=DEVICE)
         mine = torch.arange(8)[rank::processes]
-        for part in (mine[:1], mine[1:]):  # of unequal sizes
-            last = len(part) > 1
+        for last, part in ((False, mine[:1]), (True, mine[1:])):  # of unequal sizes, where there are enough
             loss = ((engine.forward(inputs[part].to(DEVICE), last).float() - wanted[part].to(DEVICE)) ** 2).sum()
             engine.backward(loss, targets_of_step=8, last=last)
             total += loss.detach()

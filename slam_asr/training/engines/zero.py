@@ -90,11 +90,12 @@ class DeepSpeedEngine(Engine):
     def state_of(self, name: str, which: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        # A checkpoint may be wanted before the first update.
+        self._make_state()
         parameter = self.groups.weights[name]
         if self.stage == 0:
             master = self._masters[name]
             return master if which == "weight" else self.adam.state[master][which]
-        self._make_state()
         return safe_get_full_fp32_param(parameter) if which == "weight" else safe_get_full_optimizer_state(parameter, which)
 
     def put_state(self, name: str, which: str, value: torch.Tensor) -> None:

@@ -1,0 +1,37 @@
+"""Run under torchrun by the tests: each engine takes three steps and saves a checkpoint, as a training does, beside its own fp32 weights."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from slam_asr.processes import leave_group
+from slam_asr.training.checkpoint import Checkpoint
+from slam_asr.training.engines.choose import start_process_group
+from slam_asr.training.saving import Saver, take_snapshot
+from tests.training.engines_program import DEVICE, ENGINES, PRECISIONS, make, run
+
+
+def main(folder: Path) -> None:
+    start_process_group(DEVICE, "deepspeed")
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for precision in PRECISIONS:
+        for kind in ENGINES:
+            engine = make(kind, precision)
+            # One that is asked for before the first update must do no harm, and must not fail.
+            take_snapshot(engine, Checkpoint(0, 0, 0, kind, processes, {}), b"")
+            run(engine, 0, 3)
+            place = folder / f"{kind}-{precision}"
+            saver = Saver(str(place), folder, keep=1)
+            saver.save(take_snapshot(engine, Checkpoint(3, 0, 3, kind, processes, {}), b""))
+            saver.close()
+            # Of a weight that is spread, each process asks for it, and all get the whole.
+            weights = {name: engine.state_of(name, "weight").detach().clone() for name in engine.groups.weights}
+            if rank == 0:
+                save_file(weights, place / "expected.safetensors")
+    leave_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
