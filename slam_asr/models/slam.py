@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from slam_asr.errors import UserError
 from slam_asr.models.encoder import SpeechEncoder, batches_of
@@ -201,13 +201,30 @@ class Slam(nn.Module):
             generation: how.
             watch: is shown the scores of each step.
         """
+        embeddings = self.embed(batch)
+        known = {} if generation.num_beams == 1 else {"past_key_values": self._read_once(embeddings, batch.mask, generation.num_beams)}
         with warnings.catch_warnings():
             # The penalty is meant for what is generated: prompt and audio have no tokens of the answer.
             warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
             return self.llm.generate(
-                inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=generation,
-                logits_processor=LogitsProcessorList([watch] if watch else []),
+                inputs_embeds=embeddings, attention_mask=batch.mask, generation_config=generation,
+                logits_processor=LogitsProcessorList([watch] if watch else []), **known,
             )
+
+    def _read_once(self, embeddings: torch.Tensor, mask: torch.Tensor, beams: int) -> DynamicCache | None:
+        """Keys and values of all positions but the last, for each beam; None where an LLM has a cache of another kind.
+
+        `generate` would copy audio and prompt for each beam first, and compute them as often.
+        """
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = self.llm.base_model(
+            inputs_embeds=embeddings[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], use_cache=True
+        )
+        cache = output.past_key_values
+        if type(cache) is not DynamicCache:
+            return None
+        cache.batch_repeat_interleave(beams)
+        return cache
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         """What `trial` finds out about the LLM: a method of the model, for engines that put weights together while one of it runs."""
