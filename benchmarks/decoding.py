@@ -48,7 +48,10 @@ def main() -> None:
 
     def decode(precision: str, beams: int, budget: int) -> tuple[list[str], float]:
         """Texts, and the seconds that they took; a budget of 0 is one utterance at a time."""
-        searcher = Searcher(models[precision], prompt, replace(decoding, beams=beams))
+        model = models[precision]
+        # transformers' own beam search reads audio and prompt once a beam, and copies all of the cache at each token.
+        model._read_once = (lambda *_: None) if not budget else type(model)._read_once.__get__(model)
+        searcher = Searcher(model, prompt, replace(decoding, beams=beams))
         batches = list(plan_batches(positions, decoding.max_new_tokens, beams, budget)) if budget else [[i] for i in range(len(utterances))]
         texts = [""] * len(utterances)
         started = time.perf_counter()

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from slam_asr.errors import UserError
+from slam_asr.models.beam_cache import for_beams
 from slam_asr.models.encoder import SpeechEncoder, batches_of
 from slam_asr.models.packing import packed_arguments
 from slam_asr.models.preparing import Prepared
@@ -202,7 +203,7 @@ class Slam(nn.Module):
             watch: is shown the scores of each step.
         """
         embeddings = self.embed(batch)
-        known = {} if generation.num_beams == 1 else {"past_key_values": self._read_once(embeddings, batch.mask, generation.num_beams)}
+        known = {} if generation.num_beams == 1 else {"past_key_values": self._read_once(embeddings, batch.mask, generation)}
         with warnings.catch_warnings():
             # The penalty is meant for what is generated: prompt and audio have no tokens of the answer.
             warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
@@ -211,7 +212,7 @@ class Slam(nn.Module):
                 logits_processor=LogitsProcessorList([watch] if watch else []), **known,
             )
 
-    def _read_once(self, embeddings: torch.Tensor, mask: torch.Tensor, beams: int) -> DynamicCache | None:
+    def _read_once(self, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig) -> DynamicCache | None:
         """Keys and values of all positions but the last, for each beam; None where an LLM has a cache of another kind.
 
         `generate` would copy audio and prompt for each beam first, and compute them as often.
@@ -223,8 +224,8 @@ class Slam(nn.Module):
         cache = output.past_key_values
         if type(cache) is not DynamicCache:
             return None
-        cache.batch_repeat_interleave(beams)
-        return cache
+        # One more: the last position of the prompt, which `generate` computes.
+        return for_beams(cache, generation.num_beams, generation.max_new_tokens + 1)
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         """What `trial` finds out about the LLM: a method of the model, for engines that put weights together while one of it runs."""
