@@ -140,7 +140,7 @@ def _write(folder: Path, title: str, runs: Sequence[Run]) -> None:
         PAGE,
         filters={"rate": rate_text, "interval": interval_text, "clock": clock, "probability": _probability},
         title=title, rows=rows, subsets=subsets, dev=dev, markers=RUN_MARKERS,
-        curves=[] if same else draw_runs(trainings), highest=max(row["wer"] for row in rows) or 1,
+        curves=[] if same else draw_runs(trainings),
         alike=all(run.against_best for run in runs[1:]),
     )  # fmt: skip
     write_atomically(folder / PAGE, page)
