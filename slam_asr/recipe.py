@@ -384,10 +384,10 @@ _LOWER_BOUNDS = {
 _UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0, "llm.lora.dropout": 0.9}
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """`2.0` → `2`: a pipeline's parameter of several keys knows numbers of one kind only."""
     if isinstance(value, list):
-        return [_whole(v) for v in value]
+        return [whole(v) for v in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -420,7 +420,7 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise UserError(f"{where}: {'.'.join(sections[:depth])} must hold keys of its own.")
-        target[name] = _whole(value)
+        target[name] = whole(value)
     adopt(values, where)
     return typed(values, Recipe, where)
 
