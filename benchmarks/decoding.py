@@ -18,6 +18,7 @@ import torch
 from slam_asr.audio import load_utterance
 from slam_asr.decoding.model import open_model
 from slam_asr.manifest import read_manifest
+from slam_asr.models import slam
 from slam_asr.models.search import Searcher, plan_batches
 
 
@@ -46,12 +47,13 @@ def main() -> None:
     decoding = replace(opened.trained.decoding, nbest=1)
     models = {p: opened.load(replace(decoding, precision=p), with_encoder=False) for p in {"fp32", *options.precisions}}
 
+    ours = slam.beam_search
+
     def decode(precision: str, beams: int, budget: int) -> tuple[list[str], float]:
         """Texts, and the seconds that they took; a budget of 0 is one utterance at a time."""
-        model = models[precision]
-        # transformers' own beam search reads audio and prompt once a beam, and copies all of the cache at each token.
-        model._read_once = (lambda *_: None) if not budget else type(model)._read_once.__get__(model)
-        searcher = Searcher(model, prompt, replace(decoding, beams=beams))
+        # The reference's beam search is transformers' own.
+        slam.beam_search = ours if budget else lambda *_: None
+        searcher = Searcher(models[precision], prompt, replace(decoding, beams=beams))
         batches = list(plan_batches(positions, decoding.max_new_tokens, beams, budget)) if budget else [[i] for i in range(len(utterances))]
         texts = [""] * len(utterances)
         started = time.perf_counter()

@@ -151,7 +151,7 @@ def _decode(
         "hours_decoded": round(sum(utterances[i].duration or 0.0 for i in new) / 3600, 4),
         "answers_cut": sum(a.cut for _, a in decoded), "empty_answers": sum(not a.text for _, a in decoded),
     }  # fmt: skip
-    if options.beams == 1 or options.nbest > 1:
+    if all(a.close is not None for _, a in decoded):
         facts["close_calls"] = sum(a.close for _, a in decoded)
     return decoded, facts
 

@@ -54,6 +54,12 @@ class BeamLayer(DynamicLayer):
         for buffer in (self._keys, self._values):
             buffer[:, :, self.shared : end] = buffer[:, :, self.shared : end].index_select(0, beam_idx.to(buffer.device))
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows: those of utterances that are still searched."""
+        end = self.keys.shape[-2]
+        self._keys, self._values = self._keys[indices], self._values[indices]
+        self._show(end)
+
     def _show(self, end: int) -> None:
         self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
 

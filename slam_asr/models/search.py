@@ -1,19 +1,16 @@
 """Finding the transcript: greedy or beam search through the LLM."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessor
 
+from slam_asr.models.beam_search import CLOSE
 from slam_asr.models.encoder import Prepared
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import IGNORED, Row, Slam, collate
+from slam_asr.models.slam import Batch, Row, Slam, collate
 from slam_asr.recipe import Decoding
-
-CLOSE = 1e-4
-"""Difference in log probability below which rounding may decide between two choices."""
 
 
 @dataclass
@@ -22,7 +19,7 @@ class Choice:
 
     text: str
     score: float
-    """Log probability of the text and its end, per token to the power of `decoding.length_penalty`; higher is better."""
+    """Log probability of the text and its end, after the repetition penalty, per token to the power of `decoding.length_penalty`; higher is better."""
 
 
 @dataclass
@@ -34,8 +31,8 @@ class Answer:
     """Whether it was still talking at `max_new_tokens`."""
     ids: list[int]
     """Token ids as generated: with the end, and what fills the row after it."""
-    close: bool = False
-    """Whether rounding may have decided: somewhere the two best choices were less than `CLOSE` apart. Known of greedy search, and of several answers."""
+    close: bool | None = False
+    """Whether rounding may have decided: somewhere the two best choices were less than `CLOSE` apart. None where that is not known."""
     choices: list[Choice] = field(default_factory=list)
     """The best answers, this one first, where several are asked for."""
 
@@ -92,43 +89,34 @@ class Searcher:
         batch = collate(rows).to(self.model.llm.device)
         # Weights that an engine puts together meanwhile must be fit for training afterwards.
         with torch.inference_mode() if self.for_good else torch.no_grad():
+            if self.generation.num_beams > 1:
+                return self._best_of(batch)
             watch = self._watch()
-            generated = self.model.generate(batch, self.generation, watch).tolist()
-            of_each = self.generation.num_return_sequences
-            found = [generated[at : at + of_each] for at in range(0, len(generated), of_each)]
-            answers = [self._answer(ids[0]) for ids in found]
-            if of_each > 1:
-                for answer, row, ids in zip(answers, rows, found, strict=True):
-                    answer.choices = self._choices(row, ids)
-                    answer.close = abs(answer.choices[0].score - answer.choices[1].score) < CLOSE
-            elif watch is not None and watch.close is not None:
+            answers = [self._answer(ids) for ids in self.model.generate(batch, self.generation, watch).tolist()]
+            if watch is not None and watch.close is not None:
                 for answer, close in zip(answers, watch.close.tolist(), strict=True):
                     answer.close = close
         return answers
 
+    def _best_of(self, batch: Batch) -> list[Answer]:
+        found = self.model.search(batch, self.generation)
+        answers = []
+        for ids, scores, close in zip(found.ids.tolist(), found.scores.tolist(), found.close or [None] * len(found.ids), strict=True):
+            answer = self._answer(ids[0])
+            answer.close = close
+            if len(ids) > 1:
+                answer.choices = [Choice(self.prompt.answer_of(row), score) for row, score in zip(ids, scores, strict=True)]
+            answers.append(answer)
+        return answers
+
     def _watch(self) -> CloseCalls | None:
-        if self.generation.num_beams > 1 or not self.for_good:
+        if not self.for_good:
             return None
         return CloseCalls(torch.tensor(self.prompt.stops, device=self.model.llm.device))
 
     def _answer(self, ids: list[int]) -> Answer:
         cut = not set(self.prompt.stops) & set(ids) and len(ids) >= self.generation.max_new_tokens
         return Answer(self.prompt.answer_of(ids), cut, ids)
-
-    def _choices(self, row: Row, found: list[list[int]]) -> list[Choice]:
-        """What is known of an utterance's answers, in their order; their scores take one more pass over them."""
-        ended = [self._up_to_the_end(ids) for ids in found]
-        batch = collate([replace(row, answer=ids) for ids in ended]).to(self.model.llm.device)
-        logits = self.model(batch).float()
-        costs = functional.cross_entropy(logits, batch.labels[batch.labels != IGNORED], reduction="none")
-        return [
-            Choice(self.prompt.answer_of(ids), -float(cost.sum()) / len(ids) ** self.generation.length_penalty)
-            for ids, cost in zip(ended, costs.split([len(ids) for ids in ended]), strict=True)
-        ]
-
-    def _up_to_the_end(self, ids: list[int]) -> list[int]:
-        stops = set(self.prompt.stops)
-        return ids[: next((at + 1 for at, token in enumerate(ids) if token in stops), len(ids))]
 
 
 def plan_batches(positions: list[int], room: int, beams: int, budget: int) -> Iterator[list[int]]:

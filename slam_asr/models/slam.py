@@ -5,16 +5,16 @@ answers start at one column; or packed into a single row without padding. Logits
 they predict an answer.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from slam_asr.errors import UserError
-from slam_asr.models.beam_cache import for_beams
+from slam_asr.models.beam_search import Found, beam_search, penalties, without_penalties
 from slam_asr.models.encoder import SpeechEncoder, batches_of
 from slam_asr.models.packing import packed_arguments
 from slam_asr.models.preparing import Prepared
@@ -202,30 +202,30 @@ class Slam(nn.Module):
             generation: how.
             watch: is shown the scores of each step.
         """
-        embeddings = self.embed(batch)
-        known = {} if generation.num_beams == 1 else {"past_key_values": self._read_once(embeddings, batch.mask, generation)}
-        with warnings.catch_warnings():
-            # The penalty is meant for what is generated: prompt and audio have no tokens of the answer.
-            warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
-            return self.llm.generate(
-                inputs_embeds=embeddings, attention_mask=batch.mask, generation_config=generation,
-                logits_processor=LogitsProcessorList([watch] if watch else []), **known,
-            )
+        return self._generate(batch, generation, watch).sequences
 
-    def _read_once(self, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig) -> DynamicCache | None:
-        """Keys and values of all positions but the last, for each beam; None where an LLM has a cache of another kind.
+    def search(self, batch: Batch, generation: GenerationConfig) -> Found:
+        """The best answers to a batch by beam search, with their scores.
 
-        `generate` would copy audio and prompt for each beam first, and compute them as often.
+        Args:
+            batch: what is to be answered.
+            generation: how, with several beams.
         """
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self.llm.base_model(
-            inputs_embeds=embeddings[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], use_cache=True
+        found = beam_search(self.llm, self.embed(batch), batch.mask, generation)
+        if found is None:
+            output = self._generate(batch, generation, output_scores=True)
+            of_each = generation.num_return_sequences
+            found = Found(output.sequences.unflatten(0, (-1, of_each)), output.sequences_scores.view(-1, of_each), None)
+        return found
+
+    def _generate(self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None, **more: bool) -> ModelOutput:
+        processors = penalties(generation)
+        if watch:
+            processors.append(watch)
+        return self.llm.generate(
+            inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=without_penalties(generation),
+            logits_processor=processors, return_dict_in_generate=True, **more,
         )
-        cache = output.past_key_values
-        if type(cache) is not DynamicCache:
-            return None
-        # One more: the last position of the prompt, which `generate` computes.
-        return for_beams(cache, generation.num_beams, generation.max_new_tokens + 1)
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         """What `trial` finds out about the LLM: a method of the model, for engines that put weights together while one of it runs."""

@@ -75,12 +75,13 @@ def texts(record):
     return {row.key: row.hypothesis for row in read_hypotheses(record.file("hypotheses.jsonl"))}
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_single_batched_divided_and_resumed_decoding_say_the_same(model, manifest, tiny_recipe, tmp_path, monkeypatch, beams):
-    recipe = of(tiny_recipe, **{"decoding.beams": beams})
+@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (1, 1.5), (3, 1.0), (3, 1.5)])
+def test_single_batched_divided_and_resumed_decoding_say_the_same(model, manifest, tiny_recipe, tmp_path, monkeypatch, beams, penalty):
+    options = {"decoding.beams": beams, "decoding.repetition_penalty": penalty}
+    recipe = of(tiny_recipe, **options)
     whole = decode(recipe, model, [manifest], str(tmp_path / "whole"))
     assert len(set(texts(whole).values())) > 1  # else there is nothing to mix up
-    single = decode(of(tiny_recipe, **{"decoding.beams": beams, "decoding.positions_per_batch": 1}), model, [manifest], str(tmp_path / "single"))
+    single = decode(of(tiny_recipe, **options, **{"decoding.positions_per_batch": 1}), model, [manifest], str(tmp_path / "single"))
     parts = [decode(recipe, model, [manifest], str(tmp_path / f"part{n}"), shard=f"{n}/3") for n in (1, 2, 3)]
     joined = score_parts(recipe, model, [part.folder for part in parts], str(tmp_path / "joined"))
     assert texts(single) == texts(joined) == texts(whole)

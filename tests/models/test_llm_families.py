@@ -160,10 +160,10 @@ def test_a_loss_in_chunks_is_the_whole_one_and_so_is_its_gradient(world, request
         assert torch.equal(model(given)[1], sums)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_decoding_together_is_decoding_alone(world, beams):
+@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (1, 1.5), (3, 1.5)])
+def test_decoding_together_is_decoding_alone(world, beams, penalty):
     model, prompt, frames = world
-    searcher = Searcher(model, prompt, Decoding(beams=beams, max_new_tokens=8))
+    searcher = Searcher(model, prompt, Decoding(beams=beams, max_new_tokens=16, repetition_penalty=penalty))
     positions = [len(f) // 5 for f in frames]
     alone = [searcher.decode([f], [n])[0] for f, n in zip(frames, positions, strict=True)]
     assert [a.text for a in searcher.decode(frames, positions)] == [a.text for a in alone]

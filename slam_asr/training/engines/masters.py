@@ -184,7 +184,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         wrap(layer)
     wrap(model)
-    for method in ("generate", "try_llm"):
+    for method in ("generate", "search", "try_llm"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
 
