@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slam_asr.conversion import tuned
 from slam_asr.conversion.convert import convert_checkpoint
@@ -81,7 +82,7 @@ def spoil(folder, change) -> None:
     [
         (lambda s: s["single_partition_of_fp32_groups"].append(torch.zeros(3)), r"not of one checkpoint \(sizes differ\)"),
         (lambda s: s["base_optimizer_state"]["state"][0].update(step=torch.tensor(8.0)), r"not of one checkpoint \(step differ\)"),
-        (lambda s: s.update(fp32_flat_groups=s.pop("single_partition_of_fp32_groups")), r"not of one checkpoint \(ZeRO stage differ\)"),
+        (lambda s: s.update(fp32_flat_groups=s.pop("single_partition_of_fp32_groups")), r"not of one checkpoint \(ZeRO stage, sizes differ\)"),
         (lambda s: s.pop("single_partition_of_fp32_groups"), "holds no fp32 weights of ZeRO"),
     ],
 )
@@ -121,7 +122,16 @@ def test_a_model_can_be_written_as_a_model_again_in_half_precision_too(recipe, t
 
 
 def with_lora(tiny_recipe, tmp_path, precision: str):
-    recipe = load_recipe(str(tiny_recipe), {**LORA, "training.precision": precision})
+    base = load_recipe(str(tiny_recipe)).llm.name
+    torch.manual_seed(11)
+    drawn = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    with torch.no_grad():
+        for weights in drawn.parameters():
+            if weights.dim() > 1:
+                weights.mul_(8)  # As they are drawn, hardly anything changes what it says.
+    drawn.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    recipe = load_recipe(str(tiny_recipe), {**LORA, "training.precision": precision, "llm.name": str(tmp_path / "base")})
     llm = load_llm(recipe.llm.name, torch.float32)
     add_lora(llm, recipe.llm.lora, seed=1)
     generator = torch.Generator().manual_seed(5)
@@ -139,8 +149,8 @@ def test_a_merged_llm_says_what_llm_and_adapter_said(tiny_recipe, tmp_path, prec
     with torch.inference_mode():
         expected, found = llm.eval()(ids).logits, load_llm(record.folder, torch.float32).eval()(ids).logits
         before = load_llm(recipe.llm.name, torch.float32).eval()(ids).logits
-    error = (found - expected).abs().max()
-    assert error < (1e-5 if precision == "fp32" else 0.02) and (before - expected).abs().max() > 3 * error
+    error, effect = (found - expected).abs().max(), (before - expected).abs().max()
+    assert error < effect * (1e-5 if precision == "fp32" else 0.05), (error, effect)
     assert "before" in record.summary
     # From our own folder too, and it can be named as any LLM.
     model = convert_checkpoint(str(file), str(tmp_path / "model"), recipe=recipe)
@@ -168,7 +178,7 @@ def test_an_adapter_in_a_folder_of_its_own_is_the_one_in_the_file(tiny_recipe, t
 def test_an_llm_merged_wrongly_is_not_published(tiny_recipe, tmp_path, monkeypatch):
     recipe, _, file, _ = with_lora(tiny_recipe, tmp_path, "fp32")
     write = tuned.write_merged_llm
-    monkeypatch.setattr(tuned, "write_merged_llm", lambda folder, adapter, recipe: write(folder, {n: 1.1 * t for n, t in adapter.items()}, recipe))
+    monkeypatch.setattr(tuned, "write_merged_llm", lambda folder, adapter, recipe: write(folder, {n: 0 * t for n, t in adapter.items()}, recipe))
     with pytest.raises(UserError, match="is not what the checkpoint holds: the loss"):
         convert_checkpoint(str(file), str(tmp_path / "llm"), to="llm", recipe=recipe)
     assert not (tmp_path / "llm" / "config.json").exists() and not (tmp_path / "llm" / "stage.json").exists()
