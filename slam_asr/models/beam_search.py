@@ -139,10 +139,10 @@ def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
 
 
-def without_penalties(generation: GenerationConfig) -> GenerationConfig:
-    """The same for transformers, where `penalties` stand beside it."""
+def without_penalties(generation: GenerationConfig, scores: bool = False) -> GenerationConfig:
+    """The same for transformers, where `penalties` stand beside it; it gives more than the ids, with `scores` those of the answers too."""
     generation = copy.copy(generation)
-    generation.repetition_penalty = 1.0
+    generation.repetition_penalty, generation.return_dict_in_generate, generation.output_scores = 1.0, True, scores
     return generation
 
 

@@ -213,18 +213,18 @@ class Slam(nn.Module):
         """
         found = beam_search(self.llm, self.embed(batch), batch.mask, generation)
         if found is None:
-            output = self._generate(batch, generation, output_scores=True)
+            output = self._generate(batch, generation, scores=True)
             of_each = generation.num_return_sequences
             found = Found(output.sequences.unflatten(0, (-1, of_each)), output.sequences_scores.view(-1, of_each), None)
         return found
 
-    def _generate(self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None, **more: bool) -> ModelOutput:
+    def _generate(self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None, scores: bool = False) -> ModelOutput:
         processors = penalties(generation)
         if watch:
             processors.append(watch)
         return self.llm.generate(
-            inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=without_penalties(generation),
-            logits_processor=processors, return_dict_in_generate=True, **more,
+            inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=without_penalties(generation, scores),
+            logits_processor=processors,
         )
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:

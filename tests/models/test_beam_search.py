@@ -36,8 +36,8 @@ def how(**more) -> GenerationConfig:
 
 def theirs(llm, embeddings, mask, generation):
     output = llm.generate(
-        inputs_embeds=embeddings, attention_mask=mask, generation_config=without_penalties(generation), logits_processor=penalties(generation),
-        return_dict_in_generate=True, output_scores=True,
+        inputs_embeds=embeddings, attention_mask=mask, generation_config=without_penalties(generation, scores=True),
+        logits_processor=penalties(generation),
     )
     of_each = generation.num_return_sequences
     return output.sequences.unflatten(0, (-1, of_each)), output.sequences_scores.view(-1, of_each)
