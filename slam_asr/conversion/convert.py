@@ -4,7 +4,8 @@ What it is given is found out from its content: the folder of a training, SLAM-L
 original file of a speech encoder, or a model folder that is to be written in another format.
 """
 
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -112,13 +113,19 @@ def _convert_training(trained: Record, output: str, how: How, which: str, overwr
     return run_stage(STAGE, output, inputs, work, overwrite)
 
 
-def _mean(sources: "Sequence[Checkpoint]") -> "dict[str, torch.Tensor]":
+def _mean(sources: "Sequence[Checkpoint]") -> "Mapping[str, torch.Tensor]":
     """The mean of the checkpoints' weights, in fp32; one by itself as it is."""
-    weights = dict(sources[0].tensors("weights"))
-    for number, source in enumerate(sources[1:], start=2):
-        for name, tensor in source.tensors("weights"):
-            weights[name] += (tensor - weights[name]) / number
-    return weights
+    from slam_asr.models.tensors import Tensors
+
+    first, *others = (source.tensors("weights") for source in sources)
+
+    def mean(name: str) -> "torch.Tensor":
+        middle = first[name]
+        for number, other in enumerate(others, start=2):
+            middle = middle + (other[name] - middle) / number
+        return middle
+
+    return Tensors({name: partial(mean, name) for name in first})
 
 
 def _convert_file(path: Path, output: str, how: How, recipe: Recipe | None, adapter: str | None, overwrite: bool) -> Record:
@@ -144,7 +151,7 @@ def _convert_deepspeed(folder: Path, output: str, how: How, recipe: Recipe | Non
     from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
     from slam_asr.conversion.zero import fp32_weights
 
-    def weights() -> "dict[str, torch.Tensor]":
+    def weights() -> "Mapping[str, torch.Tensor]":
         found = fp32_weights(folder)
         return from_slam_llm(found, str(folder)) if is_slam_llm(found) else found
 
@@ -153,7 +160,7 @@ def _convert_deepspeed(folder: Path, output: str, how: How, recipe: Recipe | Non
 
 
 def _convert_foreign(
-    read: "Callable[[], dict[str, torch.Tensor]]", where: str, inputs: dict[str, Any], output: str, how: How, recipe: Recipe | None,
+    read: "Callable[[], Mapping[str, torch.Tensor]]", where: str, inputs: dict[str, Any], output: str, how: How, recipe: Recipe | None,
     adapter: str | None, overwrite: bool,
 ) -> Record:
     """What does not say which encoder and LLM it belongs to."""
@@ -169,7 +176,7 @@ def _convert_foreign(
     if adapter:
         folder = fetch_folder(adapter) if is_s3(adapter) else local_path(adapter)
         inputs = {**inputs, "adapter": sha256_of_file(adapter_file(folder))}
-        weights |= {f"llm.{name}": tensor for name, tensor in read_peft(folder).items()}
+        weights = ChainMap({f"llm.{name}": tensor for name, tensor in read_peft(folder).items()}, weights)
     bases = {
         "encoder": describe_encoder(recipe.encoder).fingerprint(), "llm_sha256": weights_sha256(locate_model(recipe.llm.name)),
     }
@@ -199,7 +206,7 @@ def _convert_model(model: Path, output: str, how: How, overwrite: bool) -> Recor
 
 
 def _write(
-    folder: Path, weights: "dict[str, torch.Tensor]", recipe: Recipe, bases: dict[str, Any], facts: dict[str, Any],
+    folder: Path, weights: "Mapping[str, torch.Tensor]", recipe: Recipe, bases: dict[str, Any], facts: dict[str, Any],
     where: str, how: How,
 ) -> Outcome:
     """Check the weights against their encoder and LLM, write them part by part, and compare what was written."""
@@ -209,11 +216,13 @@ def _write(
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.llm import describe_llm, llm_width
     from slam_asr.models.pretrained import locate_model
+    from slam_asr.models.tensors import renamed
 
-    parts: dict[str, dict[str, torch.Tensor]] = {"projector": {}, "llm": {}, "encoder": {}}
-    for name, tensor in weights.items():
+    names: dict[str, dict[str, str]] = {"projector": {}, "llm": {}, "encoder": {}}
+    for name in weights:
         part, _, rest = name.partition(".")
-        parts.get(part, {})[rest] = tensor
+        names.get(part, {})[rest] = name
+    parts = {part: renamed(weights, own) for part, own in names.items()}
     if not parts["projector"]:
         raise UserError(f"{where} holds no projector: it is not a checkpoint of slam-asr train.")
     widths = describe_encoder(recipe.encoder).width, llm_width(describe_llm(locate_model(recipe.llm.name)))
@@ -252,7 +261,7 @@ def _write(
 
 
 def _compare(
-    folder: Path, parts: "dict[str, dict[str, torch.Tensor]]", recipe: Recipe, widths: tuple[int, int], where: str, how: How
+    folder: Path, parts: "dict[str, Mapping[str, torch.Tensor]]", recipe: Recipe, widths: tuple[int, int], where: str, how: How
 ) -> str:
     """Read what was written, and compare it with what was read; what differs is taken away again."""
     from slam_asr.conversion.model import CONFIG, projector_with

@@ -6,6 +6,7 @@ the field's own formats: `adapter/` as peft writes it, `llm/` and `encoder/` as 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from slam_asr.conversion.shipped import fetch_model
 from slam_asr.errors import UserError
 from slam_asr.models.pickles import read_pickle
 from slam_asr.models.projector import SpeechProjector, build_projector
+from slam_asr.models.weights import is_finite
 from slam_asr.recipe import Encoder, Projector, Recipe, load_recipe
 from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
 
@@ -55,7 +57,7 @@ class ModelConfig:
         return load_recipe(self.recipe)
 
 
-def write_model(folder: Path, projector: dict[str, torch.Tensor], config: ModelConfig, half: bool = False) -> None:
+def write_model(folder: Path, projector: Mapping[str, torch.Tensor], config: ModelConfig, half: bool = False) -> None:
     """Write a model's projector, in fp16 or fp32, and configuration; the configuration last, and until then there is none."""
     (folder / CONFIG).unlink(missing_ok=True)
     write_atomically(folder / WEIGHTS, save({name: t.to(torch.float16 if half else torch.float32).contiguous() for name, t in projector.items()}))
@@ -109,7 +111,7 @@ def read_projector(model: str | Path, config: ModelConfig) -> SpeechProjector:
 
 
 def projector_with(
-    weights: dict[str, torch.Tensor], options: Projector, encoder_width: int, llm_width: int, where: str
+    weights: Mapping[str, torch.Tensor], options: Projector, encoder_width: int, llm_width: int, where: str
 ) -> SpeechProjector:
     """A frozen projector with the given weights.
 
@@ -129,13 +131,13 @@ def projector_with(
             f"{f', and {len(wrong) - 1} more differ' * (len(wrong) > 1)}. Name the encoder, LLM and projector that it was trained with."
         )
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise UserError(f"{where}: {name} holds values that are not finite; the training diverged. Take an earlier checkpoint.")
     projector.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
     return projector.eval().requires_grad_(False)
 
 
-def write_adapter(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> None:
+def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
     """Write a LoRA adapter as peft does.
 
     Args:
@@ -197,7 +199,7 @@ def _with_adapter_name(name: str) -> str:
     return f"{stem}.default.{last}"
 
 
-def require_fitting(module: nn.Module, weights: dict[str, torch.Tensor], where: str, trained: list[str]) -> None:
+def require_fitting(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]) -> None:
     """Compare weights with the module that they are for; it may be on the meta device.
 
     Args:
@@ -217,11 +219,11 @@ def require_fitting(module: nn.Module, weights: dict[str, torch.Tensor], where: 
         if name not in own or own[name].shape != tensor.shape:
             shape = tuple(own[name].shape) if name in own else "not there"
             raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, but in this LLM or encoder {shape}: it belongs to another model.")
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise UserError(f"{where}: {name} holds values that are not finite; the training diverged. Take an earlier checkpoint.")
 
 
-def load_into(module: nn.Module, weights: dict[str, torch.Tensor], where: str, trained: list[str]) -> None:
+def load_into(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]) -> None:
     """Replace some of a module's weights, after `require_fitting`.
 
     Raises:

@@ -4,11 +4,13 @@ The projector's names begin with `encoder_projector.`; with `use_peft`, LoRA's s
 `llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` and so on.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from slam_asr.errors import UserError
+from slam_asr.models.tensors import Tensors, renamed
 
 FILE = "model.pt"
 _PROJECTOR, _LORA = "encoder_projector.", "llm.base_model.model."
@@ -16,27 +18,27 @@ _PROJECTOR, _LORA = "encoder_projector.", "llm.base_model.model."
 
 def is_slam_llm(content: object) -> bool:
     """Whether a `.pt` file's content is such a dictionary."""
-    return isinstance(content, dict) and any(isinstance(n, str) and n.startswith(_PROJECTOR) for n in content)
+    return isinstance(content, Mapping) and any(isinstance(n, str) and n.startswith(_PROJECTOR) for n in content)
 
 
-def from_slam_llm(content: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> Tensors:
     """The weights under our names, `projector.…` and `llm.…`.
 
     Raises:
         UserError: a weight that is neither the projector's nor LoRA's.
     """
-    weights = {}
-    for name, tensor in content.items():
+    names = {}
+    for name in content:
         if name.startswith(_PROJECTOR):
-            weights["projector." + name.removeprefix(_PROJECTOR)] = tensor
+            names["projector." + name.removeprefix(_PROJECTOR)] = name
         elif name.startswith(_LORA) and ".lora_" in name:
-            weights["llm." + name.removeprefix(_LORA)] = tensor
+            names["llm." + name.removeprefix(_LORA)] = name
         else:
             raise UserError(f"{where} holds {name}, which is neither the projector's nor a LoRA adapter's: it cannot be converted.")
-    return weights
+    return renamed(content, names)
 
 
-def write_slam_llm(folder: Path, projector: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor]) -> None:
+def write_slam_llm(folder: Path, projector: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]) -> None:
     """Write `model.pt` as SLAM-LLM does; made aside and renamed into place."""
     content = {_PROJECTOR + n: t for n, t in projector.items()} | {_LORA + n: t for n, t in adapter.items()}
     aside = folder / f".{FILE}.partial"

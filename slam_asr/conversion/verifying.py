@@ -6,13 +6,12 @@ nothing, but hangs on every weight of the projector and of what was trained of t
 compared weight by weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModel
 
 from slam_asr.conversion.model import ENCODER, LLM, projector_with, read_adapter, read_config, read_projector
@@ -21,6 +20,7 @@ from slam_asr.errors import UserError
 from slam_asr.models.pickles import read_pickle
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import SpeechProjector, positions_of
+from slam_asr.models.tensors import Tensors, stored_tensors
 from slam_asr.models.weights import load_weights
 from slam_asr.planning.fitting import host_memory
 from slam_asr.recipe import Recipe
@@ -44,7 +44,7 @@ class Trained:
 
     projector: SpeechProjector
     """In float32."""
-    llm: dict[str, torch.Tensor]
+    llm: Mapping[str, torch.Tensor]
     """LoRA's weights, or the whole LLM's, by their names there; none of a frozen LLM."""
 
 
@@ -68,7 +68,7 @@ def loss_before_and_after(recipe: Recipe, llm_folder: Path, encoder_width: int, 
     written = after()
     lora = recipe.llm.tuning == "lora"
     # A whole LLM is written in the precision that it was computed with, and a tied weight once.
-    llm = before.llm if lora else {n: t.to(written.llm[n].dtype) for n, t in before.llm.items() if n in written.llm}
+    llm = before.llm if lora else Tensors({n: lambda n=n: before.llm[n].to(written.llm[n].dtype) for n in before.llm if n in written.llm})
     _require_equal(before.projector.state_dict(), written.projector.state_dict(), where)
     _require_equal(llm, written.llm, where)
     if _bytes(llm_folder) > ROOM * (host_memory() or float("inf")):
@@ -132,11 +132,13 @@ def _losses(recipe: Recipe, llm_folder: Path, encoder_width: int, models: list[T
     return losses
 
 
-def _put(llm: "PreTrainedModel", weights: dict[str, torch.Tensor]) -> None:
-    missing = weights.keys() - llm.state_dict().keys()
+def _put(llm: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> None:
+    own = llm.state_dict()
+    missing = weights.keys() - own.keys()
     if missing:
         raise UserError(f"The LLM has no weight {min(missing)}, which the checkpoint trained: it belongs to another LLM.")
-    llm.load_state_dict(weights, strict=False)
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)
 
 
 def read_written(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) -> Trained:
@@ -152,10 +154,10 @@ def read_written(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str)
         weights = from_slam_llm(read_pickle(folder / FILE), str(folder / FILE))
         projector, llm = ({n.removeprefix(part): t for n, t in weights.items() if n.startswith(part)} for part in ("projector.", "llm."))
         return Trained(projector_with(projector, recipe.projector, *widths, str(folder / FILE)), llm)
-    return Trained(read_projector(folder, read_config(folder)), read_adapter(folder) or _read(folder / LLM))
+    return Trained(read_projector(folder, read_config(folder)), read_adapter(folder) or stored_tensors(sorted((folder / LLM).glob("*.safetensors"))))
 
 
-def require_encoder(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> None:
+def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
     """Compare a trained encoder's weights with those that were written for it.
 
     Raises:
@@ -170,11 +172,7 @@ def require_encoder(folder: Path, weights: dict[str, torch.Tensor], recipe: Reci
     _require_equal({n: t.to(DTYPES[recipe.training.precision]) for n, t in own.items()}, written, str(folder / ENCODER))
 
 
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def _require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], where: str) -> None:
+def _require_equal(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], where: str) -> None:
     names = sorted(ours.keys() | theirs.keys())
     differing = [n for n in names if n not in ours or n not in theirs or not torch.equal(ours[n], theirs[n])]
     if differing:

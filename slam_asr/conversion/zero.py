@@ -11,11 +11,14 @@ The layout, as DeepSpeed 0.19 writes it below `global_stepN/`:
 
 Files are read by `slam_asr.models.pickles`: the few classes of DeepSpeed's that it writes beside
 tensors are replaced by inert stand-ins, any other is refused, so nothing of a stranger's file ever
-runs, and DeepSpeed need not be installed.
+runs, and DeepSpeed need not be installed. They are mapped into memory, and each tensor is put together
+when it is asked for.
 """
 
 import math
 import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import torch
 
 from slam_asr.errors import UserError
 from slam_asr.models.pickles import read_pickle
+from slam_asr.models.tensors import Tensors
 
 _ALLOWED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -32,8 +36,8 @@ _ALLOWED = (
 )
 
 
-def fp32_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The trained weights of a checkpoint in fp32, by name.
+def fp32_weights(folder: Path) -> Tensors:
+    """The trained weights of a checkpoint in fp32, by name; none is in memory before it is asked for.
 
     Args:
         folder: `…/global_stepN`.
@@ -144,40 +148,56 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=rank)
 
 
-def _stage_0(model: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _stage_0(model: dict[str, Any]) -> Tensors:
     weights = model["module"]
     # Tied weights stand in the module under each of their names, even frozen ones, among the trained once.
     trained = model.get("trained_weights")
     names = [n for group in trained for n in group] if trained else [n for n in weights if n not in model["buffer_names"]]
     masters = (model["optimizer"] or {}).get("fp32_groups")
     if masters is None:
-        return {name: weights[name].float() for name in names}
+        return Tensors({name: weights[name].float for name in names})
     flat = [tensor for group in masters for tensor in group]
     if [tuple(t.shape) for t in flat] != [tuple(weights[n].shape) for n in names]:
         raise UserError("The checkpoint's fp32 weights do not match its half-precision ones in number or shape: train again.")
-    return dict(zip(names, flat, strict=True))
+    return Tensors({name: tensor.float for name, tensor in zip(names, flat, strict=True)})
 
 
-def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> dict[str, torch.Tensor]:
-    weights = {}
+def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> Tensors:
+    makers = {}
     for group, names in enumerate(shapes):
-        flat = torch.cat([state["single_partition_of_fp32_groups"][group] for state in states])
+        slices = [state["single_partition_of_fp32_groups"][group] for state in states]
         offset = 0
         for name, shape in names.items():
-            size = math.prod(shape)
-            weights[name] = flat[offset : offset + size].view(shape).clone()
-            offset += size
-    return weights
+            makers[name] = partial(_of_slices, slices, offset, shape)
+            offset += math.prod(shape)
+    return Tensors(makers)
 
 
-def _stage_3(shapes: list[dict], states: list[dict]) -> dict[str, torch.Tensor]:
+def _of_slices(slices: list[torch.Tensor], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.cat(_pieces(slices, offset, math.prod(shape))).view(shape)
+
+
+def _stage_3(shapes: list[dict], states: list[dict]) -> Tensors:
     # All parameter groups stand one after the other in a rank's slices.
-    per_rank = [torch.cat([part.flatten() for part in state["fp32_flat_groups"]]) for state in states]
-    weights, offset = {}, 0
+    per_rank = [_flat(state["fp32_flat_groups"]) for state in states]
+    makers, offset = {}, 0
     for name, shape in (item for group in shapes for item in group.items()):
-        size = math.prod(shape)
-        slice_size = -(-size // len(states))
-        joined = torch.cat([part[offset : offset + slice_size] for part in per_rank])
-        weights[name] = joined[:size].view(shape).clone()
-        offset += slice_size
-    return weights
+        makers[name] = partial(_of_ranks, per_rank, offset, shape)
+        offset += -(-math.prod(shape) // len(states))
+    return Tensors(makers)
+
+
+def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    size = math.prod(shape)
+    slice_size = -(-size // len(per_rank))
+    return torch.cat([piece for slices in per_rank for piece in _pieces(slices, offset, slice_size)])[:size].view(shape)
+
+
+def _pieces(slices: Sequence[torch.Tensor], start: int, size: int) -> list[torch.Tensor]:
+    """Where `size` values from `start` on lie in tensors that stand one after the other."""
+    found, end = [], start + size
+    for part in slices:
+        if start < part.numel() and end > 0:
+            found.append(part.flatten()[max(start, 0) : end])
+        start, end = start - part.numel(), end - part.numel()
+    return found

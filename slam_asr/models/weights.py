@@ -56,9 +56,14 @@ def require_finite(model: nn.Module, what: str) -> None:
 
 def require_finite_weight(name: str, weight: torch.Tensor, what: str) -> None:
     """The same for one weight, or a part of it."""
-    # NaN is both, infinity one of the two; nothing is copied, and half precision takes a tenth of what a sum does.
-    if weight.numel() and not all(bound.isfinite() for bound in torch.aminmax(weight)):
+    if not is_finite(weight):
         raise UserError(f"{what} holds values that are not finite (NaN or infinite) in {name}: fetch or convert it again.")
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # NaN is both, infinity one of the two; nothing is copied, and half precision takes a tenth of what a sum does.
+    return not weight.numel() or all(bound.isfinite() for bound in torch.aminmax(weight))
 
 
 @contextlib.contextmanager

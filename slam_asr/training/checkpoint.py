@@ -14,14 +14,11 @@ Beside the folders, `latest` and `best` name one of them each, and move last.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
 from slam_asr.errors import UserError
+from slam_asr.models.tensors import Tensors, stored_tensors
 from slam_asr.storage import (
     delete,
     exists,
@@ -81,13 +78,9 @@ class Checkpoint:
             raise UserError(f"{path} is damaged (its SHA-256 is not the one in {DESCRIPTION}): remove {self.folder}, and the training goes on from an older one.")
         return str(local)
 
-    def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors of the files of one kind (`weights`, `moments`), one after the other, by name."""
-        for name in sorted(self.files):
-            if name.startswith(f"{kind}-"):
-                with safe_open(self.file(name), "pt") as file:
-                    for key in file.keys():  # noqa: SIM118 - not a dictionary
-                        yield key, file.get_tensor(key)
+    def tensors(self, kind: str) -> Tensors:
+        """All tensors of the files of one kind (`weights`, `moments`), by name; none is read before it is asked for."""
+        return stored_tensors(self.file(name) for name in sorted(self.files) if name.startswith(f"{kind}-"))
 
 
 def folder_name(step: int) -> str:

@@ -173,7 +173,7 @@ def restore(engine: Engine, found: Checkpoint) -> None:
     wanted = set(engine.groups.weights)
     met = set()
     for kind in ("weights", "moments"):
-        for key, tensor in found.tensors(kind):
+        for key, tensor in found.tensors(kind).items():
             which, name = ("weight", key) if kind == "weights" else key.split("/", 1)
             if name not in wanted or tensor.shape != shape_of(engine, name):
                 raise UserError(f"The checkpoint {found.folder} holds {name} of shape {list(tensor.shape)}, which is not what this recipe trains: choose another --output.")

@@ -6,9 +6,6 @@ A way has processes of its own, because those that have loaded one LLM keep memo
 
 import json
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed  # noqa: F401 - what it takes by itself is not counted
@@ -17,32 +14,9 @@ import torch
 from slam_asr.processes import leave_group
 from slam_asr.recipe import Llm
 from slam_asr.training.engines.choose import start_process_group
+from tests.memory import peak_of_anonymous_memory
 from tests.training.engines_program import DEVICE
 from tests.training.sharded_program import build
-
-
-@contextmanager
-def peak_of_anonymous_memory() -> Iterator[list[int]]:
-    """A list that gets, at the end, the most bytes beyond those at the beginning."""
-    seen, over = [_anonymous()], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.002):
-            seen.append(_anonymous())
-
-    watcher, result = threading.Thread(target=watch), []
-    watcher.start()
-    try:
-        yield result
-    finally:
-        over.set()
-        watcher.join()
-        result.append(max(seen) - seen[0])
-
-
-def _anonymous() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def main(folder: Path) -> None:

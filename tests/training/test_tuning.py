@@ -40,7 +40,7 @@ def test_what_is_trained_arrives_in_decoding(tiny_recipe, tiny_corpus, tmp_path,
     manifest = str(built.file("train.jsonl"))
     trained = train(recipe, manifest, str(tmp_path / "t"), features.folder, str(built.file("dev.jsonl")))
     assert trained.facts["steps"] == 3
-    weights = dict(checkpoint.require(str(tmp_path / "t" / "checkpoints")).tensors("weights"))
+    weights = checkpoint.require(str(tmp_path / "t" / "checkpoints")).tensors("weights")
     parts = {name.partition(".")[0] for name in weights}
     tuned = {"lora": "llm", "full": "llm" if recipe.llm.tuning == "full" else "encoder"}
     wanted = {"projector"} | {tuned[k] for k in tuned if k in (recipe.llm.tuning, recipe.encoder.tuning)}
