@@ -5,7 +5,7 @@
 
 The reference's way: one utterance at a time, fp32, beam search with 4 beams and transformers' `generate`. Ours: sorted by length and
 batched by positions. Features are computed once, before anything is timed. Ways take turns, so that a noisy machine hurts all alike. Prints
-utterances a second, how many times real time, the ratio to the reference, and how many texts are the reference's.
+utterances a second, how many times real time, the ratio to the reference, how many texts are the reference's, and the word error rate.
 """
 
 import argparse
@@ -13,12 +13,14 @@ import statistics
 import time
 from dataclasses import replace
 
+import jiwer
 import torch
 
 from slam_asr.audio import load_utterance
 from slam_asr.decoding.model import open_model
 from slam_asr.manifest import read_manifest
 from slam_asr.models import slam
+from slam_asr.models.encoder import describe_encoder
 from slam_asr.models.search import Searcher, plan_batches
 
 
@@ -31,15 +33,17 @@ def main() -> None:
     parser.add_argument("--beams", type=int, nargs="+", default=[4, 1])
     parser.add_argument("--positions", type=int, nargs="+", default=[20_000], help="of decoding.positions_per_batch, in our way")
     parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
+    parser.add_argument("--frames", choices=("all", "speech"), help="what the LLM hears of Whisper's window; without it, what the model was trained with")
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     opened = open_model(options.model)
+    heard = replace(opened.trained.encoder, frames=options.frames or opened.trained.encoder.frames)
     prompt = opened.prompt()
     everything = read_manifest(options.manifest)
     utterances = everything[:: max(1, len(everything) // options.utterances)][: options.utterances]
     seconds = sum(u.duration or 0.0 for u in utterances)
-    print(f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, {torch.get_num_threads()} threads, encoder.frames: {opened.trained.encoder.frames}")
-    encoder = opened.spec.load(torch.float32)
+    print(f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, {torch.get_num_threads()} threads, encoder.frames: {heard.frames}")
+    encoder = describe_encoder(heard).load(torch.float32)
     with torch.no_grad():
         frames = [encoder([encoder.prepare(load_utterance(u))])[0] for u in utterances]
     audio = [opened.positions(len(f)) for f in frames]
@@ -78,9 +82,10 @@ def main() -> None:
         ratios = [r / t for r, t in zip(taken[first], times, strict=True)]
         middle = statistics.median(times)
         same = sum(a == b for a, b in zip(said[name], said[first], strict=True))
+        errors = jiwer.wer([u.target.lower() for u in utterances], [text.lower() for text in said[name]])
         print(
             f"{name:44} {len(utterances) / middle:7.2f} utterances/s {seconds / middle:7.1f} × real time {statistics.median(ratios):6.2f} × "
-            f"({', '.join(f'{r:.2f}' for r in ratios)})  {same}/{len(said[name])} texts the same"
+            f"({', '.join(f'{r:.2f}' for r in ratios)})  {same}/{len(said[name])} texts the same  WER {100 * errors:.1f} %"
         )
 
 

@@ -1,11 +1,13 @@
 """Beam search, with the choices of transformers' own and less of its work.
 
 The same hypotheses are kept, finished and given up, by the same scores (`GenerationMixin._beam_search` of transformers 5 with
-`early_stopping=False`). What differs is what is computed: audio and prompt are read once an utterance and not once a beam, the beams
-share their keys and values, and an utterance whose answer is settled leaves the batch, so that one that talks without end holds up nobody. And it is
-known of each utterance whether rounding may have decided.
+`early_stopping=False`). What differs is what is computed: audio and prompt are read once an utterance and not once a beam, among those of
+like length; the beams share their keys and values; and an utterance whose answer is settled leaves the batch, so that one that talks without end holds up nobody.
+Settled it is when transformers would stop, and before that when whatever may follow cannot reach what is asked for. And it is known of each utterance whether
+rounding may have decided.
 """
 
+import contextlib
 import copy
 import inspect
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from slam_asr.models.beam_cache import for_beams
+from slam_asr.models.beam_cache import CannotShare, beams_share, for_beams, is_plain
 
 CLOSE = 1e-4
 """Difference in log probability below which rounding may decide between two choices."""
@@ -27,6 +29,8 @@ _NEVER = -1.0e9
 """Score of what cannot be chosen."""
 _WORTH_LEAVING = 8
 """Settled utterances leave when they are one in so many: the others' keys and values are copied then."""
+_READ = 4096
+"""Positions of audio and prompt that are read at once: enough to keep a machine busy, and few enough to leave padding out."""
 
 
 @dataclass
@@ -78,23 +82,23 @@ def beam_search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tens
     Returns:
         The answers, or None for an LLM whose cache is of another kind than keys and values of each position.
     """
+    # LLMs whose attention is transformers' common one; that may still ask for something of its own, at the first token.
+    if getattr(llm, "_supports_attention_backend", False):
+        with contextlib.suppress(CannotShare):
+            return _search(llm, embeddings, mask, generation, share=True)
+    return _search(llm, embeddings, mask, generation, share=False)
+
+
+def _search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig, share: bool) -> Found | None:
     utterances, width = embeddings.shape[:2]
     beams, most = generation.num_beams, generation.max_new_tokens
     device = embeddings.device
-    takes = inspect.signature(llm.forward).parameters
     lengths = mask.sum(1)
-
-    def run(positions: torch.Tensor, **inputs: torch.Tensor) -> tuple[torch.Tensor, object]:
-        """Logits [rows, vocabulary] of the last position, and the cache."""
-        more = {"position_ids": positions} if "position_ids" in takes else {}
-        more |= {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        output = llm(**inputs, **more, use_cache=True)
-        return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
-
-    logits, cache = run((mask.cumsum(1) - 1).clamp(min=0), inputs_embeds=embeddings, attention_mask=mask)
+    logits, cache = _read(llm, embeddings, mask)
     if type(cache) is not DynamicCache:
         return None
-    cache = for_beams(cache, beams, most)
+    share = share and is_plain(cache)
+    cache = for_beams(cache, beams, most, mask if share else None)
     logits = logits.repeat_interleave(beams, 0)
     mask = torch.cat([mask, mask.new_ones(utterances, most)], 1).repeat_interleave(beams, 0)
     stops = torch.tensor(generation.eos_token_id, device=device)
@@ -103,9 +107,9 @@ def beam_search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tens
     at = _begin(utterances, beams, most, fill, device)
     result, all_close = _begin(utterances, beams, most, fill, device), torch.zeros(utterances, dtype=torch.bool, device=device)
     for step in range(most):
-        log_probabilities = processors(at.ids[:, :, :step].flatten(0, 1), logits.log_softmax(-1))
         last = step + 1 == most
-        at, chosen = _choose(at, log_probabilities.unflatten(0, (-1, beams)), step, stops, last, generation.length_penalty)
+        log_probabilities = processors(at.ids[:, :, :step].flatten(0, 1), logits.log_softmax(-1))
+        at, chosen = _choose(at, log_probabilities.unflatten(0, (-1, beams)), step, stops, generation)
         settled = ~at.improvable if not last else torch.ones_like(at.improvable)
         new = at.number[settled]
         for of in ("ended", "ended_scores", "ended_lengths"):
@@ -120,13 +124,53 @@ def beam_search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tens
             cache.batch_select_indices(rows)
             at, mask, lengths = at.only(stay), mask[rows], lengths[stay]
         positions = (lengths + step).repeat_interleave(beams)[:, None]
-        logits, _ = run(
-            positions, input_ids=at.ids[:, :, step].reshape(-1, 1), attention_mask=mask[:, : width + step + 1], past_key_values=cache
-        )
+        seen = mask[:, : width + step + 1]
+        with beams_share(llm) if share else contextlib.nullcontext():
+            logits, _ = _run(llm, positions, input_ids=at.ids[:, :, step].reshape(-1, 1), attention_mask=seen, past_key_values=cache)
+        if share and any(layer.attended != step + 1 for layer in cache.layers):
+            raise CannotShare
     answers = generation.num_return_sequences
     longest = int(result.ended_lengths[:, :answers].max())
     close = all_close | ((result.ended_scores[:, 0] - result.ended_scores[:, 1]) < CLOSE)
     return Found(result.ended[:, :answers, :longest], result.ended_scores[:, :answers], close.tolist())
+
+
+def _run(llm: PreTrainedModel, positions: torch.Tensor, **inputs: torch.Tensor) -> tuple[torch.Tensor, object]:
+    """Logits [rows, vocabulary] of the last position, and the cache."""
+    takes = inspect.signature(llm.forward).parameters
+    more = {"position_ids": positions} if "position_ids" in takes else {}
+    more |= {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    output = llm(**inputs, **more, use_cache=True)
+    return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
+
+
+def _read(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, object]:
+    """Read audio and prompt → logits [utterances, vocabulary] of the first token, and the cache."""
+
+    def read(rows: torch.Tensor | slice, longest: int) -> tuple[torch.Tensor, object]:
+        seen = mask[rows, width - longest :]
+        return _run(llm, (seen.cumsum(1) - 1).clamp(min=0), inputs_embeds=embeddings[rows, width - longest :], attention_mask=seen)
+
+    utterances, width = mask.shape
+    if utterances * width <= _READ:
+        return read(slice(None), width)
+    lengths, order = mask.sum(1).sort(descending=True)
+    logits, whole, start = [], None, 0
+    while start < utterances:
+        longest = int(lengths[start])
+        rows = order[start : start + max(1, _READ // longest)]
+        found, cache = read(rows, longest)
+        if not is_plain(cache):
+            return read(slice(None), width)
+        whole = cache if whole is None else whole
+        for layer, part in zip(whole.layers, cache.layers, strict=True):
+            keys, values = part.keys, part.values
+            if start == 0:
+                layer.keys, layer.values = (t.new_zeros(utterances, t.shape[1], width, t.shape[3]) for t in (keys, values))
+            layer.keys[rows, :, width - longest :], layer.values[rows, :, width - longest :] = keys, values
+        logits.append(found)
+        start += len(rows)
+    return torch.cat(logits)[order.argsort()], whole
 
 
 def penalties(generation: GenerationConfig) -> LogitsProcessorList:
@@ -158,7 +202,7 @@ def _begin(utterances: int, beams: int, most: int, fill: int, device: torch.devi
 
 
 def _choose(
-    at: _Beams, log_probabilities: torch.Tensor, step: int, stops: torch.Tensor, last: bool, length_penalty: float
+    at: _Beams, log_probabilities: torch.Tensor, step: int, stops: torch.Tensor, generation: GenerationConfig
 ) -> tuple[_Beams, torch.Tensor]:
     """Take the best continuations → the beams with their new tokens, and the row that each continues.
 
@@ -167,9 +211,10 @@ def _choose(
         log_probabilities: [utterances, beams, vocabulary] of the next token.
         step: tokens so far.
         stops: tokens that end an answer.
-        last: whether there is no room for another token.
-        length_penalty: the power of the number of tokens that a score is divided by.
+        generation: most tokens, answers to each, and the power of the number of tokens that a score is divided by.
     """
+    most, length_penalty = generation.max_new_tokens, generation.length_penalty
+    last = step + 1 == most
     utterances, beams, vocabulary = log_probabilities.shape
     candidates = max(2, 1 + len(stops)) * beams
     # So many that enough of them go on, even if all of the best end here.
@@ -195,6 +240,9 @@ def _choose(
     hoped = running[:, :1] / (step + 1) ** length_penalty
     worst = torch.where(has_ended, ended_scores.min(1, keepdim=True).values, _NEVER)
     improvable = at.improvable & (hoped > worst).any(1)
+    # Log probabilities are never above zero, so a score only falls; per token it can rise until the last one, as far as tokens that cost nothing would take it.
+    bound = running[:, 0] / (most if length_penalty > 0 else step + 2) ** length_penalty
+    improvable &= bound > ended_scores[:, generation.num_return_sequences - 1] - CLOSE
     # Of what is settled nothing changes any more, so nothing is close.
     close = torch.where(at.improvable, close, at.close)
     rows = beam.gather(1, order) + torch.arange(utterances, device=beam.device)[:, None] * beams
