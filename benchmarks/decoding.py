@@ -5,7 +5,8 @@
 
 The reference's way: one utterance at a time, fp32, beam search with 4 beams and transformers' `generate`. Ours: sorted by length and
 batched by positions. Features are computed once, before anything is timed. Ways take turns, so that a noisy machine hurts all alike. Prints
-utterances a second, how many times real time, the ratio to the reference, how many texts are the reference's, and the word error rate.
+utterances a second, how many times real time, the ratio to the reference, how many texts are the reference's, the word error rate, and for bf16 how many
+texts differ from those of fp32.
 """
 
 import argparse
@@ -78,14 +79,16 @@ def main() -> None:
             said[name], spent = decode(*way)
             taken[name].append(spent)
     (first, *_) = ways
-    for name, times in taken.items():
+    for (name, times), (precision, beams, _) in zip(taken.items(), ways.values(), strict=True):
         ratios = [r / t for r, t in zip(taken[first], times, strict=True)]
         middle = statistics.median(times)
         same = sum(a == b for a, b in zip(said[name], said[first], strict=True))
         errors = jiwer.wer([u.target.lower() for u in utterances], [text.lower() for text in said[name]])
+        exact = next((said[n] for n, (p, b, size) in ways.items() if (p, b) == ("fp32", beams) and size), None)
+        differing = f"  {sum(a != b for a, b in zip(said[name], exact, strict=True))}/{len(exact)} other than in fp32" if precision != "fp32" and exact else ""
         print(
             f"{name:44} {len(utterances) / middle:7.2f} utterances/s {seconds / middle:7.1f} × real time {statistics.median(ratios):6.2f} × "
-            f"({', '.join(f'{r:.2f}' for r in ratios)})  {same}/{len(said[name])} texts the same  WER {100 * errors:.1f} %"
+            f"({', '.join(f'{r:.2f}' for r in ratios)})  {same}/{len(said[name])} texts the same  WER {100 * errors:.1f} %{differing}"
         )
 
 

@@ -127,6 +127,22 @@ def tiny_recipe(tiny_models, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def model(tiny_recipe, tmp_path_factory) -> str:
+    """A model folder whose projector has random weights: what it writes means nothing, but hangs on what it hears."""
+    import torch
+
+    from slam_asr.conversion.convert import convert_checkpoint
+    from slam_asr.models.projector import build_projector
+    from slam_asr.recipe import load_recipe
+
+    folder = tmp_path_factory.mktemp("model")
+    recipe = load_recipe(str(tiny_recipe))
+    weights = build_projector(recipe.projector, 16, 16, seed=3).state_dict()
+    torch.save({f"encoder_projector.{n}": 30 * t for n, t in weights.items()}, folder / "model.pt")
+    return convert_checkpoint(str(folder / "model.pt"), str(folder / "model"), recipe=recipe).folder
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> str:
     """The address of a server that speaks S3."""

@@ -1,4 +1,4 @@
-"""Beam search, with the choices of transformers' own and less of its work.
+"""Beam search and greedy search, with the choices of transformers' own and less of its work.
 
 The same hypotheses are kept, finished and given up, by the same scores (`GenerationMixin._beam_search` of transformers 5 with
 `early_stopping=False`). What differs is what is computed: audio and prompt are read once an utterance and not once a beam, among those of
@@ -71,7 +71,7 @@ class _Beams:
 
 
 def beam_search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig) -> Found | None:
-    """Answer a batch.
+    """Answer a batch; with one beam, greedily.
 
     Args:
         llm: any causal LM.
@@ -108,7 +108,9 @@ def _search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, 
     result, all_close = _begin(utterances, beams, most, fill, device), torch.zeros(utterances, dtype=torch.bool, device=device)
     for step in range(most):
         last = step + 1 == most
-        log_probabilities = processors(at.ids[:, :, :step].flatten(0, 1), logits.log_softmax(-1))
+        said = at.ids[:, :, :step].flatten(0, 1)
+        # As in transformers: in greedy search a penalty changes logits, in beam search log probabilities.
+        log_probabilities = processors(said, logits.log_softmax(-1)) if beams > 1 else processors(said, logits).log_softmax(-1)
         at, chosen = _choose(at, log_probabilities.unflatten(0, (-1, beams)), step, stops, generation)
         settled = ~at.improvable if not last else torch.ones_like(at.improvable)
         new = at.number[settled]
@@ -131,7 +133,7 @@ def _search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, 
             raise CannotShare
     answers = generation.num_return_sequences
     longest = int(result.ended_lengths[:, :answers].max())
-    close = all_close | ((result.ended_scores[:, 0] - result.ended_scores[:, 1]) < CLOSE)
+    close = all_close if beams == 1 else all_close | ((result.ended_scores[:, 0] - result.ended_scores[:, 1]) < CLOSE)
     return Found(result.ended[:, :answers, :longest], result.ended_scores[:, :answers], close.tolist())
 
 
@@ -226,7 +228,9 @@ def _choose(
 
     going_on = scores + ends * _NEVER
     best, order = going_on.topk(beams + 1)
-    close = at.close | _near(best[:, beams - 1], best[:, beams]) | _near(scores[:, beams - 1], scores[:, beams])
+    close = at.close | _near(scores[:, beams - 1], scores[:, beams])
+    if beams > 1:
+        close |= _near(best[:, beams - 1], best[:, beams])
     order = order[:, :beams]
 
     among_best = torch.arange(candidates, device=scores.device) < beams
@@ -243,6 +247,9 @@ def _choose(
     # Log probabilities are never above zero, so a score only falls; per token it can rise until the last one, as far as tokens that cost nothing would take it.
     bound = running[:, 0] / (most if length_penalty > 0 else step + 2) ** length_penalty
     improvable &= bound > ended_scores[:, generation.num_return_sequences - 1] - CLOSE
+    if beams == 1:
+        # Greedy search is over at the first end.
+        improvable &= ~has_ended[:, 0]
     # Of what is settled nothing changes any more, so nothing is close.
     close = torch.where(at.improvable, close, at.close)
     rows = beam.gather(1, order) + torch.arange(utterances, device=beam.device)[:, None] * beams

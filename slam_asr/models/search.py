@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
-from slam_asr.models.beam_search import CLOSE
+from slam_asr.models.beam_search import CLOSE, Found
 from slam_asr.models.encoder import Prepared
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import Batch, Row, Slam, collate
+from slam_asr.models.slam import Row, Slam, collate
 from slam_asr.recipe import Decoding
 
 
@@ -89,8 +89,11 @@ class Searcher:
         batch = collate(rows).to(self.model.llm.device)
         # Weights that an engine puts together meanwhile must be fit for training afterwards.
         with torch.inference_mode() if self.for_good else torch.no_grad():
-            if self.generation.num_beams > 1:
-                return self._best_of(batch)
+            # While it is trained, all processes that share the LLM's weights must call it equally often, as `generate` does.
+            if self.for_good or self.generation.num_beams > 1:
+                found = self.model.search(batch, self.generation)
+                if found is not None:
+                    return self._best_of(found)
             watch = self._watch()
             answers = [self._answer(ids) for ids in self.model.generate(batch, self.generation, watch).tolist()]
             if watch is not None and watch.close is not None:
@@ -98,8 +101,7 @@ class Searcher:
                     answer.close = close
         return answers
 
-    def _best_of(self, batch: Batch) -> list[Answer]:
-        found = self.model.search(batch, self.generation)
+    def _best_of(self, found: Found) -> list[Answer]:
         answers = []
         for ids, scores, close in zip(found.ids.tolist(), found.scores.tolist(), found.close or [None] * len(found.ids), strict=True):
             answer = self._answer(ids[0])

@@ -204,15 +204,18 @@ class Slam(nn.Module):
         """
         return self._generate(batch, generation, watch).sequences
 
-    def search(self, batch: Batch, generation: GenerationConfig) -> Found:
-        """The best answers to a batch by beam search, with their scores.
+    def search(self, batch: Batch, generation: GenerationConfig) -> Found | None:
+        """The best answers to a batch, with their scores.
 
         Args:
             batch: what is to be answered.
-            generation: how, with several beams.
+            generation: how.
+
+        Returns:
+            The answers, or None for greedy search in an LLM that only `generate` knows how to run.
         """
         found = beam_search(self.llm, self.embed(batch), batch.mask, generation)
-        if found is None:
+        if found is None and generation.num_beams > 1:
             output = self._generate(batch, generation, scores=True)
             of_each = generation.num_return_sequences
             found = Found(output.sequences.unflatten(0, (-1, of_each)), output.sequences_scores.view(-1, of_each), None)

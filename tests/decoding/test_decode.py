@@ -15,12 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.decoding import kept
 from slam_asr.decoding.decode import decode
 from slam_asr.decoding.kept import FILE, Kept
 from slam_asr.errors import UserError
-from slam_asr.models.projector import build_projector
 from slam_asr.models.search import Answer, Choice, CloseCalls, Searcher
 from slam_asr.recipe import dump_recipe, load_recipe
 from slam_asr.scoring.score import score_parts
@@ -44,15 +42,6 @@ def tiny_recipe(tiny_recipe, tiny_models, tmp_path_factory) -> str:
     recipe = folder / "recipe.yaml"
     recipe.write_text(dump_recipe(load_recipe(str(tiny_recipe), {"llm.name": str(folder)})))
     return str(recipe)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_recipe, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    recipe = load_recipe(str(tiny_recipe))
-    weights = build_projector(recipe.projector, 16, 16, seed=3).state_dict()
-    torch.save({f"encoder_projector.{n}": 30 * t for n, t in weights.items()}, folder / "model.pt")
-    return convert_checkpoint(str(folder / "model.pt"), str(folder / "model"), recipe=recipe).folder
 
 
 @pytest.fixture(scope="module")

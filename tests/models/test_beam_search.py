@@ -1,10 +1,14 @@
 """Beam search: the answers, their order and their scores are those of transformers' own, whatever leaves the batch meanwhile."""
 
+import contextlib
+
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, GenerationConfig
 
+from slam_asr.models import beam_cache
 from slam_asr.models import beam_search as ours
+from slam_asr.models.beam_cache import SharedLayer, for_beams
 from slam_asr.models.beam_search import beam_search, penalties, without_penalties
 from tests.models.test_llm_families import FAMILIES, SIZES
 
@@ -59,20 +63,39 @@ def test_answers_and_scores_are_those_of_transformers(family):
     assert len(lengths) > 2 or family in ("gemma-2", "gemma-3")
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("vicuna", "llama-3")])
+@torch.inference_mode()
+def test_greedy_answers_are_those_of_transformers(family, penalty):
+    llm, (embeddings, mask) = an_llm(family), a_batch()
+    generation = how(num_beams=1, num_return_sequences=1, repetition_penalty=penalty)
+    found = beam_search(llm, embeddings, mask, generation)
+    output = llm.generate(
+        inputs_embeds=embeddings, attention_mask=mask, generation_config=without_penalties(generation), logits_processor=penalties(generation)
+    )
+    assert torch.equal(found.ids[:, 0], output.sequences)
+
+
 @torch.inference_mode()
 def test_what_is_settled_leaves_the_batch(monkeypatch):
     llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
-    seen, forward = [], llm.forward
-
-    def counted(*arguments, **inputs):
-        seen.append(len(inputs["attention_mask"]))
-        return forward(*arguments, **inputs)
-
-    counted.__signature__ = ours.inspect.signature(forward)
-    monkeypatch.setattr(llm, "forward", counted)
+    seen = counted(llm, monkeypatch)
     beam_search(llm, embeddings, mask, how(length_penalty=0.0))
     assert seen[0] == len(LENGTHS) and seen[1] == 4 * len(LENGTHS)
     assert seen[-1] < seen[1] and seen[1:] == sorted(seen[1:], reverse=True)
+
+
+def counted(llm, monkeypatch) -> list[int]:
+    """A list that gets the rows of each forward pass."""
+    seen, forward = [], llm.forward
+
+    def count(*arguments, **inputs):
+        seen.append(len(inputs["attention_mask"]))
+        return forward(*arguments, **inputs)
+
+    count.__signature__ = ours.inspect.signature(forward)
+    monkeypatch.setattr(llm, "forward", count)
+    return seen
 
 
 @torch.inference_mode()
@@ -92,9 +115,84 @@ def test_a_choice_that_rounding_may_decide_is_counted():
     # Each two tokens are one: of three beams and the next one after them, the last two are twins.
     llm.get_output_embeddings().weight[1::2] = llm.get_output_embeddings().weight[::2]
     assert all(beam_search(llm, embeddings, mask, how(num_beams=3)).close)
+    assert all(beam_search(llm, embeddings, mask, how(num_beams=1, num_return_sequences=1)).close)
 
 
 @torch.inference_mode()
 def test_an_llm_with_another_cache_is_left_to_transformers():
     config = CONFIG_MAPPING["mamba"](vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=1, state_size=4)
     assert beam_search(AutoModelForCausalLM.from_config(config).eval(), *a_batch((6, 6)), how()) is None
+
+
+@torch.inference_mode()
+def test_what_cannot_be_reached_is_not_searched_for(monkeypatch):
+    llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
+    seen = counted(llm, monkeypatch)
+    best_of = {answers: beam_search(llm, embeddings, mask, how(num_return_sequences=answers, length_penalty=0.3)).ids[:, 0] for answers in (4, 1)}
+    # Four answers are settled later than the best of them.
+    first = seen.index(len(LENGTHS), 1)
+    assert sum(seen[first:]) < sum(seen[:first])
+    width = best_of[1].shape[-1]
+    assert torch.equal(best_of[4][:, :width], best_of[1])
+
+
+@pytest.mark.parametrize("family", ["tinyllama", "qwen-3", "phi-3", "gemma", "smollm2", "gpt-2", "gpt-neox"])
+@torch.inference_mode()
+def test_beams_share_what_they_heard(family, monkeypatch):
+    llm, (embeddings, mask) = an_llm(family), a_batch()
+    usual, seen = llm.config._attn_implementation, []
+    monkeypatch.setattr(ours, "for_beams", lambda *arguments: seen.append(for_beams(*arguments)) or seen[-1])
+    beam_search(llm, embeddings, mask, how())
+    [cache] = seen
+    assert all(type(layer) is SharedLayer for layer in cache.layers) and llm.config._attn_implementation == usual
+
+
+@contextlib.contextmanager
+def attention(function):
+    """Have another function where `attend` is."""
+    AttentionInterface.register(beam_cache.ATTENTION, function)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(beam_cache.ATTENTION, beam_cache.attend)
+
+
+@pytest.mark.parametrize("at", ["the first layer", "the second layer"])
+@torch.inference_mode()
+def test_an_attention_that_cannot_share_does_not(at):
+    llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
+    calls = []
+
+    def attend_at_first(*arguments, **more):
+        calls.append(1)
+        if len(calls) > ["the first layer", "the second layer"].index(at):
+            raise beam_cache.CannotShare
+        return beam_cache.attend(*arguments, **more)
+
+    with attention(attend_at_first):
+        found = beam_search(llm, embeddings, mask, how())
+    ids, _ = theirs(llm, embeddings, mask, how())
+    assert calls and torch.equal(found.ids, ids)
+
+
+@torch.inference_mode()
+def test_an_attention_that_goes_its_own_way_is_noticed():
+    llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
+    # It would see the answers alone.
+    with attention(AttentionInterface()["sdpa"]):
+        found = beam_search(llm, embeddings, mask, how())
+    ids, _ = theirs(llm, embeddings, mask, how())
+    assert torch.equal(found.ids, ids)
+
+
+@pytest.mark.parametrize("family", ["tinyllama", "gpt-2", "gemma-3"])
+@torch.inference_mode()
+def test_reading_in_groups_of_like_length_is_reading_at_once(family, monkeypatch):
+    llm, (embeddings, mask) = an_llm(family), a_batch()
+    together = beam_search(llm, embeddings, mask, how())
+    monkeypatch.setattr(ours, "_READ", 40)
+    seen = counted(llm, monkeypatch)
+    found = beam_search(llm, embeddings, mask, how())
+    assert torch.equal(found.ids, together.ids)
+    torch.testing.assert_close(found.scores, together.scores, rtol=1e-4, atol=1e-5)
+    assert seen[0] == 1 and (seen[1] == 1 or family == "gemma-3")

@@ -10,25 +10,13 @@ import torch
 
 from slam_asr.audio import load_audio
 from slam_asr.cli import main
-from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.decoding.decode import decode
 from slam_asr.decoding.model import open_model
-from slam_asr.models.projector import build_projector
 from slam_asr.models.search import Searcher
 from slam_asr.recipe import load_recipe
 from slam_asr.scoring.wer import read_hypotheses
 from slam_asr.transcribing.transcribe import transcribe
 from tests.conftest import make_tone, write_wav
-
-
-@pytest.fixture(scope="module")
-def model(tiny_recipe, tmp_path_factory) -> str:
-    """A model whose projector has random weights: what it writes means nothing, but hangs on what it hears."""
-    folder = tmp_path_factory.mktemp("model")
-    recipe = load_recipe(str(tiny_recipe))
-    weights = build_projector(recipe.projector, 16, 16, seed=3).state_dict()
-    torch.save({f"encoder_projector.{n}": 30 * t for n, t in weights.items()}, folder / "model.pt")
-    return convert_checkpoint(str(folder / "model.pt"), str(folder / "model"), recipe=recipe).folder
 
 
 def test_a_part_has_the_text_that_decoding_gives_it(model, tiny_recipe, tmp_path):
