@@ -13,12 +13,15 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.decoding import kept
 from slam_asr.decoding.decode import decode
 from slam_asr.decoding.kept import FILE, Kept
 from slam_asr.errors import UserError
+from slam_asr.models.projector import build_projector
 from slam_asr.models.search import Answer, Choice, CloseCalls, Searcher
 from slam_asr.recipe import dump_recipe, load_recipe
 from slam_asr.scoring.score import score_parts
@@ -187,3 +190,40 @@ def test_killed_it_goes_on(model, manifest, tiny_recipe, tmp_path):
         assert "utterances that are decoded already" in done.stdout
     subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, check=True, env=os.environ)
     assert (tmp_path / "killed" / "hypotheses.jsonl").read_text() == (tmp_path / "whole" / "hypotheses.jsonl").read_text()
+
+
+@pytest.mark.parametrize("part", ["llm", "encoder"])
+@pytest.mark.parametrize("change", ["other weights", "gone"])
+def test_a_base_model_that_is_not_the_one_trained_with_is_refused(tiny_recipe, manifest, tmp_path, part, change):
+    recipe = load_recipe(str(tiny_recipe))
+    base = shutil.copytree(getattr(recipe, part).name, tmp_path / "base")
+    own = tmp_path / "own.yaml"
+    own.write_text(dump_recipe(load_recipe(str(tiny_recipe), {f"{part}.name": str(base)})))
+    recipe = load_recipe(str(own))
+    weights = build_projector(recipe.projector, 16, 16, seed=3).state_dict()
+    torch.save({f"encoder_projector.{n}": t for n, t in weights.items()}, tmp_path / "model.pt")
+    model = convert_checkpoint(str(tmp_path / "model.pt"), str(tmp_path / "model"), recipe=recipe).folder
+    if change == "gone":
+        shutil.rmtree(base)
+        expected = str(base)
+    else:
+        [file] = base.glob("*.safetensors")
+        tensors = load_file(file)
+        next(iter(tensors.values())).view(-1)[0] += 1
+        save_file(tensors, file, {"format": "pt"})
+        expected = f"is not the {'LLM' if part == 'llm' else part} that .* was trained with"
+    with pytest.raises(UserError, match=expected) as refused:
+        decode(recipe, model, [manifest], str(tmp_path / "decoded"))
+    assert "\n" not in str(refused.value) and not (tmp_path / "decoded").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("", "holds no utterance"), ('{"key": "a", "source": "/nowhere/a.wav", "target": "x"}\n', "There is no audio file /nowhere/a.wav")],
+)
+def test_a_test_set_without_audio_is_refused_before_anything_is_loaded(model, tiny_recipe, tmp_path, monkeypatch, line, expected):
+    monkeypatch.setattr("slam_asr.decoding.model.Model.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    (tmp_path / "test.jsonl").write_text(line)
+    with pytest.raises(UserError, match=expected) as refused:
+        decode(load_recipe(str(tiny_recipe)), model, [str(tmp_path / "test.jsonl")], str(tmp_path / "decoded"))
+    assert "\n" not in str(refused.value) and not (tmp_path / "decoded").exists()
