@@ -131,7 +131,8 @@ class Transcriber:
                 inputs = list(preparing.map(self.prepare, [_samples_of(recordings, *parts[i]) for i in batch]))
                 for at, answer in zip(batch, self.searcher.decode(inputs, [audio[i] for i in batch]), strict=True):
                     said[at] = Segment(*parts[at][1].seconds, answer.text, answer.cut)
-                    meter.update(round((parts[at][1].end - parts[at][1].start) / SAMPLE_RATE))
+                # Once a batch: after the first of its parts alone, the time left would look far too long.
+                meter.update(round(sum(parts[at][1].end - parts[at][1].start for at in batch) / SAMPLE_RATE))
         for name, samples in recordings.items():
             yield Transcript(name, len(samples) / SAMPLE_RATE, [said[at] for at, (of, _) in enumerate(parts) if of == name])
 
