@@ -92,11 +92,13 @@ def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
             f"Recipe {recipe.name}: training.processes is {recipe.training.processes}, but the cluster {cluster.name} gives each node of train "
             f"{gpus} GPUs (steps.train.gpus): lower it, or leave it at 0 to use them all."
         )
-    if recipe.caches_features and recipe.features.processes > (cluster.steps["extract-features"].gpus or math.inf):
-        raise UserError(
-            f"Recipe {recipe.name}: features.processes is {recipe.features.processes}, but the cluster {cluster.name} gives extract-features "
-            f"{cluster.steps['extract-features'].gpus} GPUs (steps.extract_features.gpus): lower it, or leave it at 0 to use them all."
-        )
+    for key, step, runs in (("features.processes", "extract-features", recipe.caches_features), ("decoding.processes", "decode", True)):
+        wanted, gpus = value_of(recipe, key), cluster.steps[step].gpus
+        if runs and wanted > (gpus or math.inf):
+            raise UserError(
+                f"Recipe {recipe.name}: {key} is {wanted}, but the cluster {cluster.name} gives {step} {gpus} GPUs "
+                f"(steps.{step.replace('-', '_')}.gpus): lower it, or leave it at 0 to use them all."
+            )
 
 
 def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:

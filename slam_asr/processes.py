@@ -39,8 +39,13 @@ def leave_group(code: int = 0) -> NoReturn:
 
 
 @contextlib.contextmanager
-def failures_written_to(folder: Path) -> Iterator[None]:
-    """Leave a user's mistake as a sentence for the parent, and exit with its code."""
+def failures_written_to(folder: Path, lower: str = "training.positions_per_batch or encoder.batch_seconds, or raise training.zero_stage") -> Iterator[None]:
+    """Leave a user's mistake as a sentence for the parent, and exit with its code.
+
+    Args:
+        folder: for the sentence.
+        lower: what to lower where a GPU's memory is full.
+    """
     import torch
 
     try:
@@ -48,9 +53,7 @@ def failures_written_to(folder: Path) -> Iterator[None]:
     except UserError as error:
         _leave(folder, error)
     except torch.OutOfMemoryError:
-        _leave(folder, UserError(
-            "The GPU's memory is full: lower training.positions_per_batch or encoder.batch_seconds, or raise training.zero_stage."
-        ))
+        _leave(folder, UserError(f"The GPU's memory is full: lower {lower}."))
     except OSError as error:
         known = from_os_error(error)
         if known is None:

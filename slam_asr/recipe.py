@@ -252,6 +252,8 @@ class Decoding:
     """Arithmetic of decoding."""
     parts: int = 1
     """Parts that the pipeline divides decoding into, each a step that any node may take. Their number changes no text."""
+    processes: int = 0
+    """Processes that decode on one machine, one a GPU. 0: as many as there are GPUs, or one on a CPU. Their number changes no text."""
     shuffled_control: bool = False
     """Also score every utterance with what the model writes for the audio of another one. A model that listens does far worse there; one that only guesses does not."""
     seed: int = 0
@@ -378,7 +380,7 @@ _LOWER_BOUNDS = {
     "training.positions_per_batch": 1, "training.weight_decay": 0.0, "training.warmup_steps": 0,
     "training.gradient_clipping": 0.0, "training.validate_every": 1, "training.log_every": 1, "training.patience": 0,
     "training.samples": 0, "training.utterances_per_batch": 0, "training.accumulation": 1,    "training.nonfinite_steps": 1, "training.checkpoint_every": 0, "training.checkpoint_minutes": 0.0, "training.checkpoints": 1,
-    "decoding.parts": 1, "decoding.beams": 1, "decoding.nbest": 1, "decoding.report_audio": 0.0, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
+    "decoding.parts": 1, "decoding.processes": 0, "decoding.beams": 1, "decoding.nbest": 1, "decoding.report_audio": 0.0, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
     "decoding.positions_per_batch": 1,
 }
 _UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0, "llm.lora.dropout": 0.9}

@@ -1,9 +1,7 @@
 """The stage `decode`: test manifests through a model, and the word error rate of what comes out."""
 
-import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from slam_asr import __version__
 from slam_asr.audio import load_utterance
 from slam_asr.conversion.model import model_digests
-from slam_asr.decoding.model import Model, open_model, require_room
+from slam_asr.decoding.decoder import Decoder
+from slam_asr.decoding.model import open_model
 from slam_asr.features.extract import manifest_files
-from slam_asr.features.space import address_of
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import Utterance, read_manifest, write_json_lines
+from slam_asr.manifest import Utterance, write_json_lines
 from slam_asr.parts import Part, parse_part
 from slam_asr.progress import Meter, say
 from slam_asr.recipe import Recipe
@@ -60,22 +57,18 @@ def decode(
         UserError: a base model that is not there or not the one trained with, or features of another encoder.
     """
     from slam_asr.decoding.kept import Kept
-    from slam_asr.features.audio_source import fit_to_window
-    from slam_asr.models.precision import explain_precision, pick_device
+    from slam_asr.models.precision import explain_precision, pick_device, processes_here
 
     part = parse_part(shard) if shard else None
     explain_precision(recipe.decoding.precision, pick_device())
+    processes = processes_here("decoding.processes", recipe.decoding.processes)
     opened = open_model(model)
-    files = manifest_files(manifests, ("test.jsonl",))
-    if opened.trained.encoder.tuning == "full" or recipe.features.cache == "none":
-        feature_store = None
-    utterances = fit_to_window([u for file in files for u in read_manifest(file)], opened.spec)
-    addresses = [address_of(u) for u in utterances]
-    store = FeatureStore(feature_store, opened.config.encoder, opened.trained.features.dtype, addresses) if feature_store else None
+    decoder = Decoder(recipe, opened, manifest_files(manifests, ("test.jsonl",)), feature_store)
+    utterances, store = decoder.utterances, decoder.store
     inputs = {
         "model": model_digests(opened.folder),
-        "manifests": [sha256_of_file(fetch(file)) for file in files],
-        "audio": digest(addresses),
+        "manifests": [sha256_of_file(fetch(file)) for file in decoder.files],
+        "audio": digest(decoder.addresses),
         "features": store.fingerprint if store else None,
         "decoding": what_decides_the_texts(recipe.decoding),
         **({"audio of the worst": recipe.decoding.report_audio} if recipe.decoding.report_audio else {}),
@@ -88,7 +81,7 @@ def decode(
 
     def work(folder: Path) -> Outcome:
         with Kept(folder, deciding, place if is_s3(place) else None) as kept:
-            decoded, facts = _decode(opened, recipe, utterances, store, part or Part(), kept)
+            decoded, facts = _decode(decoder, part or Part(), kept, processes)
         rows = [row for row, _ in decoded]
         write_hypotheses(folder / HYPOTHESES, rows)
         if recipe.decoding.nbest > 1:
@@ -106,38 +99,35 @@ def decode(
     return run_stage("decode", output, inputs, work, overwrite)
 
 
-def _decode(
-    model: Model, recipe: Recipe, utterances: Sequence[Utterance], store: FeatureStore | None, part: Part, kept: "Kept"
-) -> tuple[list[tuple[Hypothesis, "Answer"]], dict[str, Any]]:
+def _decode(decoder: Decoder, part: Part, kept: "Kept", processes: int) -> tuple[list[tuple[Hypothesis, "Answer"]], dict[str, Any]]:
     """Transcribe a part of the utterances, but for those that are kept → what was written, and facts of how."""
-    from slam_asr.features.reader import AudioReader, StoreReader
+    from slam_asr.decoding.spread import spread
     from slam_asr.models.precision import explain_precision, pick_device
-    from slam_asr.models.search import Searcher, plan_batches
 
-    options, trained = recipe.decoding, model.trained
+    options, trained, utterances = decoder.recipe.decoding, decoder.model.trained, decoder.utterances
     say(f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}")
-    prompt = model.prompt()
-    reader = StoreReader(store) if store else AudioReader(model.spec, trained.features)
-    audio = [model.positions(reader.span(u)) for u in utterances]
-    positions = [n + len(prompt.main.before) + len(prompt.main.ids) for n in audio]
-    require_room(positions, lambda at: f"Utterance {utterances[at].key}", options.max_new_tokens, model.llm_folder)
-    # Planned over all utterances, so that each is decoded beside the same others whatever the number of parts.
-    batches = [
-        batch for number, batch in enumerate(plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch))
-        if part.takes(number)
-    ]  # fmt: skip
+    # Planned over all utterances, so that each is decoded beside the same others whatever the number of parts and processes.
+    batches = [batch for number, batch in enumerate(decoder.batches) if part.takes(number)]
     mine = sorted(index for batch in batches for index in batch)
     hours = sum(utterances[i].duration or 0.0 for i in mine) / 3600
-    say(f"decoding {len(mine)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}")
     left = [batch for batch in batches if not kept.answers.keys() >= set(batch)]
-    if left:
-        searcher = Searcher(model.load(options, with_encoder=store is None), prompt, options)
+    processes = min(processes, len(left))
+    say(
+        f"decoding {len(mine)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}"
+        f"{f' and {processes} processes' * (processes > 1)}"
+    )
     started = time.monotonic()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio") as reading, Meter("decode", total=sum(map(len, left)), unit="utt") as meter:
-        for batch in left:
-            inputs = list(reading.map(reader.read, [utterances[i] for i in batch]))
-            kept.add(dict(zip(batch, searcher.decode(inputs, [audio[i] for i in batch]), strict=True)))
-            meter.update(len(batch))
+    with Meter("decode", total=sum(map(len, left)), unit="utt") as meter:
+
+        def take(answers: "dict[int, Answer]") -> None:
+            kept.add(answers)
+            meter.update(len(answers))
+
+        if processes > 1:
+            spread(decoder, left, processes, take)
+        else:
+            for batch in left:
+                take(decoder.decode(batch))
     seconds = time.monotonic() - started
 
     answers = kept.answers

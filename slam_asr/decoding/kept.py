@@ -38,7 +38,7 @@ class Kept:
         if not lines and self.remote and exists(self.remote):
             lines = self._lines(fetch(self.remote), head)
         for line in lines:
-            self.answers |= {int(at): _answer(values) for at, values in line.items()}
+            self.answers |= answers_in(line)
         # Written anew: what a killed process wrote last may be half a line.
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in (head, *lines)))
         self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
@@ -88,5 +88,6 @@ def _whole(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
             return
 
 
-def _answer(values: dict[str, Any]) -> Answer:
-    return Answer(**{**values, "choices": [Choice(**choice) for choice in values["choices"]]})
+def answers_in(line: dict[str, Any]) -> dict[int, Answer]:
+    """The answers that a line of JSON holds, by the utterances' numbers."""
+    return {int(at): Answer(**{**values, "choices": [Choice(**choice) for choice in values["choices"]]}) for at, values in line.items()}

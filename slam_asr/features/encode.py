@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from slam_asr.features.extract import Extraction, extraction_processes
+from slam_asr.features.extract import Extraction
 from slam_asr.features.loading import Loader, workers_beside
 from slam_asr.features.plan import Planned
 from slam_asr.features.space import Space, address_of, pack
@@ -22,7 +22,7 @@ from slam_asr.features.spread import Job
 from slam_asr.manifest import Utterance
 from slam_asr.models import stored
 from slam_asr.models.encoder import EncoderSpec, SpeechEncoder, batches_of, describe_encoder
-from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
+from slam_asr.models.precision import DTYPES, encoder_precision, pick_device, processes_here
 from slam_asr.parts import Part
 from slam_asr.processes import die_with_parent, failures_written_to
 from slam_asr.progress import Meter, say
@@ -114,7 +114,7 @@ def encode_shards(extraction: Extraction, shards: list[Planned], device: torch.d
         UserError: audio or weights that cannot be used, or no room for the shards.
     """
     recipe, spec = extraction.recipe, extraction.spec
-    workers = recipe.features.workers or workers_beside(extraction_processes(recipe), device.type == "cuda")
+    workers = recipe.features.workers or workers_beside(processes_here("features.processes", recipe.features.processes), device.type == "cuda")
     with Loader(spec.preparer(), workers) as loader:
         compute = encoder_precision(recipe.features.dtype, device.type == "cuda")
         encoder = spec.load(DTYPES[compute], device)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from slam_asr.errors import UserError
 from slam_asr.features.audio_source import fit_to_window, samples_of
 from slam_asr.features.index import among
 from slam_asr.features.plan import Audio, Plan, Planned, audio_of
@@ -134,7 +133,7 @@ class Extraction:
     def run(self) -> Outcome:
         """Compute what is missing and publish the indexes."""
         from slam_asr.features.encode import encode_shards
-        from slam_asr.models.precision import pick_device
+        from slam_asr.models.precision import pick_device, processes_here
 
         self.space.write_fingerprint(self.fingerprint, self.spec.width)
         self._remove_litter()
@@ -146,7 +145,7 @@ class Extraction:
         kept = f", frames: {self.recipe.encoder.frames}" if self.spec.window_samples else ""
         whose = f" (part {self.part.number} of {self.part.of})" if self.part.of > 1 else ""
         say(f"encoder: {self.recipe.encoder.name}{kept}; {utterances} utterances, {new} of them to compute here{whose}, {hours:.2f} h")
-        processes = extraction_processes(self.recipe)
+        processes = processes_here("features.processes", self.recipe.features.processes)
         device = pick_device()
         if todo and processes > 1:
             spread(Job(dump_recipe(self.recipe), self.files, self.output, asdict(self.part)), processes)
@@ -173,17 +172,3 @@ class Extraction:
 def fingerprint_of(recipe: Recipe, spec: "EncoderSpec") -> dict[str, Any]:
     """What decides stored features: encoder weights, preprocessing, and how values are stored."""
     return {**spec.fingerprint(), "dtype": recipe.features.dtype}
-
-
-def extraction_processes(recipe: Recipe) -> int:
-    """Processes on this machine: those that the recipe asks for, or one a GPU.
-
-    Raises:
-        UserError: more than there are GPUs.
-    """
-    import torch
-
-    there, wanted = torch.cuda.device_count(), recipe.features.processes
-    if there and wanted > there:
-        raise UserError(f"features.processes is {wanted} but this machine has {there} GPUs: lower it, or leave it at 0 to use them all.")
-    return wanted or max(1, there)

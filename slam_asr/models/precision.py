@@ -14,6 +14,22 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def processes_here(key: str, wanted: int) -> int:
+    """Processes on this machine: those that the recipe asks for, or one a GPU.
+
+    Args:
+        key: of the recipe, to name in a complaint.
+        wanted: its value.
+
+    Raises:
+        UserError: more than there are GPUs.
+    """
+    there = torch.cuda.device_count()
+    if there and wanted > there:
+        raise UserError(f"{key} is {wanted} but this machine has {there} GPUs: lower it, or leave it at 0 to use them all.")
+    return wanted or max(1, there)
+
+
 def explain_precision(precision: str, device: torch.device) -> str:
     """Why this precision runs here, for the lines at start-up.
 

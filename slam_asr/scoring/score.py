@@ -91,7 +91,7 @@ def controls_of(decoding: Decoding) -> dict[str, Any]:
 
 def what_decides_the_texts(decoding: Decoding) -> dict[str, Any]:
     """The options without those that leave the texts as they are."""
-    return {key: value for key, value in asdict(decoding).items() if key not in ("checkpoint", "parts", "shuffled_control", "seed", "report_audio")}
+    return {key: value for key, value in asdict(decoding).items() if key not in ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")}
 
 
 def rates(facts: dict[str, Any]) -> dict[str, float]:

@@ -3,13 +3,16 @@
 The models are tiny: what they write means nothing, but hangs on what they hear.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +230,57 @@ def test_a_test_set_without_audio_is_refused_before_anything_is_loaded(model, ti
     with pytest.raises(UserError, match=expected) as refused:
         decode(load_recipe(str(tiny_recipe)), model, [str(tmp_path / "test.jsonl")], str(tmp_path / "decoded"))
     assert "\n" not in str(refused.value) and not (tmp_path / "decoded").exists()
+
+
+def workers_of_this_process() -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if "slam_asr.decoding.decoder" in (folder / "cmdline").read_text() and f"PPid:\t{os.getpid()}\n" in (folder / "status").read_text():
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [1, 3])
+def test_several_processes_say_the_same(model, manifest, tiny_recipe, tmp_path, capsys, beams):
+    options = {"decoding.beams": beams, "decoding.nbest": beams}
+    single = decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / "single"))
+    spread = decode(of(tiny_recipe, **options, **{"decoding.processes": 2}), model, [manifest], str(tmp_path / "spread"))
+    assert f"with {beams} beam{'s' * (beams > 1)} and 2 processes" in capsys.readouterr().out
+    for name in ("hypotheses.jsonl", "decode_log_pred", *["nbest.jsonl"] * (beams > 1)):
+        assert single.file(name).read_text() == spread.file(name).read_text()
+    assert single.metrics == spread.metrics and single.inputs == spread.inputs
+    assert not workers_of_this_process() and not (tmp_path / "spread" / FILE).exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_stage_which_goes_on(model, manifest, tiny_recipe, tmp_path, capfd):
+    recipe, place = of(tiny_recipe, **{"decoding.processes": 2, "decoding.positions_per_batch": 1}), tmp_path / "killed"
+
+    def kill_one_that_has_answered():
+        file = place / FILE
+        while not (file.exists() and file.read_text().count("\n") > 1):
+            time.sleep(0.001)
+        os.kill(workers_of_this_process()[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one_that_has_answered)
+    killer.start()
+    with pytest.raises(UserError, match="A process of the decoding ended with code -9"):
+        decode(recipe, model, [manifest], str(place))
+    killer.join()
+    assert not workers_of_this_process() and not (place / "stage.json").exists()
+    record = decode(recipe, model, [manifest], str(place))
+    assert "utterances that are decoded already" in capfd.readouterr().out
+    assert texts(record) == texts(decode(of(tiny_recipe, **{"decoding.positions_per_batch": 1}), model, [manifest], str(tmp_path / "whole")))
+
+
+@pytest.mark.slow
+def test_what_one_of_several_processes_cannot_read_is_a_sentence(model, manifest, tiny_recipe, tmp_path):
+    rows = [json.loads(line) for line in Path(manifest).read_text().splitlines()]
+    (tmp_path / "broken.wav").write_bytes(Path(rows[0]["source"]).read_bytes()[:100] + b"no audio")
+    rows[4]["source"] = str(tmp_path / "broken.wav")
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"broken\.wav") as refused:
+        decode(of(tiny_recipe, **{"decoding.processes": 2}), model, [str(tmp_path / "test.jsonl")], str(tmp_path / "d"))
+    assert "\n" not in str(refused.value) and not workers_of_this_process()

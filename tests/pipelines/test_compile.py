@@ -344,6 +344,8 @@ def test_unknown_key_is_refused(compiled, tmp_path, change):
         (["--corpus", "/data"], "--corpus is /data, a place on this machine, which no pod of the cluster sees"),
         (["--store", "runs"], "--store is runs, a place on this machine"),
         (["demo", "--training.processes", "9"], "Recipe demo: training.processes is 9, but the cluster one-gpu-node gives each node of train 8 GPUs"),
+        (["demo", "--features.processes", "9"], "Recipe demo: features.processes is 9, but the cluster one-gpu-node gives extract-features 8 GPUs (steps.extract_features.gpus)"),
+        (["demo", "--decoding.processes", "9"], "Recipe demo: decoding.processes is 9, but the cluster one-gpu-node gives decode 1 GPUs (steps.decode.gpus)"),
         (["demi"], "No recipe named demi, and no such file; did you mean demo?"),
     ],
 )
