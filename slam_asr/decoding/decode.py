@@ -116,6 +116,8 @@ def _decode(decoder: Decoder, part: Part, kept: "Kept", processes: int) -> tuple
         f"decoding {len(mine)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}"
         f"{f' and {processes} processes' * (processes > 1)}"
     )
+    if processes == 1:
+        decoder.load()
     started = time.monotonic()
     with Meter("decode", total=sum(map(len, left)), unit="utt") as meter:
 

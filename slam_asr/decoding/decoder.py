@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Decoder:
-    """Weights are loaded when the first batch comes.
+    """Weights are loaded by `load`, or when the first batch comes.
 
     Args:
         recipe: how to decode, and whether from stored features.
@@ -45,6 +45,7 @@ class Decoder:
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
             feature_store = None
         self.feature_store = feature_store
+        self._searcher: Searcher | None = None
         self.store = FeatureStore(feature_store, model.config.encoder, model.trained.features.dtype, self.addresses) if feature_store else None
 
     @cached_property
@@ -62,8 +63,16 @@ class Decoder:
         require_room(positions, lambda at: f"Utterance {self.utterances[at].key}", options.max_new_tokens, self.model.llm_folder)
         return list(plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch))
 
+    def load(self) -> None:
+        """Load the weights, so that the first batch takes no longer than others."""
+        from slam_asr.models.search import Searcher
+
+        self._searcher = Searcher(self.model.load(self.recipe.decoding, with_encoder=self.store is None), self._prompt, self.recipe.decoding)
+
     def decode(self, batch: list[int]) -> "dict[int, Answer]":
         """The answers to a batch, by the utterances' numbers."""
+        if self._searcher is None:
+            self.load()
         inputs = list(self._reading.map(self._reader.read, [self.utterances[i] for i in batch]))
         return dict(zip(batch, self._searcher.decode(inputs, [self._audio[i] for i in batch]), strict=True))
 
@@ -85,12 +94,6 @@ class Decoder:
     @cached_property
     def _reading(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio")
-
-    @cached_property
-    def _searcher(self) -> "Searcher":
-        from slam_asr.models.search import Searcher
-
-        return Searcher(self.model.load(self.recipe.decoding, with_encoder=self.store is None), self._prompt, self.recipe.decoding)
 
 
 def main() -> None:
