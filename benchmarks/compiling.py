@@ -24,7 +24,9 @@ from slam_asr.training.kernels import compile_layers
 
 def main() -> None:
     """Print the ratio for each precision."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--utterances", type=int, default=6, help="of a batch, on average")
     parser.add_argument("--steps", type=int, default=8)
@@ -34,9 +36,21 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     for precision in options.precisions:
-        llm = LlamaForCausalLM(LlamaConfig(
-            hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers, num_attention_heads=9, num_key_value_heads=3, vocab_size=64,
-        )).to(device, DTYPES[precision]).eval().requires_grad_(False)  # fmt: skip
+        llm = (
+            LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=576,
+                    intermediate_size=1536,
+                    num_hidden_layers=options.layers,
+                    num_attention_heads=9,
+                    num_key_value_heads=3,
+                    vocab_size=64,
+                )
+            )
+            .to(device, DTYPES[precision])
+            .eval()
+            .requires_grad_(False)
+        )
         assert allow_packing(llm)
         compiled = copy.deepcopy(llm)
         compile_layers(compiled)
@@ -47,11 +61,16 @@ def main() -> None:
         _step(llm, [40, 60])
         ratios = []
         for _ in range(options.steps):
-            lengths = [generator.randint(30, 100) for _ in range(options.utterances + generator.randint(-2, 2))]
+            lengths = [
+                generator.randint(30, 100) for _ in range(options.utterances + generator.randint(-2, 2))
+            ]
             written, fused = _step(llm, lengths), _step(compiled, lengths)
             ratios.append(written / fused)
         shown = ", ".join(f"{r:.2f}" for r in ratios)
-        print(f"{precision} on {device.type}: compiled {statistics.median(ratios):.2f} × as fast ({shown}); the first step took {first:.0f} s", flush=True)
+        print(
+            f"{precision} on {device.type}: compiled {statistics.median(ratios):.2f} × as fast ({shown}); the first step took {first:.0f} s",
+            flush=True,
+        )
 
 
 def _step(llm: LlamaForCausalLM, lengths: list[int]) -> float:
@@ -59,7 +78,9 @@ def _step(llm: LlamaForCausalLM, lengths: list[int]) -> float:
     embeddings = torch.randn(1, sum(lengths), 576, device=llm.device, dtype=llm.dtype).requires_grad_()
     clock = time.perf_counter if embeddings.is_cuda else time.process_time
     started = clock()
-    llm.base_model(inputs_embeds=embeddings * 1, use_cache=False, **packed_arguments(lengths, llm.device)).last_hidden_state.float().sum().backward()
+    llm.base_model(
+        inputs_embeds=embeddings * 1, use_cache=False, **packed_arguments(lengths, llm.device)
+    ).last_hidden_state.float().sum().backward()
     if embeddings.is_cuda:
         torch.cuda.synchronize()
     return clock() - started

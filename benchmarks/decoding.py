@@ -27,14 +27,26 @@ from slam_asr.models.search import Searcher, plan_batches
 
 def main() -> None:
     """Print each way's speed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("manifest")
     parser.add_argument("--utterances", type=int, default=50)
     parser.add_argument("--beams", type=int, nargs="+", default=[4, 1])
-    parser.add_argument("--positions", type=int, nargs="+", default=[20_000], help="of decoding.positions_per_batch, in our way")
+    parser.add_argument(
+        "--positions",
+        type=int,
+        nargs="+",
+        default=[20_000],
+        help="of decoding.positions_per_batch, in our way",
+    )
     parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
-    parser.add_argument("--frames", choices=("all", "speech"), help="what the LLM hears of Whisper's window; without it, what the model was trained with")
+    parser.add_argument(
+        "--frames",
+        choices=("all", "speech"),
+        help="what the LLM hears of Whisper's window; without it, what the model was trained with",
+    )
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     opened = open_model(options.model)
@@ -43,14 +55,19 @@ def main() -> None:
     everything = read_manifest(options.manifest)
     utterances = everything[:: max(1, len(everything) // options.utterances)][: options.utterances]
     seconds = sum(u.duration or 0.0 for u in utterances)
-    print(f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, {torch.get_num_threads()} threads, encoder.frames: {heard.frames}")
+    print(
+        f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, {torch.get_num_threads()} threads, encoder.frames: {heard.frames}"
+    )
     encoder = describe_encoder(heard).load(torch.float32)
     with torch.no_grad():
         frames = [encoder([encoder.prepare(load_utterance(u))])[0] for u in utterances]
     audio = [opened.positions(len(f)) for f in frames]
     positions = [n + len(prompt.main.before) + len(prompt.main.ids) for n in audio]
     decoding = replace(opened.trained.decoding, nbest=1)
-    models = {p: opened.load(replace(decoding, precision=p), with_encoder=False) for p in {"fp32", *options.precisions}}
+    models = {
+        p: opened.load(replace(decoding, precision=p), with_encoder=False)
+        for p in {"fp32", *options.precisions}
+    }
 
     ours = slam.beam_search
 
@@ -59,19 +76,27 @@ def main() -> None:
         # The reference's beam search is transformers' own.
         slam.beam_search = ours if budget else lambda *_: None
         searcher = Searcher(models[precision], prompt, replace(decoding, beams=beams))
-        batches = list(plan_batches(positions, decoding.max_new_tokens, beams, budget)) if budget else [[i] for i in range(len(utterances))]
+        batches = (
+            list(plan_batches(positions, decoding.max_new_tokens, beams, budget))
+            if budget
+            else [[i] for i in range(len(utterances))]
+        )
         texts = [""] * len(utterances)
         started = time.perf_counter()
         for batch in batches:
-            for i, answer in zip(batch, searcher.decode([frames[i] for i in batch], [audio[i] for i in batch]), strict=True):
+            for i, answer in zip(
+                batch, searcher.decode([frames[i] for i in batch], [audio[i] for i in batch]), strict=True
+            ):
                 texts[i] = answer.text
         return texts, time.perf_counter() - started
 
     ways = {"reference: one by one, 4 beams, fp32": ("fp32", 4, 0)}
     ways |= {
         f"ours: {beams} beam{'s' * (beams > 1)}, {precision}, {budget} positions": (precision, beams, budget)
-        for beams in options.beams for precision in options.precisions for budget in options.positions
-    }  # fmt: skip
+        for beams in options.beams
+        for precision in options.precisions
+        for budget in options.positions
+    }
     taken: dict[str, list[float]] = {name: [] for name in ways}
     said: dict[str, list[str]] = {}
     for _ in range(options.repeats):
@@ -84,8 +109,14 @@ def main() -> None:
         middle = statistics.median(times)
         same = sum(a == b for a, b in zip(said[name], said[first], strict=True))
         errors = jiwer.wer([u.target.lower() for u in utterances], [text.lower() for text in said[name]])
-        exact = next((said[n] for n, (p, b, size) in ways.items() if (p, b) == ("fp32", beams) and size), None)
-        differing = f"  {sum(a != b for a, b in zip(said[name], exact, strict=True))}/{len(exact)} other than in fp32" if precision != "fp32" and exact else ""
+        exact = next(
+            (said[n] for n, (p, b, size) in ways.items() if (p, b) == ("fp32", beams) and size), None
+        )
+        differing = (
+            f"  {sum(a != b for a, b in zip(said[name], exact, strict=True))}/{len(exact)} other than in fp32"
+            if precision != "fp32" and exact
+            else ""
+        )
         print(
             f"{name:44} {len(utterances) / middle:7.2f} utterances/s {seconds / middle:7.1f} × real time {statistics.median(ratios):6.2f} × "
             f"({', '.join(f'{r:.2f}' for r in ratios)})  {same}/{len(said[name])} texts the same  WER {100 * errors:.1f} %{differing}"

@@ -29,21 +29,40 @@ from slam_asr.recipe import Encoder
 
 SHAPES: dict[str, PretrainedConfig] = {
     "wavlm-large": WavLMConfig(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, feat_extract_norm="layer",
-        do_stable_layer_norm=True, num_buckets=320, max_bucket_distance=800,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        num_buckets=320,
+        max_bucket_distance=800,
     ),
     "whisper-large-v3": WhisperConfig(
-        d_model=1280, encoder_layers=32, decoder_layers=1, encoder_attention_heads=20, decoder_attention_heads=20, encoder_ffn_dim=5120,
-        decoder_ffn_dim=5120, num_mel_bins=128, vocab_size=51866,
+        d_model=1280,
+        encoder_layers=32,
+        decoder_layers=1,
+        encoder_attention_heads=20,
+        decoder_attention_heads=20,
+        encoder_ffn_dim=5120,
+        decoder_ffn_dim=5120,
+        num_mel_bins=128,
+        vocab_size=51866,
     ),
 }
 
 
-def build(name: str, layers: int | None, dtype: torch.dtype, device: torch.device, folder: Path) -> encoders.SpeechEncoder:
+def build(
+    name: str, layers: int | None, dtype: torch.dtype, device: torch.device, folder: Path
+) -> encoders.SpeechEncoder:
     """An encoder with random weights."""
     config = SHAPES[name]
     if layers:
-        config.update({"num_hidden_layers": layers, "encoder_layers": layers} if name.startswith("whisper") else {"num_hidden_layers": layers})
+        config.update(
+            {"num_hidden_layers": layers, "encoder_layers": layers}
+            if name.startswith("whisper")
+            else {"num_hidden_layers": layers}
+        )
     (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
 
     def random_weights(kind: type, where: Path, precision: torch.dtype, part: str) -> torch.nn.Module:
@@ -62,7 +81,9 @@ def main() -> None:
     parser.add_argument("--seconds-a-batch", type=float, nargs="+", default=[480.0, 960.0])
     parser.add_argument("--utterance", type=float, default=12.3, help="seconds; 12.3 is LibriSpeech's mean")
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--peak", type=float, default=790.0, help="TFLOP/s of the device, dense, in that dtype")
+    parser.add_argument(
+        "--peak", type=float, default=790.0, help="TFLOP/s of the device, dense, in that dtype"
+    )
     options = parser.parse_args()
     device, dtype = pick_device(), DTYPES[options.dtype]
     generator = np.random.default_rng(0)

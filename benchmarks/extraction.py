@@ -69,10 +69,15 @@ def main() -> None:
         else:
             files = sorted(Path(options.corpus).rglob("*.flac"))[: options.utterances]
         manifest = manifest_of(files, folder)
-        recipe = load_recipe("librispeech", {
-            "encoder.name": options.encoder, "encoder.frames": "speech", "encoder.batch_seconds": options.batch_seconds,
-            "features.workers": options.workers,
-        })
+        recipe = load_recipe(
+            "librispeech",
+            {
+                "encoder.name": options.encoder,
+                "encoder.frames": "speech",
+                "encoder.batch_seconds": options.batch_seconds,
+                "features.workers": options.workers,
+            },
+        )
         spec, device = describe_encoder(recipe.encoder), pick_device()
         encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
         extraction = Extraction(recipe, spec, [str(manifest)], str(folder / "planned"), Part())
@@ -101,10 +106,16 @@ def main() -> None:
                 whole.append(time.perf_counter() - started)
         loader.__exit__()
         a, b = statistics.median(bare), statistics.median(whole)
-        print(f"{len(files)} utterances, {audio:.0f} s, {len(ready)} batches, {device.type}, {torch.get_num_threads()} threads")
+        print(
+            f"{len(files)} utterances, {audio:.0f} s, {len(ready)} batches, {device.type}, {torch.get_num_threads()} threads"
+        )
         print(f"bare encoder   {len(files) / a:7.2f} utt/s, {audio / a:7.0f} × real time")
-        print(f"extraction     {len(files) / b:7.2f} utt/s, {audio / b:7.0f} × real time, without loading weights")
-        print(f"ratio          {a / b:.3f}  (each repeat: {', '.join(f'{x / y:.3f}' for x, y in zip(bare, whole, strict=True))})")
+        print(
+            f"extraction     {len(files) / b:7.2f} utt/s, {audio / b:7.0f} × real time, without loading weights"
+        )
+        print(
+            f"ratio          {a / b:.3f}  (each repeat: {', '.join(f'{x / y:.3f}' for x, y in zip(bare, whole, strict=True))})"
+        )
 
 
 if __name__ == "__main__":

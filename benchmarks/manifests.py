@@ -20,7 +20,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STEPS = ("sort", "validate", "iterate", "index")
-WORDS = ["the", "of", "and", "to", "in", "a", "that", "he", "was", "it", "his", "with", "is", "for", "as", "had", "you", "not", "be", "her", "on", "at", "by", "which", "have", "or", "from", "this", "him", "but"]
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "a",
+    "that",
+    "he",
+    "was",
+    "it",
+    "his",
+    "with",
+    "is",
+    "for",
+    "as",
+    "had",
+    "you",
+    "not",
+    "be",
+    "her",
+    "on",
+    "at",
+    "by",
+    "which",
+    "have",
+    "or",
+    "from",
+    "this",
+    "him",
+    "but",
+]
 
 
 def utterances(count: int) -> Iterator:
@@ -72,18 +103,25 @@ def build(folder: Path, count: int) -> None:
     soundfile.write(folder / "a.wav", np.zeros(1600, np.int16), 16_000)
     with open(folder / "table.csv", "w") as table:
         table.write("id,path,text,split\n")
-        table.writelines(f"{u.key},a.wav,{u.target},{'test' if i % 100 == 0 else 'train'}\n" for i, u in enumerate(utterances(count)))
+        table.writelines(
+            f"{u.key},a.wav,{u.target},{'test' if i % 100 == 0 else 'train'}\n"
+            for i, u in enumerate(utterances(count))
+        )
     sys.stdout = sys.stderr
     build_manifest(load_recipe("demo"), str(folder / "table.csv"), str(folder / "out"))
     sys.stdout = sys.__stdout__
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--utterances", type=int, default=1_000_000)
     parser.add_argument("--build", action="store_true", help="run the whole stage too")
     parser.add_argument("--step", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help="where the files go; some hundred MB a million utterances")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files go; some hundred MB a million utterances"
+    )
     options = parser.parse_args()
     if options.step:
         step(options.step, options.folder, options.utterances)
@@ -92,8 +130,20 @@ def main() -> None:
         print(f"{options.utterances:,} utterances, {os.cpu_count()} cores")
         print(f"{'step':<10}{'seconds':>9}{'peak MB':>9}")
         for name in (*STEPS, *(["build"] if options.build else [])):
-            command = [sys.executable, "-m", "benchmarks.manifests", "--step", name, "--folder", folder, "--utterances", str(options.utterances)]
-            seconds, megabytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.manifests",
+                "--step",
+                name,
+                "--folder",
+                folder,
+                "--utterances",
+                str(options.utterances),
+            ]
+            seconds, megabytes = subprocess.run(
+                command, check=True, capture_output=True, text=True
+            ).stdout.split()
             print(f"{name:<10}{float(seconds):>9.1f}{megabytes:>9}", flush=True)
         print(f"the manifest has {(Path(folder) / 'manifest.jsonl').stat().st_size / 1e6:.0f} MB")
 

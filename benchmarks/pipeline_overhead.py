@@ -22,14 +22,48 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def by_hand(recipe: str, corpus: str, output: Path) -> None:
     """The five programs, one after another."""
-    manifests, features, checkpoint, model = (str(output / n) for n in ("manifests", "features", "checkpoint", "model"))
+    manifests, features, checkpoint, model = (
+        str(output / n) for n in ("manifests", "features", "checkpoint", "model")
+    )
     splits = [f"{manifests}/{split}.jsonl" for split in ("train", "dev", "test")]
     programs = [
         ["build-manifest", "--recipe", recipe, "--corpus", corpus, "--output", manifests],
-        ["extract-features", "--recipe", recipe, "--manifests", f"[{','.join(splits)}]", "--output", features],
-        ["train", "--recipe", recipe, "--train_manifest", splits[0], "--dev_manifest", splits[1], "--feature_store", features, "--output", checkpoint],
+        [
+            "extract-features",
+            "--recipe",
+            recipe,
+            "--manifests",
+            f"[{','.join(splits)}]",
+            "--output",
+            features,
+        ],
+        [
+            "train",
+            "--recipe",
+            recipe,
+            "--train_manifest",
+            splits[0],
+            "--dev_manifest",
+            splits[1],
+            "--feature_store",
+            features,
+            "--output",
+            checkpoint,
+        ],
         ["convert-checkpoint", "--checkpoint", checkpoint, "--output", model],
-        ["decode", "--recipe", recipe, "--model", model, "--manifests", f"[{splits[2]}]", "--feature_store", features, "--output", str(output / "decoded")],
+        [
+            "decode",
+            "--recipe",
+            recipe,
+            "--model",
+            model,
+            "--manifests",
+            f"[{splits[2]}]",
+            "--feature_store",
+            features,
+            "--output",
+            str(output / "decoded"),
+        ],
     ]
     for program in programs:
         _run("-m", "slam_asr", *program)
@@ -41,7 +75,13 @@ def through_kfp(recipe: str, corpus: str, output: Path) -> None:
 
 
 def _run(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout}")
 
@@ -55,7 +95,9 @@ def seconds(way: Callable, *arguments) -> float:
 
 def main() -> None:
     """Measure both ways and print the seconds and their difference."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", nargs="?", default="demo")
     parser.add_argument("--corpus", default=str(CHECKOUT / "demo" / "speech"))
     parser.add_argument("--repeats", type=int, default=3)

@@ -20,28 +20,116 @@ from pathlib import Path
 
 CASES = [
     # LLM; options of the training, utterances, positions of each, audio positions, targets
-    ({"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-      "vocab_size": 49152, "tie_word_embeddings": True}, {}, 6, 100, 60, 25),
-    ({"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 32000},
-     {}, 16, 150, 100, 30),
-    ({"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "vocab_size": 32000},
-     {"precision": "bf16"}, 16, 200, 140, 40),
-    ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16, "num_attention_heads": 8, "vocab_size": 16000},
-     {"packing": False}, 40, 120, 80, 20),
-    ({"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 10, "num_attention_heads": 20, "vocab_size": 8000},
-     {"packing": False}, 8, 300, 240, 50),
+    (
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+        {},
+        6,
+        100,
+        60,
+        25,
+    ),
+    (
+        {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "vocab_size": 32000,
+        },
+        {},
+        16,
+        150,
+        100,
+        30,
+    ),
+    (
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "vocab_size": 32000,
+        },
+        {"precision": "bf16"},
+        16,
+        200,
+        140,
+        40,
+    ),
+    (
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 8,
+            "vocab_size": 16000,
+        },
+        {"packing": False},
+        40,
+        120,
+        80,
+        20,
+    ),
+    (
+        {
+            "hidden_size": 1280,
+            "intermediate_size": 3456,
+            "num_hidden_layers": 10,
+            "num_attention_heads": 20,
+            "vocab_size": 8000,
+        },
+        {"packing": False},
+        8,
+        300,
+        240,
+        50,
+    ),
     # Logits are most of it: in chunks, and whole under ZeRO-3.
-    ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 128000},
-     {}, 24, 100, 40, 50),
-    ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 128000},
-     {"zero_stage": 3}, 24, 100, 40, 50),
+    (
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "vocab_size": 128000,
+        },
+        {},
+        24,
+        100,
+        40,
+        50,
+    ),
+    (
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "vocab_size": 128000,
+        },
+        {"zero_stage": 3},
+        24,
+        100,
+        40,
+        50,
+    ),
 ]
 ENCODER = {"model_type": "whisper", "d_model": 384, "encoder_layers": 1, "decoder_layers": 1}
 
 
 def main() -> None:
     """Print predicted and measured memory of each case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", type=int, help="number of a case, from 0")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -79,22 +167,38 @@ def compare(number: int, case: tuple) -> dict:
     recipe = _recipe(options)
     encoder = dict(ENCODER)
     config = AutoConfig.for_model("llama", **llm_sizes)
-    shapes = Shapes(recipe, spec_of(Path("none"), AutoConfig.for_model(encoder.pop("model_type"), **encoder), recipe.encoder), config, [])
+    shapes = Shapes(
+        recipe,
+        spec_of(Path("none"), AutoConfig.for_model(encoder.pop("model_type"), **encoder), recipe.encoder),
+        config,
+        [],
+    )
     memory = training_memory(shapes, Load(rows, length, audio, targets), 1, on_gpu=False)
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config).to(DTYPES[recipe.training.precision]).save_pretrained(folder)
         command = [sys.executable, __file__, "--measure", json.dumps(case), "--llm", folder]
-        env = os.environ | dict([ALLOCATION]) | {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+        env = (
+            os.environ
+            | dict([ALLOCATION])
+            | {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+        )
         done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    return {"case": number, "measured": json.loads(done.stdout.splitlines()[-1]), "predicted": memory.total, "parts": vars(memory)}
+    return {
+        "case": number,
+        "measured": json.loads(done.stdout.splitlines()[-1]),
+        "predicted": memory.total,
+        "parts": vars(memory),
+    }
 
 
 def _recipe(options: dict):
     from slam_asr.recipe import load_recipe
 
-    return load_recipe("librispeech", {f"training.{key}": value for key, value in {"precision": "fp32", **options}.items()})
+    return load_recipe(
+        "librispeech", {f"training.{key}": value for key, value in {"precision": "fp32", **options}.items()}
+    )
 
 
 def measure(case: tuple, llm_folder: Path) -> int:
@@ -114,7 +218,13 @@ def measure(case: tuple, llm_folder: Path) -> int:
     dtype = DTYPES[recipe.training.precision]
     if importlib.util.find_spec("deepspeed") is None:
         recipe.training.engine = "ddp"
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     start_process_group(device, recipe.training.engine)
 
     def scored(output: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:

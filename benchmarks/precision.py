@@ -35,7 +35,13 @@ def main() -> None:
     print(f"{device.type}, {options.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
     spec = describe_encoder(recipe.encoder)
     llms = {name: llm_pass(locate_model(recipe.llm.name), DTYPES[name], device) for name in ("fp32", "bf16")}
-    compare(f"{recipe.llm.name}, forward and backward", "positions/s", UTTERANCES * POSITIONS, llms, options.rounds)
+    compare(
+        f"{recipe.llm.name}, forward and backward",
+        "positions/s",
+        UTTERANCES * POSITIONS,
+        llms,
+        options.rounds,
+    )
     encoders = {name: encoder_pass(spec, DTYPES[name], device) for name in ("fp32", "bf16")}
     compare(f"{recipe.encoder.name}, 30-s window", "windows/s", 1, encoders, options.rounds)
 
@@ -43,7 +49,9 @@ def main() -> None:
 def llm_pass(folder, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """Forward to the answer's logits, and backward to the input, as training does."""
     llm = load_llm(folder, dtype, device)
-    embeddings = torch.randn(UTTERANCES, POSITIONS, llm.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    embeddings = torch.randn(
+        UTTERANCES, POSITIONS, llm.config.hidden_size, dtype=dtype, device=device, requires_grad=True
+    )
 
     def run() -> None:
         logits = llm(inputs_embeds=embeddings, use_cache=False, logits_to_keep=ANSWER).logits

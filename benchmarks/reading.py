@@ -43,7 +43,9 @@ def make_store(root: str, shards: int, megabytes: int, width: int) -> None:
         features, size = {}, 0
         while size < megabytes * 1_000_000:
             frames = int(generator.integers(200, 1000))
-            noise = torch.from_numpy(generator.integers(-(2**14), 2**14, (frames, width), dtype=np.int16)).view(torch.bfloat16)
+            noise = torch.from_numpy(
+                generator.integers(-(2**14), 2**14, (frames, width), dtype=np.int16)
+            ).view(torch.bfloat16)
             features[generator.bytes(32).hex()] = Values(noise, None)
             size += noise.nbytes
         content, index = pack(features, MADE_BY, {a: len(v.frames) for a, v in features.items()})
@@ -81,12 +83,16 @@ def local(root: str, repeats: int, window: int) -> None:
         size = sum(s.bytes for s in store.index.shards)
         for times in (first, later):
             times.append(size / read_epoch(store, windows, shards) / 1e9)
-        source = torch.frombuffer(bytearray(Path(store.space.shard(store.index.shards[0].name)).read_bytes()), dtype=torch.uint8)
+        source = torch.frombuffer(
+            bytearray(Path(store.space.shard(store.index.shards[0].name)).read_bytes()), dtype=torch.uint8
+        )
         started = time.perf_counter()
         for _ in range(4):
             source.clone()
         copies.append(4 * source.numel() / (time.perf_counter() - started) / 1e9)
-    print(f"local store of {size / 1e9:.2f} GB in {len(store.index.shards)} shards, {len(store.index)} utterances, one process, warm")
+    print(
+        f"local store of {size / 1e9:.2f} GB in {len(store.index.shards)} shards, {len(store.index)} utterances, one process, warm"
+    )
     print(f"  first epoch, checksums compared   {statistics.median(first):6.2f} GB/s")
     print(f"  later epochs                      {statistics.median(later):6.2f} GB/s")
     print(f"  a plain copy in memory            {statistics.median(copies):6.2f} GB/s")
@@ -97,8 +103,14 @@ def remote(root: str, folder: Path, repeats: int, window: int) -> None:
     import boto3
 
     with serving() as endpoint:
-        os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
-                       "AWS_EC2_METADATA_DISABLED": "true", "SLAM_ASR_CACHE": str(folder / "cache")}
+        os.environ |= {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "SLAM_ASR_CACHE": str(folder / "cache"),
+        }
         client = boto3.session.Session().client("s3")
         client.create_bucket(Bucket="bench")
         for file in sorted(Path(root).rglob("*")):
@@ -117,17 +129,25 @@ def remote(root: str, folder: Path, repeats: int, window: int) -> None:
             started = time.perf_counter()
             with ThreadPoolExecutor(_FETCHES) as pool:
                 keys = [f"{store.space.root.removeprefix('s3://bench/')}/shards/{s.name}" for s in order]
-                list(pool.map(lambda key: client.download_file("bench", key, str(target / Path(key).name)), keys))  # noqa: B023
+                list(
+                    pool.map(
+                        lambda key: client.download_file("bench", key, str(target / Path(key).name)), keys
+                    )
+                )  # noqa: B023
             theirs = time.perf_counter() - started
             shutil.rmtree(target)
             if repeat:
                 ours.append(mine)
                 bare.append(theirs)
         a, b = statistics.median(ours), statistics.median(bare)
-        print(f"object storage (moto), {size / 1e9:.2f} GB in {len(order)} shards, windows of {window}, empty cache")
+        print(
+            f"object storage (moto), {size / 1e9:.2f} GB in {len(order)} shards, windows of {window}, empty cache"
+        )
         print(f"  bare boto3 downloads              {size / b / 1e6:6.0f} MB/s")
         print(f"  an epoch in the sampler's order   {size / a / 1e6:6.0f} MB/s")
-        print(f"  ratio                             {b / a:6.3f}  (each repeat: {', '.join(f'{y / x:.3f}' for x, y in zip(ours, bare, strict=True))})")
+        print(
+            f"  ratio                             {b / a:6.3f}  (each repeat: {', '.join(f'{y / x:.3f}' for x, y in zip(ours, bare, strict=True))})"
+        )
 
 
 class serving:
@@ -135,10 +155,15 @@ class serving:
 
     def __enter__(self) -> str:
         self.process = subprocess.Popen(
-            [sys.executable, "-c",
-             "from moto.server import ThreadedMotoServer as S; import time, logging; logging.getLogger('werkzeug').setLevel(40)\n"
-             "s = S(ip_address='127.0.0.1', port=0, verbose=False); s.start(); print(*s.get_host_and_port(), flush=True); time.sleep(1e6)"],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            [
+                sys.executable,
+                "-c",
+                "from moto.server import ThreadedMotoServer as S; import time, logging; logging.getLogger('werkzeug').setLevel(40)\n"
+                "s = S(ip_address='127.0.0.1', port=0, verbose=False); s.start(); print(*s.get_host_and_port(), flush=True); time.sleep(1e6)",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         return "http://{}:{}".format(*self.process.stdout.readline().split())
 

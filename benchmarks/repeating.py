@@ -23,7 +23,9 @@ BREAKS = (0.0, 0.5, 0.8, 1.0, 1.8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("transcripts", type=Path)
     parser.add_argument("--llm", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--texts", type=int, default=24)
@@ -31,13 +33,21 @@ def main() -> None:
     options = parser.parse_args()
     folder = locate_model(options.llm)
     tokenizer, llm = load_tokenizer(folder), load_llm(folder, torch.float32).eval()
-    lines = [line.split(" ", 1)[1].strip().lower() for line in options.transcripts.read_text().splitlines() if " " in line]
+    lines = [
+        line.split(" ", 1)[1].strip().lower()
+        for line in options.transcripts.read_text().splitlines()
+        if " " in line
+    ]
     texts = random.Random(0).sample([line for line in lines if 40 < len(line) < 160], options.texts)
     pause = tokenizer.encode("\n", add_special_tokens=False)[0]
     for template in options.templates:
         prompt = Prompt(tokenizer, Llm(name=options.llm, template=template))
         shares = [repeated(llm, prompt, texts, pause, breaks) for breaks in BREAKS]
-        print(f"{template.replace(AUDIO, '…')!r:70}", *(f"{breaks:g}: {share:.3f}" for breaks, share in zip(BREAKS, shares, strict=True)), flush=True)
+        print(
+            f"{template.replace(AUDIO, '…')!r:70}",
+            *(f"{breaks:g}: {share:.3f}" for breaks, share in zip(BREAKS, shares, strict=True)),
+            flush=True,
+        )
 
 
 @torch.inference_mode()

@@ -37,7 +37,16 @@ def utterances(count: int) -> list[Hypothesis]:
     for n in range(count):
         spoken = chance.choices(words, cum_weights=cumulated, k=chance.randint(*WORDS))
         written = [chance.choice(words) if chance.random() < WRONG else word for word in spoken]
-        rows.append(Hypothesis(f"{n:06d}", " ".join(spoken), " ".join(written), f"set-{n % 4}", str(n % max(1, count * 3 // 1000)), len(spoken) / 2.7))
+        rows.append(
+            Hypothesis(
+                f"{n:06d}",
+                " ".join(spoken),
+                " ".join(written),
+                f"set-{n % 4}",
+                str(n % max(1, count * 3 // 1000)),
+                len(spoken) / 2.7,
+            )
+        )
     return rows
 
 
@@ -50,7 +59,9 @@ def timed(name: str, work: Callable[[], Any]) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--utterances", type=int, default=100_000)
     args = parser.parse_args()
     rows = utterances(args.utterances)
@@ -62,11 +73,26 @@ def main() -> None:
         controls = {"shuffled audio": shuffled_audio(rows, 0), "empty output": empty_output(rows)}
         timed("all, with the report", lambda: write_report(folder, "benchmark", rows, controls, {}, {}, {}))
         page = Path(folder) / PAGE
-        print(f"page of {page.stat().st_size / 1e6:.2f} MB; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB of memory at most")
+        print(
+            f"page of {page.stat().st_size / 1e6:.2f} MB; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB of memory at most"
+        )
         if shutil.which("chromium"):
-            command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/browser", "--dump-dom"]
-            for name, place in (("browser, empty page", "about:blank"), ("browser, the report", page.as_uri())):
-                timed(name, lambda place=place: subprocess.run([*command, place], capture_output=True, check=True))
+            command = [
+                "chromium",
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={folder}/browser",
+                "--dump-dom",
+            ]
+            for name, place in (
+                ("browser, empty page", "about:blank"),
+                ("browser, the report", page.as_uri()),
+            ):
+                timed(
+                    name,
+                    lambda place=place: subprocess.run([*command, place], capture_output=True, check=True),
+                )
 
 
 if __name__ == "__main__":

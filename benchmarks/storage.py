@@ -31,8 +31,11 @@ def start_server() -> subprocess.Popen:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
     }
     program = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -73,7 +76,9 @@ def compare(label: str, ways: dict[str, Callable[[], None]], repeats: int, megab
 
 def main() -> None:
     """Make objects, and measure each kind of transfer."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--objects", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -114,9 +119,14 @@ def _run(objects: int, megabytes: int, repeats: int) -> None:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(way, names))
 
-        print(f"{objects} objects of {megabytes} MiB, {os.cpu_count()} cores, {repeats} repeats; ratio: the share of boto3's speed")
+        print(
+            f"{objects} objects of {megabytes} MiB, {os.cpu_count()} cores, {repeats} repeats; ratio: the share of boto3's speed"
+        )
         for threads in (1, 2, 4):
-            ways = {"ours": lambda n=threads: at_once(ours_one, n), "bare": lambda n=threads: at_once(bare_one, n)}
+            ways = {
+                "ours": lambda n=threads: at_once(ours_one, n),
+                "bare": lambda n=threads: at_once(bare_one, n),
+            }
             compare(f"download to files, {threads} at once", ways, repeats, total)
     compare(
         "read_bytes / get_object().read()",
@@ -124,7 +134,8 @@ def _run(objects: int, megabytes: int, repeats: int) -> None:
             "ours": lambda: [s3.read(f"s3://{BUCKET}/{n}") for n in names],
             "bare": lambda: [bare.get_object(Bucket=BUCKET, Key=n)["Body"].read() for n in names],
         },
-        repeats, total,
+        repeats,
+        total,
     )
     compare(
         "write / put_object()",
@@ -132,7 +143,8 @@ def _run(objects: int, megabytes: int, repeats: int) -> None:
             "ours": lambda: [s3.write(f"s3://{BUCKET}/{n}", content) for n in names],
             "bare": lambda: [bare.put_object(Bucket=BUCKET, Key=n, Body=content) for n in names],
         },
-        max(repeats // 2, 1), total,
+        max(repeats // 2, 1),
+        total,
     )
 
 

@@ -42,7 +42,9 @@ def main() -> None:
             batch = collate([Row(rounded, positions, prompt.main.before, text, answer)]).to(model.llm.device)
             with torch.inference_mode():
                 wanted = batch.labels[batch.labels != IGNORED]
-                total += float(torch.nn.functional.cross_entropy(model(batch).float(), wanted, reduction="sum"))
+                total += float(
+                    torch.nn.functional.cross_entropy(model(batch).float(), wanted, reduction="sum")
+                )
             targets += len(wanted)
         return total / targets, (error / power) ** 0.5
 
@@ -50,7 +52,9 @@ def main() -> None:
     print(f"{len(utterances)} utterances, frames: {recipe.encoder.frames}, width {spec.width}")
     for dtype in sorted(STORED, key=lambda d: -bytes_a_frame(spec.width, d)):
         value, error = loss(dtype)
-        print(f"{dtype:5} {bytes_a_frame(spec.width, dtype):6} bytes a frame, relative error {error:.2e}, loss {value:.5f} ({value - exact:+.5f})")
+        print(
+            f"{dtype:5} {bytes_a_frame(spec.width, dtype):6} bytes a frame, relative error {error:.2e}, loss {value:.5f} ({value - exact:+.5f})"
+        )
 
 
 if __name__ == "__main__":

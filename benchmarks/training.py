@@ -50,13 +50,20 @@ class Way(ABC):
         llm = load_llm(folder, DTYPES[precision])
         self.prompt = Prompt(load_tokenizer(folder), recipe.llm)
         self.spec = describe_encoder(recipe.encoder)
-        self.model = Slam(build_projector(recipe.projector, self.spec.width, llm_width(llm), 0).to(DTYPES[precision]), llm)
+        self.model = Slam(
+            build_projector(recipe.projector, self.spec.width, llm_width(llm), 0).to(DTYPES[precision]), llm
+        )
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.projector.parameters(), lr=1e-4)
 
     def row(self, utterance, audio: torch.Tensor) -> Row:
         positions = positions_of(self.recipe.projector, len(audio))
-        return Row(audio, positions, self.prompt.main.before, *self.prompt.with_answer(self.prompt.main, utterance.target))
+        return Row(
+            audio,
+            positions,
+            self.prompt.main.before,
+            *self.prompt.with_answer(self.prompt.main, utterance.target),
+        )
 
     @abstractmethod
     def steps(self) -> Iterator[Callable[[], torch.Tensor]]:
@@ -87,7 +94,9 @@ class Reference(Way):
         with torch.no_grad():
             heard = self.encoder([self.encoder.prepare(load_utterance(u)) for u in chosen])
         batch = collate([self.row(u, audio) for u, audio in zip(chosen, heard, strict=True)])
-        logits = self.model.llm(inputs_embeds=self.model.embed(batch), attention_mask=batch.mask, use_cache=False).logits
+        logits = self.model.llm(
+            inputs_embeds=self.model.embed(batch), attention_mask=batch.mask, use_cache=False
+        ).logits
         labels = torch.full(batch.token_ids.shape, IGNORED)
         labels[:, batch.answer_start :] = batch.labels
         return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -96,11 +105,16 @@ class Reference(Way):
 class Ours(Way):
     """Cached features, batches by positions, packed, logits of answers in chunks."""
 
-    def __init__(self, name: str, recipe: Recipe, precision: str, utterances: list, budget: int, compiled: bool = False) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, precision: str, utterances: list, budget: int, compiled: bool = False
+    ) -> None:
         super().__init__(name, recipe, precision, utterances)
         encoder = self.spec.load(torch.float32)
         with torch.no_grad():
-            rows = [self.row(u, encoder([encoder.prepare(load_utterance(u))])[0].to(torch.bfloat16)) for u in utterances]
+            rows = [
+                self.row(u, encoder([encoder.prepare(load_utterance(u))])[0].to(torch.bfloat16))
+                for u in utterances
+            ]
         self.packs = allow_packing(self.model.llm)
         self.model.scorer = score_in_chunks if allows_chunks(self.model.llm) else None
         if compiled:
@@ -123,29 +137,53 @@ class Ours(Way):
 
 def main() -> None:
     """Print utterances a second of each way."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("manifest")
     parser.add_argument("--utterances", type=int, default=48)
     parser.add_argument("--positions", type=int, default=1600, help="LLM positions at once, in our way")
     parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
     parser.add_argument("--frames", nargs="+", default=["all", "speech"], choices=("all", "speech"))
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="our way also with torch.compile, once over all batches before it is measured")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="our way also with torch.compile, once over all batches before it is measured",
+    )
     options = parser.parse_args()
     base = load_recipe("librispeech")
     everything = read_manifest(options.manifest)
     utterances = everything[:: max(1, len(everything) // options.utterances)][: options.utterances]
     seconds = sum(u.duration or 0.0 for u in utterances)
-    print(f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, {torch.get_num_threads()} threads")
+    print(
+        f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, {torch.get_num_threads()} threads"
+    )
 
     def recipe(frames: str) -> Recipe:
         return replace(base, encoder=replace(base.encoder, frames=frames))
 
-    ways: list[Way] = [Reference("reference: fp32, encoder in each step, batches of 4, all logits", recipe("all"), "fp32", utterances)]
+    ways: list[Way] = [
+        Reference(
+            "reference: fp32, encoder in each step, batches of 4, all logits",
+            recipe("all"),
+            "fp32",
+            utterances,
+        )
+    ]
     ways += [
-        Ours(f"ours: {precision}, frames: {frames}{', compiled' * compiled}", recipe(frames), precision, utterances, options.positions, compiled)
-        for frames in options.frames for precision in options.precisions for compiled in ((False, True) if options.compile else (False,))
-    ]  # fmt: skip
+        Ours(
+            f"ours: {precision}, frames: {frames}{', compiled' * compiled}",
+            recipe(frames),
+            precision,
+            utterances,
+            options.positions,
+            compiled,
+        )
+        for frames in options.frames
+        for precision in options.precisions
+        for compiled in ((False, True) if options.compile else (False,))
+    ]
     if options.compile:
         for way in ways:
             way.epoch()
@@ -156,7 +194,9 @@ def main() -> None:
     reference = taken[ways[0].name]
     for name, times in taken.items():
         ratios = [r / t for r, t in zip(reference, times, strict=True)]
-        print(f"{name:66} {len(utterances) / statistics.median(times):7.2f} utterances/s {statistics.median(ratios):6.2f} × ({', '.join(f'{r:.2f}' for r in ratios)})")
+        print(
+            f"{name:66} {len(utterances) / statistics.median(times):7.2f} utterances/s {statistics.median(ratios):6.2f} × ({', '.join(f'{r:.2f}' for r in ratios)})"
+        )
 
 
 if __name__ == "__main__":

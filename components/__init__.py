@@ -28,7 +28,9 @@ RESULTS = {
 }
 """The steps of the pipeline that trains, in the order in which they run, and the output of each that points to its folder."""
 
-EVALUATION_RESULTS = {"open-model": "opened"} | {step: RESULTS[step] for step in ("build-manifest", "extract-features", "decode", "score")}
+EVALUATION_RESULTS = {"open-model": "opened"} | {
+    step: RESULTS[step] for step in ("build-manifest", "extract-features", "decode", "score")
+}
 """The same of the pipeline that only measures a model."""
 
 SWEEP_RESULTS = {
@@ -43,7 +45,13 @@ SWEEP_RESULTS = {
 ALL_RESULTS = {"open-model": EVALUATION_RESULTS["open-model"]} | SWEEP_RESULTS
 """The same of every step of any pipeline."""
 
-HOSTS = {"score": "decode", "open-model": "convert-checkpoint", "plan-sweep": "build-manifest", "vary-recipe": "build-manifest", "compare-runs": "decode"}
+HOSTS = {
+    "score": "decode",
+    "open-model": "convert-checkpoint",
+    "plan-sweep": "build-manifest",
+    "vary-recipe": "build-manifest",
+    "compare-runs": "decode",
+}
 """The stage in whose image a step without one of its own runs."""
 
 STAGES = tuple(step for step in RESULTS if step not in HOSTS)
@@ -55,7 +63,9 @@ CACHE = "/var/cache/slam-asr"
 IMAGES_VARIABLE = "SLAM_ASR_IMAGES"
 DEFAULT_IMAGES = "slam-asr/{stage}:{version}"
 
-_REFERENCE = re.compile(r"([\w.-]+(:\d+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?")
+_REFERENCE = re.compile(
+    r"([\w.-]+(:\d+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
 
 
 def component_of(step: str) -> Any:
@@ -82,10 +92,14 @@ def images(source: str) -> dict[str, str]:
     if source.endswith((".yaml", ".yml")):
         named = _read(Path(source))
     else:
-        named = {stage: source.replace("{stage}", stage).replace("{version}", __version__) for stage in STAGES}
+        named = {
+            stage: source.replace("{stage}", stage).replace("{version}", __version__) for stage in STAGES
+        }
     for stage, name in named.items():
         if not _REFERENCE.fullmatch(name):
-            raise UserError(f"{name!r} cannot be the image of {stage}: write REGISTRY/NAME:TAG in lower case, such as registry.example/team/{stage}:{__version__}.")
+            raise UserError(
+                f"{name!r} cannot be the image of {stage}: write REGISTRY/NAME:TAG in lower case, such as registry.example/team/{stage}:{__version__}."
+            )
     return named | {step: named[stage] for step, stage in HOSTS.items()}
 
 
@@ -93,9 +107,13 @@ def _read(path: Path) -> dict[str, str]:
     try:
         named = yaml.safe_load(path.read_bytes())
     except OSError as error:
-        raise UserError(f"The file of images {path} cannot be read ({error.strerror}): `make images` writes one.") from None
+        raise UserError(
+            f"The file of images {path} cannot be read ({error.strerror}): `make images` writes one."
+        ) from None
     except yaml.YAMLError:
         named = None
     if not isinstance(named, dict) or not all(isinstance(named.get(stage), str) for stage in STAGES):
-        raise UserError(f"{path} must name an image for each of {', '.join(STAGES)}: `make images` writes such a file.")
+        raise UserError(
+            f"{path} must name an image for each of {', '.join(STAGES)}: `make images` writes such a file."
+        )
     return {stage: named[stage] for stage in STAGES}

@@ -77,21 +77,32 @@ class Speller(nn.Module):
         return logits, (outputs.float() - said.float()).square().sum(1)
 
 
-def loss_of(speller: Speller, frames: list[torch.Tensor], targets: list[torch.Tensor], drawn: float) -> torch.Tensor:
+def loss_of(
+    speller: Speller, frames: list[torch.Tensor], targets: list[torch.Tensor], drawn: float
+) -> torch.Tensor:
     """Mean over tokens of CTC's loss, and what draws outputs to what they say, by that weight."""
     positions = [len(f) // speller.projector.downsampling for f in frames]
     logits, distances = speller(frames)
     # Of all tokens, CTC looks at an utterance's own alone: a hundred columns instead of ten thousand.
     scores, numbers = [], []
-    for rows, total, target in zip(logits.split(positions), logits.logsumexp(1, keepdim=True).split(positions), targets, strict=True):
+    for rows, total, target in zip(
+        logits.split(positions), logits.logsumexp(1, keepdim=True).split(positions), targets, strict=True
+    ):
         own, number = torch.unique(target, return_inverse=True)
         scores.append((rows[:, torch.cat([torch.tensor([BLANK]), own])] - total).T)
         numbers.append(number + 1)
-    padded = nn.utils.rnn.pad_sequence([functional.pad(s, (0, max(positions) - s.shape[1])) for s in scores], batch_first=True)
+    padded = nn.utils.rnn.pad_sequence(
+        [functional.pad(s, (0, max(positions) - s.shape[1])) for s in scores], batch_first=True
+    )
     sums = functional.ctc_loss(
-        padded.permute(2, 0, 1), torch.cat(numbers), torch.tensor(positions), torch.tensor([len(t) for t in targets]), blank=0, reduction="sum",
+        padded.permute(2, 0, 1),
+        torch.cat(numbers),
+        torch.tensor(positions),
+        torch.tensor([len(t) for t in targets]),
+        blank=0,
+        reduction="sum",
         zero_infinity=True,
-    )  # fmt: skip
+    )
     return sums / sum(len(t) for t in targets) + drawn * distances.mean()
 
 
@@ -114,7 +125,9 @@ def batches(utterances: list[Utterance], lengths: list[int], rng: random.Random)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="librispeech")
     parser.add_argument("--manifest", required=True)
     parser.add_argument("--dev", help="manifest to validate on")
@@ -122,7 +135,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--begin", help="model whose projector it goes on from; a random one if not given")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--minutes", type=float, default=60, help="after which it ends in any case (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="after which it ends in any case (default: %(default)s)"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()
 
@@ -135,8 +150,14 @@ def main() -> None:
         projector.load_state_dict(read_projector(args.begin, read_config(args.begin)).state_dict())
     sets = {name: read_manifest(path) for name, path in (("train", args.manifest), ("dev", args.dev)) if path}
     # Each word with the space in front that it has within a text: one sound, one token.
-    ids = {name: [tokenizer.encode(" " + u.target, add_special_tokens=False) for u in us] for name, us in sets.items()}
-    tokens = [tokenizer.encode(NOTHING_SAID, add_special_tokens=False)[0], *sorted({t for row in ids["train"] for t in row})]
+    ids = {
+        name: [tokenizer.encode(" " + u.target, add_special_tokens=False) for u in us]
+        for name, us in sets.items()
+    }
+    tokens = [
+        tokenizer.encode(NOTHING_SAID, add_special_tokens=False)[0],
+        *sorted({t for row in ids["train"] for t in row}),
+    ]
     number = {t: n for n, t in enumerate(tokens)}
     speller = Speller(projector, llm.get_input_embeddings().weight[tokens].detach())
     del llm
@@ -152,11 +173,15 @@ def main() -> None:
     for epoch in range(args.epochs):
         groups = batches(train, lengths, rng)
         for at, group in enumerate(groups):
-            done = max((epoch + at / len(groups)) / args.epochs, (time.monotonic() - started) / 60 / args.minutes)
+            done = max(
+                (epoch + at / len(groups)) / args.epochs, (time.monotonic() - started) / 60 / args.minutes
+            )
             if done >= 1:
                 break
             for settings in optimizer.param_groups:
-                settings["lr"] = args.learning_rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
+                settings["lr"] = (
+                    args.learning_rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
+                )
             frames = [functional.dropout(reader.read(train[i]).float(), DROPPED) for i in group]
             loss = loss_of(speller, frames, [targets[i] for i in group], DRAWN * done)
             loss.backward()
@@ -166,25 +191,44 @@ def main() -> None:
             running, step = 0.98 * running + 0.02 * loss.item(), step + 1
             if step % 50 == 0:
                 far = speller(frames)[1].mean().sqrt().item()
-                print(f"epoch {epoch} step {step} {done:4.0%} loss {running / (1 - 0.98**step):.3f} distance {far:.2f} {time.monotonic() - started:.0f} s", flush=True)
+                print(
+                    f"epoch {epoch} step {step} {done:4.0%} loss {running / (1 - 0.98**step):.3f} distance {far:.2f} {time.monotonic() - started:.0f} s",
+                    flush=True,
+                )
         _validate(speller, reader, list(sets.get("dev", ())), tokenizer, tokens)
     config = ModelConfig(
-        dump_recipe(recipe), encoder=spec.fingerprint(), llm_sha256=weights_sha256(folder), encoder_width=spec.width,
-        llm_width=speller.embeddings.shape[1], training={"steps": step, "recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name},
-    )  # fmt: skip
+        dump_recipe(recipe),
+        encoder=spec.fingerprint(),
+        llm_sha256=weights_sha256(folder),
+        encoder_width=spec.width,
+        llm_width=speller.embeddings.shape[1],
+        training={
+            "steps": step,
+            "recipe": recipe.name,
+            "encoder": recipe.encoder.name,
+            "llm": recipe.llm.name,
+        },
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     write_model(args.out, projector.state_dict(), config)
 
 
 @torch.no_grad()
-def _validate(speller: Speller, reader: StoreReader, dev: list[Utterance], tokenizer, tokens: list[int]) -> None:
+def _validate(
+    speller: Speller, reader: StoreReader, dev: list[Utterance], tokenizer, tokens: list[int]
+) -> None:
     """Print the word error rate of the best path, and a text."""
     import jiwer
 
     if not dev:
         return
-    texts = [tokenizer.decode([tokens[t] for t in spelled(speller, reader.read(u).float())]).strip() for u in dev]
-    print(f"dev: WER {jiwer.wer([u.target for u in dev], texts):.1%}; {dev[0].target!r} → {texts[0]!r}", flush=True)
+    texts = [
+        tokenizer.decode([tokens[t] for t in spelled(speller, reader.read(u).float())]).strip() for u in dev
+    ]
+    print(
+        f"dev: WER {jiwer.wer([u.target for u in dev], texts):.1%}; {dev[0].target!r} → {texts[0]!r}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

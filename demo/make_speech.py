@@ -78,8 +78,29 @@ class Speaker:
     def command(self, text: str, wav: Path) -> list[str]:
         """The command line that speaks `text` into the file `wav`."""
         if self.engine == "flite":
-            return ["flite", "-voice", self.voice, "--setf", f"duration_stretch={self.pace}", "-t", text, "-o", str(wav)]
-        return ["espeak-ng", "-v", self.voice, "-s", f"{self.pace:.0f}", "-p", str(self.pitch), "-w", str(wav), text]
+            return [
+                "flite",
+                "-voice",
+                self.voice,
+                "--setf",
+                f"duration_stretch={self.pace}",
+                "-t",
+                text,
+                "-o",
+                str(wav),
+            ]
+        return [
+            "espeak-ng",
+            "-v",
+            self.voice,
+            "-s",
+            f"{self.pace:.0f}",
+            "-p",
+            str(self.pitch),
+            "-w",
+            str(wav),
+            text,
+        ]
 
 
 KNOWN_VOICES = (
@@ -157,11 +178,17 @@ def words_of(texts: list[str]) -> set[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist yet")
-    parser.add_argument("--seed", type=int, default=1, help="which sentences are drawn (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="which sentences are drawn (default: %(default)s)"
+    )
     parser.add_argument("--train", type=int, default=600, help="training utterances (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=36, help="utterances of each other subset (default: %(default)s)")
+    parser.add_argument(
+        "--held-out", type=int, default=36, help="utterances of each other subset (default: %(default)s)"
+    )
     args = parser.parse_args()
 
     source = sentences(random.Random(args.seed))

@@ -28,11 +28,43 @@ import soundfile
 import soxr
 from make_speech import SAMPLE_RATE, Speaker, speak
 
-ACCENTS = ("en-us", "en-us", "en-us", "en-us-nyc", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
+ACCENTS = (
+    "en-us",
+    "en-us",
+    "en-us",
+    "en-us-nyc",
+    "en-gb",
+    "en-gb-x-rp",
+    "en-gb-scotland",
+    "en-gb-x-gbclan",
+    "en-gb-x-gbcwmd",
+    "en-029",
+)
 VARIANTS = (
-    "", *(f"+f{n}" for n in range(1, 6)), *(f"+m{n}" for n in range(1, 9)), "+adam", "+belinda", "+david", "+ed", "+linda", "+paul", "+pedro",
-    "+rob", "+sandro", "+steph", "+victor", "+zac", "+Andy", "+Annie", "+Gene", "+Lee", "+Marco", "+klatt", "+klatt2", "+klatt4",
-)  # fmt: skip
+    "",
+    *(f"+f{n}" for n in range(1, 6)),
+    *(f"+m{n}" for n in range(1, 9)),
+    "+adam",
+    "+belinda",
+    "+david",
+    "+ed",
+    "+linda",
+    "+paul",
+    "+pedro",
+    "+rob",
+    "+sandro",
+    "+steph",
+    "+victor",
+    "+zac",
+    "+Andy",
+    "+Annie",
+    "+Gene",
+    "+Lee",
+    "+Marco",
+    "+klatt",
+    "+klatt2",
+    "+klatt4",
+)
 FLITE = ("kal16", "awb", "rms", "slt")
 """Three of them were made from recordings of people."""
 VOICES, EACH = 600, 15
@@ -51,7 +83,13 @@ def draw_speaker(number: int, rng: random.Random) -> Speaker:
     """A synthetic voice."""
     if rng.random() < FLITE_SHARE:
         return Speaker(number, "flite", rng.choice(FLITE), rng.uniform(0.8, 1.15))
-    return Speaker(number, "espeak-ng", rng.choice(ACCENTS) + rng.choice(VARIANTS), rng.uniform(130, 210), rng.randint(20, 80))
+    return Speaker(
+        number,
+        "espeak-ng",
+        rng.choice(ACCENTS) + rng.choice(VARIANTS),
+        rng.uniform(130, 210),
+        rng.randint(20, 80),
+    )
 
 
 def draw_piece(words: list[str], rng: random.Random) -> list[str]:
@@ -106,11 +144,16 @@ def synthesise(task: tuple[Path, int, list[list[str]], tuple[float, float], int]
     speaker = draw_speaker(number, rng)
     own_speed = rng.uniform(*SPEEDS)  # gives flite's four voices more than four throats
     with tempfile.TemporaryDirectory() as scratch:
-        spoken = [disturb(at_speed(speak(speaker, " ".join(words).lower(), Path(scratch)), own_speed), noise) for words in pieces]
+        spoken = [
+            disturb(at_speed(speak(speaker, " ".join(words).lower(), Path(scratch)), own_speed), noise)
+            for words in pieces
+        ]
     return write(folder, str(number), 1, join(spoken, [" ".join(words) for words in pieces], joined, rng))
 
 
-def join(spoken: list[np.ndarray], texts: list[str], joined: tuple[float, float], rng: random.Random) -> Iterator[tuple[str, np.ndarray]]:
+def join(
+    spoken: list[np.ndarray], texts: list[str], joined: tuple[float, float], rng: random.Random
+) -> Iterator[tuple[str, np.ndarray]]:
     """Pieces one behind the other, with pauses, up to a drawn length each time."""
     low, high = joined
     at = 0
@@ -119,7 +162,9 @@ def join(spoken: list[np.ndarray], texts: list[str], joined: tuple[float, float]
         samples, words = spoken[at], [texts[at]]
         at += 1
         while at < len(spoken) and len(samples) + len(spoken[at]) < length:
-            samples = np.concatenate([samples, np.zeros(round(rng.uniform(*PAUSE) * SAMPLE_RATE), np.float32), spoken[at]])
+            samples = np.concatenate(
+                [samples, np.zeros(round(rng.uniform(*PAUSE) * SAMPLE_RATE), np.float32), spoken[at]]
+            )
             words.append(texts[at])
             at += 1
         yield " ".join(words), samples
@@ -134,7 +179,9 @@ def vary(task: tuple[Path, Path, int, int]) -> float:
     for line in transcript.read_text().splitlines():
         key, _, text = line.partition(" ")
         samples, _ = soundfile.read(transcript.parent / f"{key}.flac", dtype="float32")
-        utterances.append((text, disturb(at_speed(samples, noise.uniform(*SPEEDS)), noise) if copy else samples))
+        utterances.append(
+            (text, disturb(at_speed(samples, noise.uniform(*SPEEDS)), noise) if copy else samples)
+        )
     return write(folder, speaker, int(chapter) + 1_000_000 * copy, utterances)
 
 
@@ -146,15 +193,38 @@ def in_parallel(work: Callable, tasks: list, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path, required=True, help="lines `<key> TEXT`")
     parser.add_argument("--real", type=Path, help="folder of real speech in LibriSpeech's layout")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist yet")
-    parser.add_argument("--voices", type=int, default=VOICES, help=f"synthetic speakers, of {VOICES} (default: %(default)s)")
-    parser.add_argument("--each", type=int, default=EACH, help="pieces of text that each of them speaks (default: %(default)s)")
-    parser.add_argument("--joined", type=float, nargs=2, default=JOINED, metavar=("SHORTEST", "LONGEST"), help="seconds that pieces are joined to (default: %(default)s)")
-    parser.add_argument("--first-voice", type=int, default=1, help="number of the first of them, so that several runs can lie in one corpus (default: %(default)s)")
-    parser.add_argument("--copies", type=int, default=2, help="of each real utterance, beside itself (default: %(default)s)")
+    parser.add_argument(
+        "--voices", type=int, default=VOICES, help=f"synthetic speakers, of {VOICES} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--each",
+        type=int,
+        default=EACH,
+        help="pieces of text that each of them speaks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--joined",
+        type=float,
+        nargs=2,
+        default=JOINED,
+        metavar=("SHORTEST", "LONGEST"),
+        help="seconds that pieces are joined to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--first-voice",
+        type=int,
+        default=1,
+        help="number of the first of them, so that several runs can lie in one corpus (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--copies", type=int, default=2, help="of each real utterance, beside itself (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if not args.text.is_file():
@@ -168,19 +238,34 @@ def main() -> None:
         parser.error(f"{absent[0]} is not on the PATH: `apt-get install espeak-ng flite`")
 
     rng = random.Random(args.seed)
-    lines = [words for line in args.text.read_text().splitlines() if len(words := line.split()[1:]) >= WORDS[0]]
+    lines = [
+        words for line in args.text.read_text().splitlines() if len(words := line.split()[1:]) >= WORDS[0]
+    ]
     if not lines:
         parser.error(f"{args.text} has no line `<key> TEXT` with {WORDS[0]} words or more")
     pieces = [draw_piece(rng.choice(lines), rng) for _ in range(VOICES * args.each)]
     args.out.mkdir(parents=True)
-    tasks = [(args.out / "train-synthetic", 100_000 + args.first_voice + n, pieces[n::VOICES], tuple(args.joined), args.seed + n) for n in range(args.voices)]
+    tasks = [
+        (
+            args.out / "train-synthetic",
+            100_000 + args.first_voice + n,
+            pieces[n::VOICES],
+            tuple(args.joined),
+            args.seed + n,
+        )
+        for n in range(args.voices)
+    ]
     in_parallel(synthesise, tasks, "train-synthetic")
     if args.real:
         chapters = sorted(args.real.rglob("*.trans.txt"))
         held_out = chapters[HELD_OUT // 2 :: HELD_OUT]
         in_parallel(vary, [(args.out / "dev-real", t, 0, 0) for t in held_out], "dev-real")
         copies = [(copy, t) for copy in range(args.copies + 1) for t in chapters if t not in held_out]
-        in_parallel(vary, [(args.out / "train-real", t, copy, args.seed + n) for n, (copy, t) in enumerate(copies)], "train-real")
+        in_parallel(
+            vary,
+            [(args.out / "train-real", t, copy, args.seed + n) for n, (copy, t) in enumerate(copies)],
+            "train-real",
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which stages run, in what order: compiled for a cluster, or run on this machine.
 
-    python -m pipelines run demo
-    python -m pipelines compile
+python -m pipelines run demo
+python -m pipelines compile
 """
 
 TRAINING = "slam-asr"

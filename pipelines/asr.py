@@ -19,7 +19,9 @@ DESCRIPTION = (
 )
 
 
-def build_pipeline(place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None, trainjob: str = "") -> BaseComponent:
+def build_pipeline(
+    place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None, trainjob: str = ""
+) -> BaseComponent:
     """The pipeline.
 
     Args:
@@ -37,19 +39,28 @@ def build_pipeline(place: Callable[[str, dsl.PipelineTask], None] = lambda stage
             store: Where to: s3:// prefix for the results of all stages, which runs may share. Results that are there already are used again.
             recipe_overrides: Changes to single fields of the recipe, by full name: {"training.epochs": 1, "llm.name": "…"}.
         """
-        manifest = build_manifest(recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store)
+        manifest = build_manifest(
+            recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
+        )
         resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
         # kfp's local runner knows loops over a step's only return value, so each list comes from the step before its loop.
         with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as part:
             extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=part)
         features = dsl.Collected(extraction.outputs["features"])
-        training = train(store=store, recipe=resolved, manifests=manifests, features=features, trainjob=trainjob)
-        conversion = convert_checkpoint(store=store, recipe=resolved, checkpoint=training.outputs["checkpoint"])
+        training = train(
+            store=store, recipe=resolved, manifests=manifests, features=features, trainjob=trainjob
+        )
+        conversion = convert_checkpoint(
+            store=store, recipe=resolved, checkpoint=training.outputs["checkpoint"]
+        )
         model = conversion.outputs["model"]
         with dsl.ParallelFor(conversion.outputs["Output"], name="decoding") as part:
             decoding = decode(store=store, recipe=resolved, manifests=manifests, model=model, shard=part)
         scoring = score(
-            store=store, recipe=resolved, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"])
+            store=store,
+            recipe=resolved,
+            model=model,
+            hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
         )
         for task in (manifest, extraction, training, conversion, decoding, scoring):
             # Kubeflow's cache knows neither the corpus' content nor a half-done training, and would hand out

@@ -18,7 +18,11 @@ class PackageDefect(Exception):
     """The compiled pipeline contradicts itself: a defect of this project, not of its user."""
 
 
-def read_package(path: Path) -> tuple[pipeline_spec_pb2.PipelineSpec, dict[str, kubernetes_executor_config_pb2.KubernetesExecutorConfig]]:
+def read_package(
+    path: Path,
+) -> tuple[
+    pipeline_spec_pb2.PipelineSpec, dict[str, kubernetes_executor_config_pb2.KubernetesExecutorConfig]
+]:
     """The two documents of a compiled pipeline: its specification, and each executor's settings of Kubernetes.
 
     Raises:
@@ -62,12 +66,18 @@ def check_package(path: Path, images: dict[str, str]) -> None:
             complaints.append(f"{label} runs in {executor['container']['image']}, not in {images.get(stage)}")
         if label not in settings:
             complaints.append(f"{label} has no settings of Kubernetes")
-    complaints += [f"settings of Kubernetes for {label}, which does not exist" for label in settings if label not in executors]
+    complaints += [
+        f"settings of Kubernetes for {label}, which does not exist"
+        for label in settings
+        if label not in executors
+    ]
     if complaints:
         raise PackageDefect(f"{path}: {'; '.join(complaints)}")
 
 
-def _complaints_of_dag(spec: pipeline_spec_pb2.PipelineSpec, name: str, component: pipeline_spec_pb2.ComponentSpec) -> Iterator[str]:
+def _complaints_of_dag(
+    spec: pipeline_spec_pb2.PipelineSpec, name: str, component: pipeline_spec_pb2.ComponentSpec
+) -> Iterator[str]:
     """What is missing of what a graph's tasks, and its outputs, refer to."""
     tasks = component.dag.tasks
     given = component.input_definitions
@@ -77,15 +87,25 @@ def _complaints_of_dag(spec: pipeline_spec_pb2.PipelineSpec, name: str, componen
         if wanted is None:
             yield f"{where} uses the component {task.component_ref.name}, which does not exist"
             continue
-        yield from (f"{where} waits for {other}, which does not exist" for other in task.dependent_tasks if other not in tasks)
+        yield from (
+            f"{where} waits for {other}, which does not exist"
+            for other in task.dependent_tasks
+            if other not in tasks
+        )
         items = task.parameter_iterator.items.input_parameter
         if items and items not in task.inputs.parameters:
             yield f"{where} goes over {items}, which it is not given"
         for kind in ("parameters", "artifacts"):
             inputs, known = getattr(task.inputs, kind), getattr(wanted.input_definitions, kind)
-            yield from (f"{where} is given {key}, which {task.component_ref.name} does not take" for key in inputs if key not in known)
+            yield from (
+                f"{where} is given {key}, which {task.component_ref.name} does not take"
+                for key in inputs
+                if key not in known
+            )
             for key, definition in known.items():
-                optional = definition.is_optional or (kind == "parameters" and definition.HasField("default_value"))
+                optional = definition.is_optional or (
+                    kind == "parameters" and definition.HasField("default_value")
+                )
                 if key not in inputs and not optional and key != task.parameter_iterator.item_input:
                     yield f"{where} lacks its input {key}"
             for key, source in inputs.items():
@@ -94,7 +114,14 @@ def _complaints_of_dag(spec: pipeline_spec_pb2.PipelineSpec, name: str, componen
         for key, output in getattr(component.dag.outputs, kind).items():
             selectors = output.artifact_selectors if kind == "artifacts" else [output.value_from_parameter]
             for selector in selectors:
-                yield from _complaints_of_output(spec, tasks, f"{name}'s output {key}", kind, selector.producer_subtask, getattr(selector, key_of))
+                yield from _complaints_of_output(
+                    spec,
+                    tasks,
+                    f"{name}'s output {key}",
+                    kind,
+                    selector.producer_subtask,
+                    getattr(selector, key_of),
+                )
 
 
 def _complaints_of_source(spec, tasks, given, where: str, kind: str, source) -> Iterator[str]:
@@ -102,7 +129,9 @@ def _complaints_of_source(spec, tasks, given, where: str, kind: str, source) -> 
     single = kind.removesuffix("s")
     produced = getattr(source, f"task_output_{single}", None)
     if produced is not None and produced.producer_task:
-        yield from _complaints_of_output(spec, tasks, where, kind, produced.producer_task, getattr(produced, f"output_{single}_key"))
+        yield from _complaints_of_output(
+            spec, tasks, where, kind, produced.producer_task, getattr(produced, f"output_{single}_key")
+        )
     passed = getattr(source, f"component_input_{single}")
     if passed and passed not in getattr(given, kind):
         yield f"{where} comes from {passed}, which the graph is not given"

@@ -61,6 +61,9 @@ def command_parser(command: str, description: str) -> ArgumentParser:
     """A parser for the options of `command`, with its line of the usage."""
     usage = next(line for line in USAGE.splitlines() if f"pipelines {command} " in line)
     return ArgumentParser(
-        prog=f"python -m pipelines {command}", usage=usage.removeprefix("usage:").strip(), description=description,
-        exit_on_error=False, allow_abbrev=False,
+        prog=f"python -m pipelines {command}",
+        usage=usage.removeprefix("usage:").strip(),
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
     )

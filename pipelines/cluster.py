@@ -110,7 +110,12 @@ class Step:
     """Annotations of the pod."""
 
 
-_AS = {"open-model": "convert-checkpoint", "plan-sweep": "score", "vary-recipe": "score", "compare-runs": "score"}
+_AS = {
+    "open-model": "convert-checkpoint",
+    "plan-sweep": "score",
+    "vary-recipe": "score",
+    "compare-runs": "score",
+}
 """Steps without settings of their own: each gets what another one gets, which needs as little."""
 
 
@@ -157,12 +162,26 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for key in ("namespace", "service_account"):
-            _require(re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", getattr(self, key)), self, key, getattr(self, key), "lower-case letters, digits and dashes")
-        _require(self.run_as_user > 0, self, "run_as_user", self.run_as_user, "above 0: steps do not run as root")
+            _require(
+                re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", getattr(self, key)),
+                self,
+                key,
+                getattr(self, key),
+                "lower-case letters, digits and dashes",
+            )
+        _require(
+            self.run_as_user > 0, self, "run_as_user", self.run_as_user, "above 0: steps do not run as root"
+        )
         store = self.storage.store
         _require(not store or store.startswith("s3://"), self, "storage.store", store, "an s3:// prefix")
         if address := self.storage.endpoint:
-            _require(re.fullmatch(r"https?://[^/@\s]+/?", address), self, "storage.endpoint", _hidden(address), "http://host:port or https://host, without a name or password in it")
+            _require(
+                re.fullmatch(r"https?://[^/@\s]+/?", address),
+                self,
+                "storage.endpoint",
+                _hidden(address),
+                "http://host:port or https://host, without a name or password in it",
+            )
         for name in self.environment:
             if re.search(r"(SECRET_ACCESS|SECRET_KEY|ACCESS_KEY|PASSWORD|TOKEN)", name.upper()):
                 raise UserError(
@@ -177,8 +196,20 @@ class Cluster:
         _require(_CPU.fullmatch(step.cpu), self, f"{prefix}.cpu", step.cpu, "cores such as 2 or 500m")
         for key in ("memory", "shared_memory", "scratch"):
             size = getattr(step, key)
-            _require(_SIZE.fullmatch(size) or (not size and key != "memory"), self, f"{prefix}.{key}", size, "a size such as 16Gi")
-        _require(step.retry_after and _SECONDS.fullmatch(step.retry_after), self, f"{prefix}.retry_after", step.retry_after, "a time such as 30s, 5m or 1h")
+            _require(
+                _SIZE.fullmatch(size) or (not size and key != "memory"),
+                self,
+                f"{prefix}.{key}",
+                size,
+                "a size such as 16Gi",
+            )
+        _require(
+            step.retry_after and _SECONDS.fullmatch(step.retry_after),
+            self,
+            f"{prefix}.retry_after",
+            step.retry_after,
+            "a time such as 30s, 5m or 1h",
+        )
         for key in ("gpus", "gpus_per_node", "retries", "timeout_hours"):
             _require(getattr(step, key) >= 0, self, f"{prefix}.{key}", getattr(step, key), "0 or more")
         if step.gpus_per_node and step.gpus > step.gpus_per_node:
@@ -194,13 +225,26 @@ class Cluster:
         for taint in step.tolerations:
             unknown = [key for key in taint if key not in ("key", "operator", "value", "effect")]
             if unknown:
-                raise UserError(f"Cluster {self.name}: {prefix}.tolerations has an unknown key {unknown[0]}{nearest(unknown[0], ['key', 'operator', 'value', 'effect']) or '.'}")
+                raise UserError(
+                    f"Cluster {self.name}: {prefix}.tolerations has an unknown key {unknown[0]}{nearest(unknown[0], ['key', 'operator', 'value', 'effect']) or '.'}"
+                )
 
 
 _CPU = re.compile(r"\d+(\.\d+)?|\d+m")
 _SIZE = re.compile(r"\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|K|M|G|T)?")
 _SECONDS = re.compile(r"\d+[smh]")
-_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
 
 
 def size_in_bytes(size: str) -> float:
@@ -223,7 +267,9 @@ def load_cluster(source: str) -> Cluster:
     shipped = shipped_clusters()
     if source not in shipped and not os.path.isfile(source):
         hint = nearest(source, list(shipped)) or "."
-        raise UserError(f"No cluster profile named {source}, and no such file{hint} Shipped profiles: {', '.join(shipped)}.")
+        raise UserError(
+            f"No cluster profile named {source}, and no such file{hint} Shipped profiles: {', '.join(shipped)}."
+        )
     where = f"Cluster {source}"
     values = parse_yaml((shipped.get(source) or Path(source)).read_bytes(), where, "namespace:")
     return typed({"name": Path(source).stem} | values, Cluster, where)

@@ -30,9 +30,13 @@ DEFAULT_CLUSTER = "one-gpu-node"
 def compile_command(arguments: list[str]) -> int:
     """Compile, and print the files that were written → the exit code."""
     named = bool(arguments) and not arguments[0].startswith("-")
-    parser = command_parser("compile", "Write the pipeline and each component as YAML; the same source gives the same bytes.")
+    parser = command_parser(
+        "compile", "Write the pipeline and each component as YAML; the same source gives the same bytes."
+    )
     add_cluster_options(parser)
-    parser.add_argument("--output", default="build/kfp", help="a folder, or a .yaml file for the pipeline alone")
+    parser.add_argument(
+        "--output", default="build/kfp", help="a folder, or a .yaml file for the pipeline alone"
+    )
     add_pipeline_options(parser, in_a_cluster=True)
     if named:
         add_recipe_options(parser, arguments[0])
@@ -45,7 +49,10 @@ def compile_command(arguments: list[str]) -> int:
         check_recipe(wanted, cluster)
         defaults |= recipe_parameters(source, wanted.recipe)
     written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, wanted)
-    print(f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})", file=sys.stderr)
+    print(
+        f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})",
+        file=sys.stderr,
+    )
     for path in written:
         print(path)
     return 0
@@ -53,16 +60,30 @@ def compile_command(arguments: list[str]) -> int:
 
 def add_cluster_options(parser: Any) -> None:
     """Give a parser the options that compiling for a cluster takes."""
-    parser.add_argument("--cluster", default=DEFAULT_CLUSTER, help=f"a shipped cluster profile ({', '.join(shipped_clusters())}) or a YAML file")
     parser.add_argument(
-        "--images", type=str, help=f"the steps' images: a template with {{stage}} and {{version}}, or the file that `make images` writes; "
+        "--cluster",
+        default=DEFAULT_CLUSTER,
+        help=f"a shipped cluster profile ({', '.join(shipped_clusters())}) or a YAML file",
+    )
+    parser.add_argument(
+        "--images",
+        type=str,
+        help=f"the steps' images: a template with {{stage}} and {{version}}, or the file that `make images` writes; "
         f"else {IMAGES_VARIABLE}, else the profile's images.names",
-    )  # fmt: skip
-    parser.add_argument("--corpus", type=str, help="s3:// prefix of the corpus: the default of the pipeline's parameter")
-    parser.add_argument("--store", type=str, help="s3:// prefix for the results of all stages (default: the profile's storage.store)")
+    )
+    parser.add_argument(
+        "--corpus", type=str, help="s3:// prefix of the corpus: the default of the pipeline's parameter"
+    )
+    parser.add_argument(
+        "--store",
+        type=str,
+        help="s3:// prefix for the results of all stages (default: the profile's storage.store)",
+    )
 
 
-def places(cluster: Cluster, corpus: str | None, store: str | None, model: str | None = None) -> dict[str, Any]:
+def places(
+    cluster: Cluster, corpus: str | None, store: str | None, model: str | None = None
+) -> dict[str, Any]:
     """The pipeline's parameters `corpus`, `store` and `model`, as far as options and profile name them.
 
     Raises:
@@ -71,7 +92,9 @@ def places(cluster: Cluster, corpus: str | None, store: str | None, model: str |
     named = {"corpus": corpus, "store": store or cluster.storage.store, "model": model}
     for name, path in named.items():
         if path and not is_s3(path) and not (name == "model" and path in shipped_models()):
-            raise UserError(f"--{name} is {path}, a place on this machine, which no pod of the cluster sees: copy it to object storage and give its s3:// prefix.")
+            raise UserError(
+                f"--{name} is {path}, a place on this machine, which no pod of the cluster sees: copy it to object storage and give its s3:// prefix."
+            )
     return {name: path for name, path in named.items() if path}
 
 
@@ -92,7 +115,10 @@ def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
             f"Recipe {recipe.name}: training.processes is {recipe.training.processes}, but the cluster {cluster.name} gives each node of train "
             f"{gpus} GPUs (steps.train.gpus): lower it, or leave it at 0 to use them all."
         )
-    for key, step, runs in (("features.processes", "extract-features", recipe.caches_features), ("decoding.processes", "decode", True)):
+    for key, step, runs in (
+        ("features.processes", "extract-features", recipe.caches_features),
+        ("decoding.processes", "decode", True),
+    ):
         wanted, gpus = value_of(recipe, key), cluster.steps[step].gpus
         if runs and wanted > (gpus or math.inf):
             raise UserError(
@@ -105,14 +131,25 @@ def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:
     """The pipeline's parameters that give this recipe: a shipped recipe's name with what was changed of it, or all of it as text."""
     if source in shipped_recipes():
         shipped = load_recipe(source)
-        changed = {key: value_of(recipe, key) for key in recipe_keys() if value_of(recipe, key) != value_of(shipped, key)}
-        return {"recipe": source, "recipe_overrides": {key: value for key, value in changed.items() if not is_dataclass(value)}}
+        changed = {
+            key: value_of(recipe, key)
+            for key in recipe_keys()
+            if value_of(recipe, key) != value_of(shipped, key)
+        }
+        return {
+            "recipe": source,
+            "recipe_overrides": {key: value for key, value in changed.items() if not is_dataclass(value)},
+        }
     # In one line: kfp repeats default values in a comment, and minds no line break there.
     return {"recipe": json.dumps(asdict(recipe), ensure_ascii=False), "recipe_overrides": {}}
 
 
 def compile_package(
-    cluster: Cluster, output: Path, images: str | None = None, defaults: dict[str, Any] | None = None, wanted: Wanted | None = None
+    cluster: Cluster,
+    output: Path,
+    images: str | None = None,
+    defaults: dict[str, Any] | None = None,
+    wanted: Wanted | None = None,
 ) -> Path:
     """Write the pipeline's YAML for a cluster, and check that it hangs together.
 
@@ -135,7 +172,11 @@ def compile_package(
 
 
 def compile_all(
-    cluster: Cluster, output: Path, images: str | None = None, defaults: dict[str, Any] | None = None, wanted: Wanted | None = None
+    cluster: Cluster,
+    output: Path,
+    images: str | None = None,
+    defaults: dict[str, Any] | None = None,
+    wanted: Wanted | None = None,
 ) -> list[Path]:
     """Write the pipeline, the same as resources of Kubernetes, and each component, below `output`; the pipeline alone to a file `*.yaml`.
 
@@ -149,7 +190,11 @@ def compile_all(
     written = [compile_package(cluster, output / f"{wanted.pipeline}.yaml", images, defaults, wanted)]
     resources = output / f"{wanted.pipeline}.resources.yaml"
     _write(_pipeline(cluster, named, wanted), resources, defaults, resources_in=cluster.namespace)
-    return [*written, resources, *(_component(stage, named[stage], output / "components" / f"{stage}.yaml") for stage in ALL_RESULTS)]
+    return [
+        *written,
+        resources,
+        *(_component(stage, named[stage], output / "components" / f"{stage}.yaml") for stage in ALL_RESULTS),
+    ]
 
 
 def _pipeline(cluster: Cluster, images: dict[str, str], wanted: Wanted) -> Any:
@@ -174,7 +219,9 @@ def images_source(cluster: Cluster, images: str | None) -> str:
     return images or os.environ.get(IMAGES_VARIABLE) or cluster.images.names or DEFAULT_IMAGES
 
 
-def _write(pipeline: Any, path: Path, defaults: dict[str, Any] | None, resources_in: str | None = None) -> None:
+def _write(
+    pipeline: Any, path: Path, defaults: dict[str, Any] | None, resources_in: str | None = None
+) -> None:
     from kfp.compiler import Compiler
     from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
@@ -187,10 +234,14 @@ def _write(pipeline: Any, path: Path, defaults: dict[str, Any] | None, resources
         options = {
             "kubernetes_manifest_format": True,
             "kubernetes_manifest_options": KubernetesManifestOptions(
-                pipeline_name=name, pipeline_display_name="SLAM-ASR", pipeline_version_name=f"{name}-{__version__}",
-                pipeline_version_display_name=f"SLAM-ASR {__version__}", namespace=resources_in, include_pipeline_manifest=True,
+                pipeline_name=name,
+                pipeline_display_name="SLAM-ASR",
+                pipeline_version_name=f"{name}-{__version__}",
+                pipeline_version_display_name=f"SLAM-ASR {__version__}",
+                namespace=resources_in,
+                include_pipeline_manifest=True,
             ),
-        }  # fmt: skip
+        }
     Compiler().compile(pipeline, str(path), pipeline_parameters=defaults, **options)
     path.write_text(_DICTIONARY.sub(_sorted, path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -68,7 +68,9 @@ class Containers:
             self.client = docker.from_env()
             info = self.client.info()
         except DockerException as error:
-            raise UserError(f"The Docker engine does not answer ({_reason(error)}): start it, set DOCKER_HOST, or join the group docker.") from error
+            raise UserError(
+                f"The Docker engine does not answer ({_reason(error)}): start it, set DOCKER_HOST, or join the group docker."
+            ) from error
         self.gpus = _gpus(settings.gpus, info)
         self._require_network()
         self.writable = [*writable, cache_folder()]
@@ -86,7 +88,9 @@ class Containers:
             _remove(left)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # Another thread may be about to start a step: it finds this and does not.
         self._ending = True
         with self._guard:
@@ -109,14 +113,25 @@ class Containers:
                 self.client.images.get(image)
             except ImageNotFound:
                 if not _has_registry(image):
-                    raise UserError(f"There is no image {image} for {stage} here: `make images` builds it, or name others with --images.") from None
+                    raise UserError(
+                        f"There is no image {image} for {stage} here: `make images` builds it, or name others with --images."
+                    ) from None
                 say(f"pulling {image}")
                 try:
                     self.client.images.pull(image)
                 except APIError as error:
-                    raise UserError(f"{image}, the image of {stage}, cannot be pulled ({_reason(error)}): check its name with --images, or `docker login`.") from error
+                    raise UserError(
+                        f"{image}, the image of {stage}, cannot be pulled ({_reason(error)}): check its name with --images, or `docker login`."
+                    ) from error
 
-    def run(self, stage: str, image: str, command: list[str], hear: Callable[[str], None], environment: dict[str, str] | None = None) -> int:
+    def run(
+        self,
+        stage: str,
+        image: str,
+        command: list[str],
+        hear: Callable[[str], None],
+        environment: dict[str, str] | None = None,
+    ) -> int:
         """Run `command`, pass each line of its output to `hear`, and give its exit code.
 
         Raises:
@@ -126,13 +141,23 @@ class Containers:
             return 137
         try:
             container = self.client.containers.create(
-                image, command, entrypoint=[], environment=_environment() | (environment or {}), volumes=self.volumes,
-                user=f"{os.getuid()}:{os.getgid()}", network=self.settings.network, shm_size=self.settings.shared_memory,
-                device_requests=self.gpus if stage in WITH_GPUS else [], labels={LABEL: self.run_name}, init=True,
+                image,
+                command,
+                entrypoint=[],
+                environment=_environment() | (environment or {}),
+                volumes=self.volumes,
+                user=f"{os.getuid()}:{os.getgid()}",
+                network=self.settings.network,
+                shm_size=self.settings.shared_memory,
+                device_requests=self.gpus if stage in WITH_GPUS else [],
+                labels={LABEL: self.run_name},
+                init=True,
                 working_dir="/tmp",
-            )  # fmt: skip
+            )
         except APIError as error:
-            raise UserError(f"The Docker engine refuses a container of {image} ({_reason(error)}).") from error
+            raise UserError(
+                f"The Docker engine refuses a container of {image} ({_reason(error)})."
+            ) from error
         with self._kept(container):
             try:
                 container.start()
@@ -167,14 +192,18 @@ class Containers:
     def _require_network(self) -> None:
         known = [network.name for network in self.client.networks.list()]
         if self.settings.network not in known:
-            raise UserError(f"The Docker engine has no network {self.settings.network}: --network may be {', '.join(sorted(known))}.")
+            raise UserError(
+                f"The Docker engine has no network {self.settings.network}: --network may be {', '.join(sorted(known))}."
+            )
 
 
 def _volumes(writable: list[Path], readable: list[Path]) -> dict[str, dict[str, str]]:
     """Everything at the place that it has here, so that paths mean the same; and the cache of models."""
     for path in readable:
         if not path.exists():
-            raise UserError(f"There is nothing at {path}, which the containers are to see: check the path, or --mounts.")
+            raise UserError(
+                f"There is nothing at {path}, which the containers are to see: check the path, or --mounts."
+            )
     volumes = {str(path): {"bind": str(path), "mode": "ro"} for path in readable}
     volumes |= {str(path): {"bind": str(path), "mode": "rw"} for path in writable}
     volumes[str(cache_folder())] = {"bind": CACHE, "mode": "rw"}
@@ -186,7 +215,9 @@ def _volumes(writable: list[Path], readable: list[Path]) -> dict[str, dict[str, 
 def _credential_files() -> dict[str, str]:
     """AWS's own files and a mounted secret, as far as they are here, and where the container sees them."""
     files = {
-        os.path.expanduser(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"): "/run/aws/credentials",
+        os.path.expanduser(
+            os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
+        ): "/run/aws/credentials",
         os.path.expanduser(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config"): "/run/aws/config",
         os.environ.get(SECRET) or SECRET_FOLDER: SECRET_FOLDER,
     }
@@ -197,14 +228,19 @@ def _credential_files() -> dict[str, str]:
 def _environment() -> dict[str, str]:
     """What the programs in the containers look at, as it is here."""
     passed = {
-        name: value for name, value in os.environ.items()
+        name: value
+        for name, value in os.environ.items()
         if name.startswith(_PASSED_ON) or name.upper() in _PROXIES
-    }  # fmt: skip
+    }
     for name in _FILES:
         if name in passed and os.path.exists(passed[name]):
             passed[name] = f"/run/aws/{name}"
     targets = _credential_files().values()
-    for name, target in (("AWS_SHARED_CREDENTIALS_FILE", "/run/aws/credentials"), ("AWS_CONFIG_FILE", "/run/aws/config"), (SECRET, SECRET_FOLDER)):
+    for name, target in (
+        ("AWS_SHARED_CREDENTIALS_FILE", "/run/aws/credentials"),
+        ("AWS_CONFIG_FILE", "/run/aws/config"),
+        (SECRET, SECRET_FOLDER),
+    ):
         passed.pop(name, None)
         if target in targets:
             passed[name] = target
@@ -215,7 +251,9 @@ def _environment() -> dict[str, str]:
 
 
 def _gpus(wanted: str, info: dict[str, Any]) -> list[docker.types.DeviceRequest]:
-    there = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia" in str(d) for d in info.get("DiscoveredDevices") or [])
+    there = "nvidia" in (info.get("Runtimes") or {}) or any(
+        "nvidia" in str(d) for d in info.get("DiscoveredDevices") or []
+    )
     if wanted == "none" or (wanted == "auto" and not there):
         return []
     if wanted not in ("auto", "all") and not wanted.isdigit():
@@ -223,7 +261,9 @@ def _gpus(wanted: str, info: dict[str, Any]) -> list[docker.types.DeviceRequest]
     if wanted == "0":
         return []
     if not there:
-        raise UserError(f"--gpus is {wanted}, but the Docker engine has no GPU: install NVIDIA's container toolkit, or leave --gpus out.")
+        raise UserError(
+            f"--gpus is {wanted}, but the Docker engine has no GPU: install NVIDIA's container toolkit, or leave --gpus out."
+        )
     return [docker.types.DeviceRequest(count=int(wanted) if wanted.isdigit() else -1, capabilities=[["gpu"]])]
 
 

@@ -15,7 +15,9 @@ from pipelines import EVALUATION
 DESCRIPTION = "Measure a trained SLAM-ASR model: decode test sets and report their word error rates."
 
 
-def build_pipeline(place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None) -> BaseComponent:
+def build_pipeline(
+    place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None,
+) -> BaseComponent:
     """The pipeline.
 
     Args:
@@ -24,9 +26,12 @@ def build_pipeline(place: Callable[[str, dsl.PipelineTask], None] = lambda stage
 
     @dsl.pipeline(name=EVALUATION, display_name="SLAM-ASR: evaluate", description=DESCRIPTION)
     def evaluate(
-        corpus: str, recipe: str, model: str, store: str,
+        corpus: str,
+        recipe: str,
+        model: str,
+        store: str,
         recipe_overrides: dict = {"data.train": [], "data.dev": []},  # noqa: B006 - kfp needs a literal
-    ):  # fmt: skip
+    ):
         """Measure a trained SLAM-ASR model.
 
         Args:
@@ -38,15 +43,22 @@ def build_pipeline(place: Callable[[str, dsl.PipelineTask], None] = lambda stage
         """
         opened = open_model(recipe=recipe, recipe_overrides=recipe_overrides, model=model, store=store)
         # A model that does not fit is answered before any audio is read.
-        manifest = build_manifest(recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store).after(opened)
+        manifest = build_manifest(
+            recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
+        ).after(opened)
         resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
         with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as part:
             extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=part)
         with dsl.ParallelFor(opened.outputs["Output"], name="decoding") as part:
-            decoding = decode(store=store, recipe=resolved, manifests=manifests, model=opened.outputs["opened"], shard=part)
+            decoding = decode(
+                store=store, recipe=resolved, manifests=manifests, model=opened.outputs["opened"], shard=part
+            )
             decoding.after(extraction)
         scoring = score(
-            store=store, recipe=resolved, model=opened.outputs["opened"], hypotheses=dsl.Collected(decoding.outputs["hypotheses"])
+            store=store,
+            recipe=resolved,
+            model=opened.outputs["opened"],
+            hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
         )
         for task in (opened, manifest, extraction, decoding, scoring):
             # As in the pipeline that trains: each stage looks itself, in the store, for what is there.

@@ -66,10 +66,18 @@ class LocalRun:
     """One run of the pipeline; results go to `store`, or `output`/store, and kfp's artifacts to `output`/steps."""
 
     def __init__(
-        self, output: Path, voice: TextIO | None = None, store: str | None = None, containers: Containers | None = None
+        self,
+        output: Path,
+        voice: TextIO | None = None,
+        store: str | None = None,
+        containers: Containers | None = None,
     ) -> None:
         self.output = output.absolute()
-        self.store = store if store and is_s3(store) else str(local_path(store).absolute() if store else self.output / "store")
+        self.store = (
+            store
+            if store and is_s3(store)
+            else str(local_path(store).absolute() if store else self.output / "store")
+        )
         self.voice = voice or sys.stdout
         self.containers = containers
         self.steps: list[Step] = []
@@ -111,7 +119,13 @@ class LocalRun:
         self.expected = list(wanted.results)
         run = {TRAINING: asr, EVALUATION: evaluate, SWEEP: sweep}[wanted.pipeline]
         # The recipe says all; the parameter's default would only repeat it.
-        run(recipe=dump_recipe(wanted.recipe), corpus=corpus, store=self.store, recipe_overrides={}, **wanted.parameters)
+        run(
+            recipe=dump_recipe(wanted.recipe),
+            corpus=corpus,
+            store=self.store,
+            recipe_overrides={},
+            **wanted.parameters,
+        )
 
     def execute_only(self, stage: str, image: str, prepare: Callable[[], list[str]]) -> Step:
         """Run a single stage's command line.
@@ -145,11 +159,19 @@ class LocalRun:
         def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
             # kfp's launcher leaves a temporary folder behind at each step: they go with ours.
             env = self._environment({"TMPDIR": temporary} | (env_vars or {}))
-            return self._run_step(full_command, log, lambda step, hear: processes.run(full_command, hear, env))
+            return self._run_step(
+                full_command, log, lambda step, hear: processes.run(full_command, hear, env)
+            )
 
-        def run_container(client: object, image: str, command: list[str], volumes: object, **options: Any) -> int:
+        def run_container(
+            client: object, image: str, command: list[str], volumes: object, **options: Any
+        ) -> int:
             environment = options.get("environment")
-            return self._run_step(command, log, lambda step, hear: self.containers.run(step.name, image, command, hear, environment))
+            return self._run_step(
+                command,
+                log,
+                lambda step, hear: self.containers.run(step.name, image, command, hear, environment),
+            )
 
         with (
             _replaced(subprocess_task_handler, "run_local_subprocess", run_step),
@@ -167,11 +189,17 @@ class LocalRun:
         columns = {BAR_COLUMNS: str(shutil.get_terminal_size().columns)} if self.voice.isatty() else {}
         return os.environ | {"PYTHONUNBUFFERED": "1"} | columns | more
 
-    def _run_step(self, command: list[str], log: TextIO, start: Callable[["Step", Callable[[str], None]], int]) -> int:
+    def _run_step(
+        self, command: list[str], log: TextIO, start: Callable[["Step", Callable[[str], None]], int]
+    ) -> int:
         folder = _artifact_folder(command)
         step = Step(folder.name, folder, time.time())
         self.steps.append(step)
-        print(f"\n{self.expected.index(step.name) + 1}/{len(self.expected)} {step.name}", file=self.voice, flush=True)
+        print(
+            f"\n{self.expected.index(step.name) + 1}/{len(self.expected)} {step.name}",
+            file=self.voice,
+            flush=True,
+        )
         step.exit_code = start(step, Sieve(self.voice, log).hear)
         return step.exit_code
 
@@ -228,10 +256,14 @@ def _alone_in(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made a folder ({error.strerror}): choose another --output.") from error
+        raise UserError(
+            f"{folder} cannot be made a folder ({error.strerror}): choose another --output."
+        ) from error
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"Another run is working in {folder}: wait for it, or choose another --output.") from None
+            raise UserError(
+                f"Another run is working in {folder}: wait for it, or choose another --output."
+            ) from None
         yield

@@ -25,7 +25,9 @@ COORDINATOR = Step(cpu="1", memory="4Gi", scratch="10Gi")
 """The step `train` where a TrainJob does the work: it starts the job and watches it."""
 
 
-def place(cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTask, over_nodes: bool = False) -> None:
+def place(
+    cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTask, over_nodes: bool = False
+) -> None:
     """Give a task what the profile says for its stage.
 
     Args:
@@ -43,7 +45,12 @@ def place(cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTa
     _storage(task, cluster, pod)
     for name, value in environment(cluster).items():
         task.set_env_variable(name, value)
-    task.set_retry(step.retries, backoff_duration=_seconds(step.retry_after), backoff_factor=2.0, backoff_max_duration=_LONGEST_WAIT)
+    task.set_retry(
+        step.retries,
+        backoff_duration=_seconds(step.retry_after),
+        backoff_factor=2.0,
+        backoff_max_duration=_LONGEST_WAIT,
+    )
     if step.timeout_hours:
         kubernetes.set_timeout(task, round(step.timeout_hours * 3600))
     if not over_nodes:
@@ -59,21 +66,45 @@ def place(cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTa
     kubernetes.set_image_pull_policy(task, cluster.images.pull_policy)
     if cluster.images.pull_secrets:
         kubernetes.set_image_pull_secrets(task, cluster.images.pull_secrets)
-    kubernetes.set_security_context(task, run_as_user=cluster.run_as_user, run_as_group=cluster.run_as_user, run_as_non_root=True)
+    kubernetes.set_security_context(
+        task, run_as_user=cluster.run_as_user, run_as_group=cluster.run_as_user, run_as_non_root=True
+    )
 
 
 def placement(cluster: Cluster, image: str) -> str:
     """What each node of a training over several nodes gets, as the step `train` takes it: JSON of `Placement`."""
     step = cluster.steps["train"]
-    resources = {"cpu": step.cpu, "memory": step.memory, **({step.gpu_resource: str(step.gpus)} if step.gpus else {})}
-    return json.dumps(asdict(Placement(
-        namespace=cluster.namespace, image=image, runtime=cluster.trainer.runtime, resources=resources,
-        shared_memory=step.shared_memory, scratch=step.scratch, cache=CACHE, models_claim=cluster.models.claim,
-        storage_secret=cluster.storage.secret, token_secret=cluster.models.token_secret, environment=environment(cluster),
-        service_account=cluster.service_account, run_as_user=cluster.run_as_user,
-        pull_secrets=cluster.images.pull_secrets, node_selector=step.node_selector, tolerations=step.tolerations,
-        labels=labels(cluster, "train", queued=True), annotations=step.annotations, timeout_hours=cluster.trainer.timeout_hours,
-    )), sort_keys=True)  # fmt: skip
+    resources = {
+        "cpu": step.cpu,
+        "memory": step.memory,
+        **({step.gpu_resource: str(step.gpus)} if step.gpus else {}),
+    }
+    return json.dumps(
+        asdict(
+            Placement(
+                namespace=cluster.namespace,
+                image=image,
+                runtime=cluster.trainer.runtime,
+                resources=resources,
+                shared_memory=step.shared_memory,
+                scratch=step.scratch,
+                cache=CACHE,
+                models_claim=cluster.models.claim,
+                storage_secret=cluster.storage.secret,
+                token_secret=cluster.models.token_secret,
+                environment=environment(cluster),
+                service_account=cluster.service_account,
+                run_as_user=cluster.run_as_user,
+                pull_secrets=cluster.images.pull_secrets,
+                node_selector=step.node_selector,
+                tolerations=step.tolerations,
+                labels=labels(cluster, "train", queued=True),
+                annotations=step.annotations,
+                timeout_hours=cluster.trainer.timeout_hours,
+            )
+        ),
+        sort_keys=True,
+    )
 
 
 def environment(cluster: Cluster) -> dict[str, str]:

@@ -43,7 +43,12 @@ def run(command: list[str], hear: Callable[[str], None], env: dict[str, str] | N
     # A group of its own: on Ctrl-C the terminal signals the foreground group only, so that the
     # step hears of it from us, once, and we decide what is still printed.
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=env,
+        start_new_session=True,
     )
     # Line ends stay as they are: a progress bar is redrawn behind a carriage return.
     lines = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")

@@ -18,7 +18,9 @@ RESULTS_OF_SINGLES = "results"
 """Folder of a run that keeps the pointers of stages that were run by themselves."""
 
 
-def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus: str, wanted: Recipe, model: str | None = None) -> list[str]:
+def command_of_stage(
+    stage: str, output: Path, store: str, recipe: Path, corpus: str, wanted: Recipe, model: str | None = None
+) -> list[str]:
     """The stage's command line.
 
     Args:
@@ -42,17 +44,42 @@ def command_of_stage(stage: str, output: Path, store: str, recipe: Path, corpus:
 
     arguments: dict[str, Callable[[], list[str]]] = {
         "build-manifest": lambda: ["--recipe", str(recipe), "--corpus", corpus, *_to(store, stage)],
-        "extract-features": lambda: ["--recipe", str(recipe), "--manifests", f"[{result('build-manifest')}]", "--output", join(store, "features")],
+        "extract-features": lambda: [
+            "--recipe",
+            str(recipe),
+            "--manifests",
+            f"[{result('build-manifest')}]",
+            "--output",
+            join(store, "features"),
+        ],
         "train": lambda: [
-            "--recipe", str(recipe), "--train_manifest", join(result("build-manifest"), "train.jsonl"),
-            "--dev_manifest", join(result("build-manifest"), "dev.jsonl"), *features(), *_to(store, stage),
+            "--recipe",
+            str(recipe),
+            "--train_manifest",
+            join(result("build-manifest"), "train.jsonl"),
+            "--dev_manifest",
+            join(result("build-manifest"), "dev.jsonl"),
+            *features(),
+            *_to(store, stage),
         ],
-        "convert-checkpoint": lambda: ["--checkpoint", result("train"), "--which", wanted.decoding.checkpoint, *_to(store, stage)],
+        "convert-checkpoint": lambda: [
+            "--checkpoint",
+            result("train"),
+            "--which",
+            wanted.decoding.checkpoint,
+            *_to(store, stage),
+        ],
         "decode": lambda: [
-            "--recipe", str(recipe), "--model", model or result("convert-checkpoint"),
-            "--manifests", f"[{join(result('build-manifest'), 'test.jsonl')}]", *features(), *_to(store, stage),
+            "--recipe",
+            str(recipe),
+            "--model",
+            model or result("convert-checkpoint"),
+            "--manifests",
+            f"[{join(result('build-manifest'), 'test.jsonl')}]",
+            *features(),
+            *_to(store, stage),
         ],
-    }  # fmt: skip
+    }
     pointer = pointer_of(output, stage)
     return ["slam-asr", stage, *arguments[stage](), "--pointer", str(pointer)]
 
@@ -63,7 +90,9 @@ def corpus_of(output: Path, stage: str) -> str:
     Raises:
         UserError: there are no manifests.
     """
-    return require_record(follow_pointer(_latest(output, "build-manifest", stage)), "build-manifest").inputs["corpus"]
+    return require_record(follow_pointer(_latest(output, "build-manifest", stage)), "build-manifest").inputs[
+        "corpus"
+    ]
 
 
 def require_stage(name: str, wanted: Wanted) -> str:
@@ -77,10 +106,14 @@ def require_stage(name: str, wanted: Wanted) -> str:
         UserError: there is none of that name, or it runs many times.
     """
     if wanted.variations:
-        raise UserError("--only and --sweep are both given: a sweep runs its stages once a variation; run the recipe with the variation's options instead.")
+        raise UserError(
+            "--only and --sweep are both given: a sweep runs its stages once a variation; run the recipe with the variation's options instead."
+        )
     known = [stage for stage in STAGES if stage in wanted.results]
     if name not in known:
-        raise UserError(f"There is no stage {name}{' where --model is only measured' if wanted.model else ''}: --only may be {', '.join(known)}.")
+        raise UserError(
+            f"There is no stage {name}{' where --model is only measured' if wanted.model else ''}: --only may be {', '.join(known)}."
+        )
     return name
 
 
@@ -94,7 +127,9 @@ def _latest(output: Path, of: str, wanted_by: str) -> Path:
     found = [pointer_of(output, of), *(output / "steps").glob(f"**/{of}/{RESULTS[of]}")]
     there = [path for path in found if path.is_file()]
     if not there:
-        raise UserError(f"{wanted_by} needs what {of} makes, and {output} has none of it: run with --only {of} first, or without --only.")
+        raise UserError(
+            f"{wanted_by} needs what {of} makes, and {output} has none of it: run with --only {of} first, or without --only."
+        )
     return max(there, key=lambda path: path.stat().st_mtime_ns)
 
 

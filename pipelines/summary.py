@@ -36,8 +36,15 @@ def _time(step: Step, record: Record) -> str:
 def _result(last: Record) -> list[str]:
     if last.stage == "compare-runs":
         best = last.facts["order"][0]
-        return [f"best: {best}, WER {last.metrics['best wer']:.2f} %", f"comparison: {last.file('runs.html')}"]
-    rates = [f"{name.replace('wer', 'WER')} {last.metrics[name]:.2f} %" for name in WER_METRICS if name in last.metrics]
+        return [
+            f"best: {best}, WER {last.metrics['best wer']:.2f} %",
+            f"comparison: {last.file('runs.html')}",
+        ]
+    rates = [
+        f"{name.replace('wer', 'WER')} {last.metrics[name]:.2f} %"
+        for name in WER_METRICS
+        if name in last.metrics
+    ]
     return [" · ".join(rates), f"report: {last.file('report.html')}"]
 
 

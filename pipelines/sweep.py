@@ -16,11 +16,15 @@ from components.extract_features.component import extract_features
 from components.train.component import train
 from pipelines import SWEEP
 
-DESCRIPTION = "Train a SLAM-ASR speech recogniser in several variations over one feature store, and compare them."
+DESCRIPTION = (
+    "Train a SLAM-ASR speech recogniser in several variations over one feature store, and compare them."
+)
 
 
 def build_pipeline(
-    place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None, trainjob: str = "", parallel: int = 0
+    place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None,
+    trainjob: str = "",
+    parallel: int = 0,
 ) -> BaseComponent:
     """The pipeline.
 
@@ -41,25 +45,48 @@ def build_pipeline(
             store: Where to: s3:// prefix for the results of all stages, which runs may share. Results that are there already are used again.
             recipe_overrides: Changes to single fields of the recipe for all variations, by full name.
         """
-        planned = plan_sweep(recipe=recipe, recipe_overrides=recipe_overrides, variations=variations, store=store)
-        manifest = build_manifest(recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store).after(planned)
+        planned = plan_sweep(
+            recipe=recipe, recipe_overrides=recipe_overrides, variations=variations, store=store
+        )
+        manifest = build_manifest(
+            recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
+        ).after(planned)
         resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
         with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as part:
             extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=part)
-        with dsl.ParallelFor(planned.outputs["Output"], name="variations", parallelism=parallel or None) as variation:
+        with dsl.ParallelFor(
+            planned.outputs["Output"], name="variations", parallelism=parallel or None
+        ) as variation:
             # kfp cannot hand what one loop collected to another loop's steps: they find the features in the store, once all are there.
             varied = vary_recipe(store=store, recipe=resolved, variation=variation).after(extraction)
             own = varied.outputs["resolved_recipe"]
             training = train(store=store, recipe=own, manifests=manifests, trainjob=trainjob)
-            conversion = convert_checkpoint(store=store, recipe=own, checkpoint=training.outputs["checkpoint"])
+            conversion = convert_checkpoint(
+                store=store, recipe=own, checkpoint=training.outputs["checkpoint"]
+            )
             model = conversion.outputs["model"]
             with dsl.ParallelFor(conversion.outputs["Output"], name="decoding") as part:
                 decoding = decode(store=store, recipe=own, manifests=manifests, model=model, shard=part)
-            scoring = score(store=store, recipe=own, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"]))
+            scoring = score(
+                store=store, recipe=own, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"])
+            )
         comparison = compare_runs(
-            store=store, recipe=resolved, variations=planned.outputs["Output"], scores=dsl.Collected(scoring.outputs["scores"])
+            store=store,
+            recipe=resolved,
+            variations=planned.outputs["Output"],
+            scores=dsl.Collected(scoring.outputs["scores"]),
         )
-        for task in (planned, manifest, extraction, varied, training, conversion, decoding, scoring, comparison):
+        for task in (
+            planned,
+            manifest,
+            extraction,
+            varied,
+            training,
+            conversion,
+            decoding,
+            scoring,
+            comparison,
+        ):
             # As in the pipeline that trains once: each stage looks itself, in the store, for what is there.
             task.set_caching_options(False)
             place(task.name, task)

@@ -44,7 +44,11 @@ class Wanted:
     def parameters(self) -> dict[str, Any]:
         """What the pipeline takes beside corpus, store and recipe."""
         if self.variations:
-            return {"variations": [{"name": variation.name, **variation.overrides} for variation in self.variations]}
+            return {
+                "variations": [
+                    {"name": variation.name, **variation.overrides} for variation in self.variations
+                ]
+            }
         return {"model": self.model} if self.model else {}
 
     def base_models(self) -> tuple[list[str], list[str]]:
@@ -55,17 +59,36 @@ class Wanted:
         if self.model:
             llms = [read_config(self.model).typed_recipe.llm.name]
         else:
-            llms = [recipe.llm.name for recipe in (self.recipe, *(varied(self.recipe, variation) for variation in self.variations))]
+            llms = [
+                recipe.llm.name
+                for recipe in (
+                    self.recipe,
+                    *(varied(self.recipe, variation) for variation in self.variations),
+                )
+            ]
         return [self.recipe.encoder.name], list(dict.fromkeys(llms))
 
 
 def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:
     """Give a parser the options that choose the pipeline."""
     places = "an s3:// prefix" if in_a_cluster else "a folder, an s3:// prefix"
-    parser.add_argument("--model", type=str, help=f"train nothing, and measure this model: {places}, or the name of a shipped one")
-    parser.add_argument("--sweep", type=str, help="train each variation that this YAML file names over the same features, and compare them: a list of changes, or a grid")
+    parser.add_argument(
+        "--model",
+        type=str,
+        help=f"train nothing, and measure this model: {places}, or the name of a shipped one",
+    )
+    parser.add_argument(
+        "--sweep",
+        type=str,
+        help="train each variation that this YAML file names over the same features, and compare them: a list of changes, or a grid",
+    )
     if in_a_cluster:
-        parser.add_argument("--parallel", type=int, default=0, help="sweep: variations that run at the same time (default: all)")
+        parser.add_argument(
+            "--parallel",
+            type=int,
+            default=0,
+            help="sweep: variations that run at the same time (default: all)",
+        )
 
 
 def wanted_of(options: dict[str, Any], recipe: Recipe | None, in_a_cluster: bool) -> Wanted:
@@ -85,14 +108,20 @@ def wanted_of(options: dict[str, Any], recipe: Recipe | None, in_a_cluster: bool
     if parallel < 0 or (parallel and not sweep):
         raise UserError(f"--parallel is {parallel}: it is 0 or more, and goes with --sweep.")
     if model and sweep:
-        raise UserError("--model and --sweep are both given: a model that is only measured has nothing to vary; give one of them.")
+        raise UserError(
+            "--model and --sweep are both given: a model that is only measured has nothing to vary; give one of them."
+        )
     if recipe is None:
         if sweep:
-            raise UserError("--sweep needs the recipe that it varies: name it first, as in `compile RECIPE --sweep FILE`.")
+            raise UserError(
+                "--sweep needs the recipe that it varies: name it first, as in `compile RECIPE --sweep FILE`."
+            )
         return Wanted(model=model)
     if model is None:
         if not recipe.data.train:
-            raise UserError(f"Recipe {recipe.name}: data.train names no subset; give at least one, such as [train-*], or a model to measure with --model.")
+            raise UserError(
+                f"Recipe {recipe.name}: data.train names no subset; give at least one, such as [train-*], or a model to measure with --model."
+            )
         if sweep is None:
             return Wanted(recipe)
         variations = resolve(recipe, read_variations(sweep))

@@ -26,7 +26,11 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
 LAYERS = {
-    "stages.txt": ("What the stages need, and what builds the package.", ["slam-asr[small-models]", "setuptools"], None),
+    "stages.txt": (
+        "What the stages need, and what builds the package.",
+        ["slam-asr[small-models]", "setuptools"],
+        None,
+    ),
     "run.txt": ("The stages and the pipelines that run them.", ["slam-asr[pipelines]"], "stages.txt"),
     "test.txt": ("All of that, and the tests.", ["slam-asr[test]"], "run.txt"),
 }
@@ -84,11 +88,23 @@ def pinned(name: str) -> str:
 def resolve(requirements: list[str], *options: str) -> dict[str, tuple[str, str]]:
     """Version and SHA-256 of the file that pip would take, by name."""
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
-        command = [sys.executable, "-m", "pip", "install", *options, "--quiet", "--dry-run", "--ignore-installed"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            *options,
+            "--quiet",
+            "--dry-run",
+            "--ignore-installed",
+        ]
         subprocess.run([*command, "--report", report.name, *requirements], check=True)
         chosen = json.loads(Path(report.name).read_text())["install"]
     return {
-        canonicalize_name(item["metadata"]["name"]): (item["metadata"]["version"].partition("+")[0], item["download_info"]["archive_info"]["hashes"]["sha256"])
+        canonicalize_name(item["metadata"]["name"]): (
+            item["metadata"]["version"].partition("+")[0],
+            item["download_info"]["archive_info"]["hashes"]["sha256"],
+        )
         for item in chosen
     }
 
@@ -101,7 +117,9 @@ def hashed(names: set[str], wheels: dict[str, tuple[str, str]]) -> list[str]:
 def write(file: str, purpose: str, lines: list[str]) -> None:
     """Write one file."""
     (HERE / file).parent.mkdir(exist_ok=True)
-    (HERE / file).write_text("\n".join([f"# {purpose} Written by requirements/lock.py; do not edit.", *lines]) + "\n")
+    (HERE / file).write_text(
+        "\n".join([f"# {purpose} Written by requirements/lock.py; do not edit.", *lines]) + "\n"
+    )
     print(f"{file}: {len(lines)} packages")
 
 
@@ -110,18 +128,34 @@ def write_images() -> None:
     stages = {stage: of_stage(stage) for stage in STAGES}
     with_torch = [names for names in stages.values() if "torch" in names]
     common = set.intersection(*with_torch) - {"torch"}
-    wheels = resolve([pinned(name) for name in sorted(set().union(*stages.values()) - {"torch"})], "--no-deps")
+    wheels = resolve(
+        [pinned(name) for name in sorted(set().union(*stages.values()) - {"torch"})], "--no-deps"
+    )
     torch = pinned("torch")
     cpu = resolve([torch], "--no-deps")
     # Without this machine's settings: they may lead to builds without CUDA.
     cuda = resolve([torch], "--isolated")
-    write("images/torch-cpu.txt", "torch for images without a GPU: from an index of torch's CPU builds.", hashed({"torch"}, cpu))
     write(
-        "images/torch-cuda.txt", "torch with CUDA, and NVIDIA's libraries.", hashed({"torch"} | (cuda.keys() - needed({"torch"})), cuda),
-    )  # fmt: skip
-    write("images/common.txt", "What all images with torch have in common: a layer that they share.", hashed(common, wheels))
+        "images/torch-cpu.txt",
+        "torch for images without a GPU: from an index of torch's CPU builds.",
+        hashed({"torch"}, cpu),
+    )
+    write(
+        "images/torch-cuda.txt",
+        "torch with CUDA, and NVIDIA's libraries.",
+        hashed({"torch"} | (cuda.keys() - needed({"torch"})), cuda),
+    )
+    write(
+        "images/common.txt",
+        "What all images with torch have in common: a layer that they share.",
+        hashed(common, wheels),
+    )
     for stage, names in stages.items():
-        write(f"images/{stage}.txt", f"What {stage} imports, and what that needs.", hashed(names - {"torch"}, wheels))
+        write(
+            f"images/{stage}.txt",
+            f"What {stage} imports, and what that needs.",
+            hashed(names - {"torch"}, wheels),
+        )
 
 
 def main() -> None:

@@ -21,7 +21,16 @@ import soundfile
 import soxr
 
 from slam_asr.errors import UserError
-from slam_asr.storage import exists, fetch, is_s3, local_path, open_stream, read_bytes, sha256_of_bytes, sha256_of_file
+from slam_asr.storage import (
+    exists,
+    fetch,
+    is_s3,
+    local_path,
+    open_stream,
+    read_bytes,
+    sha256_of_bytes,
+    sha256_of_file,
+)
 
 if TYPE_CHECKING:
     from slam_asr.manifest import Utterance
@@ -114,12 +123,17 @@ def load_utterance(utterance: "Utterance") -> np.ndarray:
         file = _segments_file(path)
         sha256 = _sha256_of_local(file) if utterance.sha256 else None
     if sha256 != utterance.sha256:
-        raise UserError(f"{path} was changed since its manifest was built: run `slam-asr build-manifest` again.")
+        raise UserError(
+            f"{path} was changed since its manifest was built: run `slam-asr build-manifest` again."
+        )
     return _clip(file, path, utterance.start, utterance.duration).samples
 
 
 def read_clip(
-    path: str | os.PathLike, longest: float | None = None, start: float | None = None, duration: float | None = None,
+    path: str | os.PathLike,
+    longest: float | None = None,
+    start: float | None = None,
+    duration: float | None = None,
     content: bytes | None = None,
 ) -> Clip:
     """A file's waveform, or a segment's, with what the file was before it became 16-kHz mono.
@@ -169,7 +183,9 @@ def _present(path: str | os.PathLike) -> Path:
 
 
 def _missing(path: str | os.PathLike) -> AudioError:
-    return AudioError(f"There is no audio file {path}: build the manifest again where the corpus lies now.", MISSING)
+    return AudioError(
+        f"There is no audio file {path}: build the manifest again where the corpus lies now.", MISSING
+    )
 
 
 @contextlib.contextmanager
@@ -210,7 +226,11 @@ def _sha256_of_known(file: str, size: int, changed: int) -> str:
 
 
 def _clip(
-    file: Path | bytes, path: str | os.PathLike, start: float | None, duration: float | None, longest: float | None = None
+    file: Path | bytes,
+    path: str | os.PathLike,
+    start: float | None,
+    duration: float | None,
+    longest: float | None = None,
 ) -> Clip:
     """Decode a file, or the bytes of one; `path` is its name for people."""
     with contextlib.closing(io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")) as stream:
@@ -234,7 +254,11 @@ def _clip(
 
 
 def _decode(
-    file: bytes | BinaryIO, path: str | os.PathLike, start: float | None, duration: float | None, longest: float | None
+    file: bytes | BinaryIO,
+    path: str | os.PathLike,
+    start: float | None,
+    duration: float | None,
+    longest: float | None,
 ) -> tuple[np.ndarray, int]:
     """All samples of a file (its name, or a stream) as float32 [samples, channels], or a segment's, and its sample rate."""
     try:
@@ -245,12 +269,17 @@ def _decode(
     with sound:
         announced, sample_rate = sound.frames, sound.samplerate
         if announced >= 2**62:
-            raise AudioError(f"{path} does not say how long it is, as when written to a pipe: write it anew as a file.")
+            raise AudioError(
+                f"{path} does not say how long it is, as when written to a pipe: write it anew as a file."
+            )
         if sample_rate < _LOWEST_RATE:
             raise AudioError(f"{path} has a sample rate of {sample_rate} Hz: its header is damaged.")
         first, wanted = (0, announced) if start is None else _segment(sound, path, start, duration)
         if longest is not None and wanted / sample_rate > longest:
-            raise AudioError(f"{_what(path, start)} lasts {wanted / sample_rate:.2f} s, longer than {longest:g} s.", TOO_LONG)
+            raise AudioError(
+                f"{_what(path, start)} lasts {wanted / sample_rate:.2f} s, longer than {longest:g} s.",
+                TOO_LONG,
+            )
         compressed = sound.format in ("MP3", "MPEG")
         # Entered in the middle, an mp3 gives other samples than from its start.
         skipped = first if compressed else 0
@@ -268,14 +297,18 @@ def _decode(
     return samples[skipped:], sample_rate
 
 
-def _segment(sound: soundfile.SoundFile, path: str | os.PathLike, start: float, duration: float | None) -> tuple[int, int]:
+def _segment(
+    sound: soundfile.SoundFile, path: str | os.PathLike, start: float, duration: float | None
+) -> tuple[int, int]:
     """First sample of a segment, and how many it has, at the file's rate."""
     rate, frames = sound.samplerate, sound.frames
     first = round(start * rate)
     wanted = frames - first if duration is None else round(duration * rate)
     if first >= frames or first + wanted > frames + OVERSHOOT * rate:
         end = "its end" if duration is None else f"{start + duration:.2f} s"
-        raise AudioError(f"{path} lasts {frames / rate:.2f} s, and a segment goes from {start:.2f} s to {end}.", BEYOND)
+        raise AudioError(
+            f"{path} lasts {frames / rate:.2f} s, and a segment goes from {start:.2f} s to {end}.", BEYOND
+        )
     return first, min(wanted, frames - first)
 
 

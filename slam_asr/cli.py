@@ -83,24 +83,38 @@ def run(stage: str, arguments: list[str]) -> Any:
     """Run a stage with options as they stand on the command line → its record."""
     stage, arguments = command_of(stage, arguments)
     if stage not in COMMANDS:
-        raise UserError(f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}.")
+        raise UserError(
+            f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}."
+        )
     module, name = COMMANDS[stage].split(":")
     arguments = spelt_out(arguments)
     function: Callable = getattr(importlib.import_module(module), name)
     parameter = inspect.signature(function).parameters.get("recipe")
     named = _recipe_named(arguments) if parameter else None
     # Where a recipe may be left out, it is, and its options with it.
-    takes_recipe = parameter is not None and (parameter.default is inspect.Parameter.empty or named is not None)
+    takes_recipe = parameter is not None and (
+        parameter.default is inspect.Parameter.empty or named is not None
+    )
     parser = ArgumentParser(
-        prog=f"slam-asr {stage}", description=inspect.getdoc(function).split("\n")[0], exit_on_error=False, allow_abbrev=False
+        prog=f"slam-asr {stage}",
+        description=inspect.getdoc(function).split("\n")[0],
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_function_arguments(function, skip={"recipe"}, fail_untyped=True)
     if takes_recipe:
         add_recipe_options(parser, named)
     elif parameter:
-        parser.add_argument("--recipe", help="a shipped recipe or a YAML file, where one is needed; each of its fields is an option then")
+        parser.add_argument(
+            "--recipe",
+            help="a shipped recipe or a YAML file, where one is needed; each of its fields is an option then",
+        )
     if stage in RESULTS_OF:
-        parser.add_argument("--pointer", type=str, help="a file that will name the result's folder, as the pipeline's steps hand it on: {uri, sha256, bytes}")
+        parser.add_argument(
+            "--pointer",
+            type=str,
+            help="a file that will name the result's folder, as the pipeline's steps hand it on: {uri, sha256, bytes}",
+        )
     values = parse_options(parser, arguments)
     if takes_recipe:
         values["recipe"] = pop_recipe(values)
@@ -116,14 +130,26 @@ def command_of(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
     count = next((at for at, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     if stage == "transcribe":
         model, files = arguments[: min(count, 1)], arguments[1:count]
-        return stage, [*(f"--model={name}" for name in model), *(f"--files+={file}" for file in files), *arguments[count:]]
+        return stage, [
+            *(f"--model={name}" for name in model),
+            *(f"--files+={file}" for file in files),
+            *arguments[count:],
+        ]
     if stage == "compare" and count <= 2:
-        return stage, [*(f"--{side}={place}" for side, place in zip(("first", "second"), arguments[:count], strict=False)), *arguments[count:]]
+        return stage, [
+            *(
+                f"--{side}={place}"
+                for side, place in zip(("first", "second"), arguments[:count], strict=False)
+            ),
+            *arguments[count:],
+        ]
     if stage != "features":
         return stage, arguments
     verbs = [command.partition(" ")[2] for command in COMMANDS if command.startswith("features ")]
     if not arguments or arguments[0] not in verbs:
-        raise UserError(f"slam-asr features needs one of {', '.join(verbs)}, such as `slam-asr features ls STORE`.")
+        raise UserError(
+            f"slam-asr features needs one of {', '.join(verbs)}, such as `slam-asr features ls STORE`."
+        )
     verb, *rest = arguments
     return f"features {verb}", ["--store", *rest] if rest and not rest[0].startswith("-") else rest
 
@@ -159,7 +185,9 @@ def pop_recipe(values: dict[str, Any]) -> Recipe:
         UserError: no recipe was named, or values contradict.
     """
     if values.pop("recipe") is None:
-        raise UserError(f"--recipe is missing: name a shipped recipe ({', '.join(shipped_recipes())}) or a YAML file.")
+        raise UserError(
+            f"--recipe is missing: name a shipped recipe ({', '.join(shipped_recipes())}) or a YAML file."
+        )
     return Recipe(**{f.name: values.pop(f.name) for f in fields(Recipe)})
 
 

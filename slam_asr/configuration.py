@@ -35,7 +35,9 @@ def parse_yaml(text: str | bytes, where: str, example: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeError) as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
-        raise UserError(f"{where} must hold keys and values, such as `{example}`; it holds {type(values).__name__}.")
+        raise UserError(
+            f"{where} must hold keys and values, such as `{example}`; it holds {type(values).__name__}."
+        )
     return values
 
 
@@ -85,7 +87,9 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _refuse_unknown_keys(values: dict[str, Any], section: type, prefix: str, where: str, all_keys: list[str]) -> None:
+def _refuse_unknown_keys(
+    values: dict[str, Any], section: type, prefix: str, where: str, all_keys: list[str]
+) -> None:
     known = {f.name: f for f in fields(section)}
     for key, value in values.items():
         full = f"{prefix}{key}"
@@ -102,9 +106,14 @@ def one_sentence(error: Exception) -> str:
     """A library's complaint about a value, in one line and in plain words."""
     text = " ".join(str(error).split())
     for library, plain in (
-        ('Parser key "', ""), ('":', ":"), ("typing.Literal", "one of "),
-        ("<class 'int'>", "whole number"), ("<class 'float'>", "number"), ("<class 'str'>", "text"),
-        ("<class 'bool'>", "true or false"), ("<class 'list'>", "list"),
+        ('Parser key "', ""),
+        ('":', ":"),
+        ("typing.Literal", "one of "),
+        ("<class 'int'>", "whole number"),
+        ("<class 'float'>", "number"),
+        ("<class 'str'>", "text"),
+        ("<class 'bool'>", "true or false"),
+        ("<class 'list'>", "list"),
     ):
         text = text.replace(library, plain)
     return text.rstrip(".") + "."

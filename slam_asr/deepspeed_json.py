@@ -21,34 +21,109 @@ from slam_asr.storage import fetch
 KEY = "deepspeed"
 
 ZERO = (
-    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce", "allgather_partitions",
-    "allgather_bucket_size", "overlap_comm", "offload_param", "offload_optimizer", "sub_group_size", "prefetch_bucket_size",
-    "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters", "max_reuse_distance", "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params", "allgather_sequential", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold",
-    "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters", "legacy_stage1",
-    "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear", "override_module_apply",
-    "log_trace_cache_warnings", "enable_sanity_checks", "leaf_module", "compute_grad_norm",
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "offload_param",
+    "offload_optimizer",
+    "sub_group_size",
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params",
+    "allgather_sequential",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential",
+    "ignore_unused_parameters",
+    "legacy_stage1",
+    "round_robin_gradients",
+    "parameter_alignment",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "memory_efficient_linear",
+    "override_module_apply",
+    "log_trace_cache_warnings",
+    "enable_sanity_checks",
+    "leaf_module",
+    "compute_grad_norm",
     # Of checkpoints that DeepSpeed writes; ours are of another kind, so that these change nothing.
-    "load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint", "gather_16bit_weights_on_model_save",
-    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
-)  # fmt: skip
+    "load_from_fp32_weights",
+    "elastic_checkpoint",
+    "pipeline_loading_checkpoint",
+    "gather_16bit_weights_on_model_save",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save",
+)
 SECTIONS: dict[str, tuple[str, ...]] = {
     "zero_optimization": ZERO,
-    "zero_optimization.offload_optimizer": ("device", "pin_memory", "buffer_count", "ratio", "fast_init", "pipeline_read", "pipeline_write"),
+    "zero_optimization.offload_optimizer": (
+        "device",
+        "pin_memory",
+        "buffer_count",
+        "ratio",
+        "fast_init",
+        "pipeline_read",
+        "pipeline_write",
+    ),
     "zero_optimization.offload_param": ("device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"),
-    "fp16": ("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale"),
+    "fp16": (
+        "enabled",
+        "loss_scale",
+        "initial_scale_power",
+        "loss_scale_window",
+        "hysteresis",
+        "consecutive_hysteresis",
+        "min_loss_scale",
+    ),
     "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow"),
     "optimizer": ("type", "params"),
-    "optimizer.params": ("lr", "weight_decay", "betas", "eps", "torch_adam", "adam_w_mode", "bias_correction"),
-}  # fmt: skip
+    "optimizer.params": (
+        "lr",
+        "weight_decay",
+        "betas",
+        "eps",
+        "torch_adam",
+        "adam_w_mode",
+        "bias_correction",
+    ),
+}
 """Sections whose keys are checked one by one, and the keys they may have."""
 PASSED_ON = (
-    "communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather",
-    "steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "aio", "disable_python_gc",
-    "activation_checkpointing", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "fp32_allreduce", "compile",
-)  # fmt: skip
+    "communication_data_type",
+    "seq_parallel_communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "disable_allgather",
+    "steps_per_print",
+    "dump_state",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "flops_profiler",
+    "comms_logger",
+    "aio",
+    "disable_python_gc",
+    "activation_checkpointing",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "fp32_allreduce",
+    "compile",
+)
 """Sections and keys that DeepSpeed gets as they are."""
 REFUSED = {
     "scheduler": "the learning rate follows training.schedule and training.warmup_steps",
@@ -69,7 +144,7 @@ REFUSED = {
     "tensorboard": "TensorBoard's files are always written",
     "wandb": "set training.trackers: [wandb]",
     "csv_monitor": "curve.jsonl has all numbers",
-}  # fmt: skip
+}
 """What this training does in its own way, and how."""
 
 
@@ -105,7 +180,11 @@ def adopt(values: dict[str, Any], where: str) -> None:
     given = training.get(KEY) if isinstance(training, dict) else None
     if not given:
         return
-    settings, named = (_read(given, where), f"{where}: training.{KEY} ({given})") if isinstance(given, str) else (given, f"{where}: training.{KEY}")
+    settings, named = (
+        (_read(given, where), f"{where}: training.{KEY} ({given})")
+        if isinstance(given, str)
+        else (given, f"{where}: training.{KEY}")
+    )
     if not isinstance(settings, dict):
         raise UserError(f"{named} must hold DeepSpeed's keys and values, or name a JSON file of them.")
     settings = {key: _numbers(value) for key, value in settings.items() if value != "auto"}
@@ -115,7 +194,9 @@ def adopt(values: dict[str, Any], where: str) -> None:
     _take_precision(settings, training, named)
     _take_optimizer(settings, named)
     if settings.pop("train_batch_size", None) is not None and not training.get("utterances_per_batch"):
-        raise UserError(f"{named} sets train_batch_size without train_micro_batch_size_per_gpu: give both, or leave both to training.positions_per_step.")
+        raise UserError(
+            f"{named} sets train_batch_size without train_micro_batch_size_per_gpu: give both, or leave both to training.positions_per_step."
+        )
     training[KEY] = settings
 
 
@@ -135,7 +216,9 @@ def _read(path: str, where: str) -> Any:
     try:
         return json.loads(Path(fetch(path)).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: training.{KEY} names {path}, which cannot be read as JSON ({error}): give DeepSpeed's JSON file, or its keys themselves.") from error
+        raise UserError(
+            f"{where}: training.{KEY} names {path}, which cannot be read as JSON ({error}): give DeepSpeed's JSON file, or its keys themselves."
+        ) from error
 
 
 def _refuse_unknown(settings: dict[str, Any], named: str) -> None:
@@ -156,7 +239,9 @@ def _refuse_unknown_within(section: str, value: Any, named: str) -> None:
         raise UserError(f"{named}: {section} must hold keys of its own, not {value!r}.")
     for key, inner in value.items():
         if key not in SECTIONS[section]:
-            raise UserError(f"{named}: DeepSpeed, as it is used here, knows no key {section}.{key}{nearest(key, list(SECTIONS[section])) or '.'}")
+            raise UserError(
+                f"{named}: DeepSpeed, as it is used here, knows no key {section}.{key}{nearest(key, list(SECTIONS[section])) or '.'}"
+            )
         _refuse_unknown_within(f"{section}.{key}", inner, named)
 
 
@@ -167,7 +252,14 @@ def _pop(settings: dict[str, Any], key: str) -> Any:
     return settings.pop(last, None)
 
 
-def _take(settings: dict[str, Any], key: str, training: dict[str, Any], ours: str, convert: Callable[[Any], Any], named: str) -> None:
+def _take(
+    settings: dict[str, Any],
+    key: str,
+    training: dict[str, Any],
+    ours: str,
+    convert: Callable[[Any], Any],
+    named: str,
+) -> None:
     value = _pop(settings, key)
     if value is None or value == "auto":
         return
@@ -180,7 +272,9 @@ def _take(settings: dict[str, Any], key: str, training: dict[str, Any], ours: st
 
 def _agree(training: dict[str, Any], ours: str, value: Any, key: str, named: str) -> None:
     if ours in training and training[ours] != value:
-        raise UserError(f"{named}: {key} is {value}, but the recipe's training.{ours} is {training[ours]}: they must agree, or leave one of them out.")
+        raise UserError(
+            f"{named}: {key} is {value}, but the recipe's training.{ours} is {training[ours]}: they must agree, or leave one of them out."
+        )
     training[ours] = value
 
 
@@ -198,11 +292,15 @@ def _take_optimizer(settings: dict[str, Any], named: str) -> None:
     if optimizer is None:
         return
     if optimizer.get("type", "AdamW").lower() not in ("adam", "adamw"):
-        raise UserError(f"{named}: optimizer.type is {optimizer['type']}, but this training's optimiser is AdamW: take Adam or AdamW, or leave it out.")
+        raise UserError(
+            f"{named}: optimizer.type is {optimizer['type']}, but this training's optimiser is AdamW: take Adam or AdamW, or leave it out."
+        )
     params = {k: v for k, v in optimizer.get("params", {}).items() if v != "auto"}
     for switch in ("adam_w_mode", "bias_correction"):
         if params.pop(switch, True) is not True:
-            raise UserError(f"{named}: optimizer.params.{switch} is false, but this training's optimiser is AdamW with it: leave it out.")
+            raise UserError(
+                f"{named}: optimizer.params.{switch} is false, but this training's optimiser is AdamW with it: leave it out."
+            )
     params.pop("torch_adam", None)
     if params:
         settings["optimizer"] = {"params": params}

@@ -35,7 +35,9 @@ def from_os_error(error: OSError) -> UserError | None:
             "choose another path or change its owner."
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"{where} is a file, or lies below one, where a folder is needed: choose another path.")
+        return UserError(
+            f"{where} is a file, or lies below one, where a folder is needed: choose another path."
+        )
     return None
 
 
@@ -65,7 +67,10 @@ def exit_on_user_error() -> Iterator[None]:
             raise
         _exit(str(known), EXIT_CODE)
     except KeyboardInterrupt as interruption:
-        _exit(str(interruption) or "interrupted; run the same command again to go on", getattr(interruption, "code", 130))
+        _exit(
+            str(interruption) or "interrupted; run the same command again to go on",
+            getattr(interruption, "code", 130),
+        )
 
 
 def _exit(sentence: str, code: int) -> None:

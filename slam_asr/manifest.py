@@ -131,7 +131,9 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
         offsets.append(offset)
         hashes.append(hash(key))
     if not offsets:
-        raise UserError(f"{path} holds no utterance: it must have one JSON object a line with key, source and target.")
+        raise UserError(
+            f"{path} holds no utterance: it must have one JSON object a line with key, source and target."
+        )
     _refuse_repeated_keys(path, file, np.frombuffer(hashes, np.int64))
     offsets.append(os.path.getsize(file))
     return Manifest(path, np.frombuffer(offsets, np.int64))
@@ -258,7 +260,9 @@ def _refuse_repeated_keys(path: str | os.PathLike, file: Path, hashes: np.ndarra
         key = _checked_fields(line, _place(path, number))["key"]
         first = first_lines.setdefault(key, number)
         if first != number:
-            raise UserError(f"{path}, line {number}: key {key} is already that of line {first}: keys must be unique.")
+            raise UserError(
+                f"{path}, line {number}: key {key} is already that of line {first}: keys must be unique."
+            )
 
 
 def _fields(utterance: Utterance) -> dict[str, Any]:
@@ -267,14 +271,21 @@ def _fields(utterance: Utterance) -> dict[str, Any]:
 
 
 _TYPES = {
-    "key": str, "source": str, "target": str, "start": float, "duration": float, "sample_rate": int, "sha256": str,
-}  # fmt: skip
+    "key": str,
+    "source": str,
+    "target": str,
+    "start": float,
+    "duration": float,
+    "sample_rate": int,
+    "sha256": str,
+}
 _REQUIRED = ("key", "source", "target")
 _OPTIONAL = tuple(name for name in _TYPES if name not in _REQUIRED)
 _IN_WORDS = {
-    "start": "a number of seconds, 0 or more", "duration": "a number of seconds above 0",
+    "start": "a number of seconds, 0 or more",
+    "duration": "a number of seconds above 0",
     "sample_rate": "a whole number of Hz above 0",
-}  # fmt: skip
+}
 
 Place = Callable[[], str]
 """File and line in words; put together only for a line that is refused."""
@@ -303,7 +314,9 @@ def _checked_fields(line: bytes, where: Place) -> dict[str, Any]:
         )
     missing = [name for name in _REQUIRED if name not in values]
     if missing:
-        raise UserError(f"{where()} has no {' and no '.join(missing)}: each line needs key, source and target.")
+        raise UserError(
+            f"{where()} has no {' and no '.join(missing)}: each line needs key, source and target."
+        )
     for name in _REQUIRED:
         _check_text(name, values[name], where)
     for name in _OPTIONAL:

@@ -39,7 +39,10 @@ def leave_group(code: int = 0) -> NoReturn:
 
 
 @contextlib.contextmanager
-def failures_written_to(folder: Path, lower: str = "training.positions_per_batch or encoder.batch_seconds, or raise training.zero_stage") -> Iterator[None]:
+def failures_written_to(
+    folder: Path,
+    lower: str = "training.positions_per_batch or encoder.batch_seconds, or raise training.zero_stage",
+) -> Iterator[None]:
     """Leave a user's mistake as a sentence for the parent, and exit with its code.
 
     Args:

@@ -27,7 +27,9 @@ class Meter:
     the caller prints lines of its own there.
     """
 
-    def __init__(self, label: str, total: int | None = None, unit: str = "it", plain_lines: bool = True) -> None:
+    def __init__(
+        self, label: str, total: int | None = None, unit: str = "it", plain_lines: bool = True
+    ) -> None:
         self.label, self.total, self.unit, self.plain_lines = label, total, unit, plain_lines
         self.done = 0
         self.started = self.last_line = time.monotonic()

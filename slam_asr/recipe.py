@@ -46,7 +46,9 @@ class Columns:
 class Data:
     """Which utterances, and how their transcripts are written."""
 
-    kind: Literal["auto", "librispeech", "table", "folder", "jsonlines", "kaldi", "lhotse", "huggingface"] = "auto"
+    kind: Literal["auto", "librispeech", "table", "folder", "jsonlines", "kaldi", "lhotse", "huggingface"] = (
+        "auto"
+    )
     """How the corpus is laid out; `auto` finds it out from what lies there."""
     train: list[str] = field(default_factory=lambda: ["train-*"])
     """Subsets of the corpus to train on; shell patterns are allowed. `[]`: none, where a trained model is only measured."""
@@ -300,7 +302,9 @@ class Recipe:
                 raise UserError(f"Recipe {self.name}: {key} is {rate} but must be above 0.")
         for key in ("llm", "encoder"):
             if getattr(self, key).tuning == "frozen" and getattr(self, key).learning_rate is not None:
-                raise UserError(f"Recipe {self.name}: {key}.learning_rate is given but {key}.tuning is frozen: choose what is to be trained, or leave it out.")
+                raise UserError(
+                    f"Recipe {self.name}: {key}.learning_rate is given but {key}.tuning is frozen: choose what is to be trained, or leave it out."
+                )
         window = 2 * self.features.window_shards * self.features.shard_megabytes / 1000
         if self.features.cache == "store" and self.features.cache_gigabytes < window:
             raise UserError(
@@ -309,8 +313,12 @@ class Recipe:
                 f"raise it to {window:g} or lower those."
             )
         if self.llm.tuning == "lora" and not self.llm.lora.targets:
-            raise UserError(f"Recipe {self.name}: llm.lora.targets names no layer; give at least one, such as [q_proj, v_proj].")
-        if self.llm.template != "chat" and (self.llm.template.count("{}") != 1 or self.llm.template.count("{audio}") > 1):
+            raise UserError(
+                f"Recipe {self.name}: llm.lora.targets names no layer; give at least one, such as [q_proj, v_proj]."
+            )
+        if self.llm.template != "chat" and (
+            self.llm.template.count("{}") != 1 or self.llm.template.count("{audio}") > 1
+        ):
             raise UserError(
                 f"Recipe {self.name}: llm.template is {self.llm.template!r} but must hold {{}} once, for the prompt, and {{audio}} "
                 "at most once; or be `chat`."
@@ -320,11 +328,17 @@ class Recipe:
             left: dict[str, Any] = {"deepspeed": self.training.deepspeed}
             adopt({"training": left}, f"Recipe {self.name}")
             if left != {"deepspeed": self.training.deepspeed}:
-                raise UserError(f"Recipe {self.name}: training.deepspeed decides other keys too, so it belongs into the recipe's file, not on the command line: write it there.")
+                raise UserError(
+                    f"Recipe {self.name}: training.deepspeed decides other keys too, so it belongs into the recipe's file, not on the command line: write it there."
+                )
         unknown = [t for t in self.training.trackers if t not in ("mlflow", "wandb")]
         if unknown:
-            raise UserError(f"Recipe {self.name}: training.trackers knows mlflow and wandb, not {unknown[0]}{nearest(unknown[0], ['mlflow', 'wandb']) or '.'}")
-        theirs = [key for key in ("zero_stage", "offload_optimizer", "deepspeed") if getattr(self.training, key)]
+            raise UserError(
+                f"Recipe {self.name}: training.trackers knows mlflow and wandb, not {unknown[0]}{nearest(unknown[0], ['mlflow', 'wandb']) or '.'}"
+            )
+        theirs = [
+            key for key in ("zero_stage", "offload_optimizer", "deepspeed") if getattr(self.training, key)
+        ]
         if self.training.engine != "deepspeed" and theirs:
             key = theirs[0]
             raise UserError(
@@ -332,14 +346,18 @@ class Recipe:
                 "the engine deepspeed."
             )
         if self.training.offload_optimizer and self.training.zero_stage == 0:
-            raise UserError(f"Recipe {self.name}: training.offload_optimizer needs training.zero_stage 1, 2 or 3; it is 0.")
+            raise UserError(
+                f"Recipe {self.name}: training.offload_optimizer needs training.zero_stage 1, 2 or 3; it is 0."
+            )
         if self.training.compile and self.training.zero_stage == 3:
             raise UserError(
                 f"Recipe {self.name}: training.compile does not work with training.zero_stage 3, under which a layer's weights are put together while it "
                 "runs: leave one of them out, or choose the engine fsdp."
             )
         if self.training.compile and self.training.liger:
-            raise UserError(f"Recipe {self.name}: training.compile and training.liger both replace what the LLM's layers compute with: choose one.")
+            raise UserError(
+                f"Recipe {self.name}: training.compile and training.liger both replace what the LLM's layers compute with: choose one."
+            )
         if self.data.max_duration <= self.data.min_duration:
             raise UserError(
                 f"Recipe {self.name}: data.max_duration ({self.data.max_duration}) must be above "
@@ -368,19 +386,55 @@ class Recipe:
                 "has beams; lower the one or raise the other."
             )
         if not self.data.test:
-            raise UserError(f"Recipe {self.name}: data.test names no subset; give at least one, such as [test-*].")
+            raise UserError(
+                f"Recipe {self.name}: data.test names no subset; give at least one, such as [test-*]."
+            )
 
 
 _LOWER_BOUNDS = {
-    "data.dev_fraction": 0.0, "data.min_duration": 0.0, "data.max_rejected": 0.0,
-    "encoder.batch_seconds": 1, "features.shard_megabytes": 1, "features.window_shards": 1, "features.cache_gigabytes": 0.0,
-    "features.parts": 1, "features.processes": 0, "features.workers": 0, "projector.downsampling": 1, "projector.hidden": 1,
-    "projector.queries": 1, "projector.layers": 1, "llm.lora.rank": 1, "llm.lora.alpha": 0.0, "llm.lora.dropout": 0.0,
-    "training.nodes": 1, "training.processes": 0, "training.epochs": 1, "training.max_steps": 1, "training.positions_per_step": 1,
-    "training.positions_per_batch": 1, "training.weight_decay": 0.0, "training.warmup_steps": 0,
-    "training.gradient_clipping": 0.0, "training.validate_every": 1, "training.log_every": 1, "training.patience": 0,
-    "training.samples": 0, "training.utterances_per_batch": 0, "training.accumulation": 1,    "training.nonfinite_steps": 1, "training.checkpoint_every": 0, "training.checkpoint_minutes": 0.0, "training.checkpoints": 1,
-    "decoding.parts": 1, "decoding.processes": 0, "decoding.beams": 1, "decoding.nbest": 1, "decoding.report_audio": 0.0, "decoding.max_new_tokens": 1, "decoding.repetition_penalty": 1e-6,
+    "data.dev_fraction": 0.0,
+    "data.min_duration": 0.0,
+    "data.max_rejected": 0.0,
+    "encoder.batch_seconds": 1,
+    "features.shard_megabytes": 1,
+    "features.window_shards": 1,
+    "features.cache_gigabytes": 0.0,
+    "features.parts": 1,
+    "features.processes": 0,
+    "features.workers": 0,
+    "projector.downsampling": 1,
+    "projector.hidden": 1,
+    "projector.queries": 1,
+    "projector.layers": 1,
+    "llm.lora.rank": 1,
+    "llm.lora.alpha": 0.0,
+    "llm.lora.dropout": 0.0,
+    "training.nodes": 1,
+    "training.processes": 0,
+    "training.epochs": 1,
+    "training.max_steps": 1,
+    "training.positions_per_step": 1,
+    "training.positions_per_batch": 1,
+    "training.weight_decay": 0.0,
+    "training.warmup_steps": 0,
+    "training.gradient_clipping": 0.0,
+    "training.validate_every": 1,
+    "training.log_every": 1,
+    "training.patience": 0,
+    "training.samples": 0,
+    "training.utterances_per_batch": 0,
+    "training.accumulation": 1,
+    "training.nonfinite_steps": 1,
+    "training.checkpoint_every": 0,
+    "training.checkpoint_minutes": 0.0,
+    "training.checkpoints": 1,
+    "decoding.parts": 1,
+    "decoding.processes": 0,
+    "decoding.beams": 1,
+    "decoding.nbest": 1,
+    "decoding.report_audio": 0.0,
+    "decoding.max_new_tokens": 1,
+    "decoding.repetition_penalty": 1e-6,
     "decoding.positions_per_batch": 1,
 }
 _UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0, "llm.lora.dropout": 0.9}
@@ -401,7 +455,9 @@ def value_of(recipe: Recipe, key: str) -> Any:
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     folder = resources.files("slam_asr") / "recipes"
-    return {Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".yaml")}
+    return {
+        Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".yaml")
+    }
 
 
 def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -454,7 +510,9 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
         text, where = Path(source).read_bytes(), f"Recipe {source}"
     else:
         hint = nearest(source, list(shipped)) or "."
-        raise UserError(f"No recipe named {source}, and no such file{hint} Shipped recipes: {', '.join(shipped)}.")
+        raise UserError(
+            f"No recipe named {source}, and no such file{hint} Shipped recipes: {', '.join(shipped)}."
+        )
     values = parse_yaml(text, where, "encoder:")
     if values.get("features", ...) in (None, "none"):
         values["features"] = {"cache": "none"}

@@ -117,7 +117,9 @@ def run_stage(
         started = time.monotonic()
         outcome = work(bench)
         seconds = round(time.monotonic() - started, 3)
-        record = Record(**vars(outcome), stage=stage, folder=folder, inputs=inputs, seconds=seconds, finished=time.time())
+        record = Record(
+            **vars(outcome), stage=stage, folder=folder, inputs=inputs, seconds=seconds, finished=time.time()
+        )
         write_json(bench / RECORD, asdict(record))
         if remote:
             say(f"{stage}: uploading to {folder}")
@@ -165,7 +167,9 @@ def read_record(folder: str | Path) -> Record | None:
     try:
         record = Record(**json.loads(read_bytes(path)))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a stage's record: remove that folder and run the stage again.") from error
+        raise UserError(
+            f"{path} is not a stage's record: remove that folder and run the stage again."
+        ) from error
     record.folder = str(folder).rstrip("/") if is_s3(folder) else str(local_path(folder))
     return record
 
@@ -178,17 +182,24 @@ def require_record(folder: str | Path, stage: str) -> Record:
     """
     record = read_record(folder)
     if record is None:
-        raise UserError(f"{folder} holds no finished {stage}: run `slam-asr {stage}` first, or check the path.")
+        raise UserError(
+            f"{folder} holds no finished {stage}: run `slam-asr {stage}` first, or check the path."
+        )
     if record.stage != stage:
-        raise UserError(f"{folder} was written by {record.stage}, not by {stage}: give the folder of {stage}.")
+        raise UserError(
+            f"{folder} was written by {record.stage}, not by {stage}: give the folder of {stage}."
+        )
     return record
 
 
 def write_pointer(record: Record, path: str | Path) -> None:
     """Write the small artifact that names a stage's folder to the next step."""
     pointer = {
-        "uri": record.folder, "sha256": sha256_of_bytes(read_bytes(join(record.folder, RECORD))),
-        "bytes": sum(f.bytes for f in walk(record.folder)), "stage": record.stage, "summary": record.summary,
+        "uri": record.folder,
+        "sha256": sha256_of_bytes(read_bytes(join(record.folder, RECORD))),
+        "bytes": sum(f.bytes for f in walk(record.folder)),
+        "stage": record.stage,
+        "summary": record.summary,
     }
     write_bytes(path, json.dumps(pointer, indent=2, ensure_ascii=False) + "\n")
 
@@ -209,10 +220,14 @@ def follow_pointer(path: str | Path) -> str:
         pointer = json.loads(read_bytes(path))
         folder, expected = pointer["uri"], pointer["sha256"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a pointer to a stage's folder ({type(error).__name__}): run the step before again.") from error
+        raise UserError(
+            f"{path} is not a pointer to a stage's folder ({type(error).__name__}): run the step before again."
+        ) from error
     record = join(folder, RECORD)
     if not exists(record) or sha256_of_bytes(read_bytes(record)) != expected:
-        raise UserError(f"{folder}, named by {path}, is gone or was replaced since: run the step before again.")
+        raise UserError(
+            f"{folder}, named by {path}, is gone or was replaced since: run the step before again."
+        )
     return folder
 
 

@@ -23,11 +23,15 @@ LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-
 def libri_mini() -> Path:
     """Two hours of LibriSpeech: train-clean-100 and test-other as they come from the archive."""
     if not LIBRI_MINI.is_dir():
-        pytest.skip("needs LibriSpeech's real speech in ../shared/speech/libri-mini, which is not part of this repository")
+        pytest.skip(
+            "needs LibriSpeech's real speech in ../shared/speech/libri-mini, which is not part of this repository"
+        )
     return LIBRI_MINI
 
 
-def make_tone(seconds: float = 1.0, rate: int = 16_000, frequency: float = 440.0, channels: int = 1) -> np.ndarray:
+def make_tone(
+    seconds: float = 1.0, rate: int = 16_000, frequency: float = 440.0, channels: int = 1
+) -> np.ndarray:
     """A sine: float32 [samples], or [samples, channels] for more than one channel."""
     tone = 0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate).astype(np.float32)
     return tone if channels == 1 else np.stack([tone] * channels, axis=1)
@@ -71,9 +75,19 @@ def _tiny_whisper(folder: Path) -> None:
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
     config = WhisperConfig(
-        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_target_positions=8,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        vocab_size=32,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_target_positions=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
     )
     WhisperModel(config).save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
@@ -88,10 +102,18 @@ def _tiny_llama(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, bos_token_id=0, eos_token_id=1,
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
 
@@ -117,8 +139,13 @@ def tiny_recipe(tiny_models, tmp_path_factory) -> Path:
         "projector": {"hidden": 8},
         "llm": {"name": tiny_models["llm"]},
         "training": {
-            "max_steps": 3, "positions_per_step": 200, "positions_per_batch": 200, "warmup_steps": 1,
-            "precision": "fp32", "validate_every": 100, "processes": 1,
+            "max_steps": 3,
+            "positions_per_step": 200,
+            "positions_per_batch": 200,
+            "warmup_steps": 1,
+            "precision": "fp32",
+            "validate_every": 100,
+            "processes": 1,
         },
         "decoding": {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "shuffled_control": True},
     }
@@ -155,16 +182,23 @@ def s3_server() -> str:
 @pytest.fixture(scope="session")
 def s3_resource(s3_server):
     """boto3 as the tests themselves use it, whatever the environment says: it takes long to make."""
-    return boto3.session.Session("key", "a-secret-that-nobody-may-see", region_name="us-east-1").resource("s3", endpoint_url=s3_server)
+    return boto3.session.Session("key", "a-secret-that-nobody-may-see", region_name="us-east-1").resource(
+        "s3", endpoint_url=s3_server
+    )
 
 
 @pytest.fixture
 def bucket(s3_server, s3_resource, monkeypatch, tmp_path):
     """An empty bucket named `bucket`, with what a program needs to find it in the environment, and an empty cache."""
     for name, value in {
-        "AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "a-secret-that-nobody-may-see",
-        "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-        "SLAM_ASR_S3_PATIENCE": "5", "SLAM_ASR_CACHE": str(tmp_path / "cache"),
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "a-secret-that-nobody-may-see",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "SLAM_ASR_S3_PATIENCE": "5",
+        "SLAM_ASR_CACHE": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
     made = s3_resource.create_bucket(Bucket="bucket")

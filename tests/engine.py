@@ -40,11 +40,22 @@ def engine(folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     address = f"unix://{folder}/docker.sock"
     command = [
-        "dockerd", "--iptables=false", "--bridge=none", "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec",
-        "--pidfile", f"{folder}/pid", "--host", address,
-    ]  # fmt: skip
+        "dockerd",
+        "--iptables=false",
+        "--bridge=none",
+        "--data-root",
+        f"{folder}/data",
+        "--exec-root",
+        f"{folder}/exec",
+        "--pidfile",
+        f"{folder}/pid",
+        "--host",
+        address,
+    ]
     with open(folder / "log", "w") as log:
-        daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent)
+        daemon = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent
+        )
     try:
         deadline = time.monotonic() + 60
         while not _answers(address):
@@ -76,28 +87,63 @@ def build_images(folder: Path, address: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"DOCKER_HOST": address}
     make_base(folder, environment)
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder / "wheels"), "torch==2.13.0"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(folder / "wheels"),
+            "torch==2.13.0",
+        ],
+        check=True,
+        capture_output=True,
+    )
     with serving(folder / "wheels") as wheels:
         built = subprocess.run(
-            ["make", "images", f"BASE_IMAGE={BASE}", "TORCH=cpu", "TAG=test", f"PIP_ARGS=--find-links {wheels}", "BUILD_ARGS=--network host",
-             f"PYTHON={sys.executable}"],
-            cwd=CHECKOUT, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                "make",
+                "images",
+                f"BASE_IMAGE={BASE}",
+                "TORCH=cpu",
+                "TAG=test",
+                f"PIP_ARGS=--find-links {wheels}",
+                "BUILD_ARGS=--network host",
+                f"PYTHON={sys.executable}",
+            ],
+            cwd=CHECKOUT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     return built.stdout
 
 
 def make_base(folder: Path, environment: dict[str, str]) -> None:
     """A stand-in for the public base image: Debian with Python, and this machine's certificates."""
-    if subprocess.run(["docker", "image", "inspect", BASE], env=environment, capture_output=True).returncode == 0:
+    if (
+        subprocess.run(["docker", "image", "inspect", BASE], env=environment, capture_output=True).returncode
+        == 0
+    ):
         return
     install(["mmdebstrap"], PACKAGES)
     root = folder / "base.tar"
     commands = [
-        ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,python3-venv,ca-certificates",
-         f"--customize-hook=upload {CERTIFICATES} {CERTIFICATES}", "bookworm", str(root)],
+        [
+            "mmdebstrap",
+            "--quiet",
+            "--variant=minbase",
+            "--include=python3,python3-venv,ca-certificates",
+            f"--customize-hook=upload {CERTIFICATES} {CERTIFICATES}",
+            "bookworm",
+            str(root),
+        ],
         ["docker", "import", "--change", f"ENV PIP_CERT={CERTIFICATES}", str(root), BASE],
-    ]  # fmt: skip
+    ]
     for command in commands:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -153,7 +153,10 @@ class FaultyProxy:
             _set_to_reset(client)
         else:
             if fault == FLIP and request.body:
-                request, fault = Request(request.method, request.target, request.headers, _flipped(request.body)), None
+                request, fault = (
+                    Request(request.method, request.target, request.headers, _flipped(request.body)),
+                    None,
+                )
             if self.checks and _differs(request):
                 client.sendall(_error(400, "BadDigest", request.method))
                 return
@@ -223,7 +226,10 @@ def _exactly(stream, size: int) -> bytes:
 
 def _head_of(request: Request) -> bytes:
     headers = request.headers | {"connection": "close"}
-    lines = [f"{request.method} {request.target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    lines = [
+        f"{request.method} {request.target} HTTP/1.1",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
@@ -236,11 +242,16 @@ def _error(status: int, code: str, method: str) -> bytes:
 
 def _differs(request: Request) -> bool:
     said = request.headers.get("x-amz-checksum-sha256")
-    return bool(said and request.body) and said != base64.b64encode(hashlib.sha256(request.body).digest()).decode()
+    return (
+        bool(said and request.body)
+        and said != base64.b64encode(hashlib.sha256(request.body).digest()).decode()
+    )
 
 
 def _without_checksums(request: Request) -> Request:
-    headers = {n: v for n, v in request.headers.items() if not n.startswith(("x-amz-checksum", "x-amz-sdk-checksum"))}
+    headers = {
+        n: v for n, v in request.headers.items() if not n.startswith(("x-amz-checksum", "x-amz-sdk-checksum"))
+    }
     return Request(request.method, request.target, headers, request.body)
 
 

@@ -8,7 +8,15 @@ import pytest
 import soundfile
 
 from slam_asr import audio
-from slam_asr.audio import SAMPLE_RATE, AudioError, audio_sha256, count_samples, load_audio, load_utterance, read_clip
+from slam_asr.audio import (
+    SAMPLE_RATE,
+    AudioError,
+    audio_sha256,
+    count_samples,
+    load_audio,
+    load_utterance,
+    read_clip,
+)
 from slam_asr.errors import UserError
 from slam_asr.manifest import Utterance
 from slam_asr.storage import sha256_of_file, write_bytes
@@ -137,7 +145,9 @@ def test_a_file_that_is_damaged_inside_is_unreadable(tmp_path, suffix):
 def test_samples_that_are_no_numbers_are_refused(tmp_path, value, rate):
     samples = make_tone(1.0, rate)
     samples[100] = value
-    assert refusal(write_wav(tmp_path / "x.wav", samples, rate, subtype="FLOAT")).reason == "non-finite samples"
+    assert (
+        refusal(write_wav(tmp_path / "x.wav", samples, rate, subtype="FLOAT")).reason == "non-finite samples"
+    )
 
 
 def test_a_wav_that_was_written_to_a_pipe_is_read(tmp_path):
@@ -225,7 +235,9 @@ def test_the_longest_duration_is_that_of_the_segment(tmp_path):
 
 @pytest.mark.parametrize("start", [None, 0.5])
 @pytest.mark.parametrize("remote", [False, True])
-def test_an_utterance_is_heard_only_from_the_file_that_its_manifest_was_built_from(tmp_path, bucket, remote, start):
+def test_an_utterance_is_heard_only_from_the_file_that_its_manifest_was_built_from(
+    tmp_path, bucket, remote, start
+):
     file = write_wav(tmp_path / "x.flac", noise(1.0))
     path = "s3://bucket/deep/x.flac" if remote else str(file)
     utterance = Utterance("a", path, "x", 0.25 if start else 1.0, sha256=sha256_of_file(file), start=start)
@@ -250,10 +262,17 @@ def test_a_file_of_many_segments_is_digested_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("start", [None, 0.5])
-@pytest.mark.parametrize("where", ["s3://bucket/none.wav", "s3://no-such-bucket/none.wav", "{tmp_path}/none.wav"])
+@pytest.mark.parametrize(
+    "where", ["s3://bucket/none.wav", "s3://no-such-bucket/none.wav", "{tmp_path}/none.wav"]
+)
 def test_audio_that_is_not_there_is_missing_audio_wherever_it_should_be(tmp_path, bucket, where, start):
     path = where.format(tmp_path=tmp_path)
-    for read in (audio_sha256, count_samples, load_audio, lambda p: load_utterance(Utterance("a", p, "x", 1.0, start=start))):
+    for read in (
+        audio_sha256,
+        count_samples,
+        load_audio,
+        lambda p: load_utterance(Utterance("a", p, "x", 1.0, start=start)),
+    ):
         with pytest.raises(AudioError, match="There is no audio file") as caught:
             read(path)
         assert caught.value.reason == "missing audio"

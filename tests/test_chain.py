@@ -10,14 +10,29 @@ from slam_asr.stage import read_record
 
 UTTERANCES, STEPS = 24, 180
 OVERRIDES = [
-    "--training.max_steps", str(STEPS), "--training.epochs", "1000", "--training.learning_rate", "1e-3",
-    "--training.positions_per_step", "240", "--training.positions_per_batch", "240",
-    "--training.warmup_steps", "10", "--training.schedule", "linear", "--training.validate_every", "1000",
-]  # fmt: skip
+    "--training.max_steps",
+    str(STEPS),
+    "--training.epochs",
+    "1000",
+    "--training.learning_rate",
+    "1e-3",
+    "--training.positions_per_step",
+    "240",
+    "--training.positions_per_batch",
+    "240",
+    "--training.warmup_steps",
+    "10",
+    "--training.schedule",
+    "linear",
+    "--training.validate_every",
+    "1000",
+]
 
 
 def program(stage, *arguments):
-    done = subprocess.run([sys.executable, "-m", "slam_asr", stage, *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "slam_asr", stage, *map(str, arguments)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -43,16 +58,36 @@ def test_all_five_stages_learn_24_utterances_by_heart(libri_mini, tmp_path):
         lines = [json.dumps(u | {"key": f"{split}-{u['key']}"}) for u in rows]
         (corpus / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     common = ["--recipe", "librispeech", *OVERRIDES]
-    manifests, store, trained, model, decoded = (tmp_path / name for name in ("manifests", "store", "trained", "model", "decoded"))
+    manifests, store, trained, model, decoded = (
+        tmp_path / name for name in ("manifests", "store", "trained", "model", "decoded")
+    )
     program("build-manifest", *common, "--corpus", corpus, "--output", manifests)
     program("extract-features", *common, "--manifests", f"[{manifests}]", "--output", store)
     program(
-        "train", *common, "--train_manifest", manifests / "train.jsonl", "--dev_manifest", manifests / "dev.jsonl",
-        "--feature_store", store, "--output", trained,
-    )  # fmt: skip
+        "train",
+        *common,
+        "--train_manifest",
+        manifests / "train.jsonl",
+        "--dev_manifest",
+        manifests / "dev.jsonl",
+        "--feature_store",
+        store,
+        "--output",
+        trained,
+    )
     program("convert-checkpoint", "--checkpoint", trained, "--output", model)
     assert {f.name for f in model.iterdir()} == {"projector.safetensors", "config.json", "stage.json"}
-    program("decode", "--model", model, "--manifests", f"[{manifests / 'test.jsonl'}]", "--feature_store", store, "--output", decoded)
+    program(
+        "decode",
+        "--model",
+        model,
+        "--manifests",
+        f"[{manifests / 'test.jsonl'}]",
+        "--feature_store",
+        store,
+        "--output",
+        decoded,
+    )
 
     [extraction] = store.glob("*/runs/*/stage.json")
     assert read_record(extraction.parent).metrics["utterances"] == UTTERANCES
@@ -63,5 +98,13 @@ def test_all_five_stages_learn_24_utterances_by_heart(libri_mini, tmp_path):
     assert len(hypotheses) == UTTERANCES and all(h["reference"] == h["hypothesis"] for h in hypotheses)
 
     # The same model hears the same from audio as from cached features.
-    program("decode", "--model", model, "--manifests", f"[{manifests / 'test.jsonl'}]", "--output", tmp_path / "from-audio")
+    program(
+        "decode",
+        "--model",
+        model,
+        "--manifests",
+        f"[{manifests / 'test.jsonl'}]",
+        "--output",
+        tmp_path / "from-audio",
+    )
     assert read_record(tmp_path / "from-audio").metrics["wer"] == 0.0

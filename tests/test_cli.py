@@ -25,7 +25,10 @@ def run(capsys, *arguments):
         (["train", "--recipe", "demo", "fast"], "fast stands alone"),
         (["train", "--recipe", "demo", "--output"], "--output lacks a value"),
         (["train", "--recipe", "demo", "--out", "x"], "did you mean --output?"),
-        (["convert-checkpoint", "--checkpoint", "/no/such", "--output", "y"], "/no/such holds no finished train"),
+        (
+            ["convert-checkpoint", "--checkpoint", "/no/such", "--output", "y"],
+            "/no/such holds no finished train",
+        ),
         (["decode", "--model", "/no/such", "--manifests", "[x]", "--output", "y"], "/no/such holds no model"),
     ],
 )
@@ -41,7 +44,10 @@ def test_every_stage_explains_its_options(capsys, stage):
     code, output = run(capsys, stage, "--help")
     assert code == 0
     # Extraction replaces nothing: a store only grows.
-    assert "--output OUTPUT" in output.out and ("--shard" if stage == "extract-features" else "--overwrite") in output.out
+    assert (
+        "--output OUTPUT" in output.out
+        and ("--shard" if stage == "extract-features" else "--overwrite") in output.out
+    )
 
 
 def test_the_usage_names_every_stage(capsys):

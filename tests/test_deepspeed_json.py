@@ -11,11 +11,12 @@ from slam_asr.recipe import dump_recipe, load_recipe
 from slam_asr.training.engines.zero import deepspeed_config
 
 REFERENCE = {
-    "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 1,
     "optimizer": {"type": "Adam", "params": {"lr": 1e-4}},
     "fp16": {"enabled": True},
     "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
-}  # fmt: skip
+}
 """What the reference's ds_config.json says: ZeRO 3, fp16, the optimiser on the host, batches of 4."""
 
 
@@ -28,28 +29,58 @@ def test_the_references_own_configuration_is_taken():
     assert (training.zero_stage, training.offload_optimizer, training.precision) == (3, True, "fp16")
     assert (training.utterances_per_batch, training.accumulation, training.learning_rate) == (4, 1, 1e-4)
     config = deepspeed_config(training, torch.device("cpu"))
-    assert config["zero_optimization"]["stage"] == 3 and config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert (
+        config["zero_optimization"]["stage"] == 3
+        and config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    )
     assert config["fp16"] == {"enabled": True}
 
 
 def test_what_has_no_key_of_ours_reaches_deepspeed_and_the_optimiser():
     settings = {
-        "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000000, "offload_optimizer": {"device": "none", "pin_memory": False}},
-        "bf16": {"enabled": "auto"}, "fp16": {"enabled": False, "hysteresis": 4}, "gradient_clipping": 0.5, "wall_clock_breakdown": True,
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}},
-    }  # fmt: skip
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": True,
+            "reduce_bucket_size": 1000000,
+            "offload_optimizer": {"device": "none", "pin_memory": False},
+        },
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False, "hysteresis": 4},
+        "gradient_clipping": 0.5,
+        "wall_clock_breakdown": True,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1},
+        },
+    }
     training = recipe_with(settings).training
-    assert (training.zero_stage, training.offload_optimizer, training.gradient_clipping, training.weight_decay) == (2, False, 0.5, 0.1)
+    assert (
+        training.zero_stage,
+        training.offload_optimizer,
+        training.gradient_clipping,
+        training.weight_decay,
+    ) == (2, False, 0.5, 0.1)
     config = deepspeed_config(training, torch.device("cpu"))
-    assert config["zero_optimization"]["overlap_comm"] is True and config["zero_optimization"]["reduce_bucket_size"] == 1000000
-    assert config["wall_clock_breakdown"] is True and config["bf16"]["enabled"] is True and "fp16" not in config and "optimizer" not in config
+    assert (
+        config["zero_optimization"]["overlap_comm"] is True
+        and config["zero_optimization"]["reduce_bucket_size"] == 1000000
+    )
+    assert (
+        config["wall_clock_breakdown"] is True
+        and config["bf16"]["enabled"] is True
+        and "fp16" not in config
+        and "optimizer" not in config
+    )
     assert training.deepspeed["optimizer"] == {"params": {"betas": [0.8, 0.95], "eps": 1e-6}}
 
 
 def test_a_file_is_read_and_the_resolved_recipe_needs_it_no_longer(tmp_path):
     path = tmp_path / "ds_config.json"
     path.write_text(json.dumps(REFERENCE))
-    recipe = load_recipe("librispeech", {"training.deepspeed": str(path), "training.precision": "fp16", "training.learning_rate": 1e-4})
+    recipe = load_recipe(
+        "librispeech",
+        {"training.deepspeed": str(path), "training.precision": "fp16", "training.learning_rate": 1e-4},
+    )
     path.unlink()
     assert load_recipe(dump_recipe(recipe)) == recipe and recipe.training.zero_stage == 3
 
@@ -57,23 +88,59 @@ def test_a_file_is_read_and_the_resolved_recipe_needs_it_no_longer(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "training", "sentence"),
     [
-        ({"zero_optimization": {"stage": 3}}, {"zero_stage": 2}, "zero_optimization.stage is 3, but the recipe's training.zero_stage is 2"),
-        ({"fp16": {"enabled": True}}, {"precision": "bf16"}, "fp16.enabled is fp16, but the recipe's training.precision is bf16"),
-        ({"optimizer": {"params": {"lr": 1e-3}}}, {"learning_rate": 1e-4}, "optimizer.params.lr is 0.001, but the recipe's training.learning_rate is 0.0001"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            {"zero_stage": 2},
+            "zero_optimization.stage is 3, but the recipe's training.zero_stage is 2",
+        ),
+        (
+            {"fp16": {"enabled": True}},
+            {"precision": "bf16"},
+            "fp16.enabled is fp16, but the recipe's training.precision is bf16",
+        ),
+        (
+            {"optimizer": {"params": {"lr": 1e-3}}},
+            {"learning_rate": 1e-4},
+            "optimizer.params.lr is 0.001, but the recipe's training.learning_rate is 0.0001",
+        ),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, {}, "fp16 and bf16 are both enabled"),
-        ({"zero_optimisation": {}}, {}, "DeepSpeed knows no key zero_optimisation; did you mean zero_optimization?"),
+        (
+            {"zero_optimisation": {}},
+            {},
+            "DeepSpeed knows no key zero_optimisation; did you mean zero_optimization?",
+        ),
         ({"zero_optimization": {"stge": 3}}, {}, "knows no key zero_optimization.stge; did you mean stage?"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/x"}}}, {}, "knows no key zero_optimization.offload_param.nvme_path"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, {}, "offload_optimizer.device is 'nvme': must be cpu or none, not 'nvme'"),
-        ({"scheduler": {"type": "WarmupLR"}}, {}, "scheduler is not taken: the learning rate follows training.schedule and training.warmup_steps"),
-        ({"optimizer": {"type": "Lamb"}}, {}, "optimizer.type is Lamb, but this training's optimiser is AdamW"),
-        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, {}, "optimizer.params.adam_w_mode is false"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/x"}}},
+            {},
+            "knows no key zero_optimization.offload_param.nvme_path",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            {},
+            "offload_optimizer.device is 'nvme': must be cpu or none, not 'nvme'",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            {},
+            "scheduler is not taken: the learning rate follows training.schedule and training.warmup_steps",
+        ),
+        (
+            {"optimizer": {"type": "Lamb"}},
+            {},
+            "optimizer.type is Lamb, but this training's optimiser is AdamW",
+        ),
+        (
+            {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
+            {},
+            "optimizer.params.adam_w_mode is false",
+        ),
         ({"train_batch_size": 32}, {}, "sets train_batch_size without train_micro_batch_size_per_gpu"),
         ({"zero_optimization": 3}, {}, "zero_optimization must hold keys of its own, not 3"),
         ("/no/such/file.json", {}, "names /no/such/file.json, which cannot be read as JSON"),
         (["a"], {}, "must hold DeepSpeed's keys and values, or name a JSON file"),
     ],
-)  # fmt: skip
+)
 def test_what_contradicts_or_is_unknown_is_refused_by_name(settings, training, sentence):
     with pytest.raises(UserError) as refused:
         recipe_with(settings, **training)
@@ -94,9 +161,12 @@ def test_the_names_are_those_of_the_deepspeed_that_is_installed():
     )
 
     theirs = {
-        "zero_optimization": DeepSpeedZeroConfig, "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
-        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
-    }  # fmt: skip
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+        "fp16": DeepSpeedFP16Config,
+        "bf16": DeepSpeedBF16Config,
+    }
     for section, kind in theirs.items():
         names = set(kind.model_fields) | {f.alias for f in kind.model_fields.values() if f.alias}
         assert set(deepspeed_json.SECTIONS[section]) <= names, section

@@ -32,7 +32,9 @@ def test_the_demos_speech_is_small_and_its_parts_share_nothing():
     for transcript in speech.rglob("*.trans.txt"):
         subset, voice = transcript.relative_to(speech).parts[:2]
         voices.setdefault(subset, set()).add(voice)
-        texts.setdefault(subset, []).extend(line.split(" ", 1)[1] for line in transcript.read_text().splitlines())
+        texts.setdefault(subset, []).extend(
+            line.split(" ", 1)[1] for line in transcript.read_text().splitlines()
+        )
     everything = [text for subset in texts.values() for text in subset]
     assert len(everything) >= 300 and len(set(everything)) == len(everything)
     assert len(set().union(*voices.values())) >= 6

@@ -35,7 +35,11 @@ def test_joined_speech_keeps_all_words_in_order_and_its_length(script):
     assert " ".join(text for text, _ in joined) == " ".join(texts)
     assert 1 < len(joined) < 15
     pauses = sum(len(samples) for _, samples in joined) - sum(map(len, spoken))
-    assert speech.PAUSE[0] * 16_000 * (15 - len(joined)) <= pauses <= speech.PAUSE[1] * 16_000 * (15 - len(joined))
+    assert (
+        speech.PAUSE[0] * 16_000 * (15 - len(joined))
+        <= pauses
+        <= speech.PAUSE[1] * 16_000 * (15 - len(joined))
+    )
     assert max(len(samples) for _, samples in joined) <= speech.JOINED[1] * 16_000
 
 
@@ -56,7 +60,9 @@ def test_a_projector_learns_to_say_the_tokens_and_comes_to_lie_near_them(script,
     torch.manual_seed(seed)
     sounds = torch.randn(6, 12)  # of tokens 1 to 5, and of silence
     targets = [[1, 2, 3], [4, 1, 5], [2, 5], [3]]
-    frames = [torch.cat([torch.stack([sounds[t], sounds[t], sounds[0], sounds[0]]) for t in row]) for row in targets]
+    frames = [
+        torch.cat([torch.stack([sounds[t], sounds[t], sounds[0], sounds[0]]) for t in row]) for row in targets
+    ]
     speller = begin.Speller(build_projector(Projector(downsampling=2, hidden=64), 12, 16), torch.randn(6, 16))
     optimizer = torch.optim.Adam(speller.parameters(), lr=1e-2)
     losses, distances = [], []
@@ -69,7 +75,10 @@ def test_a_projector_learns_to_say_the_tokens_and_comes_to_lie_near_them(script,
         optimizer.step()
     assert losses[-1] < 0.2 * losses[0]
     assert [begin.spelled(speller, f) for f in frames] == targets
-    said = nn.functional.normalize(speller.projector([frames[0][:2]]), dim=1) @ nn.functional.normalize(speller.embeddings, dim=1).T
+    said = (
+        nn.functional.normalize(speller.projector([frames[0][:2]]), dim=1)
+        @ nn.functional.normalize(speller.embeddings, dim=1).T
+    )
     assert said.argmax() == targets[0][0] and said.max() > 0.9 and distances[-1] < 0.3
 
 
@@ -78,26 +87,63 @@ def test_ctc_over_an_utterances_own_tokens_is_ctc_over_all(script):
     begin = script("begin_projector")
     torch.manual_seed(1)
     speller = begin.Speller(build_projector(Projector(downsampling=2, hidden=8), 6, 10), torch.randn(41, 10))
-    frames, targets = [torch.randn(30, 6), torch.randn(21, 6)], [torch.tensor([7, 3, 3, 40]), torch.tensor([1, 7])]
+    frames, targets = (
+        [torch.randn(30, 6), torch.randn(21, 6)],
+        [torch.tensor([7, 3, 3, 40]), torch.tensor([1, 7])],
+    )
     logits, distances = speller(frames)
     scores = nn.utils.rnn.pad_sequence(logits.log_softmax(1).split([15, 10]))
-    whole = nn.functional.ctc_loss(scores, torch.cat(targets), torch.tensor([15, 10]), torch.tensor([4, 2]), reduction="sum") / 6
-    assert begin.loss_of(speller, frames, targets, 0.5).item() == pytest.approx((whole + 0.5 * distances.mean()).item(), rel=1e-5)
+    whole = (
+        nn.functional.ctc_loss(
+            scores, torch.cat(targets), torch.tensor([15, 10]), torch.tensor([4, 2]), reduction="sum"
+        )
+        / 6
+    )
+    assert begin.loss_of(speller, frames, targets, 0.5).item() == pytest.approx(
+        (whole + 0.5 * distances.mean()).item(), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize(("name", "arguments", "said"), [
-    ("make_training_speech", ["--text", "nowhere.txt", "--out", "{out}"], "there is no file nowhere.txt"),
-    ("make_training_speech", ["--text", "{empty}", "--out", "{out}", "--voices", "0"], "has no line `<key> TEXT`"),
-    ("make_training_speech", ["--text", "{empty}", "--out", "{there}"], "exists already"),
-    ("make_training_speech", ["--text", "{empty}", "--out", "{out}", "--real", "{there}"], "holds no .trans.txt"),
-    ("begin_projector", ["--manifest", "nowhere.jsonl", "--features", "x", "--out", "{out}"], "There is no manifest nowhere.jsonl"),
-    ("begin_projector", ["--manifest", "{empty}", "--features", "x", "--out", "{out}"], "holds no utterance"),
-    ("begin_projector", ["--recipe", "libri", "--manifest", "{empty}", "--features", "x", "--out", "{out}"], "No recipe named libri"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("make_training_speech", ["--text", "nowhere.txt", "--out", "{out}"], "there is no file nowhere.txt"),
+        (
+            "make_training_speech",
+            ["--text", "{empty}", "--out", "{out}", "--voices", "0"],
+            "has no line `<key> TEXT`",
+        ),
+        ("make_training_speech", ["--text", "{empty}", "--out", "{there}"], "exists already"),
+        (
+            "make_training_speech",
+            ["--text", "{empty}", "--out", "{out}", "--real", "{there}"],
+            "holds no .trans.txt",
+        ),
+        (
+            "begin_projector",
+            ["--manifest", "nowhere.jsonl", "--features", "x", "--out", "{out}"],
+            "There is no manifest nowhere.jsonl",
+        ),
+        (
+            "begin_projector",
+            ["--manifest", "{empty}", "--features", "x", "--out", "{out}"],
+            "holds no utterance",
+        ),
+        (
+            "begin_projector",
+            ["--recipe", "libri", "--manifest", "{empty}", "--features", "x", "--out", "{out}"],
+            "No recipe named libri",
+        ),
+    ],
+)
 def test_bad_input_is_a_sentence_and_leaves_nothing(tmp_path, name, arguments, said):
     (tmp_path / "empty").write_text("")
     (tmp_path / "there").mkdir()
     given = {key: tmp_path / key for key in ("out", "empty", "there")}
-    done = subprocess.run([sys.executable, DEMO / f"{name}.py", *(a.format(**given) for a in arguments)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, DEMO / f"{name}.py", *(a.format(**given) for a in arguments)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

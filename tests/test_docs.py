@@ -20,7 +20,21 @@ A_KEY = re.compile(rf"(?:--)?((?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?:[:\s].*)?")
 A_FILE = re.compile(r".*\.(?:py|yaml|json|jsonl|html|safetensors|pt)")
 A_RECIPE = re.compile(r"(?:whisper|wavlm|hubert)-[\w.-]*(?:vicuna|llama)[\w-]*")
 
-PIPELINE_OPTIONS = {"--corpus", "--model", "--sweep", "--parallel", "--output", "--store", "--runner", "--only", "--images", "--network", "--gpus", "--shared_memory", "--mounts"}
+PIPELINE_OPTIONS = {
+    "--corpus",
+    "--model",
+    "--sweep",
+    "--parallel",
+    "--output",
+    "--store",
+    "--runner",
+    "--only",
+    "--images",
+    "--network",
+    "--gpus",
+    "--shared_memory",
+    "--mounts",
+}
 OPTIONS_OF_SLAM_LLM = """
     encoder_name encoder_path encoder_path_hf encoder_dim encoder_projector encoder_projector_ds_rate encoder_ds_rate
     encoder_type llm_name llm_path llm_type llm_dim normalize modal file model_factory
@@ -91,7 +105,11 @@ def test_a_key_is_told_from_a_file_and_from_an_option_of_slam_llm():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_key_that_a_page_names_exists(page):
-    named = {match[1] for span in code_spans(page) if (match := A_KEY.fullmatch(span)) and not A_FILE.fullmatch(span)}
+    named = {
+        match[1]
+        for span in code_spans(page)
+        if (match := A_KEY.fullmatch(span)) and not A_FILE.fullmatch(span)
+    }
     assert not named - set(recipe_keys())
 
 
@@ -129,7 +147,9 @@ def test_every_command_of_the_pipelines_has_real_options(page, words):
         _require_recipe(words[4])
         assert not set(given_options(words)) - PIPELINE_OPTIONS - {f"--{key}" for key in recipe_keys()}
     else:
-        assert not [o for o in given_options(words) if o not in USAGE and o.removeprefix("--") not in recipe_keys()]
+        assert not [
+            o for o in given_options(words) if o not in USAGE and o.removeprefix("--") not in recipe_keys()
+        ]
 
 
 def _require_recipe(name):

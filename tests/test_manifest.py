@@ -29,7 +29,13 @@ def refusal(path) -> str:
 def test_what_was_written_is_read_back(tmp_path):
     written = [
         Utterance(
-            "b", "/audio/b.flac", "tea for two", 1.5, 16000, "ab" * 32, {"subset": "test-other", "speaker": "19"}
+            "b",
+            "/audio/b.flac",
+            "tea for two",
+            1.5,
+            16000,
+            "ab" * 32,
+            {"subset": "test-other", "speaker": "19"},
         ),
         Utterance("a", "s3://bucket/a.flac", "", extra={"nested": {"z": [1, None, "é"]}, "none": None}),
         Utterance("c", "/audio/c.flac", "line\u2028separator and \x85 next line"),
@@ -60,7 +66,9 @@ def test_free_fields_keep_their_values_and_order(tmp_path):
 
 
 def test_a_slam_llm_file_is_read_as_it_is(tmp_path):
-    line = '{"key": "1001-134707-0000_ASR", "source": "/data/1001-134707-0000.wav", "target": "1 LITTLE RECKS"}'
+    line = (
+        '{"key": "1001-134707-0000_ASR", "source": "/data/1001-134707-0000.wav", "target": "1 LITTLE RECKS"}'
+    )
     (utterance,) = read_manifest(write_lines(tmp_path / "m.jsonl", line))
     assert utterance == Utterance("1001-134707-0000_ASR", "/data/1001-134707-0000.wav", "1 LITTLE RECKS")
 
@@ -96,7 +104,9 @@ def test_a_failed_write_leaves_the_older_manifest(tmp_path):
     write_manifest(path, [Utterance("a", "/a.wav", "x")])
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        write_manifest(path, [Utterance("b", "/b.wav", "x"), Utterance("c", "/c.wav", "x", extra={"bad": object()})])
+        write_manifest(
+            path, [Utterance("b", "/b.wav", "x"), Utterance("c", "/c.wav", "x", extra={"bad": object()})]
+        )
     assert path.read_bytes() == before
     assert [f.name for f in tmp_path.iterdir()] == ["m.jsonl"]
 
@@ -121,7 +131,10 @@ def test_a_failed_write_leaves_the_older_manifest(tmp_path):
         (GOOD | {"key": "b", "duration": True}, "duration must be"),
         (GOOD | {"key": "b", "sample_rate": 16000.5}, "sample_rate must be a whole number"),
         (GOOD | {"key": "b", "sha256": 12}, "sha256 must be text"),
-        (GOOD | {"key": "b", "start": -0.5, "duration": 1}, "start must be a number of seconds, 0 or more, not -0.5"),
+        (
+            GOOD | {"key": "b", "start": -0.5, "duration": 1},
+            "start must be a number of seconds, 0 or more, not -0.5",
+        ),
         (GOOD | {"key": "b", "start": 1.5}, "has a start but no duration"),
     ],
 )
@@ -160,7 +173,9 @@ def test_a_folder_is_refused_with_a_file_to_name_instead(tmp_path):
 
 
 def utterances(count: int) -> list[Utterance]:
-    return [Utterance(f"k{i * 7919 % count:05d}", f"/{i}.wav", f"text {i}\u2028", 1.0 + i) for i in range(count)]
+    return [
+        Utterance(f"k{i * 7919 % count:05d}", f"/{i}.wav", f"text {i}\u2028", 1.0 + i) for i in range(count)
+    ]
 
 
 def small_runs(*arguments):
@@ -204,7 +219,12 @@ def test_a_manifest_is_a_sequence_of_its_lines(tmp_path):
     read, expected = read_manifest(path), sorted(utterances(50), key=lambda u: u.key)
     assert len(read) == 50
     assert list(read) == [u for _, u in iterate_manifest(path)] == expected
-    assert (read[0], read[-1], read[7:12], read[::-9]) == (expected[0], expected[-1], expected[7:12], expected[::-9])
+    assert (read[0], read[-1], read[7:12], read[::-9]) == (
+        expected[0],
+        expected[-1],
+        expected[7:12],
+        expected[::-9],
+    )
     assert list(reversed(read)) == expected[::-1]
     with pytest.raises(IndexError):
         read[50]
@@ -219,7 +239,10 @@ def test_a_manifest_travels_to_other_processes_and_threads(tmp_path):
     assert again == read
     for _ in range(20):
         fresh, found = pickle.loads(pickle.dumps(read)), []
-        threads = [threading.Thread(target=lambda f=fresh, k=found: k.extend(f[i].key for i in range(200))) for _ in range(4)]
+        threads = [
+            threading.Thread(target=lambda f=fresh, k=found: k.extend(f[i].key for i in range(200)))
+            for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

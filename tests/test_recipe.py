@@ -54,7 +54,9 @@ def test_every_published_row_has_a_recipe_with_its_numbers_and_their_source(name
 
 
 def test_only_published_rows_carry_numbers_and_the_others_say_so():
-    assert {name for name in shipped_recipes() if load_recipe(name).published_wer} == {row[0] for row in PUBLISHED}
+    assert {name for name in shipped_recipes() if load_recipe(name).published_wer} == {
+        row[0] for row in PUBLISHED
+    }
     for name in set(LARGE) - {row[0] for row in PUBLISHED}:
         assert "no published word error rate" in load_recipe(name).description
 
@@ -66,8 +68,15 @@ def test_recipes_of_the_published_corpus_have_the_published_settings(name):
     assert (training.schedule, training.max_steps, training.precision) == ("constant", 100_000, "bf16")
     assert training.epochs == (6 if name.endswith("-offload") else 3)
     assert (recipe.decoding.beams, recipe.decoding.max_new_tokens) == (4, 200)
-    assert (recipe.projector.kind, recipe.projector.downsampling, recipe.projector.hidden) == ("linear", 5, 2048)
-    assert (recipe.llm.prompt, recipe.llm.template) == ("Transcribe speech to text. ", "USER: {}\n ASSISTANT:")
+    assert (recipe.projector.kind, recipe.projector.downsampling, recipe.projector.hidden) == (
+        "linear",
+        5,
+        2048,
+    )
+    assert (recipe.llm.prompt, recipe.llm.template) == (
+        "Transcribe speech to text. ",
+        "USER: {}\n ASSISTANT:",
+    )
     # The longest utterance that the published figures count, in dev-other, lasts 35.2 s.
     assert recipe.data.max_duration > 35.2 and recipe.encoder.long_audio == "cut"
 
@@ -75,7 +84,9 @@ def test_recipes_of_the_published_corpus_have_the_published_settings(name):
 def test_large_whispers_use_the_whole_window_small_ones_the_speech_and_the_others_have_no_window():
     for name, file in shipped_recipes().items():
         encoder = yaml.safe_load(file.read_text())["encoder"]
-        assert encoder.get("frames") == ("speech" if name in SMALL else "all" if name.startswith("whisper-") else None)
+        assert encoder.get("frames") == (
+            "speech" if name in SMALL else "all" if name.startswith("whisper-") else None
+        )
 
 
 @pytest.mark.parametrize(
@@ -83,15 +94,26 @@ def test_large_whispers_use_the_whole_window_small_ones_the_speech_and_the_other
     [
         (
             "wavlm-large-vicuna-7b-lora",
-            {"llm.tuning": "lora", "llm.lora.rank": 8, "llm.lora.alpha": 32, "llm.lora.targets": ["q_proj", "v_proj"]},
+            {
+                "llm.tuning": "lora",
+                "llm.lora.rank": 8,
+                "llm.lora.alpha": 32,
+                "llm.lora.targets": ["q_proj", "v_proj"],
+            },
         ),
-        ("whisper-large-v3-vicuna-7b-offload", {"training.zero_stage": 2, "training.offload_optimizer": True}),
+        (
+            "whisper-large-v3-vicuna-7b-offload",
+            {"training.zero_stage": 2, "training.offload_optimizer": True},
+        ),
         ("wavlm-large-llama-2-70b", {"training.zero_stage": 3, "llm.tuning": "frozen"}),
         (
             "wavlm-large-vicuna-7b-full",
             {
-                "llm.tuning": "full", "llm.learning_rate": 1e-5, "training.zero_stage": 3,
-                "training.offload_optimizer": True, "training.gradient_checkpointing": True,
+                "llm.tuning": "full",
+                "llm.learning_rate": 1e-5,
+                "training.zero_stage": 3,
+                "training.offload_optimizer": True,
+                "training.gradient_checkpointing": True,
             },
         ),
     ],
@@ -117,7 +139,10 @@ def test_recipes_named_after_a_way_of_training_train_that_way(name, values):
         ({"data.test": []}, "data.test names no subset"),
         ({"training.learning_rate": float("nan")}, "training.learning_rate is nan"),
         ({"data.max_rejected": float("nan")}, "data.max_rejected is nan"),
-        ({"projector.downsampling": 100}, "without an audio position at projector.downsampling 100: raise it to 2.0"),
+        (
+            {"projector.downsampling": 100},
+            "without an audio position at projector.downsampling 100: raise it to 2.0",
+        ),
         ({"training": 4}, "training must hold keys of its own, not 4"),
         ({"data.test": "test-other"}, "data.test: Expected a list"),
         ({"llm.lora.rnak": 4}, "unknown key llm.lora.rnak; did you mean llm.lora.rank?"),
@@ -125,9 +150,18 @@ def test_recipes_named_after_a_way_of_training_train_that_way(name, values):
         ({"llm.lora.rank": 0}, "llm.lora.rank is 0 but must be at least 1"),
         ({"llm.lora.dropout": 0.95}, "llm.lora.dropout is 0.95 but must be at most 0.9"),
         ({"llm.lora.rank": "wide"}, "llm.lora.rank: Expected a whole number. Got value: wide."),
-        ({"training.compile": True, "training.zero_stage": 3}, "training.compile does not work with training.zero_stage 3"),
-        ({"training.compile": True, "training.liger": True}, "training.compile and training.liger both replace"),
-        ({"training.offload_optimizer": True}, "offload_optimizer needs training.zero_stage 1, 2 or 3; it is 0"),
+        (
+            {"training.compile": True, "training.zero_stage": 3},
+            "training.compile does not work with training.zero_stage 3",
+        ),
+        (
+            {"training.compile": True, "training.liger": True},
+            "training.compile and training.liger both replace",
+        ),
+        (
+            {"training.offload_optimizer": True},
+            "offload_optimizer needs training.zero_stage 1, 2 or 3; it is 0",
+        ),
         ({"llm.learning_rate": 1e-5}, "llm.learning_rate is given but llm.tuning is frozen"),
         ({"encoder.learning_rate": 1e-5}, "encoder.learning_rate is given but encoder.tuning is frozen"),
         ({"llm.tuning": "full", "llm.learning_rate": 0}, "llm.learning_rate is 0"),
@@ -202,7 +236,9 @@ def test_every_key_can_be_spelt_and_is_documented():
     from docstring_parser import parse_from_object
 
     keys = recipe_keys()
-    assert {"training", "training.max_steps", "llm.lora", "llm.lora.rank"} <= set(keys) and len(keys) == len(set(keys))
+    assert {"training", "training.max_steps", "llm.lora", "llm.lora.rank"} <= set(keys) and len(keys) == len(
+        set(keys)
+    )
     for section, within in _sections(Recipe).items():
         documented = {p.arg_name for p in parse_from_object(section).params if p.description}
         assert section.__dataclass_fields__.keys() - documented == within, section

@@ -7,7 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from slam_asr.errors import UserError
-from slam_asr.stage import RECORD, Outcome, follow_pointer, read_record, require_record, run_stage, write_pointer
+from slam_asr.stage import (
+    RECORD,
+    Outcome,
+    follow_pointer,
+    read_record,
+    require_record,
+    run_stage,
+    write_pointer,
+)
 
 
 def counting(calls):
@@ -75,7 +83,9 @@ def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path, capsys):
 
 
 def test_fingerprint_gives_each_input_a_folder_of_its_own(tmp_path):
-    folders = {run_stage("train", str(tmp_path / "{fingerprint}"), {"a": a}, counting([])).folder for a in (1, 2, 1)}
+    folders = {
+        run_stage("train", str(tmp_path / "{fingerprint}"), {"a": a}, counting([])).folder for a in (1, 2, 1)
+    }
     assert len(folders) == 2
 
 

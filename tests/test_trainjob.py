@@ -28,26 +28,50 @@ from slam_asr.trainjob.train import command_of, train_on_nodes
 
 GROUP = "/apis/trainer.kubeflow.org/v1alpha1"
 RUNTIME = {
-    "apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "ClusterTrainingRuntime",
+    "apiVersion": "trainer.kubeflow.org/v1alpha1",
+    "kind": "ClusterTrainingRuntime",
     "metadata": {"name": "torch-distributed", "labels": {"trainer.kubeflow.org/framework": "torch"}},
     "spec": {
         "mlPolicy": {"numNodes": 1, "torch": {"numProcPerNode": "auto"}},
-        "template": {"spec": {"replicatedJobs": [{
-            "name": "node",
-            "template": {
-                "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
-                "spec": {"template": {"spec": {"containers": [{"name": "node", "image": "pytorch"}]}}},
-            },
-        }]}},
+        "template": {
+            "spec": {
+                "replicatedJobs": [
+                    {
+                        "name": "node",
+                        "template": {
+                            "metadata": {
+                                "labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+                            },
+                            "spec": {
+                                "template": {"spec": {"containers": [{"name": "node", "image": "pytorch"}]}}
+                            },
+                        },
+                    }
+                ]
+            }
+        },
     },
-}  # fmt: skip
+}
 PLACEMENT = Placement(
-    namespace="team", image="registry.example/train:7", cache="/var/cache/slam-asr", resources={"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "4"},
-    shared_memory="16Gi", scratch="100Gi", models_claim="models", storage_secret="bucket", token_secret="hub",
-    environment={"NCCL_DEBUG": "INFO"}, service_account="runner", run_as_user=1234, pull_secrets=["pull"],
-    node_selector={"disk": "fast"}, tolerations=[{"key": "gpu", "operator": "Exists"}],
-    labels={"kueue.x-k8s.io/queue-name": "research"}, annotations={"note": "hello"}, timeout_hours=2,
-)  # fmt: skip
+    namespace="team",
+    image="registry.example/train:7",
+    cache="/var/cache/slam-asr",
+    resources={"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "4"},
+    shared_memory="16Gi",
+    scratch="100Gi",
+    models_claim="models",
+    storage_secret="bucket",
+    token_secret="hub",
+    environment={"NCCL_DEBUG": "INFO"},
+    service_account="runner",
+    run_as_user=1234,
+    pull_secrets=["pull"],
+    node_selector={"disk": "fast"},
+    tolerations=[{"key": "gpu", "operator": "Exists"}],
+    labels={"kueue.x-k8s.io/queue-name": "research"},
+    annotations={"note": "hello"},
+    timeout_hours=2,
+)
 MANIFEST, STORE = "s3://bucket/manifests/train.jsonl", "s3://bucket/store"
 
 
@@ -83,7 +107,11 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.send(403, {"message": "forbidden: no right"})
         if found := re.fullmatch(rf"{GROUP}/clustertrainingruntimes/(.+)", path):
             known = fake.runtimes.get(found[1])
-            return self.send(200, known) if known else self.send(404, {"message": "the server could not find the requested resource"})
+            return (
+                self.send(200, known)
+                if known
+                else self.send(404, {"message": "the server could not find the requested resource"})
+            )
         if found := re.fullmatch(rf"{GROUP}/namespaces/team/trainjobs/(.+)", path):
             if found[1] not in fake.jobs:
                 return self.send(404, {"message": "no such job"})
@@ -91,32 +119,74 @@ class Server(http.server.BaseHTTPRequestHandler):
             fake.looks += 1
             if state == "Complete":
                 fake.when_complete(found[1])
-            ended = [{"type": state, "status": "True", "lastTransitionTime": "2026-01-02T03:04:05Z", "reason": "x", "message": "x"}]
-            return self.send(200, fake.jobs[found[1]] | ({"status": {"conditions": ended}} if state in ("Complete", "Failed") else {}))
+            ended = [
+                {
+                    "type": state,
+                    "status": "True",
+                    "lastTransitionTime": "2026-01-02T03:04:05Z",
+                    "reason": "x",
+                    "message": "x",
+                }
+            ]
+            return self.send(
+                200,
+                fake.jobs[found[1]]
+                | ({"status": {"conditions": ended}} if state in ("Complete", "Failed") else {}),
+            )
         if found := re.fullmatch(r"/api/v1/namespaces/team/pods/(.+)/log", path):
             return self.send(200, fake.logs[found[1]], "text/plain")
         if path == "/api/v1/namespaces/team/pods":
-            phase = {"Pending": "Pending", "Running": "Running", "Complete": "Succeeded", "Failed": "Failed"}[fake.now]
-            return self.send(200, {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": [
-                {"metadata": {"name": f"node-{n}", "creationTimestamp": "2026-01-02T03:04:05Z", "labels": {
-                    "jobset.sigs.k8s.io/replicatedjob-name": "node", "batch.kubernetes.io/job-completion-index": str(n)}},
-                 "spec": {"containers": [{"name": "node", "image": "x"}]}, "status": {"phase": phase}}
-                for n in range(2)
-            ]})  # fmt: skip
+            phase = {"Pending": "Pending", "Running": "Running", "Complete": "Succeeded", "Failed": "Failed"}[
+                fake.now
+            ]
+            return self.send(
+                200,
+                {
+                    "kind": "PodList",
+                    "apiVersion": "v1",
+                    "metadata": {},
+                    "items": [
+                        {
+                            "metadata": {
+                                "name": f"node-{n}",
+                                "creationTimestamp": "2026-01-02T03:04:05Z",
+                                "labels": {
+                                    "jobset.sigs.k8s.io/replicatedjob-name": "node",
+                                    "batch.kubernetes.io/job-completion-index": str(n),
+                                },
+                            },
+                            "spec": {"containers": [{"name": "node", "image": "x"}]},
+                            "status": {"phase": phase},
+                        }
+                        for n in range(2)
+                    ],
+                },
+            )
         if path == "/api/v1/namespaces/team/events":
             event = {
-                "metadata": {"name": "e"}, "involvedObject": {"kind": "Pod", "name": "node-0"}, "reason": "FailedScheduling",
-                "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", "firstTimestamp": "2026-01-02T03:04:05Z",
-            }  # fmt: skip
+                "metadata": {"name": "e"},
+                "involvedObject": {"kind": "Pod", "name": "node-0"},
+                "reason": "FailedScheduling",
+                "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+                "firstTimestamp": "2026-01-02T03:04:05Z",
+            }
             return self.send(200, {"kind": "EventList", "apiVersion": "v1", "metadata": {}, "items": [event]})
         if path.endswith("/kubeflow-trainer-public"):
-            return self.send(200, {"metadata": {"name": "kubeflow-trainer-public"}, "data": {"kubeflow_trainer_version": "2.1.0"}})
+            return self.send(
+                200,
+                {
+                    "metadata": {"name": "kubeflow-trainer-public"},
+                    "data": {"kubeflow_trainer_version": "2.1.0"},
+                },
+            )
         return self.send(404, {"message": f"nothing at {path}"})
 
     def do_POST(self) -> None:
         job = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.fake.created.append(job)
-        job = job | {"metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}}
+        job = job | {
+            "metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}
+        }
         self.server.fake.jobs[job["metadata"]["name"]] = job
         self.server.fake.looks = 0
         self.send(201, job)
@@ -145,7 +215,9 @@ def cluster(monkeypatch, tmp_path, bucket):
         monkeypatch.delenv(name, raising=False)
 
     def finish(name: str) -> None:
-        record = run_stage("train", f"{STORE}/train/{name}", {"job": name}, lambda folder: Outcome("2 steps", {"steps": 2}))
+        record = run_stage(
+            "train", f"{STORE}/train/{name}", {"job": name}, lambda folder: Outcome("2 steps", {"steps": 2})
+        )
         write_pointer(record, f"{STORE}/train/jobs/{name}.json")
 
     fake.when_complete = finish
@@ -153,13 +225,19 @@ def cluster(monkeypatch, tmp_path, bucket):
         server.fake = fake
         threading.Thread(target=server.serve_forever, daemon=True).start()
         config = {
-            "apiVersion": "v1", "kind": "Config", "current-context": "fake",
-            "clusters": [{"name": "fake", "cluster": {"server": f"http://127.0.0.1:{server.server_address[1]}"}}],
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "fake",
+            "clusters": [
+                {"name": "fake", "cluster": {"server": f"http://127.0.0.1:{server.server_address[1]}"}}
+            ],
             "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "me", "namespace": "team"}}],
             "users": [{"name": "me", "user": {}}],
         }
         (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        monkeypatch.setattr(
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig")
+        )
         monkeypatch.setattr(watching, "POLL", 0.05)
         fake.kubeconfig = str(tmp_path / "kubeconfig")
         yield fake
@@ -168,7 +246,13 @@ def cluster(monkeypatch, tmp_path, bucket):
 
 def start(**changes):
     recipe = load_recipe("demo", {"training.nodes": 2})
-    values = {"recipe": recipe, "placement": PLACEMENT, "train_manifest": MANIFEST, "store": STORE, "dev_manifest": "s3://bucket/dev.jsonl"}
+    values = {
+        "recipe": recipe,
+        "placement": PLACEMENT,
+        "train_manifest": MANIFEST,
+        "store": STORE,
+        "dev_manifest": "s3://bucket/dev.jsonl",
+    }
     return train_on_nodes(**(values | changes))
 
 
@@ -180,16 +264,28 @@ def test_the_request_is_what_trainers_types_know_and_all_that_was_asked_for(clus
     # What the types do not know they would drop.
     assert json.loads(parsed.to_json()) == job
     assert job["kind"] == "TrainJob" and re.fullmatch(r"slam-asr-train-[0-9a-f]{12}", job["metadata"]["name"])
-    assert job["metadata"]["labels"] == PLACEMENT.labels and job["metadata"]["annotations"] == {"note": "hello"}
+    assert job["metadata"]["labels"] == PLACEMENT.labels and job["metadata"]["annotations"] == {
+        "note": "hello"
+    }
     spec = job["spec"]
-    assert spec["runtimeRef"] == {"name": "torch-distributed", "kind": "ClusterTrainingRuntime", **{k: v for k, v in spec["runtimeRef"].items() if k == "apiGroup"}}
+    assert spec["runtimeRef"] == {
+        "name": "torch-distributed",
+        "kind": "ClusterTrainingRuntime",
+        **{k: v for k, v in spec["runtimeRef"].items() if k == "apiGroup"},
+    }
     assert spec["activeDeadlineSeconds"] == 7200
     trainer = spec["trainer"]
     assert trainer["image"] == "registry.example/train:7" and trainer["numNodes"] == 2
-    assert trainer["resourcesPerNode"]["requests"] == trainer["resourcesPerNode"]["limits"] == PLACEMENT.resources
+    assert (
+        trainer["resourcesPerNode"]["requests"]
+        == trainer["resourcesPerNode"]["limits"]
+        == PLACEMENT.resources
+    )
     assert trainer["env"] == [{"name": "NCCL_DEBUG", "value": "INFO"}]
     name = job["metadata"]["name"]
-    expected = command_of(load_recipe("demo", {"training.nodes": 2}), MANIFEST, STORE, None, "s3://bucket/dev.jsonl")
+    expected = command_of(
+        load_recipe("demo", {"training.nodes": 2}), MANIFEST, STORE, None, "s3://bucket/dev.jsonl"
+    )
     assert trainer["command"] + trainer["args"] == [*expected, "--pointer", f"{STORE}/train/jobs/{name}.json"]
     [patch] = spec["runtimePatches"]
     [replicated] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
@@ -204,11 +300,18 @@ def test_the_request_is_what_trainers_types_know_and_all_that_was_asked_for(clus
     ]
     [container] = pod["containers"]
     assert [m["mountPath"] for m in container["volumeMounts"]] == [
-        "/dev/shm", "/var/cache/slam-asr", "/var/cache/slam-asr/models", "/var/run/secrets/slam-asr/s3",
+        "/dev/shm",
+        "/var/cache/slam-asr",
+        "/var/cache/slam-asr/models",
+        "/var/run/secrets/slam-asr/s3",
     ]
-    assert container["env"] == [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}}]
+    assert container["env"] == [
+        {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}}
+    ]
     assert pod["serviceAccountName"] == "runner" and pod["imagePullSecrets"] == [{"name": "pull"}]
-    assert pod["nodeSelector"] == {"disk": "fast"} and pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
+    assert pod["nodeSelector"] == {"disk": "fast"} and pod["tolerations"] == [
+        {"key": "gpu", "operator": "Exists"}
+    ]
     assert pod["securityContext"]["runAsUser"] == 1234 and pod["securityContext"]["runAsNonRoot"]
     assert "a-secret-that-nobody-may-see" not in json.dumps(job)
 
@@ -220,7 +323,15 @@ def test_the_nodes_command_is_the_one_that_a_machine_runs_by_hand(monkeypatch):
     recipe = load_recipe("demo", {"training.nodes": 2, "llm.prompt": "Quotes ' \" and\nlines: ü "})
     seen = {}
 
-    def train(recipe, train_manifest: str, output: str, feature_store: str | None = None, dev_manifest: str | None = None, overwrite: bool = False, **_):
+    def train(
+        recipe,
+        train_manifest: str,
+        output: str,
+        feature_store: str | None = None,
+        dev_manifest: str | None = None,
+        overwrite: bool = False,
+        **_,
+    ):
         """Train.
 
         Args:
@@ -237,8 +348,17 @@ def test_the_nodes_command_is_the_one_that_a_machine_runs_by_hand(monkeypatch):
     program, *arguments = command_of(recipe, MANIFEST, STORE, "s3://bucket/features", None)
     assert program == "slam-asr"
     cli.run(arguments[0], arguments[1:])
-    assert seen == {"recipe": recipe, "output": f"{STORE}/train/{{fingerprint}}", "feature_store": "s3://bucket/features"}
-    for name, value in {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "job-node-0-0.job", "PET_MASTER_PORT": "29400"}.items():
+    assert seen == {
+        "recipe": recipe,
+        "output": f"{STORE}/train/{{fingerprint}}",
+        "feature_store": "s3://bucket/features",
+    }
+    for name, value in {
+        "PET_NNODES": "2",
+        "PET_NODE_RANK": "1",
+        "PET_MASTER_ADDR": "job-node-0-0.job",
+        "PET_MASTER_PORT": "29400",
+    }.items():
         monkeypatch.setenv(name, value)
     assert nodes_of_environment(seen["recipe"].training.nodes).rank == 1
 
@@ -247,9 +367,19 @@ def test_lines_and_states_are_passed_on_and_the_job_is_removed(cluster, capsys):
     start()
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in ("first line", "second line")] == ["first line", "second line"]
-    states = [line.rpartition(": ")[2] for line in lines if line.startswith("TrainJob slam") and line.endswith(("created", "running", "complete"))]
+    states = [
+        line.rpartition(": ")[2]
+        for line in lines
+        if line.startswith("TrainJob slam") and line.endswith(("created", "running", "complete"))
+    ]
     assert states == ["created", "running", "complete"]
-    assert sum("waits: FailedScheduling: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu." in line for line in lines) == 1
+    assert (
+        sum(
+            "waits: FailedScheduling: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu." in line
+            for line in lines
+        )
+        == 1
+    )
     assert not cluster.jobs and len(cluster.deleted) == 1
 
 
@@ -265,7 +395,9 @@ def test_failure_is_the_sentence_of_the_node_that_failed(cluster, capsys):
     assert "node-1: slam-asr: error: The loss is nan" in capsys.readouterr().out
     assert not cluster.jobs, "what failed is removed"
     cluster.logs = {"node-0": "Killed\n", "node-1": ""}
-    with pytest.raises(UserError, match=r"TrainJob slam-asr-train-\w+ failed: its nodes' last lines stand above"):
+    with pytest.raises(
+        UserError, match=r"TrainJob slam-asr-train-\w+ failed: its nodes' last lines stand above"
+    ):
         start()
 
 
@@ -273,13 +405,23 @@ def test_step_that_is_started_again_goes_on_with_its_job_and_replaces_one_that_f
     start()
     [job] = cluster.created
     name = job["metadata"]["name"]
-    cluster.jobs[name] = job | {"metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}}
+    cluster.jobs[name] = job | {
+        "metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}
+    }
     cluster.looks = 1
     start()
     assert len(cluster.created) == 1 and "is there already: going on with it" in capsys.readouterr().out
-    cluster.jobs[name] = job | {"metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}}
+    cluster.jobs[name] = job | {
+        "metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}
+    }
     cluster.story, cluster.looks = ["Failed"], 0
-    threading.Thread(target=lambda: (_until(lambda: len(cluster.deleted) > 2), setattr(cluster, "story", ["Running", "Complete"])), daemon=True).start()
+    threading.Thread(
+        target=lambda: (
+            _until(lambda: len(cluster.deleted) > 2),
+            setattr(cluster, "story", ["Running", "Complete"]),
+        ),
+        daemon=True,
+    ).start()
     start()
     assert len(cluster.created) == 2
     other = start(recipe=load_recipe("demo", {"training.nodes": 2, "training.max_steps": 3}))
@@ -296,7 +438,10 @@ def _until(holds, seconds: float = 10) -> None:
     ("change", "sentence"),
     [
         (lambda fake: fake.runtimes.clear(), "The cluster has no training runtime torch-distributed ("),
-        (lambda fake: setattr(fake, "forbidden", True), "The account runner may not use TrainJobs in team (403): apply the component manifests/components/trainer."),
+        (
+            lambda fake: setattr(fake, "forbidden", True),
+            "The account runner may not use TrainJobs in team (403): apply the component manifests/components/trainer.",
+        ),
     ],
 )
 def test_refusal_is_one_sentence_before_anything_was_created(cluster, change, sentence):
@@ -308,7 +453,9 @@ def test_refusal_is_one_sentence_before_anything_was_created(cluster, change, se
 
 
 def test_places_that_nodes_do_not_share_are_refused(cluster):
-    with pytest.raises(UserError, match="The store is /data: training over 2 nodes needs one in object storage"):
+    with pytest.raises(
+        UserError, match="The store is /data: training over 2 nodes needs one in object storage"
+    ):
         start(store="/data")
     assert not cluster.created
 
@@ -325,14 +472,18 @@ def test_server_that_does_not_answer(cluster, monkeypatch, tmp_path):
 
 
 def test_no_cluster_at_all(monkeypatch, tmp_path):
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nothing"))
+    monkeypatch.setattr(
+        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nothing")
+    )
     with pytest.raises(UserError, match="The Kubernetes API is not known here"):
         start()
 
 
 def test_job_that_somebody_deletes_and_one_that_takes_too_long(cluster):
     cluster.story = ["Running"]
-    threading.Thread(target=lambda: (_until(lambda: cluster.looks > 3), cluster.jobs.clear()), daemon=True).start()
+    threading.Thread(
+        target=lambda: (_until(lambda: cluster.looks > 3), cluster.jobs.clear()), daemon=True
+    ).start()
     with pytest.raises(UserError, match="was deleted while it ran"):
         start()
     with pytest.raises(UserError, match="has not ended after"):
@@ -353,8 +504,12 @@ start()
 def test_sigterm_takes_the_job_along(cluster):
     """As Kubernetes ends a pod: nobody would pay attention to the nodes any more."""
     cluster.story = ["Running"]
-    code = INTERRUPTED.format(checkout=str(Path(__file__).resolve().parents[1]), kubeconfig=cluster.kubeconfig)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    code = INTERRUPTED.format(
+        checkout=str(Path(__file__).resolve().parents[1]), kubeconfig=cluster.kubeconfig
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for line in process.stdout:
         if line.strip().endswith("running"):
             break

@@ -34,7 +34,9 @@ def plan_sweep(
         from slam_asr.stage import log_metrics, write_pointer
         from slam_asr.sweeping.plan import plan_sweep as run
 
-        record, found = run(load_recipe(recipe, recipe_overrides), variations, f"{store}/plan-sweep/{{fingerprint}}")
+        record, found = run(
+            load_recipe(recipe, recipe_overrides), variations, f"{store}/plan-sweep/{{fingerprint}}"
+        )
         write_pointer(record, planned.path)
         log_metrics(record, metrics.log_metric)
         return [variation.as_json() for variation in found]

@@ -33,6 +33,8 @@ def vary_recipe(
         from slam_asr.sweeping.plan import vary_recipe as run
         from slam_asr.sweeping.variations import variation_of
 
-        record = run(load_recipe(recipe.path), variation_of(variation), f"{store}/vary-recipe/{{fingerprint}}")
+        record = run(
+            load_recipe(recipe.path), variation_of(variation), f"{store}/vary-recipe/{{fingerprint}}"
+        )
         write_pointer(record, varied.path)
         shutil.copyfile(record.file(RECIPE), resolved_recipe.path)

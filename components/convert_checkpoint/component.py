@@ -34,7 +34,11 @@ def convert_checkpoint(
         from slam_asr.stage import follow_pointer, log_metrics, write_pointer
 
         decoding = load_recipe(recipe.path).decoding
-        record = run(follow_pointer(checkpoint.path), f"{store}/convert-checkpoint/{{fingerprint}}", which=decoding.checkpoint)
+        record = run(
+            follow_pointer(checkpoint.path),
+            f"{store}/convert-checkpoint/{{fingerprint}}",
+            which=decoding.checkpoint,
+        )
         write_pointer(record, model.path)
         log_metrics(record, metrics.log_metric)
         return all_parts(decoding.parts)

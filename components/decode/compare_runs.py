@@ -39,7 +39,12 @@ def compare_runs(
         from slam_asr.sweeping.runs import compare_runs as run
 
         folders = [follow_pointer(part.path) for part in scores]
-        record = run(folders, f"{store}/compare-runs/{{fingerprint}}", title=load_recipe(recipe.path).name, variations=variations)
+        record = run(
+            folders,
+            f"{store}/compare-runs/{{fingerprint}}",
+            title=load_recipe(recipe.path).name,
+            variations=variations,
+        )
         write_pointer(record, comparison.path)
         shutil.copyfile(record.file(PAGE), report.path)
         shutil.copyfile(record.file(MARKDOWN), summary.path)

@@ -45,7 +45,9 @@ def train(
             "feature_store": None,
         }
         if wanted.caches_features:
-            inputs["feature_store"] = follow_parts(f.path for f in features) if features else f"{store}/features"
+            inputs["feature_store"] = (
+                follow_parts(f.path for f in features) if features else f"{store}/features"
+            )
         if trainjob:
             from slam_asr.trainjob.placement import Placement
             from slam_asr.trainjob.train import train_on_nodes

@@ -28,7 +28,11 @@ POLL = 5.0
 
 def submit(arguments: list[str]) -> int:
     """Compile, upload, start, and follow where asked → the exit code."""
-    source, rest = _named(arguments, "RECIPE is missing: python -m pipelines submit RECIPE, with a file or one of " + ", ".join(shipped_recipes()))
+    source, rest = _named(
+        arguments,
+        "RECIPE is missing: python -m pipelines submit RECIPE, with a file or one of "
+        + ", ".join(shipped_recipes()),
+    )
     parser = command_parser("submit", "Compile the pipeline, upload it, start a run, and follow it.")
     add_cluster_options(parser)
     add_connection_options(parser)
@@ -41,8 +45,15 @@ def submit(arguments: list[str]) -> int:
     cluster = load_cluster(options["cluster"])
     wanted = wanted_of(options, pop_recipe(options), in_a_cluster=True)
     check_recipe(wanted, cluster)
-    parameters = places(cluster, options["corpus"], options["store"], wanted.model) | wanted.parameters | recipe_parameters(source, wanted.recipe)
-    for name, option in (("corpus", "--corpus s3://…"), ("store", "--store s3://…, or storage.store in the profile")):
+    parameters = (
+        places(cluster, options["corpus"], options["store"], wanted.model)
+        | wanted.parameters
+        | recipe_parameters(source, wanted.recipe)
+    )
+    for name, option in (
+        ("corpus", "--corpus s3://…"),
+        ("store", "--store s3://…, or storage.store in the profile"),
+    ):
         if name not in parameters:
             raise UserError(f"The run has no {name}: give {option}.")
 
@@ -55,7 +66,15 @@ def submit(arguments: list[str]) -> int:
         if wanted.nodes > 1:
             require_trainer(cluster)
         name = options["run_name"] or run_name(wanted.recipe)
-        run_id = start(connection, package, name, options["experiment"], parameters, cluster.service_account, wanted.pipeline)
+        run_id = start(
+            connection,
+            package,
+            name,
+            options["experiment"],
+            parameters,
+            cluster.service_account,
+            wanted.pipeline,
+        )
     print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
     if not options["wait"]:
         print(f"follow it with `python -m pipelines status {run_id} --wait true`")
@@ -74,7 +93,9 @@ def status(arguments: list[str]) -> int:
             print(f"{run.run_id}  {(run.state or 'PENDING').lower():<10} {run.display_name}")
         return 0
     run = find(connection, wanted)
-    print(f"{run.display_name}: {(run.state or 'PENDING').lower()}\n{connection.link(run.run_id)}", flush=True)
+    print(
+        f"{run.display_name}: {(run.state or 'PENDING').lower()}\n{connection.link(run.run_id)}", flush=True
+    )
     if options["wait"]:
         return _followed(lambda: follow(connection, run.run_id, _say, options["poll"]), run.run_id)
     for step in steps_of(run):
@@ -87,7 +108,10 @@ def logs(arguments: list[str]) -> int:
     parser = _run_parser("logs", "Show the lines of a run's steps, from the Kubernetes API.")
     parser.add_argument("--step", type=str, help="only this step's")
     parser.add_argument("--follow", type=bool, default=False, help="wait for more, until the step has ended")
-    wanted, rest = _named(arguments, "RUN is missing: python -m pipelines logs RUN; `python -m pipelines status` lists the latest")
+    wanted, rest = _named(
+        arguments,
+        "RUN is missing: python -m pipelines logs RUN; `python -m pipelines status` lists the latest",
+    )
     options = parse_options(parser, _flags(rest))
     from pipelines.kubeflow.logs import core_api, show
     from pipelines.kubeflow.runs import find
@@ -96,34 +120,53 @@ def logs(arguments: list[str]) -> int:
     api = core_api()
     connection = connect(options, cluster)
     run = find(connection, wanted)
-    return _followed(lambda: show(api, connection.namespace, run.run_id, options["step"], options["follow"], _say) or 0, run.run_id)
+    return _followed(
+        lambda: show(api, connection.namespace, run.run_id, options["step"], options["follow"], _say) or 0,
+        run.run_id,
+    )
 
 
 def resume(arguments: list[str]) -> int:
     """Start a failed run again from where it failed → the exit code."""
-    wanted, options = _of_a_run("resume", "Start a failed run again, from the steps that failed.", arguments, wait=True)
+    wanted, options = _of_a_run(
+        "resume", "Start a failed run again, from the steps that failed.", arguments, wait=True
+    )
     if wanted is None:
-        raise UserError("RUN is missing: python -m pipelines resume RUN; `python -m pipelines status` lists the latest.")
+        raise UserError(
+            "RUN is missing: python -m pipelines resume RUN; `python -m pipelines status` lists the latest."
+        )
     from pipelines.kubeflow.runs import find, follow, retry
 
     connection = connect(options, load_cluster(options["cluster"]))
     run = find(connection, wanted)
     retry(connection, run)
     print(f"{run.display_name} goes on\n{connection.link(run.run_id)}", flush=True)
-    return _followed(lambda: follow(connection, run.run_id, _say, options["poll"]), run.run_id) if options["wait"] else 0
+    return (
+        _followed(lambda: follow(connection, run.run_id, _say, options["poll"]), run.run_id)
+        if options["wait"]
+        else 0
+    )
 
 
-def _of_a_run(command: str, description: str, arguments: list[str], wait: bool) -> tuple[str | None, dict[str, Any]]:
+def _of_a_run(
+    command: str, description: str, arguments: list[str], wait: bool
+) -> tuple[str | None, dict[str, Any]]:
     parser = _run_parser(command, description)
     if wait:
         _add_wait(parser)
-    wanted, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
+    wanted, rest = (
+        (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
+    )
     return wanted, parse_options(parser, _flags(rest))
 
 
 def _run_parser(command: str, description: str) -> ArgumentParser:
     parser = command_parser(command, description)
-    parser.add_argument("--cluster", default=DEFAULT_CLUSTER, help="a cluster profile: its endpoint and namespace are the defaults")
+    parser.add_argument(
+        "--cluster",
+        default=DEFAULT_CLUSTER,
+        help="a cluster profile: its endpoint and namespace are the defaults",
+    )
     add_connection_options(parser)
     return parser
 
@@ -145,14 +188,21 @@ def _flags(arguments: list[str]) -> list[str]:
 def _named(arguments: list[str], missing: str) -> tuple[str, list[str]]:
     if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
         raise UserError(f"{missing}.")
-    return (arguments[0], arguments[1:]) if arguments[0] != "--help" else (next(iter(shipped_recipes())), arguments)
+    return (
+        (arguments[0], arguments[1:])
+        if arguments[0] != "--help"
+        else (next(iter(shipped_recipes())), arguments)
+    )
 
 
 def _followed(watch: Any, run_id: str) -> int:
     try:
         return watch()
     except KeyboardInterrupt:
-        print(f"slam-asr: the run goes on in the cluster: `python -m pipelines status {run_id}` shows it", file=sys.stderr)
+        print(
+            f"slam-asr: the run goes on in the cluster: `python -m pipelines status {run_id}` shows it",
+            file=sys.stderr,
+        )
         return 130
 
 

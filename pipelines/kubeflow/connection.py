@@ -57,7 +57,9 @@ class Connection:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            self.client = Client(host=self.endpoint, namespace=namespace, existing_token=self.token, ssl_ca_cert=certificates)
+            self.client = Client(
+                host=self.endpoint, namespace=namespace, existing_token=self.token, ssl_ca_cert=certificates
+            )
         self.runs: kfp_server_api.RunServiceApi = self.client._run_api
 
     def call(self, what: str, request: Callable[[], T], once: bool = False) -> T:
@@ -86,9 +88,13 @@ class Connection:
                 # A body that was cut off is no JSON, or lacks what the API's model needs.
                 reason = _plain(error)
             if once:
-                raise UserError(f"{self.endpoint} failed to {what} ({reason}); whether it did so all the same is not known: look at `python -m pipelines status` before you try again.")
+                raise UserError(
+                    f"{self.endpoint} failed to {what} ({reason}); whether it did so all the same is not known: look at `python -m pipelines status` before you try again."
+                )
             if time.monotonic() > deadline:
-                raise UserError(f"{self.endpoint} does not {what} ({reason}); it was tried for {patience():g} s. Try again later.")
+                raise UserError(
+                    f"{self.endpoint} does not {what} ({reason}); it was tried for {patience():g} s. Try again later."
+                )
             time.sleep(pause)
             pause = min(pause * 2, 5.0)
 
@@ -99,32 +105,50 @@ class Connection:
 
     def _health(self, certificates: str | None) -> bool:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        pool = urllib3.PoolManager(ca_certs=certificates, timeout=urllib3.Timeout(connect=5, read=20), retries=False)
+        pool = urllib3.PoolManager(
+            ca_certs=certificates, timeout=urllib3.Timeout(connect=5, read=20), retries=False
+        )
         deadline = time.monotonic() + patience()
         while True:
             try:
-                answer = pool.request("GET", f"{self.endpoint}/apis/v2beta1/healthz", headers=headers, redirect=False)
+                answer = pool.request(
+                    "GET", f"{self.endpoint}/apis/v2beta1/healthz", headers=headers, redirect=False
+                )
                 if answer.status < 500:
                     break
                 reason = f"it answers {answer.status}"
-            except (urllib3.exceptions.SSLError, urllib3.exceptions.NameResolutionError, urllib3.exceptions.NewConnectionError) as error:
+            except (
+                urllib3.exceptions.SSLError,
+                urllib3.exceptions.NameResolutionError,
+                urllib3.exceptions.NewConnectionError,
+            ) as error:
                 # An address that is wrong does not become right by asking again.
-                raise UserError(f"Nothing answers at {self.endpoint} ({_plain(error)}): check --endpoint, or the port-forward that leads there.") from None
+                raise UserError(
+                    f"Nothing answers at {self.endpoint} ({_plain(error)}): check --endpoint, or the port-forward that leads there."
+                ) from None
             except urllib3.exceptions.HTTPError as error:
                 reason = _plain(error)
             if time.monotonic() > deadline:
-                raise UserError(f"Kubeflow Pipelines at {self.endpoint} does not answer ({reason}); it was tried for {patience():g} s. Try again later.")
+                raise UserError(
+                    f"Kubeflow Pipelines at {self.endpoint} does not answer ({reason}); it was tried for {patience():g} s. Try again later."
+                )
             time.sleep(0.5)
         if answer.status in (301, 302, 303, 307, 308) or "html" in answer.headers.get("content-type", ""):
-            raise UserError(f"{self.endpoint} answers with a web page, most likely a login: give a token in {TOKEN} or the file {TOKEN_FILE}, or use a port-forward to ml-pipeline.")
+            raise UserError(
+                f"{self.endpoint} answers with a web page, most likely a login: give a token in {TOKEN} or the file {TOKEN_FILE}, or use a port-forward to ml-pipeline."
+            )
         if answer.status in (401, 403):
-            raise UserError(f"{self.endpoint} refuses the token ({answer.status}): get a new one into {TOKEN} or {TOKEN_FILE}; they expire.")
+            raise UserError(
+                f"{self.endpoint} refuses the token ({answer.status}): get a new one into {TOKEN} or {TOKEN_FILE}; they expire."
+            )
         try:
             health = json.loads(answer.data)
         except ValueError:
             health = None
         if answer.status != 200 or not isinstance(health, dict):
-            raise UserError(f"{self.endpoint} has no API of Kubeflow Pipelines 2 at /apis/v2beta1 (it answers {answer.status}): check --endpoint.")
+            raise UserError(
+                f"{self.endpoint} has no API of Kubeflow Pipelines 2 at /apis/v2beta1 (it answers {answer.status}): check --endpoint."
+            )
         return bool(health.get("multi_user"))
 
     def _refusal(self, what: str, error: kfp_server_api.ApiException) -> str:
@@ -141,7 +165,9 @@ class Connection:
 
 def add_connection_options(parser: ArgumentParser) -> None:
     """Give a parser the options that say where Kubeflow Pipelines is."""
-    parser.add_argument("--endpoint", type=str, help=f"address of Kubeflow Pipelines; else {ENDPOINT}, else the profile's")
+    parser.add_argument(
+        "--endpoint", type=str, help=f"address of Kubeflow Pipelines; else {ENDPOINT}, else the profile's"
+    )
     parser.add_argument("--namespace", type=str, help="where runs run; else the profile's")
     parser.add_argument("--ca_cert", type=str, help="file with the certificates of a private authority")
 
@@ -154,7 +180,9 @@ def connect(options: dict[str, Any], cluster: Cluster) -> Connection:
     """
     endpoint = options["endpoint"] or os.environ.get(ENDPOINT) or cluster.endpoint
     if not endpoint:
-        raise UserError(f"Where is Kubeflow Pipelines? Give --endpoint, set {ENDPOINT}, or write endpoint into the cluster's profile.")
+        raise UserError(
+            f"Where is Kubeflow Pipelines? Give --endpoint, set {ENDPOINT}, or write endpoint into the cluster's profile."
+        )
     return Connection(endpoint, options["namespace"] or cluster.namespace, options["ca_cert"])
 
 

@@ -43,7 +43,9 @@ class Step:
     def line(self) -> str:
         """The step for people."""
         time_taken = f"  {clock(self.seconds)}" if self.started else ""
-        return f"{self.name:<20} {self.state.lower():<10}{time_taken}{'  ' + self.error if self.error else ''}"
+        return (
+            f"{self.name:<20} {self.state.lower():<10}{time_taken}{'  ' + self.error if self.error else ''}"
+        )
 
 
 def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> tuple[str, str, str]:
@@ -53,21 +55,45 @@ def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> t
     version = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
     pipeline_id = connection.call("look for the pipeline", lambda: client.get_pipeline_id(pipeline))
     if pipeline_id is None:
-        made = connection.call("take the pipeline", lambda: client.upload_pipeline(
-            str(package), pipeline_name=pipeline, description=description, namespace=connection.namespace if connection.multi_user else None,
-        ), once=True)  # fmt: skip
+        made = connection.call(
+            "take the pipeline",
+            lambda: client.upload_pipeline(
+                str(package),
+                pipeline_name=pipeline,
+                description=description,
+                namespace=connection.namespace if connection.multi_user else None,
+            ),
+            once=True,
+        )
         pipeline_id = made.pipeline_id
-    versions = _pages(connection, "list the pipeline's versions", lambda token: client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100), "pipeline_versions")
+    versions = _pages(
+        connection,
+        "list the pipeline's versions",
+        lambda token: client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100),
+        "pipeline_versions",
+    )
     for known in versions:
         if known.display_name == version:
             return pipeline_id, known.pipeline_version_id, version
-    made = connection.call("take the pipeline's version", lambda: client.upload_pipeline_version(
-        str(package), version, pipeline_id=pipeline_id, description=description,
-    ), once=True)  # fmt: skip
+    made = connection.call(
+        "take the pipeline's version",
+        lambda: client.upload_pipeline_version(
+            str(package), version, pipeline_id=pipeline_id, description=description
+        ),
+        once=True,
+    )
     return pipeline_id, made.pipeline_version_id, version
 
 
-def start(connection: Connection, package: Path, name: str, experiment: str, parameters: dict[str, Any], account: str, pipeline: str = TRAINING) -> str:
+def start(
+    connection: Connection,
+    package: Path,
+    name: str,
+    experiment: str,
+    parameters: dict[str, Any],
+    account: str,
+    pipeline: str = TRAINING,
+) -> str:
     """Upload and run → the run's id.
 
     Raises:
@@ -76,17 +102,30 @@ def start(connection: Connection, package: Path, name: str, experiment: str, par
     client = connection.client
     pipeline_id, version_id, _ = upload(connection, package, pipeline)
     namespace = connection.namespace if connection.multi_user else None
-    made = connection.call("make the experiment", lambda: client.create_experiment(experiment, namespace=namespace))
-    run = connection.call("start the run", lambda: client.run_pipeline(
-        made.experiment_id, name, params=parameters, pipeline_id=pipeline_id, version_id=version_id, enable_caching=False,
-        service_account=account,
-    ), once=True)  # fmt: skip
+    made = connection.call(
+        "make the experiment", lambda: client.create_experiment(experiment, namespace=namespace)
+    )
+    run = connection.call(
+        "start the run",
+        lambda: client.run_pipeline(
+            made.experiment_id,
+            name,
+            params=parameters,
+            pipeline_id=pipeline_id,
+            version_id=version_id,
+            enable_caching=False,
+            service_account=account,
+        ),
+        once=True,
+    )
     return run.run_id
 
 
 def run_name(recipe: Recipe) -> str:
     """What a run says of itself: recipe, models, and when."""
-    models = " + ".join(name.rstrip("/").rpartition("/")[2] for name in (recipe.encoder.name, recipe.llm.name))
+    models = " + ".join(
+        name.rstrip("/").rpartition("/")[2] for name in (recipe.encoder.name, recipe.llm.name)
+    )
     return f"{recipe.name} · {models} · {datetime.now().strftime('%Y-%m-%d %H:%M')}"
 
 
@@ -105,14 +144,19 @@ def find(connection: Connection, wanted: str) -> kfp_server_api.V2beta1Run:
         if wanted in (run.display_name, run.run_id):
             return run
     hint = nearest(wanted, [run.display_name for run in known] + [run.run_id for run in known]) or "."
-    raise UserError(f"There is no run {wanted} in the namespace {connection.namespace}{hint} `python -m pipelines status` lists the latest.")
+    raise UserError(
+        f"There is no run {wanted} in the namespace {connection.namespace}{hint} `python -m pipelines status` lists the latest."
+    )
 
 
 def latest(connection: Connection, count: int = 50) -> list[kfp_server_api.V2beta1Run]:
     """The latest runs, newest first."""
     client = connection.client
     namespace = connection.namespace if connection.multi_user else None
-    answer = connection.call("list the runs", lambda: client.list_runs(page_size=count, sort_by="created_at desc", namespace=namespace))
+    answer = connection.call(
+        "list the runs",
+        lambda: client.list_runs(page_size=count, sort_by="created_at desc", namespace=namespace),
+    )
     return answer.runs or []
 
 
@@ -121,11 +165,20 @@ def steps_of(run: kfp_server_api.V2beta1Run) -> list[Step]:
     details = (run.run_details.task_details if run.run_details else None) or []
     order = list(ALL_RESULTS)
     found = [
-        Step(d.task_id or d.display_name, d.display_name, d.state or "PENDING", d.start_time, _end(d), _message(d.error))
+        Step(
+            d.task_id or d.display_name,
+            d.display_name,
+            d.state or "PENDING",
+            d.start_time,
+            _end(d),
+            _message(d.error),
+        )
         for d in details
         if d.display_name in order
     ]
-    return sorted(found, key=lambda s: (order.index(s.name), s.started or datetime.max.replace(tzinfo=UTC), s.key))
+    return sorted(
+        found, key=lambda s: (order.index(s.name), s.started or datetime.max.replace(tzinfo=UTC), s.key)
+    )
 
 
 def follow(connection: Connection, run_id: str, say: Callable[[str], None], every: float) -> int:
@@ -150,7 +203,9 @@ def follow(connection: Connection, run_id: str, say: Callable[[str], None], ever
     failed = [step.name for step in steps_of(run) if step.state == "FAILED"]
     where = f" in {', '.join(dict.fromkeys(failed))}" if failed else ""
     why = f": {_message(run.error)}" if _message(run.error) else ""
-    say(f"the run {run.state.lower()}{where}{why}; `python -m pipelines logs {run_id}` shows the steps' lines, `resume` goes on from there")
+    say(
+        f"the run {run.state.lower()}{where}{why}; `python -m pipelines logs {run_id}` shows the steps' lines, `resume` goes on from there"
+    )
     return 1
 
 
@@ -161,8 +216,12 @@ def retry(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:
         UserError: it has not failed.
     """
     if run.state not in ("FAILED", "CANCELED"):
-        raise UserError(f"The run {run.display_name} is {(run.state or 'pending').lower()}, and only one that failed can be resumed: `python -m pipelines submit` starts another, which finds what is done.")
-    connection.call("start the run again", lambda: connection.runs.run_service_retry_run(run.run_id), once=True)
+        raise UserError(
+            f"The run {run.display_name} is {(run.state or 'pending').lower()}, and only one that failed can be resumed: `python -m pipelines submit` starts another, which finds what is done."
+        )
+    connection.call(
+        "start the run again", lambda: connection.runs.run_service_retry_run(run.run_id), once=True
+    )
 
 
 def _whole(run: Any) -> kfp_server_api.V2beta1Run:

@@ -61,7 +61,9 @@ def convert_checkpoint(
     from slam_asr.conversion.zero import zero_folder
 
     if half and to != "model":
-        raise UserError("--half true is for our model folder; the other formats have a precision of their own: leave it out.")
+        raise UserError(
+            "--half true is for our model folder; the other formats have a precision of their own: leave it out."
+        )
     how = How(to, half, verify)
     if checkpoint.endswith("model_states.pt"):
         # DeepSpeed's file of the weights; what belongs to it lies beside it.
@@ -69,7 +71,9 @@ def convert_checkpoint(
     elif exists(checkpoint):
         return _convert_file(fetch(checkpoint), output, how, recipe, adapter, overwrite)
     if adapter and exists(join(checkpoint, RECORD)):
-        raise UserError(f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} holds its adapter itself, if it has one: leave it out.")
+        raise UserError(
+            f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} holds its adapter itself, if it has one: leave it out."
+        )
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
         return _convert_model(fetch_model(checkpoint), output, how, overwrite)
     if not exists(join(checkpoint, RECORD)):
@@ -90,7 +94,11 @@ class How:
     @property
     def inputs(self) -> dict[str, Any]:
         """What it adds to a stage's inputs: of half and verify nothing where a model was converted in the usual way."""
-        return {"to": self.to, **({"half": True} if self.half else {}), **({} if self.verify else {"verified": False})}
+        return {
+            "to": self.to,
+            **({"half": True} if self.half else {}),
+            **({} if self.verify else {"verified": False}),
+        }
 
 
 def _convert_training(trained: Record, output: str, how: How, which: str, overwrite: bool) -> Record:
@@ -128,17 +136,30 @@ def _mean(sources: "Sequence[Checkpoint]") -> "Mapping[str, torch.Tensor]":
     return Tensors({name: partial(mean, name) for name in first})
 
 
-def _convert_file(path: Path, output: str, how: How, recipe: Recipe | None, adapter: str | None, overwrite: bool) -> Record:
+def _convert_file(
+    path: Path, output: str, how: How, recipe: Recipe | None, adapter: str | None, overwrite: bool
+) -> Record:
     from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
     from slam_asr.models.pickles import read_pickle
 
     content = read_pickle(path)
     if is_slam_llm(content):
-        return _convert_foreign(partial(from_slam_llm, content, str(path)), str(path), {"file": sha256_of_file(path)}, output, how, recipe, adapter, overwrite)
+        return _convert_foreign(
+            partial(from_slam_llm, content, str(path)),
+            str(path),
+            {"file": sha256_of_file(path)},
+            output,
+            how,
+            recipe,
+            adapter,
+            overwrite,
+        )
     from slam_asr.models.originals import convert_original
 
     if how.to != "model":
-        raise UserError(f"{path} is no model of projector and LLM, so it cannot be written for SLAM-LLM or as an LLM: leave out --to.")
+        raise UserError(
+            f"{path} is no model of projector and LLM, so it cannot be written for SLAM-LLM or as an LLM: leave out --to."
+        )
     del content
 
     def convert(folder: Path) -> Outcome:
@@ -147,7 +168,9 @@ def _convert_file(path: Path, output: str, how: How, recipe: Recipe | None, adap
     return run_stage(STAGE, output, {"file": sha256_of_file(path), **how.inputs}, convert, overwrite)
 
 
-def _convert_deepspeed(folder: Path, output: str, how: How, recipe: Recipe | None, adapter: str | None, overwrite: bool) -> Record:
+def _convert_deepspeed(
+    folder: Path, output: str, how: How, recipe: Recipe | None, adapter: str | None, overwrite: bool
+) -> Record:
     from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
     from slam_asr.conversion.zero import fp32_weights
 
@@ -160,8 +183,14 @@ def _convert_deepspeed(folder: Path, output: str, how: How, recipe: Recipe | Non
 
 
 def _convert_foreign(
-    read: "Callable[[], Mapping[str, torch.Tensor]]", where: str, inputs: dict[str, Any], output: str, how: How, recipe: Recipe | None,
-    adapter: str | None, overwrite: bool,
+    read: "Callable[[], Mapping[str, torch.Tensor]]",
+    where: str,
+    inputs: dict[str, Any],
+    output: str,
+    how: How,
+    recipe: Recipe | None,
+    adapter: str | None,
+    overwrite: bool,
 ) -> Record:
     """What does not say which encoder and LLM it belongs to."""
     from slam_asr.conversion.model import adapter_file, read_peft
@@ -178,26 +207,40 @@ def _convert_foreign(
         inputs = {**inputs, "adapter": sha256_of_file(adapter_file(folder))}
         weights = ChainMap({f"llm.{name}": tensor for name, tensor in read_peft(folder).items()}, weights)
     bases = {
-        "encoder": describe_encoder(recipe.encoder).fingerprint(), "llm_sha256": weights_sha256(locate_model(recipe.llm.name)),
+        "encoder": describe_encoder(recipe.encoder).fingerprint(),
+        "llm_sha256": weights_sha256(locate_model(recipe.llm.name)),
     }
 
     def work(folder: Path) -> Outcome:
         facts = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}
         return _write(folder, weights, recipe, bases, facts, where, how)
 
-    return run_stage(STAGE, output, {**inputs, **how.inputs, "recipe": dump_recipe(recipe), **bases}, work, overwrite)
+    return run_stage(
+        STAGE, output, {**inputs, **how.inputs, "recipe": dump_recipe(recipe), **bases}, work, overwrite
+    )
 
 
 def _convert_model(model: Path, output: str, how: How, overwrite: bool) -> Record:
-    from slam_asr.conversion.model import ENCODER, LLM, model_digests, read_adapter, read_config, read_projector
+    from slam_asr.conversion.model import (
+        ENCODER,
+        LLM,
+        model_digests,
+        read_adapter,
+        read_config,
+        read_projector,
+    )
 
     own = [part for part in (LLM, ENCODER) if (model / part).is_dir()]
     if own:
-        raise UserError(f"{model} holds a whole trained {own[0]}, which stands in its folder {own[0]}/ as transformers writes it: copy that, or convert the training's checkpoint.")
+        raise UserError(
+            f"{model} holds a whole trained {own[0]}, which stands in its folder {own[0]}/ as transformers writes it: copy that, or convert the training's checkpoint."
+        )
     config = read_config(model)
 
     def work(folder: Path) -> Outcome:
-        weights = {f"projector.{name}": tensor for name, tensor in read_projector(model, config).state_dict().items()}
+        weights = {
+            f"projector.{name}": tensor for name, tensor in read_projector(model, config).state_dict().items()
+        }
         weights |= {f"llm.{name}": tensor for name, tensor in read_adapter(model).items()}
         bases = {"encoder": config.encoder, "llm_sha256": config.llm_sha256}
         return _write(folder, weights, config.typed_recipe, bases, config.training, str(model), how)
@@ -206,13 +249,23 @@ def _convert_model(model: Path, output: str, how: How, overwrite: bool) -> Recor
 
 
 def _write(
-    folder: Path, weights: "Mapping[str, torch.Tensor]", recipe: Recipe, bases: dict[str, Any], facts: dict[str, Any],
-    where: str, how: How,
+    folder: Path,
+    weights: "Mapping[str, torch.Tensor]",
+    recipe: Recipe,
+    bases: dict[str, Any],
+    facts: dict[str, Any],
+    where: str,
+    how: How,
 ) -> Outcome:
     """Check the weights against their encoder and LLM, write them part by part, and compare what was written."""
     from slam_asr.conversion.model import LLM, ModelConfig, projector_with, write_adapter, write_model
     from slam_asr.conversion.slam_llm import FILE, write_slam_llm
-    from slam_asr.conversion.tuned import check_adapter, write_merged_llm, write_tuned_encoder, write_tuned_llm
+    from slam_asr.conversion.tuned import (
+        check_adapter,
+        write_merged_llm,
+        write_tuned_encoder,
+        write_tuned_llm,
+    )
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.llm import describe_llm, llm_width
     from slam_asr.models.pretrained import locate_model
@@ -229,12 +282,16 @@ def _write(
     projector = projector_with(parts["projector"], recipe.projector, *widths, where)
     adapter = parts["llm"] if recipe.llm.tuning == "lora" else {}
     if bool(adapter) != any(".lora_" in name for name in parts["llm"]):
-        raise UserError(f"{where} holds a LoRA adapter only if llm.tuning is lora, which it is not in the recipe {recipe.name}, or the other way round.")
+        raise UserError(
+            f"{where} holds a LoRA adapter only if llm.tuning is lora, which it is not in the recipe {recipe.name}, or the other way round."
+        )
     if adapter:
         check_adapter(adapter, recipe, where)
     if how.to == "llm":
         if not parts["llm"]:
-            raise UserError(f"{where} leaves the LLM {recipe.llm.name} as it is, so there is no trained one to write: leave out --to.")
+            raise UserError(
+                f"{where} leaves the LLM {recipe.llm.name} as it is, so there is no trained one to write: leave out --to."
+            )
         if adapter:
             write_merged_llm(folder, adapter, recipe)
         else:
@@ -242,7 +299,9 @@ def _write(
         say(f"{folder}: name it as llm.name, or give it to any program that reads transformers' models")
     elif how.to == "slam-llm":
         if parts["encoder"] or (parts["llm"] and not adapter):
-            raise UserError(f"{where} holds a whole trained LLM or encoder, which SLAM-LLM's model.pt has no place for: leave out --to.")
+            raise UserError(
+                f"{where} holds a whole trained LLM or encoder, which SLAM-LLM's model.pt has no place for: leave out --to."
+            )
         write_slam_llm(folder, projector.state_dict(), adapter)
         say(f"{folder / FILE}: give it to SLAM-LLM as ckpt_path")
     else:
@@ -252,8 +311,19 @@ def _write(
             write_tuned_llm(folder / LLM, parts["llm"], recipe, where)
         if parts["encoder"]:
             write_tuned_encoder(folder, parts["encoder"], recipe, where)
-        write_model(folder, parts["projector"], ModelConfig(dump_recipe(recipe), **bases, encoder_width=widths[0], llm_width=widths[1], training=facts), how.half)
-    compared = _compare(folder, parts, recipe, widths, where, how) if how.verify else "not compared with the checkpoint"
+        write_model(
+            folder,
+            parts["projector"],
+            ModelConfig(
+                dump_recipe(recipe), **bases, encoder_width=widths[0], llm_width=widths[1], training=facts
+            ),
+            how.half,
+        )
+    compared = (
+        _compare(folder, parts, recipe, widths, where, how)
+        if how.verify
+        else "not compared with the checkpoint"
+    )
     counts = {part: sum(t.numel() for t in tensors.values()) for part, tensors in parts.items() if tensors}
     summary = " and ".join(f"{part} of {count:,} parameters" for part, count in counts.items())
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".safetensors", ".pt")) / 1e6
@@ -261,7 +331,12 @@ def _write(
 
 
 def _compare(
-    folder: Path, parts: "dict[str, Mapping[str, torch.Tensor]]", recipe: Recipe, widths: tuple[int, int], where: str, how: How
+    folder: Path,
+    parts: "dict[str, Mapping[str, torch.Tensor]]",
+    recipe: Recipe,
+    widths: tuple[int, int],
+    where: str,
+    how: How,
 ) -> str:
     """Read what was written, and compare it with what was read; what differs is taken away again."""
     from slam_asr.conversion.model import CONFIG, projector_with
@@ -282,7 +357,14 @@ def _compare(
             return loss_of_merged(recipe, locate_model(recipe.llm.name), widths[0], before, folder)
         if parts["encoder"]:
             require_encoder(folder, parts["encoder"], recipe)
-        return loss_before_and_after(recipe, locate_model(recipe.llm.name), widths[0], before, lambda: read_written(folder, recipe, widths, how.to), str(folder))
+        return loss_before_and_after(
+            recipe,
+            locate_model(recipe.llm.name),
+            widths[0],
+            before,
+            lambda: read_written(folder, recipe, widths, how.to),
+            str(folder),
+        )
     except BaseException:
         (folder / (FILE if how.to == "slam-llm" else CONFIG)).unlink(missing_ok=True)
         raise

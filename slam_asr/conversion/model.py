@@ -57,10 +57,20 @@ class ModelConfig:
         return load_recipe(self.recipe)
 
 
-def write_model(folder: Path, projector: Mapping[str, torch.Tensor], config: ModelConfig, half: bool = False) -> None:
+def write_model(
+    folder: Path, projector: Mapping[str, torch.Tensor], config: ModelConfig, half: bool = False
+) -> None:
     """Write a model's projector, in fp16 or fp32, and configuration; the configuration last, and until then there is none."""
     (folder / CONFIG).unlink(missing_ok=True)
-    write_atomically(folder / WEIGHTS, save({name: t.to(torch.float16 if half else torch.float32).contiguous() for name, t in projector.items()}))
+    write_atomically(
+        folder / WEIGHTS,
+        save(
+            {
+                name: t.to(torch.float16 if half else torch.float32).contiguous()
+                for name, t in projector.items()
+            }
+        ),
+    )
     write_json(folder / CONFIG, vars(config))
 
 
@@ -72,11 +82,15 @@ def read_config(model: str | Path) -> ModelConfig:
     """
     path = fetch_model(model) / CONFIG
     if not path.is_file():
-        raise UserError(f"{model} holds no model (no {CONFIG}): give the folder that convert-checkpoint wrote.")
+        raise UserError(
+            f"{model} holds no model (no {CONFIG}): give the folder that convert-checkpoint wrote."
+        )
     try:
         values = json.loads(path.read_text())
         if values.get("format", 0) > FORMAT:
-            raise UserError(f"{path} is of format {values['format']}, newer than this program reads: update slam-asr.")
+            raise UserError(
+                f"{path} is of format {values['format']}, newer than this program reads: update slam-asr."
+            )
         return ModelConfig(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a model's configuration: convert the checkpoint again.") from error
@@ -86,7 +100,12 @@ def model_digests(model: str | Path) -> dict[str, str]:
     """The SHA-256 of every file of a model that decides what it says."""
     folder = local_path(model)
     files = [folder / CONFIG, folder / WEIGHTS]
-    files += [f for part in (ADAPTER, LLM, ENCODER) for f in sorted((folder / part).glob("*")) if f.suffix in (".json", ".safetensors")]
+    files += [
+        f
+        for part in (ADAPTER, LLM, ENCODER)
+        for f in sorted((folder / part).glob("*"))
+        if f.suffix in (".json", ".safetensors")
+    ]
     return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if not f.name.startswith(".")}
 
 
@@ -107,7 +126,9 @@ def read_projector(model: str | Path, config: ModelConfig) -> SpeechProjector:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: convert the checkpoint again.") from error
-    return projector_with(weights, config.typed_recipe.projector, config.encoder_width, config.llm_width, str(path))
+    return projector_with(
+        weights, config.typed_recipe.projector, config.encoder_width, config.llm_width, str(path)
+    )
 
 
 def projector_with(
@@ -132,7 +153,9 @@ def projector_with(
         )
     for name, tensor in weights.items():
         if not is_finite(tensor):
-            raise UserError(f"{where}: {name} holds values that are not finite; the training diverged. Take an earlier checkpoint.")
+            raise UserError(
+                f"{where}: {name} holds values that are not finite; the training diverged. Take an earlier checkpoint."
+            )
     projector.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
     return projector.eval().requires_grad_(False)
 
@@ -148,7 +171,11 @@ def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Rec
     from slam_asr.models.llm import lora_config
 
     config = lora_config(recipe.llm.lora)
-    config.base_model_name_or_path, config.task_type, config.inference_mode = recipe.llm.name, "CAUSAL_LM", True
+    config.base_model_name_or_path, config.task_type, config.inference_mode = (
+        recipe.llm.name,
+        "CAUSAL_LM",
+        True,
+    )
     tensors = {_PEFT + n.replace(".default.", "."): t.float().contiguous() for n, t in weights.items()}
     (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder / ADAPTER)
@@ -174,7 +201,9 @@ def adapter_file(folder: Path) -> Path:
     for name in (ADAPTER_WEIGHTS, "adapter_model.bin"):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{folder} holds no LoRA adapter (no {ADAPTER_WEIGHTS}, no adapter_model.bin): give the folder that peft wrote.")
+    raise UserError(
+        f"{folder} holds no LoRA adapter (no {ADAPTER_WEIGHTS}, no adapter_model.bin): give the folder that peft wrote."
+    )
 
 
 def read_peft(folder: Path) -> dict[str, torch.Tensor]:
@@ -190,7 +219,9 @@ def read_peft(folder: Path) -> dict[str, torch.Tensor]:
         try:
             weights = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read: copy it again, or convert the checkpoint again.") from error
+            raise UserError(
+                f"{file} cannot be read: copy it again, or convert the checkpoint again."
+            ) from error
     return {_with_adapter_name(n.removeprefix(_PEFT)): t for n, t in weights.items()}
 
 
@@ -199,7 +230,9 @@ def _with_adapter_name(name: str) -> str:
     return f"{stem}.default.{last}"
 
 
-def require_fitting(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]) -> None:
+def require_fitting(
+    module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
+) -> None:
     """Compare weights with the module that they are for; it may be on the meta device.
 
     Args:
@@ -214,13 +247,19 @@ def require_fitting(module: nn.Module, weights: Mapping[str, torch.Tensor], wher
     own = dict(module.named_parameters(remove_duplicate=False))
     missing = [n for n in trained if n not in weights]
     if missing:
-        raise UserError(f"{where} lacks {len(missing)} weights, such as {missing[0]}: it belongs to another recipe.")
+        raise UserError(
+            f"{where} lacks {len(missing)} weights, such as {missing[0]}: it belongs to another recipe."
+        )
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             shape = tuple(own[name].shape) if name in own else "not there"
-            raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, but in this LLM or encoder {shape}: it belongs to another model.")
+            raise UserError(
+                f"{where}: {name} is {tuple(tensor.shape)}, but in this LLM or encoder {shape}: it belongs to another model."
+            )
         if not is_finite(tensor):
-            raise UserError(f"{where}: {name} holds values that are not finite; the training diverged. Take an earlier checkpoint.")
+            raise UserError(
+                f"{where}: {name} holds values that are not finite; the training diverged. Take an earlier checkpoint."
+            )
 
 
 def load_into(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]) -> None:

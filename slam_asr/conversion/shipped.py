@@ -10,7 +10,11 @@ FOLDER = Path(__file__).parents[1] / "projectors"
 
 def shipped_models() -> dict[str, Path]:
     """The folder of each, by name."""
-    return {folder.name: folder for folder in sorted(FOLDER.iterdir()) if folder.is_dir()} if FOLDER.is_dir() else {}
+    return (
+        {folder.name: folder for folder in sorted(FOLDER.iterdir()) if folder.is_dir()}
+        if FOLDER.is_dir()
+        else {}
+    )
 
 
 def fetch_model(model: str | os.PathLike) -> Path:

@@ -18,7 +18,9 @@ _PROJECTOR, _LORA = "encoder_projector.", "llm.base_model.model."
 
 def is_slam_llm(content: object) -> bool:
     """Whether a `.pt` file's content is such a dictionary."""
-    return isinstance(content, Mapping) and any(isinstance(n, str) and n.startswith(_PROJECTOR) for n in content)
+    return isinstance(content, Mapping) and any(
+        isinstance(n, str) and n.startswith(_PROJECTOR) for n in content
+    )
 
 
 def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> Tensors:
@@ -34,11 +36,15 @@ def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> Tensors:
         elif name.startswith(_LORA) and ".lora_" in name:
             names["llm." + name.removeprefix(_LORA)] = name
         else:
-            raise UserError(f"{where} holds {name}, which is neither the projector's nor a LoRA adapter's: it cannot be converted.")
+            raise UserError(
+                f"{where} holds {name}, which is neither the projector's nor a LoRA adapter's: it cannot be converted."
+            )
     return renamed(content, names)
 
 
-def write_slam_llm(folder: Path, projector: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]) -> None:
+def write_slam_llm(
+    folder: Path, projector: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]
+) -> None:
     """Write `model.pt` as SLAM-LLM does; made aside and renamed into place."""
     content = {_PROJECTOR + n: t for n, t in projector.items()} | {_LORA + n: t for n, t in adapter.items()}
     aside = folder / f".{FILE}.partial"

@@ -68,9 +68,13 @@ def require_same_features(recipe: Recipe, model: str, config: ModelConfig) -> No
     trained = config.typed_recipe
     differing = [key for key in SAME if _comparable(recipe, key) != _comparable(trained, key)]
     if differing:
-        told = ", ".join(f"{key} is {value_of(recipe, key)}, not {value_of(trained, key)}" for key in differing)
+        told = ", ".join(
+            f"{key} is {value_of(recipe, key)}, not {value_of(trained, key)}" for key in differing
+        )
         options = " ".join(f"--{key} {value_of(trained, key)}" for key in differing)
-        raise UserError(f"Recipe {recipe.name} does not fit {model}, which was trained on other features ({told}): add {options}.")
+        raise UserError(
+            f"Recipe {recipe.name} does not fit {model}, which was trained on other features ({told}): add {options}."
+        )
 
 
 def _comparable(recipe: Recipe, key: str) -> str:

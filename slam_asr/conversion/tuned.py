@@ -65,13 +65,19 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
         llm.to(dtype).save_pretrained(folder)
     else:
         written, _ = describe_stored_llm(base, dtype)
-        layers = {id(layer.get_base_layer().weight): layer for layer in _adapted(llm, adapter, recipe).values()}
-        makers = {weight.name: partial(_merged, weight, layers.get(id(weight.parameter))) for weight in stored}
+        layers = {
+            id(layer.get_base_layer().weight): layer for layer in _adapted(llm, adapter, recipe).values()
+        }
+        makers = {
+            weight.name: partial(_merged, weight, layers.get(id(weight.parameter))) for weight in stored
+        }
         _write_llm(folder, written, Tensors(makers))
     load_tokenizer(base).save_pretrained(folder)
 
 
-def _adapted(llm: PreTrainedModel, adapter: Mapping[str, torch.Tensor], recipe: Recipe) -> dict[str, nn.Module]:
+def _adapted(
+    llm: PreTrainedModel, adapter: Mapping[str, torch.Tensor], recipe: Recipe
+) -> dict[str, nn.Module]:
     """Put an adapter on an LLM → its layers that have one now, by name."""
     add_lora(llm, recipe.llm.lora, seed=0)
     llm.load_state_dict(adapter, strict=False)
@@ -96,14 +102,18 @@ def _write_llm(folder: Path, llm: PreTrainedModel, weights: Mapping[str, torch.T
     folder.mkdir(parents=True, exist_ok=True)
     # Tied weights are written under their first name.
     buffers = {name: buffer for name, buffer in llm.state_dict().items() if not buffer.is_meta}
-    write_one_by_one(folder / SAFE_WEIGHTS_NAME, ChainMap(buffers, weights), dict(llm.named_parameters()) | buffers)
+    write_one_by_one(
+        folder / SAFE_WEIGHTS_NAME, ChainMap(buffers, weights), dict(llm.named_parameters()) | buffers
+    )
     llm.config.architectures = [type(llm).__name__]
     llm.config.save_pretrained(folder)
     if llm.generation_config is not None:
         llm.generation_config.save_pretrained(folder)
 
 
-def write_tuned_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str) -> None:
+def write_tuned_encoder(
+    folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str
+) -> None:
     """Write the checkpoint's model with the trained encoder in it, and the preprocessor's configuration.
 
     Raises:

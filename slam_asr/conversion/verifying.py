@@ -48,7 +48,14 @@ class Trained:
     """LoRA's weights, or the whole LLM's, by their names there; none of a frozen LLM."""
 
 
-def loss_before_and_after(recipe: Recipe, llm_folder: Path, encoder_width: int, before: Trained, after: Callable[[], Trained], where: str) -> str:
+def loss_before_and_after(
+    recipe: Recipe,
+    llm_folder: Path,
+    encoder_width: int,
+    before: Trained,
+    after: Callable[[], Trained],
+    where: str,
+) -> str:
     """Compare what was read with what was written.
 
     Args:
@@ -68,18 +75,28 @@ def loss_before_and_after(recipe: Recipe, llm_folder: Path, encoder_width: int, 
     written = after()
     lora = recipe.llm.tuning == "lora"
     # A whole LLM is written in the precision that it was computed with, and a tied weight once.
-    llm = before.llm if lora else Tensors({n: lambda n=n: before.llm[n].to(written.llm[n].dtype) for n in before.llm if n in written.llm})
+    llm = (
+        before.llm
+        if lora
+        else Tensors(
+            {n: lambda n=n: before.llm[n].to(written.llm[n].dtype) for n in before.llm if n in written.llm}
+        )
+    )
     _require_equal(before.projector.state_dict(), written.projector.state_dict(), where)
     _require_equal(llm, written.llm, where)
     if _bytes(llm_folder) > ROOM * (host_memory() or float("inf")):
         return "all weights equal before and after; no loss compared, for the LLM does not fit into this machine's memory"
     losses = _losses(recipe, llm_folder, encoder_width, [Trained(before.projector, llm), written])
     if losses[0] != losses[1]:
-        raise UserError(f"{where} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is {losses[1]:.6f}, not {losses[0]:.6f}. Nothing is published; please report this.")
+        raise UserError(
+            f"{where} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is {losses[1]:.6f}, not {losses[0]:.6f}. Nothing is published; please report this."
+        )
     return f"loss {losses[0]:.4f} before and after"
 
 
-def loss_of_merged(recipe: Recipe, llm_folder: Path, encoder_width: int, before: Trained, folder: Path) -> str:
+def loss_of_merged(
+    recipe: Recipe, llm_folder: Path, encoder_width: int, before: Trained, folder: Path
+) -> str:
     """Compare an LLM that stands by itself with the base LLM and what was trained of it.
 
     Args:
@@ -100,9 +117,13 @@ def loss_of_merged(recipe: Recipe, llm_folder: Path, encoder_width: int, before:
     [expected] = _losses(recipe, llm_folder, encoder_width, [before])
     alone = replace(recipe, llm=replace(recipe.llm, tuning="frozen"))
     [found] = _losses(alone, folder, encoder_width, [Trained(before.projector, {})])
-    within = max(MERGED_WITHIN[recipe.training.precision], 0 if _bytes(llm_folder) < SMALL else MERGED_WITHIN["bf16"])
+    within = max(
+        MERGED_WITHIN[recipe.training.precision], 0 if _bytes(llm_folder) < SMALL else MERGED_WITHIN["bf16"]
+    )
     if abs(found - expected) > within * abs(expected):
-        raise UserError(f"{folder} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is {found:.6f}, not {expected:.6f}. Nothing is published; please report this.")
+        raise UserError(
+            f"{folder} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is {found:.6f}, not {expected:.6f}. Nothing is published; please report this."
+        )
     return f"loss {expected:.4f} before, {found:.4f} after"
 
 
@@ -119,7 +140,12 @@ def _losses(recipe: Recipe, llm_folder: Path, encoder_width: int, models: list[T
     prompt = Prompt(load_tokenizer(llm_folder), recipe.llm)
     generator = torch.Generator().manual_seed(0)
     rows = [
-        Row(torch.randn(n, encoder_width, generator=generator), positions_of(recipe.projector, n), prompt.main.before, *prompt.with_answer(prompt.main, text))
+        Row(
+            torch.randn(n, encoder_width, generator=generator),
+            positions_of(recipe.projector, n),
+            prompt.main.before,
+            *prompt.with_answer(prompt.main, text),
+        )
         for n, text in UTTERANCES
     ]
     batch = collate(rows)
@@ -136,7 +162,9 @@ def _put(llm: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> None:
     own = llm.state_dict()
     missing = weights.keys() - own.keys()
     if missing:
-        raise UserError(f"The LLM has no weight {min(missing)}, which the checkpoint trained: it belongs to another LLM.")
+        raise UserError(
+            f"The LLM has no weight {min(missing)}, which the checkpoint trained: it belongs to another LLM."
+        )
     for name, tensor in weights.items():
         own[name].copy_(tensor)
 
@@ -152,9 +180,15 @@ def read_written(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str)
     """
     if to == "slam-llm":
         weights = from_slam_llm(read_pickle(folder / FILE), str(folder / FILE))
-        projector, llm = ({n.removeprefix(part): t for n, t in weights.items() if n.startswith(part)} for part in ("projector.", "llm."))
+        projector, llm = (
+            {n.removeprefix(part): t for n, t in weights.items() if n.startswith(part)}
+            for part in ("projector.", "llm.")
+        )
         return Trained(projector_with(projector, recipe.projector, *widths, str(folder / FILE)), llm)
-    return Trained(read_projector(folder, read_config(folder)), read_adapter(folder) or stored_tensors(sorted((folder / LLM).glob("*.safetensors"))))
+    return Trained(
+        read_projector(folder, read_config(folder)),
+        read_adapter(folder) or stored_tensors(sorted((folder / LLM).glob("*.safetensors"))),
+    )
 
 
 def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
@@ -169,14 +203,18 @@ def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
     whole = load_weights(AutoModel, spec.folder, DTYPES[recipe.training.precision], "encoder")
     written = dict(spec.encoder_of(whole).named_parameters())
     own = {name.removeprefix("model."): t for name, t in weights.items()}
-    _require_equal({n: t.to(DTYPES[recipe.training.precision]) for n, t in own.items()}, written, str(folder / ENCODER))
+    _require_equal(
+        {n: t.to(DTYPES[recipe.training.precision]) for n, t in own.items()}, written, str(folder / ENCODER)
+    )
 
 
 def _require_equal(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], where: str) -> None:
     names = sorted(ours.keys() | theirs.keys())
     differing = [n for n in names if n not in ours or n not in theirs or not torch.equal(ours[n], theirs[n])]
     if differing:
-        raise UserError(f"{where} is not what the checkpoint holds: {len(differing)} of {len(names)} weights differ, first {differing[0]}. Nothing is published; please report this.")
+        raise UserError(
+            f"{where} is not what the checkpoint holds: {len(differing)} of {len(names)} weights differ, first {differing[0]}. Nothing is published; please report this."
+        )
 
 
 def _bytes(folder: Path) -> int:

@@ -47,20 +47,26 @@ def fp32_weights(folder: Path) -> Tensors:
     """
     models = _by_rank(folder, "*model_states.pt")
     if not models:
-        raise UserError(f"{folder} holds no DeepSpeed checkpoint (no *model_states.pt): give the folder of a training.")
+        raise UserError(
+            f"{folder} holds no DeepSpeed checkpoint (no *model_states.pt): give the folder of a training."
+        )
     model = load_pickle(models[0])
     optimisers = _by_rank(folder, "*optim_states.pt")
     if not optimisers:
         return _stage_0(model)
     ranks = int(model["dp_world_size"])
     if len(optimisers) != ranks:
-        raise UserError(f"{folder} holds {len(optimisers)} of {ranks} optimiser shards: copy the whole checkpoint.")
+        raise UserError(
+            f"{folder} holds {len(optimisers)} of {ranks} optimiser shards: copy the whole checkpoint."
+        )
     states = [_optimiser_of(path) for path in optimisers]
     _require_agreement(optimisers, states)
     shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
     needed = sum(math.prod(shape) for group in shapes for shape in group.values())
     if sum(part.numel() for state in states for part in _flat(state[_slices_of(state)])) < needed:
-        raise UserError(f"{folder} holds fewer values than the {needed:,} that its weights have: it is no whole checkpoint; copy it again.")
+        raise UserError(
+            f"{folder} holds fewer values than the {needed:,} that its weights have: it is no whole checkpoint; copy it again."
+        )
     if "fp32_flat_groups" in states[0]:
         return _stage_3(shapes, states)
     return _stages_1_and_2(shapes, states)
@@ -79,10 +85,14 @@ def zero_folder(folder: Path) -> Path | None:
     if latest.is_file():
         named = folder / latest.read_text(errors="replace").strip()
         if steps and named not in steps:
-            raise UserError(f"{latest} names {named.name}, which is not there: copy it too, or give the folder of one of the others, such as {steps[-1]}.")
+            raise UserError(
+                f"{latest} names {named.name}, which is not there: copy it too, or give the folder of one of the others, such as {steps[-1]}."
+            )
         return named if named in steps else None
     if len(set(steps)) > 1:
-        raise UserError(f"{folder} holds {len(set(steps))} checkpoints and no file `latest`: give the folder of one of them, such as {steps[-1]}.")
+        raise UserError(
+            f"{folder} holds {len(set(steps))} checkpoints and no file `latest`: give the folder of one of them, such as {steps[-1]}."
+        )
     return steps[0] if steps else None
 
 
@@ -91,7 +101,9 @@ def _optimiser_of(path: Path) -> dict[str, Any]:
     content = load_pickle(path)
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or _slices_of(state) not in state:
-        raise UserError(f"{path} holds no fp32 weights of ZeRO: it is no optimiser shard of a DeepSpeed checkpoint; copy the whole checkpoint again.")
+        raise UserError(
+            f"{path} holds no fp32 weights of ZeRO: it is no optimiser shard of a DeepSpeed checkpoint; copy the whole checkpoint again."
+        )
     return state
 
 
@@ -100,7 +112,11 @@ def _slices_of(state: dict[str, Any]) -> str:
 
 
 def _flat(slices: Any) -> list[torch.Tensor]:
-    return [slices] if isinstance(slices, torch.Tensor) else [tensor for part in slices for tensor in _flat(part)]
+    return (
+        [slices]
+        if isinstance(slices, torch.Tensor)
+        else [tensor for part in slices for tensor in _flat(part)]
+    )
 
 
 def _require_agreement(paths: list[Path], states: list[dict[str, Any]]) -> None:
@@ -111,7 +127,11 @@ def _require_agreement(paths: list[Path], states: list[dict[str, Any]]) -> None:
         parts = _flat(state[kind])
         # Up to stage 2 the last ranks' slices are written without their padding.
         sizes = [part.numel() for part in parts] if kind == "fp32_flat_groups" else len(parts)
-        return {"ZeRO stage": kind, "sizes": sizes, "step": sorted(_steps_in(state.get("base_optimizer_state")))}
+        return {
+            "ZeRO stage": kind,
+            "sizes": sizes,
+            "step": sorted(_steps_in(state.get("base_optimizer_state"))),
+        }
 
     first = traits(states[0])
     for path, state in zip(paths[1:], states[1:], strict=True):
@@ -152,13 +172,19 @@ def _stage_0(model: dict[str, Any]) -> Tensors:
     weights = model["module"]
     # Tied weights stand in the module under each of their names, even frozen ones, among the trained once.
     trained = model.get("trained_weights")
-    names = [n for group in trained for n in group] if trained else [n for n in weights if n not in model["buffer_names"]]
+    names = (
+        [n for group in trained for n in group]
+        if trained
+        else [n for n in weights if n not in model["buffer_names"]]
+    )
     masters = (model["optimizer"] or {}).get("fp32_groups")
     if masters is None:
         return Tensors({name: weights[name].float for name in names})
     flat = [tensor for group in masters for tensor in group]
     if [tuple(t.shape) for t in flat] != [tuple(weights[n].shape) for n in names]:
-        raise UserError("The checkpoint's fp32 weights do not match its half-precision ones in number or shape: train again.")
+        raise UserError(
+            "The checkpoint's fp32 weights do not match its half-precision ones in number or shape: train again."
+        )
     return Tensors({name: tensor.float for name, tensor in zip(names, flat, strict=True)})
 
 
@@ -190,7 +216,9 @@ def _stage_3(shapes: list[dict], states: list[dict]) -> Tensors:
 def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
     size = math.prod(shape)
     slice_size = -(-size // len(per_rank))
-    return torch.cat([piece for slices in per_rank for piece in _pieces(slices, offset, slice_size)])[:size].view(shape)
+    return torch.cat([piece for slices in per_rank for piece in _pieces(slices, offset, slice_size)])[
+        :size
+    ].view(shape)
 
 
 def _pieces(slices: Sequence[torch.Tensor], start: int, size: int) -> list[torch.Tensor]:

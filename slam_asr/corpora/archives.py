@@ -41,7 +41,9 @@ class Archives:
         for file in files:
             for subset in _subsets_in(file):
                 if subset in self.files:
-                    raise UserError(f"{self.files[subset]} and {file} both hold the subset {subset}: take one of them away.")
+                    raise UserError(
+                        f"{self.files[subset]} and {file} both hold the subset {subset}: take one of them away."
+                    )
                 self.files[subset] = file
         self._tree: LibriSpeech | None = None
         self._folder = Path()
@@ -75,7 +77,9 @@ class Archives:
         self._tree = LibriSpeech(self.root, {subset: str(target / OUTER / subset) for subset in subsets})
         for subset in subsets:
             if not (target / OUTER / subset).is_dir():
-                raise UserError(f"{self.files[subset]} holds no {OUTER}/{subset}, as its name says: download it again.")
+                raise UserError(
+                    f"{self.files[subset]} holds no {OUTER}/{subset}, as its name says: download it again."
+                )
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
         for item in self._tree.read(subset):
@@ -91,7 +95,9 @@ def _subsets_in(file: str) -> list[str]:
     with _members(file) as members:
         subsets = sorted({path.parts[1] for _, path, _ in members})
     if not subsets:
-        raise UserError(f"The archive {file} holds no LibriSpeech tree (<subset>/<speaker>/<chapter>/): unpack it, and name the folder of what lies there.")
+        raise UserError(
+            f"The archive {file} holds no LibriSpeech tree (<subset>/<speaker>/<chapter>/): unpack it, and name the folder of what lies there."
+        )
     return subsets
 
 
@@ -126,12 +132,18 @@ def _members(file: str) -> Iterator[Iterator[tuple[tarfile.TarFile, PurePosixPat
         with open_stream(file) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
             yield ((archive, path, member) for member in archive if (path := _place_of(member)))
     except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"The archive {file} cannot be unpacked ({' '.join(str(error).split())[:100]}): download it again.") from error
+        raise UserError(
+            f"The archive {file} cannot be unpacked ({' '.join(str(error).split())[:100]}): download it again."
+        ) from error
 
 
 def _place_of(member: tarfile.TarInfo) -> PurePosixPath | None:
     parts = [part for part in PurePosixPath(member.name).parts if part != "."]
     parts = parts[1:] if parts[:1] == [OUTER] else parts
-    if len(parts) != 4 or not member.isreg() or any(part.startswith((".", "/")) or "\0" in part for part in parts):
+    if (
+        len(parts) != 4
+        or not member.isreg()
+        or any(part.startswith((".", "/")) or "\0" in part for part in parts)
+    ):
         return None
     return PurePosixPath(OUTER, *parts) if parts[3].lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES)) else None

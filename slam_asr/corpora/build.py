@@ -57,7 +57,9 @@ def build_manifest(recipe: Recipe, corpus: str, output: str, overwrite: bool = F
     """
     reader = open_corpus(corpus, recipe.data)
     if FINGERPRINT not in output and _is_corpus_folder(output, reader.root):
-        raise UserError(f"{output} is the corpus's own folder, whose files would be replaced: choose another --output.")
+        raise UserError(
+            f"{output} is the corpus's own folder, whose files would be replaced: choose another --output."
+        )
     chosen = choose_subsets(reader, recipe.data)
     inputs = {"corpus": reader.root, "listing": _listing(reader, chosen), "data": asdict(recipe.data)}
     return run_stage(STAGE, output, inputs, lambda folder: _build(folder, reader, chosen, recipe), overwrite)
@@ -92,7 +94,9 @@ def _build(folder: Path, reader: Reader, chosen: dict[str, list[str]], recipe: R
         total = found.candidates + found.rejected.total()
         for result in check_all(items, recipe.data, STAGE, folder, total, is_s3(reader.root)):
             if isinstance(result, Rejection):
-                rejected.add(_bytes("\0".join((result.key, result.source, result.reason))), json_line(asdict(result)))
+                rejected.add(
+                    _bytes("\0".join((result.key, result.source, result.reason))), json_line(asdict(result))
+                )
                 continue
             splits[result.split].add(_bytes(result.utterance.key), manifest_line(result.utterance))
             statistics.resampled += result.utterance.sample_rate != SAMPLE_RATE
@@ -117,7 +121,9 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier run left, so that a run that fails leaves no manifest behind."""
     left = [file for split in SPLITS if (file := folder / f"{split}.jsonl").exists()]
     if left and not (folder / REJECTED).exists():
-        raise UserError(f"{left[0]} was not written by {STAGE} and would be replaced: choose another --output.")
+        raise UserError(
+            f"{left[0]} was not written by {STAGE} and would be replaced: choose another --output."
+        )
     for file in (*left, *(folder / name for name in ("statistics.json", STATISTICS_PAGE, "recipe.yaml"))):
         file.unlink(missing_ok=True)
 
@@ -145,7 +151,13 @@ def _held_out_dev(train: ExternalSort, data: Data) -> set[str]:
     return chosen
 
 
-def _write_manifests(folder: Path, splits: dict[str, ExternalSort], apart: set[str], statistics: CorpusStatistics, wanted: Sequence[str]) -> None:
+def _write_manifests(
+    folder: Path,
+    splits: dict[str, ExternalSort],
+    apart: set[str],
+    statistics: CorpusStatistics,
+    wanted: Sequence[str],
+) -> None:
     """Write the three manifests, and count what is in them.
 
     Args:
@@ -208,7 +220,9 @@ class _SharedAudio:
             say(f"{STAGE}: warning: {very}: {', '.join(self._keys)}")
 
 
-def _refuse_too_many(rejected: ExternalSort, statistics: CorpusStatistics, total: int, allowed: float, listed: Path) -> None:
+def _refuse_too_many(
+    rejected: ExternalSort, statistics: CorpusStatistics, total: int, allowed: float, listed: Path
+) -> None:
     if len(rejected) <= allowed * total:
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in statistics.reasons())
@@ -234,9 +248,7 @@ def _outcome(statistics: dict[str, Any]) -> Outcome:
     splits, rejected = statistics["splits"], statistics["rejected"]["total"]
     counts = {split: measures["utterances"] for split, measures in splits.items()}
     hours = {split: measures["hours"] for split, measures in splits.items()}
-    summary = (
-        f"{', '.join(f'{counts[split]} {split}' for split in SPLITS if split in counts)} utterances, {sum(hours.values()):.2f} h"
-    )
+    summary = f"{', '.join(f'{counts[split]} {split}' for split in SPLITS if split in counts)} utterances, {sum(hours.values()):.2f} h"
     metrics = {f"{split}_{name}": splits[split][name] for split in splits for name in ("utterances", "hours")}
     return Outcome(
         summary=f"{summary}; {rejected} set aside",

@@ -39,7 +39,11 @@ def workers() -> int:
 
 
 def check_all(
-    items: Iterable[Candidate | Rejection], data: Data, label: str, folder: Path | None = None, total: int | None = None,
+    items: Iterable[Candidate | Rejection],
+    data: Data,
+    label: str,
+    folder: Path | None = None,
+    total: int | None = None,
     remote: bool = False,
 ) -> Iterator[Checked | Rejection]:
     """Every candidate checked, in the order given whatever the number of workers; rejections pass through.
@@ -62,7 +66,9 @@ def check_all(
         with Meter(label, total=total, unit="files") as meter:
             remaining = iter(items)
             while chunk := list(islice(remaining, _CHUNK)):
-                waiting.append(pool.submit(lambda chunk: [_check(item, data, folder) for item in chunk], chunk))
+                waiting.append(
+                    pool.submit(lambda chunk: [_check(item, data, folder) for item in chunk], chunk)
+                )
                 if len(waiting) >= _AHEAD * threads:
                     yield from _finished(waiting, meter)
             while waiting:
@@ -87,7 +93,12 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
         sha256 = clip.sha256 or audio_sha256(source)
     except AudioError as error:
         missing = error.reason == MISSING
-        return Rejection(key, source, NO_AUDIO if missing else error.reason, f"There is no audio file {source}." if missing else str(error))
+        return Rejection(
+            key,
+            source,
+            NO_AUDIO if missing else error.reason,
+            f"There is no audio file {source}." if missing else str(error),
+        )
     except OSError as error:
         return Rejection(key, source, UNREADABLE, f"{source} cannot be read: {error.strerror}.")
     if clip.duration < data.min_duration:
@@ -96,7 +107,9 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
     listed = item.listed or source
     if item.content is not None:
         listed = _keep(item.content, sha256, source, folder)
-    utterance = Utterance(key, listed, item.text, clip.duration, clip.sample_rate, sha256, item.extra, start=item.start)
+    utterance = Utterance(
+        key, listed, item.text, clip.duration, clip.sample_rate, sha256, item.extra, start=item.start
+    )
     return Checked(utterance, clip.channels, item.split)
 
 

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from itertools import groupby, islice
 
 from slam_asr.corpora import AUDIO_SUFFIXES, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection, Stamp
-from slam_asr.corpora.places import Unpacked, files_in, is_file, is_folder, readable, visible_files, visible_folders
+from slam_asr.corpora.places import (
+    Unpacked,
+    files_in,
+    is_file,
+    is_folder,
+    readable,
+    visible_files,
+    visible_folders,
+)
 from slam_asr.errors import UserError
 from slam_asr.external_sort import ExternalSort
 from slam_asr.recipe import Data
@@ -60,12 +68,18 @@ class Folder(Unpacked):
 
     def _utterance(self, stem: str, suffixes: list[str], subset: str) -> Candidate | Rejection:
         key, place = readable(stem), join(self.root, stem)
-        audio = min((s for s in suffixes if s.lower() in AUDIO_SUFFIXES), key=lambda s: AUDIO_SUFFIXES.index(s.lower()), default=None)
+        audio = min(
+            (s for s in suffixes if s.lower() in AUDIO_SUFFIXES),
+            key=lambda s: AUDIO_SUFFIXES.index(s.lower()),
+            default=None,
+        )
         text = next((s for s in suffixes if s.lower() == _TEXT), None)
         if audio is None:
             return Rejection(key, "", NO_AUDIO, f"{place}{text} has no audio file beside it.")
         if text is None:
-            return Rejection(key, place + audio, NO_TRANSCRIPT, f"{place}{audio} has no {_TEXT} file beside it.")
+            return Rejection(
+                key, place + audio, NO_TRANSCRIPT, f"{place}{audio} has no {_TEXT} file beside it."
+            )
         return Candidate(key, place + audio, _said(place + text), {"subset": subset})
 
     def _files(self, subset: str) -> Iterator[Stamp]:

@@ -60,7 +60,11 @@ def _saved(root: str) -> dict[str, str]:
         splits = [name for name in visible_folders(root) if is_file(join(root, name, _STATE))]
         return {file: split for name in splits for file, split in _of_state(join(root, name), name).items()}
     if is_file(join(root, "dataset_info.json")):
-        return {file: _split_in_cache(file) for file in files_in(root, (".arrow",)) if not name_of(file).startswith("cache-")}
+        return {
+            file: _split_in_cache(file)
+            for file in files_in(root, (".arrow",))
+            if not name_of(file).startswith("cache-")
+        }
     return {}
 
 
@@ -71,9 +75,13 @@ def _of_state(folder: str, split: str) -> dict[str, str]:
         names = [file["filename"] for file in state["_data_files"]]
         indices = state.get("_indices_files") or state.get("_indices_data_files")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not what save_to_disk writes ({type(error).__name__}): save the dataset again.") from error
+        raise UserError(
+            f"{path} is not what save_to_disk writes ({type(error).__name__}): save the dataset again."
+        ) from error
     if indices:
-        raise UserError(f"{folder} holds a selection of rows that is kept apart from its data: save it after `flatten_indices()`.")
+        raise UserError(
+            f"{folder} holds a selection of rows that is kept apart from its data: save it after `flatten_indices()`."
+        )
     for name in names:
         if name != os.path.basename(name) or not is_file(join(folder, name)):
             raise UserError(f"{folder} lacks {name}, which its {_STATE} names: copy the folder whole.")
@@ -90,7 +98,11 @@ def _split_in_cache(file: str) -> str:
 def _described(root: str) -> dict[str, str]:
     """metadata files of an audiofolder, each with the split that its folder is called after."""
     found: dict[str, str] = {}
-    for folder in (root, *(join(root, name) for name in visible_folders(root)), *(join(root, "data", n) for n in visible_folders(join(root, "data")))):
+    for folder in (
+        root,
+        *(join(root, name) for name in visible_folders(root)),
+        *(join(root, "data", n) for n in visible_folders(join(root, "data"))),
+    ):
         path = next((p for name in _METADATA if is_file(p := join(folder, name))), None)
         if path and "file_name" in columns_of(path):
             found[path] = name_of(folder)

@@ -12,7 +12,16 @@ import os
 from collections.abc import Iterator
 
 from slam_asr.corpora import SPLITS, Candidate, Rejection, Stamp
-from slam_asr.corpora.places import Unpacked, audio_path, files_in, if_present, is_file, name_of, stamps_of, stem_of
+from slam_asr.corpora.places import (
+    Unpacked,
+    audio_path,
+    files_in,
+    if_present,
+    is_file,
+    name_of,
+    stamps_of,
+    stem_of,
+)
 from slam_asr.errors import UserError
 from slam_asr.manifest import iterate_manifest
 from slam_asr.recipe import Data
@@ -72,7 +81,14 @@ class JsonLines(Unpacked):
             if own is not None and not (isinstance(own, str) and own):
                 raise UserError(f"{file}, line {number}: subset must be text, not {own!r}.")
             part = stem if named_by_file else own or stem
-            yield part, Candidate(
-                utterance.key, audio_path(utterance.source, file, ""), utterance.target, utterance.extra | {"subset": own or part},
-                utterance.start, None if utterance.start is None else utterance.duration,
-            )  # fmt: skip
+            yield (
+                part,
+                Candidate(
+                    utterance.key,
+                    audio_path(utterance.source, file, ""),
+                    utterance.target,
+                    utterance.extra | {"subset": own or part},
+                    utterance.start,
+                    None if utterance.start is None else utterance.duration,
+                ),
+            )

@@ -43,7 +43,9 @@ class Kaldi(Unpacked):
         root = os.fspath(root)
         if _is_data_folder(root):
             return cls(root, {name_of(root): root}, data or Data())
-        folders = {name: folder for name in visible_folders(root) if _is_data_folder(folder := join(root, name))}
+        folders = {
+            name: folder for name in visible_folders(root) if _is_data_folder(folder := join(root, name))
+        }
         return cls(root, folders, data or Data()) if folders else None
 
     def subsets(self) -> list[str]:
@@ -96,7 +98,10 @@ class Kaldi(Unpacked):
     def _recordings(self, folder: str) -> Iterator[tuple[str, str]]:
         path = join(folder, "wav.scp")
         for number, recording, entry in _lines(path):
-            yield recording, audio_path(audio_file(entry, f"{path}, line {number}"), path, self.data.audio_root)
+            yield (
+                recording,
+                audio_path(audio_file(entry, f"{path}, line {number}"), path, self.data.audio_root),
+            )
 
 
 def _is_data_folder(folder: str) -> bool:
@@ -110,7 +115,9 @@ def _lines(path: str) -> Iterator[tuple[int, str, str]]:
             try:
                 words = line.decode("utf-8-sig").split(maxsplit=1)
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number} is not UTF-8 text ({error.reason}): write it anew as UTF-8.") from error
+                raise UserError(
+                    f"{path}, line {number} is not UTF-8 text ({error.reason}): write it anew as UTF-8."
+                ) from error
             if words:
                 yield number, words[0], words[1].strip() if len(words) > 1 else ""
 
@@ -141,7 +148,9 @@ def _joined(key: str, parts: list[list], subset: str, folder: str) -> Iterator[C
         return
     for name in ("audio", "text"):
         for _ in said[name][1:]:
-            yield Rejection(key, source, DUPLICATE, f"{folder} has {key} more than once among its {name} lines.")
+            yield Rejection(
+                key, source, DUPLICATE, f"{folder} has {key} more than once among its {name} lines."
+            )
     extra = {"subset": subset} | ({"speaker": said["speaker"][0][0]} if said["speaker"] else {})
     yield if_present(Candidate(key, source, said["text"][0][0], extra, start, duration))
 
@@ -156,7 +165,9 @@ def audio_file(entry: str, where: str) -> str:
         raise UserError(f"{where} names no file.")
     if not entry.endswith("|"):
         if entry == "-" or (entry.rpartition(":")[2].isdigit() and ".ark:" in entry):
-            raise UserError(f"{where}: {entry[:80]} lies in an archive of Kaldi's: write the recordings as files, and name those.")
+            raise UserError(
+                f"{where}: {entry[:80]} lies in an archive of Kaldi's: write the recordings as files, and name those."
+            )
         return entry
     file = _decoded_file(entry)
     if file is None:
@@ -168,7 +179,13 @@ def audio_file(entry: str, where: str) -> str:
 
 
 _FLAC_OPTIONS = {"-c", "-d", "-s", "-cd", "-dc", "-cds", "-dcs", "-scd", "--stdout", "--decode", "--silent"}
-_SOX_OUTPUT = {"-t": {"wav"}, "-r": {"16k", "16000"}, "-c": {"1"}, "-b": {"16"}, "-e": {"signed", "signed-integer"}}
+_SOX_OUTPUT = {
+    "-t": {"wav"},
+    "-r": {"16k", "16000"},
+    "-c": {"1"},
+    "-b": {"16"},
+    "-e": {"signed", "signed-integer"},
+}
 """Options of sox that leave what is heard as it is, or do what is done here anyway."""
 
 

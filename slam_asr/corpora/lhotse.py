@@ -87,9 +87,15 @@ class Lhotse(Unpacked):
             # A supervision may begin a little before its cut.
             start, duration = max(start, 0.0), duration + min(start, 0.0)
             whole = start < _WHOLE and abs(duration - float(recording["duration"])) < _WHOLE
-            extra = {"subset": subset} | {n: supervision[n] for n in ("speaker", "language", "gender") if supervision.get(n)}
+            extra = {"subset": subset} | {
+                n: supervision[n] for n in ("speaker", "language", "gender") if supervision.get(n)
+            }
             yield Candidate(
-                key, source, supervision.get("text") or "", extra, *((None, None) if whole else (round(start, 6), round(duration, 6)))
+                key,
+                source,
+                supervision.get("text") or "",
+                extra,
+                *((None, None) if whole else (round(start, 6), round(duration, 6))),
             )
 
 
@@ -115,7 +121,9 @@ def _subset(file: str) -> str:
 
 def _begins_with_a_cut(file: str) -> bool:
     first = next(_cuts(file, strict=False), (0, None))[1]
-    return isinstance(first, dict) and (first.get("type") in _KINDS or {"recording", "supervisions", "start"} <= first.keys())
+    return isinstance(first, dict) and (
+        first.get("type") in _KINDS or {"recording", "supervisions", "start"} <= first.keys()
+    )
 
 
 def _cuts(file: str, strict: bool = True) -> Iterator[tuple[int, Any]]:
@@ -127,11 +135,15 @@ def _cuts(file: str, strict: bool = True) -> Iterator[tuple[int, Any]]:
                 if not line.isspace():
                     cut = json.loads(line)
                     if strict and not isinstance(cut, dict):
-                        raise UserError(f"{file}, line {number} holds {type(cut).__name__} where a cut must stand.")
+                        raise UserError(
+                            f"{file}, line {number} holds {type(cut).__name__} where a cut must stand."
+                        )
                     yield number, cut
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         if strict:
-            raise UserError(f"{file}, line {number} cannot be read as JSON ({error}): was it copied whole?") from error
+            raise UserError(
+                f"{file}, line {number} cannot be read as JSON ({error}): was it copied whole?"
+            ) from error
 
 
 def _lines(file: str) -> BinaryIO:

@@ -39,9 +39,15 @@ class LibriSpeech(Unpacked):
         root = os.fspath(root)
         if not is_folder(root):
             return None
-        trees = [{name: join(base, name) for name in visible_folders(base)} for base in (root, join(root, OUTER))]
+        trees = [
+            {name: join(base, name) for name in visible_folders(base)} for base in (root, join(root, OUTER))
+        ]
         for tree in (*trees, {name_of(root): root}):
-            folders = {name: folder for name, folder in tree.items() if _holds(folder, (TRANSCRIPTS, *AUDIO_SUFFIXES))}
+            folders = {
+                name: folder
+                for name, folder in tree.items()
+                if _holds(folder, (TRANSCRIPTS, *AUDIO_SUFFIXES))
+            }
             if any(_holds(folder, (TRANSCRIPTS,)) for folder in folders.values()):
                 return cls(root, folders)
         return None
@@ -69,7 +75,9 @@ class LibriSpeech(Unpacked):
                         detail = f"{path}, line {number}: no audio file {key} beside it."
                         yield Rejection(key, source, NO_AUDIO, detail)
                     else:
-                        yield Candidate(key, source, text, {"subset": subset, "speaker": speaker, "chapter": chapter})
+                        yield Candidate(
+                            key, source, text, {"subset": subset, "speaker": speaker, "chapter": chapter}
+                        )
                     spoken.add(key)
             for key in sorted(audio.keys() - spoken):
                 detail = f"{audio[key]} has no line in a {TRANSCRIPTS} file beside it."
@@ -77,7 +85,11 @@ class LibriSpeech(Unpacked):
 
     def _chapters(self, subset: str) -> Iterator[tuple[str, str, list[Info]]]:
         """Speaker, chapter and the files that matter, everything in order of name."""
-        matter = (f for f in _of_chapters(self.folders[subset]) if f.name.lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES)))
+        matter = (
+            f
+            for f in _of_chapters(self.folders[subset])
+            if f.name.lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES))
+        )
         for folder, files in groupby(matter, key=lambda f: f.name.rpartition("/")[0]):
             yield *folder.split("/"), list(files)
 

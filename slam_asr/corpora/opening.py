@@ -28,13 +28,25 @@ READERS = {
 }
 """Readers of each `data.kind`."""
 _LAYOUTS = {
-    "librispeech": f"{librispeech.LAYOUT}, or {archives.LAYOUT}", "kaldi": kaldi.LAYOUT, "lhotse": lhotse.LAYOUT, "jsonlines": jsonlines.LAYOUT,
-    "table": table.LAYOUT, "huggingface": huggingface.LAYOUT, "folder": folder.LAYOUT,
-}  # fmt: skip
+    "librispeech": f"{librispeech.LAYOUT}, or {archives.LAYOUT}",
+    "kaldi": kaldi.LAYOUT,
+    "lhotse": lhotse.LAYOUT,
+    "jsonlines": jsonlines.LAYOUT,
+    "table": table.LAYOUT,
+    "huggingface": huggingface.LAYOUT,
+    "folder": folder.LAYOUT,
+}
 _ORDER = (
-    librispeech.LibriSpeech, kaldi.Kaldi, huggingface.Saved, lhotse.Lhotse, jsonlines.JsonLines, archives.Archives,
-    table.Table, huggingface.HuggingFace, folder.Folder,
-)  # fmt: skip
+    librispeech.LibriSpeech,
+    kaldi.Kaldi,
+    huggingface.Saved,
+    lhotse.Lhotse,
+    jsonlines.JsonLines,
+    archives.Archives,
+    table.Table,
+    huggingface.HuggingFace,
+    folder.Folder,
+)
 """The order in which a place is tried: what is told by names that nothing else has comes first."""
 _ELSEWHERE = (".zip", ".gz", ".bz2", ".xz", ".rar", ".7z")
 
@@ -59,11 +71,15 @@ def open_corpus(corpus: str, data: Data | None = None) -> Reader:
 
 def _refuse(root: str, kind: str) -> None:
     if kind != "auto":
-        raise UserError(f"The corpus {root} is not what data.kind: {kind} stands for: give {_LAYOUTS[kind]}; or leave it to be found out.")
+        raise UserError(
+            f"The corpus {root} is not what data.kind: {kind} stands for: give {_LAYOUTS[kind]}; or leave it to be found out."
+        )
     wanted = f"give {_LAYOUTS['librispeech']}; {'; '.join(layout for name, layout in _LAYOUTS.items() if name != 'librispeech')}"
     if is_file(root):
         if root.lower().endswith(_ELSEWHERE):
-            raise UserError(f"The corpus {root} is an archive of a kind that is not read: unpack it, and name the folder.")
+            raise UserError(
+                f"The corpus {root} is an archive of a kind that is not read: unpack it, and name the folder."
+            )
         raise UserError(f"The corpus {root} is a file of an unknown kind: {wanted}.")
     names = [f.name for f, _ in zip(visible_files(root), range(1000), strict=False)]
     if not names:

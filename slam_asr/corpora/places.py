@@ -34,7 +34,9 @@ def is_file(path: str) -> bool:
 
 def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
     """Full names of the files right in a folder that end so, without hidden ones, in order."""
-    return [join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")]
+    return [
+        join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")
+    ]
 
 
 def visible_folders(folder: str) -> list[str]:

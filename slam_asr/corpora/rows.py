@@ -90,7 +90,10 @@ def _text_rows(path: str) -> Iterator[Row]:
                 raise UserError(
                     f"{path}, line {lines.line_num} has {len(cells)} cells where the header has {len(names)}: mend that line."
                 )
-            yield lines.line_num, dict(zip(names, map(_unquoted, cells) if "quoting" in dialect else cells, strict=True))
+            yield (
+                lines.line_num,
+                dict(zip(names, map(_unquoted, cells) if "quoting" in dialect else cells, strict=True)),
+            )
 
 
 @contextlib.contextmanager
@@ -98,7 +101,9 @@ def _text_told(path: str, line: int) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}, near line {line}): write it anew as UTF-8.") from error
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason}, near line {line}): write it anew as UTF-8."
+        ) from error
     except csv.Error as error:
         raise UserError(f"{path}, line {line}, cannot be read as a table ({error}): mend it.") from error
 
@@ -116,9 +121,13 @@ def _json_rows(path: str) -> Iterator[Row]:
             try:
                 cells = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number} is not JSON ({error}): each line must be one JSON object.") from error
+                raise UserError(
+                    f"{path}, line {number} is not JSON ({error}): each line must be one JSON object."
+                ) from error
             if not isinstance(cells, dict):
-                raise UserError(f"{path}, line {number} holds {type(cells).__name__} where an object must stand.")
+                raise UserError(
+                    f"{path}, line {number} holds {type(cells).__name__} where an object must stand."
+                )
             yield number, cells
 
 
@@ -150,7 +159,9 @@ def _arrow_rows(path: str, columns: list[str] | None) -> Iterator[Row]:
     with _arrow_told(path):
         schema = _schema(path)
         wanted = [name for name in schema.names if columns is None or name in columns]
-        heavy = any(pyarrow.types.is_nested(schema.field(n).type) or _is_bytes(schema.field(n).type) for n in wanted)
+        heavy = any(
+            pyarrow.types.is_nested(schema.field(n).type) or _is_bytes(schema.field(n).type) for n in wanted
+        )
         at_once = _FEW if heavy else _MANY
         number = 0
         for batch in _batches(fetch(path), wanted, at_once):

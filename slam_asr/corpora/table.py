@@ -21,7 +21,19 @@ from slam_asr.recipe import Columns, Data
 LAYOUT = ".csv, .tsv or .parquet files with a row an utterance"
 
 _USUAL = {
-    "audio": ("audio", "path", "file", "wav", "audio_path", "audio_file", "audio_filepath", "file_name", "filename", "filepath", "source"),
+    "audio": (
+        "audio",
+        "path",
+        "file",
+        "wav",
+        "audio_path",
+        "audio_file",
+        "audio_filepath",
+        "file_name",
+        "filename",
+        "filepath",
+        "source",
+    ),
     "text": ("text", "sentence", "transcript", "transcription", "target"),
     "key": ("id", "key", "utt_id", "utterance_id", "utt", "segment_id"),
     "split": ("split", "subset", "partition"),
@@ -61,14 +73,22 @@ class Table(Unpacked):
         if root.lower().endswith(SUFFIXES) and is_file(root):
             return cls(root, {root: split_of(root) or stem_of(root)}, data or Data())
         files = files_in(root, SUFFIXES)
-        return cls(root, {file: split_of(file) or stem_of(file) for file in files}, data or Data()) if files else None
+        return (
+            cls(root, {file: split_of(file) or stem_of(file) for file in files}, data or Data())
+            if files
+            else None
+        )
 
     def subsets(self) -> list[str]:
         return sorted(set().union(*self._subsets.values()))
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
         named = [file for file in self.files if not self._embeds(file)]
-        sources = (item.source for item in self._rows(subset, named) if isinstance(item, Candidate) and item.content is None)
+        sources = (
+            item.source
+            for item in self._rows(subset, named)
+            if isinstance(item, Candidate) and item.content is None
+        )
         return stamps_of(self.files, sources, self.root)
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
@@ -100,12 +120,24 @@ class Table(Unpacked):
         path, content = _audio(cells[columns.audio], f"{where}: the column {columns.audio}")
         start = _seconds(cells, columns.start, where)
         duration = None if start is None else _seconds(cells, columns.duration, where)
-        key = _key(cells.get(columns.key), path, start, where) if columns.key or path else f"{subset}-{stem_of(file)}-{number:07d}"
+        key = (
+            _key(cells.get(columns.key), path, start, where)
+            if columns.key or path
+            else f"{subset}-{stem_of(file)}-{number:07d}"
+        )
         if not path and content is None:
             return Rejection(key, "", NO_AUDIO, f"{where} names no audio.")
-        source = where if not path else path if content is not None else audio_path(path, file, self.data.audio_root)
+        source = (
+            where
+            if not path
+            else path
+            if content is not None
+            else audio_path(path, file, self.data.audio_root)
+        )
         text = cells[columns.text]
-        extra = {"subset": subset} | ({"speaker": str(cells[columns.speaker])} if cells.get(columns.speaker) else {})
+        extra = {"subset": subset} | (
+            {"speaker": str(cells[columns.speaker])} if cells.get(columns.speaker) else {}
+        )
         extra |= _carried(cells, columns)
         return Candidate(key, source, "" if text is None else str(text), extra, start, duration, content)
 
@@ -126,7 +158,9 @@ def named_columns(file: str, asked: Columns) -> Columns:
     for field in dataclasses.fields(Columns):
         name = getattr(asked, field.name)
         if name and name not in there:
-            raise UserError(f"{file} has no column {name}, which data.columns.{field.name} names; it has {_listed(there)}.")
+            raise UserError(
+                f"{file} has no column {name}, which data.columns.{field.name} names; it has {_listed(there)}."
+            )
         found[field.name] = name or _usual(file, field.name, there)
     taken = [name for name in found.values() if name]
     if twice := next((name for name in taken if taken.count(name) > 1), None):
@@ -142,7 +176,9 @@ def _usual(file: str, role: str, there: list[str]) -> str:
             f"{file} has {len(names)} columns that may be its {role}, {' and '.join(names)}: say which by --data.columns.{role}; it has {_listed(there)}."
         )
     if not names and role in ("audio", "text"):
-        raise UserError(f"{file} has no column of a usual name for its {role}: name it by --data.columns.{role}; it has {_listed(there)}.")
+        raise UserError(
+            f"{file} has no column of a usual name for its {role}: name it by --data.columns.{role}; it has {_listed(there)}."
+        )
     return names[0] if names else ""
 
 
@@ -157,7 +193,9 @@ def _audio(cell: Any, where: str) -> tuple[str, bytes | None]:
     if isinstance(path, bytes):
         path, content = None, path
     if not isinstance(path, str | None) or not isinstance(content, bytes | None):
-        raise UserError(f"{where} holds {type(cell).__name__}, neither a path nor an audio file's bytes: name the right column by --data.columns.audio.")
+        raise UserError(
+            f"{where} holds {type(cell).__name__}, neither a path nor an audio file's bytes: name the right column by --data.columns.audio."
+        )
     return (path or "").strip(), content
 
 
@@ -185,7 +223,11 @@ def _seconds(cells: dict[str, Any], column: str, where: str) -> float | None:
 def _carried(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
     named = {*vars(columns).values(), *_OF_MANIFEST}
     return {
-        name: value for name, value in cells.items()
-        if name not in named and value not in (None, "") and isinstance(value, str | int | float) and value == value and value not in (math.inf, -math.inf)
-    }  # fmt: skip
-
+        name: value
+        for name, value in cells.items()
+        if name not in named
+        and value not in (None, "")
+        and isinstance(value, str | int | float)
+        and value == value
+        and value not in (math.inf, -math.inf)
+    }

@@ -72,11 +72,26 @@ def decode(
         "features": store.fingerprint if store else None,
         "decoding": what_decides_the_texts(recipe.decoding),
         **({"audio of the worst": recipe.decoding.report_audio} if recipe.decoding.report_audio else {}),
-        **({"part": str(part)} if part else {"title": recipe.name, "published": recipe.published_wer, "controls": controls_of(recipe.decoding)}),
+        **(
+            {"part": str(part)}
+            if part
+            else {
+                "title": recipe.name,
+                "published": recipe.published_wer,
+                "controls": controls_of(recipe.decoding),
+            }
+        ),
     }
 
     # Neither does the report decide the texts, nor what it plays; what is kept of a decoding serves any.
-    deciding = digest({"version": __version__} | {key: value for key, value in inputs.items() if key not in ("title", "published", "controls", "audio of the worst")})
+    deciding = digest(
+        {"version": __version__}
+        | {
+            key: value
+            for key, value in inputs.items()
+            if key not in ("title", "published", "controls", "audio of the worst")
+        }
+    )
     place = output.replace(FINGERPRINT, digest(inputs)[:16])
 
     def work(folder: Path) -> Outcome:
@@ -85,12 +100,20 @@ def decode(
         rows = [row for row, _ in decoded]
         write_hypotheses(folder / HYPOTHESES, rows)
         if recipe.decoding.nbest > 1:
-            write_json_lines(folder / NBEST, [{"key": row.key, "subset": row.subset, "choices": [asdict(c) for c in answer.choices]} for row, answer in decoded])
+            write_json_lines(
+                folder / NBEST,
+                [
+                    {"key": row.key, "subset": row.subset, "choices": [asdict(c) for c in answer.choices]}
+                    for row, answer in decoded
+                ],
+            )
         heard = _audio_of_the_worst(recipe, rows, utterances)
         if part:
             if heard:
                 write_audio(folder, heard)
-            outcome = Outcome(f"{len(rows)} of {len(utterances)} utterances, part {part}", rates(facts), facts)
+            outcome = Outcome(
+                f"{len(rows)} of {len(utterances)} utterances, part {part}", rates(facts), facts
+            )
         else:
             outcome = report(folder, recipe, rows, opened.config.training, facts, heard)
         kept.close()
@@ -99,13 +122,17 @@ def decode(
     return run_stage("decode", output, inputs, work, overwrite)
 
 
-def _decode(decoder: Decoder, part: Part, kept: "Kept", processes: int) -> tuple[list[tuple[Hypothesis, "Answer"]], dict[str, Any]]:
+def _decode(
+    decoder: Decoder, part: Part, kept: "Kept", processes: int
+) -> tuple[list[tuple[Hypothesis, "Answer"]], dict[str, Any]]:
     """Transcribe a part of the utterances, but for those that are kept → what was written, and facts of how."""
     from slam_asr.decoding.spread import spread
     from slam_asr.models.precision import explain_precision, pick_device
 
     options, trained, utterances = decoder.recipe.decoding, decoder.model.trained, decoder.utterances
-    say(f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}")
+    say(
+        f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}"
+    )
     # Planned over all utterances, so that each is decoded beside the same others whatever the number of parts and processes.
     batches = [batch for number, batch in enumerate(decoder.batches) if part.takes(number)]
     mine = sorted(index for batch in batches for index in batch)
@@ -134,21 +161,32 @@ def _decode(decoder: Decoder, part: Part, kept: "Kept", processes: int) -> tuple
 
     answers = kept.answers
     decoded = [
-        (Hypothesis(u.key, u.target, answers[i].text, u.subset, u.speaker, u.duration or 0.0, answers[i].cut), answers[i])
+        (
+            Hypothesis(
+                u.key, u.target, answers[i].text, u.subset, u.speaker, u.duration or 0.0, answers[i].cut
+            ),
+            answers[i],
+        )
         for i, u in ((i, utterances[i]) for i in mine)
     ]
     new = [i for batch in left for i in batch]
     facts = {
-        "beams": options.beams, "seconds": round(seconds, 1), "audio_hours": round(hours, 4), "utterances": len(decoded),
+        "beams": options.beams,
+        "seconds": round(seconds, 1),
+        "audio_hours": round(hours, 4),
+        "utterances": len(decoded),
         "hours_decoded": round(sum(utterances[i].duration or 0.0 for i in new) / 3600, 4),
-        "answers_cut": sum(a.cut for _, a in decoded), "empty_answers": sum(not a.text for _, a in decoded),
-    }  # fmt: skip
+        "answers_cut": sum(a.cut for _, a in decoded),
+        "empty_answers": sum(not a.text for _, a in decoded),
+    }
     if all(a.close is not None for _, a in decoded):
         facts["close_calls"] = sum(a.close for _, a in decoded)
     return decoded, facts
 
 
-def _audio_of_the_worst(recipe: Recipe, rows: Sequence[Hypothesis], utterances: Sequence[Utterance]) -> dict[Name, str]:
+def _audio_of_the_worst(
+    recipe: Recipe, rows: Sequence[Hypothesis], utterances: Sequence[Utterance]
+) -> dict[Name, str]:
     """The sound of as many of the worst utterances as the report has room for."""
     if not recipe.decoding.report_audio:
         return {}

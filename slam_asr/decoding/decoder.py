@@ -46,7 +46,11 @@ class Decoder:
             feature_store = None
         self.feature_store = feature_store
         self._searcher: Searcher | None = None
-        self.store = FeatureStore(feature_store, model.config.encoder, model.trained.features.dtype, self.addresses) if feature_store else None
+        self.store = (
+            FeatureStore(feature_store, model.config.encoder, model.trained.features.dtype, self.addresses)
+            if feature_store
+            else None
+        )
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -60,14 +64,25 @@ class Decoder:
         options = self.recipe.decoding
         head = len(self._prompt.main.before) + len(self._prompt.main.ids)
         positions = [n + head for n in self._audio]
-        require_room(positions, lambda at: f"Utterance {self.utterances[at].key}", options.max_new_tokens, self.model.llm_folder)
-        return list(plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch))
+        require_room(
+            positions,
+            lambda at: f"Utterance {self.utterances[at].key}",
+            options.max_new_tokens,
+            self.model.llm_folder,
+        )
+        return list(
+            plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch)
+        )
 
     def load(self) -> None:
         """Load the weights, so that the first batch takes no longer than others."""
         from slam_asr.models.search import Searcher
 
-        self._searcher = Searcher(self.model.load(self.recipe.decoding, with_encoder=self.store is None), self._prompt, self.recipe.decoding)
+        self._searcher = Searcher(
+            self.model.load(self.recipe.decoding, with_encoder=self.store is None),
+            self._prompt,
+            self.recipe.decoding,
+        )
 
     def decode(self, batch: list[int]) -> "dict[int, Answer]":
         """The answers to a batch, by the utterances' numbers."""
@@ -89,7 +104,11 @@ class Decoder:
     def _reader(self) -> "StoreReader | AudioReader":
         from slam_asr.features.reader import AudioReader, StoreReader
 
-        return StoreReader(self.store) if self.store else AudioReader(self.model.spec, self.model.trained.features)
+        return (
+            StoreReader(self.store)
+            if self.store
+            else AudioReader(self.model.spec, self.model.trained.features)
+        )
 
     @cached_property
     def _reading(self) -> ThreadPoolExecutor:
@@ -103,7 +122,10 @@ def main() -> None:
     die_with_parent()
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     answers = sys.stdout
-    with failures_written_to(Path(job.folder), "decoding.positions_per_batch"), contextlib.redirect_stdout(sys.stderr):
+    with (
+        failures_written_to(Path(job.folder), "decoding.positions_per_batch"),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         if torch.cuda.is_available():
             torch.cuda.set_device(job.process)
         decoder = Decoder(load_recipe(job.recipe), open_model(job.model), job.files, job.feature_store)

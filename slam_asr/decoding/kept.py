@@ -56,7 +56,9 @@ class Kept:
             try:
                 upload(self.path, self.remote)
             except UserError as error:
-                say(f"warning: what is decoded so far could not be kept in object storage, which costs time if this is cut off: {error}")
+                say(
+                    f"warning: what is decoded so far could not be kept in object storage, which costs time if this is cut off: {error}"
+                )
 
     def close(self) -> None:
         """Take the file away: the results are there."""
@@ -90,4 +92,7 @@ def _whole(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
 
 def answers_in(line: dict[str, Any]) -> dict[int, Answer]:
     """The answers that a line of JSON holds, by the utterances' numbers."""
-    return {int(at): Answer(**{**values, "choices": [Choice(**choice) for choice in values["choices"]]}) for at, values in line.items()}
+    return {
+        int(at): Answer(**{**values, "choices": [Choice(**choice) for choice in values["choices"]]})
+        for at, values in line.items()
+    }

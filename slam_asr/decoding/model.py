@@ -70,7 +70,12 @@ class Model:
         llm = load_llm(self.llm_folder, DTYPES[precision])
         if adapter:
             add_lora(llm, self.trained.llm.lora, seed=0)
-            load_into(llm, adapter, str(self.folder / ADAPTER), [n for n, _ in llm.named_parameters() if ".lora_" in n])
+            load_into(
+                llm,
+                adapter,
+                str(self.folder / ADAPTER),
+                [n for n, _ in llm.named_parameters() if ".lora_" in n],
+            )
         # What the projector was trained on: features as the store has them. In fp32 they are not rounded, and the
         # encoder may work in whatever precision is asked for.
         stored_as = self.trained.features.dtype if self.trained.encoder.tuning == "frozen" else "fp32"

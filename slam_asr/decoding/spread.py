@@ -42,7 +42,9 @@ class _Ended(Exception):
     """A process has ended before its work was done."""
 
 
-def spread(decoder: "Decoder", batches: list[list[int]], processes: int, take: "Callable[[dict[int, Answer]], None]") -> None:
+def spread(
+    decoder: "Decoder", batches: list[list[int]], processes: int, take: "Callable[[dict[int, Answer]], None]"
+) -> None:
     """Give each of several processes one batch after the other, until there is none left.
 
     Args:
@@ -56,17 +58,34 @@ def spread(decoder: "Decoder", batches: list[list[int]], processes: int, take: "
     """
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     left, one_at_a_time = iter(batches), threading.Lock()
-    with TemporaryDirectory(prefix="slam-asr-") as folder, ThreadPoolExecutor(processes, "give-batches") as giving:
+    with (
+        TemporaryDirectory(prefix="slam-asr-") as folder,
+        ThreadPoolExecutor(processes, "give-batches") as giving,
+    ):
         running: list[subprocess.Popen] = []
         try:
             for number in range(processes):
                 path = Path(folder) / f"job-{number}.json"
-                job = Job(dump_recipe(decoder.recipe), str(decoder.model.folder), decoder.files, decoder.feature_store, number, folder)
+                job = Job(
+                    dump_recipe(decoder.recipe),
+                    str(decoder.model.folder),
+                    decoder.files,
+                    decoder.feature_store,
+                    number,
+                    folder,
+                )
                 write_json(path, asdict(job))
                 command = [sys.executable, "-u", "-m", "slam_asr.decoding.decoder", str(path)]
-                running.append(subprocess.Popen(
-                    command, env=os.environ | {"OMP_NUM_THREADS": threads}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-                ))
+                running.append(
+                    subprocess.Popen(
+                        command,
+                        env=os.environ | {"OMP_NUM_THREADS": threads},
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        encoding="utf-8",
+                    )
+                )
             done = [giving.submit(_serve, process, left, take, one_at_a_time) for process in running]
             failed = any(future.exception() for future in wait(done, return_when=FIRST_EXCEPTION).done)
             code = next((process.wait() for process in running if failed and process.poll()), 0)
@@ -87,7 +106,12 @@ def spread(decoder: "Decoder", batches: list[list[int]], processes: int, take: "
             )
 
 
-def _serve(process: subprocess.Popen, batches: Iterator[list[int]], take: "Callable[[dict[int, Answer]], None]", one_at_a_time: threading.Lock) -> None:
+def _serve(
+    process: subprocess.Popen,
+    batches: Iterator[list[int]],
+    take: "Callable[[dict[int, Answer]], None]",
+    one_at_a_time: threading.Lock,
+) -> None:
     """Give a process batches, and pass on its answers."""
     from slam_asr.decoding.kept import answers_in
 

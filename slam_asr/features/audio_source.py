@@ -53,7 +53,11 @@ def fit_to_window(utterances: Sequence[Utterance], spec: "EncoderSpec") -> Seque
     if not too_long:
         return utterances
     choice = spec.options.long_audio
-    done = {"cut": "are cut there, their transcripts are not", "split": "are split into windows", "set-aside": "are set aside"}
+    done = {
+        "cut": "are cut there, their transcripts are not",
+        "split": "are split into windows",
+        "set-aside": "are set aside",
+    }
     say(
         f"{too_long} of {len(utterances)} utterances are longer than the encoder's {spec.window_samples / SAMPLE_RATE:g}-s "
         f"window and {done[choice]} (encoder.long_audio: {choice})"

@@ -79,7 +79,9 @@ class ShardWriter:
         self._spans |= zip(addresses, encoded.batch.spans, strict=True)
         if encoded.batch.is_last:
             self.finish()  # one shard at a time waits in memory
-            self._writing = self._thread.submit(self._publish, encoded.batch.shard, self._features, self._spans)
+            self._writing = self._thread.submit(
+                self._publish, encoded.batch.shard, self._features, self._spans
+            )
             self._features, self._spans = {}, {}
 
     def finish(self) -> None:
@@ -114,12 +116,16 @@ def encode_shards(extraction: Extraction, shards: list[Planned], device: torch.d
         UserError: audio or weights that cannot be used, or no room for the shards.
     """
     recipe, spec = extraction.recipe, extraction.spec
-    workers = recipe.features.workers or workers_beside(processes_here("features.processes", recipe.features.processes), device.type == "cuda")
+    workers = recipe.features.workers or workers_beside(
+        processes_here("features.processes", recipe.features.processes), device.type == "cuda"
+    )
     with Loader(spec.preparer(), workers) as loader:
         compute = encoder_precision(recipe.features.dtype, device.type == "cuda")
         encoder = spec.load(DTYPES[compute], device)
         parameters = sum(p.numel() for p in encoder.parameters())
-        say(f"encoder parameters: {parameters:,}; computed in {compute} on {device}, stored as {recipe.features.dtype}")
+        say(
+            f"encoder parameters: {parameters:,}; computed in {compute} on {device}, stored as {recipe.features.dtype}"
+        )
         run_shards(extraction, shards, encoder, loader)
 
 
@@ -131,7 +137,9 @@ def run_shards(extraction: Extraction, shards: list[Planned], encoder: SpeechEnc
     with Meter("extract-features", total=sum(len(s.audio) for s in shards), unit="utt") as meter:
         batches = plan_batches(shards, extraction.spec, recipe.encoder.batch_seconds, meter)
         for batch, inputs in loader.batches((batch, batch.utterances) for batch in batches):
-            encoded = _to_host(batch, [stored.store(f, recipe.features.dtype) for f in encoder.encode(inputs)])
+            encoded = _to_host(
+                batch, [stored.store(f, recipe.features.dtype) for f in encoder.encode(inputs)]
+            )
             # A GPU has this batch to do while the one before it is collected.
             if under_way is not None:
                 writer.add(under_way)
@@ -154,7 +162,9 @@ def plan_batches(shards: list[Planned], spec: EncoderSpec, budget: float, meter:
         for number, group in enumerate(groups, start=1):
             chosen = [order[i] for i in group]
             utterances = [shard.audio.manifest[int(shard.audio.rows[i])] for i in chosen]
-            yield Batch(shard, utterances, [spec.span_of(samples[i]) for i in chosen], is_last=number == len(groups))
+            yield Batch(
+                shard, utterances, [spec.span_of(samples[i]) for i in chosen], is_last=number == len(groups)
+            )
 
 
 def _to_host(batch: Batch, features: list[stored.Values]) -> Encoded:
@@ -179,7 +189,9 @@ def main() -> None:
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     with failures_written_to(Path(job.folder)):
         recipe = load_recipe(job.recipe)
-        extraction = Extraction(recipe, describe_encoder(recipe.encoder), job.files, job.output, Part(**job.part))
+        extraction = Extraction(
+            recipe, describe_encoder(recipe.encoder), job.files, job.output, Part(**job.part)
+        )
         device = pick_device()
         if device.type == "cuda":
             device = torch.device("cuda", job.process)

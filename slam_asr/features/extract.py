@@ -55,15 +55,25 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, shard: s
     if not recipe.caches_features:
         why = "the encoder is trained too" if recipe.encoder.tuning != "frozen" else "features: none"
         return run_stage(
-            STAGE, join(output, "uncached", FINGERPRINT), {"why": why, "part": str(part)},
+            STAGE,
+            join(output, "uncached", FINGERPRINT),
+            {"why": why, "part": str(part)},
             lambda _: Outcome(f"nothing to cache: {why}", {"utterances": 0}),
         )
     extraction = Extraction(recipe, spec, files, output, part)
     inputs = {
-        "audio": [audio.digest() for audio in extraction.audio], "fingerprint": extraction.fingerprint,
-        "shard_megabytes": recipe.features.shard_megabytes, "part": str(part),
+        "audio": [audio.digest() for audio in extraction.audio],
+        "fingerprint": extraction.fingerprint,
+        "shard_megabytes": recipe.features.shard_megabytes,
+        "part": str(part),
     }
-    return run_stage(STAGE, join(extraction.space.root, "runs", FINGERPRINT), inputs, lambda _: extraction.run(), intact=extraction.is_intact)
+    return run_stage(
+        STAGE,
+        join(extraction.space.root, "runs", FINGERPRINT),
+        inputs,
+        lambda _: extraction.run(),
+        intact=extraction.is_intact,
+    )
 
 
 def manifest_files(manifests: Iterable[str], inside: Sequence[str] = MANIFESTS) -> list[str]:
@@ -74,13 +84,21 @@ def manifest_files(manifests: Iterable[str], inside: Sequence[str] = MANIFESTS) 
     """
     files: list[str] = []
     for manifest in manifests:
-        if exists(manifest) or (is_s3(manifest) and manifest.endswith(".jsonl")) or not (is_s3(manifest) or local_path(manifest).is_dir()):
+        if (
+            exists(manifest)
+            or (is_s3(manifest) and manifest.endswith(".jsonl"))
+            or not (is_s3(manifest) or local_path(manifest).is_dir())
+        ):
             files.append(manifest)
         else:
             record = require_record(manifest, "build-manifest")
             # Where a model is only measured, there is nothing to train on.
             counts = record.facts.get("utterances", {})
-            files += [join(record.folder, name) for name in inside if not counts or counts.get(name.removesuffix(".jsonl"))]
+            files += [
+                join(record.folder, name)
+                for name in inside
+                if not counts or counts.get(name.removesuffix(".jsonl"))
+            ]
     return files
 
 
@@ -95,7 +113,9 @@ class Extraction:
         part: which shards are this extraction's.
     """
 
-    def __init__(self, recipe: Recipe, spec: "EncoderSpec", files: Sequence[str], output: str, part: Part) -> None:
+    def __init__(
+        self, recipe: Recipe, spec: "EncoderSpec", files: Sequence[str], output: str, part: Part
+    ) -> None:
         self.recipe, self.spec, self.files, self.output, self.part = recipe, spec, list(files), output, part
         self.fingerprint = fingerprint_of(recipe, spec)
         self.space = Space.of(output, self.fingerprint)
@@ -112,7 +132,10 @@ class Extraction:
 
     def plans(self) -> list[Plan]:
         """What there is to do for each manifest, as the store is now."""
-        return [Plan(audio, self.space, self.fingerprint, self.spec, self.recipe.features, self.part) for audio in self.audio]
+        return [
+            Plan(audio, self.space, self.fingerprint, self.spec, self.recipe.features, self.part)
+            for audio in self.audio
+        ]
 
     @staticmethod
     def missing(plans: list[Plan], process: int = 0, processes: int = 1) -> list[Planned]:
@@ -125,7 +148,9 @@ class Extraction:
         there = self.space.shards_there()
         names = set(self.space.index_names())
         for name in record.facts.get("indexes", []):
-            if name not in names or any(there.get(s.name) != s.bytes for s in self.space.read_index(self.space.index(name)).shards):
+            if name not in names or any(
+                there.get(s.name) != s.bytes for s in self.space.read_index(self.space.index(name)).shards
+            ):
                 say(f"{STAGE}: the store has lost some of what it had; that is computed again")
                 return False
         return True
@@ -144,7 +169,9 @@ class Extraction:
         hours = sum(shard.audio.seconds() for shard in todo) / 3600
         kept = f", frames: {self.recipe.encoder.frames}" if self.spec.window_samples else ""
         whose = f" (part {self.part.number} of {self.part.of})" if self.part.of > 1 else ""
-        say(f"encoder: {self.recipe.encoder.name}{kept}; {utterances} utterances, {new} of them to compute here{whose}, {hours:.2f} h")
+        say(
+            f"encoder: {self.recipe.encoder.name}{kept}; {utterances} utterances, {new} of them to compute here{whose}, {hours:.2f} h"
+        )
         processes = processes_here("features.processes", self.recipe.features.processes)
         device = pick_device()
         if todo and processes > 1:
@@ -153,14 +180,23 @@ class Extraction:
             encode_shards(self, todo, device)
         published = [plan.publish() for plan in plans]
         size = sum(shard.bytes for shard in {s for _, index in published for s in index.shards})
-        entries, shards = sum(len(index) for _, index in published), len({s for _, index in published for s in index.shards})
+        entries, shards = (
+            sum(len(index) for _, index in published),
+            len({s for _, index in published for s in index.shards}),
+        )
         return Outcome(
             summary=f"{entries} utterances, {size / 1e6:.1f} MB in {shards} shard{'s' * (shards != 1)}, {new} of them new",
             metrics={
-                "utterances": entries, "new utterances": new, "audio_hours": round(sum(p.mine_seconds() for p in plans) / 3600, 4),
+                "utterances": entries,
+                "new utterances": new,
+                "audio_hours": round(sum(p.mine_seconds() for p in plans) / 3600, 4),
                 "megabytes": round(size / 1e6, 2),
             },
-            facts={"device": device.type, "indexes": [name for name, _ in published], "fingerprint": self.fingerprint},
+            facts={
+                "device": device.type,
+                "indexes": [name for name, _ in published],
+                "fingerprint": self.fingerprint,
+            },
         )
 
     def _remove_litter(self) -> None:

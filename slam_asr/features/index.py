@@ -18,7 +18,12 @@ from slam_asr.errors import UserError
 
 _FORMAT = 1
 _COLUMNS = {
-    "address": np.uint8, "shard": np.int32, "begin": np.int64, "scale_begin": np.int64, "frames": np.int32, "span": np.int32,
+    "address": np.uint8,
+    "shard": np.int32,
+    "begin": np.int64,
+    "scale_begin": np.int64,
+    "frames": np.int32,
+    "span": np.int32,
     "check": np.int64,
 }
 
@@ -112,7 +117,10 @@ class Index:
     def to_bytes(self) -> bytes:
         """The index's file; the same entries give the same bytes."""
         about = {
-            "format": _FORMAT, "fingerprint": self.fingerprint, "width": self.width, "shards": [[s.sha256, s.bytes] for s in self.shards],
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "width": self.width,
+            "shards": [[s.sha256, s.bytes] for s in self.shards],
         }
         columns = {name: np.ascontiguousarray(column) for name, column in self.columns.items()}
         return save(columns, metadata={"slam_asr_features": json.dumps(about, sort_keys=True)})
@@ -128,15 +136,26 @@ class Index:
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             about = json.loads(header["__metadata__"]["slam_asr_features"])
             if about["format"] != _FORMAT:
-                raise UserError(f"{where} is of format {about['format']}, and format {_FORMAT} is read here: extract features again.")
+                raise UserError(
+                    f"{where} is of format {about['format']}, and format {_FORMAT} is read here: extract features again."
+                )
             columns = load(content)
             shards = [Shard(sha256, size) for sha256, size in about["shards"]]
-            index = cls(about["fingerprint"], about["width"], shards, {name: columns[name].astype(t, copy=False) for name, t in _COLUMNS.items()})
-            if len({len(c) for c in index.columns.values()}) > 1 or (len(index) and index.columns["shard"].max() >= len(shards)):
+            index = cls(
+                about["fingerprint"],
+                about["width"],
+                shards,
+                {name: columns[name].astype(t, copy=False) for name, t in _COLUMNS.items()},
+            )
+            if len({len(c) for c in index.columns.values()}) > 1 or (
+                len(index) and index.columns["shard"].max() >= len(shards)
+            ):
                 raise ValueError("columns do not fit each other")
             return index
         except (ValueError, TypeError, KeyError, IndexError, SafetensorError, UnicodeDecodeError) as error:
-            raise UserError(f"{where} is not a feature store's index, or is damaged: remove it and run `slam-asr extract-features` again.") from error
+            raise UserError(
+                f"{where} is not a feature store's index, or is damaged: remove it and run `slam-asr extract-features` again."
+            ) from error
 
 
 def build(fingerprint: dict[str, Any], width: int, shard: Shard, entries: dict[str, Entry]) -> Index:
@@ -149,13 +168,19 @@ def build(fingerprint: dict[str, Any], width: int, shard: Shard, entries: dict[s
         entries: by address; their `shard` is not looked at.
     """
     ordered = sorted(entries)
-    columns = {name: np.array([getattr(entries[a], name) for a in ordered], kind) for name, kind in _COLUMNS.items() if name != "address"}
+    columns = {
+        name: np.array([getattr(entries[a], name) for a in ordered], kind)
+        for name, kind in _COLUMNS.items()
+        if name != "address"
+    }
     columns["shard"][:] = 0
     columns["address"] = to_array(ordered)
     return Index(fingerprint, width, [shard], columns)
 
 
-def merge(fingerprint: dict[str, Any], width: int, indexes: Iterable[Index], wanted: np.ndarray | None = None) -> Index:
+def merge(
+    fingerprint: dict[str, Any], width: int, indexes: Iterable[Index], wanted: np.ndarray | None = None
+) -> Index:
     """Several indexes as one; of an address that is in several, the first one's entry counts.
 
     Args:
@@ -170,7 +195,10 @@ def merge(fingerprint: dict[str, Any], width: int, indexes: Iterable[Index], wan
         if wanted is not None:
             index = index.keep(among(index.columns["address"], wanted))
         numbers = np.array([shards.setdefault(s, len(shards)) for s in index.shards], np.int32)
-        parts.append(index.columns | {"shard": numbers[index.columns["shard"]] if len(index) else index.columns["shard"]})
+        parts.append(
+            index.columns
+            | {"shard": numbers[index.columns["shard"]] if len(index) else index.columns["shard"]}
+        )
     joined = {name: np.concatenate([p[name] for p in parts]) for name in _COLUMNS} if parts else _no_entries()
     first, _ = first_of_each(joined["address"])
     merged = Index(fingerprint, width, list(shards), {name: column[first] for name, column in joined.items()})

@@ -47,13 +47,17 @@ class Contents:
 
 def _contents(space: Space) -> Contents:
     unfinished = join(space.root, "unfinished")
-    return Contents(space, space.published(), space.shards_there(), [join(unfinished, f.name) for f in walk(unfinished)])
+    return Contents(
+        space, space.published(), space.shards_there(), [join(unfinished, f.name) for f in walk(unfinished)]
+    )
 
 
 def _spaces(store: str) -> list[Space]:
     spaces = spaces_in(store)
     if not spaces:
-        raise UserError(f"{store} holds no feature store: check the path; it is the --output of `slam-asr extract-features`.")
+        raise UserError(
+            f"{store} holds no feature store: check the path; it is the --output of `slam-asr extract-features`."
+        )
     return spaces
 
 
@@ -68,7 +72,9 @@ def list_store(store: str) -> None:
     """
     for space in _spaces(store):
         contents = _contents(space)
-        about = ", ".join(f"{key} {str(value)[:12]}" for key, value in sorted((space.fingerprint() or {}).items()))
+        about = ", ".join(
+            f"{key} {str(value)[:12]}" for key, value in sorted((space.fingerprint() or {}).items())
+        )
         print(f"{name_of(space.root)}  {about}")
         index = contents.index
         if index is None:
@@ -76,7 +82,9 @@ def list_store(store: str) -> None:
         else:
             hours = int(index.columns["frames"].sum()) / _FRAMES_A_SECOND / 3600
             size = sum(s.bytes for s in index.shards) / 1e6
-            print(f"  {len(index):,} utterances, {hours:.2f} h of frames, {size:,.1f} MB in {len(index.shards)} shards, {len(space.index_names())} indexes")
+            print(
+                f"  {len(index):,} utterances, {hours:.2f} h of frames, {size:,.1f} MB in {len(index.shards)} shards, {len(space.index_names())} indexes"
+            )
         for count, what in (
             (len(contents.unfinished), "shards of unfinished extractions"),
             (len(contents.orphans), "shards that nothing names: `slam-asr features prune` removes them"),
@@ -99,7 +107,9 @@ def verify_store(store: str, repair: bool = False) -> None:
     spaces = [_contents(space) for space in _spaces(store)]
     damaged: list[str] = []
     lost = [c.space.shard(s.name) for c in spaces for s in c.lost]
-    shards = [(c.space, s) for c in spaces if c.index for s in c.index.shards if c.there.get(s.name) == s.bytes]
+    shards = [
+        (c.space, s) for c in spaces if c.index for s in c.index.shards if c.there.get(s.name) == s.bytes
+    ]
     with Meter("verify", total=len(shards), unit="shards") as meter, ThreadPoolExecutor(_READERS) as pool:
         for (space, shard), whole in zip(shards, pool.map(_is_whole, shards), strict=True):
             if not whole:
@@ -114,8 +124,12 @@ def verify_store(store: str, repair: bool = False) -> None:
         for path in damaged:
             delete(path)
         say(f"removed {len(damaged)} damaged shards")
-    then = "run `slam-asr extract-features` again over the same manifests" + ("" if repair else ", after `features verify --repair true`")
-    raise UserError(f"{store}: {len(damaged)} shards are damaged and {len(lost)} missing or cut short: {then}.")
+    then = "run `slam-asr extract-features` again over the same manifests" + (
+        "" if repair else ", after `features verify --repair true`"
+    )
+    raise UserError(
+        f"{store}: {len(damaged)} shards are damaged and {len(lost)} missing or cut short: {then}."
+    )
 
 
 def _is_whole(named: tuple[Space, Shard]) -> bool:
@@ -131,7 +145,11 @@ def _is_whole(named: tuple[Space, Shard]) -> bool:
 
 
 def prune_store(
-    store: str, keep: list[str] | None = None, drop: list[str] | None = None, unfinished: bool = False, yes: bool = False
+    store: str,
+    keep: list[str] | None = None,
+    drop: list[str] | None = None,
+    unfinished: bool = False,
+    yes: bool = False,
 ) -> None:
     """Remove what is not needed; without --yes true, say only what would go. Let no extraction run meanwhile.
 
@@ -150,7 +168,9 @@ def prune_store(
     spaces = _spaces(store)
     unknown = sorted(set(drop or []) - {name_of(s.root) for s in spaces})
     if unknown:
-        raise UserError(f"{store} has no {', '.join(unknown)}: `slam-asr features ls {store}` shows what it has.")
+        raise UserError(
+            f"{store} has no {', '.join(unknown)}: `slam-asr features ls {store}` shows what it has."
+        )
     wanted = _addresses(keep) if keep is not None else None
     verb = "removed" if yes else "would be removed (add --yes true to do it)"
     for space in spaces:
@@ -183,7 +203,11 @@ def _superfluous(contents: Contents, wanted: np.ndarray | None, unfinished: bool
         needed = np.zeros(len(index.shards), bool)
         needed[index.columns["shard"][among(index.columns["address"], wanted)]] = True
         if not needed.all():
-            files += [space.shard(s.name) for s, stays in zip(index.shards, needed, strict=True) if not stays and s.name in contents.there]
+            files += [
+                space.shard(s.name)
+                for s, stays in zip(index.shards, needed, strict=True)
+                if not stays and s.name in contents.there
+            ]
             files += [space.index(name) for name in space.index_names()]
             stays = merge(index.fingerprint, index.width, [index.keep(needed[index.columns["shard"]])])
             name = f"kept-{digest(stays.addresses())[:16]}"

@@ -110,7 +110,13 @@ class Plan:
     """
 
     def __init__(
-        self, audio: Audio, space: Space, fingerprint: dict[str, Any], spec: "EncoderSpec", features: "Features", part: Part
+        self,
+        audio: Audio,
+        space: Space,
+        fingerprint: dict[str, Any],
+        spec: "EncoderSpec",
+        features: "Features",
+        part: Part,
     ) -> None:
         self.audio, self.space, self.fingerprint, self.spec, self.part = audio, space, fingerprint, spec, part
         limit = features.shard_megabytes * 1_000_000
@@ -121,7 +127,9 @@ class Plan:
         names = self.space.index_names()
         bases = [name for name in self._bases(names) if name in names]
         based = merge(self.fingerprint, self.spec.width, map(self._index, bases), audio.addresses)
-        self.have = self._present(merge(self.fingerprint, self.spec.width, map(self._index, names), audio.addresses))
+        self.have = self._present(
+            merge(self.fingerprint, self.spec.width, map(self._index, names), audio.addresses)
+        )
         is_old = among(audio.addresses, based.columns["address"])
         lost = is_old & ~among(audio.addresses, self.have.columns["address"])
         self.old = audio.take(is_old & ~lost)
@@ -131,7 +139,9 @@ class Plan:
             sizes = [self.spec.frames_of(int(n)) * frame for n in chosen.samples]
             for piece in plan_shards(sizes, limit):
                 number = len(self.shards)
-                self.shards.append(Planned(number, chosen.take(piece), join(unfinished, f"{number:06}.safetensors")))
+                self.shards.append(
+                    Planned(number, chosen.take(piece), join(unfinished, f"{number:06}.safetensors"))
+                )
         self.mine = [shard for shard in self.shards if self.part.takes(shard.number)]
 
     def _bases(self, names: list[str]) -> list[str]:
@@ -142,7 +152,9 @@ class Plan:
         try:
             return list(json.loads(read_bytes(path)))
         except ValueError as error:
-            raise UserError(f"{path} is damaged: remove it and run `slam-asr extract-features` again.") from error
+            raise UserError(
+                f"{path} is damaged: remove it and run `slam-asr extract-features` again."
+            ) from error
 
     def _index(self, name: str) -> Index:
         return self.space.read_index(self.space.index(name))
@@ -181,7 +193,9 @@ class Plan:
         # Another extraction of the same audio may have published its index, and removed the receipts, first.
         published = map(self._index, self.space.index_names())
         self._there = self.space.shards_there()
-        mine = [s.audio.addresses for s in self.mine] + [self.old.addresses[self.part.number - 1 :: self.part.of]]
+        mine = [s.audio.addresses for s in self.mine] + [
+            self.old.addresses[self.part.number - 1 :: self.part.of]
+        ]
         wanted = np.concatenate(mine)
         wanted = wanted[in_order(wanted)]
         index = self._present(merge(self.fingerprint, self.spec.width, [*noted, *published], wanted))
@@ -197,4 +211,7 @@ class Plan:
 
     def mine_seconds(self) -> float:
         """Of this part's audio, old and new."""
-        return sum(s.audio.seconds() for s in self.mine) + float(self.old.samples[self.part.number - 1 :: self.part.of].sum()) / 16_000
+        return (
+            sum(s.audio.seconds() for s in self.mine)
+            + float(self.old.samples[self.part.number - 1 :: self.part.of].sum()) / 16_000
+        )

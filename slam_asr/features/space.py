@@ -74,7 +74,11 @@ class Space:
 
     def index_names(self) -> list[str]:
         """Names of the published indexes, in order."""
-        return [f.name.removesuffix(".safetensors") for f in walk(join(self.root, "indexes")) if f.name.endswith(".safetensors")]
+        return [
+            f.name.removesuffix(".safetensors")
+            for f in walk(join(self.root, "indexes"))
+            if f.name.endswith(".safetensors")
+        ]
 
     def read_index(self, path: str) -> Index:
         """An index of this space.
@@ -96,12 +100,18 @@ class Space:
         try:
             return dict(json.loads(read_bytes(path))["fingerprint"])
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged: remove it and run `slam-asr extract-features` again.") from error
+            raise UserError(
+                f"{path} is damaged: remove it and run `slam-asr extract-features` again."
+            ) from error
 
     def write_fingerprint(self, fingerprint: dict[str, Any], width: int) -> None:
         """Say what the space is of, if nothing says so yet."""
         about = {"fingerprint": fingerprint, "width": width}
-        write_bytes(join(self.root, FINGERPRINT_FILE), json.dumps(about, indent=2, sort_keys=True) + "\n", replace=False)
+        write_bytes(
+            join(self.root, FINGERPRINT_FILE),
+            json.dumps(about, indent=2, sort_keys=True) + "\n",
+            replace=False,
+        )
 
     def published(self, wanted: np.ndarray | None = None) -> Index | None:
         """All published indexes as one, or None where there are none.
@@ -119,10 +129,16 @@ class Space:
 
 def spaces_in(store: str) -> list[Space]:
     """All spaces of a store."""
-    return [s for s in (Space(join(store, name)) for name in folders_in(store)) if exists(join(s.root, FINGERPRINT_FILE))]
+    return [
+        s
+        for s in (Space(join(store, name)) for name in folders_in(store))
+        if exists(join(s.root, FINGERPRINT_FILE))
+    ]
 
 
-def pack(features: dict[str, Values], fingerprint: dict[str, Any], spans: dict[str, int]) -> tuple[bytes, Index]:
+def pack(
+    features: dict[str, Values], fingerprint: dict[str, Any], spans: dict[str, int]
+) -> tuple[bytes, Index]:
     """Features by address → a shard's bytes and its index; the same features give the same bytes."""
     tensors: dict[str, torch.Tensor] = {}
     for address, values in features.items():
@@ -168,9 +184,13 @@ def find_space(path: str, expected: dict[str, Any] | None, dtype: str | None) ->
         found = spaces_in(path)
     made = {space: fingerprint for space in found if (fingerprint := space.fingerprint()) is not None}
     if not made:
-        raise UserError(f"{path} holds no feature store: run `slam-asr extract-features` first, or check the path.")
+        raise UserError(
+            f"{path} holds no feature store: run `slam-asr extract-features` first, or check the path."
+        )
     if expected is not None:
-        fitting = {s: f for s, f in made.items() if all(f.get(key) == value for key, value in expected.items())}
+        fitting = {
+            s: f for s, f in made.items() if all(f.get(key) == value for key, value in expected.items())
+        }
         if not fitting:
             raise UserError(_of_others(path, list(made.values()), expected))
         made = fitting
@@ -186,7 +206,9 @@ def _of_others(path: str, made: list[dict[str, Any]], expected: dict[str, Any]) 
         return sorted(key for key in expected if fingerprint.get(key) != expected[key])
 
     nearest = min(made, key=lambda f: len(differing(f)))
-    detail = "; ".join(f"{key}: store {nearest.get(key)}, model {expected[key]}" for key in differing(nearest))
+    detail = "; ".join(
+        f"{key}: store {nearest.get(key)}, model {expected[key]}" for key in differing(nearest)
+    )
     return (
         f"The features in {path} were made by another encoder or preprocessing ({detail}): extract features with this recipe, or "
         "give the store that belongs to it."

@@ -46,7 +46,9 @@ def spread(job: Job, processes: int) -> None:
                 write_json(path, asdict(replace(job, process=number, processes=processes, folder=folder)))
                 command = [sys.executable, "-u", "-m", "slam_asr.features.encode", str(path)]
                 running.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads}))
-            while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
+            while any(process.poll() is None for process in running) and not any(
+                process.poll() for process in running
+            ):
                 time.sleep(0.1)
             code = next((process.returncode for process in running if process.returncode), 0)
         finally:

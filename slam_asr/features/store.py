@@ -41,7 +41,11 @@ class FeatureStore:
     """
 
     def __init__(
-        self, path: str, expected: dict[str, Any] | None = None, dtype: str | None = None, wanted: Sequence[str] | None = None,
+        self,
+        path: str,
+        expected: dict[str, Any] | None = None,
+        dtype: str | None = None,
+        wanted: Sequence[str] | None = None,
         cache_bytes: int = 50 * 10**9,
     ) -> None:
         self.path = str(path)
@@ -50,7 +54,9 @@ class FeatureStore:
         self.dtype: str = self.fingerprint["dtype"]
         index = self.space.published(to_array(sorted(set(wanted))) if wanted is not None else None)
         if index is None:
-            raise UserError(f"{self.path} holds no finished feature store (no index): run `slam-asr extract-features` first, or again.")
+            raise UserError(
+                f"{self.path} holds no finished feature store (no index): run `slam-asr extract-features` first, or again."
+            )
         self.index = index
         self._require_shards()
         self.remote = is_s3(self.space.root)
@@ -120,10 +126,15 @@ class FeatureStore:
         at = self.find(address)
         entry = self.index.entry(at)
         size = entry.frames * self.index.width * STORED[self.dtype].itemsize
-        ranges = [(entry.begin, size)] + ([(entry.scale_begin, 4 * entry.frames)] if entry.scale_begin >= 0 else [])
+        ranges = [(entry.begin, size)] + (
+            [(entry.scale_begin, 4 * entry.frames)] if entry.scale_begin >= 0 else []
+        )
         source = self._mapped(entry.shard)
         if source is None:
-            parts = [bytearray(s3.read(self._path(entry.shard), begin, begin + n)) if n else bytearray() for begin, n in ranges]
+            parts = [
+                bytearray(s3.read(self._path(entry.shard), begin, begin + n)) if n else bytearray()
+                for begin, n in ranges
+            ]
         else:
             parts = [memoryview(source)[begin : begin + n] for begin, n in ranges]
         if source is None or not self._checked[at]:
@@ -134,9 +145,16 @@ class FeatureStore:
                 )
             self._checked[at] = True
         if not entry.frames:
-            return restore(Values(torch.zeros(0, self.index.width, dtype=STORED[self.dtype]), torch.zeros(0) if len(parts) > 1 else None))
+            return restore(
+                Values(
+                    torch.zeros(0, self.index.width, dtype=STORED[self.dtype]),
+                    torch.zeros(0) if len(parts) > 1 else None,
+                )
+            )
         frames = torch.frombuffer(parts[0], dtype=STORED[self.dtype]).view(entry.frames, self.index.width)
-        return restore(Values(frames, torch.frombuffer(parts[1], dtype=torch.float32) if len(parts) > 1 else None))
+        return restore(
+            Values(frames, torch.frombuffer(parts[1], dtype=torch.float32) if len(parts) > 1 else None)
+        )
 
     def expect(self, shards: Iterable[int]) -> None:
         """Let go of all other shards, and where the store is remote, fetch these ahead, in this order."""
@@ -178,7 +196,11 @@ class FeatureStore:
         wanted = self.index.shards[shard]
         while True:
             try:
-                return self._cache.hold(wanted.name, wanted.bytes, lambda file: s3.download(self._path(shard), file, wanted.sha256))
+                return self._cache.hold(
+                    wanted.name,
+                    wanted.bytes,
+                    lambda file: s3.download(self._path(shard), file, wanted.sha256),
+                )
             except NoRoom:
                 # What this process has open but does not need just now makes room. Failing that, utterances are
                 # fetched one by one, past the disk.
@@ -205,4 +227,6 @@ def _map(path: Path) -> mmap.mmap:
             # Private: torch wants memory that it may write to.
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: run `slam-asr extract-features` again over the same manifests.") from error
+        raise UserError(
+            f"{path} cannot be read: run `slam-asr extract-features` again over the same manifests."
+        ) from error

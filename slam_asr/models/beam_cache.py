@@ -38,10 +38,15 @@ def for_beams(cache: DynamicCache, beams: int, room: int, mask: torch.Tensor | N
     """
     if mask is not None:
         dtype = cache.layers[0].keys.dtype
-        hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask == 0, torch.finfo(dtype).min)[:, None, None]
+        hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+            mask == 0, torch.finfo(dtype).min
+        )[:, None, None]
         cache.layers = [SharedLayer(layer, beams, room, hidden) for layer in cache.layers]
     else:
-        cache.layers = [BeamLayer(layer, beams, room) if type(layer) is DynamicLayer else _repeated(layer, beams) for layer in cache.layers]
+        cache.layers = [
+            BeamLayer(layer, beams, room) if type(layer) is DynamicLayer else _repeated(layer, beams)
+            for layer in cache.layers
+        ]
     return cache
 
 
@@ -63,7 +68,9 @@ class BeamLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = self._keys.dtype, self._keys.device, True
         self._show(self.shared)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append → all keys and values."""
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
@@ -75,7 +82,9 @@ class BeamLayer(DynamicLayer):
         """Give each row the answer of another of the same utterance."""
         end = self.keys.shape[-2]
         for buffer in (self._keys, self._values):
-            buffer[:, :, self.shared : end] = buffer[:, :, self.shared : end].index_select(0, beam_idx.to(buffer.device))
+            buffer[:, :, self.shared : end] = buffer[:, :, self.shared : end].index_select(
+                0, beam_idx.to(buffer.device)
+            )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows: those of utterances that are still searched."""
@@ -108,13 +117,20 @@ class SharedLayer(BeamLayer):
     """
 
     def __init__(self, layer: DynamicLayer, beams: int, room: int, hidden: torch.Tensor) -> None:
-        self.before_keys, self.before_values, self.hidden, self.beams = layer.keys, layer.values, hidden, beams
+        self.before_keys, self.before_values, self.hidden, self.beams = (
+            layer.keys,
+            layer.values,
+            hidden,
+            beams,
+        )
         self.attended = 0
         """Positions for which `attend` was called."""
         layer.keys, layer.values = (tensor[:, :, :0] for tensor in (layer.keys, layer.values))
         super().__init__(layer, beams, room)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append → keys and values of the answers, by which `attend` finds the others."""
         keys, values = super().update(key_states, value_states)
         keys = keys.view_as(keys)
@@ -129,12 +145,20 @@ class SharedLayer(BeamLayer):
         """Keep these rows: all beams of utterances that are still searched."""
         super().batch_select_indices(indices)
         utterances = indices[:: self.beams] // self.beams
-        self.before_keys, self.before_values, self.hidden = (tensor[utterances] for tensor in (self.before_keys, self.before_values, self.hidden))
+        self.before_keys, self.before_values, self.hidden = (
+            tensor[utterances] for tensor in (self.before_keys, self.before_values, self.hidden)
+        )
 
 
 def attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float | None = None,
-    dropout: float = 0.0, **more: object,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **more: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one new position of each beam, as transformers asks for it.
 
@@ -155,7 +179,12 @@ def attend(
         CannotShare: the LLM wants something else.
     """
     layer = getattr(key, "of_layer", None)
-    if layer is None or attention_mask is not None or query.shape[-2] != 1 or any(more.get(name) is not None for name in _OTHER_SCORES):
+    if (
+        layer is None
+        or attention_mask is not None
+        or query.shape[-2] != 1
+        or any(more.get(name) is not None for name in _OTHER_SCORES)
+    ):
         raise CannotShare
     layer.attended += 1
     rows, heads, _, width = query.shape
@@ -173,7 +202,9 @@ def attend(
     of_before = together(query) @ layer.before_keys.transpose(-1, -2) + layer.hidden
     of_answers = together(query @ key.transpose(-1, -2))
     probabilities = torch.cat([of_before, of_answers], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-    output = apart(probabilities[..., :before] @ layer.before_values) + apart(probabilities[..., before:]) @ value
+    output = (
+        apart(probabilities[..., :before] @ layer.before_values) + apart(probabilities[..., before:]) @ value
+    )
     return output.reshape(rows, 1, heads, -1), None
 
 
@@ -185,7 +216,9 @@ AttentionInterface.register(ATTENTION, attend)
 @contextlib.contextmanager
 def beams_share(llm: PreTrainedModel) -> Iterator[None]:
     """Have an LLM use `attend` meanwhile."""
-    configs = {id(module.config): module.config for module in llm.modules() if hasattr(module, "config")}.values()
+    configs = {
+        id(module.config): module.config for module in llm.modules() if hasattr(module, "config")
+    }.values()
     usual = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = ATTENTION

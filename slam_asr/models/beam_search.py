@@ -70,7 +70,9 @@ class _Beams:
         return _Beams(**{name: tensor[chosen] for name, tensor in vars(self).items()})
 
 
-def beam_search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig) -> Found | None:
+def beam_search(
+    llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig
+) -> Found | None:
     """Answer a batch; with one beam, greedily.
 
     Args:
@@ -89,7 +91,13 @@ def beam_search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tens
     return _search(llm, embeddings, mask, generation, share=False)
 
 
-def _search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig, share: bool) -> Found | None:
+def _search(
+    llm: PreTrainedModel,
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+    generation: GenerationConfig,
+    share: bool,
+) -> Found | None:
     utterances, width = embeddings.shape[:2]
     beams, most = generation.num_beams, generation.max_new_tokens
     device = embeddings.device
@@ -105,12 +113,19 @@ def _search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, 
     processors = penalties(generation)
     fill = generation.pad_token_id or generation.eos_token_id[0]
     at = _begin(utterances, beams, most, fill, device)
-    result, all_close = _begin(utterances, beams, most, fill, device), torch.zeros(utterances, dtype=torch.bool, device=device)
+    result, all_close = (
+        _begin(utterances, beams, most, fill, device),
+        torch.zeros(utterances, dtype=torch.bool, device=device),
+    )
     for step in range(most):
         last = step + 1 == most
         said = at.ids[:, :, :step].flatten(0, 1)
         # As in transformers: in greedy search a penalty changes logits, in beam search log probabilities.
-        log_probabilities = processors(said, logits.log_softmax(-1)) if beams > 1 else processors(said, logits).log_softmax(-1)
+        log_probabilities = (
+            processors(said, logits.log_softmax(-1))
+            if beams > 1
+            else processors(said, logits).log_softmax(-1)
+        )
         at, chosen = _choose(at, log_probabilities.unflatten(0, (-1, beams)), step, stops, generation)
         settled = ~at.improvable if not last else torch.ones_like(at.improvable)
         new = at.number[settled]
@@ -128,16 +143,28 @@ def _search(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, 
         positions = (lengths + step).repeat_interleave(beams)[:, None]
         seen = mask[:, : width + step + 1]
         with beams_share(llm) if share else contextlib.nullcontext():
-            logits, _ = _run(llm, positions, input_ids=at.ids[:, :, step].reshape(-1, 1), attention_mask=seen, past_key_values=cache)
+            logits, _ = _run(
+                llm,
+                positions,
+                input_ids=at.ids[:, :, step].reshape(-1, 1),
+                attention_mask=seen,
+                past_key_values=cache,
+            )
         if share and any(layer.attended != step + 1 for layer in cache.layers):
             raise CannotShare
     answers = generation.num_return_sequences
     longest = int(result.ended_lengths[:, :answers].max())
-    close = all_close if beams == 1 else all_close | ((result.ended_scores[:, 0] - result.ended_scores[:, 1]) < CLOSE)
+    close = (
+        all_close
+        if beams == 1
+        else all_close | ((result.ended_scores[:, 0] - result.ended_scores[:, 1]) < CLOSE)
+    )
     return Found(result.ended[:, :answers, :longest], result.ended_scores[:, :answers], close.tolist())
 
 
-def _run(llm: PreTrainedModel, positions: torch.Tensor, **inputs: torch.Tensor) -> tuple[torch.Tensor, object]:
+def _run(
+    llm: PreTrainedModel, positions: torch.Tensor, **inputs: torch.Tensor
+) -> tuple[torch.Tensor, object]:
     """Logits [rows, vocabulary] of the last position, and the cache."""
     takes = inspect.signature(llm.forward).parameters
     more = {"position_ids": positions} if "position_ids" in takes else {}
@@ -151,7 +178,12 @@ def _read(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor) ->
 
     def read(rows: torch.Tensor | slice, longest: int) -> tuple[torch.Tensor, object]:
         seen = mask[rows, width - longest :]
-        return _run(llm, (seen.cumsum(1) - 1).clamp(min=0), inputs_embeds=embeddings[rows, width - longest :], attention_mask=seen)
+        return _run(
+            llm,
+            (seen.cumsum(1) - 1).clamp(min=0),
+            inputs_embeds=embeddings[rows, width - longest :],
+            attention_mask=seen,
+        )
 
     utterances, width = mask.shape
     if utterances * width <= _READ:
@@ -168,7 +200,9 @@ def _read(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor) ->
         for layer, part in zip(whole.layers, cache.layers, strict=True):
             keys, values = part.keys, part.values
             if start == 0:
-                layer.keys, layer.values = (t.new_zeros(utterances, t.shape[1], width, t.shape[3]) for t in (keys, values))
+                layer.keys, layer.values = (
+                    t.new_zeros(utterances, t.shape[1], width, t.shape[3]) for t in (keys, values)
+                )
             layer.keys[rows, :, width - longest :], layer.values[rows, :, width - longest :] = keys, values
         logits.append(found)
         start += len(rows)
@@ -188,7 +222,11 @@ def penalties(generation: GenerationConfig) -> LogitsProcessorList:
 def without_penalties(generation: GenerationConfig, scores: bool = False) -> GenerationConfig:
     """The same for transformers, where `penalties` stand beside it; it gives more than the ids, with `scores` those of the answers too."""
     generation = copy.copy(generation)
-    generation.repetition_penalty, generation.return_dict_in_generate, generation.output_scores = 1.0, True, scores
+    generation.repetition_penalty, generation.return_dict_in_generate, generation.output_scores = (
+        1.0,
+        True,
+        scores,
+    )
     return generation
 
 
@@ -198,9 +236,16 @@ def _begin(utterances: int, beams: int, most: int, fill: int, device: torch.devi
     scores[:, 1:] = _NEVER  # All beams are the same yet: the first one speaks for them.
     none = torch.zeros(utterances, beams, dtype=torch.bool, device=device)
     return _Beams(
-        torch.arange(utterances, device=device), ids, scores, ids.clone(), torch.full_like(scores, _NEVER), torch.zeros_like(none, dtype=torch.long), none,
-        torch.ones_like(none[:, 0]), torch.zeros_like(none[:, 0]),
-    )  # fmt: skip
+        torch.arange(utterances, device=device),
+        ids,
+        scores,
+        ids.clone(),
+        torch.full_like(scores, _NEVER),
+        torch.zeros_like(none, dtype=torch.long),
+        none,
+        torch.ones_like(none[:, 0]),
+        torch.zeros_like(none[:, 0]),
+    )
 
 
 def _choose(
@@ -253,7 +298,17 @@ def _choose(
     # Of what is settled nothing changes any more, so nothing is close.
     close = torch.where(at.improvable, close, at.close)
     rows = beam.gather(1, order) + torch.arange(utterances, device=beam.device)[:, None] * beams
-    now = _Beams(at.number, _take(ids, order), running, _take(torch.cat([at.ended, ids], 1), places), ended_scores, lengths, has_ended, improvable, close)
+    now = _Beams(
+        at.number,
+        _take(ids, order),
+        running,
+        _take(torch.cat([at.ended, ids], 1), places),
+        ended_scores,
+        lengths,
+        has_ended,
+        improvable,
+        close,
+    )
     return now, rows.flatten()
 
 

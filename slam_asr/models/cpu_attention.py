@@ -15,7 +15,9 @@ BLOCK = 128
 """Queries at a time."""
 
 
-def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
     """Attention of each position to itself and those before it.
 
     Args:
@@ -32,7 +34,9 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         heads, positions, width = query.shape
         groups = key.shape[0]
         keys = key.transpose(1, 2)
@@ -41,11 +45,15 @@ class _CausalAttention(torch.autograd.Function):
         for start, end in _blocks(positions):
             count = end - start
             # The heads that share a key head are rows of one product.
-            scores = _scaled(query[:, start:end].reshape(groups, -1, width), keys[:, :, :end], scale).view(heads, count, end)
+            scores = _scaled(query[:, start:end].reshape(groups, -1, width), keys[:, :, :end], scale).view(
+                heads, count, end
+            )
             scores[:, :, start:].masked_fill_(_above_diagonal(count), -torch.inf)
             probabilities = torch.softmax(scores, -1)
             kept.append(probabilities)
-            output[:, start:end] = torch.bmm(probabilities.view(groups, -1, end), value[:, :end]).view(heads, count, width)
+            output[:, start:end] = torch.bmm(probabilities.view(groups, -1, end), value[:, :end]).view(
+                heads, count, width
+            )
         ctx.scale = scale
         ctx.save_for_backward(query, key, value, *kept)
         return output
@@ -65,8 +73,12 @@ class _CausalAttention(torch.autograd.Function):
             of_value[:, :end] += torch.bmm(probabilities.transpose(1, 2), of_output)
             of_probabilities = torch.bmm(of_output, values[:, :, :end])
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-            of_query[:, start:end] = _scaled(of_scores, key[:, :end], ctx.scale).view(heads, end - start, width)
-            of_key[:, :end] += _scaled(of_scores.transpose(1, 2), query[:, start:end].reshape(groups, -1, width), ctx.scale)
+            of_query[:, start:end] = _scaled(of_scores, key[:, :end], ctx.scale).view(
+                heads, end - start, width
+            )
+            of_key[:, :end] += _scaled(
+                of_scores.transpose(1, 2), query[:, start:end].reshape(groups, -1, width), ctx.scale
+            )
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
 
 

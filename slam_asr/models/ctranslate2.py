@@ -66,7 +66,9 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
         version = number("I")
         spec = string() if version == _VERSION else ""
         if spec != "WhisperSpec":
-            raise UserError(f"{path} is not a Whisper in CTranslate2's format version {_VERSION}: give another file.")
+            raise UserError(
+                f"{path} is not a Whisper in CTranslate2's format version {_VERSION}: give another file."
+            )
         number("I")
         variables = {}
         for _ in range(number("I")):
@@ -88,7 +90,9 @@ def whisper_state(variables: dict[str, np.ndarray]) -> "dict[str, torch.Tensor]"
     for name, value in variables.items():
         if value.ndim == 0:
             continue
-        stacked = re.fullmatch(r"(\w+)/layer_(\d+)/(self_attention|attention)/linear_(\d)/(weight|bias)", name)
+        stacked = re.fullmatch(
+            r"(\w+)/layer_(\d+)/(self_attention|attention)/linear_(\d)/(weight|bias)", name
+        )
         if stacked:
             side, layer, block, linear, kind = stacked.groups()
             block, parts = _STACKED[block, int(linear)]
@@ -113,7 +117,12 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
         folder: an existing folder for the result. Weights keep the type they are stored in.
     """
     import torch
-    from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+    )
 
     variables = read_variables(weights)
     state = whisper_state(variables)
@@ -125,32 +134,57 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
     heads, feed_forward = int(variables["encoder/num_heads"]), 4 * width
     special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
     config = WhisperConfig(
-        vocab_size=len(variables["decoder/embeddings/weight"]), num_mel_bins=bins, d_model=width,
-        encoder_layers=layers, decoder_layers=layers,
-        encoder_attention_heads=heads, decoder_attention_heads=heads,
-        encoder_ffn_dim=feed_forward, decoder_ffn_dim=feed_forward,
+        vocab_size=len(variables["decoder/embeddings/weight"]),
+        num_mel_bins=bins,
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=feed_forward,
+        decoder_ffn_dim=feed_forward,
         max_source_positions=len(variables["encoder/position_encodings/encodings"]),
-        max_target_positions=len(variables["decoder/position_encodings/encodings"]), **special,
+        max_target_positions=len(variables["decoder/position_encodings/encodings"]),
+        **special,
     )
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     english = config.vocab_size == _ENGLISH_VOCABULARY
-    languages = {} if english else {
-        "lang_to_id": {token: i for token, i in ids.items() if i in said["lang_ids"]},
-        "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}, "task": "transcribe",
-    }
+    languages = (
+        {}
+        if english
+        else {
+            "lang_to_id": {token: i for token, i in ids.items() if i in said["lang_ids"]},
+            "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
+            "task": "transcribe",
+        }
+    )
     model.generation_config = GenerationConfig(
-        **special, **languages, is_multilingual=not english, max_length=config.max_target_positions,
-        suppress_tokens=said["suppress_ids"], begin_suppress_tokens=said["suppress_ids_begin"],
-        alignment_heads=said["alignment_heads"], no_timestamps_token_id=ids["<|notimestamps|>"],
-        prev_sot_token_id=ids["<|startofprev|>"], max_initial_timestamp_index=50, return_timestamps=False,
+        **special,
+        **languages,
+        is_multilingual=not english,
+        max_length=config.max_target_positions,
+        suppress_tokens=said["suppress_ids"],
+        begin_suppress_tokens=said["suppress_ids_begin"],
+        alignment_heads=said["alignment_heads"],
+        no_timestamps_token_id=ids["<|notimestamps|>"],
+        prev_sot_token_id=ids["<|startofprev|>"],
+        max_initial_timestamp_index=50,
+        return_timestamps=False,
     )
     model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=bins).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "WhisperTokenizer", "model_max_length": 1024, "add_prefix_space": False,
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
-    }, indent=2))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "WhisperTokenizer",
+                "model_max_length": 1024,
+                "add_prefix_space": False,
+                **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
+            },
+            indent=2,
+        )
+    )

@@ -163,7 +163,9 @@ def describe_encoder(options: Encoder) -> EncoderSpec:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"{options.name} ({folder}) has no readable config.json: {one_sentence(error)}") from error
+        raise UserError(
+            f"{options.name} ({folder}) has no readable config.json: {one_sentence(error)}"
+        ) from error
     return spec_of(folder, config, options)
 
 

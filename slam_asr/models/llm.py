@@ -12,7 +12,13 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slam_asr.configuration import nearest, one_sentence
@@ -47,7 +53,9 @@ def describe_llm(folder: Path) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The LLM in {folder} has no config.json of a causal LM: {one_sentence(error)}") from error
+        raise UserError(
+            f"The LLM in {folder} has no config.json of a causal LM: {one_sentence(error)}"
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -58,13 +66,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # a missing file shows as any of OSError, ValueError, TypeError, KeyError, ImportError
+    except (
+        Exception
+    ) as error:  # a missing file shows as any of OSError, ValueError, TypeError, KeyError, ImportError
         raise UserError(
             f"The LLM in {folder} has no tokenizer that can be read (tokenizer.json, tokenizer_config.json): "
             f"{one_sentence(error)}"
         ) from error
-    if len(tokenizer) == len(tokenizer.all_special_ids) or not tokenizer.encode("a", add_special_tokens=False):
-        raise UserError(f"The LLM in {folder} has no tokenizer (tokenizer.json, tokenizer_config.json): put its files there.")
+    if len(tokenizer) == len(tokenizer.all_special_ids) or not tokenizer.encode(
+        "a", add_special_tokens=False
+    ):
+        raise UserError(
+            f"The LLM in {folder} has no tokenizer (tokenizer.json, tokenizer_config.json): put its files there."
+        )
     return tokenizer
 
 
@@ -106,7 +120,11 @@ def lora_config(options: Lora) -> "LoraConfig":
     from peft import LoraConfig
 
     return LoraConfig(
-        r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=list(options.targets), bias="none"
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=list(options.targets),
+        bias="none",
     )
 
 
@@ -116,7 +134,13 @@ def require_targets(llm: PreTrainedModel, options: Lora) -> None:
     Raises:
         UserError: it has none of such a name.
     """
-    linear = sorted({name.rpartition(".")[2] for name, module in llm.named_modules() if isinstance(module, _linear_layers())})
+    linear = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in llm.named_modules()
+            if isinstance(module, _linear_layers())
+        }
+    )
     absent = [t for t in options.targets if t not in linear]
     if absent:
         raise UserError(

@@ -25,24 +25,40 @@ from slam_asr.storage import write_atomically, write_json
 Tensors = dict[str, torch.Tensor]
 
 _WHISPER = [
-    (r"positional_embedding", "embed_positions.weight"), (r"token_embedding", "embed_tokens"),
-    (r"ln_post|decoder\.ln(?=\.)", lambda m: m[0].replace("ln_post", "layer_norm").replace("decoder.ln", "decoder.layer_norm")),
-    (r"blocks\.", "layers."), (r"\.attn_ln\.", ".self_attn_layer_norm."), (r"cross_attn_ln", "encoder_attn_layer_norm"),
-    (r"\.mlp_ln\.", ".final_layer_norm."), (r"\.mlp\.0\.", ".fc1."), (r"\.mlp\.2\.", ".fc2."),
-    (r"\.attn\.", ".self_attn."), (r"cross_attn\.", "encoder_attn."),
-    (r"\.query\.", ".q_proj."), (r"\.key\.", ".k_proj."), (r"\.value\.", ".v_proj."), (r"\.out\.", ".out_proj."),
+    (r"positional_embedding", "embed_positions.weight"),
+    (r"token_embedding", "embed_tokens"),
+    (
+        r"ln_post|decoder\.ln(?=\.)",
+        lambda m: m[0].replace("ln_post", "layer_norm").replace("decoder.ln", "decoder.layer_norm"),
+    ),
+    (r"blocks\.", "layers."),
+    (r"\.attn_ln\.", ".self_attn_layer_norm."),
+    (r"cross_attn_ln", "encoder_attn_layer_norm"),
+    (r"\.mlp_ln\.", ".final_layer_norm."),
+    (r"\.mlp\.0\.", ".fc1."),
+    (r"\.mlp\.2\.", ".fc2."),
+    (r"\.attn\.", ".self_attn."),
+    (r"cross_attn\.", "encoder_attn."),
+    (r"\.query\.", ".q_proj."),
+    (r"\.key\.", ".k_proj."),
+    (r"\.value\.", ".v_proj."),
+    (r"\.out\.", ".out_proj."),
 ]
 _WAVEFORM = [
     (r"^mask_emb$", "masked_spec_embed"),
     (r"^(feature_extractor\.conv_layers\.\d+)\.0\.", r"\1.conv."),
     (r"^(feature_extractor\.conv_layers\.\d+)\.2\.(?:1\.)?", r"\1.layer_norm."),
-    (r"^post_extract_proj\.", "feature_projection.projection."), (r"^layer_norm\.", "feature_projection.layer_norm."),
+    (r"^post_extract_proj\.", "feature_projection.projection."),
+    (r"^layer_norm\.", "feature_projection.layer_norm."),
     (r"^encoder\.pos_conv\.0\.weight_g$", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
     (r"^encoder\.pos_conv\.0\.weight_v$", "encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
     (r"^encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.conv."),
-    (r"\.self_attn_layer_norm\.", ".layer_norm."), (r"\.self_attn\.", ".attention."),
-    (r"\.fc1\.", ".feed_forward.intermediate_dense."), (r"\.fc2\.", ".feed_forward.output_dense."),
-    (r"\.grep_a$", ".gru_rel_pos_const"), (r"\.grep_linear\.", ".gru_rel_pos_linear."),
+    (r"\.self_attn_layer_norm\.", ".layer_norm."),
+    (r"\.self_attn\.", ".attention."),
+    (r"\.fc1\.", ".feed_forward.intermediate_dense."),
+    (r"\.fc2\.", ".feed_forward.output_dense."),
+    (r"\.grep_a$", ".gru_rel_pos_const"),
+    (r"\.grep_linear\.", ".gru_rel_pos_linear."),
     (r"\.relative_attention_bias\.", ".rel_attn_embed."),
 ]
 """fairseq's names, which WavLM's authors kept, and transformers'."""
@@ -93,10 +109,14 @@ def convert_original(source: Path, folder: Path) -> str:
     weights = map_tensors(original, str(source))
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{source} holds values that are not finite (NaN or infinite), in what becomes {name}: fetch it again.")
+            raise UserError(
+                f"{source} holds values that are not finite (NaN or infinite), in what becomes {name}: fetch it again."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    write_atomically(folder / "model.safetensors", save({n: t.contiguous() for n, t in weights.items()}, {"format": "pt"}))
+    write_atomically(
+        folder / "model.safetensors", save({n: t.contiguous() for n, t in weights.items()}, {"format": "pt"})
+    )
     write_json(folder / "preprocessor_config.json", _preprocessor(original))
     original.config.architectures = [type(_skeleton(original.config)).__name__]
     original.config.dtype = next(iter(weights.values())).dtype
@@ -120,7 +140,9 @@ def recognise(content: Any, where: str) -> Original:
         case {"dims": dict(dims), "model_state_dict": dict(tensors)}:
             _require_tensors(tensors, where)
             return _whisper(dims, tensors, where)
-        case {"model": dict(tensors)} if any("feature_extractor.conv_layers.0.0.weight" in str(name) for name in tensors):
+        case {"model": dict(tensors)} if any(
+            "feature_extractor.conv_layers.0.0.weight" in str(name) for name in tensors
+        ):
             # fairseq came to write cfg in place of args; some of its files have both, one of them None.
             for options in (plain(content.get("cfg")), plain(content.get("args"))):
                 if isinstance(options, dict):
@@ -148,20 +170,32 @@ def map_tensors(original: Original, where: str) -> Tensors:
         for pattern, replacement in original.rules:
             target = re.sub(pattern, replacement, target)
         if target not in expected:
-            raise UserError(f"{where} holds a tensor that is not known here, {name}: it cannot be converted without loss.")
+            raise UserError(
+                f"{where} holds a tensor that is not known here, {name}: it cannot be converted without loss."
+            )
         if tensor.shape != expected[target].shape:
-            raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, but its sizes ask for {tuple(expected[target].shape)}: fetch it again.")
+            raise UserError(
+                f"{where}: {name} is {tuple(tensor.shape)}, but its sizes ask for {tuple(expected[target].shape)}: fetch it again."
+            )
         mapped[target] = tensor
     missing = [name for name in expected if name not in mapped]
     if missing:
-        raise UserError(f"{where} lacks {len(missing)} tensors, such as what becomes {missing[0]}: fetch it again.")
+        raise UserError(
+            f"{where} lacks {len(missing)} tensors, such as what becomes {missing[0]}: fetch it again."
+        )
     return mapped
 
 
 def _require_tensors(tensors: dict[Any, Any], where: str) -> None:
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise UserError(f"{where} holds {name!r} among its weights, which is no tensor of floats: it cannot be converted.")
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, torch.Tensor)
+            or not tensor.is_floating_point()
+        ):
+            raise UserError(
+                f"{where} holds {name!r} among its weights, which is no tensor of floats: it cannot be converted."
+            )
 
 
 def _skeleton(config: PretrainedConfig) -> torch.nn.Module:
@@ -173,25 +207,45 @@ def _whisper(dims: dict[str, int], tensors: Tensors, where: str) -> Original:
     try:
         width, text_width = dims["n_audio_state"], dims["n_text_state"]
         if width != text_width:
-            raise UserError(f"{where} has an encoder of width {width} and a decoder of {text_width}: transformers has no such Whisper.")
+            raise UserError(
+                f"{where} has an encoder of width {width} and a decoder of {text_width}: transformers has no such Whisper."
+            )
         config = WhisperConfig(
-            num_mel_bins=dims["n_mels"], max_source_positions=dims["n_audio_ctx"], d_model=width,
-            encoder_layers=dims["n_audio_layer"], encoder_attention_heads=dims["n_audio_head"], encoder_ffn_dim=4 * width,
-            vocab_size=dims["n_vocab"], max_target_positions=dims["n_text_ctx"], decoder_layers=dims["n_text_layer"],
-            decoder_attention_heads=dims["n_text_head"], decoder_ffn_dim=4 * text_width,
+            num_mel_bins=dims["n_mels"],
+            max_source_positions=dims["n_audio_ctx"],
+            d_model=width,
+            encoder_layers=dims["n_audio_layer"],
+            encoder_attention_heads=dims["n_audio_head"],
+            encoder_ffn_dim=4 * width,
+            vocab_size=dims["n_vocab"],
+            max_target_positions=dims["n_text_ctx"],
+            decoder_layers=dims["n_text_layer"],
+            decoder_attention_heads=dims["n_text_head"],
+            decoder_ffn_dim=4 * text_width,
             # Of use to the decoder alone; transformers wants them within the vocabulary.
-            pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            decoder_start_token_id=0,
         )
     except KeyError as error:
-        raise UserError(f"{where}: its dims lack {error.args[0]}: it is no checkpoint of OpenAI's Whisper.") from error
+        raise UserError(
+            f"{where}: its dims lack {error.args[0]}: it is no checkpoint of OpenAI's Whisper."
+        ) from error
     except (TypeError, StrictDataclassError) as error:
-        raise UserError(f"{where}: its dims are no sizes, so it is no checkpoint of OpenAI's Whisper; give another: {one_sentence(error)}") from error
+        raise UserError(
+            f"{where}: its dims are no sizes, so it is no checkpoint of OpenAI's Whisper; give another: {one_sentence(error)}"
+        ) from error
     return Original(config, tensors, _WHISPER)
 
 
 def _waveform(options: dict[str, Any], tensors: Tensors, where: str) -> Original:
     tuned = any(name.startswith(_TUNED) for name in tensors)
-    kept = {name.removeprefix(_TUNED): t for name, t in tensors.items() if not _HEADS.fullmatch(name.removeprefix(_TUNED))}
+    kept = {
+        name.removeprefix(_TUNED): t
+        for name, t in tensors.items()
+        if not _HEADS.fullmatch(name.removeprefix(_TUNED))
+    }
     dropped = [name for name in tensors if _HEADS.fullmatch(name.removeprefix(_TUNED))]
     sections = _sections(options, tuned)
 
@@ -208,11 +262,24 @@ def _waveform(options: dict[str, Any], tensors: Tensors, where: str) -> Original
     # Not the strings, such as ${task.normalize}, by which omegaconf points elsewhere.
     normalize = [s["normalize"] for s in places if isinstance(s.get("normalize"), int)]
     if not normalize:
-        raise UserError(f"{where}: its configuration does not tell whether waveforms are normalised (normalize): it cannot be converted.")
+        raise UserError(
+            f"{where}: its configuration does not tell whether waveforms are normalised (normalize): it cannot be converted."
+        )
     try:
         config = _config(kept, tensors, sections, option)
-    except (LookupError, ValueError, SyntaxError, TypeError, ZeroDivisionError, MemoryError, RecursionError, StrictDataclassError) as error:
-        raise UserError(f"{where} lacks what an encoder consists of; fetch it again: {one_sentence(error)}") from error
+    except (
+        LookupError,
+        ValueError,
+        SyntaxError,
+        TypeError,
+        ZeroDivisionError,
+        MemoryError,
+        RecursionError,
+        StrictDataclassError,
+    ) as error:
+        raise UserError(
+            f"{where} lacks what an encoder consists of; fetch it again: {one_sentence(error)}"
+        ) from error
     return Original(config, kept, _WAVEFORM, bool(normalize[0]), dropped)
 
 
@@ -220,7 +287,11 @@ def _config(kept: Tensors, tensors: Tensors, sections: list[dict[str, Any]], opt
     sizes = _sizes(kept, option)
     bias = kept.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
     if bias is not None:
-        return WavLMConfig(**sizes, num_buckets=option("num_buckets", bias.shape[0]), max_bucket_distance=option("max_distance"))
+        return WavLMConfig(
+            **sizes,
+            num_buckets=option("num_buckets", bias.shape[0]),
+            max_bucket_distance=option("max_distance"),
+        )
     # HuBERT's targets have embeddings of their own; wav2vec 2.0 quantises. Fine-tuned, only the configuration tells.
     named = str([s.get("_name", s.get("arch", "")) for s in sections]).lower()
     hubert = "label_embs_concat" in tensors or "hubert" in named
@@ -242,7 +313,8 @@ def _dict(section: dict[str, Any], key: str) -> dict[str, Any]:
 def _sizes(tensors: Tensors, option: Any) -> dict[str, Any]:
     """Arguments of transformers' configurations."""
     convolutions = sorted(
-        (n for n in tensors if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.0\.weight", n)), key=lambda n: int(n.split(".")[2])
+        (n for n in tensors if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.0\.weight", n)),
+        key=lambda n: int(n.split(".")[2]),
     )
     shapes = [tuple(tensors[n].shape) for n in convolutions]
     layout = _layers(option("conv_feature_layers"))
@@ -251,8 +323,13 @@ def _sizes(tensors: Tensors, option: Any) -> dict[str, Any]:
     position = tensors["encoder.pos_conv.0.weight_v"].shape
     width = position[0]
     grep = tensors.get("encoder.layers.0.self_attn.grep_a")
-    mode = option("extractor_mode", "layer_norm" if "feature_extractor.conv_layers.0.2.1.weight" in tensors else "default")
-    layers = option("encoder_layers", len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")}))
+    mode = option(
+        "extractor_mode",
+        "layer_norm" if "feature_extractor.conv_layers.0.2.1.weight" in tensors else "default",
+    )
+    layers = option(
+        "encoder_layers", len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")})
+    )
     if layers > len(tensors):
         raise ValueError(f"encoder_layers is {layers}, its tensors are {len(tensors)}")
     return {
@@ -261,8 +338,10 @@ def _sizes(tensors: Tensors, option: Any) -> dict[str, Any]:
         "num_attention_heads": option("encoder_attention_heads", grep.shape[1] if grep is not None else None),
         "intermediate_size": option("encoder_ffn_embed_dim", tensors["encoder.layers.0.fc1.weight"].shape[0]),
         "hidden_act": _ACTIVATIONS[option("activation_fn", "gelu")],
-        "conv_dim": [dim for dim, _, _ in layout], "conv_kernel": [kernel for _, kernel, _ in layout],
-        "conv_stride": [stride for _, _, stride in layout], "num_feat_extract_layers": len(layout),
+        "conv_dim": [dim for dim, _, _ in layout],
+        "conv_kernel": [kernel for _, kernel, _ in layout],
+        "conv_stride": [stride for _, _, stride in layout],
+        "num_feat_extract_layers": len(layout),
         "conv_bias": option("conv_bias", "feature_extractor.conv_layers.0.0.bias" in tensors),
         "feat_extract_norm": _NORMS[mode],
         "do_stable_layer_norm": bool(option("layer_norm_first")),
@@ -301,8 +380,16 @@ def _layers(text: Any) -> list[tuple[int, int, int]]:
 
 def _preprocessor(original: Original) -> dict[str, Any]:
     if original.normalize is None:
-        return {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": original.config.num_mel_bins, "sampling_rate": 16000}
+        return {
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": original.config.num_mel_bins,
+            "sampling_rate": 16000,
+        }
     return {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": original.normalize, "feature_size": 1,
-        "sampling_rate": 16000, "padding_value": 0.0, "return_attention_mask": original.config.feat_extract_norm == "layer",
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": original.normalize,
+        "feature_size": 1,
+        "sampling_rate": 16000,
+        "padding_value": 0.0,
+        "return_attention_mask": original.config.feat_extract_norm == "layer",
     }

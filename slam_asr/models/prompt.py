@@ -48,7 +48,9 @@ class Prompt:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Llm) -> None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"The tokenizer of {tokenizer.name_or_path} has no eos token: choose another llm.name.")
+            raise UserError(
+                f"The tokenizer of {tokenizer.name_or_path} has no eos token: choose another llm.name."
+            )
         self.tokenizer = tokenizer
         # Some tokenizers append eos by themselves; here it ends the answer, and only that.
         self._adds_eos = tokenizer.encode("a")[-1] == tokenizer.eos_token_id
@@ -83,7 +85,9 @@ class Prompt:
 
     def _spell(self, prompt: str, template: str) -> Spelling:
         if self.chat:
-            before, _, text = _chat(self.tokenizer, [{"role": "user", "content": _MARK + prompt}], True).partition(_MARK)
+            before, _, text = _chat(
+                self.tokenizer, [{"role": "user", "content": _MARK + prompt}], True
+            ).partition(_MARK)
         elif AUDIO in template:
             before, text = (part.replace("{}", prompt) for part in template.split(AUDIO))
         else:
@@ -107,12 +111,17 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_
         )
     try:
         return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=open_answer, enable_thinking=False,
+            turns,
+            tokenize=False,
+            add_generation_prompt=open_answer,
+            enable_thinking=False,
             # Some templates print the day: a prompt must be the same tomorrow.
             date_string="26 Jul 2024",
         )
     except (TemplateError, ValueError) as error:
-        raise UserError(f"The chat template of {tokenizer.name_or_path} cannot be filled in: {one_sentence(error)}") from error
+        raise UserError(
+            f"The chat template of {tokenizer.name_or_path} cannot be filled in: {one_sentence(error)}"
+        ) from error
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -120,5 +129,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     tail = _chat(tokenizer, turns, False).partition(_MARK)[2]
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
     return next((i for i in ids if i in special), tokenizer.eos_token_id)

@@ -71,9 +71,14 @@ class Searcher:
         self.model, self.prompt, self.for_good = model, prompt, for_good
         # A configuration of our own: whatever sampling the LLM's folder asks for stays out of a measurement.
         self.generation = GenerationConfig(
-            num_beams=options.beams, num_return_sequences=options.nbest, do_sample=False, max_new_tokens=options.max_new_tokens,
-            repetition_penalty=options.repetition_penalty, length_penalty=options.length_penalty,
-            eos_token_id=prompt.stops, pad_token_id=prompt.end,
+            num_beams=options.beams,
+            num_return_sequences=options.nbest,
+            do_sample=False,
+            max_new_tokens=options.max_new_tokens,
+            repetition_penalty=options.repetition_penalty,
+            length_penalty=options.length_penalty,
+            eos_token_id=prompt.stops,
+            pad_token_id=prompt.end,
         )
         model.llm.generation_config = self.generation
 
@@ -95,7 +100,9 @@ class Searcher:
                 if found is not None:
                     return self._best_of(found)
             watch = self._watch()
-            answers = [self._answer(ids) for ids in self.model.generate(batch, self.generation, watch).tolist()]
+            answers = [
+                self._answer(ids) for ids in self.model.generate(batch, self.generation, watch).tolist()
+            ]
             if watch is not None and watch.close is not None:
                 for answer, close in zip(answers, watch.close.tolist(), strict=True):
                     answer.close = close
@@ -103,11 +110,15 @@ class Searcher:
 
     def _best_of(self, found: Found) -> list[Answer]:
         answers = []
-        for ids, scores, close in zip(found.ids.tolist(), found.scores.tolist(), found.close or [None] * len(found.ids), strict=True):
+        for ids, scores, close in zip(
+            found.ids.tolist(), found.scores.tolist(), found.close or [None] * len(found.ids), strict=True
+        ):
             answer = self._answer(ids[0])
             answer.close = close
             if len(ids) > 1:
-                answer.choices = [Choice(self.prompt.answer_of(row), score) for row, score in zip(ids, scores, strict=True)]
+                answer.choices = [
+                    Choice(self.prompt.answer_of(row), score) for row, score in zip(ids, scores, strict=True)
+                ]
             answers.append(answer)
         return answers
 

@@ -59,9 +59,16 @@ class StoredWeight:
             UserError: they cannot be read, or are not finite.
         """
         if room.numel():
-            with loading_fails_in_a_sentence(self.folder, "LLM"), safe_open(self.file, framework="pt") as file:
+            with (
+                loading_fails_in_a_sentence(self.folder, "LLM"),
+                safe_open(self.file, framework="pt") as file,
+            ):
                 # The file is mapped into memory, so that no more of it is read than is copied.
-                room.copy_(file.get_slice(self.key)[first : first + len(room)] if room.dim() else file.get_tensor(self.key))
+                room.copy_(
+                    file.get_slice(self.key)[first : first + len(room)]
+                    if room.dim()
+                    else file.get_tensor(self.key)
+                )
             require_finite_weight(self.name, room, f"The LLM in {self.folder}")
         return room
 
@@ -106,10 +113,15 @@ def _files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise NotOneToOne("it is not stored as safetensors")
     with loading_fails_in_a_sentence(folder, "LLM"):
-        return [folder / name for name in sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))]
+        return [
+            folder / name
+            for name in sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+        ]
 
 
-def _find(llm: PreTrainedModel, wanted: dict[str, torch.Tensor], folder: Path, files: list[Path]) -> list[StoredWeight]:
+def _find(
+    llm: PreTrainedModel, wanted: dict[str, torch.Tensor], folder: Path, files: list[Path]
+) -> list[StoredWeight]:
     """All that the model keeps of its state, and where it is."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in llm.modules():
@@ -138,7 +150,8 @@ def _fill_buffers(llm: PreTrainedModel, stored: dict[str, StoredWeight]) -> None
     names = {name for name, _ in llm.named_buffers(remove_duplicate=False)}
     read = {
         name: stored[name].read_into(torch.empty_like(buffer, device="cpu"))
-        for name, buffer in llm.named_buffers(remove_duplicate=False) if name in stored
+        for name, buffer in llm.named_buffers(remove_duplicate=False)
+        if name in stored
     }
     first, second = (_computed_buffers(llm, names, read, fill) for fill in (0, 1))
     if not all(torch.equal(first[name], second[name]) for name in names):
@@ -146,13 +159,17 @@ def _fill_buffers(llm: PreTrainedModel, stored: dict[str, StoredWeight]) -> None
         raise NotOneToOne("it does not say how its buffers are computed")
 
 
-def _computed_buffers(llm: PreTrainedModel, names: set[str], read: dict[str, torch.Tensor], fill: int) -> dict[str, torch.Tensor]:
+def _computed_buffers(
+    llm: PreTrainedModel, names: set[str], read: dict[str, torch.Tensor], fill: int
+) -> dict[str, torch.Tensor]:
     made: dict[int, torch.Tensor] = {}
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
         module = llm.get_submodule(path)
         buffer = module._buffers[leaf]
-        real = made.setdefault(id(buffer), read[name] if name in read else torch.full_like(buffer, fill, device="cpu"))
+        real = made.setdefault(
+            id(buffer), read[name] if name in read else torch.full_like(buffer, fill, device="cpu")
+        )
         real._is_hf_initialized = name in read  # transformers' mark of what is to stay as it is
         module._buffers[leaf] = real
     for module in llm.modules():
@@ -165,10 +182,14 @@ def _computed_buffers(llm: PreTrainedModel, names: set[str], read: dict[str, tor
 @contextlib.contextmanager
 def stand_ins(model: nn.Module) -> Iterator[None]:
     """Let what looks at weights find some where there are only descriptions: on the CPU, of the same shapes, all zero, without memory of their own."""
-    described = [(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p.is_meta]
+    described = [
+        (m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p.is_meta
+    ]
     for module, name, parameter in described:
         zero = torch.zeros((), dtype=parameter.dtype)
-        setattr(module, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad))
+        setattr(
+            module, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
+        )
     try:
         yield
     finally:

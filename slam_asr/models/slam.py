@@ -74,7 +74,14 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("token_ids", "is_audio", "mask", "labels")}
-        return Batch([a.to(device) for a in self.audio], self.positions, **moved, answer_start=self.answer_start, padded=self.padded, lengths=self.lengths)
+        return Batch(
+            [a.to(device) for a in self.audio],
+            self.positions,
+            **moved,
+            answer_start=self.answer_start,
+            padded=self.padded,
+            lengths=self.lengths,
+        )
 
 
 def collate(rows: list[Row]) -> Batch:
@@ -96,7 +103,13 @@ def collate(rows: list[Row]) -> Batch:
         labels[i, : len(row.answer)] = torch.tensor(row.answer, dtype=torch.long)
         mask[i, left:end] = 1
     return Batch(
-        [row.audio for row in rows], [row.positions for row in rows], token_ids, is_audio, mask, labels, start,
+        [row.audio for row in rows],
+        [row.positions for row in rows],
+        token_ids,
+        is_audio,
+        mask,
+        labels,
+        start,
         padded=not bool(mask.all()),
     )
 
@@ -106,13 +119,21 @@ def pack(rows: list[Row]) -> Batch:
     ids, is_audio, labels = [], [], []
     for row in rows:
         ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]
-        is_audio += [False] * len(row.before) + [True] * row.positions + [False] * (len(row.prompt) + len(row.answer))
+        is_audio += (
+            [False] * len(row.before) + [True] * row.positions + [False] * (len(row.prompt) + len(row.answer))
+        )
         labels += [*[IGNORED] * row.head, *row.answer]
     return Batch(
-        [row.audio for row in rows], [row.positions for row in rows], torch.tensor([ids]), torch.tensor([is_audio]),
-        torch.ones((1, len(ids)), dtype=torch.long), torch.tensor([labels[1:]]), answer_start=1, padded=False,
+        [row.audio for row in rows],
+        [row.positions for row in rows],
+        torch.tensor([ids]),
+        torch.tensor([is_audio]),
+        torch.ones((1, len(ids)), dtype=torch.long),
+        torch.tensor([labels[1:]]),
+        answer_start=1,
+        padded=False,
         lengths=[row.head + len(row.answer) for row in rows],
-    )  # fmt: skip
+    )
 
 
 Scorer = Callable[[torch.Tensor, nn.Module, torch.Tensor], tuple[torch.Tensor, ...]]
@@ -134,7 +155,11 @@ class Slam(nn.Module):
     """
 
     def __init__(
-        self, projector: SpeechProjector, llm: PreTrainedModel, encoder: SpeechEncoder | None = None, stored_as: str = "fp32"
+        self,
+        projector: SpeechProjector,
+        llm: PreTrainedModel,
+        encoder: SpeechEncoder | None = None,
+        stored_as: str = "fp32",
     ) -> None:
         super().__init__()
         self.projector, self.llm = projector, llm
@@ -149,7 +174,9 @@ class Slam(nn.Module):
         self._wanted: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
         if llm.get_output_embeddings() is None:
-            raise UserError(f"{type(llm).__name__} has no output layer that predicts tokens: choose a causal LM.")
+            raise UserError(
+                f"{type(llm).__name__} has no output layer that predicts tokens: choose a causal LM."
+            )
         # The LLM's own forward pass stays in charge of what it does to logits (scaling, capping); only
         # the rows that its output layer sees are chosen here. Besides, a row-by-row product of a
         # slice takes ten times longer on a CPU than one product of the chosen rows.
@@ -194,7 +221,9 @@ class Slam(nn.Module):
         audio = self.projector(self.encode(batch.audio), batch.positions).to(embeddings.dtype)
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
 
-    def generate(self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None) -> torch.Tensor:
+    def generate(
+        self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None
+    ) -> torch.Tensor:
         """Answers to a batch without any: token ids [utterances · answers to each, tokens], filled up behind the end.
 
         Args:
@@ -218,15 +247,25 @@ class Slam(nn.Module):
         if found is None and generation.num_beams > 1:
             output = self._generate(batch, generation, scores=True)
             of_each = generation.num_return_sequences
-            found = Found(output.sequences.unflatten(0, (-1, of_each)), output.sequences_scores.view(-1, of_each), None)
+            found = Found(
+                output.sequences.unflatten(0, (-1, of_each)), output.sequences_scores.view(-1, of_each), None
+            )
         return found
 
-    def _generate(self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None, scores: bool = False) -> ModelOutput:
+    def _generate(
+        self,
+        batch: Batch,
+        generation: GenerationConfig,
+        watch: LogitsProcessor | None = None,
+        scores: bool = False,
+    ) -> ModelOutput:
         processors = penalties(generation)
         if watch:
             processors.append(watch)
         return self.llm.generate(
-            inputs_embeds=self.embed(batch), attention_mask=batch.mask, generation_config=without_penalties(generation, scores),
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch.mask,
+            generation_config=without_penalties(generation, scores),
             logits_processor=processors,
         )
 
@@ -244,7 +283,10 @@ class Slam(nn.Module):
             arguments = packed_arguments(batch.lengths, batch.token_ids.device)
         elif batch.padded:
             # Positions count from each utterance's own start, for LLMs with absolute positions.
-            arguments = {"attention_mask": batch.mask, "position_ids": (batch.mask.cumsum(1) - 1).clamp(min=0)}
+            arguments = {
+                "attention_mask": batch.mask,
+                "position_ids": (batch.mask.cumsum(1) - 1).clamp(min=0),
+            }
         self._wanted = batch.labels != IGNORED
         try:
             output = self.llm(inputs_embeds=self.embed(batch), use_cache=False, **arguments)
@@ -253,4 +295,3 @@ class Slam(nn.Module):
             return self.scorer(self._rows, self.llm.get_output_embeddings(), batch.labels[self._wanted])
         finally:
             self._wanted = self._rows = None
-

@@ -13,11 +13,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 _CONTROL = 3
 """GGUF's token type for `<|im_start|>` and its like."""
@@ -32,7 +39,9 @@ def require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError("Reading SmolLM2 from GGUF needs the package gguf: pip install 'slam-asr[small-models]'.") from error
+        raise UserError(
+            "Reading SmolLM2 from GGUF needs the package gguf: pip install 'slam-asr[small-models]'."
+        ) from error
 
 
 def convert_smollm2(weights: Path, folder: Path) -> None:
@@ -54,7 +63,8 @@ def convert_smollm2(weights: Path, folder: Path) -> None:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
     special = {
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"], "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
         "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
     }
     state = {}
@@ -67,14 +77,18 @@ def convert_smollm2(weights: Path, folder: Path) -> None:
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     config = LlamaConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"]), hidden_size=fields["llama.embedding_length"],
-        intermediate_size=fields["llama.feed_forward_length"], num_hidden_layers=fields["llama.block_count"],
-        num_attention_heads=heads, num_key_value_heads=kv_heads,
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=fields["llama.embedding_length"],
+        intermediate_size=fields["llama.feed_forward_length"],
+        num_hidden_layers=fields["llama.block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=fields["llama.context_length"],
         # GGUF keeps 1e-5 as a float32.
         rms_norm_eps=round(fields["llama.attention.layer_norm_rms_epsilon"], 12),
         rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
-        tie_word_embeddings=tied, **special,
+        tie_word_embeddings=tied,
+        **special,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -84,10 +98,14 @@ def convert_smollm2(weights: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokens = fields["tokenizer.ggml.tokens"]
     PreTrainedTokenizerFast(
-        tokenizer_object=_tokenizer(fields), model_max_length=fields["llama.context_length"],
-        bos_token=tokens[special["bos_token_id"]], eos_token=tokens[special["eos_token_id"]],
-        pad_token=tokens[special["pad_token_id"]], unk_token=tokens[fields["tokenizer.ggml.unknown_token_id"]],
-        chat_template=fields.get("tokenizer.chat_template"), clean_up_tokenization_spaces=False,
+        tokenizer_object=_tokenizer(fields),
+        model_max_length=fields["llama.context_length"],
+        bos_token=tokens[special["bos_token_id"]],
+        eos_token=tokens[special["eos_token_id"]],
+        pad_token=tokens[special["pad_token_id"]],
+        unk_token=tokens[fields["tokenizer.ggml.unknown_token_id"]],
+        chat_template=fields.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
 
 
@@ -111,12 +129,15 @@ def _tokenizer(fields: dict[str, Any]) -> "Tokenizer":
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([
-        AddedToken(token, special=True, normalized=False)
-        for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL
-    ])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind == _CONTROL
+        ]
+    )
     return tokenizer

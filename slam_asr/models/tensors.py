@@ -9,9 +9,15 @@ import torch
 from safetensors import safe_open
 
 _NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 """How safetensors calls them."""
 
 
@@ -57,7 +63,9 @@ def stored_tensors(files: Iterable[str | Path]) -> Tensors:
     return Tensors(makers)
 
 
-def write_one_by_one(path: Path, tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
+def write_one_by_one(
+    path: Path, tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
+) -> None:
     """Write a safetensors file while no more than one of its tensors is in memory; made aside and renamed into place.
 
     The library's own `save_file` wants all of them at once. Format: https://huggingface.co/docs/safetensors.
@@ -73,7 +81,11 @@ def write_one_by_one(path: Path, tensors: Mapping[str, torch.Tensor], like: Mapp
     end = 0
     for name in names:
         start, end = end, end + like[name].numel() * like[name].element_size()
-        header[name] = {"dtype": _NAMES[like[name].dtype], "shape": list(like[name].shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _NAMES[like[name].dtype],
+            "shape": list(like[name].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     aside = path.with_name(f".{path.name}.partial")

@@ -14,7 +14,9 @@ from slam_asr.errors import UserError
 from slam_asr.models.pretrained import UNREADABLE_WEIGHTS
 
 
-def load_weights(kind: type, folder: Path, dtype: torch.dtype, part: str, values: bool = True) -> PreTrainedModel:
+def load_weights(
+    kind: type, folder: Path, dtype: torch.dtype, part: str, values: bool = True
+) -> PreTrainedModel:
     """A pretrained model with all its weights, frozen, in evaluation mode.
 
     Args:
@@ -30,7 +32,9 @@ def load_weights(kind: type, folder: Path, dtype: torch.dtype, part: str, values
     device = {} if values else {"device_map": "meta"}
     with _quiet(), loading_fails_in_a_sentence(folder, part):
         # Weights of another shape are reported, rather than raised in a table of many lines.
-        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **device)
+        model, report = kind.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **device
+        )
     wrong = {str(key[0]) for key in report["mismatched_keys"]}
     # The mask's embedding serves pretraining alone; not every checkpoint keeps it.
     wrong |= {name for name in report["missing_keys"] if not name.endswith("masked_spec_embed")}
@@ -57,7 +61,9 @@ def require_finite(model: nn.Module, what: str) -> None:
 def require_finite_weight(name: str, weight: torch.Tensor, what: str) -> None:
     """The same for one weight, or a part of it."""
     if not is_finite(weight):
-        raise UserError(f"{what} holds values that are not finite (NaN or infinite) in {name}: fetch or convert it again.")
+        raise UserError(
+            f"{what} holds values that are not finite (NaN or infinite) in {name}: fetch or convert it again."
+        )
 
 
 def is_finite(weight: torch.Tensor) -> bool:

@@ -60,7 +60,9 @@ class WhisperSpec(EncoderSpec):
     def preprocessing(self) -> dict[str, Any]:
         """Window, mel bins, and how much is kept."""
         return {
-            "window_frames": self.window_frames, "mel_bins": self.config.num_mel_bins, "frames": self.options.frames,
+            "window_frames": self.window_frames,
+            "mel_bins": self.config.num_mel_bins,
+            "frames": self.options.frames,
             "long_audio": "split" if self.options.long_audio == "split" else "cut",
         }
 
@@ -77,8 +79,14 @@ class WhisperEncoder(SpeechEncoder):
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """All windows of all utterances at once; those of one utterance are joined again."""
         columns = self.spec.window_samples // COLUMN_SAMPLES
-        whole = [functional.pad(w[None], (0, columns - w.shape[1]), mode="replicate")[0] for u in utterances for w in u.inputs]
+        whole = [
+            functional.pad(w[None], (0, columns - w.shape[1]), mode="replicate")[0]
+            for u in utterances
+            for w in u.inputs
+        ]
         windows = torch.stack(whole).to(self.device, self.dtype, non_blocking=True)
         hidden = self.model(windows).last_hidden_state
         parts = hidden.split([len(u.inputs) for u in utterances])
-        return [p.flatten(0, 1)[: self.spec.frames_of(u.samples)] for p, u in zip(parts, utterances, strict=True)]
+        return [
+            p.flatten(0, 1)[: self.spec.frames_of(u.samples)] for p, u in zip(parts, utterances, strict=True)
+        ]

@@ -33,12 +33,20 @@ def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statis
     splits = statistics["splits"]
     total = {name: sum(m[name] for m in splits.values()) for name in ("hours", "utterances", "words")}
     shown = {
-        "corpus": corpus, "kind": kind, "data": recipe.data, "splits": splits, "total": total,
-        "histogram": draw_histogram(splits), "characters": characters(statistics["alphabet"]),
-        "distinct": len(statistics["alphabet"]), "left_out": max(0, len(statistics["alphabet"]) - MOST_CHARACTERS),
-        "rejected": statistics["rejected"], "reasons": _reasons(statistics),
-        "held_out": statistics["dev_held_out_of_train"], "converted": statistics["converted"],
-    }  # fmt: skip
+        "corpus": corpus,
+        "kind": kind,
+        "data": recipe.data,
+        "splits": splits,
+        "total": total,
+        "histogram": draw_histogram(splits),
+        "characters": characters(statistics["alphabet"]),
+        "distinct": len(statistics["alphabet"]),
+        "left_out": max(0, len(statistics["alphabet"]) - MOST_CHARACTERS),
+        "rejected": statistics["rejected"],
+        "reasons": _reasons(statistics),
+        "held_out": statistics["dev_held_out_of_train"],
+        "converted": statistics["converted"],
+    }
     write_atomically(path, render("corpus.html", {"hours": hours, "share": share}, **shown))
 
 
@@ -71,7 +79,8 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
     longest = max(len(m["durations"]) for m in splits.values())
     width = math.ceil(longest / MOST_BARS)
     counts = [
-        {s: sum(m["durations"][second : second + width]) for s, m in splits.items()} for second in range(0, longest, width)
+        {s: sum(m["durations"][second : second + width]) for s, m in splits.items()}
+        for second in range(0, longest, width)
     ]
     step, highest = _scale(max(sum(c.values()) for c in counts))
     across, up = (_WIDTH - _LEFT - _RIGHT) / len(counts), (_HEIGHT - _BOTTOM - _TOP) / highest
@@ -88,10 +97,16 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         bars.append(Bar(round(_LEFT + index * across + 1, 2), round(max(across - 2, 1), 2), parts, says))
     every = max(1, math.ceil(len(counts) / 12))
     return {
-        "bars": bars, "width": _WIDTH, "end": _WIDTH - _RIGHT, "height": _HEIGHT, "left": _LEFT, "bottom": _HEIGHT - _BOTTOM, "bin": width,
+        "bars": bars,
+        "width": _WIDTH,
+        "end": _WIDTH - _RIGHT,
+        "height": _HEIGHT,
+        "left": _LEFT,
+        "bottom": _HEIGHT - _BOTTOM,
+        "bin": width,
         "x": [(round(_LEFT + i * across, 2), i * width) for i in range(0, len(counts) + 1, every)],
         "y": [(round(_HEIGHT - _BOTTOM - n * up, 2), n) for n in range(0, highest + 1, step)],
-    }  # fmt: skip
+    }
 
 
 def _scale(highest: int) -> tuple[int, int]:
@@ -107,23 +122,29 @@ def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
     total = sum(alphabet.values())
     return [
         {
-            "shape": char if unicodedata.category(char)[0] not in "CZ" else "", "count": count,
-            "name": unicodedata.name(char, f"U+{ord(char):04X}").lower(), "code": f"U+{ord(char):04X}", "of": share(count, total),
+            "shape": char if unicodedata.category(char)[0] not in "CZ" else "",
+            "count": count,
+            "name": unicodedata.name(char, f"U+{ord(char):04X}").lower(),
+            "code": f"U+{ord(char):04X}",
+            "of": share(count, total),
             "plain": "space" if char == " " else f"U+{ord(char):04X}",
         }
         for char, count in list(alphabet.items())[:MOST_CHARACTERS]
-    ]  # fmt: skip
+    ]
 
 
 def _reasons(statistics: dict[str, Any]) -> list[dict[str, Any]]:
     by_reason = statistics["rejected"]["by_reason"]
     return [
         {
-            "reason": reason, "count": count,
-            "examples": [{k: _short(v) for k, v in example.items()} for example in statistics["examples"][reason]],
+            "reason": reason,
+            "count": count,
+            "examples": [
+                {k: _short(v) for k, v in example.items()} for example in statistics["examples"][reason]
+            ],
         }
         for reason, count in sorted(by_reason.items(), key=lambda pair: -pair[1])
-    ]  # fmt: skip
+    ]
 
 
 def _short(text: str) -> str:

@@ -32,7 +32,9 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
     """
     points = {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     samples = training.get("samples") or []
-    write_atomically(path, render("curves.html", title=title, facts=facts, curves=draw_curves(points), samples=samples))
+    write_atomically(
+        path, render("curves.html", title=title, facts=facts, curves=draw_curves(points), samples=samples)
+    )
 
 
 def thinned(points: Sequence[dict[str, Any]], most: int = CURVE_POINTS) -> list[dict[str, Any]]:
@@ -60,7 +62,10 @@ def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
     """Figures of one training, with `heading`, `summary` and `svg`: its own values and those on dev."""
     curves = []
     for quantity, heading, scale in _QUANTITIES:
-        series = {name: _points(training[source], quantity, scale) for name, source in (("training", "curve"), ("validation", "validation"))}
+        series = {
+            name: _points(training[source], quantity, scale)
+            for name, source in (("training", "curve"), ("validation", "validation"))
+        }
         if any(series.values()):
             lines = [Line(name, points, _STYLES[name]) for name, points in series.items() if points]
             curves.append(_figure(quantity, heading, lines, _in_words(series, *_BEST[quantity])))
@@ -74,14 +79,35 @@ def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """
     curves = []
     for quantity, heading, scale in _QUANTITIES:
-        dev = {name: _points(training.get("validation") or [], quantity, scale) for name, training in trainings.items()}
-        own = {name: _points(thinned(training.get("curve") or []), quantity, scale) for name, training in trainings.items()}
+        dev = {
+            name: _points(training.get("validation") or [], quantity, scale)
+            for name, training in trainings.items()
+        }
+        own = {
+            name: _points(thinned(training.get("curve") or []), quantity, scale)
+            for name, training in trainings.items()
+        }
         series = dev if any(dev.values()) else own
-        lines = [Line(name, points, _style_of_run(at)) for at, (name, points) in enumerate(series.items()) if points]
+        lines = [
+            Line(name, points, _style_of_run(at))
+            for at, (name, points) in enumerate(series.items())
+            if points
+        ]
         if lines:
             best, shown = _BEST[quantity]
-            ends = [f"{line.name}: best {shown.format(best(line.points, key=lambda point: point[1])[1])}" for line in lines[: len(_RUNS)]]
-            curves.append(_figure(quantity, f"{heading}{', dev' * (series is dev and quantity != 'wer')}", lines, "; ".join(ends) + ".", named=False))
+            ends = [
+                f"{line.name}: best {shown.format(best(line.points, key=lambda point: point[1])[1])}"
+                for line in lines[: len(_RUNS)]
+            ]
+            curves.append(
+                _figure(
+                    quantity,
+                    f"{heading}{', dev' * (series is dev and quantity != 'wer')}",
+                    lines,
+                    "; ".join(ends) + ".",
+                    named=False,
+                )
+            )
     return curves
 
 
@@ -94,22 +120,34 @@ class Line:
     style: dict[str, Any]
 
 
-_QUANTITIES = (("loss", "Loss", 1), ("accuracy", "Next-token accuracy, %", 100), ("wer", "Word error rate of some dev utterances, greedy, %", 100))
+_QUANTITIES = (
+    ("loss", "Loss", 1),
+    ("accuracy", "Next-token accuracy, %", 100),
+    ("wer", "Word error rate of some dev utterances, greedy, %", 100),
+)
 
 
 def _points(rows: Sequence[dict[str, Any]], quantity: str, scale: int) -> list[tuple[int, float]]:
     return [(row["step"], scale * row[quantity]) for row in rows if is_number(row.get(quantity))]
 
 
-def _figure(quantity: str, heading: str, lines: Sequence[Line], summary: str, named: bool = True) -> dict[str, Any]:
-    return {"heading": heading, "summary": summary, "svg": Markup(_svg(quantity, lines, f"{heading} over optimiser steps", summary, named))}
+def _figure(
+    quantity: str, heading: str, lines: Sequence[Line], summary: str, named: bool = True
+) -> dict[str, Any]:
+    return {
+        "heading": heading,
+        "summary": summary,
+        "svg": Markup(_svg(quantity, lines, f"{heading} over optimiser steps", summary, named)),
+    }
 
 
 _BEST = {"loss": (min, "{:.3f}"), "accuracy": (max, "{:.1f}\u202f%"), "wer": (min, "{:.1f}\u202f%")}
 """Which of a quantity's values is the best, and how it is written."""
 
 
-def _in_words(series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], shown: str) -> str:
+def _in_words(
+    series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], shown: str
+) -> str:
     sentences = []
     if series["training"]:
         (first, start), (last, end) = series["training"][0], series["training"][-1]
@@ -126,17 +164,29 @@ def _in_words(series: dict[str, list[tuple[int, float]]], best: Callable[..., tu
 _INK, _GRID, _TRAINING, _VALIDATION, _QUIET = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 _RUNS = [f"#1011{number:02x}" for number in range(1, 7)]
 _COLOURS = {
-    _INK: "currentColor", _GRID: "var(--grid)", _TRAINING: "var(--curve)", _VALIDATION: "var(--accent)", _QUIET: "var(--quiet)",
+    _INK: "currentColor",
+    _GRID: "var(--grid)",
+    _TRAINING: "var(--curve)",
+    _VALIDATION: "var(--accent)",
+    _QUIET: "var(--quiet)",
     **{colour: f"var(--run-{number})" for number, colour in enumerate(_RUNS, start=1)},
-}  # fmt: skip
-_STYLES = {"training": {"color": _TRAINING}, "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))}}
+}
+_STYLES = {
+    "training": {"color": _TRAINING},
+    "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))},
+}
 
 
 def _style_of_run(at: int) -> dict[str, Any]:
     """Colour and dashes: not by colour alone can lines be told apart by everyone."""
     if at >= len(_RUNS):
         return {"color": _QUIET, "alpha": 0.6}
-    return {"color": _RUNS[at], "marker": "os^Dv*"[at], "markersize": 4, "linestyle": [(0, ()), (0, (3, 2)), (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 4))][at]}
+    return {
+        "color": _RUNS[at],
+        "marker": "os^Dv*"[at],
+        "markersize": 4,
+        "linestyle": [(0, ()), (0, (3, 2)), (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 4))][at],
+    }
 
 
 def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, named: bool) -> str:
@@ -145,10 +195,22 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, nam
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": quantity, "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK,
-        "axes.edgecolor": _GRID, "xtick.color": _GRID, "ytick.color": _GRID, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "grid.color": _GRID, "ytick.major.size": 0,
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": quantity,
+        "font.size": 10,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _GRID,
+        "xtick.color": _GRID,
+        "ytick.color": _GRID,
+        "xtick.labelcolor": _INK,
+        "ytick.labelcolor": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "grid.color": _GRID,
+        "ytick.major.size": 0,
+    }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.subplots()
@@ -161,7 +223,14 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, nam
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: grouped(round(step))))
         if named:
-            axes.legend(frameon=False, handlelength=2.6, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+            axes.legend(
+                frameon=False,
+                handlelength=2.6,
+                ncols=2,
+                loc="lower right",
+                bbox_to_anchor=(1, 1),
+                borderaxespad=0.2,
+            )
         text = StringIO()
         figure.savefig(text, format="svg", transparent=True)
     return _inline(text.getvalue(), quantity, title, description)

@@ -32,5 +32,11 @@ def capital(text: str) -> str:
 
 def grouped(number: float) -> str:
     """`18880512` → `18 880 512`, with narrow spaces that do not break; `2.50` → `2.5`."""
-    text = f"{number:,}" if isinstance(number, int) else f"{number:,.4g}" if abs(number) < 1000 else f"{number:,.0f}"
+    text = (
+        f"{number:,}"
+        if isinstance(number, int)
+        else f"{number:,.4g}"
+        if abs(number) < 1000
+        else f"{number:,.0f}"
+    )
     return text.replace(",", "\u202f")

@@ -29,9 +29,13 @@ LONGEST, SAMPLE = 8, 64
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where a container finds the memory that it may take, by the version of cgroups."""
 PARTS = {
-    "frozen": "frozen weights", "trained": "trained weights and gradients", "optimizer": "optimiser", "activations": "activations", "logits": "logits",
+    "frozen": "frozen weights",
+    "trained": "trained weights and gradients",
+    "optimizer": "optimiser",
+    "activations": "activations",
+    "logits": "logits",
     "overhead": "CUDA and NCCL",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -122,19 +126,32 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
     _require_host(shapes, place)
 
 
-def loads_of(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], processes: int) -> tuple[Load, Load]:
+def loads_of(
+    shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], processes: int
+) -> tuple[Load, Load]:
     """The longest utterance, and the largest batch that one of `processes` processes will compute at once."""
     options = shapes.recipe.training
     lengths = [u.duration or 0.0 for u in utterances]
     texts = [len(u.target) for u in utterances]
-    chosen = {at for sizes in (lengths, texts) for at in heapq.nlargest(LONGEST, range(len(sizes)), key=sizes.__getitem__)}
+    chosen = {
+        at
+        for sizes in (lengths, texts)
+        for at in heapq.nlargest(LONGEST, range(len(sizes)), key=sizes.__getitem__)
+    }
     one = max((_load_of(shapes, prompt, utterances[at]) for at in chosen), key=lambda load: load.length)
     if options.utterances_per_batch:
         return one, replace(one, rows=float(min(options.utterances_per_batch, len(utterances))))
-    sample = [_load_of(shapes, prompt, utterances[at]) for at in range(0, len(utterances), max(1, len(utterances) // SAMPLE))]
+    sample = [
+        _load_of(shapes, prompt, utterances[at])
+        for at in range(0, len(utterances), max(1, len(utterances) // SAMPLE))
+    ]
     mean = sum(load.length for load in sample) / len(sample)
     # A process' share of a step, which is never more than all there is.
-    budget = min(options.positions_per_batch, options.positions_per_step / processes, mean * len(utterances) / processes)
+    budget = min(
+        options.positions_per_batch,
+        options.positions_per_step / processes,
+        mean * len(utterances) / processes,
+    )
     rows = max(1.0, budget / one.length)
     if not options.packing:
         return one, replace(one, rows=float(int(rows)))
@@ -146,7 +163,8 @@ def loads_of(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], pr
 def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(samples_of(utterance)))
     before, (behind, answer) = max(
-        ((s.before, prompt.with_answer(s, utterance.target)) for s in prompt.drawn), key=lambda spoken: len(spoken[0]) + sum(map(len, spoken[1]))
+        ((s.before, prompt.with_answer(s, utterance.target)) for s in prompt.drawn),
+        key=lambda spoken: len(spoken[0]) + sum(map(len, spoken[1])),
     )
     return Load(1.0, audio + len(before) + len(behind) + len(answer), audio, len(answer))
 
@@ -164,12 +182,18 @@ def _too_much(memory: Memory, place: Place) -> str:
 def _what_helps(shapes: Shapes, one: Load, place: Place) -> str:
     options = shapes.recipe.training
     proposal = propose(shapes, one, place.processes, USABLE * place.room, place.on_gpu)
-    changed = {key: value for key, value in proposal.items() if value != getattr(options, key.removeprefix("training."))}
+    changed = {
+        key: value
+        for key, value in proposal.items()
+        if value != getattr(options, key.removeprefix("training."))
+    }
     if changed:
         return "set " + " ".join(f"--{key} {str(value).lower()}" for key, value in changed.items())
     fewer = ", fewer training.processes" if place.here > 1 and not place.on_gpu else ""
     lora = ", or llm.tuning lora" if shapes.recipe.llm.tuning == "full" else ""
-    return f"take {'more GPUs or larger ones' if place.on_gpu else 'more memory'}{fewer}, or a smaller LLM{lora}"
+    return (
+        f"take {'more GPUs or larger ones' if place.on_gpu else 'more memory'}{fewer}, or a smaller LLM{lora}"
+    )
 
 
 def _require_host(shapes: Shapes, place: Place) -> None:

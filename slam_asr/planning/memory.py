@@ -75,20 +75,32 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
     frozen = (shapes.llm_parameters - shapes.llm_trained) * size / spread[3] + _gathered(shapes) * size
     if shapes.recipe.encoder.tuning == "frozen" and not shapes.recipe.caches_features:
         # On the way: whole on every process.
-        frozen += shapes.encoder_parameters * DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)].itemsize
+        frozen += (
+            shapes.encoder_parameters
+            * DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)].itemsize
+        )
     weights_and_gradients = trained * size / spread[3] + trained * size / spread[2]
     # Adam's two moments, and beside half-precision weights their masters and, in a step, the gradients in fp32.
     # On a CPU the host's memory is this one.
-    optimizer = 0.0 if options.offload_optimizer and on_gpu else trained * (8 if size == 4 else 16) / spread[1]
+    optimizer = (
+        0.0 if options.offload_optimizer and on_gpu else trained * (8 if size == 4 else 16) / spread[1]
+    )
     kept = shapes.saved_bytes(load.rows, load.length)
     if options.gradient_checkpointing:
         kept += shapes.saved_bytes_of_a_layer(load.rows, load.length)
-    inputs = load.rows * load.audio * shapes.recipe.projector.downsampling * shapes.encoder.width * (size + size)
+    inputs = (
+        load.rows * load.audio * shapes.recipe.projector.downsampling * shapes.encoder.width * (size + size)
+    )
     hidden = load.rows * load.audio * (2 * shapes.recipe.projector.hidden + shapes.width) * size
     embedded = 3 * load.rows * load.length * shapes.width * size
     activations = kept + inputs + hidden + embedded + _transient(shapes, load, size)
     return Memory(
-        frozen, weights_and_gradients, optimizer, activations * FRAGMENTATION, _logits(shapes, load, size), CUDA_OVERHEAD if on_gpu else 0.0
+        frozen,
+        weights_and_gradients,
+        optimizer,
+        activations * FRAGMENTATION,
+        _logits(shapes, load, size),
+        CUDA_OVERHEAD if on_gpu else 0.0,
     )
 
 

@@ -75,8 +75,14 @@ def plan(
     """
     if gpus < 0:
         raise UserError(f"--gpus is {gpus} but must be at least 0.")
-    for name, value in (("gpu_memory", gpu_memory), ("hours", hours), ("utterance_seconds", utterance_seconds),
-                        ("test_hours", test_hours), ("gpu_tflops", gpu_tflops), ("gpu_bandwidth", gpu_bandwidth)):
+    for name, value in (
+        ("gpu_memory", gpu_memory),
+        ("hours", hours),
+        ("utterance_seconds", utterance_seconds),
+        ("test_hours", test_hours),
+        ("gpu_tflops", gpu_tflops),
+        ("gpu_bandwidth", gpu_bandwidth),
+    ):
         if not value > 0:
             raise UserError(f"--{name} is {value} but must be above 0.")
     shapes = describe(recipe)
@@ -88,10 +94,31 @@ def plan(
     memory = training_memory(shapes, load, processes, on_gpu=gpus > 0)
     room = USABLE * gpu_memory * 1e9
     one = mean_load(shapes, utterance_seconds, 1)
-    stages, steps = _work(shapes, load, utterances, utterance_seconds, test_hours, processes, gpu_tflops * 1e12, gpu_bandwidth * 1e12)
+    stages, steps = _work(
+        shapes,
+        load,
+        utterances,
+        utterance_seconds,
+        test_hours,
+        processes,
+        gpu_tflops * 1e12,
+        gpu_bandwidth * 1e12,
+    )
     frames = shapes.encoder.frames_of(round(utterance_seconds * 16_000))
-    cache = utterances * frames * bytes_a_frame(shapes.encoder.width, recipe.features.dtype) if recipe.caches_features else 0
-    result = Plan(load, memory, memory.total <= room, cache, stages, steps, propose(shapes, one, processes, room, gpus > 0))
+    cache = (
+        utterances * frames * bytes_a_frame(shapes.encoder.width, recipe.features.dtype)
+        if recipe.caches_features
+        else 0
+    )
+    result = Plan(
+        load,
+        memory,
+        memory.total <= room,
+        cache,
+        stages,
+        steps,
+        propose(shapes, one, processes, room, gpus > 0),
+    )
     _print(result, shapes, gpus, gpu_memory, gpu_tflops, hours)
     return result
 
@@ -129,11 +156,16 @@ def propose(shapes: Shapes, one: Load, processes: int, room: float, on_gpu: bool
             options = {**engine, "zero_stage": stage, "offload_optimizer": False, **more}
             training = replace(recipe.training, **options)
             changed = replace(shapes, recipe=replace(recipe, training=training))
-            first, second = (training_memory(changed, replace(one, rows=n), processes, on_gpu).total for n in (1, 2))
+            first, second = (
+                training_memory(changed, replace(one, rows=n), processes, on_gpu).total for n in (1, 2)
+            )
             if first > room:
                 continue
             rows = int((room - first) // (second - first)) + 1
-            return {f"training.{name}": value for name, value in {**options, **_budget(recipe, one.length, rows, processes)}.items()}
+            return {
+                f"training.{name}": value
+                for name, value in {**options, **_budget(recipe, one.length, rows, processes)}.items()
+            }
     return {}
 
 
@@ -146,7 +178,14 @@ def _budget(recipe: Recipe, length: int, rows: int, processes: int) -> dict[str,
 
 
 def _work(
-    shapes: Shapes, load: Load, utterances: int, seconds: float, test_hours: float, gpus: int, peak: float, bandwidth: float
+    shapes: Shapes,
+    load: Load,
+    utterances: int,
+    seconds: float,
+    test_hours: float,
+    gpus: int,
+    peak: float,
+    bandwidth: float,
 ) -> tuple[dict[str, Stage], int]:
     recipe = shapes.recipe
     options, samples = recipe.training, round(seconds * 16_000)
@@ -169,10 +208,20 @@ def _work(
     tested = test_hours * 3600 / seconds
     prefill = tested * (2 * shapes.layer_parameters * (load.length - load.targets) + on_the_way)
     beams = recipe.decoding.beams
-    rows = max(1, recipe.decoding.positions_per_batch // ((load.length + recipe.decoding.max_new_tokens) * beams))
+    rows = max(
+        1, recipe.decoding.positions_per_batch // ((load.length + recipe.decoding.max_new_tokens) * beams)
+    )
     decode = prefill + tested * 2 * shapes.llm_parameters * load.targets * beams
     # Each token of a batch reads all weights once; a batch lasts as long as its longest answer.
-    reading = tested / rows * 1.5 * load.targets * shapes.llm_parameters * DTYPES[recipe.decoding.precision].itemsize / bandwidth
+    reading = (
+        tested
+        / rows
+        * 1.5
+        * load.targets
+        * shapes.llm_parameters
+        * DTYPES[recipe.decoding.precision].itemsize
+        / bandwidth
+    )
     return {
         "extract-features": Stage(extract, extract / (peak * ENCODING), 1),
         "train": Stage(train, train / (gpus * peak * TRAINING), gpus),
@@ -180,7 +229,9 @@ def _work(
     }, steps
 
 
-def _print(result: Plan, shapes: Shapes, gpus: int, gpu_memory: float, gpu_tflops: float, hours: float) -> None:
+def _print(
+    result: Plan, shapes: Shapes, gpus: int, gpu_memory: float, gpu_tflops: float, hours: float
+) -> None:
     recipe, memory = shapes.recipe, result.memory
     say(f"{recipe.name}: {recipe.encoder.name} + {recipe.projector.kind} projector + {recipe.llm.name}")
     for note in shapes.notes:
@@ -190,27 +241,42 @@ def _print(result: Plan, shapes: Shapes, gpus: int, gpu_memory: float, gpu_tflop
         f"{shapes.llm_parameters:,} (of which trained {shapes.llm_trained:,})"
     )
     engine = recipe.training.engine
-    spread = f"ZeRO stage {recipe.training.zero_stage}" if engine == "deepspeed" else {"ddp": "DDP", "fsdp": "FSDP2"}[engine]
+    spread = (
+        f"ZeRO stage {recipe.training.zero_stage}"
+        if engine == "deepspeed"
+        else {"ddp": "DDP", "fsdp": "FSDP2"}[engine]
+    )
     where = f"each of {gpus} GPU{'s' * (gpus > 1)}" if gpus else "a process on a CPU, beyond an idle one,"
     say(f"\nmemory of {where} in training, {spread}, GB:")
     load = result.load
     rows = {
-        "frozen weights": memory.frozen, "trained weights and gradients": memory.trained, "optimiser": memory.optimizer,
+        "frozen weights": memory.frozen,
+        "trained weights and gradients": memory.trained,
+        "optimiser": memory.optimizer,
         f"activations ({load.rows:.1f} utterances of {load.length} positions)": memory.activations,
-        f"logits ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})": memory.logits, "CUDA and NCCL, about": memory.overhead,
+        f"logits ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})": memory.logits,
+        "CUDA and NCCL, about": memory.overhead,
     }
     for name, size in rows.items():
         if size:
             say(f"  {name:<52}{size / 1e9:8.2f}")
     verdict = "fits" if result.fits else "DOES NOT FIT"
-    say(f"  {'in all':<52}{memory.total / 1e9:8.2f}  {verdict} into {gpu_memory:g} GB ({USABLE:.0%} of them planned with)")
+    say(
+        f"  {'in all':<52}{memory.total / 1e9:8.2f}  {verdict} into {gpu_memory:g} GB ({USABLE:.0%} of them planned with)"
+    )
     if recipe.training.offload_optimizer:
-        say(f"  {'optimiser in the memory of all hosts together':<52}{12 * shapes.trained_parameters / 1e9:8.2f}")
+        say(
+            f"  {'optimiser in the memory of all hosts together':<52}{12 * shapes.trained_parameters / 1e9:8.2f}"
+        )
     if result.cache_bytes:
         say(f"\nfeature cache: {result.cache_bytes / 1e9:,.1f} GB for {hours:g} h")
-    say(f"\nwork, at {gpu_tflops:g} TFLOP/s each, of which {ENCODING:.0%} encoding and {TRAINING:.0%} training, in {result.steps:,} steps:")
+    say(
+        f"\nwork, at {gpu_tflops:g} TFLOP/s each, of which {ENCODING:.0%} encoding and {TRAINING:.0%} training, in {result.steps:,} steps:"
+    )
     for name, stage in result.stages.items():
-        say(f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {stage.gpus} {'GPU' if gpus else 'CPU'}{'s' * (stage.gpus > 1)}")
+        say(
+            f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {stage.gpus} {'GPU' if gpus else 'CPU'}{'s' * (stage.gpus > 1)}"
+        )
     total = sum(s.seconds * s.gpus for s in result.stages.values()) / 3600
     say(f"  {'GPU-hours' if gpus else 'hours':<18}{total:12,.1f}")
     if result.proposal:

@@ -27,7 +27,9 @@ class _Attention(torch.autograd.Function):
     def forward(context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         output = torch.empty_like(query)
         # The logarithm of the sum of exponentials, one number a head and position, in fp32.
-        context.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        context.save_for_backward(
+            query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+        )
         return output
 
     @staticmethod
@@ -36,7 +38,9 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple:
+def _attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -105,7 +109,11 @@ class Shapes:
     @property
     def layer_parameters(self) -> int:
         """Of the LLM's, without the embedding, which costs no arithmetic, and the output layer, which sees answers alone."""
-        tables = {id(p): p.numel() for m in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings()) for p in m.parameters()}
+        tables = {
+            id(p): p.numel()
+            for m in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings())
+            for p in m.parameters()
+        }
         return self.llm_parameters - sum(tables.values())
 
     @property
@@ -117,7 +125,12 @@ class Shapes:
     def scores_in_chunks(self) -> bool:
         """Whether training computes logits a chunk at a time, as `allows_chunks` finds out of an LLM with its weights."""
         head, options = self.llm.get_output_embeddings(), self.recipe.training
-        if options.zero_stage == 3 or options.precision == "fp16" or type(head) is not torch.nn.Linear or head.weight.requires_grad:
+        if (
+            options.zero_stage == 3
+            or options.precision == "fp16"
+            or type(head) is not torch.nn.Linear
+            or head.weight.requires_grad
+        ):
             return False
         if "bare logits" not in self._known:
             self._known["bare logits"] = _gives_bare_logits(self.llm)
@@ -222,6 +235,8 @@ def encoder_flops(spec: EncoderSpec, samples: int) -> float:
             total += 2 * frames * kernel * channels * dim
             channels = dim
         total += 2 * frames * channels * width
-        total += 2 * frames * config.num_conv_pos_embeddings * width * width / config.num_conv_pos_embedding_groups
+        total += (
+            2 * frames * config.num_conv_pos_embeddings * width * width / config.num_conv_pos_embedding_groups
+        )
     a_layer = 2 * frames * (4 * width * width + 2 * width * feed_forward) + 4 * frames * frames * width
     return total + layers * a_layer

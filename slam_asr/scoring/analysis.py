@@ -47,9 +47,15 @@ def analyse(measured: Measured) -> dict[str, Any]:
     whole = numbers(everything)
     return {
         "all": whole,
-        "subsets": {name: whole if len(subsets) == 1 else numbers(chosen) for name, chosen in subsets.items()},
+        "subsets": {
+            name: whole if len(subsets) == 1 else numbers(chosen) for name, chosen in subsets.items()
+        },
         "durations": _by_duration(measured),
-        "speakers": {name: counts_of(measured, chosen) for name, chosen in groups_of(rows, lambda row: row.speaker).items() if name},
+        "speakers": {
+            name: counts_of(measured, chosen)
+            for name, chosen in groups_of(rows, lambda row: row.speaker).items()
+            if name
+        },
         "confusions": {
             "substitutions": [[*pair, n] for pair, n in _most(measured.substituted)],
             "deletions": [[word, n] for word, n in _most(measured.deleted)],
@@ -64,7 +70,11 @@ def counts_of(measured: Measured, chosen: np.ndarray | slice = slice(None)) -> d
     """The word errors of a group, its hours and its rate."""
     errors = measured.total(chosen)
     rows = measured.rows if isinstance(chosen, slice) else [measured.rows[i] for i in chosen]
-    return asdict(errors) | {"errors": errors.errors, "hours": round(sum(r.duration for r in rows) / 3600, 4), "wer": percent(errors)}
+    return asdict(errors) | {
+        "errors": errors.errors,
+        "hours": round(sum(r.duration for r in rows) / 3600, 4),
+        "wer": percent(errors),
+    }
 
 
 def percent(errors: WordErrors) -> float | None:
@@ -75,7 +85,9 @@ def percent(errors: WordErrors) -> float | None:
 def normalised_rows(rows: Sequence[Hypothesis]) -> list[Hypothesis]:
     """The utterances as Whisper's normaliser for English writes them."""
     written = whisper_normaliser()
-    return [replace(row, reference=written(row.reference), hypothesis=written(row.hypothesis)) for row in rows]
+    return [
+        replace(row, reference=written(row.reference), hypothesis=written(row.hypothesis)) for row in rows
+    ]
 
 
 def _percents(ends: tuple[float, float] | None) -> list[float] | None:

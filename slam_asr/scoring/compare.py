@@ -45,7 +45,9 @@ class Compared:
         return "the first is better" if self.difference < 0 else "the second is better"
 
 
-def compare(first: str, second: str, output: str | None = None, common: bool = False, seed: int = 0) -> list[Compared]:
+def compare(
+    first: str, second: str, output: str | None = None, common: bool = False, seed: int = 0
+) -> list[Compared]:
     """Compare the word error rates of two recognisers on the same utterances, by matched pairs.
 
     Args:
@@ -66,11 +68,22 @@ def compare(first: str, second: str, output: str | None = None, common: bool = F
     rows = _by_subset(pairs, first, seed)
     _print(rows, first, second, lacking)
     if output:
-        write_json(output, {"first": first, "second": second, "unit": "percent", "left_out": lacking, "compared": [asdict(row) for row in rows]})
+        write_json(
+            output,
+            {
+                "first": first,
+                "second": second,
+                "unit": "percent",
+                "left_out": lacking,
+                "compared": [asdict(row) for row in rows],
+            },
+        )
     return rows
 
 
-def compare_outputs(first: tuple[str, Sequence[Hypothesis]], second: tuple[str, Sequence[Hypothesis]], seed: int = 0) -> list[Compared]:
+def compare_outputs(
+    first: tuple[str, Sequence[Hypothesis]], second: tuple[str, Sequence[Hypothesis]], seed: int = 0
+) -> list[Compared]:
     """The same of what is read already, with the name of each.
 
     Raises:
@@ -82,10 +95,19 @@ def compare_outputs(first: tuple[str, Sequence[Hypothesis]], second: tuple[str, 
 def _by_subset(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, seed: int) -> list[Compared]:
     a, b = (measure([pair[side] for pair in pairs]) for side in (0, 1))
     if not a.words.sum():
-        raise UserError(f"The references of the {len(pairs)} utterances of {first} hold no words, so there is no rate to compare.")
+        raise UserError(
+            f"The references of the {len(pairs)} utterances of {first} hold no words, so there is no rate to compare."
+        )
     subsets = groups_of(a.rows, lambda row: row.subset)
-    chosen = {name: numbers for name, numbers in subsets.items() if name and a.words[numbers].sum()} if len(subsets) > 1 else {}
-    return [_compared(name, a, b, numbers, seed) for name, numbers in [*chosen.items(), (ALL, np.arange(len(pairs)))]]
+    chosen = (
+        {name: numbers for name, numbers in subsets.items() if name and a.words[numbers].sum()}
+        if len(subsets) > 1
+        else {}
+    )
+    return [
+        _compared(name, a, b, numbers, seed)
+        for name, numbers in [*chosen.items(), (ALL, np.arange(len(pairs)))]
+    ]
 
 
 def _paired(
@@ -117,7 +139,9 @@ def _paired(
 def _by_name(place: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[tuple[str, str], Hypothesis]:
     named = {(row.key, row.subset if with_subset else ""): row for row in rows}
     if len(named) < len(rows):
-        raise UserError(f"{place} names {len(rows) - len(named)} utterances more than once: each may stand there once.")
+        raise UserError(
+            f"{place} names {len(rows) - len(named)} utterances more than once: each may stand there once."
+        )
     return named
 
 
@@ -135,10 +159,28 @@ def _print(rows: Sequence[Compared], first: str, second: str, lacking: dict[str,
         if count:
             say(f"left out: {count} utterances that only {place} holds")
     head: tuple[Any, ...] = ("subset", "utterances", "first", "second", "difference", "95 % interval", "p")
-    table = [head, *((r.subset, r.utterances, f"{r.first:.2f} %", f"{r.second:.2f} %", f"{r.difference:+.2f}", f"{r.low:+.2f} to {r.high:+.2f}", probability_text(r.p)) for r in rows)]
+    table = [
+        head,
+        *(
+            (
+                r.subset,
+                r.utterances,
+                f"{r.first:.2f} %",
+                f"{r.second:.2f} %",
+                f"{r.difference:+.2f}",
+                f"{r.low:+.2f} to {r.high:+.2f}",
+                probability_text(r.p),
+            )
+            for r in rows
+        ),
+    ]
     widths = [max(len(str(row[i])) for row in table) for i in range(len(head))]
     for cells, verdict in zip(table, ["", *(row.verdict for row in rows)], strict=True):
-        say("  ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=True)) + "  " + verdict)
+        say(
+            "  ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=True))
+            + "  "
+            + verdict
+        )
 
 
 def probability_text(p: float) -> str:

@@ -27,7 +27,9 @@ def shuffled_audio(rows: Sequence[Hypothesis], seed: int) -> list[Hypothesis]:
         if len(order) < 2:
             continue
         followers = [*order[1:], order[0]]
-        exchanged += [replace(row, hypothesis=other.hypothesis) for row, other in zip(order, followers, strict=True)]
+        exchanged += [
+            replace(row, hypothesis=other.hypothesis) for row, other in zip(order, followers, strict=True)
+        ]
     return exchanged
 
 

@@ -31,7 +31,15 @@ def worst_first(measured: Measured) -> list[int]:
 def compress(samples: np.ndarray) -> bytes:
     """Samples [n] at 16 kHz as MP3, which every browser plays: about 3 kB a second."""
     content = io.BytesIO()
-    soundfile.write(content, samples[: round(LONGEST * SAMPLE_RATE)], SAMPLE_RATE, format="MP3", subtype="MPEG_LAYER_III", compression_level=0.9, bitrate_mode="VARIABLE")
+    soundfile.write(
+        content,
+        samples[: round(LONGEST * SAMPLE_RATE)],
+        SAMPLE_RATE,
+        format="MP3",
+        subtype="MPEG_LAYER_III",
+        compression_level=0.9,
+        bitrate_mode="VARIABLE",
+    )
     return content.getvalue()
 
 
@@ -60,7 +68,13 @@ def listen_to(names: Iterable[Name], load: Callable[[Name], np.ndarray], megabyt
 
 def write_audio(folder: Path, heard: dict[Name, str]) -> None:
     """Leave audio for the report of a decoding that is done in parts."""
-    write_atomically(folder / AUDIO, "".join(json.dumps({"key": key, "subset": subset, "mp3": text}) + "\n" for (key, subset), text in heard.items()))
+    write_atomically(
+        folder / AUDIO,
+        "".join(
+            json.dumps({"key": key, "subset": subset, "mp3": text}) + "\n"
+            for (key, subset), text in heard.items()
+        ),
+    )
 
 
 def read_audio(files: Sequence[Path]) -> dict[Name, str]:

@@ -44,7 +44,9 @@ class Measured:
         """The word errors of all utterances together, or of those chosen by number."""
         counts = self.counts[chosen]
         hits, substitutions, deletions, insertions = (int(n) for n in counts.sum(0))
-        return WordErrors(len(counts), hits + substitutions + deletions, hits, substitutions, deletions, insertions)
+        return WordErrors(
+            len(counts), hits + substitutions + deletions, hits, substitutions, deletions, insertions
+        )
 
 
 def measure(rows: Sequence[Hypothesis]) -> Measured:
@@ -52,8 +54,12 @@ def measure(rows: Sequence[Hypothesis]) -> Measured:
     measured = Measured(rows, np.zeros((len(rows), 4), dtype=np.int64))
     for start in range(0, len(rows), _AT_ONCE):
         some = rows[start : start + _AT_ONCE]
-        output = jiwer.process_words([normalise(r.reference) for r in some], [normalise(r.hypothesis) for r in some])
-        for at, (chunks, spoken, written) in enumerate(zip(output.alignments, output.references, output.hypotheses, strict=True), start=start):
+        output = jiwer.process_words(
+            [normalise(r.reference) for r in some], [normalise(r.hypothesis) for r in some]
+        )
+        for at, (chunks, spoken, written) in enumerate(
+            zip(output.alignments, output.references, output.hypotheses, strict=True), start=start
+        ):
             for chunk in chunks:
                 _count(measured, at, chunk, spoken, written)
     return measured
@@ -64,8 +70,13 @@ def score(rows: Sequence[Hypothesis]) -> WordErrors:
     return measure(rows).total()
 
 
-def _count(measured: Measured, at: int, chunk: jiwer.AlignmentChunk, spoken: list[str], written: list[str]) -> None:
-    theirs, ours = spoken[chunk.ref_start_idx : chunk.ref_end_idx], written[chunk.hyp_start_idx : chunk.hyp_end_idx]
+def _count(
+    measured: Measured, at: int, chunk: jiwer.AlignmentChunk, spoken: list[str], written: list[str]
+) -> None:
+    theirs, ours = (
+        spoken[chunk.ref_start_idx : chunk.ref_end_idx],
+        written[chunk.hyp_start_idx : chunk.hyp_end_idx],
+    )
     if chunk.type == "equal":
         measured.counts[at, HITS] += len(theirs)
     elif chunk.type == "substitute":
@@ -89,7 +100,9 @@ def nothing_written(measured: Measured) -> Measured:
 def character_errors(rows: Sequence[Hypothesis]) -> np.ndarray:
     """[utterances, 2]: characters that are wrong, and characters of the reference; spaces between words count, as in jiwer's CER."""
     pairs = ((normalise(r.reference), normalise(r.hypothesis)) for r in rows)
-    return np.array([(Levenshtein.distance(spoken, written), len(spoken)) for spoken, written in pairs], dtype=np.int64).reshape(-1, 2)
+    return np.array(
+        [(Levenshtein.distance(spoken, written), len(spoken)) for spoken, written in pairs], dtype=np.int64
+    ).reshape(-1, 2)
 
 
 def groups_of(rows: Iterable[Hypothesis], key: Callable[[Hypothesis], str]) -> dict[str, np.ndarray]:

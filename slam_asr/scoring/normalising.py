@@ -13,7 +13,43 @@ from collections.abc import Callable
 
 _PLAIN = re.compile(r"[a-z' ]*")
 _ALTERED = frozenset(
-    ["hmm", "mm", "mhm", "mmm", "uh", "um", "wanna", "gotta", "gonna", "imma", "woulda", "coulda", "shoulda", "mr", "mrs", "st", "dr", "prof", "capt", "gov", "ald", "gen", "sen", "rep", "pres", "rev", "hon", "asst", "assoc", "lt", "col", "jr", "sr", "esq", "half"]
+    [
+        "hmm",
+        "mm",
+        "mhm",
+        "mmm",
+        "uh",
+        "um",
+        "wanna",
+        "gotta",
+        "gonna",
+        "imma",
+        "woulda",
+        "coulda",
+        "shoulda",
+        "mr",
+        "mrs",
+        "st",
+        "dr",
+        "prof",
+        "capt",
+        "gov",
+        "ald",
+        "gen",
+        "sen",
+        "rep",
+        "pres",
+        "rev",
+        "hon",
+        "asst",
+        "assoc",
+        "lt",
+        "col",
+        "jr",
+        "sr",
+        "esq",
+        "half",
+    ]
 )
 """Plain words that it replaces, and `half`, which it looks for in `and a half`; beside all that may be part of a number."""
 

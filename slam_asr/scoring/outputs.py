@@ -25,7 +25,9 @@ def read_output(place: str, hypotheses: str) -> list[Hypothesis]:
         return _read_pair(place)
     inside = join(place, hypotheses)
     if not exists(place) and not exists(inside):
-        raise UserError(f"There are no hypotheses at {place}: name a folder that decode or score wrote, a hypotheses.jsonl, or SLAM-LLM's …{PREDICTED} file.")
+        raise UserError(
+            f"There are no hypotheses at {place}: name a folder that decode or score wrote, a hypotheses.jsonl, or SLAM-LLM's …{PREDICTED} file."
+        )
     return read_hypotheses(fetch(inside if exists(inside) else place))
 
 
@@ -33,7 +35,9 @@ def _read_pair(place: str) -> list[Hypothesis]:
     references = place.removesuffix(PREDICTED) + SPOKEN
     for file in (place, references):
         if not exists(file):
-            raise UserError(f"There is no {file}: SLAM-LLM's decoding writes {PREDICTED} and {SPOKEN} side by side; both are needed.")
+            raise UserError(
+                f"There is no {file}: SLAM-LLM's decoding writes {PREDICTED} and {SPOKEN} side by side; both are needed."
+            )
     written, spoken = _read_lines(fetch(place)), _read_lines(fetch(references))
     _refuse_one_sided(place, sorted(written.keys() - spoken.keys()), "no reference")
     _refuse_one_sided(references, sorted(spoken.keys() - written.keys()), "no hypothesis")
@@ -48,11 +52,15 @@ def _read_lines(path: Path) -> dict[str, str]:
         key, tab, text = line.partition("\t")
         if not tab or key in texts:
             what = "has no tab between key and text" if not tab else f"names {key} a second time"
-            raise UserError(f"{path}, line {number} {what}: lines of key, tab, text are expected, one an utterance.")
+            raise UserError(
+                f"{path}, line {number} {what}: lines of key, tab, text are expected, one an utterance."
+            )
         texts[key] = text
     return texts
 
 
 def _refuse_one_sided(file: str, keys: Sequence[str], lack: str) -> None:
     if keys:
-        raise UserError(f"{file} holds {len(keys)} utterances that have {lack}, first {keys[0]}: both files must name the same ones.")
+        raise UserError(
+            f"{file} holds {len(keys)} utterances that have {lack}, first {keys[0]}: both files must name the same ones."
+        )

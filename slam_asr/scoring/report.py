@@ -82,7 +82,10 @@ def write_report(
         "title": title,
         "wer_unit": "percent",
         **analyse(measured),
-        "controls": {name: _by_subset(nothing_written(measured) if name == EMPTY else measure(control)) for name, control in controls.items()},
+        "controls": {
+            name: _by_subset(nothing_written(measured) if name == EMPTY else measure(control))
+            for name, control in controls.items()
+        },
         "published": published,
         "training": training,
         "decoding": decoding,
@@ -97,7 +100,10 @@ def write_report(
 
 def _by_subset(measured: Measured) -> dict[str, Any]:
     subsets = groups_of(measured.rows, lambda row: row.subset)
-    return {"all": counts_of(measured), "subsets": {name: counts_of(measured, chosen) for name, chosen in subsets.items()}}
+    return {
+        "all": counts_of(measured),
+        "subsets": {name: counts_of(measured, chosen) for name, chosen in subsets.items()},
+    }
 
 
 def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
@@ -107,7 +113,12 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
     metrics = {name: counts["wer"] for name, counts in named.items() if counts["wer"] is not None}
     everything = numbers["all"]
     low, high = everything["interval"] or (None, None)
-    more = {"wer 95 % low": low, "wer 95 % high": high, "wer normalised": everything["normalised"], "cer": everything["cer"]}
+    more = {
+        "wer 95 % low": low,
+        "wer 95 % high": high,
+        "wer normalised": everything["normalised"],
+        "cer": everything["cer"],
+    }
     return metrics | {name: value for name, value in more.items() if value is not None}
 
 
@@ -141,7 +152,8 @@ def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     for name, counts in numbers["subsets"].items():
         controls = [control["subsets"].get(name, {}).get("wer") for control in numbers["controls"].values()]
         table.append(
-            {"label": name or NO_SUBSET, "published": numbers["published"].get(name), "controls": controls} | counts
+            {"label": name or NO_SUBSET, "published": numbers["published"].get(name), "controls": controls}
+            | counts
         )
     if len(table) > 1:
         controls = [control["all"]["wer"] for control in numbers["controls"].values()]
@@ -155,31 +167,45 @@ def _worst(measured: Measured, audio: dict[Name, str]) -> list[dict[str, Any]]:
     return [
         asdict(rows[i])
         | {
-            "errors": errors[i], "words": words[i], "wer": round(100 * errors[i] / words[i], 2) if words[i] else None,
-            "pieces": _pieces(rows[i]), "guards": guards_of(rows[i]), "audio": audio.get((rows[i].key, rows[i].subset), ""),
+            "errors": errors[i],
+            "words": words[i],
+            "wer": round(100 * errors[i] / words[i], 2) if words[i] else None,
+            "pieces": _pieces(rows[i]),
+            "guards": guards_of(rows[i]),
+            "audio": audio.get((rows[i].key, rows[i].subset), ""),
         }
         for i in worst_first(measured)[:WORST]
-    ]  # fmt: skip
+    ]
 
 
 def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     """Tables of the rate by groups of utterances: length of audio, and speaker where there are several."""
     durations = [
-        (f"{group['from']} to {group['to']} s" if group["to"] else f"above {group['from']} s", group) for group in numbers["durations"]
+        (f"{group['from']} to {group['to']} s" if group["to"] else f"above {group['from']} s", group)
+        for group in numbers["durations"]
     ]
     speakers = sorted(numbers["speakers"].items(), key=lambda item: (-(item[1]["wer"] or 0), item[0]))
     tables = []
     if len(durations) > 1:
         tables.append(_group_table("By length of the audio", "Audio", durations, ""))
     if len(speakers) > 1:
-        note = f"The {SPEAKERS} of {grouped(len(speakers))} speakers with the highest rates." if len(speakers) > SPEAKERS else "Highest rates first."
+        note = (
+            f"The {SPEAKERS} of {grouped(len(speakers))} speakers with the highest rates."
+            if len(speakers) > SPEAKERS
+            else "Highest rates first."
+        )
         tables.append(_group_table("By speaker", "Speaker", speakers[:SPEAKERS], note))
     return tables
 
 
-def _group_table(heading: str, label: str, groups: list[tuple[str, dict[str, Any]]], note: str) -> dict[str, Any]:
+def _group_table(
+    heading: str, label: str, groups: list[tuple[str, dict[str, Any]]], note: str
+) -> dict[str, Any]:
     highest = max((group["wer"] or 0 for _, group in groups), default=0) or 1
-    rows = [group | {"label": name, "bar": round(100 * (group["wer"] or 0) / highest, 1)} for name, group in groups]
+    rows = [
+        group | {"label": name, "bar": round(100 * (group["wer"] or 0) / highest, 1)}
+        for name, group in groups
+    ]
     return {"heading": heading, "label": label, "rows": rows, "note": note}
 
 
@@ -234,7 +260,9 @@ class _Facts:
     """Labels and values for people, in the order they are added."""
 
     def __init__(self, values: dict[str, Any]) -> None:
-        self.values = {key: v for key, v in values.items() if v is not None and not isinstance(v, list | dict)}
+        self.values = {
+            key: v for key, v in values.items() if v is not None and not isinstance(v, list | dict)
+        }
         self.facts: list[tuple[str, str]] = []
 
     def add(self, label: str, key: str, show: Callable[[Any], str] | None = None) -> None:
@@ -286,7 +314,9 @@ def _markdown(numbers: dict[str, Any]) -> str:
         cells += [rate_text(row["published"])] if _has_published(numbers) else []
         cells += [rate_text(wer) for wer in row["controls"]]
         cells += [rate_text(row["normalised"]), rate_text(row["cer"])]
-        cells += [grouped(row[key]) for key in ("substitutions", "deletions", "insertions", "words", "utterances")]
+        cells += [
+            grouped(row[key]) for key in ("substitutions", "deletions", "insertions", "words", "utterances")
+        ]
         lines.append(f"| {' | '.join(cells)} | {_hours(row['hours'])} |")
     wrong = [f"{plain(guard)}: {grouped(count)}" for guard, count in numbers["guards"].items() if count]
     if wrong:
@@ -296,7 +326,10 @@ def _markdown(numbers: dict[str, Any]) -> str:
         ("Decoded", _decoding_facts(numbers["decoding"])),
     ):
         if facts:
-            lines += ["", f"{label}: " + "; ".join(f"{plain(name)} {plain(value)}" for name, value in facts) + "."]
+            lines += [
+                "",
+                f"{label}: " + "; ".join(f"{plain(name)} {plain(value)}" for name, value in facts) + ".",
+            ]
     return "\n".join(lines) + "\n"
 
 

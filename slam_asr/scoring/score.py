@@ -19,7 +19,15 @@ from slam_asr.storage import exists, fetch_folder, join, sha256_of_file, write_a
 STAGE = "score"
 HYPOTHESES, NBEST = "hypotheses.jsonl", "nbest.jsonl"
 
-_SUMMED = ("seconds", "audio_hours", "hours_decoded", "utterances", "answers_cut", "empty_answers", "close_calls")
+_SUMMED = (
+    "seconds",
+    "audio_hours",
+    "hours_decoded",
+    "utterances",
+    "answers_cut",
+    "empty_answers",
+    "close_calls",
+)
 
 
 def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: bool = False) -> Record:
@@ -43,16 +51,26 @@ def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overw
     records = _whole([require_record(part, "decode") for part in parts])
     files = [record.file(HYPOTHESES) for record in records]
     inputs = {
-        "parts": [sha256_of_file(file) for file in files], "title": recipe.name, "training": config.training,
-        "published": recipe.published_wer, "controls": controls_of(recipe.decoding),
+        "parts": [sha256_of_file(file) for file in files],
+        "title": recipe.name,
+        "training": config.training,
+        "published": recipe.published_wer,
+        "controls": controls_of(recipe.decoding),
     }
 
     def work(folder: Path) -> Outcome:
         rows = [row for file in files for row in read_hypotheses(file)]
         write_hypotheses(folder / HYPOTHESES, rows)
         if choices := _everywhere(records, NBEST):
-            write_atomically(folder / NBEST, "".join(sorted(line for file in choices for line in file.read_text().splitlines(keepends=True))))
-        return report(folder, recipe, rows, config.training, _joined(records), read_audio(_everywhere(records, AUDIO)))
+            write_atomically(
+                folder / NBEST,
+                "".join(
+                    sorted(line for file in choices for line in file.read_text().splitlines(keepends=True))
+                ),
+            )
+        return report(
+            folder, recipe, rows, config.training, _joined(records), read_audio(_everywhere(records, AUDIO))
+        )
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
@@ -63,7 +81,12 @@ def _everywhere(records: Sequence[Record], name: str) -> list[Path]:
 
 
 def report(
-    folder: Path, recipe: Recipe, rows: Sequence[Hypothesis], training: dict[str, Any], facts: dict[str, Any], audio: dict[Name, str] | None = None
+    folder: Path,
+    recipe: Recipe,
+    rows: Sequence[Hypothesis],
+    training: dict[str, Any],
+    facts: dict[str, Any],
+    audio: dict[Name, str] | None = None,
 ) -> Outcome:
     """Write the report of all utterances, whose order does not matter, beside its controls.
 
@@ -91,21 +114,29 @@ def controls_of(decoding: Decoding) -> dict[str, Any]:
 
 def what_decides_the_texts(decoding: Decoding) -> dict[str, Any]:
     """The options without those that leave the texts as they are."""
-    return {key: value for key, value in asdict(decoding).items() if key not in ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")}
+    return {
+        key: value
+        for key, value in asdict(decoding).items()
+        if key not in ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")
+    }
 
 
 def rates(facts: dict[str, Any]) -> dict[str, float]:
     """A part's numbers for the dashboard: how much, and how fast."""
     hours, seconds = facts["hours_decoded"], facts["seconds"]
     return {
-        "utterances": facts["utterances"], "answers cut": facts["answers_cut"], "empty answers": facts["empty_answers"],
+        "utterances": facts["utterances"],
+        "answers cut": facts["answers_cut"],
+        "empty answers": facts["empty_answers"],
         "times real time": round(hours * 3600 / seconds, 2) if seconds else math.inf,
-    }  # fmt: skip
+    }
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:
     facts = dict(records[0].facts)
-    return facts | {key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED if key in facts}
+    return facts | {
+        key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED if key in facts
+    }
 
 
 def _whole(records: list[Record]) -> list[Record]:
@@ -115,20 +146,34 @@ def _whole(records: list[Record]) -> list[Record]:
         UserError: no part, one that is missing or there twice, or parts of different decodings.
     """
     if not records:
-        raise UserError("There is nothing to score: --parts names no folder of `slam-asr decode --shard i/n`.")
+        raise UserError(
+            "There is nothing to score: --parts names no folder of `slam-asr decode --shard i/n`."
+        )
     numbers = {}
     for record in records:
         if "part" not in record.inputs:
-            raise UserError(f"{record.folder} holds a whole decoding, which has its report already: give the folders of `decode --shard i/n`.")
+            raise UserError(
+                f"{record.folder} holds a whole decoding, which has its report already: give the folders of `decode --shard i/n`."
+            )
         number, of = (int(n) for n in record.inputs["part"].split("-of-"))
         if number in numbers:
-            raise UserError(f"{record.folder} and {numbers[number].folder} are the same part {record.inputs['part']}: give each part once.")
+            raise UserError(
+                f"{record.folder} and {numbers[number].folder} are the same part {record.inputs['part']}: give each part once."
+            )
         numbers[number] = record
         other = records[0]
-        changed = sorted(k for k in record.inputs | other.inputs if k != "part" and record.inputs.get(k) != other.inputs.get(k))
+        changed = sorted(
+            k
+            for k in record.inputs | other.inputs
+            if k != "part" and record.inputs.get(k) != other.inputs.get(k)
+        )
         if changed or of != int(other.inputs["part"].split("-of-")[1]):
-            raise UserError(f"{record.folder} and {other.folder} are parts of different decodings ({', '.join(changed) or 'number of parts'} differ): decode all with the same inputs.")
+            raise UserError(
+                f"{record.folder} and {other.folder} are parts of different decodings ({', '.join(changed) or 'number of parts'} differ): decode all with the same inputs."
+            )
     absent = [f"{number}/{of}" for number in range(1, of + 1) if number not in numbers]
     if absent:
-        raise UserError(f"The decoding lacks {len(absent)} of {of} parts, first {absent[0]}: run `slam-asr decode --shard {absent[0]}` with the other options as they were.")
+        raise UserError(
+            f"The decoding lacks {len(absent)} of {of} parts, first {absent[0]}: run `slam-asr decode --shard {absent[0]}` with the other options as they were."
+        )
     return [numbers[number] for number in sorted(numbers)]

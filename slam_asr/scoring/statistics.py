@@ -41,7 +41,9 @@ def interval(errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[floa
     return float(low), float(high)
 
 
-def interval_over(groups: dict[str, np.ndarray], errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+def interval_over(
+    groups: dict[str, np.ndarray], errors: np.ndarray, words: np.ndarray, seed: int = 0
+) -> tuple[float, float] | None:
     """95 % bootstrap interval where whole groups of utterances, such as speakers, are drawn.
 
     Args:

@@ -106,8 +106,14 @@ def write_hypotheses(path: str | Path, rows: Iterable[Hypothesis]) -> None:
 def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
     """Write `decode_log_pred` and `decode_log_gt` as SLAM-LLM's decoding does: lines of key, tab, text, for the tools that read those."""
     ordered = sorted(rows, key=lambda row: (row.key, row.subset))
-    for name, texts in (("pred", [row.hypothesis for row in ordered]), ("gt", [row.reference for row in ordered])):
-        write_atomically(Path(folder) / f"decode_log_{name}", "".join(f"{row.key}\t{normalise(text)}\n" for row, text in zip(ordered, texts, strict=True)))
+    for name, texts in (
+        ("pred", [row.hypothesis for row in ordered]),
+        ("gt", [row.reference for row in ordered]),
+    ):
+        write_atomically(
+            Path(folder) / f"decode_log_{name}",
+            "".join(f"{row.key}\t{normalise(text)}\n" for row, text in zip(ordered, texts, strict=True)),
+        )
 
 
 def read_hypotheses(path: str | Path) -> list[Hypothesis]:
@@ -120,10 +126,14 @@ def read_hypotheses(path: str | Path) -> list[Hypothesis]:
         # Not splitlines(): JSON leaves U+2028 and its like inside a line.
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
-        raise UserError(f"There are no hypotheses at {path}: run decode first, or name the file it wrote.") from error
+        raise UserError(
+            f"There are no hypotheses at {path}: run decode first, or name the file it wrote."
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: name the JSON lines that decode wrote.") from error
-    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    return [
+        _parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()
+    ]
 
 
 def _parse(line: str, where: str) -> Hypothesis:
@@ -132,12 +142,16 @@ def _parse(line: str, where: str) -> Hypothesis:
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error}); one utterance a line is expected.") from error
     if not isinstance(values, dict):
-        raise UserError(f"{where}: an object with key, reference and hypothesis is expected, not {line[:40]!r}.")
+        raise UserError(
+            f"{where}: an object with key, reference and hypothesis is expected, not {line[:40]!r}."
+        )
     known = {}
     for field in fields(Hypothesis):
         value = values.get(field.name)
         if field.name in ("key", "reference", "hypothesis") and value is None:
-            raise UserError(f"{where}: there is no {field.name!r}; each utterance needs key, reference and hypothesis.")
+            raise UserError(
+                f"{where}: there is no {field.name!r}; each utterance needs key, reference and hypothesis."
+            )
         if value is not None:
             known[field.name] = _checked(field.name, value, field.type, where)
     return Hypothesis(**known)
@@ -154,4 +168,6 @@ def _checked(name: str, value: object, kind: type, where: str) -> str | float | 
 
 
 def _process(rows: Sequence[Hypothesis]) -> jiwer.WordOutput:
-    return jiwer.process_words([normalise(r.reference) for r in rows], [normalise(r.hypothesis) for r in rows])
+    return jiwer.process_words(
+        [normalise(r.reference) for r in rows], [normalise(r.hypothesis) for r in rows]
+    )

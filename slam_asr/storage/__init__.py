@@ -5,7 +5,14 @@ digests that name things; `s3` is object storage through boto3; `cache` keeps fe
 within a bound.
 """
 
-from slam_asr.storage.local import digest, local_path, sha256_of_bytes, sha256_of_file, write_atomically, write_json
+from slam_asr.storage.local import (
+    digest,
+    local_path,
+    sha256_of_bytes,
+    sha256_of_file,
+    write_atomically,
+    write_json,
+)
 from slam_asr.storage.paths import (
     Info,
     delete,
@@ -27,7 +34,27 @@ from slam_asr.storage.paths import (
 )
 
 __all__ = [
-    "Info", "delete", "digest", "exists", "fetch", "fetch_folder", "info", "is_s3", "join", "local_path", "name_of", "open_stream",
-    "parent_of", "publish_folder", "read_bytes", "resolve", "sha256_of_bytes", "sha256_of_file", "upload", "walk", "write_atomically",
-    "write_bytes", "write_json",
+    "Info",
+    "delete",
+    "digest",
+    "exists",
+    "fetch",
+    "fetch_folder",
+    "info",
+    "is_s3",
+    "join",
+    "local_path",
+    "name_of",
+    "open_stream",
+    "parent_of",
+    "publish_folder",
+    "read_bytes",
+    "resolve",
+    "sha256_of_bytes",
+    "sha256_of_file",
+    "upload",
+    "walk",
+    "write_atomically",
+    "write_bytes",
+    "write_json",
 ]

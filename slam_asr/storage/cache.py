@@ -95,7 +95,9 @@ class DiskCache:
                 fill(file)
                 file.flush()
                 if (found := os.fstat(file.fileno()).st_size) != size:
-                    raise UserError(f"{path.name} has {found:,} bytes and not {size:,}: it is damaged; write it anew.")
+                    raise UserError(
+                        f"{path.name} has {found:,} bytes and not {size:,}: it is damaged; write it anew."
+                    )
                 # Its name will vouch for it, even after a crash of the machine.
                 os.fsync(file.fileno())
             # Whoever counts meanwhile would miss it under both names.
@@ -126,7 +128,9 @@ class DiskCache:
                 else:
                     if used + size <= self.limit:
                         raise NoRoom(f"{self.folder}: {os.strerror(errno.ENOSPC)}")
-                    raise NoRoom(f"{self.folder} holds {used:,} bytes in use, and {size:,} more exceed its limit of {self.limit:,}")
+                    raise NoRoom(
+                        f"{self.folder} holds {used:,} bytes in use, and {size:,} more exceed its limit of {self.limit:,}"
+                    )
 
     def _taken(self, aside: Path, size: int) -> bool:
         """Whether a file got its bytes on disk: blocks of its own, so that a full disk shows now."""
@@ -212,7 +216,11 @@ class Held:
 
     def is_there(self, size: int) -> bool:
         """Whether the file under this path is the one that is held, and of this size."""
-        return self._file is not None and os.fstat(self._file.fileno()).st_size == size and _is_same(self._file, self.path)
+        return (
+            self._file is not None
+            and os.fstat(self._file.fileno()).st_size == size
+            and _is_same(self._file, self.path)
+        )
 
     def release(self) -> None:
         """Let it be removed."""

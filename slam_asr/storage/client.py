@@ -91,8 +91,12 @@ def _make(arguments: dict[str, str], timeout: float) -> Any:
 
     config = Config(
         # One try: `retry.patiently` has the others, so that they are counted and timed in one place.
-        retries={"mode": "standard", "total_max_attempts": 1}, connect_timeout=min(_CONNECT_TIMEOUT, timeout), read_timeout=timeout,
-        max_pool_connections=_MOST_CONNECTIONS, tcp_keepalive=True, user_agent_extra="slam-asr",
+        retries={"mode": "standard", "total_max_attempts": 1},
+        connect_timeout=min(_CONNECT_TIMEOUT, timeout),
+        read_timeout=timeout,
+        max_pool_connections=_MOST_CONNECTIONS,
+        tcp_keepalive=True,
+        user_agent_extra="slam-asr",
     )
     try:
         # A session of its own: the default one keeps the credentials that it saw first.
@@ -102,9 +106,13 @@ def _make(arguments: dict[str, str], timeout: float) -> Any:
         if isinstance(error, BotoCoreError):
             raise
         # boto3's own text repeats the address, which may hold a password.
-        raise UserError("The address of the object storage is not valid: set AWS_ENDPOINT_URL to http://host:port or https://host.") from None
+        raise UserError(
+            "The address of the object storage is not valid: set AWS_ENDPOINT_URL to http://host:port or https://host."
+        ) from None
     if holds_name:
-        raise UserError("AWS_ENDPOINT_URL holds a name or password: take it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
+        raise UserError(
+            "AWS_ENDPOINT_URL holds a name or password: take it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
     return made
 
 
@@ -128,15 +136,23 @@ def _mounted_secret() -> dict[str, str]:
     folder = Path(os.environ.get(SECRET) or SECRET_FOLDER)
     if not folder.is_dir():
         if os.environ.get(SECRET):
-            raise UserError(f"{SECRET} names {folder}, which is no folder: mount the secret there, or unset it.")
+            raise UserError(
+                f"{SECRET} names {folder}, which is no folder: mount the secret there, or unset it."
+            )
         return {}
-    wanted = {a: names for a, names in _PLACES.items() if not any(os.environ.get(n) for n in names if n.startswith("AWS_"))}
+    wanted = {
+        a: names
+        for a, names in _PLACES.items()
+        if not any(os.environ.get(n) for n in names if n.startswith("AWS_"))
+    }
     # Name, password and token belong together: those of two places are never mixed.
     if not any(os.environ.get(n) for n in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")):
         wanted |= _CREDENTIALS
     found = _read_secret(folder, wanted)
     if len({"aws_access_key_id", "aws_secret_access_key"} & found.keys()) == 1:
-        raise UserError(f"The secret at {folder} holds only one of access key and secret key: it needs the files accesskey and secretkey.")
+        raise UserError(
+            f"The secret at {folder} holds only one of access key and secret key: it needs the files accesskey and secretkey."
+        )
     if "endpoint_url" in found and "://" not in found["endpoint_url"]:
         found["endpoint_url"] = f"http://{found['endpoint_url']}"
     return found

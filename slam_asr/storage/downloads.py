@@ -23,7 +23,11 @@ class _Changed(Exception):
 
 
 def download(
-    uri: str, file: BinaryIO, sha256: str | None = None, report: Callable[[int], None] | None = None, known: Object | None = None
+    uri: str,
+    file: BinaryIO,
+    sha256: str | None = None,
+    report: Callable[[int], None] | None = None,
+    known: Object | None = None,
 ) -> None:
     """Fetch an object in parallel pieces, and compare its checksum.
 
@@ -126,7 +130,9 @@ class _Download:
             raise
         complete(answer, "Body", "Metadata")
         if part and "ContentRange" not in answer:
-            raise UserError(f"{self.uri} cannot be read in parts: the server at AWS_ENDPOINT_URL knows no ranges.")
+            raise UserError(
+                f"{self.uri} cannot be read in parts: the server at AWS_ENDPOINT_URL knows no ranges."
+            )
         return answer
 
     def _put(self, chunk: bytes, position: int) -> None:

@@ -29,7 +29,9 @@ def local_path(path: str | os.PathLike) -> Path:
     if scheme and scheme[1] == "s3":
         raise UserError(f"{shown} lies in object storage, and a local path is needed here: give one.")
     if scheme and scheme[1] != "file":
-        raise UserError(f"{shown}: paths of the scheme {scheme[1]}:// cannot be read; give a local path or s3://bucket/key.")
+        raise UserError(
+            f"{shown}: paths of the scheme {scheme[1]}:// cannot be read; give a local path or s3://bucket/key."
+        )
     try:
         return Path(text.removeprefix("file://")).expanduser()
     except RuntimeError as error:
@@ -42,7 +44,9 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name[:50]}.{os.getpid()}.{threading.get_ident()}.partial")
 
 
-def write_atomically(path: str | os.PathLike, content: bytes | memoryview | str, replace: bool = True) -> bool:
+def write_atomically(
+    path: str | os.PathLike, content: bytes | memoryview | str, replace: bool = True
+) -> bool:
     """Write a file aside, flush it to disk, and rename it into place.
 
     A reader never sees a part of it, and a crash leaves the older file, if there was one.

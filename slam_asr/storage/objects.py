@@ -60,7 +60,9 @@ def list_folders(uri: str) -> list[str]:
     """
     folder = folder_of(split_uri(uri)[1])
     pages = _pages(uri, Prefix=folder, Delimiter="/")
-    return [p["Prefix"].removeprefix(folder).rstrip("/") for page in pages for p in page.get("CommonPrefixes", [])]
+    return [
+        p["Prefix"].removeprefix(folder).rstrip("/") for page in pages for p in page.get("CommonPrefixes", [])
+    ]
 
 
 def list_files(uri: str) -> Iterator[Object]:
@@ -97,7 +99,13 @@ def head(uri: str) -> Object | None:
     if not key:
         return None
     try:
-        found = patiently(uri, "read", lambda: complete(client().head_object(Bucket=bucket, Key=key), "ContentLength", "ETag", "Metadata"))
+        found = patiently(
+            uri,
+            "read",
+            lambda: complete(
+                client().head_object(Bucket=bucket, Key=key), "ContentLength", "ETag", "Metadata"
+            ),
+        )
     except Absent:
         return None
     return Object(key, found["ContentLength"], found["ETag"].strip('"'), found["Metadata"].get(SHA256))
@@ -162,7 +170,11 @@ def _compared_on_arrival(answer: dict[str, Any], wanted: str) -> bool:
     """Whether boto3 has compared the bytes with this very checksum already: a second time would cost as much again."""
     from botocore.httpchecksum import StreamingChecksumBody
 
-    sums = [h for h in answer["ResponseMetadata"]["HTTPHeaders"] if h.startswith("x-amz-checksum-") and h != "x-amz-checksum-type"]
+    sums = [
+        h
+        for h in answer["ResponseMetadata"]["HTTPHeaders"]
+        if h.startswith("x-amz-checksum-") and h != "x-amz-checksum-type"
+    ]
     return (
         isinstance(answer["Body"], StreamingChecksumBody)
         and sums == ["x-amz-checksum-sha256"]
@@ -233,6 +245,8 @@ class ObjectStream(io.RawIOBase):
             content = _read(self.uri, self.position, end, self._known.etag)
             self._sum.update(content)
             if content and end == self.size and self._known.sha256 not in (None, self._sum.hexdigest()):
-                raise UserError(f"{self.uri} is damaged (its checksum differs): read it again, and if that fails too, write it anew.")
+                raise UserError(
+                    f"{self.uri} is damaged (its checksum differs): read it again, and if that fails too, write it anew."
+                )
         self.position = end
         return content

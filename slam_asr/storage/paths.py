@@ -43,7 +43,11 @@ def join(base: str | os.PathLike, *names: str) -> str:
 def parent_of(path: str | os.PathLike) -> str:
     """The folder in which a file lies."""
     path = os.fspath(path)
-    return path.rstrip("/").rpartition("/")[0] if is_s3(path) else os.path.dirname(os.path.abspath(local_path(path)))
+    return (
+        path.rstrip("/").rpartition("/")[0]
+        if is_s3(path)
+        else os.path.dirname(os.path.abspath(local_path(path)))
+    )
 
 
 def name_of(path: str | os.PathLike) -> str:
@@ -289,7 +293,9 @@ def _download_folder(path: str, files: list[Info], aside: Path) -> None:
     prefix = s3.split_uri(path)[1].rstrip("/")
     for file in files:
         if not (aside / file.name).resolve().is_relative_to(aside.resolve()):
-            raise UserError(f"{path} holds an object whose name leads out of its folder, {file.name}: it is not fetched.")
+            raise UserError(
+                f"{path} holds an object whose name leads out of its folder, {file.name}: it is not fetched."
+            )
 
     def one(file: Info) -> None:
         (aside / file.name).parent.mkdir(parents=True, exist_ok=True)

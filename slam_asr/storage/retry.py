@@ -73,7 +73,11 @@ def patiently(uri: str, done: str, call: Callable[[], Any]) -> Any:
             reason = _reason_to_try_again(error, uri, done)
             damaged += reason == DIFFERS
         if damaged >= _DAMAGED_TRIES:
-            way, remedy = ("is damaged", "write it anew") if done == "read" else ("arrives damaged", "check the network")
+            way, remedy = (
+                ("is damaged", "write it anew")
+                if done == "read"
+                else ("arrives damaged", "check the network")
+            )
             raise UserError(f"{uri} {way} ({reason}, {damaged} times): {remedy}.")
         tried = time.monotonic() - started
         if tried >= limit:
@@ -129,25 +133,49 @@ def _reason_to_try_again(error: Exception, uri: str, done: str) -> str:
             f"{uri} cannot be reached: there is no secure connection to the server, whose certificate is not trusted or which speaks http only; "
             "check AWS_ENDPOINT_URL and AWS_CA_BUNDLE."
         ) from None
-    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | boto.IncompleteReadError | HTTPError | ConnectionError | TimeoutError):
+    if isinstance(
+        error,
+        boto.ConnectionError
+        | boto.HTTPClientError
+        | boto.IncompleteReadError
+        | HTTPError
+        | ConnectionError
+        | TimeoutError,
+    ):
         return _FAULTS.get(type(error).__name__, type(error).__name__)
-    if type(error).__name__ in ("ResponseParserError", "IncompleteRead", "BadStatusLine", "RemoteDisconnected", "LineTooLong"):
+    if type(error).__name__ in (
+        "ResponseParserError",
+        "IncompleteRead",
+        "BadStatusLine",
+        "RemoteDisconnected",
+        "LineTooLong",
+    ):
         return "the answer was cut short"
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError | boto.TokenRetrievalError):
+    if isinstance(
+        error,
+        boto.NoCredentialsError
+        | boto.PartialCredentialsError
+        | boto.CredentialRetrievalError
+        | boto.TokenRetrievalError,
+    ):
         raise UserError(
             f"{uri} needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, choose a profile, or mount a secret at {SECRET_FOLDER}."
         ) from None
     if isinstance(error, boto.NoRegionError | boto.InvalidRegionError):
         raise UserError(f"{uri} needs a valid region: set AWS_REGION.") from None
     if isinstance(error, boto.ProfileNotFound):
-        raise UserError(f"{uri}: AWS_PROFILE names a profile that is not in the configuration files: check it.") from None
+        raise UserError(
+            f"{uri}: AWS_PROFILE names a profile that is not in the configuration files: check it."
+        ) from None
     if isinstance(error, boto.ParamValidationError):
         raise UserError(
             f"{uri} is no valid address in object storage: names of objects have 1 to 1024 bytes, those of buckets 3 to 63 small letters, digits, dots and dashes."
         ) from None
     # boto3 follows a server that sends it to another region for ever.
     if isinstance(error, boto.BotoCoreError | Boto3Error | RecursionError):
-        raise UserError(f"{uri} cannot be reached ({type(error).__name__}): check AWS_ENDPOINT_URL and AWS_REGION.") from None
+        raise UserError(
+            f"{uri} cannot be reached ({type(error).__name__}): check AWS_ENDPOINT_URL and AWS_REGION."
+        ) from None
     raise error
 
 
@@ -161,39 +189,71 @@ def _reason_of_server(error: Any, uri: str, done: str) -> str:
     if code in ("NoSuchKey", "404", "NotFound"):
         raise Absent(uri) from None
     why = _REASONS.get(code, f"the server answers {code}")
-    raise UserError(f"{uri} cannot be {done}: {why}; check the address, the credentials and AWS_ENDPOINT_URL.") from None
+    raise UserError(
+        f"{uri} cannot be {done}: {why}; check the address, the credentials and AWS_ENDPOINT_URL."
+    ) from None
 
 
 def _is_about_certificates(error: Exception) -> bool:
     # A connection that breaks while it is being secured is the same kind of error, and passes.
-    return any(sign in str(error) for sign in ("CERTIFICATE", "certificate", "WRONG_VERSION_NUMBER", "No such file"))
+    return any(
+        sign in str(error) for sign in ("CERTIFICATE", "certificate", "WRONG_VERSION_NUMBER", "No such file")
+    )
 
 
 _TRANSIENT = {
-    "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "BandwidthLimitExceeded", "TooManyRequests",
-    "RequestTimeout", "RequestTimeoutException", "IncompleteBody", "InternalError", "ServiceUnavailable", "OperationAborted",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "BandwidthLimitExceeded",
+    "TooManyRequests",
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "IncompleteBody",
+    "InternalError",
+    "ServiceUnavailable",
+    "OperationAborted",
     "ConditionalRequestConflict",
 }
 _NOT_AS_SENT = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 _REASONS = {
-    "NoSuchBucket": "there is no such bucket", "AccessDenied": "access is denied", "403": "access is denied", "Forbidden": "access is denied",
-    "AllAccessDisabled": "access is denied", "AccountProblem": "access is denied",
-    "InvalidAccessKeyId": "the access key is unknown", "SignatureDoesNotMatch": "the secret key is wrong",
-    "ExpiredToken": "the session's token has expired", "InvalidToken": "the session's token is not valid",
+    "NoSuchBucket": "there is no such bucket",
+    "AccessDenied": "access is denied",
+    "403": "access is denied",
+    "Forbidden": "access is denied",
+    "AllAccessDisabled": "access is denied",
+    "AccountProblem": "access is denied",
+    "InvalidAccessKeyId": "the access key is unknown",
+    "SignatureDoesNotMatch": "the secret key is wrong",
+    "ExpiredToken": "the session's token has expired",
+    "InvalidToken": "the session's token is not valid",
     "TokenRefreshRequired": "the session's token has expired",
     # An answer to HEAD has no body that says which of them.
     "400": "the server refuses the request, as it does for an expired token or a wrong region",
     "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off",
-    "PermanentRedirect": "the bucket lies in another region", "AuthorizationHeaderMalformed": "the bucket lies in another region",
-    "301": "the bucket lies in another region", "IllegalLocationConstraintException": "the bucket lies in another region",
-    "QuotaExceeded": "the bucket's quota is used up", "XMinioStorageFull": "the server's disks are full", "507": "the server's disks are full",
-    "KeyTooLongError": "the object's name is too long", "InvalidBucketName": "that is no bucket's name",
-    "InvalidObjectState": "the object is archived, and must be restored first", "InvalidRange": "it is shorter than was expected",
-    "416": "it is shorter than was expected", "EntityTooLarge": "it is larger than the server takes",
+    "PermanentRedirect": "the bucket lies in another region",
+    "AuthorizationHeaderMalformed": "the bucket lies in another region",
+    "301": "the bucket lies in another region",
+    "IllegalLocationConstraintException": "the bucket lies in another region",
+    "QuotaExceeded": "the bucket's quota is used up",
+    "XMinioStorageFull": "the server's disks are full",
+    "507": "the server's disks are full",
+    "KeyTooLongError": "the object's name is too long",
+    "InvalidBucketName": "that is no bucket's name",
+    "InvalidObjectState": "the object is archived, and must be restored first",
+    "InvalidRange": "it is shorter than was expected",
+    "416": "it is shorter than was expected",
+    "EntityTooLarge": "it is larger than the server takes",
 }
 _FAULTS = {
-    "EndpointConnectionError": "no connection", "ConnectTimeoutError": "no connection in time", "ReadTimeoutError": "no answer in time",
-    "ConnectionClosedError": "the connection was closed", "ProxyConnectionError": "no connection to the proxy",
-    "SSLError": "the connection was closed", "IncompleteReadError": "the answer was cut short",
-    "ResponseStreamingError": "the answer was cut short", "ConnectionResetError": "the connection was closed",
+    "EndpointConnectionError": "no connection",
+    "ConnectTimeoutError": "no connection in time",
+    "ReadTimeoutError": "no answer in time",
+    "ConnectionClosedError": "the connection was closed",
+    "ProxyConnectionError": "no connection to the proxy",
+    "SSLError": "the connection was closed",
+    "IncompleteReadError": "the answer was cut short",
+    "ResponseStreamingError": "the answer was cut short",
+    "ConnectionResetError": "the connection was closed",
 }

@@ -8,12 +8,41 @@ and endpoint come from, `retry` what is tried again and what is said, `objects` 
 from slam_asr.storage.address import SCHEME, is_s3, split_uri
 from slam_asr.storage.client import SECRET, SECRET_FOLDER, TIMEOUT
 from slam_asr.storage.downloads import download
-from slam_asr.storage.objects import Object, ObjectStream, head, list_files, list_folders, list_objects, read, remove
+from slam_asr.storage.objects import (
+    Object,
+    ObjectStream,
+    head,
+    list_files,
+    list_folders,
+    list_objects,
+    read,
+    remove,
+)
 from slam_asr.storage.pieces import PART_BYTES
 from slam_asr.storage.retry import DEFAULT_PATIENCE, PATIENCE, patience
 from slam_asr.storage.uploads import AlreadyThere, upload, write
 
 __all__ = [
-    "DEFAULT_PATIENCE", "PART_BYTES", "PATIENCE", "SCHEME", "SECRET", "SECRET_FOLDER", "TIMEOUT", "AlreadyThere", "Object", "ObjectStream",
-    "download", "head", "is_s3", "list_files", "list_folders", "list_objects", "patience", "read", "remove", "split_uri", "upload", "write",
+    "DEFAULT_PATIENCE",
+    "PART_BYTES",
+    "PATIENCE",
+    "SCHEME",
+    "SECRET",
+    "SECRET_FOLDER",
+    "TIMEOUT",
+    "AlreadyThere",
+    "Object",
+    "ObjectStream",
+    "download",
+    "head",
+    "is_s3",
+    "list_files",
+    "list_folders",
+    "list_objects",
+    "patience",
+    "read",
+    "remove",
+    "split_uri",
+    "upload",
+    "write",
 ]

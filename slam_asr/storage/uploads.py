@@ -51,7 +51,9 @@ class _Memory:
 _memory = _Memory()
 
 
-def upload(uri: str, file: BinaryIO, sha256: str | None = None, report: Callable[[int], None] | None = None) -> None:
+def upload(
+    uri: str, file: BinaryIO, sha256: str | None = None, report: Callable[[int], None] | None = None
+) -> None:
     """Publish a file as an object, in parallel pieces where it is large; it is visible when all are there.
 
     Args:
@@ -74,7 +76,9 @@ def upload(uri: str, file: BinaryIO, sha256: str | None = None, report: Callable
             file.seek(start)
             piece = file.read(end - start)
         if len(piece) != end - start:
-            raise UserError(f"{getattr(file, 'name', uri)} changed while it was uploaded: run the same command again.")
+            raise UserError(
+                f"{getattr(file, 'name', uri)} changed while it was uploaded: run the same command again."
+            )
         return piece
 
     _Upload(uri, sha256, report or unheard).run(size, content)
@@ -109,7 +113,9 @@ class _Upload:
         step = max(pieces.PART_BYTES, math.ceil(size / _MOST_PARTS))
         if size <= step:
             whole = content(0, size)
-            self._call(lambda: self._send("put_object", whole, self.place | {"Metadata": {SHA256: self.sha256}}))
+            self._call(
+                lambda: self._send("put_object", whole, self.place | {"Metadata": {SHA256: self.sha256}})
+            )
             self.report(size)
             return
         begin = self.place | {"Metadata": {SHA256: self.sha256}, "ChecksumAlgorithm": "SHA256"}
@@ -119,7 +125,12 @@ class _Upload:
             starts = range(0, size, step)
             with parallel(len(starts)) as (pool, stop):
                 sent = [
-                    pool.submit(self._part, place | {"PartNumber": number}, functools.partial(content, start, min(start + step, size)), stop)
+                    pool.submit(
+                        self._part,
+                        place | {"PartNumber": number},
+                        functools.partial(content, start, min(start + step, size)),
+                        stop,
+                    )
                     for number, start in enumerate(starts, start=1)
                 ]
                 parts = [part.result() for part in sent]
@@ -130,7 +141,9 @@ class _Upload:
                 client().abort_multipart_upload(**place)
             raise
 
-    def _part(self, place: dict[str, Any], content: Callable[[], bytes], stop: threading.Event) -> dict[str, Any]:
+    def _part(
+        self, place: dict[str, Any], content: Callable[[], bytes], stop: threading.Event
+    ) -> dict[str, Any]:
         def put() -> dict[str, Any]:
             if stop.is_set():
                 raise Stopped
@@ -140,7 +153,9 @@ class _Upload:
             piece = content()
             answer = self._call(put)
             self.report(len(piece))
-        return {"PartNumber": place["PartNumber"]} | {k: answer[k] for k in ("ETag", "ChecksumSHA256") if k in answer}
+        return {"PartNumber": place["PartNumber"]} | {
+            k: answer[k] for k in ("ETag", "ChecksumSHA256") if k in answer
+        }
 
     def _complete(self, arguments: dict[str, Any], size: int) -> None:
         from botocore.exceptions import ClientError
@@ -153,7 +168,9 @@ class _Upload:
                 raise
         known = head(self.uri)
         if known is not None and known.sha256 == self.sha256 and known.bytes != size:
-            raise UserError(f"{self.uri} has {known.bytes:,} bytes where {size:,} were written: write it anew.")
+            raise UserError(
+                f"{self.uri} has {known.bytes:,} bytes where {size:,} were written: write it anew."
+            )
 
     def _is_there(self) -> bool:
         known = head(self.uri)
@@ -199,7 +216,9 @@ class _Upload:
     def _writer(self) -> str | None:
         """Who wrote the object that is there: "" for one that does not say, None where there is none."""
         try:
-            found = patiently(self.uri, "read", lambda: complete(client().head_object(**self.place), "Metadata", "ETag"))
+            found = patiently(
+                self.uri, "read", lambda: complete(client().head_object(**self.place), "Metadata", "ETag")
+            )
         except Absent:
             return None
         return found["Metadata"].get(_WRITER, "")
@@ -211,7 +230,9 @@ class _Upload:
             Damaged: it stored something else.
         """
         sum_ = base64.b64encode(hashlib.sha256(content).digest()).decode()
-        answer = getattr(client(), operation)(Body=content, ChecksumAlgorithm="SHA256", ChecksumSHA256=sum_, **arguments)
+        answer = getattr(client(), operation)(
+            Body=content, ChecksumAlgorithm="SHA256", ChecksumSHA256=sum_, **arguments
+        )
         etag = complete(answer, "ETag")["ETag"].strip('"')
         if "ChecksumSHA256" in answer:
             if answer["ChecksumSHA256"] != sum_:
@@ -224,9 +245,13 @@ class _Upload:
         try:
             return patiently(self.uri, "written", call)
         except Absent:
-            raise UserError(f"{self.uri} cannot be written: the server knows no such place; check the address.") from None
+            raise UserError(
+                f"{self.uri} cannot be written: the server knows no such place; check the address."
+            ) from None
 
 
 def _is_md5(etag: str, answer: dict[str, Any]) -> bool:
     # With keys of the key management service, an etag only looks like one.
-    return bool(re.fullmatch("[0-9a-f]{32}", etag)) and not str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
+    return bool(re.fullmatch("[0-9a-f]{32}", etag)) and not str(
+        answer.get("ServerSideEncryption", "")
+    ).startswith("aws:kms")

@@ -50,16 +50,30 @@ class Run:
         shuffled = self.numbers["controls"].get("shuffled audio")
         against = self.against_best
         return {
-            "name": self.name, "changes": self.changes, "folder": self.folder, "wer": total["wer"], "interval": total["interval"],
-            "normalised": total["normalised"], "cer": total["cer"], "shuffled": shuffled["all"]["wer"] if shuffled else None,
+            "name": self.name,
+            "changes": self.changes,
+            "folder": self.folder,
+            "wer": total["wer"],
+            "interval": total["interval"],
+            "normalised": total["normalised"],
+            "cer": total["cer"],
+            "shuffled": shuffled["all"]["wer"] if shuffled else None,
             "subsets": {name: counts["wer"] for name, counts in self.numbers["subsets"].items() if name},
             "dev": {key: dev[key] for key in _LAST_ON_DEV if is_number(dev.get(key))},
-            "steps": self.training.get("steps"), "seconds": self.training.get("seconds"),
-            "worse_by": against.second - against.first if against else None, "p": against.p if against else None,
-        }  # fmt: skip
+            "steps": self.training.get("steps"),
+            "seconds": self.training.get("seconds"),
+            "worse_by": against.second - against.first if against else None,
+            "p": against.p if against else None,
+        }
 
 
-def compare_runs(runs: list[str], output: str, title: str = "", variations: list[str] | None = None, overwrite: bool = False) -> Record:
+def compare_runs(
+    runs: list[str],
+    output: str,
+    title: str = "",
+    variations: list[str] | None = None,
+    overwrite: bool = False,
+) -> Record:
     """Compare what several trainings came to, best word error rate first, with their curves in one figure.
 
     Args:
@@ -76,30 +90,38 @@ def compare_runs(runs: list[str], output: str, title: str = "", variations: list
         UserError: fewer than two runs, one without a report, or two that are the same.
     """
     if len(runs) < 2:
-        raise UserError(f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} of decode or score; give two or more.")
+        raise UserError(
+            f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} of decode or score; give two or more."
+        )
     twice = sorted({folder for folder in runs if runs.count(folder) > 1})
     if twice:
         raise UserError(f"--runs names {twice[0]} twice: give each run once.")
     for folder in runs:
         if not exists(join(folder, NUMBERS)):
-            raise UserError(f"{folder} holds no {NUMBERS}, so there is no report to compare: give folders that score, or decode without --shard, wrote.")
+            raise UserError(
+                f"{folder} holds no {NUMBERS}, so there is no report to compare: give folders that score, or decode without --shard, wrote."
+            )
     known = [variation_of(text) for text in variations or []]
     files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}
     # By content, in no order: the pipeline's loop may hand on its results in any.
     inputs = {
-        "runs": sorted([sha256_of_file(file) for file in pair] for pair in files.values()), "title": title,
+        "runs": sorted([sha256_of_file(file) for file in pair] for pair in files.values()),
+        "title": title,
         "variations": [{"name": variation.name, **variation.overrides} for variation in known],
-    }  # fmt: skip
+    }
 
     def work(place: Path) -> Outcome:
         found = _read(files, {variation.name: variation for variation in known})
         _write(place, title or found[0].numbers["title"], found)
         best, worst = found[0], found[-1]
-        metrics = {"best wer": best.numbers["all"]["wer"]} | {f"wer {run.name}": run.numbers["all"]["wer"] for run in found}
+        metrics = {"best wer": best.numbers["all"]["wer"]} | {
+            f"wer {run.name}": run.numbers["all"]["wer"] for run in found
+        }
         return Outcome(
             f"{len(found)} runs: best {best.name}, WER {best.numbers['all']['wer']:.2f} %; worst {worst.name}, {worst.numbers['all']['wer']:.2f} %",
-            metrics, {"order": [run.name for run in found]},
-        )  # fmt: skip
+            metrics,
+            {"order": [run.name for run in found]},
+        )
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
@@ -131,31 +153,70 @@ def _tested_alike(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> 
 
 def _write(folder: Path, title: str, runs: Sequence[Run]) -> None:
     rows = [run.summary() for run in runs]
-    trainings = {run.name: {key: thinned(run.training.get(key) or []) for key in ("curve", "validation")} for run in runs}
+    trainings = {
+        run.name: {key: thinned(run.training.get(key) or []) for key in ("curve", "validation")}
+        for run in runs
+    }
     # One model, decoded otherwise, has one curve.
     same = len({json.dumps(training) for training in trainings.values()}) == 1
-    subsets = sorted({name for row in rows for name in row["subsets"]}) if any(len(row["subsets"]) > 1 for row in rows) else []
+    subsets = (
+        sorted({name for row in rows for name in row["subsets"]})
+        if any(len(row["subsets"]) > 1 for row in rows)
+        else []
+    )
     dev = [key for key in _LAST_ON_DEV if any(key in row["dev"] for row in rows)]
     page = render(
         PAGE,
         filters={"rate": rate_text, "interval": interval_text, "clock": clock, "probability": _probability},
-        title=title, rows=rows, subsets=subsets, dev=dev, markers=RUN_MARKERS,
+        title=title,
+        rows=rows,
+        subsets=subsets,
+        dev=dev,
+        markers=RUN_MARKERS,
         curves=[] if same else draw_runs(trainings),
         alike=all(run.against_best for run in runs[1:]),
-    )  # fmt: skip
+    )
     write_atomically(folder / PAGE, page)
     write_atomically(folder / MARKDOWN, _markdown(title, rows, subsets))
     write_json(folder / RUNS, {"title": title, "unit": "percent", "runs": rows})
 
 
 def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]) -> str:
-    head = ["Run", "Changes", "WER, %", "95 % interval", *(f"{plain(name)}, %" for name in subsets), "Worse by", "p", "CER, %", "Steps", "Training"]
-    lines = [f"# {plain(title)}: {len(rows)} runs", "", f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
+    head = [
+        "Run",
+        "Changes",
+        "WER, %",
+        "95 % interval",
+        *(f"{plain(name)}, %" for name in subsets),
+        "Worse by",
+        "p",
+        "CER, %",
+        "Steps",
+        "Training",
+    ]
+    lines = [
+        f"# {plain(title)}: {len(rows)} runs",
+        "",
+        f"| {' | '.join(head)} |",
+        f"| --- | --- |{' ---: |' * (len(head) - 2)}",
+    ]
     for row in rows:
-        cells = [plain(row["name"]), plain(row["changes"]), rate_text(row["wer"]), interval_text(row["interval"])]
+        cells = [
+            plain(row["name"]),
+            plain(row["changes"]),
+            rate_text(row["wer"]),
+            interval_text(row["interval"]),
+        ]
         cells += [rate_text(row["subsets"].get(name)) for name in subsets]
-        cells += ["–" if row["worse_by"] is None else f"{row['worse_by']:.2f}", _probability(row["p"]), rate_text(row["cer"])]
-        cells += ["–" if row["steps"] is None else grouped(row["steps"]), "–" if row["seconds"] is None else clock(row["seconds"])]
+        cells += [
+            "–" if row["worse_by"] is None else f"{row['worse_by']:.2f}",
+            _probability(row["p"]),
+            rate_text(row["cer"]),
+        ]
+        cells += [
+            "–" if row["steps"] is None else grouped(row["steps"]),
+            "–" if row["seconds"] is None else clock(row["seconds"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

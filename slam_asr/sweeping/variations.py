@@ -53,7 +53,10 @@ class Variation:
 
     def told(self) -> str:
         """`training.learning_rate 0.0001, projector.layers 2`."""
-        return ", ".join(f"{key} {_shown(value)}" for key, value in self.overrides.items()) or "the recipe as it is"
+        return (
+            ", ".join(f"{key} {_shown(value)}" for key, value in self.overrides.items())
+            or "the recipe as it is"
+        )
 
 
 def read_variations(path: str) -> list[dict[str, Any]]:
@@ -71,7 +74,9 @@ def read_variations(path: str) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"The variations {path} cannot be read ({error.strerror}): check --sweep.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"The variations {path} are no YAML ({' '.join(str(error).split())}): {_EXAMPLE}.") from None
+        raise UserError(
+            f"The variations {path} are no YAML ({' '.join(str(error).split())}): {_EXAMPLE}."
+        ) from None
     if isinstance(values, dict) and values:
         return _grid(values, path)
     if isinstance(values, list) and all(isinstance(entry, dict) for entry in values):
@@ -109,7 +114,9 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
             _require_own(key, where)
         name = str(entry.get("name") or _named(overrides))
         if not _NAME.fullmatch(name):
-            raise UserError(f"{where} is named {name!r}: a name has 1 to 80 characters, without line breaks and slashes; give it one with `name: …`.")
+            raise UserError(
+                f"{where} is named {name!r}: a name has 1 to 80 characters, without line breaks and slashes; give it one with `name: …`."
+            )
         if name in (variation.name for variation in found):
             raise UserError(f"Two variations of the sweep are named {name}: give each a name of its own.")
         variation = Variation(name, overrides)
@@ -118,7 +125,9 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
         except UserError as error:
             raise UserError(f"{where} ({name}): {error}") from None
         if meaning in seen:
-            raise UserError(f"The variations {seen[meaning]} and {name} come to the same recipe: leave one out.")
+            raise UserError(
+                f"The variations {seen[meaning]} and {name} come to the same recipe: leave one out."
+            )
         seen[meaning] = name
         found.append(variation)
     return found
@@ -134,7 +143,9 @@ def variation_of(text: str) -> Variation:
         values = json.loads(text)
         name = values.pop("name")
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f'{text} is no variation of a sweep: it is JSON of a name and overrides, such as {{"name": "slow", "training.learning_rate": 0.0001}}.') from None
+        raise UserError(
+            f'{text} is no variation of a sweep: it is JSON of a name and overrides, such as {{"name": "slow", "training.learning_rate": 0.0001}}.'
+        ) from None
     return Variation(name, values)
 
 
@@ -156,7 +167,14 @@ def require_trainings_of_their_own(recipe: Recipe, variations: Sequence[Variatio
     seen: dict[str, str] = {}
     for variation in variations:
         sections = asdict(varied(recipe, variation))
-        training = json.dumps({key: value for key, value in sections.items() if key not in ("name", "decoding", "published_wer")}, sort_keys=True)
+        training = json.dumps(
+            {
+                key: value
+                for key, value in sections.items()
+                if key not in ("name", "decoding", "published_wer")
+            },
+            sort_keys=True,
+        )
         if training in seen:
             raise UserError(
                 f"The variations {seen[training]} and {variation.name} differ in decoding alone, so both would train the same model at the same time: add --parallel 1, "
@@ -182,7 +200,10 @@ def _named(overrides: dict[str, Any]) -> str:
     """`learning_rate=0.0001 downsampling=10`; whole keys where the last parts alone are not enough."""
     last = [key.rpartition(".")[2] for key in overrides]
     keys = last if len(set(last)) == len(last) else list(overrides)
-    return " ".join(f"{key}={_shown(value)}" for key, value in zip(keys, overrides.values(), strict=True)) or "as it is"
+    return (
+        " ".join(f"{key}={_shown(value)}" for key, value in zip(keys, overrides.values(), strict=True))
+        or "as it is"
+    )
 
 
 def _shown(value: Any) -> str:

@@ -65,7 +65,12 @@ class Examples:
     """
 
     def __init__(
-        self, utterances: Sequence[Utterance], reader: Reader, projector: Projector, prompt: Prompt, spellings: list[Spelling],
+        self,
+        utterances: Sequence[Utterance],
+        reader: Reader,
+        projector: Projector,
+        prompt: Prompt,
+        spellings: list[Spelling],
         limit: int | None,
     ) -> None:
         self.utterances, self.prompt, self.spellings = utterances, prompt, spellings
@@ -94,7 +99,9 @@ class Examples:
                     "it with data.max_duration, or the prompt."
                 )
         columns = np.frombuffer(bytes(addresses), np.uint8).reshape(-1, 32)
-        self.shards, self.reader_shards = _in_canonical_order(reader.shards_of(columns, np.array(samples, np.int64)), columns)
+        self.shards, self.reader_shards = _in_canonical_order(
+            reader.shards_of(columns, np.array(samples, np.int64)), columns
+        )
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -136,7 +143,12 @@ class Window:
 
 
 def plan_epoch(
-    positions: Sequence[int], shards: np.ndarray, window_shards: int, budget: int, seed: int, epoch: int,
+    positions: Sequence[int],
+    shards: np.ndarray,
+    window_shards: int,
+    budget: int,
+    seed: int,
+    epoch: int,
     sizes: Sequence[int] | None = None,
 ) -> Iterator[Window]:
     """Group utterances into the optimiser steps of one epoch.
@@ -158,7 +170,9 @@ def plan_epoch(
     divide = _divide if sizes is None else _fill
     sizes = positions if sizes is None else sizes
     by_shard = np.argsort(shards, kind="stable")
-    ends = np.searchsorted(shards[by_shard], np.arange(int(shards.max(initial=-1)) + 1), side="right").tolist()
+    ends = np.searchsorted(
+        shards[by_shard], np.arange(int(shards.max(initial=-1)) + 1), side="right"
+    ).tolist()
     order = list(range(len(ends)))
     generator.shuffle(order)
     for begin in range(0, len(order), window_shards):
@@ -207,10 +221,14 @@ class TrainingPlan:
         max_steps: at which the training ends in any case.
     """
 
-    def __init__(self, examples: Examples, budget: Budget, window_shards: int, seed: int, epochs: int, max_steps: int) -> None:
+    def __init__(
+        self, examples: Examples, budget: Budget, window_shards: int, seed: int, epochs: int, max_steps: int
+    ) -> None:
         self.examples, self.max_steps = examples, max_steps
         sizes = budget.sizes(examples.positions)
-        self._plan = lambda epoch: plan_epoch(examples.positions, examples.shards, window_shards, budget.step, seed, epoch, sizes)
+        self._plan = lambda epoch: plan_epoch(
+            examples.positions, examples.shards, window_shards, budget.step, seed, epoch, sizes
+        )
         self._epochs = epochs
         self.steps = self.epochs = 0
         while self.epochs < epochs and self.steps < max_steps:
@@ -300,7 +318,9 @@ def split_step(
     return [groups[rank::processes] for rank in range(processes)]
 
 
-def split_packed(step: list[int], positions: Sequence[int], processes: int, budget: int) -> list[list[list[int]]]:
+def split_packed(
+    step: list[int], positions: Sequence[int], processes: int, budget: int
+) -> list[list[list[int]]]:
     """The same where a batch has no padding: as few micro-batches as hold the step, all about equally full."""
     longest_first = sorted(step, key=lambda i: (-positions[i], i))
     rounds = max(1, -(-sum(positions[i] for i in step) // (budget * processes)))
@@ -332,7 +352,11 @@ class BatchReader:
     """
 
     def __init__(
-        self, examples: Examples, reader: Reader, draw: Callable[[int, str], int] = lambda epoch, key: 0, threads: int = 1,
+        self,
+        examples: Examples,
+        reader: Reader,
+        draw: Callable[[int, str], int] = lambda epoch, key: 0,
+        threads: int = 1,
         packs: bool = False,
     ) -> None:
         self.examples, self.reader, self.draw, self.packs = examples, reader, draw, packs
@@ -349,7 +373,9 @@ class BatchReader:
         rows = []
         for index, utterance, heard in zip(indices or [0], chosen, audio, strict=True):
             spoken = self.examples.spoken(index, self.draw(epoch, utterance.key))
-            rows.append(Row(heard, int(self.examples.audio[index]), spoken.before, spoken.prompt, spoken.answer))
+            rows.append(
+                Row(heard, int(self.examples.audio[index]), spoken.before, spoken.prompt, spoken.answer)
+            )
         batch = pack(rows) if self.packs else collate(rows)
         if not indices:
             batch.labels.fill_(IGNORED)

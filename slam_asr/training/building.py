@@ -15,7 +15,14 @@ from slam_asr.features.space import address_of
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.models.encoder import EncoderSpec, describe_encoder
-from slam_asr.models.llm import checkpoint_layers, llm_positions, llm_width, load_llm, load_tokenizer, set_tuning
+from slam_asr.models.llm import (
+    checkpoint_layers,
+    llm_positions,
+    llm_width,
+    load_llm,
+    load_tokenizer,
+    set_tuning,
+)
 from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
@@ -42,13 +49,26 @@ def build_readers(job: Job, recipe: Recipe, prompt: Prompt, processes: int) -> d
     limit = llm_positions(Path(job.llm_folder))
     threads = 1 if job.feature_store else max(1, len(os.sched_getaffinity(0)) // processes)
     draw = functools.partial(prompt.draw, recipe.training.seed)
-    readers = {"train": BatchReader(Examples(utterances["train"], source, recipe.projector, prompt, prompt.drawn, limit), source, draw, threads)}
+    readers = {
+        "train": BatchReader(
+            Examples(utterances["train"], source, recipe.projector, prompt, prompt.drawn, limit),
+            source,
+            draw,
+            threads,
+        )
+    }
     if "dev" in utterances:
-        readers["dev"] = BatchReader(Examples(utterances["dev"], source, recipe.projector, prompt, [prompt.main], limit), source, threads=threads)
+        readers["dev"] = BatchReader(
+            Examples(utterances["dev"], source, recipe.projector, prompt, [prompt.main], limit),
+            source,
+            threads=threads,
+        )
     return readers
 
 
-def _source(store: str | None, spec: EncoderSpec, recipe: Recipe, manifests: Iterable[Sequence[Utterance]]) -> Reader:
+def _source(
+    store: str | None, spec: EncoderSpec, recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
+) -> Reader:
     """The feature store, or the audio itself."""
     if store is None:
         return AudioReader(spec, recipe.features)
@@ -103,7 +123,10 @@ def count_parameters(model: Slam, encoder: int) -> dict[str, tuple[int, int]]:
         encoder: parameters of an encoder that is not a part of it.
     """
     counts = {
-        name: (sum(p.numel() for p in part.parameters()), sum(p.numel() for p in part.parameters() if p.requires_grad))
+        name: (
+            sum(p.numel() for p in part.parameters()),
+            sum(p.numel() for p in part.parameters() if p.requires_grad),
+        )
         for name, part in model.named_children()
     }
     counts.setdefault("encoder", (encoder, 0))

@@ -72,10 +72,14 @@ class Checkpoint:
         """
         path = join(self.folder, name)
         if not exists(path):
-            raise UserError(f"The checkpoint {self.folder} lacks {name}: copy it whole, or remove that folder and train again.")
+            raise UserError(
+                f"The checkpoint {self.folder} lacks {name}: copy it whole, or remove that folder and train again."
+            )
         local = fetch(path)
         if sha256_of_file(local) != self.files[name]["sha256"]:
-            raise UserError(f"{path} is damaged (its SHA-256 is not the one in {DESCRIPTION}): remove {self.folder}, and the training goes on from an older one.")
+            raise UserError(
+                f"{path} is damaged (its SHA-256 is not the one in {DESCRIPTION}): remove {self.folder}, and the training goes on from an older one."
+            )
         return str(local)
 
     def tensors(self, kind: str) -> Tensors:
@@ -104,7 +108,9 @@ def find(folder: str, pointer: str = LATEST) -> Checkpoint | None:
         return None
     name = read_bytes(path).decode(errors="replace").strip()
     if not exists(join(folder, name, DESCRIPTION)):
-        raise UserError(f"{path} names {name}, which is not there or not whole: copy the whole folder {folder}, or remove it and train again.")
+        raise UserError(
+            f"{path} names {name}, which is not there or not whole: copy the whole folder {folder}, or remove it and train again."
+        )
     return _read(folder, name)
 
 
@@ -113,7 +119,9 @@ def _read(folder: str, name: str) -> Checkpoint:
     try:
         return Checkpoint(**{**json.loads(read_bytes(description)), "folder": join(folder, name)})
     except (ValueError, TypeError) as error:
-        raise UserError(f"{description} is not a checkpoint's description: remove that folder, or train with the version that wrote it.") from error
+        raise UserError(
+            f"{description} is not a checkpoint's description: remove that folder, or train with the version that wrote it."
+        ) from error
 
 
 def require(folder: str, pointer: str = LATEST) -> Checkpoint:
@@ -124,7 +132,9 @@ def require(folder: str, pointer: str = LATEST) -> Checkpoint:
     """
     found = find(folder, pointer)
     if found is None:
-        raise UserError(f"{folder} holds no checkpoint (no file `{pointer}`): run `slam-asr train` first, or check the path.")
+        raise UserError(
+            f"{folder} holds no checkpoint (no file `{pointer}`): run `slam-asr train` first, or check the path."
+        )
     return found
 
 
@@ -135,7 +145,13 @@ def all_kept(folder: str) -> list[Checkpoint]:
         UserError: there is none, or the latest is not whole.
     """
     latest = require(folder)
-    names = sorted({name.partition("/")[0] for name in (f.name for f in walk(folder)) if name.endswith(f"/{DESCRIPTION}")})
+    names = sorted(
+        {
+            name.partition("/")[0]
+            for name in (f.name for f in walk(folder))
+            if name.endswith(f"/{DESCRIPTION}")
+        }
+    )
     return [_read(folder, name) for name in names if name < latest.name] + [latest]
 
 
@@ -152,7 +168,9 @@ def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
     write_bytes(join(folder, checkpoint.name, DESCRIPTION), json.dumps(content, indent=2) + "\n")
     write_bytes(join(folder, LATEST), checkpoint.name)
     best = None if checkpoint.dev_loss is None else find(folder, BEST)
-    if checkpoint.dev_loss is not None and (best is None or best.dev_loss is None or checkpoint.dev_loss < best.dev_loss):
+    if checkpoint.dev_loss is not None and (
+        best is None or best.dev_loss is None or checkpoint.dev_loss < best.dev_loss
+    ):
         write_bytes(join(folder, BEST), checkpoint.name)
     prune(folder, keep)
 
@@ -162,18 +180,30 @@ def prune(folder: str, keep: int) -> None:
 
     Those behind it are left alone: other processes may be at the next one already.
     """
-    latest, *best = [read_bytes(join(folder, p)).decode().strip() for p in (LATEST, BEST) if exists(join(folder, p))]
+    latest, *best = [
+        read_bytes(join(folder, p)).decode().strip() for p in (LATEST, BEST) if exists(join(folder, p))
+    ]
     files = [f.name for f in walk(folder) if "/" in f.name]
     whole = sorted({name.partition("/")[0] for name in files if name.endswith(f"/{DESCRIPTION}")})
     kept = {latest, *best, *[name for name in whole if name <= latest][-keep:]}
-    _remove(folder, [name for name in files if name.partition("/")[0] < latest and name.partition("/")[0] not in kept])
+    _remove(
+        folder,
+        [name for name in files if name.partition("/")[0] < latest and name.partition("/")[0] not in kept],
+    )
 
 
 def forget_what_is_behind(folder: str) -> None:
     """Remove what an earlier attempt has begun behind its latest checkpoint, or was writing when it was killed; only while nobody writes."""
     latest = read_bytes(join(folder, LATEST)).decode().strip() if exists(join(folder, LATEST)) else ""
     names = [f.name for f in walk(folder)]
-    _remove(folder, [name for name in names if ("/" in name and name.partition("/")[0] > latest) or name.endswith(PARTIAL)])
+    _remove(
+        folder,
+        [
+            name
+            for name in names
+            if ("/" in name and name.partition("/")[0] > latest) or name.endswith(PARTIAL)
+        ],
+    )
 
 
 def _remove(folder: str, files: list[str]) -> None:

@@ -31,7 +31,9 @@ def require_kernels(options: Training, device: torch.device) -> None:
         UserError: no GPU, no package, or no compiler.
     """
     if options.liger and device.type != "cuda":
-        raise UserError("training.liger needs a GPU, for which its kernels are written, and there is none here: leave it out.")
+        raise UserError(
+            "training.liger needs a GPU, for which its kernels are written, and there is none here: leave it out."
+        )
     if options.liger and importlib.util.find_spec("liger_kernel") is None:
         raise UserError(
             "training.liger asks for Liger's kernels, whose package is not installed here: run `pip install liger-kernel` (in an image, build it in), or "
@@ -43,7 +45,9 @@ def require_kernels(options: Training, device: torch.device) -> None:
 
 def _require_compiler(device: torch.device) -> None:
     # Kernels for a CPU are C++; those for a GPU are Triton's, which has a few lines of C compiled that start them.
-    language, variable, usual = ("C++", "CXX", ("g++",)) if device.type == "cpu" else ("C", "CC", ("gcc", "clang"))
+    language, variable, usual = (
+        ("C++", "CXX", ("g++",)) if device.type == "cpu" else ("C", "CC", ("gcc", "clang"))
+    )
     names = [os.environ[variable]] if os.environ.get(variable) else usual
     if not any(shutil.which(name) for name in names):
         raise UserError(
@@ -67,7 +71,9 @@ def compile_layers(llm: PreTrainedModel) -> None:
     """
     layers = [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(f"training.compile: {type(llm).__name__} has no layers that can be compiled one by one; set it to false.")
+        raise UserError(
+            f"training.compile: {type(llm).__name__} has no layers that can be compiled one by one; set it to false."
+        )
     leave_to_python()
     for layer in layers:
         forward, again = layer.forward, None
@@ -86,4 +92,6 @@ def use_liger(llm: PreTrainedModel) -> None:
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         say(f"training.liger: Liger has no kernels for a model of type {kind}, so it trains without them")
         return
-    monkey_patch._apply_liger_kernel_to_instance(model=llm, cross_entropy=False, fused_linear_cross_entropy=False)
+    monkey_patch._apply_liger_kernel_to_instance(
+        model=llm, cross_entropy=False, fused_linear_cross_entropy=False
+    )

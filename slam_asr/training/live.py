@@ -75,8 +75,15 @@ def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> di
         `curve`, `validation` and `samples`, thinned to what a page can show.
     """
     training, validation = read_curve(folder / CURVE)
-    shown = {"curve": thinned(training), "validation": thinned(validation), "samples": last_samples(folder / CURVE)}
-    models = [("Models", f"{recipe.encoder.name} + {recipe.llm.name}"), ("Optimiser steps", f"{training[-1]['step'] if training else 0:,}")]
+    shown = {
+        "curve": thinned(training),
+        "validation": thinned(validation),
+        "samples": last_samples(folder / CURVE),
+    }
+    models = [
+        ("Models", f"{recipe.encoder.name} + {recipe.llm.name}"),
+        ("Optimiser steps", f"{training[-1]['step'] if training else 0:,}"),
+    ]
     write_curves(folder / PAGE, f"{recipe.name}: training", [*models, *facts], shown)
     return shown
 

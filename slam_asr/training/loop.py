@@ -141,16 +141,26 @@ class Trainer:
         torch.manual_seed(self.options.seed + self.rank)  # of dropout, where there is any
         prompt = build_prompt(job, self.recipe)
         self.readers = build_readers(job, self.recipe, prompt, self.processes)
-        self.sampler = Sampler(self.readers["dev"], prompt, self.recipe) if "dev" in self.readers and self.options.samples else None
+        self.sampler = (
+            Sampler(self.readers["dev"], prompt, self.recipe)
+            if "dev" in self.readers and self.options.samples
+            else None
+        )
         model, stored = build_model(job, self.recipe, self.device)
         self.counts_of_parameters = count_parameters(model, job.encoder_parameters)
         self.budget = budget_of(self.options, self.processes)
         self.plan = TrainingPlan(
-            self.readers["train"].examples, self.budget, self.recipe.features.window_shards, self.options.seed, self.options.epochs,
+            self.readers["train"].examples,
+            self.budget,
+            self.recipe.features.window_shards,
+            self.options.seed,
+            self.options.epochs,
             self.options.max_steps,
         )
         rates = {"llm": self.recipe.llm.learning_rate, "encoder": self.recipe.encoder.learning_rate}
-        self.engine = make_engine(model, self.options, self.device, {name: r for name, r in rates.items() if r is not None}, stored)
+        self.engine = make_engine(
+            model, self.options, self.device, {name: r for name, r in rates.items() if r is not None}, stored
+        )
         # An LLM that is spread has its weights only from here on.
         self.packs = self.options.packing and self.engine.try_llm(allow_packing)
         for reader in self.readers.values():
@@ -164,7 +174,9 @@ class Trainer:
         if self.options.compile:
             compile_layers(model.llm)
         self.saver = Saver(join(job.published, CHECKPOINTS), self.folder, self.options.checkpoints)
-        self.rate = learning_rate_schedule(self.options.schedule, self.options.learning_rate, self.options.warmup_steps, self.plan.steps)
+        self.rate = learning_rate_schedule(
+            self.options.schedule, self.options.learning_rate, self.options.warmup_steps, self.plan.steps
+        )
         self.counts = Counts()
         self.done = self.saved = self.epoch = 0
         """Optimiser steps that are behind, those of the last checkpoint, and the epoch."""
@@ -188,14 +200,28 @@ class Trainer:
         """Say what will happen, before the first step."""
         recipe, options = self.recipe, self.options
         examples = self.readers["train"].examples
-        audio = "cached features" if isinstance(self.readers["train"].reader, StoreReader) else "encoded on the way"
-        say(f"models: {recipe.encoder.name} ({audio}) + {recipe.projector.kind} projector + {recipe.llm.name}")
-        everything, trained = (sum(counts) for counts in zip(*self.counts_of_parameters.values(), strict=True))
-        parts = ", ".join(f"{name} {count:,}" for name, (_, count) in self.counts_of_parameters.items() if count)
+        audio = (
+            "cached features"
+            if isinstance(self.readers["train"].reader, StoreReader)
+            else "encoded on the way"
+        )
+        say(
+            f"models: {recipe.encoder.name} ({audio}) + {recipe.projector.kind} projector + {recipe.llm.name}"
+        )
+        everything, trained = (
+            sum(counts) for counts in zip(*self.counts_of_parameters.values(), strict=True)
+        )
+        parts = ", ".join(
+            f"{name} {count:,}" for name, (_, count) in self.counts_of_parameters.items() if count
+        )
         say(f"parameters: {everything:,} in encoder, projector and LLM, {trained:,} trained ({parts})")
-        spread = {"deepspeed": f"DeepSpeed, ZeRO stage {options.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}[options.engine]
+        spread = {"deepspeed": f"DeepSpeed, ZeRO stage {options.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}[
+            options.engine
+        ]
         compiled = ", layers compiled while the first step waits" if options.compile else ""
-        say(f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, {spread}{compiled}")
+        say(
+            f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, {spread}{compiled}"
+        )
         say(
             f"audio: {examples.hours:.2f} h in {len(examples)} utterances; {self.plan.steps} steps of "
             f"{self.budget.step} {'utterances' if self.budget.fixed else 'LLM positions'} in {self.plan.epochs} epochs, "
@@ -214,7 +240,9 @@ class Trainer:
         curve = b""
         if latest is not None:
             if latest.step > self.plan.steps:
-                raise UserError(f"{latest.folder} is beyond the {self.plan.steps} steps of this training: raise training.max_steps or training.epochs, or choose another --output.")
+                raise UserError(
+                    f"{latest.folder} is beyond the {self.plan.steps} steps of this training: raise training.max_steps or training.epochs, or choose another --output."
+                )
             restore(self.engine, latest)
             self.done = self.saved = latest.step
             self.epoch, self.counts = latest.epoch, Counts(**latest.counts)
@@ -225,7 +253,9 @@ class Trainer:
         if self.rank == 0:
             write_atomically(self.folder / CURVE, curve)
             published = self.job.published if self.job.published != str(self.folder) else None
-            self.monitor = Monitor(self.folder, self.recipe, self.plan.steps, self.done, self.device, self._work(), published)
+            self.monitor = Monitor(
+                self.folder, self.recipe, self.plan.steps, self.done, self.device, self._work(), published
+            )
 
     def _work(self) -> tuple[float, float | None]:
         """Floating-point operations for a position, and the peak of all devices.
@@ -267,12 +297,20 @@ class Trainer:
         at_end, counts = self.done == self.plan.steps, self.counts
         self.interrupted = totals.stop
         dev_loss = None
-        if "dev" in self.readers and counts.validated < self.done and (self.done % self.options.validate_every == 0 or at_end):
+        if (
+            "dev" in self.readers
+            and counts.validated < self.done
+            and (self.done % self.options.validate_every == 0 or at_end)
+        ):
             dev_loss = self._validate_and_compare()
-        ended = (at_end and not self.interrupted) or bool(self.options.patience and counts.stale >= self.options.patience)
+        ended = (at_end and not self.interrupted) or bool(
+            self.options.patience and counts.stale >= self.options.patience
+        )
         self._keep(totals, dev_loss, forced=self.interrupted or ended)
         if ended and not at_end and self.rank == 0:
-            say(f"step {self.done}: the dev loss was no lower in {counts.stale} validations, so training ends here (training.patience)")
+            say(
+                f"step {self.done}: the dev loss was no lower in {counts.stale} validations, so training ends here (training.patience)"
+            )
         return not (self.interrupted or ended)
 
     def _agree_on(self, totals: "Totals") -> None:
@@ -282,7 +320,12 @@ class Trainer:
         everything = torch.cat([totals.scores, known])
         torch.distributed.all_reduce(everything)
         *numbers, stop, pending, due = everything.tolist()
-        totals.numbers, totals.stop, totals.pending, totals.due = tuple(numbers), stop > 0, pending / self.processes, due > 0
+        totals.numbers, totals.stop, totals.pending, totals.due = (
+            tuple(numbers),
+            stop > 0,
+            pending / self.processes,
+            due > 0,
+        )
 
     def _time_is_up(self) -> bool:
         minutes = self.options.checkpoint_minutes
@@ -299,11 +342,19 @@ class Trainer:
         self.done, self.epoch = number, micro.epoch
         if self.monitor:
             examples = self.readers["train"].examples
-            self.monitor.step(StepNumbers(
-                step=number, epoch=micro.epoch, loss=loss, accuracy=totals.accuracy, learning_rate=self.rate(number),
-                gradient_norm=update.gradient_norm, padding=totals.padding, positions=totals.positions,
-                audio_seconds=sum(examples.utterances[i].duration or 0.0 for i in micro.step),
-            ))  # fmt: skip
+            self.monitor.step(
+                StepNumbers(
+                    step=number,
+                    epoch=micro.epoch,
+                    loss=loss,
+                    accuracy=totals.accuracy,
+                    learning_rate=self.rate(number),
+                    gradient_norm=update.gradient_norm,
+                    padding=totals.padding,
+                    positions=totals.positions,
+                    audio_seconds=sum(examples.utterances[i].duration or 0.0 for i in micro.step),
+                )
+            )
         # In fp16 a step is left out now and then, while the loss scale finds its place.
         good = math.isfinite(loss) and (update.applied or self.options.precision == "fp16")
         self.counts.nonfinite = 0 if good else self.counts.nonfinite + 1
@@ -335,13 +386,22 @@ class Trainer:
         if forced:
             self.saver.wait()
         # One more may wait where it is the best so far; each takes memory.
-        elif not (improved and totals.pending <= 1) and (totals.pending or not (totals.due or self._steps_are_up())):
+        elif not (improved and totals.pending <= 1) and (
+            totals.pending or not (totals.due or self._steps_are_up())
+        ):
             return
         self.counts.seconds = round(self.seconds, 1)
         about = Checkpoint(
-            step=self.done, epoch=self.epoch, updates=self.engine.updates(), engine=self.options.engine, processes=self.processes,
-            inputs=self.job.inputs, counts=asdict(self.counts), loss_scale=self.engine.loss_scale(), dev_loss=dev_loss,
-        )  # fmt: skip
+            step=self.done,
+            epoch=self.epoch,
+            updates=self.engine.updates(),
+            engine=self.options.engine,
+            processes=self.processes,
+            inputs=self.job.inputs,
+            counts=asdict(self.counts),
+            loss_scale=self.engine.loss_scale(),
+            dev_loss=dev_loss,
+        )
         curve = (self.folder / CURVE).read_bytes() if self.rank == 0 else b""
         self.saver.save(take_snapshot(self.engine, about, curve))
         self.saved = self.done
@@ -364,7 +424,16 @@ class Trainer:
             for position, indices in enumerate(mine, start=1):
                 batch = reader.batch(indices, window.epoch)
                 filled = int(batch.mask.sum()) if indices else 0
-                yield MicroBatch(number, window.epoch, step, batch, targets, position == len(mine), filled, batch.mask.numel())
+                yield MicroBatch(
+                    number,
+                    window.epoch,
+                    step,
+                    batch,
+                    targets,
+                    position == len(mine),
+                    filled,
+                    batch.mask.numel(),
+                )
 
     def _share_of(self, step: list[int], reader: BatchReader) -> list[list[int]]:
         """What this process computes of a step, batch by batch."""
@@ -393,7 +462,9 @@ class Trainer:
     def _transcribe(self) -> Samples:
         self.engine.module.eval()
         # Layers are compiled for whole utterances, not for a token at a time.
-        as_written = torch.compiler.set_stance("force_eager") if self.options.compile else contextlib.nullcontext()
+        as_written = (
+            torch.compiler.set_stance("force_eager") if self.options.compile else contextlib.nullcontext()
+        )
         try:
             with as_written:
                 return self.sampler.transcribe(self.engine.bare)
@@ -435,8 +506,12 @@ class Trainer:
             "projector_parameters": self.counts_of_parameters["projector"][0],
             "trained_parameters": sum(trained for _, trained in self.counts_of_parameters.values()),
             "all_parameters": sum(everything for everything, _ in self.counts_of_parameters.values()),
-            "precision": self.options.precision, "device": self.device.type, "processes": self.processes,
-            "steps": self.done, "epochs": self.plan.epochs, "seconds": round(self.seconds, 1),
+            "precision": self.options.precision,
+            "device": self.device.type,
+            "processes": self.processes,
+            "steps": self.done,
+            "epochs": self.plan.epochs,
+            "seconds": round(self.seconds, 1),
         }
 
 

@@ -58,7 +58,13 @@ class Monitor:
     """
 
     def __init__(
-        self, folder: Path, recipe: Recipe, total_steps: int, done: int, device: torch.device, work: tuple[float, float | None],
+        self,
+        folder: Path,
+        recipe: Recipe,
+        total_steps: int,
+        done: int,
+        device: torch.device,
+        work: tuple[float, float | None],
         published: str | None,
     ) -> None:
         self.log_every, self.device, self.work = recipe.training.log_every, device, work
@@ -85,7 +91,14 @@ class Monitor:
                 f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: loss {numbers.loss:.4f}, accuracy {numbers.accuracy:.3f}, "
                 f"learning rate {numbers.learning_rate:.2e}{norm}, {self.since.in_words()}, {self.memory() / 1e9:.1f} GB, ETA {self.meter.eta}"
             )
-            self._track(numbers.step, {f"train/{k}": v for k, v in (row | self.since.rates()).items() if k not in ("step", "positions", "audio_seconds")})
+            self._track(
+                numbers.step,
+                {
+                    f"train/{k}": v
+                    for k, v in (row | self.since.rates()).items()
+                    if k not in ("step", "positions", "audio_seconds")
+                },
+            )
             self.since = _Since(self.work)
         plateau = self.plateau.see(numbers.step, numbers.accuracy)
         if plateau:
@@ -110,8 +123,12 @@ class Monitor:
         self._track(step, {f"dev/{name}": value for name, value in numbers.items()})
         if samples is not None:
             for row in samples.texts[:SHOWN]:
-                say(f"  {row['key']}: {row['hypothesis'] or '(nothing)'}\n  {'said':>{len(row['key'])}}: {row['reference']}")
-            text = "\n\n".join(f"{row['key']}\n{row['hypothesis']}\nsaid: {row['reference']}" for row in samples.texts)
+                say(
+                    f"  {row['key']}: {row['hypothesis'] or '(nothing)'}\n  {'said':>{len(row['key'])}}: {row['reference']}"
+                )
+            text = "\n\n".join(
+                f"{row['key']}\n{row['hypothesis']}\nsaid: {row['reference']}" for row in samples.texts
+            )
             for tracker in self.trackers:
                 tracker.text(step, "dev/samples", text)
 
@@ -122,7 +139,12 @@ class Monitor:
 
     def _write(self, row: dict[str, Any]) -> None:
         # JSON knows no NaN.
-        self.file.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n")
+        self.file.write(
+            json.dumps(
+                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            )
+            + "\n"
+        )
         self.file.flush()
 
     def close(self) -> None:
@@ -151,8 +173,10 @@ class _Since:
         seconds = time.monotonic() - self.started
         flops = self.a_position * self.positions / seconds
         return {
-            "positions_per_second": self.positions / seconds, "audio_hours_per_hour": self.audio / seconds,
-            "padding": 1 - self.positions / self.cells if self.cells else 0.0, "tflops": flops / 1e12,
+            "positions_per_second": self.positions / seconds,
+            "audio_hours_per_hour": self.audio / seconds,
+            "padding": 1 - self.positions / self.cells if self.cells else 0.0,
+            "tflops": flops / 1e12,
             **({"share_of_peak": flops / self.peak} if self.peak else {}),
         }
 

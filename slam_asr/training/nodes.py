@@ -44,11 +44,15 @@ def nodes_of_environment(wanted: int) -> Nodes:
         )
     missing = [name for name, value in given.items() if not value]
     if missing:
-        raise UserError(f"{NUMBER} is {number}, but {' and '.join(missing)} is not set: each machine needs its rank from 0 on, and address and port of the first.")
+        raise UserError(
+            f"{NUMBER} is {number}, but {' and '.join(missing)} is not set: each machine needs its rank from 0 on, and address and port of the first."
+        )
     try:
         nodes = Nodes(wanted, int(given[RANK]), given[ADDRESS], int(given[PORT]))
     except ValueError:
-        raise UserError(f"{RANK} is {given[RANK]!r} and {PORT} is {given[PORT]!r}: both must be whole numbers.") from None
+        raise UserError(
+            f"{RANK} is {given[RANK]!r} and {PORT} is {given[PORT]!r}: both must be whole numbers."
+        ) from None
     if not 0 <= nodes.rank < wanted:
         raise UserError(f"{RANK} is {nodes.rank}: with {wanted} machines it goes from 0 to {wanted - 1}.")
     return nodes

@@ -38,7 +38,9 @@ def score_answers(logits: torch.Tensor, labels: torch.Tensor) -> AnswerScores:
     return AnswerScores(loss, _sums(loss, right, targets))
 
 
-def score_in_chunks(rows: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def score_in_chunks(
+    rows: torch.Tensor, head: nn.Linear, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same from the output layer's inputs, with few logits at a time: a `Scorer`.
 
     The output layer is frozen, so that its inputs' gradient is all that is wanted; it is computed along with
@@ -57,12 +59,16 @@ def score_in_chunks(rows: torch.Tensor, head: nn.Linear, targets: torch.Tensor) 
 
 
 def _sums(loss: torch.Tensor, right: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.stack([loss.detach().double(), right.double(), torch.tensor(len(targets), device=loss.device).double()])
+    return torch.stack(
+        [loss.detach().double(), right.double(), torch.tensor(len(targets), device=loss.device).double()]
+    )
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         right = torch.zeros((), dtype=torch.int64, device=rows.device)
         gradient = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None

@@ -45,12 +45,17 @@ class Sampler:
         head = len(self.prompt.main.before) + len(self.prompt.main.ids)
         positions = [int(examples.audio[i]) + head for i in self.chosen]
         written: dict[int, str] = {}
-        for batch in plan_batches(positions, self.options.max_new_tokens, 1, self.options.positions_per_batch):
+        for batch in plan_batches(
+            positions, self.options.max_new_tokens, 1, self.options.positions_per_batch
+        ):
             indices = [self.chosen[at] for at in batch]
             audio = [self.reader.reader.read(examples.utterances[i]) for i in indices]
             answers = searcher.decode(audio, [int(examples.audio[i]) for i in indices])
             written |= dict(zip(indices, (a.text for a in answers), strict=True))
-        rows = [Hypothesis(examples.utterances[i].key, examples.utterances[i].target, written[i]) for i in self.chosen]
+        rows = [
+            Hypothesis(examples.utterances[i].key, examples.utterances[i].target, written[i])
+            for i in self.chosen
+        ]
         errors = score(rows)
         texts = [{"key": row.key, "reference": row.reference, "hypothesis": row.hypothesis} for row in rows]
         return Samples(errors.wer if errors.words else None, texts)

@@ -132,14 +132,20 @@ class Saver:
             except OSError as error:
                 failure = str(from_os_error(error) or error)
         if failure and self.rank == 0:
-            say(f"warning: the checkpoint of step {about.step} could not be written, training goes on: {failure}")
+            say(
+                f"warning: the checkpoint of step {about.step} could not be written, training goes on: {failure}"
+            )
         return failure
 
     def _write_share(self, snapshot: Snapshot) -> dict[str, dict]:
         name, files = snapshot.checkpoint.name, {}
         for kind, tensors in snapshot.tensors.items():
             if tensors:
-                files |= self._put(name, file_name(kind, self.rank, self.processes), lambda path, t=tensors: save_file(t, path))
+                files |= self._put(
+                    name,
+                    file_name(kind, self.rank, self.processes),
+                    lambda path, t=tensors: save_file(t, path),
+                )
         if snapshot.curve:
             files |= self._put(name, CURVE, lambda path: path.write_bytes(snapshot.curve))
         return files
@@ -148,7 +154,9 @@ class Saver:
         """Write a file aside, and let it appear under its name when it is whole."""
         remote = is_s3(self.folder)
         target = join(self.folder, folder, name)
-        aside = self.scratch / f".{name}.partial" if remote else local_path(target).with_name(f".{name}.partial")
+        aside = (
+            self.scratch / f".{name}.partial" if remote else local_path(target).with_name(f".{name}.partial")
+        )
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(aside)
@@ -176,11 +184,15 @@ def restore(engine: Engine, found: Checkpoint) -> None:
         for key, tensor in found.tensors(kind).items():
             which, name = ("weight", key) if kind == "weights" else key.split("/", 1)
             if name not in wanted or tensor.shape != shape_of(engine, name):
-                raise UserError(f"The checkpoint {found.folder} holds {name} of shape {list(tensor.shape)}, which is not what this recipe trains: choose another --output.")
+                raise UserError(
+                    f"The checkpoint {found.folder} holds {name} of shape {list(tensor.shape)}, which is not what this recipe trains: choose another --output."
+                )
             engine.put_state(name, which, tensor)
             met.add((which, name))
     if len(met) != 3 * len(wanted):
-        raise UserError(f"The checkpoint {found.folder} lacks some of what this recipe trains: choose another --output.")
+        raise UserError(
+            f"The checkpoint {found.folder} lacks some of what this recipe trains: choose another --output."
+        )
     engine.finish_restoring(found.updates)
     engine.put_loss_scale(found.loss_scale)
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable
 
 
-def learning_rate_schedule(kind: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+def learning_rate_schedule(
+    kind: str, peak: float, warmup_steps: int, total_steps: int
+) -> Callable[[int], float]:
     """A function from step (the first is 1) to learning rate.
 
     Rises linearly to `peak` over `warmup_steps`, then stays (`constant`, as published) or falls to

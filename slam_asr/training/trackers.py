@@ -45,7 +45,9 @@ def require_trackers(names: list[str]) -> None:
             )
 
 
-def make_trackers(names: list[str], folder: Path, run: str, recipe: dict[str, Any], done: int) -> list[Tracker]:
+def make_trackers(
+    names: list[str], folder: Path, run: str, recipe: dict[str, Any], done: int
+) -> list[Tracker]:
     """TensorBoard's files, and what a recipe asks for besides.
 
     Args:
@@ -56,7 +58,10 @@ def make_trackers(names: list[str], folder: Path, run: str, recipe: dict[str, An
         done: steps that are behind.
     """
     makers = {"mlflow": _Mlflow, "wandb": _Wandb}
-    return [_TensorBoard(folder / EVENTS, done), *[_Guarded(name, makers[name](folder, run, recipe)) for name in names]]
+    return [
+        _TensorBoard(folder / EVENTS, done),
+        *[_Guarded(name, makers[name](folder, run, recipe)) for name in names],
+    ]
 
 
 class _TensorBoard:
@@ -64,7 +69,9 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
 
         # What an earlier attempt wrote beyond its checkpoint is hidden; its file, named by the second, is not written over.
-        self.writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None, filename_suffix=f".from-{done}")
+        self.writer = SummaryWriter(
+            str(folder), purge_step=done + 1 if done else None, filename_suffix=f".from-{done}"
+        )
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -105,9 +112,14 @@ class _Wandb:
         self.wandb = wandb = importlib.import_module("wandb")
         identity = run.rpartition("/")[2][:60]
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "slam-asr"), name=run, id=identity, resume="allow", dir=str(folder), config=recipe,
+            project=os.environ.get("WANDB_PROJECT", "slam-asr"),
+            name=run,
+            id=identity,
+            resume="allow",
+            dir=str(folder),
+            config=recipe,
             settings=wandb.Settings(console="off", silent=True),
-        )  # fmt: skip
+        )
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self.run.log(numbers, step=step)
@@ -131,7 +143,9 @@ class _Guarded:
         try:
             getattr(self.tracker, call)(*arguments)
         except Exception as error:  # whatever a stranger's client raises
-            say(f"warning: {self.name} takes no more numbers ({type(error).__name__}: {error}); training goes on without it")
+            say(
+                f"warning: {self.name} takes no more numbers ({type(error).__name__}: {error}); training goes on without it"
+            )
             self.tracker = None
 
     def log(self, step: int, numbers: dict[str, float]) -> None:

@@ -105,7 +105,11 @@ def train(
         feature_store = None
     heard = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
     _look_at(heard)
-    features = require_features(feature_store, encoder.fingerprint(), recipe, heard.values()) if feature_store else None
+    features = (
+        require_features(feature_store, encoder.fingerprint(), recipe, heard.values())
+        if feature_store
+        else None
+    )
     llm_folder = locate_model(recipe.llm.name)
     prompt = check_llm(recipe, llm_folder)
     base = {"encoder_fingerprint": encoder.fingerprint(), "llm_sha256": weights_sha256(llm_folder)}
@@ -137,10 +141,17 @@ def train(
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
         job = Job(
-            recipe=dump_recipe(recipe), train_manifest=train_manifest, dev_manifest=dev_manifest, feature_store=feature_store,
-            llm_folder=str(llm_folder), encoder_parameters=encoder.count_parameters(), folder=str(folder), published=published,
-            init_from=str(init_from) if init_from else None, inputs=inputs,
-        )  # fmt: skip
+            recipe=dump_recipe(recipe),
+            train_manifest=train_manifest,
+            dev_manifest=dev_manifest,
+            feature_store=feature_store,
+            llm_folder=str(llm_folder),
+            encoder_parameters=encoder.count_parameters(),
+            folder=str(folder),
+            published=published,
+            init_from=str(init_from) if init_from else None,
+            inputs=inputs,
+        )
         write_json(folder / "job.json", asdict(job))
         _torchrun(processes, folder, nodes, join(published, CHECKPOINTS))
 
@@ -150,15 +161,31 @@ def train(
         require_same_training(join(published, CHECKPOINTS), inputs, overwrite)
         train_here(folder)
         facts = json.loads((folder / FACTS).read_text())
-        shown = write_page(folder, recipe, [("Audio", f"{hours:.2f} h in {len(utterances['train'])} utterances"), ("Time", clock(facts["seconds"]))])
+        shown = write_page(
+            folder,
+            recipe,
+            [
+                ("Audio", f"{hours:.2f} h in {len(utterances['train'])} utterances"),
+                ("Time", clock(facts["seconds"])),
+            ],
+        )
         curve, validation = shown["curve"], shown["validation"]
         last = validation[-1] if validation else curve[-1]
         facts |= {
-            "recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name, **base,
-            "train_utterances": len(utterances["train"]), "train_hours": round(hours, 4), **shown,
+            "recipe": recipe.name,
+            "encoder": recipe.encoder.name,
+            "llm": recipe.llm.name,
+            **base,
+            "train_utterances": len(utterances["train"]),
+            "train_hours": round(hours, 4),
+            **shown,
         }
         summary = f"{facts['steps']} steps, {'dev ' if validation else ''}accuracy {last['accuracy']:.3f}, loss {last['loss']:.3f}"
-        metrics = {"steps": facts["steps"], "loss": round(curve[-1]["loss"], 4), "accuracy": round(curve[-1]["accuracy"], 4)}
+        metrics = {
+            "steps": facts["steps"],
+            "loss": round(curve[-1]["loss"], 4),
+            "accuracy": round(curve[-1]["accuracy"], 4),
+        }
         if validation:
             metrics |= {"dev loss": round(last["loss"], 4), "dev accuracy": round(last["accuracy"], 4)}
         if "wer" in last:
@@ -229,8 +256,12 @@ def _what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str
     if flat_before.get("recipe.training.schedule") == flat_now.get("recipe.training.schedule") == "constant":
         # Whatever their number, the steps before are the same.
         harmless |= {"recipe.training.max_steps", "recipe.training.epochs"}
-    keys = sorted(k for k in flat_before | flat_now if flat_before.get(k) != flat_now.get(k) and k not in harmless)
-    return [(key.removeprefix("recipe."), _shown(flat_before.get(key)), _shown(flat_now.get(key))) for key in keys]
+    keys = sorted(
+        k for k in flat_before | flat_now if flat_before.get(k) != flat_now.get(k) and k not in harmless
+    )
+    return [
+        (key.removeprefix("recipe."), _shown(flat_before.get(key)), _shown(flat_now.get(key))) for key in keys
+    ]
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -253,7 +284,9 @@ def _look_at(heard: dict[str, Sequence[Utterance]]) -> None:
     """
     for name, utterances in heard.items():
         if not utterances:
-            raise UserError(f"The {name} manifest has no utterance that can be heard: all are longer than the encoder's window (encoder.long_audio is set-aside), or it is empty.")
+            raise UserError(
+                f"The {name} manifest has no utterance that can be heard: all are longer than the encoder's window (encoder.long_audio is set-aside), or it is empty."
+            )
     trained = {address_of(u) for u in heard["train"]}
     shared = [u.key for u in heard.get("dev", ()) if address_of(u) in trained]
     if shared:
@@ -289,7 +322,9 @@ def require_features(
     return store.fingerprint
 
 
-def projector_to_begin_with(recipe: Recipe, encoder: "EncoderSpec", llm_folder: Path, base: dict[str, Any]) -> Path | None:
+def projector_to_begin_with(
+    recipe: Recipe, encoder: "EncoderSpec", llm_folder: Path, base: dict[str, Any]
+) -> Path | None:
     """The local folder of the model that `projector.init_from` names, after a look that its projector fits; None where it names none.
 
     Args:
@@ -311,12 +346,25 @@ def projector_to_begin_with(recipe: Recipe, encoder: "EncoderSpec", llm_folder: 
     folder = fetch_model(name)
     config = read_config(folder)
     weights = read_projector(folder, config).state_dict()
-    projector_with(weights, recipe.projector, encoder.width, llm_width(describe_llm(llm_folder)), f"projector.init_from: {join(folder, WEIGHTS)}")
-    others = [part for part, here, there in (
-        ("encoder", base["encoder_fingerprint"], config.encoder), ("LLM", base["llm_sha256"], config.llm_sha256),
-    ) if here != there]  # fmt: skip
+    projector_with(
+        weights,
+        recipe.projector,
+        encoder.width,
+        llm_width(describe_llm(llm_folder)),
+        f"projector.init_from: {join(folder, WEIGHTS)}",
+    )
+    others = [
+        part
+        for part, here, there in (
+            ("encoder", base["encoder_fingerprint"], config.encoder),
+            ("LLM", base["llm_sha256"], config.llm_sha256),
+        )
+        if here != there
+    ]
     if others:
-        say(f"warning: the projector of {name} was trained with another {' and '.join(others)}: as a beginning it may be worth little")
+        say(
+            f"warning: the projector of {name} was trained with another {' and '.join(others)}: as a beginning it may be worth little"
+        )
     return folder
 
 
@@ -349,8 +397,24 @@ def _what_decides_the_weights(recipe: Recipe) -> dict:
     """The recipe without what changes nothing but rounding: names, logging, how the work is divided."""
     values = asdict(recipe)
     for key in (
-        "nodes", "processes", "engine", "zero_stage", "log_every", "positions_per_batch", "offload_optimizer", "deepspeed", "packing", "gradient_checkpointing", "compile", "liger",
-        "nonfinite_steps", "checkpoint_every", "checkpoint_minutes", "checkpoints", "samples", "trackers",
+        "nodes",
+        "processes",
+        "engine",
+        "zero_stage",
+        "log_every",
+        "positions_per_batch",
+        "offload_optimizer",
+        "deepspeed",
+        "packing",
+        "gradient_checkpointing",
+        "compile",
+        "liger",
+        "nonfinite_steps",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "checkpoints",
+        "samples",
+        "trackers",
     ):
         del values["training"][key]
     optimizer = recipe.training.deepspeed.get("optimizer")
@@ -359,7 +423,9 @@ def _what_decides_the_weights(recipe: Recipe) -> dict:
     del values["encoder"]["batch_seconds"]
     del values["projector"]["init_from"]  # its weights count, wherever they lie
     # How shards are mixed decides the order, as their size does.
-    values["features"] = {key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")}
+    values["features"] = {
+        key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
+    }
     return {section: values[section] for section in ("encoder", "features", "projector", "llm", "training")}
 
 
@@ -385,13 +451,24 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
     # Each process takes its share of the cores; left alone, every one would take them all.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Python's own answer to a loopback name may need a resolver that a container does not have.
-    alone = {"run_id": f"slam-asr-{os.getpid()}", "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+    alone = {
+        "run_id": f"slam-asr-{os.getpid()}",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "127.0.0.1:0",
+        "local_addr": "127.0.0.1",
+    }
     together = {
-        "run_id": "slam-asr", "rdzv_backend": "static", "rdzv_endpoint": f"{nodes.address}:{nodes.port}",
+        "run_id": "slam-asr",
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{nodes.address}:{nodes.port}",
         "rdzv_configs": {"rank": nodes.rank, "timeout": RENDEZVOUS},
-    }  # fmt: skip
+    }
     config = LaunchConfig(
-        min_nodes=nodes.number, max_nodes=nodes.number, nproc_per_node=processes, max_restarts=0, monitor_interval=0.2,
+        min_nodes=nodes.number,
+        max_nodes=nodes.number,
+        nproc_per_node=processes,
+        max_restarts=0,
+        monitor_interval=0.2,
         **(together if nodes.number > 1 else alone),
     )
     here = f" on node {nodes.rank} of {nodes.number}" if nodes.number > 1 else ""
@@ -413,14 +490,18 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
                 "A training process was killed (signal 9), most often for want of memory: "
                 "lower training.positions_per_batch or training.processes."
             ) from error
-        raise UserError(f"A training process ended with code {code}; its own message stands above.") from error
+        raise UserError(
+            f"A training process ended with code {code}; its own message stands above."
+        ) from error
 
 
 def _how_far(name: str, checkpoints: str) -> str:
     from slam_asr.training import checkpoint
 
     found = checkpoint.find(checkpoints)
-    kept = f"behind step {found.step}, which {found.folder} holds" if found else "before there was a checkpoint"
+    kept = (
+        f"behind step {found.step}, which {found.folder} holds" if found else "before there was a checkpoint"
+    )
     return f"stopped by {name} {kept}; run the same command again to go on"
 
 

@@ -41,14 +41,24 @@ class Trainer:
 
         placement = self.placement
         trainer = CustomTrainerContainer(
-            image=placement.image, num_nodes=nodes, resources_per_node=placement.resources, env=dict(placement.environment)
+            image=placement.image,
+            num_nodes=nodes,
+            resources_per_node=placement.resources,
+            env=dict(placement.environment),
         )
         options = [
-            Name(name), TrainerCommand(command[:1]), TrainerArgs(command[1:]), patch_of(placement),
+            Name(name),
+            TrainerCommand(command[:1]),
+            TrainerArgs(command[1:]),
+            patch_of(placement),
             *([Labels(dict(placement.labels))] if placement.labels else []),
-            *([ActiveDeadlineSeconds(round(placement.timeout_hours * 3600))] if placement.timeout_hours else []),
+            *(
+                [ActiveDeadlineSeconds(round(placement.timeout_hours * 3600))]
+                if placement.timeout_hours
+                else []
+            ),
             *([Annotations(dict(placement.annotations))] if placement.annotations else []),
-        ]  # fmt: skip
+        ]
         self.client.train(runtime=self.runtime, trainer=trainer, options=options)
 
 
@@ -69,14 +79,27 @@ def patch_of(placement: Placement) -> Any:
 
     volumes: list[tuple[dict[str, Any], str]] = []
     if placement.shared_memory:
-        volumes.append(({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": placement.shared_memory}}, "/dev/shm"))
+        volumes.append(
+            (
+                {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": placement.shared_memory}},
+                "/dev/shm",
+            )
+        )
     if placement.scratch:
         volumes.append(({"name": "scratch", "emptyDir": {"sizeLimit": placement.scratch}}, placement.cache))
     if placement.models_claim:
-        volumes.append(({"name": "models", "persistentVolumeClaim": {"claimName": placement.models_claim}}, f"{placement.cache}/models"))
+        volumes.append(
+            (
+                {"name": "models", "persistentVolumeClaim": {"claimName": placement.models_claim}},
+                f"{placement.cache}/models",
+            )
+        )
     if placement.storage_secret:
         volumes.append(({"name": "s3", "secret": {"secretName": placement.storage_secret}}, SECRET_FOLDER))
-    token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": placement.token_secret, "key": "HF_TOKEN"}}}
+    token = {
+        "name": "HF_TOKEN",
+        "valueFrom": {"secretKeyRef": {"name": placement.token_secret, "key": "HF_TOKEN"}},
+    }
     container = ContainerPatch(
         name=NODE,
         env=[token] if placement.token_secret else None,
@@ -90,13 +113,19 @@ def patch_of(placement: Placement) -> Any:
         containers=[container],
         image_pull_secrets=[{"name": secret} for secret in placement.pull_secrets] or None,
         security_context={
-            "runAsNonRoot": True, "runAsUser": user, "runAsGroup": user, "fsGroup": user, "seccompProfile": {"type": "RuntimeDefault"},
+            "runAsNonRoot": True,
+            "runAsUser": user,
+            "runAsGroup": user,
+            "fsGroup": user,
+            "seccompProfile": {"type": "RuntimeDefault"},
         },
         node_selector=placement.node_selector or None,
         tolerations=placement.tolerations or None,
-    )  # fmt: skip
+    )
     template = PodTemplatePatch(metadata={"labels": placement.labels} if placement.labels else None, spec=pod)
-    replicated = ReplicatedJobPatch(name=NODE, template=JobTemplatePatch(spec=JobSpecPatch(template=template)))
+    replicated = ReplicatedJobPatch(
+        name=NODE, template=JobTemplatePatch(spec=JobSpecPatch(template=template))
+    )
     return RuntimePatch(TrainingRuntimeSpecPatch(JobSetTemplatePatch(spec=JobSetSpecPatch([replicated]))))
 
 
@@ -108,7 +137,9 @@ def refusals(placement: Placement) -> Iterator[None]:
     try:
         yield
     except ConfigException as error:
-        raise UserError(f"The Kubernetes API is not known here ({' '.join(str(error).split()).rstrip('.')}): training over several nodes runs in a cluster.") from None
+        raise UserError(
+            f"The Kubernetes API is not known here ({' '.join(str(error).split()).rstrip('.')}): training over several nodes runs in a cluster."
+        ) from None
     except TimeoutError as error:
         raise UserError(f"The Kubernetes API does not answer ({error}): try again.") from None
     except (RuntimeError, ValueError) as error:
@@ -130,7 +161,9 @@ def refusals(placement: Placement) -> Iterator[None]:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error of the SDK."""
-    return next((link.status for link in _chain(error) if isinstance(getattr(link, "status", None), int)), None)
+    return next(
+        (link.status for link in _chain(error) if isinstance(getattr(link, "status", None), int)), None
+    )
 
 
 def cause_of(error: BaseException) -> str:

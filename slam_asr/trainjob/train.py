@@ -43,7 +43,9 @@ def train_on_nodes(
         UserError: no Trainer, no right, places that nodes do not share, or the sentence of the node that failed.
     """
     if not is_s3(store):
-        raise UserError(f"The store is {store}: training over {recipe.training.nodes} nodes needs one in object storage, which all of them see.")
+        raise UserError(
+            f"The store is {store}: training over {recipe.training.nodes} nodes needs one in object storage, which all of them see."
+        )
     command = command_of(recipe, train_manifest, store, feature_store, dev_manifest)
     name = f"slam-asr-train-{digest([command, asdict(placement)])[:12]}"
     pointer = join(store, "train", "jobs", f"{name}.json")
@@ -62,13 +64,27 @@ def train_on_nodes(
         finally:
             job.delete()
     if not exists(pointer):
-        raise UserError(f"TrainJob {name} is complete, but {pointer} is not there: look whether its nodes may write to {store}.")
+        raise UserError(
+            f"TrainJob {name} is complete, but {pointer} is not there: look whether its nodes may write to {store}."
+        )
     return require_record(follow_pointer(pointer), "train")
 
 
-def command_of(recipe: Recipe, train_manifest: str, store: str, feature_store: str | None, dev_manifest: str | None) -> list[str]:
+def command_of(
+    recipe: Recipe, train_manifest: str, store: str, feature_store: str | None, dev_manifest: str | None
+) -> list[str]:
     """What each node runs: the command line of a single one."""
     optional = {"--dev_manifest": dev_manifest, "--feature_store": feature_store}
     given = [part for option, value in optional.items() if value for part in (option, value)]
     text = json.dumps(asdict(recipe), ensure_ascii=False, sort_keys=True)
-    return ["slam-asr", "train", "--recipe", text, "--train_manifest", train_manifest, *given, "--output", join(store, "train", FINGERPRINT)]
+    return [
+        "slam-asr",
+        "train",
+        "--recipe",
+        text,
+        "--train_manifest",
+        train_manifest,
+        *given,
+        "--output",
+        join(store, "train", FINGERPRINT),
+    ]

@@ -56,18 +56,28 @@ class Job:
                 job, lost = self.client.get_job(self.name), 0.0
             except (RuntimeError, TimeoutError) as error:
                 if status_of(error) == 404:
-                    raise UserError(f"TrainJob {self.name} was deleted while it ran: start the step again.") from None
+                    raise UserError(
+                        f"TrainJob {self.name} was deleted while it ran: start the step again."
+                    ) from None
                 # The API server may be away for a while; the job goes on without us.
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > 600:
-                    raise UserError(f"Kubernetes has not answered for 10 minutes ({cause_of(error)}): TrainJob {self.name} may go on; start the step again to watch it.") from None
+                    raise UserError(
+                        f"Kubernetes has not answered for 10 minutes ({cause_of(error)}): TrainJob {self.name} may go on; start the step again to watch it."
+                    ) from None
                 time.sleep(POLL)
                 continue
             if job.status != state:
                 state = job.status
                 say(f"TrainJob {self.name}: {state.lower()}")
-            running = any(step.name == f"{NODE}-0" and step.status not in (None, "Pending") for step in job.steps)
-            if running and (listening is None or not listening.is_alive()) and state not in ("Complete", "Failed"):
+            running = any(
+                step.name == f"{NODE}-0" and step.status not in (None, "Pending") for step in job.steps
+            )
+            if (
+                running
+                and (listening is None or not listening.is_alive())
+                and state not in ("Complete", "Failed")
+            ):
                 listening = threading.Thread(target=self._listen, daemon=True)
                 listening.start()
             if not running:
@@ -80,7 +90,9 @@ class Job:
                     raise UserError(self._why())
                 return
             if seconds and time.monotonic() - started > seconds:
-                raise UserError(f"TrainJob {self.name} has not ended after {seconds / 3600:g} h: raise trainer.timeout_hours in the cluster's profile, or look at what it waits for.")
+                raise UserError(
+                    f"TrainJob {self.name} has not ended after {seconds / 3600:g} h: raise trainer.timeout_hours in the cluster's profile, or look at what it waits for."
+                )
             time.sleep(POLL)
 
     def delete(self) -> None:
@@ -96,7 +108,9 @@ class Job:
                 if status_of(error) == 404:
                     return
             time.sleep(POLL / 5)
-        raise UserError(f"TrainJob {self.name} of an earlier attempt does not go away: `kubectl -n {self.trainer.placement.namespace} delete trainjob {self.name}`.")
+        raise UserError(
+            f"TrainJob {self.name} of an earlier attempt does not go away: `kubectl -n {self.trainer.placement.namespace} delete trainjob {self.name}`."
+        )
 
     def _listen(self) -> None:
         # A connection that broke is made again by `follow`, and goes on behind what was heard.
@@ -106,7 +120,11 @@ class Job:
     def _hear(self, follow: bool) -> None:
         with contextlib.suppress(RuntimeError):
             # The SDK leaves out empty lines when it follows, and only then.
-            lines = (line for line in self.client.get_job_logs(self.name, follow=follow, step=f"{NODE}-0") if line.strip())
+            lines = (
+                line
+                for line in self.client.get_job_logs(self.name, follow=follow, step=f"{NODE}-0")
+                if line.strip()
+            )
             for line in itertools.islice(lines, self._heard, None):
                 self._heard += 1
                 say(line.rstrip("\n"))
@@ -115,7 +133,10 @@ class Job:
         with contextlib.suppress(Exception):
             for event in self.client.get_job_events(self.name):
                 text = " ".join(event.message.split())
-                if event.reason in ("FailedScheduling", "Failed", "FailedMount", "BackOff", "FailedCreate") and text not in self._told:
+                if (
+                    event.reason in ("FailedScheduling", "Failed", "FailedMount", "BackOff", "FailedCreate")
+                    and text not in self._told
+                ):
                     self._told.add(text)
                     say(f"TrainJob {self.name} waits: {event.reason}: {text}")
 
@@ -134,7 +155,10 @@ class Job:
             # A process that ends because another one did says only that.
             own = [m for m in mistakes if not m.startswith("A training process ended with code")]
             said = said or next(iter(own), None)
-        return said or f"TrainJob {self.name} failed: its nodes' last lines stand above; `kubectl describe` of its pods says more where they were killed."
+        return (
+            said
+            or f"TrainJob {self.name} failed: its nodes' last lines stand above; `kubectl describe` of its pods says more where they were killed."
+        )
 
 
 @contextlib.contextmanager

@@ -43,7 +43,12 @@ def as_text(transcript: Transcript) -> str:
 def as_json(transcript: Transcript) -> str:
     """One line: file, duration, text, and segments with their times in seconds."""
     segments = [asdict(s) | {"start": round(s.start, 3), "end": round(s.end, 3)} for s in transcript.segments]
-    values = {"file": transcript.file, "duration": round(transcript.duration, 3), "text": transcript.text, "segments": segments}
+    values = {
+        "file": transcript.file,
+        "duration": round(transcript.duration, 3),
+        "text": transcript.text,
+        "segments": segments,
+    }
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 

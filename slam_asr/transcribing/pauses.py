@@ -72,7 +72,9 @@ def _cuts(smooth: np.ndarray, longest: int, quiet: float) -> Iterator[tuple[int,
         # In the second half, since parts that are too short give the LLM little to go by; where nobody pauses there, before it;
         # and where nobody pauses at all, within a word.
         late, early = (first + longest // 2, first + longest), (first + longest // 10, first + longest // 2)
-        start, end = next((span for span in (late, early) if smooth[slice(*span)].min(initial=np.inf) <= quiet), late)
+        start, end = next(
+            (span for span in (late, early) if smooth[slice(*span)].min(initial=np.inf) <= quiet), late
+        )
         last = start + int(np.argmin(smooth[start:end])) + 1
         yield first, last
         first = last

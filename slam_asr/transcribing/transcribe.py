@@ -52,9 +52,10 @@ def transcribe(
     """
     from slam_asr.decoding.model import open_model
 
-
     if not files:
-        raise UserError("There is no file to transcribe: name one, such as `slam-asr transcribe MODEL recording.wav`.")
+        raise UserError(
+            "There is no file to transcribe: name one, such as `slam-asr transcribe MODEL recording.wav`."
+        )
     if longest < 1:
         raise UserError(f"--longest is {longest:g} s but must be at least 1.")
     if format == "srt" and output is None and len(files) > 1:
@@ -83,7 +84,9 @@ def transcribe(
                     else:
                         print(written, end="", file=printed, flush=True)
     if damaged:
-        raise UserError(f"{len(damaged)} of {len(files)} files could not be read, first {damaged[0]}; the others are transcribed.")
+        raise UserError(
+            f"{len(damaged)} of {len(files)} files could not be read, first {damaged[0]}; the others are transcribed."
+        )
     return transcripts
 
 
@@ -105,11 +108,15 @@ class Transcriber:
         window = model.spec.window_samples
         self.longest = min(longest, window / SAMPLE_RATE) if window else longest
         trained = model.trained
-        say(f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(self.options.precision, pick_device())}")
+        say(
+            f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(self.options.precision, pick_device())}"
+        )
         prompt = model.prompt()
         self.head = len(prompt.main.before) + len(prompt.main.ids)
         most = model.positions(model.spec.span_of(round(self.longest * SAMPLE_RATE))) + self.head
-        require_room([most], lambda _: f"Audio of {self.longest:g} s", self.options.max_new_tokens, model.llm_folder)
+        require_room(
+            [most], lambda _: f"Audio of {self.longest:g} s", self.options.max_new_tokens, model.llm_folder
+        )
         self.searcher = Searcher(model.load(self.options, with_encoder=True), prompt, self.options)
         self.prepare = model.spec.preparer()
 
@@ -122,19 +129,29 @@ class Transcriber:
         """
         from slam_asr.models.search import plan_batches
 
-        parts = [(name, part) for name, samples in recordings.items() for part in divide(samples, self.longest)]
+        parts = [
+            (name, part) for name, samples in recordings.items() for part in divide(samples, self.longest)
+        ]
         audio = [self.model.positions(self.model.spec.span_of(part.end - part.start)) for _, part in parts]
         positions = [n + self.head for n in audio]
         said: dict[int, Segment] = {}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "prepare-audio") as preparing:
-            for batch in plan_batches(positions, self.options.max_new_tokens, self.options.beams, self.options.positions_per_batch):
-                inputs = list(preparing.map(self.prepare, [_samples_of(recordings, *parts[i]) for i in batch]))
-                for at, answer in zip(batch, self.searcher.decode(inputs, [audio[i] for i in batch]), strict=True):
+            for batch in plan_batches(
+                positions, self.options.max_new_tokens, self.options.beams, self.options.positions_per_batch
+            ):
+                inputs = list(
+                    preparing.map(self.prepare, [_samples_of(recordings, *parts[i]) for i in batch])
+                )
+                for at, answer in zip(
+                    batch, self.searcher.decode(inputs, [audio[i] for i in batch]), strict=True
+                ):
                     said[at] = Segment(*parts[at][1].seconds, answer.text, answer.cut)
                 # Once a batch: after the first of its parts alone, the time left would look far too long.
                 meter.update(round(sum(parts[at][1].end - parts[at][1].start for at in batch) / SAMPLE_RATE))
         for name, samples in recordings.items():
-            yield Transcript(name, len(samples) / SAMPLE_RATE, [said[at] for at, (of, _) in enumerate(parts) if of == name])
+            yield Transcript(
+                name, len(samples) / SAMPLE_RATE, [said[at] for at, (of, _) in enumerate(parts) if of == name]
+            )
 
 
 def _samples_of(recordings: dict[str, "np.ndarray"], name: str, part: Stretch) -> "np.ndarray":
@@ -163,6 +180,8 @@ def _places(files: list[str], output: str, suffix: str) -> dict[str, str]:
     for file in files:
         place = join(output, Path(name_of(file)).stem + suffix)
         if place in places.values():
-            raise UserError(f"Two files would be written to {place}: transcribe them one after the other, with another --output.")
+            raise UserError(
+                f"Two files would be written to {place}: transcribe them one after the other, with another --output."
+            )
         places[file] = place
     return places

@@ -49,12 +49,18 @@ def test_loss_that_is_not_a_number_does_not_break_the_step(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "slam_asr.training.train", module)
     recipe = tmp_path / "recipe"
     recipe.write_text(dump_recipe(load_recipe("demo")))
-    write_pointer(run_stage("before", str(tmp_path / "before"), {}, lambda _: Outcome("")), tmp_path / "pointer")
+    write_pointer(
+        run_stage("before", str(tmp_path / "before"), {}, lambda _: Outcome("")), tmp_path / "pointer"
+    )
     logged = {}
     component_of("train").python_func(
-        store=str(tmp_path), recipe=SimpleNamespace(path=str(recipe)), manifests=SimpleNamespace(path=tmp_path / "pointer"),
-        features=[SimpleNamespace(path=tmp_path / "pointer")] * 2, checkpoint=SimpleNamespace(path=tmp_path / "checkpoint"),
-        curves=SimpleNamespace(path=tmp_path / "curves"), metrics=SimpleNamespace(log_metric=logged.__setitem__),
+        store=str(tmp_path),
+        recipe=SimpleNamespace(path=str(recipe)),
+        manifests=SimpleNamespace(path=tmp_path / "pointer"),
+        features=[SimpleNamespace(path=tmp_path / "pointer")] * 2,
+        checkpoint=SimpleNamespace(path=tmp_path / "checkpoint"),
+        curves=SimpleNamespace(path=tmp_path / "curves"),
+        metrics=SimpleNamespace(log_metric=logged.__setitem__),
     )
     assert logged == {"loss": "nan", "steps": 3}
     assert json.loads(json.dumps(logged, allow_nan=False)) == logged

@@ -40,7 +40,9 @@ def main(folder: Path) -> None:
     for stage in STAGES:
         for precision in PRECISIONS:
             model = Model()
-            options = dataclasses.replace(Training(), zero_stage=stage, precision=precision, gradient_clipping=1.0)
+            options = dataclasses.replace(
+                Training(), zero_stage=stage, precision=precision, gradient_clipping=1.0
+            )
             engine = DeepSpeedEngine(model, options, device)
             losses = []
             for _ in range(3):
@@ -56,11 +58,16 @@ def main(folder: Path) -> None:
                 losses.append(total / 8)
             target = folder / f"{stage}-{precision}"
             engine.module.save_checkpoint(
-                str(target), tag="global_step3", client_state={"trained_weights": engine.trained}, save_latest=False, exclude_frozen_parameters=True
+                str(target),
+                tag="global_step3",
+                client_state={"trained_weights": engine.trained},
+                save_latest=False,
+                exclude_frozen_parameters=True,
             )
             weights = {
                 # Stage 0 in fp32 has no masters: the weights themselves are.
-                name: engine.state_of(name, "weight").detach().clone() for name in engine.groups.weights
+                name: engine.state_of(name, "weight").detach().clone()
+                for name in engine.groups.weights
             }
             torch.distributed.barrier()
             if rank == 0:

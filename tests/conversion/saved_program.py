@@ -27,7 +27,9 @@ def main(folder: Path) -> None:
             saver.save(take_snapshot(engine, Checkpoint(3, 0, 3, kind, processes, {}), b""))
             saver.close()
             # Of a weight that is spread, each process asks for it, and all get the whole.
-            weights = {name: engine.state_of(name, "weight").detach().clone() for name in engine.groups.weights}
+            weights = {
+                name: engine.state_of(name, "weight").detach().clone() for name in engine.groups.weights
+            }
             if rank == 0:
                 save_file(weights, place / "expected.safetensors")
     leave_group()

@@ -38,11 +38,22 @@ def deepspeeds_folder(folder, weights, ranks: int = 2, step: int = 7, prefix: st
     flat = torch.cat([tensor.flatten() for tensor in weights.values()])
     size = -(-len(flat) // ranks)
     padded = torch.nn.functional.pad(flat, (0, size * ranks - len(flat)))
-    model = {"dp_world_size": ranks, "module": {}, "param_shapes": [{prefix + name: tensor.shape for name, tensor in weights.items()}], "optimizer": None, "buffer_names": []}
+    model = {
+        "dp_world_size": ranks,
+        "module": {},
+        "param_shapes": [{prefix + name: tensor.shape for name, tensor in weights.items()}],
+        "optimizer": None,
+        "buffer_names": [],
+    }
     torch.save(model, folder / "mp_rank_00_model_states.pt")
     for rank in range(ranks):
-        state = {"single_partition_of_fp32_groups": [padded[rank * size : (rank + 1) * size].clone()], "base_optimizer_state": {"state": {0: {"step": torch.tensor(float(step))}}}}
-        torch.save({"optimizer_state_dict": state}, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        state = {
+            "single_partition_of_fp32_groups": [padded[rank * size : (rank + 1) * size].clone()],
+            "base_optimizer_state": {"state": {0: {"step": torch.tensor(float(step))}}},
+        }
+        torch.save(
+            {"optimizer_state_dict": state}, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        )
     return folder
 
 
@@ -52,9 +63,15 @@ def test_a_folder_of_deepspeeds_is_the_same_model_as_slam_llms_file(recipe, tmp_
     step = deepspeeds_folder(run / "global_step7", weights_of(recipe))
     deepspeeds_folder(run / "global_step3", weights_of(recipe, seed=9))
     (run / "latest").write_text("global_step7")
-    source = {"the training's folder": run, "the step's": step, "the file of weights": step / "mp_rank_00_model_states.pt"}[named]
+    source = {
+        "the training's folder": run,
+        "the step's": step,
+        "the file of weights": step / "mp_rank_00_model_states.pt",
+    }[named]
     ours = convert_checkpoint(str(source), str(tmp_path / "ours"), recipe=recipe)
-    theirs = convert_checkpoint(str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "theirs"), recipe=recipe)
+    theirs = convert_checkpoint(
+        str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "theirs"), recipe=recipe
+    )
     first, second = (load_file(record.file("projector.safetensors")) for record in (ours, theirs))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert "before and after" in ours.summary
@@ -63,7 +80,10 @@ def test_a_folder_of_deepspeeds_is_the_same_model_as_slam_llms_file(recipe, tmp_
 def test_which_of_deepspeeds_folders_is_meant_must_be_clear(recipe, tmp_path):
     for step in (3, 7):
         deepspeeds_folder(tmp_path / f"global_step{step}", weights_of(recipe))
-    with pytest.raises(UserError, match=r"2 checkpoints and no file `latest`: give the folder of one of them, such as .*global_step7"):
+    with pytest.raises(
+        UserError,
+        match=r"2 checkpoints and no file `latest`: give the folder of one of them, such as .*global_step7",
+    ):
         zero_folder(tmp_path)
     (tmp_path / "latest").write_text("global_step9")
     with pytest.raises(UserError, match=r"names global_step9, which is not there"):
@@ -80,9 +100,18 @@ def spoil(folder, change) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda s: s["single_partition_of_fp32_groups"].append(torch.zeros(3)), r"not of one checkpoint \(sizes differ\)"),
-        (lambda s: s["base_optimizer_state"]["state"][0].update(step=torch.tensor(8.0)), r"not of one checkpoint \(step differ\)"),
-        (lambda s: s.update(fp32_flat_groups=s.pop("single_partition_of_fp32_groups")), r"not of one checkpoint \(ZeRO stage, sizes differ\)"),
+        (
+            lambda s: s["single_partition_of_fp32_groups"].append(torch.zeros(3)),
+            r"not of one checkpoint \(sizes differ\)",
+        ),
+        (
+            lambda s: s["base_optimizer_state"]["state"][0].update(step=torch.tensor(8.0)),
+            r"not of one checkpoint \(step differ\)",
+        ),
+        (
+            lambda s: s.update(fp32_flat_groups=s.pop("single_partition_of_fp32_groups")),
+            r"not of one checkpoint \(ZeRO stage, sizes differ\)",
+        ),
         (lambda s: s.pop("single_partition_of_fp32_groups"), "holds no fp32 weights of ZeRO"),
     ],
 )
@@ -99,11 +128,22 @@ class Intruder:
         return os.system, ("touch intruder-was-here",)
 
 
-@pytest.mark.parametrize("file", ["adapter_model.bin", "mp_rank_00_model_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "model.pt"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "adapter_model.bin",
+        "mp_rank_00_model_states.pt",
+        "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "model.pt",
+    ],
+)
 def test_a_pickle_that_would_run_code_runs_nothing_wherever_it_lies(recipe, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
     folder = deepspeeds_folder(tmp_path / "global_step7", weights_of(recipe))
-    torch.save({"optimizer_state_dict": Intruder(), "module": Intruder(), "encoder_projector.x": Intruder()}, folder / file)
+    torch.save(
+        {"optimizer_state_dict": Intruder(), "module": Intruder(), "encoder_projector.x": Intruder()},
+        folder / file,
+    )
     source = folder / file if file == "model.pt" else folder
     adapter = str(folder) if file == "adapter_model.bin" else None
     with pytest.raises(UserError, match=r"posix\.system"):
@@ -112,13 +152,22 @@ def test_a_pickle_that_would_run_code_runs_nothing_wherever_it_lies(recipe, tmp_
 
 
 def test_a_model_can_be_written_as_a_model_again_in_half_precision_too(recipe, tmp_path):
-    model = convert_checkpoint(str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "model"), recipe=recipe)
+    model = convert_checkpoint(
+        str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "model"), recipe=recipe
+    )
     copy = convert_checkpoint(model.folder, str(tmp_path / "copy"))
     half = convert_checkpoint(model.folder, str(tmp_path / "half"), half=True)
-    assert (tmp_path / "copy" / "config.json").read_bytes() == (tmp_path / "model" / "config.json").read_bytes()
-    weights = {name: read_projector(record.folder, read_config(record.folder)).state_dict() for name, record in (("model", model), ("copy", copy), ("half", half))}
+    assert (tmp_path / "copy" / "config.json").read_bytes() == (
+        tmp_path / "model" / "config.json"
+    ).read_bytes()
+    weights = {
+        name: read_projector(record.folder, read_config(record.folder)).state_dict()
+        for name, record in (("model", model), ("copy", copy), ("half", half))
+    }
     for name, tensor in weights["model"].items():
-        assert torch.equal(weights["copy"][name], tensor) and torch.equal(weights["half"][name], tensor.half().float())
+        assert torch.equal(weights["copy"][name], tensor) and torch.equal(
+            weights["half"][name], tensor.half().float()
+        )
 
 
 def with_lora(tiny_recipe, tmp_path, precision: str):
@@ -131,12 +180,18 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
                 weights.mul_(8)  # As they are drawn, hardly anything changes what it says.
     drawn.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
-    recipe = load_recipe(str(tiny_recipe), {**LORA, "training.precision": precision, "llm.name": str(tmp_path / "base")})
+    recipe = load_recipe(
+        str(tiny_recipe), {**LORA, "training.precision": precision, "llm.name": str(tmp_path / "base")}
+    )
     llm = load_llm(recipe.llm.name, torch.float32)
     add_lora(llm, recipe.llm.lora, seed=1)
     generator = torch.Generator().manual_seed(5)
     # B begins at zero: an adapter that changes nothing would prove nothing.
-    adapter = {f"llm.base_model.model.{n}": 0.3 * torch.randn(p.shape, generator=generator) for n, p in llm.named_parameters() if ".lora_" in n}
+    adapter = {
+        f"llm.base_model.model.{n}": 0.3 * torch.randn(p.shape, generator=generator)
+        for n, p in llm.named_parameters()
+        if ".lora_" in n
+    }
     return recipe, llm, checkpoint(tmp_path / "model.pt", recipe.projector, **adapter), adapter
 
 
@@ -144,7 +199,9 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
 def test_a_merged_llm_says_what_llm_and_adapter_said(tiny_recipe, tmp_path, precision):
     recipe, llm, file, adapter = with_lora(tiny_recipe, tmp_path, precision)
     record = convert_checkpoint(str(file), str(tmp_path / "llm"), to="llm", recipe=recipe)
-    llm.load_state_dict({name.removeprefix("llm.base_model.model."): tensor for name, tensor in adapter.items()}, strict=False)
+    llm.load_state_dict(
+        {name.removeprefix("llm.base_model.model."): tensor for name, tensor in adapter.items()}, strict=False
+    )
     ids = torch.arange(5, 25)[None]
     with torch.inference_mode():
         expected, found = llm.eval()(ids).logits, load_llm(record.folder, torch.float32).eval()(ids).logits
@@ -165,7 +222,9 @@ def test_an_adapter_in_a_folder_of_its_own_is_the_one_in_the_file(tiny_recipe, t
     together = convert_checkpoint(str(file), str(tmp_path / "together"), recipe=recipe)
     folder = tmp_path / "peft_ckpt"
     folder.mkdir()
-    weights = {name.removeprefix("llm.").replace(".default.", "."): tensor for name, tensor in adapter.items()}
+    weights = {
+        name.removeprefix("llm.").replace(".default.", "."): tensor for name, tensor in adapter.items()
+    }
     (save_file if suffix == "safetensors" else torch.save)(weights, folder / f"adapter_model.{suffix}")
     alone = checkpoint(tmp_path / "alone.pt", recipe.projector)
     apart = convert_checkpoint(str(alone), str(tmp_path / "apart"), recipe=recipe, adapter=str(folder))
@@ -178,7 +237,11 @@ def test_an_adapter_in_a_folder_of_its_own_is_the_one_in_the_file(tiny_recipe, t
 def test_an_llm_merged_wrongly_is_not_published(tiny_recipe, tmp_path, monkeypatch):
     recipe, _, file, _ = with_lora(tiny_recipe, tmp_path, "fp32")
     write = tuned.write_merged_llm
-    monkeypatch.setattr(tuned, "write_merged_llm", lambda folder, adapter, recipe: write(folder, {n: 0 * t for n, t in adapter.items()}, recipe))
+    monkeypatch.setattr(
+        tuned,
+        "write_merged_llm",
+        lambda folder, adapter, recipe: write(folder, {n: 0 * t for n, t in adapter.items()}, recipe),
+    )
     with pytest.raises(UserError, match="is not what the checkpoint holds: the loss"):
         convert_checkpoint(str(file), str(tmp_path / "llm"), to="llm", recipe=recipe)
     assert not (tmp_path / "llm" / "config.json").exists() and not (tmp_path / "llm" / "stage.json").exists()
@@ -186,7 +249,12 @@ def test_an_llm_merged_wrongly_is_not_published(tiny_recipe, tmp_path, monkeypat
 
 def test_a_frozen_llm_is_not_written(recipe, tmp_path):
     with pytest.raises(UserError, match="there is no trained one to write"):
-        convert_checkpoint(str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "llm"), to="llm", recipe=recipe)
+        convert_checkpoint(
+            str(checkpoint(tmp_path / "model.pt", recipe.projector)),
+            str(tmp_path / "llm"),
+            to="llm",
+            recipe=recipe,
+        )
 
 
 def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
@@ -195,15 +263,28 @@ def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
         step = folder / "checkpoints" / folder_name(10 * number)
         step.mkdir(parents=True)
         name = file_name("weights", 0, 1)
-        save_file({f"projector.{key}": tensor for key, tensor in weights_of(recipe, seed).items()}, step / name)
-        description = {"step": 10 * number, "epoch": 0, "updates": 10 * number, "engine": "ddp", "processes": 1, "inputs": {}}
-        description["files"] = {name: {"bytes": (step / name).stat().st_size, "sha256": sha256_of_file(step / name)}}
+        save_file(
+            {f"projector.{key}": tensor for key, tensor in weights_of(recipe, seed).items()}, step / name
+        )
+        description = {
+            "step": 10 * number,
+            "epoch": 0,
+            "updates": 10 * number,
+            "engine": "ddp",
+            "processes": 1,
+            "inputs": {},
+        }
+        description["files"] = {
+            name: {"bytes": (step / name).stat().st_size, "sha256": sha256_of_file(step / name)}
+        }
         (step / DESCRIPTION).write_text(json.dumps(description))
         (folder / "checkpoints" / LATEST).write_text(step.name)
     (folder / "checkpoints" / folder_name(99)).mkdir()
     (folder / "recipe.yaml").write_text(tiny_recipe.read_text())
     facts = {"encoder_fingerprint": {}, "llm_sha256": "x"}
-    (folder / "stage.json").write_text(json.dumps({"summary": "", "facts": facts, "stage": "train", "inputs": {"a": 1}}))
+    (folder / "stage.json").write_text(
+        json.dumps({"summary": "", "facts": facts, "stage": "train", "inputs": {"a": 1}})
+    )
     return str(folder)
 
 

@@ -21,14 +21,23 @@ from tests.conversion import memory_program
 from tests.conversion.test_kinds import LORA, deepspeeds_folder
 
 ROOT = Path(__file__).parents[2]
-SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 32768}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 32768,
+}
 
 
 def trained(tiny_recipe, folder: Path, ways: dict, tied: bool = True, **sizes: int) -> tuple[Path, Path]:
     """A recipe with an LLM of its own, and a checkpoint of ZeRO's with all that was trained of it."""
     base = load_recipe(str(tiny_recipe)).llm.name
     torch.manual_seed(7)
-    llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, tie_word_embeddings=tied, **sizes))
+    llm = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(base, tie_word_embeddings=tied, **sizes)
+    )
     llm.save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
     values = {**yaml.safe_load(tiny_recipe.read_text()), "name": "own"}
@@ -44,21 +53,40 @@ def trained(tiny_recipe, folder: Path, ways: dict, tied: bool = True, **sizes: i
     recipe = load_recipe(str(path))
     if recipe.llm.tuning == "lora":
         add_lora(llm, recipe.llm.lora, seed=1)
-    own = {f"llm.{name}": torch.randn(p.shape) for name, p in llm.named_parameters() if recipe.llm.tuning == "full" or ".lora_" in name}
+    own = {
+        f"llm.{name}": torch.randn(p.shape)
+        for name, p in llm.named_parameters()
+        if recipe.llm.tuning == "full" or ".lora_" in name
+    }
     projector = build_projector(recipe.projector, 16, llm.config.hidden_size, seed=1).state_dict()
     weights = {f"projector.{name}": tensor for name, tensor in projector.items()} | own
     return path, deepspeeds_folder(folder / "checkpoint", weights, ranks=4, prefix="")
 
 
-WAYS = {"full": ({"llm.tuning": "full", "training.precision": "bf16"}, "model"), "lora": ({**LORA, "training.precision": "bf16"}, "llm")}
+WAYS = {
+    "full": ({"llm.tuning": "full", "training.precision": "bf16"}, "model"),
+    "lora": ({**LORA, "training.precision": "bf16"}, "llm"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WAYS)
 def test_no_more_than_a_few_weights_are_in_memory_at_once(tiny_recipe, tmp_path, kind):
     ways, to = WAYS[kind]
-    small, large = trained(tiny_recipe, tmp_path / "small", ways), trained(tiny_recipe, tmp_path / "large", ways, **SIZES)
-    command = [sys.executable, "-m", memory_program.__name__, to, *small, tmp_path / "a", *large, tmp_path / "b"]
+    small, large = (
+        trained(tiny_recipe, tmp_path / "small", ways),
+        trained(tiny_recipe, tmp_path / "large", ways, **SIZES),
+    )
+    command = [
+        sys.executable,
+        "-m",
+        memory_program.__name__,
+        to,
+        *small,
+        tmp_path / "a",
+        *large,
+        tmp_path / "b",
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     # The whole is four times the largest weight and more.
@@ -69,7 +97,9 @@ def test_no_more_than_a_few_weights_are_in_memory_at_once(tiny_recipe, tmp_path,
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", WAYS)
-def test_an_llm_written_weight_by_weight_is_the_one_that_is_written_whole(tiny_recipe, tmp_path, monkeypatch, kind, tied):
+def test_an_llm_written_weight_by_weight_is_the_one_that_is_written_whole(
+    tiny_recipe, tmp_path, monkeypatch, kind, tied
+):
     ways, to = WAYS[kind]
     recipe, checkpoint = trained(tiny_recipe, tmp_path, ways, tied)
     convert_checkpoint(str(checkpoint), str(tmp_path / "by-weight"), to=to, recipe=load_recipe(str(recipe)))
@@ -79,8 +109,12 @@ def test_an_llm_written_weight_by_weight_is_the_one_that_is_written_whole(tiny_r
 
     monkeypatch.setattr(tuned, "describe_stored_llm", refuse)
     convert_checkpoint(str(checkpoint), str(tmp_path / "whole"), to=to, recipe=load_recipe(str(recipe)))
-    names = sorted(str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file())
-    assert names == sorted(str(p.relative_to(tmp_path / "by-weight")) for p in (tmp_path / "by-weight").rglob("*") if p.is_file())
+    names = sorted(
+        str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file()
+    )
+    assert names == sorted(
+        str(p.relative_to(tmp_path / "by-weight")) for p in (tmp_path / "by-weight").rglob("*") if p.is_file()
+    )
     for name in names:
         ours, theirs = tmp_path / "by-weight" / name, tmp_path / "whole" / name
         if name.endswith(".safetensors"):
@@ -94,15 +128,29 @@ def test_an_llm_written_weight_by_weight_is_the_one_that_is_written_whole(tiny_r
 
 def test_a_file_written_one_by_one_is_the_librarys(tmp_path):
     tensors = {
-        "b": torch.randn(3, 5), "a": torch.randn(2, 2).bfloat16(), "empty": torch.empty(0, 4), "scalar": torch.tensor(7), "half": torch.randn(3).half(),
-        "flag": torch.tensor([True, False, True]), "turned": torch.randn(4, 6).t(), "Ärmel": torch.arange(3, dtype=torch.int32),
-    }  # fmt: skip
-    write_one_by_one(tmp_path / "x.safetensors", Tensors({name: lambda t=t: t for name, t in tensors.items()}), {n: t.to("meta") for n, t in tensors.items()})
+        "b": torch.randn(3, 5),
+        "a": torch.randn(2, 2).bfloat16(),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(7),
+        "half": torch.randn(3).half(),
+        "flag": torch.tensor([True, False, True]),
+        "turned": torch.randn(4, 6).t(),
+        "Ärmel": torch.arange(3, dtype=torch.int32),
+    }
+    write_one_by_one(
+        tmp_path / "x.safetensors",
+        Tensors({name: lambda t=t: t for name, t in tensors.items()}),
+        {n: t.to("meta") for n, t in tensors.items()},
+    )
     found = load_file(tmp_path / "x.safetensors")
     lazily = stored_tensors([tmp_path / "x.safetensors"])
     assert found.keys() == tensors.keys() == lazily.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) and torch.equal(lazily[name], tensor)
+        assert (
+            found[name].dtype == tensor.dtype
+            and torch.equal(found[name], tensor)
+            and torch.equal(lazily[name], tensor)
+        )
     with pytest.raises(ValueError, match="b is"):
         write_one_by_one(tmp_path / "y.safetensors", {"b": torch.zeros(1)}, {"b": torch.zeros(2)})
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

@@ -15,22 +15,54 @@ REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 @pytest.mark.parametrize("encoder", ["whisper", "wavlm"])
 def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams):
     if not REFERENCE.is_dir():
-        pytest.skip("needs the files of the reference implementation in ../shared/reference, which are not part of this repository")
+        pytest.skip(
+            "needs the files of the reference implementation in ../shared/reference, which are not part of this repository"
+        )
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / "cache"))
     checkpoint = REFERENCE / f"model_{encoder}.pt"
     hidden = len(torch.load(checkpoint, weights_only=True)["encoder_projector.linear1.bias"])
     recipe = {"whisper": "whisper-large-v2-vicuna-7b", "wavlm": "wavlm-large-vicuna-7b"}[encoder]
-    main([
-        "convert-checkpoint", "--checkpoint", str(checkpoint), "--recipe", recipe, "--encoder.name", str(REFERENCE / f"{encoder}.pt"),
-        "--llm.name", str(REFERENCE / "llm"), "--projector.hidden", str(hidden), "--output", str(tmp_path / "model"),
-    ])
-    main([
-        # One utterance at a time, as the reference's numbers for single utterances are.
-        "decode", "--model", str(tmp_path / "model"), "--manifests", f"[{REFERENCE / 'manifest.jsonl'}]",
-        "--output", str(tmp_path / "decoded"), "--decoding.precision", "fp32", "--decoding.beams", str(beams),
-        "--decoding.max_new_tokens", "40", "--decoding.positions_per_batch", "1",
-    ])
+    main(
+        [
+            "convert-checkpoint",
+            "--checkpoint",
+            str(checkpoint),
+            "--recipe",
+            recipe,
+            "--encoder.name",
+            str(REFERENCE / f"{encoder}.pt"),
+            "--llm.name",
+            str(REFERENCE / "llm"),
+            "--projector.hidden",
+            str(hidden),
+            "--output",
+            str(tmp_path / "model"),
+        ]
+    )
+    main(
+        [
+            # One utterance at a time, as the reference's numbers for single utterances are.
+            "decode",
+            "--model",
+            str(tmp_path / "model"),
+            "--manifests",
+            f"[{REFERENCE / 'manifest.jsonl'}]",
+            "--output",
+            str(tmp_path / "decoded"),
+            "--decoding.precision",
+            "fp32",
+            "--decoding.beams",
+            str(beams),
+            "--decoding.max_new_tokens",
+            "40",
+            "--decoding.positions_per_batch",
+            "1",
+        ]
+    )
     expected = json.loads((REFERENCE / "expected.json").read_text())[encoder]
     keys = [json.loads(line)["key"] for line in (REFERENCE / "manifest.jsonl").read_text().splitlines()]
-    said = {h["key"]: h["hypothesis"] for h in map(json.loads, (tmp_path / "decoded/hypotheses.jsonl").read_text().splitlines())}
+    said = {
+        h["key"]: h["hypothesis"]
+        for h in map(json.loads, (tmp_path / "decoded/hypotheses.jsonl").read_text().splitlines())
+    }
     assert said == {key: expected[f"text_beam{beams}_single_{i}"][0].strip() for i, key in enumerate(keys)}

@@ -17,7 +17,10 @@ def test_a_checkpoint_holds_the_engines_own_weights(ranks, tmp_path):
     for kind in ENGINES:
         for precision in PRECISIONS:
             place = folder / f"{kind}-{precision}"
-            expected, found = load_file(place / "expected.safetensors"), require(str(place)).tensors("weights")
+            expected, found = (
+                load_file(place / "expected.safetensors"),
+                require(str(place)).tensors("weights"),
+            )
             assert found.keys() == expected.keys() and len(found) == 6, (kind, precision)
             for name, tensor in expected.items():
                 assert found[name].dtype == torch.float32

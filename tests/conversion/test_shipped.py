@@ -33,12 +33,24 @@ def test_it_is_small_and_in_half_precision(name):
 def test_it_has_a_recipe_that_begins_with_it(name):
     trained, recipe = read_config(fetch_model(name)).typed_recipe, load_recipe(name)
     assert recipe.projector.init_from == name
-    assert (recipe.encoder.name, recipe.encoder.frames, recipe.llm.name, recipe.llm.template, recipe.llm.prompt) == (
-        trained.encoder.name, trained.encoder.frames, trained.llm.name, trained.llm.template, trained.llm.prompt,
-    )  # fmt: skip
+    assert (
+        recipe.encoder.name,
+        recipe.encoder.frames,
+        recipe.llm.name,
+        recipe.llm.template,
+        recipe.llm.prompt,
+    ) == (
+        trained.encoder.name,
+        trained.encoder.frames,
+        trained.llm.name,
+        trained.llm.template,
+        trained.llm.prompt,
+    )
     assert (recipe.projector.kind, recipe.projector.downsampling, recipe.projector.hidden) == (
-        trained.projector.kind, trained.projector.downsampling, trained.projector.hidden,
-    )  # fmt: skip
+        trained.projector.kind,
+        trained.projector.downsampling,
+        trained.projector.hidden,
+    )
     for begun in (load_recipe(n) for n in shipped_recipes()):
         assert not begun.projector.init_from or begun.projector.init_from in shipped_models()
 
@@ -46,7 +58,16 @@ def test_it_has_a_recipe_that_begins_with_it(name):
 @pytest.mark.parametrize("name", shipped_models())
 def test_its_card_says_what_one_wants_to_know(name):
     card = (fetch_model(name) / "README.md").read_text()
-    for said in ("## Data", "## How it was trained", "## Word error rate", "hours", "test-other", "shuffled audio", "slam-asr train", "Licence"):
+    for said in (
+        "## Data",
+        "## How it was trained",
+        "## Word error rate",
+        "hours",
+        "test-other",
+        "shuffled audio",
+        "slam-asr train",
+        "Licence",
+    ):
         assert said in card, said
     assert not re.search(r"/(?:tmp|work|root|home)/", card)
 

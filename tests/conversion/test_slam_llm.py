@@ -38,10 +38,15 @@ def test_what_is_read_is_written_back(tiny_recipe, tmp_path, kind):
 def test_half_precision_takes_half_the_space_and_is_read_as_any(tiny_recipe, tmp_path):
     r = recipe(tiny_recipe)
     file = checkpoint(tmp_path / "model.pt", r.projector)
-    whole, half = (convert_checkpoint(str(file), str(tmp_path / name), recipe=r, half=name == "half") for name in ("whole", "half"))
+    whole, half = (
+        convert_checkpoint(str(file), str(tmp_path / name), recipe=r, half=name == "half")
+        for name in ("whole", "half")
+    )
     sizes = [Path(model.file("projector.safetensors")).stat().st_size for model in (whole, half)]
     assert sizes[1] < 0.6 * sizes[0]
-    first, second = (read_projector(model.folder, read_config(model.folder)).state_dict() for model in (whole, half))
+    first, second = (
+        read_projector(model.folder, read_config(model.folder)).state_dict() for model in (whole, half)
+    )
     for name, tensor in first.items():
         assert second[name].dtype == torch.float32
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
@@ -72,7 +77,9 @@ def test_lora_without_a_recipe_that_has_it_is_refused(tiny_recipe, tmp_path):
         convert_checkpoint(str(file), str(tmp_path / "model"), recipe=recipe(tiny_recipe))
 
 
-@pytest.mark.parametrize(("widths", "named"), [((24, 16), "encoder width 16 to LLM width 16"), ((16, 20), "to LLM width 16")])
+@pytest.mark.parametrize(
+    ("widths", "named"), [((24, 16), "encoder width 16 to LLM width 16"), ((16, 20), "to LLM width 16")]
+)
 def test_other_widths_are_refused_by_name(tiny_recipe, tmp_path, widths, named):
     r = recipe(tiny_recipe)
     file = checkpoint(tmp_path / "model.pt", r.projector, widths)

@@ -36,11 +36,19 @@ def test_a_model_without_a_record_is_copied_once_and_can_be_pointed_to(tmp_path)
     folder = follow_pointer(tmp_path / "pointer")
     for file in (tmp_path / "model").iterdir():
         assert (tmp_path / "store" / record.folder / file.name).read_bytes() == file.read_bytes()
-    assert take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).folder == folder
+    assert (
+        take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).folder
+        == folder
+    )
 
 
 def test_a_model_with_its_record_stays_where_it_is(tmp_path):
-    made = run_stage("convert-checkpoint", str(tmp_path / "model"), {}, lambda folder: write(folder, load_recipe("demo")) or Outcome("done"))
+    made = run_stage(
+        "convert-checkpoint",
+        str(tmp_path / "model"),
+        {},
+        lambda folder: write(folder, load_recipe("demo")) or Outcome("done"),
+    )
     assert take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")) == made
     assert not (tmp_path / "store").exists()
 
@@ -54,8 +62,17 @@ def test_what_was_trained_on_other_features_is_refused_with_what_mends_it(tmp_pa
 
 def test_the_folder_of_the_encoder_is_no_difference(tmp_path):
     trained = load_recipe("demo")
-    write(tmp_path / "model", replace(trained, encoder=replace(trained.encoder, name=f"/models/{trained.encoder.name.rpartition('/')[2]}/")))
-    assert take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).stage == "open-model"
+    write(
+        tmp_path / "model",
+        replace(
+            trained,
+            encoder=replace(trained.encoder, name=f"/models/{trained.encoder.name.rpartition('/')[2]}/"),
+        ),
+    )
+    assert (
+        take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).stage
+        == "open-model"
+    )
 
 
 def test_a_recipe_with_subsets_to_train_on_is_refused(tmp_path):

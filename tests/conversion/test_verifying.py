@@ -23,12 +23,21 @@ def checkpoint(tiny_recipe, tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_loss_is_told(checkpoint, tiny_recipe, tmp_path, half):
-    record = convert_checkpoint(checkpoint, str(tmp_path / "m"), recipe=load_recipe(str(tiny_recipe)), half=half)
+    record = convert_checkpoint(
+        checkpoint, str(tmp_path / "m"), recipe=load_recipe(str(tiny_recipe)), half=half
+    )
     assert "loss " in record.summary and "before and after" in record.summary
-    assert "not compared" in convert_checkpoint(checkpoint, str(tmp_path / "u"), recipe=load_recipe(str(tiny_recipe)), half=half, verify=False).summary
+    assert (
+        "not compared"
+        in convert_checkpoint(
+            checkpoint, str(tmp_path / "u"), recipe=load_recipe(str(tiny_recipe)), half=half, verify=False
+        ).summary
+    )
 
 
-def test_one_weight_that_was_written_wrongly_publishes_nothing(checkpoint, tiny_recipe, tmp_path, monkeypatch):
+def test_one_weight_that_was_written_wrongly_publishes_nothing(
+    checkpoint, tiny_recipe, tmp_path, monkeypatch
+):
     write = folders.write_model
 
     def wrongly(folder, *arguments, **options):
@@ -38,7 +47,9 @@ def test_one_weight_that_was_written_wrongly_publishes_nothing(checkpoint, tiny_
         save_file(weights, folder / folders.WEIGHTS)
 
     monkeypatch.setattr(folders, "write_model", wrongly)
-    with pytest.raises(UserError, match=r"is not what the checkpoint holds: 1 of 4 weights differ, first linear2.bias"):
+    with pytest.raises(
+        UserError, match=r"is not what the checkpoint holds: 1 of 4 weights differ, first linear2.bias"
+    ):
         convert_checkpoint(checkpoint, str(tmp_path / "m"), recipe=load_recipe(str(tiny_recipe)))
     assert not (tmp_path / "m" / "config.json").exists() and not (tmp_path / "m" / "stage.json").exists()
     with pytest.raises(UserError, match="holds no model"):
@@ -49,7 +60,13 @@ def test_slam_llms_file_is_compared_too(checkpoint, tiny_recipe, tmp_path, monke
     recipe = load_recipe(str(tiny_recipe))
     convert_checkpoint(checkpoint, str(tmp_path / "right"), to="slam-llm", recipe=recipe)
     write = slam_llm.write_slam_llm
-    monkeypatch.setattr(slam_llm, "write_slam_llm", lambda folder, projector, adapter: write(folder, {n: t.roll(1) for n, t in projector.items()}, adapter))
+    monkeypatch.setattr(
+        slam_llm,
+        "write_slam_llm",
+        lambda folder, projector, adapter: write(
+            folder, {n: t.roll(1) for n, t in projector.items()}, adapter
+        ),
+    )
     with pytest.raises(UserError, match=r"4 of 4 weights differ"):
         convert_checkpoint(checkpoint, str(tmp_path / "wrong"), to="slam-llm", recipe=recipe)
     assert (tmp_path / "right" / "model.pt").exists() and not (tmp_path / "wrong" / "model.pt").exists()

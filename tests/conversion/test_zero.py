@@ -38,7 +38,9 @@ def test_every_stage_and_precision_converts_to_the_engines_own_weights(checkpoin
 @pytest.mark.slow
 def test_all_stages_take_the_same_steps(checkpoints):
     for precision, tolerance in (("fp32", 1e-6), ("bf16", 1e-3)):
-        losses = [load_file(checkpoints / f"{s}-{precision}" / "expected.safetensors")["losses"] for s in STAGES]
+        losses = [
+            load_file(checkpoints / f"{s}-{precision}" / "expected.safetensors")["losses"] for s in STAGES
+        ]
         for other in losses[1:]:
             torch.testing.assert_close(other, losses[0], rtol=tolerance, atol=tolerance)
 

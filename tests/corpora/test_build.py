@@ -27,7 +27,9 @@ from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_librispeech, write_wav
 
 MANIFESTS = ["dev.jsonl", "test.jsonl", "train.jsonl"]
-FILES = sorted([*MANIFESTS, "recipe.yaml", "rejected.jsonl", "stage.json", "statistics.html", "statistics.json"])
+FILES = sorted(
+    [*MANIFESTS, "recipe.yaml", "rejected.jsonl", "stage.json", "statistics.html", "statistics.json"]
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,7 +43,9 @@ def corpus(tmp_path) -> Path:
     return write_librispeech(
         tmp_path / "corpus",
         {
-            "train-a": {f"{s}-{c}-{n:04d}": f"TRAIN {s} {n}" for s in (1, 2) for c in (7, 8) for n in range(5)},
+            "train-a": {
+                f"{s}-{c}-{n:04d}": f"TRAIN {s} {n}" for s in (1, 2) for c in (7, 8) for n in range(5)
+            },
             "dev-other": {f"3-7-{n:04d}": f"DEV {n}" for n in range(2)},
             "test-b": {f"4-7-{n:04d}": f"TEST  {n}" for n in range(3)},
         },
@@ -99,7 +103,9 @@ def test_the_statistics_are_those_of_the_manifests(corpus, tmp_path):
         assert measures["utterances"] == len(utterances)
         assert measures["hours"] == pytest.approx(sum(durations) / 3600, abs=1e-6)
         assert measures["mean_duration"] == pytest.approx(np.mean(durations), abs=1e-4)
-        assert (measures["min_duration"], measures["max_duration"]) == pytest.approx((min(durations), max(durations)))
+        assert (measures["min_duration"], measures["max_duration"]) == pytest.approx(
+            (min(durations), max(durations))
+        )
         assert measures["words"] == len(" ".join(u.target for u in utterances).split())
         assert measures["characters"] == len("".join(u.target for u in utterances))
         assert measures["speakers"] == len({u.speaker for u in utterances})
@@ -107,7 +113,9 @@ def test_the_statistics_are_those_of_the_manifests(corpus, tmp_path):
         assert sum(measures["durations"]) == len(utterances)
         assert measures["durations"][0] == sum(d < 1 for d in durations)
     assert statistics["rejected"] == {"total": 0, "by_reason": {}}
-    every = "".join(u.target for split in ("train", "dev", "test") for u in read_manifest(record.file(f"{split}.jsonl")))
+    every = "".join(
+        u.target for split in ("train", "dev", "test") for u in read_manifest(record.file(f"{split}.jsonl"))
+    )
     assert statistics["alphabet"] == {c: every.count(c) for c in set(every)}
 
 
@@ -126,7 +134,9 @@ def test_the_page_shows_what_was_set_aside_and_runs_nothing_of_it(corpus, tmp_pa
 
 def test_sorting_through_disk_gives_the_same_bytes(corpus, tmp_path, monkeypatch):
     build_manifest(recipe(), str(corpus), str(tmp_path / "memory"))
-    monkeypatch.setattr("slam_asr.corpora.build.ExternalSort", functools.partial(ExternalSort, run_bytes=1000))
+    monkeypatch.setattr(
+        "slam_asr.corpora.build.ExternalSort", functools.partial(ExternalSort, run_bytes=1000)
+    )
     build_manifest(recipe(), str(corpus), str(tmp_path / "disk"))
     for name in (n for n in FILES if n != "stage.json"):
         assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
@@ -161,7 +171,9 @@ def test_what_cannot_be_used_is_set_aside_with_its_reason(corpus, tmp_path):
     nan[7] = np.nan
     write_wav(train / "1/8/1-8-0000.wav", nan, subtype="FLOAT")
     transcripts = train / "2/7/2-7.trans.txt"
-    transcripts.write_text(transcripts.read_text().replace("2-7-0000 TRAIN 2 0", "2-7-0000  ") + "2-7-0001 AGAIN\n")
+    transcripts.write_text(
+        transcripts.read_text().replace("2-7-0000 TRAIN 2 0", "2-7-0000  ") + "2-7-0001 AGAIN\n"
+    )
     record = build_manifest(recipe(max_rejected=0.5, max_duration=1.9), str(corpus), str(tmp_path / "out"))
     expected = [
         ("1-7-0000", "transcript without audio"),
@@ -179,7 +191,10 @@ def test_what_cannot_be_used_is_set_aside_with_its_reason(corpus, tmp_path):
     assert kept & {key for key, _ in expected} == {"2-7-0001"}, "the first of the two lines stays"
     assert len(kept) == 13
     statistics = json.loads(record.file("statistics.json").read_text())
-    assert statistics["rejected"] == {"total": 9, "by_reason": {reason: 1 for _, reason in sorted(expected, key=str)}}
+    assert statistics["rejected"] == {
+        "total": 9,
+        "by_reason": {reason: 1 for _, reason in sorted(expected, key=str)},
+    }
     assert record.metrics["rejected"] == 9
     assert record.summary.endswith("; 9 set aside")
 
@@ -230,7 +245,9 @@ def test_a_failure_leaves_nothing_of_an_earlier_success(corpus, tmp_path):
 def test_where_no_subset_is_for_dev_a_fixed_share_of_train_is_held_out(corpus, tmp_path, capsys):
     shutil.rmtree(corpus / "dev-other")
     first = build_manifest(recipe(dev_fraction=0.2), str(corpus), str(tmp_path / "one"))
-    line = re.search(r"no subset for dev \(dev-other\); (\d+) of 20 train utterances", capsys.readouterr().out)
+    line = re.search(
+        r"no subset for dev \(dev-other\); (\d+) of 20 train utterances", capsys.readouterr().out
+    )
     dev = {u.key for u in read_manifest(first.file("dev.jsonl"))}
     assert len(dev) == int(line[1]) >= 1
     assert dev.isdisjoint(u.key for u in read_manifest(first.file("train.jsonl")))
@@ -317,7 +334,9 @@ def test_a_corpus_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_corpus_that_is_not_in_the_bucket_is_refused(bucket, tmp_path):
-    assert "There is no corpus s3://bucket/corpus" in refusal(recipe(), "s3://bucket/corpus", str(tmp_path / "out"))
+    assert "There is no corpus s3://bucket/corpus" in refusal(
+        recipe(), "s3://bucket/corpus", str(tmp_path / "out")
+    )
 
 
 @pytest.mark.parametrize(("name", "says"), [("corpus.xml", "unknown kind"), ("corpus.zip", "unpack it")])
@@ -410,7 +429,9 @@ def test_a_killed_run_leaves_no_record_and_can_be_run_again(corpus, tmp_path):
     assert build_manifest(recipe(), str(corpus), str(tmp_path / "out")).metrics["train_utterances"] == 20
 
 
-def test_an_interrupt_ends_the_stage_without_a_record_and_without_the_files_that_wait(corpus, tmp_path, monkeypatch):
+def test_an_interrupt_ends_the_stage_without_a_record_and_without_the_files_that_wait(
+    corpus, tmp_path, monkeypatch
+):
     seen = []
     monkeypatch.setattr(checking, "workers", lambda: 1)
 
@@ -476,6 +497,9 @@ def test_a_recipe_that_trains_on_nothing_reads_its_test_subsets_alone(corpus, tm
 
 
 def test_subsets_called_train_and_dev_are_left_out_too_where_nothing_is_trained(tmp_path):
-    corpus = write_librispeech(tmp_path / "c", {name: {f"{s}-1-0000": "A B"} for s, name in enumerate(("train", "dev", "test"), start=1)})
+    corpus = write_librispeech(
+        tmp_path / "c",
+        {name: {f"{s}-1-0000": "A B"} for s, name in enumerate(("train", "dev", "test"), start=1)},
+    )
     done = build_manifest(recipe(train=[], dev=[]), str(corpus), str(tmp_path / "m"))
     assert done.facts["utterances"] == {"test": 1}

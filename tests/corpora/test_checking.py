@@ -8,8 +8,12 @@ from tests.conftest import make_tone, write_wav
 
 def test_answers_come_in_the_order_of_the_candidates(tmp_path):
     # Long and short in turn, so that later ones are done first.
-    sources = [str(write_wav(tmp_path / f"{i}.wav", make_tone(20.0 if i % 9 == 0 else 0.2))) for i in range(40)]
-    checked = list(check_all([Candidate(str(i), source, "text") for i, source in enumerate(sources)], Data(), "test"))
+    sources = [
+        str(write_wav(tmp_path / f"{i}.wav", make_tone(20.0 if i % 9 == 0 else 0.2))) for i in range(40)
+    ]
+    checked = list(
+        check_all([Candidate(str(i), source, "text") for i, source in enumerate(sources)], Data(), "test")
+    )
     assert [c.utterance.key for c in checked] == [str(i) for i in range(40)]
 
 

@@ -89,7 +89,11 @@ def test_sources_that_cannot_be_read_here_are_refused(folder):
 
 
 def test_segments_and_objects_are_candidates(folder):
-    write_lines(folder / "train.jsonl", row("a", start=0.5, duration=0.25, source="s3://bucket/x.wav"), row("b", duration=9))
+    write_lines(
+        folder / "train.jsonl",
+        row("a", start=0.5, duration=0.25, source="s3://bucket/x.wav"),
+        row("b", duration=9),
+    )
     segment, whole = JsonLines.find(folder).read("train")
     assert (segment.source, segment.start, segment.duration) == ("s3://bucket/x.wav", 0.5, 0.25)
     assert (whole.start, whole.duration) == (None, None), "the duration of a whole file is measured"

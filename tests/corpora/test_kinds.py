@@ -23,11 +23,17 @@ from slam_asr.recipe import Columns, Data, load_recipe
 from slam_asr.storage import join, write_bytes
 from tests.conftest import make_tone, write_librispeech, write_wav
 
-SAID = {"train-a": {"1-1-0000": "ONE", "1-1-0001": "TWO", "1-2-0000": "THREE"}, "dev-other": {"2-1-0000": "FOUR"}, "test-b": {"3-1-0000": "FIVE SIX"}}
+SAID = {
+    "train-a": {"1-1-0000": "ONE", "1-1-0001": "TWO", "1-2-0000": "THREE"},
+    "dev-other": {"2-1-0000": "FOUR"},
+    "test-b": {"3-1-0000": "FIVE SIX"},
+}
 
 
 def recipe(**data):
-    return load_recipe("librispeech", {f"data.{name.replace('__', '.')}": value for name, value in data.items()})
+    return load_recipe(
+        "librispeech", {f"data.{name.replace('__', '.')}": value for name, value in data.items()}
+    )
 
 
 @pytest.fixture
@@ -44,15 +50,19 @@ def audio(tree) -> dict[str, Path]:
 def spoken(folder: str | Path, splits=("train", "dev", "test")) -> dict[str, dict[str, tuple[str, int]]]:
     """Transcript and length of what is heard of each utterance, by split and key."""
     return {
-        split: {u.key: (u.target, len(load_utterance(u))) for u in read_manifest(join(folder, f"{split}.jsonl"))} for split in splits
+        split: {
+            u.key: (u.target, len(load_utterance(u))) for u in read_manifest(join(folder, f"{split}.jsonl"))
+        }
+        for split in splits
     }
 
 
 def rows_of(audio: dict[str, Path]) -> list[dict[str, str]]:
     return [
         {"key": key, "audio": str(audio[key]), "text": text, "split": subset, "speaker": key.split("-")[0]}
-        for subset, texts in SAID.items() for key, text in texts.items()
-    ]  # fmt: skip
+        for subset, texts in SAID.items()
+        for key, text in texts.items()
+    ]
 
 
 def as_csv(root, audio):
@@ -61,7 +71,9 @@ def as_csv(root, audio):
 
 def as_tsv_per_subset(root, audio):
     for subset in SAID:
-        rows = [{n: v for n, v in row.items() if n != "split"} for row in rows_of(audio) if row["split"] == subset]
+        rows = [
+            {n: v for n, v in row.items() if n != "split"} for row in rows_of(audio) if row["split"] == subset
+        ]
         write_text(root / f"{subset}.tsv", lines_of(rows, "\t"))
     return root
 
@@ -81,7 +93,10 @@ def as_folder(root, audio):
 
 
 def as_jsonlines(root, audio):
-    rows = [{"key": r["key"], "source": r["audio"], "target": r["text"], "subset": r["split"]} for r in rows_of(audio)]
+    rows = [
+        {"key": r["key"], "source": r["audio"], "target": r["text"], "subset": r["split"]}
+        for r in rows_of(audio)
+    ]
     return write_text(root / "all.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -95,9 +110,31 @@ def as_kaldi(root, audio):
 
 
 def cut(key, source, text, start=0.0, duration=0.5, whole=0.5, **fields):
-    recording = {"id": key, "sources": [{"type": "file", "channels": [0], "source": str(source)}], "sampling_rate": 16000, "num_samples": 8000, "duration": whole}
-    supervision = {"id": f"{key}-s", "recording_id": key, "start": 0.0, "duration": duration, "channel": 0, "text": text, "speaker": key.split("-")[0]}
-    return {"id": key, "start": start, "duration": duration, "channel": 0, "supervisions": [supervision], "recording": recording, "type": "MonoCut"} | fields
+    recording = {
+        "id": key,
+        "sources": [{"type": "file", "channels": [0], "source": str(source)}],
+        "sampling_rate": 16000,
+        "num_samples": 8000,
+        "duration": whole,
+    }
+    supervision = {
+        "id": f"{key}-s",
+        "recording_id": key,
+        "start": 0.0,
+        "duration": duration,
+        "channel": 0,
+        "text": text,
+        "speaker": key.split("-")[0],
+    }
+    return {
+        "id": key,
+        "start": start,
+        "duration": duration,
+        "channel": 0,
+        "supervisions": [supervision],
+        "recording": recording,
+        "type": "MonoCut",
+    } | fields
 
 
 def as_lhotse(root, audio):
@@ -106,15 +143,26 @@ def as_lhotse(root, audio):
         rows = [row for row in rows_of(audio) if row["split"] == subset]
         seconds = {r["key"]: len(load_utterance(Utterance("", r["audio"], ""))) / 16_000 for r in rows}
         with gzip.open(root / f"libri_cuts_{subset}.jsonl.gz", "wt") as file:
-            file.writelines(json.dumps(cut(r["key"], r["audio"], r["text"], duration=seconds[r["key"]], whole=seconds[r["key"]])) + "\n" for r in rows)
+            file.writelines(
+                json.dumps(
+                    cut(r["key"], r["audio"], r["text"], duration=seconds[r["key"]], whole=seconds[r["key"]])
+                )
+                + "\n"
+                for r in rows
+            )
     return root
 
 
 def embedded(audio, split=None):
     return [
-        {"id": r["key"], "audio": {"bytes": Path(r["audio"]).read_bytes(), "path": Path(r["audio"]).name}, "text": r["text"]}
-        for r in rows_of(audio) if r["split"] == split
-    ]  # fmt: skip
+        {
+            "id": r["key"],
+            "audio": {"bytes": Path(r["audio"]).read_bytes(), "path": Path(r["audio"]).name},
+            "text": r["text"],
+        }
+        for r in rows_of(audio)
+        if r["split"] == split
+    ]
 
 
 def as_saved_dataset(root, audio):
@@ -122,9 +170,15 @@ def as_saved_dataset(root, audio):
         folder = root / split
         folder.mkdir(parents=True)
         table = pyarrow.Table.from_pylist(embedded(audio, split))
-        with pyarrow.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        with (
+            pyarrow.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as writer,
+        ):
             writer.write_table(table)
-        write_text(folder / "state.json", json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_indices_files": None}))
+        write_text(
+            folder / "state.json",
+            json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_indices_files": None}),
+        )
         write_text(folder / "dataset_info.json", "{}")
     write_text(root / "dataset_dict.json", json.dumps({"splits": list(SAID)}))
     return root
@@ -133,7 +187,10 @@ def as_saved_dataset(root, audio):
 def as_hub_parquet(root, audio):
     (root / "data").mkdir(parents=True)
     for split in SAID:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(embedded(audio, split)), root / "data" / f"{split}-00000-of-00001.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(embedded(audio, split)),
+            root / "data" / f"{split}-00000-of-00001.parquet",
+        )
     return root
 
 
@@ -171,10 +228,19 @@ def write_text(path: Path, text: str) -> Path:
 
 
 LAYOUTS = {
-    "LibriSpeech tree": as_tree, "LibriSpeech archives": as_archives, "table: csv": as_csv, "table: tsv": as_tsv_per_subset, "table: parquet": as_parquet,
-    "folder of audio and text": as_folder, "JSON lines": as_jsonlines, "Kaldi data folder": as_kaldi, "Lhotse cuts": as_lhotse,
-    "Hugging Face dataset": as_saved_dataset, "Hugging Face dataset: parquet": as_hub_parquet, "Hugging Face dataset: audiofolder": as_audiofolder,
-}  # fmt: skip
+    "LibriSpeech tree": as_tree,
+    "LibriSpeech archives": as_archives,
+    "table: csv": as_csv,
+    "table: tsv": as_tsv_per_subset,
+    "table: parquet": as_parquet,
+    "folder of audio and text": as_folder,
+    "JSON lines": as_jsonlines,
+    "Kaldi data folder": as_kaldi,
+    "Lhotse cuts": as_lhotse,
+    "Hugging Face dataset": as_saved_dataset,
+    "Hugging Face dataset: parquet": as_hub_parquet,
+    "Hugging Face dataset: audiofolder": as_audiofolder,
+}
 EXPECTED = {
     split: {key: (text.lower(), 8000 + 160 * index) for index, (key, text) in enumerate(texts.items())}
     for split, texts in zip(("train", "dev", "test"), SAID.values(), strict=True)
@@ -183,7 +249,10 @@ EXPECTED = {
 
 def with_plain_keys(found):
     """Some layouts have a path for a key: its last part is what the others have."""
-    return {split: {key.rpartition("/")[2]: said for key, said in utterances.items()} for split, utterances in found.items()}
+    return {
+        split: {key.rpartition("/")[2]: said for key, said in utterances.items()}
+        for split, utterances in found.items()
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -195,7 +264,16 @@ def test_every_layout_is_found_out_and_gives_the_same_speech(tmp_path, audio, la
     assert record.metrics["rejected"] == 0
 
 
-@pytest.mark.parametrize("layout", ["LibriSpeech tree", "LibriSpeech archives", "folder of audio and text", "table: tsv", "Hugging Face dataset"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "LibriSpeech tree",
+        "LibriSpeech archives",
+        "folder of audio and text",
+        "table: tsv",
+        "Hugging Face dataset",
+    ],
+)
 def test_a_corpus_and_its_results_may_lie_in_object_storage(tmp_path, audio, layout, bucket):
     local = LAYOUTS[layout](tmp_path / "corpus", audio)
     for file in (f for f in local.rglob("*") if f.is_file()):
@@ -226,7 +304,9 @@ def test_the_kind_may_be_said_and_then_nothing_else_is_taken(tmp_path, audio):
 
 def test_an_archive_is_unpacked_once_and_only_where_it_is_asked_for(tmp_path, audio):
     root = as_archives(tmp_path / "corpus", audio)
-    shutil.copy(root / "train-a.tar.gz", root / "train-other-500.tar.gz")  # is not opened, so what is in it does not matter
+    shutil.copy(
+        root / "train-a.tar.gz", root / "train-other-500.tar.gz"
+    )  # is not opened, so what is in it does not matter
     chosen = recipe(train=["train-a"])
     build_manifest(chosen, str(root), str(tmp_path / "out"))
     unpacked = {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "audio").rglob("*.wav")}
@@ -234,7 +314,10 @@ def test_an_archive_is_unpacked_once_and_only_where_it_is_asked_for(tmp_path, au
     (tmp_path / "out" / "stage.json").unlink()
     build_manifest(chosen, str(root), str(tmp_path / "out"))
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "audio").rglob("*.wav")} == unpacked
-    assert {json.loads(line)["source"].split("/")[0] for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()} == {"audio"}
+    assert {
+        json.loads(line)["source"].split("/")[0]
+        for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    } == {"audio"}
 
 
 def test_an_archive_half_unpacked_is_unpacked_again(tmp_path, audio):
@@ -248,7 +331,16 @@ def test_an_archive_half_unpacked_is_unpacked_again(tmp_path, audio):
     assert not stray.exists()
 
 
-@pytest.mark.parametrize("name", ["../../../../evil.wav", "/evil.wav", "LibriSpeech/../../x/evil.wav", "train-a/../../evil.wav", "LibriSpeech/train-a/../evil.wav/x.wav"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../../evil.wav",
+        "/evil.wav",
+        "LibriSpeech/../../x/evil.wav",
+        "train-a/../../evil.wav",
+        "LibriSpeech/train-a/../evil.wav/x.wav",
+    ],
+)
 def test_nothing_in_an_archive_leads_out_of_its_folder(tmp_path, audio, name):
     root = as_archives(tmp_path / "corpus", audio, "xz")
     content = audio["1-1-0000"].read_bytes()
@@ -256,7 +348,11 @@ def test_nothing_in_an_archive_leads_out_of_its_folder(tmp_path, audio, name):
         archive.add(tmp_path / "tree", "LibriSpeech")
         for kind in (tarfile.REGTYPE, tarfile.SYMTYPE):
             member = tarfile.TarInfo(name)
-            member.type, member.size, member.linkname = kind, len(content) * (kind == tarfile.REGTYPE), "/etc/passwd"
+            member.type, member.size, member.linkname = (
+                kind,
+                len(content) * (kind == tarfile.REGTYPE),
+                "/etc/passwd",
+            )
             archive.addfile(member, io.BytesIO(content) if kind == tarfile.REGTYPE else None)
         link = tarfile.TarInfo("LibriSpeech/train-a/1/1/1-1-0005.wav")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -286,7 +382,14 @@ def test_a_damaged_archive_and_one_of_other_things_are_refused(tmp_path, audio):
 
 
 def table(path: Path, *rows: dict) -> str:
-    return str(write_text(path, lines_of([{k: str(v) for k, v in row.items()} for row in rows], "\t" if path.suffix == ".tsv" else ",")))
+    return str(
+        write_text(
+            path,
+            lines_of(
+                [{k: str(v) for k, v in row.items()} for row in rows], "\t" if path.suffix == ".tsv" else ","
+            ),
+        )
+    )
 
 
 def read_all(corpus, **data) -> list[Candidate | Rejection]:
@@ -298,12 +401,35 @@ def test_columns_may_be_named_and_rows_may_be_segments(tmp_path):
     write_wav(tmp_path / "clips" / "long.wav", make_tone(3.0))
     path = table(
         tmp_path / "t.csv",
-        {"Datei": "long.wav", "Satz": "erster", "text": "x", "von": 0.5, "dauer": 1.0, "accent": "none", "sha256": "x"},
-        {"Datei": "long.wav", "Satz": "zweiter", "text": "x", "von": 1.5, "dauer": 1.25, "accent": "", "sha256": "x"},
+        {
+            "Datei": "long.wav",
+            "Satz": "erster",
+            "text": "x",
+            "von": 0.5,
+            "dauer": 1.0,
+            "accent": "none",
+            "sha256": "x",
+        },
+        {
+            "Datei": "long.wav",
+            "Satz": "zweiter",
+            "text": "x",
+            "von": 1.5,
+            "dauer": 1.25,
+            "accent": "",
+            "sha256": "x",
+        },
     )
     columns = Columns(audio="Datei", text="Satz", start="von", duration="dauer")
     first, second = read_all(path, columns=columns, audio_root="clips")
-    assert first == Candidate("long-0.50", str(tmp_path / "clips/long.wav"), "erster", {"subset": "t", "text": "x", "accent": "none"}, 0.5, 1.0)
+    assert first == Candidate(
+        "long-0.50",
+        str(tmp_path / "clips/long.wav"),
+        "erster",
+        {"subset": "t", "text": "x", "accent": "none"},
+        0.5,
+        1.0,
+    )
     assert (second.key, second.start, second.duration) == ("long-1.50", 1.5, 1.25)
 
 
@@ -311,7 +437,9 @@ def test_quotes_and_commas_in_cells_are_read_as_they_were_written(tmp_path):
     write_wav(tmp_path / "x.wav")
     (tmp_path / "t.csv").write_text('id,path,sentence\na,x.wav,"He said, ""yes""\nand left"\n')
     assert [c.text for c in read_all(tmp_path / "t.csv")] == ['He said, "yes"\nand left']
-    (tmp_path / "t.tsv").write_text('id\tpath\tsentence\na\tx.wav\t"He said\nb\tx.wav\t"He said ""yes"""\nc\tx.wav\tplain "so" there\n')
+    (tmp_path / "t.tsv").write_text(
+        'id\tpath\tsentence\na\tx.wav\t"He said\nb\tx.wav\t"He said ""yes"""\nc\tx.wav\tplain "so" there\n'
+    )
     assert [c.text for c in read_all(tmp_path / "t.tsv")] == ['"He said', 'He said "yes"', 'plain "so" there']
     (tmp_path / "s.csv").write_text("id;path;sentence\na;x.wav;one\n")
     assert [c.text for c in read_all(tmp_path / "s.csv")] == ["one"]
@@ -320,12 +448,27 @@ def test_quotes_and_commas_in_cells_are_read_as_they_were_written(tmp_path):
 @pytest.mark.parametrize(
     ("header", "row", "columns", "says"),
     [
-        ("path,words", "x.wav,a", {}, r"no column of a usual name for its text: name it by --data\.columns\.text; it has the columns path, words"),
+        (
+            "path,words",
+            "x.wav,a",
+            {},
+            r"no column of a usual name for its text: name it by --data\.columns\.text; it has the columns path, words",
+        ),
         ("clip,text", "x.wav,a", {}, r"for its audio: name it by --data\.columns\.audio"),
-        ("path,file,text", "x.wav,x.wav,a", {}, r"2 columns that may be its audio, path and file: say which by --data\.columns\.audio"),
+        (
+            "path,file,text",
+            "x.wav,x.wav,a",
+            {},
+            r"2 columns that may be its audio, path and file: say which by --data\.columns\.audio",
+        ),
         ("path,text,sentence", "x.wav,a,a", {}, r"may be its text, text and sentence"),
         ("path,text", "x.wav,a", {"text": "Text"}, r"no column Text, which data\.columns\.text names"),
-        ("path,text", "x.wav,a", {"key": "path"}, r"column path cannot be both data\.columns\.audio and data\.columns\.key"),
+        (
+            "path,text",
+            "x.wav,a",
+            {"key": "path"},
+            r"column path cannot be both data\.columns\.audio and data\.columns\.key",
+        ),
         ("path,text", "x.wav,a,b", {}, r"line 2 has 3 cells where the header has 2"),
         ("path,text,s", "x.wav,a,soon", {"start": "s"}, r"row 2: s must be a number of seconds, not 'soon'"),
         ("path,text,s", "x.wav,a,-1", {"start": "s"}, r"row 2: s must be a number of seconds, not '-1'"),
@@ -357,13 +500,25 @@ def test_tables_of_other_encodings_and_damaged_ones_are_refused_by_name(tmp_path
 def test_audio_in_a_table_becomes_files_that_no_name_can_lead_astray(tmp_path, audio):
     content = audio["1-1-0000"].read_bytes()
     keys = ["../../../evil", "a/b c", "é\u2028\U0001f600", "k" * 2000, "/root/x"]
-    rows = [{"id": k, "audio": {"bytes": content, "path": k + ".wav"}, "text": "x", "split": "train"} for k in keys]
-    rows += [{"id": "t", "audio": {"bytes": audio["1-1-0001"].read_bytes(), "path": None}, "text": "x", "split": "test"}]
+    rows = [
+        {"id": k, "audio": {"bytes": content, "path": k + ".wav"}, "text": "x", "split": "train"}
+        for k in keys
+    ]
+    rows += [
+        {
+            "id": "t",
+            "audio": {"bytes": audio["1-1-0001"].read_bytes(), "path": None},
+            "text": "x",
+            "split": "test",
+        }
+    ]
     rows += [{"id": "none", "audio": {"bytes": None, "path": None}, "text": "x", "split": "test"}]
     (tmp_path / "corpus").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "corpus" / "x.parquet")
     before = set(tmp_path.rglob("*"))
-    build_manifest(recipe(dev_fraction=0.1, max_rejected=0.5), str(tmp_path / "corpus"), str(tmp_path / "deep" / "out"))
+    build_manifest(
+        recipe(dev_fraction=0.1, max_rejected=0.5), str(tmp_path / "corpus"), str(tmp_path / "deep" / "out")
+    )
     assert {p for p in tmp_path.rglob("*") if "deep" not in p.parts} == before
     found = spoken(tmp_path / "deep" / "out")
     assert sorted(found["train"] | found["dev"]) == sorted(keys)
@@ -377,8 +532,12 @@ def test_audio_in_a_table_becomes_files_that_no_name_can_lead_astray(tmp_path, a
 @pytest.mark.parametrize(
     ("entry", "file"),
     [
-        ("/a/x.wav", "/a/x.wav"), ("flac -c -d -s /a/x.flac |", "/a/x.flac"), ("/usr/bin/flac -cds '/a b/x.flac' |", "/a b/x.flac"),
-        ("sox /a/x.flac -t wav - |", "/a/x.flac"), ("sox x.flac -t wav -r 16k -b 16 -c 1 - |", "x.flac"), ("cat x.wav |", "x.wav"),
+        ("/a/x.wav", "/a/x.wav"),
+        ("flac -c -d -s /a/x.flac |", "/a/x.flac"),
+        ("/usr/bin/flac -cds '/a b/x.flac' |", "/a b/x.flac"),
+        ("sox /a/x.flac -t wav - |", "/a/x.flac"),
+        ("sox x.flac -t wav -r 16k -b 16 -c 1 - |", "x.flac"),
+        ("cat x.wav |", "x.wav"),
         ("sph2pipe -f wav x.sph |", "x.sph"),
     ],
 )
@@ -389,11 +548,23 @@ def test_a_command_that_only_decodes_a_file_is_that_file(entry, file):
 @pytest.mark.parametrize(
     "entry",
     [
-        "touch /tmp/evil |", "flac -c -d -s x.flac | sox - -t wav - speed 1.1 |", "sox x.flac -t wav - speed 1.1 |", "cat x.wav; rm -rf / |", "cat $(evil) |",
-        "sox -r 8000 x.raw -t wav - |", "sox x.flac -t wav -r 8000 - |", "sph2pipe -f wav -c 2 x.sph |", "cat a.wav b.wav |", "flac -s x.flac |", "cat 'x |", "|",
-        "data/raw.ark:1234", "-", "ffmpeg -i x.mp3 -f wav - |",
+        "touch /tmp/evil |",
+        "flac -c -d -s x.flac | sox - -t wav - speed 1.1 |",
+        "sox x.flac -t wav - speed 1.1 |",
+        "cat x.wav; rm -rf / |",
+        "cat $(evil) |",
+        "sox -r 8000 x.raw -t wav - |",
+        "sox x.flac -t wav -r 8000 - |",
+        "sph2pipe -f wav -c 2 x.sph |",
+        "cat a.wav b.wav |",
+        "flac -s x.flac |",
+        "cat 'x |",
+        "|",
+        "data/raw.ark:1234",
+        "-",
+        "ffmpeg -i x.mp3 -f wav - |",
     ],
-)  # fmt: skip
+)
 def test_no_command_is_run_and_none_is_guessed_at(entry):
     with pytest.raises(UserError, match=r"wav\.scp, line 1"):
         audio_file(entry, "wav.scp, line 1")
@@ -402,15 +573,24 @@ def test_no_command_is_run_and_none_is_guessed_at(entry):
 def test_segments_of_a_recording_are_utterances(tmp_path):
     write_wav(tmp_path / "x" / "rec.wav", make_tone(4.0))
     write_text(tmp_path / "x" / "wav.scp", "r cat rec.wav |\nunused rec.wav\n")
-    write_text(tmp_path / "x" / "segments", "b r 1.5 2.75\na r 0.0 1.25\nc r 3 -1\nlost q 0 1\nsilent r 0 1\n")
+    write_text(
+        tmp_path / "x" / "segments", "b r 1.5 2.75\na r 0.0 1.25\nc r 3 -1\nlost q 0 1\nsilent r 0 1\n"
+    )
     write_text(tmp_path / "x" / "text", "a first\nb second\nc third\nd nowhere\nlost words\na again\n")
     found = read_all(tmp_path / "x")
     kept = {c.key: (c.text, c.start, c.duration, c.source) for c in found if isinstance(c, Candidate)}
     source = str(tmp_path / "x" / "rec.wav")
-    assert kept == {"a": ("first", 0.0, 1.25, source), "b": ("second", 1.5, 1.25, source), "c": ("third", 3.0, None, source)}
+    assert kept == {
+        "a": ("first", 0.0, 1.25, source),
+        "b": ("second", 1.5, 1.25, source),
+        "c": ("third", 3.0, None, source),
+    }
     assert [(r.key, r.reason) for r in found if isinstance(r, Rejection)] == [
-        ("a", "duplicate key"), ("d", "transcript without audio"), ("lost", "transcript without audio"), ("silent", "audio without transcript"),
-    ]  # fmt: skip
+        ("a", "duplicate key"),
+        ("d", "transcript without audio"),
+        ("lost", "transcript without audio"),
+        ("silent", "audio without transcript"),
+    ]
 
 
 @pytest.mark.parametrize("line", ["a r 1 0.5", "a r x 1", "a r", "a r -1 1"])
@@ -428,29 +608,49 @@ def test_a_segment_that_is_none_is_refused_by_line(tmp_path, line):
 def test_cuts_of_several_supervisions_and_cuts_that_are_more_than_a_stretch_of_a_file(tmp_path):
     source = write_wav(tmp_path / "x.wav", make_tone(4.0))
     two = cut("c2", source, "", start=1.0, duration=3.0, whole=4.0)
-    two["supervisions"] = [{"id": f"c2-{i}", "start": i, "duration": 1.0, "text": f"part {i}", "speaker": "s"} for i in (0, 1)]
+    two["supervisions"] = [
+        {"id": f"c2-{i}", "start": i, "duration": 1.0, "text": f"part {i}", "speaker": "s"} for i in (0, 1)
+    ]
     stereo = cut("c3", source, "x")
     stereo["recording"]["sources"][0]["channels"] = [0, 1]
     command = cut("c4", source, "x")
     command["recording"]["sources"][0] |= {"type": "command", "source": "touch /tmp/evil"}
     slow = cut("c5", source, "x")
     slow["recording"]["transforms"] = [{"name": "Speed", "kwargs": {"factor": 0.9}}]
-    cuts = [cut("c1", source, "whole", duration=4.0, whole=4.0), two, stereo, command, slow, {"id": "c6", "type": "MixedCut", "tracks": []}, cut("c7", source, "", supervisions=[])]
+    cuts = [
+        cut("c1", source, "whole", duration=4.0, whole=4.0),
+        two,
+        stereo,
+        command,
+        slow,
+        {"id": "c6", "type": "MixedCut", "tracks": []},
+        cut("c7", source, "", supervisions=[]),
+    ]
     write_text(tmp_path / "cuts_train.jsonl", "".join(json.dumps(c) + "\n" for c in cuts))
     found = read_all(tmp_path / "cuts_train.jsonl")
     assert {c.key: (c.text, c.start, c.duration) for c in found if isinstance(c, Candidate)} == {
-        "c1": ("whole", None, None), "c2-0": ("part 0", 1.0, 1.0), "c2-1": ("part 1", 2.0, 1.0),
-    }  # fmt: skip
+        "c1": ("whole", None, None),
+        "c2-0": ("part 0", 1.0, 1.0),
+        "c2-1": ("part 1", 2.0, 1.0),
+    }
     reasons = {r.key: r.reason for r in found if isinstance(r, Rejection)}
-    assert reasons == dict.fromkeys(("c3", "c4", "c5", "c6"), "not one channel of one recording") | {"c7": "audio without transcript"}
+    assert reasons == dict.fromkeys(("c3", "c4", "c5", "c6"), "not one channel of one recording") | {
+        "c7": "audio without transcript"
+    }
 
 
 def test_cuts_that_were_cut_off_are_refused_by_name(tmp_path):
-    content = gzip.compress("".join(json.dumps(cut(f"c{i}", f"{i * 7919}.wav", "x")) + "\n" for i in range(2000)).encode())
+    content = gzip.compress(
+        "".join(json.dumps(cut(f"c{i}", f"{i * 7919}.wav", "x")) + "\n" for i in range(2000)).encode()
+    )
     (tmp_path / "cuts_train.jsonl.gz").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"cuts_train\.jsonl\.gz, line \d+ cannot be read"):
         read_all(tmp_path / "cuts_train.jsonl.gz")
-    write_text(tmp_path / "cuts_dev.jsonl", json.dumps(cut("a", "x.wav", "x")) + '\n{"id": "b", "type": "MonoCut", "recording": {"sources": [{"type": "file"}]}}\n')
+    write_text(
+        tmp_path / "cuts_dev.jsonl",
+        json.dumps(cut("a", "x.wav", "x"))
+        + '\n{"id": "b", "type": "MonoCut", "recording": {"sources": [{"type": "file"}]}}\n',
+    )
     with pytest.raises(UserError, match=r"cuts_dev\.jsonl, line 2 is not a cut as Lhotse writes them"):
         read_all(tmp_path / "cuts_dev.jsonl")
 
@@ -467,9 +667,14 @@ def test_a_folder_pairs_audio_and_text_and_tells_what_lacks_the_other(tmp_path):
     write_wav(tmp_path / "x" / "._a.wav")
     found = read_all(tmp_path / "x")
     assert {c.key: (c.text, c.extra["subset"]) for c in found if isinstance(c, Candidate)} == {
-        "a": ("says a\n", "x"), "a.b": ("says a.b\n", "x"), "deep/c": ("says deep/c\n", "deep"),
-    }  # fmt: skip
-    assert {(r.key, r.reason) for r in found if isinstance(r, Rejection)} == {("alone", "audio without transcript"), ("notes", "transcript without audio")}
+        "a": ("says a\n", "x"),
+        "a.b": ("says a.b\n", "x"),
+        "deep/c": ("says deep/c\n", "deep"),
+    }
+    assert {(r.key, r.reason) for r in found if isinstance(r, Rejection)} == {
+        ("alone", "audio without transcript"),
+        ("notes", "transcript without audio"),
+    }
 
 
 def test_file_names_that_are_not_utf8_give_keys_that_are(tmp_path):
@@ -480,7 +685,11 @@ def test_file_names_that_are_not_utf8_give_keys_that_are(tmp_path):
     write_wav(tmp_path / "x" / "b" / "t.wav", make_tone(0.5))
     write_text(tmp_path / "x" / "b" / "t.txt", "two")
     build_manifest(recipe(train=["x"], test=["b"]), str(tmp_path / "x"), str(tmp_path / "out"))
-    assert sorted(key for found in spoken(tmp_path / "out").values() for key in found) == ["a\\xff", "b/t", "é"]
+    assert sorted(key for found in spoken(tmp_path / "out").values() for key in found) == [
+        "a\\xff",
+        "b/t",
+        "é",
+    ]
 
 
 # What all have in common
@@ -495,26 +704,55 @@ def test_a_change_of_any_file_is_noticed(tmp_path, audio, layout):
     assert (tmp_path / "out" / "stage.json").read_bytes() == before, "nothing to do"
     heard = read_manifest(tmp_path / "out" / "train.jsonl")[0].source
     packed = heard.startswith(str(tmp_path / "out"))
-    changed = Path(heard) if not packed else next(f for f in sorted(corpus.rglob("*train-a*/*.arrow" if layout == "Hugging Face dataset" else "*train-a*")) if f.is_file())
+    changed = (
+        Path(heard)
+        if not packed
+        else next(
+            f
+            for f in sorted(
+                corpus.rglob("*train-a*/*.arrow" if layout == "Hugging Face dataset" else "*train-a*")
+            )
+            if f.is_file()
+        )
+    )
     os.utime(changed, (1, 1))
     with pytest.raises(UserError, match="changed: listing"):
         build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
 
 
 def test_a_subset_called_validation_is_dev(tmp_path, audio):
-    rows = [{"path": str(audio[k]), "text": k, "split": s} for k, s in (("1-1-0000", "train"), ("2-1-0000", "validation"), ("3-1-0000", "test"))]
+    rows = [
+        {"path": str(audio[k]), "text": k, "split": s}
+        for k, s in (("1-1-0000", "train"), ("2-1-0000", "validation"), ("3-1-0000", "test"))
+    ]
     record = build_manifest(recipe(), table(tmp_path / "t.csv", *rows), str(tmp_path / "out"))
     assert record.facts["utterances"] == {"train": 1, "dev": 1, "test": 1}
 
 
 def test_segments_are_built_with_their_own_durations_and_heard_as_such(tmp_path):
     write_wav(tmp_path / "long.wav", make_tone(10.0, 44_100), 44_100)
-    rows = [{"id": f"u{i}", "path": "long.wav", "text": f"word {i}", "split": "test" if i == 3 else "train", "s": 2.5 * i, "d": d} for i, d in enumerate((1.0, 0.77777, 2.0, 2.9))]
+    rows = [
+        {
+            "id": f"u{i}",
+            "path": "long.wav",
+            "text": f"word {i}",
+            "split": "test" if i == 3 else "train",
+            "s": 2.5 * i,
+            "d": d,
+        }
+        for i, d in enumerate((1.0, 0.77777, 2.0, 2.9))
+    ]
     chosen = recipe(columns__start="s", columns__duration="d", max_duration=2.8)
     build_manifest(chosen, table(tmp_path / "t.csv", *rows), str(tmp_path / "out"))
-    found = {u.key: u for split in ("train", "dev", "test") for u in read_manifest(tmp_path / "out" / f"{split}.jsonl")}
+    found = {
+        u.key: u
+        for split in ("train", "dev", "test")
+        for u in read_manifest(tmp_path / "out" / f"{split}.jsonl")
+    }
     assert {key: u.start for key, u in found.items()} == {"u0": 0.0, "u1": 2.5, "u2": 5.0, "u3": 7.5}
-    assert [round(found[f"u{i}"].duration, 3) for i in range(4)] == [1.0, 0.778, 2.0, 2.5], "cut at the file's end"
+    assert [round(found[f"u{i}"].duration, 3) for i in range(4)] == [1.0, 0.778, 2.0, 2.5], (
+        "cut at the file's end"
+    )
     assert all(round(u.duration * 16_000) == len(load_utterance(u)) for u in found.values())
 
 
@@ -523,7 +761,7 @@ def test_segments_of_one_recording_in_train_and_test_are_not_the_same_audio(tmp_
     rows = [
         {"id": f"u{i}", "path": "long.wav", "text": "x", "split": split, "s": 0.5 * i, "d": 0.5}
         for i, split in enumerate(("train", "train", "test"))
-    ]  # fmt: skip
+    ]
     columns = {"columns__start": "s", "columns__duration": "d"}
     build_manifest(recipe(**columns), table(tmp_path / "t.csv", *rows), str(tmp_path / "out"))
     assert "very audio" not in capsys.readouterr().out
@@ -533,7 +771,10 @@ def test_segments_of_one_recording_in_train_and_test_are_not_the_same_audio(tmp_
 
 
 def test_whisper_s_normaliser_may_write_the_transcripts(tmp_path, audio):
-    rows = [{"path": str(audio[k]), "text": f"\"Mr. Smith didn't pay $20 -- {n}\"", "split": s} for n, (k, s) in enumerate({"1-1-0000": "train", "2-1-0000": "dev", "3-1-0000": "test"}.items())]
+    rows = [
+        {"path": str(audio[k]), "text": f'"Mr. Smith didn\'t pay $20 -- {n}"', "split": s}
+        for n, (k, s) in enumerate({"1-1-0000": "train", "2-1-0000": "dev", "3-1-0000": "test"}.items())
+    ]
     (tmp_path / "t.tsv").write_text(lines_of(rows, "\t"))
     record = build_manifest(recipe(text="whisper"), str(tmp_path / "t.tsv"), str(tmp_path / "out"))
     assert [u.target for u in read_manifest(record.file("train.jsonl"))] == ["mister smith did not pay $20 0"]

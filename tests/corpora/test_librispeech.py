@@ -7,7 +7,10 @@ from slam_asr.corpora.librispeech import LibriSpeech
 from slam_asr.errors import UserError
 from tests.conftest import write_librispeech, write_wav
 
-SUBSETS = {"train-x": {"1-2-0000": "ONE TWO", "1-2-0001": "THREE", "4-5-0000": "FOUR"}, "test-x": {"9-9-0000": "NINE"}}
+SUBSETS = {
+    "train-x": {"1-2-0000": "ONE TWO", "1-2-0001": "THREE", "4-5-0000": "FOUR"},
+    "test-x": {"9-9-0000": "NINE"},
+}
 
 
 def read_all(reader: LibriSpeech, subset: str):

@@ -15,7 +15,9 @@ def reader(tmp_path, *subsets: str) -> LibriSpeech:
 
 
 def test_patterns_choose_subsets(tmp_path):
-    found = reader(tmp_path, "dev-clean", "dev-other", "test-clean", "test-other", "train-clean-100", "train-other-500")
+    found = reader(
+        tmp_path, "dev-clean", "dev-other", "test-clean", "test-other", "train-clean-100", "train-other-500"
+    )
     assert choose_subsets(found, Data()) == {
         "train": ["train-clean-100", "train-other-500"],
         "dev": ["dev-other"],

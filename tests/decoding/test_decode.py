@@ -56,14 +56,27 @@ def manifest(tmp_path_factory) -> str:
     rows = []
     for n in range(COUNT):
         clip = write_wav(folder / f"{n}.wav", make_tone(0.5 + n / 3, frequency=200 + 90 * n))
-        rows.append({"key": f"u{n}", "source": str(clip), "target": "some words", "duration": 0.5 + n / 3, "subset": "test", "speaker": str(n % 3)})
+        rows.append(
+            {
+                "key": f"u{n}",
+                "source": str(clip),
+                "target": "some words",
+                "duration": 0.5 + n / 3,
+                "subset": "test",
+                "speaker": str(n % 3),
+            }
+        )
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder / "test.jsonl")
 
 
 def of(recipe, **options):
     """A recipe that decodes audio in batches of few utterances."""
-    return load_recipe(str(recipe), {"features.cache": "none", "decoding.positions_per_batch": 120, "decoding.max_new_tokens": 6} | options)
+    return load_recipe(
+        str(recipe),
+        {"features.cache": "none", "decoding.positions_per_batch": 120, "decoding.max_new_tokens": 6}
+        | options,
+    )
 
 
 def texts(record):
@@ -71,12 +84,19 @@ def texts(record):
 
 
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (1, 1.5), (3, 1.0), (3, 1.5)])
-def test_single_batched_divided_and_resumed_decoding_say_the_same(model, manifest, tiny_recipe, tmp_path, monkeypatch, beams, penalty):
+def test_single_batched_divided_and_resumed_decoding_say_the_same(
+    model, manifest, tiny_recipe, tmp_path, monkeypatch, beams, penalty
+):
     options = {"decoding.beams": beams, "decoding.repetition_penalty": penalty}
     recipe = of(tiny_recipe, **options)
     whole = decode(recipe, model, [manifest], str(tmp_path / "whole"))
     assert len(set(texts(whole).values())) > 1  # else there is nothing to mix up
-    single = decode(of(tiny_recipe, **options, **{"decoding.positions_per_batch": 1}), model, [manifest], str(tmp_path / "single"))
+    single = decode(
+        of(tiny_recipe, **options, **{"decoding.positions_per_batch": 1}),
+        model,
+        [manifest],
+        str(tmp_path / "single"),
+    )
     parts = [decode(recipe, model, [manifest], str(tmp_path / f"part{n}"), shard=f"{n}/3") for n in (1, 2, 3)]
     joined = score_parts(recipe, model, [part.folder for part in parts], str(tmp_path / "joined"))
     assert texts(single) == texts(joined) == texts(whole)
@@ -103,12 +123,20 @@ def test_single_batched_divided_and_resumed_decoding_say_the_same(model, manifes
 
 def test_other_options_use_no_kept_answer(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     search, calls = Searcher.decode, []
-    monkeypatch.setattr(Searcher, "decode", lambda self, audio, positions: calls.append(1) or (search(self, audio, positions) if len(calls) < 3 else 1 / 0))
+    monkeypatch.setattr(
+        Searcher,
+        "decode",
+        lambda self, audio, positions: (
+            calls.append(1) or (search(self, audio, positions) if len(calls) < 3 else 1 / 0)
+        ),
+    )
     with pytest.raises(ZeroDivisionError):
         decode(of(tiny_recipe), model, [manifest], str(tmp_path / "d"))
     monkeypatch.setattr(Searcher, "decode", search)
     other = decode(of(tiny_recipe, **{"decoding.max_new_tokens": 2}), model, [manifest], str(tmp_path / "d"))
-    assert texts(other) == texts(decode(of(tiny_recipe, **{"decoding.max_new_tokens": 2}), model, [manifest], str(tmp_path / "fresh")))
+    assert texts(other) == texts(
+        decode(of(tiny_recipe, **{"decoding.max_new_tokens": 2}), model, [manifest], str(tmp_path / "fresh"))
+    )
 
 
 def test_half_a_line_of_a_killed_process_is_passed_over(tmp_path):
@@ -151,10 +179,17 @@ def test_the_best_answers_stand_beside_their_scores(model, manifest, tiny_recipe
         assert len(scores) == 3 and all(score < 0 for score in scores)
         assert scores == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
     assert whole.facts["close_calls"] <= COUNT
-    parts = [decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / f"part{n}"), shard=f"{n}/2") for n in (1, 2)]
-    joined = score_parts(of(tiny_recipe, **options), model, [part.folder for part in parts], str(tmp_path / "joined"))
+    parts = [
+        decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / f"part{n}"), shard=f"{n}/2")
+        for n in (1, 2)
+    ]
+    joined = score_parts(
+        of(tiny_recipe, **options), model, [part.folder for part in parts], str(tmp_path / "joined")
+    )
     together = [json.loads(line) for line in joined.file("nbest.jsonl").read_text().splitlines()]
-    assert [(r["key"], [c["text"] for c in r["choices"]]) for r in together] == [(r["key"], [c["text"] for c in r["choices"]]) for r in rows]
+    assert [(r["key"], [c["text"] for c in r["choices"]]) for r in together] == [
+        (r["key"], [c["text"] for c in r["choices"]]) for r in rows
+    ]
     with pytest.raises(UserError, match=r"decoding.nbest is 3 but decoding.beams is 1"):
         of(tiny_recipe, **{"decoding.beams": 1, "decoding.nbest": 3})
 
@@ -168,10 +203,14 @@ def test_close_calls_are_those_of_answers_that_go_on():
 
 
 def test_slam_llms_files_and_the_worst_to_listen_to(model, manifest, tiny_recipe, tmp_path):
-    record = decode(of(tiny_recipe, **{"decoding.report_audio": 0.05}), model, [manifest], str(tmp_path / "d"))
+    record = decode(
+        of(tiny_recipe, **{"decoding.report_audio": 0.05}), model, [manifest], str(tmp_path / "d")
+    )
     lines = [line.split("\t") for line in record.file("decode_log_gt").read_text().splitlines()]
     assert lines == [[f"u{n}", "some words"] for n in range(COUNT)]
-    assert [line.split("\t")[0] for line in record.file("decode_log_pred").read_text().splitlines()] == [key for key, _ in lines]
+    assert [line.split("\t")[0] for line in record.file("decode_log_pred").read_text().splitlines()] == [
+        key for key, _ in lines
+    ]
     assert 1 <= record.file("report.html").read_text().count("<audio ") <= COUNT
 
 
@@ -179,9 +218,24 @@ def test_slam_llms_files_and_the_worst_to_listen_to(model, manifest, tiny_recipe
 def test_killed_it_goes_on(model, manifest, tiny_recipe, tmp_path):
     """The program itself, killed as soon as an answer is kept."""
     command = [
-        sys.executable, "-m", "slam_asr", "decode", "--recipe", str(tiny_recipe), "--model", model, "--manifests", f"[{manifest}]", "--features.cache", "none",
-        "--decoding.positions_per_batch", "1", "--decoding.max_new_tokens", "6", "--output",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "slam_asr",
+        "decode",
+        "--recipe",
+        str(tiny_recipe),
+        "--model",
+        model,
+        "--manifests",
+        f"[{manifest}]",
+        "--features.cache",
+        "none",
+        "--decoding.positions_per_batch",
+        "1",
+        "--decoding.max_new_tokens",
+        "6",
+        "--output",
+    ]
     file = tmp_path / "killed" / FILE
     process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
     while process.poll() is None and not (file.exists() and file.read_text().count("\n") > 1):
@@ -189,15 +243,21 @@ def test_killed_it_goes_on(model, manifest, tiny_recipe, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     if process.returncode == -signal.SIGKILL:
-        done = subprocess.run([*command, str(tmp_path / "killed")], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*command, str(tmp_path / "killed")], capture_output=True, text=True, check=True
+        )
         assert "utterances that are decoded already" in done.stdout
     subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, check=True, env=os.environ)
-    assert (tmp_path / "killed" / "hypotheses.jsonl").read_text() == (tmp_path / "whole" / "hypotheses.jsonl").read_text()
+    assert (tmp_path / "killed" / "hypotheses.jsonl").read_text() == (
+        tmp_path / "whole" / "hypotheses.jsonl"
+    ).read_text()
 
 
 @pytest.mark.parametrize("part", ["llm", "encoder"])
 @pytest.mark.parametrize("change", ["other weights", "gone"])
-def test_a_base_model_that_is_not_the_one_trained_with_is_refused(tiny_recipe, manifest, tmp_path, part, change):
+def test_a_base_model_that_is_not_the_one_trained_with_is_refused(
+    tiny_recipe, manifest, tmp_path, part, change
+):
     recipe = load_recipe(str(tiny_recipe))
     base = shutil.copytree(getattr(recipe, part).name, tmp_path / "base")
     own = tmp_path / "own.yaml"
@@ -222,13 +282,25 @@ def test_a_base_model_that_is_not_the_one_trained_with_is_refused(tiny_recipe, m
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("", "holds no utterance"), ('{"key": "a", "source": "/nowhere/a.wav", "target": "x"}\n', "There is no audio file /nowhere/a.wav")],
+    [
+        ("", "holds no utterance"),
+        (
+            '{"key": "a", "source": "/nowhere/a.wav", "target": "x"}\n',
+            "There is no audio file /nowhere/a.wav",
+        ),
+    ],
 )
-def test_a_test_set_without_audio_is_refused_before_anything_is_loaded(model, tiny_recipe, tmp_path, monkeypatch, line, expected):
-    monkeypatch.setattr("slam_asr.decoding.model.Model.load", lambda *_, **__: pytest.fail("weights were loaded"))
+def test_a_test_set_without_audio_is_refused_before_anything_is_loaded(
+    model, tiny_recipe, tmp_path, monkeypatch, line, expected
+):
+    monkeypatch.setattr(
+        "slam_asr.decoding.model.Model.load", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     (tmp_path / "test.jsonl").write_text(line)
     with pytest.raises(UserError, match=expected) as refused:
-        decode(load_recipe(str(tiny_recipe)), model, [str(tmp_path / "test.jsonl")], str(tmp_path / "decoded"))
+        decode(
+            load_recipe(str(tiny_recipe)), model, [str(tmp_path / "test.jsonl")], str(tmp_path / "decoded")
+        )
     assert "\n" not in str(refused.value) and not (tmp_path / "decoded").exists()
 
 
@@ -236,7 +308,10 @@ def workers_of_this_process() -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if "slam_asr.decoding.decoder" in (folder / "cmdline").read_text() and f"PPid:\t{os.getpid()}\n" in (folder / "status").read_text():
+            if (
+                "slam_asr.decoding.decoder" in (folder / "cmdline").read_text()
+                and f"PPid:\t{os.getpid()}\n" in (folder / "status").read_text()
+            ):
                 found.append(int(folder.name))
     return found
 
@@ -246,7 +321,9 @@ def workers_of_this_process() -> list[int]:
 def test_several_processes_say_the_same(model, manifest, tiny_recipe, tmp_path, capsys, beams):
     options = {"decoding.beams": beams, "decoding.nbest": beams}
     single = decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / "single"))
-    spread = decode(of(tiny_recipe, **options, **{"decoding.processes": 2}), model, [manifest], str(tmp_path / "spread"))
+    spread = decode(
+        of(tiny_recipe, **options, **{"decoding.processes": 2}), model, [manifest], str(tmp_path / "spread")
+    )
     assert f"with {beams} beam{'s' * (beams > 1)} and 2 processes" in capsys.readouterr().out
     for name in ("hypotheses.jsonl", "decode_log_pred", *["nbest.jsonl"] * (beams > 1)):
         assert single.file(name).read_text() == spread.file(name).read_text()
@@ -256,7 +333,10 @@ def test_several_processes_say_the_same(model, manifest, tiny_recipe, tmp_path, 
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_stage_which_goes_on(model, manifest, tiny_recipe, tmp_path, capfd):
-    recipe, place = of(tiny_recipe, **{"decoding.processes": 2, "decoding.positions_per_batch": 1}), tmp_path / "killed"
+    recipe, place = (
+        of(tiny_recipe, **{"decoding.processes": 2, "decoding.positions_per_batch": 1}),
+        tmp_path / "killed",
+    )
 
     def kill_one_that_has_answered():
         file = place / FILE
@@ -272,7 +352,11 @@ def test_a_process_that_is_killed_ends_the_stage_which_goes_on(model, manifest, 
     assert not workers_of_this_process() and not (place / "stage.json").exists()
     record = decode(recipe, model, [manifest], str(place))
     assert "utterances that are decoded already" in capfd.readouterr().out
-    assert texts(record) == texts(decode(of(tiny_recipe, **{"decoding.positions_per_batch": 1}), model, [manifest], str(tmp_path / "whole")))
+    assert texts(record) == texts(
+        decode(
+            of(tiny_recipe, **{"decoding.positions_per_batch": 1}), model, [manifest], str(tmp_path / "whole")
+        )
+    )
 
 
 @pytest.mark.slow
@@ -282,5 +366,10 @@ def test_what_one_of_several_processes_cannot_read_is_a_sentence(model, manifest
     rows[4]["source"] = str(tmp_path / "broken.wav")
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"broken\.wav") as refused:
-        decode(of(tiny_recipe, **{"decoding.processes": 2}), model, [str(tmp_path / "test.jsonl")], str(tmp_path / "d"))
+        decode(
+            of(tiny_recipe, **{"decoding.processes": 2}),
+            model,
+            [str(tmp_path / "test.jsonl")],
+            str(tmp_path / "d"),
+        )
     assert "\n" not in str(refused.value) and not workers_of_this_process()

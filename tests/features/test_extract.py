@@ -34,7 +34,9 @@ def utterances_in(folder: Path, lengths=LENGTHS, first=0) -> list[Utterance]:
     made = []
     for i, seconds in enumerate(lengths, start=first):
         wav = write_wav(folder / f"{i}.wav", make_tone(seconds, frequency=200 + 7 * i))
-        made.append(Utterance(f"k{i}", str(wav), "text", round(seconds * 16000) / 16000, 16000, sha256_of_file(wav)))
+        made.append(
+            Utterance(f"k{i}", str(wav), "text", round(seconds * 16000) / 16000, 16000, sha256_of_file(wav))
+        )
     return made
 
 
@@ -47,7 +49,9 @@ def manifest(tmp_path):
 
 
 def recipe(tiny_models, **overrides):
-    return load_recipe("librispeech", {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **overrides})
+    return load_recipe(
+        "librispeech", {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **overrides}
+    )
 
 
 SMALL = {"encoder.frames": "all", "features.shard_megabytes": 1, "encoder.batch_seconds": 60}
@@ -56,12 +60,18 @@ SMALL = {"encoder.frames": "all", "features.shard_megabytes": 1, "encoder.batch_
 
 def contents(store) -> dict[str, bytes]:
     """Every file of a store but the records, which tell the time."""
-    return {f.name: read_bytes(f"{store}/{f.name}") for f in walk(str(store)) if not f.name.endswith(("stage.json", ".lock"))}
+    return {
+        f.name: read_bytes(f"{store}/{f.name}")
+        for f in walk(str(store))
+        if not f.name.endswith(("stage.json", ".lock"))
+    }
 
 
 @pytest.mark.parametrize("frames", ["all", "speech"])
 def test_frames_are_the_window_or_the_speech(tiny_models, manifest, tmp_path, frames):
-    record = extract_features(recipe(tiny_models, **{"encoder.frames": frames}), [str(manifest[0])], str(tmp_path / "store"))
+    record = extract_features(
+        recipe(tiny_models, **{"encoder.frames": frames}), [str(manifest[0])], str(tmp_path / "store")
+    )
     store = FeatureStore(record.folder)
     assert len(store.index) == len(LENGTHS) == record.metrics["utterances"]
     for utterance in manifest[1]:
@@ -71,7 +81,11 @@ def test_frames_are_the_window_or_the_speech(tiny_models, manifest, tmp_path, fr
 
 def test_speech_frames_are_the_first_of_the_whole_window(tiny_models, manifest, tmp_path):
     stores = [
-        FeatureStore(extract_features(recipe(tiny_models, **{"encoder.frames": f}), [str(manifest[0])], str(tmp_path / f)).folder)
+        FeatureStore(
+            extract_features(
+                recipe(tiny_models, **{"encoder.frames": f}), [str(manifest[0])], str(tmp_path / f)
+            ).folder
+        )
         for f in ("all", "speech")
     ]
     for utterance in manifest[1]:
@@ -87,7 +101,9 @@ def test_a_batch_gives_what_each_utterance_gives_alone(tiny_models, manifest, tm
     for utterance in manifest[1]:
         alone = encoder.encode([encoder.prepare(load_audio(utterance.source))])[0]
         relative = {"fp32": 1e-4, "bf16": 2**-7, "fp8": 2**-3}[dtype]
-        torch.testing.assert_close(store.read(utterance.sha256).float(), alone, rtol=relative, atol=1e-5 if dtype == "fp32" else 0.02)
+        torch.testing.assert_close(
+            store.read(utterance.sha256).float(), alone, rtol=relative, atol=1e-5 if dtype == "fp32" else 0.02
+        )
 
 
 def test_a_second_extraction_does_nothing(tiny_models, manifest, tmp_path, capsys):
@@ -114,7 +130,9 @@ def test_only_what_is_new_is_computed(tiny_models, manifest, tmp_path):
 def test_audio_of_an_earlier_manifest_of_the_same_command_is_stored_once(tiny_models, manifest, tmp_path):
     extra = utterances_in(tmp_path, (0.5,), first=10)
     write_manifest(tmp_path / "dev.jsonl", [dataclasses.replace(manifest[1][1], key="heard before"), *extra])
-    record = extract_features(recipe(tiny_models), [str(manifest[0]), str(tmp_path / "dev.jsonl")], str(tmp_path / "store"))
+    record = extract_features(
+        recipe(tiny_models), [str(manifest[0]), str(tmp_path / "dev.jsonl")], str(tmp_path / "store")
+    )
     assert record.metrics["new utterances"] == len(LENGTHS) + 1
     [space] = spaces_in(str(tmp_path / "store"))
     stored = sum(len(space.read_index(space.index(name))) for name in space.index_names())
@@ -132,12 +150,19 @@ def test_a_changed_encoder_never_meets_old_features(tiny_models, manifest, tmp_p
     weights["encoder.conv1.bias"] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     records = [
-        extract_features(recipe(tiny_models, **{"encoder.name": str(name)}), [str(manifest[0])], str(tmp_path / "store"))
+        extract_features(
+            recipe(tiny_models, **{"encoder.name": str(name)}), [str(manifest[0])], str(tmp_path / "store")
+        )
         for name in (tiny_models["encoder"], other)
     ]
     assert all(r.metrics["new utterances"] == len(LENGTHS) for r in records)
-    one, two = (FeatureStore(str(tmp_path / "store"), describe_encoder(recipe(tiny_models, **{"encoder.name": str(n)}).encoder).fingerprint())
-                for n in (tiny_models["encoder"], other))
+    one, two = (
+        FeatureStore(
+            str(tmp_path / "store"),
+            describe_encoder(recipe(tiny_models, **{"encoder.name": str(n)}).encoder).fingerprint(),
+        )
+        for n in (tiny_models["encoder"], other)
+    )
     assert not torch.equal(one.read(manifest[1][2].sha256), two.read(manifest[1][2].sha256))
 
 
@@ -159,16 +184,22 @@ def undisturbed(tiny_models, many, tmp_path):
 def test_parts_fill_the_store_with_the_same_shards(tiny_models, many, undisturbed, tmp_path, parts):
     store = tmp_path / "store"
     for part in reversed(range(parts)):
-        record = extract_features(recipe(tiny_models, **SMALL), [str(many)], str(store), f"{part + 1}/{parts}")
+        record = extract_features(
+            recipe(tiny_models, **SMALL), [str(many)], str(store), f"{part + 1}/{parts}"
+        )
     shards = {n: c for n, c in undisturbed.items() if "/shards/" in n}
     assert {n: c for n, c in contents(store).items() if "/shards/" in n} == shards and len(shards) == 5
     assert len(FeatureStore(record.folder).index) == 50
 
 
 @pytest.mark.slow
-def test_several_processes_fill_the_store_with_the_same_bytes(tiny_models, many, undisturbed, tmp_path, monkeypatch):
+def test_several_processes_fill_the_store_with_the_same_bytes(
+    tiny_models, many, undisturbed, tmp_path, monkeypatch
+):
     # As many threads as each of two processes gets, so that sums are in the same order.
-    extract_features(recipe(tiny_models, **SMALL, **{"features.processes": 2}), [str(many)], str(tmp_path / "store"))
+    extract_features(
+        recipe(tiny_models, **SMALL, **{"features.processes": 2}), [str(many)], str(tmp_path / "store")
+    )
     assert contents(tmp_path / "store").keys() == undisturbed.keys()
     assert contents(tmp_path / "store") == undisturbed
 
@@ -192,7 +223,9 @@ def test_lost_shards_and_indexes_are_computed_again(tiny_models, many, undisturb
         assert contents(store) == undisturbed
 
 
-def test_shards_finished_before_an_interruption_are_kept(tiny_models, many, undisturbed, tmp_path, monkeypatch):
+def test_shards_finished_before_an_interruption_are_kept(
+    tiny_models, many, undisturbed, tmp_path, monkeypatch
+):
     from slam_asr.features import encode
 
     published = []
@@ -218,12 +251,26 @@ def test_shards_finished_before_an_interruption_are_kept(tiny_models, many, undi
 
 def command(options: dict, manifest: Path, store) -> list[str]:
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    return [sys.executable, "-m", "slam_asr", "extract-features", "--recipe", "librispeech", "--manifests", f"[{manifest}]", "--output", str(store), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "slam_asr",
+        "extract-features",
+        "--recipe",
+        "librispeech",
+        "--manifests",
+        f"[{manifest}]",
+        "--output",
+        str(store),
+        *arguments,
+    ]
 
 
 def whole_run(options, manifest, store, **environment) -> float:
     started = time.monotonic()
-    done = subprocess.run(command(options, manifest, store), capture_output=True, text=True, env=os.environ | environment)
+    done = subprocess.run(
+        command(options, manifest, store), capture_output=True, text=True, env=os.environ | environment
+    )
     assert done.returncode == 0, done.stderr
     return time.monotonic() - started
 
@@ -239,7 +286,9 @@ def test_killed_at_any_moment_and_resumed_the_store_has_the_same_bytes(tiny_mode
         store = tmp_path / f"store-{kill}"
         # Three kills in a row, since most of the time goes into starting; then it is left to finish.
         for _ in range(3):
-            run = subprocess.Popen(command(options, many, store), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            run = subprocess.Popen(
+                command(options, many, store), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             family = _family_after(run, moments.uniform(0.3, 1.0) * duration)
             cut += run.poll() is None
             run.send_signal(signal.SIGKILL)
@@ -278,7 +327,10 @@ def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, buck
     both = [
         subprocess.Popen(
             [sys.executable, "-c", elsewhere.format(i), *command(options, many, "s3://bucket/store")[3:]],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"SLAM_ASR_CACHE": str(tmp_path / f"cache-{i}"), "TZ": zone},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"SLAM_ASR_CACHE": str(tmp_path / f"cache-{i}"), "TZ": zone},
         )
         for i, zone in enumerate(("UTC", "Asia/Tokyo"))
     ]
@@ -291,7 +343,12 @@ def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, buck
 def test_a_full_disk_loses_nothing(tiny_models, many, undisturbed, tmp_path):
     disk = tmp_path / "small disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a small disk (root), to fill it up")
     try:
         with pytest.raises(OSError, match="No space left"):
@@ -306,7 +363,10 @@ def test_a_full_disk_loses_nothing(tiny_models, many, undisturbed, tmp_path):
 
 
 def test_nothing_is_kept_where_the_recipe_says_so(tiny_models, manifest, tmp_path):
-    for options, why in ((recipe(tiny_models, **{"features.cache": "none"}), "features: none"), (recipe(tiny_models, **{"encoder.tuning": "full"}), "trained too")):
+    for options, why in (
+        (recipe(tiny_models, **{"features.cache": "none"}), "features: none"),
+        (recipe(tiny_models, **{"encoder.tuning": "full"}), "trained too"),
+    ):
         record = extract_features(options, [str(manifest[0])], str(tmp_path / "store"))
         assert why in record.summary
         assert [f.name.rpartition("/")[2] for f in walk(record.folder)] == ["stage.json"]
@@ -324,7 +384,9 @@ def test_audio_that_went_away_is_named(tiny_models, manifest, tmp_path):
         extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store"))
 
 
-def test_audio_that_changed_is_extracted_again_where_the_manifest_has_no_digests(tiny_models, manifest, tmp_path):
+def test_audio_that_changed_is_extracted_again_where_the_manifest_has_no_digests(
+    tiny_models, manifest, tmp_path
+):
     plain = tmp_path / "plain.jsonl"
     write_manifest(plain, [dataclasses.replace(u, sha256=None, duration=None) for u in manifest[1]])
     extract_features(recipe(tiny_models), [str(plain)], str(tmp_path / "store"))
@@ -341,7 +403,9 @@ def test_damaged_weights_are_one_sentence(tiny_models, manifest, tmp_path):
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
-        extract_features(recipe(tiny_models, **{"encoder.name": str(broken)}), [str(manifest[0])], str(tmp_path / "s"))
+        extract_features(
+            recipe(tiny_models, **{"encoder.name": str(broken)}), [str(manifest[0])], str(tmp_path / "s")
+        )
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0"])
@@ -359,12 +423,18 @@ def test_a_damaged_plan_is_one_sentence(tiny_models, manifest, tmp_path):
         extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "s"))
 
 
-def test_a_folder_of_manifests_means_all_three_here_and_the_test_set_in_decoding(tmp_path, tiny_recipe, tiny_corpus):
+def test_a_folder_of_manifests_means_all_three_here_and_the_test_set_in_decoding(
+    tmp_path, tiny_recipe, tiny_corpus
+):
     from slam_asr.corpora.build import build_manifest
     from slam_asr.features.extract import manifest_files
 
     built = build_manifest(load_recipe(str(tiny_recipe)), str(tiny_corpus), str(tmp_path / "m"))
-    assert [Path(f).name for f in manifest_files([built.folder])] == ["train.jsonl", "dev.jsonl", "test.jsonl"]
+    assert [Path(f).name for f in manifest_files([built.folder])] == [
+        "train.jsonl",
+        "dev.jsonl",
+        "test.jsonl",
+    ]
     assert [Path(f).name for f in manifest_files([built.folder], ("test.jsonl",))] == ["test.jsonl"]
     built.file("stage.json").unlink()
     with pytest.raises(UserError, match="no finished build-manifest"):
@@ -373,4 +443,8 @@ def test_a_folder_of_manifests_means_all_three_here_and_the_test_set_in_decoding
 
 def test_an_encoder_of_another_kind_is_refused_by_name(tiny_models, manifest, tmp_path):
     with pytest.raises(UserError, match="a model of type llama; supported encoders: whisper"):
-        extract_features(recipe(tiny_models, **{"encoder.name": tiny_models["llm"]}), [str(manifest[0])], str(tmp_path / "s"))
+        extract_features(
+            recipe(tiny_models, **{"encoder.name": tiny_models["llm"]}),
+            [str(manifest[0])],
+            str(tmp_path / "s"),
+        )

@@ -18,7 +18,9 @@ from tests.features.test_extract import SMALL, contents, recipe, utterances_in
 @pytest.fixture
 def many(tmp_path):
     """Fifty utterances: five shards."""
-    write_manifest(tmp_path / "many.jsonl", utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)]))
+    write_manifest(
+        tmp_path / "many.jsonl", utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)])
+    )
     return tmp_path / "many.jsonl"
 
 
@@ -51,7 +53,9 @@ def test_extraction_and_reading_survive_a_fifth_of_faults(tiny_models, many, tmp
     assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
 
 
-def test_an_endpoint_that_is_down_ends_extraction_with_a_sentence_and_loses_nothing(tiny_models, many, tmp_path, faulty_s3, monkeypatch):
+def test_an_endpoint_that_is_down_ends_extraction_with_a_sentence_and_loses_nothing(
+    tiny_models, many, tmp_path, faulty_s3, monkeypatch
+):
     from slam_asr.errors import UserError
     from slam_asr.features import encode
 
@@ -81,7 +85,12 @@ def test_a_full_local_disk_slows_reading_down_and_spoils_nothing(tiny_models, ma
     local = extract_features(options, [str(many)], str(tmp_path / "undisturbed"))
     disk = tmp_path / "small disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a small disk (root), to fill it up")
     try:
         store = FeatureStore(record.folder)

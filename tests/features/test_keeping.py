@@ -23,7 +23,11 @@ def kept(request, tiny_models, tmp_path):
         store = str(tmp_path / "features")
     write_manifest(tmp_path / "m.jsonl", utterances_in(tmp_path, [0.2 + 0.01 * i for i in range(30)]))
     options = recipe(tiny_models, **SMALL)
-    return store, str(tmp_path / "m.jsonl"), lambda: extract_features(options, [str(tmp_path / "m.jsonl")], store)
+    return (
+        store,
+        str(tmp_path / "m.jsonl"),
+        lambda: extract_features(options, [str(tmp_path / "m.jsonl")], store),
+    )
 
 
 def test_a_store_is_listed(kept, capsys):
@@ -46,7 +50,9 @@ def test_damage_is_found_removed_and_computed_anew(kept, damage):
     delete(shard)
     if damage != "deleted":
         write_bytes(shard, bytes(content) if damage == "flipped" else bytes(content[:-5]))
-    with pytest.raises(UserError, match="1 shards are damaged and 0" if damage == "flipped" else "0 shards are damaged and 1"):
+    with pytest.raises(
+        UserError, match="1 shards are damaged and 0" if damage == "flipped" else "0 shards are damaged and 1"
+    ):
         run("features", ["verify", store])
     with pytest.raises(UserError, match="extract-features"):
         run("features", ["verify", store, "--repair", "true"])

@@ -29,21 +29,44 @@ def utterances(tmp_path):
 
 
 def recipe(tiny_models, choice, frames="speech", dtype="fp32", shard_megabytes=512):
-    return load_recipe("librispeech", {
-        "encoder.name": tiny_models["encoder"], "encoder.long_audio": choice, "encoder.frames": frames, "features.dtype": dtype,
-        "features.shard_megabytes": shard_megabytes,
-    })
+    return load_recipe(
+        "librispeech",
+        {
+            "encoder.name": tiny_models["encoder"],
+            "encoder.long_audio": choice,
+            "encoder.frames": frames,
+            "features.dtype": dtype,
+            "features.shard_megabytes": shard_megabytes,
+        },
+    )
 
 
-@pytest.mark.parametrize(("choice", "frames"), [("cut", [100, 1500, 1500]), ("split", [100, 1500, 1575]), ("set-aside", [100, 1500])])
+@pytest.mark.parametrize(
+    ("choice", "frames"),
+    [("cut", [100, 1500, 1500]), ("split", [100, 1500, 1575]), ("set-aside", [100, 1500])],
+)
 def test_long_audio_is_cut_split_or_set_aside(tiny_models, utterances, tmp_path, capsys, choice, frames):
     options = recipe(tiny_models, choice)
     write_manifest(tmp_path / "m.jsonl", utterances)
-    store = FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
-    said = [line for line in capsys.readouterr().out.splitlines() if "longer than the encoder's 30-s window" in line]
-    assert len(said) == 1 and said[0].startswith("1 of 3 utterances") and f"encoder.long_audio: {choice}" in said[0]
+    store = FeatureStore(
+        extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder
+    )
+    said = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "longer than the encoder's 30-s window" in line
+    ]
+    assert (
+        len(said) == 1
+        and said[0].startswith("1 of 3 utterances")
+        and f"encoder.long_audio: {choice}" in said[0]
+    )
     kept = fit_to_window(utterances, describe_encoder(options.encoder))
-    assert [store.entry(address_of(u)).frames for u in kept] == frames == [store.span(address_of(u)) for u in kept]
+    assert (
+        [store.entry(address_of(u)).frames for u in kept]
+        == frames
+        == [store.span(address_of(u)) for u in kept]
+    )
 
 
 @pytest.mark.parametrize("choice", ["cut", "split"])
@@ -51,7 +74,9 @@ def test_long_audio_is_cut_split_or_set_aside(tiny_models, utterances, tmp_path,
 def test_audio_on_the_way_is_what_the_store_has(tiny_models, utterances, tmp_path, choice, dtype):
     options = recipe(tiny_models, choice, dtype=dtype)
     write_manifest(tmp_path / "m.jsonl", utterances)
-    store = StoreReader(FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder))
+    store = StoreReader(
+        FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
+    )
     spec = describe_encoder(options.encoder)
     encoder = spec.load(torch.float32)
     reader = AudioReader(spec, options.features)
@@ -66,9 +91,13 @@ def test_audio_on_the_way_is_what_the_store_has(tiny_models, utterances, tmp_pat
 def test_both_ways_divide_utterances_into_the_same_shards(tiny_models, tmp_path):
     options = recipe(tiny_models, "cut", "all", shard_megabytes=1)
     made = [write_wav(tmp_path / f"{i}.wav", make_tone(0.3, frequency=200 + 9 * i)) for i in range(25)]
-    many = [Utterance(f"k{i}", str(wav), "text", 0.3, 16000, sha256_of_file(wav)) for i, wav in enumerate(made)]
+    many = [
+        Utterance(f"k{i}", str(wav), "text", 0.3, 16000, sha256_of_file(wav)) for i, wav in enumerate(made)
+    ]
     write_manifest(tmp_path / "m.jsonl", many)
-    store = StoreReader(FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder))
+    store = StoreReader(
+        FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
+    )
     addresses, samples = to_array([address_of(u) for u in many]), np.full(25, 4800)
     groups = []
     for reader in (store, AudioReader(describe_encoder(options.encoder), options.features)):

@@ -27,7 +27,11 @@ def address(name) -> str:
 def publish(root, features, name="plan-1-of-1", made_by=MADE_BY) -> tuple[Space, Index]:
     """A store of one shard with these features by address."""
     space = Space.of(str(root), made_by)
-    content, index = pack({a: store(t, made_by["dtype"]) for a, t in features.items()}, made_by, {a: len(t) + 1 for a, t in features.items()})
+    content, index = pack(
+        {a: store(t, made_by["dtype"]) for a, t in features.items()},
+        made_by,
+        {a: len(t) + 1 for a, t in features.items()},
+    )
     space.write_fingerprint(made_by, index.width)
     write_bytes(space.shard(index.shards[0].name), content)
     write_bytes(space.index(name), index.to_bytes())
@@ -104,7 +108,11 @@ def test_an_index_finds_each_of_many_and_no_other(tmp_path):
 
 def test_addresses_that_begin_alike_are_told_apart():
     alike = ["ab" * 8 + f"{i:048x}" for i in (3, 1, 2)]
-    _, index = pack({a: Values(torch.full((1, 2), float(i)), None) for i, a in enumerate(alike)}, MADE_BY, dict.fromkeys(alike, 1))
+    _, index = pack(
+        {a: Values(torch.full((1, 2), float(i)), None) for i, a in enumerate(alike)},
+        MADE_BY,
+        dict.fromkeys(alike, 1),
+    )
     assert [index.find(a) for a in sorted(alike)] == [0, 1, 2]
     assert index.locate(to_array(alike)).tolist() == [2, 0, 1]
     assert index.find("ab" * 8 + f"{9:048x}") == -1
@@ -143,7 +151,15 @@ def test_a_store_without_index_does_not_exist(root):
         FeatureStore(f"{root}/nothing")
 
 
-@pytest.mark.parametrize("damage", [lambda c: b"", lambda c: c[:-1], lambda c: b"[]" + c, lambda c: c.replace(b"scale_begin", b"scale_bugin")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: b"",
+        lambda c: c[:-1],
+        lambda c: b"[]" + c,
+        lambda c: c.replace(b"scale_begin", b"scale_bugin"),
+    ],
+)
 def test_what_is_no_index_is_refused(tmp_path, damage):
     space, index = publish(tmp_path, some_features())
     write_bytes(space.index("plan-1-of-1"), damage(index.to_bytes()))
@@ -216,7 +232,9 @@ def test_shards_expected_next_are_fetched_and_others_let_go(bucket):
     for number in range(6):
         reader.expect([number, number + 1] if number < 5 else [number])
         mine = [a for features in stores for a in features if reader.shard_of(a) == number]
-        assert mine and all(torch.equal(reader.read(a), t) for features in stores for a, t in features.items() if a in mine)
+        assert mine and all(
+            torch.equal(reader.read(a), t) for features in stores for a, t in features.items() if a in mine
+        )
         there = sum(f.bytes for f in walk(str(reader._cache.folder)) if "/" not in f.name)
         assert there <= 2 * size + 10
 
@@ -229,14 +247,23 @@ def test_no_more_shards_are_mapped_than_are_expected(root):
     kept = {}
     for number in range(6):
         reader.expect([number])
-        kept |= {a: (reader.read(a), t) for features in stores for a, t in features.items() if reader.shard_of(a) == number}
+        kept |= {
+            a: (reader.read(a), t)
+            for features in stores
+            for a, t in features.items()
+            if reader.shard_of(a) == number
+        }
         assert list(reader._open) == [number]
-    assert len(kept) == 18 and all(torch.equal(read, wanted) for read, wanted in kept.values()), "features outlive their shard's mapping"
+    assert len(kept) == 18 and all(torch.equal(read, wanted) for read, wanted in kept.values()), (
+        "features outlive their shard's mapping"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp8"])
 def test_what_comes_back_is_what_was_computed_to_the_dtypes_precision(tmp_path, dtype):
-    frames = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 50)[:, None]
+    frames = (
+        torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 50)[:, None]
+    )
     frames[7] = 0
     publish(tmp_path, {address(dtype): frames}, made_by=MADE_BY | {"dtype": dtype})
     read = FeatureStore(str(tmp_path)).read(address(dtype))
@@ -244,13 +271,18 @@ def test_what_comes_back_is_what_was_computed_to_the_dtypes_precision(tmp_path, 
     # Half of the last bit of the mantissa; for fp8 of the frame's largest value, whose scale it shares.
     error = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 0, "fp8": 2**-4}[dtype]
     largest = frames.abs().amax(1, keepdim=True)
-    assert ((read.float() - frames).abs() <= error * (largest if dtype == "fp8" else frames.abs()) + (1e-7 if dtype == "fp16" else 0)).all()
+    assert (
+        (read.float() - frames).abs()
+        <= error * (largest if dtype == "fp8" else frames.abs()) + (1e-7 if dtype == "fp16" else 0)
+    ).all()
 
 
 def test_fp8_takes_half_of_bf16():
     frames = torch.randn(100, 384)
     assert restore(store(frames, "fp8")).dtype == torch.bfloat16
-    size = {d: sum(t.numel() * t.itemsize for t in store(frames, d) if t is not None) for d in ("bf16", "fp8")}
+    size = {
+        d: sum(t.numel() * t.itemsize for t in store(frames, d) if t is not None) for d in ("bf16", "fp8")
+    }
     assert size["fp8"] / size["bf16"] == pytest.approx(0.505, abs=0.001)
 
 
@@ -278,9 +310,17 @@ def test_a_damaged_fingerprint_is_one_sentence(tmp_path):
 
 def test_an_entry_takes_68_bytes():
     count = 200_000
-    columns = {name: np.zeros(count, kind) for name, kind in {
-        "shard": np.int32, "begin": np.int64, "scale_begin": np.int64, "frames": np.int32, "span": np.int32, "check": np.int64,
-    }.items()}
+    columns = {
+        name: np.zeros(count, kind)
+        for name, kind in {
+            "shard": np.int32,
+            "begin": np.int64,
+            "scale_begin": np.int64,
+            "frames": np.int32,
+            "span": np.int32,
+            "check": np.int64,
+        }.items()
+    }
     addresses = np.random.default_rng(0).integers(0, 256, (count, 32), dtype=np.uint8)
     columns["address"] = addresses[np.lexsort(addresses.T[::-1])]
     index = Index(MADE_BY, 4, [], columns)

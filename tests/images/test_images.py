@@ -53,7 +53,9 @@ def test_dockerfile_follows_the_pattern(stage):
     ours = plain(dockerfile(stage), stage)
     if stage == WITHOUT_TORCH:
         left_out = [line for line in pattern if line not in ours]
-        assert all("torch" in line.lower() or "common.txt" in line or line.startswith("# cuda:") for line in left_out), left_out
+        assert all(
+            "torch" in line.lower() or "common.txt" in line or line.startswith("# cuda:") for line in left_out
+        ), left_out
         assert [line for line in ours if line not in pattern] == []
     else:
         assert ours == pattern
@@ -65,7 +67,9 @@ def test_everything_that_is_installed_is_pinned_by_version_and_hash(stage):
     installs = re.findall(r"^RUN pip install (.*)$", dockerfile(stage), re.MULTILINE)
     *lists, ours = installs
     assert ours.endswith("--no-deps --no-build-isolation .")
-    assert lists and all("--require-hashes --no-deps" in line and " -r requirements/images/" in line for line in lists)
+    assert lists and all(
+        "--require-hashes --no-deps" in line and " -r requirements/images/" in line for line in lists
+    )
     for file in (f"{stage}.txt", "common.txt", "torch-cpu.txt", "torch-cuda.txt"):
         assert all(len(digest) == 64 for digest in listed(file).values())
 
@@ -88,20 +92,31 @@ def test_only_training_has_deepspeed_and_only_tables_have_pyarrow():
 
 def test_imports_for_type_checkers_alone_do_not_count(tmp_path):
     source = tmp_path / "module.py"
-    source.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import one\ndef f():\n    import two.three\n")
+    source.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import one\ndef f():\n    import two.three\n"
+    )
     assert third_party([str(source)]).keys() == {"two"}
 
 
 def test_mistakes_are_one_sentence(tmp_path):
     def refused(*options: str, **environment: str) -> str:
         command = [sys.executable, str(CHECKOUT / "images" / "build.py"), *options]
-        done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment},
+        )
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         return done.stderr
 
     assert "there is no stage trian: STAGES may name build-manifest" in refused("--stages", "trian")
-    assert "convert-checkpoint takes torch's build without CUDA, which has an index of its own" in refused(PATH=str(tmp_path))
-    assert "decode takes torch's build without CUDA" in refused("--torch", "cpu", "--stages", "build-manifest decode")
+    assert "convert-checkpoint takes torch's build without CUDA, which has an index of its own" in refused(
+        PATH=str(tmp_path)
+    )
+    assert "decode takes torch's build without CUDA" in refused(
+        "--torch", "cpu", "--stages", "build-manifest decode"
+    )
     assert "there is no docker command" in refused("--torch", "cuda", PATH=str(tmp_path))
 
 
@@ -110,8 +125,15 @@ def test_docker_hubs_own_images_are_found_by_their_short_names(monkeypatch):
     sys.path.insert(0, str(CHECKOUT / "images"))
     import build
 
-    said = {"push": "", "inspect": json.dumps(["team/train@sha256:1", "registry.example/team/train@sha256:2"])}
-    monkeypatch.setattr(build.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, said[command[1]], ""))
+    said = {
+        "push": "",
+        "inspect": json.dumps(["team/train@sha256:1", "registry.example/team/train@sha256:2"]),
+    }
+    monkeypatch.setattr(
+        build.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 0, said[command[1]], ""),
+    )
     assert build._push("docker.io/team/train:7") == "docker.io/team/train@sha256:1"
     assert build._push("registry.example/team/train:7") == "registry.example/team/train@sha256:2"
     with pytest.raises(build.Refused, match="does not say its digest"):
@@ -124,7 +146,11 @@ def inside(images):
 
     def run(stage: str, *command: str, user: str = "4242:4343") -> str:
         options = ["--rm", "--network", "none", "--user", user, "--env", "_KFP_RUNTIME=true"]
-        done = subprocess.run(["docker", "run", *options, images.replace("{stage}", stage), *command], capture_output=True, text=True)
+        done = subprocess.run(
+            ["docker", "run", *options, images.replace("{stage}", stage), *command],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -135,11 +161,20 @@ def inside(images):
 @pytest.mark.parametrize("stage", STAGES)
 def test_image_says_what_it_is_and_everything_it_imports_is_there(stage, inside, images):
     line = inside(stage, "slam-asr", "--version")
-    assert re.fullmatch(rf"slam-asr {__version__} \(commit [0-9a-f]+\+?\), (no torch|torch 2[\d.]+\+cpu, CUDA none)\n", line)
+    assert re.fullmatch(
+        rf"slam-asr {__version__} \(commit [0-9a-f]+\+?\), (no torch|torch 2[\d.]+\+cpu, CUDA none)\n", line
+    )
     assert ("no torch" in line) == (stage == WITHOUT_TORCH)
     packages = sorted(third_party(lock.STAGES[stage]).keys() - lock.OURS)
     inside(stage, "python3", "-c", f"import {', '.join(packages)}")
-    about = json.loads(subprocess.run(["docker", "inspect", images.replace("{stage}", stage)], check=True, capture_output=True, text=True).stdout)[0]
+    about = json.loads(
+        subprocess.run(
+            ["docker", "inspect", images.replace("{stage}", stage)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )[0]
     assert not about["Config"]["Entrypoint"] and about["Config"]["User"] == "1000"
     known = packages_distributions()
     assert known["torch"] == ["torch"]
@@ -173,7 +208,11 @@ def registry(docker_engine, tmp_path):
     (tmp_path / "registry.yml").write_text(
         f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{name}'}}\nstorage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}\n"
     )
-    server = subprocess.Popen(["docker-registry", "serve", str(tmp_path / "registry.yml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        ["docker-registry", "serve", str(tmp_path / "registry.yml")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
@@ -195,15 +234,30 @@ def test_pushed_images_are_written_down_by_their_digest_and_found_by_doctor(imag
     name = f"{registry}/team/build-manifest"
     try:
         # What has been built is what is pushed: nothing is built again.
-        options = [f"REGISTRY={registry}/team", "TAG=7", "PUSH=1", "STAGES=build-manifest", f"BASE_IMAGE={BASE}", "BUILD_ARGS=--network host"]
-        done = subprocess.run(["make", "images", *options, f"PYTHON={sys.executable}"], cwd=CHECKOUT, capture_output=True, text=True)
+        options = [
+            f"REGISTRY={registry}/team",
+            "TAG=7",
+            "PUSH=1",
+            "STAGES=build-manifest",
+            f"BASE_IMAGE={BASE}",
+            "BUILD_ARGS=--network host",
+        ]
+        done = subprocess.run(
+            ["make", "images", *options, f"PYTHON={sys.executable}"],
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         line = next(line for line in written.read_text().splitlines() if line.startswith("build-manifest: "))
     finally:
         written.write_text(before)
     pushed = line.removeprefix("build-manifest: ")
     assert re.fullmatch(rf"{name}@sha256:[0-9a-f]{{64}}", pushed)
-    assert look_at_image("build-manifest", pushed).sign == "✓" and look_at_image("build-manifest", f"{name}:7").sign == "✓"
+    assert (
+        look_at_image("build-manifest", pushed).sign == "✓"
+        and look_at_image("build-manifest", f"{name}:7").sign == "✓"
+    )
     missing = look_at_image("build-manifest", f"{name}:8")
     assert missing.sign == "✗" and "is not in its registry" in missing.says
     subprocess.run(["docker", "rmi", "--force", f"{name}:7"], capture_output=True)

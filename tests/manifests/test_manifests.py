@@ -17,13 +17,21 @@ MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 OVERLAYS = sorted(path.parent.name for path in MANIFESTS.glob("overlays/*/kustomization.yaml"))
 KUBERNETES = "1.32"
 CLUSTER_SCOPED = {"Namespace", "ResourceFlavor", "ClusterQueue", "ClusterRole", "ClusterRoleBinding"}
-CUSTOM = {"ResourceFlavor": [], "ClusterQueue": ["resourceGroups", "namespaceSelector"], "LocalQueue": ["clusterQueue"]}
+CUSTOM = {
+    "ResourceFlavor": [],
+    "ClusterQueue": ["resourceGroups", "namespaceSelector"],
+    "LocalQueue": ["clusterQueue"],
+}
 """Kinds of Kueue, which no schema of Kubernetes knows, and the fields of their specification that must be there."""
 EXTERNAL = {"Secret": {"slam-asr-s3", "slam-asr-hub"}}
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
-    done = subprocess.run([str(kubectl_path()), "kustomize", str(MANIFESTS / "overlays" / overlay)], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(kubectl_path()), "kustomize", str(MANIFESTS / "overlays" / overlay)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
@@ -38,7 +46,9 @@ def of_kind(objects: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
 
 
 def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [thing["spec"]["template"]["spec"] for thing in of_kind(objects, "Job", "StatefulSet", "Deployment")]
+    return [
+        thing["spec"]["template"]["spec"] for thing in of_kind(objects, "Job", "StatefulSet", "Deployment")
+    ]
 
 
 def named(node: Any, key: str) -> Iterator[Any]:
@@ -81,31 +91,46 @@ def test_no_secret_is_kept_here(rendered):
 
 
 def test_everything_that_is_named_exists(rendered):
-    there = {kind: {t["metadata"]["name"] for t in of_kind(rendered, kind)} for kind in ("ServiceAccount", "PersistentVolumeClaim", "ClusterQueue")}
+    there = {
+        kind: {t["metadata"]["name"] for t in of_kind(rendered, kind)}
+        for kind in ("ServiceAccount", "PersistentVolumeClaim", "ClusterQueue")
+    }
     assert set(named(rendered, "serviceAccountName")) <= there["ServiceAccount"]
     assert set(named(rendered, "claimName")) <= there["PersistentVolumeClaim"]
     assert set(named(rendered, "clusterQueue")) <= there["ClusterQueue"]
     roles = {role["metadata"]["name"] for role in of_kind(rendered, "Role", "ClusterRole")}
     for binding in of_kind(rendered, "RoleBinding", "ClusterRoleBinding"):
         assert binding["roleRef"]["name"] in roles
-        assert [(s["name"] in there["ServiceAccount"], s["namespace"]) for s in binding["subjects"]] == [(True, "slam-asr")]
+        assert [(s["name"] in there["ServiceAccount"], s["namespace"]) for s in binding["subjects"]] == [
+            (True, "slam-asr")
+        ]
     secrets = {ref["name"] for ref in named(rendered, "secretKeyRef")} | set(named(rendered, "secretName"))
     assert secrets <= EXTERNAL["Secret"]
     [launcher] = of_kind(rendered, "ConfigMap")
     [[provider]] = [list(yaml.safe_load(launcher["data"]["providers"]).values())]
     assert provider["default"]["credentials"]["secretRef"]["secretName"] in EXTERNAL["Secret"]
-    assert launcher["data"]["defaultPipelineRoot"].partition("://")[0] in yaml.safe_load(launcher["data"]["providers"])
+    assert launcher["data"]["defaultPipelineRoot"].partition("://")[0] in yaml.safe_load(
+        launcher["data"]["providers"]
+    )
 
 
 def test_account_has_no_more_rights_than_a_step_needs(rendered):
     for role in of_kind(rendered, "ClusterRole"):
-        assert role["rules"] == [{"apiGroups": ["trainer.kubeflow.org"], "resources": ["clustertrainingruntimes"], "verbs": ["get"]}]
+        assert role["rules"] == [
+            {
+                "apiGroups": ["trainer.kubeflow.org"],
+                "resources": ["clustertrainingruntimes"],
+                "verbs": ["get"],
+            }
+        ]
     for role in of_kind(rendered, "Role"):
         for rule in role["rules"]:
             assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
             if {"secrets", "configmaps"} & set(rule["resources"]):
                 assert rule["resourceNames"] and rule["verbs"] == ["get"]
-            assert not {"update", "patch", "watch"} & set(rule["verbs"]) or rule["resources"] == ["workflowtaskresults"]
+            assert not {"update", "patch", "watch"} & set(rule["verbs"]) or rule["resources"] == [
+                "workflowtaskresults"
+            ]
             if "delete" in rule["verbs"]:
                 assert rule["resources"] == ["trainjobs"]
             if "list" in rule["verbs"]:
@@ -115,10 +140,17 @@ def test_account_has_no_more_rights_than_a_step_needs(rendered):
 def test_our_own_pods_are_restricted(rendered):
     for pod in pods(rendered):
         security = pod["securityContext"]
-        assert security["runAsNonRoot"] and security["runAsUser"] > 0 and security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert (
+            security["runAsNonRoot"]
+            and security["runAsUser"] > 0
+            and security["seccompProfile"] == {"type": "RuntimeDefault"}
+        )
         assert pod["automountServiceAccountToken"] is False and not pod.get("hostNetwork")
         for container in pod["containers"]:
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
             assert {"requests", "limits"} <= container["resources"].keys()
             assert ":" in container["image"] and not container["image"].endswith(":latest")
         assert not [volume for volume in pod.get("volumes", []) if "hostPath" in volume]
@@ -141,15 +173,24 @@ def test_names_are_those_of_the_clusters_profile(name):
     objects, cluster = render(name), load_cluster(name)
     assert [n["metadata"]["name"] for n in of_kind(objects, "Namespace")] == [cluster.namespace]
     assert [a["metadata"]["name"] for a in of_kind(objects, "ServiceAccount")] == [cluster.service_account]
-    assert [c["metadata"]["name"] for c in of_kind(objects, "PersistentVolumeClaim")] == [cluster.models.claim]
-    assert [q["metadata"]["name"] for q in of_kind(objects, "LocalQueue")] == ([cluster.queue.name] if cluster.queue.name else [])
+    assert [c["metadata"]["name"] for c in of_kind(objects, "PersistentVolumeClaim")] == [
+        cluster.models.claim
+    ]
+    assert [q["metadata"]["name"] for q in of_kind(objects, "LocalQueue")] == (
+        [cluster.queue.name] if cluster.queue.name else []
+    )
     assert cluster.storage.secret in EXTERNAL["Secret"]
     [quota] = of_kind(objects, "ResourceQuota")
     gpus = max(cluster.steps[step].gpus for step in ("extract-features", "train", "decode"))
     assert int(quota["spec"]["hard"].get("requests.nvidia.com/gpu", 0)) >= gpus
-    assert all(int(quota["spec"]["hard"]["requests.cpu"]) >= int(cluster.steps[step].cpu) for step in ("extract-features", "train"))
+    assert all(
+        int(quota["spec"]["hard"]["requests.cpu"]) >= int(cluster.steps[step].cpu)
+        for step in ("extract-features", "train")
+    )
     for job in of_kind(objects, "Job"):
-        [mount] = [m for m in job["spec"]["template"]["spec"]["containers"][0]["volumeMounts"] if m["name"] == "s3"]
+        [mount] = [
+            m for m in job["spec"]["template"]["spec"]["containers"][0]["volumeMounts"] if m["name"] == "s3"
+        ]
         assert mount["mountPath"] == SECRET_FOLDER
 
 

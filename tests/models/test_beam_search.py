@@ -19,7 +19,9 @@ LENGTHS = (5, 9, 17, 12, 30, 8, 21)
 def an_llm(family: str):
     kind, more, _ = FAMILIES[family]
     torch.manual_seed(4)
-    config = CONFIG_MAPPING[kind](**{**({} if kind == "gpt2" else SIZES), **more, "vocab_size": VOCABULARY, "initializer_range": 0.4})
+    config = CONFIG_MAPPING[kind](
+        **{**({} if kind == "gpt2" else SIZES), **more, "vocab_size": VOCABULARY, "initializer_range": 0.4}
+    )
     llm = AutoModelForCausalLM.from_config(config).eval()
     return llm
 
@@ -34,13 +36,25 @@ def a_batch(lengths=LENGTHS):
 
 
 def how(**more) -> GenerationConfig:
-    options = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 25, "eos_token_id": [1, 7, 30], "pad_token_id": 2, "do_sample": False, "repetition_penalty": 1.0, "length_penalty": 1.0, **more}
+    options = {
+        "num_beams": 4,
+        "num_return_sequences": 3,
+        "max_new_tokens": 25,
+        "eos_token_id": [1, 7, 30],
+        "pad_token_id": 2,
+        "do_sample": False,
+        "repetition_penalty": 1.0,
+        "length_penalty": 1.0,
+        **more,
+    }
     return GenerationConfig(**options)
 
 
 def theirs(llm, embeddings, mask, generation):
     output = llm.generate(
-        inputs_embeds=embeddings, attention_mask=mask, generation_config=without_penalties(generation, scores=True),
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        generation_config=without_penalties(generation, scores=True),
         logits_processor=penalties(generation),
     )
     of_each = generation.num_return_sequences
@@ -52,7 +66,13 @@ def theirs(llm, embeddings, mask, generation):
 def test_answers_and_scores_are_those_of_transformers(family):
     llm, (embeddings, mask) = an_llm(family), a_batch()
     lengths = set()
-    for more in ({}, {"repetition_penalty": 1.3}, {"length_penalty": 0.3}, {"num_beams": 2, "num_return_sequences": 1}, {"max_new_tokens": 3}):
+    for more in (
+        {},
+        {"repetition_penalty": 1.3},
+        {"length_penalty": 0.3},
+        {"num_beams": 2, "num_return_sequences": 1},
+        {"max_new_tokens": 3},
+    ):
         generation = how(**more)
         found = beam_search(llm, embeddings, mask, generation)
         ids, scores = theirs(llm, embeddings, mask, generation)
@@ -71,7 +91,10 @@ def test_greedy_answers_are_those_of_transformers(family, penalty):
     generation = how(num_beams=1, num_return_sequences=1, repetition_penalty=penalty)
     found = beam_search(llm, embeddings, mask, generation)
     output = llm.generate(
-        inputs_embeds=embeddings, attention_mask=mask, generation_config=without_penalties(generation), logits_processor=penalties(generation)
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        generation_config=without_penalties(generation),
+        logits_processor=penalties(generation),
     )
     assert torch.equal(found.ids[:, 0], output.sequences)
 
@@ -120,7 +143,9 @@ def test_a_choice_that_rounding_may_decide_is_counted():
 
 @torch.inference_mode()
 def test_an_llm_with_another_cache_is_left_to_transformers():
-    config = CONFIG_MAPPING["mamba"](vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=1, state_size=4)
+    config = CONFIG_MAPPING["mamba"](
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=1, state_size=4
+    )
     assert beam_search(AutoModelForCausalLM.from_config(config).eval(), *a_batch((6, 6)), how()) is None
 
 
@@ -128,7 +153,12 @@ def test_an_llm_with_another_cache_is_left_to_transformers():
 def test_what_cannot_be_reached_is_not_searched_for(monkeypatch):
     llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
     seen = counted(llm, monkeypatch)
-    best_of = {answers: beam_search(llm, embeddings, mask, how(num_return_sequences=answers, length_penalty=0.3)).ids[:, 0] for answers in (4, 1)}
+    best_of = {
+        answers: beam_search(
+            llm, embeddings, mask, how(num_return_sequences=answers, length_penalty=0.3)
+        ).ids[:, 0]
+        for answers in (4, 1)
+    }
     # Four answers are settled later than the best of them.
     first = seen.index(len(LENGTHS), 1)
     assert sum(seen[first:]) < sum(seen[:first])
@@ -144,7 +174,9 @@ def test_beams_share_what_they_heard(family, monkeypatch):
     monkeypatch.setattr(ours, "for_beams", lambda *arguments: seen.append(for_beams(*arguments)) or seen[-1])
     beam_search(llm, embeddings, mask, how())
     [cache] = seen
-    assert all(type(layer) is SharedLayer for layer in cache.layers) and llm.config._attn_implementation == usual
+    assert (
+        all(type(layer) is SharedLayer for layer in cache.layers) and llm.config._attn_implementation == usual
+    )
 
 
 @contextlib.contextmanager

@@ -31,13 +31,20 @@ def test_copy_that_was_cut_off_is_done_again(bucket, tiny_recipe):
 
 
 def test_names_on_the_hub_keep_their_owner(bucket, monkeypatch, tiny_models, tmp_path):
-    monkeypatch.setattr("slam_asr.models.copying.locate_model", lambda name: tmp_path.__class__(tiny_models["llm"]))
-    assert copy_models("s3://bucket/models", models=["lmsys/vicuna-7b-v1.5"]) == ["s3://bucket/models/lmsys/vicuna-7b-v1.5"]
+    monkeypatch.setattr(
+        "slam_asr.models.copying.locate_model", lambda name: tmp_path.__class__(tiny_models["llm"])
+    )
+    assert copy_models("s3://bucket/models", models=["lmsys/vicuna-7b-v1.5"]) == [
+        "s3://bucket/models/lmsys/vicuna-7b-v1.5"
+    ]
 
 
 @pytest.mark.parametrize(
     ("to", "models", "sentence"),
-    [("/data", ["x/y"], "--to is /data: give an s3:// prefix"), ("s3://bucket/models", [], "No model is named: give a recipe, or --models")],
+    [
+        ("/data", ["x/y"], "--to is /data: give an s3:// prefix"),
+        ("s3://bucket/models", [], "No model is named: give a recipe, or --models"),
+    ],
 )
 def test_mistakes_are_said_before_anything_is_fetched(to, models, sentence):
     with pytest.raises(UserError, match=sentence):

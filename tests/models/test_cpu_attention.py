@@ -12,9 +12,14 @@ from slam_asr.models.cpu_attention import BLOCK, causal_attention
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_outputs_and_gradients_are_torchs_own(positions, heads, key_heads, scale):
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(h, positions, 16, generator=generator, dtype=torch.float64).requires_grad_() for h in (heads, key_heads, key_heads)]
+    inputs = [
+        torch.randn(h, positions, 16, generator=generator, dtype=torch.float64).requires_grad_()
+        for h in (heads, key_heads, key_heads)
+    ]
     weights = torch.randn(heads, positions, 16, generator=generator, dtype=torch.float64)
-    expected = functional.scaled_dot_product_attention(*(t[None] for t in inputs), is_causal=True, scale=scale, enable_gqa=True)[0]
+    expected = functional.scaled_dot_product_attention(
+        *(t[None] for t in inputs), is_causal=True, scale=scale, enable_gqa=True
+    )[0]
     wanted = torch.autograd.grad((expected * weights).sum(), inputs)
     found = causal_attention(*inputs, scale)
     torch.testing.assert_close(found, expected)
@@ -26,9 +31,13 @@ def test_outputs_and_gradients_are_torchs_own(positions, heads, key_heads, scale
 def test_in_bf16_it_is_as_near_to_the_truth_as_torchs_own():
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(h, 300, 64, generator=generator) for h in (9, 3, 3)]
-    truth = functional.scaled_dot_product_attention(*(t[None] for t in exact), is_causal=True, enable_gqa=True)[0]
+    truth = functional.scaled_dot_product_attention(
+        *(t[None] for t in exact), is_causal=True, enable_gqa=True
+    )[0]
     rounded = [t.bfloat16() for t in exact]
-    torchs = functional.scaled_dot_product_attention(*(t[None] for t in rounded), is_causal=True, enable_gqa=True)[0]
+    torchs = functional.scaled_dot_product_attention(
+        *(t[None] for t in rounded), is_causal=True, enable_gqa=True
+    )[0]
     errors = [(t.float() - truth).pow(2).mean().sqrt() for t in (causal_attention(*rounded), torchs)]
     assert errors[0] < 2 * errors[1]
 

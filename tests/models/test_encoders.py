@@ -22,9 +22,18 @@ from slam_asr.recipe import Encoder
 from tests.damage import damage
 
 SMALL = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "conv_dim": [16] * 7,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": 12,
-    "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": [16] * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 12,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
 }
 STYLES = {
     "base": {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False},
@@ -36,16 +45,29 @@ SECONDS = (0.31, 2.0, 0.9, 1.37)
 def write_waveform_model(folder, kind: str, style: str, normalize: bool = True):
     torch.manual_seed(1)
     AutoModel.from_config(CONFIG_MAPPING[kind](**SMALL, **STYLES[style])).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=style == "large").save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=style == "large").save_pretrained(
+        folder
+    )
     return folder
 
 
 def write_whisper(folder, mel_bins: int = 80):
     torch.manual_seed(1)
     config = WhisperConfig(
-        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=16, decoder_ffn_dim=16, max_target_positions=8, num_mel_bins=mel_bins, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, decoder_start_token_id=1,
+        vocab_size=32,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_target_positions=8,
+        num_mel_bins=mel_bins,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
     )
     WhisperModel(config).save_pretrained(folder)
     return folder
@@ -54,7 +76,10 @@ def write_whisper(folder, mel_bins: int = 80):
 def waves(seconds=SECONDS):
     generator = np.random.default_rng(0)
     # Loud and quiet, and not centred: normalisation and its statistics matter.
-    return [(0.3 * (i + 1) * generator.normal(0.1, 0.1, round(16000 * s))).astype(np.float32) for i, s in enumerate(seconds)]
+    return [
+        (0.3 * (i + 1) * generator.normal(0.1, 0.1, round(16000 * s))).astype(np.float32)
+        for i, s in enumerate(seconds)
+    ]
 
 
 def load(folder, **options):
@@ -62,10 +87,17 @@ def load(folder, **options):
     return spec, spec.load(torch.float32)
 
 
-@pytest.fixture(params=[f"{k}-{s}" for k in ("wavlm", "hubert", "wav2vec2") for s in STYLES] + ["whisper-80", "whisper-128"])
+@pytest.fixture(
+    params=[f"{k}-{s}" for k in ("wavlm", "hubert", "wav2vec2") for s in STYLES]
+    + ["whisper-80", "whisper-128"]
+)
 def model(request, tmp_path):
     kind, style = request.param.split("-")
-    return write_whisper(tmp_path / "m", int(style)) if kind == "whisper" else write_waveform_model(tmp_path / "m", kind, style)
+    return (
+        write_whisper(tmp_path / "m", int(style))
+        if kind == "whisper"
+        else write_waveform_model(tmp_path / "m", kind, style)
+    )
 
 
 def test_a_batch_of_unequal_lengths_gives_what_each_gives_alone(model):
@@ -81,13 +113,21 @@ def test_one_utterance_gives_what_transformers_gives(model):
     spec, encoder = load(model)
     whole = AutoModel.from_pretrained(model).eval()
     if spec.config.model_type == "whisper":
-        mel = WhisperFeatureExtractor(feature_size=spec.config.num_mel_bins)(wave, sampling_rate=16000, return_tensors="pt")
+        mel = WhisperFeatureExtractor(feature_size=spec.config.num_mel_bins)(
+            wave, sampling_rate=16000, return_tensors="pt"
+        )
         wanted = whole.encoder(mel.input_features).last_hidden_state[0]
     else:
-        wanted = whole(Wav2Vec2FeatureExtractor(do_normalize=True)(wave, sampling_rate=16000, return_tensors="pt").input_values)
+        wanted = whole(
+            Wav2Vec2FeatureExtractor(do_normalize=True)(
+                wave, sampling_rate=16000, return_tensors="pt"
+            ).input_values
+        )
         wanted = wanted.last_hidden_state[0]
     # transformers normalises with an epsilon of 1e-7, fairseq with 1e-5.
-    torch.testing.assert_close(encoder.encode([encoder.prepare(wave)])[0], wanted.detach(), atol=5e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        encoder.encode([encoder.prepare(wave)])[0], wanted.detach(), atol=5e-3, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("samples", [399, 400, 719, 720, 16000, 16320, 31999])

@@ -17,7 +17,13 @@ from slam_asr.recipe import Decoding, Llm, Projector
 from slam_asr.training import objective
 from slam_asr.training.objective import score_answers
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 FAMILIES = {
     # name: (transformers' model type, what differs from SIZES, the tokenizer's beginning of text)
     "vicuna": ("llama", {"num_key_value_heads": 4}, "<s>"),
@@ -61,10 +67,16 @@ def byte_tokenizer(begin: str | None = None, adds_end: bool = False) -> PreTrain
 def world(request):
     kind, changes, begin = FAMILIES[request.param]
     tokenizer = byte_tokenizer(begin)
-    config = CONFIG_MAPPING[kind](**{
-        **SIZES, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": None, **changes,
-    })
+    config = CONFIG_MAPPING[kind](
+        **{
+            **SIZES,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": None,
+            **changes,
+        }
+    )
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     with torch.no_grad():  # of random weights all tokens are about as likely; now some are far more so
@@ -77,9 +89,17 @@ def world(request):
 
 def batch(world, indices, lay_out=collate):
     _, prompt, frames = world
-    return lay_out([
-        Row(frames[i], len(frames[i]) // 5, prompt.main.before, *prompt.with_answer(prompt.main, UTTERANCES[i][1])) for i in indices
-    ])
+    return lay_out(
+        [
+            Row(
+                frames[i],
+                len(frames[i]) // 5,
+                prompt.main.before,
+                *prompt.with_answer(prompt.main, UTTERANCES[i][1]),
+            )
+            for i in indices
+        ]
+    )
 
 
 def test_a_batch_is_the_sum_of_its_utterances(world):
@@ -109,7 +129,11 @@ def test_packed_padded_and_one_by_one_losses_and_gradients_agree(world, request)
         return sum(s.sums for s in scores), [p.grad.clone() for p in model.projector.parameters()]
 
     packed, gradients = of([batch(world, [0, 1, 2], pack)])
-    for others in ([batch(world, [0, 1, 2])], [batch(world, [i]) for i in range(3)], [batch(world, [i], pack) for i in range(3)]):
+    for others in (
+        [batch(world, [0, 1, 2])],
+        [batch(world, [i]) for i in range(3)],
+        [batch(world, [i], pack) for i in range(3)],
+    ):
         sums, theirs = of(others)
         torch.testing.assert_close(sums, packed, rtol=1e-5, atol=1e-5)
         for ours, other in zip(gradients, theirs, strict=True):
@@ -119,14 +143,30 @@ def test_packed_padded_and_one_by_one_losses_and_gradients_agree(world, request)
 def test_a_packed_row_keeps_utterances_apart_where_attention_drops_out():
     """As GPT-2's does where all of it is trained: other numbers each time, of its own utterance alone."""
     torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](n_embd=32, n_layer=2, n_head=4, vocab_size=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0.5, bos_token_id=0, eos_token_id=1))
+    llm = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING["gpt2"](
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            vocab_size=64,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0.5,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
     assert allow_packing(llm)
     llm.train()
     row = torch.randn(1, 12, 32)
 
     def hear(row):
         torch.manual_seed(1)
-        return llm(inputs_embeds=row, use_cache=False, **packed_arguments([5, 7], row.device)).logits[0].split([5, 7])
+        return (
+            llm(inputs_embeds=row, use_cache=False, **packed_arguments([5, 7], row.device))
+            .logits[0]
+            .split([5, 7])
+        )
 
     changed = row.clone()
     changed[0, 5:] = torch.randn(7, 32)
@@ -134,7 +174,9 @@ def test_a_packed_row_keeps_utterances_apart_where_attention_drops_out():
     torch.testing.assert_close(first, same)
     assert not torch.allclose(second, other)
     torch.manual_seed(2)
-    assert not torch.allclose(first, llm(inputs_embeds=row, use_cache=False, **packed_arguments([5, 7], row.device)).logits[0, :5])
+    assert not torch.allclose(
+        first, llm(inputs_embeds=row, use_cache=False, **packed_arguments([5, 7], row.device)).logits[0, :5]
+    )
 
 
 def test_a_loss_in_chunks_is_the_whole_one_and_so_is_its_gradient(world, request, monkeypatch):
@@ -172,7 +214,9 @@ def test_decoding_together_is_decoding_alone(world, beams, penalty):
 @torch.no_grad()
 def test_audio_enters_as_the_projector_gives_it(world):
     model, given = world[0], batch(world, [1])
-    torch.testing.assert_close(model.embed(given)[given.is_audio], model.projector(given.audio, given.positions))
+    torch.testing.assert_close(
+        model.embed(given)[given.is_audio], model.projector(given.audio, given.positions)
+    )
 
 
 @torch.no_grad()
@@ -188,14 +232,18 @@ def test_chosen_logits_are_those_of_the_whole_sequence(world):
     model, given = world[0], batch(world, [1])
     whole = model.llm(inputs_embeds=model.embed(given)).logits[0]
     start = given.answer_start - 1
-    torch.testing.assert_close(model(given), whole[start : start + given.labels.shape[1]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(given), whole[start : start + given.labels.shape[1]], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_targets_follow_the_references_rule(world):
     tokenizer, given = world[1].tokenizer, batch(world, [0, 1, 2])
     text = "USER: Transcribe speech to text. \n ASSISTANT:"
     for row, (_, answer) in enumerate(UTTERANCES):
-        wanted = [*tokenizer(text + answer)["input_ids"], tokenizer.eos_token_id][len(tokenizer(text)["input_ids"]) :]
+        wanted = [*tokenizer(text + answer)["input_ids"], tokenizer.eos_token_id][
+            len(tokenizer(text)["input_ids"]) :
+        ]
         assert given.labels[row][given.labels[row] != IGNORED].tolist() == wanted
 
 

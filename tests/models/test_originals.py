@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import HubertConfig, HubertModel, Wav2Vec2Config, Wav2Vec2Model, WavLMConfig, WavLMModel, WhisperModel
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+    WhisperModel,
+)
 
 from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.errors import UserError
@@ -21,14 +29,23 @@ from slam_asr.recipe import Encoder
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 LAYOUT = "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2"
 SIZES = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "conv_dim": [16] * 7,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": [16] * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
 }
 STYLES = {
     "base": {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False},
     "large": {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
 }
-KINDS = {"hubert": (HubertConfig, HubertModel), "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model), "wavlm": (WavLMConfig, WavLMModel)}
+KINDS = {
+    "hubert": (HubertConfig, HubertModel),
+    "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
+    "wavlm": (WavLMConfig, WavLMModel),
+}
 
 
 def fairseq_names(model, style: str) -> dict[str, torch.Tensor]:
@@ -41,14 +58,20 @@ def fairseq_names(model, style: str) -> dict[str, torch.Tensor]:
             if f"{mine}.conv.{kind}" in own:
                 out[f"{theirs}.0.{kind}"] = own.pop(f"{mine}.conv.{kind}")
             if f"{mine}.layer_norm.{kind}" in own:
-                out[f"{theirs}.{'2.1' if style == 'large' else '2'}.{kind}"] = own.pop(f"{mine}.layer_norm.{kind}")
+                out[f"{theirs}.{'2.1' if style == 'large' else '2'}.{kind}"] = own.pop(
+                    f"{mine}.layer_norm.{kind}"
+                )
     for kind in ("weight", "bias"):
         out[f"layer_norm.{kind}"] = own.pop(f"feature_projection.layer_norm.{kind}")
         out[f"post_extract_proj.{kind}"] = own.pop(f"feature_projection.projection.{kind}")
         out[f"encoder.layer_norm.{kind}"] = own.pop(f"encoder.layer_norm.{kind}")
     out["encoder.pos_conv.0.bias"] = own.pop("encoder.pos_conv_embed.conv.bias")
-    out["encoder.pos_conv.0.weight_g"] = own.pop("encoder.pos_conv_embed.conv.parametrizations.weight.original0")
-    out["encoder.pos_conv.0.weight_v"] = own.pop("encoder.pos_conv_embed.conv.parametrizations.weight.original1")
+    out["encoder.pos_conv.0.weight_g"] = own.pop(
+        "encoder.pos_conv_embed.conv.parametrizations.weight.original0"
+    )
+    out["encoder.pos_conv.0.weight_v"] = own.pop(
+        "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+    )
     for i in range(model.config.num_hidden_layers):
         for kind in ("weight", "bias"):
             at = f"encoder.layers.{i}"
@@ -59,11 +82,15 @@ def fairseq_names(model, style: str) -> dict[str, torch.Tensor]:
             out[f"{at}.fc2.{kind}"] = own.pop(f"{at}.feed_forward.output_dense.{kind}")
             out[f"{at}.final_layer_norm.{kind}"] = own.pop(f"{at}.final_layer_norm.{kind}")
             if f"{at}.attention.gru_rel_pos_linear.{kind}" in own:
-                out[f"{at}.self_attn.grep_linear.{kind}"] = own.pop(f"{at}.attention.gru_rel_pos_linear.{kind}")
+                out[f"{at}.self_attn.grep_linear.{kind}"] = own.pop(
+                    f"{at}.attention.gru_rel_pos_linear.{kind}"
+                )
         if f"{at}.attention.gru_rel_pos_const" in own:
             out[f"{at}.self_attn.grep_a"] = own.pop(f"{at}.attention.gru_rel_pos_const")
         if f"{at}.attention.rel_attn_embed.weight" in own:
-            out[f"{at}.self_attn.relative_attention_bias.weight"] = own.pop(f"{at}.attention.rel_attn_embed.weight")
+            out[f"{at}.self_attn.relative_attention_bias.weight"] = own.pop(
+                f"{at}.attention.rel_attn_embed.weight"
+            )
     assert not own
     return out
 
@@ -77,8 +104,12 @@ def random_model(kind: str, style: str, device: str = "cpu", **sizes):
 
 def options(kind: str, style: str, layout: str = LAYOUT, heads: int = 4) -> dict:
     return {
-        "_name": kind, "extractor_mode": "layer_norm" if style == "large" else "default", "conv_feature_layers": layout,
-        "encoder_attention_heads": heads, "layer_norm_first": style == "large", "max_distance": 800,
+        "_name": kind,
+        "extractor_mode": "layer_norm" if style == "large" else "default",
+        "conv_feature_layers": layout,
+        "encoder_attention_heads": heads,
+        "layer_norm_first": style == "large",
+        "max_distance": 800,
     }
 
 
@@ -90,11 +121,20 @@ def fairseq_file(kind: str, style: str, model, tuned: bool = False, normalize: b
         return {"cfg": options(kind, style, **more) | {"normalize": normalize}, "model": tensors}
     if tuned:
         tensors = {f"w2v_encoder.w2v_model.{n}": t for n, t in tensors.items()}
-        tensors |= {"w2v_encoder.proj.weight": torch.zeros(32, width, device=device), "w2v_encoder.proj.bias": torch.zeros(32, device=device)}
+        tensors |= {
+            "w2v_encoder.proj.weight": torch.zeros(32, width, device=device),
+            "w2v_encoder.proj.bias": torch.zeros(32, device=device),
+        }
         inner = {"model": options(kind, style, **more), "task": {"normalize": not normalize}}
-        cfg = {"model": {"_name": f"{kind}_ctc", "w2v_args": inner, "normalize": normalize}, "task": {"normalize": normalize}}
+        cfg = {
+            "model": {"_name": f"{kind}_ctc", "w2v_args": inner, "normalize": normalize},
+            "task": {"normalize": normalize},
+        }
     else:
-        heads = {"hubert": ("label_embs_concat", "final_proj.weight"), "wav2vec2": ("quantizer.vars", "project_q.weight", "final_proj.bias")}
+        heads = {
+            "hubert": ("label_embs_concat", "final_proj.weight"),
+            "wav2vec2": ("quantizer.vars", "project_q.weight", "final_proj.bias"),
+        }
         tensors |= {n: torch.zeros(504, 3, device=device) for n in heads[kind]}
         cfg = {"model": options(kind, style, **more), "task": {"normalize": normalize}}
     return {"cfg": cfg, "args": None, "model": tensors, "optimizer_history": [{"lr": 1e-4}]}
@@ -106,7 +146,10 @@ def saved(content: dict, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize(("kind", "tuned"), [("hubert", False), ("hubert", True), ("wav2vec2", False), ("wav2vec2", True), ("wavlm", False)])
+@pytest.mark.parametrize(
+    ("kind", "tuned"),
+    [("hubert", False), ("hubert", True), ("wav2vec2", False), ("wav2vec2", True), ("wavlm", False)],
+)
 def test_converted_weights_compute_what_transformers_computes(tmp_path, kind, tuned, style):
     model = random_model(kind, style)
     file = saved(fairseq_file(kind, style, model, tuned), tmp_path / "file.pt")
@@ -148,23 +191,37 @@ def test_every_form_of_fairseqs_configuration_is_read(tmp_path, form, normalize)
         case "namespace inside":
             content["cfg"]["model"]["w2v_args"] = argparse.Namespace(**flat)
         case "old and tuned":
-            content["args"] = argparse.Namespace(w2v_args=argparse.Namespace(**flat), normalize=normalize, arch="hubert_ctc")
+            content["args"] = argparse.Namespace(
+                w2v_args=argparse.Namespace(**flat), normalize=normalize, arch="hubert_ctc"
+            )
             del content["cfg"]
         case "old beside an empty new":
             content |= {"args": argparse.Namespace(**flat), "cfg": None}
     convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
     spec = describe_encoder(Encoder(name=str(tmp_path / "c")))
-    assert (spec.config.model_type, spec.config.num_attention_heads, spec.normalize) == ("hubert", 4, normalize)
+    assert (spec.config.model_type, spec.config.num_attention_heads, spec.normalize) == (
+        "hubert",
+        4,
+        normalize,
+    )
 
 
-@pytest.mark.parametrize(("option", "value", "complaint"), [
-    ("encoder_layers", 3, r"encoder\.layers\.2\."), ("encoder_layers", 1, r"encoder\.layers\.1\."),
-    ("encoder_embed_dim", 64, r"mask_emb is \(32,\).*\(64,\)"), ("encoder_ffn_embed_dim", 64, r"fc1\.weight is \(48, 32\).*\(64, 32\)"),
-    ("conv_pos_groups", 8, r"weight_v is \(32, 8, 16\).*\(32, 4, 16\)"), ("conv_bias", False, r"conv_layers\.0\.0\.bias"),
-    ("encoder_attention_heads", 5, "make no model"), ("encoder_attention_heads", "4", "expected int"),
-    ("activation_fn", "tanh", "tanh"), ("conv_feature_layers", "[(16,10,5)]" + "*99" * 6, "99 times 99"),
-    ("conv_feature_layers", "-" * 200_000 + "1", "200001 characters"),
-])
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("encoder_layers", 3, r"encoder\.layers\.2\."),
+        ("encoder_layers", 1, r"encoder\.layers\.1\."),
+        ("encoder_embed_dim", 64, r"mask_emb is \(32,\).*\(64,\)"),
+        ("encoder_ffn_embed_dim", 64, r"fc1\.weight is \(48, 32\).*\(64, 32\)"),
+        ("conv_pos_groups", 8, r"weight_v is \(32, 8, 16\).*\(32, 4, 16\)"),
+        ("conv_bias", False, r"conv_layers\.0\.0\.bias"),
+        ("encoder_attention_heads", 5, "make no model"),
+        ("encoder_attention_heads", "4", "expected int"),
+        ("activation_fn", "tanh", "tanh"),
+        ("conv_feature_layers", "[(16,10,5)]" + "*99" * 6, "99 times 99"),
+        ("conv_feature_layers", "-" * 200_000 + "1", "200001 characters"),
+    ],
+)
 def test_a_configuration_that_its_tensors_contradict_is_refused(tmp_path, option, value, complaint):
     content = fairseq_file("hubert", "large", random_model("hubert", "large"))
     content["cfg"]["model"][option] = value
@@ -185,8 +242,13 @@ def test_what_is_no_tensor_of_floats_is_named(tmp_path, value):
 def test_every_tensor_of_hubert_x_large_has_its_place(tuned):
     layout = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
     sizes = {
-        "hidden_size": 1280, "num_hidden_layers": 48, "num_attention_heads": 16, "intermediate_size": 5120, "conv_dim": [512] * 7,
-        "num_conv_pos_embeddings": 128, "num_conv_pos_embedding_groups": 16,
+        "hidden_size": 1280,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "intermediate_size": 5120,
+        "conv_dim": [512] * 7,
+        "num_conv_pos_embeddings": 128,
+        "num_conv_pos_embedding_groups": 16,
     }
     model = random_model("hubert", "large", "meta", **sizes)
     original = recognise(fairseq_file("hubert", "large", model, tuned, layout=layout, heads=16), "file")
@@ -200,7 +262,9 @@ def test_every_tensor_of_hubert_x_large_has_its_place(tuned):
 @pytest.mark.parametrize("name", ["whisper", "wavlm"])
 def test_reference_files_are_converted_by_the_stage(tmp_path, name):
     if not REFERENCE.is_dir():
-        pytest.skip("needs the files of the reference implementation in ../shared/reference, which are not part of this repository")
+        pytest.skip(
+            "needs the files of the reference implementation in ../shared/reference, which are not part of this repository"
+        )
     record = convert_checkpoint(str(REFERENCE / f"{name}.pt"), str(tmp_path / "c"))
     spec = describe_encoder(Encoder(name=record.folder))
     assert spec.config.model_type == name and spec.width == 48
@@ -213,13 +277,20 @@ def test_reference_files_are_converted_by_the_stage(tmp_path, name):
 def test_a_faulty_tensor_is_named(tmp_path, fault, kind):
     if kind == "whisper":
         if not REFERENCE.is_dir():
-            pytest.skip("needs the files of the reference implementation in ../shared/reference, which are not part of this repository")
+            pytest.skip(
+                "needs the files of the reference implementation in ../shared/reference, which are not part of this repository"
+            )
         content = torch.load(REFERENCE / "whisper.pt", weights_only=True)
         tensors, name = content["model_state_dict"], "encoder.blocks.1.mlp.0.weight"
     else:
         content = fairseq_file(kind, "large", random_model(kind, "large"))
         tensors, name = content["model"], "encoder.layers.1.fc1.weight"
-    expected = {"missing": r"layers\.1\.", "left over": "encoder.surprise", "shape": name, "nan": r"layers\.1\."}[fault]
+    expected = {
+        "missing": r"layers\.1\.",
+        "left over": "encoder.surprise",
+        "shape": name,
+        "nan": r"layers\.1\.",
+    }[fault]
     match fault:
         case "missing":
             del tensors[name]
@@ -234,7 +305,10 @@ def test_a_faulty_tensor_is_named(tmp_path, fault, kind):
     assert "\n" not in str(raised.value) and not (tmp_path / "c" / "config.json").exists()
 
 
-@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], {"cfg": {}, "model": {"w": torch.ones(1)}}, {"dims": {}, "model_state_dict": {}}])
+@pytest.mark.parametrize(
+    "content",
+    [{"model": {}}, [1, 2], {"cfg": {}, "model": {"w": torch.ones(1)}}, {"dims": {}, "model_state_dict": {}}],
+)
 def test_other_files_are_told_apart(tmp_path, content):
     with pytest.raises(UserError, match="no checkpoint"):
         convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
@@ -242,7 +316,9 @@ def test_other_files_are_told_apart(tmp_path, content):
 
 def test_the_layout_of_convolutions_is_computed_not_run(tmp_path):
     content = fairseq_file("hubert", "large", random_model("hubert", "large"))
-    content["cfg"]["model"]["conv_feature_layers"] = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
+    content["cfg"]["model"]["conv_feature_layers"] = (
+        f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
+    )
     with pytest.raises(UserError, match="lacks what an encoder consists of"):
         convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
     assert not (tmp_path / "ran").exists()

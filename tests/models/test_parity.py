@@ -38,7 +38,9 @@ class Reference:
         hidden, joined = weights["linear1.weight"].shape
         self.options = Projector(downsampling=joined // self.spec.width, hidden=hidden)
         llm = load_llm(REFERENCE / "llm", torch.float32)
-        self.projector = projector_with(weights, self.options, self.spec.width, llm.config.hidden_size, "model.pt")
+        self.projector = projector_with(
+            weights, self.options, self.spec.width, llm.config.hidden_size, "model.pt"
+        )
         self.projector.requires_grad_(True)
         self.prompt = Prompt(load_tokenizer(REFERENCE / "llm"), Llm())
         self.model = Slam(self.projector, llm)
@@ -52,10 +54,17 @@ class Reference:
 
     def batch(self, indices):
         spelling = self.prompt.main
-        return collate([
-            Row(self.frames[i], self.positions[i], spelling.before, *self.prompt.with_answer(spelling, self.utterances[i].target))
-            for i in indices
-        ])
+        return collate(
+            [
+                Row(
+                    self.frames[i],
+                    self.positions[i],
+                    spelling.before,
+                    *self.prompt.with_answer(spelling, self.utterances[i].target),
+                )
+                for i in indices
+            ]
+        )
 
     def mean_loss(self, indices):
         batch = self.batch(indices)
@@ -66,7 +75,9 @@ class Reference:
 @pytest.fixture(params=["whisper", "wavlm", "whisper-converted", "wavlm-converted"], scope="module")
 def reference(request, tmp_path_factory):
     if not REFERENCE.is_dir():
-        pytest.skip("needs the numbers of the reference implementation in ../shared/reference, which are not part of this repository")
+        pytest.skip(
+            "needs the numbers of the reference implementation in ../shared/reference, which are not part of this repository"
+        )
     kind, _, converted = request.param.partition("-")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLAM_ASR_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -83,8 +94,13 @@ def name(indices):
 
 
 def test_features_and_projected_features_agree(reference):
-    for utterance, frames, positions in zip(reference.utterances, reference.frames, reference.positions, strict=True):
-        wanted, projected = reference.features[utterance.key], reference.features[f"{utterance.key}.projected"]
+    for utterance, frames, positions in zip(
+        reference.utterances, reference.frames, reference.positions, strict=True
+    ):
+        wanted, projected = (
+            reference.features[utterance.key],
+            reference.features[f"{utterance.key}.projected"],
+        )
         assert frames.shape == wanted.shape
         torch.testing.assert_close(frames, wanted, atol=1e-4, rtol=0)
         ours = reference.projector([frames]).detach()
@@ -107,7 +123,9 @@ def test_sequences_are_laid_out_alike(reference, indices):
 
 @pytest.mark.parametrize("index", range(4))
 def test_single_losses_agree(reference, index):
-    assert reference.mean_loss([index]).item() == pytest.approx(reference.expected[f"loss_single_{index}"], abs=1e-4)
+    assert reference.mean_loss([index]).item() == pytest.approx(
+        reference.expected[f"loss_single_{index}"], abs=1e-4
+    )
 
 
 def test_a_batch_is_the_mean_of_its_utterances_weighted_by_targets(reference):
@@ -133,9 +151,13 @@ def test_batch_loss_and_gradients_agree(reference, request):
 @pytest.mark.parametrize("indices", [[0], [1], [2], [3], [0, 1, 2, 3]], ids=name)
 def test_utterances_are_decoded_alike(reference, beams, indices, request):
     if len(indices) > 1 and "wavlm" in request.node.name:
-        pytest.skip("the reference lets WavLM's padding leak into a batch, so its ids there are not the utterances' own; single ones are compared")
+        pytest.skip(
+            "the reference lets WavLM's padding leak into a batch, so its ids there are not the utterances' own; single ones are compared"
+        )
     searcher = Searcher(reference.model, reference.prompt, Decoding(beams=beams, max_new_tokens=40))
-    answers = searcher.decode([reference.frames[i] for i in indices], [reference.positions[i] for i in indices])
+    answers = searcher.decode(
+        [reference.frames[i] for i in indices], [reference.positions[i] for i in indices]
+    )
     key = f"beam{beams}_{name(indices)}"
     assert [a.ids for a in answers] == [list(ids) for ids in reference.expected[f"ids_{key}"]]
     assert [a.text for a in answers] == [text.strip() for text in reference.expected[f"text_{key}"]]

@@ -30,7 +30,8 @@ def fairseq(monkeypatch):
     """A module with classes like fairseq's, for as long as something is written."""
     module = types.ModuleType("fairseq.data.dictionary")
     for name, kind in {
-        "Dictionary": type("Dictionary", (), {}), "Choice": Enum("Choice", {"constant": "constant", "linear": "linear"}),
+        "Dictionary": type("Dictionary", (), {}),
+        "Choice": Enum("Choice", {"constant": "constant", "linear": "linear"}),
     }.items():
         kind.__module__ = module.__name__
         setattr(module, name, kind)
@@ -44,7 +45,9 @@ def test_classes_that_are_not_installed_become_their_contents(fairseq, tmp_path,
     symbols = fairseq.Dictionary()
     symbols.symbols, symbols.count = ["a", "b"], {"a": 3}
     content = {
-        "args": argparse.Namespace(layers=3, mode=fairseq.Choice.constant), "dictionary": symbols, "model": {"w": torch.ones(2)},
+        "args": argparse.Namespace(layers=3, mode=fairseq.Choice.constant),
+        "dictionary": symbols,
+        "model": {"w": torch.ones(2)},
     }
     for zipped in (True, False):
         torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
@@ -68,7 +71,11 @@ def test_a_configuration_of_omegaconfs_becomes_its_values(tmp_path, monkeypatch)
     about = {"ref_type": Optional[int], "object_type": dict, "resolver_cache": defaultdict(dict)}  # noqa: UP045
     leaf.__dict__ = {"_metadata": about, "_parent": inner, "_val": 48}
     inner.__dict__ = {"_metadata": about, "_parent": root, "_content": {"encoder_layers": leaf}}
-    root.__dict__ = {"_metadata": about, "_parent": None, "_content": {"model": inner, "loss": np.float64(0.5)}}
+    root.__dict__ = {
+        "_metadata": about,
+        "_parent": None,
+        "_content": {"model": inner, "loss": np.float64(0.5)},
+    }
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
         patch.setitem(sys.modules, module.__name__, module)
@@ -80,7 +87,10 @@ def test_a_configuration_of_omegaconfs_becomes_its_values(tmp_path, monkeypatch)
 def test_what_would_run_is_refused_and_does_not(tmp_path, name):
     mark = tmp_path / "it ran"
     module, _, function = name.rpartition(".")
-    harm = Harm(getattr(__import__(module), function), f"open({str(mark)!r}, 'w')" if "eval" in name else ["touch", str(mark)])
+    harm = Harm(
+        getattr(__import__(module), function),
+        f"open({str(mark)!r}, 'w')" if "eval" in name else ["touch", str(mark)],
+    )
     torch.save({"model": {"w": torch.ones(1)}, "args": harm}, tmp_path / "file.pt")
     with pytest.raises(UserError, match="is refused"):
         read_pickle(tmp_path / "file.pt")
@@ -94,7 +104,9 @@ def test_a_strict_list_refuses_what_is_harmless_elsewhere(tmp_path):
         read_pickle(tmp_path / "file.pt", allowed=("deepspeed.nothing",))
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"just text, and not short", bytes(range(256))])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 and no more", b"just text, and not short", bytes(range(256))]
+)
 def test_damaged_and_foreign_files_are_one_sentence(tmp_path, content):
     (tmp_path / "file.pt").write_bytes(content)
     with pytest.raises(UserError, match="damaged or no checkpoint") as raised:

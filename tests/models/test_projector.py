@@ -64,9 +64,13 @@ def test_the_convolution_is_that_of_the_reference():
 
 
 def test_checkpoints_of_the_reference_have_these_names():
-    names = {kind: {n.split(".")[0] for n, _ in build_projector(small(kind), 8, 12).named_parameters()} for kind in PROJECTORS}
+    names = {
+        kind: {n.split(".")[0] for n, _ in build_projector(small(kind), 8, 12).named_parameters()}
+        for kind in PROJECTORS
+    }
     assert names == {
-        "linear": {"linear1", "linear2"}, "cov1d-linear": {"conv1d", "linear1", "linear2"},
+        "linear": {"linear1", "linear2"},
+        "cov1d-linear": {"conv1d", "linear1", "linear2"},
         "q-former": {"query", "qformer", "linear", "norm"},
     }
 

@@ -42,7 +42,9 @@ def test_what_changed_is_fetched_again(bucket, tiny_models):
 
 def test_an_original_file_is_fetched_and_converted(bucket):
     if not REFERENCE.is_dir():
-        pytest.skip("needs the files of the reference implementation in ../shared/reference, which are not part of this repository")
+        pytest.skip(
+            "needs the files of the reference implementation in ../shared/reference, which are not part of this repository"
+        )
     bucket.upload_file(str(REFERENCE / "wavlm.pt"), "originals/wavlm.pt")
     assert describe_encoder(Encoder(name="s3://bucket/originals/wavlm.pt")).config.model_type == "wavlm"
 
@@ -56,7 +58,8 @@ def test_a_model_without_weights_is_refused(bucket):
 @pytest.mark.parametrize(
     ("name", "answer"),
     [
-        ("s3://bucket/nothing", "There is nothing at"), ("s3://no-such-bucket/model", "there is no such bucket"),
+        ("s3://bucket/nothing", "There is nothing at"),
+        ("s3://no-such-bucket/model", "there is no such bucket"),
         ("s3:///model", "write it as s3://bucket/prefix"),
     ],
 )

@@ -27,9 +27,17 @@ def world(tiny_models):
 
 def batch(world, indices):
     _, prompt, frames = world
-    return collate([
-        Row(frames[i], len(frames[i]) // 5, prompt.main.before, *prompt.with_answer(prompt.main, UTTERANCES[i][1])) for i in indices
-    ])
+    return collate(
+        [
+            Row(
+                frames[i],
+                len(frames[i]) // 5,
+                prompt.main.before,
+                *prompt.with_answer(prompt.main, UTTERANCES[i][1]),
+            )
+            for i in indices
+        ]
+    )
 
 
 def test_a_batch_is_the_sum_of_its_utterances(world):
@@ -44,7 +52,9 @@ def test_chosen_logits_are_those_of_the_whole_sequence(world):
     model, given = world[0], batch(world, [1])
     whole = model.llm(inputs_embeds=model.embed(given)).logits[0]
     start = given.answer_start - 1
-    torch.testing.assert_close(model(given), whole[start : start + given.labels.shape[1]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model(given), whole[start : start + given.labels.shape[1]], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_answers_start_at_one_column_and_end_with_eos(world):

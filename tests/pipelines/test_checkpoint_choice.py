@@ -32,12 +32,22 @@ def test_the_step_converts_the_checkpoint_that_the_recipe_names(which, tmp_path,
 def test_a_stage_by_itself_does_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(single, "follow_pointer", lambda path: str(path))
     monkeypatch.setattr(single, "_latest", lambda output, of, stage: f"{of}.json")
-    command = single.command_of_stage("convert-checkpoint", tmp_path, "store", tmp_path / "r.yaml", "c", load_recipe("demo", {"decoding.checkpoint": "best"}))
+    command = single.command_of_stage(
+        "convert-checkpoint",
+        tmp_path,
+        "store",
+        tmp_path / "r.yaml",
+        "c",
+        load_recipe("demo", {"decoding.checkpoint": "best"}),
+    )
     assert command[command.index("--which") + 1] == "best"
 
 
 def test_the_choice_is_no_option_of_decoding():
     from slam_asr.scoring.score import what_decides_the_texts
 
-    latest, best = (what_decides_the_texts(load_recipe("demo", {"decoding.checkpoint": which}).decoding) for which in ("latest", "best"))
+    latest, best = (
+        what_decides_the_texts(load_recipe("demo", {"decoding.checkpoint": which}).decoding)
+        for which in ("latest", "best")
+    )
     assert latest == best

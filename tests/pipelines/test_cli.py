@@ -36,21 +36,45 @@ def complaint(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["rum", "demo"], "There is no command rum; did you mean run? Commands: run, compile, submit, status, logs, resume, doctor."),
+        (
+            ["rum", "demo"],
+            "There is no command rum; did you mean run? Commands: run, compile, submit, status, logs, resume, doctor.",
+        ),
         (["run", "demi"], "No recipe named demi, and no such file; did you mean demo?"),
-        (["run", "librispeech"], "Recipe librispeech brings no corpus: say where yours is with --corpus PATH."),
+        (
+            ["run", "librispeech"],
+            "Recipe librispeech brings no corpus: say where yours is with --corpus PATH.",
+        ),
         (["run", "demo", "--corpus", "/no/such"], "There is no corpus at /no/such: check --corpus."),
-        (["run", "demo", "--corpus", "gs://bucket/x"], "gs://bucket/x: paths of the scheme gs:// cannot be read"),
-        (["run", "demo", "--training.max_step", "5"], "Unknown option --training.max_step; did you mean --training.max_steps?"),
+        (
+            ["run", "demo", "--corpus", "gs://bucket/x"],
+            "gs://bucket/x: paths of the scheme gs:// cannot be read",
+        ),
+        (
+            ["run", "demo", "--training.max_step", "5"],
+            "Unknown option --training.max_step; did you mean --training.max_steps?",
+        ),
         (["run", "demo", "--max_steps=5"], "Unknown option --max_steps; did you mean --training.max_steps?"),
         (["run", "demo", "--outptu", "x"], "Unknown option --outptu; did you mean --output?"),
         (["compile", "--image", "x"], "Unknown option --image; did you mean --images?"),
         (["run", "demo", "--model", "/no/such"], "/no/such holds no model (no config.json)"),
-        (["run", "demo", "--data.train", "[]"], "Recipe demo: data.train names no subset; give at least one, such as [train-*], or a model to measure with --model."),
+        (
+            ["run", "demo", "--data.train", "[]"],
+            "Recipe demo: data.train names no subset; give at least one, such as [train-*], or a model to measure with --model.",
+        ),
         (["run"], "RECIPE is missing: python -m pipelines run RECIPE, with a file or one of demo, "),
-        (["run", "demo", "--recipe", "librispeech"], "Two recipes are named, demo and librispeech: leave out --recipe."),
-        (["run", "demo", "--training.max_steps", "many"], "Option --training.max_steps: Expected a whole number. Got value: many."),
-        (["run", "demo", "--training.max_steps", "0"], "Recipe demo: training.max_steps is 0 but must be at least 1."),
+        (
+            ["run", "demo", "--recipe", "librispeech"],
+            "Two recipes are named, demo and librispeech: leave out --recipe.",
+        ),
+        (
+            ["run", "demo", "--training.max_steps", "many"],
+            "Option --training.max_steps: Expected a whole number. Got value: many.",
+        ),
+        (
+            ["run", "demo", "--training.max_steps", "0"],
+            "Recipe demo: training.max_steps is 0 but must be at least 1.",
+        ),
     ],
 )
 def test_mistake_is_explained(complaint, argv, sentence):
@@ -65,9 +89,20 @@ def test_output_that_cannot_be_a_folder_is_refused(tmp_path, tiny_recipe, tiny_c
     assert f"{tmp_path / 'file'} cannot be made a folder" in capsys.readouterr().err
 
 
-def test_model_that_is_nowhere_stops_the_run_before_its_first_step(tmp_path, tiny_recipe, tiny_corpus, capsys, monkeypatch):
+def test_model_that_is_nowhere_stops_the_run_before_its_first_step(
+    tmp_path, tiny_recipe, tiny_corpus, capsys, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    argv = ["run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--output", str(tmp_path), "--llm.name", "no/such-model"]
+    argv = [
+        "run",
+        str(tiny_recipe),
+        "--corpus",
+        str(tiny_corpus),
+        "--output",
+        str(tmp_path),
+        "--llm.name",
+        "no/such-model",
+    ]
     assert cli.main(argv) == 2
     assert "slam-asr: error: No model no/such-model" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -75,8 +110,21 @@ def test_model_that_is_nowhere_stops_the_run_before_its_first_step(tmp_path, tin
 
 def test_recipe_gets_what_was_written_and_keeps_the_rest(monkeypatch, tmp_path, tiny_recipe, tiny_corpus):
     seen = {}
-    monkeypatch.setattr(run_command, "_fetch_models", lambda wanted: seen.setdefault("recipe", wanted.recipe) and 1)
-    cli.main(["run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--training.max_steps", "7", "--data.train", "[a, b]"])
+    monkeypatch.setattr(
+        run_command, "_fetch_models", lambda wanted: seen.setdefault("recipe", wanted.recipe) and 1
+    )
+    cli.main(
+        [
+            "run",
+            str(tiny_recipe),
+            "--corpus",
+            str(tiny_corpus),
+            "--training.max_steps",
+            "7",
+            "--data.train",
+            "[a, b]",
+        ]
+    )
     assert (seen["recipe"].training.max_steps, seen["recipe"].data.train) == (7, ["a", "b"])
     assert seen["recipe"].training.warmup_steps == 1
 
@@ -86,12 +134,18 @@ def test_help_shows_the_values_of_the_recipe(capsys):
         cli.main(["run", "demo", "--help"])
     assert leaving.value.code == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    assert f"Optimiser steps at most. (type: int, default: {load_recipe('demo').training.max_steps})" in help_text
+    assert (
+        f"Optimiser steps at most. (type: int, default: {load_recipe('demo').training.max_steps})"
+        in help_text
+    )
 
 
 def test_started_elsewhere_it_says_where_it_runs(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(CHECKOUT / "pipelines"), "run", "demo"], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, str(CHECKOUT / "pipelines"), "run", "demo"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )
     assert done.returncode == 1

@@ -29,7 +29,10 @@ IMAGES = images("slam-asr/{stage}:{version}")
 def compile_to(output: Path, *options: str, **environment: str) -> None:
     subprocess.run(
         [sys.executable, "-m", "pipelines", "compile", *options, "--output", str(output)],
-        cwd=CHECKOUT, env=os.environ | environment, check=True, capture_output=True,
+        cwd=CHECKOUT,
+        env=os.environ | environment,
+        check=True,
+        capture_output=True,
     )
 
 
@@ -61,13 +64,17 @@ def spec_of(path: Path) -> PipelineSpec:
 
 def images_of(spec: PipelineSpec) -> dict[str, str]:
     executors = json_format.MessageToDict(spec.deployment_spec)["executors"]
-    return {name.removeprefix("exec-"): executor["container"]["image"] for name, executor in executors.items()}
+    return {
+        name.removeprefix("exec-"): executor["container"]["image"] for name, executor in executors.items()
+    }
 
 
 def test_same_source_gives_same_bytes(compiled, tmp_path):
     compile_to(tmp_path, PYTHONHASHSEED="7")
     names = sorted(str(f.relative_to(compiled)) for f in compiled.rglob("*.yaml"))
-    assert names == sorted(["slam-asr.yaml", "slam-asr.resources.yaml", *(f"components/{stage}.yaml" for stage in ALL_RESULTS)])
+    assert names == sorted(
+        ["slam-asr.yaml", "slam-asr.resources.yaml", *(f"components/{stage}.yaml" for stage in ALL_RESULTS)]
+    )
     for name in names:
         assert (tmp_path / name).read_bytes() == (compiled / name).read_bytes(), name
 
@@ -87,9 +94,16 @@ def test_measuring_a_model_takes_its_steps_alone_and_looks_at_the_model_first():
         "for-loop-2": ["build-manifest", "for-loop-1", "open-model"],
         "score": ["build-manifest", "for-loop-2", "open-model"],
     }
-    defaults = {name: json_format.MessageToDict(p.default_value) for name, p in spec.root.input_definitions.parameters.items()}
+    defaults = {
+        name: json_format.MessageToDict(p.default_value)
+        for name, p in spec.root.input_definitions.parameters.items()
+    }
     resolved = load_recipe(defaults["recipe"], defaults["recipe_overrides"])
-    assert (resolved.data.train, resolved.data.dev, resolved.data.test) == ([], [], load_recipe("demo").data.test)
+    assert (resolved.data.train, resolved.data.dev, resolved.data.test) == (
+        [],
+        [],
+        load_recipe("demo").data.test,
+    )
 
 
 def test_a_sweep_has_one_manifest_one_extraction_and_a_loop_of_trainings():
@@ -118,7 +132,10 @@ def test_a_sweep_has_one_manifest_one_extraction_and_a_loop_of_trainings():
     [
         (["--sweep", "demo/sweep.yaml", "--model", "s3://speech/m"], "both given"),
         (["--parallel", "2"], "goes with --sweep"),
-        (["--sweep", "/no/such.yaml"], "The variations /no/such.yaml cannot be read (No such file or directory): check --sweep."),
+        (
+            ["--sweep", "/no/such.yaml"],
+            "The variations /no/such.yaml cannot be read (No such file or directory): check --sweep.",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_sentence(options, sentence, tmp_path, capsys):
@@ -145,7 +162,10 @@ def test_tasks_form_the_chain(compiled):
         "for-loop-2": ["build-manifest", "convert-checkpoint"],
         "score": ["build-manifest", "convert-checkpoint", "for-loop-2"],
     }
-    loops = {"for-loop-1": ("build-manifest", "extract-features"), "for-loop-2": ("convert-checkpoint", "decode")}
+    loops = {
+        "for-loop-1": ("build-manifest", "extract-features"),
+        "for-loop-2": ("convert-checkpoint", "decode"),
+    }
     for loop, (before, inside) in loops.items():
         assert tasks[loop].parameter_iterator.items.input_parameter.endswith(f"{before}-Output")
         assert list(spec_of(compiled / "slam-asr.yaml").components[f"comp-{loop}"].dag.tasks) == [inside]
@@ -156,7 +176,9 @@ def test_tasks_form_the_chain(compiled):
 def test_inputs_and_parameters_are_explained(compiled):
     spec = spec_of(compiled / "slam-asr.yaml")
     # A loop's inputs are kfp's own; those of the steps in it are explained with the others.
-    steps = [(name, component) for name, component in spec.components.items() if not component.HasField("dag")]
+    steps = [
+        (name, component) for name, component in spec.components.items() if not component.HasField("dag")
+    ]
     for name, component in [("pipeline", spec.root), *steps]:
         inputs = component.input_definitions
         for kind in (inputs.parameters, inputs.artifacts):
@@ -166,7 +188,9 @@ def test_inputs_and_parameters_are_explained(compiled):
 def test_images_are_named_at_compile_time(tmp_path):
     template = "registry.example/team/{stage}:{version}-gpu"
     wanted = images(template)
-    assert wanted["train"] == f"registry.example/team/train:{__version__}-gpu" and all(wanted[step] == wanted[stage] for step, stage in HOSTS.items())
+    assert wanted["train"] == f"registry.example/team/train:{__version__}-gpu" and all(
+        wanted[step] == wanted[stage] for step, stage in HOSTS.items()
+    )
     compile_to(tmp_path / "by-option.yaml", "--images", template)
     compile_to(tmp_path / "by-variable.yaml", SLAM_ASR_IMAGES=template)
     assert images_of(spec_of(tmp_path / "by-option.yaml")) == {step: wanted[step] for step in RESULTS}
@@ -187,7 +211,9 @@ def test_compiled_yaml_is_as_it_was(name, tmp_path):
 
 @pytest.mark.parametrize("stage", ALL_RESULTS)
 def test_each_component_is_as_it_was(compiled, stage):
-    assert (compiled / "components" / f"{stage}.yaml").read_text() == (GOLDEN / "components" / f"{stage}.yaml").read_text()
+    assert (compiled / "components" / f"{stage}.yaml").read_text() == (
+        GOLDEN / "components" / f"{stage}.yaml"
+    ).read_text()
 
 
 EVERYTHING = """
@@ -208,13 +234,18 @@ steps:
 
 def test_profile_reaches_every_field_of_a_task(tmp_path):
     (tmp_path / "everything.yaml").write_text(EVERYTHING)
-    package = compile_package(load_cluster(str(tmp_path / "everything.yaml")), tmp_path / "p.yaml", defaults={"store": "s3://b/s"})
+    package = compile_package(
+        load_cluster(str(tmp_path / "everything.yaml")), tmp_path / "p.yaml", defaults={"store": "s3://b/s"}
+    )
     spec, settings = read_package(package)
     container = json_format.MessageToDict(spec.deployment_spec)["executors"]["exec-train"]["container"]
     assert container["image"] == "registry.example/team/train:7"
     assert {e["name"]: e["value"] for e in container["env"]} == {
-        "SLAM_ASR_CACHE": "/var/cache/slam-asr", "AWS_ENDPOINT_URL": "http://seaweed:8333", "AWS_REGION": "somewhere",
-        "HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://proxy:3128",
+        "SLAM_ASR_CACHE": "/var/cache/slam-asr",
+        "AWS_ENDPOINT_URL": "http://seaweed:8333",
+        "AWS_REGION": "somewhere",
+        "HF_HUB_OFFLINE": "1",
+        "HTTPS_PROXY": "http://proxy:3128",
     }
     resources = container["resources"]
     assert (resources["resourceCpuRequest"], resources["resourceCpuLimit"]) == ("500m", "500m")
@@ -223,7 +254,12 @@ def test_profile_reaches_every_field_of_a_task(tmp_path):
     assert resources["accelerator"]["resourceCount"] == "4"
     task = spec.root.dag.tasks["train"]
     retry = json_format.MessageToDict(task.retry_policy)
-    assert retry == {"maxRetryCount": 5, "backoffDuration": "120s", "backoffFactor": 2.0, "backoffMaxDuration": "3600s"}
+    assert retry == {
+        "maxRetryCount": 5,
+        "backoffDuration": "120s",
+        "backoffFactor": 2.0,
+        "backoffMaxDuration": "3600s",
+    }
     assert not task.caching_options.enable_cache
     settings = json_format.MessageToDict(settings["exec-train"])
     assert settings["emptyDirMounts"] == [
@@ -231,24 +267,42 @@ def test_profile_reaches_every_field_of_a_task(tmp_path):
         {"volumeName": "scratch", "mountPath": "/var/cache/slam-asr", "sizeLimit": "30Gi"},
     ]
     assert settings["nodeSelector"] == {"labels": {"disk": "fast"}}
-    assert settings["tolerations"] == [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}]
+    assert settings["tolerations"] == [
+        {"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}
+    ]
     assert settings["activeDeadlineSeconds"] == "5400"
     assert settings["imagePullPolicy"] == "Always"
     assert [s["secretName"] for s in settings["imagePullSecret"]] == ["pull"]
     assert settings["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
-    assert [(s["secretName"], s["mountPath"]) for s in settings["secretAsVolume"]] == [("bucket-secret", "/var/run/secrets/slam-asr/s3")]
-    assert [(s["secretName"], s["keyToEnv"][0]["envVar"]) for s in settings["secretAsEnv"]] == [("hub", "HF_TOKEN")]
+    assert [(s["secretName"], s["mountPath"]) for s in settings["secretAsVolume"]] == [
+        ("bucket-secret", "/var/run/secrets/slam-asr/s3")
+    ]
+    assert [(s["secretName"], s["keyToEnv"][0]["envVar"]) for s in settings["secretAsEnv"]] == [
+        ("hub", "HF_TOKEN")
+    ]
     assert [m["mountPath"] for m in settings["pvcMount"]] == ["/var/cache/slam-asr/models"]
     assert settings["podMetadata"]["annotations"] == {"note": "hello"}
     labels = settings["podMetadata"]["labels"]
-    assert labels.items() >= {"kueue.x-k8s.io/queue-name": "research", "kueue.x-k8s.io/priority-class": "high", "team": "speech"}.items()
+    assert (
+        labels.items()
+        >= {
+            "kueue.x-k8s.io/queue-name": "research",
+            "kueue.x-k8s.io/priority-class": "high",
+            "team": "speech",
+        }.items()
+    )
 
 
 def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
     spec, settings = read_package(compiled / "slam-asr.yaml")
     executors = json_format.MessageToDict(spec.deployment_spec)["executors"]
     loops = [c.dag.tasks for c in spec.components.values() if c.HasField("dag")]
-    tasks = {name: task for dag in (spec.root.dag.tasks, *loops) for name, task in dag.items() if not name.startswith("for-loop")}
+    tasks = {
+        name: task
+        for dag in (spec.root.dag.tasks, *loops)
+        for name, task in dag.items()
+        if not name.startswith("for-loop")
+    }
     assert sorted(tasks) == sorted(RESULTS)
     for stage in RESULTS:
         assert tasks[stage].retry_policy.max_retry_count > 0
@@ -263,10 +317,21 @@ def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
 
 def test_training_over_nodes_leaves_the_gpus_to_its_nodes(tmp_path):
     cluster = load_cluster("several-nodes")
-    spec, settings = read_package(compile_package(cluster, tmp_path / "p.yaml", wanted=Wanted(load_recipe("demo", {"training.nodes": 2}))))
-    assert "accelerator" not in json_format.MessageToDict(spec.deployment_spec)["executors"]["exec-train"]["container"]["resources"]
+    spec, settings = read_package(
+        compile_package(
+            cluster, tmp_path / "p.yaml", wanted=Wanted(load_recipe("demo", {"training.nodes": 2}))
+        )
+    )
+    assert (
+        "accelerator"
+        not in json_format.MessageToDict(spec.deployment_spec)["executors"]["exec-train"]["container"][
+            "resources"
+        ]
+    )
     assert "kueue.x-k8s.io/queue-name" not in settings["exec-train"].pod_metadata.labels
-    given = json.loads(spec.root.dag.tasks["train"].inputs.parameters["trainjob"].runtime_value.constant.string_value)
+    given = json.loads(
+        spec.root.dag.tasks["train"].inputs.parameters["trainjob"].runtime_value.constant.string_value
+    )
     placement = Placement(**given)
     assert placement.resources == {"cpu": "64", "memory": "384Gi", "nvidia.com/gpu": "8"}
     assert placement.labels["kueue.x-k8s.io/queue-name"] == "slam-asr"
@@ -309,11 +374,20 @@ def test_resources_of_kubernetes_hold_the_same_pipeline(compiled):
     ("change", "complaint"),
     [
         ("producerTask: train", "convert-checkpoint.checkpoint comes from trian, which does not exist"),
-        ("outputArtifactKey: checkpoint", "convert-checkpoint.checkpoint comes from train's output trian, which does not exist"),
-        ("componentInputParameter: corpus", "build-manifest.corpus comes from trian, which the graph is not given"),
+        (
+            "outputArtifactKey: checkpoint",
+            "convert-checkpoint.checkpoint comes from train's output trian, which does not exist",
+        ),
+        (
+            "componentInputParameter: corpus",
+            "build-manifest.corpus comes from trian, which the graph is not given",
+        ),
         ("name: comp-decode", "decode uses the component trian, which does not exist"),
         ("image: slam-asr/decode:", "exec-decode runs in trian"),
-        ("exec-convert-checkpoint:\n          activeDeadline", "exec-convert-checkpoint has no settings of Kubernetes"),
+        (
+            "exec-convert-checkpoint:\n          activeDeadline",
+            "exec-convert-checkpoint has no settings of Kubernetes",
+        ),
     ],
 )
 def test_pipeline_that_contradicts_itself_is_refused(compiled, tmp_path, change, complaint):
@@ -330,7 +404,9 @@ def test_pipeline_that_contradicts_itself_is_refused(compiled, tmp_path, change,
 
 @pytest.mark.parametrize("change", ["executorLabel: exec-train", "activeDeadlineSeconds"])
 def test_unknown_key_is_refused(compiled, tmp_path, change):
-    (tmp_path / "broken.yaml").write_text((compiled / "slam-asr.yaml").read_text().replace(change, f"un{change}"))
+    (tmp_path / "broken.yaml").write_text(
+        (compiled / "slam-asr.yaml").read_text().replace(change, f"un{change}")
+    )
     with pytest.raises(PackageDefect, match="no field named"):
         check_package(tmp_path / "broken.yaml", IMAGES)
 
@@ -338,14 +414,35 @@ def test_unknown_key_is_refused(compiled, tmp_path, change):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--cluster", "one-gpu-nod"], "No cluster profile named one-gpu-nod, and no such file; did you mean one-gpu-node?"),
-        (["--images", "/no/such.yaml"], "The file of images /no/such.yaml cannot be read (No such file or directory): `make images` writes one."),
-        (["--images", "Registry/{stage} x"], "'Registry/build-manifest x' cannot be the image of build-manifest"),
-        (["--corpus", "/data"], "--corpus is /data, a place on this machine, which no pod of the cluster sees"),
+        (
+            ["--cluster", "one-gpu-nod"],
+            "No cluster profile named one-gpu-nod, and no such file; did you mean one-gpu-node?",
+        ),
+        (
+            ["--images", "/no/such.yaml"],
+            "The file of images /no/such.yaml cannot be read (No such file or directory): `make images` writes one.",
+        ),
+        (
+            ["--images", "Registry/{stage} x"],
+            "'Registry/build-manifest x' cannot be the image of build-manifest",
+        ),
+        (
+            ["--corpus", "/data"],
+            "--corpus is /data, a place on this machine, which no pod of the cluster sees",
+        ),
         (["--store", "runs"], "--store is runs, a place on this machine"),
-        (["demo", "--training.processes", "9"], "Recipe demo: training.processes is 9, but the cluster one-gpu-node gives each node of train 8 GPUs"),
-        (["demo", "--features.processes", "9"], "Recipe demo: features.processes is 9, but the cluster one-gpu-node gives extract-features 8 GPUs (steps.extract_features.gpus)"),
-        (["demo", "--decoding.processes", "9"], "Recipe demo: decoding.processes is 9, but the cluster one-gpu-node gives decode 1 GPUs (steps.decode.gpus)"),
+        (
+            ["demo", "--training.processes", "9"],
+            "Recipe demo: training.processes is 9, but the cluster one-gpu-node gives each node of train 8 GPUs",
+        ),
+        (
+            ["demo", "--features.processes", "9"],
+            "Recipe demo: features.processes is 9, but the cluster one-gpu-node gives extract-features 8 GPUs (steps.extract_features.gpus)",
+        ),
+        (
+            ["demo", "--decoding.processes", "9"],
+            "Recipe demo: decoding.processes is 9, but the cluster one-gpu-node gives decode 1 GPUs (steps.decode.gpus)",
+        ),
         (["demi"], "No recipe named demi, and no such file; did you mean demo?"),
     ],
 )
@@ -358,14 +455,38 @@ def test_what_cannot_run_is_refused_when_it_is_compiled(refused, tmp_path, argv,
     ("profile", "sentence"),
     [
         ("namespaces: x", "Cluster {}: unknown key namespaces; did you mean namespace?"),
-        ("steps: {train: {gpu: 1}}", "Cluster {}: unknown key steps.train.gpu; did you mean steps.train.gpus?"),
-        ("steps: {train: {gpus: 9, gpus_per_node: 8}}", "Cluster mine: steps.train.gpus is 9, but a node has 8"),
-        ("steps: {train: {gpus: many}}", "Cluster {}: steps.train.gpus: Expected a whole number. Got value: many."),
-        ("steps: {train: {memory: much}}", "Cluster mine: steps.train.memory is 'much' but must be a size such as 16Gi."),
-        ("steps: {train: {memory: 8Gi, shared_memory: 8Gi}}", "Cluster mine: steps.train.shared_memory (8Gi) counts against steps.train.memory (8Gi)"),
-        ("steps: {train: {tolerations: [{keys: x}]}}", "Cluster mine: steps.train.tolerations has an unknown key keys; did you mean key?"),
-        ("environment: {AWS_SECRET_ACCESS_KEY: x}", "Cluster mine: environment.AWS_SECRET_ACCESS_KEY looks like a credential"),
-        ("storage: {endpoint: 'http://me:word@host'}", "Cluster mine: storage.endpoint is 'http://…@host' but must be http://host:port"),
+        (
+            "steps: {train: {gpu: 1}}",
+            "Cluster {}: unknown key steps.train.gpu; did you mean steps.train.gpus?",
+        ),
+        (
+            "steps: {train: {gpus: 9, gpus_per_node: 8}}",
+            "Cluster mine: steps.train.gpus is 9, but a node has 8",
+        ),
+        (
+            "steps: {train: {gpus: many}}",
+            "Cluster {}: steps.train.gpus: Expected a whole number. Got value: many.",
+        ),
+        (
+            "steps: {train: {memory: much}}",
+            "Cluster mine: steps.train.memory is 'much' but must be a size such as 16Gi.",
+        ),
+        (
+            "steps: {train: {memory: 8Gi, shared_memory: 8Gi}}",
+            "Cluster mine: steps.train.shared_memory (8Gi) counts against steps.train.memory (8Gi)",
+        ),
+        (
+            "steps: {train: {tolerations: [{keys: x}]}}",
+            "Cluster mine: steps.train.tolerations has an unknown key keys; did you mean key?",
+        ),
+        (
+            "environment: {AWS_SECRET_ACCESS_KEY: x}",
+            "Cluster mine: environment.AWS_SECRET_ACCESS_KEY looks like a credential",
+        ),
+        (
+            "storage: {endpoint: 'http://me:word@host'}",
+            "Cluster mine: storage.endpoint is 'http://…@host' but must be http://host:port",
+        ),
         ("storage: {store: /data}", "Cluster mine: storage.store is '/data' but must be an s3:// prefix."),
         ("run_as_user: 0", "Cluster mine: run_as_user is 0 but must be above 0: steps do not run as root."),
         ("[]", "Cluster {} must hold keys and values, such as `namespace:`; it holds list."),
@@ -374,7 +495,9 @@ def test_what_cannot_run_is_refused_when_it_is_compiled(refused, tmp_path, argv,
 def test_mistake_in_a_profile_is_explained(refused, tmp_path, profile, sentence):
     path = tmp_path / "mine.yaml"
     path.write_text(profile)
-    assert refused("compile", "--cluster", str(path), "--output", str(tmp_path / "out")).startswith(sentence.replace("{}", str(path)))
+    assert refused("compile", "--cluster", str(path), "--output", str(tmp_path / "out")).startswith(
+        sentence.replace("{}", str(path))
+    )
 
 
 def test_sizes_are_read_as_kubernetes_reads_them():

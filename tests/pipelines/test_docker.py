@@ -25,13 +25,24 @@ def command(*options: object) -> list[str]:
 
 def containers() -> list[str]:
     """All containers that a run has made, finished ones too."""
-    return subprocess.run(["docker", "ps", "--all", "--quiet", "--filter", "label=slam-asr.run"], check=True, capture_output=True, text=True).stdout.split()
+    return subprocess.run(
+        ["docker", "ps", "--all", "--quiet", "--filter", "label=slam-asr.run"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
 
 
 @pytest.fixture
 def offline(monkeypatch, images):
     """Images at hand, no hub, and proxies that lead nowhere but to this machine."""
-    for name, value in {**NOWHERE, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "1", "SLAM_ASR_IMAGES": images}.items():
+    for name, value in {
+        **NOWHERE,
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "HF_HUB_OFFLINE": "1",
+        "SLAM_ASR_IMAGES": images,
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
 
@@ -39,7 +50,11 @@ def offline(monkeypatch, images):
 @pytest.fixture
 def real_speech(libri_mini, tmp_path) -> Path:
     """Six utterances for each of train, dev and test, as LibriSpeech lies on a disk."""
-    for subset, source in (("train-tiny", "train-clean-100"), ("dev-tiny", "test-other"), ("test-tiny", "test-other")):
+    for subset, source in (
+        ("train-tiny", "train-clean-100"),
+        ("dev-tiny", "test-other"),
+        ("test-tiny", "test-other"),
+    ):
         chapters = sorted((libri_mini / source).glob("*/*"))
         chapter = chapters[-1] if subset == "test-tiny" else chapters[0]
         target = tmp_path / "speech" / subset / chapter.relative_to(libri_mini / source)
@@ -53,9 +68,21 @@ def real_speech(libri_mini, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_whole_pipeline_on_real_speech_with_object_storage_on_the_host(offline, bucket, tiny_recipe, real_speech, tmp_path):
+def test_whole_pipeline_on_real_speech_with_object_storage_on_the_host(
+    offline, bucket, tiny_recipe, real_speech, tmp_path
+):
     output = tmp_path / "run"
-    options = [tiny_recipe, "--corpus", real_speech, "--output", output, "--store", "s3://bucket/docker", "--data.max_duration", "40"]
+    options = [
+        tiny_recipe,
+        "--corpus",
+        real_speech,
+        "--output",
+        output,
+        "--store",
+        "s3://bucket/docker",
+        "--data.max_duration",
+        "40",
+    ]
     done = subprocess.run(command(*options), cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6/6 score" in done.stdout and "\nWER " in done.stdout
@@ -72,14 +99,20 @@ def test_single_stages_on_local_paths_without_a_network(offline, tiny_recipe, ti
     common = [tiny_recipe, "--output", tmp_path / "run", "--network", "none", "--shared_memory", "256m"]
     for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode"):
         corpus = ["--corpus", tiny_corpus] if stage == "build-manifest" else []
-        done = subprocess.run(command(*common, *corpus, "--only", stage), cwd=CHECKOUT, capture_output=True, text=True)
+        done = subprocess.run(
+            command(*common, *corpus, "--only", stage), cwd=CHECKOUT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         record = read_record(follow_pointer(tmp_path / "run" / "results" / f"{stage}.json"))
         assert record.stage == stage
     assert record.file("report.html").is_file()
     assert containers() == []
     # The whole pipeline, in processes now, finds what the containers did.
-    rest = [argument for argument in command(tiny_recipe, "--corpus", tiny_corpus, "--output", tmp_path / "run") if argument not in ("--runner", "docker")]
+    rest = [
+        argument
+        for argument in command(tiny_recipe, "--corpus", tiny_corpus, "--output", tmp_path / "run")
+        if argument not in ("--runner", "docker")
+    ]
     done = subprocess.run(rest, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("already there, nothing to do") == 4
@@ -95,11 +128,33 @@ def test_one_stage_by_hand_as_a_user_whom_the_image_does_not_know(images, tiny_r
             if path.is_relative_to("/tmp") and path != Path("/tmp"):
                 path.chmod(0o755)
     done = subprocess.run(
-        ["docker", "run", "--rm", "--network", "none", "--user", "4242:4343", "--volume", f"{tiny_corpus}:/corpus:ro",
-         "--volume", f"{tiny_recipe.parent}:/recipe:ro", "--volume", f"{output}:/output", images.replace("{stage}", "build-manifest"),
-         "slam-asr", "build-manifest", "--recipe", "/recipe/tiny.yaml", "--corpus", "/corpus", "--output", "/output/manifests"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            "docker",
+            "run",
+            "--rm",
+            "--network",
+            "none",
+            "--user",
+            "4242:4343",
+            "--volume",
+            f"{tiny_corpus}:/corpus:ro",
+            "--volume",
+            f"{tiny_recipe.parent}:/recipe:ro",
+            "--volume",
+            f"{output}:/output",
+            images.replace("{stage}", "build-manifest"),
+            "slam-asr",
+            "build-manifest",
+            "--recipe",
+            "/recipe/tiny.yaml",
+            "--corpus",
+            "/corpus",
+            "--output",
+            "/output/manifests",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     written = [f for f in output.rglob("*") if f.is_file()]
     assert {f.name for f in written} >= {"train.jsonl", "test.jsonl", "statistics.html", "stage.json"}
@@ -109,10 +164,22 @@ def test_one_stage_by_hand_as_a_user_whom_the_image_does_not_know(images, tiny_r
 @pytest.mark.slow
 def test_failing_stage_fails_the_run_every_time(offline, tiny_recipe, tiny_corpus, tmp_path):
     for number in range(FAILURES):
-        options = [tiny_recipe, "--corpus", tiny_corpus, "--output", tmp_path / str(number), "--data.test", "[no-such-subset]"]
+        options = [
+            tiny_recipe,
+            "--corpus",
+            tiny_corpus,
+            "--output",
+            tmp_path / str(number),
+            "--data.test",
+            "[no-such-subset]",
+        ]
         done = subprocess.run(command(*options), cwd=CHECKOUT, capture_output=True, text=True)
         assert done.returncode == 2, done.stdout + done.stderr
-        assert "slam-asr: error: " in done.stdout and "no-such-subset" in done.stdout and "Traceback" not in done.stdout + done.stderr
+        assert (
+            "slam-asr: error: " in done.stdout
+            and "no-such-subset" in done.stdout
+            and "Traceback" not in done.stdout + done.stderr
+        )
         assert done.stderr.startswith("slam-asr: step build-manifest stopped at the error above")
     assert containers() == []
 
@@ -125,7 +192,9 @@ def test_exit_code_and_last_words_of_a_short_container_are_never_lost(images, tm
     with Containers(Settings(network="none"), str(tmp_path), [tmp_path], []) as engine:
         for number in range(10 * FAILURES):
             heard = []
-            code = engine.run("decode", image, ["sh", "-c", f"echo last wörds; exit {number % 2 * 7}"], heard.append)
+            code = engine.run(
+                "decode", image, ["sh", "-c", f"echo last wörds; exit {number % 2 * 7}"], heard.append
+            )
             assert (code, heard) == (number % 2 * 7, ["last wörds\n"])
     assert containers() == []
 
@@ -133,7 +202,9 @@ def test_exit_code_and_last_words_of_a_short_container_are_never_lost(images, tm
 @pytest.mark.slow
 def test_interrupted_run_leaves_no_container(offline, tiny_recipe, tiny_corpus, tmp_path):
     options = [tiny_recipe, "--corpus", tiny_corpus, "--output", tmp_path / "run"]
-    process = subprocess.Popen(command(*options), cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(*options), cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     for line in process.stdout:
         if line.startswith("2/6"):
             break
@@ -154,8 +225,28 @@ def test_containers_of_a_run_that_was_killed_are_removed_by_the_next(images, tmp
 
     image = images.replace("{stage}", "build-manifest")
     for run in (str(tmp_path), "another run"):
-        subprocess.run(["docker", "run", "--detach", "--network", "none", "--label", f"{LABEL}={run}", image, "sleep", "300"], check=True, capture_output=True)
-    [_, other] = sorted(containers(), key=lambda c: "another" in subprocess.run(["docker", "inspect", c], capture_output=True, text=True).stdout)
+        subprocess.run(
+            [
+                "docker",
+                "run",
+                "--detach",
+                "--network",
+                "none",
+                "--label",
+                f"{LABEL}={run}",
+                image,
+                "sleep",
+                "300",
+            ],
+            check=True,
+            capture_output=True,
+        )
+    [_, other] = sorted(
+        containers(),
+        key=lambda c: (
+            "another" in subprocess.run(["docker", "inspect", c], capture_output=True, text=True).stdout
+        ),
+    )
     with Containers(Settings(network="none"), str(tmp_path), [tmp_path], []):
         assert containers() == [other]
     subprocess.run(["docker", "rm", "--force", other], check=True, capture_output=True)
@@ -165,8 +256,14 @@ def test_containers_of_a_run_that_was_killed_are_removed_by_the_next(images, tmp
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--images", "no-such/{stage}:1"], "There is no image no-such/build-manifest:1 for build-manifest here: `make images` builds it"),
-        (["--images", "localhost:9/{stage}:1"], "localhost:9/build-manifest:1, the image of build-manifest, cannot be pulled"),
+        (
+            ["--images", "no-such/{stage}:1"],
+            "There is no image no-such/build-manifest:1 for build-manifest here: `make images` builds it",
+        ),
+        (
+            ["--images", "localhost:9/{stage}:1"],
+            "localhost:9/build-manifest:1, the image of build-manifest, cannot be pulled",
+        ),
         (["--gpus", "all"], "--gpus is all, but the Docker engine has no GPU"),
         (["--gpus", "many"], "--gpus is many: give auto, all, none or a number."),
         (["--network", "no-such"], "The Docker engine has no network no-such: --network may be"),
@@ -174,9 +271,21 @@ def test_containers_of_a_run_that_was_killed_are_removed_by_the_next(images, tmp
         (["--only", "decode"], "decode needs what build-manifest makes, and "),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_starts(docker_engine, monkeypatch, images, tiny_recipe, tiny_corpus, tmp_path, capsys, options, sentence):
+def test_what_cannot_run_is_refused_before_anything_starts(
+    docker_engine, monkeypatch, images, tiny_recipe, tiny_corpus, tmp_path, capsys, options, sentence
+):
     monkeypatch.setenv("SLAM_ASR_IMAGES", images)
-    given = ["run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--output", str(tmp_path), "--runner", "docker", *options]
+    given = [
+        "run",
+        str(tiny_recipe),
+        "--corpus",
+        str(tiny_corpus),
+        "--output",
+        str(tmp_path),
+        "--runner",
+        "docker",
+        *options,
+    ]
     with pytest.raises(SystemExit) as leaving:
         cli.main(given)
     assert leaving.value.code == 2
@@ -185,14 +294,28 @@ def test_what_cannot_run_is_refused_before_anything_starts(docker_engine, monkey
     assert containers() == []
 
 
-def test_no_engine_and_no_stage_are_said_in_one_sentence(monkeypatch, tiny_recipe, tiny_corpus, tmp_path, capsys):
+def test_no_engine_and_no_stage_are_said_in_one_sentence(
+    monkeypatch, tiny_recipe, tiny_corpus, tmp_path, capsys
+):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
     for options, sentence in (
         ([], "The Docker engine does not answer ("),
         (["--only", "trian"], "There is no stage trian: --only may be build-manifest, "),
     ):
         with pytest.raises(SystemExit):
-            cli.main(["run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--output", str(tmp_path / "run"), "--runner", "docker", *options])
+            cli.main(
+                [
+                    "run",
+                    str(tiny_recipe),
+                    "--corpus",
+                    str(tiny_corpus),
+                    "--output",
+                    str(tmp_path / "run"),
+                    "--runner",
+                    "docker",
+                    *options,
+                ]
+            )
         [line] = capsys.readouterr().err.splitlines()
         assert line.removeprefix("slam-asr: error: ").startswith(sentence)
     assert not (tmp_path / "run").exists()

@@ -25,7 +25,18 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def command(recipe: Path, corpus: Path, output: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "pipelines", "run", str(recipe), "--corpus", str(corpus), "--output", str(output), *options]
+    return [
+        sys.executable,
+        "-m",
+        "pipelines",
+        "run",
+        str(recipe),
+        "--corpus",
+        str(corpus),
+        "--output",
+        str(output),
+        *options,
+    ]
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
@@ -53,7 +64,9 @@ def test_all_steps_run_and_are_summed_up(finished):
     rows = table(done.stdout)
     assert list(rows) == [*RESULTS, "this run"]
     assert all(not time.startswith("(kept)") for time, _ in rows.values())
-    rates = re.search(r"^WER (.*) % · WER shuffled audio (.*) % · WER empty output (.*) %$", done.stdout, re.MULTILINE)
+    rates = re.search(
+        r"^WER (.*) % · WER shuffled audio (.*) % · WER empty output (.*) %$", done.stdout, re.MULTILINE
+    )
     assert float(rates[3]) == 100.0
     report = Path(re.search(r"^report: (.*)$", done.stdout, re.MULTILINE)[1])
     assert report.is_file() and report.is_relative_to(output / "store" / "score")
@@ -93,14 +106,21 @@ def test_second_run_keeps_everything(finished, tiny_recipe, tiny_corpus):
 def test_decoding_in_parts_gives_the_same_texts_and_rates(finished, tiny_recipe, tiny_corpus):
     output, whole = finished
     [before] = (output / "store" / "score").glob("*/hypotheses.jsonl")
-    done = run(tiny_recipe, tiny_corpus, output, "--decoding.parts", "3", "--decoding.positions_per_batch", "40")
+    done = run(
+        tiny_recipe, tiny_corpus, output, "--decoding.parts", "3", "--decoding.positions_per_batch", "40"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     [after] = (f for f in (output / "store" / "score").glob("*/hypotheses.jsonl") if f != before)
     assert after.read_bytes() == before.read_bytes()
-    assert re.search(r"^WER .*$", done.stdout, re.MULTILINE)[0] == re.search(r"^WER .*$", whole.stdout, re.MULTILINE)[0]
+    assert (
+        re.search(r"^WER .*$", done.stdout, re.MULTILINE)[0]
+        == re.search(r"^WER .*$", whole.stdout, re.MULTILINE)[0]
+    )
     parts = re.findall(r"decode: (\d+) of (\d+) utterances, part (\d)-of-3", done.stdout)
     assert sorted(number for *_, number in parts) == ["1", "2", "3"]
-    assert sum(int(mine) for mine, *_ in parts) == int(parts[0][1]) and min(int(mine) for mine, *_ in parts) > 0
+    assert (
+        sum(int(mine) for mine, *_ in parts) == int(parts[0][1]) and min(int(mine) for mine, *_ in parts) > 0
+    )
 
 
 def model_of(output: Path) -> Path:
@@ -117,24 +137,45 @@ def trained_model(finished, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_model_that_is_only_measured_gets_the_error_rate_of_its_own_run(finished, trained_model, tiny_recipe, tiny_corpus, tmp_path):
-    before = Path(re.search(r"^report: (.*)$", finished[1].stdout, re.MULTILINE)[1]).parent / "hypotheses.jsonl"
+def test_a_model_that_is_only_measured_gets_the_error_rate_of_its_own_run(
+    finished, trained_model, tiny_recipe, tiny_corpus, tmp_path
+):
+    before = (
+        Path(re.search(r"^report: (.*)$", finished[1].stdout, re.MULTILINE)[1]).parent / "hypotheses.jsonl"
+    )
     done = run(tiny_recipe, tiny_corpus, tmp_path, "--model", str(trained_model), "--decoding.parts", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(table(done.stdout)) == [*EVALUATION_RESULTS, "this run"]
     [after] = (tmp_path / "store" / "score").glob("*/hypotheses.jsonl")
     assert after.read_bytes() == before.read_bytes()
-    assert re.search(r"^WER .*$", done.stdout, re.MULTILINE)[0] == re.search(r"^WER .*$", finished[1].stdout, re.MULTILINE)[0]
+    assert (
+        re.search(r"^WER .*$", done.stdout, re.MULTILINE)[0]
+        == re.search(r"^WER .*$", finished[1].stdout, re.MULTILINE)[0]
+    )
     assert table(done.stdout)["build-manifest"][1].startswith("6 test utterances")
     assert table(done.stdout)["extract-features"][1].startswith("6 ")
 
 
 @pytest.mark.slow
-def test_a_model_of_other_features_stops_the_run_before_its_first_step(trained_model, tiny_recipe, tiny_corpus, tmp_path):
-    done = run(tiny_recipe, tiny_corpus, tmp_path, "--model", str(trained_model), "--encoder.frames", "all", "--features.dtype", "fp32")
+def test_a_model_of_other_features_stops_the_run_before_its_first_step(
+    trained_model, tiny_recipe, tiny_corpus, tmp_path
+):
+    done = run(
+        tiny_recipe,
+        tiny_corpus,
+        tmp_path,
+        "--model",
+        str(trained_model),
+        "--encoder.frames",
+        "all",
+        "--features.dtype",
+        "fp32",
+    )
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
-    assert line.endswith("trained on other features (encoder.frames is all, not speech, features.dtype is fp32, not bf16): add --encoder.frames speech --features.dtype bf16.")
+    assert line.endswith(
+        "trained on other features (encoder.frames is all, not speech, features.dtype is fp32, not bf16): add --encoder.frames speech --features.dtype bf16."
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,7 +185,11 @@ def test_what_travels_between_steps_is_small(finished):
     output, _ = finished
     steps = output / "steps"
     files = {f.relative_to(steps): f.stat().st_size for f in steps.rglob("*") if f.is_file()}
-    pages = {name: size for name, size in files.items() if name.name in ("statistics", "curves", "report", "summary")}
+    pages = {
+        name: size
+        for name, size in files.items()
+        if name.name in ("statistics", "curves", "report", "summary")
+    }
     assert len(pages) >= 4 and max(pages.values()) < 1_000_000
     assert max(size for name, size in files.items() if name not in pages) < 10_000
     pointers = [name for name in files if name.name in RESULTS.values()]
@@ -176,14 +221,20 @@ def test_mistake_found_by_a_step_is_one_sentence_and_code_2(tiny_recipe, tiny_co
 
 def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_corpus, tmp_path):
     process = subprocess.Popen(
-        command(tiny_recipe, tiny_corpus, tmp_path), cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command(tiny_recipe, tiny_corpus, tmp_path),
+        cwd=CHECKOUT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     for line in process.stdout:
         if line.startswith("2/6"):
             break
     # The line comes before the step's process does: wait for that, for there must be something to end.
     deadline = time.monotonic() + 30
-    while not (family := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < deadline:
+    while (
+        not (family := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -210,23 +261,37 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path):
         with pytest.raises(UserError, match="Another run is working in"):
             LocalRun(tmp_path).execute(Wanted(), "")
         with pytest.raises(UserError, match="Another run is working in"):
-            LocalRun(tmp_path).execute_only("train", "", lambda: pytest.fail("prepared in a folder that another run holds"))
+            LocalRun(tmp_path).execute_only(
+                "train", "", lambda: pytest.fail("prepared in a folder that another run holds")
+            )
 
 
 def test_sieve_parts_the_executor_from_the_step():
     voice, log = io.StringIO(), io.StringIO()
     sieve = Sieve(voice, log)
-    executor = ["[KFP Executor 2026-01-01 INFO]: Got executor_input:\n", "{\n", '    "a": {\n', "    }\n", "}\n"]
+    executor = [
+        "[KFP Executor 2026-01-01 INFO]: Got executor_input:\n",
+        "{\n",
+        '    "a": {\n',
+        "    }\n",
+        "}\n",
+    ]
     step = ["train: 1/2\n", "{\n", "}\n", "[KFP Executor 2026-01-01 WARNING]: look here\n"]
     for line in [*executor, *step, "[KFP Executor 2026-01-01 INFO]: Wrote executor output file\n"]:
         sieve.hear(line)
     assert voice.getvalue() == "".join(step)
-    assert log.getvalue() == "".join(executor) + "[KFP Executor 2026-01-01 INFO]: Wrote executor output file\n"
+    assert (
+        log.getvalue() == "".join(executor) + "[KFP Executor 2026-01-01 INFO]: Wrote executor output file\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(1, "failed with exit code 1; its own lines are above, kfp's in"), (137, "killed by signal 9 (often: out of memory)"), (143, "killed by signal 15;")],
+    [
+        (1, "failed with exit code 1; its own lines are above, kfp's in"),
+        (137, "killed by signal 9 (often: out of memory)"),
+        (143, "killed by signal 15;"),
+    ],
 )
 def test_failure_names_the_step_and_the_likely_reason(tmp_path, code, words):
     line = failure(Step("train", tmp_path, 0.0, code), tmp_path)

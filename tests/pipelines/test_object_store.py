@@ -15,16 +15,35 @@ SECRETS = ("a-secret-that-nobody-may-see", "AKIAKEYTHATISSECRETTOO")
 
 
 @pytest.mark.slow
-def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(bucket, tiny_recipe, tiny_corpus, tmp_path, monkeypatch):
+def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(
+    bucket, tiny_recipe, tiny_corpus, tmp_path, monkeypatch
+):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", SECRETS[1])
     command = [
-        sys.executable, "-m", "pipelines", "run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--store", "s3://bucket/runs/tiny",
-        "--features.parts", "2", "--features.shard_megabytes", "1",
+        sys.executable,
+        "-m",
+        "pipelines",
+        "run",
+        str(tiny_recipe),
+        "--corpus",
+        str(tiny_corpus),
+        "--store",
+        "s3://bucket/runs/tiny",
+        "--features.parts",
+        "2",
+        "--features.shard_megabytes",
+        "1",
     ]
     # A second machine: nothing but the bucket is shared.
     for run in ("first", "second"):
         monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / f"cache-{run}"))
-        done = subprocess.run([*command, "--output", str(tmp_path / run)], cwd=CHECKOUT, capture_output=True, text=True, env=os.environ)
+        done = subprocess.run(
+            [*command, "--output", str(tmp_path / run)],
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+            env=os.environ,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         if run == "second":
             assert done.stdout.count("(kept)") == 7, done.stdout
@@ -33,7 +52,9 @@ def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(bucket, tiny_r
     names = [f.name for f in walk("s3://bucket/runs/tiny")]
     for wanted in ("train.jsonl", "projector.safetensors", "report.html", "curves.html", "hypotheses.jsonl"):
         assert any(name.endswith(wanted) for name in names), wanted
-    assert sum(name.startswith("features/") and "/indexes/" in name for name in names) == 6, "three manifests in two parts"
+    assert sum(name.startswith("features/") and "/indexes/" in name for name in names) == 6, (
+        "three manifests in two parts"
+    )
     for folder in [tmp_path / "first", "s3://bucket/runs/tiny"]:
         for file in walk(str(folder)):
             content = read_bytes(f"{folder}/{file.name}")
@@ -44,6 +65,11 @@ def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(bucket, tiny_r
 
 def test_the_compiled_pipeline_knows_no_credentials(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", SECRETS[1])
-    subprocess.run([sys.executable, "-m", "pipelines", "compile", "--output", str(tmp_path)], cwd=CHECKOUT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pipelines", "compile", "--output", str(tmp_path)],
+        cwd=CHECKOUT,
+        check=True,
+        capture_output=True,
+    )
     for file in tmp_path.rglob("*.yaml"):
         assert not any(secret in file.read_text() for secret in SECRETS)

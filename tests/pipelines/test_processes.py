@@ -16,7 +16,9 @@ def python(code: str) -> list[str]:
 
 def test_lines_of_both_streams_and_the_exit_code_come_through():
     lines = []
-    code = processes.run(python("import sys; print('a'); print('b', file=sys.stderr); sys.exit(3)"), lines.append)
+    code = processes.run(
+        python("import sys; print('a'); print('b', file=sys.stderr); sys.exit(3)"), lines.append
+    )
     assert (sorted(lines), code) == (["a\n", "b\n"], 3)
 
 
@@ -38,7 +40,9 @@ print(worker.pid, flush=True)
 """
 
 
-@pytest.mark.parametrize("then", ["worker.wait()", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); worker.wait()"])
+@pytest.mark.parametrize(
+    "then", ["worker.wait()", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); worker.wait()"]
+)
 def test_interrupted_step_leaves_no_process(monkeypatch, then):
     monkeypatch.setattr(processes, "GRACE", 1.0)
     pids = []

@@ -28,16 +28,41 @@ class Words:
 
 
 def shapes(**training) -> Shapes:
-    options = {"positions_per_step": 6000, "positions_per_batch": min(6000, training.get("positions_per_step", 6000)), **training}
-    recipe = load_recipe("librispeech", {"encoder.frames": "speech", "encoder.long_audio": "split", **{f"training.{key}": value for key, value in options.items()}})
-    encoder = spec_of(Path("none"), AutoConfig.for_model("whisper", d_model=64, encoder_layers=1, decoder_layers=1), recipe.encoder)
-    llm = AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, vocab_size=32000)
+    options = {
+        "positions_per_step": 6000,
+        "positions_per_batch": min(6000, training.get("positions_per_step", 6000)),
+        **training,
+    }
+    recipe = load_recipe(
+        "librispeech",
+        {
+            "encoder.frames": "speech",
+            "encoder.long_audio": "split",
+            **{f"training.{key}": value for key, value in options.items()},
+        },
+    )
+    encoder = spec_of(
+        Path("none"),
+        AutoConfig.for_model("whisper", d_model=64, encoder_layers=1, decoder_layers=1),
+        recipe.encoder,
+    )
+    llm = AutoConfig.for_model(
+        "llama",
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        vocab_size=32000,
+    )
     return Shapes(recipe, encoder, llm, [])
 
 
 def utterances(count: int = 400, longest: float = 10.0) -> list[Utterance]:
     """Of five seconds each, but for one in the middle."""
-    return [Utterance(str(i), "a.wav", "a few words", duration=longest if i == count // 2 else 5.0) for i in range(count)]
+    return [
+        Utterance(str(i), "a.wav", "a few words", duration=longest if i == count // 2 else 5.0)
+        for i in range(count)
+    ]
 
 
 def taken(of: Shapes, processes: int = 1, on_gpu: bool = True) -> float:
@@ -50,7 +75,10 @@ def gpus(memory: float | None, count: int = 1, host: float | None = None) -> Pla
 
 def test_what_cannot_fit_is_refused_and_what_is_close_is_said(capsys):
     whole = shapes()
-    with pytest.raises(UserError, match=r"takes about 5\.\d+ GB of each GPU \(3\.\d+ GB activations and 1\.5 GB CUDA and NCCL\), and there are 4\.\d+ GB: ") as refused:
+    with pytest.raises(
+        UserError,
+        match=r"takes about 5\.\d+ GB of each GPU \(3\.\d+ GB activations and 1\.5 GB CUDA and NCCL\), and there are 4\.\d+ GB: ",
+    ) as refused:
         require_fit(whole, Words(), utterances(), gpus(taken(whole) / 1.16))
     assert "\n" not in str(refused.value)
     assert capsys.readouterr().out == ""
@@ -67,7 +95,9 @@ def test_what_is_proposed_fits(capsys):
         require_fit(whole, Words(), utterances(), gpus(room))
     proposed = dict(re.findall(r"--training\.(\w+) (\S+?)(?=[ .]|$)", str(refused.value)))
     assert proposed.keys() == {"positions_per_batch"}
-    require_fit(shapes(positions_per_batch=int(proposed["positions_per_batch"])), Words(), utterances(), gpus(room))
+    require_fit(
+        shapes(positions_per_batch=int(proposed["positions_per_batch"])), Words(), utterances(), gpus(room)
+    )
     assert capsys.readouterr().out == ""
 
 
@@ -81,7 +111,10 @@ def test_processes_on_a_cpu_share_the_host(capsys):
     one, two = (taken(whole, n, on_gpu=False) for n in (1, 2))
     require_fit(whole, Words(), utterances(), Place(1, 1, False, one * 1.1, one * 1.1))
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match=r"in each of 2 processes \(.+, fewer training.processes|in each of 2 processes .+ set --training"):
+    with pytest.raises(
+        UserError,
+        match=r"in each of 2 processes \(.+, fewer training.processes|in each of 2 processes .+ set --training",
+    ):
         require_fit(whole, Words(), utterances(), Place(2, 2, False, two, two))
 
 
@@ -102,7 +135,9 @@ def test_a_batch_is_what_the_budget_a_step_and_the_set_allow():
         return load.rows * load.length
 
     assert positions(positions_per_batch=600) == pytest.approx(600)
-    assert positions(positions_per_batch=600, packing=False) == 5 * 116  # whole utterances, as long as the longest
+    assert (
+        positions(positions_per_batch=600, packing=False) == 5 * 116
+    )  # whole utterances, as long as the longest
     assert positions(positions_per_step=2000, positions_per_batch=2000, processes=4) == pytest.approx(500)
     assert positions(count=4) == pytest.approx(4 * 66 + 50)
     assert positions(utterances_per_batch=3) == 3 * 116
@@ -118,7 +153,11 @@ def test_where_memory_or_model_is_unknown_nothing_is_said(capsys, monkeypatch):
 
 def test_an_optimiser_kept_by_the_host_must_fit_there():
     full = shapes(zero_stage=2, offload_optimizer=True)
-    full = dataclasses.replace(full, recipe=dataclasses.replace(full.recipe, llm=dataclasses.replace(full.recipe.llm, tuning="full")), _known={})
+    full = dataclasses.replace(
+        full,
+        recipe=dataclasses.replace(full.recipe, llm=dataclasses.replace(full.recipe.llm, tuning="full")),
+        _known={},
+    )
     require_fit(full, Words(), utterances(), gpus(80e9, host=12 * full.trained_parameters))
     with pytest.raises(UserError, match=r"training\.offload_optimizer keeps about .+ this host's memory"):
         require_fit(full, Words(), utterances(), gpus(80e9, host=12 * full.trained_parameters / 1.2))

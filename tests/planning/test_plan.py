@@ -72,7 +72,11 @@ def test_what_cannot_fit_has_no_proposal(capsys):
 
 
 def test_a_70b_full_fine_tune_needs_the_hosts_memory_on_eight_gpus():
-    result = plan(load_recipe("wavlm-large-llama-2-70b-full", {"training.offload_optimizer": False}), gpus=8, gpu_memory=80)
+    result = plan(
+        load_recipe("wavlm-large-llama-2-70b-full", {"training.offload_optimizer": False}),
+        gpus=8,
+        gpu_memory=80,
+    )
     assert not result.fits
     assert plan(load_recipe("wavlm-large-llama-2-70b-full"), gpus=8, gpu_memory=80).fits
 
@@ -90,7 +94,9 @@ def test_each_zero_stage_takes_no_more_than_the_one_before():
 def test_computing_layers_again_saves_activations():
     load = Load(8, 360, 300, 40)
     kept, again = (
-        training_memory(shapes("whisper-large-v2-vicuna-7b", **{"training.gradient_checkpointing": g}), load, 1).activations
+        training_memory(
+            shapes("whisper-large-v2-vicuna-7b", **{"training.gradient_checkpointing": g}), load, 1
+        ).activations
         for g in (False, True)
     )
     assert again < kept / 5

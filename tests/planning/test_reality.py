@@ -15,7 +15,9 @@ PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "plan.py"
 @pytest.mark.parametrize("case", [1, 2, 4, 5, 6])
 def test_predicted_memory_is_within_15_percent(case):
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--only", str(case), "--json"], capture_output=True, text=True,
+        [sys.executable, str(PROGRAM), "--only", str(case), "--json"],
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[1])},
     )
     assert done.returncode == 0, done.stderr[-2000:]

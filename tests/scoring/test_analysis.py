@@ -86,7 +86,48 @@ def test_randomisation_and_its_normal_approximation_agree(monkeypatch):
     assert matched_pairs(first, second, words).p == pytest.approx(exact, abs=0.02)
 
 
-VOCABULARY = ["the", "cat", "one", "two", "and", "a", "half", "point", "twenty", "five", "oh", "hundred", "thousand", "minus", "dollars", "mr", "st", "it's", "been", "he'd", "gone", "uh", "hmm", "can't", "second", "per", "cent", "double", "seven", "ones", "'tis", "don't", "(laughs)", "42", "7th", "naïve", "U.S.", "Hello,", "o'clock", "won't"]
+VOCABULARY = [
+    "the",
+    "cat",
+    "one",
+    "two",
+    "and",
+    "a",
+    "half",
+    "point",
+    "twenty",
+    "five",
+    "oh",
+    "hundred",
+    "thousand",
+    "minus",
+    "dollars",
+    "mr",
+    "st",
+    "it's",
+    "been",
+    "he'd",
+    "gone",
+    "uh",
+    "hmm",
+    "can't",
+    "second",
+    "per",
+    "cent",
+    "double",
+    "seven",
+    "ones",
+    "'tis",
+    "don't",
+    "(laughs)",
+    "42",
+    "7th",
+    "naïve",
+    "U.S.",
+    "Hello,",
+    "o'clock",
+    "won't",
+]
 
 
 def test_the_quick_normaliser_writes_what_transformers_own_writes():
@@ -121,7 +162,7 @@ def test_the_quick_normaliser_writes_what_transformers_own_writes():
         ("i cannot help it", "i cannot help it", []),
         ("sing a song", "sing sing sing and sing a song", []),
     ],
-)  # fmt: skip
+)
 def test_guards_find_what_went_wrong_and_nothing_that_was_said(spoken, written, found):
     assert guards_of(Hypothesis("u", spoken, written)) == found
     assert guards_of(Hypothesis("u", spoken, written, cut=True)).count(CUT) == 1
@@ -132,11 +173,15 @@ def rows_of_two_speakers() -> list[Hypothesis]:
     words = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat"]
     return [
         Hypothesis(
-            f"u{n}", " ".join(chance.choices(words, k=chance.randint(0, 8))), " ".join(chance.choices(words, k=chance.randint(0, 8))),
-            chance.choice(["clean", "other"]), chance.choice(["61", "62"]), chance.choice([0.0, 3.0, 5.0, 12.0, 31.0]),
+            f"u{n}",
+            " ".join(chance.choices(words, k=chance.randint(0, 8))),
+            " ".join(chance.choices(words, k=chance.randint(0, 8))),
+            chance.choice(["clean", "other"]),
+            chance.choice(["61", "62"]),
+            chance.choice([0.0, 3.0, 5.0, 12.0, 31.0]),
         )
         for n in range(120)
-    ]  # fmt: skip
+    ]
 
 
 def test_groups_leave_no_utterance_out():
@@ -148,7 +193,10 @@ def test_groups_leave_no_utterance_out():
     assert sum(group["utterances"] for group in numbers["durations"]) == sum(row.duration > 0 for row in rows)
     assert [(group["from"], group["to"]) for group in numbers["durations"]] == [(0, 5), (10, 15), (30, None)]
     silent = [row for row in rows if not row.reference]
-    assert numbers["empty_references"] == {"utterances": len(silent), "insertions": sum(len(row.hypothesis.split()) for row in silent)}
+    assert numbers["empty_references"] == {
+        "utterances": len(silent),
+        "insertions": sum(len(row.hypothesis.split()) for row in silent),
+    }
     assert numbers["all"]["interval"][0] < numbers["all"]["wer"] < numbers["all"]["interval"][1]
 
 
@@ -166,6 +214,9 @@ def test_an_unknown_speaker_leaves_no_interval_over_speakers():
 
 
 def test_normalised_text_is_forgiven_its_spelling():
-    rows = [Hypothesis("a", "it's twenty one dollars", "It is $21."), Hypothesis("b", "mister brown", "Mr. Brown!")]
+    rows = [
+        Hypothesis("a", "it's twenty one dollars", "It is $21."),
+        Hypothesis("b", "mister brown", "Mr. Brown!"),
+    ]
     numbers = analyse(measure(rows))["all"]
     assert numbers["normalised"] == 0.0 and numbers["wer"] == 100

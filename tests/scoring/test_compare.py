@@ -20,14 +20,23 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat", "and", "th
 
 def spoken(count: int = 120) -> list[tuple[str, str, str]]:
     chance = random.Random(1)
-    return [(f"u{n:03d}", " ".join(chance.choices(WORDS, k=chance.randint(3, 12))), chance.choice(["clean", "other"])) for n in range(count)]
+    return [
+        (
+            f"u{n:03d}",
+            " ".join(chance.choices(WORDS, k=chance.randint(3, 12))),
+            chance.choice(["clean", "other"]),
+        )
+        for n in range(count)
+    ]
 
 
 def written(errs: float, seed: int) -> list[Hypothesis]:
     """What a recogniser writes that gets that share of words wrong."""
     chance = random.Random(seed)
     return [
-        Hypothesis(key, text, " ".join("wrong" if chance.random() < errs else word for word in text.split()), subset)
+        Hypothesis(
+            key, text, " ".join("wrong" if chance.random() < errs else word for word in text.split()), subset
+        )
         for key, text, subset in spoken()
     ]
 
@@ -58,13 +67,20 @@ def test_exchanged_they_differ_by_sign_alone(outputs):
 
 
 def test_one_with_itself_differs_in_nothing(outputs):
-    assert {(row.difference, row.p, row.verdict) for row in compare(outputs[0], outputs[0])} == {(0.0, 1.0, "may be chance")}
+    assert {(row.difference, row.p, row.verdict) for row in compare(outputs[0], outputs[0])} == {
+        (0.0, 1.0, "may be chance")
+    }
 
 
 def test_slam_llms_files_say_the_same(outputs, tmp_path):
     rows = written(0.3, 3)
-    for name, texts in (("pred", {r.key: r.hypothesis for r in rows}), ("gt", {r.key: r.reference for r in rows})):
-        (tmp_path / f"decode_log_{name}").write_text("".join(f"{key}\t{text}\n" for key, text in texts.items()))
+    for name, texts in (
+        ("pred", {r.key: r.hypothesis for r in rows}),
+        ("gt", {r.key: r.reference for r in rows}),
+    ):
+        (tmp_path / f"decode_log_{name}").write_text(
+            "".join(f"{key}\t{text}\n" for key, text in texts.items())
+        )
     assert compare(outputs[0], str(tmp_path / "decode_log_pred"))[-1] == compare(*outputs)[-1]
 
 
@@ -100,7 +116,14 @@ def test_other_references_are_refused(outputs, tmp_path):
         compare(outputs[0], str(tmp_path / "other.jsonl"))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["/no/such", "/no/such"], "There are no hypotheses at /no/such"), (["one"], "Missing: --second"), (["a", "b", "c"], "a stands alone")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such", "/no/such"], "There are no hypotheses at /no/such"),
+        (["one"], "Missing: --second"),
+        (["a", "b", "c"], "a stands alone"),
+    ],
+)
 def test_what_is_not_there_is_a_sentence(arguments, message):
     with pytest.raises(UserError, match=message):
         run("compare", arguments)

@@ -40,5 +40,9 @@ def test_the_room_is_kept_and_what_cannot_be_read_is_said(capsys, tmp_path):
 
 
 def test_the_worst_come_first():
-    rows = [Hypothesis("a", "one two", "one two"), Hypothesis("b", "one two three", ""), Hypothesis("c", "one two", "")]
+    rows = [
+        Hypothesis("a", "one two", "one two"),
+        Hypothesis("b", "one two three", ""),
+        Hypothesis("c", "one two", ""),
+    ]
     assert [rows[i].key for i in worst_first(measure(rows))] == ["b", "c", "a"]

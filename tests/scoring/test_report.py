@@ -18,7 +18,9 @@ from slam_asr.scoring.report import WORST, write_report
 from slam_asr.scoring.wer import Hypothesis
 
 ROWS = [
-    Hypothesis("c-1", "the cat sat on the big red mat", "the cat sit on the red mat now", "test-clean", "61", 2.5),
+    Hypothesis(
+        "c-1", "the cat sat on the big red mat", "the cat sit on the red mat now", "test-clean", "61", 2.5
+    ),
     Hypothesis("c-2", "all is well", "all is well", "test-clean", "62", 1.1),
     Hypothesis("o-1", "nothing was heard", "", "test-other", "63", 1800.0),
     Hypothesis("o-2", "one two", "one two", "test-other", "63", 1800.0),
@@ -26,12 +28,24 @@ ROWS = [
 SHUFFLED = [Hypothesis(r.key, r.reference, "something else", r.subset, r.speaker, r.duration) for r in ROWS]
 EMPTY = [Hypothesis(r.key, r.reference, "", r.subset, r.speaker, r.duration) for r in ROWS]
 TRAINING = {
-    "recipe": "demo", "encoder": "openai/whisper-tiny", "llm": "TinyLlama", "projector_parameters": 18880512,
-    "all_parameters": 1888051200, "precision": "bf16", "device": "some GPU", "processes": 4, "steps": 2000,
-    "epochs": 3, "seconds": 3723.4, "train_utterances": 281241, "train_hours": 960.9,
-    "curve": [{"step": n, "loss": 9 / n, "accuracy": 1 - 1 / n, "learning_rate": 1e-4} for n in range(1, 2001)],
+    "recipe": "demo",
+    "encoder": "openai/whisper-tiny",
+    "llm": "TinyLlama",
+    "projector_parameters": 18880512,
+    "all_parameters": 1888051200,
+    "precision": "bf16",
+    "device": "some GPU",
+    "processes": 4,
+    "steps": 2000,
+    "epochs": 3,
+    "seconds": 3723.4,
+    "train_utterances": 281241,
+    "train_hours": 960.9,
+    "curve": [
+        {"step": n, "loss": 9 / n, "accuracy": 1 - 1 / n, "learning_rate": 1e-4} for n in range(1, 2001)
+    ],
     "validation": [{"step": n, "loss": 10 / n, "accuracy": 0.9 - 100 / n} for n in range(500, 2001, 500)],
-}  # fmt: skip
+}
 DECODING = {
     "beams": 4,
     "seconds": 360.0,
@@ -85,9 +99,13 @@ class Page(HTMLParser):
 
 def full_report(folder, **changes):
     parts = {
-        "title": "demo", "rows": ROWS, "controls": {"shuffled audio": SHUFFLED, "empty output": EMPTY},
-        "training": TRAINING, "published": {"test-other": 6.47, "test-elsewhere": 1.0}, "decoding": DECODING,
-    }  # fmt: skip
+        "title": "demo",
+        "rows": ROWS,
+        "controls": {"shuffled audio": SHUFFLED, "empty output": EMPTY},
+        "training": TRAINING,
+        "published": {"test-other": 6.47, "test-elsewhere": 1.0},
+        "decoding": DECODING,
+    }
     metrics = write_report(folder, **(parts | changes))
     return (
         metrics,
@@ -104,21 +122,79 @@ def bare_report(folder, rows):
 def test_the_metrics_are_percentages(tmp_path):
     metrics, *_ = full_report(tmp_path)
     assert metrics == {
-        "wer": 37.5, "wer test-clean": 27.27, "wer test-other": 60.0,
-        "wer shuffled audio": 100.0, "wer empty output": 100.0,
+        "wer": 37.5,
+        "wer test-clean": 27.27,
+        "wer test-other": 60.0,
+        "wer shuffled audio": 100.0,
+        "wer empty output": 100.0,
         # "one two" is one word after Whisper's normaliser: 12.
-        "wer 95 % low": 0.0, "wer 95 % high": 75.0, "wer normalised": 40.0, "cer": 40.0,
-    }  # fmt: skip
+        "wer 95 % low": 0.0,
+        "wer 95 % high": 75.0,
+        "wer normalised": 40.0,
+        "cer": 40.0,
+    }
 
 
 def test_page_table_markdown_and_json_say_the_same(tmp_path):
     metrics, html, markdown, numbers = full_report(tmp_path)
     head, *rows = Page(html).tables[0]
-    assert head[:6] == ["Subset", "WER, %", "95 % interval", "Published, %", "Shuffled audio, %", "Empty output, %"]
+    assert head[:6] == [
+        "Subset",
+        "WER, %",
+        "95 % interval",
+        "Published, %",
+        "Shuffled audio, %",
+        "Empty output, %",
+    ]
     assert rows == [
-        ["test-clean", "27.27", "0.00–37.50", "–", "100.00", "100.00", "27.27", "21.95", "1", "1", "1", "11", "2", "0.00"],
-        ["test-other", "60.00", "0.00–100.00", "6.47", "100.00", "100.00", "75.00", "70.83", "0", "3", "0", "5", "2", "1.00"],
-        ["All", "37.50", "0.00–75.00", "–", "100.00", "100.00", "40.00", "40.00", "1", "4", "1", "16", "4", "1.00"],
+        [
+            "test-clean",
+            "27.27",
+            "0.00–37.50",
+            "–",
+            "100.00",
+            "100.00",
+            "27.27",
+            "21.95",
+            "1",
+            "1",
+            "1",
+            "11",
+            "2",
+            "0.00",
+        ],
+        [
+            "test-other",
+            "60.00",
+            "0.00–100.00",
+            "6.47",
+            "100.00",
+            "100.00",
+            "75.00",
+            "70.83",
+            "0",
+            "3",
+            "0",
+            "5",
+            "2",
+            "1.00",
+        ],
+        [
+            "All",
+            "37.50",
+            "0.00–75.00",
+            "–",
+            "100.00",
+            "100.00",
+            "40.00",
+            "40.00",
+            "1",
+            "4",
+            "1",
+            "16",
+            "4",
+            "1.00",
+        ],
     ]
     for row in rows:
         assert f"| {' | '.join(row)} |" in markdown
@@ -157,7 +233,10 @@ def test_alignments_are_marked_without_colour(tmp_path):
 
 
 def test_groups_confusions_and_what_went_wrong_are_on_the_page(tmp_path):
-    rows = [*ROWS, Hypothesis("l-1", "over and out", "over over over over over over", "test-other", "61", 7.0, cut=True)]
+    rows = [
+        *ROWS,
+        Hypothesis("l-1", "over and out", "over over over over over over", "test-other", "61", 7.0, cut=True),
+    ]
     _, html, markdown, numbers = full_report(tmp_path, rows=rows)
     tables = {table[0][0]: table for table in Page(html).tables}
     assert [row[0] for row in tables["Audio"][1:]] == ["0 to 5 s", "5 to 10 s", "above 30 s"]
@@ -223,16 +302,24 @@ def test_what_a_transcript_says_is_inert(tmp_path):
     ]
     known = {key: HOSTILE if isinstance(value, str) else value for key, value in TRAINING.items()}
     _, html, markdown, _ = full_report(
-        tmp_path, title=HOSTILE, rows=rows, controls={HOSTILE: rows}, training=known,
-        published={word: 1.0}, decoding={HOSTILE: HOSTILE},
-    )  # fmt: skip
+        tmp_path,
+        title=HOSTILE,
+        rows=rows,
+        controls={HOSTILE: rows},
+        training=known,
+        published={word: 1.0},
+        decoding={HOSTILE: HOSTILE},
+    )
     page = Page(html)
     assert page.count("script") == 1
     assert page.count("img") == 0
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "49" not in re.findall(r"<h1>(.*?)</h1>", html)[0]
     assert "<" not in markdown
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")}) == 1
+    assert (
+        len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")})
+        == 1
+    )
 
 
 @pytest.mark.parametrize("left_out", [*TRAINING, "everything"])
@@ -313,7 +400,8 @@ def test_the_same_results_give_the_same_files(tmp_path):
 def test_five_thousand_utterances_are_quick_and_small(tmp_path):
     sentence = "he hoped there would be stew for dinner turnips and carrots and bruised potatoes"
     rows = [
-        Hypothesis(f"u{n:05d}", sentence, sentence.replace("stew", f"stew {n}"), "test", "61", 5.0) for n in range(5000)
+        Hypothesis(f"u{n:05d}", sentence, sentence.replace("stew", f"stew {n}"), "test", "61", 5.0)
+        for n in range(5000)
     ]
     rows[4321].hypothesis = "okay " * 40
     started = time.monotonic()

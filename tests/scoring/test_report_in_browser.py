@@ -75,13 +75,24 @@ def opened(page: str, folder: Path, width: int) -> tuple[str, str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server, log.open("wb") as output:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         # A port for debugging keeps a headless browser open; without it, it would leave once the page has loaded.
-        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1000",
-                   "--enable-logging=stderr", "--remote-debugging-port=0", f"http://127.0.0.1:{server.server_port}/"]  # fmt: skip
+        command = [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={folder / 'profile'}",
+            f"--window-size={width},1000",
+            "--enable-logging=stderr",
+            "--remote-debugging-port=0",
+            f"http://127.0.0.1:{server.server_port}/",
+        ]
         browser = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             answer = told.get(timeout=120)
         except queue.Empty:
-            pytest.fail(f"the page told nothing within two minutes; the browser says: {log.read_text()[-2000:]}")
+            pytest.fail(
+                f"the page told nothing within two minutes; the browser says: {log.read_text()[-2000:]}"
+            )
         finally:
             browser.terminate()
             browser.wait(60)

@@ -12,14 +12,24 @@ from slam_asr.scoring.wer import Hypothesis, read_hypotheses, write_hypotheses
 from slam_asr.stage import Outcome, run_stage
 
 ROWS = [Hypothesis(f"u{i}", f"the word {i}", f"the word {i % 4}", "test", "", 2.0) for i in range(7)]
-FACTS = {"beams": 1, "seconds": 2.0, "audio_hours": 0.001, "hours_decoded": 0.001, "utterances": 1, "answers_cut": 1, "empty_answers": 0}
+FACTS = {
+    "beams": 1,
+    "seconds": 2.0,
+    "audio_hours": 0.001,
+    "hours_decoded": 0.001,
+    "utterances": 1,
+    "answers_cut": 1,
+    "empty_answers": 0,
+}
 
 
 @pytest.fixture
 def model(tmp_path):
     from dataclasses import asdict
 
-    config = ModelConfig(dump_recipe(load_recipe("demo")), "e", "l", encoder_width=8, llm_width=8, training={"recipe": "demo"})
+    config = ModelConfig(
+        dump_recipe(load_recipe("demo")), "e", "l", encoder_width=8, llm_width=8, training={"recipe": "demo"}
+    )
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(asdict(config)))
@@ -34,7 +44,12 @@ def part_of(tmp_path):
             return Outcome("", {}, FACTS | {"utterances": len(rows)})
 
         part = {"part": f"{number}-of-{of}"} if of else {}
-        return run_stage("decode", str(tmp_path / f"decoded{name}-{number}-of-{of}"), {"model": "m", **inputs, **part}, work).folder
+        return run_stage(
+            "decode",
+            str(tmp_path / f"decoded{name}-{number}-of-{of}"),
+            {"model": "m", **inputs, **part},
+            work,
+        ).folder
 
     return decode
 
@@ -47,11 +62,17 @@ def test_parts_become_what_the_whole_would_be(tmp_path, model, part_of):
     assert joined.metrics == whole.metrics and joined.metrics["wer"] > 0
     assert read_hypotheses(joined.file(HYPOTHESES)) == ROWS
     assert joined.file("report.md").is_file() and joined.file("report.html").is_file()
-    assert joined.facts["utterances"] == len(ROWS) and joined.facts["answers_cut"] == 3 and joined.facts["seconds"] == 6.0
+    assert (
+        joined.facts["utterances"] == len(ROWS)
+        and joined.facts["answers_cut"] == 3
+        and joined.facts["seconds"] == 6.0
+    )
 
 
 def test_part_without_utterances_takes_nothing_away(tmp_path, model, part_of):
-    joined = score_parts(load_recipe("demo"), model, [part_of(1, 2, ROWS), part_of(2, 2, [])], str(tmp_path / "joined"))
+    joined = score_parts(
+        load_recipe("demo"), model, [part_of(1, 2, ROWS), part_of(2, 2, [])], str(tmp_path / "joined")
+    )
     assert len(read_hypotheses(joined.file(HYPOTHESES))) == len(ROWS)
 
 

@@ -13,13 +13,7 @@ import pytest
 
 from slam_asr.errors import UserError
 from slam_asr.scoring.measuring import groups_of, measure, nothing_written, score
-from slam_asr.scoring.wer import (
-    Hypothesis,
-    WordErrors,
-    align,
-    read_hypotheses,
-    write_hypotheses,
-)
+from slam_asr.scoring.wer import Hypothesis, WordErrors, align, read_hypotheses, write_hypotheses
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat", "and", "that", "was", "that"]
 
@@ -32,7 +26,9 @@ def random_rows(count: int, seed: int = 0) -> list[Hypothesis]:
         return " ".join(chance.choices(WORDS, k=chance.randint(0, 12)))
 
     return [
-        Hypothesis(f"u{n:04d}", sentence(), sentence(), subset=chance.choice(["clean", "other", ""]), duration=1.5)
+        Hypothesis(
+            f"u{n:04d}", sentence(), sentence(), subset=chance.choice(["clean", "other", ""]), duration=1.5
+        )
         for n in range(count)
     ]
 
@@ -43,7 +39,9 @@ def test_counts_add_up():
     assert errors.utterances == 300
     assert errors.words == sum(len(row.reference.split()) for row in rows)
     assert errors.hits + errors.substitutions + errors.deletions == errors.words
-    assert errors.hits + errors.substitutions + errors.insertions == sum(len(row.hypothesis.split()) for row in rows)
+    assert errors.hits + errors.substitutions + errors.insertions == sum(
+        len(row.hypothesis.split()) for row in rows
+    )
     assert errors.errors == errors.substitutions + errors.deletions + errors.insertions
 
 

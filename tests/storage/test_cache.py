@@ -53,13 +53,18 @@ def test_each_object_is_fetched_once_by_many_processes(tmp_path):
         order = list(range(5))
         random.Random(seed).shuffle(order)
         for i in order:
-            held = cache.hold(f"o{i}", 1000 + i, fill_with(content_of(str(i), 1000 + i), tmp_path / f"log-{i}", 0.05))
+            held = cache.hold(
+                f"o{i}", 1000 + i, fill_with(content_of(str(i), 1000 + i), tmp_path / f"log-{i}", 0.05)
+            )
             assert held.path.read_bytes() == content_of(str(i), 1000 + i)
             held.release()
 
     assert run_all(work, 6) == [0] * 6
     assert [(tmp_path / f"log-{i}").read_text() for i in range(5)] == ["filled\n"] * 5
-    assert names(tmp_path / "cache") == [f"o{i}" for i in range(5)] and os.listdir(tmp_path / "cache" / ".locks") == []
+    assert (
+        names(tmp_path / "cache") == [f"o{i}" for i in range(5)]
+        and os.listdir(tmp_path / "cache" / ".locks") == []
+    )
 
 
 def run_all(work, count: int) -> list[int]:
@@ -144,7 +149,16 @@ def test_a_killed_process_blocks_nobody_and_leaves_nothing(tmp_path):
 
     def work() -> None:
         hold(cache, "held")
-        cache.hold("half", 1000, lambda file: (file.write(b"x"), file.flush(), (tmp_path / ".locks" / "ready").touch(), time.sleep(60)))
+        cache.hold(
+            "half",
+            1000,
+            lambda file: (
+                file.write(b"x"),
+                file.flush(),
+                (tmp_path / ".locks" / "ready").touch(),
+                time.sleep(60),
+            ),
+        )
 
     process = fork.Process(target=work)
     process.start()
@@ -165,7 +179,11 @@ def test_a_killed_process_blocks_nobody_and_leaves_nothing(tmp_path):
 
 def test_a_killed_process_half_object_is_fetched_by_the_one_that_waits(tmp_path):
     cache = DiskCache(tmp_path, 3000)
-    process = fork.Process(target=lambda: cache.hold("x", 1000, lambda file: ((tmp_path / ".locks" / "ready").touch(), time.sleep(60))))
+    process = fork.Process(
+        target=lambda: cache.hold(
+            "x", 1000, lambda file: ((tmp_path / ".locks" / "ready").touch(), time.sleep(60))
+        )
+    )
     process.start()
     while not (tmp_path / ".locks" / "ready").exists():
         time.sleep(0.01)
@@ -185,7 +203,9 @@ def test_an_object_named_as_a_lock_is_no_lock(tmp_path):
     assert hold(cache, "room").path.read_bytes() == content_of("room", 1000)
 
 
-@pytest.mark.parametrize("failure", [UserError("no"), ValueError("no"), PermissionError(errno.EACCES, "no"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "failure", [UserError("no"), ValueError("no"), PermissionError(errno.EACCES, "no"), KeyboardInterrupt()]
+)
 def test_a_fill_that_raises_leaves_nothing_and_is_told_as_it_is(tmp_path, failure):
     cache = DiskCache(tmp_path, 3000)
 
@@ -202,7 +222,9 @@ def test_a_fill_that_raises_leaves_nothing_and_is_told_as_it_is(tmp_path, failur
 @pytest.mark.parametrize("size", [999, 1001])
 def test_an_object_of_another_size_is_refused(tmp_path, size):
     with pytest.raises(UserError, match="damaged"):
-        DiskCache(tmp_path, 3000).hold("x", 1000, lambda file: (file.seek(0), file.truncate(), file.write(b"x" * size)))
+        DiskCache(tmp_path, 3000).hold(
+            "x", 1000, lambda file: (file.seek(0), file.truncate(), file.write(b"x" * size))
+        )
     assert names(tmp_path) == []
 
 
@@ -219,7 +241,9 @@ def test_a_full_disk_makes_room_of_what_is_not_in_use_and_else_is_told(tmp_path,
     for name in "ab":
         hold(cache, name).release()
     real = os.posix_fallocate
-    monkeypatch.setattr(cache_module.os, "posix_fallocate", lambda *a: full() if (tmp_path / "a").exists() else real(*a))
+    monkeypatch.setattr(
+        cache_module.os, "posix_fallocate", lambda *a: full() if (tmp_path / "a").exists() else real(*a)
+    )
     hold(cache, "c").release()
     assert names(tmp_path) == ["b", "c"]
     held = [hold(cache, name) for name in "bc"]

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from slam_asr.errors import UserError
-from slam_asr.storage import fetch, fetch_folder, info, join, local_path, read_bytes, upload, walk, write_bytes
+from slam_asr.storage import (
+    fetch,
+    fetch_folder,
+    info,
+    join,
+    local_path,
+    read_bytes,
+    upload,
+    walk,
+    write_bytes,
+)
 from slam_asr.storage.client import client
 
 NAME, PASSWORD, TOKEN = "AKIARECOGNISABLE", "rec0gnisable/secret+key", "recognisable-token"
@@ -48,18 +58,33 @@ def mount(folder: Path, monkeypatch, **files: str) -> Path:
 
 def test_both_spellings_of_a_mounted_secret_work(nothing_set, s3_server, monkeypatch, tmp_path):
     place = s3_server.removeprefix("http://")
-    mount(tmp_path / "kubeflow", monkeypatch, accesskey="a", secretkey="b", endpoint=place, region="eu-west-3")
+    mount(
+        tmp_path / "kubeflow", monkeypatch, accesskey="a", secretkey="b", endpoint=place, region="eu-west-3"
+    )
     assert used() == ("a", "b", None, s3_server, "eu-west-3")
     assert write_bytes("s3://bucket/x", b"x") and read_bytes("s3://bucket/x") == b"x"
     mount(
-        tmp_path / "aws", monkeypatch,
-        AWS_ACCESS_KEY_ID="c", AWS_SECRET_ACCESS_KEY="d", AWS_SESSION_TOKEN="t", AWS_ENDPOINT_URL=s3_server, AWS_REGION="eu-north-1",
+        tmp_path / "aws",
+        monkeypatch,
+        AWS_ACCESS_KEY_ID="c",
+        AWS_SECRET_ACCESS_KEY="d",
+        AWS_SESSION_TOKEN="t",
+        AWS_ENDPOINT_URL=s3_server,
+        AWS_REGION="eu-north-1",
     )
     assert used() == ("c", "d", "t", s3_server, "eu-north-1")
 
 
 def test_the_environment_comes_before_a_mounted_secret(nothing_set, s3_server, monkeypatch, tmp_path):
-    mount(tmp_path / "secret", monkeypatch, accesskey="a", secretkey="b", AWS_SESSION_TOKEN="t", endpoint="http://elsewhere:1", region="eu-west-3")
+    mount(
+        tmp_path / "secret",
+        monkeypatch,
+        accesskey="a",
+        secretkey="b",
+        AWS_SESSION_TOKEN="t",
+        endpoint="http://elsewhere:1",
+        region="eu-west-3",
+    )
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     assert used() == ("a", "b", "t", s3_server, "eu-west-3")
     monkeypatch.setenv("AWS_REGION", "us-west-1")
@@ -86,9 +111,12 @@ def test_a_file_of_credentials_that_changes_is_used(nothing_set, s3_server, monk
 
 
 @pytest.mark.parametrize(
-    ("files", "said"), [(None, "is no folder"), ({"accesskey": "a"}, "only one of"), ({}, "needs credentials")],
+    ("files", "said"),
+    [(None, "is no folder"), ({"accesskey": "a"}, "only one of"), ({}, "needs credentials")],
 )
-def test_a_secret_that_cannot_serve_is_one_sentence(nothing_set, s3_server, monkeypatch, tmp_path, files, said):
+def test_a_secret_that_cannot_serve_is_one_sentence(
+    nothing_set, s3_server, monkeypatch, tmp_path, files, said
+):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     monkeypatch.setenv("SLAM_ASR_S3_SECRET", str(tmp_path / "secret"))
     if files is not None:
@@ -140,14 +168,25 @@ def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "0.05")
     (tmp_path / "file").write_bytes(b"content")
     calls = [
-        info, read_bytes, fetch, fetch_folder, lambda uri: list(walk(uri)), lambda uri: write_bytes(uri, b"x"),
-        lambda uri: write_bytes(uri, b"x", replace=False), lambda uri: upload(tmp_path / "file", uri),
+        info,
+        read_bytes,
+        fetch,
+        fetch_folder,
+        lambda uri: list(walk(uri)),
+        lambda uri: write_bytes(uri, b"x"),
+        lambda uri: write_bytes(uri, b"x", replace=False),
+        lambda uri: upload(tmp_path / "file", uri),
     ]
     shown, failed = [], 0
     for variables, answer in failures(faulty_s3.address, tmp_path):
         faulty_s3.rule = lambda request, answer=answer: answer
         with monkeypatch.context() as patch:
-            for name, value in {"AWS_ACCESS_KEY_ID": NAME, "AWS_SECRET_ACCESS_KEY": PASSWORD, "AWS_SESSION_TOKEN": TOKEN, **variables}.items():
+            for name, value in {
+                "AWS_ACCESS_KEY_ID": NAME,
+                "AWS_SECRET_ACCESS_KEY": PASSWORD,
+                "AWS_SESSION_TOKEN": TOKEN,
+                **variables,
+            }.items():
                 patch.setenv(name, value)
             for call in calls:
                 try:
@@ -155,7 +194,10 @@ def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path
                 except UserError as error:
                     failed += 1
                     assert "\n" not in str(error)
-                    shown += ["".join(traceback.format_exception_only(error)), "".join(traceback.format_exception(error))]
+                    shown += [
+                        "".join(traceback.format_exception_only(error)),
+                        "".join(traceback.format_exception(error)),
+                    ]
     for uri in (f"s3://{NAME}:{PASSWORD}@bucket/x", f"s3://{NAME}@bucket/x"):
         for call in (*calls, lambda uri: join(uri, "y") and read_bytes(join(uri, "y"))):
             with pytest.raises(UserError) as raised:
@@ -168,7 +210,14 @@ def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path
     captured = capfd.readouterr()
     everything = "\n".join([*shown, captured.out, captured.err, caplog.text])
     assert failed > 70
-    for secret in (PASSWORD, PASSWORD.replace("/", ""), PASSWORD.replace("/", "%2F"), PASSWORD.partition("/")[2], TOKEN, NAME):
+    for secret in (
+        PASSWORD,
+        PASSWORD.replace("/", ""),
+        PASSWORD.replace("/", "%2F"),
+        PASSWORD.partition("/")[2],
+        TOKEN,
+        NAME,
+    ):
         assert secret not in everything
 
 

@@ -98,7 +98,9 @@ def test_a_folder_is_published_with_its_witness_last(bucket, tmp_path, monkeypat
     order = []
     from slam_asr.storage import paths
 
-    monkeypatch.setattr(paths, "upload", lambda file, path, real=upload: (order.append(path), real(file, path)))
+    monkeypatch.setattr(
+        paths, "upload", lambda file, path, real=upload: (order.append(path), real(file, path))
+    )
     publish_folder(tmp_path / "folder", "s3://bucket/out", last="stage.json")
     assert order[-1] == "s3://bucket/out/stage.json"
     assert [f.name for f in walk("s3://bucket/out")] == ["stage.json", "sub/y", "x"]
@@ -114,9 +116,14 @@ def test_an_object_whose_name_leads_out_of_the_folder_is_not_fetched(bucket, tmp
 @pytest.mark.parametrize(
     ("path", "folder", "answer"),
     [
-        ("a/b", "/x", "/x/a/b"), ("../b", "/x/y", "/x/b"), ("/a", "/x", "/a"), ("s3://other/k", "/x", "s3://other/k"),
-        ("a b/ü", "s3://bucket/m", "s3://bucket/m/a b/ü"), ("../k", "s3://bucket/m/n", "s3://bucket/m/k"),
-        ("../../../../k", "s3://bucket/m", "s3://bucket/k"), ("/a", "s3://bucket/m", "/a"),
+        ("a/b", "/x", "/x/a/b"),
+        ("../b", "/x/y", "/x/b"),
+        ("/a", "/x", "/a"),
+        ("s3://other/k", "/x", "s3://other/k"),
+        ("a b/ü", "s3://bucket/m", "s3://bucket/m/a b/ü"),
+        ("../k", "s3://bucket/m/n", "s3://bucket/m/k"),
+        ("../../../../k", "s3://bucket/m", "s3://bucket/k"),
+        ("/a", "s3://bucket/m", "/a"),
     ],
 )
 def test_relative_paths_count_from_the_manifests_folder(path, folder, answer):

@@ -22,8 +22,15 @@ from slam_asr.storage import (
 from tests.faults import STALL
 
 CALLS = {
-    "info": info, "read": read_bytes, "stream": open_stream, "fetch": fetch, "folder": fetch_folder, "walk": lambda uri: list(walk(uri)),
-    "write": lambda uri: write_bytes(uri, b"x"), "first": lambda uri: write_bytes(uri, b"x", replace=False), "delete": delete,
+    "info": info,
+    "read": read_bytes,
+    "stream": open_stream,
+    "fetch": fetch,
+    "folder": fetch_folder,
+    "walk": lambda uri: list(walk(uri)),
+    "write": lambda uri: write_bytes(uri, b"x"),
+    "first": lambda uri: write_bytes(uri, b"x", replace=False),
+    "delete": delete,
 }
 
 
@@ -33,14 +40,18 @@ def sentence_of(call, uri: str) -> str:
         call(uri)
     assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
     # What boto3 said may hold more than anybody should see: a traceback does not show it either.
-    assert "botocore" not in "".join(traceback.format_exception(raised.value)).replace("site-packages/botocore", "")
+    assert "botocore" not in "".join(traceback.format_exception(raised.value)).replace(
+        "site-packages/botocore", ""
+    )
     return str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ((403, "AccessDenied"), "access is denied"), ((400, "ExpiredToken"), "token"), ((403, "InvalidAccessKeyId"), "access"),
+        ((403, "AccessDenied"), "access is denied"),
+        ((400, "ExpiredToken"), "token"),
+        ((403, "InvalidAccessKeyId"), "access"),
         ((404, "NoSuchBucket"), "there is no such bucket"),
         ((507, "XMinioStorageFull"), "the server's disks are full"),
     ],
@@ -62,7 +73,9 @@ def test_what_will_not_pass_is_asked_once(faulty_s3, answer, said):
 @pytest.mark.parametrize("name", ["read", "stream", "fetch", "folder"])
 def test_what_is_not_there_is_asked_for_once(faulty_s3, name):
     faulty_s3.share = 0
-    assert "here is no" in sentence_of(CALLS[name], "s3://bucket/nothing") or "nothing at" in sentence_of(CALLS[name], "s3://bucket/nothing")
+    assert "here is no" in sentence_of(CALLS[name], "s3://bucket/nothing") or "nothing at" in sentence_of(
+        CALLS[name], "s3://bucket/nothing"
+    )
     assert len(faulty_s3.requests) <= 2
 
 
@@ -79,7 +92,11 @@ def test_an_endpoint_that_is_down_is_tried_for_a_time_that_is_said(bucket, name,
     started = time.monotonic()
     said = sentence_of(CALLS[name], "s3://bucket/x")
     assert 1.4 < time.monotonic() - started < 5
-    assert "in 2 s of trying (no connection)" in said and "AWS_ENDPOINT_URL" in said and "SLAM_ASR_S3_PATIENCE" in said
+    assert (
+        "in 2 s of trying (no connection)" in said
+        and "AWS_ENDPOINT_URL" in said
+        and "SLAM_ASR_S3_PATIENCE" in said
+    )
 
 
 def test_silence_is_waited_for_as_long_as_is_said(faulty_s3, monkeypatch):
@@ -143,7 +160,9 @@ def test_an_upload_that_fails_leaves_the_older_object(faulty_s3, small_pieces, t
     faulty_s3.rule = lambda request: "reset" if request.method == "PUT" else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLAM_ASR_S3_PATIENCE", "1")
-        assert "the connection was closed" in sentence_of(lambda uri: upload(tmp_path / "file", uri), "s3://bucket/x")
+        assert "the connection was closed" in sentence_of(
+            lambda uri: upload(tmp_path / "file", uri), "s3://bucket/x"
+        )
     faulty_s3.rule = None
     assert read_bytes("s3://bucket/x") == b"old"
     from slam_asr.storage.client import client

@@ -39,9 +39,11 @@ def test_a_finished_stage_is_found_again_under_faults(faulty_s3, tmp_path, capsy
         record = run_stage("a-stage", OUTPUT, INPUTS, work)
         assert record.folder.startswith("s3://bucket/results/") and "{" not in record.folder
         assert work.times == 1 and ("already there" in capsys.readouterr().out) == (turn > 0)
-        assert {f.name: read_bytes(f"{record.folder}/{f.name}") for f in walk(record.folder) if f.name != "stage.json"} == {
-            "a.txt": b"result a.txt", "below/b.txt": b"result below/b.txt",
-        }
+        assert {
+            f.name: read_bytes(f"{record.folder}/{f.name}")
+            for f in walk(record.folder)
+            if f.name != "stage.json"
+        } == {"a.txt": b"result a.txt", "below/b.txt": b"result below/b.txt"}
         assert record.file("a.txt").read_text() == "result a.txt"
         assert require_record(record.folder, "a-stage").metrics == {"files": 2.0}
     assert faulty_s3.faults.total() > 5

@@ -22,11 +22,26 @@ WORDS = ["the", "old", "mill", "stood", "by", "the", "river", "and", "turned"]
 def run_of(folder, title: str, wrong: int, steps: int = 2000, count: int = 40):
     """A decoded training whose first `wrong` utterances of 40 have an error each."""
     rows = [
-        Hypothesis(f"u-{n}", " ".join(WORDS), " ".join(WORDS if n >= wrong else ["a", *WORDS[1:]]), ("test-clean", "test-other")[n % 2], str(n % 7), 3.0)
+        Hypothesis(
+            f"u-{n}",
+            " ".join(WORDS),
+            " ".join(WORDS if n >= wrong else ["a", *WORDS[1:]]),
+            ("test-clean", "test-other")[n % 2],
+            str(n % 7),
+            3.0,
+        )
         for n in range(count)
     ]
     curve = [{"step": step, "loss": (wrong + 1) / step, "accuracy": 0.5} for step in range(1, steps + 1)]
-    write_report(folder, title, rows, {EMPTY: empty_output(rows)}, TRAINING | {"steps": steps, "curve": curve}, {}, DECODING)
+    write_report(
+        folder,
+        title,
+        rows,
+        {EMPTY: empty_output(rows)},
+        TRAINING | {"steps": steps, "curve": curve},
+        {},
+        DECODING,
+    )
     write_hypotheses(folder / "hypotheses.jsonl", rows)
     return str(folder)
 
@@ -34,7 +49,10 @@ def run_of(folder, title: str, wrong: int, steps: int = 2000, count: int = 40):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return [run_of(folder / name, name, wrong, steps) for name, wrong, steps in (("much <worse>", 30, 2000), ("best", 3, 1500), ("near", 4, 2000))]
+    return [
+        run_of(folder / name, name, wrong, steps)
+        for name, wrong, steps in (("much <worse>", 30, 2000), ("best", 3, 1500), ("near", 4, 2000))
+    ]
 
 
 def test_the_page_says_what_the_reports_say(runs, tmp_path):
@@ -44,14 +62,19 @@ def test_the_page_says_what_the_reports_say(runs, tmp_path):
     assert [row["name"] for row in rows] == ["best", "near", "much <worse>"]
     assert [row["wer"] for row in rows] == [round(100 * wrong / (40 * len(WORDS)), 2) for wrong in (3, 4, 30)]
     pairwise = compare(runs[1], runs[0])[-1]
-    assert (rows[2]["worse_by"], rows[2]["p"]) == (pairwise.second - pairwise.first, pairwise.p) and rows[2]["p"] < 0.001 < 0.05 < rows[1]["p"]
+    assert (rows[2]["worse_by"], rows[2]["p"]) == (pairwise.second - pairwise.first, pairwise.p) and rows[2][
+        "p"
+    ] < 0.001 < 0.05 < rows[1]["p"]
     text = record.file("runs.html").read_text()
     page = Page(text)
     [table] = page.tables
     assert [row[1] for row in table[1:]] == [f"{row['wer']:.2f}" for row in rows]
     assert "training.learning_rate 0.1" in table[3][0] and table[1][-2] == "1 500"
     assert "may be chance" in text and "<worse>" not in text
-    assert not any(name in ("script", "link", "img", "iframe") and "data:" not in values.get("href", "") for name, values in page.tags)
+    assert not any(
+        name in ("script", "link", "img", "iframe") and "data:" not in values.get("href", "")
+        for name, values in page.tags
+    )
     assert record.metrics == {"best wer": rows[0]["wer"]} | {f"wer {row['name']}": row["wer"] for row in rows}
     assert "&lt;worse&gt;" in record.file("runs.md").read_text()
 
@@ -75,7 +98,14 @@ def test_runs_of_one_title_are_told_apart_by_their_folders(runs, tmp_path):
     assert sorted(record.facts["order"]) == ["best (best)", "best (twin)"]
 
 
-@pytest.mark.parametrize(("choose", "sentence"), [(lambda r: r[:1], "names 1 folder of"), (lambda r: [r[0], r[0]], "twice"), (lambda r: [r[0], "/no/such"], "/no/such holds no wer.json")])
+@pytest.mark.parametrize(
+    ("choose", "sentence"),
+    [
+        (lambda r: r[:1], "names 1 folder of"),
+        (lambda r: [r[0], r[0]], "twice"),
+        (lambda r: [r[0], "/no/such"], "/no/such holds no wer.json"),
+    ],
+)
 def test_what_cannot_be_compared_is_said(runs, tmp_path, choose, sentence):
     with pytest.raises(UserError, match=sentence):
         compare_runs(choose(runs), str(tmp_path / "out"))
@@ -84,7 +114,20 @@ def test_what_cannot_be_compared_is_said(runs, tmp_path, choose, sentence):
 
 def test_the_command_line_compares(runs, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "slam_asr", "compare-runs", "--runs", json.dumps(runs), "--output", str(tmp_path / "out"), "--title", "by hand"], capture_output=True, text=True
+        [
+            sys.executable,
+            "-m",
+            "slam_asr",
+            "compare-runs",
+            "--runs",
+            json.dumps(runs),
+            "--output",
+            str(tmp_path / "out"),
+            "--title",
+            "by hand",
+        ],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "best best, WER 0.83 %" in done.stdout + done.stderr

@@ -26,16 +26,26 @@ def written(tmp_path, text: str) -> str:
 
 
 def test_a_grid_is_every_combination(tmp_path):
-    entries = read_variations(written(tmp_path, "training.learning_rate: [1e-4, 3e-4]\nprojector.hidden: [64, 128, 256]\n"))
+    entries = read_variations(
+        written(tmp_path, "training.learning_rate: [1e-4, 3e-4]\nprojector.hidden: [64, 128, 256]\n")
+    )
     found = resolve(RECIPE, entries)
-    assert [variation.name for variation in found][:2] == ["learning_rate=1e-4 hidden=64", "learning_rate=1e-4 hidden=128"]
+    assert [variation.name for variation in found][:2] == [
+        "learning_rate=1e-4 hidden=64",
+        "learning_rate=1e-4 hidden=128",
+    ]
     recipes = [varied(RECIPE, variation) for variation in found]
-    assert {(r.training.learning_rate, r.projector.hidden) for r in recipes} == {(a, b) for a in (1e-4, 3e-4) for b in (64, 128, 256)}
+    assert {(r.training.learning_rate, r.projector.hidden) for r in recipes} == {
+        (a, b) for a in (1e-4, 3e-4) for b in (64, 128, 256)
+    }
     assert [r.name for r in recipes] == [v.name for v in found]
 
 
 def test_numbers_that_became_fractions_on_the_way_are_whole_again():
-    as_planned, as_received = resolve(RECIPE, [{"training.max_steps": 7}, ONE]), resolve(RECIPE, [{"name": "max_steps=7", "training.max_steps": 7.0}, ONE])
+    as_planned, as_received = (
+        resolve(RECIPE, [{"training.max_steps": 7}, ONE]),
+        resolve(RECIPE, [{"name": "max_steps=7", "training.max_steps": 7.0}, ONE]),
+    )
     assert varied(RECIPE, as_planned[0]) == varied(RECIPE, as_received[0])
 
 
@@ -48,13 +58,31 @@ def test_what_travels_is_what_arrives():
     ("entries", "sentence"),
     [
         ([ONE], r"2 to 100 variations, not 1"),
-        ([{"training.lr": 1}, ONE], r"Variation 1 of the sweep changes training.lr, which no recipe has; did you mean training.learning_rate\?"),
-        ([ONE, {"data.test": ["x"]}], r"Variation 2 of the sweep changes data.test, but all variations share data, encoder"),
+        (
+            [{"training.lr": 1}, ONE],
+            r"Variation 1 of the sweep changes training.lr, which no recipe has; did you mean training.learning_rate\?",
+        ),
+        (
+            [ONE, {"data.test": ["x"]}],
+            r"Variation 2 of the sweep changes data.test, but all variations share data, encoder",
+        ),
         ([ONE, {"encoder.name": "x"}], r"changes encoder.name, but all variations share"),
-        ([ONE, {"training.nodes": 2}], r"changes training.nodes, but all variations share .* and training.nodes"),
-        ([ONE, {"training.max_steps": "many"}], r"Variation 2 of the sweep \(max_steps=many\): .*training.max_steps"),
-        ([ONE, {"name": "again", "training.learning_rate": 0.001}], r"learning_rate=0.001 and again come to the same recipe"),
-        ([{"name": "a"} | ONE, {"name": "a", "training.max_steps": 3}], r"Two variations of the sweep are named a"),
+        (
+            [ONE, {"training.nodes": 2}],
+            r"changes training.nodes, but all variations share .* and training.nodes",
+        ),
+        (
+            [ONE, {"training.max_steps": "many"}],
+            r"Variation 2 of the sweep \(max_steps=many\): .*training.max_steps",
+        ),
+        (
+            [ONE, {"name": "again", "training.learning_rate": 0.001}],
+            r"learning_rate=0.001 and again come to the same recipe",
+        ),
+        (
+            [{"name": "a"} | ONE, {"name": "a", "training.max_steps": 3}],
+            r"Two variations of the sweep are named a",
+        ),
         ([{"name": "a/b"} | ONE, {}], r"named 'a/b': a name has 1 to 80 characters"),
         ([ONE, "x"], r'Variation 2 of the sweep is "x", not a mapping'),
         ([{}] * 101, r"not 101"),
@@ -68,10 +96,14 @@ def test_what_cannot_be_varied_is_said(entries, sentence):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a: [", "are no YAML"), ("just words", "neither a list of mappings nor a grid"), ("- 3\n", "neither a list"), ("", "neither a list"),
-        ("training.max_steps: 3", "give training.max_steps no list of values"), ("training.max_steps: []", "no list of values"),
+        ("a: [", "are no YAML"),
+        ("just words", "neither a list of mappings nor a grid"),
+        ("- 3\n", "neither a list"),
+        ("", "neither a list"),
+        ("training.max_steps: 3", "give training.max_steps no list of values"),
+        ("training.max_steps: []", "no list of values"),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_another_form_is_refused(tmp_path, text, sentence):
     with pytest.raises(UserError, match=sentence):
         read_variations(written(tmp_path, text))

@@ -19,12 +19,20 @@ from slam_asr.training.engines.engine import Engine
 from tests.ranks import leave_answer
 
 STEPS, HALF = 20, 10
-DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+DEVICE = (
+    torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+)
 ENGINES = {
-    "zero-0": {"zero_stage": 0}, "zero-1": {"zero_stage": 1}, "zero-2": {"zero_stage": 2}, "zero-3": {"zero_stage": 3},
-    "zero-1-offload": {"zero_stage": 1, "offload_optimizer": True}, "zero-2-offload": {"zero_stage": 2, "offload_optimizer": True},
-    "zero-3-offload": {"zero_stage": 3, "offload_optimizer": True}, "ddp": {"engine": "ddp"}, "fsdp": {"engine": "fsdp"},
-}  # fmt: skip
+    "zero-0": {"zero_stage": 0},
+    "zero-1": {"zero_stage": 1},
+    "zero-2": {"zero_stage": 2},
+    "zero-3": {"zero_stage": 3},
+    "zero-1-offload": {"zero_stage": 1, "offload_optimizer": True},
+    "zero-2-offload": {"zero_stage": 2, "offload_optimizer": True},
+    "zero-3-offload": {"zero_stage": 3, "offload_optimizer": True},
+    "ddp": {"engine": "ddp"},
+    "fsdp": {"engine": "fsdp"},
+}
 PRECISIONS = ("fp32", "bf16", "fp16") if torch.cuda.is_available() else ("fp32", "bf16")
 
 
@@ -43,7 +51,9 @@ class Model(torch.nn.Module):
 
 
 def make(kind: str, precision: str) -> Engine:
-    options = dataclasses.replace(Training(), precision=precision, gradient_clipping=0.5, weight_decay=0.01, **ENGINES[kind])
+    options = dataclasses.replace(
+        Training(), precision=precision, gradient_clipping=0.5, weight_decay=0.01, **ENGINES[kind]
+    )
     return make_engine(Model(), options, DEVICE, {"llm": 3e-5})
 
 
@@ -59,7 +69,9 @@ def run(engine: Engine, first: int, last: int, poison: int | None = None) -> lis
         total = torch.zeros((), device=DEVICE)
         mine = torch.arange(8)[rank::processes]
         for last, part in ((False, mine[:1]), (True, mine[1:])):  # of unequal sizes, where there are enough
-            loss = ((engine.forward(inputs[part].to(DEVICE), last).float() - wanted[part].to(DEVICE)) ** 2).sum()
+            loss = (
+                (engine.forward(inputs[part].to(DEVICE), last).float() - wanted[part].to(DEVICE)) ** 2
+            ).sum()
             engine.backward(loss, targets_of_step=8, last=last)
             total += loss.detach()
         update = engine.step(1e-2 * (1 - number / 40))
@@ -90,7 +102,9 @@ def load(engine: Engine, folder: Path, updates: int, scale: dict[str, float]) ->
 def main(folder: Path) -> None:
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
-    start_process_group(DEVICE, "deepspeed" if any(e.get("engine") is None for e in ENGINES.values()) else "ddp")
+    start_process_group(
+        DEVICE, "deepspeed" if any(e.get("engine") is None for e in ENGINES.values()) else "ddp"
+    )
     found: dict[str, dict] = {}
     for precision in PRECISIONS:
         for at, kind in enumerate(ENGINES):
@@ -108,9 +122,13 @@ def main(folder: Path) -> None:
             run(poisoned, HALF, HALF + 1, poison=HALF)
             same = all(torch.equal(before[name], poisoned.state_of(name, "weight")) for name in before)
             found[f"{kind} {precision}"] = {
-                "uninterrupted": uninterrupted, "again": run(again, HALF, STEPS), "other": run(other, HALF, STEPS),
-                "updates": updates, "unspoilt": same, "behind": run(poisoned, HALF + 1, HALF + 2),
-            }  # fmt: skip
+                "uninterrupted": uninterrupted,
+                "again": run(again, HALF, STEPS),
+                "other": run(other, HALF, STEPS),
+                "updates": updates,
+                "unspoilt": same,
+                "behind": run(poisoned, HALF + 1, HALF + 2),
+            }
     leave_answer(folder, found)
 
 

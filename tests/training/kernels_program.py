@@ -23,15 +23,24 @@ from tests.ranks import leave_answer
 
 DEVICE = torch.device("cpu")
 ENGINES = {
-    "zero-0": {"zero_stage": 0}, "zero-1": {"zero_stage": 1}, "zero-2": {"zero_stage": 2}, "zero-2-again": {"zero_stage": 2, "gradient_checkpointing": True},
-    "ddp": {"engine": "ddp"}, "ddp-again": {"engine": "ddp", "gradient_checkpointing": True}, "fsdp": {"engine": "fsdp"},
-}  # fmt: skip
+    "zero-0": {"zero_stage": 0},
+    "zero-1": {"zero_stage": 1},
+    "zero-2": {"zero_stage": 2},
+    "zero-2-again": {"zero_stage": 2, "gradient_checkpointing": True},
+    "ddp": {"engine": "ddp"},
+    "ddp-again": {"engine": "ddp", "gradient_checkpointing": True},
+    "fsdp": {"engine": "fsdp"},
+}
 
 
 def losses(compiled: bool, **options) -> list[float]:
     """Of four steps, each over other numbers of utterances."""
     torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)).eval()
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        )
+    ).eval()
     set_tuning(llm, Llm(tuning="lora", lora=Lora(dropout=0.0)), seed=0)
     assert allow_packing(llm)
     if options.get("gradient_checkpointing"):
@@ -45,7 +54,10 @@ def losses(compiled: bool, **options) -> list[float]:
     found = []
     for number in range(4):
         generator = torch.Generator().manual_seed(2 * number + torch.distributed.get_rank())
-        rows = [Row(torch.randn(5 * n, 16, generator=generator), n, [], [3, 4], [5 + n, 7, 1]) for n in range(2, 4 + number)]
+        rows = [
+            Row(torch.randn(5 * n, 16, generator=generator), n, [], [3, 4], [5 + n, 7, 1])
+            for n in range(2, 4 + number)
+        ]
         loss, sums = engine.forward(pack(rows), last=True)
         engine.backward(loss, 2 * int(sums[2]), last=True)
         engine.step(1e-2)
@@ -59,7 +71,9 @@ def main(folder: Path) -> None:
     start_process_group(DEVICE, "deepspeed")
     # What engines meet is a traced layer; which code a compiler makes of it is no matter of theirs.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    found = {kind: [losses(compiled, **options) for compiled in (False, True)] for kind, options in ENGINES.items()}
+    found = {
+        kind: [losses(compiled, **options) for compiled in (False, True)] for kind, options in ENGINES.items()
+    }
     leave_answer(folder, found)
 
 

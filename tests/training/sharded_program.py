@@ -35,11 +35,19 @@ def build(folder: Path, whole: bool, kind: str, precision: str, tuning: Llm, aga
         llm = load_llm(folder, DTYPES[precision])
     else:
         llm, stored = describe_stored_llm(folder, DTYPES[precision])
-        assert stored and all(p.is_meta for p in llm.parameters()) and not any(b.is_meta for b in llm.buffers())
+        assert (
+            stored and all(p.is_meta for p in llm.parameters()) and not any(b.is_meta for b in llm.buffers())
+        )
     set_tuning(llm, tuning, seed=1)
     if again:
         checkpoint_layers(llm)
-    return make_engine(Slam(build_projector(Projector(hidden=16), WIDTH, llm_width(llm), seed=2), llm), options, DEVICE, {}, stored)
+    return make_engine(
+        Slam(build_projector(Projector(hidden=16), WIDTH, llm_width(llm), seed=2), llm),
+        options,
+        DEVICE,
+        {},
+        stored,
+    )
 
 
 def run(engine: Engine) -> list[float]:

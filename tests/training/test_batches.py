@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from slam_asr.recipe import Training
-from slam_asr.training.batches import Budget, TrainingPlan, _in_canonical_order, budget_of, split_packed, split_step
+from slam_asr.training.batches import (
+    Budget,
+    TrainingPlan,
+    _in_canonical_order,
+    budget_of,
+    split_packed,
+    split_step,
+)
 from slam_asr.training.batches import plan_epoch as plan_windows
 from slam_asr.training.prefetch import ahead
 
@@ -43,7 +50,9 @@ def test_an_utterance_longer_than_the_budget_is_a_step_of_its_own():
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     assert plan_epoch(LENGTHS, 1500, 0, 0) == plan_epoch(LENGTHS, 1500, 0, 0)
-    assert plan_epoch(LENGTHS, 1500, 0, 0) != plan_epoch(LENGTHS, 1500, 0, 1) != plan_epoch(LENGTHS, 1500, 1, 1)
+    assert (
+        plan_epoch(LENGTHS, 1500, 0, 0) != plan_epoch(LENGTHS, 1500, 0, 1) != plan_epoch(LENGTHS, 1500, 1, 1)
+    )
     # Golden: the same on every machine.
     assert plan_epoch(list(range(10, 20)), 60, 7, 0)[0] == [0, 1, 2, 3]
 
@@ -105,7 +114,10 @@ def test_training_ends_after_its_epochs_or_its_steps():
     whole = [(window.epoch, step) for window, _, step in plan]
     assert {epoch for epoch, _ in whole} == {0, 1, 2} and plan.steps == len(whole) and plan.epochs == 3
     cut = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=5)
-    assert [(window.epoch, step) for window, _, step in cut] == whole[:5] and (cut.steps, cut.epochs) == (5, 1)
+    assert [(window.epoch, step) for window, _, step in cut] == whole[:5] and (cut.steps, cut.epochs) == (
+        5,
+        1,
+    )
 
 
 def test_each_window_knows_the_one_behind_it_over_epochs_too():
@@ -167,14 +179,18 @@ def test_batches_of_a_fixed_number_of_utterances_as_the_reference_has_them():
     plan = TrainingPlan(examples(), budget, 4, 0, epochs=1, max_steps=10**9)
     sizes = budget.sizes(LENGTHS)
     steps = [step for _, _, step in plan]
-    assert max(map(len, steps)) == 24 and sorted(i for step in steps for i in step) == list(range(len(LENGTHS)))
+    assert max(map(len, steps)) == 24 and sorted(i for step in steps for i in step) == list(
+        range(len(LENGTHS))
+    )
     shares = split_step(next(s for s in steps if len(s) == 24), LENGTHS, 3, budget.batch, sizes)
     assert [[len(batch) for batch in share] for share in shares] == [[4, 4]] * 3
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("budget", [300, 700, 5000])
-def test_packed_batches_hold_every_utterance_within_the_budget_and_equally_many_for_each_process(processes, budget):
+def test_packed_batches_hold_every_utterance_within_the_budget_and_equally_many_for_each_process(
+    processes, budget
+):
     for step in plan_epoch(LENGTHS, 1500, 0, 0):
         shares = split_packed(step, LENGTHS, processes, budget)
         batches = [batch for share in shares for batch in share]

@@ -37,7 +37,9 @@ def test_more_memory_than_there_is(begin, monkeypatch):
     with pytest.raises(Started):
         begin()
     monkeypatch.setattr(fitting, "host_memory", lambda: 1e5)
-    with pytest.raises(UserError, match=r"^This training takes about .+ and this host has 0\.0001 GB to give: [^\n]+$"):
+    with pytest.raises(
+        UserError, match=r"^This training takes about .+ and this host has 0\.0001 GB to give: [^\n]+$"
+    ):
         begin()
 
 
@@ -50,7 +52,9 @@ def on_a_cpu(monkeypatch):
 def test_compiling_without_a_compiler(begin, on_a_cpu, monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"^training\.compile needs a C\+\+ compiler, and g\+\+ is not here: [^\n]+$"):
+    with pytest.raises(
+        UserError, match=r"^training\.compile needs a C\+\+ compiler, and g\+\+ is not here: [^\n]+$"
+    ):
         begin(compile=True)
     (tmp_path / "my-compiler").touch(mode=0o755)
     monkeypatch.setenv("CXX", "my-compiler")
@@ -67,7 +71,10 @@ def test_ligers_kernels_without_a_gpu(begin, on_a_cpu):
         begin(liger=True)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="is about machines without the package liger-kernel")
+@pytest.mark.skipif(
+    importlib.util.find_spec("liger_kernel") is not None,
+    reason="is about machines without the package liger-kernel",
+)
 def test_ligers_kernels_without_the_package():
     with pytest.raises(UserError, match=r"pip install liger-kernel"):
         kernels.require_kernels(Training(liger=True), torch.device("cuda"))

@@ -11,9 +11,11 @@ from slam_asr.training.live import read_curve
 from slam_asr.training.train import train
 
 SETTINGS = {
-    "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}}, "gradient_clipping": 0.5,
-    "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
-}  # fmt: skip
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}},
+    "gradient_clipping": 0.5,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+}
 
 
 @pytest.fixture
@@ -24,7 +26,12 @@ def trained(prepared, tmp_path):
     def run(name: str, settings: dict, **training) -> list[float]:
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(settings))
-        options = {"training.epochs": 3, "training.max_steps": 100, "training.learning_rate": 1e-2, "training.deepspeed": str(path)}
+        options = {
+            "training.epochs": 3,
+            "training.max_steps": 100,
+            "training.learning_rate": 1e-2,
+            "training.deepspeed": str(path),
+        }
         chosen = load_recipe(recipe, options | {f"training.{k}": v for k, v in training.items()})
         record = train(chosen, f"{manifests}/train.jsonl", str(tmp_path / name), features)
         return [row["loss"] for row in read_curve(record.file("curve.jsonl"))[0]]
@@ -37,15 +44,23 @@ def test_what_the_json_sets_is_done(trained):
     """Six utterances, two at once, two times: steps of four and of two, in each of three epochs."""
     plain = trained("plain", SETTINGS)
     assert len(plain) == 6
-    same = trained("same", {**SETTINGS, "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999], "eps": 1e-8}}})
+    same = trained(
+        "same", {**SETTINGS, "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999], "eps": 1e-8}}}
+    )
     assert same == plain
     other = trained("other", {**SETTINGS, "optimizer": {"type": "AdamW", "params": {"betas": [0.5, 0.6]}}})
     assert other[0] == plain[0] and other[-1] != plain[-1]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for fp16's refusal on a CPU; a GPU computes in fp16")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="asks for fp16's refusal on a CPU; a GPU computes in fp16"
+)
 def test_the_references_configuration_is_answered_on_a_cpu():
-    reference = {"train_micro_batch_size_per_gpu": 4, "fp16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    reference = {
+        "train_micro_batch_size_per_gpu": 4,
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+    }
     recipe = {"name": "reference", "training": {"deepspeed": reference}}
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         train(load_recipe(json.dumps(recipe)), "/no/such/manifest", "/no/such/output")

@@ -22,7 +22,9 @@ def test_all_engines_have_the_same_losses_over_twenty_steps(found):
         assert len(set(first)) == len(first) == STEPS
         for engine in ENGINES:
             tolerance = 1e-5 if precision == "fp32" else 3e-3
-            assert found[f"{engine} {precision}"]["uninterrupted"] == pytest.approx(first, rel=tolerance), engine
+            assert found[f"{engine} {precision}"]["uninterrupted"] == pytest.approx(first, rel=tolerance), (
+                engine
+            )
 
 
 @pytest.mark.slow
@@ -30,7 +32,9 @@ def test_going_on_from_a_saved_state_is_bit_equal_and_another_engine_can_do_it_t
     for name, run in found.items():
         assert run["updates"] == HALF, name
         assert run["again"] == run["uninterrupted"][HALF:], name
-        assert run["other"] == pytest.approx(run["uninterrupted"][HALF:], rel=1e-5 if "fp32" in name else 3e-3), name
+        assert run["other"] == pytest.approx(
+            run["uninterrupted"][HALF:], rel=1e-5 if "fp32" in name else 3e-3
+        ), name
 
 
 @pytest.mark.slow

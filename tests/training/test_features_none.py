@@ -15,14 +15,23 @@ from tests.conftest import write_librispeech
 
 OPTIONS = {
     # Several shards, in windows of two: the order shows if it depends on where features lie.
-    "encoder.frames": "all", "features.shard_megabytes": 1, "features.window_shards": 2, "training.epochs": 2, "training.max_steps": 100,
-    "training.positions_per_step": 1200, "training.positions_per_batch": 1200, "training.learning_rate": 1e-3,
+    "encoder.frames": "all",
+    "features.shard_megabytes": 1,
+    "features.window_shards": 2,
+    "training.epochs": 2,
+    "training.max_steps": 100,
+    "training.positions_per_step": 1200,
+    "training.positions_per_batch": 1200,
+    "training.learning_rate": 1e-3,
 }
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    subsets = {f"{split}-tiny": {f"{s}-1-{i:04}": f"word {i}" for i in range(n)} for s, (split, n) in enumerate((("train", 50), ("dev", 4), ("test", 4)), 1)}
+    subsets = {
+        f"{split}-tiny": {f"{s}-1-{i:04}": f"word {i}" for i in range(n)}
+        for s, (split, n) in enumerate((("train", 50), ("dev", 4), ("test", 4)), 1)
+    }
     return write_librispeech(tmp_path_factory.mktemp("corpus"), subsets)
 
 
@@ -32,7 +41,10 @@ def losses(record):
 
 
 def texts(record):
-    return {row["key"]: row["hypothesis"] for row in map(json.loads, record.file("hypotheses.jsonl").read_text().splitlines())}
+    return {
+        row["key"]: row["hypothesis"]
+        for row in map(json.loads, record.file("hypotheses.jsonl").read_text().splitlines())
+    }
 
 
 @pytest.mark.slow
@@ -41,15 +53,32 @@ def test_all_ways_give_the_same_losses_and_texts(tiny_recipe, corpus, tmp_path, 
     trained, heard = {}, {}
     manifests = build_manifest(load_recipe(str(tiny_recipe), OPTIONS), str(corpus), str(tmp_path / "m"))
     for way, store in (("local", str(tmp_path / "f")), ("remote", "s3://bucket/f"), ("none", None)):
-        recipe = load_recipe(str(tiny_recipe), OPTIONS | {"features.dtype": dtype, "features.cache": "store" if store else "none"})
+        recipe = load_recipe(
+            str(tiny_recipe),
+            OPTIONS | {"features.dtype": dtype, "features.cache": "store" if store else "none"},
+        )
         features = extract_features(recipe, [manifests.folder], store or str(tmp_path / "n")).folder
-        training = train(recipe, str(manifests.file("train.jsonl")), str(tmp_path / way), features, str(manifests.file("dev.jsonl")))
+        training = train(
+            recipe,
+            str(manifests.file("train.jsonl")),
+            str(tmp_path / way),
+            features,
+            str(manifests.file("dev.jsonl")),
+        )
         model = convert_checkpoint(training.folder, str(tmp_path / f"{way}-model"))
-        decoded = decode(recipe, model.folder, [str(manifests.file("test.jsonl"))], str(tmp_path / f"{way}-decoded"), features)
+        decoded = decode(
+            recipe,
+            model.folder,
+            [str(manifests.file("test.jsonl"))],
+            str(tmp_path / f"{way}-decoded"),
+            features,
+        )
         trained[way], heard[way] = losses(training), texts(decoded)
     assert len(trained["local"]) > 20
     assert trained["remote"] == trained["local"] and heard["remote"] == heard["local"]
     # Encoded in other batches: the last bit of a sum, and of what it is rounded to.
-    assert trained["none"] == pytest.approx(trained["local"], rel={"fp32": 1e-5, "bf16": 1e-3, "fp8": 1e-3}[dtype])
+    assert trained["none"] == pytest.approx(
+        trained["local"], rel={"fp32": 1e-5, "bf16": 1e-3, "fp8": 1e-3}[dtype]
+    )
     if dtype == "fp32":
         assert heard["none"] == heard["local"]

@@ -24,9 +24,20 @@ from tests.training import kernels_program
 
 def tiny(again: bool = False) -> Slam:
     torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    )).eval().requires_grad_(False)  # fmt: skip
+    llm = (
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     assert allow_packing(llm)
     if again:
         checkpoint_layers(llm)
@@ -63,7 +74,9 @@ def test_compiled_layers_compute_the_same(lay_out, again, without_a_compiler):
     compile_layers(compiled.llm)
     assert list(compiled.state_dict()) == names
     for lengths in ((4, 9), (3, 8, 2, 5), (7,)):
-        for ours, theirs in zip(step(compiled, lay_out(rows(*lengths))), step(written, lay_out(rows(*lengths))), strict=True):
+        for ours, theirs in zip(
+            step(compiled, lay_out(rows(*lengths))), step(written, lay_out(rows(*lengths))), strict=True
+        ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -84,7 +97,9 @@ def test_what_a_compiler_makes_computes_the_same():
     torch.compiler.reset()
     written, compiled = tiny(), tiny()
     compile_layers(compiled.llm)
-    for ours, theirs in zip(step(compiled, pack(rows(4, 9, 3))), step(written, pack(rows(4, 9, 3))), strict=True):
+    for ours, theirs in zip(
+        step(compiled, pack(rows(4, 9, 3))), step(written, pack(rows(4, 9, 3))), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -98,7 +113,9 @@ def test_every_engine_takes_the_same_steps_with_compiled_layers(tmp_path):
 def test_kernels_do_not_decide_the_weights():
     plain = load_recipe("demo")
     for key in ("compile", "liger"):
-        assert _what_decides_the_weights(load_recipe("demo", {f"training.{key}": True})) == _what_decides_the_weights(plain)
+        assert _what_decides_the_weights(
+            load_recipe("demo", {f"training.{key}": True})
+        ) == _what_decides_the_weights(plain)
 
 
 @pytest.fixture
@@ -110,7 +127,11 @@ def liger(monkeypatch) -> list:
     module._apply_liger_kernel_to_instance = lambda model, **options: asked.append((model, options))
     above = types.ModuleType("liger_kernel.transformers")
     above.monkey_patch = module
-    for name, what in (("liger_kernel", types.ModuleType("liger_kernel")), ("liger_kernel.transformers", above), (module.__name__, module)):
+    for name, what in (
+        ("liger_kernel", types.ModuleType("liger_kernel")),
+        ("liger_kernel.transformers", above),
+        (module.__name__, module),
+    ):
         monkeypatch.setitem(sys.modules, name, what)
     return asked
 
@@ -126,14 +147,20 @@ def test_a_family_that_liger_does_not_know_goes_on_without(liger, capsys):
     llm.config.model_type = "unheard-of"
     use_liger(llm)
     assert liger == []
-    assert capsys.readouterr().out == "training.liger: Liger has no kernels for a model of type unheard-of, so it trains without them\n"
+    assert (
+        capsys.readouterr().out
+        == "training.liger: Liger has no kernels for a model of type unheard-of, so it trains without them\n"
+    )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or importlib.util.find_spec("liger_kernel") is None, reason="needs a GPU and the package liger-kernel")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("liger_kernel") is None,
+    reason="needs a GPU and the package liger-kernel",
+)
 def test_ligers_kernels_compute_the_same():
     written, fused = tiny().cuda(), tiny().cuda()
     use_liger(fused.llm)
-    for ours, theirs in zip(step(fused, pack(rows(4, 9)).to("cuda")), step(written, pack(rows(4, 9)).to("cuda")), strict=True):
+    for ours, theirs in zip(
+        step(fused, pack(rows(4, 9)).to("cuda")), step(written, pack(rows(4, 9)).to("cuda")), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
-
-

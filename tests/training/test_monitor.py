@@ -17,24 +17,45 @@ from slam_asr.training.samples import Samples
 
 def numbers(step: int, **changed) -> StepNumbers:
     values = {
-        "step": step, "epoch": 0, "loss": 3.0 / step, "accuracy": 0.5, "learning_rate": 1e-4, "gradient_norm": 0.25, "padding": 0.2, "positions": 800,
+        "step": step,
+        "epoch": 0,
+        "loss": 3.0 / step,
+        "accuracy": 0.5,
+        "learning_rate": 1e-4,
+        "gradient_norm": 0.25,
+        "padding": 0.2,
+        "positions": 800,
         "audio_seconds": 60.0,
-    }  # fmt: skip
+    }
     return StepNumbers(**values | changed)
 
 
 def monitor(folder: Path, total: int = 4, done: int = 0, **options) -> Monitor:
-    recipe = load_recipe("demo", {"training.log_every": 2, **{f"training.{k}": v for k, v in options.items()}})
+    recipe = load_recipe(
+        "demo", {"training.log_every": 2, **{f"training.{k}": v for k, v in options.items()}}
+    )
     return Monitor(folder, recipe, total, done, torch.device("cpu"), (4e9, 1e20), None)
 
 
-SAMPLES = Samples(0.25, [{"key": "a-1", "reference": "one two", "hypothesis": "one <too>"}, {"key": "b-2", "reference": "three", "hypothesis": ""}])
+SAMPLES = Samples(
+    0.25,
+    [
+        {"key": "a-1", "reference": "one two", "hypothesis": "one <too>"},
+        {"key": "b-2", "reference": "three", "hypothesis": ""},
+    ],
+)
 
 
 def train(folder: Path, **options) -> None:
     watched = monitor(folder, **options)
     for step in (1, 2, 3, 4):
-        watched.step(numbers(step, loss=float("nan") if step == 3 else 3.0 / step, gradient_norm=None if step == 3 else 0.25))
+        watched.step(
+            numbers(
+                step,
+                loss=float("nan") if step == 3 else 3.0 / step,
+                gradient_norm=None if step == 3 else 0.25,
+            )
+        )
     watched.validation(4, 0.75, 0.625, SAMPLES)
     watched.close()
 
@@ -42,16 +63,28 @@ def train(folder: Path, **options) -> None:
 def test_the_log_the_curve_and_the_page_say_the_same(tmp_path, capsys):
     train(tmp_path)
     log = capsys.readouterr().out
-    assert re.search(r"step 2/4, epoch 1: loss 1\.5000, accuracy 0\.500, learning rate 1\.00e-04, gradient norm 0\.25, \d+ positions/s \(20% padding\), [\d.e+]+ TFLOP/s \(\d+% of the peak\), \d+ h of audio an hour, [\d.]+ GB, ETA ", log)
+    assert re.search(
+        r"step 2/4, epoch 1: loss 1\.5000, accuracy 0\.500, learning rate 1\.00e-04, gradient norm 0\.25, \d+ positions/s \(20% padding\), [\d.e+]+ TFLOP/s \(\d+% of the peak\), \d+ h of audio an hour, [\d.]+ GB, ETA ",
+        log,
+    )
     assert "step 4: dev loss 0.7500, dev accuracy 0.625, WER 25.0 % on 2 dev utterances" in log
     assert "a-1: one <too>\n  said: one two" in log and "b-2: (nothing)" in log
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 4] and rows[2]["loss"] is None and rows[2]["gradient_norm"] is None
+    assert (
+        [row["step"] for row in rows] == [1, 2, 3, 4, 4]
+        and rows[2]["loss"] is None
+        and rows[2]["gradient_norm"] is None
+    )
     training, validation = read_curve(tmp_path / "curve.jsonl")
     assert len(training) == 4 and validation == [{"step": 4, "loss": 0.75, "accuracy": 0.625, "wer": 0.25}]
     shown = write_page(tmp_path, load_recipe("demo"), [("Time", "1:00")])
     page = (tmp_path / "curves.html").read_text()
-    assert "one &lt;too&gt;" in page and "(nothing)" in page and "Word error rate" in page and "25.0\u202f%" in page
+    assert (
+        "one &lt;too&gt;" in page
+        and "(nothing)" in page
+        and "Word error rate" in page
+        and "25.0\u202f%" in page
+    )
     assert shown["samples"] == SAMPLES.texts and len(shown["curve"]) == 4
 
 
@@ -82,14 +115,24 @@ def test_tensorboard_reads_what_was_written_and_nothing_beyond_where_it_was_gone
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, round(value.simple_value, 4)))
     assert found["train/loss"][:2] == [(1, 3.0), (2, 1.5)] and found["dev/wer"] == [(4, 0.25)]
-    assert found["train/learning_rate"][0] == (1, 1e-4) and {"train/padding", "train/audio_hours_per_hour", "train/memory", "train/share_of_peak"} <= found.keys()
+    assert (
+        found["train/learning_rate"][0] == (1, 1e-4)
+        and {"train/padding", "train/audio_hours_per_hour", "train/memory", "train/share_of_peak"}
+        <= found.keys()
+    )
     assert "dev/samples/text_summary" in found and purged == [3]
 
 
 @pytest.mark.slow
 def test_mlflow_and_wandb_get_the_numbers_and_the_same_run_when_gone_on(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow", reason="needs mlflow-skinny and wandb (the extra `trackers`), which are optional and no part of the lock")
-    pytest.importorskip("wandb", reason="needs mlflow-skinny and wandb (the extra `trackers`), which are optional and no part of the lock")
+    mlflow = pytest.importorskip(
+        "mlflow",
+        reason="needs mlflow-skinny and wandb (the extra `trackers`), which are optional and no part of the lock",
+    )
+    pytest.importorskip(
+        "wandb",
+        reason="needs mlflow-skinny and wandb (the extra `trackers`), which are optional and no part of the lock",
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -111,7 +154,9 @@ def test_mlflow_and_wandb_get_the_numbers_and_the_same_run_when_gone_on(tmp_path
 
 def test_a_tracker_that_is_not_installed_is_said_before_training(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"asks for wandb, whose package is not installed here: run `pip install wandb`"):
+    with pytest.raises(
+        UserError, match=r"asks for wandb, whose package is not installed here: run `pip install wandb`"
+    ):
         trackers.require_trackers(["wandb"])
     with pytest.raises(UserError, match=r"knows mlflow and wandb, not wandbb; did you mean wandb\?"):
         load_recipe("demo", {"training.trackers": ["wandbb"]})
@@ -125,7 +170,10 @@ def test_a_tracker_that_fails_is_said_once_and_training_goes_on(capsys):
     guarded = trackers._Guarded("mlflow", Failing())
     for step in range(3):
         guarded.log(step, {})
-    assert capsys.readouterr().out.count("warning: mlflow takes no more numbers (ConnectionError: nobody there)") == 1
+    assert (
+        capsys.readouterr().out.count("warning: mlflow takes no more numbers (ConnectionError: nobody there)")
+        == 1
+    )
 
 
 def test_the_page_is_drawn_anew_while_it_runs(tmp_path, monkeypatch):

@@ -39,7 +39,11 @@ def test_a_machine_finds_its_place(monkeypatch):
 @pytest.mark.parametrize(
     ("values", "wanted", "sentence"),
     [
-        (("", "", "", ""), 2, "training.nodes is 2, but PET_NNODES is not set here: start `slam-asr train` on 2 machines"),
+        (
+            ("", "", "", ""),
+            2,
+            "training.nodes is 2, but PET_NNODES is not set here: start `slam-asr train` on 2 machines",
+        ),
         (("2", "0", "host", "1"), 1, "training.nodes is 1, but PET_NNODES is 2 here"),
         (("3", "0", "host", "1"), 2, "training.nodes is 2, but PET_NNODES is 3 here"),
         (("2", "", "host", ""), 2, "PET_NODE_RANK and PET_MASTER_PORT is not set"),
@@ -64,17 +68,45 @@ def machines(bucket, tiny_recipe, tiny_corpus, tmp_path):
             port = free.getsockname()[1]
         started = []
         for rank in range(number):
-            together = {"PET_NNODES": str(number), "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
-            environment = os.environ | {"SLAM_ASR_CACHE": str(tmp_path / f"disk-{name}-{rank}"), "OMP_NUM_THREADS": "1"}
+            together = {
+                "PET_NNODES": str(number),
+                "PET_NODE_RANK": str(rank),
+                "PET_MASTER_ADDR": "127.0.0.1",
+                "PET_MASTER_PORT": str(port),
+            }
+            environment = os.environ | {
+                "SLAM_ASR_CACHE": str(tmp_path / f"disk-{name}-{rank}"),
+                "OMP_NUM_THREADS": "1",
+            }
             command = [
-                sys.executable, "-m", "slam_asr", "train", "--recipe", str(tiny_recipe), "--train_manifest", str(tmp_path / "manifest" / "train.jsonl"),
-                "--output", f"s3://bucket/{name}", "--training.nodes", str(number), "--features.cache", "none",
+                sys.executable,
+                "-m",
+                "slam_asr",
+                "train",
+                "--recipe",
+                str(tiny_recipe),
+                "--train_manifest",
+                str(tmp_path / "manifest" / "train.jsonl"),
+                "--output",
+                f"s3://bucket/{name}",
+                "--training.nodes",
+                str(number),
+                "--features.cache",
+                "none",
                 # A batch an utterance, so that each process has some of every step.
-                "--training.positions_per_batch", "40", *options,
-            ]  # fmt: skip
-            started.append(subprocess.Popen(
-                command, env=environment | (together if number > 1 else {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            ))  # fmt: skip
+                "--training.positions_per_batch",
+                "40",
+                *options,
+            ]
+            started.append(
+                subprocess.Popen(
+                    command,
+                    env=environment | (together if number > 1 else {}),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
         return started
 
     return start
@@ -101,17 +133,26 @@ def test_two_machines_train_what_two_processes_of_one_do(machines, bucket, tmp_p
     assert curves[0] == curves[1] and len(set(curves[0])) == 3
     assert records[1].facts["processes"] == 2
     # Every rank's share of the checkpoint is there, and gives the same weights.
-    shares = [sorted(f.name for f in walk(f"s3://bucket/{name}-{stage}/checkpoints")) for name in ("one", "two")]
+    shares = [
+        sorted(f.name for f in walk(f"s3://bucket/{name}-{stage}/checkpoints")) for name in ("one", "two")
+    ]
     assert shares[0] == shares[1] and sum("/weights-" in name for name in shares[1]) == 2
-    models = [convert_checkpoint(f"s3://bucket/{name}-{stage}", str(tmp_path / f"model-{name}")) for name in ("one", "two")]
+    models = [
+        convert_checkpoint(f"s3://bucket/{name}-{stage}", str(tmp_path / f"model-{name}"))
+        for name in ("one", "two")
+    ]
     weights = [read_bytes(model.file("projector.safetensors")) for model in models]
     assert weights[0] == weights[1]
     # Again: all find the record, and do nothing.
     again = machines(f"two-{stage}", 2, *zero)
-    assert all("already there, nothing to do" in text for text in finish(again)) and [p.returncode for p in again] == [0, 0]
+    assert all("already there, nothing to do" in text for text in finish(again)) and [
+        p.returncode for p in again
+    ] == [0, 0]
     # With other inputs: all refuse, none waits for another.
     other = machines(f"two-{stage}", 2, *zero, "--training.max_steps", "2")
-    assert all("with other inputs (changed: recipe)" in text for text in finish(other)) and [p.returncode for p in other] == [2, 2]
+    assert all("with other inputs (changed: recipe)" in text for text in finish(other)) and [
+        p.returncode for p in other
+    ] == [2, 2]
 
 
 @pytest.mark.slow
@@ -131,7 +172,16 @@ def test_machine_that_is_lost_ends_the_others_and_leaves_no_record(machines, buc
 
 @pytest.mark.slow
 def test_mistake_on_one_machine_is_said_there_and_ends_the_other(machines, bucket):
-    first, second = machines("differs", 2, "--training.learning_rate", "1e30", "--training.max_steps", "50", "--training.epochs", "1000")
+    first, second = machines(
+        "differs",
+        2,
+        "--training.learning_rate",
+        "1e30",
+        "--training.max_steps",
+        "50",
+        "--training.epochs",
+        "1000",
+    )
     said = finish([first, second])
     assert (first.returncode, second.returncode) == (2, 2), "\n".join(said)
     assert any("was not a number 3 steps in a row" in text for text in said)

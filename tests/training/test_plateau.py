@@ -19,7 +19,9 @@ def test_a_plateau_is_named_and_again_when_it_has_doubled():
     lines = said(noisy([min(0.31, 0.001 * s) for s in range(5000)]))
     steps = [step for step, _ in lines]
     assert 1000 < steps[0] < 1700 and steps == [steps[0], steps[0] + 1000, steps[0] + 3000]
-    assert [f"for {n} steps" in line for n, (_, line) in zip(("1,000", "2,000", "4,000"), lines, strict=True)] == [True] * 3
+    assert [
+        f"for {n} steps" in line for n, (_, line) in zip(("1,000", "2,000", "4,000"), lines, strict=True)
+    ] == [True] * 3
 
 
 def test_a_rise_ends_it():

@@ -15,8 +15,15 @@ from slam_asr.training.live import read_curve
 from slam_asr.training.train import train
 
 REAL = {
-    "training.precision": "fp32", "training.positions_per_step": 700, "training.max_steps": 6, "training.epochs": 2,
-    "training.validate_every": 3, "training.learning_rate": 1e-4, "training.warmup_steps": 6, "training.samples": 0, "features.dtype": "fp32",
+    "training.precision": "fp32",
+    "training.positions_per_step": 700,
+    "training.max_steps": 6,
+    "training.epochs": 2,
+    "training.validate_every": 3,
+    "training.learning_rate": 1e-4,
+    "training.warmup_steps": 6,
+    "training.samples": 0,
+    "features.dtype": "fp32",
 }
 """The published learning rate. Adam's first updates are little more than the gradient's signs, so a rate ten times as
 high lets the rounding of another summation order grow to 1e-3 within five steps, on one process as on two."""
@@ -35,14 +42,18 @@ def prepared(libri_mini, tmp_path_factory):
     chosen = [u for u in read_manifest(built.file("train.jsonl")) if 2 <= u.duration <= 10][:30]
     write_manifest(folder / "train.jsonl", chosen[:25])
     write_manifest(folder / "dev.jsonl", chosen[25:])
-    features = extract_features(recipe, [str(folder / "train.jsonl"), str(folder / "dev.jsonl")], str(folder / "features"))
+    features = extract_features(
+        recipe, [str(folder / "train.jsonl"), str(folder / "dev.jsonl")], str(folder / "features")
+    )
     return folder, features.folder
 
 
 def losses(prepared, name, **overrides):
     folder, features = prepared
     recipe = load_recipe("librispeech", REAL | overrides)
-    record = train(recipe, str(folder / "train.jsonl"), str(folder / name), features, str(folder / "dev.jsonl"))
+    record = train(
+        recipe, str(folder / "train.jsonl"), str(folder / name), features, str(folder / "dev.jsonl")
+    )
     curve, validation = read_curve(record.file("curve.jsonl"))
     return [row["loss"] for row in curve], [row["loss"] for row in validation]
 
@@ -70,7 +81,9 @@ def test_features_of_another_encoder_are_refused_before_training(tiny_recipe, ti
 
 @pytest.mark.slow
 def test_a_failing_process_ends_training_with_its_sentence(tiny_recipe, tiny_corpus, tmp_path):
-    recipe = load_recipe(str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 20})
+    recipe = load_recipe(
+        str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 20}
+    )
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
     with pytest.raises(UserError, match=r"lower training\.learning_rate"):
@@ -78,7 +91,9 @@ def test_a_failing_process_ends_training_with_its_sentence(tiny_recipe, tiny_cor
     assert read_record(tmp_path / "t") is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for fp16's refusal on a CPU; a GPU computes in fp16")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="asks for fp16's refusal on a CPU; a GPU computes in fp16"
+)
 def test_fp16_on_a_cpu_is_answered_before_anything_is_read(tiny_recipe, tmp_path):
     recipe = load_recipe(str(tiny_recipe), {"training.precision": "fp16"})
     with pytest.raises(UserError, match="fp16 needs a GPU"):
@@ -89,6 +104,8 @@ def test_what_decides_the_weights_leaves_out_what_does_not(tiny_recipe):
     from slam_asr.training.train import _what_decides_the_weights
 
     plain = _what_decides_the_weights(load_recipe(str(tiny_recipe)))
-    assert plain == _what_decides_the_weights(load_recipe(str(tiny_recipe), {"training.processes": 2, "training.log_every": 3}))
+    assert plain == _what_decides_the_weights(
+        load_recipe(str(tiny_recipe), {"training.processes": 2, "training.log_every": 3})
+    )
     assert plain != _what_decides_the_weights(load_recipe(str(tiny_recipe), {"training.seed": 3}))
     json.dumps(plain)

@@ -25,25 +25,52 @@ from tests.faults import FaultyProxy
 STEPS = 120
 OPTIONS = {
     # Dropout draws random numbers in each process, so that their state matters too.
-    "llm.tuning": "lora", "llm.lora.dropout": 0.2, "training.epochs": 1000, "training.max_steps": STEPS, "training.positions_per_step": 100,
-    "training.positions_per_batch": 50, "training.validate_every": 25, "training.checkpoint_every": 7, "training.learning_rate": 1e-3,
-    "training.gradient_clipping": 1.0, "training.schedule": "cosine",
-}  # fmt: skip
+    "llm.tuning": "lora",
+    "llm.lora.dropout": 0.2,
+    "training.epochs": 1000,
+    "training.max_steps": STEPS,
+    "training.positions_per_step": 100,
+    "training.positions_per_batch": 50,
+    "training.validate_every": 25,
+    "training.checkpoint_every": 7,
+    "training.learning_rate": 1e-3,
+    "training.gradient_clipping": 1.0,
+    "training.schedule": "cosine",
+}
 KILLS = 10 if os.environ.get("SLAM_ASR_SOAK") else 2
 
 
 def command(prepared, output: str, **options) -> list[str]:
     recipe, manifests, features = prepared
-    given = [f"--{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in (OPTIONS | options).items()]
+    given = [
+        f"--{key}={json.dumps(value) if isinstance(value, list) else value}"
+        for key, value in (OPTIONS | options).items()
+    ]
     return [
-        sys.executable, "-m", "slam_asr", "train", recipe, "--train_manifest", f"{manifests}/train.jsonl", "--dev_manifest", f"{manifests}/dev.jsonl",
-        "--feature_store", features, "--output", output, *given,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "slam_asr",
+        "train",
+        recipe,
+        "--train_manifest",
+        f"{manifests}/train.jsonl",
+        "--dev_manifest",
+        f"{manifests}/dev.jsonl",
+        "--feature_store",
+        features,
+        "--output",
+        output,
+        *given,
+    ]
 
 
 def start(prepared, output: str | Path, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        command(prepared, str(output), **options), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(prepared, str(output), **options),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -59,7 +86,11 @@ def ended(process: subprocess.Popen, within: float = 120) -> str:
 def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
     curve = output / "curve.jsonl"
     until = time.monotonic() + 120
-    while not curve.is_file() or sum('"loss"' in line and "validation" not in line for line in curve.read_text().splitlines()) < step:
+    while (
+        not curve.is_file()
+        or sum('"loss"' in line and "validation" not in line for line in curve.read_text().splitlines())
+        < step
+    ):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.002)
@@ -81,16 +112,24 @@ def uninterrupted(prepared, tmp_path_factory):
     assert process.returncode == 0, printed
     training, validation = curve_of(output)
     assert len(training) == STEPS and [v["step"] for v in validation] == [25, 50, 75, 100, STEPS]
-    assert len({row[2] for row in training}) > STEPS // 2, "the losses hardly move: equal curves would say nothing"
+    assert len({row[2] for row in training}) > STEPS // 2, (
+        "the losses hardly move: equal curves would say nothing"
+    )
     return training, validation
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
-    return [p for p in psutil.Process(process.pid).children(recursive=True) if "slam_asr.training.loop" in p.cmdline()]
+    return [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "slam_asr.training.loop" in p.cmdline()
+    ]
 
 
 @pytest.mark.slow
-def test_killed_at_random_steps_the_losses_are_those_of_an_uninterrupted_run(prepared, uninterrupted, tmp_path):
+def test_killed_at_random_steps_the_losses_are_those_of_an_uninterrupted_run(
+    prepared, uninterrupted, tmp_path
+):
     output = tmp_path / "t"
     draw = random.Random(0 if KILLS == 2 else None)
     for step in sorted(draw.sample(range(3, STEPS - 40), KILLS)):
@@ -109,7 +148,11 @@ def test_killed_at_random_steps_the_losses_are_those_of_an_uninterrupted_run(pre
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"training.zero_stage": 3, "training.precision": "bf16"}, {"training.engine": "fsdp"}], ids=["zero-3-bf16", "fsdp"])
+@pytest.mark.parametrize(
+    "options",
+    [{"training.zero_stage": 3, "training.precision": "bf16"}, {"training.engine": "fsdp"}],
+    ids=["zero-3-bf16", "fsdp"],
+)
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(prepared, tmp_path, options):
     options = {"training.processes": 2, "training.checkpoint_every": 0, **options}
     whole, output = tmp_path / "whole", tmp_path / "t"
@@ -122,7 +165,10 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(prepared, tmp_
     assert process.returncode == 143, printed
     found = checkpoint.require(str(output / "checkpoints"))
     assert 30 <= found.step < STEPS
-    assert f"stopped by SIGTERM behind step {found.step}" in printed and "run the same command again to go on" in printed
+    assert (
+        f"stopped by SIGTERM behind step {found.step}" in printed
+        and "run the same command again to go on" in printed
+    )
     assert "Traceback" not in printed and read_record(output) is None
     process = start(prepared, output, **options)
     printed = ended(process)
@@ -162,7 +208,9 @@ def test_another_number_of_processes_goes_on_in_the_same_order(prepared, uninter
 
 
 @pytest.mark.slow
-def test_checkpoints_go_to_object_storage_while_it_fails_now_and_then(prepared, uninterrupted, faulty_s3, monkeypatch, tmp_path):
+def test_checkpoints_go_to_object_storage_while_it_fails_now_and_then(
+    prepared, uninterrupted, faulty_s3, monkeypatch, tmp_path
+):
     """Killed and with its disk lost, the training goes on from what object storage has."""
     options = {"training.processes": 2, "training.checkpoint_every": 20}
     process = start(prepared, "s3://bucket/t", **options)
@@ -178,7 +226,9 @@ def test_checkpoints_go_to_object_storage_while_it_fails_now_and_then(prepared, 
     assert process.returncode == 0 and "going on behind step" in printed, printed
     record = read_record("s3://bucket/t")
     training, validation = read_curve(record.file("curve.jsonl"))
-    assert [row["loss"] for row in training] == [row[2] for row in uninterrupted[0]] and validation == uninterrupted[1]
+    assert [row["loss"] for row in training] == [
+        row[2] for row in uninterrupted[0]
+    ] and validation == uninterrupted[1]
     assert convert_checkpoint("s3://bucket/t", str(tmp_path / "model")).metrics["parameters"] > 0
     assert faulty_s3.faults.total() > 0
 
@@ -205,11 +255,20 @@ def test_storage_that_is_away_for_a_while_does_not_stop_training(prepared, bucke
     assert process.returncode == 0, printed
     assert re.search(r"warning: the checkpoint of step \d+ could not be written, training goes on", printed)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    assert proxy.faults["busy"] > 1 and checkpoint.require("s3://bucket/t/checkpoints").step == read_record("s3://bucket/t").facts["steps"]
+    assert (
+        proxy.faults["busy"] > 1
+        and checkpoint.require("s3://bucket/t/checkpoints").step
+        == read_record("s3://bucket/t").facts["steps"]
+    )
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_by_its_keys(tmp_path):
-    inputs = {"llm_sha256": "a" * 64, "recipe": {"training": {"learning_rate": 1e-4, "max_steps": 10, "schedule": "constant", "validate_every": 5}}}
+    inputs = {
+        "llm_sha256": "a" * 64,
+        "recipe": {
+            "training": {"learning_rate": 1e-4, "max_steps": 10, "schedule": "constant", "validate_every": 5}
+        },
+    }
     folder = str(tmp_path)
     checkpoint.publish(folder, checkpoint.Checkpoint(3, 0, 3, "ddp", 1, inputs), keep=1)
     require_same_training(folder, inputs, overwrite=False)
@@ -218,10 +277,17 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_its_keys(tmp_path):
         return inputs | {"recipe": {"training": inputs["recipe"]["training"] | training}}
 
     require_same_training(folder, changed(max_steps=20, validate_every=1), overwrite=False)
-    with pytest.raises(UserError, match=r"another training \(1 keys differ: training\.learning_rate 0\.0001 → 0\.001\)"):
+    with pytest.raises(
+        UserError, match=r"another training \(1 keys differ: training\.learning_rate 0\.0001 → 0\.001\)"
+    ):
         require_same_training(folder, changed(learning_rate=1e-3, max_steps=20), overwrite=False)
-    with pytest.raises(UserError, match=r"3 keys differ: llm_sha256 aaaaaaaaaaaa… → b, training\.max_steps 10 → 20, training\.schedule constant → linear"):
-        require_same_training(folder, changed(schedule="linear", max_steps=20) | {"llm_sha256": "b"}, overwrite=False)
+    with pytest.raises(
+        UserError,
+        match=r"3 keys differ: llm_sha256 aaaaaaaaaaaa… → b, training\.max_steps 10 → 20, training\.schedule constant → linear",
+    ):
+        require_same_training(
+            folder, changed(schedule="linear", max_steps=20) | {"llm_sha256": "b"}, overwrite=False
+        )
     require_same_training(folder, changed(learning_rate=1e-3), overwrite=True)
     assert checkpoint.find(folder) is None
 
@@ -233,7 +299,11 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
         (tmp_path / "c" / about.name).mkdir(parents=True)
         (tmp_path / "c" / about.name / "weights-00000-of-00001.safetensors").write_bytes(b"x")
         checkpoint.publish(folder, about, keep=2)
-    assert sorted(f.name for f in (tmp_path / "c").iterdir() if f.is_dir()) == ["step-00000015", "step-00000025", "step-00000030"]
+    assert sorted(f.name for f in (tmp_path / "c").iterdir() if f.is_dir()) == [
+        "step-00000015",
+        "step-00000025",
+        "step-00000030",
+    ]
     assert checkpoint.require(folder).step == 30 and checkpoint.require(folder, "best").step == 15
 
 
@@ -258,7 +328,9 @@ def test_what_lies_behind_the_latest_is_forgotten_before_it_is_gone_on(tmp_path)
     (tmp_path / ".latest.2780.140456.partial").write_text("step-00000009")
     checkpoint.forget_what_is_behind(folder)
     assert not list(tmp_path.rglob("*.partial"))
-    assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["step-00000005"] and checkpoint.require(folder).step == 5
+    assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["step-00000005"] and checkpoint.require(
+        folder
+    ).step == 5
 
 
 def test_no_checkpoint_and_a_lost_one_are_said(tmp_path):
@@ -289,17 +361,35 @@ def test_a_damaged_checkpoint_is_refused_before_it_does_harm(prepared, tmp_path)
 @pytest.mark.slow
 def test_training_ends_early_where_the_dev_loss_no_longer_falls(prepared, tmp_path):
     recipe, manifests, features = prepared
-    options = OPTIONS | {"training.validate_every": 1, "training.patience": 2, "training.learning_rate": 0.3, "training.warmup_steps": 0, "training.schedule": "constant"}
-    record = train(load_recipe(recipe, options), f"{manifests}/train.jsonl", str(tmp_path / "t"), features, f"{manifests}/dev.jsonl")
+    options = OPTIONS | {
+        "training.validate_every": 1,
+        "training.patience": 2,
+        "training.learning_rate": 0.3,
+        "training.warmup_steps": 0,
+        "training.schedule": "constant",
+    }
+    record = train(
+        load_recipe(recipe, options),
+        f"{manifests}/train.jsonl",
+        str(tmp_path / "t"),
+        features,
+        f"{manifests}/dev.jsonl",
+    )
     losses = [v["loss"] for v in record.facts["validation"]]
     best = losses.index(min(losses))
     assert record.facts["steps"] == best + 1 + 2 < STEPS and len(losses) == record.facts["steps"]
     assert checkpoint.require(str(tmp_path / "t" / "checkpoints"), "best").step == best + 1
-    latest, chosen = (convert_checkpoint(record.folder, str(tmp_path / which), which=which) for which in ("latest", "best"))
-    assert latest.file("projector.safetensors").read_bytes() != chosen.file("projector.safetensors").read_bytes()
+    latest, chosen = (
+        convert_checkpoint(record.folder, str(tmp_path / which), which=which) for which in ("latest", "best")
+    )
+    assert (
+        latest.file("projector.safetensors").read_bytes() != chosen.file("projector.safetensors").read_bytes()
+    )
 
 
-def test_dev_utterances_that_are_trained_on_are_counted_and_an_empty_set_is_refused(prepared, tmp_path, capsys):
+def test_dev_utterances_that_are_trained_on_are_counted_and_an_empty_set_is_refused(
+    prepared, tmp_path, capsys
+):
     from slam_asr.manifest import read_manifest
     from slam_asr.training.train import _look_at
 
@@ -308,6 +398,9 @@ def test_dev_utterances_that_are_trained_on_are_counted_and_an_empty_set_is_refu
     _look_at({"train": trained, "dev": dev})
     assert capsys.readouterr().out == ""
     _look_at({"train": trained, "dev": [*dev, *trained[:2]]})
-    assert f"warning: 2 of {len(dev) + 2} dev utterances are also in train (first {trained[0].key})" in capsys.readouterr().out
+    assert (
+        f"warning: 2 of {len(dev) + 2} dev utterances are also in train (first {trained[0].key})"
+        in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="The dev manifest has no utterance that can be heard"):
         _look_at({"train": trained, "dev": []})

@@ -16,14 +16,29 @@ from tests.ranks import run_on_ranks
 from tests.training import memory_program, sharded_program
 from tests.training.sharded_program import ENGINES, STEPS, TUNINGS
 
-SIZES = {"hidden_size": 30, "intermediate_size": 45, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 101}
+SIZES = {
+    "hidden_size": 30,
+    "intermediate_size": 45,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": 101,
+}
 """Odd, so that processes have shares of unequal sizes."""
 FAMILIES = {
     # name: (transformers' model type, what differs from SIZES, the largest file)
     "llama-tied": ("llama", {"tie_word_embeddings": True}, "20KB"),
     "llama-one-file": ("llama", {}, "1GB"),
-    "gpt-2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0}, "20KB"),
-    "gemma-3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64, "tie_word_embeddings": True}, "20KB"),
+    "gpt-2": (
+        "gpt2",
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0},
+        "20KB",
+    ),
+    "gemma-3": (
+        "gemma3_text",
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64, "tie_word_embeddings": True},
+        "20KB",
+    ),
     "gpt-neox": ("gpt_neox", {"num_attention_heads": 3, "max_position_embeddings": 128}, "20KB"),
 }
 
@@ -31,7 +46,9 @@ FAMILIES = {
 def write(folder: Path, family: str) -> Path:
     kind, changes, largest = FAMILIES[family]
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**{**SIZES, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **changes})
+    config = CONFIG_MAPPING[kind](
+        **{**SIZES, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **changes}
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / family, max_shard_size=largest)
     return folder / family
 
@@ -51,8 +68,12 @@ def test_losses_are_those_of_an_llm_that_is_loaded_whole(tmp_path, family):
 def big(tmp_path_factory) -> Path:
     """285 MB in fp16, in five files."""
     folder = tmp_path_factory.mktemp("big")
-    config = CONFIG_MAPPING["llama"](hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16, vocab_size=4096)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder, max_shard_size="60MB")
+    config = CONFIG_MAPPING["llama"](
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16, vocab_size=4096
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(
+        folder, max_shard_size="60MB"
+    )
     return folder
 
 
@@ -65,7 +86,9 @@ def test_no_process_has_memory_for_the_whole(big, tmp_path, kind):
         folder = tmp_path / f"{kind} {way}"
         folder.mkdir()
         (folder / "llm").symlink_to(big)
-        found[way] = json.loads((run_on_ranks(memory_program.__file__, 2, folder) / "memory.json").read_text())
+        found[way] = json.loads(
+            (run_on_ranks(memory_program.__file__, 2, folder) / "memory.json").read_text()
+        )
     assert min(found["whole"]) > 1
     assert max(found["sharded"]) < 0.75
 
@@ -104,7 +127,11 @@ def test_what_transformers_renames_is_left_to_it(tmp_path):
 def test_a_base_models_names_without_the_prefix_are_understood(tmp_path):
     folder = write(tmp_path, "llama-one-file")
     file = folder / "model.safetensors"
-    save_file({key.removeprefix("model."): tensor for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {key.removeprefix("model."): tensor for key, tensor in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
     _, stored = describe_stored_llm(folder, torch.float32)
     assert {weight.key for weight in stored} == {weight.name.removeprefix("model.") for weight in stored}
 
@@ -121,7 +148,9 @@ def test_damage_is_told_as_by_loading_it_whole(tmp_path, fault):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     if fault in ("tied twice", "no safetensors"):
-        with pytest.raises(NotOneToOne, match="twice" if fault == "tied twice" else "not stored as safetensors"):
+        with pytest.raises(
+            NotOneToOne, match="twice" if fault == "tied twice" else "not stored as safetensors"
+        ):
             describe_stored_llm(folder, torch.float32)
         return
     with pytest.raises(UserError) as whole:

@@ -22,7 +22,10 @@ KINDS = {
     "lora-bf16": {"llm.tuning": "lora", "training.precision": "bf16"},
     "full-llm": {"llm.tuning": "full", "llm.learning_rate": 1e-5, "training.gradient_checkpointing": True},
     "full-llm-offload": {
-        "llm.tuning": "full", "training.zero_stage": 2, "training.offload_optimizer": True, "training.precision": "bf16",
+        "llm.tuning": "full",
+        "training.zero_stage": 2,
+        "training.offload_optimizer": True,
+        "training.precision": "bf16",
     },
     "full-encoder": {"encoder.tuning": "full", "encoder.learning_rate": 2e-5, "training.zero_stage": 3},
     "q-former": {"projector.kind": "q-former", "projector.queries": 5, "projector.layers": 1},
@@ -83,7 +86,9 @@ def test_layers_that_the_llm_does_not_have_are_named_before_training(tiny_recipe
     recipe = load_recipe(str(tiny_recipe), {"llm.tuning": "lora", "llm.lora.targets": ["q_prj"]})
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
-    with pytest.raises(UserError, match=r"names q_prj, a layer that this LLM does not have; did you mean q_proj\?"):
+    with pytest.raises(
+        UserError, match=r"names q_prj, a layer that this LLM does not have; did you mean q_proj\?"
+    ):
         train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
 
 
@@ -104,7 +109,12 @@ def test_an_llm_without_a_tokenizer_is_refused_before_training(tiny_recipe, tiny
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
     with pytest.raises(UserError, match="has no tokenizer"):
-        train(load_recipe(str(tiny_recipe), {"llm.name": str(bare)}), str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
+        train(
+            load_recipe(str(tiny_recipe), {"llm.name": str(bare)}),
+            str(built.file("train.jsonl")),
+            str(tmp_path / "t"),
+            features.folder,
+        )
 
 
 @pytest.mark.slow
@@ -113,15 +123,34 @@ def test_a_training_begins_with_the_projector_of_another_model(tiny_recipe, tiny
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
     manifest = str(built.file("train.jsonl"))
-    first = convert_checkpoint(train(recipe, manifest, str(tmp_path / "t"), features.folder).folder, str(tmp_path / "first"))
-    options = {"projector.init_from": first.folder, "training.max_steps": 1, "training.warmup_steps": 0, "training.learning_rate": 1e-12}
+    first = convert_checkpoint(
+        train(recipe, manifest, str(tmp_path / "t"), features.folder).folder, str(tmp_path / "first")
+    )
+    options = {
+        "projector.init_from": first.folder,
+        "training.max_steps": 1,
+        "training.warmup_steps": 0,
+        "training.learning_rate": 1e-12,
+    }
     record = train(load_recipe(str(tiny_recipe), options), manifest, str(tmp_path / "u"), features.folder)
     second = convert_checkpoint(record.folder, str(tmp_path / "second"))
     before, after = (load_file(model.file("projector.safetensors")) for model in (first, second))
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-8)
     assert "init_from" in record.inputs and "warning" not in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"projector\.init_from: .* does not fit a linear projector with k = 5"):
-        train(load_recipe(str(tiny_recipe), options | {"projector.hidden": 9}), manifest, str(tmp_path / "v"), features.folder)
+    with pytest.raises(
+        UserError, match=r"projector\.init_from: .* does not fit a linear projector with k = 5"
+    ):
+        train(
+            load_recipe(str(tiny_recipe), options | {"projector.hidden": 9}),
+            manifest,
+            str(tmp_path / "v"),
+            features.folder,
+        )
     with pytest.raises(UserError, match="holds no model"):
-        train(load_recipe(str(tiny_recipe), options | {"projector.init_from": str(tmp_path)}), manifest, str(tmp_path / "v"), features.folder)
+        train(
+            load_recipe(str(tiny_recipe), options | {"projector.init_from": str(tmp_path)}),
+            manifest,
+            str(tmp_path / "v"),
+            features.folder,
+        )

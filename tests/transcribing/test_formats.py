@@ -7,7 +7,11 @@ import re
 from slam_asr.transcribing.formats import COLUMNS, Segment, Transcript, as_json, as_srt, as_text
 
 LONG = "it was the best of times it was the worst of times it was the age of wisdom it was the age of foolishness"
-TRANSCRIPT = Transcript("a/b.wav", 3725.5, [Segment(0.25, 2.5, "hello there"), Segment(3, 4, ""), Segment(3700.0, 3710.5, LONG, cut=True)])
+TRANSCRIPT = Transcript(
+    "a/b.wav",
+    3725.5,
+    [Segment(0.25, 2.5, "hello there"), Segment(3, 4, ""), Segment(3700.0, 3710.5, LONG, cut=True)],
+)
 
 
 def test_text_is_a_line_without_what_was_empty():
@@ -19,7 +23,11 @@ def test_json_is_a_line_with_all_that_is_known():
     written = as_json(TRANSCRIPT)
     assert written.count("\n") == 1
     values = json.loads(written)
-    assert values["file"] == "a/b.wav" and values["duration"] == 3725.5 and values["text"] == f"hello there {LONG}"
+    assert (
+        values["file"] == "a/b.wav"
+        and values["duration"] == 3725.5
+        and values["text"] == f"hello there {LONG}"
+    )
     assert values["segments"][2] == {"start": 3700.0, "end": 3710.5, "text": LONG, "cut": True}
 
 
@@ -27,11 +35,21 @@ def test_subtitles_are_numbered_timed_and_no_wider_than_players_show():
     blocks = as_srt(TRANSCRIPT).strip().split("\n\n")
     assert [block.split("\n")[0] for block in blocks] == [str(n + 1) for n in range(len(blocks))]
     assert blocks[0] == "1\n00:00:00,250 --> 00:00:02,500\nhello there"
-    times = [re.match(r"(\d\d):(\d\d):(\d\d),(\d\d\d) --> (\d\d):(\d\d):(\d\d),(\d\d\d)$", block.split("\n")[1]).groups() for block in blocks]
-    seconds = [[int(t[0]) * 3600 + int(t[1]) * 60 + int(t[2]) + int(t[3]) / 1000 for t in (time[:4], time[4:])] for time in times]
+    times = [
+        re.match(
+            r"(\d\d):(\d\d):(\d\d),(\d\d\d) --> (\d\d):(\d\d):(\d\d),(\d\d\d)$", block.split("\n")[1]
+        ).groups()
+        for block in blocks
+    ]
+    seconds = [
+        [int(t[0]) * 3600 + int(t[1]) * 60 + int(t[2]) + int(t[3]) / 1000 for t in (time[:4], time[4:])]
+        for time in times
+    ]
     assert all(start < end for start, end in seconds)
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(seconds))
     assert seconds[1][0] == 3700.0 and seconds[-1][1] == 3710.5
     lines = [block.split("\n")[2:] for block in blocks]
-    assert all(len(line) <= COLUMNS for block in lines for line in block) and all(len(block) <= 2 for block in lines)
+    assert all(len(line) <= COLUMNS for block in lines for line in block) and all(
+        len(block) <= 2 for block in lines
+    )
     assert " ".join(" ".join(block) for block in lines[1:]) == LONG

@@ -13,7 +13,11 @@ def recording(lengths, pauses, seed=0):
     rng = np.random.default_rng(seed)
     pieces, spoken, at = [], [], 0
     for length, pause in zip(lengths, pauses, strict=True):
-        loud = rng.standard_normal(round(length * SAMPLE_RATE)) * 0.1 * (1.2 + np.sin(np.arange(round(length * SAMPLE_RATE)) / 2000))
+        loud = (
+            rng.standard_normal(round(length * SAMPLE_RATE))
+            * 0.1
+            * (1.2 + np.sin(np.arange(round(length * SAMPLE_RATE)) / 2000))
+        )
         faint = rng.standard_normal(round(pause * SAMPLE_RATE)) * 0.0005
         pieces += [loud, faint]
         spoken.append((at, at + len(loud)))
@@ -54,7 +58,11 @@ def test_speech_without_any_pause_is_divided_all_the_same():
     assert sum(p.end - p.start for p in parts) >= 0.99 * len(samples) and len(parts) >= 4
 
 
-@pytest.mark.parametrize("samples", [np.zeros(0), np.zeros(5 * SAMPLE_RATE), np.full(100, 1e-6)], ids=["nothing", "silence", "next to silence"])
+@pytest.mark.parametrize(
+    "samples",
+    [np.zeros(0), np.zeros(5 * SAMPLE_RATE), np.full(100, 1e-6)],
+    ids=["nothing", "silence", "next to silence"],
+)
 def test_where_nothing_is_heard_there_is_no_part(samples):
     assert divide(samples.astype(np.float32), 20) == []
 

@@ -33,14 +33,22 @@ def test_the_model_hears_each_part_and_nothing_else(model, tiny_recipe, tmp_path
     recipe = load_recipe(str(tiny_recipe))
     tones = [make_tone(3, frequency=f) for f in (300, 500, 800)]
     quiet = np.zeros(16_000, np.float32)
-    whole = write_wav(tmp_path / "long.wav", np.concatenate([x for tone in tones for x in (tone, quiet)]), subtype="FLOAT")
+    whole = write_wav(
+        tmp_path / "long.wav", np.concatenate([x for tone in tones for x in (tone, quiet)]), subtype="FLOAT"
+    )
     heard = []
     decode_batch = Searcher.decode
-    monkeypatch.setattr(Searcher, "decode", lambda self, audio, positions: heard.extend(audio) or decode_batch(self, audio, positions))
+    monkeypatch.setattr(
+        Searcher,
+        "decode",
+        lambda self, audio, positions: heard.extend(audio) or decode_batch(self, audio, positions),
+    )
     (transcript,) = transcribe(recipe, model, [str(whole)], longest=5)
     alone = open_model(model).spec.preparer()
     samples = load_audio(whole)
-    expected = [alone(samples[round(s.start * 16_000) : round(s.end * 16_000)]).inputs[0] for s in transcript.segments]
+    expected = [
+        alone(samples[round(s.start * 16_000) : round(s.end * 16_000)]).inputs[0] for s in transcript.segments
+    ]
     assert len(heard) == len(expected) == 3
     for audio in heard:
         assert any(audio.inputs[0].shape == e.shape and torch.equal(audio.inputs[0], e) for e in expected)
@@ -49,13 +57,23 @@ def test_the_model_hears_each_part_and_nothing_else(model, tiny_recipe, tmp_path
 def test_a_long_recording_has_segments_where_there_is_sound(model, tiny_recipe, tmp_path):
     quiet = np.zeros(16_000, np.float32)
     samples = np.concatenate([x for f in (300, 500, 800, 1200) for x in (make_tone(3, frequency=f), quiet)])
-    (transcript,) = transcribe(load_recipe(str(tiny_recipe)), model, [str(write_wav(tmp_path / "long.wav", samples))], longest=5)
+    (transcript,) = transcribe(
+        load_recipe(str(tiny_recipe)), model, [str(write_wav(tmp_path / "long.wav", samples))], longest=5
+    )
     assert transcript.duration == 16
-    assert [(round(s.start), round(s.end)) for s in transcript.segments] == [(0, 3), (4, 7), (8, 11), (12, 15)]
+    assert [(round(s.start), round(s.end)) for s in transcript.segments] == [
+        (0, 3),
+        (4, 7),
+        (8, 11),
+        (12, 15),
+    ]
 
 
 def test_what_is_printed_is_the_transcripts_alone(model, tmp_path, capsys):
-    first, second = (str(write_wav(tmp_path / f"{name}.flac", make_tone(2, frequency=f))) for name, f in (("a", 300), ("b", 700)))
+    first, second = (
+        str(write_wav(tmp_path / f"{name}.flac", make_tone(2, frequency=f)))
+        for name, f in (("a", 300), ("b", 700))
+    )
     main(["transcribe", model, first, second, "--format", "json", "--decoding.max-new-tokens", "3"])
     printed = capsys.readouterr()
     rows = [json.loads(line) for line in printed.out.splitlines()]
@@ -64,7 +82,10 @@ def test_what_is_printed_is_the_transcripts_alone(model, tmp_path, capsys):
 
 
 def test_files_are_written_beside_the_recordings_names(model, tmp_path):
-    files = [str(write_wav(tmp_path / name, make_tone(2, rate, 400, channels), rate)) for name, rate, channels in (("a.wav", 44_100, 2), ("b c.opus", 48_000, 1))]
+    files = [
+        str(write_wav(tmp_path / name, make_tone(2, rate, 400, channels), rate))
+        for name, rate, channels in (("a.wav", 44_100, 2), ("b c.opus", 48_000, 1))
+    ]
     main(["transcribe", model, *files, "--format", "srt", "--output", str(tmp_path / "out")])
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"a.srt", "b c.srt"}
 
@@ -86,20 +107,31 @@ def test_a_damaged_file_costs_the_others_nothing(model, tmp_path, capsys):
     assert "1 of 2 files could not be read, first" in printed.err and "Traceback" not in printed.err
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["{model}"], "no file to transcribe|Missing: --files"),
-    (["{model}", "nowhere.wav"], "There is no audio file nowhere.wav"),
-    (["{model}", "{text}"], "cannot be read as wav, flac, ogg, opus or mp3"),
-    (["{model}", "{wav}", "--longest", "0"], "--longest is 0 s but must be at least 1"),
-    (["{model}", "{wav}", "{wav2}", "--format", "srt"], "name a folder with --output"),
-    (["{model}", "{wav}", "{wav}", "--output", "{out}"], "Two files would be written to"),
-    (["{out}", "{wav}"], "holds no model"),
-    ([], "Missing"),
-])  # fmt: skip
-def test_bad_input_is_one_sentence_before_anything_is_loaded(model, tmp_path, capsys, monkeypatch, arguments, said):
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["{model}"], "no file to transcribe|Missing: --files"),
+        (["{model}", "nowhere.wav"], "There is no audio file nowhere.wav"),
+        (["{model}", "{text}"], "cannot be read as wav, flac, ogg, opus or mp3"),
+        (["{model}", "{wav}", "--longest", "0"], "--longest is 0 s but must be at least 1"),
+        (["{model}", "{wav}", "{wav2}", "--format", "srt"], "name a folder with --output"),
+        (["{model}", "{wav}", "{wav}", "--output", "{out}"], "Two files would be written to"),
+        (["{out}", "{wav}"], "holds no model"),
+        ([], "Missing"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_loaded(
+    model, tmp_path, capsys, monkeypatch, arguments, said
+):
     monkeypatch.setattr("slam_asr.decoding.model.Model.load", None)
     (tmp_path / "text.wav").write_text("no audio")
-    given = {"model": model, "wav": write_wav(tmp_path / "a.wav"), "wav2": write_wav(tmp_path / "b.wav"), "text": tmp_path / "text.wav", "out": tmp_path}
+    given = {
+        "model": model,
+        "wav": write_wav(tmp_path / "a.wav"),
+        "wav2": write_wav(tmp_path / "b.wav"),
+        "text": tmp_path / "text.wav",
+        "out": tmp_path,
+    }
     with pytest.raises(SystemExit) as ended:
         main(["transcribe", *(a.format(**given) for a in arguments)])
     printed = capsys.readouterr()
@@ -125,11 +157,20 @@ def test_the_shipped_model_hears_real_speech_of_any_length(libri_mini, tmp_path,
             clips.append(transcript.parent / f"{key}.flac")
             spoken.append(text.lower())
     single = transcribe(load_recipe(SHIPPED), SHIPPED, [str(c) for c in clips])
-    said = score([Hypothesis(str(i), text, t.text) for i, (text, t) in enumerate(zip(spoken, single, strict=True))])
-    exchanged = score([Hypothesis(str(i), text, t.text) for i, (text, t) in enumerate(zip(spoken, single[1:] + single[:1], strict=True))])
+    said = score(
+        [Hypothesis(str(i), text, t.text) for i, (text, t) in enumerate(zip(spoken, single, strict=True))]
+    )
+    exchanged = score(
+        [
+            Hypothesis(str(i), text, t.text)
+            for i, (text, t) in enumerate(zip(spoken, single[1:] + single[:1], strict=True))
+        ]
+    )
     assert said.wer < 0.75 and said.hits > 3 * exchanged.hits
     pause = np.zeros(16_000, np.float32)
-    soundfile.write(tmp_path / "long.flac", np.concatenate([x for c in clips for x in (load_audio(c), pause)]), 16_000)
+    soundfile.write(
+        tmp_path / "long.flac", np.concatenate([x for c in clips for x in (load_audio(c), pause)]), 16_000
+    )
     main(["transcribe", SHIPPED, str(tmp_path / "long.flac"), "--format", "json"])
     line = capsys.readouterr().out.splitlines()[-1]
     segments = json.loads(line)["segments"]

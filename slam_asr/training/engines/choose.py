@@ -17,7 +17,11 @@ def spreads_weights(options: Training) -> bool:
 
 
 def make_engine(
-    model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float], stored: Sequence[StoredWeight] = ()
+    model: nn.Module,
+    options: Training,
+    device: torch.device,
+    learning_rates: dict[str, float],
+    stored: Sequence[StoredWeight] = (),
 ) -> Engine:
     """The model under `training.engine`.
 

@@ -42,7 +42,10 @@ class Groups:
     """
 
     def __init__(self, model: nn.Module, options: Training, learning_rates: dict[str, float]) -> None:
-        parts = {name: [(n, p) for n, p in part.named_parameters(name) if p.requires_grad] for name, part in model.named_children()}
+        parts = {
+            name: [(n, p) for n, p in part.named_parameters(name) if p.requires_grad]
+            for name, part in model.named_children()
+        }
         self.parts = {name: weights for name, weights in parts.items() if weights}
         self.peaks = {name: learning_rates.get(name, options.learning_rate) for name in self.parts}
         self.relative_rates = [peak / options.learning_rate for peak in self.peaks.values()]
@@ -54,7 +57,10 @@ class Groups:
 
     def for_optimizer(self) -> list[dict]:
         """Parameter groups as torch's optimisers take them."""
-        return [{"params": [p for _, p in weights], "lr": self.peaks[name]} for name, weights in self.parts.items()]
+        return [
+            {"params": [p for _, p in weights], "lr": self.peaks[name]}
+            for name, weights in self.parts.items()
+        ]
 
     def set_rates(self, groups: list[dict], learning_rate: float) -> None:
         """Give each group its share of this step's learning rate."""

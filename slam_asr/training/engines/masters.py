@@ -43,7 +43,11 @@ class MastersEngine(Engine):
     """
 
     def __init__(
-        self, model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float] | None = None,
+        self,
+        model: nn.Module,
+        options: Training,
+        device: torch.device,
+        learning_rates: dict[str, float] | None = None,
         stored: Sequence[StoredWeight] = (),
     ) -> None:
         dtype = DTYPES[options.precision]
@@ -62,7 +66,8 @@ class MastersEngine(Engine):
         self.clipping = options.gradient_clipping
         # In fp32 the weights are their own masters.
         self.masters: dict[str, torch.Tensor] = {
-            name: p if dtype == torch.float32 else p.detach().float() for name, p in self.groups.weights.items()
+            name: p if dtype == torch.float32 else p.detach().float()
+            for name, p in self.groups.weights.items()
         }
         groups = self.groups.for_optimizer()
         for group, weights in zip(groups, self.groups.parts.values(), strict=True):
@@ -150,7 +155,8 @@ class MastersEngine(Engine):
         for master in self.masters.values():
             if not self.adam.state[master]:
                 self.adam.state[master] = {
-                    "step": torch.zeros((), dtype=torch.float32), **{m: torch.zeros_like(master) for m in MOMENTS}
+                    "step": torch.zeros((), dtype=torch.float32),
+                    **{m: torch.zeros_like(master) for m in MOMENTS},
                 }
 
     @torch.no_grad()
@@ -194,7 +200,16 @@ def read_share(weight: StoredWeight, device: torch.device) -> None:
     whole = weight.parameter
     # As torch.chunk divides them: equal shares, but for the last ones with fewer rows or none.
     share = -(-len(whole) // whole.device_mesh.size())
-    rows = weight.read_into(torch.empty_like(whole.to_local(), device=device), share * whole.device_mesh.get_local_rank())
-    weight.put(DTensor.from_local(
-        rows, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    ))  # fmt: skip
+    rows = weight.read_into(
+        torch.empty_like(whole.to_local(), device=device), share * whole.device_mesh.get_local_rank()
+    )
+    weight.put(
+        DTensor.from_local(
+            rows,
+            whole.device_mesh,
+            whole.placements,
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.stride(),
+        )
+    )

@@ -27,7 +27,11 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(
-        self, model: nn.Module, options: Training, device: torch.device, learning_rates: dict[str, float] | None = None,
+        self,
+        model: nn.Module,
+        options: Training,
+        device: torch.device,
+        learning_rates: dict[str, float] | None = None,
         stored: Sequence[StoredWeight] = (),
     ) -> None:
         name_accelerator(device)
@@ -43,7 +47,9 @@ class DeepSpeedEngine(Engine):
         self.trained = [[n for n, _ in weights] for weights in self.groups.parts.values()]
         """Names of the trained weights, by group."""
         theirs = options.deepspeed.get("optimizer", {}).get("params", {})
-        self.adam = torch.optim.AdamW(self.groups.for_optimizer(), weight_decay=options.weight_decay, **theirs)
+        self.adam = torch.optim.AdamW(
+            self.groups.for_optimizer(), weight_decay=options.weight_decay, **theirs
+        )
         self.module, _, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config)
         # DeepSpeed replaces a group's weights by its own masters, which are what Adam knows from then on.
         self.optimizer: Any = self.module.optimizer
@@ -96,7 +102,11 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             master = self._masters[name]
             return master if which == "weight" else self.adam.state[master][which]
-        return safe_get_full_fp32_param(parameter) if which == "weight" else safe_get_full_optimizer_state(parameter, which)
+        return (
+            safe_get_full_fp32_param(parameter)
+            if which == "weight"
+            else safe_get_full_optimizer_state(parameter, which)
+        )
 
     def put_state(self, name: str, which: str, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -132,10 +142,15 @@ class DeepSpeedEngine(Engine):
             return
         self._state_is_there = True
         stage_3 = self.stage == 3  # which lets Adam know of a group's masters only while it steps
-        for master in self.optimizer.fp32_partitioned_groups_flat if stage_3 else [p for g in self.adam.param_groups for p in g["params"]]:
+        for master in (
+            self.optimizer.fp32_partitioned_groups_flat
+            if stage_3
+            else [p for g in self.adam.param_groups for p in g["params"]]
+        ):
             if not self.adam.state[master]:
                 self.adam.state[master] = {
-                    "step": torch.zeros((), dtype=torch.float32), **{m: torch.zeros_like(master) for m in MOMENTS}
+                    "step": torch.zeros((), dtype=torch.float32),
+                    **{m: torch.zeros_like(master) for m in MOMENTS},
                 }
         if self.stage in (1, 2):
             # Its own look, at its first step, comes before there is a state of any group but the first.
@@ -159,7 +174,11 @@ class DeepSpeedEngine(Engine):
         return max((int(state["step"]) for state in self.adam.state.values() if "step" in state), default=0)
 
     def loss_scale(self) -> dict[str, float]:
-        return {key: float(getattr(self._scaler, key)) for key in _SCALE if hasattr(self._scaler, key)} if self.scales else {}
+        return (
+            {key: float(getattr(self._scaler, key)) for key in _SCALE if hasattr(self._scaler, key)}
+            if self.scales
+            else {}
+        )
 
     def put_loss_scale(self, values: dict[str, float]) -> None:
         for key in set(_SCALE) & set(values) if self.scales else ():
@@ -168,7 +187,9 @@ class DeepSpeedEngine(Engine):
     @property
     def _scaler(self) -> Any:
         """What keeps the scale: an object of its own from ZeRO stage 1 on."""
-        return getattr(self.optimizer, "loss_scaler", None) or getattr(self.optimizer, "loss_scale_config", None)
+        return getattr(self.optimizer, "loss_scaler", None) or getattr(
+            self.optimizer, "loss_scale_config", None
+        )
 
 
 def read_and_partition(stored: Sequence[StoredWeight], config: dict, device: torch.device) -> None:
@@ -212,12 +233,22 @@ def deepspeed_config(options: Training, device: torch.device) -> dict:
         "steps_per_print": 10**9,
     }
     if options.offload_optimizer:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": device.type == "cuda",
+        }
         # DeepSpeed's own Adam for the host has to be compiled where it runs; torch's does the same arithmetic.
         config["zero_force_ds_cpu_optimizer"] = False
     if options.precision != "fp32":
         config[options.precision] = {"enabled": True}
-    return _joined(config, {key: value for key, value in options.deepspeed.items() if key not in ("optimizer", *_OTHER[options.precision])})
+    return _joined(
+        config,
+        {
+            key: value
+            for key, value in options.deepspeed.items()
+            if key not in ("optimizer", *_OTHER[options.precision])
+        },
+    )
 
 
 _OTHER = {"fp32": ("fp16", "bf16"), "bf16": ("fp16",), "fp16": ("bf16",)}
@@ -226,7 +257,11 @@ _OTHER = {"fp32": ("fp16", "bf16"), "bf16": ("fp16",), "fp16": ("bf16",)}
 
 def _joined(ours: dict, theirs: dict) -> dict:
     """Nested dictionaries as one; nothing of ours is replaced but by keys of the user's own."""
-    both = {key: _joined(ours[key], value) for key, value in theirs.items() if isinstance(value, dict) and isinstance(ours.get(key), dict)}
+    both = {
+        key: _joined(ours[key], value)
+        for key, value in theirs.items()
+        if isinstance(value, dict) and isinstance(ours.get(key), dict)
+    }
     return {**ours, **theirs, **both}
 
 

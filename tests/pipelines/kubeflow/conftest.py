@@ -44,13 +44,17 @@ def kubernetes_at(monkeypatch, tmp_path):
 
     def write(address: str) -> None:
         config = {
-            "apiVersion": "v1", "kind": "Config", "current-context": "fake",
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "fake",
             "clusters": [{"name": "fake", "cluster": {"server": address}}],
             "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "me"}}],
             "users": [{"name": "me", "user": {"token": "another-token"}}],
         }
         (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        monkeypatch.setattr(
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig")
+        )
 
     return write
 
@@ -62,8 +66,16 @@ def cluster(kubernetes_at):
     pods = {
         "a-train": (label | {"app.kubernetes.io/component": "train"}, "Running", "step 1\nlöss 2"),
         "a-driver": (label, "Succeeded", "not for people"),
-        "a-score": (label | {"app.kubernetes.io/component": "score"}, "Pending", "0/3 nodes are available: 3 Insufficient memory."),
-        "other": ({"pipeline/runid": "run-2", "app.kubernetes.io/component": "train"}, "Running", "of another run"),
+        "a-score": (
+            label | {"app.kubernetes.io/component": "score"},
+            "Pending",
+            "0/3 nodes are available: 3 Insufficient memory.",
+        ),
+        "other": (
+            {"pipeline/runid": "run-2", "app.kubernetes.io/component": "train"},
+            "Running",
+            "of another run",
+        ),
     }
     with serving(KubernetesHandler, pods=pods, objects={}, forbidden=False) as address:
         kubernetes_at(address)

@@ -53,13 +53,28 @@ class FakeKubeflow:
             if step == self.fails_at and number < look:
                 state, failed = "FAILED", True
             started = START + timedelta(minutes=number)
-            details.append(kfp.V2beta1PipelineTaskDetail(
-                run_id=run_id, task_id=f"task-{number}", display_name=step, state=state, create_time=started,
-                start_time=started if state != "PENDING" else None,
-                end_time=started + timedelta(seconds=61) if state in ("SUCCEEDED", "FAILED") else datetime(1, 1, 1, tzinfo=UTC),
-                error=kfp.GoogleRpcStatus(message="exit code 2") if state == "FAILED" else None,
-            ))  # fmt: skip
-            details.append(kfp.V2beta1PipelineTaskDetail(run_id=run_id, task_id=f"driver-{number}", display_name=f"{step}-driver", state="SUCCEEDED"))
+            details.append(
+                kfp.V2beta1PipelineTaskDetail(
+                    run_id=run_id,
+                    task_id=f"task-{number}",
+                    display_name=step,
+                    state=state,
+                    create_time=started,
+                    start_time=started if state != "PENDING" else None,
+                    end_time=started + timedelta(seconds=61)
+                    if state in ("SUCCEEDED", "FAILED")
+                    else datetime(1, 1, 1, tzinfo=UTC),
+                    error=kfp.GoogleRpcStatus(message="exit code 2") if state == "FAILED" else None,
+                )
+            )
+            details.append(
+                kfp.V2beta1PipelineTaskDetail(
+                    run_id=run_id,
+                    task_id=f"driver-{number}",
+                    display_name=f"{step}-driver",
+                    state="SUCCEEDED",
+                )
+            )
         run.run_details = kfp.V2beta1RunDetails(task_details=details)
         run.state = "FAILED" if failed else "SUCCEEDED" if look >= len(STEPS) else "RUNNING"
         return run
@@ -97,7 +112,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = json.dumps(kfp.ApiClient().sanitize_for_serialization(answer)).encode()
         self._send(status, content[: len(content) // 2] if fault == "cut" else content, length=len(content))
 
-    def _send(self, status: int, content: bytes, kind: str = "application/json", length: int | None = None) -> None:
+    def _send(
+        self, status: int, content: bytes, kind: str = "application/json", length: int | None = None
+    ) -> None:
         self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(content) if length is None else length))
@@ -112,16 +129,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path == "/healthz":
             return 200, kfp.V2beta1GetHealthzResponse(multi_user=fake.multi_user)
         if path == "/pipelines/upload":
-            made = kfp.V2beta1Pipeline(pipeline_id="pipeline-1", display_name=query["name"], namespace=query.get("namespace"))
+            made = kfp.V2beta1Pipeline(
+                pipeline_id="pipeline-1", display_name=query["name"], namespace=query.get("namespace")
+            )
             fake.pipelines[made.pipeline_id] = made
             return 200, made
         if path == "/pipelines/upload_version":
             number = f"version-{len(fake.versions) + 1}"
-            made = kfp.V2beta1PipelineVersion(pipeline_id=query["pipelineid"], pipeline_version_id=number, display_name=query["name"])
+            made = kfp.V2beta1PipelineVersion(
+                pipeline_id=query["pipelineid"], pipeline_version_id=number, display_name=query["name"]
+            )
             fake.versions[number], fake.packages[number] = made, self._file(body)
             return 200, made
         if path == "/pipelines":
-            wanted = re.search(r'"stringValue"\s*:\s*"([^"]+)"|"string_value"\s*:\s*"([^"]+)"', query.get("filter", ""))
+            wanted = re.search(
+                r'"stringValue"\s*:\s*"([^"]+)"|"string_value"\s*:\s*"([^"]+)"', query.get("filter", "")
+            )
             found = [p for p in fake.pipelines.values() if not wanted or p.display_name in wanted.groups()]
             return 200, kfp.V2beta1ListPipelinesResponse(pipelines=found, total_size=len(found))
         if found := re.fullmatch(r"/pipelines/([^/]+)/versions", path):
@@ -129,17 +152,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
             # One a page, so that paging is seen to work.
             at = int(query.get("page_token") or 0)
             following = str(at + 1) if at + 1 < len(known) else ""
-            return 200, kfp.V2beta1ListPipelineVersionsResponse(pipeline_versions=known[at : at + 1], next_page_token=following)
+            return 200, kfp.V2beta1ListPipelineVersionsResponse(
+                pipeline_versions=known[at : at + 1], next_page_token=following
+            )
         if path == "/experiments":
             if method == "POST":
-                made = kfp.V2beta1Experiment(experiment_id=f"experiment-{len(fake.experiments) + 1}", **{k: v for k, v in json.loads(body).items() if k in ("display_name", "namespace", "description")})
+                made = kfp.V2beta1Experiment(
+                    experiment_id=f"experiment-{len(fake.experiments) + 1}",
+                    **{
+                        k: v
+                        for k, v in json.loads(body).items()
+                        if k in ("display_name", "namespace", "description")
+                    },
+                )
                 fake.experiments[made.experiment_id] = made
                 return 200, made
-            return 200, kfp.V2beta1ListExperimentsResponse(experiments=[e for e in fake.experiments.values() if e.display_name in query.get("filter", "")])
+            return 200, kfp.V2beta1ListExperimentsResponse(
+                experiments=[
+                    e for e in fake.experiments.values() if e.display_name in query.get("filter", "")
+                ]
+            )
         if path == "/runs" and method == "POST":
             asked = json.loads(body)
             fake.created.append(asked)
-            run = kfp.V2beta1Run(run_id=f"run-{len(fake.runs) + 1}", display_name=asked["display_name"], state="PENDING", created_at=START)
+            run = kfp.V2beta1Run(
+                run_id=f"run-{len(fake.runs) + 1}",
+                display_name=asked["display_name"],
+                state="PENDING",
+                created_at=START,
+            )
             fake.runs[run.run_id] = run
             return 200, run
         if path == "/runs":
@@ -156,7 +197,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return 404, {"message": f"nothing at {path}"}
 
     def _file(self, body: bytes) -> bytes:
-        message = email.message_from_bytes(b"content-type: " + self.headers["content-type"].encode() + b"\r\n\r\n" + body)
+        message = email.message_from_bytes(
+            b"content-type: " + self.headers["content-type"].encode() + b"\r\n\r\n" + body
+        )
         return next(part.get_payload(decode=True) for part in message.get_payload())
 
 
@@ -181,11 +224,25 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
             return self._send(200, self.server.pods[found[1]][2].encode(), "text/plain")
         key, _, value = options["labelSelector"].partition("=")
         items = [
-            {"metadata": {"name": name, "labels": labels, "creationTimestamp": f"2026-01-02T03:04:0{number}Z"},
-             "status": {"phase": phase, "conditions": [{"type": "PodScheduled", "status": "False", "message": log}] if phase == "Pending" else []}}
-            for number, (name, (labels, phase, log)) in enumerate(self.server.pods.items()) if labels.get(key) == value
-        ]  # fmt: skip
-        self._send(200, json.dumps({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}).encode())
+            {
+                "metadata": {
+                    "name": name,
+                    "labels": labels,
+                    "creationTimestamp": f"2026-01-02T03:04:0{number}Z",
+                },
+                "status": {
+                    "phase": phase,
+                    "conditions": [{"type": "PodScheduled", "status": "False", "message": log}]
+                    if phase == "Pending"
+                    else [],
+                },
+            }
+            for number, (name, (labels, phase, log)) in enumerate(self.server.pods.items())
+            if labels.get(key) == value
+        ]
+        self._send(
+            200, json.dumps({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}).encode()
+        )
 
     def _send(self, status: int, content: bytes, kind: str = "application/json") -> None:
         self.send_response(status)
@@ -206,7 +263,10 @@ class RegistryHandler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("authorization") != f"Bearer for-{found[1]}":
             self.send_response(401)
             address = f"http://127.0.0.1:{self.server.server_address[1]}/token"
-            self.send_header("www-authenticate", f'Bearer realm="{address}",service="registry",scope="repository:{found[1]}:pull"')
+            self.send_header(
+                "www-authenticate",
+                f'Bearer realm="{address}",service="registry",scope="repository:{found[1]}:pull"',
+            )
         else:
             self.send_response(self.server.manifests.get(f"{found[1]}:{found[2]}", 404))
         self.send_header("content-length", "0")

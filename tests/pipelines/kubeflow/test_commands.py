@@ -21,14 +21,25 @@ SUBMIT = ["submit", "demo", "--cluster", "cpu", "--corpus", "s3://b/corpus", "--
 def test_submit_uploads_once_and_starts_a_run_with_what_was_asked(kubeflow, program, tmp_path):
     code, out, _ = program(*SUBMIT)
     assert code == 0
-    assert f"{kubeflow.address}/#/runs/details/run-1" in out and "demo · whisper-tiny.en + SmolLM2-135M-Instruct · " in out
+    assert (
+        f"{kubeflow.address}/#/runs/details/run-1" in out
+        and "demo · whisper-tiny.en + SmolLM2-135M-Instruct · " in out
+    )
     [asked] = kubeflow.created
     assert asked["runtime_config"]["parameters"] == {
-        "corpus": "s3://b/corpus", "store": "s3://slam-asr/runs", "recipe": "demo", "recipe_overrides": {"training.max_steps": 7},
+        "corpus": "s3://b/corpus",
+        "store": "s3://slam-asr/runs",
+        "recipe": "demo",
+        "recipe_overrides": {"training.max_steps": 7},
     }
     assert asked["service_account"] == "slam-asr-runner"
-    assert asked["pipeline_version_reference"] == {"pipeline_id": "pipeline-1", "pipeline_version_id": "version-1"}
-    assert [(e.display_name, e.namespace) for e in kubeflow.experiments.values()] == [("slam-asr", "slam-asr")]
+    assert asked["pipeline_version_reference"] == {
+        "pipeline_id": "pipeline-1",
+        "pipeline_version_id": "version-1",
+    }
+    assert [(e.display_name, e.namespace) for e in kubeflow.experiments.values()] == [
+        ("slam-asr", "slam-asr")
+    ]
     package = tmp_path / "uploaded.yaml"
     package.write_bytes(kubeflow.packages["version-1"])
     from components import images
@@ -48,7 +59,7 @@ def test_waiting_tells_each_change_and_ends_with_the_run(kubeflow, program):
     told = [line.split()[:2] for line in out.splitlines() if line.split()[0] in STEPS]
     for step in STEPS:
         states = [state for name, state in told if name == step]
-        assert states == ["pending", "running", "succeeded"][-len(states):] and states[-1] == "succeeded"
+        assert states == ["pending", "running", "succeeded"][-len(states) :] and states[-1] == "succeeded"
     assert "-driver" not in out and "1:01" in out and out.splitlines()[-1] == "the run succeeded"
 
 
@@ -63,7 +74,11 @@ def test_failed_run_is_said_and_goes_on_by_resume(kubeflow, program):
     code, out, _ = program("resume", "run-1", "--wait", "--poll", "0.01")
     assert code == 0 and kubeflow.retried == ["run-1"] and out.splitlines()[-1] == "the run succeeded"
     code, _, err = program("resume", "run-1")
-    assert code == 2 and "is succeeded, and only one that failed can be resumed" in err and kubeflow.retried == ["run-1"]
+    assert (
+        code == 2
+        and "is succeeded, and only one that failed can be resumed" in err
+        and kubeflow.retried == ["run-1"]
+    )
 
 
 def test_latest_runs_and_a_run_by_its_name(kubeflow, program):
@@ -92,7 +107,11 @@ def test_start_whose_answer_is_lost_is_not_tried_twice(kubeflow, program):
     requests = kubeflow.asked[asked:]
     kubeflow.faults = ["ok"] * requests.index("POST /apis/v2beta1/runs") + ["cut"]
     code, _, err = program(*SUBMIT)
-    assert code == 2 and "failed to start the run" in err and "look at `python -m pipelines status` before you try again" in err
+    assert (
+        code == 2
+        and "failed to start the run" in err
+        and "look at `python -m pipelines status` before you try again" in err
+    )
     assert len(kubeflow.runs) == 3
 
 
@@ -101,10 +120,16 @@ def test_start_whose_answer_is_lost_is_not_tried_twice(kubeflow, program):
     [
         (["html"], "answers with a web page, most likely a login: give a token in KFP_EXISTING_TOKEN"),
         (["401"], "refuses the token (401): get a new one"),
-        (["ok", "403"], "You may not look for the pipeline in the namespace slam-asr (403): check --namespace"),
+        (
+            ["ok", "403"],
+            "You may not look for the pipeline in the namespace slam-asr (403): check --namespace",
+        ),
         (["ok", "401"], "refuses the token (401): get a new one"),
         (["503"] * 40, "does not answer (it answers 503); it was tried for 3 s."),
-        (["ok"] + ["503"] * 40, "does not look for the pipeline (503 Service Unavailable); it was tried for 3 s."),
+        (
+            ["ok"] + ["503"] * 40,
+            "does not look for the pipeline (503 Service Unavailable); it was tried for 3 s.",
+        ),
     ],
 )
 def test_refusal_is_one_sentence_before_anything_was_made(kubeflow, program, faults, sentence):
@@ -128,13 +153,19 @@ def test_expired_token_and_wrong_address(kubeflow, program, monkeypatch, tmp_pat
         free.bind(("127.0.0.1", 0))
         nothing = f"http://127.0.0.1:{free.getsockname()[1]}"
     for endpoint, sentence in (
-        (nothing, f"Nothing answers at {nothing} ("), ("kubeflow.example", "The endpoint is kubeflow.example: write http:// or https://"),
-        (f"{kubeflow.address}/nowhere", "has no API of Kubeflow Pipelines 2 at /apis/v2beta1 (it answers 404)"),
+        (nothing, f"Nothing answers at {nothing} ("),
+        ("kubeflow.example", "The endpoint is kubeflow.example: write http:// or https://"),
+        (
+            f"{kubeflow.address}/nowhere",
+            "has no API of Kubeflow Pipelines 2 at /apis/v2beta1 (it answers 404)",
+        ),
     ):
         code, _, err = program("status", "--endpoint", endpoint)
         assert (code, len(err.splitlines())) == (2, 1) and sentence in err
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
-    assert program("status")[2].startswith("Where is Kubeflow Pipelines? Give --endpoint, set KF_PIPELINES_ENDPOINT")
+    assert program("status")[2].startswith(
+        "Where is Kubeflow Pipelines? Give --endpoint, set KF_PIPELINES_ENDPOINT"
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,9 +173,18 @@ def test_expired_token_and_wrong_address(kubeflow, program, monkeypatch, tmp_pat
     [
         (["submit"], "RECIPE is missing: python -m pipelines submit RECIPE"),
         (["submit", "demo", "--cluster", "cpu"], "The run has no corpus: give --corpus s3://…."),
-        (["submit", "demo", "--cluster", "cpu", "--corpus", "/data"], "--corpus is /data, a place on this machine"),
-        (["submit", "demo", "--corpus", "s3://b/c", "--images", "Not/{stage} valid"], "'Not/build-manifest valid' cannot be the image"),
-        (["submit", "demo", "--corpus", "s3://b/c", "--training.processes", "9"], "Recipe demo: training.processes is 9, but"),
+        (
+            ["submit", "demo", "--cluster", "cpu", "--corpus", "/data"],
+            "--corpus is /data, a place on this machine",
+        ),
+        (
+            ["submit", "demo", "--corpus", "s3://b/c", "--images", "Not/{stage} valid"],
+            "'Not/build-manifest valid' cannot be the image",
+        ),
+        (
+            ["submit", "demo", "--corpus", "s3://b/c", "--training.processes", "9"],
+            "Recipe demo: training.processes is 9, but",
+        ),
         (["resume"], "RUN is missing: python -m pipelines resume RUN"),
         (["logs"], "RUN is missing: python -m pipelines logs RUN"),
     ],
@@ -157,7 +197,9 @@ def test_mistake_is_said_without_asking_the_cluster(kubeflow, program, argv, sen
 
 def test_interrupted_waiting_leaves_the_run_alone(kubeflow):
     command = [sys.executable, "-m", "pipelines", *SUBMIT, "--wait", "--poll", "60"]
-    process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("extract-features"):
             break
@@ -167,7 +209,10 @@ def test_interrupted_waiting_leaves_the_run_alone(kubeflow):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "slam-asr: the run goes on in the cluster: `python -m pipelines status run-1` shows it"
+    assert (
+        err.splitlines()[-1]
+        == "slam-asr: the run goes on in the cluster: `python -m pipelines status run-1` shows it"
+    )
 
 
 def test_logs_are_those_of_the_runs_own_steps(kubeflow, cluster, program):
@@ -175,17 +220,27 @@ def test_logs_are_those_of_the_runs_own_steps(kubeflow, cluster, program):
     code, out, _ = program("logs", "run-1")
     assert code == 0
     assert out.splitlines() == [
-        "── train (a-train, running)", "step 1", "löss 2",
-        "── score (a-score, pending)", "it waits: 0/3 nodes are available: 3 Insufficient memory.",
+        "── train (a-train, running)",
+        "step 1",
+        "löss 2",
+        "── score (a-score, pending)",
+        "it waits: 0/3 nodes are available: 3 Insufficient memory.",
     ]
     assert "score" not in program("logs", "run-1", "--step", "train", "--follow")[1]
-    assert program("logs", "run-1", "--step", "trian")[2].startswith("There is no step trian: --step may be open-model, plan-sweep, build-manifest, ")
-    assert "There are no pods of step decode of the run run-1 in slam-asr" in program("logs", "run-1", "--step", "decode")[2]
+    assert program("logs", "run-1", "--step", "trian")[2].startswith(
+        "There is no step trian: --step may be open-model, plan-sweep, build-manifest, "
+    )
+    assert (
+        "There are no pods of step decode of the run run-1 in slam-asr"
+        in program("logs", "run-1", "--step", "decode")[2]
+    )
 
 
 def test_logs_without_a_cluster_or_without_rights(kubeflow, program, monkeypatch, tmp_path):
     program(*SUBMIT)
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nothing"))
+    monkeypatch.setattr(
+        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nothing")
+    )
     code, _, err = program("logs", "run-1")
     assert (code, len(err.splitlines())) == (2, 1) and err.startswith("The Kubernetes API is not known here")
 

@@ -22,9 +22,10 @@ NAMESPACE = "/api/v1/namespaces/team"
 
 def node(gpus: int, labels: dict, taints: list) -> dict:
     return {
-        "metadata": {"name": f"node-{gpus}", "labels": labels}, "spec": {"taints": taints},
+        "metadata": {"name": f"node-{gpus}", "labels": labels},
+        "spec": {"taints": taints},
         "status": {"allocatable": {"nvidia.com/gpu": str(gpus), "cpu": "8"}},
-    }  # fmt: skip
+    }
 
 
 def objects() -> dict:
@@ -34,15 +35,32 @@ def objects() -> dict:
     return {
         f"{NAMESPACE}/serviceaccounts/runner": (200, {"metadata": {"name": "runner"}}),
         f"{NAMESPACE}/secrets/bucket-secret": (200, {"metadata": {"name": "bucket-secret"}, "data": encoded}),
-        f"{NAMESPACE}/secrets/hub": (200, {"metadata": {"name": "hub"}, "data": {"HF_TOKEN": encoded["accesskey"]}}),
-        f"{NAMESPACE}/configmaps/kfp-launcher": (200, {"metadata": {"name": "kfp-launcher"}, "data": {"defaultPipelineRoot": "s3://bucket/artifacts"}}),
-        f"{NAMESPACE}/persistentvolumeclaims/models": (200, {
-            "metadata": {"name": "models"}, "spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Bound", "capacity": {"storage": "100Gi"}},
-        }),
-        "/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research": (200, {"metadata": {"name": "research"}}),
-        "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/torch-distributed": (200, {"metadata": {"name": "torch-distributed"}}),
+        f"{NAMESPACE}/secrets/hub": (
+            200,
+            {"metadata": {"name": "hub"}, "data": {"HF_TOKEN": encoded["accesskey"]}},
+        ),
+        f"{NAMESPACE}/configmaps/kfp-launcher": (
+            200,
+            {"metadata": {"name": "kfp-launcher"}, "data": {"defaultPipelineRoot": "s3://bucket/artifacts"}},
+        ),
+        f"{NAMESPACE}/persistentvolumeclaims/models": (
+            200,
+            {
+                "metadata": {"name": "models"},
+                "spec": {"accessModes": ["ReadWriteMany"]},
+                "status": {"phase": "Bound", "capacity": {"storage": "100Gi"}},
+            },
+        ),
+        "/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research": (
+            200,
+            {"metadata": {"name": "research"}},
+        ),
+        "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/torch-distributed": (
+            200,
+            {"metadata": {"name": "torch-distributed"}},
+        ),
         "/api/v1/nodes": (200, {"items": [node(0, {}, []), node(4, {"disk": "fast"}, [taint])]}),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -50,9 +68,18 @@ def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
     """Ask the doctor about a cluster that a change was made to → exit code, and answers by what they are about."""
 
     def ask(change=lambda objects, manifests: None, forbidden=False, profile=PROFILE):
-        there, manifests = objects(), {f"team/{stage}:7": 200 for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode")}
+        there, manifests = (
+            objects(),
+            {
+                f"team/{stage}:7": 200
+                for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode")
+            },
+        )
         change(there, manifests)
-        with serving(KubernetesHandler, pods={}, objects=there, forbidden=forbidden) as kubernetes, serving(RegistryHandler, manifests=manifests) as registry:
+        with (
+            serving(KubernetesHandler, pods={}, objects=there, forbidden=forbidden) as kubernetes,
+            serving(RegistryHandler, manifests=manifests) as registry,
+        ):
             kubernetes_at(kubernetes)
             (tmp_path / "profile.yaml").write_text(profile.format(registry=registry.removeprefix("http://")))
             code, out, err = program("doctor", "--cluster", str(tmp_path / "profile.yaml"))
@@ -87,15 +114,35 @@ def changed(path, **values):
     [
         (gone(f"{NAMESPACE}/serviceaccounts/runner"), "✗ service account runner: is not in team"),
         (gone(f"{NAMESPACE}/secrets/bucket-secret"), "✗ secret bucket-secret: is not in team"),
-        (changed(f"{NAMESPACE}/secrets/bucket-secret", data={"key": ""}), "✗ secret bucket-secret: holds key, but must hold accesskey and secretkey"),
+        (
+            changed(f"{NAMESPACE}/secrets/bucket-secret", data={"key": ""}),
+            "✗ secret bucket-secret: holds key, but must hold accesskey and secretkey",
+        ),
         (changed(f"{NAMESPACE}/secrets/hub", data={}), "✗ secret hub: has no HF_TOKEN"),
         (gone(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher's configuration: is not in team"),
         (gone(f"{NAMESPACE}/persistentvolumeclaims/models"), "✗ volume of models models: is not in team"),
-        (gone("/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research"), "✗ queue research: is not in team"),
-        (changed("/api/v1/nodes", items=[node(4, {"disk": "fast"}, [{"key": "other", "effect": "NoSchedule"}])]), "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 4)"),
-        (changed("/api/v1/nodes", items=[node(8, {}, [])]), "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 8)"),
-        (changed("/api/v1/nodes", items=[node(3, {"disk": "fast"}, [])]), "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 3)"),
-        (lambda there, manifests: manifests.pop("team/train:7"), "✗ image registry/team/train:7: is not in its registry"),
+        (
+            gone("/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research"),
+            "✗ queue research: is not in team",
+        ),
+        (
+            changed(
+                "/api/v1/nodes", items=[node(4, {"disk": "fast"}, [{"key": "other", "effect": "NoSchedule"}])]
+            ),
+            "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 4)",
+        ),
+        (
+            changed("/api/v1/nodes", items=[node(8, {}, [])]),
+            "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 8)",
+        ),
+        (
+            changed("/api/v1/nodes", items=[node(3, {"disk": "fast"}, [])]),
+            "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 3)",
+        ),
+        (
+            lambda there, manifests: manifests.pop("team/train:7"),
+            "✗ image registry/team/train:7: is not in its registry",
+        ),
     ],
 )
 def test_what_is_missing_is_named(doctor, change, says):
@@ -111,14 +158,21 @@ def test_what_may_not_be_looked_at_is_said_to_be_unknown(doctor):
     assert code == 0 and "– image registry/team/decode:7: the registry asks who pulls" in out
 
 
-def test_several_nodes_without_trainer_are_refused_before_anything_is_made(doctor, kubeflow, kubernetes_at, program):
+def test_several_nodes_without_trainer_are_refused_before_anything_is_made(
+    doctor, kubeflow, kubernetes_at, program
+):
     code, out = doctor(gone("/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/torch-distributed"))
-    assert code == 0 and "– training runtime torch-distributed: is not there; only recipes of several nodes" in out
+    assert (
+        code == 0
+        and "– training runtime torch-distributed: is not there; only recipes of several nodes" in out
+    )
     submit = ["submit", "demo", "--cluster", "several-nodes", "--corpus", "s3://b/c", "--training.nodes", "2"]
     with serving(KubernetesHandler, pods={}, objects={}, forbidden=False) as kubernetes:
         kubernetes_at(kubernetes)
         code, _, err = program(*submit)
-    assert code == 2 and err.startswith("The recipe asks for several nodes, but the cluster has no training runtime torch-distributed")
+    assert code == 2 and err.startswith(
+        "The recipe asks for several nodes, but the cluster has no training runtime torch-distributed"
+    )
     assert not kubeflow.pipelines and not kubeflow.runs
     with serving(KubernetesHandler, pods={}, objects=objects(), forbidden=False) as kubernetes:
         kubernetes_at(kubernetes)
