@@ -17,7 +17,7 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from slam_asr.models.packing import allow_packing, packed_arguments
+from slam_asr.models.packed_attention import allow_packing, packed_arguments
 from slam_asr.models.precision import DTYPES, pick_device
 from slam_asr.training.kernels import compile_layers
 

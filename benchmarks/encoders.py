@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from transformers import AutoModel, PretrainedConfig, WavLMConfig, WhisperConfig
 
-from slam_asr.features.encode import Batch, _to_host
+from slam_asr.features.encode import AudioBatch, _to_host
 from slam_asr.models import encoder as encoders
-from slam_asr.models import stored
+from slam_asr.models import feature_dtype
 from slam_asr.models.encoder import spec_of
 from slam_asr.models.precision import DTYPES, pick_device
 from slam_asr.planning.shapes import encoder_flops
@@ -98,8 +98,8 @@ def main() -> None:
                 times, under_way = [], None
                 for _ in range(options.repeats + 2):
                     started = time.perf_counter()
-                    features = [stored.store(f, options.dtype) for f in encoder.encode(prepared)]
-                    encoded = _to_host(Batch(None, [], [], True), features)
+                    features = [feature_dtype.quantize(f, options.dtype) for f in encoder.encode(prepared)]
+                    encoded = _to_host(AudioBatch(None, [], [], True), features)
                     if under_way is not None:
                         under_way.wait()
                     under_way = encoded

@@ -19,9 +19,9 @@ import soundfile
 import torch
 
 from slam_asr.audio import load_audio
+from slam_asr.features.audio_workers import Loader, workers_beside
 from slam_asr.features.encode import plan_batches, run_shards
 from slam_asr.features.extract import Extraction
-from slam_asr.features.loading import Loader, workers_beside
 from slam_asr.features.plan import Part
 from slam_asr.manifest import Utterance, write_manifest
 from slam_asr.models.encoder import describe_encoder

@@ -206,7 +206,7 @@ def measure(case: tuple, llm_folder: Path) -> int:
     import torch
 
     from slam_asr.models.llm import llm_width, load_llm
-    from slam_asr.models.packing import allow_packing
+    from slam_asr.models.packed_attention import allow_packing
     from slam_asr.models.precision import DTYPES, pick_device
     from slam_asr.models.projector import build_projector
     from slam_asr.models.slam import Row, Slam, collate, pack

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from slam_asr.features.index import in_order
-from slam_asr.features.space import Space, pack
+from slam_asr.features.namespace import FeatureNamespace, pack
 from slam_asr.features.store import _FETCHES, FeatureStore
-from slam_asr.models.stored import Values
+from slam_asr.models.feature_dtype import QuantizedFrames
 from slam_asr.storage import write_bytes
 from slam_asr.training.batches import plan_epoch
 
@@ -37,7 +37,7 @@ MADE_BY = {"weights_sha256": "noise", "dtype": "bf16"}
 def make_store(root: str, shards: int, megabytes: int, width: int) -> None:
     """Shards of utterances of 4 to 20 s."""
     generator = np.random.default_rng(0)
-    space = Space.of(root, MADE_BY)
+    space = FeatureNamespace.of(root, MADE_BY)
     space.write_fingerprint(MADE_BY, width)
     for number in range(shards):
         features, size = {}, 0
@@ -46,7 +46,7 @@ def make_store(root: str, shards: int, megabytes: int, width: int) -> None:
             noise = torch.from_numpy(
                 generator.integers(-(2**14), 2**14, (frames, width), dtype=np.int16)
             ).view(torch.bfloat16)
-            features[generator.bytes(32).hex()] = Values(noise, None)
+            features[generator.bytes(32).hex()] = QuantizedFrames(noise, None)
             size += noise.nbytes
         content, index = pack(features, MADE_BY, {a: len(v.frames) for a, v in features.items()})
         write_bytes(space.shard(index.shards[0].name), content)

@@ -20,7 +20,7 @@ from typing import Any
 
 from slam_asr.scoring.analysis import normalised_rows
 from slam_asr.scoring.controls import empty_output, shuffled_audio
-from slam_asr.scoring.measuring import character_errors, measure
+from slam_asr.scoring.metrics import character_errors, measure
 from slam_asr.scoring.report import PAGE, write_report
 from slam_asr.scoring.wer import Hypothesis
 

@@ -16,8 +16,8 @@ from slam_asr.audio import load_utterance
 from slam_asr.decoding.model import open_model
 from slam_asr.features.audio_source import samples_of
 from slam_asr.manifest import read_manifest
+from slam_asr.models.feature_dtype import DTYPES, bytes_a_frame, round_trip
 from slam_asr.models.slam import IGNORED, Row, collate
-from slam_asr.models.stored import STORED, as_if_stored, bytes_a_frame
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     def loss(dtype: str) -> tuple[float, float]:
         total = targets = error = power = 0.0
         for utterance, frames in zip(utterances, heard, strict=True):
-            rounded = as_if_stored(frames, dtype).float()
+            rounded = round_trip(frames, dtype).float()
             error, power = error + float(((rounded - frames) ** 2).sum()), power + float((frames**2).sum())
             text, answer = prompt.with_answer(prompt.main, utterance.target)
             positions = opened.positions(spec.span_of(samples_of(utterance)))
@@ -50,7 +50,7 @@ def main() -> None:
 
     exact, _ = loss("fp32")
     print(f"{len(utterances)} utterances, frames: {recipe.encoder.frames}, width {spec.width}")
-    for dtype in sorted(STORED, key=lambda d: -bytes_a_frame(spec.width, d)):
+    for dtype in sorted(DTYPES, key=lambda d: -bytes_a_frame(spec.width, d)):
         value, error = loss(dtype)
         print(
             f"{dtype:5} {bytes_a_frame(spec.width, dtype):6} bytes a frame, relative error {error:.2e}, loss {value:.5f} ({value - exact:+.5f})"

@@ -26,7 +26,7 @@ from slam_asr.audio import load_utterance
 from slam_asr.manifest import read_manifest
 from slam_asr.models.encoder import describe_encoder
 from slam_asr.models.llm import llm_width, load_llm, load_tokenizer
-from slam_asr.models.packing import allow_packing
+from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.pretrained import locate_model
 from slam_asr.models.projector import build_projector, positions_of

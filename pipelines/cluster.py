@@ -77,7 +77,7 @@ class Trainer:
 
 
 @dataclass
-class Step:
+class StepSettings:
     """What one step's pod gets."""
 
     cpu: str = "2"
@@ -123,14 +123,14 @@ _AS = {
 class Steps:
     """Each step's pod; underscores stand for the dashes of the steps' names."""
 
-    build_manifest: Step = field(default_factory=Step)
-    extract_features: Step = field(default_factory=Step)
-    train: Step = field(default_factory=Step)
-    convert_checkpoint: Step = field(default_factory=Step)
-    decode: Step = field(default_factory=Step)
-    score: Step = field(default_factory=Step)
+    build_manifest: StepSettings = field(default_factory=StepSettings)
+    extract_features: StepSettings = field(default_factory=StepSettings)
+    train: StepSettings = field(default_factory=StepSettings)
+    convert_checkpoint: StepSettings = field(default_factory=StepSettings)
+    decode: StepSettings = field(default_factory=StepSettings)
+    score: StepSettings = field(default_factory=StepSettings)
 
-    def __getitem__(self, stage: str) -> Step:
+    def __getitem__(self, stage: str) -> StepSettings:
         stage = _AS.get(stage, stage)
         return getattr(self, stage.replace("-", "_"))
 

@@ -16,7 +16,7 @@ from components import images as images_of
 from pipelines import EVALUATION, SWEEP
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
-from pipelines.wanted import Wanted, add_pipeline_options, wanted_of
+from pipelines.run_request import RunRequest, add_pipeline_options, wanted_of
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.conversion.shipped import shipped_models
 from slam_asr.errors import UserError
@@ -98,7 +98,7 @@ def places(
     return {name: path for name, path in named.items() if path}
 
 
-def check_recipe(wanted: Wanted, cluster: Cluster) -> None:
+def check_recipe(wanted: RunRequest, cluster: Cluster) -> None:
     """Refuse a recipe, or a variation of it, that asks for more than the profile gives.
 
     Raises:
@@ -149,7 +149,7 @@ def compile_package(
     output: Path,
     images: str | None = None,
     defaults: dict[str, Any] | None = None,
-    wanted: Wanted | None = None,
+    wanted: RunRequest | None = None,
 ) -> Path:
     """Write the pipeline's YAML for a cluster, and check that it hangs together.
 
@@ -163,10 +163,10 @@ def compile_package(
     Raises:
         UserError: images that cannot be.
     """
-    from pipelines.checking import check_package
+    from pipelines.package_check import check_package
 
     named = images_of(images_source(cluster, images))
-    _write(_pipeline(cluster, named, wanted or Wanted()), output, defaults)
+    _write(_pipeline(cluster, named, wanted or RunRequest()), output, defaults)
     check_package(output, named)
     return output
 
@@ -176,7 +176,7 @@ def compile_all(
     output: Path,
     images: str | None = None,
     defaults: dict[str, Any] | None = None,
-    wanted: Wanted | None = None,
+    wanted: RunRequest | None = None,
 ) -> list[Path]:
     """Write the pipeline, the same as resources of Kubernetes, and each component, below `output`; the pipeline alone to a file `*.yaml`.
 
@@ -185,7 +185,7 @@ def compile_all(
     """
     if output.suffix in (".yaml", ".yml"):
         return [compile_package(cluster, output, images, defaults, wanted)]
-    wanted = wanted or Wanted()
+    wanted = wanted or RunRequest()
     named = images_of(images_source(cluster, images))
     written = [compile_package(cluster, output / f"{wanted.pipeline}.yaml", images, defaults, wanted)]
     resources = output / f"{wanted.pipeline}.resources.yaml"
@@ -197,9 +197,9 @@ def compile_all(
     ]
 
 
-def _pipeline(cluster: Cluster, images: dict[str, str], wanted: Wanted) -> Any:
+def _pipeline(cluster: Cluster, images: dict[str, str], wanted: RunRequest) -> Any:
     from pipelines import asr, evaluate, sweep
-    from pipelines.placing import place, placement
+    from pipelines.placement import place, placement
 
     nodes = wanted.nodes
 

@@ -102,7 +102,7 @@ class Containers:
             _remove(container)
         self.client.close()
 
-    def require_images(self, images: dict[str, str], say: Callable[[str], None]) -> None:
+    def require_images(self, images: dict[str, str], log_line: Callable[[str], None]) -> None:
         """Have every image here before the first step starts; one whose name has a registry is pulled.
 
         Raises:
@@ -116,7 +116,7 @@ class Containers:
                     raise UserError(
                         f"There is no image {image} for {stage} here: `make images` builds it, or name others with --images."
                     ) from None
-                say(f"pulling {image}")
+                log_line(f"pulling {image}")
                 try:
                     self.client.images.pull(image)
                 except APIError as error:

@@ -27,7 +27,7 @@ from kfp.local import docker_task_handler, subprocess_task_handler
 from components import ALL_RESULTS
 from pipelines import processes
 from pipelines.docker import Containers
-from pipelines.wanted import Wanted
+from pipelines.run_request import RunRequest
 from slam_asr.errors import UserError
 from slam_asr.progress import BAR_COLUMNS
 from slam_asr.recipe import dump_recipe
@@ -41,13 +41,13 @@ _EXECUTOR_PREFIX = "[KFP Executor "
 class StepFailed(Exception):
     """A step ended with another exit code than 0; it has said why."""
 
-    def __init__(self, step: "Step") -> None:
+    def __init__(self, step: "LocalStep") -> None:
         super().__init__(f"{step.name} ended with exit code {step.exit_code}")
         self.step = step
 
 
 @dataclass
-class Step:
+class LocalStep:
     """One step of a run."""
 
     name: str
@@ -80,10 +80,10 @@ class LocalRun:
         )
         self.voice = voice or sys.stdout
         self.containers = containers
-        self.steps: list[Step] = []
+        self.steps: list[LocalStep] = []
         self.expected: list[str] = []
 
-    def execute(self, wanted: Wanted, corpus: str) -> list[Step]:
+    def execute(self, wanted: RunRequest, corpus: str) -> list[LocalStep]:
         """Run all steps.
 
         Args:
@@ -110,7 +110,7 @@ class LocalRun:
                 raise
         return self.steps
 
-    def _run_pipeline(self, wanted: Wanted, corpus: str) -> None:
+    def _run_pipeline(self, wanted: RunRequest, corpus: str) -> None:
         from pipelines import EVALUATION, SWEEP, TRAINING
         from pipelines.asr import asr
         from pipelines.evaluate import evaluate
@@ -127,7 +127,7 @@ class LocalRun:
             **wanted.parameters,
         )
 
-    def execute_only(self, stage: str, image: str, prepare: Callable[[], list[str]]) -> Step:
+    def execute_only(self, stage: str, image: str, prepare: Callable[[], list[str]]) -> LocalStep:
         """Run a single stage's command line.
 
         Args:
@@ -141,7 +141,7 @@ class LocalRun:
         """
         with _alone_in(self.output), open(self.output / KFP_LOG, "w", encoding="utf-8") as log:
             command = prepare()
-            step = Step(stage, self.output, time.time())
+            step = LocalStep(stage, self.output, time.time())
             hear = Sieve(self.voice, log).hear
             if self.containers:
                 step.exit_code = self.containers.run(stage, image, command, hear)
@@ -190,10 +190,10 @@ class LocalRun:
         return os.environ | {"PYTHONUNBUFFERED": "1"} | columns | more
 
     def _run_step(
-        self, command: list[str], log: TextIO, start: Callable[["Step", Callable[[str], None]], int]
+        self, command: list[str], log: TextIO, start: Callable[["LocalStep", Callable[[str], None]], int]
     ) -> int:
         folder = _artifact_folder(command)
-        step = Step(folder.name, folder, time.time())
+        step = LocalStep(folder.name, folder, time.time())
         self.steps.append(step)
         print(
             f"\n{self.expected.index(step.name) + 1}/{len(self.expected)} {step.name}",

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from components import IMAGES_VARIABLE, STAGES, image
 from pipelines import processes
 from pipelines.cli import command_parser
+from pipelines.run_request import RunRequest, add_pipeline_options, wanted_of
 from pipelines.single import command_of_stage, corpus_of, require_stage
-from pipelines.wanted import Wanted, add_pipeline_options, wanted_of
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import EXIT_CODE, UserError
 from slam_asr.recipe import dump_recipe, shipped_recipes
@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _run_only(stage: str, local_run: "LocalRun", wanted: Wanted, corpus: str) -> None:
+def _run_only(stage: str, local_run: "LocalRun", wanted: RunRequest, corpus: str) -> None:
     """Run one stage, fed by what the stages before it left in the run's folder."""
 
     def prepare() -> list[str]:
@@ -81,7 +81,7 @@ def _run_only(stage: str, local_run: "LocalRun", wanted: Wanted, corpus: str) ->
     local_run.execute_only(stage, image(stage), prepare)
 
 
-def _containers(options: dict[str, Any], output: Path, wanted: Wanted, corpus: str) -> "Containers":
+def _containers(options: dict[str, Any], output: Path, wanted: RunRequest, corpus: str) -> "Containers":
     """The Docker engine, with all folders that the steps need, and every image there.
 
     Raises:
@@ -166,7 +166,7 @@ def _options(arguments: list[str]) -> dict[str, Any]:
     return options
 
 
-def _fetch_models(wanted: Wanted) -> int:
+def _fetch_models(wanted: RunRequest) -> int:
     """Have all frozen models on this machine first: a misspelt name fails now and not hours later."""
     (encoder,), llms = wanted.base_models()
     command = [sys.executable, "-m", "slam_asr.models.pretrained", encoder, *llms]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from components import RESULTS, STAGES
-from pipelines.wanted import Wanted
+from pipelines.run_request import RunRequest
 from slam_asr.errors import UserError
 from slam_asr.recipe import Recipe
 from slam_asr.stage import FINGERPRINT, follow_pointer, require_record
@@ -95,7 +95,7 @@ def corpus_of(output: Path, stage: str) -> str:
     ]
 
 
-def require_stage(name: str, wanted: Wanted) -> str:
+def require_stage(name: str, wanted: RunRequest) -> str:
     """A stage's name.
 
     Args:

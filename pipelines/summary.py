@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 
-from pipelines.local import KFP_LOG, Step
+from pipelines.local import KFP_LOG, LocalStep
 from slam_asr.errors import EXIT_CODE
 from slam_asr.progress import clock
 from slam_asr.stage import Record
@@ -12,7 +12,7 @@ WER_METRICS = ("wer", "wer shuffled audio", "wer empty output")
 """The error rate, and two that it must be far below: with another utterance's audio, and with no words at all."""
 
 
-def summary(steps: list[Step], seconds: float) -> str:
+def summary(steps: list[LocalStep], seconds: float) -> str:
     """A table of the steps, the word error rate with its controls, and where the report is.
 
     Args:
@@ -28,7 +28,7 @@ def summary(steps: list[Step], seconds: float) -> str:
     return "\n".join([*lines, "", *_result(records[-1])])
 
 
-def _time(step: Step, record: Record) -> str:
+def _time(step: LocalStep, record: Record) -> str:
     kept = record.finished < step.started
     return f"(kept) {clock(record.seconds)}" if kept else clock(record.seconds)
 
@@ -48,7 +48,7 @@ def _result(last: Record) -> list[str]:
     return [" · ".join(rates), f"report: {last.file('report.html')}"]
 
 
-def failure(step: Step, output: Path) -> str:
+def failure(step: LocalStep, output: Path) -> str:
     """One line on a step that failed, below what the step itself has said."""
     code = step.exit_code or 0
     if code == EXIT_CODE:

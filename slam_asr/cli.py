@@ -35,12 +35,12 @@ COMMANDS = {
     "score": "slam_asr.scoring.score:score_parts",
     "compare": "slam_asr.scoring.compare:compare",
     "compare-runs": "slam_asr.sweeping.runs:compare_runs",
-    "copy-models": "slam_asr.models.copying:copy_models",
+    "copy-models": "slam_asr.models.copy_to_bucket:copy_models",
     "plan": "slam_asr.planning.plan:plan",
     "transcribe": "slam_asr.transcribing.transcribe:transcribe",
-    "features ls": "slam_asr.features.keeping:list_store",
-    "features verify": "slam_asr.features.keeping:verify_store",
-    "features prune": "slam_asr.features.keeping:prune_store",
+    "features ls": "slam_asr.features.maintenance:list_store",
+    "features verify": "slam_asr.features.maintenance:verify_store",
+    "features prune": "slam_asr.features.maintenance:prune_store",
 }
 
 USAGE = """usage: slam-asr STAGE --option value …

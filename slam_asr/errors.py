@@ -1,8 +1,10 @@
-"""What a user did wrong, in one sentence.
+"""Errors that a user can act on, each told in one sentence.
 
-A `UserError` says what is wrong, where, and what to do. At the boundary of a program it becomes
-that sentence and exit code 2; everything else that escapes is a defect of ours and keeps its
-traceback.
+A `UserError` names what is wrong, where, and what to do. The boundary of a program turns it into
+that sentence and exit code 2. Every other exception that escapes is a defect of this project and
+keeps its traceback.
+
+The subclasses are for callers: they tell apart what has to change before a retry can succeed.
 """
 
 import contextlib
@@ -19,6 +21,26 @@ _NOT_PERMITTED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 class UserError(Exception):
     """One sentence for the user: what is wrong, where, and what to do."""
+
+
+class InputError(UserError):
+    """Data given to a stage is missing, damaged or of the wrong kind: audio, manifests, results of other stages."""
+
+
+class ConfigurationError(UserError):
+    """A recipe, a cluster profile or an option is wrong, or two of them contradict each other."""
+
+
+class StorageError(UserError):
+    """A disk or an object store refuses to read or write."""
+
+
+class ModelError(UserError):
+    """An encoder, LLM, projector or checkpoint cannot be loaded, or does not fit the others."""
+
+
+class ClusterError(UserError):
+    """Kubernetes, Kubeflow or Docker refuses or does not answer."""
 
 
 def from_os_error(error: OSError) -> UserError | None:

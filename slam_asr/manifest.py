@@ -11,6 +11,7 @@ A manifest may hold millions of lines and lie in object storage: it is read line
 whole, and sorted through local disk, in memory that does not grow with the length of its lines.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
+from slam_asr.audio import audio_sha256
 from slam_asr.errors import UserError
 from slam_asr.external_sort import ExternalSort
 from slam_asr.storage import exists, fetch, is_s3, local_path, name_of, parent_of, resolve, upload
@@ -59,6 +61,21 @@ class Utterance:
     def speaker(self) -> str:
         """Who speaks, or nothing where that is not known."""
         return str(self.extra.get("speaker", ""))
+
+    @property
+    def audio_id(self) -> str:
+        """Identifies the audio by its content: 64 hexadecimal digits, the key of its features in a store.
+
+        For a complete file this is the SHA-256 of the file's bytes. For a segment it is a digest of that
+        SHA-256 and the segment's start and duration. The file is read if the manifest has no `sha256`.
+
+        Raises:
+            AudioError: the manifest has no `sha256`, and the file is missing.
+        """
+        sha256 = self.sha256 or audio_sha256(self.source)
+        if self.start is None:
+            return sha256
+        return hashlib.sha256(f"{sha256}/{self.start:.6f}/{self.duration:.6f}".encode()).hexdigest()
 
 
 class Manifest(Sequence[Utterance]):

@@ -13,7 +13,7 @@ BAR_COLUMNS = "SLAM_ASR_BAR_COLUMNS"
 """Environment variable with a terminal's width, for a process whose output reaches that terminal through a pipe."""
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
     """Print one line of a stage's log at once, without tearing a bar that is on the screen."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
@@ -37,7 +37,7 @@ class Meter:
         self.bar = _bar(label, total, unit)
 
     def update(self, amount: int = 1, note: str = "") -> None:
-        """Count `amount` more items as done; `note` (losses, say) is shown behind the counts."""
+        """Count `amount` more items as done; `note` (losses, log_line) is shown behind the counts."""
         self.done += amount
         self.note = note or self.note
         if self.bar is not None:
@@ -64,7 +64,7 @@ class Meter:
             parts.append(f"ETA {self.eta}")
         if self.note:
             parts.append(self.note)
-        say(", ".join(parts))
+        log_line(", ".join(parts))
 
     def __enter__(self) -> "Meter":
         return self

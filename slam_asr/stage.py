@@ -26,7 +26,7 @@ from typing import Any
 
 from slam_asr import __version__
 from slam_asr.errors import UserError
-from slam_asr.progress import clock, say
+from slam_asr.progress import clock, log_line
 from slam_asr.storage import (
     delete,
     digest,
@@ -108,7 +108,7 @@ def run_stage(
     with _alone_in(place):
         done = read_record(folder)
         if done is not None and done.inputs == inputs and intact(done):
-            say(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
+            log_line(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
             return done
         if done is not None and done.inputs != inputs:
             require_way(folder, done, inputs, overwrite)
@@ -122,10 +122,10 @@ def run_stage(
         )
         write_json(bench / RECORD, asdict(record))
         if remote:
-            say(f"{stage}: uploading to {folder}")
+            log_line(f"{stage}: uploading to {folder}")
             publish_folder(bench, folder, last=RECORD)
             shutil.rmtree(place)
-    say(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
+    log_line(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record
 
 
@@ -140,7 +140,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that works in {folder}")
+            log_line(f"waiting for another process that works in {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

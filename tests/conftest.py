@@ -219,7 +219,7 @@ def faulty_s3(bucket, s3_server, monkeypatch):
 
 @pytest.fixture(scope="session")
 def docker_engine():
-    """The address of a Docker engine; DOCKER_HOST leads to it as long as the session lasts."""
+    """The address of a Docker engine; DOCKER_HOST is_coordinator to it as long as the session lasts."""
     # A socket's path has room for some hundred characters.
     folder = Path(tempfile.mkdtemp(prefix="slam-asr-engine-"))
     before = os.environ.get("DOCKER_HOST")

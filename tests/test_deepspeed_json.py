@@ -8,7 +8,7 @@ import torch
 from slam_asr import deepspeed_json
 from slam_asr.errors import UserError
 from slam_asr.recipe import dump_recipe, load_recipe
-from slam_asr.training.engines.zero import deepspeed_config
+from slam_asr.training.engines.deepspeed_engine import deepspeed_config
 
 REFERENCE = {
     "train_micro_batch_size_per_gpu": 4,

@@ -22,7 +22,7 @@ from slam_asr.errors import UserError
 from slam_asr.recipe import load_recipe
 from slam_asr.stage import Outcome, run_stage, write_pointer
 from slam_asr.training.nodes import nodes_of_environment
-from slam_asr.trainjob import watching
+from slam_asr.trainjob import follow
 from slam_asr.trainjob.placement import Placement
 from slam_asr.trainjob.train import command_of, train_on_nodes
 
@@ -238,7 +238,7 @@ def cluster(monkeypatch, tmp_path, bucket):
         monkeypatch.setattr(
             "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig")
         )
-        monkeypatch.setattr(watching, "POLL", 0.05)
+        monkeypatch.setattr(follow, "POLL", 0.05)
         fake.kubeconfig = str(tmp_path / "kubeconfig")
         yield fake
         server.shutdown()

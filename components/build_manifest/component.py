@@ -37,10 +37,10 @@ def build_manifest(
         import shutil
 
         from slam_asr.corpora.build import build_manifest as run
-        from slam_asr.parts import all_parts
         from slam_asr.recipe import dump_recipe, load_recipe
         from slam_asr.stage import log_metrics, write_pointer
         from slam_asr.storage import write_atomically
+        from slam_asr.work_split import all_work_shards
 
         resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, corpus, f"{store}/build-manifest/{{fingerprint}}")
@@ -50,4 +50,4 @@ def build_manifest(
         write_atomically(resolved_recipe.path, dump_recipe(resolved))
         shutil.copyfile(record.file("statistics.html"), statistics.path)
         log_metrics(record, metrics.log_metric)
-        return all_parts(resolved.features.parts)
+        return all_work_shards(resolved.features.parts)

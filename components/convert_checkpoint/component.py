@@ -29,9 +29,9 @@ def convert_checkpoint(
 
     with exit_on_user_error():
         from slam_asr.conversion.convert import convert_checkpoint as run
-        from slam_asr.parts import all_parts
         from slam_asr.recipe import load_recipe
         from slam_asr.stage import follow_pointer, log_metrics, write_pointer
+        from slam_asr.work_split import all_work_shards
 
         decoding = load_recipe(recipe.path).decoding
         record = run(
@@ -41,4 +41,4 @@ def convert_checkpoint(
         )
         write_pointer(record, model.path)
         log_metrics(record, metrics.log_metric)
-        return all_parts(decoding.parts)
+        return all_work_shards(decoding.parts)

@@ -31,12 +31,12 @@ def open_model(
 
     with exit_on_user_error():
         from slam_asr.conversion.trained import take_model as run
-        from slam_asr.parts import all_parts
         from slam_asr.recipe import load_recipe
         from slam_asr.stage import log_metrics, write_pointer
+        from slam_asr.work_split import all_work_shards
 
         resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, model, f"{store}/models/{{fingerprint}}")
         write_pointer(record, opened.path)
         log_metrics(record, metrics.log_metric)
-        return all_parts(resolved.decoding.parts)
+        return all_work_shards(resolved.decoding.parts)

@@ -18,7 +18,7 @@ from pipelines.compile import (
     recipe_parameters,
 )
 from pipelines.kubeflow.connection import add_connection_options, connect
-from pipelines.wanted import add_pipeline_options, wanted_of
+from pipelines.run_request import add_pipeline_options, wanted_of
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import UserError
 from slam_asr.recipe import shipped_recipes

@@ -124,7 +124,7 @@ class Connection:
             ) as error:
                 # An address that is wrong does not become right by asking again.
                 raise UserError(
-                    f"Nothing answers at {self.endpoint} ({_plain(error)}): check --endpoint, or the port-forward that leads there."
+                    f"Nothing answers at {self.endpoint} ({_plain(error)}): check --endpoint, or the port-forward that is_coordinator there."
                 ) from None
             except urllib3.exceptions.HTTPError as error:
                 reason = _plain(error)

@@ -11,7 +11,7 @@ from kubernetes import client as kubernetes
 from components import HOSTS
 from components import images as images_of
 from pipelines.cli import command_parser
-from pipelines.cluster import Cluster, Step, load_cluster
+from pipelines.cluster import Cluster, StepSettings, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER, images_source
 from pipelines.kubeflow.connection import Connection, add_connection_options, connect
 from pipelines.kubeflow.findings import BAD, GOOD, UNKNOWN, Finding
@@ -302,11 +302,11 @@ def _nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
     )
 
 
-def _gpus(node: Any, step: Step) -> int:
+def _gpus(node: Any, step: StepSettings) -> int:
     return int((node.status.allocatable or {}).get(step.gpu_resource, 0))
 
 
-def _fits(node: Any, step: Step) -> bool:
+def _fits(node: Any, step: StepSettings) -> bool:
     labels = node.metadata.labels or {}
     taints = [taint for taint in node.spec.taints or [] if taint.effect in ("NoSchedule", "NoExecute")]
     return (

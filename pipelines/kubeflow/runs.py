@@ -23,7 +23,7 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 
 
 @dataclass
-class Step:
+class RunStep:
     """One step of a run, a part of it where it has several."""
 
     key: str
@@ -160,12 +160,12 @@ def latest(connection: Connection, count: int = 50) -> list[kfp_server_api.V2bet
     return answer.runs or []
 
 
-def steps_of(run: kfp_server_api.V2beta1Run) -> list[Step]:
+def steps_of(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
     """The pipeline's own steps, in their order; what Kubeflow runs around them is left out."""
     details = (run.run_details.task_details if run.run_details else None) or []
     order = list(ALL_RESULTS)
     found = [
-        Step(
+        RunStep(
             d.task_id or d.display_name,
             d.display_name,
             d.state or "PENDING",
@@ -181,7 +181,7 @@ def steps_of(run: kfp_server_api.V2beta1Run) -> list[Step]:
     )
 
 
-def follow(connection: Connection, run_id: str, say: Callable[[str], None], every: float) -> int:
+def follow(connection: Connection, run_id: str, log_line: Callable[[str], None], every: float) -> int:
     """Tell what changes until the run has ended → the exit code: 0 where it succeeded.
 
     Raises:
@@ -193,17 +193,17 @@ def follow(connection: Connection, run_id: str, say: Callable[[str], None], ever
         for step in steps_of(run):
             if told.get(step.key) != step.state:
                 told[step.key] = step.state
-                say(step.line())
+                log_line(step.line())
         if run.state in ENDED:
             break
         time.sleep(every)
     if run.state == "SUCCEEDED":
-        say("the run succeeded")
+        log_line("the run succeeded")
         return 0
     failed = [step.name for step in steps_of(run) if step.state == "FAILED"]
     where = f" in {', '.join(dict.fromkeys(failed))}" if failed else ""
     why = f": {_message(run.error)}" if _message(run.error) else ""
-    say(
+    log_line(
         f"the run {run.state.lower()}{where}{why}; `python -m pipelines logs {run_id}` shows the steps' lines, `resume` goes on from there"
     )
     return 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slam_asr.errors import UserError
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.stage import RECORD, Outcome, Record, require_record, run_stage
 from slam_asr.storage import exists, fetch, fetch_folder, is_s3, join, local_path, sha256_of_file
@@ -58,7 +58,7 @@ def convert_checkpoint(
     """
     from slam_asr.conversion.model import WEIGHTS
     from slam_asr.conversion.shipped import fetch_model, shipped_models
-    from slam_asr.conversion.zero import zero_folder
+    from slam_asr.conversion.zero_checkpoint import zero_folder
 
     if half and to != "model":
         raise UserError(
@@ -114,7 +114,7 @@ def _convert_training(trained: Record, output: str, how: How, which: str, overwr
         facts = {**trained.facts, "steps": sources[-1].step}
         if which == "average":
             facts["averaged_steps"] = ", ".join(str(source.step) for source in sources)
-            say(f"mean of {len(sources)} checkpoints, of steps {facts['averaged_steps']}")
+            log_line(f"mean of {len(sources)} checkpoints, of steps {facts['averaged_steps']}")
         bases = {"encoder": facts.pop("encoder_fingerprint"), "llm_sha256": facts.pop("llm_sha256")}
         return _write(folder, _mean(sources), recipe, bases, facts, sources[-1].folder, how)
 
@@ -172,7 +172,7 @@ def _convert_deepspeed(
     folder: Path, output: str, how: How, recipe: Recipe | None, adapter: str | None, overwrite: bool
 ) -> Record:
     from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
-    from slam_asr.conversion.zero import fp32_weights
+    from slam_asr.conversion.zero_checkpoint import fp32_weights
 
     def weights() -> "Mapping[str, torch.Tensor]":
         found = fp32_weights(folder)
@@ -296,14 +296,14 @@ def _write(
             write_merged_llm(folder, adapter, recipe)
         else:
             write_tuned_llm(folder, parts["llm"], recipe, where)
-        say(f"{folder}: name it as llm.name, or give it to any program that reads transformers' models")
+        log_line(f"{folder}: name it as llm.name, or give it to any program that reads transformers' models")
     elif how.to == "slam-llm":
         if parts["encoder"] or (parts["llm"] and not adapter):
             raise UserError(
                 f"{where} holds a whole trained LLM or encoder, which SLAM-LLM's model.pt has no place for: leave out --to."
             )
         write_slam_llm(folder, projector.state_dict(), adapter)
-        say(f"{folder / FILE}: give it to SLAM-LLM as ckpt_path")
+        log_line(f"{folder / FILE}: give it to SLAM-LLM as ckpt_path")
     else:
         if adapter:
             write_adapter(folder, adapter, recipe)
@@ -341,7 +341,7 @@ def _compare(
     """Read what was written, and compare it with what was read; what differs is taken away again."""
     from slam_asr.conversion.model import CONFIG, projector_with
     from slam_asr.conversion.slam_llm import FILE
-    from slam_asr.conversion.verifying import (
+    from slam_asr.conversion.verification import (
         Trained,
         loss_before_and_after,
         loss_of_merged,

@@ -68,7 +68,7 @@ Stamp = tuple[str, int, str]
 """A file's name, size and time of change or etag: what tells a changed corpus without reading it."""
 
 
-class Reader(Protocol):
+class CorpusReader(Protocol):
     """One corpus, opened."""
 
     kind: str

@@ -126,7 +126,7 @@ def _unpack_once(file: str, target: Path, subsets: list[str]) -> None:
 def _members(file: str) -> Iterator[Iterator[tuple[tarfile.TarFile, PurePosixPath, tarfile.TarInfo]]]:
     """The files of a LibriSpeech tree in an archive as it streams, with their paths: LibriSpeech/subset/….
 
-    Only regular files with such paths are given: what leads elsewhere, links and devices are not.
+    Only regular files with such paths are given: what is_coordinator elsewhere, links and devices are not.
     """
     try:
         with open_stream(file) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from slam_asr.audio import SAMPLE_RATE
-from slam_asr.corpora import SPLITS, Reader, Rejection
-from slam_asr.corpora.checking import check_all
-from slam_asr.corpora.opening import open_corpus
+from slam_asr.corpora import SPLITS, CorpusReader, Rejection
+from slam_asr.corpora.audio_check import check_all
+from slam_asr.corpora.detection import open_corpus
 from slam_asr.corpora.places import is_folder
 from slam_asr.corpora.splits import choose_subsets, held_out, read_splits, survey, wanted_splits
 from slam_asr.corpora.statistics import CorpusStatistics
@@ -28,7 +28,7 @@ from slam_asr.errors import UserError
 from slam_asr.external_sort import ExternalSort
 from slam_asr.manifest import Utterance, json_line, manifest_line, parse_line, write_lines
 from slam_asr.pages.corpus import write_corpus_page
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.recipe import Data, Recipe, dump_recipe
 from slam_asr.stage import FINGERPRINT, Outcome, Record, run_stage
 from slam_asr.storage import is_s3, local_path, parent_of, write_atomically, write_json
@@ -72,7 +72,7 @@ def _is_corpus_folder(output: str, root: str) -> bool:
     return local_path(output).resolve() == Path(folder).resolve()
 
 
-def _listing(reader: Reader, chosen: dict[str, list[str]]) -> str:
+def _listing(reader: CorpusReader, chosen: dict[str, list[str]]) -> str:
     """A digest of all files that the chosen subsets depend on."""
     known = hashlib.sha256()
     for subset in sorted(subset for names in chosen.values() for subset in names):
@@ -81,7 +81,7 @@ def _listing(reader: Reader, chosen: dict[str, list[str]]) -> str:
     return known.hexdigest()
 
 
-def _build(folder: Path, reader: Reader, chosen: dict[str, list[str]], recipe: Recipe) -> Outcome:
+def _build(folder: Path, reader: CorpusReader, chosen: dict[str, list[str]], recipe: Recipe) -> Outcome:
     _clear(folder)
     _say_what_is_used(reader, chosen)
     reader.prepare(folder, [subset for names in chosen.values() for subset in names])
@@ -128,12 +128,12 @@ def _clear(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _say_what_is_used(reader: Reader, chosen: dict[str, list[str]]) -> None:
+def _say_what_is_used(reader: CorpusReader, chosen: dict[str, list[str]]) -> None:
     used = [f"{split} from {', '.join(names)}" for split, names in chosen.items() if names]
-    say(f"{STAGE}: {reader.kind} {reader.root}: {'; '.join(used)}")
+    log_line(f"{STAGE}: {reader.kind} {reader.root}: {'; '.join(used)}")
     named = {name for names in chosen.values() for name in names}
     if unused := [subset for subset in reader.subsets() if subset not in named]:
-        say(f"{STAGE}: not used, since no pattern of the recipe names them: {', '.join(unused)}")
+        log_line(f"{STAGE}: not used, since no pattern of the recipe names them: {', '.join(unused)}")
 
 
 def _counted(rejected: ExternalSort, statistics: CorpusStatistics) -> Iterator[bytes]:
@@ -147,7 +147,7 @@ def _held_out_dev(train: ExternalSort, data: Data) -> set[str]:
     chosen = held_out((key.decode() for key, _ in train), data.dev_fraction)
     patterns = ", ".join(data.dev) or "none asked for"
     held = f"{len(chosen)} of {len(train)} train utterances are held out for it"
-    say(f"{STAGE}: the corpus has no subset for dev ({patterns}); {held}")
+    log_line(f"{STAGE}: the corpus has no subset for dev ({patterns}); {held}")
     return chosen
 
 
@@ -217,7 +217,7 @@ class _SharedAudio:
     def warn(self) -> None:
         if self._count:
             very = f"{self._count} dev and test utterances have the very audio of train utterances"
-            say(f"{STAGE}: warning: {very}: {', '.join(self._keys)}")
+            log_line(f"{STAGE}: warning: {very}: {', '.join(self._keys)}")
 
 
 def _refuse_too_many(

@@ -18,7 +18,7 @@ from slam_asr.corpora import (
     SPLIT_NAMES,
     SPLITS,
     Candidate,
-    Reader,
+    CorpusReader,
     Rejection,
 )
 from slam_asr.errors import UserError
@@ -28,7 +28,7 @@ _NAMED = 12
 """Subsets that a message names."""
 
 
-def choose_subsets(reader: Reader, data: Data) -> dict[str, list[str]]:
+def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
     """Subsets by split, after the recipe's patterns; `dev` may be without any.
 
     A subset called train, dev (or validation) or test belongs to that split.
@@ -77,7 +77,7 @@ class Survey:
     """Hashes of keys that come more than once (and, very seldom, of others)."""
 
 
-def survey(reader: Reader, chosen: dict[str, list[str]]) -> Survey:
+def survey(reader: CorpusReader, chosen: dict[str, list[str]]) -> Survey:
     """Count the candidates and look at their keys.
 
     Raises:
@@ -107,7 +107,7 @@ def survey(reader: Reader, chosen: dict[str, list[str]]) -> Survey:
 
 
 def read_splits(
-    reader: Reader, chosen: dict[str, list[str]], data: Data, repeated: set[int]
+    reader: CorpusReader, chosen: dict[str, list[str]], data: Data, repeated: set[int]
 ) -> Iterator[Candidate | Rejection]:
     """Candidates with their splits, transcripts written as the recipe wants them, and what is no candidate.
 
@@ -133,7 +133,7 @@ def read_splits(
         yield item
 
 
-def _items(reader: Reader, chosen: dict[str, list[str]]) -> Iterator[tuple[str, Candidate | Rejection]]:
+def _items(reader: CorpusReader, chosen: dict[str, list[str]]) -> Iterator[tuple[str, Candidate | Rejection]]:
     for split, subsets in chosen.items():
         for subset in subsets:
             for item in reader.read(subset):
@@ -157,7 +157,7 @@ def normalise(text: str, case: str) -> str:
     return text.lower() if case == "lower" else text.upper() if case == "upper" else text
 
 
-def _refuse_half_a_corpus(reader: Reader, reasons: Counter, first: Rejection) -> None:
+def _refuse_half_a_corpus(reader: CorpusReader, reasons: Counter, first: Rejection) -> None:
     if set(reasons) == {NO_AUDIO}:
         raise UserError(
             f"{reader.root} holds transcripts but no audio ({reasons[NO_AUDIO]} files are missing, first that of "
@@ -170,7 +170,7 @@ def _refuse_half_a_corpus(reader: Reader, reasons: Counter, first: Rejection) ->
         )
 
 
-def _refuse_two_splits(reader: Reader, chosen: dict[str, list[str]], across: set[int]) -> None:
+def _refuse_two_splits(reader: CorpusReader, chosen: dict[str, list[str]], across: set[int]) -> None:
     split_of: dict[str, str] = {}
     for split, item in _items(reader, chosen):
         if isinstance(item, Rejection) or hash(item.key) not in across:

@@ -13,19 +13,19 @@ from slam_asr.decoding.decoder import Decoder
 from slam_asr.decoding.model import open_model
 from slam_asr.features.extract import manifest_files
 from slam_asr.manifest import Utterance, write_json_lines
-from slam_asr.parts import Part, parse_part
-from slam_asr.progress import Meter, say
+from slam_asr.progress import Meter, log_line
 from slam_asr.recipe import Recipe
-from slam_asr.scoring.listening import Name, listen_to, worst_first, write_audio
-from slam_asr.scoring.measuring import measure
+from slam_asr.scoring.metrics import measure
 from slam_asr.scoring.report import WORST
+from slam_asr.scoring.report_audio import Name, listen_to, worst_first, write_audio
 from slam_asr.scoring.score import HYPOTHESES, NBEST, controls_of, rates, report, what_decides_the_texts
 from slam_asr.scoring.wer import Hypothesis, write_hypotheses
 from slam_asr.stage import FINGERPRINT, Outcome, Record, run_stage
 from slam_asr.storage import digest, fetch, is_s3, sha256_of_file
+from slam_asr.work_split import WorkShard, parse_work_shard
 
 if TYPE_CHECKING:
-    from slam_asr.decoding.kept import Kept
+    from slam_asr.decoding.journal import DecodeJournal
     from slam_asr.models.search import Answer
 
 
@@ -56,10 +56,10 @@ def decode(
     Raises:
         UserError: a base model that is not there or not the one trained with, or features of another encoder.
     """
-    from slam_asr.decoding.kept import Kept
+    from slam_asr.decoding.journal import DecodeJournal
     from slam_asr.models.precision import explain_precision, pick_device, processes_here
 
-    part = parse_part(shard) if shard else None
+    part = parse_work_shard(shard) if shard else None
     explain_precision(recipe.decoding.precision, pick_device())
     processes = processes_here("decoding.processes", recipe.decoding.processes)
     opened = open_model(model)
@@ -95,8 +95,8 @@ def decode(
     place = output.replace(FINGERPRINT, digest(inputs)[:16])
 
     def work(folder: Path) -> Outcome:
-        with Kept(folder, deciding, place if is_s3(place) else None) as kept:
-            decoded, facts = _decode(decoder, part or Part(), kept, processes)
+        with DecodeJournal(folder, deciding, place if is_s3(place) else None) as kept:
+            decoded, facts = _decode(decoder, part or WorkShard(), kept, processes)
         rows = [row for row, _ in decoded]
         write_hypotheses(folder / HYPOTHESES, rows)
         if recipe.decoding.nbest > 1:
@@ -123,14 +123,14 @@ def decode(
 
 
 def _decode(
-    decoder: Decoder, part: Part, kept: "Kept", processes: int
+    decoder: Decoder, part: WorkShard, kept: "DecodeJournal", processes: int
 ) -> tuple[list[tuple[Hypothesis, "Answer"]], dict[str, Any]]:
     """Transcribe a part of the utterances, but for those that are kept → what was written, and facts of how."""
-    from slam_asr.decoding.spread import spread
+    from slam_asr.decoding.launch import launch_decoding
     from slam_asr.models.precision import explain_precision, pick_device
 
     options, trained, utterances = decoder.recipe.decoding, decoder.model.trained, decoder.utterances
-    say(
+    log_line(
         f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}"
     )
     # Planned over all utterances, so that each is decoded beside the same others whatever the number of parts and processes.
@@ -139,7 +139,7 @@ def _decode(
     hours = sum(utterances[i].duration or 0.0 for i in mine) / 3600
     left = [batch for batch in batches if not kept.answers.keys() >= set(batch)]
     processes = min(processes, len(left))
-    say(
+    log_line(
         f"decoding {len(mine)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}"
         f"{f' and {processes} processes' * (processes > 1)}"
     )
@@ -153,7 +153,7 @@ def _decode(
             meter.update(len(answers))
 
         if processes > 1:
-            spread(decoder, left, processes, take)
+            launch_decoding(decoder, left, processes, take)
         else:
             for batch in left:
                 take(decoder.decode(batch))

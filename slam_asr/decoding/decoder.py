@@ -13,10 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slam_asr.decoding.launch import DecodingJob
 from slam_asr.decoding.model import Model, open_model, require_room
-from slam_asr.decoding.spread import Job
 from slam_asr.features.audio_source import fit_to_window
-from slam_asr.features.space import address_of
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import read_manifest
 from slam_asr.processes import die_with_parent, failures_written_to
@@ -41,7 +40,7 @@ class Decoder:
     def __init__(self, recipe: Recipe, model: Model, files: list[str], feature_store: str | None) -> None:
         self.recipe, self.model, self.files = recipe, model, files
         self.utterances = fit_to_window([u for file in files for u in read_manifest(file)], model.spec)
-        self.addresses = [address_of(u) for u in self.utterances]
+        self.addresses = [u.audio_id for u in self.utterances]
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
             feature_store = None
         self.feature_store = feature_store
@@ -120,7 +119,7 @@ def main() -> None:
     import torch
 
     die_with_parent()
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text()))
     answers = sys.stdout
     with (
         failures_written_to(Path(job.folder), "decoding.positions_per_batch"),

@@ -8,7 +8,7 @@ import numpy as np
 from slam_asr.audio import SAMPLE_RATE, count_samples
 from slam_asr.errors import UserError
 from slam_asr.manifest import Utterance
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
@@ -58,7 +58,7 @@ def fit_to_window(utterances: Sequence[Utterance], spec: "EncoderSpec") -> Seque
         "split": "are split into windows",
         "set-aside": "are set aside",
     }
-    say(
+    log_line(
         f"{too_long} of {len(utterances)} utterances are longer than the encoder's {spec.window_samples / SAMPLE_RATE:g}-s "
         f"window and {done[choice]} (encoder.long_audio: {choice})"
     )

@@ -14,24 +14,24 @@ from typing import Any
 
 import torch
 
+from slam_asr.features.audio_workers import Loader, workers_beside
 from slam_asr.features.extract import Extraction
-from slam_asr.features.loading import Loader, workers_beside
+from slam_asr.features.launch import ExtractionJob
+from slam_asr.features.namespace import FeatureNamespace, pack
 from slam_asr.features.plan import Planned
-from slam_asr.features.space import Space, address_of, pack
-from slam_asr.features.spread import Job
 from slam_asr.manifest import Utterance
-from slam_asr.models import stored
+from slam_asr.models import feature_dtype
 from slam_asr.models.encoder import EncoderSpec, SpeechEncoder, batches_of, describe_encoder
 from slam_asr.models.precision import DTYPES, encoder_precision, pick_device, processes_here
-from slam_asr.parts import Part
 from slam_asr.processes import die_with_parent, failures_written_to
-from slam_asr.progress import Meter, say
+from slam_asr.progress import Meter, log_line
 from slam_asr.recipe import load_recipe
 from slam_asr.storage import exists, info, write_bytes
+from slam_asr.work_split import WorkShard
 
 
 @dataclass
-class Batch:
+class AudioBatch:
     """Utterances that are encoded together."""
 
     shard: Planned
@@ -46,8 +46,8 @@ class Batch:
 class Encoded:
     """A batch's features on their way to the host's memory."""
 
-    batch: Batch
-    features: list[stored.Values]
+    batch: AudioBatch
+    features: list[feature_dtype.QuantizedFrames]
     arrived: torch.cuda.Event | None = None
 
     def wait(self) -> None:
@@ -64,9 +64,9 @@ class ShardWriter:
         fingerprint: of what computes them.
     """
 
-    def __init__(self, space: Space, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, space: FeatureNamespace, fingerprint: dict[str, Any]) -> None:
         self.space, self.fingerprint = space, fingerprint
-        self._features: dict[str, stored.Values] = {}
+        self._features: dict[str, feature_dtype.QuantizedFrames] = {}
         self._spans: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1, "write-shard")
         self._writing: Future | None = None
@@ -74,7 +74,7 @@ class ShardWriter:
     def add(self, encoded: Encoded) -> None:
         """Take a batch."""
         encoded.wait()
-        addresses = [address_of(u) for u in encoded.batch.utterances]
+        addresses = [u.audio_id for u in encoded.batch.utterances]
         self._features |= zip(addresses, encoded.features, strict=True)
         self._spans |= zip(addresses, encoded.batch.spans, strict=True)
         if encoded.batch.is_last:
@@ -94,7 +94,9 @@ class ShardWriter:
         if self._writing is not None:
             self._writing.result()
 
-    def _publish(self, shard: Planned, features: dict[str, stored.Values], spans: dict[str, int]) -> None:
+    def _publish(
+        self, shard: Planned, features: dict[str, feature_dtype.QuantizedFrames], spans: dict[str, int]
+    ) -> None:
         """Write a shard, and then its receipt."""
         content, index = pack(features, self.fingerprint, spans)
         path = self.space.shard(index.shards[0].name)
@@ -123,7 +125,7 @@ def encode_shards(extraction: Extraction, shards: list[Planned], device: torch.d
         compute = encoder_precision(recipe.features.dtype, device.type == "cuda")
         encoder = spec.load(DTYPES[compute], device)
         parameters = sum(p.numel() for p in encoder.parameters())
-        say(
+        log_line(
             f"encoder parameters: {parameters:,}; computed in {compute} on {device}, stored as {recipe.features.dtype}"
         )
         run_shards(extraction, shards, encoder, loader)
@@ -138,7 +140,7 @@ def run_shards(extraction: Extraction, shards: list[Planned], encoder: SpeechEnc
         batches = plan_batches(shards, extraction.spec, recipe.encoder.batch_seconds, meter)
         for batch, inputs in loader.batches((batch, batch.utterances) for batch in batches):
             encoded = _to_host(
-                batch, [stored.store(f, recipe.features.dtype) for f in encoder.encode(inputs)]
+                batch, [feature_dtype.quantize(f, recipe.features.dtype) for f in encoder.encode(inputs)]
             )
             # A GPU has this batch to do while the one before it is collected.
             if under_way is not None:
@@ -150,7 +152,9 @@ def run_shards(extraction: Extraction, shards: list[Planned], encoder: SpeechEnc
         writer.finish()
 
 
-def plan_batches(shards: list[Planned], spec: EncoderSpec, budget: float, meter: Meter) -> Iterator[Batch]:
+def plan_batches(
+    shards: list[Planned], spec: EncoderSpec, budget: float, meter: Meter
+) -> Iterator[AudioBatch]:
     """All batches of all shards; a batch has utterances of like lengths, since all are padded to the longest."""
     for shard in shards:
         if exists(shard.receipt):  # another extraction of the same audio was faster
@@ -162,12 +166,12 @@ def plan_batches(shards: list[Planned], spec: EncoderSpec, budget: float, meter:
         for number, group in enumerate(groups, start=1):
             chosen = [order[i] for i in group]
             utterances = [shard.audio.manifest[int(shard.audio.rows[i])] for i in chosen]
-            yield Batch(
+            yield AudioBatch(
                 shard, utterances, [spec.span_of(samples[i]) for i in chosen], is_last=number == len(groups)
             )
 
 
-def _to_host(batch: Batch, features: list[stored.Values]) -> Encoded:
+def _to_host(batch: AudioBatch, features: list[feature_dtype.QuantizedFrames]) -> Encoded:
     """Start the copies to the host's memory."""
     if not features or features[0].frames.device.type == "cpu":
         return Encoded(batch, features)
@@ -177,7 +181,7 @@ def _to_host(batch: Batch, features: list[stored.Values]) -> Encoded:
             return None
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
-    copies = [stored.Values(pinned(f.frames), pinned(f.scales)) for f in features]
+    copies = [feature_dtype.QuantizedFrames(pinned(f.frames), pinned(f.scales)) for f in features]
     arrived = torch.cuda.Event()
     arrived.record()
     return Encoded(batch, copies, arrived)
@@ -186,11 +190,11 @@ def _to_host(batch: Batch, features: list[stored.Values]) -> Encoded:
 def main() -> None:
     """Entry point of one process of several on a machine."""
     die_with_parent()
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    job = ExtractionJob(**json.loads(Path(sys.argv[1]).read_text()))
     with failures_written_to(Path(job.folder)):
         recipe = load_recipe(job.recipe)
         extraction = Extraction(
-            recipe, describe_encoder(recipe.encoder), job.files, job.output, Part(**job.part)
+            recipe, describe_encoder(recipe.encoder), job.files, job.output, WorkShard(**job.part)
         )
         device = pick_device()
         if device.type == "cuda":

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from slam_asr.features.audio_source import fit_to_window, samples_of
 from slam_asr.features.index import among
-from slam_asr.features.plan import Audio, Plan, Planned, audio_of
-from slam_asr.features.space import Space
-from slam_asr.features.spread import Job, spread
+from slam_asr.features.launch import ExtractionJob, launch_extraction
+from slam_asr.features.namespace import FeatureNamespace
+from slam_asr.features.plan import Audio, ExtractionPlan, Planned, audio_of
 from slam_asr.manifest import read_manifest
-from slam_asr.parts import Part, parse_part
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.recipe import Recipe, dump_recipe
 from slam_asr.stage import FINGERPRINT, Outcome, Record, require_record, run_stage
 from slam_asr.storage import exists, is_s3, join, local_path
 from slam_asr.storage.local import remove_abandoned
+from slam_asr.work_split import WorkShard, parse_work_shard
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
@@ -49,7 +49,7 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, shard: s
     """
     from slam_asr.models.encoder import describe_encoder
 
-    part = parse_part(shard)
+    part = parse_work_shard(shard)
     files = manifest_files(manifests)
     spec = describe_encoder(recipe.encoder)
     if not recipe.caches_features:
@@ -114,11 +114,11 @@ class Extraction:
     """
 
     def __init__(
-        self, recipe: Recipe, spec: "EncoderSpec", files: Sequence[str], output: str, part: Part
+        self, recipe: Recipe, spec: "EncoderSpec", files: Sequence[str], output: str, part: WorkShard
     ) -> None:
         self.recipe, self.spec, self.files, self.output, self.part = recipe, spec, list(files), output, part
         self.fingerprint = fingerprint_of(recipe, spec)
-        self.space = Space.of(output, self.fingerprint)
+        self.space = FeatureNamespace.of(output, self.fingerprint)
         self.audio = self._audio()
 
     def _audio(self) -> list[Audio]:
@@ -130,15 +130,15 @@ class Extraction:
             found.append(audio)
         return found
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[ExtractionPlan]:
         """What there is to do for each manifest, as the store is now."""
         return [
-            Plan(audio, self.space, self.fingerprint, self.spec, self.recipe.features, self.part)
+            ExtractionPlan(audio, self.space, self.fingerprint, self.spec, self.recipe.features, self.part)
             for audio in self.audio
         ]
 
     @staticmethod
-    def missing(plans: list[Plan], process: int = 0, processes: int = 1) -> list[Planned]:
+    def missing(plans: list[ExtractionPlan], process: int = 0, processes: int = 1) -> list[Planned]:
         """This part's shards that are not there yet; of several processes, each has its own whatever the others have done."""
         mine = [(plan, shard) for plan in plans for shard in plan.mine]
         return [shard for plan, shard in mine[process::processes] if plan.is_missing(shard)]
@@ -151,7 +151,7 @@ class Extraction:
             if name not in names or any(
                 there.get(s.name) != s.bytes for s in self.space.read_index(self.space.index(name)).shards
             ):
-                say(f"{STAGE}: the store has lost some of what it had; that is computed again")
+                log_line(f"{STAGE}: the store has lost some of what it had; that is computed again")
                 return False
         return True
 
@@ -169,13 +169,15 @@ class Extraction:
         hours = sum(shard.audio.seconds() for shard in todo) / 3600
         kept = f", frames: {self.recipe.encoder.frames}" if self.spec.window_samples else ""
         whose = f" (part {self.part.number} of {self.part.of})" if self.part.of > 1 else ""
-        say(
+        log_line(
             f"encoder: {self.recipe.encoder.name}{kept}; {utterances} utterances, {new} of them to compute here{whose}, {hours:.2f} h"
         )
         processes = processes_here("features.processes", self.recipe.features.processes)
         device = pick_device()
         if todo and processes > 1:
-            spread(Job(dump_recipe(self.recipe), self.files, self.output, asdict(self.part)), processes)
+            launch_extraction(
+                ExtractionJob(dump_recipe(self.recipe), self.files, self.output, asdict(self.part)), processes
+            )
         elif todo:
             encode_shards(self, todo, device)
         published = [plan.publish() for plan in plans]

@@ -63,7 +63,7 @@ class Entry:
 class Index:
     """Entries in the order of their addresses, and the shards that they lie in.
 
-    An address is the SHA-256 of an utterance's audio; see `store.address_of`.
+    An address is the SHA-256 of an utterance's audio; see `Utterance.audio_id`.
     """
 
     fingerprint: dict[str, Any]

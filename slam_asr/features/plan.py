@@ -14,11 +14,11 @@ import numpy as np
 
 from slam_asr.errors import UserError
 from slam_asr.features.index import Index, among, first_of_each, in_order, merge
-from slam_asr.features.space import Space, address_of
+from slam_asr.features.namespace import FeatureNamespace
 from slam_asr.manifest import Utterance
-from slam_asr.models.stored import bytes_a_frame
-from slam_asr.parts import Part
+from slam_asr.models.feature_dtype import bytes_a_frame
 from slam_asr.storage import delete, digest, exists, join, read_bytes, walk, write_bytes
+from slam_asr.work_split import WorkShard
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
@@ -62,7 +62,7 @@ def audio_of(manifest: Sequence[Utterance], samples_of: Callable[[Utterance], in
     """
     addresses, samples = bytearray(), []
     for utterance in manifest:
-        addresses += bytes.fromhex(address_of(utterance))
+        addresses += bytes.fromhex(utterance.audio_id)
         samples.append(samples_of(utterance))
     columns = np.frombuffer(bytes(addresses), np.uint8).reshape(-1, 32)
     first, _ = first_of_each(columns)
@@ -93,7 +93,7 @@ class Planned:
     """Where it is noted that the shard is finished."""
 
 
-class Plan:
+class ExtractionPlan:
     """The shards that a manifest's audio becomes.
 
     What other indexes had when the extraction was first begun is not computed again; which indexes those
@@ -112,11 +112,11 @@ class Plan:
     def __init__(
         self,
         audio: Audio,
-        space: Space,
+        space: FeatureNamespace,
         fingerprint: dict[str, Any],
         spec: "EncoderSpec",
         features: "Features",
-        part: Part,
+        part: WorkShard,
     ) -> None:
         self.audio, self.space, self.fingerprint, self.spec, self.part = audio, space, fingerprint, spec, part
         limit = features.shard_megabytes * 1_000_000

@@ -15,20 +15,19 @@ from slam_asr.audio import load_utterance
 from slam_asr.features.audio_source import samples_of
 from slam_asr.features.index import first_of_each
 from slam_asr.features.plan import plan_shards
-from slam_asr.features.space import address_of
 from slam_asr.manifest import Utterance
-from slam_asr.models.stored import bytes_a_frame
+from slam_asr.models.feature_dtype import bytes_a_frame
 
 if TYPE_CHECKING:
     import torch
 
     from slam_asr.features.store import FeatureStore
     from slam_asr.models.encoder import EncoderSpec
-    from slam_asr.models.preparing import Prepared
+    from slam_asr.models.frontend import Prepared
     from slam_asr.recipe import Features
 
 
-class Reader(Protocol):
+class FeatureReader(Protocol):
     """What training and decoding want to know of audio."""
 
     def span(self, utterance: Utterance) -> int:
@@ -52,11 +51,11 @@ class StoreReader:
 
     def span(self, utterance: Utterance) -> int:
         """Length in encoder frames."""
-        return self.store.span(address_of(utterance))
+        return self.store.span(utterance.audio_id)
 
     def read(self, utterance: Utterance) -> "torch.Tensor":
         """Encoder output [frames, width]."""
-        return self.store.read(address_of(utterance))
+        return self.store.read(utterance.audio_id)
 
     def shards_of(self, addresses: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """[utterances] number of the shard that each lies in."""

@@ -13,8 +13,8 @@ import torch
 
 from slam_asr.errors import UserError
 from slam_asr.features.index import Entry, to_array
-from slam_asr.features.space import check_of, find_space
-from slam_asr.models.stored import STORED, Values, restore
+from slam_asr.features.namespace import checksum, find_namespace
+from slam_asr.models.feature_dtype import DTYPES, QuantizedFrames, dequantize
 from slam_asr.storage import is_s3, local_path, s3
 from slam_asr.storage.cache import DiskCache, Held, NoRoom, cache_folder
 
@@ -49,7 +49,7 @@ class FeatureStore:
         cache_bytes: int = 50 * 10**9,
     ) -> None:
         self.path = str(path)
-        self.space = find_space(self.path, expected, dtype)
+        self.space = find_namespace(self.path, expected, dtype)
         self.fingerprint = self.space.fingerprint() or {}
         self.dtype: str = self.fingerprint["dtype"]
         index = self.space.published(to_array(sorted(set(wanted))) if wanted is not None else None)
@@ -125,7 +125,7 @@ class FeatureStore:
         """
         at = self.find(address)
         entry = self.index.entry(at)
-        size = entry.frames * self.index.width * STORED[self.dtype].itemsize
+        size = entry.frames * self.index.width * DTYPES[self.dtype].itemsize
         ranges = [(entry.begin, size)] + (
             [(entry.scale_begin, 4 * entry.frames)] if entry.scale_begin >= 0 else []
         )
@@ -138,22 +138,24 @@ class FeatureStore:
         else:
             parts = [memoryview(source)[begin : begin + n] for begin, n in ranges]
         if source is None or not self._checked[at]:
-            if check_of(*parts) != entry.check:
+            if checksum(*parts) != entry.check:
                 raise UserError(
                     f"{self._path(entry.shard)} is damaged (the checksum of audio {address[:16]}… differs): run `slam-asr features verify "
                     f"{self.path} --repair true`, then `slam-asr extract-features` again over the same manifests."
                 )
             self._checked[at] = True
         if not entry.frames:
-            return restore(
-                Values(
-                    torch.zeros(0, self.index.width, dtype=STORED[self.dtype]),
+            return dequantize(
+                QuantizedFrames(
+                    torch.zeros(0, self.index.width, dtype=DTYPES[self.dtype]),
                     torch.zeros(0) if len(parts) > 1 else None,
                 )
             )
-        frames = torch.frombuffer(parts[0], dtype=STORED[self.dtype]).view(entry.frames, self.index.width)
-        return restore(
-            Values(frames, torch.frombuffer(parts[1], dtype=torch.float32) if len(parts) > 1 else None)
+        frames = torch.frombuffer(parts[0], dtype=DTYPES[self.dtype]).view(entry.frames, self.index.width)
+        return dequantize(
+            QuantizedFrames(
+                frames, torch.frombuffer(parts[1], dtype=torch.float32) if len(parts) > 1 else None
+            )
         )
 
     def expect(self, shards: Iterable[int]) -> None:

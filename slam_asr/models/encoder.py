@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.configuration import one_sentence
 from slam_asr.errors import UserError
-from slam_asr.models.preparing import Prepared, Preparer
+from slam_asr.models.frontend import Prepared, Preparer
 from slam_asr.models.pretrained import locate_model, weights_sha256
 from slam_asr.models.weights import load_weights
 from slam_asr.recipe import Encoder

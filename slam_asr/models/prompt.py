@@ -24,7 +24,7 @@ _MARK = "\u241eaudio\u241e"
 
 
 @dataclass(frozen=True)
-class Spelling:
+class TokenizedPrompt:
     """One prompt as the tokenizer spells it."""
 
     text: str
@@ -69,7 +69,7 @@ class Prompt:
         """Which of `drawn` an utterance gets in an epoch: the same on every process, and after a restart."""
         return random.Random(f"{seed}/{epoch}/{key}").randrange(len(self.drawn)) if len(self.drawn) > 1 else 0
 
-    def with_answer(self, spelling: Spelling, answer: str) -> tuple[list[int], list[int]]:
+    def with_answer(self, spelling: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
         """Token ids of the text behind the audio, and of answer and end: the targets.
 
         They are tokenised together and divided where the prompt alone would end.
@@ -83,7 +83,7 @@ class Prompt:
         stops = [i for i, token in enumerate(ids) if token in self.stops]
         return self.tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True).strip()
 
-    def _spell(self, prompt: str, template: str) -> Spelling:
+    def _spell(self, prompt: str, template: str) -> TokenizedPrompt:
         if self.chat:
             before, _, text = _chat(
                 self.tokenizer, [{"role": "user", "content": _MARK + prompt}], True
@@ -93,7 +93,7 @@ class Prompt:
         else:
             before, text = "", template.replace("{}", prompt)
         before_ids = self._encode(before, start=True) if before else []
-        return Spelling(text, before_ids, self._encode(text, start=not before_ids))
+        return TokenizedPrompt(text, before_ids, self._encode(text, start=not before_ids))
 
     def _encode(self, text: str, start: bool) -> list[int]:
         """Token ids; at the start of all text with what the tokenizer puts there, never with an end."""

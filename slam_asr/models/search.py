@@ -64,11 +64,11 @@ class Searcher:
         model: projector and LLM, on one device.
         prompt: what stands behind the audio.
         options: beams, penalties, limits.
-        for_good: whether the model will not be trained any more.
+        inference_only: whether the model will not be trained any more.
     """
 
-    def __init__(self, model: Slam, prompt: Prompt, options: Decoding, for_good: bool = True) -> None:
-        self.model, self.prompt, self.for_good = model, prompt, for_good
+    def __init__(self, model: Slam, prompt: Prompt, options: Decoding, inference_only: bool = True) -> None:
+        self.model, self.prompt, self.inference_only = model, prompt, inference_only
         # A configuration of our own: whatever sampling the LLM's folder asks for stays out of a measurement.
         self.generation = GenerationConfig(
             num_beams=options.beams,
@@ -93,9 +93,9 @@ class Searcher:
         rows = [Row(a, n, spelling.before, spelling.ids, []) for a, n in zip(audio, positions, strict=True)]
         batch = collate(rows).to(self.model.llm.device)
         # Weights that an engine puts together meanwhile must be fit for training afterwards.
-        with torch.inference_mode() if self.for_good else torch.no_grad():
+        with torch.inference_mode() if self.inference_only else torch.no_grad():
             # While it is trained, all processes that share the LLM's weights must call it equally often, as `generate` does.
-            if self.for_good or self.generation.num_beams > 1:
+            if self.inference_only or self.generation.num_beams > 1:
                 found = self.model.search(batch, self.generation)
                 if found is not None:
                     return self._best_of(found)
@@ -123,7 +123,7 @@ class Searcher:
         return answers
 
     def _watch(self) -> CloseCalls | None:
-        if not self.for_good:
+        if not self.inference_only:
             return None
         return CloseCalls(torch.tensor(self.prompt.stops, device=self.model.llm.device))
 

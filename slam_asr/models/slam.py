@@ -16,10 +16,10 @@ from transformers.utils import ModelOutput
 from slam_asr.errors import UserError
 from slam_asr.models.beam_search import Found, beam_search, penalties, without_penalties
 from slam_asr.models.encoder import SpeechEncoder, batches_of
-from slam_asr.models.packing import packed_arguments
-from slam_asr.models.preparing import Prepared
+from slam_asr.models.feature_dtype import round_trip
+from slam_asr.models.frontend import Prepared
+from slam_asr.models.packed_attention import packed_arguments
 from slam_asr.models.projector import SpeechProjector
-from slam_asr.models.stored import as_if_stored
 
 IGNORED = -100
 """Label of a position without a target, as torch's cross entropy has it."""
@@ -212,7 +212,7 @@ class Slam(nn.Module):
     def _encode_frozen(self, audio: list[Prepared]) -> list[torch.Tensor]:
         """What a feature store would hold."""
         with torch.no_grad():
-            return [as_if_stored(frames, self.stored_as) for frames in self.encoder(audio)]
+            return [round_trip(frames, self.stored_as) for frames in self.encoder(audio)]
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """[utterances, L, LLM width]: token embeddings with the audio's positions filled in."""

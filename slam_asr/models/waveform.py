@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from slam_asr.errors import UserError
 from slam_asr.models.encoder import SAMPLES_PER_FRAME, EncoderSpec, SpeechEncoder
-from slam_asr.models.preparing import Prepared, Waveform
+from slam_asr.models.frontend import Prepared, Waveform
 
 # transformers' WavLM gives torch its two masks in two types; users can do nothing about it.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.models.encoder import SAMPLES_PER_FRAME, EncoderSpec, SpeechEncoder
-from slam_asr.models.preparing import COLUMN_SAMPLES, LogMel, Prepared
+from slam_asr.models.frontend import COLUMN_SAMPLES, LogMel, Prepared
 
 
 class WhisperSpec(EncoderSpec):

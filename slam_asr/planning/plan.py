@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field, replace
 
 from slam_asr.errors import UserError
+from slam_asr.models.feature_dtype import bytes_a_frame
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
-from slam_asr.models.stored import bytes_a_frame
 from slam_asr.planning.memory import Load, Memory, training_memory
 from slam_asr.planning.shapes import Shapes, describe, encoder_flops
-from slam_asr.progress import clock, say
+from slam_asr.progress import clock, log_line
 from slam_asr.recipe import Recipe
 
 PROMPT_POSITIONS = 18
@@ -233,10 +233,10 @@ def _print(
     result: Plan, shapes: Shapes, gpus: int, gpu_memory: float, gpu_tflops: float, hours: float
 ) -> None:
     recipe, memory = shapes.recipe, result.memory
-    say(f"{recipe.name}: {recipe.encoder.name} + {recipe.projector.kind} projector + {recipe.llm.name}")
+    log_line(f"{recipe.name}: {recipe.encoder.name} + {recipe.projector.kind} projector + {recipe.llm.name}")
     for note in shapes.notes:
-        say(f"  {note}")
-    say(
+        log_line(f"  {note}")
+    log_line(
         f"parameters: encoder {shapes.encoder_parameters:,}, projector {shapes.projector_parameters:,}, LLM "
         f"{shapes.llm_parameters:,} (of which trained {shapes.llm_trained:,})"
     )
@@ -247,7 +247,7 @@ def _print(
         else {"ddp": "DDP", "fsdp": "FSDP2"}[engine]
     )
     where = f"each of {gpus} GPU{'s' * (gpus > 1)}" if gpus else "a process on a CPU, beyond an idle one,"
-    say(f"\nmemory of {where} in training, {spread}, GB:")
+    log_line(f"\nmemory of {where} in training, {spread}, GB:")
     load = result.load
     rows = {
         "frozen weights": memory.frozen,
@@ -259,28 +259,30 @@ def _print(
     }
     for name, size in rows.items():
         if size:
-            say(f"  {name:<52}{size / 1e9:8.2f}")
+            log_line(f"  {name:<52}{size / 1e9:8.2f}")
     verdict = "fits" if result.fits else "DOES NOT FIT"
-    say(
+    log_line(
         f"  {'in all':<52}{memory.total / 1e9:8.2f}  {verdict} into {gpu_memory:g} GB ({USABLE:.0%} of them planned with)"
     )
     if recipe.training.offload_optimizer:
-        say(
+        log_line(
             f"  {'optimiser in the memory of all hosts together':<52}{12 * shapes.trained_parameters / 1e9:8.2f}"
         )
     if result.cache_bytes:
-        say(f"\nfeature cache: {result.cache_bytes / 1e9:,.1f} GB for {hours:g} h")
-    say(
+        log_line(f"\nfeature cache: {result.cache_bytes / 1e9:,.1f} GB for {hours:g} h")
+    log_line(
         f"\nwork, at {gpu_tflops:g} TFLOP/s each, of which {ENCODING:.0%} encoding and {TRAINING:.0%} training, in {result.steps:,} steps:"
     )
     for name, stage in result.stages.items():
-        say(
+        log_line(
             f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {stage.gpus} {'GPU' if gpus else 'CPU'}{'s' * (stage.gpus > 1)}"
         )
     total = sum(s.seconds * s.gpus for s in result.stages.values()) / 3600
-    say(f"  {'GPU-hours' if gpus else 'hours':<18}{total:12,.1f}")
+    log_line(f"  {'GPU-hours' if gpus else 'hours':<18}{total:12,.1f}")
     if result.proposal:
         command = " ".join(f"--{name} {str(value).lower()}" for name, value in result.proposal.items())
-        say(f"\nproposed: {command}")
+        log_line(f"\nproposed: {command}")
     else:
-        say("\nnothing tried here fits: take more GPUs or larger ones, or a smaller LLM, or llm.tuning lora")
+        log_line(
+            "\nnothing tried here fits: take more GPUs or larger ones, or a smaller LLM, or llm.tuning lora"
+        )

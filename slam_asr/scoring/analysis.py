@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from slam_asr.scoring.guards import GUARDS, guards_of
-from slam_asr.scoring.measuring import Measured, character_errors, groups_of, measure
-from slam_asr.scoring.normalising import whisper_normaliser
+from slam_asr.scoring.metrics import Measured, character_errors, groups_of, measure
+from slam_asr.scoring.normalization import whisper_normaliser
 from slam_asr.scoring.statistics import interval, interval_over
 from slam_asr.scoring.wer import Hypothesis, WordErrors
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from slam_asr.errors import UserError
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.scoring.analysis import percent
-from slam_asr.scoring.measuring import Measured, groups_of, measure
+from slam_asr.scoring.metrics import Measured, groups_of, measure
 from slam_asr.scoring.outputs import read_output
 from slam_asr.scoring.score import HYPOTHESES
 from slam_asr.scoring.statistics import matched_pairs
@@ -153,11 +153,11 @@ def _compared(name: str, a: Measured, b: Measured, chosen: np.ndarray, seed: int
 
 
 def _print(rows: Sequence[Compared], first: str, second: str, lacking: dict[str, int]) -> None:
-    say(f"first:  {first}")
-    say(f"second: {second}")
+    log_line(f"first:  {first}")
+    log_line(f"second: {second}")
     for place, count in lacking.items():
         if count:
-            say(f"left out: {count} utterances that only {place} holds")
+            log_line(f"left out: {count} utterances that only {place} holds")
     head: tuple[Any, ...] = ("subset", "utterances", "first", "second", "difference", "95 % interval", "p")
     table = [
         head,
@@ -176,7 +176,7 @@ def _print(rows: Sequence[Compared], first: str, second: str, lacking: dict[str,
     ]
     widths = [max(len(str(row[i])) for row in table) for i in range(len(head))]
     for cells, verdict in zip(table, ["", *(row.verdict for row in rows)], strict=True):
-        say(
+        log_line(
             "  ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=True))
             + "  "
             + verdict

@@ -20,8 +20,8 @@ from slam_asr.progress import clock
 from slam_asr.scoring.analysis import analyse, counts_of
 from slam_asr.scoring.controls import EMPTY
 from slam_asr.scoring.guards import GUARDS, guards_of
-from slam_asr.scoring.listening import Name, worst_first
-from slam_asr.scoring.measuring import Measured, groups_of, measure, nothing_written
+from slam_asr.scoring.metrics import Measured, groups_of, measure, nothing_written
+from slam_asr.scoring.report_audio import Name, worst_first
 from slam_asr.scoring.wer import Hypothesis, align
 from slam_asr.storage import write_atomically, write_json
 

@@ -10,8 +10,8 @@ from slam_asr.conversion.model import read_config
 from slam_asr.errors import UserError
 from slam_asr.recipe import Decoding, Recipe
 from slam_asr.scoring.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
-from slam_asr.scoring.listening import AUDIO, Name, read_audio
 from slam_asr.scoring.report import write_report
+from slam_asr.scoring.report_audio import AUDIO, Name, read_audio
 from slam_asr.scoring.wer import Hypothesis, read_hypotheses, write_for_slam_llm, write_hypotheses
 from slam_asr.stage import Outcome, Record, require_record, run_stage
 from slam_asr.storage import exists, fetch_folder, join, sha256_of_file, write_atomically

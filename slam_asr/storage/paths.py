@@ -294,7 +294,7 @@ def _download_folder(path: str, files: list[Info], aside: Path) -> None:
     for file in files:
         if not (aside / file.name).resolve().is_relative_to(aside.resolve()):
             raise UserError(
-                f"{path} holds an object whose name leads out of its folder, {file.name}: it is not fetched."
+                f"{path} holds an object whose name is_coordinator out of its folder, {file.name}: it is not fetched."
             )
 
     def one(file: Info) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from slam_asr.errors import UserError
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.storage.client import SECRET_FOLDER, seconds_from
 
 PATIENCE = "SLAM_ASR_S3_PATIENCE"
@@ -88,7 +88,7 @@ def patiently(uri: str, done: str, call: Callable[[], Any]) -> Any:
         pause = min(_FIRST_PAUSE * 2 ** min(attempt, 10), _LONGEST_PAUSE, limit - tried)
         attempt += 1
         if tried > _QUIET:
-            say(f"{uri}: {reason}; trying for another {limit - tried:.0f} s")
+            log_line(f"{uri}: {reason}; trying for another {limit - tried:.0f} s")
         # Chance keeps the programs of a cluster from coming back all at once.
         time.sleep(pause * random.uniform(0.5, 1.0))
 

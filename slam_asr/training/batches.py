@@ -20,11 +20,10 @@ import numpy as np
 from slam_asr.errors import UserError
 from slam_asr.features.audio_source import samples_of
 from slam_asr.features.index import in_order
-from slam_asr.features.reader import Reader
-from slam_asr.features.space import address_of
+from slam_asr.features.reader import FeatureReader
 from slam_asr.manifest import Utterance
 from slam_asr.models.projector import positions_of
-from slam_asr.models.prompt import Prompt, Spelling
+from slam_asr.models.prompt import Prompt, TokenizedPrompt
 from slam_asr.models.slam import IGNORED, Batch, Row, collate, pack
 from slam_asr.recipe import Projector, Training
 
@@ -34,7 +33,7 @@ random mixture, since the steps of a window are shuffled afterwards."""
 
 
 @dataclass
-class Spoken:
+class PromptedTarget:
     """An utterance's text with one of the prompts."""
 
     before: list[int]
@@ -67,10 +66,10 @@ class Examples:
     def __init__(
         self,
         utterances: Sequence[Utterance],
-        reader: Reader,
+        reader: FeatureReader,
         projector: Projector,
         prompt: Prompt,
-        spellings: list[Spelling],
+        spellings: list[TokenizedPrompt],
         limit: int | None,
     ) -> None:
         self.utterances, self.prompt, self.spellings = utterances, prompt, spellings
@@ -84,7 +83,7 @@ class Examples:
         self.hours = 0.0
         addresses, samples = bytearray(), []
         for at, utterance in enumerate(utterances):
-            addresses += bytes.fromhex(address_of(utterance))
+            addresses += bytes.fromhex(utterance.audio_id)
             samples.append(samples_of(utterance))
             spoken = [self._spell(utterance, s) for s in spellings]
             self.audio[at] = positions_of(projector, reader.span(utterance))
@@ -106,12 +105,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def spoken(self, at: int, spelling: int) -> Spoken:
+    def spoken(self, at: int, spelling: int) -> PromptedTarget:
         """The text of an utterance with one of the prompts."""
         return self._spell(self.utterances[at], self.spellings[spelling])
 
-    def _spell(self, utterance: Utterance, spelling: Spelling) -> Spoken:
-        return Spoken(spelling.before, *self.prompt.with_answer(spelling, utterance.target))
+    def _spell(self, utterance: Utterance, spelling: TokenizedPrompt) -> PromptedTarget:
+        return PromptedTarget(spelling.before, *self.prompt.with_answer(spelling, utterance.target))
 
 
 def _in_canonical_order(numbers: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -354,7 +353,7 @@ class BatchReader:
     def __init__(
         self,
         examples: Examples,
-        reader: Reader,
+        reader: FeatureReader,
         draw: Callable[[int, str], int] = lambda epoch, key: 0,
         threads: int = 1,
         packs: bool = False,

@@ -192,7 +192,7 @@ def prune(folder: str, keep: int) -> None:
     )
 
 
-def forget_what_is_behind(folder: str) -> None:
+def discard_newer_than_latest(folder: str) -> None:
     """Remove what an earlier attempt has begun behind its latest checkpoint, or was writing when it was killed; only while nobody writes."""
     latest = read_bytes(join(folder, LATEST)).decode().strip() if exists(join(folder, LATEST)) else ""
     names = [f.name for f in walk(folder)]

@@ -9,7 +9,7 @@ CHECKPOINTS = "checkpoints"
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """A training, checked and written down."""
 
     recipe: str

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slam_asr.errors import UserError
-from slam_asr.models.packing import leave_to_python
-from slam_asr.progress import say
+from slam_asr.models.packed_attention import leave_to_python
+from slam_asr.progress import log_line
 from slam_asr.recipe import Training
 
 
@@ -90,7 +90,9 @@ def use_liger(llm: PreTrainedModel) -> None:
     monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
     kind = llm.config.model_type
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        say(f"training.liger: Liger has no kernels for a model of type {kind}, so it trains without them")
+        log_line(
+            f"training.liger: Liger has no kernels for a model of type {kind}, so it trains without them"
+        )
         return
     monkey_patch._apply_liger_kernel_to_instance(
         model=llm, cross_entropy=False, fused_linear_cross_entropy=False

@@ -10,7 +10,7 @@ from typing import Any
 
 from slam_asr.errors import UserError
 from slam_asr.pages.curves import thinned, write_curves
-from slam_asr.progress import clock, say
+from slam_asr.progress import clock, log_line
 from slam_asr.recipe import Recipe
 from slam_asr.storage import join, upload
 from slam_asr.training.checkpoint import CURVE
@@ -56,7 +56,7 @@ class LivePage:
                 publish(self.folder, self.published)
         except (OSError, UserError) as error:
             if not self._failed:
-                say(f"warning: the page of the curves could not be written, training goes on: {error}")
+                log_line(f"warning: the page of the curves could not be written, training goes on: {error}")
             self._failed = True
 
 

@@ -20,27 +20,27 @@ import torch
 
 from slam_asr.errors import UserError
 from slam_asr.features.reader import StoreReader
-from slam_asr.models.packing import allow_packing
+from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import explain_precision, peak_flops, pick_device
 from slam_asr.models.slam import Batch
 from slam_asr.processes import die_with_parent, failures_written_to, leave_group
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.recipe import Recipe, load_recipe
 from slam_asr.storage import join, upload, write_atomically, write_json
 from slam_asr.training import checkpoint
 from slam_asr.training.batches import BatchReader, TrainingPlan, budget_of, split_packed, split_step
-from slam_asr.training.building import build_model, build_prompt, build_readers, count_parameters
 from slam_asr.training.checkpoint import CURVE, Checkpoint
+from slam_asr.training.checkpoint_writer import Saver, restore, take_snapshot
 from slam_asr.training.engines.choose import make_engine, start_process_group
-from slam_asr.training.job import CHECKPOINTS, FACTS, Job
+from slam_asr.training.job import CHECKPOINTS, FACTS, TrainingJob
 from slam_asr.training.kernels import compile_layers, use_liger
+from slam_asr.training.model_builder import build_model, build_prompt, build_readers, count_parameters
 from slam_asr.training.monitor import Monitor, StepNumbers
 from slam_asr.training.objective import AnswerScores, allows_chunks, score_answers, score_in_chunks
 from slam_asr.training.prefetch import ahead
 from slam_asr.training.samples import Sampler, Samples
-from slam_asr.training.saving import Saver, restore, take_snapshot
 from slam_asr.training.schedule import learning_rate_schedule
-from slam_asr.training.stopping import StopRequest
+from slam_asr.training.stop_signals import StopRequest
 
 NONFINITE = "nonfinite.jsonl"
 PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
@@ -131,7 +131,7 @@ class Totals:
 class Trainer:
     """The loop, as one process sees it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.recipe: Recipe = load_recipe(job.recipe)
         self.options = self.recipe.training
@@ -205,7 +205,7 @@ class Trainer:
             if isinstance(self.readers["train"].reader, StoreReader)
             else "encoded on the way"
         )
-        say(
+        log_line(
             f"models: {recipe.encoder.name} ({audio}) + {recipe.projector.kind} projector + {recipe.llm.name}"
         )
         everything, trained = (
@@ -214,15 +214,15 @@ class Trainer:
         parts = ", ".join(
             f"{name} {count:,}" for name, (_, count) in self.counts_of_parameters.items() if count
         )
-        say(f"parameters: {everything:,} in encoder, projector and LLM, {trained:,} trained ({parts})")
+        log_line(f"parameters: {everything:,} in encoder, projector and LLM, {trained:,} trained ({parts})")
         spread = {"deepspeed": f"DeepSpeed, ZeRO stage {options.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}[
             options.engine
         ]
         compiled = ", layers compiled while the first step waits" if options.compile else ""
-        say(
+        log_line(
             f"device: {self.device.type} × {self.processes}, {explain_precision(options.precision, self.device)}, {spread}{compiled}"
         )
-        say(
+        log_line(
             f"audio: {examples.hours:.2f} h in {len(examples)} utterances; {self.plan.steps} steps of "
             f"{self.budget.step} {'utterances' if self.budget.fixed else 'LLM positions'} in {self.plan.epochs} epochs, "
             f"batches {'packed' if self.packs else 'padded'}"
@@ -234,7 +234,7 @@ class Trainer:
         found: list[Checkpoint | None] = [None]
         if self.rank == 0:
             found = [checkpoint.find(self.saver.folder)]
-            checkpoint.forget_what_is_behind(self.saver.folder)
+            checkpoint.discard_newer_than_latest(self.saver.folder)
         torch.distributed.broadcast_object_list(found)
         latest = found[0]
         curve = b""
@@ -249,7 +249,7 @@ class Trainer:
             self.earlier = self.counts.seconds
             if self.rank == 0:
                 curve = Path(latest.file(CURVE)).read_bytes()
-                say(f"going on behind step {latest.step} of {self.plan.steps}, from {latest.folder}")
+                log_line(f"going on behind step {latest.step} of {self.plan.steps}, from {latest.folder}")
         if self.rank == 0:
             write_atomically(self.folder / CURVE, curve)
             published = self.job.published if self.job.published != str(self.folder) else None
@@ -308,7 +308,7 @@ class Trainer:
         )
         self._keep(totals, dev_loss, forced=self.interrupted or ended)
         if ended and not at_end and self.rank == 0:
-            say(
+            log_line(
                 f"step {self.done}: the dev loss was no lower in {counts.stale} validations, so training ends here (training.patience)"
             )
         return not (self.interrupted or ended)
@@ -367,7 +367,9 @@ class Trainer:
         if self.rank == 0:
             with open(self.folder / NONFINITE, "a") as file:
                 file.write(json.dumps({"step": micro.number, "what": what, "keys": keys}) + "\n")
-            say(f"step {micro.number} was left out: its {what} is not a number (utterances in {NONFINITE})")
+            log_line(
+                f"step {micro.number} was left out: its {what} is not a number (utterances in {NONFINITE})"
+            )
         if self.counts.nonfinite >= self.options.nonfinite_steps:
             if self.rank == 0 and self.job.published != str(self.folder):
                 upload(self.folder / NONFINITE, join(self.job.published, NONFINITE))
@@ -515,7 +517,7 @@ class Trainer:
         }
 
 
-def train_in_this_process(job: Job) -> int:
+def train_in_this_process(job: TrainingJob) -> int:
     """Be one process of the training that `job` describes → the exit code."""
     trainer = Trainer(job)
     if trainer.rank == 0:
@@ -533,7 +535,7 @@ def main() -> None:
     die_with_parent()
     # DeepSpeed calls torch by names of yesterday, several times a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    job = TrainingJob(**json.loads(Path(sys.argv[1]).read_text()))
     with failures_written_to(Path(job.folder)):
         try:
             code = train_in_this_process(job)
@@ -541,7 +543,7 @@ def main() -> None:
             if not PEER_GONE.search(str(error)):
                 raise
             # What that one died of is what people should read.
-            say(f"process {os.environ['RANK']} ends, because another one of this training is gone")
+            log_line(f"process {os.environ['RANK']} ends, because another one of this training is gone")
             os._exit(1)
     leave_group(code)
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 
 from slam_asr.pages.curves import is_number
-from slam_asr.progress import Meter, say
+from slam_asr.progress import Meter, log_line
 from slam_asr.recipe import Recipe
 from slam_asr.storage import digest
 from slam_asr.training.checkpoint import CURVE
@@ -87,7 +87,7 @@ class Monitor:
         self.meter.update(1, f"loss {numbers.loss:.3f}, accuracy {numbers.accuracy:.3f}")
         if numbers.step % self.log_every == 0 or numbers.step in (self.first, self.total):
             norm = "" if numbers.gradient_norm is None else f", gradient norm {numbers.gradient_norm:.3g}"
-            say(
+            log_line(
                 f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: loss {numbers.loss:.4f}, accuracy {numbers.accuracy:.3f}, "
                 f"learning rate {numbers.learning_rate:.2e}{norm}, {self.since.in_words()}, {self.memory() / 1e9:.1f} GB, ETA {self.meter.eta}"
             )
@@ -102,7 +102,7 @@ class Monitor:
             self.since = _Since(self.work)
         plateau = self.plateau.see(numbers.step, numbers.accuracy)
         if plateau:
-            say(plateau)
+            log_line(plateau)
         self.page.refresh()
 
     def memory(self) -> int:
@@ -119,11 +119,11 @@ class Monitor:
             numbers["wer"] = samples.wer
             said += f", WER {100 * samples.wer:.1f} % on {len(samples.texts)} dev utterances"
         self._write({"step": step, "validation": numbers, **({"samples": samples.texts} if samples else {})})
-        say(said)
+        log_line(said)
         self._track(step, {f"dev/{name}": value for name, value in numbers.items()})
         if samples is not None:
             for row in samples.texts[:SHOWN]:
-                say(
+                log_line(
                     f"  {row['key']}: {row['hypothesis'] or '(nothing)'}\n  {'said':>{len(row['key'])}}: {row['reference']}"
                 )
             text = "\n\n".join(

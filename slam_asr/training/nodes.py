@@ -22,7 +22,7 @@ class Nodes:
     port: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_coordinator(self) -> bool:
         """Whether this one writes the results."""
         return self.rank == 0
 

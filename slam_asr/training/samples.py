@@ -7,7 +7,7 @@ from slam_asr.models.prompt import Prompt
 from slam_asr.models.search import Searcher, plan_batches
 from slam_asr.models.slam import Slam
 from slam_asr.recipe import Recipe
-from slam_asr.scoring.measuring import score
+from slam_asr.scoring.metrics import score
 from slam_asr.scoring.wer import Hypothesis
 from slam_asr.training.batches import BatchReader
 
@@ -41,7 +41,7 @@ class Sampler:
     def transcribe(self, model: Slam) -> Samples:
         """What the model writes now."""
         examples = self.reader.examples
-        searcher = Searcher(model, self.prompt, self.options, for_good=False)
+        searcher = Searcher(model, self.prompt, self.options, inference_only=False)
         head = len(self.prompt.main.before) + len(self.prompt.main.ids)
         positions = [int(examples.audio[i]) + head for i in self.chosen]
         written: dict[int, str] = {}

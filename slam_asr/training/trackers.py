@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from slam_asr.errors import UserError
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 
 PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
 EVENTS = "tensorboard"
@@ -143,7 +143,7 @@ class _Guarded:
         try:
             getattr(self.tracker, call)(*arguments)
         except Exception as error:  # whatever a stranger's client raises
-            say(
+            log_line(
                 f"warning: {self.name} takes no more numbers ({type(error).__name__}: {error}); training goes on without it"
             )
             self.tracker = None

@@ -16,11 +16,10 @@ import numpy as np
 
 from slam_asr.errors import Stopped, UserError
 from slam_asr.features.index import to_array
-from slam_asr.features.space import address_of
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.processes import FAILURE
-from slam_asr.progress import clock, say
+from slam_asr.progress import clock, log_line
 from slam_asr.recipe import Recipe, dump_recipe
 from slam_asr.stage import FINGERPRINT, Outcome, Record, read_record, require_way, run_stage
 from slam_asr.storage import (
@@ -84,7 +83,7 @@ def train(
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.models.pretrained import locate_model, weights_sha256
-    from slam_asr.training.job import CHECKPOINTS, FACTS, Job
+    from slam_asr.training.job import CHECKPOINTS, FACTS, TrainingJob
     from slam_asr.training.kernels import require_kernels
 
     nodes = nodes_of_environment(recipe.training.nodes)
@@ -131,7 +130,7 @@ def train(
     def train_here(folder: Path) -> None:
         from transformers import AutoConfig
 
-        from slam_asr.planning.fitting import place_of, require_fit
+        from slam_asr.planning.memory_fit import place_of, require_fit
         from slam_asr.planning.shapes import Shapes
 
         processes = recipe.training.processes or _accelerators()
@@ -140,7 +139,7 @@ def train(
         for leftover in (FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
-        job = Job(
+        job = TrainingJob(
             recipe=dump_recipe(recipe),
             train_manifest=train_manifest,
             dev_manifest=dev_manifest,
@@ -192,7 +191,7 @@ def train(
             metrics["dev WER of samples"] = round(last["wer"], 4)
         return Outcome(summary, metrics, facts)
 
-    if not nodes.leads:
+    if not nodes.is_coordinator:
         return _take_part(published, inputs, nodes, train_here, overwrite)
     return run_stage("train", output, inputs, work, overwrite)
 
@@ -203,7 +202,7 @@ def _take_part(
     """Be a machine that trains with the others, while the first one keeps the record."""
     done = read_record(folder)
     if done is not None and done.inputs == inputs:
-        say(f"train: already there, nothing to do: {done.summary} ({folder})")
+        log_line(f"train: already there, nothing to do: {done.summary} ({folder})")
         return done
     if done is not None:
         require_way(folder, done, inputs, overwrite)
@@ -218,7 +217,7 @@ def _take_part(
         if time.monotonic() > deadline:
             raise UserError(f"The first node has left no record in {folder}: its own log says why.")
         time.sleep(1.0)
-    say(f"train: node {nodes.rank} of {nodes.number} is done; the first one wrote {folder}")
+    log_line(f"train: node {nodes.rank} of {nodes.number} is done; the first one wrote {folder}")
     return done
 
 
@@ -287,10 +286,10 @@ def _look_at(heard: dict[str, Sequence[Utterance]]) -> None:
             raise UserError(
                 f"The {name} manifest has no utterance that can be heard: all are longer than the encoder's window (encoder.long_audio is set-aside), or it is empty."
             )
-    trained = {address_of(u) for u in heard["train"]}
-    shared = [u.key for u in heard.get("dev", ()) if address_of(u) in trained]
+    trained = {u.audio_id for u in heard["train"]}
+    shared = [u.key for u in heard.get("dev", ()) if u.audio_id in trained]
     if shared:
-        say(
+        log_line(
             f"warning: {len(shared)} of {len(heard['dev'])} dev utterances are also in train (first {shared[0]}): the dev loss is lower than it would be on "
             "speech that was not trained on, and neither early stopping nor the best checkpoint can be trusted"
         )
@@ -310,7 +309,7 @@ def require_features(
     Raises:
         UserError: no store, another encoder's, or one that lacks some.
     """
-    addresses = [address_of(u) for utterances in manifests for u in utterances]
+    addresses = [u.audio_id for utterances in manifests for u in utterances]
     store = FeatureStore(path, expected, recipe.features.dtype, addresses)
     absent = np.flatnonzero(store.index.locate(to_array(addresses)) < 0)
     if len(absent):
@@ -362,7 +361,7 @@ def projector_to_begin_with(
         if here != there
     ]
     if others:
-        say(
+        log_line(
             f"warning: the projector of {name} was trained with another {' and '.join(others)}: as a beginning it may be worth little"
         )
     return folder
@@ -472,7 +471,7 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
         **(together if nodes.number > 1 else alone),
     )
     here = f" on node {nodes.rank} of {nodes.number}" if nodes.number > 1 else ""
-    say(f"starting {processes} training process{'es' * (processes > 1)}{here}")
+    log_line(f"starting {processes} training process{'es' * (processes > 1)}{here}")
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
     except SignalException as error:

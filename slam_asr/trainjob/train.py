@@ -9,13 +9,13 @@ import json
 from dataclasses import asdict
 
 from slam_asr.errors import UserError
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.recipe import Recipe
 from slam_asr.stage import FINGERPRINT, Record, follow_pointer, require_record
 from slam_asr.storage import digest, exists, is_s3, join
+from slam_asr.trainjob.follow import FollowedTrainJob, deleted_when_interrupted
 from slam_asr.trainjob.placement import Placement
 from slam_asr.trainjob.request import Trainer, refusals
-from slam_asr.trainjob.watching import Job, deleted_when_interrupted
 
 
 def train_on_nodes(
@@ -52,13 +52,15 @@ def train_on_nodes(
     command += ["--pointer", pointer]
     with refusals(placement):
         cluster = Trainer(placement)
-    job = Job(cluster, name)
+    job = FollowedTrainJob(cluster, name)
     with deleted_when_interrupted(job):
         with refusals(placement):
             if job.find_or_create(recipe.training.nodes, command):
-                say(f"TrainJob {name}: {recipe.training.nodes} nodes in the namespace {placement.namespace}")
+                log_line(
+                    f"TrainJob {name}: {recipe.training.nodes} nodes in the namespace {placement.namespace}"
+                )
             else:
-                say(f"TrainJob {name} is there already: going on with it")
+                log_line(f"TrainJob {name} is there already: going on with it")
         try:
             job.follow(placement.timeout_hours * 3600)
         finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples, load_audio
 from slam_asr.errors import UserError
-from slam_asr.progress import Meter, say
+from slam_asr.progress import Meter, log_line
 from slam_asr.recipe import Recipe
 from slam_asr.storage import join, name_of, write_bytes
 from slam_asr.transcribing.formats import FORMATS, SUFFIXES, Segment, Transcript
@@ -74,7 +74,7 @@ def transcribe(
                     try:
                         recordings[file] = load_audio(file)
                     except AudioError as error:
-                        say(f"error: {error}")
+                        log_line(f"error: {error}")
                         damaged.append(file)
                 for transcript in transcriber.transcribe(recordings, meter):
                     transcripts.append(transcript)
@@ -108,7 +108,7 @@ class Transcriber:
         window = model.spec.window_samples
         self.longest = min(longest, window / SAMPLE_RATE) if window else longest
         trained = model.trained
-        say(
+        log_line(
             f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(self.options.precision, pick_device())}"
         )
         prompt = model.prompt()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from slam_asr.processes import leave_group
 from slam_asr.recipe import Training
 from slam_asr.training.engines.choose import start_process_group
-from slam_asr.training.engines.zero import DeepSpeedEngine
+from slam_asr.training.engines.deepspeed_engine import DeepSpeedEngine
 
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 

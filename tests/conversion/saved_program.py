@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from slam_asr.processes import leave_group
 from slam_asr.training.checkpoint import Checkpoint
+from slam_asr.training.checkpoint_writer import Saver, take_snapshot
 from slam_asr.training.engines.choose import start_process_group
-from slam_asr.training.saving import Saver, take_snapshot
 from tests.training.engines_program import DEVICE, ENGINES, PRECISIONS, make, run
 
 

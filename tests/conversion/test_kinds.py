@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from slam_asr.conversion import tuned
 from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.conversion.model import read_config, read_projector
-from slam_asr.conversion.zero import zero_folder
+from slam_asr.conversion.zero_checkpoint import zero_folder
 from slam_asr.errors import UserError
 from slam_asr.models.llm import add_lora, load_llm
 from slam_asr.models.projector import build_projector

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from slam_asr.audio import load_audio
-from slam_asr.corpora import checking
+from slam_asr.corpora import audio_check
 from slam_asr.corpora.build import build_manifest
 from slam_asr.errors import UserError
 from slam_asr.external_sort import ExternalSort
@@ -153,7 +153,7 @@ def test_the_bytes_are_the_same_whatever_the_number_of_workers(corpus, tmp_path,
     (corpus / "train-a/1/7/1-7-0000.wav").write_bytes(b"no audio")
     outputs = []
     for workers in (1, 2, 7):
-        monkeypatch.setattr(checking, "workers", lambda workers=workers: workers)
+        monkeypatch.setattr(audio_check, "workers", lambda workers=workers: workers)
         build_manifest(recipe(max_rejected=0.1), str(corpus), str(tmp_path / f"out{workers}"))
         outputs.append({n: (tmp_path / f"out{workers}" / n).read_bytes() for n in FILES if n != "stage.json"})
     assert outputs[0] == outputs[1] == outputs[2]
@@ -393,7 +393,7 @@ def test_a_manifest_that_the_stage_did_not_write_is_not_replaced(corpus, tmp_pat
 def test_the_same_corpus_is_not_read_twice_and_a_changed_one_is_noticed(corpus, tmp_path, monkeypatch):
     build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     with monkeypatch.context() as patch:
-        patch.setattr(checking, "read_clip", None)
+        patch.setattr(audio_check, "read_clip", None)
         build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     write_wav(corpus / "train-a/1/7/1-7-0000.wav", make_tone(2.0))
     assert "changed: listing" in refusal(recipe(), str(corpus), str(tmp_path / "out"))
@@ -405,11 +405,11 @@ def test_the_same_corpus_is_not_read_twice_and_a_changed_one_is_noticed(corpus, 
 def test_a_killed_run_leaves_no_record_and_can_be_run_again(corpus, tmp_path):
     program = textwrap.dedent("""
         import sys, time
-        from slam_asr.corpora import checking
+        from slam_asr.corpora import audio_check
         from slam_asr.corpora.build import build_manifest
         from slam_asr.recipe import load_recipe
 
-        read_clip, seen = checking.read_clip, []
+        read_clip, seen = audio_check.read_clip, []
 
         def slow(*args, **options):
             seen.append(args)
@@ -418,7 +418,7 @@ def test_a_killed_run_leaves_no_record_and_can_be_run_again(corpus, tmp_path):
                 time.sleep(60)
             return read_clip(*args, **options)
 
-        checking.read_clip = slow
+        audio_check.read_clip = slow
         build_manifest(load_recipe("librispeech"), *sys.argv[1:])
     """)
     command = [sys.executable, "-c", program, str(corpus), str(tmp_path / "out")]
@@ -433,13 +433,13 @@ def test_an_interrupt_ends_the_stage_without_a_record_and_without_the_files_that
     corpus, tmp_path, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(checking, "workers", lambda: 1)
+    monkeypatch.setattr(audio_check, "workers", lambda: 1)
 
     def interrupted(path, **_):
         seen.append(path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checking, "read_clip", interrupted)
+    monkeypatch.setattr(audio_check, "read_clip", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     assert len(seen) < 25

@@ -15,8 +15,8 @@ import pytest
 from slam_asr.audio import load_utterance
 from slam_asr.corpora import Candidate, Rejection
 from slam_asr.corpora.build import build_manifest
+from slam_asr.corpora.detection import open_corpus
 from slam_asr.corpora.kaldi import audio_file
-from slam_asr.corpora.opening import open_corpus
 from slam_asr.errors import UserError
 from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.recipe import Columns, Data, load_recipe

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slam_asr.conversion.convert import convert_checkpoint
-from slam_asr.decoding import kept
+from slam_asr.decoding import journal
 from slam_asr.decoding.decode import decode
-from slam_asr.decoding.kept import FILE, Kept
+from slam_asr.decoding.journal import FILE, DecodeJournal
 from slam_asr.errors import UserError
 from slam_asr.models.projector import build_projector
 from slam_asr.models.search import Answer, Choice, CloseCalls, Searcher
@@ -141,31 +141,31 @@ def test_other_options_use_no_kept_answer(model, manifest, tiny_recipe, tmp_path
 
 def test_half_a_line_of_a_killed_process_is_passed_over(tmp_path):
     answer = Answer("text", False, [1, 2], choices=[Choice("text", -0.5), Choice("tex", -0.75)])
-    with Kept(tmp_path, "d") as first:
+    with DecodeJournal(tmp_path, "d") as first:
         first.add({3: answer})
         first.add({4: answer})
     file = tmp_path / FILE
     file.write_text(file.read_text()[:-7])
-    with Kept(tmp_path, "d") as second:
+    with DecodeJournal(tmp_path, "d") as second:
         assert second.answers == {3: answer}
         second.add({4: answer})
-    with Kept(tmp_path, "d") as third:
+    with DecodeJournal(tmp_path, "d") as third:
         assert third.answers == {3: answer, 4: answer}
         third.close()
     assert not file.exists()
 
 
 def test_another_machine_goes_on_from_object_storage(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "UPLOADED_EVERY", -1.0)
+    monkeypatch.setattr(journal, "UPLOADED_EVERY", -1.0)
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-    with Kept(tmp_path / "here", "d", f"s3://{bucket.name}/decoded") as first:
+    with DecodeJournal(tmp_path / "here", "d", f"s3://{bucket.name}/decoded") as first:
         first.add({1: Answer("text", False, [1])})
-    with Kept(tmp_path / "there", "d", f"s3://{bucket.name}/decoded") as second:
+    with DecodeJournal(tmp_path / "there", "d", f"s3://{bucket.name}/decoded") as second:
         assert list(second.answers) == [1]
         second.close()
     (tmp_path / "third").mkdir()
-    with Kept(tmp_path / "third", "d", f"s3://{bucket.name}/decoded") as third:
+    with DecodeJournal(tmp_path / "third", "d", f"s3://{bucket.name}/decoded") as third:
         assert not third.answers
 
 

@@ -18,7 +18,7 @@ import torch
 from slam_asr.audio import load_audio
 from slam_asr.errors import UserError
 from slam_asr.features.extract import extract_features
-from slam_asr.features.space import address_of, spaces_in
+from slam_asr.features.namespace import namespaces_in
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, write_manifest
 from slam_asr.models.encoder import describe_encoder
@@ -124,7 +124,7 @@ def test_only_what_is_new_is_computed(tiny_models, manifest, tmp_path):
     assert before.items() <= after.items()
     assert sum("shards/" in name for name in after) == 2
     store = FeatureStore(record.folder)
-    assert all(len(store.read(address_of(u))) for u in [*manifest[1], *new])
+    assert all(len(store.read(u.audio_id)) for u in [*manifest[1], *new])
 
 
 def test_audio_of_an_earlier_manifest_of_the_same_command_is_stored_once(tiny_models, manifest, tmp_path):
@@ -134,7 +134,7 @@ def test_audio_of_an_earlier_manifest_of_the_same_command_is_stored_once(tiny_mo
         recipe(tiny_models), [str(manifest[0]), str(tmp_path / "dev.jsonl")], str(tmp_path / "store")
     )
     assert record.metrics["new utterances"] == len(LENGTHS) + 1
-    [space] = spaces_in(str(tmp_path / "store"))
+    [space] = namespaces_in(str(tmp_path / "store"))
     stored = sum(len(space.read_index(space.index(name))) for name in space.index_names())
     assert stored == len(LENGTHS) + 1
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from slam_asr.features.extract import extract_features
-from slam_asr.features.space import address_of
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import read_manifest, write_manifest
 from slam_asr.storage import walk
@@ -28,11 +27,11 @@ def all_features(store, manifest) -> dict[str, torch.Tensor]:
     """Every utterance in windows of two shards, as training reads them."""
     shards = {}
     for utterance in read_manifest(manifest):
-        shards.setdefault(store.shard_of(address_of(utterance)), []).append(utterance)
+        shards.setdefault(store.shard_of(utterance.audio_id), []).append(utterance)
     read = {}
     for number in sorted(shards):
         store.expect([number, number + 1] if number + 1 in shards else [number])
-        read |= {u.key: store.read(address_of(u)).clone() for u in shards[number]}
+        read |= {u.key: store.read(u.audio_id).clone() for u in shards[number]}
     return read
 
 

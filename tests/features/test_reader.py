@@ -9,11 +9,10 @@ from slam_asr.features.audio_source import fit_to_window, samples_of
 from slam_asr.features.extract import extract_features
 from slam_asr.features.index import to_array
 from slam_asr.features.reader import AudioReader, StoreReader
-from slam_asr.features.space import address_of
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, write_manifest
 from slam_asr.models.encoder import describe_encoder
-from slam_asr.models.stored import as_if_stored
+from slam_asr.models.feature_dtype import round_trip
 from slam_asr.recipe import load_recipe
 from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_wav
@@ -62,11 +61,7 @@ def test_long_audio_is_cut_split_or_set_aside(tiny_models, utterances, tmp_path,
         and f"encoder.long_audio: {choice}" in said[0]
     )
     kept = fit_to_window(utterances, describe_encoder(options.encoder))
-    assert (
-        [store.entry(address_of(u)).frames for u in kept]
-        == frames
-        == [store.span(address_of(u)) for u in kept]
-    )
+    assert [store.entry(u.audio_id).frames for u in kept] == frames == [store.span(u.audio_id) for u in kept]
 
 
 @pytest.mark.parametrize("choice", ["cut", "split"])
@@ -82,7 +77,7 @@ def test_audio_on_the_way_is_what_the_store_has(tiny_models, utterances, tmp_pat
     reader = AudioReader(spec, options.features)
     for utterance in utterances:
         assert reader.span(utterance) == store.span(utterance)
-        on_the_way = as_if_stored(encoder.encode([reader.read(utterance)])[0], dtype)
+        on_the_way = round_trip(encoder.encode([reader.read(utterance)])[0], dtype)
         # Batches are other ones: sums may differ in their last bit, and so may what that is rounded to.
         error = {"fp32": 1e-5, "bf16": 2**-7, "fp8": 2**-3}[dtype]
         torch.testing.assert_close(on_the_way, store.read(utterance), atol=error, rtol=error)
@@ -98,7 +93,7 @@ def test_both_ways_divide_utterances_into_the_same_shards(tiny_models, tmp_path)
     store = StoreReader(
         FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
     )
-    addresses, samples = to_array([address_of(u) for u in many]), np.full(25, 4800)
+    addresses, samples = to_array([u.audio_id for u in many]), np.full(25, 4800)
     groups = []
     for reader in (store, AudioReader(describe_encoder(options.encoder), options.features)):
         numbers = reader.shards_of(addresses, samples)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from slam_asr.errors import UserError
 from slam_asr.features.index import Index, merge, to_array
-from slam_asr.features.space import Space, address_of, pack
+from slam_asr.features.namespace import FeatureNamespace, pack
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance
-from slam_asr.models.stored import Values, as_if_stored, restore, store
+from slam_asr.models.feature_dtype import QuantizedFrames, dequantize, quantize, round_trip
 from slam_asr.storage import read_bytes, walk, write_bytes
 
 MADE_BY = {"weights_sha256": "abc", "frames": "speech", "dtype": "fp32"}
@@ -24,11 +24,11 @@ def address(name) -> str:
     return hashlib.sha256(str(name).encode()).hexdigest()
 
 
-def publish(root, features, name="plan-1-of-1", made_by=MADE_BY) -> tuple[Space, Index]:
+def publish(root, features, name="plan-1-of-1", made_by=MADE_BY) -> tuple[FeatureNamespace, Index]:
     """A store of one shard with these features by address."""
-    space = Space.of(str(root), made_by)
+    space = FeatureNamespace.of(str(root), made_by)
     content, index = pack(
-        {a: store(t, made_by["dtype"]) for a, t in features.items()},
+        {a: quantize(t, made_by["dtype"]) for a, t in features.items()},
         made_by,
         {a: len(t) + 1 for a, t in features.items()},
     )
@@ -109,7 +109,7 @@ def test_an_index_finds_each_of_many_and_no_other(tmp_path):
 def test_addresses_that_begin_alike_are_told_apart():
     alike = ["ab" * 8 + f"{i:048x}" for i in (3, 1, 2)]
     _, index = pack(
-        {a: Values(torch.full((1, 2), float(i)), None) for i, a in enumerate(alike)},
+        {a: QuantizedFrames(torch.full((1, 2), float(i)), None) for i, a in enumerate(alike)},
         MADE_BY,
         dict.fromkeys(alike, 1),
     )
@@ -267,7 +267,7 @@ def test_what_comes_back_is_what_was_computed_to_the_dtypes_precision(tmp_path, 
     frames[7] = 0
     publish(tmp_path, {address(dtype): frames}, made_by=MADE_BY | {"dtype": dtype})
     read = FeatureStore(str(tmp_path)).read(address(dtype))
-    assert torch.equal(read, as_if_stored(frames, dtype)) and torch.isfinite(read.float()).all()
+    assert torch.equal(read, round_trip(frames, dtype)) and torch.isfinite(read.float()).all()
     # Half of the last bit of the mantissa; for fp8 of the frame's largest value, whose scale it shares.
     error = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 0, "fp8": 2**-4}[dtype]
     largest = frames.abs().amax(1, keepdim=True)
@@ -279,9 +279,9 @@ def test_what_comes_back_is_what_was_computed_to_the_dtypes_precision(tmp_path, 
 
 def test_fp8_takes_half_of_bf16():
     frames = torch.randn(100, 384)
-    assert restore(store(frames, "fp8")).dtype == torch.bfloat16
+    assert dequantize(quantize(frames, "fp8")).dtype == torch.bfloat16
     size = {
-        d: sum(t.numel() * t.itemsize for t in store(frames, d) if t is not None) for d in ("bf16", "fp8")
+        d: sum(t.numel() * t.itemsize for t in quantize(frames, d) if t is not None) for d in ("bf16", "fp8")
     }
     assert size["fp8"] / size["bf16"] == pytest.approx(0.505, abs=0.001)
 
@@ -289,16 +289,16 @@ def test_fp8_takes_half_of_bf16():
 def test_no_key_leads_a_path_out_of_the_store(tmp_path):
     keys = ["a/b/../../../escaped", "/etc/x", "..", "ü ß 漢", "k" * 2000, "a b"]
     utterances = [Utterance(key, "/x", "text", 1.0, 16000, address(key)) for key in keys]
-    publish(tmp_path / "store", {address_of(u): torch.ones(2, 4) for u in utterances})
+    publish(tmp_path / "store", {u.audio_id: torch.ones(2, 4) for u in utterances})
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    assert all(len(FeatureStore(str(tmp_path / "store")).read(address_of(u))) == 2 for u in utterances)
+    assert all(len(FeatureStore(str(tmp_path / "store")).read(u.audio_id)) == 2 for u in utterances)
 
 
 def test_stretches_of_one_file_have_addresses_of_their_own():
     whole = Utterance("w", "/x", "t", 10.0, 16000, address("file"))
     one, two = (dataclasses.replace(whole, start=s, duration=2.0) for s in (0.0, 2.0))
-    assert len({address_of(u) for u in (whole, one, two)}) == 3
-    assert len(bytes.fromhex(address_of(one))) == 32
+    assert len({u.audio_id for u in (whole, one, two)}) == 3
+    assert len(bytes.fromhex(one.audio_id)) == 32
 
 
 def test_a_damaged_fingerprint_is_one_sentence(tmp_path):

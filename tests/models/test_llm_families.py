@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from slam_asr.models.llm import checkpoint_layers, llm_width
-from slam_asr.models.packing import NAME, allow_packing, packed_arguments
+from slam_asr.models.packed_attention import NAME, allow_packing, packed_arguments
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.search import Searcher

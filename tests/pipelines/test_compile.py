@@ -13,10 +13,10 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
 from components import ALL_RESULTS, EVALUATION_RESULTS, HOSTS, RESULTS, STAGES, SWEEP_RESULTS, images
 from pipelines import cli
-from pipelines.checking import PackageDefect, check_package, read_package
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
 from pipelines.compile import compile_package
-from pipelines.wanted import Wanted
+from pipelines.package_check import PackageDefect, check_package, read_package
+from pipelines.run_request import RunRequest
 from slam_asr import __version__
 from slam_asr.recipe import load_recipe
 from slam_asr.trainjob.placement import Placement
@@ -319,7 +319,7 @@ def test_training_over_nodes_leaves_the_gpus_to_its_nodes(tmp_path):
     cluster = load_cluster("several-nodes")
     spec, settings = read_package(
         compile_package(
-            cluster, tmp_path / "p.yaml", wanted=Wanted(load_recipe("demo", {"training.nodes": 2}))
+            cluster, tmp_path / "p.yaml", wanted=RunRequest(load_recipe("demo", {"training.nodes": 2}))
         )
     )
     assert (

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from components import EVALUATION_RESULTS, RESULTS
-from pipelines.local import LocalRun, Sieve, Step
+from pipelines.local import LocalRun, LocalStep, Sieve
+from pipelines.run_request import RunRequest
 from pipelines.summary import failure
-from pipelines.wanted import Wanted
 from slam_asr.errors import UserError
 from slam_asr.stage import follow_pointer, read_record
 
@@ -259,7 +259,7 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another run is working in"):
-            LocalRun(tmp_path).execute(Wanted(), "")
+            LocalRun(tmp_path).execute(RunRequest(), "")
         with pytest.raises(UserError, match="Another run is working in"):
             LocalRun(tmp_path).execute_only(
                 "train", "", lambda: pytest.fail("prepared in a folder that another run holds")
@@ -294,5 +294,5 @@ def test_sieve_parts_the_executor_from_the_step():
     ],
 )
 def test_failure_names_the_step_and_the_likely_reason(tmp_path, code, words):
-    line = failure(Step("train", tmp_path, 0.0, code), tmp_path)
+    line = failure(LocalStep("train", tmp_path, 0.0, code), tmp_path)
     assert line.startswith("step train ") and words in line

@@ -13,8 +13,8 @@ import pytest
 
 from slam_asr.scoring.analysis import analyse
 from slam_asr.scoring.guards import CUT, EMPTY, LOOP, REFUSAL, guards_of
-from slam_asr.scoring.measuring import character_errors, measure
-from slam_asr.scoring.normalising import whisper_normaliser
+from slam_asr.scoring.metrics import character_errors, measure
+from slam_asr.scoring.normalization import whisper_normaliser
 from slam_asr.scoring.statistics import interval, interval_over, matched_pairs
 from slam_asr.scoring.wer import Hypothesis
 

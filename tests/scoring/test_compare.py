@@ -12,7 +12,7 @@ import pytest
 from slam_asr.cli import run
 from slam_asr.errors import UserError
 from slam_asr.scoring.compare import compare
-from slam_asr.scoring.measuring import score
+from slam_asr.scoring.metrics import score
 from slam_asr.scoring.wer import Hypothesis, write_hypotheses
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat", "and", "that", "was", "that"]

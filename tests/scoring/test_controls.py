@@ -4,7 +4,7 @@ import pytest
 
 from slam_asr.models.search import plan_batches
 from slam_asr.scoring.controls import empty_output, shuffled_audio
-from slam_asr.scoring.measuring import score
+from slam_asr.scoring.metrics import score
 from slam_asr.scoring.wer import Hypothesis
 
 ROWS = [Hypothesis(f"k{i}", f"reference {i}", f"said {i}", subset="ab"[i % 2]) for i in range(21)]

@@ -108,7 +108,7 @@ def test_a_folder_is_published_with_its_witness_last(bucket, tmp_path, monkeypat
 
 def test_an_object_whose_name_leads_out_of_the_folder_is_not_fetched(bucket, tmp_path):
     bucket.put_object(Key="evil/../../escaped.json", Body=b"{}")
-    with pytest.raises(UserError, match="leads out of its folder"):
+    with pytest.raises(UserError, match="is_coordinator out of its folder"):
         fetch_folder("s3://bucket/evil")
     assert not list(tmp_path.rglob("escaped.json"))
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slam_asr.models.llm import checkpoint_layers, set_tuning
-from slam_asr.models.packing import allow_packing
+from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.projector import build_projector
 from slam_asr.models.slam import Row, Slam, pack
 from slam_asr.recipe import Llm, Lora, Projector, Training

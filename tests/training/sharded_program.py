@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from slam_asr.models.llm import checkpoint_layers, llm_width, load_llm, set_tuning
-from slam_asr.models.packing import allow_packing
+from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import build_projector
 from slam_asr.models.sharded import StoredWeight, describe_stored_llm
@@ -18,7 +18,7 @@ from slam_asr.models.slam import Row, Slam, pack
 from slam_asr.recipe import Llm, Lora, Projector, Training
 from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.engines.engine import Engine
-from slam_asr.training.engines.masters import MastersEngine
+from slam_asr.training.engines.torch_engine import TorchEngine
 from slam_asr.training.objective import allows_chunks, score_answers, score_in_chunks
 from tests.ranks import leave_answer
 from tests.training.engines_program import DEVICE
@@ -54,7 +54,7 @@ def run(engine: Engine) -> list[float]:
     """The losses of a few steps; the processes have batches of their own."""
     rank, losses = torch.distributed.get_rank(), []
     assert engine.try_llm(allow_packing)
-    if isinstance(engine, MastersEngine) and engine.try_llm(allows_chunks):
+    if isinstance(engine, TorchEngine) and engine.try_llm(allows_chunks):
         engine.bare.scorer = score_in_chunks
     engine.module.train()
     for number in range(STEPS):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slam_asr.errors import UserError
-from slam_asr.planning import fitting
+from slam_asr.planning import memory_fit
 from slam_asr.recipe import Training, load_recipe
 from slam_asr.training import kernels
 from slam_asr.training import train as stage
@@ -36,7 +36,7 @@ def begin(prepared, monkeypatch, tmp_path):
 def test_more_memory_than_there_is(begin, monkeypatch):
     with pytest.raises(Started):
         begin()
-    monkeypatch.setattr(fitting, "host_memory", lambda: 1e5)
+    monkeypatch.setattr(memory_fit, "host_memory", lambda: 1e5)
     with pytest.raises(
         UserError, match=r"^This training takes about .+ and this host has 0\.0001 GB to give: [^\n]+$"
     ):

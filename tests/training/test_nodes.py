@@ -29,11 +29,13 @@ def set_environment(monkeypatch, *values: str) -> None:
 
 def test_a_machine_finds_its_place(monkeypatch):
     set_environment(monkeypatch, "", "", "", "")
-    assert nodes_of_environment(1) == Nodes() and nodes_of_environment(1).leads
+    assert nodes_of_environment(1) == Nodes() and nodes_of_environment(1).is_coordinator
     set_environment(monkeypatch, "1", "0", "host", "29400")
     assert nodes_of_environment(1) == Nodes()
     set_environment(monkeypatch, "3", "2", "host", "29400")
-    assert nodes_of_environment(3) == Nodes(3, 2, "host", 29400) and not nodes_of_environment(3).leads
+    assert (
+        nodes_of_environment(3) == Nodes(3, 2, "host", 29400) and not nodes_of_environment(3).is_coordinator
+    )
 
 
 @pytest.mark.parametrize(

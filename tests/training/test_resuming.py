@@ -326,7 +326,7 @@ def test_what_lies_behind_the_latest_is_forgotten_before_it_is_gone_on(tmp_path)
     (tmp_path / "latest").write_text("step-00000005")
     # Killed between writing a pointer's new content and giving it its name.
     (tmp_path / ".latest.2780.140456.partial").write_text("step-00000009")
-    checkpoint.forget_what_is_behind(folder)
+    checkpoint.discard_newer_than_latest(folder)
     assert not list(tmp_path.rglob("*.partial"))
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["step-00000005"] and checkpoint.require(
         folder

@@ -147,7 +147,7 @@ def test_the_shipped_model_hears_real_speech_of_any_length(libri_mini, tmp_path,
     """Clips by themselves and one behind the other: the words are those that were said far more often than by chance, at the times when they were said."""
     import soundfile
 
-    from slam_asr.scoring.measuring import score
+    from slam_asr.scoring.metrics import score
     from slam_asr.scoring.wer import Hypothesis
 
     clips, spoken = [], []

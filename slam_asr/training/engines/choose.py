@@ -7,8 +7,8 @@ from torch import nn
 
 from slam_asr.models.sharded import StoredWeight
 from slam_asr.recipe import Training
+from slam_asr.training.engines.deepspeed_engine import DeepSpeedEngine, name_accelerator
 from slam_asr.training.engines.engine import Engine
-from slam_asr.training.engines.zero import DeepSpeedEngine, name_accelerator
 
 
 def spreads_weights(options: Training) -> bool:
@@ -37,9 +37,9 @@ def make_engine(
     """
     if options.engine == "deepspeed":
         return DeepSpeedEngine(model, options, device, learning_rates, stored)
-    from slam_asr.training.engines.masters import MastersEngine
+    from slam_asr.training.engines.torch_engine import TorchEngine
 
-    return MastersEngine(model, options, device, learning_rates, stored)
+    return TorchEngine(model, options, device, learning_rates, stored)
 
 
 def start_process_group(device: torch.device, engine: str) -> None:

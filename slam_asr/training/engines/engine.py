@@ -163,7 +163,7 @@ class Engine(ABC):
                     yield name, which, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def settle(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Bring weights to a precision and, with the buffers, to a device, but for those that have no values yet."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to("meta" if parameter.is_meta else device, dtype)

@@ -1,4 +1,4 @@
-"""The fakes as fixtures, and what leads to them in the environment."""
+"""The fakes as fixtures, and what is_coordinator to them in the environment."""
 
 import pytest
 import yaml
@@ -40,7 +40,7 @@ def program(capsys):
 
 @pytest.fixture
 def kubernetes_at(monkeypatch, tmp_path):
-    """Write a kubeconfig that leads to an address."""
+    """Write a kubeconfig that is_coordinator to an address."""
 
     def write(address: str) -> None:
         config = {

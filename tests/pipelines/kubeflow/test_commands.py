@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.checking import check_package
+from pipelines.package_check import check_package
 from tests.pipelines.kubeflow.fake import STEPS, TOKEN
 
 CHECKOUT = Path(__file__).resolve().parents[3]

@@ -1,7 +1,7 @@
 """Every candidate is answered, in the order asked, by what its file is at that moment."""
 
-from slam_asr.corpora import Candidate, Rejection, checking
-from slam_asr.corpora.checking import check_all
+from slam_asr.corpora import Candidate, Rejection, audio_check
+from slam_asr.corpora.audio_check import check_all
 from slam_asr.recipe import Data
 from tests.conftest import make_tone, write_wav
 
@@ -28,7 +28,7 @@ def test_nothing_to_check_is_no_fault():
 
 
 def test_candidates_are_taken_only_a_few_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(checking, "workers", lambda: 2)
+    monkeypatch.setattr(audio_check, "workers", lambda: 2)
     source, taken = str(write_wav(tmp_path / "x.wav")), []
     candidates = (taken.append(i) or Candidate(str(i), source, "text") for i in range(1000))
     next(check_all(candidates, Data(), "test"))

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from slam_asr.conversion.model import read_config, read_projector
 from slam_asr.features.audio_source import fit_to_window
-from slam_asr.features.reader import AudioReader, Reader, StoreReader
-from slam_asr.features.space import address_of
+from slam_asr.features.reader import AudioReader, FeatureReader, StoreReader
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.models.encoder import EncoderSpec, describe_encoder
@@ -28,19 +27,19 @@ from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.sharded import NotOneToOne, StoredWeight, describe_stored_llm
 from slam_asr.models.slam import Slam
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.recipe import Recipe, Training
 from slam_asr.training.batches import BatchReader, Examples
 from slam_asr.training.engines.choose import spreads_weights
-from slam_asr.training.job import Job
+from slam_asr.training.job import TrainingJob
 
 
-def build_prompt(job: Job, recipe: Recipe) -> Prompt:
+def build_prompt(job: TrainingJob, recipe: Recipe) -> Prompt:
     """The prompt as the LLM's tokenizer spells it."""
     return Prompt(load_tokenizer(Path(job.llm_folder)), recipe.llm)
 
 
-def build_readers(job: Job, recipe: Recipe, prompt: Prompt, processes: int) -> dict[str, BatchReader]:
+def build_readers(job: TrainingJob, recipe: Recipe, prompt: Prompt, processes: int) -> dict[str, BatchReader]:
     """Batches of the sets `train` and, where there is one, `dev`."""
     spec = describe_encoder(recipe.encoder)
     manifests = {"train": job.train_manifest, **({"dev": job.dev_manifest} if job.dev_manifest else {})}
@@ -68,16 +67,16 @@ def build_readers(job: Job, recipe: Recipe, prompt: Prompt, processes: int) -> d
 
 def _source(
     store: str | None, spec: EncoderSpec, recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
-) -> Reader:
+) -> FeatureReader:
     """The feature store, or the audio itself."""
     if store is None:
         return AudioReader(spec, recipe.features)
-    wanted = [address_of(u) for utterances in manifests for u in utterances]
+    wanted = [u.audio_id for utterances in manifests for u in utterances]
     cache = int(recipe.features.cache_gigabytes * 1e9)
     return StoreReader(FeatureStore(store, spec.fingerprint(), recipe.features.dtype, wanted, cache))
 
 
-def build_model(job: Job, recipe: Recipe, device: torch.device) -> tuple[Slam, list[StoredWeight]]:
+def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple[Slam, list[StoredWeight]]:
     """The model in the recipe's precision, with what is trained open to gradients; initial weights depend on the seed alone.
 
     Where the engine spreads an LLM over processes, none of them holds it whole.
@@ -111,7 +110,7 @@ def _llm(folder: Path, options: Training) -> tuple[PreTrainedModel, list[StoredW
             return describe_stored_llm(folder, dtype)
         except NotOneToOne as reason:
             if torch.distributed.get_rank() == 0:
-                say(f"the LLM is loaded whole by each process, before it is spread: {reason}")
+                log_line(f"the LLM is loaded whole by each process, before it is spread: {reason}")
     return load_llm(folder, dtype), []
 
 

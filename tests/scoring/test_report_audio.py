@@ -7,8 +7,8 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio import SAMPLE_RATE, AudioError
-from slam_asr.scoring.listening import compress, listen_to, read_audio, worst_first, write_audio
-from slam_asr.scoring.measuring import measure
+from slam_asr.scoring.metrics import measure
+from slam_asr.scoring.report_audio import compress, listen_to, read_audio, worst_first, write_audio
 from slam_asr.scoring.wer import Hypothesis
 from tests.conftest import make_tone
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from slam_asr.errors import UserError
 from slam_asr.models.search import Answer, Choice
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.storage import delete, exists, fetch, join, upload, write_atomically
 
 FILE = "unfinished.jsonl"
@@ -21,7 +21,7 @@ UPLOADED_EVERY = 60.0
 """Seconds."""
 
 
-class Kept:
+class DecodeJournal:
     """The answers of one decoding, by the utterance's number.
 
     Args:
@@ -43,7 +43,7 @@ class Kept:
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in (head, *lines)))
         self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if self.answers:
-            say(f"going on behind {len(self.answers)} utterances that are decoded already")
+            log_line(f"going on behind {len(self.answers)} utterances that are decoded already")
         self._uploaded = time.monotonic()
 
     def add(self, answers: dict[int, Answer]) -> None:
@@ -56,7 +56,7 @@ class Kept:
             try:
                 upload(self.path, self.remote)
             except UserError as error:
-                say(
+                log_line(
                     f"warning: what is decoded so far could not be kept in object storage, which costs time if this is cut off: {error}"
                 )
 
@@ -67,7 +67,7 @@ class Kept:
         if self.remote and exists(self.remote):
             delete(self.remote)
 
-    def __enter__(self) -> "Kept":
+    def __enter__(self) -> "DecodeJournal":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -81,6 +81,6 @@ def test_reading_that_computes_otherwise_is_found_by_the_loss(checkpoint, tiny_r
         projector.linear2.register_forward_hook(lambda *_: _[2].flip(-1))
         return projector
 
-    monkeypatch.setattr("slam_asr.conversion.verifying.read_projector", otherwise)
+    monkeypatch.setattr("slam_asr.conversion.verification.read_projector", otherwise)
     with pytest.raises(UserError, match=r"the loss on 3 utterances is"):
         convert_checkpoint(checkpoint, str(tmp_path / "m"), recipe=load_recipe(str(tiny_recipe)))

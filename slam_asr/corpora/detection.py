@@ -2,7 +2,7 @@
 
 from slam_asr.corpora import (
     AUDIO_SUFFIXES,
-    Reader,
+    CorpusReader,
     archives,
     folder,
     huggingface,
@@ -51,7 +51,7 @@ _ORDER = (
 _ELSEWHERE = (".zip", ".gz", ".bz2", ".xz", ".rar", ".7z")
 
 
-def open_corpus(corpus: str, data: Data | None = None) -> Reader:
+def open_corpus(corpus: str, data: Data | None = None) -> CorpusReader:
     """The reader of what lies at a path or s3:// prefix.
 
     Raises:

@@ -13,7 +13,7 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
 from components import CACHE
-from pipelines.cluster import Cluster, Step
+from pipelines.cluster import Cluster, StepSettings
 from slam_asr import __version__
 from slam_asr.storage.client import SECRET_FOLDER
 from slam_asr.trainjob.placement import Placement
@@ -21,7 +21,7 @@ from slam_asr.trainjob.placement import Placement
 _KUEUE = "kueue.x-k8s.io"
 _LONGEST_WAIT = "3600s"
 
-COORDINATOR = Step(cpu="1", memory="4Gi", scratch="10Gi")
+COORDINATOR = StepSettings(cpu="1", memory="4Gi", scratch="10Gi")
 """The step `train` where a TrainJob does the work: it starts the job and watches it."""
 
 
@@ -130,7 +130,7 @@ def labels(cluster: Cluster, stage: str, queued: bool) -> dict[str, str]:
     }
 
 
-def _resources(task: PipelineTask, step: Step) -> None:
+def _resources(task: PipelineTask, step: StepSettings) -> None:
     task.set_cpu_request(step.cpu).set_cpu_limit(step.cpu)
     task.set_memory_request(step.memory).set_memory_limit(step.memory)
     if step.gpus:
@@ -139,7 +139,7 @@ def _resources(task: PipelineTask, step: Step) -> None:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=step.shared_memory)
 
 
-def _storage(task: PipelineTask, cluster: Cluster, step: Step) -> None:
+def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
     if step.scratch:
         kubernetes.empty_dir_mount(task, "scratch", CACHE, size_limit=step.scratch)
     if cluster.models.claim:

@@ -10,9 +10,9 @@ import numpy as np
 from slam_asr.errors import UserError
 from slam_asr.features.extract import manifest_files
 from slam_asr.features.index import Index, Shard, among, merge, to_array
-from slam_asr.features.space import Space, address_of, spaces_in
+from slam_asr.features.namespace import FeatureNamespace, namespaces_in
 from slam_asr.manifest import iterate_manifest
-from slam_asr.progress import Meter, say
+from slam_asr.progress import Meter, log_line
 from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, write_bytes
 
 _FRAMES_A_SECOND = 50
@@ -23,7 +23,7 @@ _READERS = 4
 class Contents:
     """What a space consists of."""
 
-    space: Space
+    space: FeatureNamespace
     index: Index | None
     """All published indexes as one."""
     there: dict[str, int]
@@ -45,15 +45,15 @@ class Contents:
         return [s for s in self.index.shards if self.there.get(s.name) != s.bytes] if self.index else []
 
 
-def _contents(space: Space) -> Contents:
+def _contents(space: FeatureNamespace) -> Contents:
     unfinished = join(space.root, "unfinished")
     return Contents(
         space, space.published(), space.shards_there(), [join(unfinished, f.name) for f in walk(unfinished)]
     )
 
 
-def _spaces(store: str) -> list[Space]:
-    spaces = spaces_in(store)
+def _spaces(store: str) -> list[FeatureNamespace]:
+    spaces = namespaces_in(store)
     if not spaces:
         raise UserError(
             f"{store} holds no feature store: check the path; it is the --output of `slam-asr extract-features`."
@@ -116,14 +116,14 @@ def verify_store(store: str, repair: bool = False) -> None:
                 damaged.append(space.shard(shard.name))
             meter.update()
     for path in (*damaged, *lost):
-        say(f"{path}: {'damaged' if path in damaged else 'missing or cut short'}")
+        log_line(f"{path}: {'damaged' if path in damaged else 'missing or cut short'}")
     if not damaged and not lost:
-        say(f"{store}: {len(shards)} shards, all whole")
+        log_line(f"{store}: {len(shards)} shards, all whole")
         return
     if repair:
         for path in damaged:
             delete(path)
-        say(f"removed {len(damaged)} damaged shards")
+        log_line(f"removed {len(damaged)} damaged shards")
     then = "run `slam-asr extract-features` again over the same manifests" + (
         "" if repair else ", after `features verify --repair true`"
     )
@@ -132,7 +132,7 @@ def verify_store(store: str, repair: bool = False) -> None:
     )
 
 
-def _is_whole(named: tuple[Space, Shard]) -> bool:
+def _is_whole(named: tuple[FeatureNamespace, Shard]) -> bool:
     space, shard = named
     hashed = hashlib.sha256()
     try:
@@ -179,7 +179,7 @@ def prune_store(
         else:
             files = _superfluous(_contents(space), wanted, unfinished, yes)
         size = sum(f.bytes for f in walk(space.root) if join(space.root, f.name) in set(files))
-        say(f"{name_of(space.root)}: {len(files)} files, {size / 1e6:,.1f} MB, {verb}")
+        log_line(f"{name_of(space.root)}: {len(files)} files, {size / 1e6:,.1f} MB, {verb}")
         if yes:
             # What vouches for others goes first.
             for file in sorted(files, key=lambda f: "/shards/" in f):
@@ -187,7 +187,7 @@ def prune_store(
 
 
 def _addresses(manifests: Iterable[str]) -> np.ndarray:
-    found = {address_of(u) for file in manifest_files(list(manifests)) for _, u in iterate_manifest(file)}
+    found = {u.audio_id for file in manifest_files(list(manifests)) for _, u in iterate_manifest(file)}
     return to_array(sorted(found))
 
 

@@ -2,7 +2,7 @@
 
 from slam_asr.errors import UserError
 from slam_asr.models.pretrained import locate_model
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.recipe import Recipe
 from slam_asr.storage import exists, is_s3, join, publish_folder
 
@@ -36,9 +36,9 @@ def _copy(name: str, to: str) -> str:
     parts = name.strip("/").split("/")
     target = join(to, *(parts if len(parts) == 2 and not name.startswith(("/", ".")) else parts[-1:]))
     if exists(join(target, LAST)):
-        say(f"{name}: there already ({target})")
+        log_line(f"{name}: there already ({target})")
         return target
-    say(f"{name}: copying to {target}")
+    log_line(f"{name}: copying to {target}")
     publish_folder(locate_model(name), target, last=LAST)
-    say(f"{name}: copied to {target}")
+    log_line(f"{name}: copied to {target}")
     return target

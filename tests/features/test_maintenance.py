@@ -6,7 +6,6 @@ import torch
 from slam_asr.cli import run
 from slam_asr.errors import UserError
 from slam_asr.features.extract import extract_features
-from slam_asr.features.space import address_of
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import read_manifest, write_manifest
 from slam_asr.storage import delete, join, read_bytes, walk, write_bytes
@@ -67,9 +66,9 @@ def test_pruning_keeps_what_a_manifest_needs(kept, tmp_path):
     reader = FeatureStore(record.folder)
     of_shard = {}
     for utterance in read_manifest(manifest):
-        of_shard.setdefault(reader.shard_of(address_of(utterance)), []).append(utterance)
+        of_shard.setdefault(reader.shard_of(utterance.audio_id), []).append(utterance)
     wanted = of_shard[0][:2]
-    features = {u.key: reader.read(address_of(u)).clone() for u in wanted}
+    features = {u.key: reader.read(u.audio_id).clone() for u in wanted}
     write_manifest(tmp_path / "few.jsonl", wanted)
     whole = contents(store)
     run("features", ["prune", store, "--keep", f"[{tmp_path / 'few.jsonl'}]"])
@@ -77,7 +76,7 @@ def test_pruning_keeps_what_a_manifest_needs(kept, tmp_path):
     run("features", ["prune", store, "--keep", f"[{tmp_path / 'few.jsonl'}]", "--yes", "true"])
     after = FeatureStore(store)
     assert sum("/shards/" in f.name for f in walk(store)) == 1 and len(after.index) == len(of_shard[0])
-    assert all(torch.equal(after.read(address_of(u)), features[u.key]) for u in wanted)
+    assert all(torch.equal(after.read(u.audio_id), features[u.key]) for u in wanted)
     run("features", ["verify", store])
     assert extract().metrics["new utterances"] == 20
     assert len(FeatureStore(store).index) == 30

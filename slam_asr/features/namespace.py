@@ -15,7 +15,6 @@ changed in place: a new manifest adds shards with what is new and an index. Inde
 without one, a store does not exist.
 """
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,11 +25,9 @@ import torch
 import xxhash
 from safetensors.torch import save
 
-from slam_asr.audio import audio_sha256
 from slam_asr.errors import UserError
 from slam_asr.features.index import Entry, Index, Shard, build, merge
-from slam_asr.manifest import Utterance
-from slam_asr.models.stored import Values
+from slam_asr.models.feature_dtype import QuantizedFrames
 from slam_asr.stage import RECORD
 from slam_asr.storage import digest, exists, join, parent_of, read_bytes, sha256_of_bytes, walk, write_bytes
 from slam_asr.storage.paths import folders_in
@@ -38,25 +35,14 @@ from slam_asr.storage.paths import folders_in
 FINGERPRINT_FILE = "fingerprint.json"
 
 
-def address_of(utterance: Utterance) -> str:
-    """Where an utterance's features are found: the SHA-256 of its audio, in hexadecimal.
-
-    Of a whole file, that of the file's bytes; of a stretch of one, a digest of that and of where it lies.
-    """
-    sha256 = utterance.sha256 or audio_sha256(utterance.source)
-    if utterance.start is None:
-        return sha256
-    return hashlib.sha256(f"{sha256}/{utterance.start:.6f}/{utterance.duration:.6f}".encode()).hexdigest()
-
-
 @dataclass(frozen=True)
-class Space:
+class FeatureNamespace:
     """Those features of a store that one fingerprint stands for, by the paths of what they consist of."""
 
     root: str
 
     @classmethod
-    def of(cls, store: str, fingerprint: dict[str, Any]) -> "Space":
+    def of(cls, store: str, fingerprint: dict[str, Any]) -> "FeatureNamespace":
         """The space of a fingerprint in a store."""
         return cls(join(store, digest(fingerprint)[:16]))
 
@@ -127,17 +113,17 @@ class Space:
         return merge(indexes[0].fingerprint, indexes[0].width, indexes, wanted)
 
 
-def spaces_in(store: str) -> list[Space]:
+def namespaces_in(store: str) -> list[FeatureNamespace]:
     """All spaces of a store."""
     return [
         s
-        for s in (Space(join(store, name)) for name in folders_in(store))
+        for s in (FeatureNamespace(join(store, name)) for name in folders_in(store))
         if exists(join(s.root, FINGERPRINT_FILE))
     ]
 
 
 def pack(
-    features: dict[str, Values], fingerprint: dict[str, Any], spans: dict[str, int]
+    features: dict[str, QuantizedFrames], fingerprint: dict[str, Any], spans: dict[str, int]
 ) -> tuple[bytes, Index]:
     """Features by address → a shard's bytes and its index; the same features give the same bytes."""
     tensors: dict[str, torch.Tensor] = {}
@@ -153,7 +139,7 @@ def pack(
         places = [header[name]["data_offsets"] for name in (address, _scales(address)) if name in header]
         begins = [8 + header_bytes + begin for begin, _ in places] + [-1]
         view = memoryview(content)
-        check = check_of(*(view[8 + header_bytes + begin : 8 + header_bytes + end] for begin, end in places))
+        check = checksum(*(view[8 + header_bytes + begin : 8 + header_bytes + end] for begin, end in places))
         entries[address] = Entry(0, begins[0], begins[1], len(values.frames), spans[address], check)
     width = next(iter(features.values())).frames.shape[1]
     return content, build(fingerprint, width, Shard(sha256_of_bytes(content), len(content)), entries)
@@ -163,25 +149,25 @@ def _scales(address: str) -> str:
     return f"{address}.scales"
 
 
-def check_of(*parts: memoryview | bytes) -> int:
+def checksum(*parts: memoryview | bytes) -> int:
     hashed = xxhash.xxh3_64()
     for part in parts:
         hashed.update(part)
     return int.from_bytes(hashed.digest(), "little", signed=True)
 
 
-def find_space(path: str, expected: dict[str, Any] | None, dtype: str | None) -> Space:
+def find_namespace(path: str, expected: dict[str, Any] | None, dtype: str | None) -> FeatureNamespace:
     """The space that a path means.
 
     Raises:
         UserError: there is none, or none of this encoder.
     """
     if exists(join(path, FINGERPRINT_FILE)):
-        found = [Space(path)]
+        found = [FeatureNamespace(path)]
     elif exists(join(path, RECORD)):
-        found = [Space(parent_of(parent_of(path)))]
+        found = [FeatureNamespace(parent_of(parent_of(path)))]
     else:
-        found = spaces_in(path)
+        found = namespaces_in(path)
     made = {space: fingerprint for space in found if (fingerprint := space.fingerprint()) is not None}
     if not made:
         raise UserError(

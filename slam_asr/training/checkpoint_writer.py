@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from slam_asr.errors import UserError, from_os_error
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.storage import is_s3, join, local_path, sha256_of_file, upload
 from slam_asr.training import checkpoint
 from slam_asr.training.checkpoint import CURVE, Checkpoint, file_name
@@ -132,7 +132,7 @@ class Saver:
             except OSError as error:
                 failure = str(from_os_error(error) or error)
         if failure and self.rank == 0:
-            say(
+            log_line(
                 f"warning: the checkpoint of step {about.step} could not be written, training goes on: {failure}"
             )
         return failure

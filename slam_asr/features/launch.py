@@ -14,7 +14,7 @@ from slam_asr.storage import write_json
 
 
 @dataclass
-class Job:
+class ExtractionJob:
     """What one of the processes is told."""
 
     recipe: str
@@ -31,7 +31,7 @@ class Job:
     """Where it leaves a failure."""
 
 
-def spread(job: Job, processes: int) -> None:
+def launch_extraction(job: ExtractionJob, processes: int) -> None:
     """Let each of several processes compute its share, and wait for all of them.
 
     Raises:

@@ -15,7 +15,7 @@ from slam_asr.sweeping.variations import Variation, read_variations, require_tra
 
 
 @dataclass
-class Wanted:
+class RunRequest:
     """A pipeline and what it runs with."""
 
     recipe: Recipe | None = None
@@ -91,7 +91,7 @@ def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:
         )
 
 
-def wanted_of(options: dict[str, Any], recipe: Recipe | None, in_a_cluster: bool) -> Wanted:
+def wanted_of(options: dict[str, Any], recipe: Recipe | None, in_a_cluster: bool) -> RunRequest:
     """The pipeline that the options ask for.
 
     A model that lies here is compared with the recipe at once; one in object storage is by the pipeline's first step.
@@ -116,18 +116,18 @@ def wanted_of(options: dict[str, Any], recipe: Recipe | None, in_a_cluster: bool
             raise UserError(
                 "--sweep needs the recipe that it varies: name it first, as in `compile RECIPE --sweep FILE`."
             )
-        return Wanted(model=model)
+        return RunRequest(model=model)
     if model is None:
         if not recipe.data.train:
             raise UserError(
                 f"Recipe {recipe.name}: data.train names no subset; give at least one, such as [train-*], or a model to measure with --model."
             )
         if sweep is None:
-            return Wanted(recipe)
+            return RunRequest(recipe)
         variations = resolve(recipe, read_variations(sweep))
         if in_a_cluster and parallel != 1:
             require_trainings_of_their_own(recipe, variations)
-        return Wanted(recipe, variations=variations, parallel=parallel)
+        return RunRequest(recipe, variations=variations, parallel=parallel)
     recipe = replace(recipe, data=replace(recipe.data, train=[], dev=[]))
     if not is_s3(model):
         # Not at the top: torch comes with it.
@@ -135,7 +135,7 @@ def wanted_of(options: dict[str, Any], recipe: Recipe | None, in_a_cluster: bool
         from slam_asr.conversion.trained import require_same_features
 
         require_same_features(recipe, model, read_config(model))
-    return Wanted(recipe, model if in_a_cluster else place_of_model(model))
+    return RunRequest(recipe, model if in_a_cluster else place_of_model(model))
 
 
 def place_of_model(model: str) -> str:

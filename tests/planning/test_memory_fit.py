@@ -10,10 +10,10 @@ from transformers import AutoConfig
 from slam_asr.errors import UserError
 from slam_asr.manifest import Utterance
 from slam_asr.models.encoder import spec_of
-from slam_asr.models.prompt import Spelling
-from slam_asr.planning import fitting
-from slam_asr.planning.fitting import Place, host_memory, loads_of, require_fit
+from slam_asr.models.prompt import TokenizedPrompt
+from slam_asr.planning import memory_fit
 from slam_asr.planning.memory import training_memory
+from slam_asr.planning.memory_fit import Place, host_memory, loads_of, require_fit
 from slam_asr.planning.shapes import Shapes
 from slam_asr.recipe import load_recipe
 
@@ -21,9 +21,9 @@ from slam_asr.recipe import load_recipe
 class Words:
     """A prompt of 12 tokens, and a token for each word and the end."""
 
-    drawn = (Spelling("say", [], [1] * 12),)
+    drawn = (TokenizedPrompt("say", [], [1] * 12),)
 
-    def with_answer(self, spelling: Spelling, answer: str) -> tuple[list[int], list[int]]:
+    def with_answer(self, spelling: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
         return [1] * 12, [2] * (len(answer.split()) + 1)
 
 
@@ -165,7 +165,7 @@ def test_an_optimiser_kept_by_the_host_must_fit_there():
 
 def test_a_containers_limit_counts_before_the_hosts_memory(tmp_path, monkeypatch):
     limits = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
-    monkeypatch.setattr(fitting, "CGROUP_LIMITS", [str(path) for path in limits])
+    monkeypatch.setattr(memory_fit, "CGROUP_LIMITS", [str(path) for path in limits])
     whole = host_memory()
     assert whole > 1e8
     limits[0].write_text("max\n")

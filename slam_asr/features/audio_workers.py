@@ -22,7 +22,7 @@ import torch
 from slam_asr.audio import load_utterance
 from slam_asr.errors import UserError
 from slam_asr.manifest import Utterance
-from slam_asr.models.preparing import Prepared, Preparer
+from slam_asr.models.frontend import Prepared, Preparer
 
 Tag = TypeVar("Tag")
 
@@ -47,7 +47,7 @@ class Loader:
     def __init__(self, preparer: Preparer, workers: int) -> None:
         context = multiprocessing.get_context("forkserver")
         # Imported once there; each worker is a fork of that.
-        context.set_forkserver_preload(["slam_asr.features.loading"])
+        context.set_forkserver_preload(["slam_asr.features.audio_workers"])
         self.workers = workers
         self._pool = ProcessPoolExecutor(workers, context, _begin, (preparer,))
 

@@ -20,7 +20,7 @@ from slam_asr.models.prompt import Prompt
 from slam_asr.planning.memory import Load, Memory, training_memory
 from slam_asr.planning.plan import USABLE, propose
 from slam_asr.planning.shapes import Shapes
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 
 EXACT = 1.15
 """What is predicted over what is taken, at most."""
@@ -122,7 +122,7 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
     if memory.total / EXACT > place.room:
         raise UserError(f"{_too_much(memory, place)}: {_what_helps(shapes, one, place)}.")
     if memory.total > USABLE * place.room:
-        say(f"warning: {_too_much(memory, place)}, which may not do: {_what_helps(shapes, one, place)}")
+        log_line(f"warning: {_too_much(memory, place)}, which may not do: {_what_helps(shapes, one, place)}")
     _require_host(shapes, place)
 
 

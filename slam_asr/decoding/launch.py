@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Job:
+class DecodingJob:
     """What one of the processes is told at first."""
 
     recipe: str
@@ -42,7 +42,7 @@ class _Ended(Exception):
     """A process has ended before its work was done."""
 
 
-def spread(
+def launch_decoding(
     decoder: "Decoder", batches: list[list[int]], processes: int, take: "Callable[[dict[int, Answer]], None]"
 ) -> None:
     """Give each of several processes one batch after the other, until there is none left.
@@ -66,7 +66,7 @@ def spread(
         try:
             for number in range(processes):
                 path = Path(folder) / f"job-{number}.json"
-                job = Job(
+                job = DecodingJob(
                     dump_recipe(decoder.recipe),
                     str(decoder.model.folder),
                     decoder.files,
@@ -113,7 +113,7 @@ def _serve(
     one_at_a_time: threading.Lock,
 ) -> None:
     """Give a process batches, and pass on its answers."""
-    from slam_asr.decoding.kept import answers_in
+    from slam_asr.decoding.journal import answers_in
 
     while True:
         with one_at_a_time:

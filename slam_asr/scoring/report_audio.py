@@ -10,8 +10,8 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio import SAMPLE_RATE, AudioError
-from slam_asr.progress import say
-from slam_asr.scoring.measuring import Measured
+from slam_asr.progress import log_line
+from slam_asr.scoring.metrics import Measured
 from slam_asr.storage import write_atomically
 
 AUDIO = "audio.jsonl"
@@ -57,7 +57,7 @@ def listen_to(names: Iterable[Name], load: Callable[[Name], np.ndarray], megabyt
         try:
             text = base64.b64encode(compress(load(name))).decode()
         except AudioError as error:
-            say(f"warning: the report cannot play {name[0]}: {error}")
+            log_line(f"warning: the report cannot play {name[0]}: {error}")
             continue
         if len(text) > left:
             break

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.sharded import StoredWeight
 from slam_asr.recipe import Training
-from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite, settle
+from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite, move_and_cast
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
 """fp16's loss scale at the start, and the good steps after which it doubles: as torch's own GradScaler has them."""
@@ -31,7 +31,7 @@ if _BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameter
     _BUFFERS = "broadcast_buffers"  # its name before torch 2.13
 
 
-class MastersEngine(Engine):
+class TorchEngine(Engine):
     """The model under DDP or FSDP2, with AdamW on fp32 copies of its trained weights.
 
     Args:
@@ -51,7 +51,7 @@ class MastersEngine(Engine):
         stored: Sequence[StoredWeight] = (),
     ) -> None:
         dtype = DTYPES[options.precision]
-        settle(model, device, dtype)
+        move_and_cast(model, device, dtype)
         if options.engine == "fsdp":
             shard(model, device)
             for weight in stored:

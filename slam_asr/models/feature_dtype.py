@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
-READ_AS = STORED | {"fp8": torch.bfloat16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+READ_AS = DTYPES | {"fp8": torch.bfloat16}
 """What a reader gives: fp8 is scaled back, which bf16 holds without a loss that matters beside its own."""
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-class Values(NamedTuple):
+class QuantizedFrames(NamedTuple):
     """Frames as they are stored."""
 
     frames: torch.Tensor
@@ -23,16 +23,16 @@ class Values(NamedTuple):
     """[frames] in fp32; only of fp8."""
 
 
-def store(frames: torch.Tensor, dtype: str) -> Values:
+def quantize(frames: torch.Tensor, dtype: str) -> QuantizedFrames:
     """[frames, width] of any precision → as it is stored."""
     if dtype != "fp8":
-        return Values(frames.to(STORED[dtype]), None)
+        return QuantizedFrames(frames.to(DTYPES[dtype]), None)
     frames = frames.float()
     scales = (frames.abs().amax(dim=1) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    return Values((frames / scales[:, None]).to(STORED[dtype]), scales)
+    return QuantizedFrames((frames / scales[:, None]).to(DTYPES[dtype]), scales)
 
 
-def restore(values: Values) -> torch.Tensor:
+def dequantize(values: QuantizedFrames) -> torch.Tensor:
     """What a reader gives: [frames, width]."""
     if values.scales is None:
         return values.frames
@@ -41,9 +41,9 @@ def restore(values: Values) -> torch.Tensor:
 
 def bytes_a_frame(width: int, dtype: str) -> int:
     """Size of a stored frame."""
-    return width * STORED[dtype].itemsize + (4 if dtype == "fp8" else 0)
+    return width * DTYPES[dtype].itemsize + (4 if dtype == "fp8" else 0)
 
 
-def as_if_stored(frames: torch.Tensor, dtype: str) -> torch.Tensor:
+def round_trip(frames: torch.Tensor, dtype: str) -> torch.Tensor:
     """Frames as they come back out of a store: what audio encoded on the way is rounded to, so that both are the same."""
-    return restore(store(frames, dtype))
+    return dequantize(quantize(frames, dtype))

@@ -22,7 +22,7 @@ from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import SpeechProjector, positions_of
 from slam_asr.models.tensors import Tensors, stored_tensors
 from slam_asr.models.weights import load_weights
-from slam_asr.planning.fitting import host_memory
+from slam_asr.planning.memory_fit import host_memory
 from slam_asr.recipe import Recipe
 
 if TYPE_CHECKING:

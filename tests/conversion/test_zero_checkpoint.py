@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slam_asr.conversion.zero import fp32_weights, load_pickle
+from slam_asr.conversion.zero_checkpoint import fp32_weights, load_pickle
 from slam_asr.errors import UserError
 from tests.conversion import engine_program
 from tests.conversion.engine_program import PRECISIONS, STAGES

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from slam_asr.errors import UserError
-from slam_asr.progress import say
+from slam_asr.progress import log_line
 from slam_asr.trainjob.request import NODE, Trainer, cause_of, status_of
 
 POLL = 5.0
@@ -16,7 +16,7 @@ POLL = 5.0
 _ERROR = "slam-asr: error: "
 
 
-class Job:
+class FollowedTrainJob:
     """One TrainJob, from its creation to its end."""
 
     def __init__(self, trainer: Trainer, name: str) -> None:
@@ -69,7 +69,7 @@ class Job:
                 continue
             if job.status != state:
                 state = job.status
-                say(f"TrainJob {self.name}: {state.lower()}")
+                log_line(f"TrainJob {self.name}: {state.lower()}")
             running = any(
                 step.name == f"{NODE}-0" and step.status not in (None, "Pending") for step in job.steps
             )
@@ -127,7 +127,7 @@ class Job:
             )
             for line in itertools.islice(lines, self._heard, None):
                 self._heard += 1
-                say(line.rstrip("\n"))
+                log_line(line.rstrip("\n"))
 
     def _tell_what_it_waits_for(self) -> None:
         with contextlib.suppress(Exception):
@@ -138,7 +138,7 @@ class Job:
                     and text not in self._told
                 ):
                     self._told.add(text)
-                    say(f"TrainJob {self.name} waits: {event.reason}: {text}")
+                    log_line(f"TrainJob {self.name} waits: {event.reason}: {text}")
 
     def _why(self) -> str:
         """The sentence of the node that failed; the other nodes' last lines are passed on."""
@@ -150,7 +150,7 @@ class Job:
                 lines = list(self.client.get_job_logs(self.name, step=step.name))
             if step.name != f"{NODE}-0":
                 for line in lines[-10:]:
-                    say(f"{step.name}: {line}")
+                    log_line(f"{step.name}: {line}")
             mistakes = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
             # A process that ends because another one did says only that.
             own = [m for m in mistakes if not m.startswith("A training process ended with code")]
@@ -162,7 +162,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def deleted_when_interrupted(job: Job) -> Iterator[None]:
+def deleted_when_interrupted(job: FollowedTrainJob) -> Iterator[None]:
     """Have SIGTERM, with which Kubernetes ends a pod, take the job along: its GPUs would be paid for by nobody."""
 
     def interrupt(*_: object) -> None:
@@ -173,7 +173,7 @@ def deleted_when_interrupted(job: Job) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say(f"interrupted: deleting TrainJob {job.name}")
+        log_line(f"interrupted: deleting TrainJob {job.name}")
         job.delete()
         raise
     finally:

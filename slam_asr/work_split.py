@@ -7,7 +7,7 @@ from slam_asr.errors import UserError
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkShard:
     """One of `of` parts that share a plan, counted from 1: it takes every `of`-th piece."""
 
     number: int = 1
@@ -21,7 +21,7 @@ class Part:
         return piece % self.of == self.number - 1
 
 
-def parse_part(shard: str) -> Part:
+def parse_work_shard(shard: str) -> WorkShard:
     """`2/4` → the second of four parts.
 
     Raises:
@@ -30,9 +30,9 @@ def parse_part(shard: str) -> Part:
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise UserError(f"--shard is {shard}: write it as i/n, such as 1/4, with i from 1 to n.")
-    return Part(int(found[1]), int(found[2]))
+    return WorkShard(int(found[1]), int(found[2]))
 
 
-def all_parts(count: int) -> list[str]:
+def all_work_shards(count: int) -> list[str]:
     """The parts that work is divided into: 1/n, 2/n and so on."""
     return [f"{number}/{count}" for number in range(1, count + 1)]

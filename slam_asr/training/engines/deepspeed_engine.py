@@ -10,7 +10,7 @@ from torch import nn
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.sharded import StoredWeight
 from slam_asr.recipe import Training
-from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite, settle
+from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite, move_and_cast
 
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -40,7 +40,7 @@ class DeepSpeedEngine(Engine):
         config = deepspeed_config(options, device)
         if stored:
             # DeepSpeed takes a model that is partitioned already as it is.
-            settle(model, device, DTYPES[options.precision])
+            move_and_cast(model, device, DTYPES[options.precision])
             read_and_partition(stored, config, device)
         self.bare = model
         self.groups = Groups(model, options, learning_rates or {})
