@@ -16,27 +16,27 @@ pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use
 .DEFAULT_GOAL := help
 .PHONY: help install install-test demo test unit soak lint lock images compile clean
 
-help:  ## say what can be made
+help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
 	@echo 'PIP_ARGS="…" goes to pip (-v shows what it does), PYTEST_ARGS="…" to pytest; PYTHON and VENV choose the interpreter and the environment.'
 
-install: $(VENV)/.run  ## set up .venv with all that the pipelines need
-install-test: $(VENV)/.test  ## the same, and what the tests need
+install: $(VENV)/.run  ## set up .venv with everything that the pipelines need
+install-test: $(VENV)/.test  ## the same, plus the packages for the tests
 
-demo: $(VENV)/.run  ## train, convert and measure a small model on speech that lies in the repository
+demo: $(VENV)/.run  ## train and evaluate a small model on the speech in demo/
 	$(python) -m pipelines run demo
 
-test: $(VENV)/.test  ## all tests, the quick ones first
+test: $(VENV)/.test  ## run all tests, the quick ones first
 	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
 	$(python) -m pytest -m slow $(PYTEST_ARGS)
 
-unit: $(VENV)/.test  ## the quick tests alone
+unit: $(VENV)/.test  ## run only the quick tests
 	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-soak: $(VENV)/.test  ## the long tests: hours
+soak: $(VENV)/.test  ## run the long tests, which take hours
 	SLAM_ASR_SOAK=1 $(python) -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.test  ## check the style
+lint: $(VENV)/.test  ## check the code style
 	$(python) -m ruff check .
 
 images:  ## build the steps' images: REGISTRY=… TAG=… PUSH=1, and STAGES, BASE_IMAGE, TORCH, PIP_ARGS, BUILD_ARGS
@@ -47,15 +47,15 @@ images:  ## build the steps' images: REGISTRY=… TAG=… PUSH=1, and STAGES, BA
 compile: $(VENV)/.run  ## write the pipeline's and the components' YAML to build/kfp
 	$(python) -m pipelines compile
 
-lock: $(VENV)/.test  ## write requirements/*.txt from what is installed
+lock: $(VENV)/.test  ## write requirements/*.txt from the installed versions
 	$(python) requirements/lock.py
 
-clean:  ## remove .venv and everything built; runs/ stays
+clean:  ## remove .venv and all build results, but not runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps are written last: an installation that was cut off is done again. test.txt and run.txt
-# build upon each other, so that a change of a lower one installs the upper ones too.
+# The stamp files are written last, so that an interrupted installation is repeated. test.txt includes
+# run.txt, which includes stages.txt: a change of one reinstalls those that include it.
 $(VENV)/.run: requirements/run.txt requirements/stages.txt pyproject.toml | $(VENV)/bin/pip
 	@echo 'Installing the packages of requirements/run.txt into $(VENV); this takes minutes, once.'
 	$(pip_install) -r requirements/run.txt

@@ -1,8 +1,9 @@
-"""Causal attention on a CPU, forward and back, beside torch's own kernel.
+"""Compare this project's causal attention on a CPU with torch's kernel, forward and backward.
 
     python benchmarks/attention.py [--heads 9 --key-heads 3 --width 64]
 
-Prints milliseconds of either and their ratio, for several lengths in bf16 and fp32; both take turns.
+Prints the milliseconds of both and their ratio, for several lengths in bf16 and fp32. Both kernels alternate,
+so that a change in the machine's load affects both.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from slam_asr.models.cpu_attention import causal_attention
 
 
 def main() -> None:
-    """Print a line for each length and precision."""
+    """Print one line per length and precision."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,7 +27,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     print(
-        f"{options.heads} heads, {options.key_heads} of keys, width {options.width}, {torch.get_num_threads()} threads; ms forward and back"
+        f"{options.heads} heads, {options.key_heads} key heads, width {options.width}, "
+        f"{torch.get_num_threads()} threads; ms forward and backward"
     )
     for dtype in (torch.bfloat16, torch.float32):
         for positions in (64, 128, 256, 384, 768):
@@ -34,22 +36,23 @@ def main() -> None:
                 torch.randn(h, positions, options.width, dtype=dtype, requires_grad=True)
                 for h in (options.heads, options.key_heads, options.key_heads)
             ]
-            ways = {
+            kernels = {
                 "torch": lambda q, k, v: functional.scaled_dot_product_attention(
                     q[None], k[None], v[None], is_causal=True, enable_gqa=True
                 )[0],
                 "ours": causal_attention,
             }
-            times: dict[str, list[float]] = {name: [] for name in ways}
+            times: dict[str, list[float]] = {name: [] for name in kernels}
             for _ in range(options.repeats):
-                for name, way in ways.items():
+                for name, kernel in kernels.items():
                     started = time.perf_counter()
-                    output = way(*inputs)
+                    output = kernel(*inputs)
                     output.backward(torch.ones_like(output))
                     times[name].append(1000 * (time.perf_counter() - started))
-            torchs, ours = (statistics.median(times[name]) for name in ways)
+            reference, ours = (statistics.median(times[name]) for name in kernels)
             print(
-                f"{str(dtype)[6:]:9}{positions:5} positions  torch {torchs:7.2f}  ours {ours:7.2f}  {torchs / ours:5.2f} ×"
+                f"{str(dtype)[6:]:9}{positions:5} positions  torch {reference:7.2f}  ours {ours:7.2f}  "
+                f"{reference / ours:5.2f} ×"
             )
 
 

@@ -1,11 +1,11 @@
-"""What `training.compile` gives: time of a step over an LLM's layers, compiled and as they are written.
+"""Measure the speed-up by `training.compile` for a forward and backward pass through an LLM's layers.
 
-    python benchmarks/compiling.py                       # a Llama of SmolLM2-135M's widths, 4 layers, fp32 and bf16
+    python benchmarks/compiling.py                              # a Llama with SmolLM2-135M's widths, 4 layers
     python benchmarks/compiling.py --layers 30 --utterances 16
 
-Random weights, packed utterances of 30 to 100 positions, forward and back; batches differ in how many they hold. On a CPU the time is that of
-the processor in one thread, which other programs on the machine leave alone; on a GPU it is the clock's. Ways take turns; prints the median
-of their ratios, and all of them.
+The weights are random. Batches are packed utterances of 30 to 100 positions, and vary in size. On a CPU, the
+time is the processor time of one thread, which other programs do not affect; on a GPU, it is wall time.
+Compiled and uncompiled passes alternate. Prints the median of their ratios, and all ratios.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from slam_asr.training.kernels import compile_layers
 
 
 def main() -> None:
-    """Print the ratio for each precision."""
+    """Print the speed-up for each precision."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--utterances", type=int, default=6, help="of a batch, on average")
+    parser.add_argument("--utterances", type=int, default=6, help="utterances per batch, on average")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     options = parser.parse_args()
@@ -64,17 +64,18 @@ def main() -> None:
             lengths = [
                 generator.randint(30, 100) for _ in range(options.utterances + generator.randint(-2, 2))
             ]
-            written, fused = _step(llm, lengths), _step(compiled, lengths)
-            ratios.append(written / fused)
-        shown = ", ".join(f"{r:.2f}" for r in ratios)
+            uncompiled_seconds, compiled_seconds = _step(llm, lengths), _step(compiled, lengths)
+            ratios.append(uncompiled_seconds / compiled_seconds)
+        listed = ", ".join(f"{r:.2f}" for r in ratios)
         print(
-            f"{precision} on {device.type}: compiled {statistics.median(ratios):.2f} × as fast ({shown}); the first step took {first:.0f} s",
+            f"{precision} on {device.type}: compiled is {statistics.median(ratios):.2f} × as fast "
+            f"({listed}); the first step took {first:.0f} s",
             flush=True,
         )
 
 
 def _step(llm: LlamaForCausalLM, lengths: list[int]) -> float:
-    """Forward and back over one batch → seconds."""
+    """Seconds of a forward and backward pass over a batch of utterances with these numbers of positions."""
     embeddings = torch.randn(1, sum(lengths), 576, device=llm.device, dtype=llm.dtype).requires_grad_()
     clock = time.perf_counter if embeddings.is_cuda else time.process_time
     started = clock()

@@ -1,12 +1,15 @@
-"""Utterances a second in decoding, beside the reference's way of doing it, on the same frames.
+"""Compare the speed of decoding with the reference's method, on the same encoder frames.
 
-    python benchmarks/decoding.py MODEL MANIFEST                      # a model folder or a shipped model's name, test.jsonl of build-manifest
+MODEL is a model folder or a shipped model's name, MANIFEST is a test.jsonl by build-manifest:
+
+    python benchmarks/decoding.py MODEL MANIFEST
     python benchmarks/decoding.py MODEL MANIFEST --utterances 10 --repeats 2 --beams 4 1
 
-The reference's way: one utterance at a time, fp32, beam search with 4 beams and transformers' `generate`. Ours: sorted by length and
-batched by positions. Features are computed once, before anything is timed. Ways take turns, so that a noisy machine hurts all alike. Prints
-utterances a second, how many times real time, the ratio to the reference, how many texts are the reference's, the word error rate, and for bf16 how many
-texts differ from those of fp32.
+The reference decodes one utterance at a time in fp32, with 4 beams and transformers' `generate`. This project
+sorts utterances by length and batches them by positions. Features are computed before anything is timed. The
+methods alternate, so that a change in the machine's load affects all of them. Prints utterances per second,
+the multiple of real time, the ratio to the reference, how many texts equal the reference's, the word error
+rate, and for bf16 how many texts differ from those in fp32.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from slam_asr.models.search import Searcher, plan_batches
 
 
 def main() -> None:
-    """Print each way's speed."""
+    """Print a line per method."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,26 +42,27 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[20_000],
-        help="of decoding.positions_per_batch, in our way",
+        help="decoding.positions_per_batch of this project's methods",
     )
     parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
     parser.add_argument(
         "--frames",
         choices=("all", "speech"),
-        help="what the LLM hears of Whisper's window; without it, what the model was trained with",
+        help="encoder.frames; by default as in the model's training",
     )
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     opened = open_model(options.model)
-    heard = replace(opened.trained.encoder, frames=options.frames or opened.trained.encoder.frames)
+    encoder_recipe = replace(opened.trained.encoder, frames=options.frames or opened.trained.encoder.frames)
     prompt = opened.prompt()
-    everything = read_manifest(options.manifest)
-    utterances = everything[:: max(1, len(everything) // options.utterances)][: options.utterances]
+    manifest = read_manifest(options.manifest)
+    utterances = manifest[:: max(1, len(manifest) // options.utterances)][: options.utterances]
     seconds = sum(u.duration or 0.0 for u in utterances)
     print(
-        f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, {torch.get_num_threads()} threads, encoder.frames: {heard.frames}"
+        f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, "
+        f"{torch.get_num_threads()} threads, encoder.frames: {encoder_recipe.frames}"
     )
-    encoder = describe_encoder(heard).load(torch.float32)
+    encoder = describe_encoder(encoder_recipe).load(torch.float32)
     with torch.no_grad():
         frames = [encoder([encoder.prepare(load_utterance(u))])[0] for u in utterances]
     audio = [opened.positions(len(f)) for f in frames]
@@ -72,8 +76,8 @@ def main() -> None:
     ours = slam.beam_search
 
     def decode(precision: str, beams: int, budget: int) -> tuple[list[str], float]:
-        """Texts, and the seconds that they took; a budget of 0 is one utterance at a time."""
-        # The reference's beam search is transformers' own.
+        """Decode all utterances, one at a time if `budget` is 0; return the texts and the seconds."""
+        # Without this project's beam search, transformers' own runs, as in the reference.
         slam.beam_search = ours if budget else lambda *_: None
         searcher = Searcher(models[precision], prompt, replace(decoding, beams=beams))
         batches = (
@@ -90,36 +94,36 @@ def main() -> None:
                 texts[i] = answer.text
         return texts, time.perf_counter() - started
 
-    ways = {"reference: one by one, 4 beams, fp32": ("fp32", 4, 0)}
-    ways |= {
+    methods = {"reference: one by one, 4 beams, fp32": ("fp32", 4, 0)}
+    methods |= {
         f"ours: {beams} beam{'s' * (beams > 1)}, {precision}, {budget} positions": (precision, beams, budget)
         for beams in options.beams
         for precision in options.precisions
         for budget in options.positions
     }
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    said: dict[str, list[str]] = {}
+    seconds_of: dict[str, list[float]] = {name: [] for name in methods}
+    texts_of: dict[str, list[str]] = {}
     for _ in range(options.repeats):
-        for name, way in ways.items():
-            said[name], spent = decode(*way)
-            taken[name].append(spent)
-    (first, *_) = ways
-    for (name, times), (precision, beams, _) in zip(taken.items(), ways.values(), strict=True):
-        ratios = [r / t for r, t in zip(taken[first], times, strict=True)]
-        middle = statistics.median(times)
-        same = sum(a == b for a, b in zip(said[name], said[first], strict=True))
-        errors = jiwer.wer([u.target.lower() for u in utterances], [text.lower() for text in said[name]])
-        exact = next(
-            (said[n] for n, (p, b, size) in ways.items() if (p, b) == ("fp32", beams) and size), None
+        for name, method in methods.items():
+            texts_of[name], elapsed = decode(*method)
+            seconds_of[name].append(elapsed)
+    (reference, *_) = methods
+    for (name, times), (precision, beams, _) in zip(seconds_of.items(), methods.values(), strict=True):
+        ratios = [r / t for r, t in zip(seconds_of[reference], times, strict=True)]
+        median = statistics.median(times)
+        equal = sum(a == b for a, b in zip(texts_of[name], texts_of[reference], strict=True))
+        wer = jiwer.wer([u.target.lower() for u in utterances], [text.lower() for text in texts_of[name]])
+        fp32_texts = next(
+            (texts_of[n] for n, (p, b, size) in methods.items() if (p, b) == ("fp32", beams) and size), None
         )
-        differing = (
-            f"  {sum(a != b for a, b in zip(said[name], exact, strict=True))}/{len(exact)} other than in fp32"
-            if precision != "fp32" and exact
-            else ""
-        )
+        differing = ""
+        if precision != "fp32" and fp32_texts:
+            count = sum(a != b for a, b in zip(texts_of[name], fp32_texts, strict=True))
+            differing = f"  {count}/{len(fp32_texts)} differ from fp32"
         print(
-            f"{name:44} {len(utterances) / middle:7.2f} utterances/s {seconds / middle:7.1f} × real time {statistics.median(ratios):6.2f} × "
-            f"({', '.join(f'{r:.2f}' for r in ratios)})  {same}/{len(said[name])} texts the same  WER {100 * errors:.1f} %{differing}"
+            f"{name:44} {len(utterances) / median:7.2f} utterances/s {seconds / median:7.1f} × real time "
+            f"{statistics.median(ratios):6.2f} × ({', '.join(f'{r:.2f}' for r in ratios)})  "
+            f"{equal}/{len(texts_of[name])} texts equal  WER {100 * wer:.1f} %{differing}"
         )
 
 

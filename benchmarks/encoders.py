@@ -1,11 +1,12 @@
-"""How fast the encoders run, and what share of the hardware's limit that is: random weights in the published shapes.
+"""Measure the speed of encoders in their published shapes, and its share of the hardware's limit.
 
-    python benchmarks/encoders.py                                   # on a GPU: WavLM-large and Whisper large-v3, bf16
-    python benchmarks/encoders.py --layers 2 --seconds-a-batch 60   # on a CPU: the same code, small
+    python benchmarks/encoders.py                                   # GPU: WavLM-large, Whisper large-v3, bf16
+    python benchmarks/encoders.py --layers 2 --seconds-a-batch 60   # CPU: the same code, but small
 
-No network is needed. Each batch is made once; what is timed is what `extract-features` does with it on the device: input
-copied there, encoder, output in the store's dtype copied back, the next batch under way meanwhile. FLOPs are those of
-`slam_asr.planning`; --peak is the device's in TFLOP/s.
+The weights are random, so no network is needed. Each batch is prepared once. The timed part is the work of
+`extract-features` on the device: the input is copied there, the encoder runs, and the output is copied back
+in the store's dtype while the next batch runs. FLOPs are those of `slam_asr.planning`. --peak is the device's
+limit in TFLOP/s.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, PretrainedConfig, WavLMConfig, WhisperConfig
 
-from slam_asr.features.encode import AudioBatch, _to_host
+from slam_asr.features.encode import AudioBatch, _copy_to_host
 from slam_asr.models import encoder as encoders
 from slam_asr.models import feature_dtype
 from slam_asr.models.encoder import spec_of
@@ -55,7 +56,7 @@ SHAPES: dict[str, PretrainedConfig] = {
 def build(
     name: str, layers: int | None, dtype: torch.dtype, device: torch.device, folder: Path
 ) -> encoders.SpeechEncoder:
-    """An encoder with random weights."""
+    """Build an encoder with random weights; with `layers`, it has fewer layers than the published shape."""
     config = SHAPES[name]
     if layers:
         config.update(
@@ -76,14 +77,12 @@ def build(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
-    parser.add_argument("--layers", type=int, help="fewer than the published shapes have")
+    parser.add_argument("--layers", type=int, help="fewer layers than in the published shapes")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--seconds-a-batch", type=float, nargs="+", default=[480.0, 960.0])
     parser.add_argument("--utterance", type=float, default=12.3, help="seconds; 12.3 is LibriSpeech's mean")
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument(
-        "--peak", type=float, default=790.0, help="TFLOP/s of the device, dense, in that dtype"
-    )
+    parser.add_argument("--peak", type=float, default=790.0, help="the device's dense TFLOP/s in that dtype")
     options = parser.parse_args()
     device, dtype = pick_device(), DTYPES[options.dtype]
     generator = np.random.default_rng(0)
@@ -95,22 +94,24 @@ def main() -> None:
                 count = max(1, int(seconds / encoder.spec.seconds_of(samples)))
                 waves = [generator.normal(0, 0.1, samples).astype(np.float32) for _ in range(count)]
                 prepared = [encoder.prepare(w) for w in waves]
-                times, under_way = [], None
+                times, previous = [], None
                 for _ in range(options.repeats + 2):
                     started = time.perf_counter()
                     features = [feature_dtype.quantize(f, options.dtype) for f in encoder.encode(prepared)]
-                    encoded = _to_host(AudioBatch(None, [], [], True), features)
-                    if under_way is not None:
-                        under_way.wait()
-                    under_way = encoded
+                    encoded = _copy_to_host(AudioBatch(None, [], [], True), features)
+                    if previous is not None:
+                        previous.wait()
+                    previous = encoded
                     times.append(time.perf_counter() - started)
-                took = statistics.median(times[2:])
+                median = statistics.median(times[2:])
                 flops = count * encoder_flops(encoder.spec, samples)
                 audio = count * options.utterance
+                layers = f" ({options.layers} layers)" if options.layers else ""
                 print(
-                    f"{name}{f' ({options.layers} layers)' if options.layers else ''}, {options.dtype} on {device.type}, {count} utterances of "
-                    f"{options.utterance:g} s: {audio / took:8.1f} × real time, {flops / took / 1e12:7.2f} TFLOP/s, "
-                    f"{flops / took / options.peak / 1e10:5.1f} % of {options.peak:g}"
+                    f"{name}{layers}, {options.dtype} on {device.type}, {count} utterances of "
+                    f"{options.utterance:g} s: {audio / median:8.1f} × real time, "
+                    f"{flops / median / 1e12:7.2f} TFLOP/s, "
+                    f"{flops / median / options.peak / 1e10:5.1f} % of {options.peak:g}"
                 )
 
 

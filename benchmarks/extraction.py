@@ -1,11 +1,11 @@
-"""Extraction against the bare encoder: does the encoder ever wait?
+"""Compare feature extraction with the encoder alone, to see whether the encoder waits for anything else.
 
     python benchmarks/extraction.py CORPUS              # a LibriSpeech tree; Whisper tiny.en
-    python benchmarks/extraction.py --synthetic         # noise instead of speech, no corpus, no network
+    python benchmarks/extraction.py --synthetic         # noise; needs no corpus and no network
 
-Both in one process and in turn: the same utterances through the encoder alone, in ready-made batches of the same
-composition, and through all of `extract-features` (reading, decoding, spectrograms, encoder, writing, checksums).
-Prints utterances a second of each and their ratio.
+Both alternate in one process: the same utterances through the encoder alone, in prepared batches of the same
+composition, and through all of `extract-features` (reading, decoding, spectrograms, encoder, writing,
+checksums). Prints the utterances per second of both and their ratio.
 """
 
 import argparse
@@ -19,20 +19,20 @@ import soundfile
 import torch
 
 from slam_asr.audio import load_audio
-from slam_asr.features.audio_workers import Loader, workers_beside
+from slam_asr.features.audio_workers import AudioLoader, default_workers
 from slam_asr.features.encode import plan_batches, run_shards
 from slam_asr.features.extract import Extraction
-from slam_asr.features.plan import Part
 from slam_asr.manifest import Utterance, write_manifest
 from slam_asr.models.encoder import describe_encoder
 from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
 from slam_asr.progress import Meter
 from slam_asr.recipe import load_recipe
 from slam_asr.storage import sha256_of_file
+from slam_asr.work_split import WorkShard
 
 
 def manifest_of(files: list[Path], folder: Path) -> Path:
-    """A manifest of audio files."""
+    """Write a manifest of audio files, and return its path."""
     utterances = []
     for file in files:
         duration = len(load_audio(file)) / 16_000
@@ -42,7 +42,7 @@ def manifest_of(files: list[Path], folder: Path) -> Path:
 
 
 def noise(folder: Path, count: int) -> list[Path]:
-    """Files of 3 to 16 s."""
+    """Write `count` files of 3 to 16 s of noise, and return their paths."""
     generator = np.random.default_rng(0)
     files = []
     for i in range(count):
@@ -80,42 +80,45 @@ def main() -> None:
         )
         spec, device = describe_encoder(recipe.encoder), pick_device()
         encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
-        extraction = Extraction(recipe, spec, [str(manifest)], str(folder / "planned"), Part())
+        extraction = Extraction(recipe, spec, [str(manifest)], str(folder / "planned"), WorkShard())
         shards = [shard for plan in extraction.plans() for shard in plan.shards]
         with Meter("prepare", plain_lines=False) as meter:
-            ready = [
+            batches = [
                 [encoder.prepare(load_audio(u.source)) for u in batch.utterances]
                 for batch in plan_batches(shards, spec, recipe.encoder.batch_seconds, meter)
             ]
-        audio = sum(p.samples for batch in ready for p in batch) / 16_000
-        bare, whole = [], []
-        loader = Loader(spec.preparer(), options.workers or workers_beside(1, device.type == "cuda"))
+        audio = sum(p.samples for batch in batches for p in batch) / 16_000
+        encoder_times, extraction_times = [], []
+        loader = AudioLoader(spec.preparer(), options.workers or default_workers(1, device.type == "cuda"))
         for repeat in range(options.repeats + 1):
             started = time.perf_counter()
-            for batch in ready:
+            for batch in batches:
                 encoder.encode(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            bare_seconds = time.perf_counter() - started
-            fresh = Extraction(recipe, spec, [str(manifest)], str(folder / f"store-{repeat}"), Part())
-            todo = fresh.missing(fresh.plans())
+            encoder_seconds = time.perf_counter() - started
+            extraction = Extraction(
+                recipe, spec, [str(manifest)], str(folder / f"store-{repeat}"), WorkShard()
+            )
+            missing = extraction.missing(extraction.plans())
             started = time.perf_counter()
-            run_shards(fresh, todo, encoder, loader)
-            if repeat:  # the first of each warms up
-                bare.append(bare_seconds)
-                whole.append(time.perf_counter() - started)
+            run_shards(extraction, missing, encoder, loader)
+            if repeat:  # the first of each is a warm-up
+                encoder_times.append(encoder_seconds)
+                extraction_times.append(time.perf_counter() - started)
         loader.__exit__()
-        a, b = statistics.median(bare), statistics.median(whole)
+        a, b = statistics.median(encoder_times), statistics.median(extraction_times)
+        ratios = [x / y for x, y in zip(encoder_times, extraction_times, strict=True)]
         print(
-            f"{len(files)} utterances, {audio:.0f} s, {len(ready)} batches, {device.type}, {torch.get_num_threads()} threads"
+            f"{len(files)} utterances, {audio:.0f} s, {len(batches)} batches, {device.type}, "
+            f"{torch.get_num_threads()} threads"
         )
-        print(f"bare encoder   {len(files) / a:7.2f} utt/s, {audio / a:7.0f} × real time")
+        print(f"encoder alone  {len(files) / a:7.2f} utt/s, {audio / a:7.0f} × real time")
         print(
-            f"extraction     {len(files) / b:7.2f} utt/s, {audio / b:7.0f} × real time, without loading weights"
+            f"extraction     {len(files) / b:7.2f} utt/s, {audio / b:7.0f} × real time, "
+            "without loading weights"
         )
-        print(
-            f"ratio          {a / b:.3f}  (each repeat: {', '.join(f'{x / y:.3f}' for x, y in zip(bare, whole, strict=True))})"
-        )
+        print(f"ratio          {a / b:.3f}  (each repeat: {', '.join(f'{r:.3f}' for r in ratios)})")
 
 
 if __name__ == "__main__":

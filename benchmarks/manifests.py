@@ -1,11 +1,11 @@
-"""A million utterances: how long a manifest takes to be sorted, validated and read, and in how much memory.
+"""Measure the time and memory for sorting, validating and reading a manifest of a million utterances.
 
     python -m benchmarks.manifests                       # one million lines
     python -m benchmarks.manifests --utterances 100000 --build
 
-Each step runs in a process of its own, whose peak of resident memory is the kernel's figure and
-includes what Python and its packages take. `--build` also runs the whole stage on a table of that
-many rows, all with one short file for audio: what is measured then is everything but decoding.
+Each step runs in its own process. Its peak resident memory is measured by the kernel and includes Python and
+its packages. `--build` also runs the complete stage `build-manifest` on a table with as many rows, all with
+the same short audio file, which measures everything except decoding.
 """
 
 import argparse
@@ -18,6 +18,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slam_asr.manifest import Utterance
 
 STEPS = ("sort", "validate", "iterate", "index")
 WORDS = [
@@ -54,23 +58,23 @@ WORDS = [
 ]
 
 
-def utterances(count: int) -> Iterator:
-    """Utterances as LibriSpeech has them, in no order."""
+def utterances(count: int) -> "Iterator[Utterance]":
+    """Yield random utterances with lengths and fields like LibriSpeech's, in no particular order."""
     from slam_asr.manifest import Utterance
 
-    chance = random.Random(0)
+    rng = random.Random(0)
     for index in range(count):
-        speaker, chapter = chance.randrange(9000), chance.randrange(200_000)
-        text = " ".join(chance.choices(WORDS, k=chance.randrange(5, 60)))
+        speaker, chapter = rng.randrange(9000), rng.randrange(200_000)
+        text = " ".join(rng.choices(WORDS, k=rng.randrange(5, 60)))
         key = f"{speaker}-{chapter}-{index:07d}"
         extra = {"subset": "train-clean-360", "speaker": str(speaker), "chapter": str(chapter)}
-        seconds = chance.randrange(20_000, 400_000) / 16_000
+        seconds = rng.randrange(20_000, 400_000) / 16_000
         source = f"/data/LibriSpeech/train-clean-360/{speaker}/{chapter}/{key}.flac"
-        yield Utterance(key, source, text, seconds, 16_000, f"{chance.getrandbits(256):064x}", extra)
+        yield Utterance(key, source, text, seconds, 16_000, f"{rng.getrandbits(256):064x}", extra)
 
 
 def step(name: str, folder: Path, count: int) -> None:
-    """Do one step, and print seconds and MB."""
+    """Run one step, and print its seconds and peak memory in MB."""
     from slam_asr.manifest import read_manifest, write_manifest
 
     path = folder / "manifest.jsonl"
@@ -83,9 +87,9 @@ def step(name: str, folder: Path, count: int) -> None:
     elif name == "iterate":
         assert sum(1 for _ in manifest) == count
     elif name == "index":
-        chance = random.Random(1)
+        rng = random.Random(1)
         for _ in range(100_000):
-            manifest[chance.randrange(count)]
+            manifest[rng.randrange(count)]
     elif name == "build":
         build(folder, count)
     seconds = time.perf_counter() - started
@@ -93,7 +97,7 @@ def step(name: str, folder: Path, count: int) -> None:
 
 
 def build(folder: Path, count: int) -> None:
-    """`build-manifest` on a table of so many rows."""
+    """Run `build-manifest` on a table with `count` rows."""
     import numpy as np
     import soundfile
 
@@ -108,7 +112,9 @@ def build(folder: Path, count: int) -> None:
             for i, u in enumerate(utterances(count))
         )
     sys.stdout = sys.stderr
-    build_manifest(load_recipe("demo"), str(folder / "table.csv"), str(folder / "out"))
+    build_manifest(
+        load_recipe("demo", {"data.min_duration": 0.1}), str(folder / "table.csv"), str(folder / "out")
+    )
     sys.stdout = sys.__stdout__
 
 
@@ -117,10 +123,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--utterances", type=int, default=1_000_000)
-    parser.add_argument("--build", action="store_true", help="run the whole stage too")
+    parser.add_argument("--build", action="store_true", help="also run the complete stage")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--folder", type=Path, help="where the files go; some hundred MB a million utterances"
+        "--folder", type=Path, help="folder for temporary files; some hundred MB per million utterances"
     )
     options = parser.parse_args()
     if options.step:

@@ -1,11 +1,11 @@
-"""What the local pipeline costs over calling the five programs by hand.
+"""Measure the overhead of the local pipeline over calling the five programs directly.
 
     python benchmarks/pipeline_overhead.py                      # the demo: minutes
     python benchmarks/pipeline_overhead.py my.yaml --corpus /data/x --repeats 5
 
-Both ways do the same work: once from nothing, then `--repeats` times over what is there already,
-where starting processes and handing on results is all that is left. The first row includes the
-noise of the work itself; the second is the overhead. Run it on an idle machine.
+Both methods do the same work: once from scratch, then `--repeats` times with all results in place, so that
+only starting processes and passing on results remain. The first row includes the variation of the work
+itself; the second row is the overhead. Run it on an idle machine.
 """
 
 import argparse
@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def by_hand(recipe: str, corpus: str, output: Path) -> None:
-    """The five programs, one after another."""
+    """Run the five programs one after another."""
     manifests, features, checkpoint, model = (
         str(output / n) for n in ("manifests", "features", "checkpoint", "model")
     )
@@ -41,11 +41,11 @@ def by_hand(recipe: str, corpus: str, output: Path) -> None:
             "train",
             "--recipe",
             recipe,
-            "--train_manifest",
+            "--train-manifest",
             splits[0],
-            "--dev_manifest",
+            "--dev-manifest",
             splits[1],
-            "--feature_store",
+            "--feature-store",
             features,
             "--output",
             checkpoint,
@@ -59,7 +59,7 @@ def by_hand(recipe: str, corpus: str, output: Path) -> None:
             model,
             "--manifests",
             f"[{splits[2]}]",
-            "--feature_store",
+            "--feature-store",
             features,
             "--output",
             str(output / "decoded"),
@@ -70,7 +70,7 @@ def by_hand(recipe: str, corpus: str, output: Path) -> None:
 
 
 def through_kfp(recipe: str, corpus: str, output: Path) -> None:
-    """The same steps as one pipeline."""
+    """Run the same steps as one pipeline."""
     _run("-m", "pipelines", "run", recipe, "--corpus", corpus, "--output", str(output))
 
 
@@ -86,15 +86,15 @@ def _run(*arguments: str) -> None:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout}")
 
 
-def seconds(way: Callable, *arguments) -> float:
-    """How long one call takes."""
+def seconds(method: Callable[[str, str, Path], None], *arguments) -> float:
+    """The seconds that one call takes."""
     started = time.monotonic()
-    way(*arguments)
+    method(*arguments)
     return time.monotonic() - started
 
 
 def main() -> None:
-    """Measure both ways and print the seconds and their difference."""
+    """Measure both methods, and print their seconds and the difference."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,18 +102,18 @@ def main() -> None:
     parser.add_argument("--corpus", default=str(CHECKOUT / "demo" / "speech"))
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    print(f"{'':24} {'by hand':>10} {'pipeline':>10} {'difference':>10}")
+    print(f"{'':28} {'by hand':>10} {'pipeline':>10} {'difference':>10}")
     with tempfile.TemporaryDirectory() as folder:
         hand = (by_hand, options.recipe, options.corpus, Path(folder, "hand"))
         kfp = (through_kfp, options.recipe, options.corpus, Path(folder, "kfp"))
-        _row("from nothing (1 run)", [seconds(*hand)], [seconds(*kfp)])
+        _row("from scratch (1 run)", [seconds(*hand)], [seconds(*kfp)])
         rounds = [(seconds(*hand), seconds(*kfp)) for _ in range(options.repeats)]
-        _row(f"kept (median of {options.repeats})", [h for h, _ in rounds], [k for _, k in rounds])
+        _row(f"unchanged (median of {options.repeats})", [h for h, _ in rounds], [k for _, k in rounds])
 
 
 def _row(label: str, hand: list[float], kfp: list[float]) -> None:
     h, k = statistics.median(hand), statistics.median(kfp)
-    print(f"{label:24} {h:8.1f} s {k:8.1f} s {k - h:+8.1f} s", flush=True)
+    print(f"{label:28} {h:8.1f} s {k:8.1f} s {k - h:+8.1f} s", flush=True)
 
 
 if __name__ == "__main__":

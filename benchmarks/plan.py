@@ -1,12 +1,12 @@
-"""What `slam-asr plan` predicts of a training's memory, beside what one process really takes.
+"""Compare the memory that `slam-asr plan` predicts for training with the memory that a process really needs.
 
     python benchmarks/plan.py                     # several sizes, on this machine's CPU or GPU
     python benchmarks/plan.py --only 2 --json     # one of them, as a line of JSON
 
-Each size is a LLM with random weights and a batch of random features, packed and scored as a training does, two
-optimiser steps in a process of its own. On a CPU the measure is the peak of resident memory above that of the same process
-before any model is there (torch, transformers and DeepSpeed imported, process group started); on a
-GPU it is torch's peak of allocated memory, and DDP serves where DeepSpeed is not installed.
+Each case is an LLM with random weights and a batch of random features, packed and scored as in training, for
+two optimiser steps in a separate process. On a CPU, the measurement is the peak resident memory less that of
+the same process before a model is loaded (torch, transformers and DeepSpeed imported, process group started).
+On a GPU, it is torch's peak of allocated memory. Without DeepSpeed installed, DDP is measured.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 CASES = [
-    # LLM; options of the training, utterances, positions of each, audio positions, targets
+    # LLM configuration, training options, utterances; and per utterance positions, audio positions, targets
     (
         {
             "hidden_size": 576,
@@ -92,7 +92,7 @@ CASES = [
         240,
         50,
     ),
-    # Logits are most of it: in chunks, and whole under ZeRO-3.
+    # Most of the memory is for logits, which are computed in chunks, but under ZeRO-3 all at once.
     (
         {
             "hidden_size": 512,
@@ -126,12 +126,12 @@ ENCODER = {"model_type": "whisper", "d_model": 384, "encoder_layers": 1, "decode
 
 
 def main() -> None:
-    """Print predicted and measured memory of each case."""
+    """Print the predicted and the measured memory of each case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=int, help="number of a case, from 0")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--llm", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -147,13 +147,14 @@ def main() -> None:
 def _line(result: dict) -> str:
     parts = ", ".join(f"{name} {value / 1e6:.0f}" for name, value in result["parts"].items() if value)
     return (
-        f"case {result['case']}: measured {result['measured'] / 1e6:.0f} MB, predicted {result['predicted'] / 1e6:.0f} MB "
-        f"({parts}): predicted / measured {result['predicted'] / result['measured']:.3f}"
+        f"case {result['case']}: measured {result['measured'] / 1e6:.0f} MB, "
+        f"predicted {result['predicted'] / 1e6:.0f} MB ({parts}): "
+        f"predicted / measured {result['predicted'] / result['measured']:.3f}"
     )
 
 
 def compare(number: int, case: tuple) -> dict:
-    """Predict and measure one case."""
+    """Predict and measure the memory of one case, in bytes."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -202,7 +203,7 @@ def _recipe(options: dict):
 
 
 def measure(case: tuple, llm_folder: Path) -> int:
-    """Bytes that training takes at its peak, in this process."""
+    """The peak memory of training in this process, in bytes."""
     import torch
 
     from slam_asr.models.llm import llm_width, load_llm
@@ -227,13 +228,13 @@ def measure(case: tuple, llm_folder: Path) -> int:
     }
     start_process_group(device, recipe.training.engine)
 
-    def scored(output: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    def loss_of(output: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
         return AnswerScores(*output).loss if isinstance(output, tuple) else score_answers(output, labels).loss
 
     idle = _resident("VmRSS")
     llm = load_llm(llm_folder, dtype)
     model = Slam(build_projector(recipe.projector, ENCODER["d_model"], llm_width(llm)), llm)
-    lay_out = pack if recipe.training.packing and allow_packing(llm) else collate
+    make_batch = pack if recipe.training.packing and allow_packing(llm) else collate
     if recipe.training.zero_stage != 3 and allows_chunks(llm):
         model.scorer = score_in_chunks
     engine = make_engine(model, recipe.training, device, {})
@@ -241,18 +242,18 @@ def measure(case: tuple, llm_folder: Path) -> int:
     for _ in range(2):
         features = [torch.randn(audio * 5, ENCODER["d_model"]).to(dtype) for _ in range(rows)]
         prompt = [1] * (length - audio - targets)
-        batch = lay_out([Row(f, audio, [], prompt, [1] * targets) for f in features]).to(device)
-        engine.backward(scored(engine.forward(batch, last=True), batch.labels), rows * targets, last=True)
+        batch = make_batch([Row(f, audio, [], prompt, [1] * targets) for f in features]).to(device)
+        engine.backward(loss_of(engine.forward(batch, last=True), batch.labels), rows * targets, last=True)
         engine.step(1e-4)
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM") - idle
 
 
 def _resident(field: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """A field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise SystemExit("this system does not tell of resident memory")
+    raise SystemExit("this system does not report resident memory")
 
 
 if __name__ == "__main__":

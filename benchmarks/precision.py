@@ -1,10 +1,10 @@
-"""fp32 against bf16 on this machine: one training pass through the LLM, and one pass of the encoder.
+"""Compare fp32 with bf16 on this machine: a training pass through the LLM, and a pass through the encoder.
 
     python benchmarks/precision.py [--threads N]
 
-Both precisions take turns within one run, so that a machine whose speed drifts slows both; what
-counts is the ratio. Quoted for two cores of an Intel Xeon with AVX-512 and its bf16 instructions
-but without AMX: fp32 is the faster one there.
+Both precisions alternate within one run, so that a change in the machine's speed affects both; only the ratio
+counts. The published figure is for two cores of an Intel Xeon with AVX-512 and its bf16 instructions but
+without AMX, where fp32 is faster.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from slam_asr.models.pretrained import locate_model
 from slam_asr.recipe import load_recipe
 
 UTTERANCES, POSITIONS, ANSWER = 8, 55, 12
-"""A micro-batch of the demo's size."""
+"""A micro-batch as large as in the demo."""
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def llm_pass(folder, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Forward to the answer's logits, and backward to the input, as training does."""
+    """A function that runs forward to the answer's logits and backward to the input, as in training."""
     llm = load_llm(folder, dtype, device)
     embeddings = torch.randn(
         UTTERANCES, POSITIONS, llm.config.hidden_size, dtype=dtype, device=device, requires_grad=True
@@ -61,20 +61,20 @@ def llm_pass(folder, dtype: torch.dtype, device: torch.device) -> Callable[[], N
 
 
 def encoder_pass(spec, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Three seconds (of Whisper's window) through the encoder, its input ready."""
+    """A function that encodes three seconds of audio (in one Whisper window), already prepared."""
     encoder = spec.load(dtype, device)
     prepared = encoder.prepare(np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32))
     return lambda: encoder.encode([prepared]) and None
 
 
 def compare(what: str, unit: str, amount: int, passes: dict[str, Callable[[], None]], rounds: int) -> None:
-    """Time the passes in turn and print medians and their ratio."""
+    """Time the passes alternately, and print their median rates and the ratio."""
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for round_number in range(rounds + 1):
         for name, run in passes.items():
             started = time.perf_counter()
             run()
-            if round_number:  # The first is a warm-up.
+            if round_number:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - started)
     rates = {name: amount / statistics.median(times) for name, times in seconds.items()}
     figures = ", ".join(f"{name} {rate:.2f} {unit}" for name, rate in rates.items())

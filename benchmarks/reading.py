@@ -1,13 +1,14 @@
-"""Reading features in the order of training: from a warm local store, and from object storage.
+"""Measure the speed of reading features in training's order, from a warm local store and from object storage.
 
-    python benchmarks/reading.py                 # makes a store of noise; starts moto's server for the second part
+    python benchmarks/reading.py         # writes a store of noise; the second part starts moto's server
 
-1. A local store, memory-mapped and in the page cache: every utterance of an epoch is read in the sampler's order, once
-   with its checksum compared (a process' first epoch) and once without (all later ones), and each byte is touched by a
-   copy. GB/s, in one process.
-2. The same store in object storage: an epoch with an empty cache through `FeatureStore` (fetched ahead, SHA-256 compared,
-   written to the disk cache, read utterance by utterance), against bare boto3 `download_file` of the same shards in the
-   same order with as many at once. The two take turns; the ratio is of their medians.
+1. A local store, memory-mapped and in the page cache. Every utterance of an epoch is read in the sampler's
+   order, once with its checksum compared (as in a process's first epoch) and once without (as in later
+   epochs), and every byte is copied. In GB/s, in one process.
+2. The same store in object storage. An epoch with an empty cache is read through `FeatureStore` (which
+   fetches ahead, compares SHA-256, writes to the disk cache and reads utterance by utterance), and compared
+   with bare boto3 `download_file` of the same shards in the same order with as many threads. Both alternate;
+   the ratio is that of their medians.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slam_asr.features.index import in_order
+from slam_asr.features.index import argsort_audio_ids
 from slam_asr.features.namespace import FeatureNamespace, pack
-from slam_asr.features.store import _FETCHES, FeatureStore
+from slam_asr.features.store import _PARALLEL_FETCHES, FeatureStore
 from slam_asr.models.feature_dtype import QuantizedFrames
 from slam_asr.storage import write_bytes
 from slam_asr.training.batches import plan_epoch
@@ -35,10 +36,10 @@ MADE_BY = {"weights_sha256": "noise", "dtype": "bf16"}
 
 
 def make_store(root: str, shards: int, megabytes: int, width: int) -> None:
-    """Shards of utterances of 4 to 20 s."""
+    """Write a store of noise: `shards` shards of `megabytes` MB each, with utterances of 4 to 20 s."""
     generator = np.random.default_rng(0)
-    space = FeatureNamespace.of(root, MADE_BY)
-    space.write_fingerprint(MADE_BY, width)
+    namespace = FeatureNamespace.of(root, MADE_BY)
+    namespace.write_fingerprint(MADE_BY, width)
     for number in range(shards):
         features, size = {}, 0
         while size < megabytes * 1_000_000:
@@ -49,33 +50,33 @@ def make_store(root: str, shards: int, megabytes: int, width: int) -> None:
             features[generator.bytes(32).hex()] = QuantizedFrames(noise, None)
             size += noise.nbytes
         content, index = pack(features, MADE_BY, {a: len(v.frames) for a, v in features.items()})
-        write_bytes(space.shard(index.shards[0].name), content)
-        write_bytes(space.index(f"noise-{number}-of-{shards}"), index.to_bytes())
+        write_bytes(namespace.shard_path(index.shards[0].name), content)
+        write_bytes(namespace.index_path(f"noise-{number}-of-{shards}"), index.to_bytes())
 
 
 def epoch_of(store: FeatureStore, window: int) -> tuple[list[list[str]], list[list[int]]]:
-    """Addresses in the sampler's order and shards, by window."""
-    addresses = store.index.addresses()
-    assert (in_order(store.index.columns["address"]) == np.arange(len(addresses))).all()
+    """The audio ids of an epoch in the sampler's order, and the numbers of its shards, both by window."""
+    audio_ids = store.index.audio_ids()
+    assert (argsort_audio_ids(store.index.columns["address"]) == np.arange(len(audio_ids))).all()
     positions = (store.index.columns["span"] // 5 + 40).tolist()
     windows = list(plan_epoch(positions, store.index.columns["shard"], window, 6000, 0, 0))
-    return [[addresses[i] for step in w.steps for i in step] for w in windows], [w.shards for w in windows]
+    return [[audio_ids[i] for step in w.steps for i in step] for w in windows], [w.shards for w in windows]
 
 
 def read_epoch(store: FeatureStore, windows: list[list[str]], shards: list[list[int]]) -> float:
-    """Seconds to read an epoch and touch every byte of it."""
+    """Seconds for reading an epoch and copying every byte of it."""
     target = torch.empty(1000 * store.index.width, dtype=torch.bfloat16)
     started = time.perf_counter()
-    for number, addresses in enumerate(windows):
+    for number, audio_ids in enumerate(windows):
         store.expect([*shards[number], *(shards[number + 1] if number + 1 < len(shards) else [])])
-        for address in addresses:
-            frames = store.read(address)
+        for audio_id in audio_ids:
+            frames = store.read(audio_id)
             target[: frames.numel()].copy_(frames.flatten())
     return time.perf_counter() - started
 
 
 def local(root: str, repeats: int, window: int) -> None:
-    """Part 1."""
+    """Measure and print part 1."""
     first, later, copies = [], [], []
     for _ in range(repeats):
         store = FeatureStore(root)
@@ -84,14 +85,16 @@ def local(root: str, repeats: int, window: int) -> None:
         for times in (first, later):
             times.append(size / read_epoch(store, windows, shards) / 1e9)
         source = torch.frombuffer(
-            bytearray(Path(store.space.shard(store.index.shards[0].name)).read_bytes()), dtype=torch.uint8
+            bytearray(Path(store.namespace.shard_path(store.index.shards[0].name)).read_bytes()),
+            dtype=torch.uint8,
         )
         started = time.perf_counter()
         for _ in range(4):
             source.clone()
         copies.append(4 * source.numel() / (time.perf_counter() - started) / 1e9)
     print(
-        f"local store of {size / 1e9:.2f} GB in {len(store.index.shards)} shards, {len(store.index)} utterances, one process, warm"
+        f"local store of {size / 1e9:.2f} GB in {len(store.index.shards)} shards, "
+        f"{len(store.index)} utterances, one process, warm"
     )
     print(f"  first epoch, checksums compared   {statistics.median(first):6.2f} GB/s")
     print(f"  later epochs                      {statistics.median(later):6.2f} GB/s")
@@ -99,10 +102,10 @@ def local(root: str, repeats: int, window: int) -> None:
 
 
 def remote(root: str, folder: Path, repeats: int, window: int) -> None:
-    """Part 2."""
+    """Measure and print part 2."""
     import boto3
 
-    with serving() as endpoint:
+    with MotoServer() as endpoint:
         os.environ |= {
             "AWS_ENDPOINT_URL": endpoint,
             "AWS_ACCESS_KEY_ID": "key",
@@ -122,45 +125,52 @@ def remote(root: str, folder: Path, repeats: int, window: int) -> None:
             store = FeatureStore("s3://bench/store")
             windows, shards = epoch_of(store, window)
             size = sum(s.bytes for s in store.index.shards)
-            mine = read_epoch(store, windows, shards)
+            our_seconds = read_epoch(store, windows, shards)
             order = [store.index.shards[n] for w in shards for n in w]
             target = folder / "bare"
             target.mkdir()
             started = time.perf_counter()
-            with ThreadPoolExecutor(_FETCHES) as pool:
-                keys = [f"{store.space.root.removeprefix('s3://bench/')}/shards/{s.name}" for s in order]
-                list(
-                    pool.map(
-                        lambda key: client.download_file("bench", key, str(target / Path(key).name)), keys
-                    )
-                )  # noqa: B023
-            theirs = time.perf_counter() - started
+            with ThreadPoolExecutor(_PARALLEL_FETCHES) as pool:
+                keys = [f"{store.namespace.root.removeprefix('s3://bench/')}/shards/{s.name}" for s in order]
+                files = [str(target / Path(key).name) for key in keys]
+                list(pool.map(lambda key, file: client.download_file("bench", key, file), keys, files))
+            bare_seconds = time.perf_counter() - started
             shutil.rmtree(target)
-            if repeat:
-                ours.append(mine)
-                bare.append(theirs)
+            if repeat:  # the first is a warm-up
+                ours.append(our_seconds)
+                bare.append(bare_seconds)
         a, b = statistics.median(ours), statistics.median(bare)
+        ratios = ", ".join(f"{y / x:.3f}" for x, y in zip(ours, bare, strict=True))
         print(
-            f"object storage (moto), {size / 1e9:.2f} GB in {len(order)} shards, windows of {window}, empty cache"
+            f"object storage (moto), {size / 1e9:.2f} GB in {len(order)} shards, "
+            f"windows of {window}, empty cache"
         )
         print(f"  bare boto3 downloads              {size / b / 1e6:6.0f} MB/s")
         print(f"  an epoch in the sampler's order   {size / a / 1e6:6.0f} MB/s")
-        print(
-            f"  ratio                             {b / a:6.3f}  (each repeat: {', '.join(f'{y / x:.3f}' for x, y in zip(ours, bare, strict=True))})"
-        )
+        print(f"  ratio                             {b / a:6.3f}  (each repeat: {ratios})")
 
 
-class serving:
-    """moto's server in a process of its own, so that it does not share Python's lock with what is measured."""
+SERVER_PROGRAM = """
+import logging, time
+from moto.server import ThreadedMotoServer
+
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(*server.get_host_and_port(), flush=True)
+time.sleep(1e6)
+"""
+
+
+class MotoServer:
+    """A context in which moto's server runs; entering it returns the server's URL.
+
+    The server is a separate process, so that it does not share the GIL with the measured code.
+    """
 
     def __enter__(self) -> str:
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "from moto.server import ThreadedMotoServer as S; import time, logging; logging.getLogger('werkzeug').setLevel(40)\n"
-                "s = S(ip_address='127.0.0.1', port=0, verbose=False); s.start(); print(*s.get_host_and_port(), flush=True); time.sleep(1e6)",
-            ],
+            [sys.executable, "-c", SERVER_PROGRAM],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

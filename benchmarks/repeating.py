@@ -1,10 +1,11 @@
-"""How well a frozen LLM repeats a text that it is given as audio would be: what a perfect projector would reach without any training of its own.
+"""Measure how well a frozen LLM repeats a text that it gets in place of audio.
 
     python benchmarks/repeating.py TRANSCRIPTS --llm HuggingFaceTB/SmolLM2-135M-Instruct
 
-TRANSCRIPTS has lines `<key> TEXT`. In place of audio stand the text's own token embeddings, with a line break after some of them, as a projector
-gives more positions a second than there are tokens. Prints the share of the answer's tokens that are the LLM's first choice, by template and by line breaks
-a token: it tells how to choose `llm.template` and `projector.downsampling`.
+TRANSCRIPTS has lines `<key> TEXT`. The text's own token embeddings replace the audio, with line breaks after
+some of them, because a projector gives more positions per second than a text has tokens. Prints the share of
+the answer's tokens that are the LLM's first choice, by template and by line breaks per token. This helps to
+choose `llm.template` and `projector.downsampling`.
 """
 
 import argparse
@@ -52,19 +53,27 @@ def main() -> None:
 
 @torch.inference_mode()
 def repeated(llm: torch.nn.Module, prompt: Prompt, texts: list[str], pause: int, breaks: float) -> float:
-    """The share of the answers' tokens that the LLM puts first, with that many line breaks a token."""
-    chance = random.Random(0)
-    right = total = 0
+    """The share of the answers' tokens that the LLM ranks first.
+
+    Args:
+        llm: the frozen LLM.
+        prompt: the prompt around the text.
+        texts: the texts to repeat.
+        pause: the token of a line break.
+        breaks: the mean number of line breaks after each token.
+    """
+    rng = random.Random(0)
+    correct = total = 0
     for text in texts:
-        heard: list[int] = []
+        audio_ids: list[int] = []
         for token in prompt.tokenizer.encode(" " + text, add_special_tokens=False):
-            heard += [token] + [pause] * (int(breaks) + (chance.random() < breaks % 1))
-        behind, answer = prompt.with_answer(prompt.main, text)
-        ids = [*prompt.main.before, *heard, *behind, *answer]
-        first = llm(torch.tensor([ids])).logits[0].argmax(-1)[len(ids) - len(answer) - 1 : -1].tolist()
-        right += sum(a == b for a, b in zip(first, answer, strict=True))
+            audio_ids += [token] + [pause] * (int(breaks) + (rng.random() < breaks % 1))
+        after_audio, answer = prompt.with_answer(prompt.main, text)
+        ids = [*prompt.main.before, *audio_ids, *after_audio, *answer]
+        predicted = llm(torch.tensor([ids])).logits[0].argmax(-1)[len(ids) - len(answer) - 1 : -1].tolist()
+        correct += sum(a == b for a, b in zip(predicted, answer, strict=True))
         total += len(answer)
-    return right / total
+    return correct / total
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How long the scores and the report of many utterances take, and how large the page is.
+"""Measure the time for scoring many utterances and writing their report, and the size of the page.
 
     python benchmarks/report.py --utterances 100000
 
-The utterances are made up: words of LibriSpeech's lengths, one in twenty wrong, 3 speakers a thousand. Each step is timed by itself, then the
-whole. With `chromium` on the PATH it also says how long the page takes from its start to having been laid out, in a browser that is headless.
+The utterances are random: as many words as in LibriSpeech, one word in twenty wrong, 3 speakers per thousand
+utterances. Each step is timed separately, then all of them together. If `chromium` is on the PATH, the time
+until the page is laid out in a headless browser is printed too, including the browser's start.
 """
 
 import argparse
@@ -28,30 +29,30 @@ VOCABULARY, WORDS, WRONG = 20_000, (2, 35), 0.05
 
 
 def utterances(count: int) -> list[Hypothesis]:
-    """Made-up utterances; words are as frequent as in a language (Zipf's law)."""
-    chance = random.Random(0)
-    words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(1, 9))) for _ in range(VOCABULARY)]
+    """Random utterances whose word frequencies follow Zipf's law, as in natural language."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(VOCABULARY)]
     weights = [1 / (n + 1) for n in range(VOCABULARY)]
-    cumulated = list(itertools.accumulate(weights))
+    cumulative = list(itertools.accumulate(weights))
     rows = []
     for n in range(count):
-        spoken = chance.choices(words, cum_weights=cumulated, k=chance.randint(*WORDS))
-        written = [chance.choice(words) if chance.random() < WRONG else word for word in spoken]
+        reference = rng.choices(words, cum_weights=cumulative, k=rng.randint(*WORDS))
+        hypothesis = [rng.choice(words) if rng.random() < WRONG else word for word in reference]
         rows.append(
             Hypothesis(
                 f"{n:06d}",
-                " ".join(spoken),
-                " ".join(written),
+                " ".join(reference),
+                " ".join(hypothesis),
                 f"set-{n % 4}",
                 str(n % max(1, count * 3 // 1000)),
-                len(spoken) / 2.7,
+                len(reference) / 2.7,  # words per second
             )
         )
     return rows
 
 
 def timed(name: str, work: Callable[[], Any]) -> Any:
-    """Do it, and print the seconds that it took."""
+    """Call `work`, and print its seconds."""
     started = time.perf_counter()
     result = work()
     print(f"{name:24} {time.perf_counter() - started:7.2f} s", flush=True)
@@ -73,9 +74,8 @@ def main() -> None:
         controls = {"shuffled audio": shuffled_audio(rows, 0), "empty output": empty_output(rows)}
         timed("all, with the report", lambda: write_report(folder, "benchmark", rows, controls, {}, {}, {}))
         page = Path(folder) / PAGE
-        print(
-            f"page of {page.stat().st_size / 1e6:.2f} MB; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB of memory at most"
-        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"page of {page.stat().st_size / 1e6:.2f} MB; peak memory {peak:.2f} GB")
         if shutil.which("chromium"):
             command = [
                 "chromium",
@@ -85,13 +85,13 @@ def main() -> None:
                 f"--user-data-dir={folder}/browser",
                 "--dump-dom",
             ]
-            for name, place in (
+            for name, url in (
                 ("browser, empty page", "about:blank"),
                 ("browser, the report", page.as_uri()),
             ):
                 timed(
                     name,
-                    lambda place=place: subprocess.run([*command, place], capture_output=True, check=True),
+                    lambda url=url: subprocess.run([*command, url], capture_output=True, check=True),
                 )
 
 

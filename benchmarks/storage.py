@@ -1,12 +1,12 @@
-"""What verified transfers cost over boto3's bare ones, against a server on this machine.
+"""Compare this project's verified transfers with bare boto3, with a server on this machine.
 
     python benchmarks/storage.py                         # 8 objects of 64 MB, 5 repeats: some minutes
     python benchmarks/storage.py --objects 4 --megabytes 16 --repeats 3
 
-Both ways take turns against the same server (moto's, in a process of its own), so that only the ratios
-within one run mean anything. Ours compares checksums; boto3's `download_file` with its default
-TransferConfig compares none in a transfer of several parts. Files go to /dev/shm if there is one:
-the disk is not what is measured.
+Both alternate with the same server (moto's, in a separate process); only the ratios within one run are
+meaningful. This project compares checksums. boto3's `download_file` with its default TransferConfig compares
+none if it transfers an object in several parts. Files are written to /dev/shm if it exists, so that the disk
+is not measured.
 """
 
 import argparse
@@ -27,9 +27,9 @@ BUCKET = "bench"
 
 
 def start_server() -> subprocess.Popen:
-    """A server that speaks S3, and the environment in which programs find it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    """Start an S3 server, and set the environment variables with which this process finds it."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "key",
@@ -46,36 +46,37 @@ def start_server() -> subprocess.Popen:
         except OSError:
             time.sleep(0.1)
     server.kill()
-    sys.exit("the server does not start: is moto[server] installed?")
+    sys.exit("the server does not start: check that moto[server] is installed")
 
 
-def measure(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way, taking turns, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def measure(methods: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each method in each repeat. The methods alternate, after a warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats + 1):
-        # Whoever comes first pays for what the other finds warm: the order changes.
-        for name in sorted(ways, reverse=bool(repeat % 2)):
+        # The first of a round warms caches for the second, so the order changes with each round.
+        for name in sorted(methods, reverse=bool(repeat % 2)):
             started = time.perf_counter()
-            ways[name]()
+            methods[name]()
             if repeat:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
-def compare(label: str, ways: dict[str, Callable[[], None]], repeats: int, megabytes: float) -> None:
-    """Print the medians of `ours` and `bare`, and their ratio."""
-    seconds = measure(ways, repeats)
+def compare(label: str, methods: dict[str, Callable[[], object]], repeats: int, megabytes: float) -> None:
+    """Print the median speeds of `ours` and `bare`, and their ratio."""
+    seconds = measure(methods, repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = [bare / ours for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
     print(
-        f"{label:34} ours {megabytes / medians['ours']:7.0f} MB/s   boto3 {megabytes / medians['bare']:7.0f} MB/s   "
+        f"{label:34} ours {megabytes / medians['ours']:7.0f} MB/s   "
+        f"boto3 {megabytes / medians['bare']:7.0f} MB/s   "
         f"ratio {medians['bare'] / medians['ours']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         flush=True,
     )
 
 
 def main() -> None:
-    """Make objects, and measure each kind of transfer."""
+    """Upload objects, and measure each kind of transfer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,28 +107,29 @@ def _run(objects: int, megabytes: int, repeats: int) -> None:
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
 
-        def ours_one(name: str) -> None:
+        def our_download(name: str) -> None:
             with open(f"{folder}/ours-{name}", "w+b") as file:
                 s3.download(f"s3://{BUCKET}/{name}", file)
             os.unlink(f"{folder}/ours-{name}")
 
-        def bare_one(name: str) -> None:
+        def bare_download(name: str) -> None:
             bare.download_file(BUCKET, name, f"{folder}/bare-{name}")
             os.unlink(f"{folder}/bare-{name}")
 
-        def at_once(way: Callable[[str], None], threads: int) -> None:
+        def download_all(download: Callable[[str], None], threads: int) -> None:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(way, names))
+                list(pool.map(download, names))
 
         print(
-            f"{objects} objects of {megabytes} MiB, {os.cpu_count()} cores, {repeats} repeats; ratio: the share of boto3's speed"
+            f"{objects} objects of {megabytes} MiB, {os.cpu_count()} cores, {repeats} repeats; "
+            "ratio: our speed / boto3's speed"
         )
         for threads in (1, 2, 4):
-            ways = {
-                "ours": lambda n=threads: at_once(ours_one, n),
-                "bare": lambda n=threads: at_once(bare_one, n),
+            methods = {
+                "ours": lambda n=threads: download_all(our_download, n),
+                "bare": lambda n=threads: download_all(bare_download, n),
             }
-            compare(f"download to files, {threads} at once", ways, repeats, total)
+            compare(f"download to files, {threads} threads", methods, repeats, total)
     compare(
         "read_bytes / get_object().read()",
         {

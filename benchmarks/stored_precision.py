@@ -1,10 +1,11 @@
-"""What storing features in fewer bits does to the loss of a trained model.
+"""Measure the effect of `features.dtype`, the precision of saved features, on the loss of a trained model.
 
     python benchmarks/stored_precision.py MODEL MANIFEST
 
-MODEL is a folder of convert-checkpoint, MANIFEST has utterances that it was not trained on. The encoder runs once, in fp32;
-its outputs are rounded to each dtype of `features.dtype` and put through projector and LLM in fp32. Prints bytes a frame,
-the features' relative error (root of mean squares), the mean loss over all target tokens, and its change against fp32.
+MODEL is a folder by convert-checkpoint. MANIFEST has utterances that it was not trained on. The encoder runs
+once, in fp32. Its outputs are rounded to each `features.dtype`, and projector and LLM run on them in fp32.
+Prints bytes per frame, the features' relative error (root mean square), the mean loss over all target tokens,
+and its difference from fp32.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from slam_asr.audio import load_utterance
 from slam_asr.decoding.model import open_model
 from slam_asr.features.audio_source import samples_of
 from slam_asr.manifest import read_manifest
-from slam_asr.models.feature_dtype import DTYPES, bytes_a_frame, round_trip
+from slam_asr.models.feature_dtype import DTYPES, bytes_per_frame, round_trip
 from slam_asr.models.slam import IGNORED, Row, collate
 
 
@@ -30,30 +31,34 @@ def main() -> None:
     recipe, spec, prompt = opened.trained, opened.spec, opened.prompt()
     model = opened.load(replace(recipe.decoding, precision="fp32"), with_encoder=True)
     utterances = read_manifest(options.manifest)[: options.utterances]
-    heard = [model.encoder.encode([model.encoder.prepare(load_utterance(u))])[0].float() for u in utterances]
+    encoded = [
+        model.encoder.encode([model.encoder.prepare(load_utterance(u))])[0].float() for u in utterances
+    ]
 
     def loss(dtype: str) -> tuple[float, float]:
+        """Mean loss per target token, and the features' relative error, with features rounded to `dtype`."""
         total = targets = error = power = 0.0
-        for utterance, frames in zip(utterances, heard, strict=True):
+        for utterance, frames in zip(utterances, encoded, strict=True):
             rounded = round_trip(frames, dtype).float()
             error, power = error + float(((rounded - frames) ** 2).sum()), power + float((frames**2).sum())
             text, answer = prompt.with_answer(prompt.main, utterance.target)
             positions = opened.positions(spec.span_of(samples_of(utterance)))
             batch = collate([Row(rounded, positions, prompt.main.before, text, answer)]).to(model.llm.device)
             with torch.inference_mode():
-                wanted = batch.labels[batch.labels != IGNORED]
+                labels = batch.labels[batch.labels != IGNORED]
                 total += float(
-                    torch.nn.functional.cross_entropy(model(batch).float(), wanted, reduction="sum")
+                    torch.nn.functional.cross_entropy(model(batch).float(), labels, reduction="sum")
                 )
-            targets += len(wanted)
+            targets += len(labels)
         return total / targets, (error / power) ** 0.5
 
     exact, _ = loss("fp32")
     print(f"{len(utterances)} utterances, frames: {recipe.encoder.frames}, width {spec.width}")
-    for dtype in sorted(DTYPES, key=lambda d: -bytes_a_frame(spec.width, d)):
+    for dtype in sorted(DTYPES, key=lambda d: -bytes_per_frame(spec.width, d)):
         value, error = loss(dtype)
         print(
-            f"{dtype:5} {bytes_a_frame(spec.width, dtype):6} bytes a frame, relative error {error:.2e}, loss {value:.5f} ({value - exact:+.5f})"
+            f"{dtype:5} {bytes_per_frame(spec.width, dtype):6} bytes per frame, relative error {error:.2e}, "
+            f"loss {value:.5f} ({value - exact:+.5f})"
         )
 
 

@@ -1,15 +1,15 @@
-"""Utterances a second in training, beside the reference's way of doing it.
+"""Compare the speed of training with the reference's method.
 
-    python benchmarks/training.py MANIFEST                     # train.jsonl of build-manifest
+    python benchmarks/training.py MANIFEST                     # train.jsonl by build-manifest
     python benchmarks/training.py MANIFEST --utterances 96 --repeats 3 --precisions fp32 bf16
 
-Whisper tiny.en, a linear projector and SmolLM2-135M, one process. The reference's way: fp32, the encoder runs on each
-utterance's whole window of 30 s in every step, batches of 4 padded to the longest, logits and cross entropy
-at every position. Ours, from cached features: batches by positions, packed, logits where they predict
-an answer, in chunks; with `frames: all` (the same audio positions as the reference) and `frames: speech`; with --compile also
-with `training.compile`. Each way goes over
-the same utterances, forward, backward and AdamW; ways take turns, so that a noisy machine hurts all alike.
-Prints utterances a second, and each way's ratio to the reference.
+One process trains a linear projector between Whisper tiny.en and SmolLM2-135M. The reference's method: fp32,
+the encoder runs on each utterance's full 30-s window in every step, batches of 4 are padded to the longest,
+and logits and cross entropy are computed at every position. This project's method: cached features, batches
+by positions, packed, logits only where they predict an answer, in chunks; with `frames: all` (as many audio
+positions as the reference) and `frames: speech`; with --compile, also with `training.compile`. Every method
+trains on the same utterances: forward, backward and AdamW. The methods alternate, so that a change in the
+machine's load affects all of them. Prints utterances per second, and the ratio to the reference.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from slam_asr.audio import load_utterance
-from slam_asr.manifest import read_manifest
+from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.models.encoder import describe_encoder
 from slam_asr.models.llm import llm_width, load_llm, load_tokenizer
 from slam_asr.models.packed_attention import allow_packing
@@ -37,13 +37,13 @@ from slam_asr.training.kernels import compile_layers
 from slam_asr.training.objective import allows_chunks, score_in_chunks
 
 BATCH = 4
-"""Utterances at once in the reference."""
+"""Utterances per batch in the reference."""
 
 
-class Way(ABC):
-    """One way of training: a model, and batches of all utterances."""
+class Method(ABC):
+    """A method of training: a model, and the steps of an epoch."""
 
-    def __init__(self, name: str, recipe: Recipe, precision: str, utterances: list) -> None:
+    def __init__(self, name: str, recipe: Recipe, precision: str, utterances: list[Utterance]) -> None:
         self.name, self.recipe, self.utterances = name, recipe, utterances
         torch.manual_seed(0)
         folder = locate_model(recipe.llm.name)
@@ -56,10 +56,11 @@ class Way(ABC):
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.projector.parameters(), lr=1e-4)
 
-    def row(self, utterance, audio: torch.Tensor) -> Row:
-        positions = positions_of(self.recipe.projector, len(audio))
+    def row(self, utterance: Utterance, frames: torch.Tensor) -> Row:
+        """The LLM's input and target for an utterance with these encoder outputs, [frames, width]."""
+        positions = positions_of(self.recipe.projector, len(frames))
         return Row(
-            audio,
+            frames,
             positions,
             self.prompt.main.before,
             *self.prompt.with_answer(self.prompt.main, utterance.target),
@@ -67,10 +68,10 @@ class Way(ABC):
 
     @abstractmethod
     def steps(self) -> Iterator[Callable[[], torch.Tensor]]:
-        """The loss of each step, to be computed."""
+        """Yield a function for each step, which computes the step's loss."""
 
     def epoch(self) -> float:
-        """Train on all utterances once → seconds."""
+        """Train on all utterances once, and return the seconds."""
         started = time.perf_counter()
         for step in self.steps():
             step().backward()
@@ -79,8 +80,8 @@ class Way(ABC):
         return time.perf_counter() - started
 
 
-class Reference(Way):
-    """Encoder in every step, fixed batches, logits everywhere."""
+class Reference(Method):
+    """The encoder runs in every step; batches are of fixed size; logits are computed everywhere."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -88,12 +89,12 @@ class Reference(Way):
 
     def steps(self) -> Iterator[Callable[[], torch.Tensor]]:
         for start in range(0, len(self.utterances), BATCH):
-            yield lambda chosen=self.utterances[start : start + BATCH]: self._loss(chosen)
+            yield lambda batch=self.utterances[start : start + BATCH]: self._loss(batch)
 
-    def _loss(self, chosen: list) -> torch.Tensor:
+    def _loss(self, utterances: list[Utterance]) -> torch.Tensor:
         with torch.no_grad():
-            heard = self.encoder([self.encoder.prepare(load_utterance(u)) for u in chosen])
-        batch = collate([self.row(u, audio) for u, audio in zip(chosen, heard, strict=True)])
+            features = self.encoder([self.encoder.prepare(load_utterance(u)) for u in utterances])
+        batch = collate([self.row(u, frames) for u, frames in zip(utterances, features, strict=True)])
         logits = self.model.llm(
             inputs_embeds=self.model.embed(batch), attention_mask=batch.mask, use_cache=False
         ).logits
@@ -102,11 +103,26 @@ class Reference(Way):
         return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
-class Ours(Way):
-    """Cached features, batches by positions, packed, logits of answers in chunks."""
+class Ours(Method):
+    """Cached features, batches by positions, packed; logits of answers only, in chunks.
+
+    Args:
+        name: the label in the output.
+        recipe: the recipe.
+        precision: that of the LLM and the projector, `fp32` or `bf16`.
+        utterances: the utterances of an epoch.
+        budget: LLM positions per batch, at most.
+        compiled: whether to compile the LLM's layers.
+    """
 
     def __init__(
-        self, name: str, recipe: Recipe, precision: str, utterances: list, budget: int, compiled: bool = False
+        self,
+        name: str,
+        recipe: Recipe,
+        precision: str,
+        utterances: list[Utterance],
+        budget: int,
+        compiled: bool = False,
     ) -> None:
         super().__init__(name, recipe, precision, utterances)
         encoder = self.spec.load(torch.float32)
@@ -115,7 +131,7 @@ class Ours(Way):
                 self.row(u, encoder([encoder.prepare(load_utterance(u))])[0].to(torch.bfloat16))
                 for u in utterances
             ]
-        self.packs = allow_packing(self.model.llm)
+        self.packing = allow_packing(self.model.llm)
         self.model.scorer = score_in_chunks if allows_chunks(self.model.llm) else None
         if compiled:
             compile_layers(self.model.llm)
@@ -128,7 +144,7 @@ class Ours(Way):
 
     def steps(self) -> Iterator[Callable[[], torch.Tensor]]:
         for group in self.groups:
-            yield lambda group=group: self._loss(pack(group) if self.packs else collate(group))
+            yield lambda group=group: self._loss(pack(group) if self.packing else collate(group))
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         loss, sums = self.model(batch)
@@ -136,34 +152,35 @@ class Ours(Way):
 
 
 def main() -> None:
-    """Print utterances a second of each way."""
+    """Print a line per method."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("manifest")
     parser.add_argument("--utterances", type=int, default=48)
-    parser.add_argument("--positions", type=int, default=1600, help="LLM positions at once, in our way")
+    parser.add_argument("--positions", type=int, default=1600, help="LLM positions per batch, in our method")
     parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
     parser.add_argument("--frames", nargs="+", default=["all", "speech"], choices=("all", "speech"))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="our way also with torch.compile, once over all batches before it is measured",
+        help="also measure our method with torch.compile, after an epoch in which it compiles",
     )
     options = parser.parse_args()
     base = load_recipe("librispeech")
-    everything = read_manifest(options.manifest)
-    utterances = everything[:: max(1, len(everything) // options.utterances)][: options.utterances]
+    manifest = read_manifest(options.manifest)
+    utterances = manifest[:: max(1, len(manifest) // options.utterances)][: options.utterances]
     seconds = sum(u.duration or 0.0 for u in utterances)
     print(
-        f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, {torch.get_num_threads()} threads"
+        f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, "
+        f"{torch.get_num_threads()} threads"
     )
 
     def recipe(frames: str) -> Recipe:
         return replace(base, encoder=replace(base.encoder, frames=frames))
 
-    ways: list[Way] = [
+    methods: list[Method] = [
         Reference(
             "reference: fp32, encoder in each step, batches of 4, all logits",
             recipe("all"),
@@ -171,7 +188,7 @@ def main() -> None:
             utterances,
         )
     ]
-    ways += [
+    methods += [
         Ours(
             f"ours: {precision}, frames: {frames}{', compiled' * compiled}",
             recipe(frames),
@@ -185,17 +202,19 @@ def main() -> None:
         for compiled in ((False, True) if options.compile else (False,))
     ]
     if options.compile:
-        for way in ways:
-            way.epoch()
-    taken: dict[str, list[float]] = {way.name: [] for way in ways}
+        for method in methods:
+            method.epoch()
+    seconds_of: dict[str, list[float]] = {method.name: [] for method in methods}
     for _ in range(options.repeats):
-        for way in ways:
-            taken[way.name].append(way.epoch())
-    reference = taken[ways[0].name]
-    for name, times in taken.items():
+        for method in methods:
+            seconds_of[method.name].append(method.epoch())
+    reference = seconds_of[methods[0].name]
+    for name, times in seconds_of.items():
         ratios = [r / t for r, t in zip(reference, times, strict=True)]
+        listed = ", ".join(f"{r:.2f}" for r in ratios)
         print(
-            f"{name:66} {len(utterances) / statistics.median(times):7.2f} utterances/s {statistics.median(ratios):6.2f} × ({', '.join(f'{r:.2f}' for r in ratios)})"
+            f"{name:66} {len(utterances) / statistics.median(times):7.2f} utterances/s "
+            f"{statistics.median(ratios):6.2f} × ({listed})"
         )
 
 

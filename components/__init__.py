@@ -1,7 +1,8 @@
-"""The face that each stage shows to Kubeflow: typed inputs and outputs, an image, no logic.
+"""The Kubeflow components, and the table of all steps: their outputs, images and modules.
 
-kfp cuts a component's body out of its module, so a body imports all that it uses, and calls the
-same function as the command line does.
+A component declares a step's typed inputs, outputs and image, and contains no logic. kfp copies only
+the function's source into the container, so each body imports everything that it uses, then calls
+the same function as the command line.
 
 Images are named at compile time. `SLAM_ASR_IMAGES` is a template such as
 `registry.example/team/{stage}:{version}`, or the file of digests that `make images` writes.
@@ -11,12 +12,15 @@ import importlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from slam_asr import __version__
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from kfp.dsl.python_component import PythonComponent
 
 RESULTS = {
     "build-manifest": "manifests",
@@ -26,12 +30,12 @@ RESULTS = {
     "decode": "hypotheses",
     "score": "scores",
 }
-"""The steps of the pipeline that trains, in the order in which they run, and the output of each that points to its folder."""
+"""Steps of the training pipeline in execution order, each with the output that points to its result."""
 
 EVALUATION_RESULTS = {"open-model": "opened"} | {
     step: RESULTS[step] for step in ("build-manifest", "extract-features", "decode", "score")
 }
-"""The same of the pipeline that only measures a model."""
+"""Steps and result outputs of the pipeline that only evaluates a model."""
 
 SWEEP_RESULTS = {
     "plan-sweep": "planned",
@@ -40,10 +44,10 @@ SWEEP_RESULTS = {
     **{step: RESULTS[step] for step in ("train", "convert-checkpoint", "decode", "score")},
     "compare-runs": "comparison",
 }
-"""The same of the pipeline that trains several variations."""
+"""Steps and result outputs of the pipeline that trains several variations of a recipe."""
 
 ALL_RESULTS = {"open-model": EVALUATION_RESULTS["open-model"]} | SWEEP_RESULTS
-"""The same of every step of any pipeline."""
+"""Steps and result outputs of all pipelines together."""
 
 HOSTS = {
     "score": "decode",
@@ -52,15 +56,16 @@ HOSTS = {
     "vary-recipe": "build-manifest",
     "compare-runs": "decode",
 }
-"""The stage in whose image a step without one of its own runs."""
+"""For each step without its own image: the stage whose image it runs in."""
 
 STAGES = tuple(step for step in RESULTS if step not in HOSTS)
-"""The steps that have an image of their own."""
+"""Steps that have their own image."""
 
 CACHE = "/var/cache/slam-asr"
-"""Where the images have SLAM_ASR_CACHE."""
+"""The cache folder inside the images, their value of SLAM_ASR_CACHE."""
 
 IMAGES_VARIABLE = "SLAM_ASR_IMAGES"
+"""Environment variable: the template or file that names the images, see `images`."""
 DEFAULT_IMAGES = "slam-asr/{stage}:{version}"
 
 _REFERENCE = re.compile(
@@ -68,26 +73,26 @@ _REFERENCE = re.compile(
 )
 
 
-def component_of(step: str) -> Any:
-    """The component of a step."""
+def component_of(step: str) -> "PythonComponent":
+    """Import and return the kfp component of a step."""
     name = step.replace("-", "_")
     module = f"{HOSTS[step].replace('-', '_')}.{name}" if step in HOSTS else f"{name}.component"
     return getattr(importlib.import_module(f"components.{module}"), name)
 
 
 def image(step: str) -> str:
-    """The image that a step runs in, as the environment says."""
+    """Return the image that a step runs in, named by the environment or the default template."""
     return images(os.environ.get(IMAGES_VARIABLE) or DEFAULT_IMAGES)[step]
 
 
 def images(source: str) -> dict[str, str]:
-    """The image of each step.
+    """Return the image of every step.
 
     Args:
-        source: a template with {stage} and {version}, or a YAML file that names an image for each stage.
+        source: template with {stage} and {version}, or a YAML file that names an image for each stage.
 
     Raises:
-        UserError: no such file, one that leaves out a stage, or a name that no image can have.
+        ConfigurationError: the file cannot be read or lacks a stage, or a name is no valid image reference.
     """
     if source.endswith((".yaml", ".yml")):
         named = _read(Path(source))
@@ -97,8 +102,9 @@ def images(source: str) -> dict[str, str]:
         }
     for stage, name in named.items():
         if not _REFERENCE.fullmatch(name):
-            raise UserError(
-                f"{name!r} cannot be the image of {stage}: write REGISTRY/NAME:TAG in lower case, such as registry.example/team/{stage}:{__version__}."
+            raise ConfigurationError(
+                f"{name!r} cannot be the image of {stage}: write REGISTRY/NAME:TAG in lower case, "
+                f"such as registry.example/team/{stage}:{__version__}."
             )
     return named | {step: named[stage] for step, stage in HOSTS.items()}
 
@@ -107,13 +113,13 @@ def _read(path: Path) -> dict[str, str]:
     try:
         named = yaml.safe_load(path.read_bytes())
     except OSError as error:
-        raise UserError(
-            f"The file of images {path} cannot be read ({error.strerror}): `make images` writes one."
+        raise ConfigurationError(
+            f"The image list {path} cannot be read ({error.strerror}): `make images` writes one."
         ) from None
     except yaml.YAMLError:
         named = None
     if not isinstance(named, dict) or not all(isinstance(named.get(stage), str) for stage in STAGES):
-        raise UserError(
+        raise ConfigurationError(
             f"{path} must name an image for each of {', '.join(STAGES)}: `make images` writes such a file."
         )
     return {stage: named[stage] for stage in STAGES}

@@ -1,18 +1,21 @@
-"""Teaches a projector to say the LLM's own words, without the LLM: a beginning for `projector.init_from`.
+"""Pretrain a projector without the LLM's forward pass, as a starting point for `projector.init_from`.
 
-    python begin_projector.py --recipe librispeech --manifest data/train.jsonl --features features --out beginning
+    python begin_projector.py --recipe librispeech --manifest data/train.jsonl --features features --out begun
 
-From random weights, a projector in front of a frozen LLM learns nothing for thousands of steps: it has to find out by
-itself which position of the audio belongs to which word of the answer. Connectionist temporal classification (Graves et al.,
-2006) finds that out at a hundredth of the cost. The projector's outputs are compared with the LLM's embeddings of the tokens that occur in
-the transcripts, by their distance, and with that of a line break, which stands for nothing said: of what could stand between words, it
-disturbs the LLM least (with one between any two tokens of a text, SmolLM2-135M still repeats 0.58 of them; with zeros 0.21, with commas 0.51).
+With random weights, a projector in front of a frozen LLM learns nothing for thousands of steps, because it
+has to discover which position of the audio belongs to which word of the answer. Connectionist temporal
+classification (CTC; Graves et al., 2006) learns this alignment at a hundredth of the cost. The logits for CTC
+are negative squared distances between the projector's outputs and the LLM's embeddings of the tokens that
+occur in the transcripts. CTC's blank is the embedding of a line break. Of the vectors that could be between
+words, it disturbs the LLM least: with one between any two tokens of a text, SmolLM2-135M still repeats 0.58
+of them, but 0.21 with zeros and 0.51 with commas.
 
-To be told apart, outputs may lie anywhere on the right side of their neighbours, where the LLM has never seen a vector. So each is drawn to what
-it says: the mean of the embeddings, weighted by their probabilities. What comes out looks to the LLM like the transcript's own tokens, and
-`slam-asr train` goes on from there with the LLM's own loss.
+CTC alone only needs outputs to be closer to the right token than to others; they may be anywhere, also where
+the LLM has never seen an embedding. A second loss therefore draws each output to its expected embedding, the
+mean weighted by the token probabilities. The LLM then sees outputs that resemble the transcript's own tokens,
+and `slam-asr train` can continue from there with the LLM's own loss.
 
-Features are read from a store that `slam-asr extract-features` wrote. Writes a model folder.
+Reads features from a store written by `slam-asr extract-features`. Writes a model folder.
 """
 
 import argparse
@@ -36,25 +39,27 @@ from slam_asr.models.pretrained import locate_model, weights_sha256
 from slam_asr.models.projector import SpeechProjector, build_projector
 from slam_asr.recipe import dump_recipe, load_recipe
 
-NOTHING_SAID = "\n"
+BLANK_TEXT = "\n"
+"""The text whose embedding serves as CTC's blank."""
 BLANK = 0
-POSITIONS = 1500
-"""In a batch."""
-SHARPNESS = 20.0
-"""At the start: half of it is what a distance of an embedding's length costs in the logits."""
-DRAWN = 1.0
-"""Weight, at the end, of an output's squared distance from what it says, in lengths of an embedding. It grows from nothing: an output that
-is drawn to what it says before it is right stays there."""
-DROPPED = 0.2
-"""Share of the encoder's values that is left out in training."""
+"""Index of the blank among the tokens."""
+BATCH_POSITIONS = 1500
+"""LLM positions per batch, padding included, at most."""
+INITIAL_SHARPNESS = 20.0
+"""Factor of the logits at the start: a distance of one embedding's length costs half of it."""
+DISTANCE_WEIGHT = 1.0
+"""Final weight of an output's squared distance from its expected embedding, in units of an embedding's
+length. The weight grows from zero, because an output that is drawn to a wrong token early stays there."""
+DROPOUT = 0.2
+"""Share of the encoder's values that is zeroed in training."""
 
 
 class Speller(nn.Module):
-    """A projector, and the tokens that its outputs may be.
+    """A projector, and the token embeddings that its outputs are classified by.
 
     Args:
-        projector: in float32.
-        embeddings: [1 + tokens, LLM width]: of what stands for nothing said, and of the tokens that occur.
+        projector: the projector, in float32.
+        embeddings: [1 + tokens, LLM width], the blank's first, then those of the tokens that occur.
     """
 
     def __init__(self, projector: SpeechProjector, embeddings: torch.Tensor) -> None:
@@ -62,64 +67,79 @@ class Speller(nn.Module):
         self.projector = projector
         self.size = embeddings.norm(dim=1).mean()
         self.register_buffer("embeddings", embeddings / self.size)
-        self.log_sharpness = nn.Parameter(torch.tensor(math.log(SHARPNESS)))
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(INITIAL_SHARPNESS)))
 
     def forward(self, frames: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoder outputs, each [frames, width] → logits [positions of all, 1 + tokens], and squared distances from what they say [positions of all]."""
-        words = self.embeddings
+        """Classify the projector's outputs.
+
+        Args:
+            frames: the encoder's outputs for each utterance, [frames, width].
+
+        Returns:
+            Logits [positions of all utterances, 1 + tokens], and the squared distance of each output from its
+            expected embedding [positions of all utterances].
+        """
+        embeddings = self.embeddings
         with torch.autocast("cpu", torch.bfloat16):
             outputs = self.projector(frames) / self.size
-            products = outputs @ words.T
-            # The squared length of the output itself is the same for all words.
-            logits = (products.float() - words.square().sum(1) / 2) * self.log_sharpness.exp()
+            products = outputs @ embeddings.T
+            # -|output - embedding|² / 2, without |output|², which is the same for all tokens.
+            logits = (products.float() - embeddings.square().sum(1) / 2) * self.log_sharpness.exp()
             with torch.no_grad():
-                said = logits.softmax(1) @ words
-        return logits, (outputs.float() - said.float()).square().sum(1)
+                expected = logits.softmax(1) @ embeddings
+        return logits, (outputs.float() - expected.float()).square().sum(1)
 
 
 def loss_of(
-    speller: Speller, frames: list[torch.Tensor], targets: list[torch.Tensor], drawn: float
+    speller: Speller, frames: list[torch.Tensor], targets: list[torch.Tensor], distance_weight: float
 ) -> torch.Tensor:
-    """Mean over tokens of CTC's loss, and what draws outputs to what they say, by that weight."""
+    """The CTC loss per target token, plus the weighted mean squared distance from the expected embeddings.
+
+    Args:
+        speller: the projector with the token embeddings.
+        frames: the encoder's outputs for each utterance, [frames, width].
+        targets: the tokens of each utterance, [tokens], as indices of the speller's embeddings.
+        distance_weight: the weight of the distance.
+    """
     positions = [len(f) // speller.projector.downsampling for f in frames]
     logits, distances = speller(frames)
-    # Of all tokens, CTC looks at an utterance's own alone: a hundred columns instead of ten thousand.
-    scores, numbers = [], []
+    # CTC needs only the columns of an utterance's own tokens: about a hundred instead of ten thousand.
+    scores, indices = [], []
     for rows, total, target in zip(
         logits.split(positions), logits.logsumexp(1, keepdim=True).split(positions), targets, strict=True
     ):
-        own, number = torch.unique(target, return_inverse=True)
-        scores.append((rows[:, torch.cat([torch.tensor([BLANK]), own])] - total).T)
-        numbers.append(number + 1)
+        own_tokens, index = torch.unique(target, return_inverse=True)
+        scores.append((rows[:, torch.cat([torch.tensor([BLANK]), own_tokens])] - total).T)
+        indices.append(index + 1)
     padded = nn.utils.rnn.pad_sequence(
         [functional.pad(s, (0, max(positions) - s.shape[1])) for s in scores], batch_first=True
     )
     sums = functional.ctc_loss(
         padded.permute(2, 0, 1),
-        torch.cat(numbers),
+        torch.cat(indices),
         torch.tensor(positions),
         torch.tensor([len(t) for t in targets]),
         blank=0,
         reduction="sum",
         zero_infinity=True,
     )
-    return sums / sum(len(t) for t in targets) + drawn * distances.mean()
+    return sums / sum(len(t) for t in targets) + distance_weight * distances.mean()
 
 
-def spelled(speller: Speller, frames: torch.Tensor) -> list[int]:
-    """The best path: repeated tokens once, without blanks."""
+def best_path(speller: Speller, frames: torch.Tensor) -> list[int]:
+    """CTC's best path for frames [frames, width]: token indices, with repetitions and blanks removed."""
     best = speller([frames])[0].argmax(1)
     return [int(t) for t in torch.unique_consecutive(best) if t != BLANK]
 
 
 def batches(utterances: list[Utterance], lengths: list[int], rng: random.Random) -> list[list[int]]:
-    """Utterances of like lengths together, in random order."""
+    """Group utterances of similar lengths, given in LLM positions; return their indices, in random order."""
     order = sorted(range(len(utterances)), key=lambda i: lengths[i] * rng.uniform(0.9, 1.1))
     groups: list[list[int]] = [[]]
-    for at in order:
-        if (len(groups[-1]) + 1) * lengths[at] > POSITIONS:
+    for i in order:
+        if (len(groups[-1]) + 1) * lengths[i] > BATCH_POSITIONS:
             groups.append([])
-        groups[-1].append(at)
+        groups[-1].append(i)
     rng.shuffle(groups)
     return [g for g in groups if g]
 
@@ -133,10 +153,10 @@ def main() -> None:
     parser.add_argument("--dev", help="manifest to validate on")
     parser.add_argument("--features", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--begin", help="model whose projector it goes on from; a random one if not given")
+    parser.add_argument("--begin", help="model whose projector to start from (default: random weights)")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument(
-        "--minutes", type=float, default=60, help="after which it ends in any case (default: %(default)s)"
+        "--minutes", type=float, default=60, help="limit on the training time (default: %(default)s)"
     )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()
@@ -149,50 +169,51 @@ def main() -> None:
     if args.begin:
         projector.load_state_dict(read_projector(args.begin, read_config(args.begin)).state_dict())
     sets = {name: read_manifest(path) for name, path in (("train", args.manifest), ("dev", args.dev)) if path}
-    # Each word with the space in front that it has within a text: one sound, one token.
+    # With a leading space, a word has the same token at the start of a text as within it.
     ids = {
-        name: [tokenizer.encode(" " + u.target, add_special_tokens=False) for u in us]
-        for name, us in sets.items()
+        name: [tokenizer.encode(" " + u.target, add_special_tokens=False) for u in utterances]
+        for name, utterances in sets.items()
     }
     tokens = [
-        tokenizer.encode(NOTHING_SAID, add_special_tokens=False)[0],
+        tokenizer.encode(BLANK_TEXT, add_special_tokens=False)[0],
         *sorted({t for row in ids["train"] for t in row}),
     ]
-    number = {t: n for n, t in enumerate(tokens)}
+    index_of = {token: index for index, token in enumerate(tokens)}
     speller = Speller(projector, llm.get_input_embeddings().weight[tokens].detach())
     del llm
     reader = StoreReader(FeatureStore(args.features, spec.fingerprint(), recipe.features.dtype))
     train = list(sets["train"])
     lengths = [reader.span(u) // recipe.projector.downsampling for u in train]
-    targets = [torch.tensor([number[t] for t in row]) for row in ids["train"]]
+    targets = [torch.tensor([index_of[t] for t in row]) for row in ids["train"]]
     print(f"{len(train)} utterances, {sum(lengths)} positions, {len(tokens) - 1} tokens", flush=True)
 
     optimizer = torch.optim.AdamW(speller.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    started, step, done, running = time.monotonic(), 0, 0.0, 0.0
+    started, step, progress, average = time.monotonic(), 0, 0.0, 0.0
     rng = random.Random(recipe.training.seed)
     for epoch in range(args.epochs):
         groups = batches(train, lengths, rng)
-        for at, group in enumerate(groups):
-            done = max(
-                (epoch + at / len(groups)) / args.epochs, (time.monotonic() - started) / 60 / args.minutes
-            )
-            if done >= 1:
+        for number, group in enumerate(groups):
+            minutes = (time.monotonic() - started) / 60
+            progress = max((epoch + number / len(groups)) / args.epochs, minutes / args.minutes)
+            if progress >= 1:
                 break
+            # Linear warm-up over 100 steps, and cosine decay over the run.
+            decay = 0.5 * (1 + math.cos(math.pi * progress))
             for settings in optimizer.param_groups:
-                settings["lr"] = (
-                    args.learning_rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
-                )
-            frames = [functional.dropout(reader.read(train[i]).float(), DROPPED) for i in group]
-            loss = loss_of(speller, frames, [targets[i] for i in group], DRAWN * done)
+                settings["lr"] = args.learning_rate * min(1, (step + 1) / 100) * decay
+            frames = [functional.dropout(reader.read(train[i]).float(), DROPOUT) for i in group]
+            loss = loss_of(speller, frames, [targets[i] for i in group], DISTANCE_WEIGHT * progress)
             loss.backward()
             nn.utils.clip_grad_norm_(speller.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            running, step = 0.98 * running + 0.02 * loss.item(), step + 1
+            average, step = 0.98 * average + 0.02 * loss.item(), step + 1
             if step % 50 == 0:
-                far = speller(frames)[1].mean().sqrt().item()
+                distance = speller(frames)[1].mean().sqrt().item()
                 print(
-                    f"epoch {epoch} step {step} {done:4.0%} loss {running / (1 - 0.98**step):.3f} distance {far:.2f} {time.monotonic() - started:.0f} s",
+                    # The average starts at 0; dividing removes that bias, as in Adam (Kingma and Ba, 2015).
+                    f"epoch {epoch} step {step} {progress:4.0%} loss {average / (1 - 0.98**step):.3f} "
+                    f"distance {distance:.2f} {time.monotonic() - started:.0f} s",
                     flush=True,
                 )
         _validate(speller, reader, list(sets.get("dev", ())), tokenizer, tokens)
@@ -217,13 +238,13 @@ def main() -> None:
 def _validate(
     speller: Speller, reader: StoreReader, dev: list[Utterance], tokenizer, tokens: list[int]
 ) -> None:
-    """Print the word error rate of the best path, and a text."""
+    """Print the word error rate of CTC's best paths, and an example."""
     import jiwer
 
     if not dev:
         return
     texts = [
-        tokenizer.decode([tokens[t] for t in spelled(speller, reader.read(u).float())]).strip() for u in dev
+        tokenizer.decode([tokens[t] for t in best_path(speller, reader.read(u).float())]).strip() for u in dev
     ]
     print(
         f"dev: WER {jiwer.wer([u.target for u in dev], texts):.1%}; {dev[0].target!r} → {texts[0]!r}",

@@ -1,19 +1,20 @@
-"""Makes the demo's speech corpus: a small grammar, spoken by free synthesisers, laid out as LibriSpeech is.
+"""Generate the demo's speech corpus: sentences of a small grammar, spoken by free synthesisers.
 
-Sentences come from a grammar of about seventy words. Sixteen synthetic speakers (espeak-ng and flite voices) read
-them. Each subset is a tree as LibriSpeech has it:
+Sentences come from a grammar of about seventy words. Sixteen synthetic speakers (espeak-ng and flite voices)
+read them. The layout is LibriSpeech's:
 
     <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.opus
-    <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt     lines "<utterance id> TEXT IN CAPITALS"
+    <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt     lines `<utterance> TEXT IN CAPITALS`
 
-No sentence occurs twice, in one subset or in two. The speakers of `test-demo-new-voices` occur nowhere else.
+No sentence occurs twice, within a subset or across subsets. The speakers of `test-demo-new-voices` occur
+nowhere else.
 
 Needs `espeak-ng` and `flite` on the PATH, and the Python packages numpy, soundfile and soxr:
 
     python make_speech.py --out speech
 
-With the same seed and the same versions of the synthesisers the transcripts and the decoded samples are the same;
-the files' bytes are not, since every Ogg stream carries a random serial number.
+The same seed and the same versions of the synthesisers give the same transcripts and the same decoded
+samples, but not the same bytes, because every Ogg stream has a random serial number.
 """
 
 import argparse
@@ -29,14 +30,14 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000
-# A key may stand for one utterance only, so each subset is a chapter of its own.
+# Each subset is a chapter of its own, so that no key occurs in two subsets.
 CHAPTERS = {"train-demo": 1, "dev-demo": 2, "test-demo-known-voices": 3, "test-demo-new-voices": 4}
 PEAK = 0.5
-SILENCE = 0.01  # of the peak: quieter samples at either end are trimmed
-MARGIN_S = 0.06  # kept on either side of the trimmed speech
+SILENCE = 0.01  # fraction of the peak: quieter samples at both ends are trimmed
+MARGIN_S = 0.06  # seconds that are retained on both sides of the trimmed speech
 OPUS_COMPRESSION = 0.95  # libsndfile's scale from 0 to 1; about 20 kbit/s at 16 kHz mono
 
-# One line is one kind of sentence. {slots} are filled from WORDS, each use independently.
+# Each line is a pattern of sentences. {slots} are filled with random words from WORDS.
 PATTERNS = (
     "{whose} {person} {took} {number} {colour} {things}",
     "{whose} {person} {moved} {where} the {place}",
@@ -63,10 +64,11 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Speaker:
-    """One synthetic voice.
+    """A synthetic voice.
 
-    `voice` is espeak-ng's `accent+variant`, or flite's voice name. `pitch` (espeak-ng only) runs from 0 to 99. `pace`
-    is words a minute for espeak-ng, and for flite the factor by which every sound is stretched.
+    `voice` is espeak-ng's `accent+variant`, or flite's voice name. `pitch` (espeak-ng only) is from 0 to 99.
+    `pace` is in words per minute for espeak-ng; for flite, it is the factor by which every sound is
+    stretched.
     """
 
     id: int
@@ -126,7 +128,7 @@ NEW_VOICES = (
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
-    """Endless sentences of the grammar, in lower case, no two the same."""
+    """Yield different random sentences of the grammar, in lower case, without end."""
     seen = set()
     while True:
         slots = {slot: rng.choice(words) for slot, words in WORDS.items()}
@@ -137,7 +139,13 @@ def sentences(rng: random.Random) -> Iterator[str]:
 
 
 def speak(speaker: Speaker, text: str, folder: Path) -> np.ndarray:
-    """Speech of `text`: float32 samples of shape (samples,) at SAMPLE_RATE, silence trimmed, peak at PEAK."""
+    """Synthesise a text: float32 [samples] at SAMPLE_RATE Hz, with silence trimmed and the peak at PEAK.
+
+    Args:
+        speaker: the voice.
+        text: the text to speak.
+        folder: a folder for temporary files.
+    """
     wav = folder / "speech.wav"
     subprocess.run(speaker.command(text, wav), check=True)
     samples, rate = soundfile.read(wav, dtype="float32")
@@ -149,7 +157,14 @@ def speak(speaker: Speaker, text: str, folder: Path) -> np.ndarray:
 
 
 def write_subset(folder: Path, speakers: tuple[Speaker, ...], texts: list[str], scratch: Path) -> float:
-    """Speaks `texts`, dealt to the speakers in turn, into the LibriSpeech tree `folder`; returns the seconds of speech."""
+    """Write a subset in LibriSpeech's layout, and return its seconds of speech.
+
+    Args:
+        folder: the subset's folder; its name is a key of CHAPTERS.
+        speakers: the voices, which take turns.
+        texts: one text per utterance, in lower case.
+        scratch: a folder for temporary files.
+    """
     seconds = 0.0
     number = CHAPTERS[folder.name]
     for position, speaker in enumerate(speakers):
@@ -174,6 +189,7 @@ def write_subset(folder: Path, speakers: tuple[Speaker, ...], texts: list[str], 
 
 
 def words_of(texts: list[str]) -> set[str]:
+    """The vocabulary of the texts."""
     return {word for text in texts for word in text.split()}
 
 
@@ -181,28 +197,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create; must not exist yet")
     parser.add_argument(
-        "--seed", type=int, default=1, help="which sentences are drawn (default: %(default)s)"
+        "--seed", type=int, default=1, help="seed of the random sentences (default: %(default)s)"
     )
     parser.add_argument("--train", type=int, default=600, help="training utterances (default: %(default)s)")
     parser.add_argument(
-        "--held-out", type=int, default=36, help="utterances of each other subset (default: %(default)s)"
+        "--held-out", type=int, default=36, help="utterances per other subset (default: %(default)s)"
     )
     args = parser.parse_args()
 
-    source = sentences(random.Random(args.seed))
+    random_sentences = sentences(random.Random(args.seed))
     plan = {
         "dev-demo": (KNOWN_VOICES, args.held_out),
         "test-demo-known-voices": (KNOWN_VOICES, args.held_out),
         "test-demo-new-voices": (NEW_VOICES, args.held_out),
         "train-demo": (KNOWN_VOICES, args.train),
     }
-    texts = {subset: [next(source) for _ in range(count)] for subset, (_, count) in plan.items()}
-    spoken = [text for subset in texts.values() for text in subset]
-    assert len(set(spoken)) == len(spoken), "a sentence occurs twice"
-    assert words_of(spoken) == words_of(texts["train-demo"]), "a word is missing from the training subset"
-    assert not {s.id for s in KNOWN_VOICES} & {s.id for s in NEW_VOICES}, "a new voice is a known one"
+    texts = {subset: [next(random_sentences) for _ in range(count)] for subset, (_, count) in plan.items()}
+    all_texts = [text for subset in texts.values() for text in subset]
+    assert len(set(all_texts)) == len(all_texts), "a sentence occurs twice"
+    assert words_of(all_texts) == words_of(texts["train-demo"]), "a word is missing from the training subset"
+    assert not {s.id for s in KNOWN_VOICES} & {s.id for s in NEW_VOICES}, "a new voice is also a known one"
 
     args.out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -211,7 +227,7 @@ def main() -> None:
             print(f"{subset:24} {len(texts[subset]):5} utterances {seconds / 60:6.1f} min")
     rows = [f"{s.id}\t{s.engine}\t{s.voice}\t{s.pace}\t{s.pitch or '-'}\n" for s in KNOWN_VOICES + NEW_VOICES]
     (args.out / "speakers.tsv").write_text("".join(["speaker\tengine\tvoice\tpace\tpitch\n", *rows]))
-    print(f"{len(words_of(spoken))} words")
+    print(f"{len(words_of(all_texts))} words")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Makes many hours of speech to train a projector on: a corpus' own text by many synthetic voices, and real speech varied.
+"""Generate many hours of speech for training a projector: synthetic speech, and augmented real speech.
 
-    python make_training_speech.py --text transcripts.txt --real LibriSpeech/train-clean-100 --out training-speech
+    python make_training_speech.py --text transcripts.txt --real LibriSpeech/train-clean-100 --out speech
 
-`transcripts.txt` has lines `<key> TEXT IN CAPITALS`, as LibriSpeech's transcripts do. Pieces of its lines, 3 to 32 words
-long, are spoken by espeak-ng and flite in voices of drawn accent, variant, pitch and pace, and joined to utterances of up to 20 s. Utterances of `--real`, a folder
-in LibriSpeech's layout, are written as they are and `--copies` times at another speed, which changes pace and pitch.
-Room echo and noise are laid over most of both, but never over the real ones as they are. Every twentieth chapter of the
+`transcripts.txt` has lines `<key> TEXT IN CAPITALS`, like LibriSpeech's transcripts. Excerpts of its lines, 3
+to 32 words long, are spoken by espeak-ng and flite with random accents, variants, pitches and paces, and
+joined to utterances of up to 20 s. Utterances of `--real`, a folder in LibriSpeech's layout, are written
+unchanged and in `--copies` copies at other speeds, which change pace and pitch. Echo and noise are added to
+most synthetic utterances and most copies, but never to the unchanged ones. Every twentieth chapter of the
 real speech is held out for validation.
 
-    <out>/train-synthetic/<speaker>/1/<speaker>-1-<NNNN>.flac       and a .trans.txt beside the audio
-    <out>/train-real/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.flac    copies: chapter + 1 000 000 · number
-    <out>/dev-real/                                                 the same, without copies
+    <out>/train-synthetic/<speaker>/1/<speaker>-1-<NNNN>.flac               and a .trans.txt next to the audio
+    <out>/train-real/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.flac    copy n has chapter + 1 000 000 n
+    <out>/dev-real/                                                         the same, without copies
 
 Needs `espeak-ng` and `flite` on the PATH, and the Python packages numpy, soundfile and soxr.
 """
@@ -66,21 +67,26 @@ VARIANTS = (
     "+klatt4",
 )
 FLITE = ("kal16", "awb", "rms", "slt")
-"""Three of them were made from recordings of people."""
+"""Voices of flite; three of them were built from recordings of people."""
 VOICES, EACH = 600, 15
-"""Synthetic speakers of one seed, and the pieces of text that each speaks."""
+"""Synthetic speakers per seed, and the number of excerpts that each speaks."""
 PAUSE = (0.1, 0.5)
-"""Seconds between joined pieces."""
+"""Shortest and longest pause between joined excerpts, in seconds."""
 JOINED = (1.5, 20.0)
-"""Seconds that pieces are joined to: Whisper's encoder takes as long for one second as for thirty."""
+"""Range of durations in seconds to which excerpts are joined. Long ones are encoded more efficiently: Whisper
+needs as much time for one second as for thirty."""
 FLITE_SHARE = 0.4
+"""Share of synthetic speakers with a voice of flite."""
 WORDS = (3, 32)
+"""Fewest and most words of an excerpt."""
 SPEEDS = (0.88, 1.12)
+"""Range of factors by which speech is sped up."""
 HELD_OUT = 20
+"""One chapter in this many is held out for validation."""
 
 
 def draw_speaker(number: int, rng: random.Random) -> Speaker:
-    """A synthetic voice."""
+    """Choose a random synthetic voice."""
     if rng.random() < FLITE_SHARE:
         return Speaker(number, "flite", rng.choice(FLITE), rng.uniform(0.8, 1.15))
     return Speaker(
@@ -92,8 +98,8 @@ def draw_speaker(number: int, rng: random.Random) -> Speaker:
     )
 
 
-def draw_piece(words: list[str], rng: random.Random) -> list[str]:
-    """Neighbouring words; short pieces are as frequent as long ones in the logarithm of their length."""
+def draw_excerpt(words: list[str], rng: random.Random) -> list[str]:
+    """Choose a random excerpt of consecutive words; the logarithm of its length is uniformly distributed."""
     low, high = WORDS
     length = min(len(words), round(low * (high / low) ** rng.random()))
     start = rng.randrange(len(words) - length + 1)
@@ -101,14 +107,22 @@ def draw_piece(words: list[str], rng: random.Random) -> list[str]:
 
 
 def at_speed(samples: np.ndarray, speed: float) -> np.ndarray:
-    """Samples played faster or slower, pitch included."""
+    """Change the speed and with it the pitch of float32 [samples] at 16 kHz; 2 halves the duration."""
     return soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE)
 
 
 def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Room echo over a third, coloured noise at 8 to 40 dB over most; peak at a drawn level."""
+    """Add echo (with probability 0.33) and coloured noise (0.75), and scale to a random peak.
+
+    Args:
+        samples: float32 [samples] at 16 kHz.
+        rng: the source of randomness.
+
+    Returns:
+        float32 [samples], as many as given. The signal-to-noise ratio is 8 to 40 dB.
+    """
     if rng.random() < 0.33:
-        decay = rng.uniform(0.05, 0.4)  # seconds to -60 dB
+        decay = rng.uniform(0.05, 0.4)  # seconds until the echo has decayed by 60 dB
         times = np.arange(round(decay * SAMPLE_RATE)) / SAMPLE_RATE
         echo = rng.standard_normal(len(times)) * 10 ** (-3 * times / decay) * rng.uniform(0.02, 0.15)
         echo[0] = 1.0
@@ -124,54 +138,83 @@ def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def write(folder: Path, speaker: str, chapter: int, utterances: Iterable[tuple[str, np.ndarray]]) -> float:
-    """One chapter in LibriSpeech's layout → seconds of speech."""
-    place = folder / speaker / str(chapter)
-    place.mkdir(parents=True)
+    """Write a chapter in LibriSpeech's layout, and return its seconds of speech.
+
+    Args:
+        folder: the subset's folder.
+        speaker: the speaker's number.
+        chapter: the chapter's number.
+        utterances: texts with their audio, float32 [samples] at 16 kHz.
+    """
+    chapter_folder = folder / speaker / str(chapter)
+    chapter_folder.mkdir(parents=True)
     lines, seconds = [], 0.0
     for number, (text, samples) in enumerate(utterances):
         key = f"{speaker}-{chapter}-{number:04d}"
-        soundfile.write(place / f"{key}.flac", samples, SAMPLE_RATE)
+        soundfile.write(chapter_folder / f"{key}.flac", samples, SAMPLE_RATE)
         lines.append(f"{key} {text}\n")
         seconds += len(samples) / SAMPLE_RATE
-    (place / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines))
+    (chapter_folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines))
     return seconds
 
 
 def synthesise(task: tuple[Path, int, list[list[str]], tuple[float, float], int]) -> float:
-    """All pieces of one synthetic speaker, some of them joined → seconds of speech."""
-    folder, number, pieces, joined, seed = task
+    """Synthesise all excerpts of a speaker, joined to utterances; return the seconds of speech.
+
+    Args:
+        task: the subset's folder, the speaker's number, the excerpts, the range of durations in seconds, and
+            the seed.
+    """
+    folder, number, excerpts, durations, seed = task
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     speaker = draw_speaker(number, rng)
-    own_speed = rng.uniform(*SPEEDS)  # gives flite's four voices more than four throats
+    own_speed = rng.uniform(*SPEEDS)  # so that speakers with the same voice of flite differ
     with tempfile.TemporaryDirectory() as scratch:
-        spoken = [
+        speech = [
             disturb(at_speed(speak(speaker, " ".join(words).lower(), Path(scratch)), own_speed), noise)
-            for words in pieces
+            for words in excerpts
         ]
-    return write(folder, str(number), 1, join(spoken, [" ".join(words) for words in pieces], joined, rng))
+    return write(
+        folder, str(number), 1, join(speech, [" ".join(words) for words in excerpts], durations, rng)
+    )
 
 
 def join(
-    spoken: list[np.ndarray], texts: list[str], joined: tuple[float, float], rng: random.Random
+    speech: list[np.ndarray], texts: list[str], durations: tuple[float, float], rng: random.Random
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Pieces one behind the other, with pauses, up to a drawn length each time."""
-    low, high = joined
-    at = 0
-    while at < len(spoken):
+    """Join consecutive excerpts, with pauses, to utterances of random durations.
+
+    Args:
+        speech: the audio of each excerpt, float32 [samples] at 16 kHz.
+        texts: the text of each excerpt.
+        durations: range of the utterances' durations, in seconds. An excerpt is never cut.
+        rng: the source of randomness.
+
+    Yields:
+        The text and the audio of each utterance.
+    """
+    low, high = durations
+    i = 0
+    while i < len(speech):
         length = low * (high / low) ** rng.random() * SAMPLE_RATE
-        samples, words = spoken[at], [texts[at]]
-        at += 1
-        while at < len(spoken) and len(samples) + len(spoken[at]) < length:
+        samples, words = speech[i], [texts[i]]
+        i += 1
+        while i < len(speech) and len(samples) + len(speech[i]) < length:
             samples = np.concatenate(
-                [samples, np.zeros(round(rng.uniform(*PAUSE) * SAMPLE_RATE), np.float32), spoken[at]]
+                [samples, np.zeros(round(rng.uniform(*PAUSE) * SAMPLE_RATE), np.float32), speech[i]]
             )
-            words.append(texts[at])
-            at += 1
+            words.append(texts[i])
+            i += 1
         yield " ".join(words), samples
 
 
-def vary(task: tuple[Path, Path, int, int]) -> float:
-    """One chapter of real speech, as it is (copy 0) or varied → seconds of speech."""
+def copy_chapter(task: tuple[Path, Path, int, int]) -> float:
+    """Write a chapter of real speech, unchanged or augmented; return its seconds of speech.
+
+    Args:
+        task: the subset's folder, the chapter's .trans.txt, the number of the copy (0: unchanged), and the
+            seed.
+    """
     folder, transcript, copy, seed = task
     noise = np.random.default_rng(seed)
     speaker, chapter = transcript.name.removesuffix(".trans.txt").split("-")
@@ -186,7 +229,7 @@ def vary(task: tuple[Path, Path, int, int]) -> float:
 
 
 def in_parallel(work: Callable, tasks: list, name: str) -> None:
-    """Do all of them on all cores, and say what came of it."""
+    """Call `work` for each task, on all cores; print the number of chapters and their hours of speech."""
     with multiprocessing.Pool() as pool:
         seconds = sum(pool.imap_unordered(work, tasks))
     print(f"{name:16} {len(tasks):6} chapters {seconds / 3600:7.2f} h", flush=True)
@@ -198,15 +241,18 @@ def main() -> None:
     )
     parser.add_argument("--text", type=Path, required=True, help="lines `<key> TEXT`")
     parser.add_argument("--real", type=Path, help="folder of real speech in LibriSpeech's layout")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create; must not exist yet")
     parser.add_argument(
-        "--voices", type=int, default=VOICES, help=f"synthetic speakers, of {VOICES} (default: %(default)s)"
+        "--voices",
+        type=int,
+        default=VOICES,
+        help=f"synthetic speakers, up to {VOICES} (default: %(default)s)",
     )
     parser.add_argument(
         "--each",
         type=int,
         default=EACH,
-        help="pieces of text that each of them speaks (default: %(default)s)",
+        help="number of excerpts that each synthetic speaker speaks (default: %(default)s)",
     )
     parser.add_argument(
         "--joined",
@@ -214,28 +260,32 @@ def main() -> None:
         nargs=2,
         default=JOINED,
         metavar=("SHORTEST", "LONGEST"),
-        help="seconds that pieces are joined to (default: %(default)s)",
+        help="range of durations in seconds to which excerpts are joined (default: %(default)s)",
     )
     parser.add_argument(
         "--first-voice",
         type=int,
         default=1,
-        help="number of the first of them, so that several runs can lie in one corpus (default: %(default)s)",
+        help="number of the first synthetic speaker, so that the results of several runs can form one corpus "
+        "(default: %(default)s)",
     )
     parser.add_argument(
-        "--copies", type=int, default=2, help="of each real utterance, beside itself (default: %(default)s)"
+        "--copies",
+        type=int,
+        default=2,
+        help="augmented copies of each real utterance (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if not args.text.is_file():
-        parser.error(f"there is no file {args.text}: name one with lines `<key> TEXT`")
+        parser.error(f"there is no file {args.text}: give one with lines `<key> TEXT`")
     if args.out.exists():
         parser.error(f"{args.out} exists already: choose another folder")
     if args.real and not any(args.real.rglob("*.trans.txt")):
-        parser.error(f"{args.real} holds no .trans.txt: name a folder in LibriSpeech's layout")
-    absent = [program for program in ("espeak-ng", "flite") if args.voices and not shutil.which(program)]
-    if absent:
-        parser.error(f"{absent[0]} is not on the PATH: `apt-get install espeak-ng flite`")
+        parser.error(f"{args.real} holds no .trans.txt: give a folder in LibriSpeech's layout")
+    missing = [program for program in ("espeak-ng", "flite") if args.voices and not shutil.which(program)]
+    if missing:
+        parser.error(f"{missing[0]} is not on the PATH: run `apt-get install espeak-ng flite`")
 
     rng = random.Random(args.seed)
     lines = [
@@ -243,13 +293,13 @@ def main() -> None:
     ]
     if not lines:
         parser.error(f"{args.text} has no line `<key> TEXT` with {WORDS[0]} words or more")
-    pieces = [draw_piece(rng.choice(lines), rng) for _ in range(VOICES * args.each)]
+    excerpts = [draw_excerpt(rng.choice(lines), rng) for _ in range(VOICES * args.each)]
     args.out.mkdir(parents=True)
     tasks = [
         (
             args.out / "train-synthetic",
             100_000 + args.first_voice + n,
-            pieces[n::VOICES],
+            excerpts[n::VOICES],
             tuple(args.joined),
             args.seed + n,
         )
@@ -259,10 +309,10 @@ def main() -> None:
     if args.real:
         chapters = sorted(args.real.rglob("*.trans.txt"))
         held_out = chapters[HELD_OUT // 2 :: HELD_OUT]
-        in_parallel(vary, [(args.out / "dev-real", t, 0, 0) for t in held_out], "dev-real")
+        in_parallel(copy_chapter, [(args.out / "dev-real", t, 0, 0) for t in held_out], "dev-real")
         copies = [(copy, t) for copy in range(args.copies + 1) for t in chapters if t not in held_out]
         in_parallel(
-            vary,
+            copy_chapter,
             [(args.out / "train-real", t, copy, args.seed + n) for n, (copy, t) in enumerate(copies)],
             "train-real",
         )

@@ -1,4 +1,4 @@
-"""Which stages run, in what order: compiled for a cluster, or run on this machine.
+"""The pipelines: which steps run, in what order. Compiled for a cluster, or run on this machine.
 
 python -m pipelines run demo
 python -m pipelines compile
@@ -7,4 +7,4 @@ python -m pipelines compile
 TRAINING = "slam-asr"
 EVALUATION = "slam-asr-evaluate"
 SWEEP = "slam-asr-sweep"
-"""The pipelines' names in Kubeflow."""
+"""Names of the three pipelines in Kubeflow."""

@@ -1,4 +1,4 @@
-"""`python -m pipelines`: compile the pipeline, or run it on this machine."""
+"""`python -m pipelines`: run a pipeline on this machine, compile it, or submit it to a cluster."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def _complaint() -> str | None:
-    """Why this cannot work here, or None."""
+    """Return what is wrong with the working folder or the interpreter, or None."""
     for package in ("pipelines", "components"):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != CHECKOUT:

@@ -1,4 +1,4 @@
-"""The pipeline: from a corpus to a trained recogniser and its word error rate."""
+"""The training pipeline: from a corpus to a trained recogniser and its word error rate."""
 
 from collections.abc import Callable
 
@@ -22,30 +22,31 @@ DESCRIPTION = (
 def build_pipeline(
     place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None, trainjob: str = ""
 ) -> BaseComponent:
-    """The pipeline.
+    """Build the training pipeline.
 
     Args:
-        place: called with each step's stage and task, to say what the step gets of the cluster.
-        trainjob: how the nodes of a training over several nodes are placed (JSON); empty: it trains in its own pod.
+        place: called with each step's name and task; assigns the cluster's resources to the task.
+        trainjob: placement of the nodes of multi-node training (JSON); if empty, the step's own pod trains.
     """
 
     @dsl.pipeline(name=TRAINING, display_name="SLAM-ASR", description=DESCRIPTION)
-    def asr(corpus: str, recipe: str, store: str, recipe_overrides: dict = {}):  # noqa: B006 - kfp needs a literal
+    def asr(corpus: str, recipe: str, store: str, recipe_overrides: dict = {}) -> None:  # noqa: B006 - kfp needs a literal
         """Train a SLAM-ASR speech recogniser and measure it.
 
         Args:
-            corpus: What to train on and to measure with: the s3:// prefix of the corpus, of any kind that build-manifest reads.
-            recipe: How: the name of a shipped recipe such as `librispeech`, or a recipe's YAML.
-            store: Where to: s3:// prefix for the results of all stages, which runs may share. Results that are there already are used again.
-            recipe_overrides: Changes to single fields of the recipe, by full name: {"training.epochs": 1, "llm.name": "…"}.
+            corpus: s3:// prefix of the corpus to train and test on, in any format that build-manifest reads.
+            recipe: Name of a shipped recipe such as `librispeech`, or the YAML text of a recipe.
+            store: s3:// prefix for the results of all stages. Runs may share it; existing results are reused.
+            recipe_overrides: Changes to single keys of the recipe, such as {"training.epochs": 1}.
         """
         manifest = build_manifest(
             recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
         )
         resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
-        # kfp's local runner knows loops over a step's only return value, so each list comes from the step before its loop.
-        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as part:
-            extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=part)
+        # kfp's local runner can only loop over the single return value of a step. Each list of work shards
+        # is therefore returned by the step before the loop.
+        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as shard:
+            extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=shard)
         features = dsl.Collected(extraction.outputs["features"])
         training = train(
             store=store, recipe=resolved, manifests=manifests, features=features, trainjob=trainjob
@@ -54,8 +55,8 @@ def build_pipeline(
             store=store, recipe=resolved, checkpoint=training.outputs["checkpoint"]
         )
         model = conversion.outputs["model"]
-        with dsl.ParallelFor(conversion.outputs["Output"], name="decoding") as part:
-            decoding = decode(store=store, recipe=resolved, manifests=manifests, model=model, shard=part)
+        with dsl.ParallelFor(conversion.outputs["Output"], name="decoding") as shard:
+            decoding = decode(store=store, recipe=resolved, manifests=manifests, model=model, shard=shard)
         scoring = score(
             store=store,
             recipe=resolved,
@@ -63,8 +64,8 @@ def build_pipeline(
             hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
         )
         for task in (manifest, extraction, training, conversion, decoding, scoring):
-            # Kubeflow's cache knows neither the corpus' content nor a half-done training, and would hand out
-            # a pointer whose folder was deleted since: each stage looks itself, in the store, for what is there.
+            # Kubeflow's cache knows neither the corpus' content nor a half-done training, and would return
+            # pointers to folders that were deleted since. Each stage checks the store for results itself.
             task.set_caching_options(False)
             place(task.name, task)
 
@@ -72,4 +73,4 @@ def build_pipeline(
 
 
 asr = build_pipeline()
-"""As it runs on this machine."""
+"""The pipeline as it runs on this machine."""

@@ -1,8 +1,8 @@
-"""Cluster profiles: everything about a cluster that the pipeline, its submission and `doctor` need to know.
+"""Cluster profiles: what compiling, submitting and `doctor` need to know about a cluster.
 
-A profile is a small YAML file. Those that ship lie in `pipelines/clusters/` and go by their name; any
-other goes by its path. Keys are checked like a recipe's. No profile holds a credential: it names the
-Kubernetes secrets that do.
+A profile is a small YAML file. The shipped ones are in `pipelines/clusters/` and are selected by name;
+any other is selected by its path. Keys are checked like those of a recipe. A profile contains no
+credentials: it names the Kubernetes secrets that contain them.
 """
 
 import os
@@ -13,115 +13,124 @@ from typing import Literal
 
 from components import RESULTS
 from slam_asr.configuration import nearest, parse_yaml, typed
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 
 FOLDER = Path(__file__).parent / "clusters"
 
 
 @dataclass
 class Images:
-    """Where the steps' images are pulled from."""
+    """Where the nodes pull the images of the steps from."""
 
     names: str = "slam-asr/{stage}:{version}"
-    """The images' names, with {stage} and {version}; or the file of digests that `make images` wrote, which pins them."""
+    """Template with {stage} and {version} for image names, or the file of digests from `make images`."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    """When a node asks the registry again. Tags are best never moved; then IfNotPresent is right."""
+    """When a node pulls an image again. IfNotPresent is right as long as no tag is ever moved."""
     pull_secrets: list[str] = field(default_factory=list)
-    """Names of secrets of the kind kubernetes.io/dockerconfigjson, for a registry that asks who pulls."""
+    """Names of secrets of type kubernetes.io/dockerconfigjson, for a registry that requires a login."""
 
 
 @dataclass
 class Storage:
-    """The object storage that keeps all results."""
+    """The object storage for all results."""
 
     store: str = ""
-    """s3:// prefix for the results of all stages: the default of the pipeline's parameter `store`."""
+    """s3:// prefix for the results of all stages: the default of the pipeline parameter `store`."""
     secret: str = "slam-asr-s3"
-    """Name of the secret with `accesskey` and `secretkey` (or AWS's own names), mounted as files. Empty: the pod's own role is used."""
+    """Name of the secret with `accesskey` and `secretkey` (or AWS's own names), mounted as files.
+
+    If empty, the pod's own role is used.
+    """
     endpoint: str = ""
-    """Address of a server that is not AWS's own, such as http://seaweedfs.kubeflow:9000."""
+    """Address of an S3 server other than AWS, such as http://seaweedfs.kubeflow:9000."""
     region: str = ""
-    """The bucket's region; empty where the server has none."""
+    """Region of the bucket; empty if the server has no regions."""
 
 
 @dataclass
 class Models:
-    """Where the steps find the frozen models."""
+    """Where the steps get the frozen encoder and LLM from."""
 
     claim: str = ""
-    """Name of a PersistentVolumeClaim that keeps downloaded models for all steps and runs. Empty: each step fetches them into its own scratch space."""
+    """Name of a PersistentVolumeClaim that caches downloaded models for all steps and runs.
+
+    If empty, each step downloads them into its own scratch space.
+    """
     token_secret: str = ""
-    """Name of the secret with HF_TOKEN, for models that the hub gives only to those who accepted a licence."""
+    """Name of the secret with HF_TOKEN, for models whose licence has to be accepted on the hub."""
     offline: bool = False
-    """Never ask the hub: models come from the claim, or are named by folder or s3:// prefix."""
+    """Never access the hub: models come from the claim, or the recipe names a folder or s3:// prefix."""
 
 
 @dataclass
 class Queue:
-    """Kueue, where the cluster has it."""
+    """Job queueing with Kueue."""
 
     name: str = ""
-    """The LocalQueue in which the pods wait for room. Empty: Kueue is not used."""
+    """LocalQueue in which pods wait for free resources. If empty, Kueue is not used."""
     priority: str = ""
-    """Name of a WorkloadPriorityClass."""
+    """Name of a WorkloadPriorityClass; a higher class is admitted first."""
 
 
 @dataclass
 class Trainer:
-    """Kubeflow Trainer, which trains over several nodes where the recipe's training.nodes asks for it."""
+    """Kubeflow Trainer, used if the recipe's training.nodes is above 1."""
 
     runtime: str = "torch-distributed"
-    """The ClusterTrainingRuntime that starts one launcher a node."""
+    """ClusterTrainingRuntime that starts one launcher per node."""
     timeout_hours: float = 24.0 * 14
-    """How long a training may take, its waiting in a queue included."""
+    """Hours after which a multi-node training is stopped, including its time in a queue."""
 
 
 @dataclass
 class StepSettings:
-    """What one step's pod gets."""
+    """Resources, placement and retries of one step's pod."""
 
     cpu: str = "2"
-    """Cores, asked for and at most, as Kubernetes writes them: 2 or 500m."""
+    """CPU cores, both request and limit, in Kubernetes notation: 2 or 500m."""
     memory: str = "8Gi"
-    """Memory, asked for and at most; shared memory and, without a disk of its own, nothing else counts against it."""
+    """Memory, both request and limit. shared_memory counts against it."""
     gpus: int = 0
-    """GPUs. In `train` with several nodes: of each node."""
+    """Number of GPUs. For a multi-node `train`: GPUs per node."""
     gpu_resource: str = "nvidia.com/gpu"
-    """Name under which the cluster counts its GPUs."""
+    """Kubernetes resource name of the cluster's GPUs."""
     gpus_per_node: int = 0
-    """GPUs that one such node of the cluster has; a step that asks for more is refused. 0: not known."""
+    """GPUs in one node of the cluster; a profile whose step requests more is rejected. 0: unknown."""
     shared_memory: str = ""
-    """Size of /dev/shm, through which worker processes and NCCL exchange data; it counts against memory. Empty: the runtime's 64 MB."""
+    """Size of /dev/shm, through which worker processes and NCCL exchange data; it counts against memory.
+
+    If empty, the container runtime's default of 64 MB applies.
+    """
     scratch: str = "20Gi"
-    """Local disk for the cache of models and shards."""
+    """Size of the local disk for cached models and feature shards."""
     node_selector: dict[str, str] = field(default_factory=dict)
-    """Labels that a node must have."""
+    """Labels that a node must have to run the step."""
     tolerations: list[dict[str, str]] = field(default_factory=list)
-    """Taints that the step puts up with: {key, operator, value, effect}."""
+    """Node taints that the step tolerates: {key, operator, value, effect}."""
     retries: int = 3
-    """How often a step that failed, was preempted or lost its node is started again. It goes on where it was."""
+    """Maximum number of restarts after a failure, a preemption or a lost node; each resumes the work."""
     retry_after: str = "30s"
-    """Wait before the first of them; each later one waits twice as long, an hour at most."""
+    """Wait before the first retry; it doubles with each retry, up to an hour."""
     timeout_hours: float = 24.0
-    """Hours after which a step that still runs is ended. 0: never."""
+    """Hours after which a running step is stopped. 0: never."""
     labels: dict[str, str] = field(default_factory=dict)
-    """More labels of the pod."""
+    """Additional labels of the pod."""
     annotations: dict[str, str] = field(default_factory=dict)
     """Annotations of the pod."""
 
 
-_AS = {
+_SHARES_SETTINGS_OF = {
     "open-model": "convert-checkpoint",
     "plan-sweep": "score",
     "vary-recipe": "score",
     "compare-runs": "score",
 }
-"""Steps without settings of their own: each gets what another one gets, which needs as little."""
+"""Steps without settings of their own, and the equally small step whose settings they share."""
 
 
 @dataclass
 class Steps:
-    """Each step's pod; underscores stand for the dashes of the steps' names."""
+    """Settings of each step's pod; underscores replace the dashes of the step names."""
 
     build_manifest: StepSettings = field(default_factory=StepSettings)
     extract_features: StepSettings = field(default_factory=StepSettings)
@@ -131,28 +140,35 @@ class Steps:
     score: StepSettings = field(default_factory=StepSettings)
 
     def __getitem__(self, stage: str) -> StepSettings:
-        stage = _AS.get(stage, stage)
-        return getattr(self, stage.replace("-", "_"))
+        stage = _SHARES_SETTINGS_OF.get(stage, stage)
+        settings: StepSettings = getattr(self, stage.replace("-", "_"))
+        return settings
 
 
 @dataclass
 class Cluster:
-    """A cluster, as the pipeline sees it."""
+    """A cluster profile."""
 
     name: str = "custom"
-    """Shown in messages."""
+    """Name shown in messages."""
     description: str = ""
-    """What the profile is for."""
+    """What the profile is for, in one line."""
     endpoint: str = ""
-    """Address of Kubeflow Pipelines, such as https://kubeflow.example/pipeline; `--endpoint` and KF_PIPELINES_ENDPOINT come first."""
+    """Address of Kubeflow Pipelines, such as https://kubeflow.example/pipeline.
+
+    `--endpoint` and KF_PIPELINES_ENDPOINT override it.
+    """
     namespace: str = "slam-asr"
-    """The namespace in which runs run: the user's profile in a multi-user Kubeflow."""
+    """Namespace of the runs: in a multi-user Kubeflow, the user's profile namespace."""
     service_account: str = "slam-asr-runner"
-    """The account of the steps' pods."""
+    """Service account of the steps' pods."""
     run_as_user: int = 1000
-    """User id in the pods; the images' own user. Never 0."""
+    """User id in the pods, by default the user of the images. Must not be 0 (root)."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment of all steps, such as HTTPS_PROXY or NCCL_SOCKET_IFNAME. Nothing secret: it is written into the compiled pipeline."""
+    """Environment variables of all steps, such as HTTPS_PROXY or NCCL_SOCKET_IFNAME.
+
+    They are readable in the compiled pipeline, so they must not contain secrets.
+    """
     images: Images = field(default_factory=Images)
     storage: Storage = field(default_factory=Storage)
     models: Models = field(default_factory=Models)
@@ -179,14 +195,15 @@ class Cluster:
                 re.fullmatch(r"https?://[^/@\s]+/?", address),
                 self,
                 "storage.endpoint",
-                _hidden(address),
+                _without_credentials(address),
                 "http://host:port or https://host, without a name or password in it",
             )
         for name in self.environment:
             if re.search(r"(SECRET_ACCESS|SECRET_KEY|ACCESS_KEY|PASSWORD|TOKEN)", name.upper()):
-                raise UserError(
-                    f"Cluster {self.name}: environment.{name} looks like a credential, and would stand in the compiled pipeline: "
-                    "put it into a secret (storage.secret, models.token_secret) instead."
+                raise ConfigurationError(
+                    f"Cluster {self.name}: environment.{name} looks like a credential, and would be "
+                    "readable in the compiled pipeline: put it into a secret (storage.secret, "
+                    "models.token_secret) instead."
                 )
         for stage in RESULTS:
             self._check_step(stage)
@@ -204,7 +221,7 @@ class Cluster:
                 "a size such as 16Gi",
             )
         _require(
-            step.retry_after and _SECONDS.fullmatch(step.retry_after),
+            step.retry_after and _DURATION.fullmatch(step.retry_after),
             self,
             f"{prefix}.retry_after",
             step.retry_after,
@@ -213,26 +230,28 @@ class Cluster:
         for key in ("gpus", "gpus_per_node", "retries", "timeout_hours"):
             _require(getattr(step, key) >= 0, self, f"{prefix}.{key}", getattr(step, key), "0 or more")
         if step.gpus_per_node and step.gpus > step.gpus_per_node:
-            raise UserError(
-                f"Cluster {self.name}: {prefix}.gpus is {step.gpus}, but a node has {step.gpus_per_node} ({prefix}.gpus_per_node), so that the "
-                "pod would wait forever: lower it, or train over several nodes with the recipe's training.nodes."
+            raise ConfigurationError(
+                f"Cluster {self.name}: {prefix}.gpus is {step.gpus}, but a node has {step.gpus_per_node} "
+                f"({prefix}.gpus_per_node), so the pod would wait forever: lower it, or train on several "
+                "nodes with the recipe's training.nodes."
             )
         if step.shared_memory and size_in_bytes(step.shared_memory) >= size_in_bytes(step.memory):
-            raise UserError(
-                f"Cluster {self.name}: {prefix}.shared_memory ({step.shared_memory}) counts against {prefix}.memory ({step.memory}) and leaves "
-                "nothing of it: raise memory, or lower shared_memory."
+            raise ConfigurationError(
+                f"Cluster {self.name}: {prefix}.shared_memory ({step.shared_memory}) counts against "
+                f"{prefix}.memory ({step.memory}) and uses all of it: raise memory, or lower shared_memory."
             )
-        for taint in step.tolerations:
-            unknown = [key for key in taint if key not in ("key", "operator", "value", "effect")]
-            if unknown:
-                raise UserError(
-                    f"Cluster {self.name}: {prefix}.tolerations has an unknown key {unknown[0]}{nearest(unknown[0], ['key', 'operator', 'value', 'effect']) or '.'}"
+        for toleration in step.tolerations:
+            if unknown := [key for key in toleration if key not in _TOLERATION_KEYS]:
+                hint = nearest(unknown[0], _TOLERATION_KEYS) or "."
+                raise ConfigurationError(
+                    f"Cluster {self.name}: {prefix}.tolerations has an unknown key {unknown[0]}{hint}"
                 )
 
 
 _CPU = re.compile(r"\d+(\.\d+)?|\d+m")
 _SIZE = re.compile(r"\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|K|M|G|T)?")
-_SECONDS = re.compile(r"\d+[smh]")
+_DURATION = re.compile(r"\d+[smh]")
+_TOLERATION_KEYS = ["key", "operator", "value", "effect"]
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -248,37 +267,47 @@ _UNITS = {
 
 
 def size_in_bytes(size: str) -> float:
-    """`16Gi` → 17179869184, as Kubernetes reads sizes."""
-    number, unit = re.fullmatch(r"([\d.]+)(\w*)", size).groups()
+    """Convert a size in Kubernetes notation to bytes: `16Gi` → 17179869184.
+
+    Args:
+        size: one that the check of the profile accepts.
+    """
+    number = size.rstrip("kKMGTi")
+    unit = size.removeprefix(number)
     return float(number) * _UNITS[unit]
 
 
 def shipped_clusters() -> dict[str, Path]:
-    """The profiles that ship, by name."""
+    """Return the shipped profiles: name → file."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def load_cluster(source: str) -> Cluster:
-    """A cluster profile by shipped name or file.
+    """Load and check a cluster profile.
+
+    Args:
+        source: name of a shipped profile, or path of a YAML file.
 
     Raises:
-        UserError: no such profile, an unknown key, a wrong type, or values that contradict.
+        ConfigurationError: no such profile, or values that are out of bounds or contradict each other.
+        UserError: an unknown key or a wrong type.
     """
     shipped = shipped_clusters()
     if source not in shipped and not os.path.isfile(source):
         hint = nearest(source, list(shipped)) or "."
-        raise UserError(
-            f"No cluster profile named {source}, and no such file{hint} Shipped profiles: {', '.join(shipped)}."
+        raise ConfigurationError(
+            f"No cluster profile named {source}, and no such file{hint} "
+            f"Shipped profiles: {', '.join(shipped)}."
         )
     where = f"Cluster {source}"
     values = parse_yaml((shipped.get(source) or Path(source)).read_bytes(), where, "namespace:")
     return typed({"name": Path(source).stem} | values, Cluster, where)
 
 
-def _require(holds: object, cluster: Cluster, key: str, value: object, wanted: str) -> None:
+def _require(holds: object, cluster: Cluster, key: str, value: object, expected: str) -> None:
     if not holds:
-        raise UserError(f"Cluster {cluster.name}: {key} is {value!r} but must be {wanted}.")
+        raise ConfigurationError(f"Cluster {cluster.name}: {key} is {value!r} but must be {expected}.")
 
 
-def _hidden(address: str) -> str:
+def _without_credentials(address: str) -> str:
     return re.sub(r"//[^/]*@", "//…@", address)

@@ -1,4 +1,7 @@
-"""`python -m pipelines compile`: the pipeline and each component as YAML, the same bytes from the same source."""
+"""`python -m pipelines compile`: write the pipeline and each component as YAML.
+
+The output is reproducible: the same source gives the same bytes.
+"""
 
 import ast
 import copy
@@ -9,46 +12,53 @@ import re
 import sys
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
 
 from components import ALL_RESULTS, DEFAULT_IMAGES, IMAGES_VARIABLE, component_of
 from components import images as images_of
 from pipelines import EVALUATION, SWEEP
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
-from pipelines.run_request import RunRequest, add_pipeline_options, wanted_of
+from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.conversion.shipped import shipped_models
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.storage import is_s3, local_path
 from slam_asr.sweeping.variations import varied
+
+if TYPE_CHECKING:
+    from kfp.dsl import PipelineTask
+    from kfp.dsl.base_component import BaseComponent
 
 DEFAULT_CLUSTER = "one-gpu-node"
 
 
 def compile_command(arguments: list[str]) -> int:
-    """Compile, and print the files that were written → the exit code."""
+    """Run the command `compile`: print the files that were written, and return the exit code."""
     named = bool(arguments) and not arguments[0].startswith("-")
     parser = command_parser(
-        "compile", "Write the pipeline and each component as YAML; the same source gives the same bytes."
+        "compile", "Write the pipeline and each component as YAML. The same source gives the same bytes."
     )
     add_cluster_options(parser)
     parser.add_argument(
-        "--output", default="build/kfp", help="a folder, or a .yaml file for the pipeline alone"
+        "--output", default="build/kfp", help="folder for all files, or a .yaml file for the pipeline alone"
     )
     add_pipeline_options(parser, in_a_cluster=True)
     if named:
         add_recipe_options(parser, arguments[0])
     options = parse_options(parser, arguments[1:] if named else arguments)
     cluster = load_cluster(options["cluster"])
-    source = options.get("recipe")
-    wanted = wanted_of(options, pop_recipe(options) if named else None, in_a_cluster=True)
-    defaults = places(cluster, options["corpus"], options["store"], wanted.model) | wanted.parameters
-    if wanted.recipe:
-        check_recipe(wanted, cluster)
-        defaults |= recipe_parameters(source, wanted.recipe)
-    written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, wanted)
+    source: str = options.get("recipe") or ""
+    request = request_from_options(options, pop_recipe(options) if named else None, in_a_cluster=True)
+    defaults = location_parameters(cluster, options["corpus"], options["store"], request.model)
+    defaults |= request.parameters
+    if request.recipe:
+        check_recipe(request, cluster)
+        defaults |= recipe_parameters(source, request.recipe)
+    written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, request)
     print(
         f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})",
         file=sys.stderr,
@@ -58,8 +68,8 @@ def compile_command(arguments: list[str]) -> int:
     return 0
 
 
-def add_cluster_options(parser: Any) -> None:
-    """Give a parser the options that compiling for a cluster takes."""
+def add_cluster_options(parser: ArgumentParser) -> None:
+    """Add the options for compiling to a parser."""
     parser.add_argument(
         "--cluster",
         default=DEFAULT_CLUSTER,
@@ -68,11 +78,11 @@ def add_cluster_options(parser: Any) -> None:
     parser.add_argument(
         "--images",
         type=str,
-        help=f"the steps' images: a template with {{stage}} and {{version}}, or the file that `make images` writes; "
-        f"else {IMAGES_VARIABLE}, else the profile's images.names",
+        help=f"images of the steps: a template with {{stage}} and {{version}}, or the file that "
+        f"`make images` writes (default: {IMAGES_VARIABLE}, else the profile's images.names)",
     )
     parser.add_argument(
-        "--corpus", type=str, help="s3:// prefix of the corpus: the default of the pipeline's parameter"
+        "--corpus", type=str, help="s3:// prefix of the corpus: the default of the pipeline parameter"
     )
     parser.add_argument(
         "--store",
@@ -81,54 +91,64 @@ def add_cluster_options(parser: Any) -> None:
     )
 
 
-def places(
+def location_parameters(
     cluster: Cluster, corpus: str | None, store: str | None, model: str | None = None
 ) -> dict[str, Any]:
-    """The pipeline's parameters `corpus`, `store` and `model`, as far as options and profile name them.
+    """Return the pipeline parameters `corpus`, `store` and `model` that options or profile define.
 
     Raises:
-        UserError: a place on this machine, which no pod can see.
+        ConfigurationError: one of them is a path on this machine, which pods cannot read.
     """
-    named = {"corpus": corpus, "store": store or cluster.storage.store, "model": model}
-    for name, path in named.items():
+    locations = {"corpus": corpus, "store": store or cluster.storage.store, "model": model}
+    for name, path in locations.items():
         if path and not is_s3(path) and not (name == "model" and path in shipped_models()):
-            raise UserError(
-                f"--{name} is {path}, a place on this machine, which no pod of the cluster sees: copy it to object storage and give its s3:// prefix."
+            raise ConfigurationError(
+                f"--{name} is {path}, a path on this machine, which the cluster's pods cannot read: "
+                "copy it to object storage and give its s3:// prefix."
             )
-    return {name: path for name, path in named.items() if path}
+    return {name: path for name, path in locations.items() if path}
 
 
-def check_recipe(wanted: RunRequest, cluster: Cluster) -> None:
-    """Refuse a recipe, or a variation of it, that asks for more than the profile gives.
+def check_recipe(request: RunRequest, cluster: Cluster) -> None:
+    """Check that the recipe and all its variations fit the profile.
 
     Raises:
-        UserError: more processes than GPUs.
+        ConfigurationError: a step has more processes than GPUs.
     """
-    for recipe in (wanted.recipe, *(varied(wanted.recipe, variation) for variation in wanted.variations)):
-        _check_recipe(recipe, cluster)
+    recipe = request.resolved_recipe
+    for variant in (recipe, *(varied(recipe, variation) for variation in request.variations)):
+        _check_recipe(variant, cluster)
 
 
 def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
     gpus = cluster.steps["train"].gpus
     if gpus and recipe.training.processes > gpus:
-        raise UserError(
-            f"Recipe {recipe.name}: training.processes is {recipe.training.processes}, but the cluster {cluster.name} gives each node of train "
-            f"{gpus} GPUs (steps.train.gpus): lower it, or leave it at 0 to use them all."
+        raise ConfigurationError(
+            f"Recipe {recipe.name}: training.processes is {recipe.training.processes}, but the cluster "
+            f"{cluster.name} gives each node of train {gpus} GPUs (steps.train.gpus): lower it, or "
+            "leave it at 0 to use all GPUs."
         )
-    for key, step, runs in (
+    for key, step, is_used in (
         ("features.processes", "extract-features", recipe.caches_features),
         ("decoding.processes", "decode", True),
     ):
-        wanted, gpus = value_of(recipe, key), cluster.steps[step].gpus
-        if runs and wanted > (gpus or math.inf):
-            raise UserError(
-                f"Recipe {recipe.name}: {key} is {wanted}, but the cluster {cluster.name} gives {step} {gpus} GPUs "
-                f"(steps.{step.replace('-', '_')}.gpus): lower it, or leave it at 0 to use them all."
+        processes, gpus = value_of(recipe, key), cluster.steps[step].gpus
+        if is_used and processes > (gpus or math.inf):
+            raise ConfigurationError(
+                f"Recipe {recipe.name}: {key} is {processes}, but the cluster {cluster.name} gives {step} "
+                f"{gpus} GPUs (steps.{step.replace('-', '_')}.gpus): lower it, or leave it at 0 "
+                "to use all GPUs."
             )
 
 
 def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:
-    """The pipeline's parameters that give this recipe: a shipped recipe's name with what was changed of it, or all of it as text."""
+    """Return the pipeline parameters that reproduce a recipe.
+
+    Args:
+        source: name of a shipped recipe, which is passed by name with overrides, or path of a file, which
+            is passed as text.
+        recipe: the resolved recipe, with the changes of the command line.
+    """
     if source in shipped_recipes():
         shipped = load_recipe(source)
         changed = {
@@ -140,7 +160,7 @@ def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:
             "recipe": source,
             "recipe_overrides": {key: value for key, value in changed.items() if not is_dataclass(value)},
         }
-    # In one line: kfp repeats default values in a comment, and minds no line break there.
+    # On one line: kfp repeats default values in a YAML comment, and does not escape line breaks there.
     return {"recipe": json.dumps(asdict(recipe), ensure_ascii=False), "recipe_overrides": {}}
 
 
@@ -149,25 +169,29 @@ def compile_package(
     output: Path,
     images: str | None = None,
     defaults: dict[str, Any] | None = None,
-    wanted: RunRequest | None = None,
+    request: RunRequest | None = None,
 ) -> Path:
-    """Write the pipeline's YAML for a cluster, and check that it hangs together.
+    """Write the pipeline's YAML for a cluster, and check its consistency.
 
     Args:
-        cluster: what each step gets.
+        cluster: resources and settings of each step.
         output: the file.
-        images: a template or a file; the environment's or the profile's if not given.
-        defaults: values of the pipeline's parameters that a run need not name.
-        wanted: which pipeline; the one that trains if not given.
+        images: template or file of image names; default: the environment's, else the profile's.
+        defaults: default values of pipeline parameters.
+        request: selects the pipeline; default: training.
+
+    Returns:
+        `output`.
 
     Raises:
-        UserError: images that cannot be.
+        ConfigurationError: an image name is invalid.
+        PackageDefect: the compiled pipeline is inconsistent.
     """
     from pipelines.package_check import check_package
 
-    named = images_of(images_source(cluster, images))
-    _write(_pipeline(cluster, named, wanted or RunRequest()), output, defaults)
-    check_package(output, named)
+    image_of = images_of(images_source(cluster, images))
+    _write(_pipeline(cluster, image_of, request or RunRequest()), output, defaults)
+    check_package(output, image_of)
     return output
 
 
@@ -176,51 +200,57 @@ def compile_all(
     output: Path,
     images: str | None = None,
     defaults: dict[str, Any] | None = None,
-    wanted: RunRequest | None = None,
+    request: RunRequest | None = None,
 ) -> list[Path]:
-    """Write the pipeline, the same as resources of Kubernetes, and each component, below `output`; the pipeline alone to a file `*.yaml`.
+    """Write the pipeline, the pipeline as Kubernetes resources, and each component to the folder `output`.
+
+    If `output` is a `.yaml` file, only the pipeline is written. For the arguments see `compile_package`.
 
     Returns:
-        The files written: `slam-asr.yaml`, `slam-asr.resources.yaml` and `components/*.yaml`; of the other pipelines, `slam-asr-evaluate.yaml` and so on.
+        The files written: `slam-asr.yaml`, `slam-asr.resources.yaml` and `components/*.yaml`. The files of
+        the other pipelines begin with `slam-asr-evaluate` and `slam-asr-sweep`.
     """
     if output.suffix in (".yaml", ".yml"):
-        return [compile_package(cluster, output, images, defaults, wanted)]
-    wanted = wanted or RunRequest()
-    named = images_of(images_source(cluster, images))
-    written = [compile_package(cluster, output / f"{wanted.pipeline}.yaml", images, defaults, wanted)]
-    resources = output / f"{wanted.pipeline}.resources.yaml"
-    _write(_pipeline(cluster, named, wanted), resources, defaults, resources_in=cluster.namespace)
+        return [compile_package(cluster, output, images, defaults, request)]
+    request = request or RunRequest()
+    image_of = images_of(images_source(cluster, images))
+    written = [compile_package(cluster, output / f"{request.pipeline}.yaml", images, defaults, request)]
+    resources = output / f"{request.pipeline}.resources.yaml"
+    _write(_pipeline(cluster, image_of, request), resources, defaults, resources_in=cluster.namespace)
     return [
         *written,
         resources,
-        *(_component(stage, named[stage], output / "components" / f"{stage}.yaml") for stage in ALL_RESULTS),
+        *(
+            _write_component(step, image_of[step], output / "components" / f"{step}.yaml")
+            for step in ALL_RESULTS
+        ),
     ]
 
 
-def _pipeline(cluster: Cluster, images: dict[str, str], wanted: RunRequest) -> Any:
+def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> "BaseComponent":
     from pipelines import asr, evaluate, sweep
     from pipelines.placement import place, placement
 
-    nodes = wanted.nodes
+    nodes = request.nodes
 
-    def placed(stage: str, task: Any) -> None:
-        place(cluster, images, stage, task, over_nodes=stage == "train" and nodes > 1)
+    def place_step(step: str, task: "PipelineTask") -> None:
+        place(cluster, images, step, task, over_nodes=step == "train" and nodes > 1)
 
-    if wanted.pipeline == EVALUATION:
-        return evaluate.build_pipeline(placed)
+    if request.pipeline == EVALUATION:
+        return evaluate.build_pipeline(place_step)
     trainjob = placement(cluster, images["train"]) if nodes > 1 else ""
-    if wanted.pipeline == SWEEP:
-        return sweep.build_pipeline(placed, trainjob, wanted.parallel)
-    return asr.build_pipeline(placed, trainjob)
+    if request.pipeline == SWEEP:
+        return sweep.build_pipeline(place_step, trainjob, request.parallel)
+    return asr.build_pipeline(place_step, trainjob)
 
 
 def images_source(cluster: Cluster, images: str | None) -> str:
-    """Where the images' names come from: what was asked for, the environment, or the profile."""
+    """Return the template or file of image names: from the option, the environment or the profile."""
     return images or os.environ.get(IMAGES_VARIABLE) or cluster.images.names or DEFAULT_IMAGES
 
 
 def _write(
-    pipeline: Any, path: Path, defaults: dict[str, Any] | None, resources_in: str | None = None
+    pipeline: "BaseComponent", path: Path, defaults: dict[str, Any] | None, resources_in: str | None = None
 ) -> None:
     from kfp.compiler import Compiler
     from kfp.compiler.compiler_utils import KubernetesManifestOptions
@@ -228,7 +258,7 @@ def _write(
     from slam_asr import __version__
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {}
+    options: dict[str, Any] = {}
     if resources_in:
         name = pipeline.name
         options = {
@@ -243,29 +273,34 @@ def _write(
             ),
         }
     Compiler().compile(pipeline, str(path), pipeline_parameters=defaults, **options)
-    path.write_text(_DICTIONARY.sub(_sorted, path.read_text(encoding="utf-8")), encoding="utf-8")
+    path.write_text(_DEFAULT_IN_COMMENT.sub(_sort_keys, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-_DICTIONARY = re.compile(r"(?m)^(# +\w+: (?:dict|list) \[Default: )([{\[].*[}\]])\]$")
-"""A default value in the comment that kfp writes, in the order of protobuf's maps, which is another one each time."""
+_DEFAULT_IN_COMMENT = re.compile(r"(?m)^(# +\w+: (?:dict|list) \[Default: )([{\[].*[}\]])\]$")
+"""A default value in the comment that kfp writes.
+
+kfp writes its keys in the order of protobuf's maps, which changes from run to run.
+"""
 
 
-def _sorted(comment: re.Match[str]) -> str:
-    return f"{comment[1]}{_in_order(ast.literal_eval(comment[2]))}]"
+def _sort_keys(comment: re.Match[str]) -> str:
+    return f"{comment[1]}{_with_sorted_keys(ast.literal_eval(comment[2]))}]"
 
 
-def _in_order(value: Any) -> Any:
+def _with_sorted_keys(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _in_order(inner) for key, inner in sorted(value.items())}
-    return [_in_order(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _with_sorted_keys(inner) for key, inner in sorted(value.items())}
+    return [_with_sorted_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _component(stage: str, image: str, path: Path) -> Path:
-    """Write one component by itself, for pipelines of one's own."""
+def _write_component(stage: str, image: str, path: Path) -> Path:
+    """Write a single component, for use in other pipelines."""
     from kfp.compiler import Compiler
 
     component = copy.deepcopy(component_of(stage))
-    component.component_spec.implementation.container.image = image
+    container = component.component_spec.implementation.container
+    assert container is not None, "every step is a container component"
+    container.image = image
     path.parent.mkdir(parents=True, exist_ok=True)
     Compiler().compile(component, str(path))
     return path

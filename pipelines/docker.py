@@ -1,8 +1,8 @@
-"""Steps in containers, through the Docker engine's own API, and strictly.
+"""Run steps in containers, through the Docker engine's API.
 
-kfp's Docker runner has the engine remove a container when it ends, and takes one that is gone for one that
-succeeded: a failing step then counts as done now and then. Here a container stays until its exit code
-has been read, and is removed by us, whatever happens.
+kfp's Docker runner lets the engine remove a container when it ends, and treats a missing container as a
+success, so a failed step occasionally counts as finished. Here a container exists until its exit code has
+been read; then this module removes it, also after errors and interruptions.
 """
 
 import codecs
@@ -19,57 +19,64 @@ import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from components import CACHE
-from slam_asr.errors import UserError
+from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.storage.cache import cache_folder
 from slam_asr.storage.client import SECRET, SECRET_FOLDER
 
 WITH_GPUS = ("extract-features", "train", "decode")
+"""Stages whose containers get the GPUs."""
 LABEL = "slam-asr.run"
+"""Label of a container: the run that it belongs to."""
 GRACE = 15
-"""Seconds that a step gets to end by itself when the run is interrupted."""
+"""Seconds that a step has to end by itself when the run is interrupted."""
 
+_KILLED = 137
+"""Exit code of a container that was killed: 128 plus SIGKILL."""
 _PASSED_ON = ("AWS_", "HF_", "NCCL_", "OMP_", "SLAM_ASR_S3_")
 _FILES = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CA_BUNDLE")
-"""Variables that name a file, which the container has to see too."""
+"""Environment variables that name a file, which is mounted into the container."""
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 
 
 @dataclass
 class Settings:
-    """What the user says of the containers."""
+    """Options of the command line for containers."""
 
     network: str = "host"
-    """The engine's network: host, none, or a name. With host, object storage on this machine answers at its usual address."""
+    """Network of the engine: host, none, or a name. With host, services of this machine are at localhost."""
     gpus: str = "auto"
-    """all, none, or a number; auto takes all where the engine has NVIDIA's runtime."""
+    """all, none, or a number; auto uses all if the engine has NVIDIA's runtime."""
     shared_memory: str = "8g"
     """Size of /dev/shm."""
     mounts: list[str] = field(default_factory=list)
-    """More folders that the steps read, such as those that a list of audio files names; seen at the same place, read-only."""
+    """Additional folders to mount read-only at the same path, such as those of the audio files in a list."""
 
 
 class Containers:
-    """Runs commands in containers, one after another or side by side, and leaves none behind."""
+    """Runs commands in containers, from one or several threads, and removes all of them at the end."""
 
     def __init__(self, settings: Settings, run: str, writable: list[Path], readable: list[Path]) -> None:
-        """Find the engine.
+        """Connect to the engine and check all settings.
 
         Args:
-            settings: the user's.
-            run: what tells this run's containers from others': those that a killed run left are removed.
+            settings: options of the command line.
+            run: identifies the containers of this run; entering the context removes those that an earlier,
+                killed run with the same name left.
             writable: folders for results.
             readable: files and folders that the steps read.
 
         Raises:
-            UserError: no engine, no such network, no GPU where one is asked for, or a folder that is not there.
+            ClusterError: no engine answers, or it lacks the network or the GPUs.
+            ConfigurationError: a folder does not exist, or the number of GPUs is not a number.
         """
         self.settings, self.run_name = settings, run
         try:
             self.client = docker.from_env()
             info = self.client.info()
         except DockerException as error:
-            raise UserError(
-                f"The Docker engine does not answer ({_reason(error)}): start it, set DOCKER_HOST, or join the group docker."
+            raise ClusterError(
+                f"The Docker engine does not answer ({_reason(error)}): start it, set DOCKER_HOST, "
+                "or join the group docker."
             ) from error
         self.gpus = _gpus(settings.gpus, info)
         self._require_network()
@@ -80,48 +87,50 @@ class Containers:
         self._guard = threading.Lock()
 
     def __enter__(self) -> "Containers":
-        # Not before everything has been looked at: what is refused leaves nothing behind. And not left to the engine, which
-        # would make them as root.
+        # Only after all checks, so that a rejected run creates nothing. And not by the engine, which would
+        # create the folders as root.
         for folder in self.writable:
             folder.mkdir(parents=True, exist_ok=True)
-        for left in self._ours():
-            _remove(left)
+        for container in self._containers_of_run():
+            _remove(container)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Another thread may be about to start a step: it finds this and does not.
+        # Another thread may be about to start a step: `run` checks this flag first.
         self._ending = True
         with self._guard:
             running = list(self._running.values())
         for container in running:
             with contextlib.suppress(APIError):
                 container.stop(timeout=GRACE)
-        for container in self._ours():
+        for container in self._containers_of_run():
             _remove(container)
         self.client.close()
 
     def require_images(self, images: dict[str, str], log_line: Callable[[str], None]) -> None:
-        """Have every image here before the first step starts; one whose name has a registry is pulled.
+        """Check that every image exists locally; pull a missing one if its name includes a registry.
 
         Raises:
-            UserError: an image that is not here, and cannot be had.
+            ClusterError: an image is missing and cannot be pulled.
         """
         for stage, image in images.items():
             try:
                 self.client.images.get(image)
             except ImageNotFound:
                 if not _has_registry(image):
-                    raise UserError(
-                        f"There is no image {image} for {stage} here: `make images` builds it, or name others with --images."
+                    raise ClusterError(
+                        f"The Docker engine has no image {image} for {stage}: `make images` builds it, "
+                        "or name others with --images."
                     ) from None
                 log_line(f"pulling {image}")
                 try:
                     self.client.images.pull(image)
                 except APIError as error:
-                    raise UserError(
-                        f"{image}, the image of {stage}, cannot be pulled ({_reason(error)}): check its name with --images, or `docker login`."
+                    raise ClusterError(
+                        f"{image}, the image of {stage}, cannot be pulled ({_reason(error)}): "
+                        "check its name with --images, or `docker login`."
                     ) from error
 
     def run(
@@ -129,16 +138,23 @@ class Containers:
         stage: str,
         image: str,
         command: list[str],
-        hear: Callable[[str], None],
+        on_line: Callable[[str], None],
         environment: dict[str, str] | None = None,
     ) -> int:
-        """Run `command`, pass each line of its output to `hear`, and give its exit code.
+        """Run `command` in a container and return its exit code.
+
+        Args:
+            stage: the stage; some get GPUs.
+            image: the stage's image.
+            command: program and arguments; the image's entrypoint is not used.
+            on_line: called with each line of output.
+            environment: additional environment variables.
 
         Raises:
-            UserError: the engine refuses the container.
+            ClusterError: the engine refuses the container.
         """
         if self._ending:
-            return 137
+            return _KILLED
         try:
             container = self.client.containers.create(
                 image,
@@ -155,24 +171,24 @@ class Containers:
                 working_dir="/tmp",
             )
         except APIError as error:
-            raise UserError(
+            raise ClusterError(
                 f"The Docker engine refuses a container of {image} ({_reason(error)})."
             ) from error
-        with self._kept(container):
+        with self._removed_at_the_end(container):
             try:
                 container.start()
             except APIError as error:
-                raise UserError(f"The Docker engine cannot start {image} ({_reason(error)}).") from error
+                raise ClusterError(f"The Docker engine cannot start {image} ({_reason(error)}).") from error
             for line in _lines(container.logs(stream=True, follow=True)):
-                hear(line)
+                on_line(line)
             try:
                 return container.wait()["StatusCode"]
             except NotFound:
-                # Another thread ended the run and removed it.
-                return 137
+                # Another thread ended the run and removed the container.
+                return _KILLED
 
     @contextlib.contextmanager
-    def _kept(self, container: Any) -> Iterator[None]:
+    def _removed_at_the_end(self, container: Any) -> Iterator[None]:
         with self._guard:
             self._running[container.id] = container
         try:
@@ -186,23 +202,24 @@ class Containers:
             with self._guard:
                 self._running.pop(container.id, None)
 
-    def _ours(self) -> list[Any]:
+    def _containers_of_run(self) -> list[Any]:
         return self.client.containers.list(all=True, filters={"label": f"{LABEL}={self.run_name}"})
 
     def _require_network(self) -> None:
         known = [network.name for network in self.client.networks.list()]
         if self.settings.network not in known:
-            raise UserError(
-                f"The Docker engine has no network {self.settings.network}: --network may be {', '.join(sorted(known))}."
+            raise ClusterError(
+                f"The Docker engine has no network {self.settings.network}: "
+                f"--network may be {', '.join(sorted(known))}."
             )
 
 
 def _volumes(writable: list[Path], readable: list[Path]) -> dict[str, dict[str, str]]:
-    """Everything at the place that it has here, so that paths mean the same; and the cache of models."""
+    """Return all mounts. Each path is mounted at the same path, so command lines work unchanged."""
     for path in readable:
         if not path.exists():
-            raise UserError(
-                f"There is nothing at {path}, which the containers are to see: check the path, or --mounts."
+            raise ConfigurationError(
+                f"{path} does not exist and cannot be mounted: check the path, or --mounts."
             )
     volumes = {str(path): {"bind": str(path), "mode": "ro"} for path in readable}
     volumes |= {str(path): {"bind": str(path), "mode": "rw"} for path in writable}
@@ -213,7 +230,7 @@ def _volumes(writable: list[Path], readable: list[Path]) -> dict[str, dict[str, 
 
 
 def _credential_files() -> dict[str, str]:
-    """AWS's own files and a mounted secret, as far as they are here, and where the container sees them."""
+    """Return the existing credential files of this machine, and where each is mounted in the container."""
     files = {
         os.path.expanduser(
             os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
@@ -226,7 +243,7 @@ def _credential_files() -> dict[str, str]:
 
 
 def _environment() -> dict[str, str]:
-    """What the programs in the containers look at, as it is here."""
+    """Return the environment of a container: the variables of this process that the stages use."""
     passed = {
         name: value
         for name, value in os.environ.items()
@@ -244,27 +261,29 @@ def _environment() -> dict[str, str]:
         passed.pop(name, None)
         if target in targets:
             passed[name] = target
-    # Models lie in the cache, which the container has; the hub's own folder is not mounted.
+    # Models are in our own cache, which is mounted; the hub's cache folders are not.
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         passed.pop(name, None)
     return passed | {"PYTHONUNBUFFERED": "1"}
 
 
-def _gpus(wanted: str, info: dict[str, Any]) -> list[docker.types.DeviceRequest]:
-    there = "nvidia" in (info.get("Runtimes") or {}) or any(
+def _gpus(requested: str, info: dict[str, Any]) -> list[docker.types.DeviceRequest]:
+    available = "nvidia" in (info.get("Runtimes") or {}) or any(
         "nvidia" in str(d) for d in info.get("DiscoveredDevices") or []
     )
-    if wanted == "none" or (wanted == "auto" and not there):
+    if requested == "none" or (requested == "auto" and not available):
         return []
-    if wanted not in ("auto", "all") and not wanted.isdigit():
-        raise UserError(f"--gpus is {wanted}: give auto, all, none or a number.")
-    if wanted == "0":
+    if requested not in ("auto", "all") and not requested.isdigit():
+        raise ConfigurationError(f"--gpus is {requested}: give auto, all, none or a number.")
+    if requested == "0":
         return []
-    if not there:
-        raise UserError(
-            f"--gpus is {wanted}, but the Docker engine has no GPU: install NVIDIA's container toolkit, or leave --gpus out."
+    if not available:
+        raise ClusterError(
+            f"--gpus is {requested}, but the Docker engine has no GPU: install NVIDIA's container toolkit, "
+            "or leave --gpus out."
         )
-    return [docker.types.DeviceRequest(count=int(wanted) if wanted.isdigit() else -1, capabilities=[["gpu"]])]
+    count = int(requested) if requested.isdigit() else -1
+    return [docker.types.DeviceRequest(count=count, capabilities=[["gpu"]])]
 
 
 def _has_registry(image: str) -> bool:
@@ -273,12 +292,12 @@ def _has_registry(image: str) -> bool:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Lines of a log that comes in pieces; the engine cuts neither at lines nor at characters."""
+    """Split a log into lines. The engine's chunks may end within a line, or within a UTF-8 character."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     rest = ""
     for chunk in chunks:
-        *whole, rest = (rest + decoder.decode(chunk)).split("\n")
-        yield from (f"{line}\n" for line in whole)
+        *complete, rest = (rest + decoder.decode(chunk)).split("\n")
+        yield from (f"{line}\n" for line in complete)
     if rest:
         yield f"{rest}\n"
 

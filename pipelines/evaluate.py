@@ -1,4 +1,4 @@
-"""The pipeline that only measures: from a trained model and test sets to their word error rates."""
+"""The evaluation pipeline: from a trained model and test sets to word error rates."""
 
 from collections.abc import Callable
 
@@ -18,10 +18,10 @@ DESCRIPTION = "Measure a trained SLAM-ASR model: decode test sets and report the
 def build_pipeline(
     place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None,
 ) -> BaseComponent:
-    """The pipeline.
+    """Build the evaluation pipeline.
 
     Args:
-        place: called with each step's stage and task, to say what the step gets of the cluster.
+        place: called with each step's name and task; assigns the cluster's resources to the task.
     """
 
     @dsl.pipeline(name=EVALUATION, display_name="SLAM-ASR: evaluate", description=DESCRIPTION)
@@ -31,27 +31,27 @@ def build_pipeline(
         model: str,
         store: str,
         recipe_overrides: dict = {"data.train": [], "data.dev": []},  # noqa: B006 - kfp needs a literal
-    ):
+    ) -> None:
         """Measure a trained SLAM-ASR model.
 
         Args:
-            corpus: What to measure with: the s3:// prefix of the corpus, of any kind that build-manifest reads.
-            recipe: How: the name of a shipped recipe such as `librispeech`, or a recipe's YAML. Its data.test names the test sets.
-            model: What to measure: the s3:// prefix of a model folder, or the name of a shipped model.
-            store: Where to: s3:// prefix for the results of all stages, which runs may share. Results that are there already are used again.
-            recipe_overrides: Changes to single fields of the recipe, by full name. data.train and data.dev must be empty.
+            corpus: s3:// prefix of the corpus to test on, in any format that build-manifest reads.
+            recipe: Name of a shipped recipe such as `librispeech`, or the YAML text of a recipe.
+            model: s3:// prefix of a model folder, or the name of a shipped model.
+            store: s3:// prefix for the results of all stages. Runs may share it; existing results are reused.
+            recipe_overrides: Changes to single keys of the recipe. data.train and data.dev must be empty.
         """
         opened = open_model(recipe=recipe, recipe_overrides=recipe_overrides, model=model, store=store)
-        # A model that does not fit is answered before any audio is read.
+        # Open the model first, so that one which does not fit the recipe fails before any audio is read.
         manifest = build_manifest(
             recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
         ).after(opened)
         resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
-        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as part:
-            extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=part)
-        with dsl.ParallelFor(opened.outputs["Output"], name="decoding") as part:
+        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as shard:
+            extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=shard)
+        with dsl.ParallelFor(opened.outputs["Output"], name="decoding") as shard:
             decoding = decode(
-                store=store, recipe=resolved, manifests=manifests, model=opened.outputs["opened"], shard=part
+                store=store, recipe=resolved, manifests=manifests, model=opened.outputs["opened"], shard=shard
             )
             decoding.after(extraction)
         scoring = score(
@@ -61,7 +61,7 @@ def build_pipeline(
             hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
         )
         for task in (opened, manifest, extraction, decoding, scoring):
-            # As in the pipeline that trains: each stage looks itself, in the store, for what is there.
+            # As in the training pipeline: each stage checks the store for results itself.
             task.set_caching_options(False)
             place(task.name, task)
 
@@ -69,4 +69,4 @@ def build_pipeline(
 
 
 evaluate = build_pipeline()
-"""As it runs on this machine."""
+"""The pipeline as it runs on this machine."""

@@ -1,8 +1,8 @@
-"""Run the pipeline on this machine, through kfp's own local runner.
+"""Run a pipeline on this machine, through kfp's own local runner.
 
-kfp starts each step as a process or in a container, hands artifacts from one to the next, and stops at the first
-failure. What is ours: the steps' lines reach the user without kfp's own (those are in `kfp.log`),
-an interrupted run leaves no process behind, and the exit code of a failed step is kept.
+kfp starts each step as a process or in a container, passes artifacts from step to step, and stops at the
+first failure. This module adds three things: kfp's own log lines go to `kfp.log` instead of the terminal,
+an interrupted run ends all its processes, and the exit code of a failed step is available.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from components import ALL_RESULTS
 from pipelines import processes
 from pipelines.docker import Containers
 from pipelines.run_request import RunRequest
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import BAR_COLUMNS
 from slam_asr.recipe import dump_recipe
 from slam_asr.stage import Record, follow_pointer, read_record
@@ -39,7 +39,7 @@ _EXECUTOR_PREFIX = "[KFP Executor "
 
 
 class StepFailed(Exception):
-    """A step ended with another exit code than 0; it has said why."""
+    """A step ended with an exit code other than 0; it has already printed the reason."""
 
     def __init__(self, step: "LocalStep") -> None:
         super().__init__(f"{step.name} ended with exit code {step.exit_code}")
@@ -48,27 +48,39 @@ class StepFailed(Exception):
 
 @dataclass
 class LocalStep:
-    """One step of a run."""
+    """A step that ran on this machine."""
 
     name: str
     folder: Path
-    """Where kfp keeps the step's output artifacts."""
+    """Folder of the step's output artifacts."""
     started: float
-    """Unix time."""
+    """Unix time in seconds."""
     exit_code: int | None = None
+    """None while the step runs."""
 
     def record(self) -> Record:
-        """The record of the stage's folder that the step points to."""
-        return read_record(follow_pointer(self.folder / ALL_RESULTS[self.name]))
+        """Read the record of the result folder that the step's output points to."""
+        record = read_record(follow_pointer(self.folder / ALL_RESULTS[self.name]))
+        assert record is not None, "a step writes its pointer after its result folder is complete"
+        return record
 
 
 class LocalRun:
-    """One run of the pipeline; results go to `store`, or `output`/store, and kfp's artifacts to `output`/steps."""
+    """One run of a pipeline on this machine.
+
+    kfp's artifacts go to `output`/steps; results go to `store`, by default `output`/store.
+
+    Args:
+        output: the run's folder.
+        terminal: stream for the lines of the steps; default: stdout.
+        store: folder or s3:// prefix for results.
+        containers: runs the steps in containers; default: as processes.
+    """
 
     def __init__(
         self,
         output: Path,
-        voice: TextIO | None = None,
+        terminal: TextIO | None = None,
         store: str | None = None,
         containers: Containers | None = None,
     ) -> None:
@@ -78,24 +90,27 @@ class LocalRun:
             if store and is_s3(store)
             else str(local_path(store).absolute() if store else self.output / "store")
         )
-        self.voice = voice or sys.stdout
+        self.terminal = terminal or sys.stdout
         self.containers = containers
         self.steps: list[LocalStep] = []
-        self.expected: list[str] = []
+        self.step_names: list[str] = []
 
-    def execute(self, wanted: RunRequest, corpus: str) -> list[LocalStep]:
+    def execute(self, request: RunRequest, corpus: str) -> list[LocalStep]:
         """Run all steps.
 
         Args:
-            wanted: the pipeline, with its resolved recipe.
-            corpus: an absolute path.
+            request: the pipeline, with its resolved recipe.
+            corpus: absolute path or s3:// prefix.
+
+        Returns:
+            The steps, in the order in which they ran.
 
         Raises:
             StepFailed: a step failed.
-            UserError: another run works in the same folder.
+            InputError: another run is working in the same folder.
         """
         with (
-            _alone_in(self.output),
+            _exclusive(self.output),
             open(self.output / KFP_LOG, "w", encoding="utf-8") as log,
             tempfile.TemporaryDirectory(prefix="slam-asr-") as temporary,
             self._hooked_into_kfp(log, temporary),
@@ -103,90 +118,97 @@ class LocalRun:
             runner = local.DockerRunner() if self.containers else local.SubprocessRunner(use_venv=False)
             local.init(runner, pipeline_root=str(self.output / "steps"))
             try:
-                self._run_pipeline(wanted, corpus)
+                self._run_pipeline(request, corpus)
             except RuntimeError:
                 if failed := next((step for step in self.steps if step.exit_code), None):
                     raise StepFailed(failed) from None
                 raise
         return self.steps
 
-    def _run_pipeline(self, wanted: RunRequest, corpus: str) -> None:
+    def _run_pipeline(self, request: RunRequest, corpus: str) -> None:
         from pipelines import EVALUATION, SWEEP, TRAINING
         from pipelines.asr import asr
         from pipelines.evaluate import evaluate
         from pipelines.sweep import sweep
 
-        self.expected = list(wanted.results)
-        run = {TRAINING: asr, EVALUATION: evaluate, SWEEP: sweep}[wanted.pipeline]
-        # The recipe says all; the parameter's default would only repeat it.
+        self.step_names = list(request.results)
+        run = {TRAINING: asr, EVALUATION: evaluate, SWEEP: sweep}[request.pipeline]
+        # The resolved recipe contains all overrides already.
         run(
-            recipe=dump_recipe(wanted.recipe),
+            recipe=dump_recipe(request.resolved_recipe),
             corpus=corpus,
             store=self.store,
             recipe_overrides={},
-            **wanted.parameters,
+            **request.parameters,
         )
 
     def execute_only(self, stage: str, image: str, prepare: Callable[[], list[str]]) -> LocalStep:
-        """Run a single stage's command line.
+        """Run the command line of a single stage.
 
         Args:
-            stage: its name.
-            image: for containers.
-            prepare: writes what the stage reads, and gives its command line; called when the folder is held.
+            stage: name of the stage.
+            image: image to run it in, if in a container.
+            prepare: writes the stage's inputs and returns its command line; called once the folder is locked.
 
         Raises:
-            StepFailed: it failed.
-            UserError: another run works in the same folder.
+            StepFailed: the stage failed.
+            InputError: another run is working in the same folder.
         """
-        with _alone_in(self.output), open(self.output / KFP_LOG, "w", encoding="utf-8") as log:
+        with _exclusive(self.output), open(self.output / KFP_LOG, "w", encoding="utf-8") as log:
             command = prepare()
             step = LocalStep(stage, self.output, time.time())
-            hear = Sieve(self.voice, log).hear
+            on_line = LogFilter(self.terminal, log).write
             if self.containers:
-                step.exit_code = self.containers.run(stage, image, command, hear)
+                step.exit_code = self.containers.run(stage, image, command, on_line)
             else:
                 program = [sys.executable, "-m", "slam_asr", *command[1:]]
-                step.exit_code = processes.run(program, hear, self._environment({}))
+                step.exit_code = processes.run(program, on_line, self._environment({}))
         if step.exit_code:
             raise StepFailed(step)
         return step
 
     @contextlib.contextmanager
     def _hooked_into_kfp(self, log: TextIO, temporary: str) -> Iterator[None]:
-        """Let kfp start steps through `_run_step`, and keep its own words to the log."""
+        """Make kfp start steps through `_run_step`, and redirect its own messages to the log.
+
+        kfp has no hook for either, so its functions are replaced while the block runs.
+        """
 
         def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-            # kfp's launcher leaves a temporary folder behind at each step: they go with ours.
+            # kfp's launcher never removes its temporary folder: it is removed along with ours.
             env = self._environment({"TMPDIR": temporary} | (env_vars or {}))
             return self._run_step(
-                full_command, log, lambda step, hear: processes.run(full_command, hear, env)
+                full_command, log, lambda step, on_line: processes.run(full_command, on_line, env)
             )
 
         def run_container(
             client: object, image: str, command: list[str], volumes: object, **options: Any
         ) -> int:
-            environment = options.get("environment")
+            environment, containers = options.get("environment"), self.containers
+            assert containers is not None, "kfp starts containers only with its Docker runner"
             return self._run_step(
                 command,
                 log,
-                lambda step, hear: self.containers.run(step.name, image, command, hear, environment),
+                lambda step, on_line: containers.run(step.name, image, command, on_line, environment),
             )
 
         with (
             _replaced(subprocess_task_handler, "run_local_subprocess", run_step),
             _replaced(docker_task_handler, "run_docker_container", run_container),
-            _replaced(subprocess_task_handler, "replace_python_executable", _with_this_python),
+            _replaced(subprocess_task_handler, "replace_python_executable", _use_this_python),
             contextlib.redirect_stdout(log),
             warnings.catch_warnings(),
         ):
-            # An image's name says nothing here, where all steps run in this Python.
+            # kfp warns about images without Python in their name, but here no image is used.
             warnings.filterwarnings("ignore", message=".*non-Python base image", category=RuntimeWarning)
             yield
 
     def _environment(self, more: dict[str, str]) -> dict[str, str]:
-        """A step's environment: this one, unbuffered, with room for a progress bar where there is a terminal."""
-        columns = {BAR_COLUMNS: str(shutil.get_terminal_size().columns)} if self.voice.isatty() else {}
+        """Return a step's environment: this process's, unbuffered, plus `more`.
+
+        On a terminal it also contains the width for progress bars, since the step itself writes to a pipe.
+        """
+        columns = {BAR_COLUMNS: str(shutil.get_terminal_size().columns)} if self.terminal.isatty() else {}
         return os.environ | {"PYTHONUNBUFFERED": "1"} | columns | more
 
     def _run_step(
@@ -196,25 +218,25 @@ class LocalRun:
         step = LocalStep(folder.name, folder, time.time())
         self.steps.append(step)
         print(
-            f"\n{self.expected.index(step.name) + 1}/{len(self.expected)} {step.name}",
-            file=self.voice,
+            f"\n{self.step_names.index(step.name) + 1}/{len(self.step_names)} {step.name}",
+            file=self.terminal,
             flush=True,
         )
-        step.exit_code = start(step, Sieve(self.voice, log).hear)
+        step.exit_code = start(step, LogFilter(self.terminal, log).write)
         return step.exit_code
 
 
-class Sieve:
-    """Parts a step's own lines from those that kfp's executor logs around them."""
+class LogFilter:
+    """Separates the lines of a step from those that kfp's executor logs around them."""
 
-    def __init__(self, voice: TextIO, log: TextIO) -> None:
-        self.voice, self.log = voice, log
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+        self.terminal, self.log = terminal, log
         self.in_dump = False
 
-    def hear(self, line: str) -> None:
-        """Pass one line on to where it belongs."""
+    def write(self, line: str) -> None:
+        """Write a line of the step to the terminal, or a line of the executor to the log."""
         ours = not self.in_dump and not (line.startswith(_EXECUTOR_PREFIX) and " INFO]: " in line)
-        target = self.voice if ours else self.log
+        target = self.terminal if ours else self.log
         target.write(line)
         target.flush()
         # "Got executor_input:" is followed by indented JSON; its last line is a brace alone.
@@ -224,24 +246,24 @@ class Sieve:
             self.in_dump = line.rstrip().endswith("Got executor_input:")
 
 
-def _with_this_python(full_command: list[str], new_executable: str) -> list[str]:
-    """Name the Python in the launcher's script only.
+def _use_this_python(full_command: list[str], new_executable: str) -> list[str]:
+    """Replace `python3` by this interpreter, but only in the launcher's script.
 
-    kfp's own replaces the word in all arguments, and so breaks paths with `python3` in them.
+    kfp's own version replaces it in all arguments, which breaks paths that contain `python3`.
     """
     shell, option, script, *rest = full_command
     return [shell, option, script.replace("python3", shlex.quote(new_executable)), *rest]
 
 
 def _artifact_folder(command: list[str]) -> Path:
-    """The folder of a step's output artifacts, from kfp's command line for it."""
+    """Return the folder of a step's output artifacts, from the command line that kfp runs."""
     executor_input = json.loads(command[command.index("--executor_input") + 1])
     return Path(executor_input["outputs"]["outputFile"]).parent
 
 
 @contextlib.contextmanager
-def _replaced(module: ModuleType, name: str, function: Callable) -> Iterator[None]:
-    """Put `function` in the place of `module.name` for a while."""
+def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace `module.name` by `function` within the block."""
     original = getattr(module, name)
     setattr(module, name, function)
     try:
@@ -251,19 +273,19 @@ def _replaced(module: ModuleType, name: str, function: Callable) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Make `folder`, and hold it for one run; two would write into each other's half-done results."""
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Create `folder` and lock it: two runs would overwrite each other's unfinished results."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be made a folder ({error.strerror}): choose another --output."
+        raise ConfigurationError(
+            f"The folder {folder} cannot be created ({error.strerror}): choose another --output."
         ) from error
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            raise InputError(
                 f"Another run is working in {folder}: wait for it, or choose another --output."
             ) from None
         yield

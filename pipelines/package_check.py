@@ -1,21 +1,25 @@
-"""Does a compiled pipeline hang together? What would otherwise show only when it runs.
+"""Check the consistency of a compiled pipeline, to find errors that would otherwise appear only when it runs.
 
-kfp's own check of the YAML knows the keys, but not whether a task that is named exists. Here every
-producer, output, parameter, component and image is looked up, and each step has its settings of
-Kubernetes.
+kfp's own check validates the keys of the YAML, but not its references. This module looks up every
+producer, output, parameter, component and image, and checks that each step has Kubernetes settings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from google.protobuf import json_format
+from google.protobuf.message import Message
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+Kind = Literal["parameters", "artifacts"]
+_KINDS: tuple[Kind, ...] = ("parameters", "artifacts")
+
 
 class PackageDefect(Exception):
-    """The compiled pipeline contradicts itself: a defect of this project, not of its user."""
+    """The compiled pipeline is inconsistent: a defect of this project, not an error of its user."""
 
 
 def read_package(
@@ -23,10 +27,10 @@ def read_package(
 ) -> tuple[
     pipeline_spec_pb2.PipelineSpec, dict[str, kubernetes_executor_config_pb2.KubernetesExecutorConfig]
 ]:
-    """The two documents of a compiled pipeline: its specification, and each executor's settings of Kubernetes.
+    """Read a compiled pipeline: its specification, and the Kubernetes settings by executor label.
 
     Raises:
-        PackageDefect: a key that does not exist, or a value of the wrong type.
+        PackageDefect: an unknown key, or a value of the wrong type.
     """
     documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     platforms = documents[1]["platforms"] if len(documents) > 1 else {}
@@ -43,48 +47,48 @@ def read_package(
 
 
 def check_package(path: Path, images: dict[str, str]) -> None:
-    """Look up everything that a compiled pipeline refers to.
+    """Check that everything that a compiled pipeline refers to exists.
 
     Args:
-        path: its YAML.
-        images: the image of each stage.
+        path: the pipeline's YAML.
+        images: expected image of each step.
 
     Raises:
-        PackageDefect: naming all that is missing.
+        PackageDefect: a reference has no target; the message lists all of them.
     """
     spec, settings = read_package(path)
     executors = dict(spec.deployment_spec["executors"].items())
-    complaints = list(_complaints_of_dag(spec, "root", spec.root))
+    defects = list(_dag_defects(spec, "root", spec.root))
     for name, component in spec.components.items():
         if component.HasField("dag"):
-            complaints += _complaints_of_dag(spec, name, component)
+            defects += _dag_defects(spec, name, component)
         elif component.executor_label not in executors:
-            complaints.append(f"{name} has no executor {component.executor_label}")
+            defects.append(f"{name} has no executor {component.executor_label}")
     for label, executor in executors.items():
         stage = label.removeprefix("exec-")
         if executor["container"]["image"] != images.get(stage):
-            complaints.append(f"{label} runs in {executor['container']['image']}, not in {images.get(stage)}")
+            defects.append(f"{label} runs in {executor['container']['image']}, not in {images.get(stage)}")
         if label not in settings:
-            complaints.append(f"{label} has no settings of Kubernetes")
-    complaints += [
-        f"settings of Kubernetes for {label}, which does not exist"
+            defects.append(f"{label} has no Kubernetes settings")
+    defects += [
+        f"Kubernetes settings for {label}, which does not exist"
         for label in settings
         if label not in executors
     ]
-    if complaints:
-        raise PackageDefect(f"{path}: {'; '.join(complaints)}")
+    if defects:
+        raise PackageDefect(f"{path}: {'; '.join(defects)}")
 
 
-def _complaints_of_dag(
+def _dag_defects(
     spec: pipeline_spec_pb2.PipelineSpec, name: str, component: pipeline_spec_pb2.ComponentSpec
 ) -> Iterator[str]:
-    """What is missing of what a graph's tasks, and its outputs, refer to."""
+    """Check the references of a graph's tasks and outputs."""
     tasks = component.dag.tasks
-    given = component.input_definitions
+    graph_inputs = component.input_definitions
     for task_name, task in tasks.items():
         where = f"{name}.{task_name}"
-        wanted = spec.components.get(task.component_ref.name)
-        if wanted is None:
+        used = spec.components.get(task.component_ref.name)
+        if used is None:
             yield f"{where} uses the component {task.component_ref.name}, which does not exist"
             continue
         yield from (
@@ -94,11 +98,11 @@ def _complaints_of_dag(
         )
         items = task.parameter_iterator.items.input_parameter
         if items and items not in task.inputs.parameters:
-            yield f"{where} goes over {items}, which it is not given"
-        for kind in ("parameters", "artifacts"):
-            inputs, known = getattr(task.inputs, kind), getattr(wanted.input_definitions, kind)
+            yield f"{where} iterates over {items}, which is not among its inputs"
+        for kind in _KINDS:
+            inputs, known = getattr(task.inputs, kind), getattr(used.input_definitions, kind)
             yield from (
-                f"{where} is given {key}, which {task.component_ref.name} does not take"
+                f"{where} passes {key}, which {task.component_ref.name} does not accept"
                 for key in inputs
                 if key not in known
             )
@@ -109,36 +113,50 @@ def _complaints_of_dag(
                 if key not in inputs and not optional and key != task.parameter_iterator.item_input:
                     yield f"{where} lacks its input {key}"
             for key, source in inputs.items():
-                yield from _complaints_of_source(spec, tasks, given, f"{where}.{key}", kind, source)
-    for kind, key_of in (("parameters", "output_parameter_key"), ("artifacts", "output_artifact_key")):
+                yield from _source_defects(spec, tasks, graph_inputs, f"{where}.{key}", kind, source)
+    for kind in _KINDS:
         for key, output in getattr(component.dag.outputs, kind).items():
             selectors = output.artifact_selectors if kind == "artifacts" else [output.value_from_parameter]
             for selector in selectors:
-                yield from _complaints_of_output(
+                yield from _output_defects(
                     spec,
                     tasks,
                     f"{name}'s output {key}",
                     kind,
                     selector.producer_subtask,
-                    getattr(selector, key_of),
+                    getattr(selector, f"output_{kind.removesuffix('s')}_key"),
                 )
 
 
-def _complaints_of_source(spec, tasks, given, where: str, kind: str, source) -> Iterator[str]:
-    """What is missing behind one input of a task: a producer and its output, or an input of the graph."""
+def _source_defects(
+    spec: pipeline_spec_pb2.PipelineSpec,
+    tasks: Mapping[str, pipeline_spec_pb2.PipelineTaskSpec],
+    graph_inputs: pipeline_spec_pb2.ComponentInputsSpec,
+    where: str,
+    kind: Kind,
+    source: Message,
+) -> Iterator[str]:
+    """Check the source of one input of a task: another task's output, or an input of the graph."""
     single = kind.removesuffix("s")
     produced = getattr(source, f"task_output_{single}", None)
     if produced is not None and produced.producer_task:
-        yield from _complaints_of_output(
+        yield from _output_defects(
             spec, tasks, where, kind, produced.producer_task, getattr(produced, f"output_{single}_key")
         )
     passed = getattr(source, f"component_input_{single}")
-    if passed and passed not in getattr(given, kind):
-        yield f"{where} comes from {passed}, which the graph is not given"
+    if passed and passed not in getattr(graph_inputs, kind):
+        yield f"{where} comes from {passed}, which is not among the graph's inputs"
 
 
-def _complaints_of_output(spec, tasks, where: str, kind: str, producer: str, key: str) -> Iterator[str]:
-    """What is missing of an output of a task."""
+def _output_defects(
+    spec: pipeline_spec_pb2.PipelineSpec,
+    tasks: Mapping[str, pipeline_spec_pb2.PipelineTaskSpec],
+    where: str,
+    kind: Kind,
+    producer: str,
+    key: str,
+) -> Iterator[str]:
+    """Check that a task and its output exist."""
     if producer not in tasks:
         yield f"{where} comes from {producer}, which does not exist"
         return

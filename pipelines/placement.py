@@ -1,9 +1,8 @@
-"""What each step gets of a cluster: a profile's settings, written onto the tasks of a pipeline.
+"""Apply the settings of a cluster profile to the tasks of a pipeline.
 
-From kfp come image, cores, memory, GPUs, environment and retries; everything else is a setting of
-Kubernetes, through kfp-kubernetes. Of a pod's security context that package can set user, group and
-non-root; dropping capabilities, seccomp and privilege escalation are left to Kubeflow's backend and
-to the namespace's pod security labels.
+kfp itself sets image, CPU, memory, GPUs, environment and retries; kfp-kubernetes sets everything
+else. Of a pod's security context, kfp-kubernetes only supports user, group and non-root. Capabilities,
+seccomp and privilege escalation are left to Kubeflow's backend and the namespace's pod security labels.
 """
 
 import json
@@ -19,22 +18,22 @@ from slam_asr.storage.client import SECRET_FOLDER
 from slam_asr.trainjob.placement import Placement
 
 _KUEUE = "kueue.x-k8s.io"
-_LONGEST_WAIT = "3600s"
+_MAX_RETRY_WAIT = "3600s"
 
 COORDINATOR = StepSettings(cpu="1", memory="4Gi", scratch="10Gi")
-"""The step `train` where a TrainJob does the work: it starts the job and watches it."""
+"""Settings of the step `train` in multi-node training: it only starts a TrainJob and watches it."""
 
 
 def place(
     cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTask, over_nodes: bool = False
 ) -> None:
-    """Give a task what the profile says for its stage.
+    """Apply the profile's settings for a step to its task.
 
     Args:
         cluster: the profile.
-        images: each stage's image.
-        stage: the task's stage.
-        task: changed in place.
+        images: image of each step.
+        stage: name of the step.
+        task: the step's task; changed in place.
         over_nodes: whether a TrainJob does the step's work, so that its own pod needs no GPU.
     """
     step = cluster.steps[stage]
@@ -49,7 +48,7 @@ def place(
         step.retries,
         backoff_duration=_seconds(step.retry_after),
         backoff_factor=2.0,
-        backoff_max_duration=_LONGEST_WAIT,
+        backoff_max_duration=_MAX_RETRY_WAIT,
     )
     if step.timeout_hours:
         kubernetes.set_timeout(task, round(step.timeout_hours * 3600))
@@ -58,7 +57,7 @@ def place(
             kubernetes.add_node_selector(task, label, value)
         for taint in step.tolerations:
             kubernetes.add_toleration(task, **{"operator": "Equal", **taint})
-    # A step that only watches does not wait in the queue for the room that its own nodes need.
+    # A step that only watches its TrainJob must not compete with that job for the quota of the queue.
     for label, value in labels(cluster, stage, queued=not over_nodes).items():
         kubernetes.add_pod_label(task, label, value)
     for name, value in step.annotations.items():
@@ -72,7 +71,7 @@ def place(
 
 
 def placement(cluster: Cluster, image: str) -> str:
-    """What each node of a training over several nodes gets, as the step `train` takes it: JSON of `Placement`."""
+    """Return the `Placement` of a multi-node training's nodes as JSON: the input `trainjob` of `train`."""
     step = cluster.steps["train"]
     resources = {
         "cpu": step.cpu,
@@ -108,7 +107,7 @@ def placement(cluster: Cluster, image: str) -> str:
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
-    """The environment of all steps; nothing in it is secret."""
+    """Return the environment variables of all steps; none is secret."""
     return {
         "SLAM_ASR_CACHE": CACHE,
         **({"AWS_ENDPOINT_URL": cluster.storage.endpoint} if cluster.storage.endpoint else {}),
@@ -119,7 +118,7 @@ def environment(cluster: Cluster) -> dict[str, str]:
 
 
 def labels(cluster: Cluster, stage: str, queued: bool) -> dict[str, str]:
-    """The labels of a step's pods, Kueue's among them."""
+    """Return the labels of a step's pods; those of Kueue only if `queued`."""
     return {
         "app.kubernetes.io/part-of": "slam-asr",
         "app.kubernetes.io/component": stage,
@@ -145,12 +144,12 @@ def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
     if cluster.models.claim:
         kubernetes.mount_pvc(task, cluster.models.claim, f"{CACHE}/models")
     if cluster.storage.secret:
-        # As files: a rotated secret reaches a step that is running, and no environment shows it.
+        # As files: a running step sees a rotated secret, and it never appears in the environment.
         kubernetes.use_secret_as_volume(task, cluster.storage.secret, SECRET_FOLDER)
     if cluster.models.token_secret:
         kubernetes.use_secret_as_env(task, cluster.models.token_secret, {"HF_TOKEN": "HF_TOKEN"})
 
 
 def _seconds(time: str) -> str:
-    """`5m` → `300s`, the only unit that the pipeline's specification has."""
+    """Convert `5m` to `300s`: the pipeline specification only knows seconds."""
     return f"{int(time[:-1]) * {'s': 1, 'm': 60, 'h': 3600}[time[-1]]}s"

@@ -1,4 +1,4 @@
-"""A step's process: in a group of its own, heard line by line, and gone when the run is."""
+"""Run a step as a process: pass on its output line by line, and end all its processes with the run."""
 
 import contextlib
 import io
@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 import psutil
 
 GRACE = 15.0
-"""Seconds that an interrupted step gets to end by itself; torchrun needs some to end its workers."""
+"""Seconds that an interrupted step has to end by itself; torchrun needs some to end its workers."""
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Treat the end that a supervisor (SIGTERM) or a closing terminal (SIGHUP) asks for like Ctrl-C.
+    """Handle SIGTERM (from a supervisor) and SIGHUP (from a closing terminal) like Ctrl-C.
 
-    A step has to be ended with the run, and Python would leave at once. A signal that the caller
-    has ignored (nohup, a background job) stays ignored.
+    By default they would end Python at once, without ending the running step. A signal that the caller
+    ignores (nohup, a background job) stays ignored.
     """
 
     def interrupt(*_: object) -> None:
@@ -35,13 +35,18 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(command: list[str], hear: Callable[[str], None], env: dict[str, str] | None = None) -> int:
-    """Run `command`, pass each line of its output, and each redrawn bar, to `hear`, and give its exit code.
+def run(command: list[str], on_line: Callable[[str], None], env: dict[str, str] | None = None) -> int:
+    """Run `command` and return its exit code.
 
-    Left by an exception, such as Ctrl-C, it ends the command and all processes that it has started.
+    An exception, such as Ctrl-C, ends the command and all processes that it has started.
+
+    Args:
+        command: program and arguments.
+        on_line: called with each line of stdout and stderr, and with each redrawn progress bar.
+        env: environment of the command; default: this process's.
     """
-    # A group of its own: on Ctrl-C the terminal signals the foreground group only, so that the
-    # step hears of it from us, once, and we decide what is still printed.
+    # In a session of its own: on Ctrl-C the terminal signals its foreground group only, so the step
+    # is interrupted by us, once, and we decide what is still printed.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -50,11 +55,12 @@ def run(command: list[str], hear: Callable[[str], None], env: dict[str, str] | N
         env=env,
         start_new_session=True,
     )
-    # Line ends stay as they are: a progress bar is redrawn behind a carriage return.
+    assert process.stdout is not None, "stdout is a pipe"
+    # Line ends are not translated: a progress bar ends in a carriage return and is redrawn over itself.
     lines = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
     try:
         for line in lines:
-            hear(line)
+            on_line(line)
         return process.wait()
     finally:
         if process.poll() is None:
@@ -62,16 +68,16 @@ def run(command: list[str], hear: Callable[[str], None], env: dict[str, str] | N
         lines.close()
 
 
-def _end(process: subprocess.Popen) -> None:
-    """Ask the step's processes to end, wait a while, and kill what is left."""
-    # Workers of torchrun are in sessions of their own: the group's signal does not reach them.
-    family = []
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the step's processes, wait up to `GRACE` seconds, and kill those that remain."""
+    # torchrun starts its workers in sessions of their own, which a signal to the group does not reach.
+    family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
         family = [parent, *parent.children(recursive=True)]
     try:
         os.killpg(process.pid, signal.SIGINT)
-        # Read on until all are gone: a full pipe would keep them from ending.
+        # Read the output until the end: a full pipe would block a step that still prints.
         process.communicate(timeout=GRACE)
     except (subprocess.TimeoutExpired, KeyboardInterrupt, ProcessLookupError):
         pass

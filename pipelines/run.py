@@ -1,4 +1,4 @@
-"""`python -m pipelines run`: the pipeline, or one stage of it, on this machine, as processes or in containers."""
+"""`python -m pipelines run`: run a pipeline, or one stage of it, on this machine."""
 
 import contextlib
 import itertools
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from components import IMAGES_VARIABLE, STAGES, image
 from pipelines import processes
 from pipelines.cli import command_parser
-from pipelines.run_request import RunRequest, add_pipeline_options, wanted_of
+from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
 from pipelines.single import command_of_stage, corpus_of, require_stage
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
-from slam_asr.errors import EXIT_CODE, UserError
+from slam_asr.errors import EXIT_CODE, ConfigurationError, InputError
 from slam_asr.recipe import dump_recipe, shipped_recipes
 from slam_asr.storage import is_s3, local_path, write_atomically
 
@@ -28,11 +28,11 @@ DEMO_CORPUS = CHECKOUT / "demo" / "speech"
 
 
 def run(arguments: list[str]) -> int:
-    """Run the steps one after another, or a single stage → the exit code."""
+    """Run all steps one after another, or a single stage, and return the exit code."""
     options = _options(arguments)
     source = options["recipe"]
-    wanted = wanted_of(options, pop_recipe(options), in_a_cluster=False)
-    only = require_stage(options["only"], wanted) if options["only"] else None
+    request = request_from_options(options, pop_recipe(options), in_a_cluster=False)
+    only = require_stage(options["only"], request) if options["only"] else None
     output = local_path(options["output"] or Path("runs") / Path(source).stem).absolute()
     corpus = (
         str(_corpus(source, options["corpus"]))
@@ -40,16 +40,16 @@ def run(arguments: list[str]) -> int:
         else corpus_of(output, only)
     )
     if options["images"]:
-        # kfp reads the images' names when the components are defined, that is, imported.
+        # Components read this variable when they are imported, which has not happened yet.
         os.environ[IMAGES_VARIABLE] = options["images"]
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         containers = (
-            stack.enter_context(_containers(options, output, wanted, corpus))
+            stack.enter_context(_containers(options, output, request, corpus))
             if options["runner"] == "docker"
             else None
         )
-        if code := _fetch_models(wanted):
+        if code := _fetch_models(request):
             return code
 
         from pipelines.local import LocalRun, StepFailed
@@ -58,9 +58,9 @@ def run(arguments: list[str]) -> int:
         local_run = LocalRun(output, store=options["store"], containers=containers)
         try:
             if only:
-                _run_only(only, local_run, wanted, corpus)
+                _run_only(only, local_run, request, corpus)
                 return 0
-            local_run.execute(wanted, corpus)
+            local_run.execute(request, corpus)
         except StepFailed as error:
             print(f"slam-asr: {failure(error.step, output)}", file=sys.stderr)
             return EXIT_CODE if error.step.exit_code == EXIT_CODE else 1
@@ -68,24 +68,24 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _run_only(stage: str, local_run: "LocalRun", wanted: RunRequest, corpus: str) -> None:
-    """Run one stage, fed by what the stages before it left in the run's folder."""
+def _run_only(stage: str, local_run: "LocalRun", request: RunRequest, corpus: str) -> None:
+    """Run one stage on the results that earlier stages left in the run's folder."""
 
     def prepare() -> list[str]:
-        written = local_run.output / "recipe.yaml"
-        write_atomically(written, dump_recipe(wanted.recipe))
+        recipe, recipe_file = request.resolved_recipe, local_run.output / "recipe.yaml"
+        write_atomically(recipe_file, dump_recipe(recipe))
         return command_of_stage(
-            stage, local_run.output, local_run.store, written, corpus, wanted.recipe, wanted.model
+            stage, local_run.output, local_run.store, recipe_file, corpus, recipe, request.model
         )
 
     local_run.execute_only(stage, image(stage), prepare)
 
 
-def _containers(options: dict[str, Any], output: Path, wanted: RunRequest, corpus: str) -> "Containers":
-    """The Docker engine, with all folders that the steps need, and every image there.
+def _containers(options: dict[str, Any], output: Path, request: RunRequest, corpus: str) -> "Containers":
+    """Connect to the Docker engine, mount every folder that the steps read, and check that all images exist.
 
     Raises:
-        UserError: no engine, no image, or a folder that is not there.
+        UserError: no engine, no image, or a folder does not exist.
     """
     from pipelines.docker import Containers, Settings
 
@@ -98,46 +98,48 @@ def _containers(options: dict[str, Any], output: Path, wanted: RunRequest, corpu
             else []
         ),
     ]
-    named = [corpus, wanted.recipe.data.audio_root, wanted.model, *itertools.chain(*wanted.base_models())]
-    here = [Path(name).absolute() for name in named if name and not is_s3(name) and os.path.exists(name)]
-    # A list of audio files names them relative to the folder that it lies in.
-    containers = Containers(
-        settings, str(output), writable, [path if path.is_dir() else path.parent for path in here]
-    )
-    stages = [options["only"]] if options["only"] else wanted.results
+    audio_root = request.resolved_recipe.data.audio_root
+    inputs = [corpus, audio_root, request.model, *itertools.chain(*request.base_models())]
+    local = [Path(name).absolute() for name in inputs if name and not is_s3(name) and os.path.exists(name)]
+    # A corpus may be a list of audio files with paths relative to its own folder: mount that folder.
+    readable = [path if path.is_dir() else path.parent for path in local]
+    containers = Containers(settings, str(output), writable, readable)
+    stages = [options["only"]] if options["only"] else request.results
     containers.require_images({stage: image(stage) for stage in stages}, lambda line: print(line, flush=True))
     return containers
 
 
 def _options(arguments: list[str]) -> dict[str, Any]:
-    """Options of `run RECIPE …`; those of the recipe have its values where the user wrote none."""
+    """Parse the options of `run RECIPE …`; the recipe's values are the defaults of its options."""
     named = bool(arguments) and not arguments[0].startswith("-")
     parser = command_parser(
-        "run", "Run the steps on this machine, one after another; steps that are done are kept."
+        "run", "Run the steps on this machine, one after another. Finished steps are reused."
     )
-    parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo brings its own)")
+    parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo includes its own)")
     add_pipeline_options(parser, in_a_cluster=False)
     parser.add_argument("--output", type=str, help="folder for all results (default: runs/RECIPE)")
     parser.add_argument(
         "--store",
         type=str,
-        help="folder or s3://bucket/prefix for the stages' results, which runs may share (default: OUTPUT/store)",
+        help="folder or s3://bucket/prefix for the results of all stages; runs may share it "
+        "(default: OUTPUT/store)",
     )
     parser.add_argument(
         "--runner",
         type=Literal["process", "docker"],
         default="process",
-        help="steps as processes of this Python, or in containers",
+        help="run the steps as processes of this Python, or in containers",
     )
     parser.add_argument(
         "--only",
         type=str,
-        help=f"run this stage alone, fed by what the others left in OUTPUT: {', '.join(STAGES)}",
+        help=f"run only this stage, on the earlier results in OUTPUT: {', '.join(STAGES)}",
     )
     parser.add_argument(
         "--images",
         type=str,
-        help=f"docker: the steps' images, a template with {{stage}} and {{version}} or the file that `make images` writes; else {IMAGES_VARIABLE}",
+        help=f"docker: images of the steps, a template with {{stage}} and {{version}} or the file that "
+        f"`make images` writes (default: {IMAGES_VARIABLE})",
     )
     parser.add_argument(
         "--network", type=str, default="host", help="docker: host, none, or the name of a network"
@@ -146,38 +148,48 @@ def _options(arguments: list[str]) -> dict[str, Any]:
         "--gpus",
         type=str,
         default="auto",
-        help="docker: all, none, or a number; auto takes all that the engine has",
+        help="docker: all, none, or a number; auto uses all GPUs that the engine has",
     )
-    parser.add_argument("--shared_memory", type=str, default="8g", help="docker: size of /dev/shm")
+    parser.add_argument("--shared-memory", type=str, default="8g", help="docker: size of /dev/shm")
     parser.add_argument(
         "--mounts",
         type=list[str],
         default=[],
-        help="docker: more folders that the steps read, such as those of audio that a list names",
+        help="docker: additional folders to mount, such as those of the audio files in a list",
     )
     add_recipe_options(parser, arguments[0] if named else None)
     options = parse_options(parser, arguments[1:] if named else arguments)
     if not named:
-        raise UserError(
-            f"RECIPE is missing: python -m pipelines run RECIPE, with a file or one of {', '.join(shipped_recipes())}."
+        raise ConfigurationError(
+            "RECIPE is missing: python -m pipelines run RECIPE, with a file or one of "
+            f"{', '.join(shipped_recipes())}."
         )
     if options["recipe"] != arguments[0]:
-        raise UserError(f"Two recipes are named, {arguments[0]} and {options['recipe']}: leave out --recipe.")
+        raise ConfigurationError(
+            f"Two recipes are named, {arguments[0]} and {options['recipe']}: leave out --recipe."
+        )
     return options
 
 
-def _fetch_models(wanted: RunRequest) -> int:
-    """Have all frozen models on this machine first: a misspelt name fails now and not hours later."""
-    (encoder,), llms = wanted.base_models()
+def _fetch_models(request: RunRequest) -> int:
+    """Download all frozen models before the first step: a misspelt name fails now, not hours later.
+
+    Returns:
+        The exit code of the download.
+    """
+    (encoder,), llms = request.base_models()
     command = [sys.executable, "-m", "slam_asr.models.pretrained", encoder, *llms]
     if sys.stdout.isatty():
-        # Downloads draw their bars themselves.
+        # Through a pipe, the download could not draw its progress bars.
         return subprocess.call(command)
     return processes.run(command, lambda line: print(line, end="", flush=True))
 
 
 def _corpus(recipe: str, path: str | None) -> Path | str:
-    """The corpus as an absolute path, after a look that it is there; one in object storage is looked at by its step."""
+    """Return the corpus as an absolute path, after checking that it exists.
+
+    One in object storage is returned unchanged, and checked by the step that reads it.
+    """
     if path and is_s3(path):
         return path
     if path:
@@ -185,7 +197,7 @@ def _corpus(recipe: str, path: str | None) -> Path | str:
     elif recipe == "demo":
         corpus = DEMO_CORPUS
     else:
-        raise UserError(f"Recipe {recipe} brings no corpus: say where yours is with --corpus PATH.")
+        raise ConfigurationError(f"Recipe {recipe} includes no corpus: name yours with --corpus PATH.")
     if not corpus.exists():
-        raise UserError(f"There is no corpus at {corpus}: check --corpus.")
+        raise InputError(f"There is no corpus at {corpus}: check --corpus.")
     return corpus

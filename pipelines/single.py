@@ -1,7 +1,7 @@
-"""One stage of a run by itself, fed by what the stages before it left in the same folder.
+"""Run a single stage (`--only`) on the results that earlier stages left in the run's folder.
 
-It is the stage's own command line, with the inputs and outputs that the pipeline's step has, so that a
-run of the whole pipeline finds it done.
+The stage's own command line runs with the same inputs and outputs as the pipeline's step, so a later run
+of the complete pipeline reuses the result.
 """
 
 from collections.abc import Callable
@@ -9,44 +9,50 @@ from pathlib import Path
 
 from components import RESULTS, STAGES
 from pipelines.run_request import RunRequest
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.recipe import Recipe
 from slam_asr.stage import FINGERPRINT, follow_pointer, require_record
 from slam_asr.storage import join
 
 RESULTS_OF_SINGLES = "results"
-"""Folder of a run that keeps the pointers of stages that were run by themselves."""
+"""Folder in a run's output with the pointers of stages that ran by themselves."""
 
 
 def command_of_stage(
-    stage: str, output: Path, store: str, recipe: Path, corpus: str, wanted: Recipe, model: str | None = None
+    stage: str,
+    output: Path,
+    store: str,
+    recipe_file: Path,
+    corpus: str,
+    recipe: Recipe,
+    model: str | None = None,
 ) -> list[str]:
-    """The stage's command line.
+    """Return a stage's command line.
 
     Args:
-        stage: one of the five.
+        stage: one of `STAGES`.
         output: the run's folder.
-        store: where results go.
-        recipe: file with the resolved recipe.
-        corpus: what build-manifest reads.
-        wanted: the same, read.
-        model: decode with this one instead of the run's own.
+        store: folder or s3:// prefix for results.
+        recipe_file: file with the resolved recipe.
+        corpus: input of build-manifest.
+        recipe: the content of `recipe_file`.
+        model: model to decode with, instead of the run's own.
 
     Raises:
-        UserError: a stage before it has not run, or its result is gone.
+        UserError: an earlier stage has not run, or its result was deleted.
     """
 
-    def result(of: str) -> str:
-        return follow_pointer(_latest(output, of, stage))
+    def result(earlier: str) -> str:
+        return follow_pointer(_latest_pointer(output, earlier, stage))
 
     def features() -> list[str]:
-        return ["--feature_store", result("extract-features")] if wanted.caches_features else []
+        return ["--feature-store", result("extract-features")] if recipe.caches_features else []
 
     arguments: dict[str, Callable[[], list[str]]] = {
-        "build-manifest": lambda: ["--recipe", str(recipe), "--corpus", corpus, *_to(store, stage)],
+        "build-manifest": lambda: ["--recipe", str(recipe_file), "--corpus", corpus, *_to(store, stage)],
         "extract-features": lambda: [
             "--recipe",
-            str(recipe),
+            str(recipe_file),
             "--manifests",
             f"[{result('build-manifest')}]",
             "--output",
@@ -54,10 +60,10 @@ def command_of_stage(
         ],
         "train": lambda: [
             "--recipe",
-            str(recipe),
-            "--train_manifest",
+            str(recipe_file),
+            "--train-manifest",
             join(result("build-manifest"), "train.jsonl"),
-            "--dev_manifest",
+            "--dev-manifest",
             join(result("build-manifest"), "dev.jsonl"),
             *features(),
             *_to(store, stage),
@@ -66,12 +72,12 @@ def command_of_stage(
             "--checkpoint",
             result("train"),
             "--which",
-            wanted.decoding.checkpoint,
+            recipe.decoding.checkpoint,
             *_to(store, stage),
         ],
         "decode": lambda: [
             "--recipe",
-            str(recipe),
+            str(recipe_file),
             "--model",
             model or result("convert-checkpoint"),
             "--manifests",
@@ -85,52 +91,48 @@ def command_of_stage(
 
 
 def corpus_of(output: Path, stage: str) -> str:
-    """The corpus that the run's manifests stem from: later stages read its audio.
+    """Return the corpus of the run's manifests, whose audio later stages read.
 
     Raises:
-        UserError: there are no manifests.
+        UserError: build-manifest has not run, or its result was deleted.
     """
-    return require_record(follow_pointer(_latest(output, "build-manifest", stage)), "build-manifest").inputs[
-        "corpus"
-    ]
+    manifests = follow_pointer(_latest_pointer(output, "build-manifest", stage))
+    return require_record(manifests, "build-manifest").inputs["corpus"]
 
 
-def require_stage(name: str, wanted: RunRequest) -> str:
-    """A stage's name.
-
-    Args:
-        name: as it was asked for.
-        wanted: the pipeline that it belongs to.
+def require_stage(name: str, request: RunRequest) -> str:
+    """Return a stage's name, after checking that the requested pipeline runs it exactly once.
 
     Raises:
-        UserError: there is none of that name, or it runs many times.
+        ConfigurationError: the pipeline has no such stage, or runs it once per variation.
     """
-    if wanted.variations:
-        raise UserError(
-            "--only and --sweep are both given: a sweep runs its stages once a variation; run the recipe with the variation's options instead."
+    if request.variations:
+        raise ConfigurationError(
+            "--only and --sweep are both given: a sweep runs its stages once per variation; "
+            "run the recipe with the variation's options instead."
         )
-    known = [stage for stage in STAGES if stage in wanted.results]
+    known = [stage for stage in STAGES if stage in request.results]
     if name not in known:
-        raise UserError(
-            f"There is no stage {name}{' where --model is only measured' if wanted.model else ''}: --only may be {', '.join(known)}."
-        )
+        where = " in an evaluation with --model" if request.model else ""
+        raise ConfigurationError(f"There is no stage {name}{where}: --only may be {', '.join(known)}.")
     return name
 
 
 def pointer_of(output: Path, stage: str) -> Path:
-    """Where the pointer to the result of a single stage lies."""
+    """Return the path of the pointer to the result of a stage that ran by itself."""
     return output / RESULTS_OF_SINGLES / f"{stage}.json"
 
 
-def _latest(output: Path, of: str, wanted_by: str) -> Path:
-    """The newest pointer that a whole run or a single stage left."""
-    found = [pointer_of(output, of), *(output / "steps").glob(f"**/{of}/{RESULTS[of]}")]
-    there = [path for path in found if path.is_file()]
-    if not there:
-        raise UserError(
-            f"{wanted_by} needs what {of} makes, and {output} has none of it: run with --only {of} first, or without --only."
+def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
+    """Return the newest pointer to a result of `earlier`, which `stage` reads."""
+    candidates = [pointer_of(output, earlier), *(output / "steps").glob(f"**/{earlier}/{RESULTS[earlier]}")]
+    pointers = [path for path in candidates if path.is_file()]
+    if not pointers:
+        raise InputError(
+            f"{stage} needs the result of {earlier}, and {output} contains none: "
+            f"run with --only {earlier} first, or without --only."
         )
-    return max(there, key=lambda path: path.stat().st_mtime_ns)
+    return max(pointers, key=lambda path: path.stat().st_mtime_ns)
 
 
 def _to(store: str, stage: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run came to, for the terminal."""
+"""The summary that a run prints at its end, or at its failure."""
 
 import signal
 from pathlib import Path
@@ -9,18 +9,21 @@ from slam_asr.progress import clock
 from slam_asr.stage import Record
 
 WER_METRICS = ("wer", "wer shuffled audio", "wer empty output")
-"""The error rate, and two that it must be far below: with another utterance's audio, and with no words at all."""
+"""The word error rate and two controls, which it must be far below.
+
+The controls decode with another utterance's audio, and score an empty output.
+"""
 
 
 def summary(steps: list[LocalStep], seconds: float) -> str:
-    """A table of the steps, the word error rate with its controls, and where the report is.
+    """Format a table of the steps, the word error rate with its controls, and the path of the report.
 
     Args:
         steps: the finished steps of a run.
-        seconds: how long the run took.
+        seconds: duration of the run.
     """
     records = [step.record() for step in steps]
-    rows = [("step", "time", "what came out")]
+    rows = [("step", "time", "result")]
     rows += [(s.name, _time(s, r), r.summary) for s, r in zip(steps, records, strict=True)]
     rows.append(("this run", clock(seconds), ""))
     name, time = (max(len(row[i]) for row in rows) for i in (0, 1))
@@ -29,8 +32,8 @@ def summary(steps: list[LocalStep], seconds: float) -> str:
 
 
 def _time(step: LocalStep, record: Record) -> str:
-    kept = record.finished < step.started
-    return f"(kept) {clock(record.seconds)}" if kept else clock(record.seconds)
+    cached = record.finished < step.started
+    return f"(cached) {clock(record.seconds)}" if cached else clock(record.seconds)
 
 
 def _result(last: Record) -> list[str]:
@@ -49,15 +52,15 @@ def _result(last: Record) -> list[str]:
 
 
 def failure(step: LocalStep, output: Path) -> str:
-    """One line on a step that failed, below what the step itself has said."""
+    """Format one line about a failed step, to follow the step's own error message."""
     code = step.exit_code or 0
     if code == EXIT_CODE:
-        why = "stopped at the error above: mend it and run the same command again"
+        why = "stopped at the error above: fix it and run the same command again"
     elif code > 128:
         why = f"was killed by signal {code - 128}{_likely_reason(code - 128)}"
     else:
-        why = f"failed with exit code {code}; its own lines are above, kfp's in {output / KFP_LOG}"
-    return f"step {step.name} {why}; finished steps are kept."
+        why = f"failed with exit code {code}; its own output is above, kfp's is in {output / KFP_LOG}"
+    return f"step {step.name} {why}; finished steps will be reused."
 
 
 def _likely_reason(number: int) -> str:

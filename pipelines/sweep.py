@@ -1,4 +1,7 @@
-"""The pipeline that sweeps: variations of one recipe, each trained and measured over the same manifest and features, and one page that compares them."""
+"""The sweep pipeline: train and evaluate several variations of one recipe, and compare them on one page.
+
+All variations share one manifest and one feature store.
+"""
 
 from collections.abc import Callable
 
@@ -26,24 +29,24 @@ def build_pipeline(
     trainjob: str = "",
     parallel: int = 0,
 ) -> BaseComponent:
-    """The pipeline.
+    """Build the sweep pipeline.
 
     Args:
-        place: called with each step's stage and task, to say what the step gets of the cluster.
-        trainjob: how the nodes of a training over several nodes are placed (JSON); empty: each trains in its own pod.
+        place: called with each step's name and task; assigns the cluster's resources to the task.
+        trainjob: placement of the nodes of multi-node training (JSON); if empty, each step's own pod trains.
         parallel: variations that run at the same time; 0 for all.
     """
 
     @dsl.pipeline(name=SWEEP, display_name="SLAM-ASR: sweep", description=DESCRIPTION)
-    def sweep(corpus: str, recipe: str, variations: list, store: str, recipe_overrides: dict = {}):  # noqa: B006 - kfp needs a literal
+    def sweep(corpus: str, recipe: str, variations: list, store: str, recipe_overrides: dict = {}) -> None:  # noqa: B006 - kfp needs a literal
         """Train and measure variations of a recipe, and compare them.
 
         Args:
-            corpus: What to train on and to measure with: the s3:// prefix of the corpus, of any kind that build-manifest reads.
-            recipe: How: the name of a shipped recipe such as `librispeech`, or a recipe's YAML.
-            variations: What each variation changes, by full name: [{"name": "slow", "training.learning_rate": 0.0001}, …]. Corpus, encoder and features are shared.
-            store: Where to: s3:// prefix for the results of all stages, which runs may share. Results that are there already are used again.
-            recipe_overrides: Changes to single fields of the recipe for all variations, by full name.
+            corpus: s3:// prefix of the corpus to train and test on, in any format that build-manifest reads.
+            recipe: Name of a shipped recipe such as `librispeech`, or the YAML text of a recipe.
+            variations: Name and changes of each: [{"name": "slow", "training.learning_rate": 0.0001}].
+            store: s3:// prefix for the results of all stages. Runs may share it; existing results are reused.
+            recipe_overrides: Changes to single keys of the recipe for all variations.
         """
         planned = plan_sweep(
             recipe=recipe, recipe_overrides=recipe_overrides, variations=variations, store=store
@@ -52,23 +55,29 @@ def build_pipeline(
             recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
         ).after(planned)
         resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
-        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as part:
-            extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=part)
+        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as shard:
+            extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=shard)
         with dsl.ParallelFor(
             planned.outputs["Output"], name="variations", parallelism=parallel or None
         ) as variation:
-            # kfp cannot hand what one loop collected to another loop's steps: they find the features in the store, once all are there.
+            # kfp cannot pass what one loop collected to the steps of another loop. `train` reads the features
+            # from the store instead, so the loop has to wait until all of them are extracted.
             varied = vary_recipe(store=store, recipe=resolved, variation=variation).after(extraction)
-            own = varied.outputs["resolved_recipe"]
-            training = train(store=store, recipe=own, manifests=manifests, trainjob=trainjob)
+            variation_recipe = varied.outputs["resolved_recipe"]
+            training = train(store=store, recipe=variation_recipe, manifests=manifests, trainjob=trainjob)
             conversion = convert_checkpoint(
-                store=store, recipe=own, checkpoint=training.outputs["checkpoint"]
+                store=store, recipe=variation_recipe, checkpoint=training.outputs["checkpoint"]
             )
             model = conversion.outputs["model"]
-            with dsl.ParallelFor(conversion.outputs["Output"], name="decoding") as part:
-                decoding = decode(store=store, recipe=own, manifests=manifests, model=model, shard=part)
+            with dsl.ParallelFor(conversion.outputs["Output"], name="decoding") as shard:
+                decoding = decode(
+                    store=store, recipe=variation_recipe, manifests=manifests, model=model, shard=shard
+                )
             scoring = score(
-                store=store, recipe=own, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"])
+                store=store,
+                recipe=variation_recipe,
+                model=model,
+                hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
             )
         comparison = compare_runs(
             store=store,
@@ -87,7 +96,7 @@ def build_pipeline(
             scoring,
             comparison,
         ):
-            # As in the pipeline that trains once: each stage looks itself, in the store, for what is there.
+            # As in the training pipeline: each stage checks the store for results itself.
             task.set_caching_options(False)
             place(task.name, task)
 
@@ -95,4 +104,4 @@ def build_pipeline(
 
 
 sweep = build_pipeline(parallel=1)
-"""As it runs on this machine: one training at a time."""
+"""The pipeline as it runs on this machine: one variation at a time."""

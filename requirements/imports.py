@@ -1,7 +1,7 @@
-"""What the code of a stage imports, read from its source: nothing is run.
+"""Find the third-party packages that a stage imports, by reading its source without running it.
 
-From a stage's own module on, every import of `slam_asr` is followed, those within functions too; what
-is only for type checkers is left out. The command line is no part of it: it imports what it calls.
+Starting at the stage's own module, every import of `slam_asr` is followed, including those in functions,
+but not those for type checkers. The command line is not included, since it imports only what it calls.
 """
 
 import ast
@@ -13,16 +13,19 @@ PACKAGE = "slam_asr"
 
 
 def third_party(modules: list[str]) -> dict[str, set[str]]:
-    """Packages that do not come with Python, and which of our modules import each.
+    """Return the third-party packages that modules import, directly or through `slam_asr`.
 
     Args:
-        modules: where to start, such as `slam_asr.training.train`, or a file of the checkout.
+        modules: modules such as `slam_asr.training.train`, or files of the checkout.
+
+    Returns:
+        The importing modules by package.
     """
     seen: set[str] = set()
-    found: dict[str, set[str]] = {}
-    waiting = list(modules)
-    while waiting:
-        module = waiting.pop()
+    importers: dict[str, set[str]] = {}
+    pending = list(modules)
+    while pending:
+        module = pending.pop()
         if module in seen or (path := _file(module)) is None:
             continue
         seen.add(module)
@@ -30,10 +33,10 @@ def third_party(modules: list[str]) -> dict[str, set[str]]:
             top = name.partition(".")[0]
             if top == PACKAGE:
                 parts = name.split(".")
-                waiting += [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+                pending += [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
             elif top not in sys.stdlib_module_names:
-                found.setdefault(top, set()).add(module)
-    return found
+                importers.setdefault(top, set()).add(module)
+    return importers
 
 
 def _file(module: str) -> Path | None:
@@ -43,7 +46,7 @@ def _file(module: str) -> Path | None:
 
 def _imports(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_checkers = {
+    type_checking_only = {
         inner
         for node in ast.walk(tree)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
@@ -51,7 +54,7 @@ def _imports(path: Path) -> set[str]:
     }
     names: set[str] = set()
     for node in ast.walk(tree):
-        if node in for_checkers:
+        if node in type_checking_only:
             continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}

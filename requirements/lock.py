@@ -1,16 +1,16 @@
-"""Write the lock files: every package that slam-asr needs, at the version installed here.
+"""Write the lock files: every package that slam-asr needs, in the version installed here.
 
     pip install -e '.[pipelines,small-models,test]' 'torch==2.13.0' 'kfp==2.17.0'
     python requirements/lock.py
 
-Run it with a Python where all of that is installed, and the tests have passed. kfp 2.17.0 and not
-2.17.3: the same code, but the later one asks for a certifi that not every index has yet. torch's
-local version (`+cpu`) is dropped, so that one lock serves CPU and GPU builds.
+Run it in an environment with all of these, in which the tests have passed. It uses kfp 2.17.0 instead of
+2.17.3, which has the same code but requires a certifi version that not every index has yet. torch's local
+version (`+cpu`) is dropped, so that one lock file serves CPU and GPU builds.
 
-The images have lists of their own, with hashes: for each stage what its code imports, and what that
-needs. torch has two, since its builds for CPU and for CUDA are different files, and only the second needs
-NVIDIA's libraries. The hashes are those of files for Linux on x86-64 and this Python's version; they
-come from pip's own resolver, which asks the index but downloads no wheel.
+The images have lists of their own, with hashes: what each stage imports, and the dependencies of that.
+torch has two lists, since its builds for CPU and CUDA are different files, and only the latter needs
+NVIDIA's libraries. The hashes are those of the files for Linux on x86-64 and this Python's version. pip's
+resolver provides them from the index, without downloading wheels.
 """
 
 import json
@@ -34,7 +34,7 @@ LAYERS = {
     "run.txt": ("The stages and the pipelines that run them.", ["slam-asr[pipelines]"], "stages.txt"),
     "test.txt": ("All of that, and the tests.", ["slam-asr[test]"], "run.txt"),
 }
-"""Each file's purpose, the requirements that it closes over, and the file that it builds on."""
+"""Each file's purpose, the requirements whose dependencies it lists, and the file that it extends."""
 
 STAGES = {
     "build-manifest": ["components/build_manifest/component.py"],
@@ -43,16 +43,17 @@ STAGES = {
     "convert-checkpoint": ["components/convert_checkpoint/component.py"],
     "decode": ["components/decode/component.py", "components/decode/score.py"],
 }
-"""Where the code begins that runs in a stage's image."""
+"""The files with which the code in each image begins."""
 
 COMMAND_LINE = {"jsonargparse", "docstring-parser", "setuptools"}
-"""What every image needs beside: `slam-asr` reads its options' help from docstrings, and setuptools installs it."""
+"""What every image needs in addition: the command line's parsers, and setuptools to install the package."""
 
 OURS = {"components", "pipelines", "slam_asr"}
+"""Packages of this project, which are not locked."""
 
 
 def closure(requirement: Requirement, seen: set[tuple[str, str]]) -> None:
-    """Add (name, extra) of `requirement` and of all that it needs here to `seen`."""
+    """Add (name, extra) of `requirement` and of its installed dependencies to `seen`."""
     for extra in ("", *requirement.extras):
         key = (canonicalize_name(requirement.name), extra)
         if key in seen:
@@ -60,13 +61,13 @@ def closure(requirement: Requirement, seen: set[tuple[str, str]]) -> None:
         seen.add(key)
         for text in distribution(requirement.name).requires or []:
             inner = Requirement(text)
-            wanted = inner.marker is None or inner.marker.evaluate({"extra": extra})
-            if wanted and (extra == "" or "extra" in str(inner.marker)):
+            applies = inner.marker is None or inner.marker.evaluate({"extra": extra})
+            if applies and (extra == "" or "extra" in str(inner.marker)):
                 closure(inner, seen)
 
 
 def needed(names: set[str]) -> set[str]:
-    """Distributions and all that they need; of kfp only itself, for a step needs its executor alone."""
+    """Return distributions with their dependencies, except kfp's: a step only runs its executor."""
     seen: set[tuple[str, str]] = set()
     for name in names - {"kfp"}:
         closure(Requirement(name), seen)
@@ -74,19 +75,19 @@ def needed(names: set[str]) -> set[str]:
 
 
 def of_stage(stage: str) -> set[str]:
-    """The distributions that a stage's image holds, torch's builds aside."""
+    """Return the distributions in a stage's image, with torch as installed here."""
     known = packages_distributions()
     imported = {canonicalize_name(known[package][0]) for package in third_party(STAGES[stage]).keys() - OURS}
     return needed(imported | COMMAND_LINE)
 
 
 def pinned(name: str) -> str:
-    """`name==version`, as installed here."""
+    """Return `name==version` of the installed version."""
     return f"{name}=={distribution(name).version.partition('+')[0]}"
 
 
 def resolve(requirements: list[str], *options: str) -> dict[str, tuple[str, str]]:
-    """Version and SHA-256 of the file that pip would take, by name."""
+    """Return version and SHA-256 of the file that pip would install, by name."""
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         command = [
             sys.executable,
@@ -99,23 +100,23 @@ def resolve(requirements: list[str], *options: str) -> dict[str, tuple[str, str]
             "--ignore-installed",
         ]
         subprocess.run([*command, "--report", report.name, *requirements], check=True)
-        chosen = json.loads(Path(report.name).read_text())["install"]
+        files = json.loads(Path(report.name).read_text())["install"]
     return {
         canonicalize_name(item["metadata"]["name"]): (
             item["metadata"]["version"].partition("+")[0],
             item["download_info"]["archive_info"]["hashes"]["sha256"],
         )
-        for item in chosen
+        for item in files
     }
 
 
 def hashed(names: set[str], wheels: dict[str, tuple[str, str]]) -> list[str]:
-    """Lines of a list with hashes, sorted by name."""
+    """Return the lines of a list with hashes, sorted by name."""
     return [f"{name}=={wheels[name][0]} --hash=sha256:{wheels[name][1]}" for name in sorted(names)]
 
 
 def write(file: str, purpose: str, lines: list[str]) -> None:
-    """Write one file."""
+    """Write one lock file."""
     (HERE / file).parent.mkdir(exist_ok=True)
     (HERE / file).write_text(
         "\n".join([f"# {purpose} Written by requirements/lock.py; do not edit.", *lines]) + "\n"
@@ -133,7 +134,7 @@ def write_images() -> None:
     )
     torch = pinned("torch")
     cpu = resolve([torch], "--no-deps")
-    # Without this machine's settings: they may lead to builds without CUDA.
+    # Without pip's configuration on this machine, which may select an index without CUDA builds.
     cuda = resolve([torch], "--isolated")
     write(
         "images/torch-cpu.txt",

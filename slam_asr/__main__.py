@@ -1,4 +1,4 @@
-"""`python -m slam_asr` is `slam-asr`."""
+"""`python -m slam_asr` is the same as `slam-asr`."""
 
 from slam_asr.cli import main
 

@@ -1,8 +1,8 @@
-"""Waveforms: every file that libsndfile reads, as 16-kHz mono with full scale at 1.
+"""Audio decoding: any file that libsndfile reads becomes float32 mono samples at 16 kHz, in [-1, 1].
 
-A damaged file is refused here rather than trained on: libsndfile itself is content with a wav or an
-Ogg file that was cut off, and gives what is left of it. Files may lie in object storage, and an
-utterance may be a segment of one.
+Truncated and damaged files raise `AudioError` instead of being trained on. libsndfile alone does not detect
+truncated wav and Ogg files and returns the samples that remain. Files may be in object storage, and an
+utterance may be a segment of a file.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError, UserError
 from slam_asr.storage import (
     exists,
     fetch,
@@ -36,29 +36,32 @@ if TYPE_CHECKING:
     from slam_asr.manifest import Utterance
 
 SAMPLE_RATE = 16_000
-"""Hz: what every encoder here was trained on."""
+"""In Hz; every supported encoder was trained at this rate."""
 
 MISSING = "missing audio"
 UNREADABLE = "unreadable audio"
 EMPTY = "empty audio"
 NOT_FINITE = "non-finite samples"
 TOO_LONG = "too long"
-BEYOND = "segment beyond the file's end"
+BEYOND_END = "segment beyond the file's end"
 
-_LOWEST_RATE = 4000
-"""Hz; a header that says less is damaged, and resampling from it would fill the memory."""
+_MIN_SAMPLE_RATE = 4000
+"""In Hz. A header with a lower rate is damaged, and resampling from it would exhaust memory."""
 _MP3_SHORTFALL = 0.05
-"""An mp3 without a Xing header has its length only estimated, from the bit rate of its first frames."""
+"""Fraction of an mp3's announced samples that may be missing. Without a Xing header, libsndfile estimates the
+length from the bit rate of the first frames."""
 _OGG_PAGE = 65_307
-"""Bytes of the largest Ogg page (RFC 3533, section 6)."""
-OVERSHOOT = 0.5
-"""Seconds that a segment may reach beyond its file's end, and is cut there: Kaldi's extract-segments allows as much."""
-_PIPED = 0x7FFF_F000
-"""A wav written to a pipe claims about 2 or 4 GiB, since its length was not known when its header was."""
+"""Size of the largest Ogg page in bytes (RFC 3533, section 6)."""
+_MAX_OVERSHOOT = 0.5
+"""Seconds by which a segment may exceed its file, as in Kaldi's extract-segments; it is cut at the file's
+end."""
+_PIPE_LENGTH = 0x7FFF_F000
+"""Bytes. A wav written to a pipe announces about 2 or 4 GiB, because its length was unknown when the header
+was written."""
 
 
-class AudioError(UserError):
-    """An audio file that cannot be used; `reason` is the kind of fault, to count by."""
+class AudioError(InputError):
+    """An audio file that cannot be used. `reason` is the kind of fault, for statistics."""
 
     def __init__(self, sentence: str, reason: str = UNREADABLE) -> None:
         super().__init__(sentence)
@@ -66,53 +69,60 @@ class AudioError(UserError):
 
 
 def audio_sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of an audio file's bytes, on local disk or in object storage.
+    """The SHA-256 of an audio file's bytes, on local disk or in object storage, as 64 hexadecimal digits.
 
     Raises:
         AudioError: the file is missing.
     """
     if not is_s3(path):
-        return _sha256_of_local(_present(path))
-    with _missing_told(path), open_stream(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _sha256_of_local(_existing(path))
+    with _missing_as_audio_error(path), open_stream(path) as stream:
+        # typeshed asks for `readinto`, which BinaryIO does not declare and every stream here has.
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 @dataclass
 class Clip:
-    """A decoded file."""
+    """The samples of a file or segment, and the properties of its file."""
 
     samples: np.ndarray
-    """float32 [samples], 16 kHz."""
+    """float32 [samples], mono at 16 kHz."""
     sample_rate: int
-    """Of the file, in Hz."""
+    """The file's own rate in Hz, before resampling."""
     channels: int
-    """Of the file; `samples` is their mean."""
+    """Channels of the file; `samples` is their mean."""
     sha256: str | None = None
-    """Of the file's bytes, where all of them were in memory."""
+    """SHA-256 of the file's bytes; None if the file was not read into memory completely."""
 
     @property
     def duration(self) -> float:
-        """Seconds. A multiple of 1/16000, so `round(duration * SAMPLE_RATE)` is the number of samples."""
+        """In seconds. A multiple of 1/16000, so `round(duration * SAMPLE_RATE)` is the number of samples."""
         return len(self.samples) / SAMPLE_RATE
 
 
 def load_audio(path: str | os.PathLike) -> np.ndarray:
-    """The waveform of a wav, flac, ogg, opus or mp3 file: float32 [samples], 16 kHz, mono.
+    """Decode a wav, flac, ogg, opus or mp3 file.
+
+    Returns:
+        float32 [samples], mono at 16 kHz.
 
     Raises:
-        AudioError: the file is missing, damaged or empty, or holds samples that are no numbers.
+        AudioError: the file is missing, damaged or empty, or has NaN or infinite samples.
     """
     return read_clip(path).samples
 
 
 def load_utterance(utterance: "Utterance") -> np.ndarray:
-    """What an utterance's manifest names: float32 [samples], 16 kHz, mono.
+    """Decode an utterance's audio, after a check that the file is the one that its manifest was built from.
 
-    The file is read once. Of a segment's file the digest is computed once for all its segments.
+    The file is read once for both. A file with many segments is hashed once for all of them.
+
+    Returns:
+        float32 [samples], mono at 16 kHz.
 
     Raises:
-        UserError: the file is not the one that the manifest was built from.
-        AudioError: it is missing, damaged or empty, or too short for the segment.
+        InputError: the file's SHA-256 differs from the manifest's.
+        AudioError: the file is missing, damaged or empty, or too short for the segment.
     """
     path = utterance.source
     if utterance.start is None:
@@ -120,10 +130,10 @@ def load_utterance(utterance: "Utterance") -> np.ndarray:
         sha256 = sha256_of_bytes(content) if utterance.sha256 else None
         file: Path | bytes = content
     else:
-        file = _segments_file(path)
+        file = _local_copy(path)
         sha256 = _sha256_of_local(file) if utterance.sha256 else None
     if sha256 != utterance.sha256:
-        raise UserError(
+        raise InputError(
             f"{path} was changed since its manifest was built: run `slam-asr build-manifest` again."
         )
     return _clip(file, path, utterance.start, utterance.duration).samples
@@ -131,43 +141,44 @@ def load_utterance(utterance: "Utterance") -> np.ndarray:
 
 def read_clip(
     path: str | os.PathLike,
-    longest: float | None = None,
+    max_duration: float | None = None,
     start: float | None = None,
     duration: float | None = None,
     content: bytes | None = None,
 ) -> Clip:
-    """A file's waveform, or a segment's, with what the file was before it became 16-kHz mono.
+    """Decode a file or a segment, and return its samples with the file's own sample rate and channels.
 
     Args:
         path: the audio file.
-        longest: seconds; what the header announces (or the segment asks for) beyond that is refused
-            before it fills the memory.
-        start: seconds into the file at which a segment begins; nothing before it is decoded where the
-            format can be entered anywhere.
-        duration: seconds of the segment; to the file's end if not given.
-        content: the file's bytes, where they are at hand; `path` is its name for people then.
+        max_duration: limit in seconds on the length that the header announces, or on that of the segment.
+            A longer one raises before it is decoded into memory.
+        start: where the segment begins in the file, in seconds. Nothing before it is decoded, unless the
+            format has no exact seek (mp3).
+        duration: length of the segment in seconds; None for all up to the file's end.
+        content: the file's bytes, if they are already in memory; `path` is then only its name in messages.
 
     Raises:
-        AudioError: as for `load_audio`, or longer than `longest`, or a segment that the file does not hold.
+        AudioError: as for `load_audio`; also if the audio is longer than `max_duration`, or the segment
+            exceeds the file.
     """
     if content is not None:
         file: Path | bytes = content
     elif is_s3(path) and start is None:
         file = _content(path)
     else:
-        file = _segments_file(path)
-    clip = _clip(file, path, start, duration, longest)
+        file = _local_copy(path)
+    clip = _clip(file, path, start, duration, max_duration)
     clip.sha256 = sha256_of_bytes(file) if isinstance(file, bytes) else None
     return clip
 
 
 def count_samples(path: str | os.PathLike) -> int:
-    """Samples at 16 kHz that a file's header announces.
+    """The number of samples at 16 kHz that a file's header announces; nothing is decoded.
 
     Raises:
-        AudioError: the file is missing or no audio.
+        AudioError: the file is missing or is not audio.
     """
-    file = _content(path) if is_s3(path) else _present(path)
+    file = _content(path) if is_s3(path) else _existing(path)
     try:
         header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
     except (soundfile.LibsndfileError, TypeError) as error:
@@ -175,7 +186,7 @@ def count_samples(path: str | os.PathLike) -> int:
     return round(header.frames * SAMPLE_RATE / header.samplerate)
 
 
-def _present(path: str | os.PathLike) -> Path:
+def _existing(path: str | os.PathLike) -> Path:
     file = local_path(path)
     if not file.is_file():
         raise _missing(path)
@@ -184,13 +195,14 @@ def _present(path: str | os.PathLike) -> Path:
 
 def _missing(path: str | os.PathLike) -> AudioError:
     return AudioError(
-        f"There is no audio file {path}: build the manifest again where the corpus lies now.", MISSING
+        f"There is no audio file {path}: check the path, or build the manifest again if the corpus moved.",
+        MISSING,
     )
 
 
 @contextlib.contextmanager
-def _missing_told(path: str | os.PathLike) -> Iterator[None]:
-    """Tell an object that is not there from one that cannot be reached."""
+def _missing_as_audio_error(path: str | os.PathLike) -> Iterator[None]:
+    """Raise `AudioError` for a missing object, but leave other errors of the object store unchanged."""
     try:
         yield
     except UserError as error:
@@ -202,26 +214,27 @@ def _missing_told(path: str | os.PathLike) -> Iterator[None]:
 def _content(path: str | os.PathLike) -> bytes:
     """All bytes of an audio file."""
     if not is_s3(path):
-        return _present(path).read_bytes()
-    with _missing_told(path):
+        return _existing(path).read_bytes()
+    with _missing_as_audio_error(path):
         return read_bytes(path)
 
 
-def _segments_file(path: str | os.PathLike) -> Path:
-    """A file with many segments, on local disk: an object is fetched once for all of them."""
+def _local_copy(path: str | os.PathLike) -> Path:
+    """The audio file on local disk. An object is cached, so many segments of it need one download."""
     if not is_s3(path):
-        return _present(path)
-    with _missing_told(path):
+        return _existing(path)
+    with _missing_as_audio_error(path):
         return fetch(path)
 
 
 def _sha256_of_local(file: Path) -> str:
     status = file.stat()
-    return _sha256_of_known(str(file), status.st_size, status.st_mtime_ns)
+    return _cached_sha256(str(file), status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)
-def _sha256_of_known(file: str, size: int, changed: int) -> str:
+def _cached_sha256(file: str, size: int, modified_ns: int) -> str:
+    """Hash a file; `size` (bytes) and `modified_ns` only make the cache miss when the file has changed."""
     return sha256_of_file(file)
 
 
@@ -230,26 +243,27 @@ def _clip(
     path: str | os.PathLike,
     start: float | None,
     duration: float | None,
-    longest: float | None = None,
+    max_duration: float | None = None,
 ) -> Clip:
-    """Decode a file, or the bytes of one; `path` is its name for people."""
+    """Decode a file, or the bytes of one; `path` is its name in messages. All times are in seconds."""
     with contextlib.closing(io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")) as stream:
         if stream.seek(0, os.SEEK_END) == 0:
-            raise AudioError(f"{path} has no bytes in it.", EMPTY)
-        if _is_cut_off(stream):
-            raise AudioError(f"{path} ends too early: it was cut off when it was written or copied.")
+            raise AudioError(f"{path} is empty (0 bytes).", EMPTY)
+        if _is_truncated(stream):
+            raise AudioError(f"{path} ends too early: it was truncated when it was written or copied.")
         stream.seek(0)
-        # libsndfile reads a file by its name faster than through Python; soundfile takes any name as bytes only.
-        opened = stream if isinstance(file, bytes) else os.fsencode(file)
-        samples, sample_rate = _decode(opened, path, start, duration, longest)
+        # libsndfile opens a name faster than it reads a Python stream. As bytes, because a name that is not
+        # UTF-8 cannot be passed to soundfile as str.
+        name_or_stream = stream if isinstance(file, bytes) else os.fsencode(file)
+        samples, sample_rate = _decode(name_or_stream, path, start, duration, max_duration)
     channels = samples.shape[1]
     mono = samples.mean(axis=1, dtype=np.float32) if channels > 1 else samples[:, 0]
     if not np.isfinite(mono).all():
-        raise AudioError(f"{path} holds samples that are not finite (NaN or infinite).", NOT_FINITE)
+        raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", NOT_FINITE)
     if sample_rate != SAMPLE_RATE:
         mono = soxr.resample(mono, sample_rate, SAMPLE_RATE, quality="HQ")
     if len(mono) == 0:
-        raise AudioError(f"{path} holds no samples.", EMPTY)
+        raise AudioError(f"{path} has no samples.", EMPTY)
     return Clip(np.ascontiguousarray(mono, dtype=np.float32), sample_rate, channels)
 
 
@@ -258,66 +272,81 @@ def _decode(
     path: str | os.PathLike,
     start: float | None,
     duration: float | None,
-    longest: float | None,
+    max_duration: float | None,
 ) -> tuple[np.ndarray, int]:
-    """All samples of a file (its name, or a stream) as float32 [samples, channels], or a segment's, and its sample rate."""
+    """Decode a file, or a segment of it, at the file's own rate.
+
+    Args:
+        file: the file's name, or a stream of its bytes.
+        path: its name in messages.
+        start: where the segment begins, in seconds; None for the complete file.
+        duration: length of the segment in seconds; None for all up to the file's end.
+        max_duration: limit in seconds.
+
+    Returns:
+        Samples as float32 [samples, channels], and their rate in Hz.
+    """
     try:
         sound = soundfile.SoundFile(file)
     except (soundfile.LibsndfileError, TypeError) as error:
-        # libsndfile keeps the cause of a failed opening in one place for all threads: it may be another file's.
+        # Do not quote libsndfile's message: it is global to all threads and may be about another file.
         raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
     with sound:
         announced, sample_rate = sound.frames, sound.samplerate
+        # libsndfile reports its maximum, 2**63 - 1, where a header has no length.
         if announced >= 2**62:
             raise AudioError(
-                f"{path} does not say how long it is, as when written to a pipe: write it anew as a file."
+                f"{path} has no length in its header, as when written to a pipe: write it again as a file."
             )
-        if sample_rate < _LOWEST_RATE:
+        if sample_rate < _MIN_SAMPLE_RATE:
             raise AudioError(f"{path} has a sample rate of {sample_rate} Hz: its header is damaged.")
-        first, wanted = (0, announced) if start is None else _segment(sound, path, start, duration)
-        if longest is not None and wanted / sample_rate > longest:
+        first, count = (0, announced) if start is None else _segment(sound, path, start, duration)
+        if max_duration is not None and count / sample_rate > max_duration:
             raise AudioError(
-                f"{_what(path, start)} lasts {wanted / sample_rate:.2f} s, longer than {longest:g} s.",
+                f"{_description(path, start)} lasts {count / sample_rate:.2f} s, "
+                f"longer than {max_duration:g} s.",
                 TOO_LONG,
             )
-        compressed = sound.format in ("MP3", "MPEG")
-        # Entered in the middle, an mp3 gives other samples than from its start.
-        skipped = first if compressed else 0
+        is_mp3 = sound.format in ("MP3", "MPEG")
+        # After a seek, an mp3 does not decode to the same samples: decode from its start, then discard.
+        discarded = first if is_mp3 else 0
         try:
-            if first > skipped:
+            if first > discarded:
                 sound.seek(first)
-            samples = sound.read(skipped + wanted, dtype="float32", always_2d=True)
+            samples = sound.read(discarded + count, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, MemoryError, ValueError) as error:
             raise AudioError(f"{path} is damaged: it cannot be decoded to its end.") from error
-    allowed = _MP3_SHORTFALL * announced if compressed else 0
-    if skipped + wanted - len(samples) > allowed:
+    allowed = _MP3_SHORTFALL * announced if is_mp3 else 0
+    if discarded + count - len(samples) > allowed:
+        decoded = first - discarded + len(samples)
         raise AudioError(
-            f"{path} is damaged: it holds {first - skipped + len(samples)} of the {announced} samples that it announces."
+            f"{path} is damaged: its header announces {announced} samples, but only {decoded} can be decoded."
         )
-    return samples[skipped:], sample_rate
+    return samples[discarded:], sample_rate
 
 
 def _segment(
     sound: soundfile.SoundFile, path: str | os.PathLike, start: float, duration: float | None
 ) -> tuple[int, int]:
-    """First sample of a segment, and how many it has, at the file's rate."""
-    rate, frames = sound.samplerate, sound.frames
+    """The first sample of a segment (from 0) and its number of samples, both at the file's own rate."""
+    rate, available = sound.samplerate, sound.frames
     first = round(start * rate)
-    wanted = frames - first if duration is None else round(duration * rate)
-    if first >= frames or first + wanted > frames + OVERSHOOT * rate:
+    count = available - first if duration is None else round(duration * rate)
+    if first >= available or first + count > available + _MAX_OVERSHOOT * rate:
         end = "its end" if duration is None else f"{start + duration:.2f} s"
         raise AudioError(
-            f"{path} lasts {frames / rate:.2f} s, and a segment goes from {start:.2f} s to {end}.", BEYOND
+            f"{path} lasts {available / rate:.2f} s, but a segment ranges from {start:.2f} s to {end}.",
+            BEYOND_END,
         )
-    return first, min(wanted, frames - first)
+    return first, min(count, available - first)
 
 
-def _what(path: str | os.PathLike, start: float | None) -> str:
+def _description(path: str | os.PathLike, start: float | None) -> str:
     return f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
 
 
-def _is_cut_off(stream: BinaryIO) -> bool:
-    """Whether a wav file is shorter than its header says, or an Ogg file lacks its last page."""
+def _is_truncated(stream: BinaryIO) -> bool:
+    """Whether a wav file is shorter than its header announces, or an Ogg file lacks its last page."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     head = stream.read(12)
@@ -325,8 +354,8 @@ def _is_cut_off(stream: BinaryIO) -> bool:
         while len(chunk := stream.read(8)) == 8:
             name, length = struct.unpack("<4sI", chunk)
             if name == b"data":
-                return length < _PIPED and stream.tell() + length > size
-            stream.seek(length + length % 2, os.SEEK_CUR)
+                return length < _PIPE_LENGTH and stream.tell() + length > size
+            stream.seek(length + length % 2, os.SEEK_CUR)  # RIFF pads chunks to an even length
     if head[:4] == b"OggS":
         stream.seek(max(0, size - _OGG_PAGE))
         return not _ends_with_last_page(stream.read())
@@ -334,6 +363,7 @@ def _is_cut_off(stream: BinaryIO) -> bool:
 
 
 def _ends_with_last_page(tail: bytes) -> bool:
+    """Whether the last Ogg page in `tail` is complete and is marked as the last (RFC 3533, section 6)."""
     page = tail[tail.rfind(b"OggS") :]
     if len(page) < 27 or not page[5] & 0x04:  # byte 5 holds the flags, 0x04 is "end of stream"
         return False

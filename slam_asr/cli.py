@@ -1,7 +1,8 @@
-"""`slam-asr STAGE …`: one sub-command a stage, made from the stage's own function.
+"""`slam-asr STAGE …`: one sub-command per stage, built from the stage's own function.
 
-The options are the function's parameters, with their help from its docstring; where it takes a
-recipe, `--recipe` names one and every field of it can be overridden: `--training.max_steps 200`.
+The options are the function's parameters, spelled with dashes; their help is the function's docstring.
+Where a stage takes a recipe, `--recipe` names it and every key of it is an option too, spelled as in the
+YAML file: `--training.max_steps 200`.
 """
 
 import importlib
@@ -9,14 +10,15 @@ import inspect
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 
 from slam_asr.configuration import nearest, one_sentence
-from slam_asr.errors import UserError, exit_on_user_error
+from slam_asr.errors import ConfigurationError, UserError, exit_on_user_error
 from slam_asr.recipe import Recipe, recipe_values, shipped_recipes
 from slam_asr.stage import write_pointer
 from slam_asr.version import describe_version
@@ -28,8 +30,8 @@ STAGES = {
     "convert-checkpoint": "slam_asr.conversion.convert:convert_checkpoint",
     "decode": "slam_asr.decoding.decode:decode",
 }
-RESULTS_OF = (*STAGES, "score", "compare-runs")
-"""Commands whose result is a folder with a record."""
+WRITE_A_RECORD = (*STAGES, "score", "compare-runs")
+"""Commands whose result is a folder with a record, which `--pointer` can hand to the next step."""
 COMMANDS = {
     **STAGES,
     "score": "slam_asr.scoring.score:score_parts",
@@ -42,33 +44,35 @@ COMMANDS = {
     "features verify": "slam_asr.features.maintenance:verify_store",
     "features prune": "slam_asr.features.maintenance:prune_store",
 }
+RENAMED_OPTIONS = {"--shard": "--work-shard"}
+"""Options that had another name before. The old name still works, with a note on stderr."""
 
 USAGE = """usage: slam-asr STAGE --option value …
 
 stages, in order:
-  build-manifest       a corpus becomes a manifest
-  extract-features     the encoder's outputs, computed once
-  train                the projector, with DeepSpeed
-  convert-checkpoint   a checkpoint becomes a model folder
-  decode               transcripts, word error rate, report
+  build-manifest       check a corpus and write its manifests
+  extract-features     run the speech encoder once and cache its outputs
+  train                train the projector, with DeepSpeed
+  convert-checkpoint   turn a checkpoint into a model folder
+  decode               transcribe the test sets, compute word error rates, write the report
 
-slam-asr transcribe MODEL FILES…  what is said in any audio, as text, JSON or subtitles
-slam-asr score                 one report of a decoding that was done in parts
-slam-asr compare A B           which of two decodings is better, and whether that may be chance
-slam-asr compare-runs          many decodings on one page, with the curves of their trainings
-slam-asr plan RECIPE           memory, time and storage that a recipe takes, before anything is loaded
-slam-asr copy-models RECIPE    its frozen models into a bucket, once
-slam-asr features ls STORE     what a feature store holds
-slam-asr features verify STORE whether it is whole
-slam-asr features prune STORE  what of it may go
+slam-asr transcribe MODEL FILES…  transcribe audio files to text, JSON or subtitles
+slam-asr score                 join the parts of a decoding into one report
+slam-asr compare A B           which of two decodings is better, and whether by more than chance
+slam-asr compare-runs          many decodings on one page, with their training curves
+slam-asr plan RECIPE           estimate memory, time and storage before anything is loaded
+slam-asr copy-models RECIPE    copy the recipe's frozen models to a bucket
+slam-asr features ls STORE     list what a feature store contains
+slam-asr features verify STORE check that a feature store is complete and undamaged
+slam-asr features prune STORE  delete what is no longer needed from a feature store
 
-slam-asr STAGE --help   its options
+slam-asr STAGE --help   the stage's options
 slam-asr --version      versions of slam-asr and torch, and the commit
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one stage from the command line; a user's mistake ends with one sentence and code 2."""
+    """Run one stage from the command line; a user's mistake ends with one sentence and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -80,40 +84,48 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(stage: str, arguments: list[str]) -> Any:
-    """Run a stage with options as they stand on the command line → its record."""
-    stage, arguments = command_of(stage, arguments)
+    """Run a command with its command-line options.
+
+    Returns:
+        What the command's function returns; for a stage, its record.
+
+    Raises:
+        UserError: no such command, a wrong option, or a mistake that the stage itself reports.
+    """
+    stage, arguments = resolve_command(stage, arguments)
     if stage not in COMMANDS:
-        raise UserError(
+        raise ConfigurationError(
             f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}."
         )
     module, name = COMMANDS[stage].split(":")
-    arguments = spelt_out(arguments)
-    function: Callable = getattr(importlib.import_module(module), name)
-    parameter = inspect.signature(function).parameters.get("recipe")
-    named = _recipe_named(arguments) if parameter else None
-    # Where a recipe may be left out, it is, and its options with it.
-    takes_recipe = parameter is not None and (
-        parameter.default is inspect.Parameter.empty or named is not None
+    arguments = with_recipe_option(arguments)
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    recipe_parameter = inspect.signature(function).parameters.get("recipe")
+    recipe = _recipe_named(arguments) if recipe_parameter else None
+    # Where the recipe is optional and none is named, its keys are not options either.
+    takes_recipe = recipe_parameter is not None and (
+        recipe_parameter.default is inspect.Parameter.empty or recipe is not None
     )
     parser = ArgumentParser(
         prog=f"slam-asr {stage}",
-        description=inspect.getdoc(function).split("\n")[0],
+        description=(inspect.getdoc(function) or "").split("\n")[0],
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_function_arguments(function, skip={"recipe"}, fail_untyped=True)
+    add_stage_options(parser, function)
     if takes_recipe:
-        add_recipe_options(parser, named)
-    elif parameter:
+        add_recipe_options(parser, recipe)
+    elif recipe_parameter:
         parser.add_argument(
             "--recipe",
-            help="a shipped recipe or a YAML file, where one is needed; each of its fields is an option then",
+            help="a shipped recipe or a YAML file, where one is needed; each of its keys is then an option",
         )
-    if stage in RESULTS_OF:
+    if stage in WRITE_A_RECORD:
         parser.add_argument(
             "--pointer",
             type=str,
-            help="a file that will name the result's folder, as the pipeline's steps hand it on: {uri, sha256, bytes}",
+            help="also write a small JSON file {uri, sha256, bytes} that points to the result's folder, "
+            "as the pipeline's steps do",
         )
     values = parse_options(parser, arguments)
     if takes_recipe:
@@ -125,9 +137,16 @@ def run(stage: str, arguments: list[str]) -> Any:
     return result
 
 
-def command_of(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """`features`, `ls STORE …` → `features ls`, `--store STORE …`; `transcribe`, `MODEL FILE FILE …` → `--model`, `--files+` twice; `compare`, `A B`."""
-    count = next((at for at, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """Turn the arguments that some commands take by position into options.
+
+    `features`, `ls STORE …` becomes `features ls`, `--store STORE …`; `transcribe`, `MODEL FILE FILE …`
+    becomes `--model=MODEL --files+=FILE --files+=FILE …`; `compare`, `A B` becomes `--first=A --second=B`.
+
+    Raises:
+        ConfigurationError: `features` without one of its sub-commands.
+    """
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     if stage == "transcribe":
         model, files = arguments[: min(count, 1)], arguments[1:count]
         return stage, [
@@ -138,8 +157,8 @@ def command_of(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
     if stage == "compare" and count <= 2:
         return stage, [
             *(
-                f"--{side}={place}"
-                for side, place in zip(("first", "second"), arguments[:count], strict=False)
+                f"--{side}={folder}"
+                for side, folder in zip(("first", "second"), arguments[:count], strict=False)
             ),
             *arguments[count:],
         ]
@@ -147,26 +166,47 @@ def command_of(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
         return stage, arguments
     verbs = [command.partition(" ")[2] for command in COMMANDS if command.startswith("features ")]
     if not arguments or arguments[0] not in verbs:
-        raise UserError(
+        raise ConfigurationError(
             f"slam-asr features needs one of {', '.join(verbs)}, such as `slam-asr features ls STORE`."
         )
     verb, *rest = arguments
     return f"features {verb}", ["--store", *rest] if rest and not rest[0].startswith("-") else rest
 
 
-def spelt_out(arguments: list[str]) -> list[str]:
-    """`RECIPE --gpu-memory 80` → `--recipe RECIPE --gpu_memory 80`: what people are used to from other programs."""
+def with_recipe_option(arguments: list[str]) -> list[str]:
+    """`RECIPE --hours 80` → `--recipe RECIPE --hours 80`, where the first argument is a recipe."""
     if arguments and (arguments[0] in shipped_recipes() or arguments[0].endswith((".yaml", ".yml"))):
-        arguments = ["--recipe", *arguments]
-    return [_underscored(argument) for argument in arguments]
+        return ["--recipe", *arguments]
+    return arguments
 
 
-def _underscored(argument: str) -> str:
-    return re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), argument)
+def add_stage_options(parser: ArgumentParser, function: Callable[..., Any]) -> None:
+    """Add an option to a parser for each parameter of a stage's function, except its recipe.
+
+    jsonargparse's `add_function_arguments` would spell the options with underscores.
+    """
+    docstring = docstring_parser.parse(inspect.getdoc(function) or "")
+    help_texts = {entry.arg_name: entry.description or "" for entry in docstring.params}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name == "recipe":
+            continue
+        required = parameter.default is inspect.Parameter.empty
+        parser.add_argument(
+            option_name(name),
+            type=parameter.annotation,
+            help=" ".join(help_texts.get(name, "").split()),
+            required=required,
+            default=None if required else parameter.default,
+        )
+
+
+def option_name(parameter: str) -> str:
+    """`train_manifest` → `--train-manifest`."""
+    return "--" + parameter.replace("_", "-")
 
 
 def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:
-    """Give a parser `--recipe` and an option for each field of the recipe named, with its values as defaults.
+    """Add `--recipe` to a parser, and an option for each key; the named recipe's values are the defaults.
 
     Raises:
         UserError: there is no such recipe, or it is wrong.
@@ -179,69 +219,167 @@ def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:
 
 
 def pop_recipe(values: dict[str, Any]) -> Recipe:
-    """Take the recipe's fields out of parsed options.
+    """Remove the recipe's keys from parsed options and build the recipe from them.
 
     Raises:
-        UserError: no recipe was named, or values contradict.
+        UserError: no recipe was named, or its values contradict each other.
     """
     if values.pop("recipe") is None:
-        raise UserError(
+        raise ConfigurationError(
             f"--recipe is missing: name a shipped recipe ({', '.join(shipped_recipes())}) or a YAML file."
         )
     return Recipe(**{f.name: values.pop(f.name) for f in fields(Recipe)})
 
 
-def parse_options(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """Options as a dictionary of typed values; names may have dashes for underscores.
+def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """Parse options into typed values by name.
+
+    Names may mix dashes and underscores. An outdated spelling is noted on stderr, once per command.
+    A list may be given as `--x a b`, as `--x a --x b`, or as `--x '[a, b]'`.
 
     Raises:
         UserError: an option that is unknown (with the nearest valid one), missing, or of the wrong type.
     """
+    # argparse offers no public way to list a parser's options.
+    known = parser._option_string_actions
+    _show_lists(known)
+    arguments, notes = _canonical_spelling(arguments, known)
+    if notes:
+        print(f"note: {'; '.join(notes)}", file=sys.stderr, flush=True)
     try:
-        return vars(parser.instantiate(parser.parse_args([_underscored(argument) for argument in arguments])))
+        return vars(parser.instantiate(parser.parse_args(_expand_lists(arguments, known))))
     except UserError:
         raise
     except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_complaint(parser, error)) from error
+        raise ConfigurationError(_complaint(parser, error)) from error
+
+
+_OPTION = re.compile(r"(--[\w.-]+)(\+?(?:=.*)?)", re.DOTALL)
+
+
+def _canonical_spelling(arguments: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The same arguments with every option as the parser knows it, and a note for each outdated spelling."""
+    spelled, notes = [], {}
+    for argument in arguments:
+        match = _OPTION.fullmatch(argument)
+        if match:
+            name = _known_name(match[1], known)
+            if name != match[1] and (match[1] in RENAMED_OPTIONS or name == option_name(match[1][2:])):
+                notes[match[1]] = f"{match[1]} is now spelled {name}"
+            argument = name + match[2]
+        spelled.append(argument)
+    return spelled, list(notes.values())
+
+
+def _known_name(name: str, known: Mapping[str, Any]) -> str:
+    """The parser's spelling of an option, or the name unchanged if the parser does not know it."""
+    if name in known:
+        return name
+    # Change only the part that is a key of the recipe. The rest may be the user's:
+    # `--published_wer.test-clean`.
+    parts = name.removeprefix("--").split(".")
+    for count in range(len(parts), 0, -1):
+        key = "--" + ".".join(parts[:count]).replace("-", "_")
+        if key in known:
+            return ".".join([key, *parts[count:]])
+    for candidate in (option_name(name.removeprefix("--")), RENAMED_OPTIONS.get(name)):
+        if candidate in known:
+            return candidate
+    return name
+
+
+def _is_list(option: str, known: Mapping[str, Any]) -> bool:
+    # jsonargparse gives every option that holds a list a second name, which appends: `--files+`.
+    return f"{option}+" in known
+
+
+def _show_lists(known: Mapping[str, Any]) -> None:
+    """Have `--help` show lists as `--manifests MANIFESTS …` rather than `--manifests [ITEM,...]`."""
+    for option, action in known.items():
+        if _is_list(option, known):
+            action.metavar = f"{action.dest.rpartition('.')[2].upper()} …"
+            action.option_strings = [option]
+
+
+def _expand_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """`--x a b` → `--x=[] --x+=a --x+=b`, which is how jsonargparse takes a list's values one by one.
+
+    The empty list replaces the option's default, so it precedes only the first occurrence. jsonargparse
+    also reads YAML, so `--x+=[a, b]` appends two values. A shell splits an unquoted `[a, b]` at the space,
+    so the pieces are joined first.
+    """
+    expanded: list[str] = []
+    begun: set[str] = set()
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        option, equals, value = argument.partition("=")
+        if not _is_list(option, known):
+            expanded.append(argument)
+            continue
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("-"):
+            values.append(rest.pop(0))
+        if not values:
+            expanded.append(argument)
+            continue
+        if values[0].startswith("[") and values[-1].endswith("]"):
+            values = [" ".join(values)]
+        if option not in begun:
+            expanded.append(f"{option}=[]")
+            begun.add(option)
+        expanded += [f"{option}+={value}" for value in values]
+    return expanded
 
 
 def _complaint(parser: ArgumentParser, error: Exception) -> str:
-    unknown = re.search(r"unrecognized arguments: --([^\s=]+)", str(error))
+    """A library's complaint about the options as one sentence that names the option and the remedy.
+
+    By text: jsonargparse wraps argparse's errors in new ones, whose `argument_name` is empty.
+    """
+    text = str(error)
+    options = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     help_hint = f"; see `{parser.prog} --help`."
+    unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text)
     if unknown:
-        known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+        known = [option.removeprefix("--") for option in options.values()]
         hint = nearest(unknown[1], known).replace("did you mean ", "did you mean --")
         return f"Unknown option --{unknown[1]}{hint or help_hint}"
-    stray = re.search(r"unrecognized arguments: (\S+)", str(error))
+    stray = re.search(r"unrecognized arguments: (\S+)", text)
+    if stray and stray[1].startswith("-"):
+        return f"Unknown option {stray[1]}{help_hint}"
     if stray:
-        return f"{stray[1]} stands alone: each value follows the name of its option{help_hint}"
-    valueless = re.search(r"argument (\S+): expected (?:one|at least one) argument", str(error))
+        return f"{stray[1]} follows no option: each value follows the name of its option{help_hint}"
+    valueless = re.search(r"argument (\S+?),?(?:/\S+)?: expected (?:one|at least one) argument", text)
     if valueless:
         return f"{valueless[1]} lacks a value{help_hint}"
-    missing = re.search(r"arguments are required: (.*)", str(error))
+    missing = re.search(r"arguments are required: (.*)", text)
     if missing:
-        return f"Missing: {', '.join('--' + name.strip(' -') for name in missing[1].split(','))}{help_hint}"
-    return f"Option --{one_sentence(error)}"
+        names = [name.strip(" -") for name in missing[1].split(",")]
+        return f"Missing: {', '.join(options.get(name, f'--{name}') for name in names)}{help_hint}"
+    sentence = one_sentence(error)
+    key = sentence.partition(":")[0]
+    return f"Option {options[key]}{sentence.removeprefix(key)}" if key in options else f"Option --{sentence}"
 
 
 def _recipe_named(arguments: list[str]) -> str | None:
-    """The value of `--recipe`, needed before the options that it gives defaults to.
+    """The value of `--recipe`, which is needed first because it provides the other options' defaults.
 
-    Without one, a model's own recipe serves: `decode --model FOLDER`.
+    Without `--recipe`, the recipe saved in the model is used: `decode --model FOLDER`.
     """
-    named = _value_of("--recipe", arguments)
+    recipe = _value_of("--recipe", arguments)
     model = _value_of("--model", arguments)
-    if named is None and model is not None:
+    if recipe is None and model is not None:
         from slam_asr.conversion.model import read_config
 
         return read_config(model).recipe
-    return named
+    return recipe
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
-    for position, argument in enumerate(arguments):
-        if argument == option and position + 1 < len(arguments):
-            return arguments[position + 1]
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            return arguments[i + 1]
         if argument.startswith(f"{option}="):
             return argument.partition("=")[2]
     return None

@@ -1,51 +1,57 @@
 """YAML files with typed, documented keys: what recipes and cluster profiles share.
 
-A file's keys are the fields of dataclasses, sections being dataclasses within. A key that is
-unknown and a value of the wrong type are refused by the key's full name.
+A dataclass is the schema: its fields are the file's keys, and nested dataclasses are its sections. An
+unknown key and a value of the wrong type are refused in a sentence that gives the key's full name.
 """
 
 import difflib
+import re
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, UserError
 
-# The sentence below a field is its help.
+# The docstring below a field is its help text.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
 
 
 def parse_yaml(text: str | bytes, where: str, example: str) -> dict[str, Any]:
-    """The keys and values of a YAML text.
+    """Read the keys and values of a YAML text.
 
     Args:
         text: the YAML.
-        where: what it is, for errors: `Recipe demo`.
-        example: a key that such a file may hold, for errors.
+        where: the file's name in error messages: `Recipe demo`.
+        example: a key that such a file may contain, for error messages.
 
     Raises:
-        UserError: it is not YAML, or holds something else than keys and values.
+        ConfigurationError: the text is not YAML, or contains something other than keys and values.
     """
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeError) as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigurationError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
-        raise UserError(
-            f"{where} must hold keys and values, such as `{example}`; it holds {type(values).__name__}."
+        raise ConfigurationError(
+            f"{where} must contain keys and values, such as `{example}`; it contains {type(values).__name__}."
         )
     return values
 
 
 def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
-    """A dataclass from nested dictionaries, with its defaults for what they leave out.
+    """Build a dataclass from nested dictionaries, with its defaults for the keys that they omit.
+
+    Args:
+        values: keys and values; sections are dictionaries.
+        kind: the dataclass.
+        where: the file's name in error messages.
 
     Raises:
-        UserError: an unknown key, a wrong type, or what the dataclass itself refuses.
+        UserError: an unknown key, a value of the wrong type, or what the dataclass itself refuses.
     """
     _refuse_unknown_keys(values, kind, "", where, keys_of(kind))
     parser = ArgumentParser(exit_on_error=False)
@@ -54,12 +60,12 @@ def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
         return kind(**vars(parser.instantiate(parser.parse_object(values))))
     except UserError:
         raise
-    except Exception as error:  # jsonargparse raises ArgumentError, TypeError and ValueError alike
-        raise UserError(f"{where}: {one_sentence(error)}") from error
+    except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError, by no clear rule
+        raise ConfigurationError(f"{where}: {one_sentence(error)}") from error
 
 
 def keys_of(section: type, prefix: str = "") -> list[str]:
-    """Full names of all sections and fields: `name`, `training`, `training.max_steps`, …"""
+    """Full names of all sections and keys: `name`, `training`, `training.max_steps`, …"""
     keys = []
     for f in fields(section):
         keys.append(prefix + f.name)
@@ -69,16 +75,16 @@ def keys_of(section: type, prefix: str = "") -> list[str]:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean X?` for the known word closest to a mistyped one, or nothing.
+    """`; did you mean X?` for the known word closest to a mistyped one, or an empty string.
 
-    Abbreviations by initials count as close (`lr` for `learning_rate`), and so does a right name
+    An abbreviation by initials counts as close (`lr` for `learning_rate`), and so does a correct name
     without its section (`max_steps` for `training.max_steps`).
     """
     section, _, last = word.rpartition(".")
     for candidate in known:
-        its_section, _, its_last = candidate.rpartition(".")
-        initials = "".join(part[0] for part in its_last.split("_"))
-        if section in ("", its_section) and len(last) > 1 and last == initials:
+        candidate_section, _, candidate_last = candidate.rpartition(".")
+        initials = "".join(part[0] for part in re.split("[_-]", candidate_last) if part)
+        if section in ("", candidate_section) and len(last) > 1 and last == initials:
             return f"; did you mean {candidate}?"
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not close:
@@ -94,20 +100,31 @@ def _refuse_unknown_keys(
     for key, value in values.items():
         full = f"{prefix}{key}"
         if key not in known:
-            raise UserError(f"{where}: unknown key {full}{nearest(full, all_keys) or '.'}")
+            raise ConfigurationError(f"{where}: unknown key {full}{nearest(full, all_keys) or '.'}")
         inner = known[key].default_factory
         if is_dataclass(inner):
             if not isinstance(value, dict):
-                raise UserError(f"{where}: {full} must hold keys of its own, not {value!r}.")
+                raise ConfigurationError(f"{where}: {full} must contain keys of its own, not {value!r}.")
             _refuse_unknown_keys(value, inner, f"{full}.", where, all_keys)
 
 
 def one_sentence(error: Exception) -> str:
-    """A library's complaint about a value, in one line and in plain words."""
+    """A library's complaint about a value, in one line and in plain words.
+
+    By text, because jsonargparse's errors carry neither the expected type nor the value as attributes.
+    """
     text = " ".join(str(error).split())
+    union = re.search(
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .*", text
+    )
+    if union:
+        value = text.rpartition("Given value: ")[2]
+        types = union[1].replace("<class 'NoneType'>", "null").replace(", ", " or ")
+        text = f"{text[: union.start()]}Expected a {types}. Got value: {value}"
     for library, plain in (
         ('Parser key "', ""),
         ('":', ":"),
+        ("a typing.Literal", "one of "),
         ("typing.Literal", "one of "),
         ("<class 'int'>", "whole number"),
         ("<class 'float'>", "number"),

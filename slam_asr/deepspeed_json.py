@@ -1,9 +1,10 @@
-"""DeepSpeed's own JSON as a part of a recipe (`training.deepspeed`).
+"""Accepts DeepSpeed's own JSON as part of a recipe (`training.deepspeed`).
 
-What it says of things that a recipe has keys for (ZeRO stage, precision, offload, clipping, learning rate, batch)
-goes into those keys; where the recipe says otherwise, both are named and neither is taken. What a recipe has
-no keys for is handed to DeepSpeed as it is. Keys that DeepSpeed does not know, which it would
-pass over in silence, are refused, and so is what this training does in its own way.
+Settings for which a recipe has keys (ZeRO stage, precision, offload, clipping, learning rate, batch) are
+moved into those keys; if the recipe sets them differently, both are named and the recipe is refused. Settings
+without a key in a recipe are passed on to DeepSpeed unchanged. Keys that DeepSpeed does not know are refused,
+because DeepSpeed would silently ignore them; so are settings of things that this training does in its own
+way.
 
 The names are those of DeepSpeed 0.19.8.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slam_asr.configuration import nearest
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.storage import fetch
 
 KEY = "deepspeed"
@@ -62,7 +63,7 @@ ZERO = (
     "enable_sanity_checks",
     "leaf_module",
     "compute_grad_norm",
-    # Of checkpoints that DeepSpeed writes; ours are of another kind, so that these change nothing.
+    # For DeepSpeed's own checkpoints, which are not used here: these change nothing.
     "load_from_fp32_weights",
     "elastic_checkpoint",
     "pipeline_loading_checkpoint",
@@ -103,7 +104,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "bias_correction",
     ),
 }
-"""Sections whose keys are checked one by one, and the keys they may have."""
+"""Sections whose keys are checked, and the keys they may have."""
 PASSED_ON = (
     "communication_data_type",
     "seq_parallel_communication_data_type",
@@ -124,7 +125,7 @@ PASSED_ON = (
     "fp32_allreduce",
     "compile",
 )
-"""Sections and keys that DeepSpeed gets as they are."""
+"""Sections and keys that are passed on to DeepSpeed unchecked."""
 REFUSED = {
     "scheduler": "the learning rate follows training.schedule and training.warmup_steps",
     "amp": "precision is training.precision",
@@ -132,23 +133,23 @@ REFUSED = {
     "curriculum_learning": "the order of the utterances is this training's own",
     "data_efficiency": "the order of the utterances is this training's own",
     "elasticity": "a step is fixed by the recipe, whatever the number of processes",
-    "autotuning": "`slam-asr plan` says what fits",
+    "autotuning": "`slam-asr plan` finds settings that fit the memory",
     "compression_training": "nothing is compressed here",
     "quantize_training": "nothing is compressed here",
     "sparse_attention": "the LLM's attention is its own",
     "sparse_gradients": "no gradient is sparse here",
-    "pipeline": "layers are spread by ZeRO stage 3",
+    "pipeline": "ZeRO stage 3 shards layers over processes",
     "checkpoint": "checkpoints are written by training.checkpoint_every",
-    "load_universal_checkpoint": "checkpoints of any number of processes are gone on with by themselves",
-    "data_types": "gradients are added up in the recipe's precision",
+    "load_universal_checkpoint": "a training resumes from checkpoints of any number of processes by itself",
+    "data_types": "gradients are accumulated in the recipe's precision",
     "tensorboard": "TensorBoard's files are always written",
     "wandb": "set training.trackers: [wandb]",
-    "csv_monitor": "curve.jsonl has all numbers",
+    "csv_monitor": "curve.jsonl contains all numbers",
 }
-"""What this training does in its own way, and how."""
+"""Keys that are refused, and what this training does instead."""
 
 
-def _offload(device: Any) -> bool:
+def _offload(device: object) -> bool:
     if device not in ("cpu", "none", None):
         raise ValueError(f"must be cpu or none, not {device!r}")
     return device == "cpu"
@@ -163,30 +164,32 @@ DECIDES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "train_micro_batch_size_per_gpu": ("utterances_per_batch", int),
     "gradient_accumulation_steps": ("accumulation", int),
 }
-"""Keys of DeepSpeed's that have one of the recipe's section `training`."""
+"""DeepSpeed's keys with a counterpart in the recipe's section `training`: its name, and the conversion."""
 
 
 def adopt(values: dict[str, Any], where: str) -> None:
-    """Read the JSON that a recipe's own values hold or name, and divide it between recipe and DeepSpeed.
+    """Divide the JSON in `training.deepspeed` (its keys, or a file's name) between recipe and DeepSpeed.
 
     Args:
-        values: of a recipe, not yet typed; changed.
-        where: what it is, for errors.
+        values: of a recipe, before their types are checked; changed in place.
+        where: name of the recipe, for error messages.
 
     Raises:
-        UserError: no such file, no JSON, an unknown key, or one that contradicts the recipe.
+        ConfigurationError: the file cannot be read as JSON, or a key is unknown or contradicts the recipe.
     """
     training = values.get("training")
-    given = training.get(KEY) if isinstance(training, dict) else None
-    if not given:
+    if not isinstance(training, dict) or not training.get(KEY):
         return
+    source = training[KEY]
     settings, named = (
-        (_read(given, where), f"{where}: training.{KEY} ({given})")
-        if isinstance(given, str)
-        else (given, f"{where}: training.{KEY}")
+        (_read(source, where), f"{where}: training.{KEY} ({source})")
+        if isinstance(source, str)
+        else (source, f"{where}: training.{KEY}")
     )
     if not isinstance(settings, dict):
-        raise UserError(f"{named} must hold DeepSpeed's keys and values, or name a JSON file of them.")
+        raise ConfigurationError(
+            f"{named} must contain DeepSpeed's keys and values, or name a JSON file of them."
+        )
     settings = {key: _numbers(value) for key, value in settings.items() if value != "auto"}
     _refuse_unknown(settings, named)
     for key, (ours, convert) in DECIDES.items():
@@ -194,14 +197,15 @@ def adopt(values: dict[str, Any], where: str) -> None:
     _take_precision(settings, training, named)
     _take_optimizer(settings, named)
     if settings.pop("train_batch_size", None) is not None and not training.get("utterances_per_batch"):
-        raise UserError(
-            f"{named} sets train_batch_size without train_micro_batch_size_per_gpu: give both, or leave both to training.positions_per_step."
+        raise ConfigurationError(
+            f"{named} sets train_batch_size without train_micro_batch_size_per_gpu: set both, or neither and "
+            "training.positions_per_step instead."
         )
     training[KEY] = settings
 
 
 def _numbers(value: Any) -> Any:
-    """A copy with numbers for what YAML takes for text, such as 1e-8."""
+    """Copy a value, with numbers where YAML 1.1 reads text, such as `1e-8` (it requires `1.0e-8`)."""
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -213,39 +217,47 @@ def _numbers(value: Any) -> Any:
 
 
 def _read(path: str, where: str) -> Any:
+    """Read a JSON file, local or in object storage."""
     try:
         return json.loads(Path(fetch(path)).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{where}: training.{KEY} names {path}, which cannot be read as JSON ({error}): give DeepSpeed's JSON file, or its keys themselves."
+        raise ConfigurationError(
+            f"{where}: training.{KEY} names {path}, which cannot be read as JSON ({error}): name "
+            "DeepSpeed's JSON file, or write its keys here."
         ) from error
 
 
 def _refuse_unknown(settings: dict[str, Any], named: str) -> None:
+    """Refuse unknown and unsupported keys of the first level, and unknown keys within their sections."""
     known = [*SECTIONS, *PASSED_ON, *DECIDES, "train_batch_size"]
     top = sorted({key.partition(".")[0] for key in known})
     for key, value in settings.items():
         if key in REFUSED:
-            raise UserError(f"{named}: {key} is not taken: {REFUSED[key]}. Leave it out.")
+            raise ConfigurationError(f"{named}: {key} is not supported: {REFUSED[key]}. Leave it out.")
         if key not in top:
-            raise UserError(f"{named}: DeepSpeed knows no key {key}{nearest(key, [*top, *REFUSED]) or '.'}")
+            raise ConfigurationError(
+                f"{named}: DeepSpeed has no key {key}{nearest(key, [*top, *REFUSED]) or '.'}"
+            )
         _refuse_unknown_within(key, value, named)
 
 
-def _refuse_unknown_within(section: str, value: Any, named: str) -> None:
+def _refuse_unknown_within(section: str, value: object, named: str) -> None:
+    """Refuse unknown keys within one section and its own sections."""
     if section not in SECTIONS:
         return
     if not isinstance(value, dict):
-        raise UserError(f"{named}: {section} must hold keys of its own, not {value!r}.")
+        raise ConfigurationError(f"{named}: {section} must contain keys, not {value!r}.")
     for key, inner in value.items():
         if key not in SECTIONS[section]:
-            raise UserError(
-                f"{named}: DeepSpeed, as it is used here, knows no key {section}.{key}{nearest(key, list(SECTIONS[section])) or '.'}"
+            raise ConfigurationError(
+                f"{named}: DeepSpeed, as used here, has no key {section}.{key}"
+                f"{nearest(key, list(SECTIONS[section])) or '.'}"
             )
         _refuse_unknown_within(f"{section}.{key}", inner, named)
 
 
 def _pop(settings: dict[str, Any], key: str) -> Any:
+    """Remove a key, given with its sections (`fp16.enabled`), and return its value; None if it is not set."""
     *sections, last = key.split(".")
     for section in sections:
         settings = settings.get(section, {})
@@ -260,46 +272,52 @@ def _take(
     convert: Callable[[Any], Any],
     named: str,
 ) -> None:
+    """Move one setting into the recipe's key `ours`."""
     value = _pop(settings, key)
     if value is None or value == "auto":
         return
     try:
         value = convert(value)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{named}: {key} is {value!r}: {error}.") from error
+        raise ConfigurationError(f"{named}: {key} is {value!r}: {error}.") from error
     _agree(training, ours, value, key, named)
 
 
-def _agree(training: dict[str, Any], ours: str, value: Any, key: str, named: str) -> None:
+def _agree(training: dict[str, Any], ours: str, value: object, key: str, named: str) -> None:
+    """Set the recipe's key `ours`, unless the recipe sets it to another value."""
     if ours in training and training[ours] != value:
-        raise UserError(
-            f"{named}: {key} is {value}, but the recipe's training.{ours} is {training[ours]}: they must agree, or leave one of them out."
+        raise ConfigurationError(
+            f"{named}: {key} is {value}, but the recipe's training.{ours} is {training[ours]}: make them "
+            "equal, or leave one of them out."
         )
     training[ours] = value
 
 
 def _take_precision(settings: dict[str, Any], training: dict[str, Any], named: str) -> None:
+    """Move `fp16.enabled` or `bf16.enabled` into the recipe's `precision`."""
     enabled = [name for name in ("fp16", "bf16") if _pop(settings, f"{name}.enabled")]
     if len(enabled) > 1:
-        raise UserError(f"{named}: fp16 and bf16 are both enabled: choose one.")
+        raise ConfigurationError(f"{named}: fp16 and bf16 are both enabled: choose one.")
     for name in enabled:
         _agree(training, "precision", name, f"{name}.enabled", named)
 
 
 def _take_optimizer(settings: dict[str, Any], named: str) -> None:
-    """Leave of the optimiser what AdamW takes as it is."""
+    """Keep of the section `optimizer` only what torch's AdamW takes as arguments."""
     optimizer = settings.pop("optimizer", None)
     if optimizer is None:
         return
     if optimizer.get("type", "AdamW").lower() not in ("adam", "adamw"):
-        raise UserError(
-            f"{named}: optimizer.type is {optimizer['type']}, but this training's optimiser is AdamW: take Adam or AdamW, or leave it out."
+        raise ConfigurationError(
+            f"{named}: optimizer.type is {optimizer['type']}, but this training's optimiser is AdamW: "
+            "choose Adam or AdamW, or leave it out."
         )
     params = {k: v for k, v in optimizer.get("params", {}).items() if v != "auto"}
     for switch in ("adam_w_mode", "bias_correction"):
         if params.pop(switch, True) is not True:
-            raise UserError(
-                f"{named}: optimizer.params.{switch} is false, but this training's optimiser is AdamW with it: leave it out."
+            raise ConfigurationError(
+                f"{named}: optimizer.params.{switch} is false, but this training's AdamW always has it on: "
+                "leave it out."
             )
     params.pop("torch_adam", None)
     if params:

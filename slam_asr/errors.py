@@ -1,10 +1,10 @@
-"""Errors that a user can act on, each told in one sentence.
+"""Errors that a user can act on, each with a message of one sentence.
 
-A `UserError` names what is wrong, where, and what to do. The boundary of a program turns it into
-that sentence and exit code 2. Every other exception that escapes is a defect of this project and
-keeps its traceback.
+A `UserError` names what is wrong, where, and what to do. At the boundary of a program, `exit_on_user_error`
+prints the message without a traceback and exits with code 2. Any other exception that escapes is a defect of
+this project and is shown with its traceback.
 
-The subclasses are for callers: they tell apart what has to change before a retry can succeed.
+The subclasses are for callers. They distinguish what must change before a retry can succeed.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 EXIT_CODE = 2
 
@@ -20,11 +21,11 @@ _NOT_PERMITTED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class UserError(Exception):
-    """One sentence for the user: what is wrong, where, and what to do."""
+    """An error whose message is for the user: what is wrong, where, and what to do, in one sentence."""
 
 
 class InputError(UserError):
-    """Data given to a stage is missing, damaged or of the wrong kind: audio, manifests, results of other stages."""
+    """A stage's input is missing, damaged or of the wrong kind: audio, manifests, results of other stages."""
 
 
 class ConfigurationError(UserError):
@@ -43,59 +44,59 @@ class ClusterError(UserError):
     """Kubernetes, Kubeflow or Docker refuses or does not answer."""
 
 
-def from_os_error(error: OSError) -> UserError | None:
-    """The sentence for an operating system's refusal, or None where it is not the user's to mend."""
+def from_os_error(error: OSError) -> StorageError | None:
+    """Explain an error of the operating system to the user, or return None if the user cannot resolve it."""
     where = error.filename or "the output folder"
     if error.errno in _DISK_FULL:
-        return UserError(
+        return StorageError(
             f"The disk is full ({os.strerror(error.errno)}) while writing {where}: free some space "
             "or choose another output folder, then run the same command again."
         )
     if error.errno in _NOT_PERMITTED:
-        return UserError(
+        return StorageError(
             f"No permission for {where} ({os.strerror(error.errno)}): "
             "choose another path or change its owner."
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return UserError(
-            f"{where} is a file, or lies below one, where a folder is needed: choose another path."
+        return StorageError(
+            f"{where} is a file, or is below one, where a folder is needed: choose another path."
         )
     return None
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked for the end, and what was done is kept.
+    """A signal ended the program, and its progress is saved.
 
     Args:
-        sentence: how far it came, and how to go on.
-        code: to exit with: 128 and the signal's number.
+        message: how much is done, and how to resume.
+        code: to exit with: 128 plus the signal's number.
     """
 
-    def __init__(self, sentence: str, code: int) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
         self.code = code
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError`, a full disk or a refused permission into one line and exit code 2."""
+    """Turn a `UserError`, a full disk or a missing permission into one line on stderr and exit code 2."""
     try:
         yield
     except UserError as error:
         _exit(str(error), EXIT_CODE)
     except OSError as error:
-        known = from_os_error(error)
-        if known is None:
+        explained = from_os_error(error)
+        if explained is None:
             raise
-        _exit(str(known), EXIT_CODE)
+        _exit(str(explained), EXIT_CODE)
     except KeyboardInterrupt as interruption:
         _exit(
-            str(interruption) or "interrupted; run the same command again to go on",
+            str(interruption) or "interrupted; run the same command again to resume",
             getattr(interruption, "code", 130),
         )
 
 
-def _exit(sentence: str, code: int) -> None:
+def _exit(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
-    print(f"slam-asr: error: {sentence}", file=sys.stderr, flush=True)
+    print(f"slam-asr: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

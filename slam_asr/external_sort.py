@@ -1,7 +1,7 @@
-"""Sorting what memory does not hold: sorted runs on local disk, merged as they are read.
+"""External merge sort, for more records than memory holds: sorted runs on local disk, merged while reading.
 
-A record is a key and a payload, both bytes. UTF-8 sorts by its bytes as the text does by its
-characters, so that keys may be compared without decoding them.
+A record is a key and a payload, both bytes. Keys may be UTF-8 text, because its bytes sort in the same order
+as its code points.
 """
 
 import heapq
@@ -10,37 +10,37 @@ import tempfile
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 Record = tuple[bytes, bytes]
 
 RUN_BYTES = 48 * 2**20
-"""Keys and payloads that are held before a run is written; what Python adds to short records doubles it."""
+"""Size of the records in memory at which a run is written, `_RECORD_BYTES` per record included."""
 _RECORD_BYTES = 100
-"""What Python adds to a record: two bytes objects and a tuple."""
-_MOST_RUNS = 200
-"""Open files of a merge; more runs are merged into one on the way."""
+"""Python's overhead per record: two bytes objects and a tuple."""
+_MAX_RUNS = 200
+"""Limits the open files of a merge: when so many runs exist, they are first merged into one."""
 _HEAD = struct.Struct("<II")
 
 
 class ExternalSort:
-    """Takes records in any order and gives them by key; those of equal keys in the order of their coming.
+    """Sorts records by key; records with equal keys remain in the order in which they were added.
 
-    Used as a context; its temporary files are gone at the end.
+    A context manager: it removes its temporary files at the end.
 
     Args:
-        folder: where runs are written, if there are more records than memory should hold; the system's
-            folder for temporary files if not given.
-        run_bytes: how much is held in memory.
+        folder: where runs are written, if the records exceed `run_bytes`; the system's folder for
+            temporary files if not given.
+        run_bytes: maximum size of the records in memory.
     """
 
     def __init__(self, folder: str | Path | None = None, run_bytes: int = RUN_BYTES) -> None:
         self.run_bytes = run_bytes
         self.count = 0
         self._folder = folder
-        self._held: list[Record] = []
+        self._records: list[Record] = []
         self._bytes = 0
-        self._runs: list[BinaryIO] = []
+        self._runs: list[IO[bytes]] = []
 
     def __enter__(self) -> "ExternalSort":
         return self
@@ -53,33 +53,33 @@ class ExternalSort:
         return self.count
 
     def add(self, key: bytes, payload: bytes) -> None:
-        """Take a record."""
-        self._held.append((key, payload))
+        """Add a record."""
+        self._records.append((key, payload))
         self._bytes += len(key) + len(payload) + _RECORD_BYTES
         self.count += 1
         if self._bytes > self.run_bytes:
             self._spill()
 
     def __iter__(self) -> Iterator[Record]:
-        """All records by key; may be asked for again, one iteration at a time."""
-        self._held.sort(key=itemgetter(0))
+        """All records sorted by key. May be repeated, but only one iteration can be active at a time."""
+        self._records.sort(key=itemgetter(0))
         if not self._runs:
-            return iter(self._held)
-        return heapq.merge(*map(_read_run, self._runs), self._held, key=itemgetter(0))
+            return iter(self._records)
+        return heapq.merge(*map(_read_run, self._runs), self._records, key=itemgetter(0))
 
     def _spill(self) -> None:
-        if len(self._runs) == _MOST_RUNS:
+        if len(self._runs) == _MAX_RUNS:
             merged = heapq.merge(*map(_read_run, self._runs), key=itemgetter(0))
-            whole = self._new_run(merged)
+            combined = self._new_run(merged)
             for run in self._runs:
                 run.close()
-            self._runs = [whole]
-        self._held.sort(key=itemgetter(0))
-        self._runs.append(self._new_run(self._held))
-        self._held, self._bytes = [], 0
+            self._runs = [combined]
+        self._records.sort(key=itemgetter(0))
+        self._runs.append(self._new_run(self._records))
+        self._records, self._bytes = [], 0
 
-    def _new_run(self, records: Iterator[Record] | list[Record]) -> BinaryIO:
-        # Without a name: the kernel frees it however the program ends.
+    def _new_run(self, records: Iterator[Record] | list[Record]) -> IO[bytes]:
+        # The file has no name, so the kernel frees it however the program ends.
         run = tempfile.TemporaryFile(dir=self._folder, buffering=2**18)  # noqa: SIM115 - closed by __exit__
         for key, payload in records:
             run.write(_HEAD.pack(len(key), len(payload)) + key + payload)
@@ -87,7 +87,7 @@ class ExternalSort:
         return run
 
 
-def _read_run(run: BinaryIO) -> Iterator[Record]:
+def _read_run(run: IO[bytes]) -> Iterator[Record]:
     run.seek(0)
     while head := run.read(_HEAD.size):
         key_bytes, payload_bytes = _HEAD.unpack(head)

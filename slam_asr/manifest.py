@@ -1,14 +1,14 @@
-"""Manifests: which utterances there are, where their audio lies, and what is said in them.
+"""Manifests: lists of utterances, each with its audio file and its transcript.
 
-A manifest is a file of JSON lines, one utterance each. `key`, `source` and `target` are named as in
-SLAM-LLM, so its files are read as they are; `duration`, `sample_rate` and `sha256` are added by
-`build-manifest`; `start` makes the utterance a segment of a longer file; any other field is carried
-along untouched:
+A manifest is a file of JSON lines, one utterance per line. `key`, `source` and `target` have the same names
+as in SLAM-LLM, so SLAM-LLM's files can be read without conversion. `build-manifest` adds `duration`,
+`sample_rate` and `sha256`. `start` makes the utterance a segment of a longer file. Any other field is passed
+through unchanged:
 
-    {"key": "1001-134707-0000", "source": "/data/x.flac", "target": "…", "duration": 12.3, "subset": "test-clean"}
+    {"key": "1001-134707-0000", "source": "/data/x.flac", "target": "…", "duration": 12.3, "subset": "test"}
 
-A manifest may hold millions of lines and lie in object storage: it is read line by line, checked
-whole, and sorted through local disk, in memory that does not grow with the length of its lines.
+A manifest may have millions of lines and may be in object storage. It is read line by line, every line is
+checked, and sorting uses local disk, so memory does not grow with the length of the lines.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 
 from slam_asr.audio import audio_sha256
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.external_sort import ExternalSort
 from slam_asr.storage import exists, fetch, is_s3, local_path, name_of, parent_of, resolve, upload
 from slam_asr.storage.cache import cache_folder
@@ -33,7 +33,7 @@ from slam_asr.storage.cache import cache_folder
 
 @dataclass
 class Utterance:
-    """One stretch of speech and its transcript."""
+    """A stretch of speech and its transcript."""
 
     key: str
     """Unique in the manifest."""
@@ -42,29 +42,29 @@ class Utterance:
     target: str
     """The transcript."""
     start: float | None = field(default=None, kw_only=True)
-    """Seconds into the file where it begins; absent: it is the whole file."""
+    """Where a segment begins in the file, in seconds; None if the utterance is the complete file."""
     duration: float | None = None
-    """Seconds, of the segment where there is a `start`: samples at 16 kHz, divided by 16 000."""
+    """Length in seconds of the segment, or of the file if `start` is None: samples at 16 kHz / 16 000."""
     sample_rate: int | None = None
-    """Of the file, in Hz; `audio.load_audio` always gives 16 kHz."""
+    """The file's own rate in Hz; `audio.load_audio` always resamples to 16 kHz."""
     sha256: str | None = None
-    """Of the whole audio file's bytes."""
+    """SHA-256 of the audio file's bytes, for a segment too."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """All other fields, as they were."""
+    """All other fields of the line, unchanged."""
 
     @property
     def subset(self) -> str:
-        """The part of the corpus that it comes from, such as `test-other`, or nothing."""
+        """The part of the corpus that the utterance comes from, such as `test-other`; empty if unknown."""
         return str(self.extra.get("subset", ""))
 
     @property
     def speaker(self) -> str:
-        """Who speaks, or nothing where that is not known."""
+        """The speaker's name or number; empty if unknown."""
         return str(self.extra.get("speaker", ""))
 
     @property
     def audio_id(self) -> str:
-        """Identifies the audio by its content: 64 hexadecimal digits, the key of its features in a store.
+        """Identifier of the audio's content, 64 hexadecimal digits: the key of its features in a store.
 
         For a complete file this is the SHA-256 of the file's bytes. For a segment it is a digest of that
         SHA-256 and the segment's start and duration. The file is read if the manifest has no `sha256`.
@@ -79,17 +79,17 @@ class Utterance:
 
 
 class Manifest(Sequence[Utterance]):
-    """The utterances of a manifest, in the order of its lines, each parsed when it is asked for.
+    """The utterances of a manifest, in file order, each parsed on access.
 
-    Holds where each line begins (8 bytes an utterance), not what it says. Threads and forked processes
-    may share one; it can be pickled, and then needs the file to be there where it is used. Made by
-    `read_manifest`.
+    Memory holds the offset of each line (8 bytes per utterance), not its content. Threads and forked
+    processes may share an instance. It can be pickled; the file must then be accessible to the process that
+    unpickles it. Use `read_manifest` to create one.
     """
 
-    def __init__(self, path: str | os.PathLike, offsets: np.ndarray) -> None:
+    def __init__(self, path: str | os.PathLike[str], offsets: np.ndarray) -> None:
         self.path = _absolute(path)
         self._offsets = offsets
-        """int64 [utterances + 1]: where each line begins, and where the last one ends."""
+        """int64 [utterances + 1]: the offset in bytes of each line, and the end of the last line."""
         self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
@@ -102,28 +102,29 @@ class Manifest(Sequence[Utterance]):
     def __getitem__(self, index: int | slice) -> Utterance | list[Utterance]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
+        i = range(len(self))[index]
         file = self._file
         if file is None:
-            # Of threads that come here together, each has a file of its own until it is done with it.
+            # Two threads may both open the file here. The local variable keeps each one's own open until it
+            # has read.
             file = self._file = open(fetch(self.path), "rb", buffering=0)  # noqa: SIM115 - closed with the object
-        start, end = int(self._offsets[position]), int(self._offsets[position + 1])
-        # Not seek and read: threads and forked processes share the file's position.
+        start, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        # pread rather than seek and read, because threads and forked processes share the file's position.
         line = os.pread(file.fileno(), end - start, start)
-        return _utterance(line, parent_of(self.path), self._place(position))
+        return _utterance(line, parent_of(self.path), self._location(i))
 
     def __iter__(self) -> Iterator[Utterance]:
         folder = parent_of(self.path)
         lines = _lines(fetch(self.path))
-        for position, (_, _, line) in zip(range(len(self)), lines, strict=False):
-            yield _utterance(line, folder, self._place(position))
+        for i, (_, _, line) in zip(range(len(self)), lines, strict=False):
+            yield _utterance(line, folder, self._location(i))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # the usual way to make a class unhashable
 
     def __repr__(self) -> str:
         return f"Manifest({self.path!r}, {len(self)} utterances)"
@@ -131,141 +132,163 @@ class Manifest(Sequence[Utterance]):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_file": None}
 
-    def _place(self, position: int) -> Callable[[], str]:
-        return lambda: f"{self.path}, utterance {position + 1} (changed since it was first read)"
+    def _location(self, i: int) -> "Location":
+        return lambda: f"{self.path}, utterance {i + 1} (changed since it was first read)"
 
 
-def read_manifest(path: str | os.PathLike) -> Manifest:
-    """All utterances of a manifest, in the order of its lines; every line is checked now.
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Open a manifest and check every line of it.
+
+    Args:
+        path: a local path or s3:// URI.
 
     Raises:
-        UserError: no such file, no utterance in it, or a line that is not one, by file and line.
+        InputError: the file is missing or has no utterances, a line is not an utterance, or a key is
+            repeated.
     """
     file = _manifest_file(path)
     offsets, hashes = array("q"), array("q")
     for number, offset, line in _lines(file):
-        key = _checked_fields(line, _place(path, number))["key"]
+        key = _checked_fields(line, _location(path, number))["key"]
         offsets.append(offset)
         hashes.append(hash(key))
     if not offsets:
-        raise UserError(
-            f"{path} holds no utterance: it must have one JSON object a line with key, source and target."
+        raise InputError(
+            f"{path} holds no utterance: each line must be a JSON object with key, source and target."
         )
     _refuse_repeated_keys(path, file, np.frombuffer(hashes, np.int64))
     offsets.append(os.path.getsize(file))
     return Manifest(path, np.frombuffer(offsets, np.int64))
 
 
-def iterate_manifest(path: str | os.PathLike) -> Iterator[tuple[int, Utterance]]:
-    """Line numbers and utterances of a manifest; blank lines are passed over, keys may repeat.
+def iterate_manifest(path: str | os.PathLike[str]) -> Iterator[tuple[int, Utterance]]:
+    """Read a manifest line by line; yield line numbers (from 1) and utterances.
+
+    Blank lines are skipped. Keys are not checked for repetition, which would need memory for all of them.
 
     Raises:
-        UserError: no such file, or a line that is not an utterance.
+        InputError: the file is missing, or a line is not an utterance.
     """
     file = _manifest_file(path)
     folder = parent_of(_absolute(path))
     for number, _, line in _lines(file):
-        yield number, _utterance(line, folder, _place(path, number))
+        yield number, _utterance(line, folder, _location(path, number))
 
 
-def write_manifest(path: str | os.PathLike, utterances: Iterable[Utterance]) -> None:
-    """Write a manifest whole or not at all, sorted by key: the same utterances give the same bytes.
+def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]) -> None:
+    """Write a manifest sorted by key, atomically; the same utterances always give the same bytes.
 
     Args:
-        path: a local path or s3://.
-        utterances: in any order and number; sorted through local disk where they are many.
+        path: a local path or s3:// URI.
+        utterances: in any order; if they exceed `ExternalSort`'s memory limit, they are sorted through local
+            disk.
     """
-    with ExternalSort(_workplace(path)) as ordered:
+    with ExternalSort(_temporary_folder(path)) as ordered:
         for utterance in utterances:
             ordered.add(utterance.key.encode("utf-8", "backslashreplace"), manifest_line(utterance))
         write_lines(path, (line for _, line in ordered))
 
 
 def manifest_line(utterance: Utterance) -> bytes:
-    """An utterance as it stands in a manifest, with the line's end."""
+    """Format an utterance as a line of a manifest, newline included."""
     return json_line(_fields(utterance))
 
 
 def parse_line(line: bytes) -> Utterance:
-    """An utterance from a line that `manifest_line` made; its source stays as it is written."""
+    """Parse a line that `manifest_line` wrote, without checks and without resolving a relative source."""
     extra = json.loads(line)
     return Utterance(**{name: extra.pop(name) for name in _TYPES if name in extra}, extra=extra)
 
 
-def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all."""
+def write_json_lines(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line, atomically."""
     write_lines(path, map(json_line, rows))
 
 
 def json_line(row: dict[str, Any]) -> bytes:
-    """A JSON object as one line; a file name that is not UTF-8 becomes an escape and reads back as the same name."""
+    """Format a JSON object as one line.
+
+    A file name that is not UTF-8 (Python holds it with lone surrogates) is escaped and reads back as the same
+    name.
+    """
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def write_lines(path: str | os.PathLike, lines: Iterable[bytes]) -> None:
-    """Write lines to a local file or an object as they come; they are visible whole or not at all."""
+def write_lines(path: str | os.PathLike[str], lines: Iterable[bytes]) -> None:
+    """Write lines to a local file or an object as they arrive; nothing is visible until all are written."""
     remote = is_s3(path)
     name = name_of(path)[:200]
-    aside = _workplace(path) / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
+    partial = _temporary_folder(path) / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
     try:
-        with open(aside, "wb") as file:
+        with open(partial, "wb") as file:
             file.writelines(lines)
             file.flush()
             if not remote:
                 os.fsync(file.fileno())
         if remote:
-            upload(aside, path)
+            upload(partial, path)
         else:
-            os.replace(aside, local_path(path))
+            os.replace(partial, local_path(path))
     except OSError as error:
-        if error.filename not in (None, str(aside)):
+        if error.filename not in (None, str(partial)):
             raise
-        # The name the user knows, not the one aside.
+        # Name the file that the user knows, not the temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def _workplace(path: str | os.PathLike) -> Path:
-    """Where what is not finished lies: beside a local file, or in the cache folder for an object."""
+def _temporary_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder for unfinished files: that of a local file, or one in the cache for an object."""
     folder = cache_folder() / "work" if is_s3(path) else local_path(path).absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _absolute(path: str | os.PathLike) -> str:
+def _absolute(path: str | os.PathLike[str]) -> str:
     return os.fspath(path) if is_s3(path) else str(local_path(path).absolute())
 
 
-def _manifest_file(path: str | os.PathLike) -> Path:
-    """A manifest on local disk; it is fetched from object storage first."""
+def _manifest_file(path: str | os.PathLike[str]) -> Path:
+    """The manifest on local disk, fetched first if it is in object storage."""
     remedy = "check the path, or write one with `slam-asr build-manifest`."
     if is_s3(path):
         if not exists(path):
-            raise UserError(f"There is no manifest {path}: {remedy}")
+            raise InputError(f"There is no manifest {path}: {remedy}")
         return fetch(path)
     file = local_path(path)
     if file.is_dir():
-        raise UserError(
-            f"{path} is a folder, not a manifest: name a .jsonl file in it, such as {file / 'train.jsonl'}."
+        raise InputError(
+            f"{path} is a folder, not a manifest: give a .jsonl file in it, such as {file / 'train.jsonl'}."
         )
     if not file.is_file():
-        raise UserError(f"There is no manifest {path}: {remedy}")
+        raise InputError(f"There is no manifest {path}: {remedy}")
     return file
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset in bytes and content of each line that is not blank."""
+    """Yield the number (from 1), offset in bytes and content of each line that is not blank."""
     offset = 0
     with open(file, "rb", buffering=2**20) as lines:
-        # Bytes, because text would also be split at line separators that may stand inside a transcript.
+        # Bytes, because offsets count them; str.splitlines would also split inside a transcript, as at
+        # U+2028.
         for number, line in enumerate(lines, start=1):
             if not line.isspace():
                 yield number, offset, line
             offset += len(line)
 
 
-def _refuse_repeated_keys(path: str | os.PathLike, file: Path, hashes: np.ndarray) -> None:
+def _refuse_repeated_keys(path: str | os.PathLike[str], file: Path, hashes: np.ndarray) -> None:
+    """Raise if two lines have the same key.
+
+    Keys are compared by hash first, which needs 8 bytes per utterance. Only lines whose hashes collide are
+    read again.
+
+    Args:
+        path: the manifest's name for messages.
+        file: the manifest on local disk.
+        hashes: int64 [utterances], the hash of each line's key.
+    """
     ordered = np.sort(hashes)
     suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     if not suspects:
@@ -274,11 +297,11 @@ def _refuse_repeated_keys(path: str | os.PathLike, file: Path, hashes: np.ndarra
     for (number, _, line), value in zip(_lines(file), hashes.tolist(), strict=True):
         if value not in suspects:
             continue
-        key = _checked_fields(line, _place(path, number))["key"]
+        key = _checked_fields(line, _location(path, number))["key"]
         first = first_lines.setdefault(key, number)
         if first != number:
-            raise UserError(
-                f"{path}, line {number}: key {key} is already that of line {first}: keys must be unique."
+            raise InputError(
+                f"{path}, line {number}: key {key} is already used in line {first}: keys must be unique."
             )
 
 
@@ -298,40 +321,40 @@ _TYPES = {
 }
 _REQUIRED = ("key", "source", "target")
 _OPTIONAL = tuple(name for name in _TYPES if name not in _REQUIRED)
-_IN_WORDS = {
+_RULES = {
     "start": "a number of seconds, 0 or more",
     "duration": "a number of seconds above 0",
     "sample_rate": "a whole number of Hz above 0",
 }
 
-Place = Callable[[], str]
-"""File and line in words; put together only for a line that is refused."""
+Location = Callable[[], str]
+"""Describes a file and line for a message. A function, so that the text is formatted only for a bad line."""
 
 
-def _place(path: str | os.PathLike, number: int) -> Place:
+def _location(path: str | os.PathLike[str], number: int) -> Location:
     return lambda: f"{path}, line {number}"
 
 
-def _utterance(line: bytes, folder: str, where: Place) -> Utterance:
+def _utterance(line: bytes, folder: str, where: Location) -> Utterance:
     extra = _checked_fields(line, where)
     known = {name: extra.pop(name) for name in _TYPES if name in extra}
     known["source"] = resolve(known["source"], folder)
     return Utterance(**known, extra=extra)
 
 
-def _checked_fields(line: bytes, where: Place) -> dict[str, Any]:
-    """What a line says, its known fields being right."""
+def _checked_fields(line: bytes, where: Location) -> dict[str, Any]:
+    """The fields of a line, after a check of those that this project knows."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where()} is not JSON ({error}): each line must be one JSON object.") from error
+        raise InputError(f"{where()} is not JSON ({error}): each line must be one JSON object.") from error
     if not isinstance(values, dict):
-        raise UserError(
-            f"{where()} holds {type(values).__name__} where an object with key, source and target must stand."
+        raise InputError(
+            f"{where()} is of type {type(values).__name__}: it must be an object with key, source and target."
         )
     missing = [name for name in _REQUIRED if name not in values]
     if missing:
-        raise UserError(
+        raise InputError(
             f"{where()} has no {' and no '.join(missing)}: each line needs key, source and target."
         )
     for name in _REQUIRED:
@@ -340,25 +363,28 @@ def _checked_fields(line: bytes, where: Place) -> dict[str, Any]:
         if values.get(name) is not None:
             _check_optional(name, values[name], where)
     if values.get("start") is not None and values.get("duration") is None:
-        raise UserError(f"{where()} has a start but no duration: a segment of a file needs both.")
+        raise InputError(f"{where()} has a start but no duration: a segment of a file needs both.")
     return values
 
 
-def _check_text(name: str, value: Any, where: Place) -> None:
+def _check_text(name: str, value: Any, where: Location) -> None:
     if not isinstance(value, str) or not (name == "target" or value.strip()):
-        raise UserError(f"{where()}: {name} must be text, not {json.dumps(value)[:60]}.")
+        raise InputError(f"{where()}: {name} must be text, not {json.dumps(value)[:60]}.")
     if name in ("key", "target") and not _is_unicode(value):
-        raise UserError(f"{where()}: {name} holds half a character (a lone surrogate): write it as UTF-8.")
+        raise InputError(
+            f"{where()}: {name} contains half a character (a lone surrogate): write it as UTF-8."
+        )
 
 
-def _check_optional(name: str, value: Any, where: Place) -> None:
+def _check_optional(name: str, value: Any, where: Location) -> None:
     if _TYPES[name] is str:
         _check_text(name, value, where)
         return
     kinds = int if name == "sample_rate" else (int, float)
-    right = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
-    if not right or (value == 0 and name != "start"):
-        raise UserError(f"{where()}: {name} must be {_IN_WORDS[name]}, not {json.dumps(value)[:60]}.")
+    # JSON's true and false are ints in Python.
+    valid = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not valid or (value == 0 and name != "start"):
+        raise InputError(f"{where()}: {name} must be {_RULES[name]}, not {json.dumps(value)[:60]}.")
 
 
 def _is_unicode(text: str) -> bool:

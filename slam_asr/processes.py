@@ -1,4 +1,4 @@
-"""What the processes that a stage starts have in common: they end with it, and leave a user's mistake as a sentence."""
+"""Processes that a stage starts: they end with it, and report a user's error as a message in a file."""
 
 import atexit
 import contextlib
@@ -10,23 +10,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from slam_asr.errors import EXIT_CODE, UserError, from_os_error
+from slam_asr.errors import EXIT_CODE, ConfigurationError, UserError, from_os_error
 from slam_asr.storage import write_atomically
 
 FAILURE = "failure.txt"
+"""Name of the file in which a process leaves its message."""
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is gone, even if that was killed."""
+    """Have the kernel kill this process when its parent ends, even if the parent was killed."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def leave_group(code: int = 0) -> NoReturn:
-    """End a process of a distributed job, whose work is done: all together, and without tearing the interpreter down.
+    """End a process of a distributed job when its work is done.
 
-    gloo's threads may still hold tensors then, and taking the GIL for them ends in SIGABRT now and then: a finished training would count as a failed one.
+    All processes end together, without the interpreter's finalisation. gloo's threads may still hold tensors
+    at that point; freeing them needs the GIL and occasionally aborts the process (SIGABRT), so that a
+    finished training would count as failed.
+
+    Args:
+        code: to exit with.
     """
     import torch
 
@@ -43,31 +49,32 @@ def failures_written_to(
     folder: Path,
     lower: str = "training.positions_per_batch or encoder.batch_seconds, or raise training.zero_stage",
 ) -> Iterator[None]:
-    """Leave a user's mistake as a sentence for the parent, and exit with its code.
+    """On a user's error, write its message to a file for the parent process, and exit.
 
     Args:
-        folder: for the sentence.
-        lower: what to lower where a GPU's memory is full.
+        folder: of the file.
+        lower: what to lower if the GPU's memory is full, for the message.
     """
     import torch
 
     try:
         yield
     except UserError as error:
-        _leave(folder, error)
+        _exit_with(folder, error)
     except torch.OutOfMemoryError:
-        _leave(folder, UserError(f"The GPU's memory is full: lower {lower}."))
+        _exit_with(folder, ConfigurationError(f"The GPU's memory is full: lower {lower}."))
     except OSError as error:
-        known = from_os_error(error)
-        if known is None:
+        explained = from_os_error(error)
+        if explained is None:
             raise
-        _leave(folder, known)
+        _exit_with(folder, explained)
 
 
-def _leave(folder: Path, error: UserError) -> None:
+def _exit_with(folder: Path, error: UserError) -> None:
     try:
         write_atomically(folder / FAILURE, str(error))
-    except OSError:  # On a full disk the parent can only refer to this line.
+    except OSError:  # a full disk: the parent then refers to this output
         print(error, file=sys.stderr, flush=True)
-    # Other processes may wait in a collective operation; leaving at once lets whoever watches them end them.
+    # Other processes may be waiting in a collective operation. They cannot end by themselves: exit at once,
+    # so that the launcher notices and ends them.
     os._exit(EXIT_CODE)

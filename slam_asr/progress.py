@@ -1,4 +1,4 @@
-"""Progress on long steps: a bar in a terminal, a plain line now and then elsewhere."""
+"""Progress of long operations: a bar in a terminal, occasional plain lines elsewhere."""
 
 import os
 import sys
@@ -7,24 +7,29 @@ import time
 from tqdm import tqdm
 
 PLAIN_INTERVAL = 15.0
-"""Seconds between two plain lines: often enough to see life, seldom enough to read a day's log."""
+"""Seconds between two plain lines: shows progress often enough, and a day's log remains readable."""
 
 BAR_COLUMNS = "SLAM_ASR_BAR_COLUMNS"
-"""Environment variable with a terminal's width, for a process whose output reaches that terminal through a pipe."""
+"""Environment variable with a terminal's width, for a process whose output reaches it through a pipe."""
 
 
 def log_line(line: str) -> None:
-    """Print one line of a stage's log at once, without tearing a bar that is on the screen."""
+    """Print one line of a stage's log at once, without breaking a progress bar on the screen."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
 
 class Meter:
-    """A progress display that is told of each advance.
+    """A progress display.
 
-    In a terminal it is tqdm's bar; elsewhere a line is printed every `PLAIN_INTERVAL` seconds and
-    once at the end, so that a log in a file or in a dashboard stays readable. Without `plain_lines`
-    the caller prints lines of its own there.
+    In a terminal it is tqdm's bar. Elsewhere it prints a line every `PLAIN_INTERVAL` seconds and one at the
+    end, so that a log in a file or in a dashboard remains readable.
+
+    Args:
+        label: what is in progress.
+        total: number of items; unknown if not given.
+        unit: of the items, such as `utt`.
+        plain_lines: whether to print those lines; false for callers that print their own.
     """
 
     def __init__(
@@ -37,7 +42,7 @@ class Meter:
         self.bar = _bar(label, total, unit)
 
     def update(self, amount: int = 1, note: str = "") -> None:
-        """Count `amount` more items as done; `note` (losses, log_line) is shown behind the counts."""
+        """Count `amount` more items as done; `note`, such as losses, is shown after the counts."""
         self.done += amount
         self.note = note or self.note
         if self.bar is not None:
@@ -49,7 +54,7 @@ class Meter:
 
     @property
     def eta(self) -> str:
-        """Time to the end at the rate so far, or nothing where that is unknown."""
+        """Estimated time to the end at the average rate so far, or an empty string if unknown."""
         if not self.total or not self.done:
             return ""
         return clock((self.total - self.done) * (time.monotonic() - self.started) / self.done)
@@ -59,12 +64,12 @@ class Meter:
         self.last_line = now
         rate = self.done / max(now - self.started, 1e-9)
         count = f"{self.done}/{self.total}" if self.total else str(self.done)
-        parts = [f"{self.label}: {count} {self.unit}", f"{rate:.1f} {self.unit}/s"]
+        fields = [f"{self.label}: {count} {self.unit}", f"{rate:.1f} {self.unit}/s"]
         if self.total and self.done < self.total:
-            parts.append(f"ETA {self.eta}")
+            fields.append(f"ETA {self.eta}")
         if self.note:
-            parts.append(self.note)
-        log_line(", ".join(parts))
+            fields.append(self.note)
+        log_line(", ".join(fields))
 
     def __enter__(self) -> "Meter":
         return self
@@ -77,7 +82,7 @@ class Meter:
 
 
 def _bar(label: str, total: int | None, unit: str) -> tqdm | None:
-    """tqdm's bar where a terminal will show it, else None."""
+    """tqdm's bar if a terminal will show it, else None."""
     columns = os.environ.get(BAR_COLUMNS)
     if not columns and not sys.stderr.isatty():
         return None
@@ -86,7 +91,7 @@ def _bar(label: str, total: int | None, unit: str) -> tqdm | None:
 
 
 def clock(seconds: float) -> str:
-    """`75` → `1:15`, `4000` → `1:06:40`."""
+    """Format seconds as a clock does: 75 as `1:15`, 4000 as `1:06:40`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

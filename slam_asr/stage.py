@@ -1,16 +1,15 @@
-"""What all stages share: an output folder that is complete or does not count.
+"""What all stages share: an output folder that is either complete or ignored.
 
-A stage writes its results into a folder and, last of all, `stage.json`: the digest of everything
-that went in, what came out, and how long it took. Run again with the same inputs, a stage finds
-that record and does nothing; killed half-way, there is no record and the work is done again. In an
-output path, `{fingerprint}` stands for the digest of the inputs, so that one store can hold the
-results of many recipes.
+A stage writes its results into a folder and, last of all, `stage.json`: a record of the stage's inputs, its
+results and its run time. A stage that runs again with the same inputs finds this record and does nothing. A
+stage that is killed leaves no record, so its work is repeated. In an output path, `{fingerprint}` is replaced
+by the digest of the inputs, so one store can hold the results of many recipes.
 
-Between the steps of a pipeline travels a pointer: a small JSON file {uri, sha256, bytes} that names
-such a folder. The next program opens the folder itself.
+The steps of a pipeline hand such a folder on by a pointer: a small JSON file {uri, sha256, bytes} that names
+the folder. The next program opens the folder itself.
 
-A folder may lie in object storage. The work is done on local disk then and published when it is
-finished, the record last.
+A folder may be in object storage. The work is then done on local disk and uploaded when it is finished, the
+record last.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from slam_asr import __version__
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import clock, log_line
 from slam_asr.storage import (
     delete,
@@ -50,19 +49,19 @@ FINGERPRINT = "{fingerprint}"
 
 @dataclass
 class Outcome:
-    """What a stage's work came to."""
+    """The result of a stage's work."""
 
     summary: str
-    """One line for people: what came out."""
+    """One line for people: what the stage produced."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers for the dashboard."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What later stages or the report want to know of this one."""
+    """Details that later stages or the report need."""
 
 
 @dataclass
 class Record(Outcome):
-    """A finished stage, as `stage.json` keeps it."""
+    """A finished stage, as saved in `stage.json`."""
 
     stage: str = ""
     folder: str = ""
@@ -70,11 +69,11 @@ class Record(Outcome):
     seconds: float = 0.0
     """Wall time of the run that did the work."""
     finished: float = 0.0
-    """Unix time at its end, by the clock of the machine that did it."""
+    """Unix time at the end of that run, by the clock of its machine."""
     version: str = __version__
 
     def file(self, name: str) -> Path:
-        """A file of the stage's folder on local disk; it is fetched from object storage first."""
+        """A file of the stage's folder on local disk, fetched first if the folder is in object storage."""
         return fetch(join(self.folder, name))
 
 
@@ -86,88 +85,93 @@ def run_stage(
     overwrite: bool = False,
     intact: Callable[[Record], bool] = lambda record: True,
 ) -> Record:
-    """Do a stage's work once for the same inputs.
+    """Do a stage's work, unless it was already done with the same inputs.
 
     Args:
         stage: the stage's name, as on the command line.
-        output: the folder; `{fingerprint}` in it is replaced.
-        inputs: everything that the result depends on, JSON-able.
-        work: called with the folder; writes the results there.
+        output: the output folder; `{fingerprint}` in it is replaced by the digest of the inputs.
+        inputs: everything that the result depends on, JSON-serialisable.
+        work: called with a local folder, into which it writes the results.
         overwrite: replace results of other inputs instead of refusing.
-        intact: whether what a record vouches for is still there, where that lies outside of its folder.
+        intact: whether the results that a record describes still exist, for results outside its folder.
 
     Raises:
-        UserError: the folder holds results of other inputs.
+        ConfigurationError: the folder holds results of other inputs.
     """
     output = output.replace(FINGERPRINT, digest(inputs)[:16])
     remote = is_s3(output)
     folder = output.rstrip("/") if remote else str(local_path(output).absolute())
-    place = cache_folder() / "work" / digest(folder)[:24] if remote else Path(folder)
-    # What was left half-done with other inputs is never published with these.
-    bench = place / digest(inputs)[:24] if remote else place
-    with _alone_in(place):
+    locked_folder = cache_folder() / "work" / digest(folder)[:24] if remote else Path(folder)
+    # One work folder per set of inputs: an earlier, unfinished run with other inputs may have left files,
+    # which must not be uploaded along with these results.
+    work_folder = locked_folder / digest(inputs)[:24] if remote else locked_folder
+    with _exclusive(locked_folder):
         done = read_record(folder)
         if done is not None and done.inputs == inputs and intact(done):
             log_line(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
             return done
         if done is not None and done.inputs != inputs:
-            require_way(folder, done, inputs, overwrite)
+            require_permission_to_replace(folder, done, inputs, overwrite)
             delete(join(folder, RECORD))
-        bench.mkdir(parents=True, exist_ok=True)
+        work_folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        outcome = work(bench)
+        outcome = work(work_folder)
         seconds = round(time.monotonic() - started, 3)
         record = Record(
             **vars(outcome), stage=stage, folder=folder, inputs=inputs, seconds=seconds, finished=time.time()
         )
-        write_json(bench / RECORD, asdict(record))
+        write_json(work_folder / RECORD, asdict(record))
         if remote:
             log_line(f"{stage}: uploading to {folder}")
-            publish_folder(bench, folder, last=RECORD)
-            shutil.rmtree(place)
+            publish_folder(work_folder, folder, last=RECORD)
+            shutil.rmtree(locked_folder)
     log_line(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process; a second one waits, and then most often finds the work done.
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Lock a folder for one process. A second process waits, and then usually finds the work done.
 
-    The lock ends with the process that holds it, however that ends.
+    The kernel releases the lock when its process ends, for whatever reason.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log_line(f"waiting for another process that works in {folder}")
+            log_line(f"waiting for another process that is working in {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def require_way(folder: str, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:
-    """Refuse results of other inputs, unless the user gave them up.
+def require_permission_to_replace(folder: str, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:
+    """Refuse to replace results of other inputs, unless the user asked for it with `overwrite`.
 
     Raises:
-        UserError: the folder holds results of other inputs.
+        ConfigurationError: the folder holds results of other inputs and `overwrite` is false.
     """
     if not overwrite:
         changed = sorted(k for k in inputs | done.inputs if inputs.get(k) != done.inputs.get(k))
-        raise UserError(
+        raise ConfigurationError(
             f"{folder} holds the results of {done.stage} with other inputs "
             f"(changed: {', '.join(changed)}): choose another --output or add --overwrite true."
         )
 
 
 def read_record(folder: str | Path) -> Record | None:
-    """The record of a finished stage, or None where the folder is missing or half-done."""
+    """The record of a finished stage, or None if the folder is missing or incomplete.
+
+    Raises:
+        InputError: the folder's `stage.json` is damaged.
+    """
     path = join(folder, RECORD)
     if not exists(path):
         return None
     try:
         record = Record(**json.loads(read_bytes(path)))
     except (ValueError, TypeError) as error:
-        raise UserError(
+        raise InputError(
             f"{path} is not a stage's record: remove that folder and run the stage again."
         ) from error
     record.folder = str(folder).rstrip("/") if is_s3(folder) else str(local_path(folder))
@@ -178,15 +182,15 @@ def require_record(folder: str | Path, stage: str) -> Record:
     """The record of a finished `stage`.
 
     Raises:
-        UserError: there is none, or it is another stage's.
+        InputError: the folder has no record, or that of another stage.
     """
     record = read_record(folder)
     if record is None:
-        raise UserError(
+        raise InputError(
             f"{folder} holds no finished {stage}: run `slam-asr {stage}` first, or check the path."
         )
     if record.stage != stage:
-        raise UserError(
+        raise InputError(
             f"{folder} was written by {record.stage}, not by {stage}: give the folder of {stage}."
         )
     return record
@@ -205,37 +209,39 @@ def write_pointer(record: Record, path: str | Path) -> None:
 
 
 def log_metrics(record: Record, log: Callable[[str, Any], None]) -> None:
-    """Hand a stage's metrics to a dashboard's logger; a number that is not finite goes as text, which is all it can keep."""
+    """Pass a stage's metrics to a dashboard's logger.
+
+    A dashboard cannot save NaN or infinity as numbers, so they are passed as text.
+    """
     for name, value in record.metrics.items():
         log(name, value if math.isfinite(value) else str(value))
 
 
 def follow_pointer(path: str | Path) -> str:
-    """The folder that a pointer names, after checking that it still holds what it held.
+    """The folder that a pointer names, after checking that its record is unchanged.
 
     Raises:
-        UserError: the folder is gone or its record is another one now.
+        InputError: the pointer is damaged, or the folder is gone or its record was replaced.
     """
     try:
         pointer = json.loads(read_bytes(path))
         folder, expected = pointer["uri"], pointer["sha256"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is not a pointer to a stage's folder ({type(error).__name__}): run the step before again."
+        raise InputError(
+            f"{path} is not a pointer to a stage's folder ({type(error).__name__}): "
+            "run the previous step again."
         ) from error
     record = join(folder, RECORD)
     if not exists(record) or sha256_of_bytes(read_bytes(record)) != expected:
-        raise UserError(
-            f"{folder}, named by {path}, is gone or was replaced since: run the step before again."
-        )
+        raise InputError(f"{folder}, named by {path}, is gone or was replaced: run the previous step again.")
     return folder
 
 
 def follow_parts(paths: Iterable[str]) -> str:
-    """The folder of the first of several parts that lie in one store, after checking each pointer.
+    """The folder of the first of several work shards that share one store, after checking each pointer.
 
     Raises:
-        UserError: a folder is gone or its record is another one now.
+        InputError: a pointer is damaged, or its folder is gone or was replaced.
     """
     first, *_ = [follow_pointer(path) for path in paths]
     return first

@@ -1,4 +1,4 @@
-"""`slam-asr --version`: what exactly is installed here."""
+"""The output of `slam-asr --version`: exactly what is installed."""
 
 import importlib.util
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 from slam_asr import __version__
 
 COMMIT = "SLAM_ASR_COMMIT"
-"""Environment variable that images carry: the commit that they were built from, with + where files differed from it."""
+"""Environment variable of the container images: the commit they were built from, with + if files differed."""
 
 
 def describe_version() -> str:
-    """Version, commit where it is known, and torch with its CUDA where it is installed, in one line."""
+    """One line with the version, the commit if known, and the versions of torch and CUDA if installed."""
     commit = os.environ.get(COMMIT) or _commit_of_checkout()
     line = f"slam-asr {__version__}" + (f" (commit {commit})" if commit else "")
     if importlib.util.find_spec("torch") is None:

@@ -1,38 +1,42 @@
-"""Work that several machines share: each takes every n-th piece of the same plan."""
+"""Division of work among machines: each of n takes every n-th piece of the same plan."""
 
 import re
 from dataclasses import dataclass
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
 class WorkShard:
-    """One of `of` parts that share a plan, counted from 1: it takes every `of`-th piece."""
+    """One machine's share of a plan."""
 
     number: int = 1
+    """Counted from 1."""
     of: int = 1
+    """How many work shards the plan is divided into."""
 
     def __str__(self) -> str:
         return f"{self.number}-of-{self.of}"
 
     def takes(self, piece: int) -> bool:
-        """Whether a piece, counted from 0, is this part's."""
+        """Whether this work shard includes a piece, counted from 0."""
         return piece % self.of == self.number - 1
 
 
 def parse_work_shard(shard: str) -> WorkShard:
-    """`2/4` → the second of four parts.
+    """Parse `2/4` as the second of four work shards.
 
     Raises:
-        UserError: it is written otherwise, or there is no such part.
+        ConfigurationError: the text is not i/n with i from 1 to n.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"--shard is {shard}: write it as i/n, such as 1/4, with i from 1 to n.")
-    return WorkShard(int(found[1]), int(found[2]))
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigurationError(
+            f"--work-shard is {shard}: write it as i/n, such as 1/4, with i from 1 to n."
+        )
+    return WorkShard(int(match[1]), int(match[2]))
 
 
 def all_work_shards(count: int) -> list[str]:
-    """The parts that work is divided into: 1/n, 2/n and so on."""
+    """All work shards of a division into `count`: 1/n, 2/n and so on."""
     return [f"{number}/{count}" for number in range(1, count + 1)]

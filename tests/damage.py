@@ -1,4 +1,4 @@
-"""Files of weights, damaged in the ways that happen to them."""
+"""Typical damage to files of weights."""
 
 from pathlib import Path
 
@@ -7,12 +7,13 @@ from safetensors.torch import load_file, save_file
 
 
 def damage(file: Path, name: str, fault: str) -> None:
-    """Leave a weight out (`missing`), give it another `shape`, put a `nan` into it, or have the file `cut` off; any other fault leaves all as it was.
+    """Damage a file of weights.
 
     Args:
         file: safetensors.
         name: of a weight with two dimensions.
-        fault: which.
+        fault: `missing` removes the weight, `shape` changes its shape, `nan` puts a NaN into it, and `cut`
+            truncates the file. Any other value rewrites the file unchanged.
     """
     weights = load_file(file)
     if fault == "missing":

@@ -1,10 +1,10 @@
-"""A network that fails: a proxy in front of an HTTP server that spoils a share of the requests.
+"""An unreliable network: a proxy in front of an HTTP server that makes a share of the requests fail.
 
     with FaultyProxy(server, share=0.2, seed=1) as proxy:
-        ...                                  # talk to proxy.address instead of server
+        ...                                  # use proxy.address instead of server
     assert proxy.faults.total() > 0
 
-All that is not spoiled passes byte for byte. Each request has a connection of its own.
+All other requests are passed on byte for byte. Each request has its own connection.
 """
 
 import base64
@@ -20,72 +20,76 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 BUSY = "busy"
-"""503 with S3's error SlowDown; the server never sees the request."""
+"""503 with S3's error SlowDown; the server does not receive the request."""
 STALL = "stall"
-"""Silence, until the client hangs up."""
+"""No answer, until the client disconnects."""
 RESET = "reset"
-"""The connection is reset when half of the request's body has reached the server."""
+"""The connection is reset after half of the request's body has reached the server."""
 LOST = "lost"
-"""The server does what was asked; its answer is lost in a reset."""
+"""The server executes the request, but its answer is lost in a connection reset."""
 CUT = "cut"
-"""The answer ends in its middle, in good order: fewer bytes than its Content-Length says."""
+"""The answer ends in the middle with an orderly close: fewer bytes than its Content-Length."""
 FLIP = "flip"
-"""One bit of the request's body is wrong, or of the answer's where the request has none."""
+"""One bit of the request's body is flipped, or of the answer's if the request has no body."""
 
-PASSING = (BUSY, STALL, RESET, LOST, CUT)
-"""What a client survives by asking again."""
+TEMPORARY = (BUSY, STALL, RESET, LOST, CUT)
+"""Faults that a client survives by retrying."""
 
-_ERROR = "<?xml version='1.0' encoding='UTF-8'?>\n<Error><Code>{0}</Code><Message>{0}, says the proxy</Message><RequestId>0</RequestId></Error>"
+_ERROR = (
+    "<?xml version='1.0' encoding='UTF-8'?>\n"
+    "<Error><Code>{0}</Code><Message>{0}, from the proxy</Message><RequestId>0</RequestId></Error>"
+)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked of the proxy."""
+    """A request that the proxy received."""
 
     method: str
     target: str
     """Path and query, as sent."""
     headers: dict[str, str]
-    """Names in small letters."""
+    """Names in lower case."""
     body: bytes
-    """As sent: with the chunks' lengths where it is chunked."""
+    """As sent, so a chunked body includes the lengths of its chunks."""
 
 
 Fault = str | tuple[int, str]
-"""One of the kinds above, or an answer of the proxy's own: (503, "SlowDown")."""
+"""One of the kinds above, or an answer that the proxy gives itself, such as (503, "SlowDown")."""
 
 
 class FaultyProxy:
-    """Spoils a share of the requests to an HTTP server.
+    """Makes a share of the requests to an HTTP server fail.
 
     Args:
         server: its address, http://host:port.
-        share: of the requests that are spoiled, drawn by chance; change it at any time.
-        kinds: of fault that are drawn from.
-        seed: of the draws.
-        rule: decides for a request by itself: a fault, or None to let it pass; `share` does not count then.
+        share: of the requests that fail, chosen at random; may be changed at any time.
+        kinds: of fault, chosen at random.
+        seed: of these choices.
+        rule: returns the fault of a request, or None to pass it on; replaces `share` and `kinds`.
     """
 
     def __init__(
         self,
         server: str,
         share: float = 0.2,
-        kinds: tuple[Fault, ...] = PASSING,
+        kinds: tuple[Fault, ...] = TEMPORARY,
         seed: int = 0,
         rule: Callable[[Request], Fault | None] | None = None,
     ) -> None:
-        there = urlsplit(server)
-        self.server = (there.hostname, there.port)
+        url = urlsplit(server)
+        self.server = (url.hostname, url.port)
         self.share, self.kinds, self.rule = share, kinds, rule
         self.checks = True
-        """Whether the server seems to compare SHA-256 sums, as S3 does and moto does not; else it seems to know none."""
+        """Whether to compare SHA-256 checksums, as S3 does and moto does not. Otherwise they are removed, as
+        for a server that does not support them."""
         self.one_at_a_time = False
-        """Whether the server gets one request after another."""
+        """Whether the server receives only one request at a time."""
         self.requests: list[Request] = []
-        """All that came, without their bodies."""
+        """All requests received, without their bodies."""
         self.faults: Counter[str] = Counter()
-        """How many requests were spoiled, by kind."""
-        self._chance = random.Random(seed)
+        """Number of failed requests, by kind."""
+        self._random = random.Random(seed)
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -97,17 +101,17 @@ class FaultyProxy:
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        # Closing alone would leave the thread in accept().
+        # Closing the socket would not wake the thread in accept().
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def asked(self, method: str, part: str = "") -> int:
-        """How many requests of a method came whose target has this part."""
-        return sum(r.method == method and part in r.target for r in self.requests)
+    def count(self, method: str, text: str = "") -> int:
+        """Number of requests with this method whose target contains this text."""
+        return sum(r.method == method and text in r.target for r in self.requests)
 
     def clear(self) -> None:
-        """Count anew."""
+        """Reset `requests` and `faults`."""
         with self._lock:
             self.requests.clear()
             self.faults.clear()
@@ -121,7 +125,7 @@ class FaultyProxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        # Whoever hangs up in between has had enough.
+        # A client may disconnect at any time.
         with client, contextlib.suppress(OSError, EOFError):
             request = _receive(client)
             if request is not None:
@@ -133,7 +137,7 @@ class FaultyProxy:
             if self.rule is not None:
                 fault = self.rule(request)
             else:
-                fault = self._chance.choice(self.kinds) if self._chance.random() < self.share else None
+                fault = self._random.choice(self.kinds) if self._random.random() < self.share else None
             if fault is not None:
                 self.faults[fault if isinstance(fault, str) else fault[1]] += 1
             return fault
@@ -161,7 +165,7 @@ class FaultyProxy:
                 client.sendall(_error(400, "BadDigest", request.method))
                 return
             with self._turn if self.one_at_a_time else contextlib.nullcontext():
-                head, body = self._pass(request if self.checks else _without_checksums(request))
+                head, body = self._forward(request if self.checks else _without_checksums(request))
             if fault == LOST:
                 _set_to_reset(client)
             elif fault == CUT:
@@ -170,14 +174,14 @@ class FaultyProxy:
                 client.sendall(head)
                 client.sendall(_flipped(body) if fault == FLIP and body else body)
 
-    def _pass(self, request: Request) -> tuple[bytes, bytes]:
-        """The server's answer: head and body as they came."""
+    def _forward(self, request: Request) -> tuple[bytes, bytes]:
+        """Pass a request on; returns the head and the body of the server's answer."""
         with socket.create_connection(self.server) as server:
             server.sendall(_head_of(request))
             server.sendall(request.body)
             answer = bytearray()
-            while piece := server.recv(2**18):
-                answer += piece
+            while chunk := server.recv(2**18):
+                answer += chunk
         end = answer.index(b"\r\n\r\n") + 4
         head, view = bytes(answer[:end]), memoryview(answer)[end:]
         if b"\r\nconnection: close" not in head.lower():
@@ -186,7 +190,7 @@ class FaultyProxy:
 
 
 def _receive(client: socket.socket) -> Request | None:
-    """One request, read to its end; None where the client hung up before it."""
+    """Read a complete request; None if the client disconnected before it."""
     stream = client.makefile("rb")
     first = stream.readline().decode("latin-1").split()
     if not first:
@@ -235,16 +239,18 @@ def _head_of(request: Request) -> bytes:
 
 def _error(status: int, code: str, method: str) -> bytes:
     body = b"" if method == "HEAD" else _ERROR.format(code).encode()
-    return (
-        f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    ).encode() + body
+    head = (
+        f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 def _differs(request: Request) -> bool:
-    said = request.headers.get("x-amz-checksum-sha256")
+    announced = request.headers.get("x-amz-checksum-sha256")
     return (
-        bool(said and request.body)
-        and said != base64.b64encode(hashlib.sha256(request.body).digest()).decode()
+        bool(announced and request.body)
+        and announced != base64.b64encode(hashlib.sha256(request.body).digest()).decode()
     )
 
 
@@ -261,5 +267,5 @@ def _flipped(body: bytes) -> bytes:
 
 
 def _set_to_reset(connection: socket.socket) -> None:
-    """Let close() reset the connection instead of ending it in good order."""
+    """Make close() reset the connection instead of closing it in an orderly way."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,4 +1,4 @@
-"""How much memory a program takes for itself: what it maps from files is not counted, for that is given back where memory is short."""
+"""The memory that a program allocates, without mapped files: the kernel can drop those if memory is short."""
 
 import threading
 from collections.abc import Iterator
@@ -8,23 +8,27 @@ from pathlib import Path
 
 @contextmanager
 def peak_of_anonymous_memory() -> Iterator[list[int]]:
-    """A list that gets, at the end, the most bytes beyond those at the beginning."""
-    seen, over = [_anonymous()], threading.Event()
+    """Measure the peak of anonymous memory.
+
+    Yields:
+        A list that receives one number at the end: the peak in bytes above the amount at the beginning.
+    """
+    seen, done = [_anonymous_bytes()], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.002):
-            seen.append(_anonymous())
+        while not done.wait(0.002):
+            seen.append(_anonymous_bytes())
 
     watcher, result = threading.Thread(target=watch), []
     watcher.start()
     try:
         yield result
     finally:
-        over.set()
+        done.set()
         watcher.join()
         result.append(max(seen) - seen[0])
 
 
-def _anonymous() -> int:
+def _anonymous_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Programs of the tests in several processes under torchrun."""
+"""Runs test programs in several processes under torchrun."""
 
 import json
 import os
@@ -9,7 +9,11 @@ from typing import Any
 
 
 def run_on_ranks(program: str, number: int, folder: Path) -> Path:
-    """Run a file in so many processes, with the folder as its argument, to a good end → the folder."""
+    """Run a file in `number` processes, with the folder as its argument; it must succeed.
+
+    Returns:
+        The folder.
+    """
     done = subprocess.run(
         [
             sys.executable,
@@ -29,12 +33,12 @@ def run_on_ranks(program: str, number: int, folder: Path) -> Path:
     return folder
 
 
-def leave_answer(folder: Path, found: Any) -> None:
-    """End such a program: the first process writes `losses.json`, when all are done."""
+def leave_answer(folder: Path, results: Any) -> None:
+    """End such a program: the first process writes `losses.json`, and all wait for each other."""
     import torch
 
     from slam_asr.processes import leave_group
 
     if torch.distributed.get_rank() == 0:
-        (folder / "losses.json").write_text(json.dumps(found))
+        (folder / "losses.json").write_text(json.dumps(results))
     leave_group()

@@ -1,14 +1,37 @@
-"""The command line: mistakes are answered with the nearest valid word, in one line, with code 2."""
+"""Options work in every usual spelling; a mistake gets one line with the nearest word, and exit code 2."""
 
 import pytest
+from jsonargparse import ArgumentParser
 
-from slam_asr.cli import STAGES, main
+from slam_asr.cli import STAGES, add_recipe_options, add_stage_options, main, parse_options
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as left:
+def exit_of(capsys, *arguments):
+    """Run a command that is expected to exit → its exit code and what it printed."""
+    with pytest.raises(SystemExit) as stop:
         main(list(arguments))
-    return left.value.code, capsys.readouterr()
+    return stop.value.code, capsys.readouterr()
+
+
+def example_stage(
+    manifests: list[str], train_manifest: str = "", work_shard: str = "", keep: list[str] | None = None
+):
+    """Stands in for a stage's function.
+
+    Args:
+        manifests: several files.
+        train_manifest: one file.
+        work_shard: i/n.
+        keep: an optional list.
+    """
+
+
+@pytest.fixture
+def parser():
+    parser = ArgumentParser(prog="slam-asr example", exit_on_error=False, allow_abbrev=False)
+    add_stage_options(parser, example_stage)
+    add_recipe_options(parser, "demo")
+    return parser
 
 
 @pytest.mark.parametrize(
@@ -17,23 +40,26 @@ def run(capsys, *arguments):
         (["trian"], "did you mean train?"),
         (["train", "--recipe", "demo", "--training.lr", "1"], "did you mean --training.learning_rate?"),
         (["train", "--recpe", "demo"], "did you mean --recipe?"),
-        (["train", "--recipe", "demo"], "Missing: --train_manifest, --output"),
+        (["train", "--recipe", "demo", "--train_manifst", "x"], "did you mean --train-manifest?"),
+        (["train", "--recipe", "demo"], "Missing: --train-manifest, --output"),
         (["build-manifest", "--corpus", "x", "--output", "y"], "--recipe is missing"),
         (["build-manifest", "--recipe", "demoo", "--corpus", "x", "--output", "y"], "did you mean demo?"),
         (["build-manifest", "--recipe", "demo", "--corpus", "/no/such", "--output", "y"], "/no/such"),
         (["train", "--recipe", "demo", "--training.zero_stage", "9"], "training.zero_stage"),
-        (["train", "--recipe", "demo", "fast"], "fast stands alone"),
+        (["train", "--recipe", "demo", "fast"], "fast follows no option"),
         (["train", "--recipe", "demo", "--output"], "--output lacks a value"),
+        (["decode", "--recipe", "demo", "--manifests"], "--manifests lacks a value"),
         (["train", "--recipe", "demo", "--out", "x"], "did you mean --output?"),
+        (["plan", "demo", "--gpu-memory", "much"], "Option --gpu-memory: Expected a number"),
         (
             ["convert-checkpoint", "--checkpoint", "/no/such", "--output", "y"],
             "/no/such holds no finished train",
         ),
-        (["decode", "--model", "/no/such", "--manifests", "[x]", "--output", "y"], "/no/such holds no model"),
+        (["decode", "--model", "/no/such", "--manifests", "x", "--output", "y"], "/no/such holds no model"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(capsys, arguments, answer):
-    code, output = run(capsys, *arguments)
+    code, output = exit_of(capsys, *arguments)
     assert code == 2
     assert answer in output.err
     assert output.err.startswith("slam-asr: error: ") and output.err.count("\n") == 1
@@ -41,16 +67,69 @@ def test_mistakes_are_one_line_and_code_2(capsys, arguments, answer):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_explains_its_options(capsys, stage):
-    code, output = run(capsys, stage, "--help")
+    code, output = exit_of(capsys, stage, "--help")
     assert code == 0
     # Extraction replaces nothing: a store only grows.
-    assert (
-        "--output OUTPUT" in output.out
-        and ("--shard" if stage == "extract-features" else "--overwrite") in output.out
-    )
+    expected = "--work-shard" if stage == "extract-features" else "--overwrite"
+    assert "--output OUTPUT" in output.out and expected in output.out
 
 
 def test_the_usage_names_every_stage(capsys):
     main([])
     usage = capsys.readouterr().out
     assert all(stage in usage for stage in STAGES)
+
+
+def test_help_spells_stage_options_with_dashes_and_recipe_keys_as_in_the_file(capsys):
+    _, output = exit_of(capsys, "train", "--help")
+    assert "--train-manifest" in output.out and "--train_manifest" not in output.out
+    assert "--training.max_steps" in output.out and "--training.max-steps" not in output.out
+
+
+def test_an_outdated_spelling_works_and_is_noted_once(parser, capsys):
+    values = parse_options(
+        parser, ["--train_manifest=a", "--shard", "1/2", "--manifests", "x", "--shard", "2/2"]
+    )
+    assert (values["train_manifest"], values["work_shard"]) == ("a", "2/2")
+    assert capsys.readouterr().err == (
+        "note: --train_manifest is now spelled --train-manifest; --shard is now spelled --work-shard\n"
+    )
+
+
+@pytest.mark.parametrize("option", ["--training.max_steps", "--training.max-steps"])
+def test_a_recipe_key_may_have_dashes_or_underscores_without_a_note(parser, capsys, option):
+    values = parse_options(parser, ["--manifests", "x", "--train-manifest", "a", option, "7"])
+    assert values["training"].max_steps == 7
+    assert capsys.readouterr().err == ""
+
+
+def test_a_key_of_the_users_own_keeps_its_dashes(parser):
+    values = parse_options(parser, ["--manifests", "x", "--published-wer.test-clean", "2.5"])
+    assert values["published_wer"] == {"test-clean": 2.5}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--manifests", "a b", "c"],
+        ["--manifests", "a b", "--manifests", "c"],
+        ["--manifests=a b", "--manifests=c"],
+        ["--manifests", "[a b, c]"],
+        ["--manifests", "[a b,", "c]"],
+        ["--manifests", "[a b]", "--manifests", "c"],
+        ["--manifests+=a b", "--manifests+", "c"],
+    ],
+)
+def test_a_list_is_the_same_however_it_is_given(parser, given):
+    values = parse_options(parser, [*given, "--train-manifest", "t"])
+    assert values["manifests"] == ["a b", "c"] and values["train_manifest"] == "t"
+
+
+def test_one_value_is_a_list_of_one(parser):
+    values = parse_options(parser, ["--manifests", "a", "--keep", "k"])
+    assert (values["manifests"], values["keep"]) == (["a"], ["k"])
+
+
+def test_a_list_given_replaces_the_default_and_an_empty_one_empties_it(parser):
+    values = parse_options(parser, ["--manifests", "a", "--data.train", "x", "--data.dev", "[]"])
+    assert (values["data"].train, values["data"].dev, values["keep"]) == (["x"], [], None)

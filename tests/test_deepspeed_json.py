@@ -1,4 +1,6 @@
-"""DeepSpeed's own JSON in a recipe: what it sets is honoured, what contradicts is named, what is unknown is refused."""
+"""DeepSpeed's own JSON in a recipe: settings take effect, contradictions and unknown keys are refused by
+name.
+"""
 
 import json
 
@@ -17,14 +19,14 @@ REFERENCE = {
     "fp16": {"enabled": True},
     "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
 }
-"""What the reference's ds_config.json says: ZeRO 3, fp16, the optimiser on the host, batches of 4."""
+"""The reference's ds_config.json: ZeRO 3, fp16, the optimiser offloaded to the CPU, batches of 4."""
 
 
 def recipe_with(settings, **training):
     return load_recipe(json.dumps({"name": "mine", "training": {"deepspeed": settings, **training}}))
 
 
-def test_the_references_own_configuration_is_taken():
+def test_the_references_configuration_is_accepted():
     training = recipe_with(REFERENCE).training
     assert (training.zero_stage, training.offload_optimizer, training.precision) == (3, True, "fp16")
     assert (training.utterances_per_batch, training.accumulation, training.learning_rate) == (4, 1, 1e-4)
@@ -36,7 +38,7 @@ def test_the_references_own_configuration_is_taken():
     assert config["fp16"] == {"enabled": True}
 
 
-def test_what_has_no_key_of_ours_reaches_deepspeed_and_the_optimiser():
+def test_settings_without_a_recipe_key_reach_deepspeed_and_the_optimiser():
     settings = {
         "zero_optimization": {
             "stage": 2,
@@ -74,7 +76,7 @@ def test_what_has_no_key_of_ours_reaches_deepspeed_and_the_optimiser():
     assert training.deepspeed["optimizer"] == {"params": {"betas": [0.8, 0.95], "eps": 1e-6}}
 
 
-def test_a_file_is_read_and_the_resolved_recipe_needs_it_no_longer(tmp_path):
+def test_a_file_is_read_and_the_resolved_recipe_no_longer_needs_it(tmp_path):
     path = tmp_path / "ds_config.json"
     path.write_text(json.dumps(REFERENCE))
     recipe = load_recipe(
@@ -107,13 +109,13 @@ def test_a_file_is_read_and_the_resolved_recipe_needs_it_no_longer(tmp_path):
         (
             {"zero_optimisation": {}},
             {},
-            "DeepSpeed knows no key zero_optimisation; did you mean zero_optimization?",
+            "DeepSpeed has no key zero_optimisation; did you mean zero_optimization?",
         ),
-        ({"zero_optimization": {"stge": 3}}, {}, "knows no key zero_optimization.stge; did you mean stage?"),
+        ({"zero_optimization": {"stge": 3}}, {}, "has no key zero_optimization.stge; did you mean stage?"),
         (
             {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/x"}}},
             {},
-            "knows no key zero_optimization.offload_param.nvme_path",
+            "has no key zero_optimization.offload_param.nvme_path",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
@@ -123,7 +125,8 @@ def test_a_file_is_read_and_the_resolved_recipe_needs_it_no_longer(tmp_path):
         (
             {"scheduler": {"type": "WarmupLR"}},
             {},
-            "scheduler is not taken: the learning rate follows training.schedule and training.warmup_steps",
+            "scheduler is not supported: the learning rate follows training.schedule and "
+            "training.warmup_steps",
         ),
         (
             {"optimizer": {"type": "Lamb"}},
@@ -136,23 +139,23 @@ def test_a_file_is_read_and_the_resolved_recipe_needs_it_no_longer(tmp_path):
             "optimizer.params.adam_w_mode is false",
         ),
         ({"train_batch_size": 32}, {}, "sets train_batch_size without train_micro_batch_size_per_gpu"),
-        ({"zero_optimization": 3}, {}, "zero_optimization must hold keys of its own, not 3"),
+        ({"zero_optimization": 3}, {}, "zero_optimization must contain keys, not 3"),
         ("/no/such/file.json", {}, "names /no/such/file.json, which cannot be read as JSON"),
-        (["a"], {}, "must hold DeepSpeed's keys and values, or name a JSON file"),
+        (["a"], {}, "must contain DeepSpeed's keys and values, or name a JSON file"),
     ],
 )
-def test_what_contradicts_or_is_unknown_is_refused_by_name(settings, training, sentence):
+def test_contradictions_and_unknown_keys_are_refused_by_name(settings, training, sentence):
     with pytest.raises(UserError) as refused:
         recipe_with(settings, **training)
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_other_engines_take_no_deepspeed_json():
+def test_other_engines_accept_no_deepspeed_json():
     with pytest.raises(UserError, match=r"training\.deepspeed is DeepSpeed's, but training\.engine is ddp"):
         recipe_with({"wall_clock_breakdown": True}, engine="ddp")
 
 
-def test_the_names_are_those_of_the_deepspeed_that_is_installed():
+def test_the_key_names_exist_in_the_installed_deepspeed():
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (
@@ -172,11 +175,11 @@ def test_the_names_are_those_of_the_deepspeed_that_is_installed():
         assert set(deepspeed_json.SECTIONS[section]) <= names, section
 
 
-@pytest.mark.parametrize("given", ["path", "keys"])
-def test_on_a_stages_command_line_it_is_sent_to_the_recipes_file(tmp_path, given):
+@pytest.mark.parametrize("form", ["path", "keys"])
+def test_on_a_stages_command_line_it_is_refused_with_a_pointer_to_the_recipes_file(tmp_path, form):
     from slam_asr.recipe import Recipe, Training
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(REFERENCE))
-    with pytest.raises(UserError, match="belongs into the recipe's file, not on the command line"):
-        Recipe(training=Training(deepspeed=str(path) if given == "path" else REFERENCE))
+    with pytest.raises(UserError, match="write it into the recipe's file"):
+        Recipe(training=Training(deepspeed=str(path) if form == "path" else REFERENCE))

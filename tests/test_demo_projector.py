@@ -1,4 +1,4 @@
-"""The scripts that make a projector: speech that is joined keeps its words, and a projector learns to say an LLM's tokens."""
+"""The demo's scripts for a projector: joined speech keeps its words, and CTC aligns tokens with audio."""
 
 import importlib
 import random
@@ -19,7 +19,7 @@ DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 @pytest.fixture
 def script(monkeypatch):
-    """A script of the folder demo, as a module."""
+    """Import a script of the demo folder by name."""
     monkeypatch.syspath_prepend(str(DEMO))
     yield importlib.import_module
     for name in ("make_training_speech", "begin_projector", "make_speech"):
@@ -29,12 +29,12 @@ def script(monkeypatch):
 def test_joined_speech_keeps_all_words_in_order_and_its_length(script):
     speech = script("make_training_speech")
     rng = np.random.default_rng(0)
-    spoken = [rng.standard_normal(round(16_000 * s)).astype(np.float32) for s in rng.uniform(0.5, 9, 15)]
+    excerpts = [rng.standard_normal(round(16_000 * s)).astype(np.float32) for s in rng.uniform(0.5, 9, 15)]
     texts = [f"TEXT {n}" for n in range(15)]
-    joined = list(speech.join(spoken, texts, speech.JOINED, random.Random(3)))
+    joined = list(speech.join(excerpts, texts, speech.JOINED, random.Random(3)))
     assert " ".join(text for text, _ in joined) == " ".join(texts)
     assert 1 < len(joined) < 15
-    pauses = sum(len(samples) for _, samples in joined) - sum(map(len, spoken))
+    pauses = sum(len(samples) for _, samples in joined) - sum(map(len, excerpts))
     assert (
         speech.PAUSE[0] * 16_000 * (15 - len(joined))
         <= pauses
@@ -43,7 +43,7 @@ def test_joined_speech_keeps_all_words_in_order_and_its_length(script):
     assert max(len(samples) for _, samples in joined) <= speech.JOINED[1] * 16_000
 
 
-def test_varied_speech_stays_speech(script):
+def test_augmented_speech_has_its_length_and_resembles_the_original(script):
     speech = script("make_training_speech")
     tone = np.sin(np.arange(32_000) / 10).astype(np.float32)
     assert len(speech.at_speed(tone, 1.1)) == pytest.approx(32_000 / 1.1, abs=2)
@@ -55,7 +55,7 @@ def test_varied_speech_stays_speech(script):
 
 
 @pytest.mark.parametrize("seed", [2, 3])
-def test_a_projector_learns_to_say_the_tokens_and_comes_to_lie_near_them(script, seed):
+def test_a_projector_learns_the_tokens_and_its_outputs_approach_their_embeddings(script, seed):
     begin = script("begin_projector")
     torch.manual_seed(seed)
     sounds = torch.randn(6, 12)  # of tokens 1 to 5, and of silence
@@ -74,16 +74,16 @@ def test_a_projector_learns_to_say_the_tokens_and_comes_to_lie_near_them(script,
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.2 * losses[0]
-    assert [begin.spelled(speller, f) for f in frames] == targets
-    said = (
+    assert [begin.best_path(speller, f) for f in frames] == targets
+    similarities = (
         nn.functional.normalize(speller.projector([frames[0][:2]]), dim=1)
         @ nn.functional.normalize(speller.embeddings, dim=1).T
     )
-    assert said.argmax() == targets[0][0] and said.max() > 0.9 and distances[-1] < 0.3
+    assert similarities.argmax() == targets[0][0] and similarities.max() > 0.9 and distances[-1] < 0.3
 
 
-def test_ctc_over_an_utterances_own_tokens_is_ctc_over_all(script):
-    """The loss of few columns equals torch's over the whole vocabulary."""
+def test_ctc_over_an_utterances_own_tokens_equals_ctc_over_all_tokens(script):
+    """The loss over a few columns equals torch's over the entire vocabulary."""
     begin = script("begin_projector")
     torch.manual_seed(1)
     speller = begin.Speller(build_projector(Projector(downsampling=2, hidden=8), 6, 10), torch.randn(41, 10))
@@ -93,19 +93,19 @@ def test_ctc_over_an_utterances_own_tokens_is_ctc_over_all(script):
     )
     logits, distances = speller(frames)
     scores = nn.utils.rnn.pad_sequence(logits.log_softmax(1).split([15, 10]))
-    whole = (
+    expected = (
         nn.functional.ctc_loss(
             scores, torch.cat(targets), torch.tensor([15, 10]), torch.tensor([4, 2]), reduction="sum"
         )
         / 6
     )
     assert begin.loss_of(speller, frames, targets, 0.5).item() == pytest.approx(
-        (whole + 0.5 * distances.mean()).item(), rel=1e-5
+        (expected + 0.5 * distances.mean()).item(), rel=1e-5
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "said"),
+    ("name", "arguments", "expected"),
     [
         ("make_training_speech", ["--text", "nowhere.txt", "--out", "{out}"], "there is no file nowhere.txt"),
         (
@@ -113,10 +113,10 @@ def test_ctc_over_an_utterances_own_tokens_is_ctc_over_all(script):
             ["--text", "{empty}", "--out", "{out}", "--voices", "0"],
             "has no line `<key> TEXT`",
         ),
-        ("make_training_speech", ["--text", "{empty}", "--out", "{there}"], "exists already"),
+        ("make_training_speech", ["--text", "{empty}", "--out", "{existing}"], "exists already"),
         (
             "make_training_speech",
-            ["--text", "{empty}", "--out", "{out}", "--real", "{there}"],
+            ["--text", "{empty}", "--out", "{out}", "--real", "{existing}"],
             "holds no .trans.txt",
         ),
         (
@@ -136,14 +136,16 @@ def test_ctc_over_an_utterances_own_tokens_is_ctc_over_all(script):
         ),
     ],
 )
-def test_bad_input_is_a_sentence_and_leaves_nothing(tmp_path, name, arguments, said):
+def test_bad_input_gives_a_one_line_error_and_leaves_no_files(tmp_path, name, arguments, expected):
     (tmp_path / "empty").write_text("")
-    (tmp_path / "there").mkdir()
-    given = {key: tmp_path / key for key in ("out", "empty", "there")}
+    (tmp_path / "existing").mkdir()
+    paths = {key: tmp_path / key for key in ("out", "empty", "existing")}
     done = subprocess.run(
-        [sys.executable, DEMO / f"{name}.py", *(a.format(**given) for a in arguments)],
+        [sys.executable, DEMO / f"{name}.py", *(a.format(**paths) for a in arguments)],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and expected in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,7 @@
-"""The documentation: every key, recipe, command and file that it names exists."""
+"""The documentation: every key, recipe, command and file that it names exists, and its form is readable."""
 
+import ast
+import functools
 import importlib
 import inspect
 import re
@@ -8,12 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from slam_asr.cli import COMMANDS, command_of, spelt_out
+from slam_asr.cli import COMMANDS, resolve_command
+from slam_asr.cli import run as run_stage_command
 from slam_asr.recipe import recipe_keys, shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-SLAM_LLM = ROOT / "docs" / "from-slam-llm.md"
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "components").glob("*/README.md"),
+        ROOT / "demo" / "README.md",
+        *(ROOT / "slam_asr" / "projectors").glob("*/README.md"),
+    ]
+)
+SLAM_LLM = ROOT / "docs" / "how-to" / "from-slam-llm.md"
+SHIPPED_MODEL = "whisper-tiny.en-smollm2-135m"
+MAX_README_LINES = 130
+MAX_SENTENCES = 5
 
 SECTIONS = sorted({key.partition(".")[0] for key in recipe_keys() if "." in key})
 A_KEY = re.compile(rf"(?:--)?((?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?:[:\s].*)?")
@@ -32,38 +46,86 @@ PIPELINE_OPTIONS = {
     "--images",
     "--network",
     "--gpus",
-    "--shared_memory",
+    "--shared-memory",
     "--mounts",
 }
 OPTIONS_OF_SLAM_LLM = """
-    encoder_name encoder_path encoder_path_hf encoder_dim encoder_projector encoder_projector_ds_rate encoder_ds_rate
-    encoder_type llm_name llm_path llm_type llm_dim normalize modal file model_factory
-    dataset train_data_path val_data_path train_split test_split input_type mel_size prompt fix_length_audio
-    inference_mode max_words max_mel data_path
-    model_name enable_ddp enable_deepspeed enable_fsdp low_cpu_fsdp run_validation batch_size_training batching_strategy
-    context_length gradient_accumulation_steps num_epochs num_workers_dataloader warmup_steps total_steps
-    validation_interval lr weight_decay gamma seed use_fp16 mixed_precision val_batch_size use_peft output_dir
-    freeze_layers num_freeze_layers quantization one_gpu save_model dist_checkpoint_root_folder dist_checkpoint_folder
-    save_optimizer use_fast_kernels run_test_during_validation freeze_llm freeze_encoder
-    peft_config.peft_method peft_config.r peft_config.lora_alpha peft_config.target_modules peft_config.bias
-    peft_config.task_type peft_config.lora_dropout peft_config.inference_mode
-    deepspeed_config sharding_strategy checkpoint_type fsdp_activation_checkpointing fsdp_cpu_offload pure_bf16
-    optimizer use_wandb wandb_dir wandb_entity_name wandb_project_name wandb_exp_name log_file log_interval
-    ckpt_path peft_ckpt decode_log metric num_beams max_new_tokens repetition_penalty length_penalty
+    encoder_name encoder_path encoder_path_hf encoder_dim encoder_projector encoder_projector_ds_rate
+    encoder_ds_rate encoder_type llm_name llm_path llm_type llm_dim normalize modal file model_factory
+    dataset train_data_path val_data_path train_split test_split input_type mel_size prompt
+    fix_length_audio inference_mode max_words max_mel data_path model_name enable_ddp enable_deepspeed
+    enable_fsdp low_cpu_fsdp run_validation batch_size_training batching_strategy context_length
+    gradient_accumulation_steps num_epochs num_workers_dataloader warmup_steps total_steps
+    validation_interval lr weight_decay gamma seed use_fp16 mixed_precision val_batch_size use_peft
+    output_dir freeze_layers num_freeze_layers quantization one_gpu save_model
+    dist_checkpoint_root_folder dist_checkpoint_folder save_optimizer use_fast_kernels
+    run_test_during_validation freeze_llm freeze_encoder peft_config.peft_method peft_config.r
+    peft_config.lora_alpha peft_config.target_modules peft_config.bias peft_config.task_type
+    peft_config.lora_dropout peft_config.inference_mode deepspeed_config sharding_strategy
+    checkpoint_type fsdp_activation_checkpointing fsdp_cpu_offload pure_bf16 optimizer use_wandb
+    wandb_dir wandb_entity_name wandb_project_name wandb_exp_name log_file log_interval ckpt_path
+    peft_ckpt decode_log metric num_beams max_new_tokens repetition_penalty length_penalty
 """
 SCRIPTS_OF_SLAM_LLM = """
     finetune_whisper_large_linear_vicuna_7b.sh finetune_wavlm_large_linear_vicuna_7b.sh
     finetune_hubert_xtralarge_linear_vicuna_7b.sh finetune_whisper_large_linear_vicuna_7b_deepspeed.sh
     decode_whisper_large_linear_vicuna_7b.sh decode_wavlm_large_linear_vicuna_7b.sh
-    decode_hubert_xtralarge_linear_vicuna_7b.sh transcribe_deepspeed_to_pt.py zero_to_fp32.py compute_wer.py
-    whisper_tn.py
+    decode_hubert_xtralarge_linear_vicuna_7b.sh transcribe_deepspeed_to_pt.py zero_to_fp32.py
+    compute_wer.py whisper_tn.py
 """
 
 
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
+
+
+def fenced_blocks(page):
+    """(language, lines) of each fenced block; the language is empty if the fence names none."""
+    blocks, lines = [], None
+    for line in page.read_text().splitlines():
+        if line.strip().startswith("```"):
+            if lines is None:
+                lines = []
+                blocks.append((line.strip().removeprefix("```").strip(), lines))
+            else:
+                lines = None
+        elif lines is not None:
+            lines.append(line)
+    assert lines is None, f"{page}: a fence is not closed"
+    return blocks
+
+
+def prose(page):
+    """The page's text without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def paragraphs(page):
+    """Paragraphs and list items, each as one line; tables, headings and comments are left out."""
+    text = re.sub(r"<!--.*?-->", "", prose(page), flags=re.DOTALL)
+    lines = ["" if re.match(r"\||#|!\[", line.strip()) else line for line in text.splitlines()]
+    # Each list item counts as a paragraph.
+    text = re.sub(r"^\s*(?:[-*]|\d+\.) ", "\n", "\n".join(lines), flags=re.MULTILINE)
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def sentences(paragraph):
+    """The sentences of a paragraph: a full stop, a space, and a capital or a code span."""
+    return re.split(r"(?<=[.!?])[*`)”]*\s+(?=[*(“[]*[`A-Z0-9])", paragraph)
+
+
+def headings(page):
+    """The anchors that a page offers."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def code_spans(page):
-    """What stands in backticks, outside the blocks of commands."""
-    prose = "\n".join(line for line in page.read_text().splitlines() if not line.startswith("    "))
-    return re.findall(r"`([^`\n]+)`", prose)
+    """The text in backticks, outside the blocks of commands."""
+    return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 def first_cells(page):
@@ -73,16 +135,18 @@ def first_cells(page):
 
 
 def commands(page, program):
-    """The commands of a program in the page's indented blocks, as lists of words."""
-    lines = page.read_text().replace("\\\n", " ").splitlines()
-    indented = [line.strip() for line in lines if line.startswith("    ")]
-    return [shlex.split(line, comments=True) for line in indented if line.startswith(f"{program} ")]
+    """The commands of a program in the page's bash blocks, as lists of words."""
+    lines = []
+    for language, block in fenced_blocks(page):
+        if language == "bash":
+            lines += "\n".join(block).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
 
 
 def every_command(program):
     """(page, words) of all pages, as parameters of a test."""
     found = [(page, words) for page in PAGES for words in commands(page, program)]
-    names = [f"{page.stem}: {' '.join(words[: len(program.split()) + 1])}" for page, words in found]
+    names = [f"{page_id(page)}: {' '.join(words[: len(program.split()) + 1])}" for page, words in found]
     return pytest.mark.parametrize(("page", "words"), found, ids=names)
 
 
@@ -103,7 +167,7 @@ def test_a_key_is_told_from_a_file_and_from_an_option_of_slam_llm():
     assert len(commands(SLAM_LLM, "slam-asr")) > 8 and len(code_spans(SLAM_LLM)) > 100
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@every_page
 def test_every_recipe_key_that_a_page_names_exists(page):
     named = {
         match[1]
@@ -113,28 +177,36 @@ def test_every_recipe_key_that_a_page_names_exists(page):
     assert not named - set(recipe_keys())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@every_page
 def test_every_recipe_that_a_page_names_ships(page):
     named = {span for span in code_spans(page) if A_RECIPE.fullmatch(span)}
     assert not named - shipped_recipes().keys()
 
 
 @every_command("slam-asr")
-def test_every_command_of_a_stage_has_real_options_and_all_that_it_needs(page, words):
-    command, arguments = command_of(words[1], words[2:])
+def test_every_command_of_a_stage_has_real_options_and_all_that_it_needs(page, words, monkeypatch):
+    command, _ = resolve_command(words[1], words[2:])
     assert command in COMMANDS
-    words = spelt_out(arguments)
     module, name = COMMANDS[command].split(":")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    allowed = {f"--{parameter}" for parameter in parameters} | {"--help"}
-    if "recipe" in parameters:
-        allowed |= {f"--{key}" for key in recipe_keys()}
-    given = {option.removesuffix("+") for option in given_options(words)}  # a list's, one by one
-    assert not given - allowed
-    needed = {f"--{n}" for n, p in parameters.items() if p.default is p.empty}
-    # A model remembers its recipe.
-    assert not needed - given - ({"--recipe"} if "--model" in given else set())
-    _require_recipe(words[words.index("--recipe") + 1] if "--recipe" in words else None)
+    function, calls = getattr(importlib.import_module(module), name), []
+
+    @functools.wraps(function)
+    def record_call(**values):
+        calls.append(values)
+
+    monkeypatch.setattr(importlib.import_module(module), name, record_call)
+    # A model folder's recipe is read before the options are parsed.
+    model = words.index("--model") + 1 if "--model" in words else 2
+    if "model" in inspect.signature(function).parameters:
+        words = [*words[:model], SHIPPED_MODEL, *words[model + 1 :]]
+    redirected = words.index(">") if ">" in words else len(words)
+    run_stage_command(words[1], words[2:redirected])
+    assert calls
+
+
+@every_command("slam-asr")
+def test_every_command_of_a_stage_spells_options_as_its_help_does(page, words):
+    assert not [option for option in given_options(words) if "_" in option and "." not in option]
 
 
 @every_command("python -m pipelines")
@@ -145,7 +217,8 @@ def test_every_command_of_the_pipelines_has_real_options(page, words):
     assert f"pipelines {command}" in USAGE
     if command == "run":
         _require_recipe(words[4])
-        assert not set(given_options(words)) - PIPELINE_OPTIONS - {f"--{key}" for key in recipe_keys()}
+        given = {option for option in given_options(words) if option.removeprefix("--") not in recipe_keys()}
+        assert not {option.replace("_", "-") for option in given} - PIPELINE_OPTIONS
     else:
         assert not [
             o for o in given_options(words) if o not in USAGE and o.removeprefix("--") not in recipe_keys()
@@ -156,18 +229,62 @@ def _require_recipe(name):
     assert name is None or name.endswith(".yaml") or name in shipped_recipes()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_of_a_page_leads_to_a_file_or_heading(page):
-    text = page.read_text()
-    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+@every_page
+def test_every_link_of_a_page_leads_to_a_file_and_heading_that_exist(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
         file, _, heading = link.partition("#")
-        assert not file or (page.parent / file).exists(), link
-        assert file or heading in headings, link
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+@every_page
+def test_every_code_block_names_its_language(page):
+    assert all(language for language, _ in fenced_blocks(page))
+    assert not re.search(r"^    (?:slam-asr|python|make|docker|kubectl) ", prose(page), re.MULTILINE), (
+        "an indented block of commands: fence it with ```bash"
+    )
+
+
+@every_page
+def test_no_paragraph_has_more_than_five_sentences(page):
+    long = [p for p in paragraphs(page) if len(sentences(p)) > MAX_SENTENCES]
+    assert not long
+
+
+def test_sentences_are_counted_at_full_stops_before_a_capital_or_code():
+    assert len(sentences("One of 2.5 s. Two (e.g. this)? `three` begins with code. Four!")) == 4
+    assert len(sentences("It has **bold.** *Next* one. [A link](x.md) follows.")) == 3
+
+
+def test_the_readme_is_short_enough_to_be_read_at_once():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
+
+
+@every_page
+def test_every_python_example_parses_and_imports_names_that_exist(page):
+    for language, lines in fenced_blocks(page):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_every_page_of_the_documentation_is_linked_from_its_index():
+    index = ROOT / "docs" / "README.md"
+    pages = {
+        *(ROOT / "docs" / "tutorials").glob("*.md"),
+        *(ROOT / "docs" / "how-to").glob("*.md"),
+        *(ROOT / "docs").glob("*/README.md"),
+        ROOT / "docs" / "glossary.md",
+    }
+    linked = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)\)", index.read_text())}
+    assert not pages - linked
 
 
 def test_the_readme_leads_to_the_page_for_users_of_slam_llm():
-    assert "(docs/from-slam-llm.md)" in (ROOT / "README.md").read_text()
+    assert "(docs/how-to/from-slam-llm.md)" in (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Manifests: what is read is what was written, and what is no manifest is refused by file and line."""
+"""A manifest is read back as it was written; anything else is refused with its file and line number."""
 
 import json
 import pickle
@@ -26,7 +26,7 @@ def refusal(path) -> str:
     return str(caught.value)
 
 
-def test_what_was_written_is_read_back(tmp_path):
+def test_written_utterances_are_read_back(tmp_path):
     written = [
         Utterance(
             "b",
@@ -44,19 +44,19 @@ def test_what_was_written_is_read_back(tmp_path):
     assert read_manifest(tmp_path / "m.jsonl") == sorted(written, key=lambda u: u.key)
 
 
-def test_text_stays_readable_in_the_file(tmp_path):
+def test_transcripts_are_written_as_readable_text(tmp_path):
     write_manifest(tmp_path / "m.jsonl", [Utterance("a", "/a.wav", "naïve café")])
     assert "naïve café" in (tmp_path / "m.jsonl").read_text()
 
 
-def test_the_same_utterances_give_the_same_bytes_in_whatever_order(tmp_path):
+def test_the_written_bytes_do_not_depend_on_the_order_of_utterances(tmp_path):
     utterances = [Utterance(f"{i:02d}", f"/{i}.wav", str(i), i + 0.0000625) for i in range(20)]
     write_manifest(tmp_path / "one.jsonl", utterances)
     write_manifest(tmp_path / "two.jsonl", reversed(utterances))
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
 
 
-def test_free_fields_keep_their_values_and_order(tmp_path):
+def test_extra_fields_keep_their_values_and_order(tmp_path):
     row = GOOD | {"zebra": 1, "apple": {"b": 1.0, "a": None}, "subset": "dev-clean"}
     utterances = read_manifest(write_lines(tmp_path / "in.jsonl", row))
     write_manifest(tmp_path / "out.jsonl", utterances)
@@ -65,7 +65,7 @@ def test_free_fields_keep_their_values_and_order(tmp_path):
     assert utterances[0].speaker == ""
 
 
-def test_a_slam_llm_file_is_read_as_it_is(tmp_path):
+def test_a_slam_llm_file_is_read_without_conversion(tmp_path):
     line = (
         '{"key": "1001-134707-0000_ASR", "source": "/data/1001-134707-0000.wav", "target": "1 LITTLE RECKS"}'
     )
@@ -73,7 +73,7 @@ def test_a_slam_llm_file_is_read_as_it_is(tmp_path):
     assert utterance == Utterance("1001-134707-0000_ASR", "/data/1001-134707-0000.wav", "1 LITTLE RECKS")
 
 
-def test_relative_sources_are_found_beside_the_manifest(tmp_path, monkeypatch):
+def test_relative_sources_are_resolved_against_the_manifests_folder(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     rows = [GOOD | {"key": "a", "source": "wav/a.wav"}, GOOD | {"key": "b", "source": "../b.wav"}]
     write_lines(tmp_path / "data" / "m.jsonl", *rows)
@@ -82,24 +82,24 @@ def test_relative_sources_are_found_beside_the_manifest(tmp_path, monkeypatch):
     assert sources == [str(tmp_path / "data/wav/a.wav"), str(tmp_path / "b.wav")]
 
 
-def test_uris_are_left_as_they_are(tmp_path):
+def test_uris_are_left_unchanged(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", GOOD | {"source": "s3://bucket/x.wav"})
     assert read_manifest(path)[0].source == "s3://bucket/x.wav"
 
 
-def test_blank_lines_carriage_returns_and_a_byte_order_mark_do_no_harm(tmp_path):
+def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_ignored(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n\n")
     assert [u.key for u in read_manifest(path)] == ["a"]
 
 
-def test_a_file_name_that_is_not_utf8_survives(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_read_back_unchanged(tmp_path):
     utterances = [Utterance("a", "/audio/\udcff.wav", "x")]
     write_manifest(tmp_path / "m.jsonl", utterances)
     assert read_manifest(tmp_path / "m.jsonl") == utterances
 
 
-def test_a_failed_write_leaves_the_older_manifest(tmp_path):
+def test_a_failed_write_leaves_the_previous_manifest(tmp_path):
     path = tmp_path / "m.jsonl"
     write_manifest(path, [Utterance("a", "/a.wav", "x")])
     before = path.read_bytes()
@@ -112,12 +112,12 @@ def test_a_failed_write_leaves_the_older_manifest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "says"),
+    ("bad", "expected"),
     [
         ("{'key': 'b'}", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ("[1, 2]", "holds list"),
-        ('"text"', "holds str"),
+        ("[1, 2]", "is of type list: it must be an object"),
+        ('"text"', "is of type str"),
         ({"key": "b", "source": "/x.wav"}, "has no target"),
         ({"target": "b"}, "has no key and no source"),
         (GOOD | {"key": 7}, "key must be text, not 7"),
@@ -138,18 +138,18 @@ def test_a_failed_write_leaves_the_older_manifest(tmp_path):
         (GOOD | {"key": "b", "start": 1.5}, "has a start but no duration"),
     ],
 )
-def test_a_bad_line_is_refused_by_file_and_number(tmp_path, bad, says):
+def test_a_bad_line_is_refused_with_its_file_and_number(tmp_path, bad, expected):
     message = refusal(write_lines(tmp_path / "m.jsonl", GOOD, "", bad))
     assert message.startswith(f"{tmp_path / 'm.jsonl'}, line 3")
-    assert says in message
+    assert expected in message
 
 
-def test_bytes_that_are_not_utf8_are_refused_by_line(tmp_path):
+def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path):
     (tmp_path / "m.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"key": "\xff"}\n')
     assert "line 2 is not JSON" in refusal(tmp_path / "m.jsonl")
 
 
-def test_a_repeated_key_is_refused_with_both_lines(tmp_path):
+def test_a_repeated_key_is_refused_with_both_line_numbers(tmp_path):
     message = refusal(write_lines(tmp_path / "m.jsonl", GOOD, GOOD | {"key": "b"}, GOOD))
     assert "line 3" in message
     assert "key a" in message
@@ -162,13 +162,13 @@ def test_an_empty_manifest_is_refused(tmp_path, content):
     assert "holds no utterance" in refusal(tmp_path / "m.jsonl")
 
 
-def test_a_missing_manifest_is_refused_with_the_stage_that_writes_one(tmp_path):
+def test_the_error_for_a_missing_manifest_names_the_stage_that_writes_one(tmp_path):
     message = refusal(tmp_path / "nowhere.jsonl")
     assert "nowhere.jsonl" in message
     assert "slam-asr build-manifest" in message
 
 
-def test_a_folder_is_refused_with_a_file_to_name_instead(tmp_path):
+def test_the_error_for_a_folder_names_a_file_in_it(tmp_path):
     assert str(tmp_path / "train.jsonl") in refusal(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_a_segment_is_read_back_with_its_start(tmp_path):
     assert read_manifest(tmp_path / "m.jsonl") == written
 
 
-def test_sorting_through_disk_gives_the_bytes_of_sorting_in_memory(tmp_path, monkeypatch):
+def test_sorting_through_disk_and_in_memory_give_the_same_bytes(tmp_path, monkeypatch):
     write_manifest(tmp_path / "memory.jsonl", utterances(1000))
     monkeypatch.setattr(manifest, "ExternalSort", small_runs)
     write_manifest(tmp_path / "disk.jsonl", utterances(1000))
@@ -196,8 +196,8 @@ def test_sorting_through_disk_gives_the_bytes_of_sorting_in_memory(tmp_path, mon
     assert sorted(f.name for f in tmp_path.iterdir()) == ["disk.jsonl", "memory.jsonl"]
 
 
-def test_records_of_one_key_stay_in_the_order_of_their_coming_whatever_the_runs(monkeypatch):
-    monkeypatch.setattr("slam_asr.external_sort._MOST_RUNS", 3)
+def test_the_external_sort_is_stable_over_several_merges(monkeypatch):
+    monkeypatch.setattr("slam_asr.external_sort._MAX_RUNS", 3)
     with small_runs() as ordered:
         for i in range(500):
             ordered.add(b"%d" % (i % 5), b"%05d" % i)
@@ -206,13 +206,13 @@ def test_records_of_one_key_stay_in_the_order_of_their_coming_whatever_the_runs(
     assert len(once) == 500
 
 
-def test_keys_are_in_the_order_of_their_characters(tmp_path):
+def test_keys_are_sorted_by_their_characters(tmp_path):
     keys = ["é", "z", "\U0001f600", "\ufffd", "a/b", "a b", "..", "../../x", "k" * 2000]
     write_manifest(tmp_path / "m.jsonl", [Utterance(key, "/x.wav", "x") for key in keys])
     assert [u.key for u in read_manifest(tmp_path / "m.jsonl")] == sorted(keys)
 
 
-def test_a_manifest_is_a_sequence_of_its_lines(tmp_path):
+def test_a_manifest_behaves_as_a_sequence_of_its_lines(tmp_path):
     path = tmp_path / "m.jsonl"
     write_manifest(path, utterances(50))
     path.write_bytes(b"\n" + path.read_bytes().replace(b"\n", b"\n \n\n", 3))
@@ -230,7 +230,7 @@ def test_a_manifest_is_a_sequence_of_its_lines(tmp_path):
         read[50]
 
 
-def test_a_manifest_travels_to_other_processes_and_threads(tmp_path):
+def test_a_manifest_can_be_pickled_and_shared_by_threads(tmp_path):
     write_manifest(tmp_path / "m.jsonl", utterances(200))
     read = read_manifest(tmp_path / "m.jsonl")
     assert read[3].key == "k00003"
@@ -238,19 +238,19 @@ def test_a_manifest_travels_to_other_processes_and_threads(tmp_path):
     assert isinstance(again, Manifest)
     assert again == read
     for _ in range(20):
-        fresh, found = pickle.loads(pickle.dumps(read)), []
+        fresh, keys = pickle.loads(pickle.dumps(read)), []
         threads = [
-            threading.Thread(target=lambda f=fresh, k=found: k.extend(f[i].key for i in range(200)))
+            threading.Thread(target=lambda f=fresh, k=keys: k.extend(f[i].key for i in range(200)))
             for _ in range(4)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert sorted(found) == sorted([f"k{i:05d}" for i in range(200)] * 4)
+        assert sorted(keys) == sorted([f"k{i:05d}" for i in range(200)] * 4)
 
 
-def test_relative_paths_hold_after_a_change_of_folder(tmp_path, monkeypatch):
+def test_relative_paths_remain_valid_after_a_change_of_the_working_directory(tmp_path, monkeypatch):
     write_lines(tmp_path / "m.jsonl", GOOD | {"source": "x.wav"})
     monkeypatch.chdir(tmp_path)
     read = read_manifest("m.jsonl")
@@ -260,7 +260,7 @@ def test_relative_paths_hold_after_a_change_of_folder(tmp_path, monkeypatch):
     assert [u.source for u in read] == [str(tmp_path / "x.wav")]
 
 
-def test_a_manifest_in_object_storage_is_read_and_written_as_a_local_one(tmp_path, bucket):
+def test_a_manifest_in_object_storage_has_the_same_bytes_as_a_local_one(tmp_path, bucket):
     uri = "s3://bucket/corpus/m.jsonl"
     sources = {"a": "wav/a.wav", "b": "../b.wav", "c": "/data/c.wav", "d": "s3://other/d.wav"}
     write_manifest(uri, [Utterance(key, source, "x") for key, source in reversed(sources.items())])
@@ -276,16 +276,16 @@ def test_a_manifest_in_object_storage_is_read_and_written_as_a_local_one(tmp_pat
         read_manifest("s3://bucket/bad.jsonl")
 
 
-def test_keys_whose_hashes_meet_are_not_taken_for_one(tmp_path, monkeypatch):
+def test_keys_with_equal_hashes_are_not_mistaken_for_repeated_keys(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "hash", lambda _: 7, raising=False)
     write_manifest(tmp_path / "m.jsonl", utterances(20))
     assert len(read_manifest(tmp_path / "m.jsonl")) == 20
     with open(tmp_path / "m.jsonl", "ab") as file:
         file.write(b'{"key": "k00004", "source": "x", "target": ""}\n')
-    assert "line 21: key k00004 is already that of line 5" in refusal(tmp_path / "m.jsonl")
+    assert "line 21: key k00004 is already used in line 5" in refusal(tmp_path / "m.jsonl")
 
 
-def test_a_line_that_changed_under_a_reader_is_refused(tmp_path):
+def test_a_line_that_changed_since_the_check_is_refused(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", GOOD, GOOD | {"key": "b"})
     read = read_manifest(path)
     path.write_text("no longer the manifest that it was, and of another length\n" * 5)

@@ -1,4 +1,4 @@
-"""Recipes: every shipped one is valid; whatever is wrong is refused by its full name."""
+"""Every shipped recipe is valid, and a wrong value is refused in a sentence with the key's full name."""
 
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
@@ -37,7 +37,7 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(name):
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_say_what_they_are_and_name_both_models(name):
+def test_shipped_recipes_have_a_description_and_name_both_models(name):
     written = yaml.safe_load(shipped_recipes()[name].read_text())
     assert written["name"] == name
     assert len(written["description"].split()) > 5
@@ -53,7 +53,7 @@ def test_every_published_row_has_a_recipe_with_its_numbers_and_their_source(name
     assert recipe.llm.tuning == recipe.encoder.tuning == "frozen"
 
 
-def test_only_published_rows_carry_numbers_and_the_others_say_so():
+def test_only_published_recipes_have_published_rates_and_the_others_say_so():
     assert {name for name in shipped_recipes() if load_recipe(name).published_wer} == {
         row[0] for row in PUBLISHED
     }
@@ -62,7 +62,7 @@ def test_only_published_rows_carry_numbers_and_the_others_say_so():
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_recipes_of_the_published_corpus_have_the_published_settings(name):
+def test_large_recipes_have_the_published_settings(name):
     recipe, training = load_recipe(name), load_recipe(name).training
     assert (training.learning_rate, training.weight_decay, training.warmup_steps) == (1e-4, 0.0, 1000)
     assert (training.schedule, training.max_steps, training.precision) == ("constant", 100_000, "bf16")
@@ -81,7 +81,7 @@ def test_recipes_of_the_published_corpus_have_the_published_settings(name):
     assert recipe.data.max_duration > 35.2 and recipe.encoder.long_audio == "cut"
 
 
-def test_large_whispers_use_the_whole_window_small_ones_the_speech_and_the_others_have_no_window():
+def test_large_whispers_use_the_complete_window_and_small_ones_only_the_speech():
     for name, file in shipped_recipes().items():
         encoder = yaml.safe_load(file.read_text())["encoder"]
         assert encoder.get("frames") == (
@@ -118,7 +118,7 @@ def test_large_whispers_use_the_whole_window_small_ones_the_speech_and_the_other
         ),
     ],
 )
-def test_recipes_named_after_a_way_of_training_train_that_way(name, values):
+def test_recipes_named_after_a_training_method_use_it(name, values):
     recipe = load_recipe(name)
     assert {key: attrgetter(key)(recipe) for key in values} == values
 
@@ -131,7 +131,7 @@ def test_recipes_named_after_a_way_of_training_train_that_way(name, values):
         ({"max_step": 4}, "unknown key max_step; did you mean training.max_steps?"),
         ({"training.learning_rate": "fast"}, "training.learning_rate: Expected a number. Got value: fast."),
         ({"training.max_steps": 1.5}, "training.max_steps: Expected a whole number. Got value: 1.5."),
-        ({"training.precision": "bf17"}, "training.precision: Expected a one of ['bf16', 'fp16', 'fp32']"),
+        ({"training.precision": "bf17"}, "training.precision: Expected one of ['bf16', 'fp16', 'fp32']"),
         ({"training.max_steps": 0}, "training.max_steps is 0 but must be at least 1"),
         ({"data.dev_fraction": 0.9}, "data.dev_fraction is 0.9 but must be at most 0.5"),
         ({"data.min_duration": 40}, "data.max_duration (30.0) must be above data.min_duration (40"),
@@ -143,10 +143,10 @@ def test_recipes_named_after_a_way_of_training_train_that_way(name, values):
             {"projector.downsampling": 100},
             "without an audio position at projector.downsampling 100: raise it to 2.0",
         ),
-        ({"training": 4}, "training must hold keys of its own, not 4"),
+        ({"training": 4}, "training must contain keys of its own, not 4"),
         ({"data.test": "test-other"}, "data.test: Expected a list"),
         ({"llm.lora.rnak": 4}, "unknown key llm.lora.rnak; did you mean llm.lora.rank?"),
-        ({"llm.lora": 4}, "llm.lora must hold keys of its own, not 4"),
+        ({"llm.lora": 4}, "llm.lora must contain keys of its own, not 4"),
         ({"llm.lora.rank": 0}, "llm.lora.rank is 0 but must be at least 1"),
         ({"llm.lora.dropout": 0.95}, "llm.lora.dropout is 0.95 but must be at most 0.9"),
         ({"llm.lora.rank": "wide"}, "llm.lora.rank: Expected a whole number. Got value: wide."),
@@ -162,41 +162,41 @@ def test_recipes_named_after_a_way_of_training_train_that_way(name, values):
             {"training.offload_optimizer": True},
             "offload_optimizer needs training.zero_stage 1, 2 or 3; it is 0",
         ),
-        ({"llm.learning_rate": 1e-5}, "llm.learning_rate is given but llm.tuning is frozen"),
-        ({"encoder.learning_rate": 1e-5}, "encoder.learning_rate is given but encoder.tuning is frozen"),
+        ({"llm.learning_rate": 1e-5}, "llm.learning_rate is set but llm.tuning is frozen"),
+        ({"encoder.learning_rate": 1e-5}, "encoder.learning_rate is set but encoder.tuning is frozen"),
         ({"llm.tuning": "full", "llm.learning_rate": 0}, "llm.learning_rate is 0"),
-        ({"llm.template": "USER: hear this"}, "must hold {} once, for the prompt"),
-        ({"llm.template": "{} or {}"}, "must hold {} once, for the prompt"),
+        ({"llm.template": "USER: listen"}, "must contain {} once, for the prompt"),
+        ({"llm.template": "{} or {}"}, "must contain {} once, for the prompt"),
         ({"llm.template": "{audio}{audio}{}"}, "{audio} at most once"),
         ({"llm.tuning": "lora", "llm.lora.targets": []}, "llm.lora.targets names no layer"),
     ],
 )
-def test_wrong_values_are_named_in_full(overrides, complaint):
+def test_a_wrong_value_is_refused_with_its_full_key(overrides, complaint):
     with pytest.raises(UserError, match="Recipe demo") as refused:
         load_recipe("demo", overrides)
     assert complaint in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(b"name: \xe4\xf6\n")
     with pytest.raises(UserError, match="not valid YAML"):
         load_recipe(str(tmp_path / "recipe.yaml"))
 
 
 @pytest.mark.parametrize("source", ["x" * 5000, "a: [\n", "x\n", "no-such-recipe", "/no/such/file.yaml"])
-def test_what_is_no_recipe_is_refused_in_one_line(source):
+def test_a_source_that_is_not_a_recipe_is_refused_in_one_line(source):
     with pytest.raises(UserError) as refused:
         load_recipe(source)
     assert "\n" not in str(refused.value)
 
 
-def test_an_unknown_recipe_is_answered_with_the_nearest():
+def test_an_unknown_recipe_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="did you mean demo"):
         load_recipe("dmo")
 
 
-def test_overrides_change_what_they_name_and_nothing_else():
+def test_overrides_change_only_the_keys_they_name():
     changed = load_recipe("demo", {"training.max_steps": 7})
     assert changed.training.max_steps == 7
     changed.training.max_steps = load_recipe("demo").training.max_steps
@@ -215,11 +215,11 @@ def test_yaml_floats_without_a_dot_are_numbers():
         {"llm.tuning": "lora", "llm.learning_rate": 1e-5},
         {"encoder.tuning": "full", "encoder.learning_rate": 1e-5},
         {"llm.template": "chat"},
-        {"llm.template": "Hear {audio} and {}"},
+        {"llm.template": "Listen to {audio} and {}"},
         {"llm.lora.targets": []},
     ],
 )
-def test_combinations_that_can_work_are_let_through(overrides):
+def test_combinations_that_can_work_are_accepted(overrides):
     recipe = load_recipe("demo", overrides)
     assert {key: attrgetter(key)(recipe) for key in overrides} == overrides
 
@@ -232,7 +232,7 @@ def test_a_nested_section_is_overridden_key_by_key():
     assert load_recipe(dump_recipe(recipe)) == recipe
 
 
-def test_every_key_can_be_spelt_and_is_documented():
+def test_every_key_is_unique_and_documented():
     from docstring_parser import parse_from_object
 
     keys = recipe_keys()
@@ -245,14 +245,14 @@ def test_every_key_can_be_spelt_and_is_documented():
 
 
 def _sections(section):
-    """Each dataclass of a recipe, with the names of the sections in it, which their own docstrings explain."""
+    """Each dataclass of a recipe with the names of its sub-sections, which their own docstrings explain."""
     inner = {f.name: f.default_factory for f in fields(section) if is_dataclass(f.default_factory)}
-    found = {section: inner.keys()}
+    sections = {section: inner.keys()}
     for kind in inner.values():
-        found |= _sections(kind)
+        sections |= _sections(kind)
     assert section.__doc__ and not section.__doc__.startswith(section.__name__ + "(")
-    return found
+    return sections
 
 
-def test_nothing_near_gives_no_hint():
+def test_a_word_far_from_all_known_ones_gets_no_hint():
     assert nearest("zzzzzz", recipe_keys()) == ""

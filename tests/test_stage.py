@@ -1,4 +1,4 @@
-"""Stages: a folder is complete or does not count; the same inputs are never worked on twice."""
+"""A stage's folder is complete or ignored, and the same inputs are never processed twice."""
 
 import json
 import time
@@ -19,6 +19,8 @@ from slam_asr.stage import (
 
 
 def counting(calls):
+    """A stage's work that appends its folder to `calls`."""
+
     def work(folder):
         calls.append(folder)
         (folder / "result").write_text("42")
@@ -27,7 +29,7 @@ def counting(calls):
     return work
 
 
-def test_the_same_inputs_are_worked_on_once(tmp_path):
+def test_the_same_inputs_are_processed_once(tmp_path):
     calls = []
     first = run_stage("train", str(tmp_path / "out"), {"a": 1}, counting(calls))
     second = run_stage("train", str(tmp_path / "out"), {"a": 1}, counting(calls))
@@ -35,7 +37,7 @@ def test_the_same_inputs_are_worked_on_once(tmp_path):
     assert first == second
 
 
-def test_a_stage_that_fails_leaves_no_record_and_is_done_again(tmp_path):
+def test_a_stage_that_fails_leaves_no_record_and_is_repeated(tmp_path):
     def failing(folder):
         (folder / "half").write_text("4")
         raise RuntimeError
@@ -48,7 +50,7 @@ def test_a_stage_that_fails_leaves_no_record_and_is_done_again(tmp_path):
     assert calls
 
 
-def test_other_inputs_never_replace_results_unasked(tmp_path):
+def test_results_of_other_inputs_are_replaced_only_on_request(tmp_path):
     calls = []
     run_stage("train", str(tmp_path), {"a": 1, "b": 1}, counting(calls))
     with pytest.raises(UserError, match=r"changed: b\)"):
@@ -57,7 +59,7 @@ def test_other_inputs_never_replace_results_unasked(tmp_path):
     assert len(calls) == 2
 
 
-def test_two_processes_never_work_in_one_folder_at_once(tmp_path):
+def test_only_one_run_at_a_time_works_in_a_folder(tmp_path):
     def slow(folder):
         marker = folder / "busy"
         assert not marker.exists()
@@ -71,25 +73,25 @@ def test_two_processes_never_work_in_one_folder_at_once(tmp_path):
     assert len({r.result().seconds for r in runs}) == 1
 
 
-def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path, capsys):
+def test_a_file_in_place_of_the_folder_is_reported_in_one_sentence(tmp_path, capsys):
     from slam_asr.errors import exit_on_user_error
 
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(SystemExit) as left, exit_on_user_error():
+        with pytest.raises(SystemExit) as exited, exit_on_user_error():
             run_stage("train", str(output), {}, counting([]))
-        assert left.value.code == 2
+        assert exited.value.code == 2
         assert "where a folder is needed" in capsys.readouterr().err
 
 
-def test_fingerprint_gives_each_input_a_folder_of_its_own(tmp_path):
+def test_the_fingerprint_gives_each_set_of_inputs_its_own_folder(tmp_path):
     folders = {
         run_stage("train", str(tmp_path / "{fingerprint}"), {"a": a}, counting([])).folder for a in (1, 2, 1)
     }
     assert len(folders) == 2
 
 
-def test_a_pointer_leads_back_until_the_folder_changes(tmp_path):
+def test_a_pointer_is_valid_until_the_folder_changes(tmp_path):
     record = run_stage("train", str(tmp_path / "out"), {"a": 1}, counting([]))
     write_pointer(record, tmp_path / "pointer")
     assert follow_pointer(tmp_path / "pointer") == record.folder
@@ -100,7 +102,7 @@ def test_a_pointer_leads_back_until_the_folder_changes(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"uri": 3}'])
-def test_what_is_no_pointer_is_refused(tmp_path, content):
+def test_a_damaged_pointer_is_refused(tmp_path, content):
     (tmp_path / "pointer").write_text(content)
     with pytest.raises(UserError, match="not a pointer"):
         follow_pointer(tmp_path / "pointer")

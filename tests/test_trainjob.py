@@ -1,6 +1,6 @@
-"""A TrainJob is created as Trainer's own types have it, watched to its end, and never left behind.
+"""A TrainJob is created as Trainer's types define it, followed to its end, and always deleted.
 
-The SDK of Kubeflow Trainer is the real one; what it talks to is a server of Kubernetes' HTTP.
+Kubeflow Trainer's SDK is the real one; it talks to a small server that imitates the Kubernetes API.
 """
 
 import http.server
@@ -21,10 +21,10 @@ from kubeflow_trainer_api import models
 from slam_asr.errors import UserError
 from slam_asr.recipe import load_recipe
 from slam_asr.stage import Outcome, run_stage, write_pointer
-from slam_asr.training.nodes import nodes_of_environment
+from slam_asr.training.nodes import nodes_from_environment
 from slam_asr.trainjob import follow
 from slam_asr.trainjob.placement import Placement
-from slam_asr.trainjob.train import command_of, train_on_nodes
+from slam_asr.trainjob.train import node_command, train_on_nodes
 
 GROUP = "/apis/trainer.kubeflow.org/v1alpha1"
 RUNTIME = {
@@ -76,23 +76,23 @@ MANIFEST, STORE = "s3://bucket/manifests/train.jsonl", "s3://bucket/store"
 
 
 class Fake:
-    """What the server knows: the job that was created, and the story that its looks tell."""
+    """State of the server: the jobs that exist, and the states they go through."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict] = {}
         self.created: list[dict] = []
         self.deleted: list[str] = []
         self.logs = {"node-0": "first line\n\nsecond line\n", "node-1": "of node 1\n"}
-        self.story = ["Pending", "Running", "Running", "Complete"]
-        """The state at each look; the last one stays."""
+        self.states = ["Pending", "Running", "Running", "Complete"]
+        """The job's state at each request; the last one remains."""
         self.forbidden = False
         self.runtimes = {"torch-distributed": RUNTIME}
         self.when_complete = lambda name: None
-        self.looks = 0
+        self.requests = 0
         self.now = "Pending"
 
     def state(self) -> str:
-        return self.story[min(self.looks, len(self.story) - 1)]
+        return self.states[min(self.requests, len(self.states) - 1)]
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -116,7 +116,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             if found[1] not in fake.jobs:
                 return self.send(404, {"message": "no such job"})
             state = fake.now = fake.state()
-            fake.looks += 1
+            fake.requests += 1
             if state == "Complete":
                 fake.when_complete(found[1])
             ended = [
@@ -188,7 +188,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             "metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}
         }
         self.server.fake.jobs[job["metadata"]["name"]] = job
-        self.server.fake.looks = 0
+        self.server.fake.requests = 0
         self.send(201, job)
 
     def do_DELETE(self) -> None:
@@ -209,7 +209,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def cluster(monkeypatch, tmp_path, bucket):
-    """A cluster with Trainer; once the job is complete, its first node has written the record and the pointer."""
+    """A cluster with Trainer. When a job completes, its first node has written the record and the pointer."""
     fake = Fake()
     for name in ("KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -256,12 +256,12 @@ def start(**changes):
     return train_on_nodes(**(values | changes))
 
 
-def test_the_request_is_what_trainers_types_know_and_all_that_was_asked_for(cluster):
+def test_the_request_matches_trainers_types_and_contains_all_settings(cluster):
     record = start()
     assert record.stage == "train" and record.metrics == {"steps": 2}
     [job] = cluster.created
     parsed = models.TrainerV1alpha1TrainJob.from_dict(job)
-    # What the types do not know they would drop.
+    # The types drop fields that they do not know.
     assert json.loads(parsed.to_json()) == job
     assert job["kind"] == "TrainJob" and re.fullmatch(r"slam-asr-train-[0-9a-f]{12}", job["metadata"]["name"])
     assert job["metadata"]["labels"] == PLACEMENT.labels and job["metadata"]["annotations"] == {
@@ -283,7 +283,7 @@ def test_the_request_is_what_trainers_types_know_and_all_that_was_asked_for(clus
     )
     assert trainer["env"] == [{"name": "NCCL_DEBUG", "value": "INFO"}]
     name = job["metadata"]["name"]
-    expected = command_of(
+    expected = node_command(
         load_recipe("demo", {"training.nodes": 2}), MANIFEST, STORE, None, "s3://bucket/dev.jsonl"
     )
     assert trainer["command"] + trainer["args"] == [*expected, "--pointer", f"{STORE}/train/jobs/{name}.json"]
@@ -316,12 +316,12 @@ def test_the_request_is_what_trainers_types_know_and_all_that_was_asked_for(clus
     assert "a-secret-that-nobody-may-see" not in json.dumps(job)
 
 
-def test_the_nodes_command_is_the_one_that_a_machine_runs_by_hand(monkeypatch):
-    """Its recipe arrives whole, through the real command line, and asks for the nodes that Trainer's variables name."""
+def test_the_nodes_command_works_on_the_real_command_line(monkeypatch):
+    """Its recipe arrives complete, and expects the number of nodes in Trainer's variables."""
     from slam_asr import cli
 
     recipe = load_recipe("demo", {"training.nodes": 2, "llm.prompt": "Quotes ' \" and\nlines: ü "})
-    seen = {}
+    received = {}
 
     def train(
         recipe,
@@ -330,7 +330,6 @@ def test_the_nodes_command_is_the_one_that_a_machine_runs_by_hand(monkeypatch):
         feature_store: str | None = None,
         dev_manifest: str | None = None,
         overwrite: bool = False,
-        **_,
     ):
         """Train.
 
@@ -342,13 +341,13 @@ def test_the_nodes_command_is_the_one_that_a_machine_runs_by_hand(monkeypatch):
             dev_manifest: d
             overwrite: w
         """
-        seen.update(recipe=recipe, output=output, feature_store=feature_store)
+        received.update(recipe=recipe, output=output, feature_store=feature_store)
 
     monkeypatch.setattr("slam_asr.training.train.train", train)
-    program, *arguments = command_of(recipe, MANIFEST, STORE, "s3://bucket/features", None)
+    program, *arguments = node_command(recipe, MANIFEST, STORE, "s3://bucket/features", None)
     assert program == "slam-asr"
     cli.run(arguments[0], arguments[1:])
-    assert seen == {
+    assert received == {
         "recipe": recipe,
         "output": f"{STORE}/train/{{fingerprint}}",
         "feature_store": "s3://bucket/features",
@@ -360,10 +359,10 @@ def test_the_nodes_command_is_the_one_that_a_machine_runs_by_hand(monkeypatch):
         "PET_MASTER_PORT": "29400",
     }.items():
         monkeypatch.setenv(name, value)
-    assert nodes_of_environment(seen["recipe"].training.nodes).rank == 1
+    assert nodes_from_environment(received["recipe"].training.nodes).rank == 1
 
 
-def test_lines_and_states_are_passed_on_and_the_job_is_removed(cluster, capsys):
+def test_output_and_states_are_logged_and_the_job_is_deleted(cluster, capsys):
     start()
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in ("first line", "second line")] == ["first line", "second line"]
@@ -383,42 +382,44 @@ def test_lines_and_states_are_passed_on_and_the_job_is_removed(cluster, capsys):
     assert not cluster.jobs and len(cluster.deleted) == 1
 
 
-def test_failure_is_the_sentence_of_the_node_that_failed(cluster, capsys):
-    cluster.story = ["Running", "Running", "Failed"]
+def test_a_failure_is_reported_with_the_message_of_the_failed_node(cluster, capsys):
+    cluster.states = ["Running", "Running", "Failed"]
     cluster.logs = {
-        "node-0": "first line\nslam-asr: error: A training process ended with code 1; its own message stands above.\n",
-        "node-1": "slam-asr: error: The loss is nan at step 3 (utterances a …): lower training.learning_rate.\n",
+        "node-0": "first line\nslam-asr: error: A training process ended with code 1; its own message is "
+        "above.\n",
+        "node-1": "slam-asr: error: The loss is nan at step 3 (utterances a …): lower "
+        "training.learning_rate.\n",
     }
     with pytest.raises(UserError) as failure:
         start()
     assert str(failure.value) == "The loss is nan at step 3 (utterances a …): lower training.learning_rate."
     assert "node-1: slam-asr: error: The loss is nan" in capsys.readouterr().out
-    assert not cluster.jobs, "what failed is removed"
+    assert not cluster.jobs, "a failed job is deleted"
     cluster.logs = {"node-0": "Killed\n", "node-1": ""}
     with pytest.raises(
-        UserError, match=r"TrainJob slam-asr-train-\w+ failed: its nodes' last lines stand above"
+        UserError, match=r"TrainJob slam-asr-train-\w+ failed: its nodes' last lines are above"
     ):
         start()
 
 
-def test_step_that_is_started_again_goes_on_with_its_job_and_replaces_one_that_failed(cluster, capsys):
+def test_a_restarted_step_follows_its_job_and_replaces_a_failed_one(cluster, capsys):
     start()
     [job] = cluster.created
     name = job["metadata"]["name"]
     cluster.jobs[name] = job | {
         "metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}
     }
-    cluster.looks = 1
+    cluster.requests = 1
     start()
-    assert len(cluster.created) == 1 and "is there already: going on with it" in capsys.readouterr().out
+    assert len(cluster.created) == 1 and "exists already: following it" in capsys.readouterr().out
     cluster.jobs[name] = job | {
         "metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}
     }
-    cluster.story, cluster.looks = ["Failed"], 0
+    cluster.states, cluster.requests = ["Failed"], 0
     threading.Thread(
         target=lambda: (
             _until(lambda: len(cluster.deleted) > 2),
-            setattr(cluster, "story", ["Running", "Complete"]),
+            setattr(cluster, "states", ["Running", "Complete"]),
         ),
         daemon=True,
     ).start()
@@ -440,11 +441,12 @@ def _until(holds, seconds: float = 10) -> None:
         (lambda fake: fake.runtimes.clear(), "The cluster has no training runtime torch-distributed ("),
         (
             lambda fake: setattr(fake, "forbidden", True),
-            "The account runner may not use TrainJobs in team (403): apply the component manifests/components/trainer.",
+            "The account runner may not use TrainJobs in team (403): apply the component "
+            "manifests/components/trainer.",
         ),
     ],
 )
-def test_refusal_is_one_sentence_before_anything_was_created(cluster, change, sentence):
+def test_a_refusal_is_one_sentence_and_nothing_is_created(cluster, change, sentence):
     change(cluster)
     with pytest.raises(UserError) as refusal:
         start()
@@ -452,7 +454,7 @@ def test_refusal_is_one_sentence_before_anything_was_created(cluster, change, se
     assert not cluster.created
 
 
-def test_places_that_nodes_do_not_share_are_refused(cluster):
+def test_a_store_that_nodes_do_not_share_is_refused(cluster):
     with pytest.raises(
         UserError, match="The store is /data: training over 2 nodes needs one in object storage"
     ):
@@ -460,7 +462,7 @@ def test_places_that_nodes_do_not_share_are_refused(cluster):
     assert not cluster.created
 
 
-def test_server_that_does_not_answer(cluster, monkeypatch, tmp_path):
+def test_a_server_that_does_not_answer_is_reported(cluster, monkeypatch, tmp_path):
     config = yaml.safe_load(Path(cluster.kubeconfig).read_text())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -471,18 +473,18 @@ def test_server_that_does_not_answer(cluster, monkeypatch, tmp_path):
     assert not cluster.created
 
 
-def test_no_cluster_at_all(monkeypatch, tmp_path):
+def test_a_missing_cluster_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nothing")
     )
-    with pytest.raises(UserError, match="The Kubernetes API is not known here"):
+    with pytest.raises(UserError, match="No Kubernetes API is configured here"):
         start()
 
 
-def test_job_that_somebody_deletes_and_one_that_takes_too_long(cluster):
-    cluster.story = ["Running"]
+def test_a_job_deleted_by_others_and_one_that_takes_too_long_are_reported(cluster):
+    cluster.states = ["Running"]
     threading.Thread(
-        target=lambda: (_until(lambda: cluster.looks > 3), cluster.jobs.clear()), daemon=True
+        target=lambda: (_until(lambda: cluster.requests > 3), cluster.jobs.clear()), daemon=True
     ).start()
     with pytest.raises(UserError, match="was deleted while it ran"):
         start()
@@ -501,9 +503,9 @@ start()
 """
 
 
-def test_sigterm_takes_the_job_along(cluster):
-    """As Kubernetes ends a pod: nobody would pay attention to the nodes any more."""
-    cluster.story = ["Running"]
+def test_sigterm_deletes_the_job(cluster):
+    """Kubernetes ends a pod by SIGTERM; then nobody would follow the nodes any more."""
+    cluster.states = ["Running"]
     code = INTERRUPTED.format(
         checkout=str(Path(__file__).resolve().parents[1]), kubeconfig=cluster.kubeconfig
     )

@@ -1,1 +1,1 @@
-"""Kubeflow's view of the stage `build-manifest`."""
+"""Kubeflow components that run in the image of `build-manifest`."""

@@ -1,4 +1,4 @@
-"""`build-manifest` as a Kubeflow component."""
+"""The Kubeflow component `build-manifest`."""
 
 from kfp import dsl
 
@@ -16,20 +16,20 @@ def build_manifest(
     metrics: dsl.Output[dsl.Metrics],
     recipe_overrides: dict = {},  # noqa: B006 - kfp needs a literal
 ) -> list[str]:
-    """Read a corpus, check its audio, and write the manifests of train, dev and test.
+    """Read a corpus, check its audio, and write the train, dev and test manifests.
 
     Args:
-        recipe: Name of a shipped recipe, or a recipe's YAML.
-        corpus: Folder, file or s3:// prefix of the corpus, as the step's container sees it.
-        store: Folder that keeps the results of all stages; a result that is there already is used again.
+        recipe: Name of a shipped recipe, or the YAML text of a recipe.
+        corpus: Folder, file or s3:// prefix of the corpus, as seen from the step's container.
+        store: Folder or s3:// prefix for the results of all stages; results that exist already are reused.
         manifests: Pointer to the folder with train.jsonl, dev.jsonl, test.jsonl and statistics.json.
-        resolved_recipe: The recipe with every key spelt out; all later steps read this one.
-        statistics: Hours, durations, characters, and what was set aside and why.
-        metrics: Utterances and hours, kept and set aside.
-        recipe_overrides: Values that replace the recipe's, by full name, such as {"training.epochs": 1}.
+        resolved_recipe: The recipe with every key spelt out; all later steps read it.
+        statistics: Page with hours, durations and characters, and which utterances were rejected and why.
+        metrics: Utterances and hours, accepted and rejected.
+        recipe_overrides: Changes to single keys of the recipe, by full name, such as {"training.epochs": 1}.
 
     Returns:
-        The parts that extraction is divided into: 1/n, 2/n and so on.
+        The work shards of extract-features: 1/n, 2/n and so on.
     """
     from slam_asr.errors import exit_on_user_error
 
@@ -45,8 +45,8 @@ def build_manifest(
         resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, corpus, f"{store}/build-manifest/{{fingerprint}}")
         write_pointer(record, manifests.path)
-        # Not the folder's recipe.yaml: that one stems from the run that made the folder, and a
-        # recipe which differs in later stages only finds the same folder.
+        # Not the folder's recipe.yaml: it belongs to the run that created the folder. A recipe that
+        # differs only in later stages reuses this folder.
         write_atomically(resolved_recipe.path, dump_recipe(resolved))
         shutil.copyfile(record.file("statistics.html"), statistics.path)
         log_metrics(record, metrics.log_metric)

@@ -1,4 +1,4 @@
-"""`plan-sweep` as a Kubeflow component, in the image of the stage `build-manifest`."""
+"""The Kubeflow component `plan-sweep`, which runs in the image of `build-manifest`."""
 
 from kfp import dsl
 
@@ -14,18 +14,18 @@ def plan_sweep(
     metrics: dsl.Output[dsl.Metrics],
     recipe_overrides: dict = {},  # noqa: B006 - kfp needs a literal
 ) -> list[str]:
-    """Check all variations of a sweep before anything of it runs.
+    """Check all variations of a sweep before any of them runs.
 
     Args:
-        recipe: Name of a shipped recipe, or a recipe's YAML.
-        variations: What each variation changes, by full name, such as [{"name": "slow", "training.learning_rate": 0.0001}].
-        store: Folder that keeps the results of all stages.
+        recipe: Name of a shipped recipe, or the YAML text of a recipe.
+        variations: Name and changes of each, such as [{"name": "slow", "training.learning_rate": 0.0001}].
+        store: Folder or s3:// prefix for the results of all stages.
         planned: Pointer to the folder with variations.json.
         metrics: Number of variations.
-        recipe_overrides: Values that replace the recipe's in all variations, by full name.
+        recipe_overrides: Changes to single keys of the recipe for all variations, by full name.
 
     Returns:
-        The variations, each as JSON of its name and its overrides.
+        The variations, each as JSON with its name and its overrides.
     """
     from slam_asr.errors import exit_on_user_error
 
@@ -34,9 +34,9 @@ def plan_sweep(
         from slam_asr.stage import log_metrics, write_pointer
         from slam_asr.sweeping.plan import plan_sweep as run
 
-        record, found = run(
+        record, variation_list = run(
             load_recipe(recipe, recipe_overrides), variations, f"{store}/plan-sweep/{{fingerprint}}"
         )
         write_pointer(record, planned.path)
         log_metrics(record, metrics.log_metric)
-        return [variation.as_json() for variation in found]
+        return [variation.as_json() for variation in variation_list]

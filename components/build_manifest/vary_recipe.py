@@ -1,4 +1,4 @@
-"""`vary-recipe` as a Kubeflow component, in the image of the stage `build-manifest`."""
+"""The Kubeflow component `vary-recipe`, which runs in the image of `build-manifest`."""
 
 from kfp import dsl
 
@@ -12,15 +12,15 @@ def vary_recipe(
     variation: str,
     varied: dsl.Output[dsl.Artifact],
     resolved_recipe: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Write the recipe of one variation of a sweep.
 
     Args:
-        store: Folder that keeps the results of all stages.
+        store: Folder or s3:// prefix for the results of all stages.
         recipe: The resolved recipe that all variations start from.
-        variation: Name and overrides, as plan-sweep gives them.
+        variation: JSON with name and overrides, an element of plan-sweep's output.
         varied: Pointer to the folder with recipe.yaml.
-        resolved_recipe: The variation's recipe with every key spelt out; the steps after this one read it.
+        resolved_recipe: The variation's recipe with every key spelt out; its later steps read it.
     """
     from slam_asr.errors import exit_on_user_error
 

@@ -1,1 +1,1 @@
-"""Kubeflow's view of the stage `convert-checkpoint`."""
+"""Kubeflow components that run in the image of `convert-checkpoint`."""

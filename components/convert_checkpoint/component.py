@@ -1,4 +1,4 @@
-"""`convert-checkpoint` as a Kubeflow component."""
+"""The Kubeflow component `convert-checkpoint`."""
 
 from kfp import dsl
 
@@ -13,17 +13,17 @@ def convert_checkpoint(
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ) -> list[str]:
-    """Turn a training checkpoint into the projector's weights and the model's configuration.
+    """Convert a training checkpoint into the projector's weights and the model's configuration.
 
     Args:
-        store: Folder that keeps the results of all stages.
-        recipe: The resolved recipe; its decoding.checkpoint says which checkpoint, the latest or the best.
-        checkpoint: Pointer to the folder of train.
+        store: Folder or s3:// prefix for the results of all stages.
+        recipe: The resolved recipe; its decoding.checkpoint selects the checkpoint, latest or best.
+        checkpoint: Pointer to the result folder of train.
         model: Pointer to the folder with projector.safetensors and config.json.
-        metrics: Number of weights.
+        metrics: Number of the projector's parameters.
 
     Returns:
-        The parts that decoding is divided into: 1/n, 2/n and so on.
+        The work shards of decode: 1/n, 2/n and so on.
     """
     from slam_asr.errors import exit_on_user_error
 

@@ -1,4 +1,4 @@
-"""`open-model` as a Kubeflow component, in the image of the stage `convert-checkpoint`."""
+"""The Kubeflow component `open-model`, which runs in the image of `convert-checkpoint`."""
 
 from kfp import dsl
 
@@ -14,23 +14,23 @@ def open_model(
     metrics: dsl.Output[dsl.Metrics],
     recipe_overrides: dict = {},  # noqa: B006 - kfp needs a literal
 ) -> list[str]:
-    """Find a trained model, and compare it with the recipe that is to measure it.
+    """Open a trained model, and check that it fits the recipe that evaluates it.
 
     Args:
-        recipe: Name of a shipped recipe, or a recipe's YAML.
+        recipe: Name of a shipped recipe, or the YAML text of a recipe.
         model: Folder or s3:// prefix of a model, or the name of a shipped one.
-        store: Folder that keeps the results of all stages.
+        store: Folder or s3:// prefix for the results of all stages.
         opened: Pointer to the model's folder.
-        metrics: What the model's record says of it.
-        recipe_overrides: Values that replace the recipe's, by full name, such as {"data.train": []}.
+        metrics: Metrics from the model's record.
+        recipe_overrides: Changes to single keys of the recipe, by full name, such as {"data.train": []}.
 
     Returns:
-        The parts that decoding is divided into: 1/n, 2/n and so on.
+        The work shards of decode: 1/n, 2/n and so on.
     """
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        from slam_asr.conversion.trained import take_model as run
+        from slam_asr.conversion.trained import adopt_trained_model as run
         from slam_asr.recipe import load_recipe
         from slam_asr.stage import log_metrics, write_pointer
         from slam_asr.work_split import all_work_shards

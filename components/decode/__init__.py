@@ -1,1 +1,1 @@
-"""Kubeflow's view of the stage `decode`."""
+"""Kubeflow components that run in the image of `decode`."""

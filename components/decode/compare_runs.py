@@ -1,4 +1,4 @@
-"""`compare-runs` as a Kubeflow component, in the image of the stage `decode`."""
+"""The Kubeflow component `compare-runs`, which runs in the image of `decode`."""
 
 from kfp import dsl
 
@@ -15,17 +15,17 @@ def compare_runs(
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],
-):
-    """Compare the trainings of a sweep on one page.
+) -> None:
+    """Compare all variations of a sweep on one page.
 
     Args:
-        store: Folder that keeps the results of all stages.
+        store: Folder or s3:// prefix for the results of all stages.
         recipe: The resolved recipe that all variations start from.
-        variations: What each changes, as plan-sweep gives it.
-        scores: Pointers to the folders of score.
+        variations: Name and overrides of each variation, the output of plan-sweep.
+        scores: Pointers to the result folders of score.
         comparison: Pointer to the folder with runs.html, runs.md and runs.json.
-        report: Word error rates, differences and curves of all.
-        summary: The same in short.
+        report: Page with word error rates, differences and training curves of all variations.
+        summary: Short version of the report.
         metrics: Each variation's word error rate in percent.
     """
     from slam_asr.errors import exit_on_user_error

@@ -1,4 +1,4 @@
-"""`decode` as a Kubeflow component."""
+"""The Kubeflow component `decode`."""
 
 from kfp import dsl
 
@@ -14,17 +14,17 @@ def decode(
     shard: str,
     hypotheses: dsl.Output[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
-):
-    """Transcribe the test utterances, or a part of them.
+) -> None:
+    """Transcribe the test utterances, or one work shard of them.
 
     Args:
-        store: Folder that keeps the results of all stages.
+        store: Folder or s3:// prefix for the results of all stages.
         recipe: The resolved recipe.
-        manifests: Pointer to the folder of build-manifest.
-        model: Pointer to the folder of convert-checkpoint.
-        shard: i/n: which part of the work is this step's.
+        manifests: Pointer to the result folder of build-manifest.
+        model: Pointer to the result folder of convert-checkpoint.
+        shard: The work shard of this step, i/n.
         hypotheses: Pointer to the folder with hypotheses.jsonl.
-        metrics: Utterances, and how fast they were decoded.
+        metrics: Number of utterances, and decoding speed.
     """
     from slam_asr.errors import exit_on_user_error
 
@@ -39,7 +39,7 @@ def decode(
             [f"{follow_pointer(manifests.path)}/test.jsonl"],
             f"{store}/decode/{{fingerprint}}",
             feature_store=f"{store}/features",
-            shard=shard,
+            work_shard=shard,
         )
         write_pointer(record, hypotheses.path)
         log_metrics(record, metrics.log_metric)

@@ -1,4 +1,4 @@
-"""`score` as a Kubeflow component, in the image of the stage `decode`."""
+"""The Kubeflow component `score`, which runs in the image of `decode`."""
 
 from kfp import dsl
 
@@ -15,18 +15,18 @@ def score(
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],
-):
-    """Join the transcripts of all parts and report the word error rate.
+) -> None:
+    """Join the transcripts of all work shards and report the word error rate.
 
     Args:
-        store: Folder that keeps the results of all stages.
+        store: Folder or s3:// prefix for the results of all stages.
         recipe: The resolved recipe.
-        model: Pointer to the folder of convert-checkpoint.
-        hypotheses: Pointers to the parts of decode.
+        model: Pointer to the result folder of convert-checkpoint.
+        hypotheses: Pointers to the results of decode, one per work shard.
         scores: Pointer to the folder with hypotheses.jsonl and wer.json.
-        report: Word error rates, alignments and the worst utterances.
-        summary: The same in short.
-        metrics: Word error rates in percent, with their controls.
+        report: Page with word error rates, alignments and the worst utterances.
+        summary: Short version of the report.
+        metrics: Word error rates in percent, including the control experiments.
     """
     from slam_asr.errors import exit_on_user_error
 

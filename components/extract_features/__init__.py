@@ -1,1 +1,1 @@
-"""Kubeflow's view of the stage `extract-features`."""
+"""Kubeflow components that run in the image of `extract-features`."""

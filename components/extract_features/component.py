@@ -1,4 +1,4 @@
-"""`extract-features` as a Kubeflow component."""
+"""The Kubeflow component `extract-features`."""
 
 from kfp import dsl
 
@@ -13,16 +13,16 @@ def extract_features(
     shard: str,
     features: dsl.Output[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
-):
-    """Run the frozen speech encoder once over all utterances and keep its outputs.
+) -> None:
+    """Run the frozen speech encoder once over all utterances and save its outputs.
 
     Args:
-        store: Folder that keeps the results of all stages.
+        store: Folder or s3:// prefix for the results of all stages.
         recipe: The resolved recipe.
-        manifests: Pointer to the folder of build-manifest.
-        shard: i/n: which part of the work is this step's.
-        features: Pointer to the record of this part in the feature store.
-        metrics: Utterances, hours of audio, megabytes.
+        manifests: Pointer to the result folder of build-manifest.
+        shard: The work shard of this step, i/n.
+        features: Pointer to the record of this work shard in the feature store.
+        metrics: Number of utterances, hours of audio, megabytes of features.
     """
     from slam_asr.errors import exit_on_user_error
 

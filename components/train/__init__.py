@@ -1,1 +1,1 @@
-"""Kubeflow's view of the stage `train`."""
+"""Kubeflow components that run in the image of `train`."""

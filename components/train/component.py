@@ -1,4 +1,4 @@
-"""`train` as a Kubeflow component."""
+"""The Kubeflow component `train`."""
 
 from kfp import dsl
 
@@ -15,18 +15,18 @@ def train(
     metrics: dsl.Output[dsl.Metrics],
     features: dsl.Input[list[dsl.Dataset]] = None,
     trainjob: str = "",
-):
+) -> None:
     """Train the projector between the frozen encoder and the frozen LLM.
 
     Args:
-        store: Folder that keeps the results of all stages; checkpoints go there while training.
+        store: Folder or s3:// prefix for the results of all stages; training saves its checkpoints there.
         recipe: The resolved recipe.
-        manifests: Pointer to the folder of build-manifest.
+        manifests: Pointer to the result folder of build-manifest.
         checkpoint: Pointer to the folder with the checkpoints.
-        curves: Loss and accuracy by step.
-        metrics: Loss and accuracy at the end, and the number of steps.
-        features: Pointers to the parts of extract-features; without them, the features of the store.
-        trainjob: How the nodes of a training over several nodes are placed (JSON); empty: it trains in this pod.
+        curves: Page with loss and accuracy by optimiser step.
+        metrics: Final loss and accuracy, and the number of optimiser steps.
+        features: Pointers to the results of extract-features, one per work shard; default: store/features.
+        trainjob: Placement of the nodes of multi-node training (JSON); if empty, this pod trains.
     """
     from slam_asr.errors import exit_on_user_error
 
@@ -38,23 +38,34 @@ def train(
         from slam_asr.stage import follow_parts, follow_pointer, log_metrics, write_pointer
         from slam_asr.training.train import train as run
 
-        folder, wanted = follow_pointer(manifests.path), load_recipe(recipe.path)
-        inputs = {
-            "train_manifest": f"{folder}/train.jsonl",
-            "dev_manifest": f"{folder}/dev.jsonl",
-            "feature_store": None,
-        }
-        if wanted.caches_features:
-            inputs["feature_store"] = (
-                follow_parts(f.path for f in features) if features else f"{store}/features"
+        folder, resolved = follow_pointer(manifests.path), load_recipe(recipe.path)
+        train_manifest, dev_manifest = f"{folder}/train.jsonl", f"{folder}/dev.jsonl"
+        feature_store = None
+        if resolved.caches_features:
+            feature_store = (
+                follow_parts(artifact.path for artifact in features) if features else f"{store}/features"
             )
         if trainjob:
             from slam_asr.trainjob.placement import Placement
             from slam_asr.trainjob.train import train_on_nodes
 
-            record = train_on_nodes(wanted, Placement(**json.loads(trainjob)), store=store, **inputs)
+            placement = Placement(**json.loads(trainjob))
+            record = train_on_nodes(
+                resolved,
+                placement,
+                train_manifest=train_manifest,
+                store=store,
+                feature_store=feature_store,
+                dev_manifest=dev_manifest,
+            )
         else:
-            record = run(wanted, output=f"{store}/train/{{fingerprint}}", **inputs)
+            record = run(
+                resolved,
+                train_manifest=train_manifest,
+                output=f"{store}/train/{{fingerprint}}",
+                feature_store=feature_store,
+                dev_manifest=dev_manifest,
+            )
         write_pointer(record, checkpoint.path)
         shutil.copyfile(record.file("curves.html"), curves.path)
         log_metrics(record, metrics.log_metric)

@@ -1,1 +1,1 @@
-"""Kubeflow Pipelines from the outside: submit, follow, read logs, start again."""
+"""Client side of Kubeflow Pipelines: submit a run, follow it, read its logs, resume it, check a cluster."""

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,22 @@ from pipelines.compile import (
     add_cluster_options,
     check_recipe,
     compile_package,
-    places,
+    location_parameters,
     recipe_parameters,
 )
 from pipelines.kubeflow.connection import add_connection_options, connect
-from pipelines.run_request import add_pipeline_options, wanted_of
+from pipelines.run_request import add_pipeline_options, request_from_options
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.recipe import shipped_recipes
 
 POLL = 5.0
+"""Default seconds between two requests while following a run."""
 
 
 def submit(arguments: list[str]) -> int:
-    """Compile, upload, start, and follow where asked → the exit code."""
-    source, rest = _named(
+    """Compile, upload and start a run, follow it if requested, and return the exit code."""
+    source, rest = _positional(
         arguments,
         "RECIPE is missing: python -m pipelines submit RECIPE, with a file or one of "
         + ", ".join(shipped_recipes()),
@@ -36,36 +38,38 @@ def submit(arguments: list[str]) -> int:
     parser = command_parser("submit", "Compile the pipeline, upload it, start a run, and follow it.")
     add_cluster_options(parser)
     add_connection_options(parser)
-    parser.add_argument("--experiment", type=str, default="slam-asr", help="the dashboard's group of runs")
-    parser.add_argument("--run_name", type=str, help="default: recipe, models and time")
+    parser.add_argument(
+        "--experiment", type=str, default="slam-asr", help="experiment that groups the runs in the dashboard"
+    )
+    parser.add_argument("--run-name", type=str, help="name of the run (default: recipe, models and time)")
     _add_wait(parser)
     add_pipeline_options(parser, in_a_cluster=True)
     add_recipe_options(parser, source)
     options = parse_options(parser, _flags(rest))
     cluster = load_cluster(options["cluster"])
-    wanted = wanted_of(options, pop_recipe(options), in_a_cluster=True)
-    check_recipe(wanted, cluster)
+    request = request_from_options(options, pop_recipe(options), in_a_cluster=True)
+    check_recipe(request, cluster)
     parameters = (
-        places(cluster, options["corpus"], options["store"], wanted.model)
-        | wanted.parameters
-        | recipe_parameters(source, wanted.recipe)
+        location_parameters(cluster, options["corpus"], options["store"], request.model)
+        | request.parameters
+        | recipe_parameters(source, request.resolved_recipe)
     )
     for name, option in (
         ("corpus", "--corpus s3://…"),
         ("store", "--store s3://…, or storage.store in the profile"),
     ):
         if name not in parameters:
-            raise UserError(f"The run has no {name}: give {option}.")
+            raise ConfigurationError(f"The run has no {name}: give {option}.")
 
     from pipelines.kubeflow.doctor import require_trainer
     from pipelines.kubeflow.runs import follow, run_name, start
 
     with tempfile.TemporaryDirectory(prefix="slam-asr-") as folder:
-        package = compile_package(cluster, Path(folder) / "slam-asr.yaml", options["images"], wanted=wanted)
+        package = compile_package(cluster, Path(folder) / "slam-asr.yaml", options["images"], request=request)
         connection = connect(options, cluster)
-        if wanted.nodes > 1:
+        if request.nodes > 1:
             require_trainer(cluster)
-        name = options["run_name"] or run_name(wanted.recipe)
+        name = options["run_name"] or run_name(request.resolved_recipe)
         run_id = start(
             connection,
             package,
@@ -73,42 +77,44 @@ def submit(arguments: list[str]) -> int:
             options["experiment"],
             parameters,
             cluster.service_account,
-            wanted.pipeline,
+            request.pipeline,
         )
     print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
     if not options["wait"]:
         print(f"follow it with `python -m pipelines status {run_id} --wait true`")
         return 0
-    return _followed(lambda: follow(connection, run_id, _say, options["poll"]), run_id)
+    return _watch(lambda: follow(connection, run_id, _print_line, options["poll"]), run_id)
 
 
 def status(arguments: list[str]) -> int:
-    """A run's steps, or the latest runs → the exit code."""
-    wanted, options = _of_a_run("status", "Show a run's steps, or the latest runs.", arguments, wait=True)
+    """Print a run's steps, or the latest runs, and return the exit code."""
+    run_key, options = _parse_run("status", "Show a run's steps, or the latest runs.", arguments)
     from pipelines.kubeflow.runs import find, follow, latest, steps_of
 
     connection = connect(options, load_cluster(options["cluster"]))
-    if wanted is None:
+    if run_key is None:
         for run in latest(connection, 10):
             print(f"{run.run_id}  {(run.state or 'PENDING').lower():<10} {run.display_name}")
         return 0
-    run = find(connection, wanted)
+    run = find(connection, run_key)
     print(
         f"{run.display_name}: {(run.state or 'PENDING').lower()}\n{connection.link(run.run_id)}", flush=True
     )
     if options["wait"]:
-        return _followed(lambda: follow(connection, run.run_id, _say, options["poll"]), run.run_id)
+        return _watch(lambda: follow(connection, run.run_id, _print_line, options["poll"]), run.run_id)
     for step in steps_of(run):
         print(step.line())
     return 0
 
 
 def logs(arguments: list[str]) -> int:
-    """The lines of a run's steps → the exit code."""
-    parser = _run_parser("logs", "Show the lines of a run's steps, from the Kubernetes API.")
-    parser.add_argument("--step", type=str, help="only this step's")
-    parser.add_argument("--follow", type=bool, default=False, help="wait for more, until the step has ended")
-    wanted, rest = _named(
+    """Print the logs of a run's steps, and return the exit code."""
+    parser = _run_parser("logs", "Show the logs of a run's steps, from the Kubernetes API.")
+    parser.add_argument("--step", type=str, help="only the logs of this step")
+    parser.add_argument(
+        "--follow", type=bool, default=False, help="wait for more lines until the step has ended"
+    )
+    run_key, rest = _positional(
         arguments,
         "RUN is missing: python -m pipelines logs RUN; `python -m pipelines status` lists the latest",
     )
@@ -119,45 +125,42 @@ def logs(arguments: list[str]) -> int:
     cluster = load_cluster(options["cluster"])
     api = core_api()
     connection = connect(options, cluster)
-    run = find(connection, wanted)
-    return _followed(
-        lambda: show(api, connection.namespace, run.run_id, options["step"], options["follow"], _say) or 0,
-        run.run_id,
-    )
+    run = find(connection, run_key)
+
+    def print_logs() -> int:
+        show(api, connection.namespace, run.run_id, options["step"], options["follow"], _print_line)
+        return 0
+
+    return _watch(print_logs, run.run_id)
 
 
 def resume(arguments: list[str]) -> int:
-    """Start a failed run again from where it failed → the exit code."""
-    wanted, options = _of_a_run(
-        "resume", "Start a failed run again, from the steps that failed.", arguments, wait=True
-    )
-    if wanted is None:
-        raise UserError(
+    """Restart a failed run from the steps that failed, and return the exit code."""
+    run_key, options = _parse_run("resume", "Restart a failed run from the steps that failed.", arguments)
+    if run_key is None:
+        raise ConfigurationError(
             "RUN is missing: python -m pipelines resume RUN; `python -m pipelines status` lists the latest."
         )
     from pipelines.kubeflow.runs import find, follow, retry
 
     connection = connect(options, load_cluster(options["cluster"]))
-    run = find(connection, wanted)
+    run = find(connection, run_key)
     retry(connection, run)
-    print(f"{run.display_name} goes on\n{connection.link(run.run_id)}", flush=True)
+    print(f"{run.display_name} was restarted\n{connection.link(run.run_id)}", flush=True)
     return (
-        _followed(lambda: follow(connection, run.run_id, _say, options["poll"]), run.run_id)
+        _watch(lambda: follow(connection, run.run_id, _print_line, options["poll"]), run.run_id)
         if options["wait"]
         else 0
     )
 
 
-def _of_a_run(
-    command: str, description: str, arguments: list[str], wait: bool
-) -> tuple[str | None, dict[str, Any]]:
+def _parse_run(command: str, description: str, arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """Parse `[RUN] [--option …]`: return the run's id or name, if given, and the options."""
     parser = _run_parser(command, description)
-    if wait:
-        _add_wait(parser)
-    wanted, rest = (
-        (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
-    )
-    return wanted, parse_options(parser, _flags(rest))
+    _add_wait(parser)
+    has_run = bool(arguments) and not arguments[0].startswith("-")
+    run_key, rest = (arguments[0], arguments[1:]) if has_run else (None, arguments)
+    return run_key, parse_options(parser, _flags(rest))
 
 
 def _run_parser(command: str, description: str) -> ArgumentParser:
@@ -165,7 +168,7 @@ def _run_parser(command: str, description: str) -> ArgumentParser:
     parser.add_argument(
         "--cluster",
         default=DEFAULT_CLUSTER,
-        help="a cluster profile: its endpoint and namespace are the defaults",
+        help="cluster profile with the default endpoint and namespace",
     )
     add_connection_options(parser)
     return parser
@@ -173,11 +176,13 @@ def _run_parser(command: str, description: str) -> ArgumentParser:
 
 def _add_wait(parser: ArgumentParser) -> None:
     parser.add_argument("--wait", type=bool, default=False, help="follow the run until it has ended")
-    parser.add_argument("--poll", type=float, default=POLL, help="seconds between two looks at it")
+    parser.add_argument(
+        "--poll", type=float, default=POLL, help="seconds between two requests for the run's state"
+    )
 
 
 def _flags(arguments: list[str]) -> list[str]:
-    """`--wait` → `--wait=true`."""
+    """Give flags without a value one, since the parser requires it: `--wait` → `--wait=true`."""
     followers = [*arguments[1:], "--"]
     return [
         f"{argument}=true" if argument in ("--wait", "--follow") and following.startswith("--") else argument
@@ -185,26 +190,30 @@ def _flags(arguments: list[str]) -> list[str]:
     ]
 
 
-def _named(arguments: list[str], missing: str) -> tuple[str, list[str]]:
-    if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
-        raise UserError(f"{missing}.")
-    return (
-        (arguments[0], arguments[1:])
-        if arguments[0] != "--help"
-        else (next(iter(shipped_recipes())), arguments)
-    )
+def _positional(arguments: list[str], missing: str) -> tuple[str, list[str]]:
+    """Split off the required first argument; `--help` instead of it gets a placeholder, so that it parses.
+
+    Raises:
+        ConfigurationError: the argument is missing; the message is `missing`.
+    """
+    if arguments and arguments[0] == "--help":
+        return next(iter(shipped_recipes())), arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigurationError(f"{missing}.")
+    return arguments[0], arguments[1:]
 
 
-def _followed(watch: Any, run_id: str) -> int:
+def _watch(watch: Callable[[], int], run_id: str) -> int:
+    """Call `watch` and return its exit code; Ctrl-C ends only the watching, not the run."""
     try:
         return watch()
     except KeyboardInterrupt:
         print(
-            f"slam-asr: the run goes on in the cluster: `python -m pipelines status {run_id}` shows it",
+            f"slam-asr: the run continues in the cluster: `python -m pipelines status {run_id}` shows it",
             file=sys.stderr,
         )
         return 130
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, flush=True)

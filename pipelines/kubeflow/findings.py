@@ -1,18 +1,19 @@
-"""What doctor finds: each answer with a sign, and with what to do."""
+"""The findings of `doctor`: the result of each check, and what to do about it."""
 
 from dataclasses import dataclass
 
 GOOD, BAD, UNKNOWN = "✓", "✗", "–"
+"""Signs of a finding: passed, failed, could not be checked from here."""
 
 
 @dataclass
 class Finding:
-    """One answer."""
+    """The result of one check."""
 
     sign: str
-    what: str
-    says: str
+    subject: str
+    detail: str
 
     def line(self) -> str:
-        """For people."""
-        return f"{self.sign} {self.what}: {self.says}"
+        """Format the finding for the terminal."""
+        return f"{self.sign} {self.subject}: {self.detail}"

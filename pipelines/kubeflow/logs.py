@@ -1,6 +1,6 @@
-"""Logs of a run's steps, from the Kubernetes API: Kubeflow Pipelines itself has none."""
+"""Logs of a run's steps, from the Kubernetes API: the API of Kubeflow Pipelines provides none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import urllib3
@@ -8,7 +8,7 @@ from kubernetes import client as kubernetes
 from kubernetes import config
 
 from components import ALL_RESULTS
-from slam_asr.errors import UserError
+from slam_asr.errors import ClusterError, ConfigurationError
 
 RUN_LABEL = "pipeline/runid"
 STEP_LABEL = "app.kubernetes.io/component"
@@ -16,10 +16,10 @@ CONTAINER = "main"
 
 
 def core_api() -> kubernetes.CoreV1Api:
-    """The cluster's API, by the pod's own account or by the user's kubeconfig.
+    """Return a client for the Kubernetes API, with the pod's own account or the user's kubeconfig.
 
     Raises:
-        UserError: there is neither.
+        ClusterError: neither exists.
     """
     try:
         config.load_incluster_config()
@@ -27,8 +27,10 @@ def core_api() -> kubernetes.CoreV1Api:
         try:
             config.load_kube_config()
         except (config.ConfigException, OSError) as error:
-            raise UserError(
-                f"The Kubernetes API is not known here ({' '.join(str(error).split()).rstrip('.')}): set KUBECONFIG, or read the logs in the dashboard."
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ClusterError(
+                f"No access to the Kubernetes API is configured ({reason}): set KUBECONFIG, "
+                "or read the logs in the dashboard."
             ) from None
     return kubernetes.CoreV1Api()
 
@@ -39,91 +41,102 @@ def show(
     run_id: str,
     step: str | None,
     follow: bool,
-    hear: Callable[[str], None],
+    on_line: Callable[[str], None],
 ) -> None:
-    """Pass on the lines of a run's steps, one pod after another.
+    """Print the logs of a run's steps, one pod after another.
 
     Args:
-        api: the cluster's.
-        namespace: the run's.
-        run_id: the run's.
-        step: only this one.
+        api: client of the cluster.
+        namespace: namespace of the run.
+        run_id: id of the run.
+        step: only this step; default: all.
         follow: wait for more lines until a pod has ended.
-        hear: takes each line.
+        on_line: called with each line.
 
     Raises:
-        UserError: no right to read them, no such step, or no pods any more.
+        ConfigurationError: there is no such step.
+        ClusterError: permission is missing, or the run has no pods (any more).
     """
     if step is not None and step not in ALL_RESULTS:
-        raise UserError(f"There is no step {step}: --step may be {', '.join(ALL_RESULTS)}.")
-    pods = ask(
+        raise ConfigurationError(f"There is no step {step}: --step may be {', '.join(ALL_RESULTS)}.")
+    pods = call_kubernetes(
         namespace,
         "list pods",
         lambda: api.list_namespaced_pod(namespace, label_selector=f"{RUN_LABEL}={run_id}"),
     ).items
-    chosen = [
+    selected = [
         pod
         for pod in pods
         if (pod.metadata.labels or {}).get(STEP_LABEL) in ([step] if step else ALL_RESULTS)
     ]
-    if not chosen:
+    if not selected:
         which = f"of step {step} " if step else ""
-        raise UserError(
-            f"There are no pods {which}of the run {run_id} in {namespace}: they have not started, or were cleaned away since; the dashboard may have kept their logs."
+        raise ClusterError(
+            f"There are no pods {which}of the run {run_id} in {namespace}: they have not started yet, or "
+            "were deleted; the dashboard may still have their logs."
         )
     for pod in sorted(
-        chosen,
+        selected,
         key=lambda p: (p.metadata.creation_timestamp is None, p.metadata.creation_timestamp, p.metadata.name),
     ):
         labels, name = pod.metadata.labels, pod.metadata.name
-        hear(f"── {labels[STEP_LABEL]} ({name}, {pod.status.phase.lower()})")
+        on_line(f"── {labels[STEP_LABEL]} ({name}, {pod.status.phase.lower()})")
         if pod.status.phase == "Pending":
-            hear(f"it waits: {_why(pod)}")
+            on_line(f"waiting: {_reason_to_wait(pod)}")
             continue
-        answer = ask(
-            namespace,
-            "read logs",
-            lambda name=name: api.read_namespaced_pod_log(
-                name, namespace, container=CONTAINER, follow=follow, _preload_content=False
-            ),
+        for line in _lines(_open_log(api, namespace, name, follow)):
+            on_line(line)
+
+
+def _open_log(api: kubernetes.CoreV1Api, namespace: str, pod: str, follow: bool) -> Any:
+    def request() -> Any:
+        return api.read_namespaced_pod_log(
+            pod, namespace, container=CONTAINER, follow=follow, _preload_content=False
         )
-        for line in _lines(answer):
-            hear(line)
+
+    return call_kubernetes(namespace, "read logs", request)
 
 
-def ask(namespace: str, what: str, request: Callable[[], Any]) -> Any:
-    """One request to the Kubernetes API, its refusal in a sentence.
+def call_kubernetes(namespace: str, what: str, request: Callable[[], Any]) -> Any:
+    """Send a request to the Kubernetes API and return its answer.
+
+    Args:
+        namespace: namespace of the request, for messages.
+        what: the request as a verb and its object, for messages.
+        request: sends it.
 
     Raises:
-        UserError: it was refused, or nothing answers.
+        ClusterError: the API refuses the request, or does not answer.
     """
     try:
         return request()
     except kubernetes.ApiException as error:
         if error.status in (401, 403):
-            raise UserError(
-                f"You may not {what} in the namespace {namespace} ({error.status}): have somebody give you the role view there, or renew your login."
+            raise ClusterError(
+                f"You may not {what} in the namespace {namespace} ({error.status}): ask for the role `view` "
+                "there, or renew your login."
             ) from None
-        raise UserError(
-            f"The Kubernetes API does not {what} in {namespace} ({error.status} {error.reason})."
+        raise ClusterError(
+            f"The Kubernetes API could not {what} in {namespace} ({error.status} {error.reason})."
         ) from None
     except urllib3.exceptions.HTTPError as error:
-        raise UserError(
-            f"The Kubernetes API does not answer ({type(error).__name__}): check KUBECONFIG and your connection."
+        raise ClusterError(
+            f"The Kubernetes API does not answer ({type(error).__name__}): "
+            "check KUBECONFIG and your connection."
         ) from None
 
 
-def _why(pod: Any) -> str:
+def _reason_to_wait(pod: Any) -> str:
     for condition in pod.status.conditions or []:
         if condition.status == "False" and condition.message:
             return condition.message
-    return f"`kubectl describe pod {pod.metadata.name}` says why"
+    return f"`kubectl describe pod {pod.metadata.name}` shows why"
 
 
-def _lines(answer: Any) -> Any:
+def _lines(answer: Any) -> Iterator[str]:
     rest = b""
     for chunk in answer.stream(8192):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from (line.decode("utf-8", "replace") for line in whole)
+        *complete, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode("utf-8", "replace") for line in complete)
     if rest:
         yield rest.decode("utf-8", "replace")

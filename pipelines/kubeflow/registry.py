@@ -1,4 +1,4 @@
-"""Is an image in its registry, and may anybody pull it? Asked by the registry's own HTTP API."""
+"""Check through a registry's HTTP API whether an image exists and can be pulled without a login."""
 
 import json
 import re
@@ -17,15 +17,22 @@ _MANIFESTS = ", ".join(
 )
 
 
-def look_at_image(stage: str, image: str) -> Finding:
-    """Look for a stage's image, without pulling it."""
-    what = f"image {image}"
+_LOGIN_REQUIRED = (
+    "the registry requires a login; not checked. "
+    "The nodes need images.pull_secrets, or credentials of their own."
+)
+
+
+def check_image(stage: str, image: str) -> Finding:
+    """Check that a stage's image exists, without pulling it."""
+    subject = f"image {image}"
     registry, slash, rest = image.partition("/")
     if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
         return Finding(
             BAD,
-            what,
-            f"has no registry, so that nodes look for it on Docker Hub: push it (`make images REGISTRY=… PUSH=1`) and name it with its registry; it is {stage}'s.",
+            subject,
+            f"the image of {stage} has no registry in its name, so nodes look for it on Docker Hub: "
+            "push it (`make images REGISTRY=… PUSH=1`) and name it with its registry.",
         )
     name, _, reference = rest.partition("@") if "@" in rest else rest.rpartition(":")
     if not name:
@@ -36,41 +43,41 @@ def look_at_image(stage: str, image: str) -> Finding:
     try:
         answer = pool.request("HEAD", address, headers=headers)
         if answer.status == 401:
-            token = _anonymous(pool, answer.headers.get("www-authenticate", ""))
+            token = _anonymous_token(pool, answer.headers.get("www-authenticate", ""))
             if token is None:
                 return Finding(
                     UNKNOWN,
-                    what,
-                    "the registry asks who pulls; not looked at. The nodes need images.pull_secrets, or credentials of their own.",
+                    subject,
+                    _LOGIN_REQUIRED,
                 )
             answer = pool.request("HEAD", address, headers=headers | {"Authorization": f"Bearer {token}"})
     except urllib3.exceptions.HTTPError as error:
-        return Finding(UNKNOWN, what, f"its registry does not answer from here ({type(error).__name__})")
+        return Finding(UNKNOWN, subject, f"its registry does not answer ({type(error).__name__})")
     if answer.status == 200:
-        return Finding(GOOD, what, "is in its registry, and anybody may pull it")
+        return Finding(GOOD, subject, "exists, and can be pulled without a login")
     if answer.status in (401, 403):
         return Finding(
             UNKNOWN,
-            what,
-            "the registry asks who pulls; not looked at. The nodes need images.pull_secrets, or credentials of their own.",
+            subject,
+            _LOGIN_REQUIRED,
         )
     if answer.status == 404:
         return Finding(
             BAD,
-            what,
-            "is not in its registry: `make images REGISTRY=… TAG=… PUSH=1`, or correct images.names.",
+            subject,
+            "does not exist: push it with `make images REGISTRY=… TAG=… PUSH=1`, or correct images.names.",
         )
-    return Finding(UNKNOWN, what, f"the registry answers {answer.status}")
+    return Finding(UNKNOWN, subject, f"the registry answers {answer.status}")
 
 
-def _anonymous(pool: urllib3.PoolManager, challenge: str) -> str | None:
-    """The token that a registry gives to everybody, if it does."""
-    asked = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-    if not challenge.lower().startswith("bearer") or "realm" not in asked:
+def _anonymous_token(pool: urllib3.PoolManager, challenge: str) -> str | None:
+    """Return the token that the registry gives to anonymous users, or None."""
+    fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+    if not challenge.lower().startswith("bearer") or "realm" not in fields:
         return None
-    answer = pool.request("GET", asked.pop("realm"), fields=asked)
+    answer = pool.request("GET", fields.pop("realm"), fields=fields)
     try:
-        given = json.loads(answer.data) if answer.status == 200 else {}
+        content = json.loads(answer.data) if answer.status == 200 else {}
     except ValueError:
         return None
-    return given.get("token") or given.get("access_token")
+    return content.get("token") or content.get("access_token")

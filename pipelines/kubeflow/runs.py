@@ -1,5 +1,6 @@
-"""A run: started, followed, found again, and started again from where it failed."""
+"""Runs in Kubeflow Pipelines: start, find, follow and retry them."""
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import kfp_server_api
 
 from components import ALL_RESULTS
 from pipelines import TRAINING, asr, evaluate
-from pipelines.kubeflow.connection import Connection, Gone
+from pipelines.kubeflow.connection import Connection, NotFound
 from slam_asr import __version__
 from slam_asr.configuration import nearest
-from slam_asr.errors import UserError
+from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.progress import clock
 from slam_asr.recipe import Recipe
 
@@ -24,7 +25,7 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 
 @dataclass
 class RunStep:
-    """One step of a run, a part of it where it has several."""
+    """One step of a run in Kubeflow; a step in a loop has one for each iteration."""
 
     key: str
     name: str
@@ -35,28 +36,36 @@ class RunStep:
 
     @property
     def seconds(self) -> float:
-        """How long it has run."""
+        """Duration so far; 0 before the start."""
         if self.started is None:
             return 0.0
         return max(0.0, ((self.ended or datetime.now(UTC)) - self.started).total_seconds())
 
     def line(self) -> str:
-        """The step for people."""
-        time_taken = f"  {clock(self.seconds)}" if self.started else ""
-        return (
-            f"{self.name:<20} {self.state.lower():<10}{time_taken}{'  ' + self.error if self.error else ''}"
-        )
+        """Format the step for the terminal."""
+        duration = f"  {clock(self.seconds)}" if self.started else ""
+        error = f"  {self.error}" if self.error else ""
+        return f"{self.name:<20} {self.state.lower():<10}{duration}{error}"
 
 
 def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> tuple[str, str, str]:
-    """Have the pipeline there: its content is uploaded once, under a name that holds its digest → ids of pipeline and version, name of the version."""
+    """Upload a package as a version of its pipeline, unless this content was uploaded before.
+
+    The version's name contains a digest of the package, by which it is found again.
+
+    Returns:
+        The ids of the pipeline and the version, and the name of the version.
+
+    Raises:
+        ClusterError: the API refuses or does not answer.
+    """
     client = connection.client
     description = asr.DESCRIPTION if pipeline == TRAINING else evaluate.DESCRIPTION
     version = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
-    pipeline_id = connection.call("look for the pipeline", lambda: client.get_pipeline_id(pipeline))
+    pipeline_id = connection.call("look up the pipeline", lambda: client.get_pipeline_id(pipeline))
     if pipeline_id is None:
-        made = connection.call(
-            "take the pipeline",
+        uploaded = connection.call(
+            "upload the pipeline",
             lambda: client.upload_pipeline(
                 str(package),
                 pipeline_name=pipeline,
@@ -65,24 +74,24 @@ def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> t
             ),
             once=True,
         )
-        pipeline_id = made.pipeline_id
+        pipeline_id = uploaded.pipeline_id
     versions = _pages(
         connection,
-        "list the pipeline's versions",
+        "list the versions of the pipeline",
         lambda token: client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100),
         "pipeline_versions",
     )
     for known in versions:
         if known.display_name == version:
             return pipeline_id, known.pipeline_version_id, version
-    made = connection.call(
-        "take the pipeline's version",
+    created = connection.call(
+        "upload the version of the pipeline",
         lambda: client.upload_pipeline_version(
             str(package), version, pipeline_id=pipeline_id, description=description
         ),
         once=True,
     )
-    return pipeline_id, made.pipeline_version_id, version
+    return pipeline_id, created.pipeline_version_id, version
 
 
 def start(
@@ -94,21 +103,33 @@ def start(
     account: str,
     pipeline: str = TRAINING,
 ) -> str:
-    """Upload and run → the run's id.
+    """Upload a package and start a run of it.
+
+    Args:
+        connection: the API.
+        package: the compiled pipeline.
+        name: display name of the run.
+        experiment: name of the experiment that groups the runs.
+        parameters: the pipeline parameters.
+        account: service account of the pods.
+        pipeline: name of the pipeline.
+
+    Returns:
+        The run's id.
 
     Raises:
-        UserError: the API refuses one of it.
+        ClusterError: the API refuses or does not answer.
     """
     client = connection.client
     pipeline_id, version_id, _ = upload(connection, package, pipeline)
     namespace = connection.namespace if connection.multi_user else None
-    made = connection.call(
-        "make the experiment", lambda: client.create_experiment(experiment, namespace=namespace)
+    group = connection.call(
+        "create the experiment", lambda: client.create_experiment(experiment, namespace=namespace)
     )
     run = connection.call(
         "start the run",
         lambda: client.run_pipeline(
-            made.experiment_id,
+            group.experiment_id,
             name,
             params=parameters,
             pipeline_id=pipeline_id,
@@ -122,35 +143,36 @@ def start(
 
 
 def run_name(recipe: Recipe) -> str:
-    """What a run says of itself: recipe, models, and when."""
+    """Return the default display name of a run: recipe, models and local time."""
     models = " + ".join(
         name.rstrip("/").rpartition("/")[2] for name in (recipe.encoder.name, recipe.llm.name)
     )
     return f"{recipe.name} · {models} · {datetime.now().strftime('%Y-%m-%d %H:%M')}"
 
 
-def find(connection: Connection, wanted: str) -> kfp_server_api.V2beta1Run:
-    """A run by id or name; the latest where several have the name.
+def find(connection: Connection, id_or_name: str) -> kfp_server_api.V2beta1Run:
+    """Find a run by id or name; of several with the same name, the latest.
 
     Raises:
-        UserError: there is none.
+        ClusterError: there is no such run.
     """
     try:
-        return connection.call("show the run", lambda: connection.runs.run_service_get_run(wanted))
-    except Gone:
+        return connection.call("read the run", lambda: connection.runs.run_service_get_run(id_or_name))
+    except NotFound:
         pass
     known = latest(connection)
     for run in known:
-        if wanted in (run.display_name, run.run_id):
+        if id_or_name in (run.display_name, run.run_id):
             return run
-    hint = nearest(wanted, [run.display_name for run in known] + [run.run_id for run in known]) or "."
-    raise UserError(
-        f"There is no run {wanted} in the namespace {connection.namespace}{hint} `python -m pipelines status` lists the latest."
+    hint = nearest(id_or_name, [run.display_name for run in known] + [run.run_id for run in known]) or "."
+    raise ClusterError(
+        f"There is no run {id_or_name} in the namespace {connection.namespace}{hint} "
+        "`python -m pipelines status` lists the latest."
     )
 
 
 def latest(connection: Connection, count: int = 50) -> list[kfp_server_api.V2beta1Run]:
-    """The latest runs, newest first."""
+    """Return up to `count` runs, newest first."""
     client = connection.client
     namespace = connection.namespace if connection.multi_user else None
     answer = connection.call(
@@ -161,10 +183,10 @@ def latest(connection: Connection, count: int = 50) -> list[kfp_server_api.V2bet
 
 
 def steps_of(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
-    """The pipeline's own steps, in their order; what Kubeflow runs around them is left out."""
+    """Return the pipeline's own steps in their order, without the drivers and loops that Kubeflow adds."""
     details = (run.run_details.task_details if run.run_details else None) or []
     order = list(ALL_RESULTS)
-    found = [
+    steps = [
         RunStep(
             d.task_id or d.display_name,
             d.display_name,
@@ -177,26 +199,35 @@ def steps_of(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
         if d.display_name in order
     ]
     return sorted(
-        found, key=lambda s: (order.index(s.name), s.started or datetime.max.replace(tzinfo=UTC), s.key)
+        steps, key=lambda s: (order.index(s.name), s.started or datetime.max.replace(tzinfo=UTC), s.key)
     )
 
 
-def follow(connection: Connection, run_id: str, log_line: Callable[[str], None], every: float) -> int:
-    """Tell what changes until the run has ended → the exit code: 0 where it succeeded.
+def follow(connection: Connection, run_id: str, log_line: Callable[[str], None], interval: float) -> int:
+    """Log each change of a step's state until the run has ended.
+
+    Args:
+        connection: the API.
+        run_id: id of the run.
+        log_line: called with each line.
+        interval: seconds between two requests.
+
+    Returns:
+        The exit code: 0 if the run succeeded, else 1.
 
     Raises:
-        UserError: the API is gone for longer than one waits for it.
+        ClusterError: the API does not answer for longer than `patience`.
     """
-    told: dict[str, str] = {}
+    logged: dict[str, str] = {}
     while True:
-        run = connection.call("show the run", lambda: _whole(connection.runs.run_service_get_run(run_id)))
+        run = connection.call("read the run", lambda: _complete(connection.runs.run_service_get_run(run_id)))
         for step in steps_of(run):
-            if told.get(step.key) != step.state:
-                told[step.key] = step.state
+            if logged.get(step.key) != step.state:
+                logged[step.key] = step.state
                 log_line(step.line())
         if run.state in ENDED:
             break
-        time.sleep(every)
+        time.sleep(interval)
     if run.state == "SUCCEEDED":
         log_line("the run succeeded")
         return 0
@@ -204,45 +235,47 @@ def follow(connection: Connection, run_id: str, log_line: Callable[[str], None],
     where = f" in {', '.join(dict.fromkeys(failed))}" if failed else ""
     why = f": {_message(run.error)}" if _message(run.error) else ""
     log_line(
-        f"the run {run.state.lower()}{where}{why}; `python -m pipelines logs {run_id}` shows the steps' lines, `resume` goes on from there"
+        f"the run {run.state.lower()}{where}{why}; `python -m pipelines logs {run_id}` shows its logs, "
+        f"`python -m pipelines resume {run_id}` restarts it from there"
     )
     return 1
 
 
 def retry(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:
-    """Start a run again from the steps that failed.
+    """Restart a run from the steps that failed.
 
     Raises:
-        UserError: it has not failed.
+        ConfigurationError: the run has not failed.
+        ClusterError: the API refuses or does not answer.
     """
     if run.state not in ("FAILED", "CANCELED"):
-        raise UserError(
-            f"The run {run.display_name} is {(run.state or 'pending').lower()}, and only one that failed can be resumed: `python -m pipelines submit` starts another, which finds what is done."
+        raise ConfigurationError(
+            f"The run {run.display_name} is {(run.state or 'pending').lower()}, and only a failed run can be "
+            "resumed: `python -m pipelines submit` starts another one, which reuses finished results."
         )
-    connection.call(
-        "start the run again", lambda: connection.runs.run_service_retry_run(run.run_id), once=True
-    )
+    connection.call("restart the run", lambda: connection.runs.run_service_retry_run(run.run_id), once=True)
 
 
-def _whole(run: Any) -> kfp_server_api.V2beta1Run:
-    """Refuse half an answer: without an id it is none."""
+def _complete(run: Any) -> kfp_server_api.V2beta1Run:
+    """Raise ValueError for a truncated answer, which lacks an id, so that the request is retried."""
     if not getattr(run, "run_id", None):
         raise ValueError("the answer was cut off")
     return run
 
 
 def _pages(connection: Connection, what: str, page: Callable[[str], Any], field: str) -> list[Any]:
-    found, token = [], ""
+    items: list[Any] = []
+    token = ""
     while True:
-        answer = connection.call(what, lambda token=token: page(token))
-        found += getattr(answer, field) or []
+        answer = connection.call(what, functools.partial(page, token))
+        items += getattr(answer, field) or []
         token = answer.next_page_token
         if not token:
-            return found
+            return items
 
 
 def _end(detail: kfp_server_api.V2beta1PipelineTaskDetail) -> datetime | None:
-    # The API writes the year 1 where there is no end yet.
+    # The API returns the year 1 for a step that has not ended.
     return detail.end_time if detail.end_time and detail.end_time.year > 1 else None
 
 

@@ -126,12 +126,12 @@ def read_projector(model: str | Path, config: ModelConfig) -> SpeechProjector:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: convert the checkpoint again.") from error
-    return projector_with(
+    return projector_from_weights(
         weights, config.typed_recipe.projector, config.encoder_width, config.llm_width, str(path)
     )
 
 
-def projector_with(
+def projector_from_weights(
     weights: Mapping[str, torch.Tensor], options: Projector, encoder_width: int, llm_width: int, where: str
 ) -> SpeechProjector:
     """A frozen projector with the given weights.
@@ -230,7 +230,7 @@ def _with_adapter_name(name: str) -> str:
     return f"{stem}.default.{last}"
 
 
-def require_fitting(
+def require_matching_weights(
     module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
 ) -> None:
     """Compare weights with the module that they are for; it may be on the meta device.
@@ -262,11 +262,13 @@ def require_fitting(
             )
 
 
-def load_into(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]) -> None:
-    """Replace some of a module's weights, after `require_fitting`.
+def replace_weights(
+    module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
+) -> None:
+    """Replace some of a module's weights, after `require_matching_weights`.
 
     Raises:
         UserError: they do not fit.
     """
-    require_fitting(module, weights, where, trained)
+    require_matching_weights(module, weights, where, trained)
     module.load_state_dict(weights, strict=False)

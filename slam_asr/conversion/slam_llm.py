@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from slam_asr.errors import UserError
-from slam_asr.models.tensors import Tensors, renamed
+from slam_asr.models.tensors import LazyTensors, rename_tensors
 
 FILE = "model.pt"
 _PROJECTOR, _LORA = "encoder_projector.", "llm.base_model.model."
@@ -23,7 +23,7 @@ def is_slam_llm(content: object) -> bool:
     )
 
 
-def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> Tensors:
+def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> LazyTensors:
     """The weights under our names, `projector.…` and `llm.…`.
 
     Raises:
@@ -39,7 +39,7 @@ def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> Tensors:
             raise UserError(
                 f"{where} holds {name}, which is neither the projector's nor a LoRA adapter's: it cannot be converted."
             )
-    return renamed(content, names)
+    return rename_tensors(content, names)
 
 
 def write_slam_llm(

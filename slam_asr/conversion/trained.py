@@ -19,7 +19,7 @@ SAME = ("encoder.name", "encoder.frames", "encoder.long_audio", "encoder.tuning"
 """What decides the features: the recipe that extracts them and the model that hears them must agree on it."""
 
 
-def take_model(recipe: Recipe, model: str, output: str) -> Record:
+def adopt_trained_model(recipe: Recipe, model: str, output: str) -> Record:
     """Compare a model with the recipe that is to measure it, and give it a record.
 
     Args:

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from slam_asr.conversion.model import ENCODER, load_into, require_fitting
+from slam_asr.conversion.model import ENCODER, replace_weights, require_matching_weights
 from slam_asr.models.encoder import describe_encoder
 from slam_asr.models.llm import add_lora, describe_llm, load_llm, load_tokenizer
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.pretrained import locate_model
-from slam_asr.models.sharded import NotOneToOne, StoredWeight, describe_stored_llm
-from slam_asr.models.tensors import Tensors, write_one_by_one
+from slam_asr.models.sharded import LazyWeight, NotLazilyLoadable, describe_lazy_llm
+from slam_asr.models.tensors import LazyTensors, write_one_by_one
 from slam_asr.models.weights import load_weights
 from slam_asr.recipe import Recipe
 
@@ -29,7 +29,7 @@ def check_adapter(weights: Mapping[str, torch.Tensor], recipe: Recipe, where: st
     """
     llm = describe_llm(locate_model(recipe.llm.name))
     add_lora(llm, recipe.llm.lora, seed=0)
-    require_fitting(llm, weights, where, [n for n, _ in llm.named_parameters() if ".lora_" in n])
+    require_matching_weights(llm, weights, where, [n for n, _ in llm.named_parameters() if ".lora_" in n])
 
 
 def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str) -> None:
@@ -40,13 +40,13 @@ def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
     """
     base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
     try:
-        llm, _ = describe_stored_llm(base, dtype)
-    except NotOneToOne:
+        llm, _ = describe_lazy_llm(base, dtype)
+    except NotLazilyLoadable:
         llm = load_llm(base, dtype)
-        load_into(llm, weights, where, [n for n, _ in llm.named_parameters()])
+        replace_weights(llm, weights, where, [n for n, _ in llm.named_parameters()])
         llm.save_pretrained(folder)
     else:
-        require_fitting(llm, weights, where, [n for n, _ in llm.named_parameters()])
+        require_matching_weights(llm, weights, where, [n for n, _ in llm.named_parameters()])
         _write_llm(folder, llm, weights)
     load_tokenizer(base).save_pretrained(folder)
 
@@ -55,8 +55,8 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
     """Write the LLM with a LoRA adapter merged into it, and its tokenizer, in the precision that it was trained in; merged in fp32, weight by weight where that is possible."""
     base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
     try:
-        llm, stored = describe_stored_llm(base, torch.float32)
-    except NotOneToOne:
+        llm, stored = describe_lazy_llm(base, torch.float32)
+    except NotLazilyLoadable:
         llm = load_llm(base, torch.float32)
         for name, layer in _adapted(llm, adapter, recipe).items():
             layer.merge()
@@ -64,14 +64,14 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
             setattr(llm.get_submodule(parent), last, layer.get_base_layer())
         llm.to(dtype).save_pretrained(folder)
     else:
-        written, _ = describe_stored_llm(base, dtype)
+        written, _ = describe_lazy_llm(base, dtype)
         layers = {
             id(layer.get_base_layer().weight): layer for layer in _adapted(llm, adapter, recipe).values()
         }
         makers = {
             weight.name: partial(_merged, weight, layers.get(id(weight.parameter))) for weight in stored
         }
-        _write_llm(folder, written, Tensors(makers))
+        _write_llm(folder, written, LazyTensors(makers))
     load_tokenizer(base).save_pretrained(folder)
 
 
@@ -85,7 +85,7 @@ def _adapted(
 
 
 @torch.no_grad()
-def _merged(weight: StoredWeight, layer: nn.Module | None) -> torch.Tensor:
+def _merged(weight: LazyWeight, layer: nn.Module | None) -> torch.Tensor:
     """A weight of the LLM, with what the adapter of its layer adds to it."""
     values = weight.read_into(torch.empty(weight.parameter.shape))
     return values if layer is None else values.add_(layer.get_delta_weight("default"))
@@ -123,7 +123,7 @@ def write_tuned_encoder(
     whole = load_weights(AutoModel, spec.folder, DTYPES[recipe.training.precision], "encoder")
     encoder = spec.encoder_of(whole)
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    load_into(encoder, own, where, [n for n, _ in encoder.named_parameters()])
+    replace_weights(encoder, own, where, [n for n, _ in encoder.named_parameters()])
     whole.save_pretrained(folder / ENCODER)
     preprocessor = spec.folder / "preprocessor_config.json"
     if preprocessor.is_file():

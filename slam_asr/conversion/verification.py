@@ -1,26 +1,35 @@
-"""Before a converted model counts: it says what the checkpoint says.
+"""Verifies a converted model: it must compute what the checkpoint computes.
 
-What was read from the checkpoint and what was written are put into the same LLM, one after the other, and have to give the same loss, bit for bit, on a
-few utterances. No corpus is at hand where models are converted, so their encoder outputs are drawn at random and their texts are made up: the loss means
-nothing, but hangs on every weight of the projector and of what was trained of the LLM. A trained encoder, which hears none of it, is
-compared weight by weight.
+The weights from the checkpoint and those read back from the written model are put into the same LLM, one
+after the other. Both must give the same loss, bit for bit, on a probe of three utterances. The converter has
+no corpus, so the probe's encoder outputs are random numbers and its texts are made up. Its loss is therefore
+large and says nothing about the model's quality, but it depends on every trained weight of projector and
+LLM. A trained encoder does not take part in the probe; its weights are compared one by one.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModel
 
-from slam_asr.conversion.model import ENCODER, LLM, projector_with, read_adapter, read_config, read_projector
+from slam_asr.conversion.model import (
+    ENCODER,
+    LLM,
+    projector_from_weights,
+    read_adapter,
+    read_config,
+    read_projector,
+)
 from slam_asr.conversion.slam_llm import FILE, from_slam_llm
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 from slam_asr.models.pickles import read_pickle
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import SpeechProjector, positions_of
-from slam_asr.models.tensors import Tensors, stored_tensors
+from slam_asr.models.tensors import LazyTensors, lazy_tensors
 from slam_asr.models.weights import load_weights
 from slam_asr.planning.memory_fit import host_memory
 from slam_asr.recipe import Recipe
@@ -29,112 +38,167 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 UTTERANCES = ((110, "the first of three utterances"), (61, "a second one"), (85, "and the last of them"))
-"""Encoder frames and answer."""
-SMALL = 2e9
-"""Bytes of an LLM up to which the loss is computed in fp32."""
-MERGED_WITHIN = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
-"""Share of the loss that rounding an LLM to its precision may change; a large one is computed with in bf16 here, whatever it is written in."""
-ROOM = 0.6
-"""Share of this machine's memory that the LLM may take."""
+"""The probe: number of encoder frames, and answer, of each utterance."""
+PROBE = "a probe with random audio, not comparable with the training loss"
+"""Explains the loss in summaries."""
+FP32_LLM_BYTES = 2e9
+"""Size of an LLM up to which the loss is computed in fp32; larger ones are computed in bf16."""
+MERGED_TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
+"""Relative change of the loss that rounding a merged LLM to its precision may cause. The value for bf16 also
+applies to a large LLM, whatever its precision, because its loss is computed in bf16."""
+MEMORY_SHARE = 0.6
+"""Share of this machine's memory that the LLM may take; for a larger LLM no loss is computed."""
 
 
 @dataclass
-class Trained:
-    """What a training changed, as it is computed with."""
+class TrainedWeights:
+    """The weights that a training changed."""
 
     projector: SpeechProjector
     """In float32."""
     llm: Mapping[str, torch.Tensor]
-    """LoRA's weights, or the whole LLM's, by their names there; none of a frozen LLM."""
+    """The weights of LoRA's adapter, or all weights of a fully trained LLM, by their names in the LLM; empty
+    if the LLM is frozen."""
 
 
-def loss_before_and_after(
+@dataclass(frozen=True)
+class ProbeLoss:
+    """The loss on the probe."""
+
+    total: float
+    """Cross-entropy summed over all target tokens, in nats."""
+    tokens: int
+    """Number of target tokens."""
+
+    @property
+    def mean(self) -> float:
+        """Cross-entropy per target token: the unit in which training logs its loss."""
+        return self.total / self.tokens
+
+
+def compare_written_loss(
     recipe: Recipe,
     llm_folder: Path,
     encoder_width: int,
-    before: Trained,
-    after: Callable[[], Trained],
+    before: TrainedWeights,
+    after: Callable[[], TrainedWeights],
     where: str,
 ) -> str:
-    """Compare what was read with what was written.
+    """Require that the written weights, and the loss with them, are bit for bit those of the checkpoint.
 
     Args:
-        recipe: by which it was trained.
+        recipe: of the training.
         llm_folder: of the base LLM.
-        encoder_width: values of a frame.
-        before: of the checkpoint, in the precision that is written.
-        after: reads what was written.
-        where: what was written, to name in a complaint.
+        encoder_width: values per frame.
+        before: the checkpoint's weights, rounded to the precision of the written file.
+        after: reads the written weights.
+        where: the written folder, for error messages.
 
     Returns:
-        What was compared, for people.
+        A clause for the stage's summary that states what was compared.
 
     Raises:
-        UserError: they differ.
+        ModelError: weights or losses differ.
     """
     written = after()
     lora = recipe.llm.tuning == "lora"
-    # A whole LLM is written in the precision that it was computed with, and a tied weight once.
+    # A fully trained LLM is written in the training's precision, and each tied weight once, while the
+    # checkpoint has fp32 weights under every name.
     llm = (
         before.llm
         if lora
-        else Tensors(
-            {n: lambda n=n: before.llm[n].to(written.llm[n].dtype) for n in before.llm if n in written.llm}
+        else LazyTensors(
+            {
+                name: partial(_as_written, before.llm, written.llm, name)
+                for name in before.llm
+                if name in written.llm
+            }
         )
     )
     _require_equal(before.projector.state_dict(), written.projector.state_dict(), where)
     _require_equal(llm, written.llm, where)
-    if _bytes(llm_folder) > ROOM * (host_memory() or float("inf")):
-        return "all weights equal before and after; no loss compared, for the LLM does not fit into this machine's memory"
-    losses = _losses(recipe, llm_folder, encoder_width, [Trained(before.projector, llm), written])
-    if losses[0] != losses[1]:
-        raise UserError(
-            f"{where} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is {losses[1]:.6f}, not {losses[0]:.6f}. Nothing is published; please report this."
+    if _weight_bytes(llm_folder) > MEMORY_SHARE * (host_memory() or float("inf")):
+        return (
+            "same weights before and after; no loss was compared, because the LLM does not fit into this "
+            "machine's memory"
         )
-    return f"loss {losses[0]:.4f} before and after"
+    expected, actual = _probe_losses(
+        recipe, llm_folder, encoder_width, [TrainedWeights(before.projector, llm), written]
+    )
+    # The sums, not the means: a division could round two different losses to the same number.
+    if expected.total != actual.total:
+        raise ModelError(_difference(where, expected, actual))
+    return f"same loss before and after on {expected.tokens} tokens ({expected.mean:.4f} per token; {PROBE})"
 
 
-def loss_of_merged(
-    recipe: Recipe, llm_folder: Path, encoder_width: int, before: Trained, folder: Path
+def compare_merged_loss(
+    recipe: Recipe, llm_folder: Path, encoder_width: int, before: TrainedWeights, folder: Path
 ) -> str:
-    """Compare an LLM that stands by itself with the base LLM and what was trained of it.
+    """Compare an LLM that was written by itself with the base LLM and the checkpoint's weights.
 
     Args:
-        recipe: by which it was trained.
+        recipe: of the training.
         llm_folder: of the base LLM.
-        encoder_width: values of a frame.
-        before: of the checkpoint.
-        folder: of the LLM that was written.
+        encoder_width: values per frame.
+        before: the checkpoint's weights.
+        folder: of the written LLM, with LoRA merged into it if the training had one.
 
     Returns:
-        What was compared, for people.
+        A clause for the stage's summary that states what was compared.
 
     Raises:
-        UserError: the losses differ by more than rounding to the precision that was written can explain.
+        ModelError: the losses differ by more than rounding to the written precision can explain.
     """
-    if _bytes(llm_folder) > ROOM * (host_memory() or float("inf")):
-        return "not compared, for the LLM does not fit into this machine's memory"
-    [expected] = _losses(recipe, llm_folder, encoder_width, [before])
-    alone = replace(recipe, llm=replace(recipe.llm, tuning="frozen"))
-    [found] = _losses(alone, folder, encoder_width, [Trained(before.projector, {})])
-    within = max(
-        MERGED_WITHIN[recipe.training.precision], 0 if _bytes(llm_folder) < SMALL else MERGED_WITHIN["bf16"]
+    if _weight_bytes(llm_folder) > MEMORY_SHARE * (host_memory() or float("inf")):
+        return "no loss was compared, because the LLM does not fit into this machine's memory"
+    [expected] = _probe_losses(recipe, llm_folder, encoder_width, [before])
+    frozen = replace(recipe, llm=replace(recipe.llm, tuning="frozen"))
+    [actual] = _probe_losses(frozen, folder, encoder_width, [TrainedWeights(before.projector, {})])
+    tolerance = max(
+        MERGED_TOLERANCE[recipe.training.precision],
+        0 if _weight_bytes(llm_folder) < FP32_LLM_BYTES else MERGED_TOLERANCE["bf16"],
     )
-    if abs(found - expected) > within * abs(expected):
-        raise UserError(
-            f"{folder} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is {found:.6f}, not {expected:.6f}. Nothing is published; please report this."
-        )
-    return f"loss {expected:.4f} before, {found:.4f} after"
+    if abs(actual.total - expected.total) > tolerance * abs(expected.total):
+        raise ModelError(_difference(str(folder), expected, actual))
+    return (
+        f"loss {expected.mean:.4f} per token before and {actual.mean:.4f} after, on {expected.tokens} tokens "
+        f"({PROBE})"
+    )
+
+
+def _as_written(
+    before: Mapping[str, torch.Tensor], written: Mapping[str, torch.Tensor], name: str
+) -> torch.Tensor:
+    return before[name].to(written[name].dtype)
+
+
+def _difference(where: str, expected: ProbeLoss, actual: ProbeLoss) -> str:
+    return (
+        f"{where} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is "
+        f"{actual.mean:.9g} per token, not {expected.mean:.9g}. Nothing is published; please report this."
+    )
 
 
 @torch.inference_mode()
-def _losses(recipe: Recipe, llm_folder: Path, encoder_width: int, models: list[Trained]) -> list[float]:
+def _probe_losses(
+    recipe: Recipe, llm_folder: Path, encoder_width: int, models: list[TrainedWeights]
+) -> list[ProbeLoss]:
+    """Compute the loss on the probe with each model's weights, one after the other in the same LLM.
+
+    Args:
+        recipe: of the training; decides on LoRA, prompt and downsampling.
+        llm_folder: of the LLM without the trained weights.
+        encoder_width: values per frame.
+        models: the trained weights.
+    """
     from slam_asr.models.llm import add_lora, load_llm, load_tokenizer
     from slam_asr.models.prompt import Prompt
     from slam_asr.models.slam import Row, Slam, collate
     from slam_asr.training.objective import score_answers
 
-    llm = load_llm(llm_folder, torch.float32 if _bytes(llm_folder) < SMALL else torch.bfloat16).eval()
+    llm = load_llm(
+        llm_folder, torch.float32 if _weight_bytes(llm_folder) < FP32_LLM_BYTES else torch.bfloat16
+    ).eval()
     if recipe.llm.tuning == "lora":
         add_lora(llm, recipe.llm.lora, seed=0)
     prompt = Prompt(load_tokenizer(llm_folder), recipe.llm)
@@ -151,32 +215,38 @@ def _losses(recipe: Recipe, llm_folder: Path, encoder_width: int, models: list[T
     batch = collate(rows)
     losses = []
     for model in models:
-        _put(llm, model.llm)
+        _overwrite(llm, model.llm)
         scores = score_answers(Slam(model.projector.to(llm.dtype), llm).eval()(batch), batch.labels)
-        losses.append(float(scores.loss))
+        losses.append(ProbeLoss(float(scores.loss), int(scores.sums[2])))
+        # `to` converted the caller's projector in place.
         model.projector.float()
     return losses
 
 
-def _put(llm: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> None:
-    own = llm.state_dict()
-    missing = weights.keys() - own.keys()
-    if missing:
-        raise UserError(
-            f"The LLM has no weight {min(missing)}, which the checkpoint trained: it belongs to another LLM."
+def _overwrite(llm: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> None:
+    """Replace some of the LLM's weights in place."""
+    llm_weights = llm.state_dict()
+    unknown = weights.keys() - llm_weights.keys()
+    if unknown:
+        raise ModelError(
+            f"The LLM has no weight {min(unknown)}, which the checkpoint contains: "
+            "the checkpoint belongs to another LLM."
         )
     for name, tensor in weights.items():
-        own[name].copy_(tensor)
+        llm_weights[name].copy_(tensor)
 
 
-def read_written(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) -> Trained:
-    """What a conversion wrote, read as those read it who use it.
+def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) -> TrainedWeights:
+    """Read what a conversion wrote, with the functions that users of the model call.
 
     Args:
         folder: of the model, or of SLAM-LLM's model.pt.
-        recipe: by which it was trained.
-        widths: of encoder and LLM.
-        to: which of both.
+        recipe: of the training.
+        widths: of encoder and LLM, in values.
+        to: the format: `model` or `slam-llm`.
+
+    Raises:
+        ModelError: it cannot be read.
     """
     if to == "slam-llm":
         weights = from_slam_llm(read_pickle(folder / FILE), str(folder / FILE))
@@ -184,39 +254,52 @@ def read_written(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str)
             {n.removeprefix(part): t for n, t in weights.items() if n.startswith(part)}
             for part in ("projector.", "llm.")
         )
-        return Trained(projector_with(projector, recipe.projector, *widths, str(folder / FILE)), llm)
-    return Trained(
+        return TrainedWeights(
+            projector_from_weights(projector, recipe.projector, *widths, str(folder / FILE)), llm
+        )
+    return TrainedWeights(
         read_projector(folder, read_config(folder)),
-        read_adapter(folder) or stored_tensors(sorted((folder / LLM).glob("*.safetensors"))),
+        read_adapter(folder) or lazy_tensors(sorted((folder / LLM).glob("*.safetensors"))),
     )
 
 
 def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
-    """Compare a trained encoder's weights with those that were written for it.
+    """Require that the written encoder has exactly the checkpoint's weights.
+
+    Args:
+        folder: of the written model.
+        weights: the checkpoint's, by their names in `SpeechEncoder`.
+        recipe: of the training.
 
     Raises:
-        UserError: they differ.
+        ModelError: they differ.
     """
     from slam_asr.models.encoder import describe_encoder
 
     spec = describe_encoder(replace(recipe.encoder, name=str(folder / ENCODER)))
-    whole = load_weights(AutoModel, spec.folder, DTYPES[recipe.training.precision], "encoder")
-    written = dict(spec.encoder_of(whole).named_parameters())
-    own = {name.removeprefix("model."): t for name, t in weights.items()}
-    _require_equal(
-        {n: t.to(DTYPES[recipe.training.precision]) for n, t in own.items()}, written, str(folder / ENCODER)
-    )
+    dtype = DTYPES[recipe.training.precision]
+    model = load_weights(AutoModel, spec.folder, dtype, "encoder")
+    written = dict(spec.encoder_of(model).named_parameters())
+    expected = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in weights.items()}
+    _require_equal(expected, written, str(folder / ENCODER))
 
 
-def _require_equal(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], where: str) -> None:
-    names = sorted(ours.keys() | theirs.keys())
-    differing = [n for n in names if n not in ours or n not in theirs or not torch.equal(ours[n], theirs[n])]
+def _require_equal(
+    expected: Mapping[str, torch.Tensor], written: Mapping[str, torch.Tensor], where: str
+) -> None:
+    names = sorted(expected.keys() | written.keys())
+    differing = [
+        name
+        for name in names
+        if name not in expected or name not in written or not torch.equal(expected[name], written[name])
+    ]
     if differing:
-        raise UserError(
-            f"{where} is not what the checkpoint holds: {len(differing)} of {len(names)} weights differ, first {differing[0]}. Nothing is published; please report this."
+        raise ModelError(
+            f"{where} is not what the checkpoint holds: {len(differing)} of {len(names)} weights differ, "
+            f"first {differing[0]}. Nothing is published; please report this."
         )
 
 
-def _bytes(folder: Path) -> int:
-    """Of an LLM's weights, in whichever format they lie there."""
+def _weight_bytes(folder: Path) -> int:
+    """Size of an LLM's weights, whichever format their files have."""
     return sum(f.stat().st_size for kind in ("*.safetensors", "*.bin") for f in folder.glob(kind))

@@ -26,7 +26,7 @@ import torch
 
 from slam_asr.errors import UserError
 from slam_asr.models.pickles import read_pickle
-from slam_asr.models.tensors import Tensors
+from slam_asr.models.tensors import LazyTensors
 
 _ALLOWED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -36,7 +36,7 @@ _ALLOWED = (
 )
 
 
-def fp32_weights(folder: Path) -> Tensors:
+def fp32_weights(folder: Path) -> LazyTensors:
     """The trained weights of a checkpoint in fp32, by name; none is in memory before it is asked for.
 
     Args:
@@ -72,7 +72,7 @@ def fp32_weights(folder: Path) -> Tensors:
     return _stages_1_and_2(shapes, states)
 
 
-def zero_folder(folder: Path) -> Path | None:
+def find_zero_folder(folder: Path) -> Path | None:
     """The `global_stepN` of a training's folder, the one that DeepSpeed's file `latest` names, or the folder itself where it is one; None if it is neither.
 
     Raises:
@@ -168,7 +168,7 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=rank)
 
 
-def _stage_0(model: dict[str, Any]) -> Tensors:
+def _stage_0(model: dict[str, Any]) -> LazyTensors:
     weights = model["module"]
     # Tied weights stand in the module under each of their names, even frozen ones, among the trained once.
     trained = model.get("trained_weights")
@@ -179,16 +179,16 @@ def _stage_0(model: dict[str, Any]) -> Tensors:
     )
     masters = (model["optimizer"] or {}).get("fp32_groups")
     if masters is None:
-        return Tensors({name: weights[name].float for name in names})
+        return LazyTensors({name: weights[name].float for name in names})
     flat = [tensor for group in masters for tensor in group]
     if [tuple(t.shape) for t in flat] != [tuple(weights[n].shape) for n in names]:
         raise UserError(
             "The checkpoint's fp32 weights do not match its half-precision ones in number or shape: train again."
         )
-    return Tensors({name: tensor.float for name, tensor in zip(names, flat, strict=True)})
+    return LazyTensors({name: tensor.float for name, tensor in zip(names, flat, strict=True)})
 
 
-def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> Tensors:
+def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> LazyTensors:
     makers = {}
     for group, names in enumerate(shapes):
         slices = [state["single_partition_of_fp32_groups"][group] for state in states]
@@ -196,21 +196,21 @@ def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> Tensors:
         for name, shape in names.items():
             makers[name] = partial(_of_slices, slices, offset, shape)
             offset += math.prod(shape)
-    return Tensors(makers)
+    return LazyTensors(makers)
 
 
 def _of_slices(slices: list[torch.Tensor], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.cat(_pieces(slices, offset, math.prod(shape))).view(shape)
 
 
-def _stage_3(shapes: list[dict], states: list[dict]) -> Tensors:
+def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
     # All parameter groups stand one after the other in a rank's slices.
     per_rank = [_flat(state["fp32_flat_groups"]) for state in states]
     makers, offset = {}, 0
     for name, shape in (item for group in shapes for item in group.items()):
         makers[name] = partial(_of_ranks, per_rank, offset, shape)
         offset += -(-math.prod(shape) // len(states))
-    return Tensors(makers)
+    return LazyTensors(makers)
 
 
 def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Corpora as people have them: one reader a kind, all alike to `build`.
+"""Readers for the usual kinds of speech corpora, one module per kind, all with the `CorpusReader` interface.
 
-A reader finds out from what lies in a folder whether it is its kind, names the subsets, lists the
-files that matter, and yields candidates. Whether their audio can be used is not its concern. None
-holds a corpus in memory: each call reads what lies there from its start.
+A reader recognises its kind of corpus by the files in a folder, names the subsets, lists the files that the
+result depends on, and yields candidates. It does not check their audio; `audio_check` does. No reader holds a
+corpus in memory: each call of `read` reads the files again from the start.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from typing import Any, Protocol
 SPLITS = ("train", "dev", "test")
 
 SPLIT_NAMES = {**dict(zip(SPLITS, SPLITS, strict=True)), "validation": "dev", "valid": "dev", "val": "dev"}
-"""Subsets whose names say what they are for, and that split."""
+"""Names of subsets that are splits themselves, whatever the recipe's patterns, with their splits."""
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
-"""In order of preference where one utterance has several files."""
+"""In order of preference, if one utterance has several files."""
 
 AUDIO_FOLDER = "audio"
-"""In the stage's folder: what was unpacked from archives and tables."""
+"""Subfolder of the stage's output for audio that was unpacked from archives and tables."""
 
 NO_AUDIO = "transcript without audio"
 NO_TRANSCRIPT = "audio without transcript"
@@ -31,59 +31,60 @@ UNSUPPORTED = "not one channel of one recording"
 
 @dataclass
 class Candidate:
-    """An utterance as the corpus has it, its audio not yet looked at."""
+    """An utterance as the corpus describes it, before its audio is checked."""
 
     key: str
     source: str
-    """The audio file: an absolute path or an s3:// URI. A name for people where there is `content`."""
+    """The audio file: an absolute path or an s3:// URI. With `content`, only a name for messages."""
     text: str
-    """The transcript as the corpus writes it."""
+    """The transcript, unchanged."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Fields for the manifest, `subset` among them."""
+    """Further fields for the manifest; always includes `subset`."""
     start: float | None = None
-    """Seconds into the file, where the utterance is a segment of it."""
+    """Where a segment begins in the file, in seconds; None for the complete file."""
     duration: float | None = None
-    """Seconds of that segment; None: to the file's end."""
+    """Length of the segment in seconds; None for all up to the file's end."""
     content: bytes | None = None
-    """The audio file's bytes, where they lie in a table instead of a file."""
-    listed: str | None = None
-    """What the manifest has for `source`, if it is another name: a path relative to the manifest."""
+    """The audio file's bytes, if they come from a table rather than a file."""
+    manifest_source: str | None = None
+    """The manifest's `source` if it differs from `source`: a path relative to the manifest."""
     split: str = ""
-    """The split that the utterance goes to, once that is known."""
+    """The split that the utterance belongs to; empty until `splits.read_splits` sets it."""
 
 
 @dataclass
 class Rejection:
-    """An utterance that is set aside."""
+    """An utterance that cannot be used."""
 
     key: str
     source: str
     reason: str
-    """One of few, to count by."""
+    """One of a small set of constants, for statistics."""
     detail: str = ""
-    """A sentence about this one."""
+    """A sentence for the user."""
 
 
 Stamp = tuple[str, int, str]
-"""A file's name, size and time of change or etag: what tells a changed corpus without reading it."""
+"""A file's name, size in bytes, and time of change or etag. A changed stamp reveals a changed corpus without
+reading it."""
 
 
 class CorpusReader(Protocol):
-    """One corpus, opened."""
+    """An opened corpus."""
 
     kind: str
-    """In words, for people."""
+    """The kind of corpus, for messages."""
     root: str
-    """The path or URI that was given."""
+    """The corpus's absolute path or URI."""
 
     def subsets(self) -> list[str]:
-        """The names that a recipe's patterns are matched against."""
+        """The names that the recipe's patterns are matched against."""
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        """The files that the subset's utterances depend on, in a fixed order, found without opening audio."""
+        """Yield the files that a subset depends on, in a fixed order, without opening audio."""
 
     def prepare(self, folder: Path, subsets: list[str]) -> None:
-        """Unpack what these subsets need, where it is packed, into the stage's folder; called before `read`."""
+        """Unpack archives of these subsets into the stage's folder. Called before `read`."""
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
-        """The subset's utterances in a fixed order, and what cannot be one."""
+        """Yield a subset's utterances in a fixed order, and a rejection for each that is incomplete."""

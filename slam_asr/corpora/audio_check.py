@@ -1,4 +1,4 @@
-"""Whether the audio can be used: every file decoded once, many at a time, few ahead."""
+"""The check of a corpus's audio: threads decode every file once, a bounded number of files ahead."""
 
 import os
 import threading
@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from slam_asr.audio import MISSING, UNREADABLE, AudioError, audio_sha256, read_clip
 from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, NO_AUDIO, TOO_SHORT, Candidate, Rejection
@@ -18,23 +17,26 @@ from slam_asr.recipe import Data
 from slam_asr.storage import name_of
 
 _CHUNK = 8
-"""Files a worker takes at once: few enough for a lively progress display."""
-_REMOTE = 16
-"""Workers at least where audio comes over a network, which mostly waits."""
-_AHEAD = 3
-"""Chunks for each worker that are under way or wait: bounds what is held of audio that lies in tables."""
+"""Files per task of a thread. More reduces overhead, but updates the progress display less often."""
+_MIN_REMOTE_THREADS = 16
+"""Threads for audio in object storage, at least: they spend most of their time waiting for the network."""
+_CHUNKS_AHEAD = 3
+"""Chunks per thread that are in progress or queued; limits the memory for audio that is embedded in
+tables."""
 
 
 @dataclass
 class Checked:
-    """An utterance whose audio is good."""
+    """An utterance whose audio can be used."""
 
     utterance: Utterance
     channels: int
+    """Channels of the audio file, before they were averaged."""
     split: str = ""
 
 
-def workers() -> int:
+def default_threads() -> int:
+    """One thread per core."""
     return os.cpu_count() or 1
 
 
@@ -46,50 +48,53 @@ def check_all(
     total: int | None = None,
     remote: bool = False,
 ) -> Iterator[Checked | Rejection]:
-    """Every candidate checked, in the order given whatever the number of workers; rejections pass through.
+    """Decode the audio of every candidate; yield results in the order of `items`. Rejections pass through.
 
-    Threads, because decoding, resampling and hashing all leave Python's lock, and threads work in
-    whatever program calls the stage: in a notebook, in a script without a main guard, in a daemon.
+    Threads suffice, because decoding, resampling and hashing release the GIL. Unlike processes, they also
+    work in a notebook, in a script without a main guard, and in a daemon.
 
     Args:
-        items: taken as they are needed.
-        data: limits of the duration.
-        label: of the progress display.
-        folder: where audio that lies in tables becomes files.
-        total: how many there are, for the display.
-        remote: whether their audio lies in object storage.
+        items: consumed only a bounded number ahead of the results.
+        data: the recipe's `data` section, for the limits on the duration.
+        label: text of the progress display.
+        folder: the stage's folder, to which audio embedded in tables is written. Needed if an item has
+            `content`.
+        total: number of items, for the progress display.
+        remote: whether the audio is in object storage.
     """
-    threads = max(workers(), _REMOTE) if remote else workers()
+    threads = max(default_threads(), _MIN_REMOTE_THREADS) if remote else default_threads()
     pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future] = deque()
+    pending: deque[Future[list[Checked | Rejection]]] = deque()
     try:
         with Meter(label, total=total, unit="files") as meter:
             remaining = iter(items)
             while chunk := list(islice(remaining, _CHUNK)):
-                waiting.append(
+                pending.append(
                     pool.submit(lambda chunk: [_check(item, data, folder) for item in chunk], chunk)
                 )
-                if len(waiting) >= _AHEAD * threads:
-                    yield from _finished(waiting, meter)
-            while waiting:
-                yield from _finished(waiting, meter)
+                if len(pending) >= _CHUNKS_AHEAD * threads:
+                    yield from _next_results(pending, meter)
+            while pending:
+                yield from _next_results(pending, meter)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _finished(waiting: deque[Future], meter: Meter) -> list[Checked | Rejection]:
-    part = waiting.popleft().result()
-    meter.update(len(part))
-    return part
+def _next_results(
+    pending: deque[Future[list[Checked | Rejection]]], meter: Meter
+) -> list[Checked | Rejection]:
+    results = pending.popleft().result()
+    meter.update(len(results))
+    return results
 
 
 def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Checked | Rejection:
-    """Decode one file, and take its measure."""
+    """Decode a candidate's audio, and measure its duration."""
     if isinstance(item, Rejection):
         return item
     key, source = item.key, item.source
     try:
-        clip = read_clip(source, longest=data.max_duration, **_part_of(item))
+        clip = read_clip(source, data.max_duration, item.start, item.duration, item.content)
         sha256 = clip.sha256 or audio_sha256(source)
     except AudioError as error:
         missing = error.reason == MISSING
@@ -104,37 +109,33 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
     if clip.duration < data.min_duration:
         detail = f"{source} lasts {clip.duration:.3f} s, shorter than {data.min_duration:g} s."
         return Rejection(key, source, TOO_SHORT, detail)
-    listed = item.listed or source
+    manifest_source = item.manifest_source or source
     if item.content is not None:
-        listed = _keep(item.content, sha256, source, folder)
+        assert folder is not None, "audio embedded in a table needs a folder to be written to"
+        manifest_source = _write_embedded(item.content, sha256, source, folder)
     utterance = Utterance(
-        key, listed, item.text, clip.duration, clip.sample_rate, sha256, item.extra, start=item.start
+        key, manifest_source, item.text, clip.duration, clip.sample_rate, sha256, item.extra, start=item.start
     )
     return Checked(utterance, clip.channels, item.split)
 
 
-def _part_of(item: Candidate) -> dict[str, Any]:
-    """Arguments for what is not a whole file on disk."""
-    part = {"start": item.start, "duration": item.duration, "content": item.content}
-    return {name: value for name, value in part.items() if value is not None}
-
-
-def _keep(content: bytes, sha256: str, name: str, folder: Path) -> str:
-    """Write audio from a table under a name that its content gives it → that name, relative to the manifest."""
-    listed = f"{AUDIO_FOLDER}/{sha256[:2]}/{sha256}{_suffix_of(content, name)}"
-    file = folder / listed
+def _write_embedded(content: bytes, sha256: str, name: str, folder: Path) -> str:
+    """Write audio from a table to a file named by its SHA-256, and return its path relative to `folder`."""
+    path = f"{AUDIO_FOLDER}/{sha256[:2]}/{sha256}{_suffix_of(content, name)}"
+    file = folder / path
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Flushing each of many small files would take most of the time; the digest tells a damaged one.
-        aside = file.with_name(f".{sha256}.{os.getpid()}.{threading.get_ident()}.partial")
-        aside.write_bytes(content)
-        os.replace(aside, file)
-    return listed
+        # No fsync: for many small files it would take most of the time, and the SHA-256 reveals damage.
+        partial = file.with_name(f".{sha256}.{os.getpid()}.{threading.get_ident()}.partial")
+        partial.write_bytes(content)
+        os.replace(partial, file)
+    return path
 
 
 def _suffix_of(content: bytes, name: str) -> str:
-    for start, suffix in ((b"fLaC", ".flac"), (b"RIFF", ".wav"), (b"OggS", ".ogg"), (b"ID3", ".mp3")):
-        if content.startswith(start):
+    """The file suffix by the format's first bytes, or else by the name that the table has for the audio."""
+    for magic, suffix in ((b"fLaC", ".flac"), (b"RIFF", ".wav"), (b"OggS", ".ogg"), (b"ID3", ".mp3")):
+        if content.startswith(magic):
             return suffix
     suffix = os.path.splitext(name_of(name))[1].lower()
     return suffix if suffix in AUDIO_SUFFIXES else ".audio"

@@ -1,9 +1,9 @@
-"""The stage `build-manifest`: a corpus becomes manifests whose audio is known to be good.
+"""The stage `build-manifest`: check a corpus and write manifests of its usable utterances.
 
-Every file is decoded once, here, so that no later stage meets a damaged one hours into its work.
-What cannot be used is set aside with its reason; too much of it, and the stage fails. Utterances
-pass one by one and are sorted through local disk: memory does not grow with the corpus, but for a
-few bytes an utterance.
+Every audio file is decoded once here, so that no later stage finds a damaged one after hours of work.
+Utterances that cannot be used are rejected with a reason; if there are too many of them, the stage fails.
+Utterances are processed one at a time and sorted through local disk, so memory grows by only a few bytes per
+utterance.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from slam_asr.corpora import SPLITS, CorpusReader, Rejection
 from slam_asr.corpora.audio_check import check_all
 from slam_asr.corpora.detection import open_corpus
 from slam_asr.corpora.places import is_folder
-from slam_asr.corpora.splits import choose_subsets, held_out, read_splits, survey, wanted_splits
+from slam_asr.corpora.splits import choose_subsets, held_out, read_splits, required_splits, survey
 from slam_asr.corpora.statistics import CorpusStatistics
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.external_sort import ExternalSort
 from slam_asr.manifest import Utterance, json_line, manifest_line, parse_line, write_lines
 from slam_asr.pages.corpus import write_corpus_page
@@ -41,28 +41,33 @@ STATISTICS_PAGE = "statistics.html"
 def build_manifest(recipe: Recipe, corpus: str, output: str, overwrite: bool = False) -> Record:
     """Check every utterance of a corpus and write the manifests for training, validation and test.
 
-    Writes train.jsonl, dev.jsonl and test.jsonl, rejected.jsonl (what was set aside and why),
-    statistics.json, statistics.html and recipe.yaml; and below audio/ what was unpacked from archives or tables.
+    Writes train.jsonl, dev.jsonl, test.jsonl, rejected.jsonl (rejected utterances with reasons),
+    statistics.json, statistics.html and recipe.yaml. Audio unpacked from archives or tables is written to
+    audio/.
 
     Args:
-        recipe: the recipe; its `data` section chooses subsets, limits and how transcripts are written.
-        corpus: a folder, a file or an s3:// prefix: LibriSpeech (a tree or its archives), a table, JSON lines, Kaldi's lists,
-            Lhotse's cuts, a Hugging Face dataset, or audio with text files beside.
-        output: the folder to write to; `{fingerprint}` in it stands for the digest of the inputs.
+        recipe: the recipe; its `data` section decides subsets, limits on the duration, and the form of
+            transcripts.
+        corpus: a folder, a file or an s3:// prefix: LibriSpeech (a tree or its archives), a table, JSON
+            lines, Kaldi's lists, Lhotse's cuts, a Hugging Face dataset, or audio files with a text file for
+            each.
+        output: the folder to write to; `{fingerprint}` in it is replaced by a digest of the inputs.
         overwrite: replace the results of other inputs in that folder.
 
     Raises:
-        UserError: no such corpus, a subset that the recipe needs is not there, an utterance in two
-            splits, too many bad utterances, or a split without any.
+        InputError: the corpus does not exist, is of an unknown kind or has no audio or no transcripts; an
+            utterance is in two splits, too many utterances are rejected, or a split has none left.
+        ConfigurationError: no subset matches the recipe's patterns for a split, a subset matches those of two
+            splits, or `output` holds files that would be replaced.
     """
     reader = open_corpus(corpus, recipe.data)
     if FINGERPRINT not in output and _is_corpus_folder(output, reader.root):
-        raise UserError(
+        raise ConfigurationError(
             f"{output} is the corpus's own folder, whose files would be replaced: choose another --output."
         )
-    chosen = choose_subsets(reader, recipe.data)
-    inputs = {"corpus": reader.root, "listing": _listing(reader, chosen), "data": asdict(recipe.data)}
-    return run_stage(STAGE, output, inputs, lambda folder: _build(folder, reader, chosen, recipe), overwrite)
+    subsets = choose_subsets(reader, recipe.data)
+    inputs = {"corpus": reader.root, "listing": _listing(reader, subsets), "data": asdict(recipe.data)}
+    return run_stage(STAGE, output, inputs, lambda folder: _build(folder, reader, subsets, recipe), overwrite)
 
 
 def _is_corpus_folder(output: str, root: str) -> bool:
@@ -72,26 +77,26 @@ def _is_corpus_folder(output: str, root: str) -> bool:
     return local_path(output).resolve() == Path(folder).resolve()
 
 
-def _listing(reader: CorpusReader, chosen: dict[str, list[str]]) -> str:
-    """A digest of all files that the chosen subsets depend on."""
-    known = hashlib.sha256()
-    for subset in sorted(subset for names in chosen.values() for subset in names):
+def _listing(reader: CorpusReader, subsets: dict[str, list[str]]) -> str:
+    """A digest of the names, sizes and times of all files that the subsets depend on."""
+    listing = hashlib.sha256()
+    for subset in sorted(subset for names in subsets.values() for subset in names):
         for line in ([subset], *reader.stamps(subset)):
-            known.update(json.dumps(line).encode() + b"\n")
-    return known.hexdigest()
+            listing.update(json.dumps(line).encode() + b"\n")
+    return listing.hexdigest()
 
 
-def _build(folder: Path, reader: CorpusReader, chosen: dict[str, list[str]], recipe: Recipe) -> Outcome:
+def _build(folder: Path, reader: CorpusReader, subsets: dict[str, list[str]], recipe: Recipe) -> Outcome:
     _clear(folder)
-    _say_what_is_used(reader, chosen)
-    reader.prepare(folder, [subset for names in chosen.values() for subset in names])
-    found = survey(reader, chosen)
+    _log_subsets(reader, subsets)
+    reader.prepare(folder, [subset for names in subsets.values() for subset in names])
+    overview = survey(reader, subsets)
     statistics = CorpusStatistics()
     with contextlib.ExitStack() as stack:
         splits = {split: stack.enter_context(ExternalSort(folder)) for split in SPLITS}
         rejected = stack.enter_context(ExternalSort(folder))
-        items = read_splits(reader, chosen, recipe.data, found.repeated)
-        total = found.candidates + found.rejected.total()
+        items = read_splits(reader, subsets, recipe.data, overview.repeated)
+        total = overview.candidates + overview.rejected.total()
         for result in check_all(items, recipe.data, STAGE, folder, total, is_s3(reader.root)):
             if isinstance(result, Rejection):
                 rejected.add(
@@ -100,12 +105,12 @@ def _build(folder: Path, reader: CorpusReader, chosen: dict[str, list[str]], rec
                 continue
             splits[result.split].add(_bytes(result.utterance.key), manifest_line(result.utterance))
             statistics.resampled += result.utterance.sample_rate != SAMPLE_RATE
-            statistics.mixed += result.channels != 1
-        write_lines(folder / REJECTED, _counted(rejected, statistics))
+            statistics.downmixed += result.channels != 1
+        write_lines(folder / REJECTED, _count_rejections(rejected, statistics))
         _refuse_too_many(rejected, statistics, total, recipe.data.max_rejected, folder / REJECTED)
-        without_dev = bool(recipe.data.train) and not chosen["dev"]
-        apart = _held_out_dev(splits["train"], recipe.data) if without_dev else set()
-        _write_manifests(folder, splits, apart, statistics, wanted_splits(recipe.data))
+        without_dev = bool(recipe.data.train) and not subsets["dev"]
+        dev_keys = _dev_keys(splits["train"], recipe.data) if without_dev else set()
+        _write_manifests(folder, splits, dev_keys, statistics, required_splits(recipe.data))
     numbers = statistics.as_dict(without_dev)
     write_json(folder / "statistics.json", numbers)
     write_corpus_page(folder / STATISTICS_PAGE, reader.root, reader.kind, recipe, numbers)
@@ -118,72 +123,80 @@ def _bytes(text: str) -> bytes:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier run left, so that a run that fails leaves no manifest behind."""
-    left = [file for split in SPLITS if (file := folder / f"{split}.jsonl").exists()]
-    if left and not (folder / REJECTED).exists():
-        raise UserError(
-            f"{left[0]} was not written by {STAGE} and would be replaced: choose another --output."
+    """Remove the manifests of an earlier run, so that none remains if this run fails."""
+    manifests = [file for split in SPLITS if (file := folder / f"{split}.jsonl").exists()]
+    if manifests and not (folder / REJECTED).exists():
+        raise ConfigurationError(
+            f"{manifests[0]} was not written by {STAGE} and would be replaced: choose another --output."
         )
-    for file in (*left, *(folder / name for name in ("statistics.json", STATISTICS_PAGE, "recipe.yaml"))):
+    for file in (
+        *manifests,
+        *(folder / name for name in ("statistics.json", STATISTICS_PAGE, "recipe.yaml")),
+    ):
         file.unlink(missing_ok=True)
 
 
-def _say_what_is_used(reader: CorpusReader, chosen: dict[str, list[str]]) -> None:
-    used = [f"{split} from {', '.join(names)}" for split, names in chosen.items() if names]
+def _log_subsets(reader: CorpusReader, subsets: dict[str, list[str]]) -> None:
+    used = [f"{split} from {', '.join(names)}" for split, names in subsets.items() if names]
     log_line(f"{STAGE}: {reader.kind} {reader.root}: {'; '.join(used)}")
-    named = {name for names in chosen.values() for name in names}
-    if unused := [subset for subset in reader.subsets() if subset not in named]:
-        log_line(f"{STAGE}: not used, since no pattern of the recipe names them: {', '.join(unused)}")
+    matched = {name for names in subsets.values() for name in names}
+    if unused := [subset for subset in reader.subsets() if subset not in matched]:
+        log_line(f"{STAGE}: unused subsets, which match no pattern of the recipe: {', '.join(unused)}")
 
 
-def _counted(rejected: ExternalSort, statistics: CorpusStatistics) -> Iterator[bytes]:
+def _count_rejections(rejected: ExternalSort, statistics: CorpusStatistics) -> Iterator[bytes]:
+    """Yield the lines of rejected.jsonl and count them."""
     for _, line in rejected:
-        statistics.set_aside(Rejection(**json.loads(line)))
+        statistics.add_rejection(Rejection(**json.loads(line)))
         yield line
 
 
-def _held_out_dev(train: ExternalSort, data: Data) -> set[str]:
-    """The keys of the train utterances that become dev."""
-    chosen = held_out((key.decode() for key, _ in train), data.dev_fraction)
-    patterns = ", ".join(data.dev) or "none asked for"
-    held = f"{len(chosen)} of {len(train)} train utterances are held out for it"
-    log_line(f"{STAGE}: the corpus has no subset for dev ({patterns}); {held}")
-    return chosen
+def _dev_keys(train: ExternalSort, data: Data) -> set[str]:
+    """Choose the train utterances that are held out for dev, by key."""
+    keys = held_out((key.decode() for key, _ in train), data.dev_fraction)
+    patterns = ", ".join(data.dev) or "none requested"
+    count = f"{len(keys)} of {len(train)} train utterances are held out instead"
+    log_line(f"{STAGE}: the corpus has no subset for dev ({patterns}); {count}")
+    return keys
 
 
 def _write_manifests(
     folder: Path,
     splits: dict[str, ExternalSort],
-    apart: set[str],
+    dev_keys: set[str],
     statistics: CorpusStatistics,
-    wanted: Sequence[str],
+    required: Sequence[str],
 ) -> None:
-    """Write the three manifests, and count what is in them.
+    """Write the three manifests and count their utterances.
 
     Args:
-        folder: the stage's.
-        splits: sorted lines of each.
-        apart: keys of train utterances that go to dev.
-        statistics: counts.
-        wanted: splits that may not be empty.
+        folder: the stage's output folder.
+        splits: keys and lines of each split.
+        dev_keys: train utterances that are written to dev instead.
+        statistics: the counts to update.
+        required: splits that must not be empty.
+
+    Raises:
+        InputError: a required split is empty.
     """
     shared = _SharedAudio()
     lines: dict[str, Iterable[tuple[bytes, bytes]]] = dict(splits)
-    if apart:
-        lines["train"] = ((key, line) for key, line in splits["train"] if key.decode() not in apart)
-        lines["dev"] = ((key, line) for key, line in splits["train"] if key.decode() in apart)
-    sizes = {split: len(lines) for split, lines in splits.items()}
-    if apart:
-        sizes |= {"train": sizes["train"] - len(apart), "dev": len(apart)}
-    _require_every_split({split: sizes[split] for split in wanted}, statistics, folder / REJECTED)
+    if dev_keys:
+        lines["train"] = ((key, line) for key, line in splits["train"] if key.decode() not in dev_keys)
+        lines["dev"] = ((key, line) for key, line in splits["train"] if key.decode() in dev_keys)
+    sizes = {split: len(records) for split, records in splits.items()}
+    if dev_keys:
+        sizes |= {"train": sizes["train"] - len(dev_keys), "dev": len(dev_keys)}
+    _require_every_split({split: sizes[split] for split in required}, statistics, folder / REJECTED)
     for split in SPLITS:
-        write_lines(folder / f"{split}.jsonl", _counted_lines(split, lines[split], statistics, shared))
+        write_lines(folder / f"{split}.jsonl", _count_lines(split, lines[split], statistics, shared))
     shared.warn()
 
 
-def _counted_lines(
+def _count_lines(
     split: str, lines: Iterable[tuple[bytes, bytes]], statistics: CorpusStatistics, shared: "_SharedAudio"
 ) -> Iterator[bytes]:
+    """Yield the lines of a manifest and count their utterances."""
     for _, line in lines:
         utterance = parse_line(line)
         statistics.add(split, utterance)
@@ -192,55 +205,57 @@ def _counted_lines(
 
 
 class _SharedAudio:
-    """Where a test file is also trained on: under another key nothing else would show it."""
+    """Finds dev and test utterances whose audio is also in train, perhaps under another key."""
 
     def __init__(self) -> None:
         self._train = array("q")
-        self._heard: np.ndarray | None = None
+        """Hashes of train audio: 8 bytes per utterance."""
+        self._sorted_train: np.ndarray | None = None
         self._keys: list[str] = []
         self._count = 0
 
     def add(self, split: str, utterance: Utterance) -> None:
-        """Take an utterance; all of train come first."""
-        heard = hash((utterance.sha256, utterance.start, utterance.start and utterance.duration))
+        """Add an utterance. All of train must be added before the first of another split."""
+        audio = hash((utterance.sha256, utterance.start, utterance.start and utterance.duration))
         if split == "train":
-            self._train.append(heard)
+            self._train.append(audio)
             return
-        if self._heard is None:
-            self._heard = np.sort(np.frombuffer(self._train, np.int64))
-        place = int(np.searchsorted(self._heard, heard))
-        if place < len(self._heard) and self._heard[place] == heard:
+        if self._sorted_train is None:
+            self._sorted_train = np.sort(np.frombuffer(self._train, np.int64))
+        i = int(np.searchsorted(self._sorted_train, audio))
+        if i < len(self._sorted_train) and self._sorted_train[i] == audio:
             self._count += 1
             if len(self._keys) < 3:
                 self._keys.append(utterance.key)
 
     def warn(self) -> None:
         if self._count:
-            very = f"{self._count} dev and test utterances have the very audio of train utterances"
-            log_line(f"{STAGE}: warning: {very}: {', '.join(self._keys)}")
+            text = f"{self._count} dev and test utterances have the same audio as train utterances"
+            log_line(f"{STAGE}: warning: {text}: {', '.join(self._keys)}")
 
 
 def _refuse_too_many(
-    rejected: ExternalSort, statistics: CorpusStatistics, total: int, allowed: float, listed: Path
+    rejected: ExternalSort, statistics: CorpusStatistics, total: int, max_share: float, list_file: Path
 ) -> None:
-    if len(rejected) <= allowed * total:
+    if len(rejected) <= max_share * total:
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in statistics.reasons())
     first = [json.loads(line)["key"] for _, (_, line) in zip(range(3), rejected, strict=False)]
     names = ", ".join(first) + (", …" if len(rejected) > 3 else "")
-    raise UserError(
+    raise InputError(
         f"{len(rejected)} of {total} utterances cannot be used ({reasons}; {names}), more than the "
-        f"{allowed:.1%} allowed: mend the corpus by the list in {listed}, or raise --data.max_rejected."
+        f"{max_share:.1%} allowed: correct those listed in {list_file}, or raise --data.max_rejected."
     )
 
 
-def _require_every_split(sizes: dict[str, int], statistics: CorpusStatistics, listed: Path) -> None:
+def _require_every_split(sizes: dict[str, int], statistics: CorpusStatistics, list_file: Path) -> None:
     for split, size in sizes.items():
         if not size:
             reasons = ", ".join(f"{n} {reason}" for reason, n in statistics.reasons())
-            raise UserError(
-                f"No utterance is left for {split} ({reasons or 'too few to hold any out'}; see {listed}): "
-                f"mend the corpus, or choose other subsets with --data.train, --data.dev and --data.test."
+            reasons = reasons or "too few to hold any out"
+            raise InputError(
+                f"No utterance is left for {split} ({reasons}; see {list_file}): "
+                f"correct the corpus, or choose other subsets with --data.train, --data.dev and --data.test."
             )
 
 
@@ -248,10 +263,10 @@ def _outcome(statistics: dict[str, Any]) -> Outcome:
     splits, rejected = statistics["splits"], statistics["rejected"]["total"]
     counts = {split: measures["utterances"] for split, measures in splits.items()}
     hours = {split: measures["hours"] for split, measures in splits.items()}
-    summary = f"{', '.join(f'{counts[split]} {split}' for split in SPLITS if split in counts)} utterances, {sum(hours.values()):.2f} h"
+    utterances = ", ".join(f"{counts[split]} {split}" for split in SPLITS if split in counts)
     metrics = {f"{split}_{name}": splits[split][name] for split in splits for name in ("utterances", "hours")}
     return Outcome(
-        summary=f"{summary}; {rejected} set aside",
+        summary=f"{utterances} utterances, {sum(hours.values()):.2f} h; {rejected} rejected",
         metrics=metrics | {"rejected": rejected},
         facts={
             "hours": hours,

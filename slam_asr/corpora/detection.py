@@ -1,4 +1,4 @@
-"""Which kind of corpus lies at a path."""
+"""Detection of a corpus's kind from the files at its path."""
 
 from slam_asr.corpora import (
     AUDIO_SUFFIXES,
@@ -13,7 +13,7 @@ from slam_asr.corpora import (
     table,
 )
 from slam_asr.corpora.places import absolute, is_file, is_folder, visible_files
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.recipe import Data
 from slam_asr.storage import name_of
 
@@ -47,47 +47,57 @@ _ORDER = (
     huggingface.HuggingFace,
     folder.Folder,
 )
-"""The order in which a place is tried: what is told by names that nothing else has comes first."""
-_ELSEWHERE = (".zip", ".gz", ".bz2", ".xz", ".rar", ".7z")
+"""Readers in the order in which `auto` tries them: those with unmistakable file names come first."""
+_UNSUPPORTED_ARCHIVES = (".zip", ".gz", ".bz2", ".xz", ".rar", ".7z")
 
 
 def open_corpus(corpus: str, data: Data | None = None) -> CorpusReader:
-    """The reader of what lies at a path or s3:// prefix.
+    """Choose the reader for a corpus and open it.
+
+    Args:
+        corpus: a folder, a file or an s3:// prefix.
+        data: the recipe's `data` section; its `kind` limits the choice to one kind of corpus.
 
     Raises:
-        UserError: nothing is there, nothing that any reader knows, or not what `data.kind` says.
+        InputError: the path does not exist, is empty, or no reader recognises it.
+        ConfigurationError: the corpus is not of the kind that `data.kind` names.
     """
     data = data or Data()
     root = absolute(corpus)
     if not is_file(root) and not is_folder(root):
-        raise UserError(f"There is no corpus {root}: check --corpus.")
-    for reader in _ORDER if data.kind == "auto" else READERS[data.kind]:
-        if found := reader.find(root, data):
-            if not found.subsets():
-                raise UserError(f"{root} is empty: its files hold no utterance.")
-            return found
-    _refuse(root, data.kind)
-
-
-def _refuse(root: str, kind: str) -> None:
-    if kind != "auto":
-        raise UserError(
-            f"The corpus {root} is not what data.kind: {kind} stands for: give {_LAYOUTS[kind]}; or leave it to be found out."
+        raise InputError(f"There is no corpus {root}: check --corpus.")
+    for reader_class in _ORDER if data.kind == "auto" else READERS[data.kind]:
+        if reader := reader_class.find(root, data):
+            if not reader.subsets():
+                raise InputError(f"{root} is empty: its files hold no utterance.")
+            return reader
+    if data.kind != "auto":
+        raise ConfigurationError(
+            f"The corpus {root} is not of data.kind {data.kind}: it must have {_LAYOUTS[data.kind]}. "
+            "With data.kind: auto, the kind is detected."
         )
-    wanted = f"give {_LAYOUTS['librispeech']}; {'; '.join(layout for name, layout in _LAYOUTS.items() if name != 'librispeech')}"
+    raise _unrecognised(root)
+
+
+def _unrecognised(root: str) -> InputError:
+    """The error for a corpus of unknown kind; its message depends on the files at the path."""
+    known = f"known layouts are {'; '.join(_LAYOUTS.values())}"
     if is_file(root):
-        if root.lower().endswith(_ELSEWHERE):
-            raise UserError(
-                f"The corpus {root} is an archive of a kind that is not read: unpack it, and name the folder."
+        if root.lower().endswith(_UNSUPPORTED_ARCHIVES):
+            return InputError(
+                f"The corpus {root} is an archive of an unsupported kind: unpack it, and give the folder."
             )
-        raise UserError(f"The corpus {root} is a file of an unknown kind: {wanted}.")
+        return InputError(f"The corpus {root} is a file of an unknown kind: {known}.")
     names = [f.name for f, _ in zip(visible_files(root), range(1000), strict=False)]
     if not names:
-        raise UserError(f"The corpus {root} is empty, without audio and transcripts: {wanted}.")
-    if packed := [n for n in names if n.lower().endswith(_ELSEWHERE)]:
-        raise UserError(f"The corpus {root} holds archives ({', '.join(packed[:3])}): unpack them first.")
-    if audio := next((n for n in names if n.lower().endswith(AUDIO_SUFFIXES)), None):
-        raise UserError(
-            f"The corpus {root} holds audio ({name_of(audio)}, …) but no transcripts laid out in a known way: {wanted}."
+        return InputError(f"The corpus {root} is empty, without audio and transcripts: {known}.")
+    if archives_inside := [n for n in names if n.lower().endswith(_UNSUPPORTED_ARCHIVES)]:
+        return InputError(
+            f"The corpus {root} holds archives ({', '.join(archives_inside[:3])}): unpack them first."
         )
-    raise UserError(f"The corpus {root} holds no audio and no transcripts laid out in a known way: {wanted}.")
+    if audio := next((n for n in names if n.lower().endswith(AUDIO_SUFFIXES)), None):
+        return InputError(
+            f"The corpus {root} holds audio ({name_of(audio)}, …) "
+            f"but no transcripts in a known layout: {known}."
+        )
+    return InputError(f"The corpus {root} holds no audio and no transcripts in a known layout: {known}.")

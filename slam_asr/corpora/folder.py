@@ -1,7 +1,7 @@
-"""A folder of audio with a text file beside each: a/b.flac is said in a/b.txt.
+"""Reader for a folder of audio files with a text file next to each: a/b.txt is the transcript of a/b.flac.
 
-An utterance's subset is the first folder on its way (or the folder itself, for files right in it),
-its key the way to it without the suffix.
+An utterance's subset is the top-level subfolder that it is in, or the corpus folder itself for files directly
+in it. Its key is its path without the suffix, relative to the corpus folder.
 """
 
 import os
@@ -18,48 +18,50 @@ from slam_asr.corpora.places import (
     visible_files,
     visible_folders,
 )
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.external_sort import ExternalSort
 from slam_asr.recipe import Data
 from slam_asr.storage import join, name_of, read_bytes
 
-LAYOUT = "audio files with a .txt beside each"
+LAYOUT = "audio files with a .txt file next to each"
 _TEXT = ".txt"
-_LOOKED_AT = 200
-"""Audio files that are looked at for a text beside."""
+_MAX_CHECKED = 200
+"""Audio files that are checked for a text file before the folder is taken for another kind of corpus."""
 
 
 class Folder(Unpacked):
-    """The reader of one folder."""
+    """The reader of a folder of audio and text files."""
 
     kind = "folder of audio and text"
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._here = name_of(root)
-        self._below = [name for name in visible_folders(root) if _holds_audio(join(root, name))]
-        self._has_own = bool(files_in(root, AUDIO_SUFFIXES))
+        self._root_name = name_of(root)
+        self._subfolders = [name for name in visible_folders(root) if _has_audio(join(root, name))]
+        self._root_has_audio = bool(files_in(root, AUDIO_SUFFIXES))
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Folder | None":
-        """The folder, or None where no audio has a text beside it."""
+        """Open a folder; None if no audio file in it has a text file."""
         root = os.fspath(root)
         if not is_folder(root):
             return None
         audio = (f.name for f in visible_files(root) if f.name.lower().endswith(AUDIO_SUFFIXES))
-        if any(is_file(join(root, os.path.splitext(name)[0] + _TEXT)) for name in islice(audio, _LOOKED_AT)):
+        if any(
+            is_file(join(root, os.path.splitext(name)[0] + _TEXT)) for name in islice(audio, _MAX_CHECKED)
+        ):
             return cls(root)
         return None
 
     def subsets(self) -> list[str]:
-        return sorted({*self._below, *([self._here] if self._has_own else [])})
+        return sorted({*self._subfolders, *([self._root_name] if self._root_has_audio else [])})
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
         return ((name, size, stamp) for name, size, stamp in self._files(subset))
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
         with ExternalSort() as files:
-            # Files of one utterance are not always neighbours by name: `a.flac`, `a.b.flac`, `a.txt`.
+            # Files of one utterance need not be neighbours by name: `a.flac`, `a.b.flac`, `a.txt`.
             for name, _, _ in self._files(subset):
                 stem, suffix = os.path.splitext(name)
                 files.add(os.fsencode(stem), suffix.encode())
@@ -67,7 +69,8 @@ class Folder(Unpacked):
                 yield self._utterance(os.fsdecode(stem), [suffix.decode() for _, suffix in group], subset)
 
     def _utterance(self, stem: str, suffixes: list[str], subset: str) -> Candidate | Rejection:
-        key, place = readable(stem), join(self.root, stem)
+        """The utterance whose files have this stem (relative to the root) and these suffixes."""
+        key, path = readable(stem), join(self.root, stem)
         audio = min(
             (s for s in suffixes if s.lower() in AUDIO_SUFFIXES),
             key=lambda s: AUDIO_SUFFIXES.index(s.lower()),
@@ -75,31 +78,31 @@ class Folder(Unpacked):
         )
         text = next((s for s in suffixes if s.lower() == _TEXT), None)
         if audio is None:
-            return Rejection(key, "", NO_AUDIO, f"{place}{text} has no audio file beside it.")
+            return Rejection(key, "", NO_AUDIO, f"{path}{text} has no audio file next to it.")
         if text is None:
-            return Rejection(
-                key, place + audio, NO_TRANSCRIPT, f"{place}{audio} has no {_TEXT} file beside it."
-            )
-        return Candidate(key, place + audio, _said(place + text), {"subset": subset})
+            detail = f"{path}{audio} has no {_TEXT} file next to it."
+            return Rejection(key, path + audio, NO_TRANSCRIPT, detail)
+        return Candidate(key, path + audio, _transcript(path + text), {"subset": subset})
 
     def _files(self, subset: str) -> Iterator[Stamp]:
-        """Audio and text files of a subset, by their names below the root."""
-        own = subset == self._here and self._has_own
-        below = visible_files(join(self.root, subset)) if subset in self._below else ()
-        for prefix, files in (("", visible_files(self.root) if own else ()), (f"{subset}/", below)):
+        """Yield a subset's audio and text files, named relative to the root."""
+        include_root = subset == self._root_name and self._root_has_audio
+        in_root = visible_files(self.root) if include_root else ()
+        in_subfolder = visible_files(join(self.root, subset)) if subset in self._subfolders else ()
+        for prefix, files in (("", in_root), (f"{subset}/", in_subfolder)):
             for file in files:
                 if file.name.lower().endswith((_TEXT, *AUDIO_SUFFIXES)) and (prefix or "/" not in file.name):
                     yield prefix + file.name, file.bytes, file.stamp
 
 
-def _holds_audio(folder: str) -> bool:
+def _has_audio(folder: str) -> bool:
     return any(f.name.lower().endswith(AUDIO_SUFFIXES) for f in visible_files(folder))
 
 
-def _said(file: str) -> str:
+def _transcript(file: str) -> str:
     try:
         return read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): write it anew as UTF-8."
+        raise InputError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8."
         ) from error

@@ -1,10 +1,10 @@
-"""A Hugging Face dataset on disk, read without its library.
+"""Reader for Hugging Face datasets on disk, without the `datasets` library. Three layouts are read:
 
-1. What `save_to_disk` writes: <split>/data-*.arrow with state.json, and dataset_dict.json above; or one split.
-2. Parquet files as the hub has them: data/train-00000-of-00004.parquet, or <split>/0000.parquet.
-3. An `audiofolder`: metadata.csv or metadata.jsonl with a column file_name, in the folder or in one a split.
+1. The output of `save_to_disk`: dataset_dict.json, and <split>/data-*.arrow with state.json; or one split.
+2. Parquet files as on the hub: data/train-00000-of-00004.parquet, or <split>/0000.parquet.
+3. An `audiofolder`: metadata.csv or .jsonl with a column file_name, in the folder or in one per split.
 
-Audio inside a table (a column of {bytes, path}) becomes files in the stage's folder.
+Audio that is embedded in a table (a column of {bytes, path}) is written to files in the stage's folder.
 """
 
 import json
@@ -13,26 +13,27 @@ import os
 from slam_asr.corpora.places import files_in, is_file, is_folder, visible_files, visible_folders
 from slam_asr.corpora.rows import columns_of
 from slam_asr.corpora.table import Table, split_of
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.recipe import Data
 from slam_asr.storage import join, name_of, parent_of, read_bytes
 
-LAYOUT = "what save_to_disk writes, parquet files, or metadata.csv with a column file_name"
+LAYOUT = "the output of save_to_disk, parquet files, or metadata.csv with a column file_name"
 _STATE = "state.json"
 _METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 class HuggingFace(Table):
-    """The reader of one dataset."""
+    """The reader of a dataset in any of the three layouts."""
 
     kind = "Hugging Face dataset"
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "HuggingFace | None":
-        """The dataset in a folder, or None where the folder is laid out in another way.
+        """Open the dataset in a folder; None if the folder has another layout.
 
         Raises:
-            UserError: a column is missing or ambiguous, or the dataset was saved in a way that is not read.
+            InputError: the dataset is incomplete or was saved in an unsupported form.
+            ConfigurationError: a column is missing or ambiguous.
         """
         root = os.fspath(root)
         if not is_folder(root):
@@ -42,23 +43,25 @@ class HuggingFace(Table):
 
 
 class Saved(HuggingFace):
-    """A dataset that says what it is by files of its own."""
+    """A dataset with files that only Hugging Face datasets have: layouts 1 and 3."""
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Saved | None":
-        """The dataset in a folder, or None where it is none or only parquet files."""
+        """Open the dataset in a folder; None if the folder has another layout or only parquet files."""
         root = os.fspath(root)
         files = (_saved(root) or _described(root)) if is_folder(root) else {}
         return cls(root, files, data or Data()) if files else None
 
 
 def _saved(root: str) -> dict[str, str]:
-    """Arrow files of a saved dataset, each with its split."""
+    """Arrow files of layout 1, each with its split; also those of the `datasets` library's cache."""
     if is_file(join(root, _STATE)):
-        return _of_state(root, name_of(root))
+        return _saved_split(root, name_of(root))
     if is_file(join(root, "dataset_dict.json")):
         splits = [name for name in visible_folders(root) if is_file(join(root, name, _STATE))]
-        return {file: split for name in splits for file, split in _of_state(join(root, name), name).items()}
+        return {
+            file: split for name in splits for file, split in _saved_split(join(root, name), name).items()
+        }
     if is_file(join(root, "dataset_info.json")):
         return {
             file: _split_in_cache(file)
@@ -68,24 +71,25 @@ def _saved(root: str) -> dict[str, str]:
     return {}
 
 
-def _of_state(folder: str, split: str) -> dict[str, str]:
+def _saved_split(folder: str, split: str) -> dict[str, str]:
+    """The arrow files that a split's state.json lists, each with the split."""
     path = join(folder, _STATE)
     try:
         state = json.loads(read_bytes(path))
         names = [file["filename"] for file in state["_data_files"]]
         indices = state.get("_indices_files") or state.get("_indices_data_files")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not what save_to_disk writes ({type(error).__name__}): save the dataset again."
+        raise InputError(
+            f"{path} was not written by save_to_disk ({type(error).__name__}): save the dataset again."
         ) from error
     if indices:
-        raise UserError(
-            f"{folder} holds a selection of rows that is kept apart from its data: save it after `flatten_indices()`."
+        raise InputError(
+            f"{folder} holds a selection of rows as separate indices: "
+            "call `flatten_indices()` and save it again."
         )
     for name in names:
         if name != os.path.basename(name) or not is_file(join(folder, name)):
-            raise UserError(f"{folder} lacks {name}, which its {_STATE} names: copy the folder whole.")
-    # A split without rows is a saved split too.
+            raise InputError(f"{folder} lacks {name}, which its {_STATE} names: copy the complete folder.")
     return {join(folder, name): split for name in names}
 
 
@@ -96,8 +100,8 @@ def _split_in_cache(file: str) -> str:
 
 
 def _described(root: str) -> dict[str, str]:
-    """metadata files of an audiofolder, each with the split that its folder is called after."""
-    found: dict[str, str] = {}
+    """The metadata files of layout 3, each with its folder's name as the split."""
+    files: dict[str, str] = {}
     for folder in (
         root,
         *(join(root, name) for name in visible_folders(root)),
@@ -105,15 +109,15 @@ def _described(root: str) -> dict[str, str]:
     ):
         path = next((p for name in _METADATA if is_file(p := join(folder, name))), None)
         if path and "file_name" in columns_of(path):
-            found[path] = name_of(folder)
-    return found
+            files[path] = name_of(folder)
+    return files
 
 
 def _parquet(root: str) -> dict[str, str]:
-    """Parquet files anywhere below, each with the split that it or its folder is called after."""
-    found = {}
+    """Parquet files at any depth (layout 2), each with its split, by its own name or its folder's."""
+    files = {}
     for file in visible_files(root):
         if file.name.lower().endswith(".parquet"):
             path = join(root, file.name)
-            found[path] = split_of(file.name) or name_of(parent_of(path))
-    return found
+            files[path] = split_of(file.name) or name_of(parent_of(path))
+    return files

@@ -1,10 +1,10 @@
-"""JSON lines in SLAM-LLM's form: a folder of .jsonl files, or one file.
+"""Reader for JSON lines in SLAM-LLM's format: a folder of .jsonl files, or one file.
 
-What subset a line belongs to is found in this order:
+The first of these rules that applies decides a line's subset:
 
-1. In a folder, the files train.jsonl, dev.jsonl and test.jsonl are those splits, whatever the
-   recipe's patterns; a `subset` that their lines carry is kept for the report.
-2. A line's own `subset`.
+1. In a folder, the files train.jsonl, dev.jsonl and test.jsonl are those splits, whatever the recipe's
+   patterns. The lines' own `subset` then serves only for reports.
+2. The line's own `subset`.
 3. The file's name, such as train-clean-100.jsonl.
 """
 
@@ -22,18 +22,18 @@ from slam_asr.corpora.places import (
     stamps_of,
     stem_of,
 )
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.manifest import iterate_manifest
 from slam_asr.recipe import Data
 
 SUFFIX = ".jsonl"
 LAYOUT = ".jsonl files with key, source and target on each line"
-_NOT_UTTERANCES = "rejected.jsonl"
-"""What `build-manifest` sets aside, should its folder be the corpus."""
+_REJECTIONS = "rejected.jsonl"
+"""Written by `build-manifest`, whose output folder may be the corpus; not a list of utterances."""
 
 
 class JsonLines(Unpacked):
-    """The reader of one folder or file."""
+    """The reader of a .jsonl file, or of a folder of them."""
 
     kind = "JSON lines"
 
@@ -43,15 +43,15 @@ class JsonLines(Unpacked):
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "JsonLines | None":
-        """The corpus at a path, or None where no .jsonl file lies there.
+        """Open the .jsonl files at a path; None if there are none. All are read, for the names of subsets.
 
         Raises:
-            UserError: a line is no utterance; all are read for it.
+            InputError: a line is not an utterance.
         """
         root = os.fspath(root)
         if root.lower().endswith(SUFFIX) and is_file(root):
             return cls(root, [root])
-        files = [f for f in files_in(root, (SUFFIX,)) if name_of(f) != _NOT_UTTERANCES]
+        files = [f for f in files_in(root, (SUFFIX,)) if name_of(f) != _REJECTIONS]
         return cls(root, files) if files else None
 
     def subsets(self) -> list[str]:
@@ -64,30 +64,30 @@ class JsonLines(Unpacked):
         return map(if_present, self._candidates(subset))
 
     def _subsets_of(self, file: str) -> set[str]:
-        return {part for part, _ in self._lines(file)}
+        return {subset for subset, _ in self._lines(file)}
 
     def _candidates(self, subset: str) -> Iterator[Candidate]:
         for file in (f for f, subsets in self.files.items() if subset in subsets):
-            for part, candidate in self._lines(file):
-                if part == subset:
+            for line_subset, candidate in self._lines(file):
+                if line_subset == subset:
                     yield candidate
 
     def _lines(self, file: str) -> Iterator[tuple[str, Candidate]]:
-        """Each utterance of a file, with the subset that it belongs to."""
+        """Yield the utterances of a file, each after its subset."""
         stem = stem_of(file)
-        named_by_file = self.root != file and stem in SPLITS
+        file_is_split = self.root != file and stem in SPLITS
         for number, utterance in iterate_manifest(file):
             own = utterance.extra.get("subset")
             if own is not None and not (isinstance(own, str) and own):
-                raise UserError(f"{file}, line {number}: subset must be text, not {own!r}.")
-            part = stem if named_by_file else own or stem
+                raise InputError(f"{file}, line {number}: subset must be text, not {own!r}.")
+            subset = stem if file_is_split else own or stem
             yield (
-                part,
+                subset,
                 Candidate(
                     utterance.key,
                     audio_path(utterance.source, file, ""),
                     utterance.target,
-                    utterance.extra | {"subset": own or part},
+                    utterance.extra | {"subset": own or subset},
                     utterance.start,
                     None if utterance.start is None else utterance.duration,
                 ),

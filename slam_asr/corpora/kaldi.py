@@ -1,14 +1,14 @@
-"""Kaldi's data folders: `wav.scp` and `text`, with `segments` and `utt2spk` where they are.
+"""Reader for Kaldi data folders: `wav.scp` and `text`, and optionally `segments` and `utt2spk`.
 
-data/                                         (or one data folder alone)
-    train_clean_100/                          subset
-        wav.scp                               `19-198-0000 /corpora/19-198-0000.flac`, a recording a line
-        text                                  `19-198-0000 NORTHANGER ABBEY`, an utterance a line
-        segments                              `utterance recording begin end`, in seconds
-        utt2spk                               `utterance speaker`
+    data/                         (or a single data folder)
+        train_clean_100/          subset
+            wav.scp               `19-198-0000 /corpora/19-198-0000.flac`, one recording per line
+            text                  `19-198-0000 NORTHANGER ABBEY`, one utterance per line
+            segments              `utterance recording begin end`, in seconds
+            utt2spk               `utterance speaker`
 
-The lists are joined through sorting on disk, in whatever order they are. A line of wav.scp that is a
-command is never run: what only decodes a file is read as that file.
+The lists may be in any order; they are joined by sorting on disk. Commands in wav.scp are never run. A
+command that only decodes a file is replaced by that file, and any other is an error.
 """
 
 import json
@@ -17,20 +17,21 @@ import shlex
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection, Stamp
 from slam_asr.corpora.places import Unpacked, audio_path, if_present, is_file, stamps_of, visible_folders
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.external_sort import ExternalSort
 from slam_asr.recipe import Data
 from slam_asr.storage import join, name_of, open_stream
 
-LAYOUT = "wav.scp and text, in the folder or in one for each subset"
+LAYOUT = "wav.scp and text, in the folder or in a subfolder per subset"
 _LISTS = ("wav.scp", "text", "segments", "utt2spk")
 
 
 class Kaldi(Unpacked):
-    """The reader of one data folder, or of a folder of them."""
+    """The reader of a data folder, or of a folder of them."""
 
     kind = "Kaldi data folder"
 
@@ -39,7 +40,7 @@ class Kaldi(Unpacked):
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Kaldi | None":
-        """The data folders at a path, or None where there is none."""
+        """Open the data folders at a path; None if there are none."""
         root = os.fspath(root)
         if _is_data_folder(root):
             return cls(root, {name_of(root): root}, data or Data())
@@ -59,13 +60,17 @@ class Kaldi(Unpacked):
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
         folder = self.folders[subset]
         with ExternalSort() as records:
-            for utterance, part in self._parts(folder):
-                records.add(utterance.encode(), json.dumps(part).encode())
+            for utterance, field in self._fields(folder):
+                records.add(utterance.encode(), json.dumps(field).encode())
             for key, group in groupby(records, key=itemgetter(0)):
-                yield from _joined(key.decode(), [json.loads(part) for _, part in group], subset, folder)
+                yield from _joined(key.decode(), [json.loads(field) for _, field in group], subset, folder)
 
-    def _parts(self, folder: str) -> Iterator[tuple[str, list]]:
-        """Utterances with what each list says of them: [list, …]."""
+    def _fields(self, folder: str) -> Iterator[tuple[str, list[Any]]]:
+        """Yield the fields of utterances, list by list.
+
+        Each is an utterance and ["audio", source, start, duration], ["text", transcript] or ["speaker",
+        name], with times in seconds.
+        """
         if is_file(join(folder, "segments")):
             yield from self._segments(folder)
         else:
@@ -77,10 +82,11 @@ class Kaldi(Unpacked):
             for _, utterance, speaker in _lines(join(folder, "utt2spk")):
                 yield utterance, ["speaker", speaker]
 
-    def _segments(self, folder: str) -> Iterator[tuple[str, list]]:
+    def _segments(self, folder: str) -> Iterator[tuple[str, list[Any]]]:
+        """Join `segments` with `wav.scp` on the recording; yield utterances with their "audio" fields."""
         path = join(folder, "segments")
         with ExternalSort() as records:
-            # Recordings come first of what has their name, since they are added first.
+            # The sort is stable: added first, a recording comes before its segments.
             for recording, source in self._recordings(folder):
                 records.add(recording.encode(), json.dumps(["", source, None, None]).encode())
             for number, utterance, rest in _lines(path):
@@ -89,11 +95,11 @@ class Kaldi(Unpacked):
             for _, group in groupby(records, key=itemgetter(0)):
                 source = ""
                 for _, record in group:
-                    utterance, named, start, duration = json.loads(record)
+                    utterance, recording_or_source, start, duration = json.loads(record)
                     if utterance:
                         yield utterance, ["audio", source, start, duration]
                     else:
-                        source = source or named
+                        source = source or recording_or_source
 
     def _recordings(self, folder: str) -> Iterator[tuple[str, str]]:
         path = join(folder, "wav.scp")
@@ -109,71 +115,75 @@ def _is_data_folder(folder: str) -> bool:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str, str]]:
-    """Number, first word and the rest of each line that is not blank."""
+    """Yield the number (from 1), first word and remainder of each line that is not blank."""
     with open_stream(path) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 words = line.decode("utf-8-sig").split(maxsplit=1)
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number} is not UTF-8 text ({error.reason}): write it anew as UTF-8."
+                raise InputError(
+                    f"{path}, line {number} is not UTF-8 text ({error.reason}): convert it to UTF-8."
                 ) from error
             if words:
                 yield number, words[0], words[1].strip() if len(words) > 1 else ""
 
 
 def _segment(rest: str, where: str) -> tuple[str, float, float | None]:
-    """Recording, start and duration; an end of -1 is the recording's."""
+    """Recording, start and duration in seconds; None if the end is -1, which means the recording's end."""
     try:
         recording, begin, end = rest.split()[:3]
         start, stop = float(begin), float(end)
-        right = start >= 0 and (stop > start or stop == -1)
+        valid = start >= 0 and (stop > start or stop == -1)
     except ValueError:
-        right = False
-    if not right:
-        raise UserError(f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds.")
+        valid = False
+    if not valid:
+        raise InputError(
+            f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds."
+        )
     return recording, start, None if stop == -1 else round(stop - start, 6)
 
 
-def _joined(key: str, parts: list[list], subset: str, folder: str) -> Iterator[Candidate | Rejection]:
-    """The utterance that the lists describe together."""
-    said = {name: [part[1:] for part in parts if part[0] == name] for name in ("audio", "text", "speaker")}
-    source, start, duration = said["audio"][0] if said["audio"] else ("", None, None)
-    if not said["text"]:
-        if said["audio"]:
+def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iterator[Candidate | Rejection]:
+    """Build an utterance from its fields; a line that repeats a field is rejected."""
+    values = {
+        name: [field[1:] for field in fields if field[0] == name] for name in ("audio", "text", "speaker")
+    }
+    source, start, duration = values["audio"][0] if values["audio"] else ("", None, None)
+    if not values["text"]:
+        if values["audio"]:
             yield Rejection(key, source, NO_TRANSCRIPT, f"{key} has no line in {join(folder, 'text')}.")
         return
     if not source:
         yield Rejection(key, "", NO_AUDIO, f"{key} has no recording in {join(folder, 'wav.scp')}.")
         return
     for name in ("audio", "text"):
-        for _ in said[name][1:]:
+        for _ in values[name][1:]:
             yield Rejection(
                 key, source, DUPLICATE, f"{folder} has {key} more than once among its {name} lines."
             )
-    extra = {"subset": subset} | ({"speaker": said["speaker"][0][0]} if said["speaker"] else {})
-    yield if_present(Candidate(key, source, said["text"][0][0], extra, start, duration))
+    extra = {"subset": subset} | ({"speaker": values["speaker"][0][0]} if values["speaker"] else {})
+    yield if_present(Candidate(key, source, values["text"][0][0], extra, start, duration))
 
 
 def audio_file(entry: str, where: str) -> str:
-    """The file behind an entry of wav.scp; a command is read, not run.
+    """The audio file that an entry of wav.scp names, or that its command decodes. No command is run.
 
     Raises:
-        UserError: it is a command that does more than decode a file, or a part of an archive.
+        InputError: the entry is a command that does more than decode a file, or an offset in an archive.
     """
     if not entry:
-        raise UserError(f"{where} names no file.")
+        raise InputError(f"{where} has no file.")
     if not entry.endswith("|"):
         if entry == "-" or (entry.rpartition(":")[2].isdigit() and ".ark:" in entry):
-            raise UserError(
-                f"{where}: {entry[:80]} lies in an archive of Kaldi's: write the recordings as files, and name those."
+            raise InputError(
+                f"{where}: {entry[:80]} is in a Kaldi archive: write the recordings to files, and name those."
             )
         return entry
     file = _decoded_file(entry)
     if file is None:
-        raise UserError(
-            f"{where} is a command ({entry[:80]}), and commands are not run: write its output to files, such as with "
-            "`wav-copy scp:wav.scp ark,scp:…` or sox, and name those in wav.scp."
+        raise InputError(
+            f"{where} is a command ({entry[:80]}), and commands are not run: write its output to files, "
+            "for example with sox or `wav-copy scp:wav.scp ark,scp:…`, and name those in wav.scp."
         )
     return file
 
@@ -186,13 +196,13 @@ _SOX_OUTPUT = {
     "-b": {"16"},
     "-e": {"signed", "signed-integer"},
 }
-"""Options of sox that leave what is heard as it is, or do what is done here anyway."""
+"""Output options of sox that do not change the audio, or only convert it as `slam_asr.audio` does anyway."""
 
 
 def _decoded_file(command: str) -> str | None:
-    """The file whose audio, and nothing else, a command writes; None where that is not sure."""
+    """The file that a command decodes; None unless the command certainly does that and nothing else."""
     line = command[:-1]
-    if any(mark in line for mark in "|;&<>$`\n"):
+    if any(character in line for character in "|;&<>$`\n"):
         return None
     try:
         program, *words = shlex.split(line)
@@ -216,7 +226,7 @@ def _decoded_file(command: str) -> str | None:
 
 
 def _sox_input(words: list[str]) -> list[str]:
-    """What is left of sox's words without options of its output that change nothing."""
+    """The input file among sox's arguments; empty if an output option may change the audio."""
     options = words[1:]
     pairs = list(zip(options[::2], options[1::2], strict=False))
     harmless = len(options) % 2 == 0 and all(value in _SOX_OUTPUT.get(option, ()) for option, value in pairs)

@@ -1,9 +1,9 @@
-"""Lhotse's cuts: JSON lines (.jsonl or .jsonl.gz), a MonoCut each.
+"""Reader for Lhotse cuts: JSON lines (.jsonl or .jsonl.gz) with one MonoCut per line.
 
-A cut with one supervision is an utterance; one with several is an utterance for each. A file's
-subset is what stands behind `cuts_` in its name: librispeech_cuts_train-clean-100.jsonl.gz is
-train-clean-100. What is not one channel of one recording is set aside: mixed cuts, cuts of many
-channels, recordings that Lhotse changes as it loads them.
+A cut with one supervision is an utterance; a cut with several supervisions gives an utterance for each. The
+subset is the part of the file's name after `cuts_`: librispeech_cuts_train-clean-100.jsonl.gz is
+train-clean-100. A cut that is not one channel of one recording is rejected: mixed cuts, cuts of several
+channels, and recordings with transforms.
 """
 
 import gzip
@@ -17,19 +17,19 @@ from typing import Any, BinaryIO
 
 from slam_asr.corpora import NO_AUDIO, NO_TRANSCRIPT, UNSUPPORTED, Candidate, Rejection, Stamp
 from slam_asr.corpora.places import Unpacked, audio_path, files_in, if_present, is_file, stamps_of, stem_of
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.recipe import Data
 from slam_asr.storage import open_stream
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-LAYOUT = ".jsonl or .jsonl.gz files of cuts"
+LAYOUT = ".jsonl or .jsonl.gz files of Lhotse cuts"
 _KINDS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
-_WHOLE = 1e-3
-"""Seconds by which a cut may differ from its recording and still be all of it."""
+_TOLERANCE = 1e-3
+"""Seconds by which a cut may differ from its recording and still count as the complete recording."""
 
 
 class Lhotse(Unpacked):
-    """The reader of one file of cuts, or of a folder of them."""
+    """The reader of a file of cuts, or of a folder of them."""
 
     kind = "Lhotse cuts"
 
@@ -41,10 +41,10 @@ class Lhotse(Unpacked):
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Lhotse | None":
-        """The cuts at a path, or None where no file begins with one."""
+        """Open the files of cuts at a path; None if no file begins with a cut."""
         root = os.fspath(root)
-        one = root.lower().endswith(SUFFIXES) and is_file(root)
-        files = [file for file in ([root] if one else files_in(root, SUFFIXES)) if _begins_with_a_cut(file)]
+        is_list = root.lower().endswith(SUFFIXES) and is_file(root)
+        files = [f for f in ([root] if is_list else files_in(root, SUFFIXES)) if _begins_with_a_cut(f)]
         return cls(root, files, data or Data()) if files else None
 
     def subsets(self) -> list[str]:
@@ -63,13 +63,15 @@ class Lhotse(Unpacked):
                 try:
                     yield from self._utterances(cut, subset, file)
                 except (KeyError, TypeError, AttributeError, ValueError) as error:
-                    raise UserError(
-                        f"{file}, line {number} is not a cut as Lhotse writes them ({type(error).__name__}: {error}): export the cuts again."
+                    raise InputError(
+                        f"{file}, line {number} is not a Lhotse cut ({type(error).__name__}: {error}): "
+                        "export the cuts again."
                     ) from error
 
     def _utterances(self, cut: dict[str, Any], subset: str, file: str) -> Iterator[Candidate | Rejection]:
-        if why := _why_not(cut):
-            yield Rejection(str(cut["id"]), "", UNSUPPORTED, f"The cut {cut['id']} {why}.")
+        """Yield an utterance for each supervision of a cut, or a rejection."""
+        if problem := _unsupported(cut):
+            yield Rejection(str(cut["id"]), "", UNSUPPORTED, f"The cut {cut['id']} {problem}.")
             return
         recording = cut.get("recording")
         if not recording or not recording["sources"]:
@@ -80,13 +82,14 @@ class Lhotse(Unpacked):
         if not supervisions:
             yield Rejection(str(cut["id"]), source, NO_TRANSCRIPT, f"The cut {cut['id']} has no supervision.")
         for supervision in supervisions:
-            one = len(supervisions) == 1
-            key = str(cut["id"] if one else supervision["id"])
-            start = float(cut["start"]) + (0.0 if one else float(supervision["start"]))
-            duration = float(cut["duration"] if one else supervision["duration"])
-            # A supervision may begin a little before its cut.
+            only = len(supervisions) == 1
+            key = str(cut["id"] if only else supervision["id"])
+            # A supervision's start is relative to its cut, in seconds.
+            start = float(cut["start"]) + (0.0 if only else float(supervision["start"]))
+            duration = float(cut["duration"] if only else supervision["duration"])
+            # A supervision may begin a little before its cut, and so before the recording.
             start, duration = max(start, 0.0), duration + min(start, 0.0)
-            whole = start < _WHOLE and abs(duration - float(recording["duration"])) < _WHOLE
+            complete = start < _TOLERANCE and abs(duration - float(recording["duration"])) < _TOLERANCE
             extra = {"subset": subset} | {
                 n: supervision[n] for n in ("speaker", "language", "gender") if supervision.get(n)
             }
@@ -95,12 +98,12 @@ class Lhotse(Unpacked):
                 source,
                 supervision.get("text") or "",
                 extra,
-                *((None, None) if whole else (round(start, 6), round(duration, 6))),
+                *((None, None) if complete else (round(start, 6), round(duration, 6))),
             )
 
 
-def _why_not(cut: dict[str, Any]) -> str:
-    """What makes a cut other than a stretch of one channel of one file, or nothing."""
+def _unsupported(cut: dict[str, Any]) -> str:
+    """Why a cut is not a segment of one channel of one file; empty if it is."""
     if cut.get("type", "MonoCut") != "MonoCut":
         return f"is a {cut['type']}"
     recording = cut.get("recording") or {}
@@ -108,9 +111,9 @@ def _why_not(cut: dict[str, Any]) -> str:
     if len(sources) > 1 or any(len(s.get("channels") or [0]) > 1 for s in sources):
         return "is one channel of a recording with several"
     if recording.get("transforms"):
-        return "has a recording that is to be changed when it is loaded"
+        return "has a recording with transforms, which are not applied here"
     if sources and sources[0].get("type") not in ("file", "url"):
-        return f"has its audio from a {sources[0].get('type')}, which is not read"
+        return f"has audio of type {sources[0].get('type')}, which is not supported"
     return ""
 
 
@@ -127,7 +130,7 @@ def _begins_with_a_cut(file: str) -> bool:
 
 
 def _cuts(file: str, strict: bool = True) -> Iterator[tuple[int, Any]]:
-    """Line numbers and cuts of a file; without `strict`, what is no JSON ends it."""
+    """Yield line numbers (from 1) and cuts. Without `strict`, a line that is not JSON ends the iteration."""
     number = 0
     try:
         with _lines(file) as lines:
@@ -135,14 +138,15 @@ def _cuts(file: str, strict: bool = True) -> Iterator[tuple[int, Any]]:
                 if not line.isspace():
                     cut = json.loads(line)
                     if strict and not isinstance(cut, dict):
-                        raise UserError(
-                            f"{file}, line {number} holds {type(cut).__name__} where a cut must stand."
+                        raise InputError(
+                            f"{file}, line {number} is of type {type(cut).__name__}: it must be a cut."
                         )
                     yield number, cut
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         if strict:
-            raise UserError(
-                f"{file}, line {number} cannot be read as JSON ({error}): was it copied whole?"
+            raise InputError(
+                f"{file}, line {number} cannot be read as JSON ({error}): "
+                "check that the file was copied completely."
             ) from error
 
 

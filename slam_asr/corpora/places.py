@@ -1,110 +1,121 @@
-"""What readers ask of a place, whether it is a folder or a prefix in object storage."""
+"""File listings and path handling for corpus readers, alike for folders and prefixes in object storage."""
 
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from slam_asr.corpora import NO_AUDIO, Candidate, Rejection, Stamp
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError, UserError
 from slam_asr.storage import Info, info, is_s3, join, local_path, name_of, parent_of, resolve, walk
 from slam_asr.storage.paths import folders_in, names_in
 
 
 class Unpacked:
-    """What readers of corpora that lie open have in common."""
+    """Base of readers whose corpora need no unpacking."""
 
     def prepare(self, folder: Path, subsets: list[str]) -> None:
-        """Nothing is packed."""
+        """Do nothing."""
 
 
 def absolute(path: str | os.PathLike) -> str:
-    """An absolute path, or the URI as it is."""
+    """The absolute path, or the URI without a trailing slash."""
     return os.fspath(path).rstrip("/") if is_s3(path) else os.path.abspath(local_path(path))
 
 
 def is_folder(path: str) -> bool:
-    """Whether anything lies below a path."""
+    """Whether a folder exists, or any object under a prefix."""
     return any(True for _ in walk(path)) if is_s3(path) else os.path.isdir(path)
 
 
 def is_file(path: str) -> bool:
-    """Whether there is such a file or object."""
+    """Whether a file or object exists."""
     return info(path) is not None
 
 
 def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
-    """Full names of the files right in a folder that end so, without hidden ones, in order."""
+    """Full paths of the files directly in a folder with these suffixes, without hidden files, sorted."""
     return [
         join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")
     ]
 
 
 def visible_folders(folder: str) -> list[str]:
-    """Names of the folders right in a folder, without hidden ones, in order."""
+    """Names of the folders directly in a folder, without hidden ones, sorted."""
     return [name for name in folders_in(folder) if not name.startswith(".")]
 
 
 def visible_files(folder: str) -> Iterator[Info]:
-    """All files below a folder, but for hidden ones and those in hidden folders.
+    """Yield all files at any depth below a folder, without hidden files and hidden folders.
 
-    Names with a dot in front are other programs' (macOS leaves `._x.flac` beside each x.flac).
+    Other programs create hidden files: macOS leaves a `._x.flac` next to each x.flac.
     """
     return (f for f in walk(folder) if not f.name.startswith(".") and "/." not in f.name)
 
 
 def readable(name: str) -> str:
-    """A file's name as text; what of it is not UTF-8 is escaped."""
+    """A file's name as text, with bytes that are not UTF-8 escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def stem_of(path: str) -> str:
-    """`/data/train.tsv` → `train`; `.gz` and the like go too."""
+    """The name without its suffix: `/data/train.tsv` → `train`. A compression suffix is removed as well."""
     stem, suffix = os.path.splitext(name_of(path))
     return os.path.splitext(stem)[0] if suffix in (".gz", ".bz2", ".xz") else stem
 
 
-def audio_path(named: str, listed_in: str, audio_root: str) -> str:
-    """The absolute path or URI of audio that a file names; `file://` is taken off.
+def audio_path(source: str, list_file: str, audio_root: str) -> str:
+    """The absolute path or URI of an audio file that a list names.
+
+    Args:
+        source: the path or URI in the list; `file://` is removed.
+        list_file: the list, against whose folder a relative path is resolved.
+        audio_root: the recipe's `data.audio_root`, used instead of that folder unless empty.
 
     Raises:
-        UserError: it is neither a path nor an s3:// URI.
+        InputError: `source` is a URI of another scheme than s3:// and file://.
     """
-    folder = parent_of(listed_in)
-    found = resolve(named, resolve(audio_root, folder) if audio_root else folder)
-    if is_s3(found):
-        return found
+    folder = parent_of(list_file)
+    resolved = resolve(source, resolve(audio_root, folder) if audio_root else folder)
+    if is_s3(resolved):
+        return resolved
     try:
-        return os.path.abspath(local_path(found))
+        return os.path.abspath(local_path(resolved))
     except UserError as error:
-        raise UserError(f"{listed_in}: {error}") from error
+        raise InputError(f"{list_file}: {error}") from error
 
 
 def if_present(candidate: Candidate) -> Candidate | Rejection:
-    """The candidate, or a rejection where its local file is missing; objects are asked for when they are read."""
+    """Return the candidate, or a rejection if its local file is missing. Objects are checked when read."""
     if candidate.content is not None or is_s3(candidate.source) or os.path.isfile(candidate.source):
         return candidate
     return Rejection(candidate.key, candidate.source, NO_AUDIO, f"There is no audio file {candidate.source}.")
 
 
 def stamps_of(lists: Iterable[str], sources: Iterable[str], root: str) -> Iterator[Stamp]:
-    """Stamps of the files that list utterances, and of the audio that they name.
+    """Yield stamps of the files that list utterances, and of the audio files that they name.
 
-    Local audio is looked at file by file; of a corpus in object storage, what lies below its folder is
-    listed. Objects elsewhere are known by their names only.
+    Local audio files are examined one by one. If the corpus is in object storage, all objects below its
+    folder are listed instead, which takes far fewer requests; objects elsewhere contribute only their names.
+
+    Args:
+        lists: files that list utterances.
+        sources: paths and URIs of audio files.
+        root: the corpus's path or URI.
     """
     for path in lists:
-        if found := info(path):
-            yield name_of(path), found.bytes, found.stamp
+        if status := info(path):
+            yield name_of(path), status.bytes, status.stamp
     if is_s3(root):
-        for found in walk(root if is_folder(root) else parent_of(root)):
-            yield found.name, found.bytes, found.stamp
-    last = ""
+        for file in walk(root if is_folder(root) else parent_of(root)):
+            yield file.name, file.bytes, file.stamp
+    previous = ""
     for source in sources:
-        if source == last:
+        # Segments of one file usually follow each other.
+        if source == previous:
             continue
-        last = source
+        previous = source
         try:
-            status = os.stat(source) if not is_s3(source) else None
+            local = os.stat(source) if not is_s3(source) else None
         except OSError:
             continue
-        yield (source, status.st_size, str(status.st_mtime_ns)) if status else (source, 0, "")
+        yield (source, local.st_size, str(local.st_mtime_ns)) if local else (source, 0, "")

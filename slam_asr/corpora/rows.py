@@ -1,4 +1,4 @@
-"""Tables row by row: csv, tsv, JSON lines, parquet, and the arrow files that Hugging Face datasets are saved as."""
+"""Reading tables row by row: csv, tsv, JSON lines, parquet, and the arrow files of Hugging Face datasets."""
 
 import contextlib
 import csv
@@ -7,32 +7,36 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.storage import fetch, open_stream
+
+if TYPE_CHECKING:
+    import pyarrow
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
-_FEW, _MANY = 32, 4096
-"""Rows that are decoded at once: where their cells may hold audio, and where they do not."""
+_ROWS_WITH_AUDIO, _ROWS_WITHOUT_AUDIO = 32, 4096
+"""Rows decoded at once, by whether their cells may contain audio. More is faster, but needs more memory."""
 _BUFFER = 2**20
-"""Bytes of a parquet column that are read ahead; without a buffer, a whole row group would be in memory."""
+"""Bytes read ahead of a parquet column. Without a buffer, pyarrow would read complete row groups into
+memory."""
 
 Row = tuple[int, dict[str, Any]]
-"""Its number in the file, counted as a person would, and its cells."""
+"""A row's number in the file, from 1 (in text files, its line), and its cells by column."""
 
 
 def columns_of(path: str) -> list[str]:
     """The names of a table's columns.
 
     Raises:
-        UserError: it cannot be read as a table.
+        InputError: the file cannot be read as a table.
     """
     suffix = _suffix(path)
     if suffix in ("parquet", "arrow"):
-        with _arrow_told(path):
+        with _arrow_errors_as_input_error(path):
             return _schema(path).names
     if suffix == "jsonl":
         return list(next(_json_rows(path), (0, {}))[1])
@@ -40,14 +44,14 @@ def columns_of(path: str) -> list[str]:
 
 
 def rows(path: str, columns: list[str] | None = None) -> Iterator[Row]:
-    """The rows of a table on local disk or in object storage, in order.
+    """Yield the rows of a table on local disk or in object storage, in order.
 
     Args:
-        path: its suffix says what it is.
-        columns: those that are wanted, where the format can leave out others.
+        path: the table; its suffix decides the format.
+        columns: columns to read; None for all. Text formats always give all columns.
 
     Raises:
-        UserError: a row cannot be read, by file and line.
+        InputError: a row cannot be read.
     """
     suffix = _suffix(path)
     if suffix in ("parquet", "arrow"):
@@ -64,12 +68,12 @@ def _suffix(path: str) -> str:
 
 
 def _header(path: str) -> tuple[list[str], dict[str, Any]]:
-    """A table's columns, and how its cells are separated."""
-    with _text_told(path, 1), _text(path) as file:
+    """A table's columns, and the arguments with which `csv.reader` reads its rows."""
+    with _text_errors_as_input_error(path, 1), _text(path) as file:
         line = file.readline()
         if _suffix(path) == "tsv":
-            # Written by hand as often as by a csv library: a quote may be just a quote.
-            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            # Many tsv files are not written by a csv library: a quote may be part of the text.
+            dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         else:
             dialect = {"delimiter": ";" if ";" in line and "," not in line else ",", "strict": True}
         return [name.strip() for name in next(csv.reader([line], **dialect), [])], dialect
@@ -80,36 +84,36 @@ def _text_rows(path: str) -> Iterator[Row]:
     with _text(path) as file:
         lines = csv.reader(file, **dialect)
         while True:
-            with _text_told(path, lines.line_num + 1):
+            with _text_errors_as_input_error(path, lines.line_num + 1):
                 cells = next(lines, None)
             if cells is None:
                 return
             if lines.line_num == 1 or not cells:
                 continue
             if len(cells) != len(names):
-                raise UserError(
-                    f"{path}, line {lines.line_num} has {len(cells)} cells where the header has {len(names)}: mend that line."
+                raise InputError(
+                    f"{path}, line {lines.line_num} has {len(cells)} cells, but the header has {len(names)}: "
+                    "correct that line."
                 )
-            yield (
-                lines.line_num,
-                dict(zip(names, map(_unquoted, cells) if "quoting" in dialect else cells, strict=True)),
-            )
+            if "quoting" in dialect:
+                cells = [_unquoted(cell) for cell in cells]
+            yield lines.line_num, dict(zip(names, cells, strict=True))
 
 
 @contextlib.contextmanager
-def _text_told(path: str, line: int) -> Iterator[None]:
+def _text_errors_as_input_error(path: str, line: int) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason}, near line {line}): write it anew as UTF-8."
+        raise InputError(
+            f"{path} is not UTF-8 text ({error.reason}, near line {line}): convert it to UTF-8."
         ) from error
     except csv.Error as error:
-        raise UserError(f"{path}, line {line}, cannot be read as a table ({error}): mend it.") from error
+        raise InputError(f"{path}, line {line}, cannot be read as a table ({error}): correct it.") from error
 
 
 def _unquoted(cell: str) -> str:
-    """A cell that a csv library has quoted, as it was."""
+    """The text of a tsv cell, without the quotes of a csv library if the cell is quoted properly."""
     return cell[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', cell) else cell
 
 
@@ -121,78 +125,91 @@ def _json_rows(path: str) -> Iterator[Row]:
             try:
                 cells = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise UserError(
+                raise InputError(
                     f"{path}, line {number} is not JSON ({error}): each line must be one JSON object."
                 ) from error
             if not isinstance(cells, dict):
-                raise UserError(
-                    f"{path}, line {number} holds {type(cells).__name__} where an object must stand."
+                raise InputError(
+                    f"{path}, line {number} is of type {type(cells).__name__}: it must be an object."
                 )
             yield number, cells
 
 
 @contextlib.contextmanager
-def _arrow_told(path: str) -> Iterator[None]:
+def _arrow_errors_as_input_error(path: str) -> Iterator[None]:
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
+        # An OSError with a number comes from the disk; pyarrow raises one without a number for a damaged
+        # file.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        why = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} cannot be read as {_suffix(path)} ({why}): was it copied whole?") from error
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"{path} cannot be read as {_suffix(path)} ({reason}): check that it was copied completely."
+        ) from error
 
 
-def _schema(path: str) -> Any:
+def _schema(path: str) -> "pyarrow.Schema":
     if _suffix(path) == "parquet":
         import pyarrow.parquet
 
         return pyarrow.parquet.read_schema(fetch(path))
-    with _opened_arrow(fetch(path)) as batches:
+    with _open_arrow(fetch(path)) as batches:
         return batches.schema
 
 
 def _arrow_rows(path: str, columns: list[str] | None) -> Iterator[Row]:
     import pyarrow
 
-    with _arrow_told(path):
+    with _arrow_errors_as_input_error(path):
         schema = _schema(path)
-        wanted = [name for name in schema.names if columns is None or name in columns]
-        heavy = any(
-            pyarrow.types.is_nested(schema.field(n).type) or _is_bytes(schema.field(n).type) for n in wanted
-        )
-        at_once = _FEW if heavy else _MANY
+        names = [name for name in schema.names if columns is None or name in columns]
+        types = [schema.field(name).type for name in names]
+        may_have_audio = any(pyarrow.types.is_nested(t) or _is_binary(t) for t in types)
+        batch_rows = _ROWS_WITH_AUDIO if may_have_audio else _ROWS_WITHOUT_AUDIO
         number = 0
-        for batch in _batches(fetch(path), wanted, at_once):
-            for start in range(0, batch.num_rows, at_once):
-                for cells in batch.slice(start, at_once).to_pylist():
+        for batch in _batches(fetch(path), names, batch_rows):
+            for start in range(0, batch.num_rows, batch_rows):
+                for cells in batch.slice(start, batch_rows).to_pylist():
                     number += 1
                     yield number, cells
 
 
-def _is_bytes(kind: Any) -> bool:
+def _is_binary(column_type: "pyarrow.DataType") -> bool:
     import pyarrow
 
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    return pyarrow.types.is_binary(column_type) or pyarrow.types.is_large_binary(column_type)
 
 
-def _batches(file: Path, wanted: list[str], at_once: int) -> Iterator[Any]:
-    """Record batches with these columns."""
+def _batches(file: Path, columns: list[str], batch_rows: int) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield record batches with these columns; `batch_rows` limits those of parquet, not those of arrow."""
     if file.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
-        # Read ahead by pyarrow itself, all that went by would stay in memory.
+        # With pre_buffer, pyarrow would retain in memory all that it has read.
         with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
-            yield from table.iter_batches(batch_size=at_once, columns=wanted, use_threads=False)
+            yield from table.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False)
         return
-    with _opened_arrow(file) as batches:
+    with _open_arrow(file) as batches:
         for batch in batches:
-            yield batch.select(wanted)
+            yield batch.select(columns)
 
 
-def _opened_arrow(file: Path) -> Any:
-    """An arrow file's batches: the datasets library writes streams, other programs files."""
+class _Batches(Protocol):
+    """What `pyarrow.ipc.RecordBatchStreamReader` and `_FileBatches` have in common."""
+
+    @property
+    def schema(self) -> "pyarrow.Schema": ...
+    def __enter__(self) -> "_Batches": ...
+    def __exit__(self, *exception: object) -> None: ...
+    def __iter__(self) -> Iterator["pyarrow.RecordBatch"]: ...
+
+
+def _open_arrow(file: Path) -> _Batches:
+    """Open an arrow file of either format: the datasets library writes streams, other programs files."""
     import pyarrow
 
     source = pyarrow.memory_map(str(file))
@@ -203,16 +220,16 @@ def _opened_arrow(file: Path) -> Any:
 
 
 class _FileBatches:
-    """An arrow file read as a stream is."""
+    """An arrow file in the file format, with the interface of a stream."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: "pyarrow.ipc.RecordBatchFileReader") -> None:
         self._file, self.schema = file, file.schema
 
     def __enter__(self) -> "_FileBatches":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator["pyarrow.RecordBatch"]:
         return (self._file.get_batch(i) for i in range(self._file.num_record_batches))

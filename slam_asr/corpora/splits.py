@@ -1,4 +1,4 @@
-"""Which utterances train, which validate, which test: by subset, or held out by key."""
+"""Assignment of utterances to train, dev and test: by subset, or for dev by a hash of the key."""
 
 import functools
 import hashlib
@@ -21,107 +21,113 @@ from slam_asr.corpora import (
     CorpusReader,
     Rejection,
 )
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.recipe import Data
 
-_NAMED = 12
-"""Subsets that a message names."""
+_MAX_LISTED = 12
+"""Subsets that a message lists."""
 
 
 def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
-    """Subsets by split, after the recipe's patterns; `dev` may be without any.
+    """Match subsets against the recipe's patterns, and return their names by split.
 
-    A subset called train, dev (or validation) or test belongs to that split.
+    A subset named train, dev (or validation) or test belongs to that split, whatever the patterns. `dev` may
+    have none; a share of train is then held out for it.
 
     Raises:
-        UserError: train or test is without a subset, or a subset is in two splits.
+        ConfigurationError: train or test has no subset, or a subset is in two splits.
     """
-    found = reader.subsets()
-    chosen: dict[str, list[str]] = {split: [] for split in SPLITS}
-    wanted = wanted_splits(data)
-    for subset in found:
+    available = reader.subsets()
+    subsets: dict[str, list[str]] = {split: [] for split in SPLITS}
+    required = required_splits(data)
+    for subset in available:
         splits = [s for s in SPLITS if any(fnmatchcase(subset, pattern) for pattern in getattr(data, s))]
         if subset in SPLIT_NAMES:
             splits = [SPLIT_NAMES[subset]]
-        splits = [split for split in splits if split in wanted]
+        splits = [split for split in splits if split in required]
         if len(splits) > 1:
-            raise UserError(
+            patterns = ", ".join(f"data.{s}: {getattr(data, s)}" for s in splits)
+            raise ConfigurationError(
                 f"The subset {subset} is in {' and in '.join(splits)} by the recipe's patterns "
-                f"({', '.join(f'data.{s}: {getattr(data, s)}' for s in splits)}): make them exclude each other."
+                f"({patterns}): make them exclude each other."
             )
         for split in splits:
-            chosen[split].append(subset)
+            subsets[split].append(subset)
     for split in ("train", "test"):
-        if split in wanted and not chosen[split]:
-            named = ", ".join(found[:_NAMED]) + (f", … ({len(found)} in all)" if len(found) > _NAMED else "")
-            raise UserError(
-                f"No subset of {reader.root} is for {split}: the recipe's data.{split} asks for "
-                f"{', '.join(getattr(data, split))}, and the corpus has {named}: change --data.{split}."
+        if split in required and not subsets[split]:
+            names = ", ".join(available[:_MAX_LISTED])
+            names += f", … ({len(available)} in all)" if len(available) > _MAX_LISTED else ""
+            raise ConfigurationError(
+                f"No subset of {reader.root} is for {split}: the recipe's data.{split} is "
+                f"{', '.join(getattr(data, split))}, but the corpus has {names}: change --data.{split}."
             )
-    return chosen
+    return subsets
 
 
-def wanted_splits(data: Data) -> tuple[str, ...]:
-    """The splits that the recipe wants utterances of: all, or where it trains on nothing, those for which it names subsets."""
+def required_splits(data: Data) -> tuple[str, ...]:
+    """The splits that need utterances: all, or if the recipe has no train data, those with patterns."""
     return tuple(split for split in SPLITS if data.train or getattr(data, split))
 
 
 @dataclass
 class Survey:
-    """What there is before any audio is opened."""
+    """Counts of a corpus before any audio is opened."""
 
     candidates: int = 0
-    rejected: Counter = field(default_factory=Counter)
-    """What is no candidate, by reason."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Rejections by reason."""
     repeated: set[int] = field(default_factory=set)
-    """Hashes of keys that come more than once (and, very seldom, of others)."""
+    """Hashes of keys that occur more than once. By collision, other keys may rarely have the same hash."""
 
 
-def survey(reader: CorpusReader, chosen: dict[str, list[str]]) -> Survey:
-    """Count the candidates and look at their keys.
+def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
+    """Count the candidates and find repeated keys, in a few bytes of memory per candidate.
 
     Raises:
-        UserError: an utterance is in two splits, or all audio or all transcripts are missing.
+        InputError: an utterance is in two splits, or all audio or all transcripts are missing.
     """
-    found = Survey()
+    counts = Survey()
     hashes, splits = array("q"), array("b")
     first: Rejection | None = None
-    for split, item in _items(reader, chosen):
+    for split, item in _items(reader, subsets):
         if isinstance(item, Rejection):
-            found.rejected[item.reason] += 1
+            counts.rejected[item.reason] += 1
             first = first or item
         else:
             hashes.append(hash(item.key))
             splits.append(SPLITS.index(split))
-    found.candidates = len(hashes)
+    counts.candidates = len(hashes)
     if not hashes and first is not None:
-        _refuse_half_a_corpus(reader, found.rejected, first)
+        _refuse_missing_half(reader, counts.rejected, first)
+    # Sorting makes equal hashes neighbours; if several splits have one, some neighbours differ in split.
     order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable")
-    ordered, of_split = np.frombuffer(hashes, np.int64)[order], np.frombuffer(splits, np.int8)[order]
-    equal = ordered[1:] == ordered[:-1]
-    found.repeated = set(ordered[1:][equal].tolist())
-    across = set(ordered[1:][equal & (of_split[1:] != of_split[:-1])].tolist())
+    sorted_hashes = np.frombuffer(hashes, np.int64)[order]
+    sorted_splits = np.frombuffer(splits, np.int8)[order]
+    equal = sorted_hashes[1:] == sorted_hashes[:-1]
+    counts.repeated = set(sorted_hashes[1:][equal].tolist())
+    across = set(sorted_hashes[1:][equal & (sorted_splits[1:] != sorted_splits[:-1])].tolist())
     if across:
-        _refuse_two_splits(reader, chosen, across)
-    return found
+        _refuse_two_splits(reader, subsets, across)
+    return counts
 
 
 def read_splits(
-    reader: CorpusReader, chosen: dict[str, list[str]], data: Data, repeated: set[int]
+    reader: CorpusReader, subsets: dict[str, list[str]], data: Data, repeated: set[int]
 ) -> Iterator[Candidate | Rejection]:
-    """Candidates with their splits, transcripts written as the recipe wants them, and what is no candidate.
+    """Yield candidates with their splits and normalised transcripts, and rejections.
 
     Args:
         reader: the corpus.
-        chosen: subsets by split.
-        data: how transcripts are written.
-        repeated: hashes of the keys that the survey met more than once; of such, the first is taken.
+        subsets: names of subsets by split.
+        data: the recipe's `data` section, for the form of transcripts.
+        repeated: hashes of the keys that occur more than once. The first utterance of such a key is used, and
+            the others are rejected.
     """
-    write = writer(data.text)
+    normaliser = transcript_normaliser(data.text)
     seen: set[str] = set()
-    for split, item in _items(reader, chosen):
+    for split, item in _items(reader, subsets):
         if isinstance(item, Candidate):
-            item.split, item.text = split, write(item.text)
+            item.split, item.text = split, normaliser(item.text)
             if hash(item.key) in repeated:
                 if item.key in seen:
                     detail = f"{item.extra.get('subset', split)} has {item.key} a second time."
@@ -133,17 +139,19 @@ def read_splits(
         yield item
 
 
-def _items(reader: CorpusReader, chosen: dict[str, list[str]]) -> Iterator[tuple[str, Candidate | Rejection]]:
-    for split, subsets in chosen.items():
-        for subset in subsets:
-            for item in reader.read(subset):
+def _items(
+    reader: CorpusReader, subsets: dict[str, list[str]]
+) -> Iterator[tuple[str, Candidate | Rejection]]:
+    for split, names in subsets.items():
+        for name in names:
+            for item in reader.read(name):
                 yield split, item
 
 
-def writer(text: str) -> Callable[[str], str]:
-    """How a transcript is written after `data.text`; always with single spaces."""
+def transcript_normaliser(text: str) -> Callable[[str], str]:
+    """The function that converts transcripts to the form of `data.text`, with single spaces."""
     if text == "whisper":
-        # Costs a second to import, for those who ask for it.
+        # Imported here because it takes a second.
         from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
         whisper = EnglishTextNormalizer({})
@@ -152,50 +160,56 @@ def writer(text: str) -> Callable[[str], str]:
 
 
 def normalise(text: str, case: str) -> str:
-    """A transcript in the case that the recipe wants (`lower`, `upper` or `as-is`), with single spaces."""
+    """Convert a transcript to the given case (`lower`, `upper` or `as-is`) and to single spaces."""
     text = " ".join(text.split())
     return text.lower() if case == "lower" else text.upper() if case == "upper" else text
 
 
-def _refuse_half_a_corpus(reader: CorpusReader, reasons: Counter, first: Rejection) -> None:
+def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rejection) -> None:
+    """Raise if a corpus has only transcripts or only audio, given the reasons for its rejections."""
     if set(reasons) == {NO_AUDIO}:
-        raise UserError(
-            f"{reader.root} holds transcripts but no audio ({reasons[NO_AUDIO]} files are missing, first that of "
-            f"{first.key}): was it unpacked whole, and do its paths hold on this machine?"
+        raise InputError(
+            f"{reader.root} holds transcripts but no audio ({reasons[NO_AUDIO]} files are missing, the first "
+            f"is that of {first.key}): check that it was unpacked completely and that its paths are valid."
         )
     if set(reasons) == {NO_TRANSCRIPT}:
-        raise UserError(
-            f"{reader.root} holds audio but no transcripts ({reasons[NO_TRANSCRIPT]} files, first {first.source}): "
-            "put the transcripts beside the audio, as the archive has them."
+        raise InputError(
+            f"{reader.root} holds audio but no transcripts ({reasons[NO_TRANSCRIPT]} files, the first is "
+            f"{first.source}): put the transcripts next to the audio, as in the archive."
         )
 
 
-def _refuse_two_splits(reader: CorpusReader, chosen: dict[str, list[str]], across: set[int]) -> None:
+def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], across: set[int]) -> None:
+    """Raise for the first key in two splits; `across` has the hashes of such keys, and rarely of others."""
     split_of: dict[str, str] = {}
-    for split, item in _items(reader, chosen):
+    for split, item in _items(reader, subsets):
         if isinstance(item, Rejection) or hash(item.key) not in across:
             continue
         first = split_of.setdefault(item.key, split)
         if first != split:
-            raise UserError(
+            raise InputError(
                 f"The utterance {item.key} is in {first} and in {split} ({item.source}): "
-                "an utterance may be in one split only, so take it out of one of them."
+                "an utterance may be in one split only; remove it from the other."
             )
 
 
 def held_out(keys: Iterable[str], fraction: float) -> set[str]:
-    """The share of `keys` to hold out, at least one: each is chosen by its own hash, whatever the others are."""
-    chosen: set[str] = set()
+    """Select about `fraction` of the keys, at least one.
+
+    The choice depends on each key's own hash, so an utterance stays in its split when others are added or
+    removed.
+    """
+    selected: set[str] = set()
     lowest: tuple[float, str] | None = None
     for key in keys:
         rank = _rank(key)
         if rank < fraction:
-            chosen.add(key)
+            selected.add(key)
         if lowest is None or rank < lowest[0]:
             lowest = rank, key
-    return chosen or ({lowest[1]} if lowest else set())
+    return selected or ({lowest[1]} if lowest else set())
 
 
 def _rank(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """A pseudo-random number in [0, 1) that depends only on the key."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48

@@ -1,4 +1,4 @@
-"""How much there is of what: the numbers of a corpus by split and by subset, counted as utterances pass."""
+"""Statistics of a corpus by split and subset, counted while its manifests are written."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict
@@ -9,22 +9,24 @@ from slam_asr.corpora import Rejection
 from slam_asr.manifest import Utterance
 
 BIN_SECONDS = 1
-"""Width of a bar of the histogram of durations; the first one holds what is shorter than that."""
+"""Width of a bin of the histogram of durations, in seconds; the first bin begins at 0."""
 EXAMPLES = 5
-"""Rejections of each reason that are kept in full."""
+"""Rejections per reason that are saved as examples."""
 
 
 class Measures:
-    """Counts over a set of utterances; all sums are of whole numbers, so their order does not matter."""
+    """Counts over a set of utterances. All sums are of integers, so they do not depend on the order."""
 
     def __init__(self) -> None:
         self.utterances = self.samples = self.words = self.characters = 0
         self.shortest, self.longest = 0, 0
+        """Durations in samples at 16 kHz."""
         self._speakers: set[int] = set()
-        """Hashes: names may be long."""
+        """Hashes, because names may be long."""
         self._bins: Counter[int] = Counter()
 
     def add(self, utterance: Utterance) -> None:
+        assert utterance.duration is not None, "build-manifest measures every utterance"
         samples = round(utterance.duration * SAMPLE_RATE)
         self.shortest = min(self.shortest, samples) if self.utterances else samples
         self.longest = max(self.longest, samples)
@@ -37,7 +39,7 @@ class Measures:
             self._speakers.add(hash(utterance.speaker))
 
     def as_dict(self) -> dict[str, Any]:
-        """Hours, durations in seconds, counts, and the histogram: utterances of [0, 1) s, [1, 2) s and so on."""
+        """Counts, hours, durations in seconds, and the histogram: utterances of [0, 1) s, [1, 2) s, …"""
         seconds = self.samples / SAMPLE_RATE
         return {
             "utterances": self.utterances,
@@ -53,7 +55,7 @@ class Measures:
 
 
 class CorpusStatistics:
-    """The numbers of a corpus while its manifests are written."""
+    """The statistics of a corpus, updated with each utterance and each rejection."""
 
     def __init__(self) -> None:
         self._splits: dict[str, Measures] = {}
@@ -61,8 +63,8 @@ class CorpusStatistics:
         self._alphabet: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._examples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
-        self.resampled = self.mixed = 0
-        """Utterances whose files have another sample rate than 16 kHz, and more channels than one."""
+        self.resampled = self.downmixed = 0
+        """Utterances whose files have a rate other than 16 kHz, and those with more than one channel."""
 
     def add(self, split: str, utterance: Utterance) -> None:
         """Count an utterance of a manifest."""
@@ -70,8 +72,8 @@ class CorpusStatistics:
         self._subsets[split].setdefault(utterance.subset, Measures()).add(utterance)
         self._alphabet.update(utterance.target)
 
-    def set_aside(self, rejection: Rejection) -> None:
-        """Count an utterance of no manifest; the first of each reason are kept as examples."""
+    def add_rejection(self, rejection: Rejection) -> None:
+        """Count a rejection; the first few of each reason are saved as examples."""
         self._reasons[rejection.reason] += 1
         if len(self._examples[rejection.reason]) < EXAMPLES:
             self._examples[rejection.reason].append(asdict(rejection))
@@ -84,14 +86,14 @@ class CorpusStatistics:
         return self._splits[split].utterances if split in self._splits else 0
 
     def reasons(self) -> list[tuple[str, int]]:
-        """Reasons and how many were set aside for each, the most frequent first."""
+        """Reasons with their numbers of rejections, the most frequent first."""
         return self._reasons.most_common()
 
     def as_dict(self, held_out: bool) -> dict[str, Any]:
-        """All of it, JSON-able.
+        """All statistics, JSON-serialisable.
 
         Args:
-            held_out: whether dev was taken out of train.
+            held_out: whether dev was held out of train.
         """
         return {
             "splits": {
@@ -102,6 +104,6 @@ class CorpusStatistics:
             "dev_held_out_of_train": held_out,
             "rejected": {"total": self.rejected, "by_reason": dict(sorted(self._reasons.items()))},
             "examples": {reason: self._examples[reason] for reason in sorted(self._examples)},
-            "converted": {"to_16_khz": self.resampled, "to_mono": self.mixed},
+            "converted": {"to_16_khz": self.resampled, "to_mono": self.downmixed},
             "alphabet": dict(sorted(self._alphabet.items(), key=lambda pair: (-pair[1], pair[0]))),
         }

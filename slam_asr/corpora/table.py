@@ -1,8 +1,9 @@
-"""Tables: one utterance a row, in csv, tsv or parquet, with columns named by the recipe or by custom.
+"""Reader for tables (csv, tsv or parquet) with one utterance per row.
 
-A table's utterances belong to the subsets that its split column names, or else to one that is called
-like the file: train.tsv, dev.tsv, test.tsv. Relative audio paths count from the table's folder, or
-from `data.audio_root`. Columns that are not asked for are carried along.
+The recipe's `data.columns` names the columns; those it leaves empty are recognised by their usual names. A
+split column names each utterance's subset. Without one, the subset is named after the file: train.tsv,
+dev.tsv, test.tsv. Relative audio paths are resolved against the table's folder, or against `data.audio_root`.
+Other columns are copied to the manifest.
 """
 
 import dataclasses
@@ -15,10 +16,10 @@ from typing import Any
 from slam_asr.corpora import NO_AUDIO, Candidate, Rejection, Stamp
 from slam_asr.corpora.places import Unpacked, audio_path, files_in, if_present, is_file, stamps_of, stem_of
 from slam_asr.corpora.rows import SUFFIXES, columns_of, rows
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.recipe import Columns, Data
 
-LAYOUT = ".csv, .tsv or .parquet files with a row an utterance"
+LAYOUT = ".csv, .tsv or .parquet files with a row per utterance"
 
 _USUAL = {
     "audio": (
@@ -39,20 +40,30 @@ _USUAL = {
     "split": ("split", "subset", "partition"),
     "speaker": ("speaker", "speaker_id", "client_id", "spk", "spk_id"),
 }
-"""Names by which columns are known where the recipe names none; letters' case does not matter."""
-_SHARD = re.compile(r"(?:^|[-_.])\d{4,5}(?:-of-\d{4,5})?$")
-"""The number of a part, as data sets that are split over files have it."""
-_OF_MANIFEST = ("key", "source", "target", "start", "duration", "sample_rate", "sha256", "subset", "speaker")
-"""What a carried column may not be called: the manifest has its own."""
+"""Column names that are recognised, in any case of letters, if the recipe does not name a column."""
+_FILE_NUMBER = re.compile(r"(?:^|[-_.])\d{4,5}(?:-of-\d{4,5})?$")
+"""The number at the end of a file's name, in data sets that are divided into several files."""
+_MANIFEST_FIELDS = (
+    "key",
+    "source",
+    "target",
+    "start",
+    "duration",
+    "sample_rate",
+    "sha256",
+    "subset",
+    "speaker",
+)
+"""Columns with these names are not copied, because the manifest has fields of its own with these names."""
 
 
 class Table(Unpacked):
-    """The reader of one table, or of a folder of them.
+    """The reader of one table, or of a folder of tables.
 
     Args:
-        root: the path that was given.
-        files: tables, each with the subset of rows that name none.
-        data: which columns there are, and where audio lies.
+        root: the corpus's absolute path or URI.
+        files: table files, each with the subset for rows whose split column is empty or missing.
+        data: the recipe's `data` section.
     """
 
     kind = "table"
@@ -64,10 +75,11 @@ class Table(Unpacked):
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Table | None":
-        """The tables at a path, or None where there is none.
+        """Open the tables at a path; None if there are none.
 
         Raises:
-            UserError: a column is missing or ambiguous.
+            InputError: a file cannot be read as a table.
+            ConfigurationError: a column is missing or ambiguous.
         """
         root = os.fspath(root)
         if root.lower().endswith(SUFFIXES) and is_file(root):
@@ -83,10 +95,10 @@ class Table(Unpacked):
         return sorted(set().union(*self._subsets.values()))
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        named = [file for file in self.files if not self._embeds(file)]
+        files = [file for file in self.files if not self._has_embedded_audio(file)]
         sources = (
             item.source
-            for item in self._rows(subset, named)
+            for item in self._rows(subset, files)
             if isinstance(item, Candidate) and item.content is None
         )
         return stamps_of(self.files, sources, self.root)
@@ -101,11 +113,11 @@ class Table(Unpacked):
         return {self._subset(file, cells) for _, cells in rows(file, [column])}
 
     def _subset(self, file: str, cells: dict[str, Any]) -> str:
-        named = cells.get(self._columns[file].split)
-        return str(named).strip() if named is not None and str(named).strip() else self.files[file]
+        cell = cells.get(self._columns[file].split)
+        return str(cell).strip() if cell is not None and str(cell).strip() else self.files[file]
 
-    def _embeds(self, file: str) -> bool:
-        """Whether a table has its audio inside, by its first row."""
+    def _has_embedded_audio(self, file: str) -> bool:
+        """Whether the first row of a table contains audio rather than the path of a file."""
         first = next(rows(file), None)
         return first is not None and _audio(first[1][self._columns[file].audio], file)[1] is not None
 
@@ -125,59 +137,62 @@ class Table(Unpacked):
             if columns.key or path
             else f"{subset}-{stem_of(file)}-{number:07d}"
         )
-        if not path and content is None:
-            return Rejection(key, "", NO_AUDIO, f"{where} names no audio.")
-        source = (
-            where
-            if not path
-            else path
-            if content is not None
-            else audio_path(path, file, self.data.audio_root)
-        )
+        if content is None:
+            if not path:
+                return Rejection(key, "", NO_AUDIO, f"{where} has no audio.")
+            source = audio_path(path, file, self.data.audio_root)
+        else:
+            source = path or where
         text = cells[columns.text]
         extra = {"subset": subset} | (
             {"speaker": str(cells[columns.speaker])} if cells.get(columns.speaker) else {}
         )
-        extra |= _carried(cells, columns)
+        extra |= _other_columns(cells, columns)
         return Candidate(key, source, "" if text is None else str(text), extra, start, duration, content)
 
 
 def split_of(file: str) -> str:
-    """What a table's name says of its rows: `train-00000-of-00004.parquet` → `train`; nothing for `0000.parquet`."""
-    return _SHARD.sub("", stem_of(file))
+    """The split in a file's name: `train-00000-of-00004.parquet` → `train`; empty for `0000.parquet`."""
+    return _FILE_NUMBER.sub("", stem_of(file))
 
 
-def named_columns(file: str, asked: Columns) -> Columns:
-    """The names of a table's columns, each asked for or found by custom; empty where there is none.
+def named_columns(file: str, columns: Columns) -> Columns:
+    """Add the recognised columns of a table to those that the recipe names; a role without a column is empty.
 
     Raises:
-        UserError: one that is needed or asked for is not there, or several could be meant.
+        ConfigurationError: a named or necessary column is missing, or several columns may have the same role.
     """
-    there = columns_of(file)
-    found = {}
+    available = columns_of(file)
+    names = {}
     for field in dataclasses.fields(Columns):
-        name = getattr(asked, field.name)
-        if name and name not in there:
-            raise UserError(
-                f"{file} has no column {name}, which data.columns.{field.name} names; it has {_listed(there)}."
+        name = getattr(columns, field.name)
+        if name and name not in available:
+            raise ConfigurationError(
+                f"{file} has no column {name}, which data.columns.{field.name} names; "
+                f"it has {_listed(available)}."
             )
-        found[field.name] = name or _usual(file, field.name, there)
-    taken = [name for name in found.values() if name]
-    if twice := next((name for name in taken if taken.count(name) > 1), None):
-        roles = " and ".join(f"data.columns.{role}" for role, name in found.items() if name == twice)
-        raise UserError(f"{file}: the column {twice} cannot be both {roles}; it has {_listed(there)}.")
-    return Columns(**found)
+        names[field.name] = name or _usual(file, field.name, available)
+    used = [name for name in names.values() if name]
+    if repeated := next((name for name in used if used.count(name) > 1), None):
+        roles = " and ".join(f"data.columns.{role}" for role, name in names.items() if name == repeated)
+        raise ConfigurationError(
+            f"{file}: the column {repeated} cannot be both {roles}; it has {_listed(available)}."
+        )
+    return Columns(**names)
 
 
-def _usual(file: str, role: str, there: list[str]) -> str:
-    names = [name for name in there if name.lower() in _USUAL.get(role, ())]
+def _usual(file: str, role: str, available: list[str]) -> str:
+    """The column with a usual name for a role; empty if none has and the role is optional."""
+    names = [name for name in available if name.lower() in _USUAL.get(role, ())]
     if len(names) > 1 and role != "speaker":
-        raise UserError(
-            f"{file} has {len(names)} columns that may be its {role}, {' and '.join(names)}: say which by --data.columns.{role}; it has {_listed(there)}."
+        raise ConfigurationError(
+            f"{file} has {len(names)} columns that may be its {role}, {' and '.join(names)}: "
+            f"name one with --data.columns.{role}; it has {_listed(available)}."
         )
     if not names and role in ("audio", "text"):
-        raise UserError(
-            f"{file} has no column of a usual name for its {role}: name it by --data.columns.{role}; it has {_listed(there)}."
+        raise ConfigurationError(
+            f"{file} has no column with a usual name for its {role}: "
+            f"name it with --data.columns.{role}; it has {_listed(available)}."
         )
     return names[0] if names else ""
 
@@ -188,22 +203,24 @@ def _listed(columns: list[str]) -> str:
 
 
 def _audio(cell: Any, where: str) -> tuple[str, bytes | None]:
-    """Path and content of a cell: a path, bytes, or both, as Hugging Face's Audio has them."""
+    """Path and bytes in a cell: either of them, or both in a dictionary, as Hugging Face's Audio writes."""
     path, content = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else (cell, None)
     if isinstance(path, bytes):
         path, content = None, path
     if not isinstance(path, str | None) or not isinstance(content, bytes | None):
-        raise UserError(
-            f"{where} holds {type(cell).__name__}, neither a path nor an audio file's bytes: name the right column by --data.columns.audio."
+        raise InputError(
+            f"{where} is of type {type(cell).__name__}, neither a path nor an audio file's bytes: "
+            "name the right column with --data.columns.audio."
         )
     return (path or "").strip(), content
 
 
 def _key(cell: Any, path: str, start: float | None, where: str) -> str:
+    """The key in a cell, or one derived from the audio's path and the segment's start."""
     if cell is not None and str(cell).strip():
         return str(cell).strip()
     if not path:
-        raise UserError(f"{where} has no key: fill its column, or leave that column out.")
+        raise InputError(f"{where} has no key: fill in its column, or remove the column.")
     key = os.path.splitext(path)[0]
     return key if start is None else f"{key}-{start:.2f}"
 
@@ -216,16 +233,17 @@ def _seconds(cells: dict[str, Any], column: str, where: str) -> float | None:
     except (TypeError, ValueError):
         value = math.nan
     if not 0 <= value < math.inf:
-        raise UserError(f"{where}: {column} must be a number of seconds, not {str(cells[column])[:40]!r}.")
+        raise InputError(f"{where}: {column} must be a number of seconds, not {str(cells[column])[:40]!r}.")
     return value
 
 
-def _carried(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    named = {*vars(columns).values(), *_OF_MANIFEST}
+def _other_columns(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """Cells to copy to the manifest: texts and finite numbers in columns that have no role."""
+    excluded = {*vars(columns).values(), *_MANIFEST_FIELDS}
     return {
         name: value
         for name, value in cells.items()
-        if name not in named
+        if name not in excluded
         and value not in (None, "")
         and isinstance(value, str | int | float)
         and value == value

@@ -1,1 +1,1 @@
-"""From a model and speech to transcripts and their word error rate."""
+"""Decoding of test utterances: transcripts from a trained model, and their word error rate."""

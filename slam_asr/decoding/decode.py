@@ -1,4 +1,4 @@
-"""The stage `decode`: test manifests through a model, and the word error rate of what comes out."""
+"""The stage `decode`: transcribes test utterances with a model, scores the texts, and writes the report."""
 
 import time
 from collections.abc import Sequence
@@ -17,8 +17,15 @@ from slam_asr.progress import Meter, log_line
 from slam_asr.recipe import Recipe
 from slam_asr.scoring.metrics import measure
 from slam_asr.scoring.report import WORST
-from slam_asr.scoring.report_audio import Name, listen_to, worst_first, write_audio
-from slam_asr.scoring.score import HYPOTHESES, NBEST, controls_of, rates, report, what_decides_the_texts
+from slam_asr.scoring.report_audio import Name, encode_audio, worst_first, write_audio
+from slam_asr.scoring.score import (
+    HYPOTHESES,
+    NBEST,
+    control_options,
+    options_that_change_texts,
+    rates,
+    report,
+)
 from slam_asr.scoring.wer import Hypothesis, write_hypotheses
 from slam_asr.stage import FINGERPRINT, Outcome, Record, run_stage
 from slam_asr.storage import digest, fetch, is_s3, sha256_of_file
@@ -36,30 +43,35 @@ def decode(
     output: str,
     feature_store: str | None = None,
     overwrite: bool = False,
-    shard: str | None = None,
+    work_shard: str | None = None,
 ) -> Record:
     """Transcribe test utterances, score them, and write the report.
 
     Args:
-        recipe: how to decode (its section `decoding`) and the published word error rates to show;
-            on the command line, the recipe that the model was trained with unless another is named.
+        recipe: how to decode (its section `decoding`) and the published word error rates to show; on the
+            command line, the recipe that the model was trained with, unless another is named.
         model: folder that convert-checkpoint wrote, or the name of a shipped model.
-        manifests: test utterances (JSON lines); a folder of build-manifest stands for its test.jsonl.
-        output: folder for hypotheses and report; {fingerprint} in it becomes a digest of the inputs.
-        feature_store: written by extract-features; without it, audio is encoded on the way.
-        overwrite: replace results of other inputs.
-        shard: i/n: transcribe the i-th of n parts only, with the same texts; `slam-asr score` joins the parts and writes the report.
+        manifests: test utterances (JSON lines); for a folder that build-manifest wrote, its test.jsonl is
+            read.
+        output: folder for hypotheses and report; {fingerprint} in it is replaced by a digest of the inputs.
+        feature_store: written by extract-features; without it, audio is encoded on the fly.
+        overwrite: replace the results of other inputs.
+        work_shard: i/n: transcribe only the i-th of n work shards. The texts are the same as without;
+            `slam-asr score` joins the work shards and writes the report.
 
     Returns:
-        The stage's record; its folder holds hypotheses.jsonl, and, of the whole, wer.json, report.html and report.md.
+        The stage's record. Its folder holds hypotheses.jsonl and, unless `work_shard` is given, wer.json,
+        report.html and report.md.
 
     Raises:
-        UserError: a base model that is not there or not the one trained with, or features of another encoder.
+        ModelError: a base model is not the one that the model was trained with.
+        UserError: the model or a base model does not exist, or the features are another encoder's.
     """
     from slam_asr.decoding.journal import DecodeJournal
     from slam_asr.models.precision import explain_precision, pick_device, processes_here
 
-    part = parse_work_shard(shard) if shard else None
+    shard = parse_work_shard(work_shard) if work_shard else None
+    # Raises if this machine cannot compute in the requested precision.
     explain_precision(recipe.decoding.precision, pick_device())
     processes = processes_here("decoding.processes", recipe.decoding.processes)
     opened = open_model(model)
@@ -68,23 +80,23 @@ def decode(
     inputs = {
         "model": model_digests(opened.folder),
         "manifests": [sha256_of_file(fetch(file)) for file in decoder.files],
-        "audio": digest(decoder.addresses),
+        "audio": digest(decoder.audio_ids),
         "features": store.fingerprint if store else None,
-        "decoding": what_decides_the_texts(recipe.decoding),
+        "decoding": options_that_change_texts(recipe.decoding),
         **({"audio of the worst": recipe.decoding.report_audio} if recipe.decoding.report_audio else {}),
         **(
-            {"part": str(part)}
-            if part
+            {"part": str(shard)}
+            if shard
             else {
                 "title": recipe.name,
                 "published": recipe.published_wer,
-                "controls": controls_of(recipe.decoding),
+                "controls": control_options(recipe.decoding),
             }
         ),
     }
 
-    # Neither does the report decide the texts, nor what it plays; what is kept of a decoding serves any.
-    deciding = digest(
+    # What only affects the report does not affect the texts: a journal may be resumed for another report.
+    decoding_digest = digest(
         {"version": __version__}
         | {
             key: value
@@ -92,11 +104,12 @@ def decode(
             if key not in ("title", "published", "controls", "audio of the worst")
         }
     )
-    place = output.replace(FINGERPRINT, digest(inputs)[:16])
+    folder_or_prefix = output.replace(FINGERPRINT, digest(inputs)[:16])
 
     def work(folder: Path) -> Outcome:
-        with DecodeJournal(folder, deciding, place if is_s3(place) else None) as kept:
-            decoded, facts = _decode(decoder, part or WorkShard(), kept, processes)
+        remote = folder_or_prefix if is_s3(folder_or_prefix) else None
+        with DecodeJournal(folder, decoding_digest, remote) as journal:
+            decoded, facts = _decode(decoder, shard or WorkShard(), journal, processes)
         rows = [row for row, _ in decoded]
         write_hypotheses(folder / HYPOTHESES, rows)
         if recipe.decoding.nbest > 1:
@@ -107,59 +120,67 @@ def decode(
                     for row, answer in decoded
                 ],
             )
-        heard = _audio_of_the_worst(recipe, rows, utterances)
-        if part:
-            if heard:
-                write_audio(folder, heard)
+        audio = _audio_of_the_worst(recipe, rows, utterances)
+        if shard:
+            if audio:
+                write_audio(folder, audio)
             outcome = Outcome(
-                f"{len(rows)} of {len(utterances)} utterances, part {part}", rates(facts), facts
+                f"{len(rows)} of {len(utterances)} utterances, work shard {shard}", rates(facts), facts
             )
         else:
-            outcome = report(folder, recipe, rows, opened.config.training, facts, heard)
-        kept.close()
+            outcome = report(folder, recipe, rows, opened.config.training, facts, audio)
+        journal.close()
         return outcome
 
     return run_stage("decode", output, inputs, work, overwrite)
 
 
 def _decode(
-    decoder: Decoder, part: WorkShard, kept: "DecodeJournal", processes: int
+    decoder: Decoder, shard: WorkShard, journal: "DecodeJournal", processes: int
 ) -> tuple[list[tuple[Hypothesis, "Answer"]], dict[str, Any]]:
-    """Transcribe a part of the utterances, but for those that are kept → what was written, and facts of how."""
+    """Transcribe a work shard's utterances, except those in the journal.
+
+    Returns:
+        Hypothesis and answer of each utterance, and facts for the record: counts, hours and seconds.
+    """
     from slam_asr.decoding.launch import launch_decoding
     from slam_asr.models.precision import explain_precision, pick_device
 
     options, trained, utterances = decoder.recipe.decoding, decoder.model.trained, decoder.utterances
     log_line(
-        f"models: {trained.encoder.name} + projector + {trained.llm.name}; {explain_precision(options.precision, pick_device())}"
+        f"models: {trained.encoder.name} + projector + {trained.llm.name}; "
+        f"{explain_precision(options.precision, pick_device())}"
     )
-    # Planned over all utterances, so that each is decoded beside the same others whatever the number of parts and processes.
-    batches = [batch for number, batch in enumerate(decoder.batches) if part.takes(number)]
-    mine = sorted(index for batch in batches for index in batch)
-    hours = sum(utterances[i].duration or 0.0 for i in mine) / 3600
-    left = [batch for batch in batches if not kept.answers.keys() >= set(batch)]
-    processes = min(processes, len(left))
+    # Batches are planned over all utterances. So each utterance is decoded with the same others, and rounds
+    # alike, whatever the number of work shards and processes.
+    batches = [batch for number, batch in enumerate(decoder.batches) if shard.takes(number)]
+    in_shard = sorted(index for batch in batches for index in batch)
+    hours = sum(utterances[i].duration or 0.0 for i in in_shard) / 3600
+    remaining = [batch for batch in batches if not journal.answers.keys() >= set(batch)]
+    processes = min(processes, len(remaining))
     log_line(
-        f"decoding {len(mine)} utterances, {hours:.2f} h, with {options.beams} beam{'s' * (options.beams > 1)}"
+        f"decoding {len(in_shard)} utterances, {hours:.2f} h, "
+        f"with {options.beams} beam{'s' * (options.beams > 1)}"
         f"{f' and {processes} processes' * (processes > 1)}"
     )
     if processes == 1:
+        # Before the clock starts, so that the reported speed is that of decoding alone.
         decoder.load()
     started = time.monotonic()
-    with Meter("decode", total=sum(map(len, left)), unit="utt") as meter:
+    with Meter("decode", total=sum(map(len, remaining)), unit="utt") as meter:
 
         def take(answers: "dict[int, Answer]") -> None:
-            kept.add(answers)
+            journal.add(answers)
             meter.update(len(answers))
 
         if processes > 1:
-            launch_decoding(decoder, left, processes, take)
+            launch_decoding(decoder, remaining, processes, take)
         else:
-            for batch in left:
+            for batch in remaining:
                 take(decoder.decode(batch))
     seconds = time.monotonic() - started
 
-    answers = kept.answers
+    answers = journal.answers
     decoded = [
         (
             Hypothesis(
@@ -167,29 +188,30 @@ def _decode(
             ),
             answers[i],
         )
-        for i, u in ((i, utterances[i]) for i in mine)
+        for i, u in ((i, utterances[i]) for i in in_shard)
     ]
-    new = [i for batch in left for i in batch]
+    newly_decoded = [i for batch in remaining for i in batch]
     facts = {
         "beams": options.beams,
         "seconds": round(seconds, 1),
         "audio_hours": round(hours, 4),
         "utterances": len(decoded),
-        "hours_decoded": round(sum(utterances[i].duration or 0.0 for i in new) / 3600, 4),
+        "hours_decoded": round(sum(utterances[i].duration or 0.0 for i in newly_decoded) / 3600, 4),
         "answers_cut": sum(a.cut for _, a in decoded),
         "empty_answers": sum(not a.text for _, a in decoded),
     }
-    if all(a.close is not None for _, a in decoded):
-        facts["close_calls"] = sum(a.close for _, a in decoded)
+    close_calls = [a.close for _, a in decoded if a.close is not None]
+    if len(close_calls) == len(decoded):
+        facts["close_calls"] = sum(close_calls)
     return decoded, facts
 
 
 def _audio_of_the_worst(
     recipe: Recipe, rows: Sequence[Hypothesis], utterances: Sequence[Utterance]
 ) -> dict[Name, str]:
-    """The sound of as many of the worst utterances as the report has room for."""
+    """Return the audio of as many of the worst utterances as `decoding.report_audio` allows, in MB."""
     if not recipe.decoding.report_audio:
         return {}
-    spoken = {(u.key, u.subset): u for u in utterances}
+    by_name = {(u.key, u.subset): u for u in utterances}
     names = ((rows[i].key, rows[i].subset) for i in worst_first(measure(rows))[:WORST])
-    return listen_to(names, lambda name: load_utterance(spoken[name]), recipe.decoding.report_audio)
+    return encode_audio(names, lambda name: load_utterance(by_name[name]), recipe.decoding.report_audio)

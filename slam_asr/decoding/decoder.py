@@ -1,12 +1,13 @@
-"""Test utterances on their way through a model, in batches that do not depend on who decodes which.
+"""The decoder: runs test utterances through a model, in the same batches however the work is divided.
 
-On a machine with several GPUs each has a process that is given batches: `python -m slam_asr.decoding.decoder JOB`.
+With several GPUs, each has a process that receives batches: `python -m slam_asr.decoding.decoder JOB`.
 """
 
 import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property
@@ -14,58 +15,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slam_asr.decoding.launch import DecodingJob
-from slam_asr.decoding.model import Model, open_model, require_room
+from slam_asr.decoding.model import Model, open_model, require_capacity
 from slam_asr.features.audio_source import fit_to_window
 from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import read_manifest
+from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.processes import die_with_parent, failures_written_to
 from slam_asr.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    import torch
+
     from slam_asr.features.reader import AudioReader, StoreReader
+    from slam_asr.models.frontend import Prepared
     from slam_asr.models.prompt import Prompt
     from slam_asr.models.search import Answer, Searcher
 
 
 class Decoder:
-    """Weights are loaded by `load`, or when the first batch comes.
+    """Decodes batches of the utterances in manifests.
+
+    Weights are loaded by `load`, or with the first batch.
 
     Args:
-        recipe: how to decode, and whether from stored features.
-        model: that is to listen.
+        recipe: how to decode, and whether from cached features.
+        model: a located model.
         files: manifests.
-        feature_store: written by extract-features; without it, audio is encoded on the way.
+        feature_store: written by extract-features; without it, audio is encoded on the fly.
     """
 
     def __init__(self, recipe: Recipe, model: Model, files: list[str], feature_store: str | None) -> None:
         self.recipe, self.model, self.files = recipe, model, files
         self.utterances = fit_to_window([u for file in files for u in read_manifest(file)], model.spec)
-        self.addresses = [u.audio_id for u in self.utterances]
+        self.audio_ids = [u.audio_id for u in self.utterances]
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
             feature_store = None
         self.feature_store = feature_store
         self._searcher: Searcher | None = None
         self.store = (
-            FeatureStore(feature_store, model.config.encoder, model.trained.features.dtype, self.addresses)
+            FeatureStore(feature_store, model.config.encoder, model.trained.features.dtype, self.audio_ids)
             if feature_store
             else None
         )
 
     @cached_property
     def batches(self) -> list[list[int]]:
-        """All utterances, by their numbers.
+        """The indices of all utterances, in batches.
 
         Raises:
-            UserError: one is so long that its answer would not fit behind it.
+            ConfigurationError: an utterance leaves too few LLM positions for its answer.
         """
         from slam_asr.models.search import plan_batches
 
         options = self.recipe.decoding
-        head = len(self._prompt.main.before) + len(self._prompt.main.ids)
-        positions = [n + head for n in self._audio]
-        require_room(
+        prompt_positions = len(self._prompt.main.before) + len(self._prompt.main.ids)
+        positions = [n + prompt_positions for n in self._audio_positions]
+        require_capacity(
             positions,
-            lambda at: f"Utterance {self.utterances[at].key}",
+            lambda index: f"Utterance {self.utterances[index].key}",
             options.max_new_tokens,
             self.model.llm_folder,
         )
@@ -74,24 +80,30 @@ class Decoder:
         )
 
     def load(self) -> None:
-        """Load the weights, so that the first batch takes no longer than others."""
-        from slam_asr.models.search import Searcher
+        """Load the weights now, so that the first batch takes no longer than the others."""
+        self._loaded_searcher()
 
-        self._searcher = Searcher(
-            self.model.load(self.recipe.decoding, with_encoder=self.store is None),
-            self._prompt,
-            self.recipe.decoding,
-        )
+    def _loaded_searcher(self) -> "Searcher":
+        if self._searcher is None:
+            from slam_asr.models.search import Searcher
+
+            self._searcher = Searcher(
+                self.model.load(self.recipe.decoding, with_encoder=self.store is None),
+                self._prompt,
+                self.recipe.decoding,
+            )
+        return self._searcher
 
     def decode(self, batch: list[int]) -> "dict[int, Answer]":
-        """The answers to a batch, by the utterances' numbers."""
-        if self._searcher is None:
-            self.load()
-        inputs = list(self._reading.map(self._reader.read, [self.utterances[i] for i in batch]))
-        return dict(zip(batch, self._searcher.decode(inputs, [self._audio[i] for i in batch]), strict=True))
+        """Decode the utterances with the given indices; return their answers by index."""
+        searcher = self._loaded_searcher()
+        read: Callable[[Utterance], torch.Tensor | Prepared] = self._reader.read
+        inputs = list(self._read_pool.map(read, [self.utterances[i] for i in batch]))
+        answers = searcher.decode(inputs, [self._audio_positions[i] for i in batch])
+        return dict(zip(batch, answers, strict=True))
 
     @cached_property
-    def _audio(self) -> list[int]:
+    def _audio_positions(self) -> list[int]:
         """LLM positions of each utterance's audio."""
         return [self.model.positions(self._reader.span(u)) for u in self.utterances]
 
@@ -110,27 +122,29 @@ class Decoder:
         )
 
     @cached_property
-    def _reading(self) -> ThreadPoolExecutor:
+    def _read_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio")
 
 
 def main() -> None:
-    """Entry point of one process of several on a machine: batches come in a line each, and their answers go out so."""
+    """Run one of several processes: read batches from standard input, write answers; a JSON line each."""
     import torch
 
     die_with_parent()
     job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text()))
-    answers = sys.stdout
+    answer_stream = sys.stdout
     with (
         failures_written_to(Path(job.folder), "decoding.positions_per_batch"),
+        # Standard output carries answers only: logs go to standard error.
         contextlib.redirect_stdout(sys.stderr),
     ):
         if torch.cuda.is_available():
             torch.cuda.set_device(job.process)
         decoder = Decoder(load_recipe(job.recipe), open_model(job.model), job.files, job.feature_store)
         for line in sys.stdin:
-            found = decoder.decode(json.loads(line))
-            print(json.dumps({at: asdict(answer) for at, answer in found.items()}), file=answers, flush=True)
+            answers = decoder.decode(json.loads(line))
+            values = {index: asdict(answer) for index, answer in answers.items()}
+            print(json.dumps(values), file=answer_stream, flush=True)
 
 
 if __name__ == "__main__":

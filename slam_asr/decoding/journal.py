@@ -1,12 +1,14 @@
-"""Answers that are already there when a decoding was cut off: the next one goes on behind them.
+"""The journal of a decoding: the answers so far, so that an interrupted decoding can be resumed.
 
-Each batch's answers are appended to a file in the stage's folder as soon as they are there. Where results go to object storage, that file goes there too
-every minute, so that another machine can go on. The file begins with a digest of all that decides the answers; those of another decoding are never used.
+Each batch's answers are appended to a file in the stage's folder as soon as they are known. If the results go
+to object storage, the file is uploaded there every minute, so that another machine can resume. The file's
+first line holds a digest of everything that determines the answers; answers with another digest are never
+used.
 """
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -18,50 +20,52 @@ from slam_asr.storage import delete, exists, fetch, join, upload, write_atomical
 
 FILE = "unfinished.jsonl"
 UPLOADED_EVERY = 60.0
-"""Seconds."""
+"""Seconds between two uploads of the journal."""
 
 
 class DecodeJournal:
-    """The answers of one decoding, by the utterance's number.
+    """The answers of one decoding, by the utterance's index. A context manager that closes the file.
 
     Args:
-        folder: the stage's, on local disk.
-        of: digest of what decides the answers.
+        folder: the stage's folder on local disk.
+        decoding_digest: digest of everything that determines the answers.
         remote: the stage's folder in object storage, if its results go there.
     """
 
-    def __init__(self, folder: Path, of: str, remote: str | None = None) -> None:
+    def __init__(self, folder: Path, decoding_digest: str, remote: str | None = None) -> None:
         self.path, self.remote = folder / FILE, join(remote, FILE) if remote else None
         self.answers: dict[int, Answer] = {}
-        head = {"decoding": of}
+        head = {"decoding": decoding_digest}
         lines = self._lines(self.path, head)
         if not lines and self.remote and exists(self.remote):
             lines = self._lines(fetch(self.remote), head)
         for line in lines:
             self.answers |= answers_in(line)
-        # Written anew: what a killed process wrote last may be half a line.
+        # Rewritten, because the last line of a killed process may be incomplete.
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in (head, *lines)))
         self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if self.answers:
-            log_line(f"going on behind {len(self.answers)} utterances that are decoded already")
+            log_line(f"resuming: {len(self.answers)} utterances are already decoded")
         self._uploaded = time.monotonic()
 
     def add(self, answers: dict[int, Answer]) -> None:
-        """Keep a batch's answers."""
+        """Record a batch's answers."""
         self.answers |= answers
-        self._file.write(json.dumps({at: asdict(answer) for at, answer in answers.items()}) + "\n")
+        self._file.write(json.dumps({index: asdict(answer) for index, answer in answers.items()}) + "\n")
         self._file.flush()
         if self.remote and time.monotonic() - self._uploaded > UPLOADED_EVERY:
             self._uploaded = time.monotonic()
             try:
                 upload(self.path, self.remote)
+            # The decoding itself does not need the upload.
             except UserError as error:
                 log_line(
-                    f"warning: what is decoded so far could not be kept in object storage, which costs time if this is cut off: {error}"
+                    "warning: could not save the answers so far in object storage; if this decoding is "
+                    f"interrupted, another machine has to repeat them: {error}"
                 )
 
     def close(self) -> None:
-        """Take the file away: the results are there."""
+        """Delete the journal: the stage's results are complete."""
         self._file.close()
         self.path.unlink()
         if self.remote and exists(self.remote):
@@ -75,14 +79,15 @@ class DecodeJournal:
 
     @staticmethod
     def _lines(path: Path, head: dict[str, str]) -> list[dict[str, Any]]:
-        """The whole lines behind a head of the same decoding."""
+        """Return the complete lines after the first, or none if that is another decoding's."""
         if not path.exists():
             return []
-        lines = list(_whole(path.read_text(encoding="utf-8").split("\n")))
+        lines = list(_parse_complete(path.read_text(encoding="utf-8").split("\n")))
         return lines[1:] if lines[:1] == [head] else []
 
 
-def _whole(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+def _parse_complete(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Parse lines up to the first incomplete one."""
     for line in lines:
         try:
             yield json.loads(line)
@@ -91,8 +96,8 @@ def _whole(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
 
 
 def answers_in(line: dict[str, Any]) -> dict[int, Answer]:
-    """The answers that a line of JSON holds, by the utterances' numbers."""
+    """Return the answers in a line of the journal, by the utterances' indices."""
     return {
-        int(at): Answer(**{**values, "choices": [Choice(**choice) for choice in values["choices"]]})
-        for at, values in line.items()
+        int(index): Answer(**{**values, "choices": [Choice(**choice) for choice in values["choices"]]})
+        for index, values in line.items()
     }

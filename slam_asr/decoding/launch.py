@@ -1,4 +1,9 @@
-"""Decoding by several processes of one machine, each with a GPU of its own."""
+"""Decoding by several processes on one machine, each with a GPU of its own.
+
+The processes run `python -m slam_asr.decoding.decoder`. They read batches from standard input and write
+answers to standard output, one JSON line each, so every process gets its next batch when it is done with the
+last one.
+"""
 
 import json
 import os
@@ -24,45 +29,46 @@ if TYPE_CHECKING:
 
 @dataclass
 class DecodingJob:
-    """What one of the processes is told at first."""
+    """The job file of one process."""
 
     recipe: str
-    """Resolved, as YAML."""
+    """The resolved recipe, as YAML."""
     model: str
-    """Its folder, on local disk."""
+    """The model's folder on local disk."""
     files: list[str]
     """Manifests."""
     feature_store: str | None
     process: int
+    """Number of the process, and of its GPU."""
     folder: str
-    """Where it leaves a failure."""
+    """Where the process writes the message of a failure."""
 
 
-class _Ended(Exception):
-    """A process has ended before its work was done."""
+class _ProcessEnded(Exception):
+    """A process ended before its work was done."""
 
 
 def launch_decoding(
     decoder: "Decoder", batches: list[list[int]], processes: int, take: "Callable[[dict[int, Answer]], None]"
 ) -> None:
-    """Give each of several processes one batch after the other, until there is none left.
+    """Decode batches on several processes.
 
     Args:
-        decoder: whose utterances they are; it decodes none itself.
-        batches: to decode.
-        processes: how many.
-        take: is given each batch's answers, one at a time.
+        decoder: holds recipe, model and utterances; it decodes nothing itself.
+        batches: indices of each batch's utterances.
+        processes: number of processes.
+        take: called with each batch's answers, never by two threads at once.
 
     Raises:
-        UserError: with the sentence of the one that failed first; the others are ended.
+        UserError: with the message of the process that failed first; the others are terminated.
     """
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    left, one_at_a_time = iter(batches), threading.Lock()
+    remaining, lock = iter(batches), threading.Lock()
     with (
         TemporaryDirectory(prefix="slam-asr-") as folder,
-        ThreadPoolExecutor(processes, "give-batches") as giving,
+        ThreadPoolExecutor(processes, "give-batches") as pool,
     ):
-        running: list[subprocess.Popen] = []
+        running: list[subprocess.Popen[str]] = []
         try:
             for number in range(processes):
                 path = Path(folder) / f"job-{number}.json"
@@ -86,8 +92,8 @@ def launch_decoding(
                         encoding="utf-8",
                     )
                 )
-            done = [giving.submit(_serve, process, left, take, one_at_a_time) for process in running]
-            failed = any(future.exception() for future in wait(done, return_when=FIRST_EXCEPTION).done)
+            futures = [pool.submit(_serve, process, remaining, take, lock) for process in running]
+            failed = any(future.exception() for future in wait(futures, return_when=FIRST_EXCEPTION).done)
             code = next((process.wait() for process in running if failed and process.poll()), 0)
         finally:
             for process in running:
@@ -97,26 +103,31 @@ def launch_decoding(
         if failure.is_file():
             raise UserError(failure.read_text())
         if failed:
-            error = next(e for future in done if (e := future.exception()))
-            if not isinstance(error, _Ended):
+            error = next(e for future in futures if (e := future.exception()))
+            if not isinstance(error, _ProcessEnded):
                 raise error
             raise UserError(
-                f"A process of the decoding ended with code {code}; its own message stands above. "
-                "-9 is most often for want of memory: lower decoding.positions_per_batch or decoding.processes."
+                f"A decoding process ended with code {code}; see its own message above. -9 usually means "
+                "that memory ran out: lower decoding.positions_per_batch or decoding.processes."
             )
 
 
 def _serve(
-    process: subprocess.Popen,
+    process: subprocess.Popen[str],
     batches: Iterator[list[int]],
     take: "Callable[[dict[int, Answer]], None]",
-    one_at_a_time: threading.Lock,
+    lock: threading.Lock,
 ) -> None:
-    """Give a process batches, and pass on its answers."""
+    """Send batches to a process and pass its answers on, until no batch is left.
+
+    Raises:
+        _ProcessEnded: the process ended early.
+    """
     from slam_asr.decoding.journal import answers_in
 
+    assert process.stdin is not None and process.stdout is not None, "both are pipes"
     while True:
-        with one_at_a_time:
+        with lock:
             batch = next(batches, None)
         if batch is None:
             return
@@ -125,9 +136,9 @@ def _serve(
             process.stdin.flush()
             line = process.stdout.readline()
         except OSError as error:
-            raise _Ended from error
+            raise _ProcessEnded from error
         if not line.endswith("\n"):
             process.wait()
-            raise _Ended
-        with one_at_a_time:
+            raise _ProcessEnded
+        with lock:
             take(answers_in(json.loads(line)))

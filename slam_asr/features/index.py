@@ -1,8 +1,9 @@
-"""Which utterance's features lie where: columns of numbers, 68 bytes an utterance.
+"""The index of a feature store: which shard holds each utterance's features, and where.
 
-An index is a safetensors file, so that a million entries are read in a moment and searched without
-an object for each. Its metadata hold the fingerprint of what computed the features and the shards by
-the SHA-256 of their bytes. Indexes are written once and never changed; `merge` reads several as one.
+An index is a table of numbers, 68 bytes per utterance, in a safetensors file. A million entries are loaded at
+once and searched without a Python object for each. The file's metadata hold the fingerprint of what computed
+the features, and the list of shards by the SHA-256 of their bytes. An index is written once and never
+changed; `merge` combines several into one.
 """
 
 import json
@@ -14,11 +15,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 
 _FORMAT = 1
-_COLUMNS = {
-    "address": np.uint8,
+_COLUMNS: dict[str, Any] = {
+    "address": np.uint8,  # the audio id; the file format's name for it
     "shard": np.int32,
     "begin": np.int64,
     "scale_begin": np.int64,
@@ -33,177 +34,190 @@ class Shard:
     """A file of features."""
 
     sha256: str
-    """Of its bytes, and its name."""
+    """Of the file's bytes; the file is named by it."""
     bytes: int
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """The file's name."""
         return f"{self.sha256}.safetensors"
 
 
 @dataclass
 class Entry:
-    """One utterance's place."""
+    """The location of one utterance's features."""
 
     shard: int
     """Position in the index's list of shards."""
     begin: int
-    """Byte in the shard at which its frames begin."""
+    """Offset in bytes of its frames in the shard's file."""
     scale_begin: int
-    """Byte at which its frames' scales begin; -1 where the dtype has none."""
+    """Offset in bytes of its frames' scales; -1 for a dtype without scales."""
     frames: int
     span: int
-    """Length of the audio in frames, by which LLM positions are counted; see `EncoderSpec.span_of`."""
+    """Length of the audio in frames, from which LLM positions are computed; see `EncoderSpec.span_of`."""
     check: int
-    """XXH3 of the frames' bytes and then of the scales', as 64 bits with a sign."""
+    """XXH3 of the frames' bytes followed by the scales', as a signed 64-bit number."""
 
 
 @dataclass
 class Index:
-    """Entries in the order of their addresses, and the shards that they lie in.
+    """Entries sorted by audio id, and the shards that they refer to.
 
-    An address is the SHA-256 of an utterance's audio; see `Utterance.audio_id`.
+    An audio id is a SHA-256 that identifies an utterance's audio; see `Utterance.audio_id`. Arrays hold it as
+    32 bytes, everything else as 64 hexadecimal digits.
     """
 
     fingerprint: dict[str, Any]
     """What computed the features."""
     width: int
-    """Values a frame."""
+    """Values per frame."""
     shards: list[Shard] = field(default_factory=list)
-    columns: dict[str, np.ndarray] = field(default_factory=lambda: _no_entries())
-    """`address` [entries, 32], and [entries] of each of the others in `Entry`."""
+    columns: dict[str, np.ndarray] = field(default_factory=lambda: _empty_columns())
+    """`address`: audio ids [entries, 32] in bytes. One column [entries] for each field of `Entry`."""
 
     def __post_init__(self) -> None:
-        self._leading = _as_keys(self.columns["address"])[:, 0]
+        self._leading = _as_words(self.columns["address"])[:, 0]
 
     def __len__(self) -> int:
         return len(self._leading)
 
-    def addresses(self) -> list[str]:
-        """All addresses, in hexadecimal, in order."""
-        whole = self.columns["address"].tobytes().hex()
-        return [whole[i : i + 64] for i in range(0, len(whole), 64)]
+    def audio_ids(self) -> list[str]:
+        """All audio ids, in hexadecimal, sorted."""
+        digits = self.columns["address"].tobytes().hex()
+        return [digits[i : i + 64] for i in range(0, len(digits), 64)]
 
-    def find(self, address: str) -> int:
-        """The entry of this address, or -1."""
-        wanted = bytes.fromhex(address)
-        at = int(np.searchsorted(self._leading, int.from_bytes(wanted[:8], "big")))
-        # The first 8 bytes of two digests are equal once in a lifetime; the rest is compared all the same.
-        while at < len(self) and self.columns["address"][at].tobytes() < wanted:
-            at += 1
-        return at if at < len(self) and self.columns["address"][at].tobytes() == wanted else -1
+    def find(self, audio_id: str) -> int:
+        """Position of the entry with this audio id, or -1."""
+        target = bytes.fromhex(audio_id)
+        position = int(np.searchsorted(self._leading, int.from_bytes(target[:8], "big")))
+        # Two digests hardly ever share their first 8 bytes, but the other 24 must be compared too.
+        while position < len(self) and self.columns["address"][position].tobytes() < target:
+            position += 1
+        exists = position < len(self) and self.columns["address"][position].tobytes() == target
+        return position if exists else -1
 
-    def locate(self, addresses: np.ndarray) -> np.ndarray:
-        """[n] entries of addresses [n, 32], or -1."""
+    def locate(self, audio_ids: np.ndarray) -> np.ndarray:
+        """Positions [n] of the entries with these audio ids [n, 32]; -1 where none exists."""
         if not len(self):
-            return np.full(len(addresses), -1)
-        at = np.minimum(np.searchsorted(self._leading, _as_keys(addresses)[:, 0]), len(self) - 1)
-        for i in np.flatnonzero((self.columns["address"][at] != addresses).any(axis=1)):
-            at[i] = self.find(addresses[i].tobytes().hex())
-        return at
+            return np.full(len(audio_ids), -1)
+        leading = _as_words(audio_ids)[:, 0]
+        positions = np.minimum(np.searchsorted(self._leading, leading), len(self) - 1)
+        # The search compares only the first 8 bytes. Mismatches are looked up one by one.
+        for i in np.flatnonzero((self.columns["address"][positions] != audio_ids).any(axis=1)):
+            positions[i] = self.find(audio_ids[i].tobytes().hex())
+        return positions
 
-    def entry(self, at: int) -> Entry:
-        """The place of an entry that `find` found."""
-        return Entry(**{name: int(self.columns[name][at]) for name in _COLUMNS if name != "address"})
+    def entry(self, position: int) -> Entry:
+        """The entry at a position that `find` or `locate` returned."""
+        return Entry(**{name: int(self.columns[name][position]) for name in _COLUMNS if name != "address"})
 
-    def keep(self, wanted: np.ndarray) -> "Index":
-        """Those entries for which `wanted` [entries] is true, and the shards that they lie in."""
-        columns = {name: column[wanted] for name, column in self.columns.items()}
+    def select(self, mask: np.ndarray) -> "Index":
+        """The entries for which `mask` [entries] is true, and only the shards that they refer to."""
+        columns = {name: column[mask] for name, column in self.columns.items()}
         used, columns["shard"] = np.unique(columns["shard"], return_inverse=True)
         columns["shard"] = columns["shard"].astype(np.int32)
         return Index(self.fingerprint, self.width, [self.shards[i] for i in used], columns)
 
     def to_bytes(self) -> bytes:
-        """The index's file; the same entries give the same bytes."""
-        about = {
+        """The content of the index's file. The same entries always give the same bytes."""
+        metadata = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             "width": self.width,
             "shards": [[s.sha256, s.bytes] for s in self.shards],
         }
         columns = {name: np.ascontiguousarray(column) for name, column in self.columns.items()}
-        return save(columns, metadata={"slam_asr_features": json.dumps(about, sort_keys=True)})
+        return save(columns, metadata={"slam_asr_features": json.dumps(metadata, sort_keys=True)})
 
     @classmethod
-    def from_bytes(cls, content: bytes, where: str) -> "Index":
-        """Read an index's file.
+    def from_bytes(cls, content: bytes, path: str) -> "Index":
+        """Read the content of an index's file.
+
+        Args:
+            content: of the file.
+            path: of the file, for error messages.
 
         Raises:
-            UserError: it is none, or is damaged.
+            InputError: it is damaged, of another format, or not an index at all.
         """
         try:
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            about = json.loads(header["__metadata__"]["slam_asr_features"])
-            if about["format"] != _FORMAT:
-                raise UserError(
-                    f"{where} is of format {about['format']}, and format {_FORMAT} is read here: extract features again."
+            metadata = json.loads(header["__metadata__"]["slam_asr_features"])
+            if metadata["format"] != _FORMAT:
+                raise InputError(
+                    f"{path} has format {metadata['format']}, but this version reads format {_FORMAT}: "
+                    "extract features again."
                 )
             columns = load(content)
-            shards = [Shard(sha256, size) for sha256, size in about["shards"]]
+            shards = [Shard(sha256, size) for sha256, size in metadata["shards"]]
             index = cls(
-                about["fingerprint"],
-                about["width"],
+                metadata["fingerprint"],
+                metadata["width"],
                 shards,
                 {name: columns[name].astype(t, copy=False) for name, t in _COLUMNS.items()},
             )
             if len({len(c) for c in index.columns.values()}) > 1 or (
                 len(index) and index.columns["shard"].max() >= len(shards)
             ):
-                raise ValueError("columns do not fit each other")
+                raise ValueError("the columns do not match each other")
             return index
         except (ValueError, TypeError, KeyError, IndexError, SafetensorError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{where} is not a feature store's index, or is damaged: remove it and run `slam-asr extract-features` again."
+            raise InputError(
+                f"{path} is not a feature store's index, or is damaged: "
+                "remove it and run `slam-asr extract-features` again."
             ) from error
 
 
 def build(fingerprint: dict[str, Any], width: int, shard: Shard, entries: dict[str, Entry]) -> Index:
-    """The index of one shard.
+    """Build the index of one shard.
 
     Args:
-        fingerprint: of what computed it.
-        width: values a frame.
-        shard: that all entries lie in.
-        entries: by address; their `shard` is not looked at.
+        fingerprint: of what computed the features.
+        width: values per frame.
+        shard: the file that holds all entries.
+        entries: by audio id; their field `shard` is ignored.
     """
-    ordered = sorted(entries)
+    audio_ids = sorted(entries)
     columns = {
-        name: np.array([getattr(entries[a], name) for a in ordered], kind)
+        name: np.array([getattr(entries[a], name) for a in audio_ids], kind)
         for name, kind in _COLUMNS.items()
         if name != "address"
     }
     columns["shard"][:] = 0
-    columns["address"] = to_array(ordered)
+    columns["address"] = to_array(audio_ids)
     return Index(fingerprint, width, [shard], columns)
 
 
 def merge(
-    fingerprint: dict[str, Any], width: int, indexes: Iterable[Index], wanted: np.ndarray | None = None
+    fingerprint: dict[str, Any], width: int, indexes: Iterable[Index], audio_ids: np.ndarray | None = None
 ) -> Index:
-    """Several indexes as one; of an address that is in several, the first one's entry counts.
+    """Merge several indexes into one. Where several have the same audio id, the entry of the first is used.
 
     Args:
-        fingerprint: of them all.
-        width: of them all.
-        indexes: in an order that does not depend on chance.
-        wanted: addresses [n, 32] in order, the only ones that are kept; all if not given.
+        fingerprint: of all of them.
+        width: of all of them.
+        indexes: in a reproducible order, such as that of their names.
+        audio_ids: [n, 32] sorted; only their entries are included. All entries if not given.
     """
-    shards: dict[Shard, int] = {}
-    parts: list[dict[str, np.ndarray]] = []
+    positions: dict[Shard, int] = {}
+    tables: list[dict[str, np.ndarray]] = []
     for index in indexes:
-        if wanted is not None:
-            index = index.keep(among(index.columns["address"], wanted))
-        numbers = np.array([shards.setdefault(s, len(shards)) for s in index.shards], np.int32)
-        parts.append(
-            index.columns
-            | {"shard": numbers[index.columns["shard"]] if len(index) else index.columns["shard"]}
-        )
-    joined = {name: np.concatenate([p[name] for p in parts]) for name in _COLUMNS} if parts else _no_entries()
-    first, _ = first_of_each(joined["address"])
-    merged = Index(fingerprint, width, list(shards), {name: column[first] for name, column in joined.items()})
-    merged = merged.keep(np.ones(len(merged), bool))
-    # By name, so that the same entries give the same bytes whatever they were merged from.
+        if audio_ids is not None:
+            index = index.select(isin_sorted(index.columns["address"], audio_ids))
+        renumbered = np.array([positions.setdefault(s, len(positions)) for s in index.shards], np.int32)
+        shard = index.columns["shard"]
+        tables.append(index.columns | {"shard": renumbered[shard] if len(index) else shard})
+    joined = (
+        {name: np.concatenate([t[name] for t in tables]) for name in _COLUMNS} if tables else _empty_columns()
+    )
+    first, _ = unique_audio_ids(joined["address"])
+    merged = Index(
+        fingerprint, width, list(positions), {name: column[first] for name, column in joined.items()}
+    )
+    # Drop the shards that only duplicates referred to.
+    merged = merged.select(np.ones(len(merged), bool))
+    # Sort shards by name: the same entries then give the same bytes, whatever indexes they came from.
     order = sorted(range(len(merged.shards)), key=lambda i: merged.shards[i].sha256)
     rank = np.argsort(np.array(order, int)) if order else np.zeros(0, int)
     merged.columns["shard"] = rank[merged.columns["shard"]].astype(np.int32)
@@ -211,40 +225,48 @@ def merge(
     return merged
 
 
-def to_array(addresses: Sequence[str]) -> np.ndarray:
-    """Addresses in hexadecimal → [n, 32] of bytes."""
-    return np.frombuffer(bytes.fromhex("".join(addresses)), np.uint8).reshape(-1, 32)
+def to_array(audio_ids: Sequence[str]) -> np.ndarray:
+    """Audio ids in hexadecimal as bytes [n, 32]."""
+    return np.frombuffer(bytes.fromhex("".join(audio_ids)), np.uint8).reshape(-1, 32)
 
 
-def _as_keys(addresses: np.ndarray) -> np.ndarray:
-    """[n, 32] bytes → [n, 4] numbers in the same order."""
-    return np.ascontiguousarray(addresses).view(">u8").astype(np.uint64)
+def _as_words(audio_ids: np.ndarray) -> np.ndarray:
+    """Audio ids [n, 32] as numbers [n, 4] of 8 bytes that sort in the same order."""
+    return np.ascontiguousarray(audio_ids).view(">u8").astype(np.uint64)
 
 
-def in_order(addresses: np.ndarray) -> np.ndarray:
-    """Positions of addresses [n, 32] in their order; of equal ones, in the order given."""
-    # lexsort is stable, and its last key counts most.
-    return np.lexsort(_as_keys(addresses).T[::-1])
+def argsort_audio_ids(audio_ids: np.ndarray) -> np.ndarray:
+    """Positions [n] that sort audio ids [n, 32]; equal ones stay in their order."""
+    # np.lexsort is stable, and its last key is the primary one.
+    return np.lexsort(_as_words(audio_ids).T[::-1])
 
 
-def first_of_each(addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the distinct addresses, in the order of the addresses, of equal ones the first; and which of these each is."""
-    keys, order = _as_keys(addresses), in_order(addresses)
-    distinct = np.ones(len(keys), bool)
-    distinct[1:] = (keys[order][1:] != keys[order][:-1]).any(axis=1)
-    which = np.empty(len(keys), np.int64)
-    which[order] = np.cumsum(distinct) - 1
-    return order[distinct], which
+def unique_audio_ids(audio_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the distinct audio ids, as `np.unique` does for numbers.
+
+    Args:
+        audio_ids: [n, 32].
+
+    Returns:
+        Positions [distinct] of the first occurrence of each distinct audio id, sorted by audio id; and [n]
+        for each audio id its position in that list.
+    """
+    words, order = _as_words(audio_ids), argsort_audio_ids(audio_ids)
+    is_first = np.ones(len(words), bool)
+    is_first[1:] = (words[order][1:] != words[order][:-1]).any(axis=1)
+    inverse = np.empty(len(words), np.int64)
+    inverse[order] = np.cumsum(is_first) - 1
+    return order[is_first], inverse
 
 
-def among(addresses: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """[n] whether each of `addresses` is one of `wanted`, which is in order."""
-    if not len(wanted) or not len(addresses):
-        return np.zeros(len(addresses), bool)
-    ours, theirs = _as_keys(addresses), _as_keys(wanted)
-    at = np.minimum(np.searchsorted(theirs[:, 0], ours[:, 0]), len(theirs) - 1)
-    return (theirs[at] == ours).all(axis=1)
+def isin_sorted(audio_ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
+    """Whether each of `audio_ids` [n, 32] is one of the sorted `sorted_ids` [m, 32], as bool [n]."""
+    if not len(sorted_ids) or not len(audio_ids):
+        return np.zeros(len(audio_ids), bool)
+    ours, theirs = _as_words(audio_ids), _as_words(sorted_ids)
+    positions = np.minimum(np.searchsorted(theirs[:, 0], ours[:, 0]), len(theirs) - 1)
+    return (theirs[positions] == ours).all(axis=1)
 
 
-def _no_entries() -> dict[str, np.ndarray]:
+def _empty_columns() -> dict[str, np.ndarray]:
     return {name: np.zeros((0, 32) if name == "address" else 0, kind) for name, kind in _COLUMNS.items()}

@@ -1,4 +1,4 @@
-"""An extraction by several processes of one machine, each with a GPU of its own."""
+"""An extraction by several processes on one machine, each with its own GPU."""
 
 import os
 import subprocess
@@ -15,31 +15,36 @@ from slam_asr.storage import write_json
 
 @dataclass
 class ExtractionJob:
-    """What one of the processes is told."""
+    """The instructions for one of the processes, passed as a JSON file."""
 
     recipe: str
-    """Resolved, as YAML."""
+    """The resolved recipe, as YAML."""
     files: list[str]
     """Manifests."""
     output: str
     """The store."""
-    part: dict[str, int]
-    """Of the extraction that they all belong to."""
+    work_shard: dict[str, int]
+    """Fields of the `WorkShard` that all the processes compute together."""
     process: int = 0
+    """Number of this process, from 0."""
     processes: int = 1
     folder: str = ""
-    """Where it leaves a failure."""
+    """Where the process writes the message of a failure."""
 
 
 def launch_extraction(job: ExtractionJob, processes: int) -> None:
-    """Let each of several processes compute its share, and wait for all of them.
+    """Divide the missing shards among several processes, and wait for all of them.
+
+    Args:
+        job: what all of them share.
+        processes: how many.
 
     Raises:
-        UserError: with the sentence of the one that failed first; the others are ended.
+        UserError: one of them failed; the others are terminated.
     """
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     with TemporaryDirectory(prefix="slam-asr-") as folder:
-        running: list[subprocess.Popen] = []
+        running: list[subprocess.Popen[bytes]] = []
         try:
             for number in range(processes):
                 path = Path(folder) / f"job-{number}.json"
@@ -60,6 +65,6 @@ def launch_extraction(job: ExtractionJob, processes: int) -> None:
             raise UserError(failure.read_text())
     if code:
         raise UserError(
-            f"A process of the extraction ended with code {code}; its own message stands above. "
-            "-9 is most often for want of memory: lower encoder.batch_seconds or features.processes."
+            f"An extraction process ended with code {code}; see its own message above. "
+            "Code -9 usually means that memory ran out: lower encoder.batch_seconds or features.processes."
         )

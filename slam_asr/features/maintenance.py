@@ -1,4 +1,4 @@
-"""Looking after a feature store: what is in it, whether it is whole, and what may go."""
+"""Maintenance of a feature store: list what it holds, verify it, and remove what is not needed."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,87 +7,88 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError, StorageError
 from slam_asr.features.extract import manifest_files
-from slam_asr.features.index import Index, Shard, among, merge, to_array
+from slam_asr.features.index import Index, Shard, isin_sorted, merge, to_array
 from slam_asr.features.namespace import FeatureNamespace, namespaces_in
 from slam_asr.manifest import iterate_manifest
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, write_bytes
 
-_FRAMES_A_SECOND = 50
-_READERS = 4
+_FRAMES_PER_SECOND = 50
+"""Of all supported encoders: one frame per 20 ms."""
+_PARALLEL_READS = 4
+_CHUNK_BYTES = 8 * 2**20
 
 
 @dataclass
 class Contents:
-    """What a space consists of."""
+    """The files of a namespace."""
 
-    space: FeatureNamespace
+    namespace: FeatureNamespace
     index: Index | None
-    """All published indexes as one."""
-    there: dict[str, int]
-    """Bytes of each shard that is there, by its file's name."""
-    unfinished: list[str] = field(default_factory=list)
-    """Receipts of extractions that are under way, or were cut off."""
+    """All published indexes merged into one."""
+    shard_sizes: dict[str, int]
+    """Size in bytes of each existing shard, by file name."""
+    receipts: list[str] = field(default_factory=list)
+    """Paths of the receipts of extractions that are running or were interrupted."""
 
     @property
     def orphans(self) -> list[str]:
-        """Shards that no index and no receipt names."""
+        """File names of the shards that neither an index nor a receipt refers to."""
         named = {s.name for s in self.index.shards} if self.index else set()
-        for receipt in self.unfinished:
-            named |= {s.name for s in self.space.read_index(receipt).shards}
-        return sorted(self.there.keys() - named)
+        for receipt in self.receipts:
+            named |= {s.name for s in self.namespace.read_index(receipt).shards}
+        return sorted(self.shard_sizes.keys() - named)
 
     @property
     def lost(self) -> list[Shard]:
-        """Shards that are missing or cut short."""
-        return [s for s in self.index.shards if self.there.get(s.name) != s.bytes] if self.index else []
+        """Shards that an index refers to, but that are missing or cut short."""
+        return [s for s in self.index.shards if self.shard_sizes.get(s.name) != s.bytes] if self.index else []
 
 
-def _contents(space: FeatureNamespace) -> Contents:
-    unfinished = join(space.root, "unfinished")
-    return Contents(
-        space, space.published(), space.shards_there(), [join(unfinished, f.name) for f in walk(unfinished)]
-    )
+def _contents(namespace: FeatureNamespace) -> Contents:
+    unfinished = join(namespace.root, "unfinished")
+    receipts = [join(unfinished, f.name) for f in walk(unfinished)]
+    return Contents(namespace, namespace.merged_index(), namespace.shard_sizes(), receipts)
 
 
-def _spaces(store: str) -> list[FeatureNamespace]:
-    spaces = namespaces_in(store)
-    if not spaces:
-        raise UserError(
-            f"{store} holds no feature store: check the path; it is the --output of `slam-asr extract-features`."
+def _require_namespaces(store: str) -> list[FeatureNamespace]:
+    namespaces = namespaces_in(store)
+    if not namespaces:
+        raise InputError(
+            f"{store} holds no feature store: check the path; "
+            "it is the --output of `slam-asr extract-features`."
         )
-    return spaces
+    return namespaces
 
 
 def list_store(store: str) -> None:
-    """Say what a feature store holds: encoders, utterances, hours, megabytes, and what is unfinished or lost.
+    """Print what a feature store holds: encoders, utterances, hours, megabytes, unfinished and lost shards.
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.
 
     Raises:
-        UserError: there is no store.
+        InputError: no store exists there.
     """
-    for space in _spaces(store):
-        contents = _contents(space)
-        about = ", ".join(
-            f"{key} {str(value)[:12]}" for key, value in sorted((space.fingerprint() or {}).items())
-        )
-        print(f"{name_of(space.root)}  {about}")
+    for namespace in _require_namespaces(store):
+        contents = _contents(namespace)
+        fingerprint = sorted((namespace.fingerprint() or {}).items())
+        print(f"{name_of(namespace.root)}  {', '.join(f'{k} {str(v)[:12]}' for k, v in fingerprint)}")
         index = contents.index
         if index is None:
             print("  no finished extraction")
         else:
-            hours = int(index.columns["frames"].sum()) / _FRAMES_A_SECOND / 3600
+            hours = int(index.columns["frames"].sum()) / _FRAMES_PER_SECOND / 3600
             size = sum(s.bytes for s in index.shards) / 1e6
             print(
-                f"  {len(index):,} utterances, {hours:.2f} h of frames, {size:,.1f} MB in {len(index.shards)} shards, {len(space.index_names())} indexes"
+                f"  {len(index):,} utterances, {hours:.2f} h of frames, {size:,.1f} MB "
+                f"in {len(index.shards)} shards, {len(namespace.index_names())} indexes"
             )
         for count, what in (
-            (len(contents.unfinished), "shards of unfinished extractions"),
-            (len(contents.orphans), "shards that nothing names: `slam-asr features prune` removes them"),
+            (len(contents.receipts), "shards of unfinished extractions"),
+            (len(contents.orphans), "shards that nothing refers to: `slam-asr features prune` removes them"),
             (len(contents.lost), "shards missing or cut short: run `slam-asr extract-features` again"),
         ):
             if count:
@@ -99,47 +100,54 @@ def verify_store(store: str, repair: bool = False) -> None:
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.
-        repair: remove what is damaged, so that the next extract-features computes it anew.
+        repair: remove damaged shards, so that the next extract-features computes them again.
 
     Raises:
-        UserError: there is no store, or something in it is damaged, missing or cut short.
+        InputError: no store exists there, or some of its shards are damaged, missing or cut short.
     """
-    spaces = [_contents(space) for space in _spaces(store)]
+    all_contents = [_contents(namespace) for namespace in _require_namespaces(store)]
     damaged: list[str] = []
-    lost = [c.space.shard(s.name) for c in spaces for s in c.lost]
+    lost = [c.namespace.shard_path(s.name) for c in all_contents for s in c.lost]
     shards = [
-        (c.space, s) for c in spaces if c.index for s in c.index.shards if c.there.get(s.name) == s.bytes
+        (c.namespace, s)
+        for c in all_contents
+        if c.index
+        for s in c.index.shards
+        if c.shard_sizes.get(s.name) == s.bytes
     ]
-    with Meter("verify", total=len(shards), unit="shards") as meter, ThreadPoolExecutor(_READERS) as pool:
-        for (space, shard), whole in zip(shards, pool.map(_is_whole, shards), strict=True):
-            if not whole:
-                damaged.append(space.shard(shard.name))
+    with (
+        Meter("verify", total=len(shards), unit="shards") as meter,
+        ThreadPoolExecutor(_PARALLEL_READS) as pool,
+    ):
+        for (namespace, shard), intact in zip(shards, pool.map(_is_intact, shards), strict=True):
+            if not intact:
+                damaged.append(namespace.shard_path(shard.name))
             meter.update()
     for path in (*damaged, *lost):
         log_line(f"{path}: {'damaged' if path in damaged else 'missing or cut short'}")
     if not damaged and not lost:
-        log_line(f"{store}: {len(shards)} shards, all whole")
+        log_line(f"{store}: {len(shards)} shards, all intact")
         return
     if repair:
         for path in damaged:
             delete(path)
         log_line(f"removed {len(damaged)} damaged shards")
-    then = "run `slam-asr extract-features` again over the same manifests" + (
+    remedy = "run `slam-asr extract-features` again over the same manifests" + (
         "" if repair else ", after `features verify --repair true`"
     )
-    raise UserError(
-        f"{store}: {len(damaged)} shards are damaged and {len(lost)} missing or cut short: {then}."
+    raise InputError(
+        f"{store}: {len(damaged)} shards are damaged and {len(lost)} missing or cut short: {remedy}."
     )
 
 
-def _is_whole(named: tuple[FeatureNamespace, Shard]) -> bool:
-    space, shard = named
+def _is_intact(located: tuple[FeatureNamespace, Shard]) -> bool:
+    namespace, shard = located
     hashed = hashlib.sha256()
     try:
-        with open_stream(space.shard(shard.name)) as stream:
-            while piece := stream.read(8 * 2**20):
-                hashed.update(piece)
-    except UserError:
+        with open_stream(namespace.shard_path(shard.name)) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                hashed.update(chunk)
+    except StorageError:
         return False
     return hashed.hexdigest() == shard.sha256
 
@@ -151,67 +159,79 @@ def prune_store(
     unfinished: bool = False,
     yes: bool = False,
 ) -> None:
-    """Remove what is not needed; without --yes true, say only what would go. Let no extraction run meanwhile.
+    """Remove files that are not needed. Without --yes true, only report them.
 
-    Shards that nothing names always go.
+    Shards that nothing refers to are always removed. Do not run an extraction at the same time.
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.
-        keep: manifests, or folders of build-manifest: shards without any of their audio go too.
-        drop: names of encoders' folders in the store, as `features ls` shows them, that go whole.
-        unfinished: whether the shards of unfinished extractions go too.
-        yes: do it.
+        keep: manifests, or folders of build-manifest: also remove shards without any of their audio.
+        drop: names of encoders' folders in the store, as `features ls` shows them, to remove completely.
+        unfinished: also remove the shards of unfinished extractions.
+        yes: remove the files.
 
     Raises:
-        UserError: there is no store, or no such folder in it.
+        InputError: no store exists there, or it has no folder of that name.
     """
-    spaces = _spaces(store)
-    unknown = sorted(set(drop or []) - {name_of(s.root) for s in spaces})
+    namespaces = _require_namespaces(store)
+    unknown = sorted(set(drop or []) - {name_of(n.root) for n in namespaces})
     if unknown:
-        raise UserError(
+        raise InputError(
             f"{store} has no {', '.join(unknown)}: `slam-asr features ls {store}` shows what it has."
         )
-    wanted = _addresses(keep) if keep is not None else None
+    needed = _audio_ids_of(keep) if keep is not None else None
     verb = "removed" if yes else "would be removed (add --yes true to do it)"
-    for space in spaces:
-        if name_of(space.root) in (drop or []):
-            files = [join(space.root, f.name) for f in walk(space.root)]
+    for namespace in namespaces:
+        if name_of(namespace.root) in (drop or []):
+            files = [join(namespace.root, f.name) for f in walk(namespace.root)]
         else:
-            files = _superfluous(_contents(space), wanted, unfinished, yes)
-        size = sum(f.bytes for f in walk(space.root) if join(space.root, f.name) in set(files))
-        log_line(f"{name_of(space.root)}: {len(files)} files, {size / 1e6:,.1f} MB, {verb}")
+            files = _removable(_contents(namespace), needed, unfinished, yes)
+        size = sum(f.bytes for f in walk(namespace.root) if join(namespace.root, f.name) in set(files))
+        log_line(f"{name_of(namespace.root)}: {len(files)} files, {size / 1e6:,.1f} MB, {verb}")
         if yes:
-            # What vouches for others goes first.
+            # Indexes and receipts before the shards that they vouch for.
             for file in sorted(files, key=lambda f: "/shards/" in f):
                 delete(file)
 
 
-def _addresses(manifests: Iterable[str]) -> np.ndarray:
-    found = {u.audio_id for file in manifest_files(list(manifests)) for _, u in iterate_manifest(file)}
-    return to_array(sorted(found))
+def _audio_ids_of(manifests: Iterable[str]) -> np.ndarray:
+    """Sorted audio ids [n, 32] of all utterances."""
+    audio_ids = {u.audio_id for file in manifest_files(list(manifests)) for _, u in iterate_manifest(file)}
+    return to_array(sorted(audio_ids))
 
 
-def _superfluous(contents: Contents, wanted: np.ndarray | None, unfinished: bool, yes: bool) -> list[str]:
-    """Paths that may go; where indexes are among them, an index of what stays is written first."""
-    space, index = contents.space, contents.index
-    files = [space.shard(name) for name in contents.orphans]
+def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, yes: bool) -> list[str]:
+    """Paths of the files that can be removed.
+
+    If shards are removed that indexes refer to, all indexes are replaced by one of the remaining shards.
+
+    Args:
+        contents: of a namespace.
+        needed: sorted audio ids [n, 32] whose features must remain; all if not given.
+        unfinished: include the shards of unfinished extractions.
+        yes: write that one index now, before the caller removes the others.
+    """
+    namespace, index = contents.namespace, contents.index
+    files = [namespace.shard_path(name) for name in contents.orphans]
     if unfinished:
-        named = {s.name for s in index.shards} if index else set()
-        half = {s.name for receipt in contents.unfinished for s in space.read_index(receipt).shards} - named
-        files += contents.unfinished + [space.shard(name) for name in sorted(half & contents.there.keys())]
-    if wanted is not None and index is not None:
-        needed = np.zeros(len(index.shards), bool)
-        needed[index.columns["shard"][among(index.columns["address"], wanted)]] = True
-        if not needed.all():
+        indexed = {s.name for s in index.shards} if index else set()
+        noted = {s.name for receipt in contents.receipts for s in namespace.read_index(receipt).shards}
+        removable = (noted - indexed) & contents.shard_sizes.keys()
+        files += contents.receipts + [namespace.shard_path(name) for name in sorted(removable)]
+    if needed is not None and index is not None:
+        remains = np.zeros(len(index.shards), bool)
+        remains[index.columns["shard"][isin_sorted(index.columns["address"], needed)]] = True
+        if not remains.all():
             files += [
-                space.shard(s.name)
-                for s, stays in zip(index.shards, needed, strict=True)
-                if not stays and s.name in contents.there
+                namespace.shard_path(shard.name)
+                for shard, stays in zip(index.shards, remains, strict=True)
+                if not stays and shard.name in contents.shard_sizes
             ]
-            files += [space.index(name) for name in space.index_names()]
-            stays = merge(index.fingerprint, index.width, [index.keep(needed[index.columns["shard"]])])
-            name = f"kept-{digest(stays.addresses())[:16]}"
-            files = [f for f in files if f != space.index(name)]
+            files += [namespace.index_path(name) for name in namespace.index_names()]
+            remaining = merge(index.fingerprint, index.width, [index.select(remains[index.columns["shard"]])])
+            name = f"kept-{digest(remaining.audio_ids())[:16]}"
+            # An earlier pruning may have written this very index.
+            files = [f for f in files if f != namespace.index_path(name)]
             if yes:
-                write_bytes(space.index(name), stays.to_bytes())
+                write_bytes(namespace.index_path(name), remaining.to_bytes())
     return files

@@ -1,22 +1,23 @@
-"""What an extraction computes, shard by shard: decided from manifests alone, before anything is encoded.
+"""The plan of an extraction: which shards to compute, decided from manifests alone.
 
-Utterances are taken in the order of their addresses. Those are digests, so every shard holds a random
-mixture of the manifest, and the plan depends on nothing but the audio.
+Utterances are sorted by audio id. Audio ids are digests, so every shard holds a random mixture of the
+manifest, and the plan depends on nothing but the audio.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slam_asr.errors import UserError
-from slam_asr.features.index import Index, among, first_of_each, in_order, merge
+from slam_asr.audio import SAMPLE_RATE
+from slam_asr.errors import InputError, StorageError
+from slam_asr.features.index import Index, argsort_audio_ids, isin_sorted, merge, unique_audio_ids
 from slam_asr.features.namespace import FeatureNamespace
 from slam_asr.manifest import Utterance
-from slam_asr.models.feature_dtype import bytes_a_frame
+from slam_asr.models.feature_dtype import bytes_per_frame
 from slam_asr.storage import delete, digest, exists, join, read_bytes, walk, write_bytes
 from slam_asr.work_split import WorkShard
 
@@ -27,191 +28,212 @@ if TYPE_CHECKING:
 
 @dataclass
 class Audio:
-    """The distinct audio of a manifest, in the order of its addresses."""
+    """The distinct audio of a manifest, sorted by audio id."""
 
     manifest: Sequence[Utterance]
     rows: np.ndarray
-    """[utterances] in the manifest, one for each address."""
-    addresses: np.ndarray
-    """[utterances, 32] of bytes."""
+    """[utterances] positions in the manifest, one for each audio id."""
+    audio_ids: np.ndarray
+    """[utterances, 32] in bytes."""
     samples: np.ndarray
     """[utterances] at 16 kHz."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, chosen: np.ndarray) -> "Audio":
-        """Some of it."""
-        return Audio(self.manifest, self.rows[chosen], self.addresses[chosen], self.samples[chosen])
+    def select(self, selection: np.ndarray | slice) -> "Audio":
+        """The part that a mask, positions or a slice select."""
+        return Audio(self.manifest, self.rows[selection], self.audio_ids[selection], self.samples[selection])
 
     def digest(self) -> str:
-        """Of all addresses."""
-        return hashlib.sha256(self.addresses.tobytes()).hexdigest()
+        """The SHA-256 of all audio ids."""
+        return hashlib.sha256(self.audio_ids.tobytes()).hexdigest()
 
     def seconds(self) -> float:
-        """Of all audio."""
-        return float(self.samples.sum()) / 16_000
+        """Total duration in seconds."""
+        return float(self.samples.sum()) / SAMPLE_RATE
 
 
-def audio_of(manifest: Sequence[Utterance], samples_of: Callable[[Utterance], int]) -> Audio:
-    """Which audio a manifest has, each once.
+def distinct_audio(manifest: Sequence[Utterance], samples_of: Callable[[Utterance], int]) -> Audio:
+    """The audio of a manifest, each once even if several utterances share it.
 
     Args:
         manifest: utterances.
-        samples_of: tells an utterance's samples at 16 kHz.
+        samples_of: returns an utterance's length in samples at 16 kHz.
     """
-    addresses, samples = bytearray(), []
+    digests, samples = bytearray(), []
     for utterance in manifest:
-        addresses += bytes.fromhex(utterance.audio_id)
+        digests += bytes.fromhex(utterance.audio_id)
         samples.append(samples_of(utterance))
-    columns = np.frombuffer(bytes(addresses), np.uint8).reshape(-1, 32)
-    first, _ = first_of_each(columns)
-    return Audio(manifest, first, columns[first], np.array(samples, np.int64)[first])
+    audio_ids = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 32)
+    first, _ = unique_audio_ids(audio_ids)
+    return Audio(manifest, first, audio_ids[first], np.array(samples, np.int64)[first])
 
 
 def plan_shards(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Divide entries, in their order, into shards of at most `limit` bytes; a larger entry has one to itself."""
+    """Divide entries, in their order, into shards of at most `limit` bytes.
+
+    An entry that is larger gets its own shard.
+
+    Args:
+        sizes: of the entries in bytes.
+        limit: in bytes.
+
+    Returns:
+        For each shard, the slice of its entries.
+    """
     shards: list[slice] = []
-    begin, room = 0, limit
-    for at, size in enumerate(sizes):
-        if at > begin and size > room:
-            shards.append(slice(begin, at))
-            begin, room = at, limit
-        room -= size
+    begin, capacity = 0, limit
+    for i, size in enumerate(sizes):
+        if i > begin and size > capacity:
+            shards.append(slice(begin, i))
+            begin, capacity = i, limit
+        capacity -= size
     if len(sizes):
         shards.append(slice(begin, len(sizes)))
     return shards
 
 
 @dataclass
-class Planned:
-    """A shard to be, and the audio that goes into it."""
+class PlannedShard:
+    """A shard to compute, and the audio that it will hold."""
 
     number: int
     audio: Audio
     receipt: str
-    """Where it is noted that the shard is finished."""
+    """Path of a small index that is written when the shard is finished, for an interrupted run to find."""
 
 
 class ExtractionPlan:
-    """The shards that a manifest's audio becomes.
+    """The shards that hold a manifest's audio.
 
-    What other indexes had when the extraction was first begun is not computed again; which indexes those
-    were is written down, so that an interrupted extraction comes to the same plan. Shards that were lost
-    since are computed again.
+    Audio that the store's indexes already had when the extraction first started is not computed again. A file
+    in the store names those indexes, so an interrupted extraction resumes with the same plan. Shards that
+    were lost since then are computed again.
 
     Args:
         audio: of a manifest.
-        space: where features go.
-        fingerprint: of the space.
+        namespace: where features are written.
+        fingerprint: of the namespace.
         spec: the encoder.
-        features: size of shards, and their dtype.
-        part: which shards are this extraction's.
+        features: options: the size of shards and the dtype.
+        work_shard: which of the shards this extraction computes.
     """
 
     def __init__(
         self,
         audio: Audio,
-        space: FeatureNamespace,
+        namespace: FeatureNamespace,
         fingerprint: dict[str, Any],
         spec: "EncoderSpec",
         features: "Features",
-        part: WorkShard,
+        work_shard: WorkShard,
     ) -> None:
-        self.audio, self.space, self.fingerprint, self.spec, self.part = audio, space, fingerprint, spec, part
+        self.audio, self.namespace, self.fingerprint = audio, namespace, fingerprint
+        self.spec, self.work_shard = spec, work_shard
         limit = features.shard_megabytes * 1_000_000
         self.name = digest([audio.digest(), limit])[:16]
-        self._there = self.space.shards_there()
-        unfinished = join(self.space.root, "unfinished", self.name)
-        self._noted = {join(unfinished, f.name) for f in walk(unfinished)}
-        names = self.space.index_names()
-        bases = [name for name in self._bases(names) if name in names]
-        based = merge(self.fingerprint, self.spec.width, map(self._index, bases), audio.addresses)
-        self.have = self._present(
-            merge(self.fingerprint, self.spec.width, map(self._index, names), audio.addresses)
-        )
-        is_old = among(audio.addresses, based.columns["address"])
-        lost = is_old & ~among(audio.addresses, self.have.columns["address"])
-        self.old = audio.take(is_old & ~lost)
-        frame = bytes_a_frame(self.spec.width, features.dtype)
-        self.shards: list[Planned] = []
-        for chosen in (audio.take(~is_old), audio.take(lost)):
-            sizes = [self.spec.frames_of(int(n)) * frame for n in chosen.samples]
-            for piece in plan_shards(sizes, limit):
+        self._shard_sizes = namespace.shard_sizes()
+        unfinished = join(namespace.root, "unfinished", self.name)
+        self._receipts = {join(unfinished, f.name) for f in walk(unfinished)}
+        names = namespace.index_names()
+        initial = [name for name in self._initial_indexes(names) if name in names]
+        indexed_at_start = self._merge(map(self._read_index, initial), audio.audio_ids)
+        self.indexed = self._with_existing_shards(self._merge(map(self._read_index, names), audio.audio_ids))
+        was_indexed = isin_sorted(audio.audio_ids, indexed_at_start.columns["address"])
+        lost = was_indexed & ~isin_sorted(audio.audio_ids, self.indexed.columns["address"])
+        self.reused = audio.select(was_indexed & ~lost)
+        frame_bytes = bytes_per_frame(spec.width, features.dtype)
+        self.shards: list[PlannedShard] = []
+        # Lost audio gets shards of its own, after the others: it must not change what those hold.
+        for missing in (audio.select(~was_indexed), audio.select(lost)):
+            sizes = [spec.frames_of(int(n)) * frame_bytes for n in missing.samples]
+            for entries in plan_shards(sizes, limit):
                 number = len(self.shards)
-                self.shards.append(
-                    Planned(number, chosen.take(piece), join(unfinished, f"{number:06}.safetensors"))
-                )
-        self.mine = [shard for shard in self.shards if self.part.takes(shard.number)]
+                receipt = join(unfinished, f"{number:06}.safetensors")
+                self.shards.append(PlannedShard(number, missing.select(entries), receipt))
+        self.own_shards = [shard for shard in self.shards if work_shard.takes(shard.number)]
 
-    def _bases(self, names: list[str]) -> list[str]:
-        """The indexes that were there when this extraction was first begun, by whatever process."""
-        path = join(self.space.root, "plans", f"{self.name}.json")
+    def _initial_indexes(self, names: list[str]) -> list[str]:
+        """The indexes that existed when any process first started this extraction."""
+        path = join(self.namespace.root, "plans", f"{self.name}.json")
         others = [name for name in names if not name.startswith(self.name)]
         write_bytes(path, json.dumps(others) + "\n", replace=False)
         try:
             return list(json.loads(read_bytes(path)))
         except ValueError as error:
-            raise UserError(
+            raise InputError(
                 f"{path} is damaged: remove it and run `slam-asr extract-features` again."
             ) from error
 
-    def _index(self, name: str) -> Index:
-        return self.space.read_index(self.space.index(name))
+    def _read_index(self, name: str) -> Index:
+        return self.namespace.read_index(self.namespace.index_path(name))
 
-    def _present(self, index: Index) -> Index:
-        """Those entries whose shards are there."""
-        whole = np.array([self._there.get(s.name) == s.bytes for s in index.shards], bool)
-        return index.keep(whole[index.columns["shard"]] if len(index) else np.zeros(0, bool))
+    def _merge(self, indexes: Iterable[Index], audio_ids: np.ndarray) -> Index:
+        return merge(self.fingerprint, self.spec.width, indexes, audio_ids)
 
-    def is_missing(self, shard: Planned) -> bool:
-        """Whether a shard is neither indexed nor noted as finished, or is gone."""
-        if among(shard.audio.addresses, self.have.columns["address"]).all():
+    def _with_existing_shards(self, index: Index) -> Index:
+        """The entries whose shards exist and are complete."""
+        complete = np.array([self._shard_sizes.get(s.name) == s.bytes for s in index.shards], bool)
+        return index.select(complete[index.columns["shard"]] if len(index) else np.zeros(0, bool))
+
+    def is_missing(self, shard: PlannedShard) -> bool:
+        """Whether a shard must be computed: neither an index nor a receipt vouches for it, or it is lost."""
+        if isin_sorted(shard.audio.audio_ids, self.indexed.columns["address"]).all():
             return False
-        noted = self._read_receipt(shard) if shard.receipt in self._noted else None
-        if noted is None:
+        receipt = self._read_receipt(shard) if shard.receipt in self._receipts else None
+        if receipt is None:
             return True
-        if len(self._present(noted)) == len(shard.audio):
+        if len(self._with_existing_shards(receipt)) == len(shard.audio):
             return False
         delete(shard.receipt)
         return True
 
-    def _read_receipt(self, shard: Planned) -> Index | None:
-        """What a finished shard holds, or None where it is not noted, or its index was published meanwhile."""
+    def _read_receipt(self, shard: PlannedShard) -> Index | None:
+        """The index of a finished shard, or None if it has no receipt, which publishing removes."""
         if not exists(shard.receipt):
             return None
         try:
-            return self.space.read_index(shard.receipt)
-        except (FileNotFoundError, UserError):
+            return self.namespace.read_index(shard.receipt)
+        except (FileNotFoundError, InputError, StorageError):
+            # Another extraction of the same audio may have removed the receipt between the two calls.
             if exists(shard.receipt):
                 raise
             return None
 
     def publish(self) -> tuple[str, Index]:
-        """Write the index of this part's utterances, its name and what it holds."""
-        noted = [index for shard in self.mine if (index := self._read_receipt(shard))]
-        # Another extraction of the same audio may have published its index, and removed the receipts, first.
-        published = map(self._index, self.space.index_names())
-        self._there = self.space.shards_there()
-        mine = [s.audio.addresses for s in self.mine] + [
-            self.old.addresses[self.part.number - 1 :: self.part.of]
-        ]
-        wanted = np.concatenate(mine)
-        wanted = wanted[in_order(wanted)]
-        index = self._present(merge(self.fingerprint, self.spec.width, [*noted, *published], wanted))
-        if len(index) != len(wanted):
-            raise UserError(
-                f"{len(wanted) - len(index)} utterances vanished from {self.space.root} while features were extracted: run the same command again."
+        """Write the index of this work shard's utterances.
+
+        Returns:
+            The index's name, and the index.
+
+        Raises:
+            InputError: features were removed while the extraction ran.
+        """
+        receipts = [index for shard in self.own_shards if (index := self._read_receipt(shard))]
+        # Another extraction of the same audio may already have published its index and removed the receipts.
+        published = map(self._read_index, self.namespace.index_names())
+        self._shard_sizes = self.namespace.shard_sizes()
+        audio_ids = np.concatenate(
+            [shard.audio.audio_ids for shard in self.own_shards] + [self._own_reused().audio_ids]
+        )
+        audio_ids = audio_ids[argsort_audio_ids(audio_ids)]
+        index = self._with_existing_shards(self._merge([*receipts, *published], audio_ids))
+        if len(index) != len(audio_ids):
+            raise InputError(
+                f"{len(audio_ids) - len(index)} utterances were removed from {self.namespace.root} "
+                "while features were extracted: run the same command again."
             )
-        name = f"{self.name}-{self.part}"
-        write_bytes(self.space.index(name), index.to_bytes())
-        for shard in self.mine:
+        name = f"{self.name}-{self.work_shard}"
+        write_bytes(self.namespace.index_path(name), index.to_bytes())
+        for shard in self.own_shards:
             delete(shard.receipt)
         return name, index
 
-    def mine_seconds(self) -> float:
-        """Of this part's audio, old and new."""
-        return (
-            sum(s.audio.seconds() for s in self.mine)
-            + float(self.old.samples[self.part.number - 1 :: self.part.of].sum()) / 16_000
-        )
+    def _own_reused(self) -> Audio:
+        """This work shard's share of the audio that is not computed again."""
+        return self.reused.select(slice(self.work_shard.number - 1, None, self.work_shard.of))
+
+    def own_seconds(self) -> float:
+        """Duration in seconds of this work shard's audio, computed or reused."""
+        return sum(shard.audio.seconds() for shard in self.own_shards) + self._own_reused().seconds()

@@ -1,9 +1,9 @@
 """Where a model's audio comes from: a feature store, or the audio files themselves.
 
-Both tell an utterance's length before it is read, so that batches can be planned, and which shard it
-lies in, so that a shard is fetched once an epoch; and both give what `Slam` takes. From files, the
-encoder runs with the model, and the shards are those that a store of the same manifest would have: the
-order of training is the same either way.
+Both readers know an utterance's length before it is read, so that batches can be planned, and the shard that
+holds it, so that each shard is fetched once per epoch. Both return what `Slam` takes as input. Reading from
+files, the encoder runs as part of the model, and utterances are grouped into the shards that a store of the
+same manifest would have. The order of training is therefore the same with either reader.
 """
 
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ import numpy as np
 
 from slam_asr.audio import load_utterance
 from slam_asr.features.audio_source import samples_of
-from slam_asr.features.index import first_of_each
+from slam_asr.features.index import unique_audio_ids
 from slam_asr.features.plan import plan_shards
 from slam_asr.manifest import Utterance
-from slam_asr.models.feature_dtype import bytes_a_frame
+from slam_asr.models.feature_dtype import bytes_per_frame
 
 if TYPE_CHECKING:
     import torch
@@ -28,19 +28,27 @@ if TYPE_CHECKING:
 
 
 class FeatureReader(Protocol):
-    """What training and decoding want to know of audio."""
+    """A source of audio for training and decoding."""
 
     def span(self, utterance: Utterance) -> int:
-        """Length in encoder frames, by which LLM positions are counted."""
+        """Length in encoder frames, from which LLM positions are computed."""
 
     def read(self, utterance: Utterance) -> "torch.Tensor | Prepared":
-        """Encoder output [frames, width], or what the encoder takes."""
+        """Encoder output [frames, width], or the encoder's input."""
 
-    def shards_of(self, addresses: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """[utterances] number of the shard that each lies in, from their addresses [utterances, 32] and samples."""
+    def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """The shard that holds each utterance.
+
+        Args:
+            audio_ids: [utterances, 32] in bytes.
+            samples: [utterances] at 16 kHz.
+
+        Returns:
+            [utterances] numbers of shards.
+        """
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Be told which shards are needed now and next; others may go."""
+        """Prepare to read these shards, needed now and next; others may be released."""
 
 
 class StoreReader:
@@ -57,12 +65,12 @@ class StoreReader:
         """Encoder output [frames, width]."""
         return self.store.read(utterance.audio_id)
 
-    def shards_of(self, addresses: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """[utterances] number of the shard that each lies in."""
-        return self.store.index.columns["shard"][self.store.index.locate(addresses)]
+    def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """[utterances] number of the shard that holds each utterance's features."""
+        return self.store.index.columns["shard"][self.store.index.locate(audio_ids)]
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Let go of other shards, and fetch these ahead where the store is remote."""
+        """Prefetch these shards if the store is remote; release all others."""
         self.store.expect(shards)
 
 
@@ -71,7 +79,7 @@ class AudioReader:
 
     Args:
         spec: the encoder.
-        options: of the store that there might be.
+        options: of the feature store that the same manifest would have.
     """
 
     def __init__(self, spec: "EncoderSpec", options: "Features") -> None:
@@ -83,18 +91,18 @@ class AudioReader:
         return self.spec.span_of(samples_of(utterance))
 
     def read(self, utterance: Utterance) -> "Prepared":
-        """The audio as the encoder takes it."""
+        """The audio as the encoder's input."""
         return self._prepare(load_utterance(utterance))
 
-    def shards_of(self, addresses: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """[utterances] number of the shard that each would lie in."""
-        first, which = first_of_each(addresses)
-        frame = bytes_a_frame(self.spec.width, self.options.dtype)
-        sizes = [self.spec.frames_of(int(n)) * frame for n in samples[first]]
+    def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """[utterances] number of the shard that would hold each utterance's features."""
+        first, inverse = unique_audio_ids(audio_ids)
+        frame_bytes = bytes_per_frame(self.spec.width, self.options.dtype)
+        sizes = [self.spec.frames_of(int(n)) * frame_bytes for n in samples[first]]
         numbers = np.zeros(len(first), np.int32)
-        for number, piece in enumerate(plan_shards(sizes, self.options.shard_megabytes * 1_000_000)):
-            numbers[piece] = number
-        return numbers[which]
+        for number, entries in enumerate(plan_shards(sizes, self.options.shard_megabytes * 1_000_000)):
+            numbers[entries] = number
+        return numbers[inverse]
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Nothing to do: audio is read where it lies."""
+        """Do nothing: audio files are read in place."""

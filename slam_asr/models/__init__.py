@@ -1,1 +1,1 @@
-"""The models: a frozen speech encoder, a trained projector, a frozen LLM, what joins them, and where weights come from."""
+"""The models: a speech encoder, a trained projector, an LLM, and the model that joins them."""

@@ -1,152 +1,214 @@
-"""Keys and values of a beam search, whose beams share what stands before the answer.
+"""The key-value cache of a beam search, whose beams share the keys and values of audio and prompt.
 
-transformers' own cache holds audio and prompt once for each beam, is copied as a whole at each token, to make room for it, and again as a whole
-when beams take each other's places. But the beams of an utterance differ in the answer alone. `SharedLayer` keeps the rest once an utterance, and
-`attend` reads it once for all of its beams; it is registered with transformers as a kind of attention. Where an LLM has an attention of its own, `BeamLayer`
-keeps one row a beam, as that needs it.
+transformers' own cache holds audio and prompt once per beam. It copies the complete cache at every token, to
+append to it, and copies it again whenever beams are reordered. But the beams of one utterance differ only in
+the tokens that they generated. `SharedLayer` therefore caches the *prefix* (audio and prompt) once per
+utterance, and `attend` reads it once for all beams of that utterance. `attend` has to be registered with
+transformers as an attention implementation, because no implementation that transformers ships can take keys
+from two tensors with different numbers of rows. An LLM that does not use the registered implementations gets
+`BeamLayer`: one row per beam, in a buffer that is allocated once.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-ATTENTION = "beams_share_what_they_heard"
-"""Name of our kind among transformers' implementations of attention."""
+ATTENTION = "slam_asr_shared_prefix"
+"""Name of `attend` among transformers' attention implementations."""
 
 
 class CannotShare(Exception):
-    """The LLM attends in a way that `attend` does not know."""
+    """The LLM needs more from its attention than `attend` computes.
+
+    `beam_search` then repeats the search without a shared prefix.
+    """
 
 
 def is_plain(cache: object) -> bool:
-    """Whether every layer keeps keys and values of all positions."""
+    """Return whether every layer caches the keys and values of all positions.
+
+    Sliding windows drop positions, and recurrent layers have none: neither can be taken apart by position.
+    """
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def for_beams(cache: DynamicCache, beams: int, room: int, mask: torch.Tensor | None) -> DynamicCache:
-    """Let a cache of utterances serve their beams.
+def expand_for_beams(
+    cache: DynamicCache, beams: int, max_new_tokens: int, mask: torch.Tensor | None
+) -> DynamicCache:
+    """Turn a cache with one row per utterance into one that serves `beams` rows per utterance.
 
     Args:
-        cache: of audio and prompt, one row an utterance; taken apart.
-        beams: rows that each utterance gets, one after the other.
-        room: positions that may follow.
-        mask: [utterances, positions], 0 where there is padding, if the beams are to share what stands before the answer.
+        cache: keys and values of audio and prompt, one row per utterance. Its layers are replaced, and their
+            tensors released.
+        beams: rows that each utterance gets; they are adjacent.
+        max_new_tokens: capacity for generated tokens, in positions.
+        mask: [utterances, positions], 0 on padding, if the beams are to share the prefix; None for one copy
+            of the prefix per beam.
+
+    Returns:
+        The same cache object.
     """
     if mask is not None:
-        dtype = cache.layers[0].keys.dtype
-        hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        first = cache.layers[0]
+        assert isinstance(first, DynamicLayer) and first.keys is not None, "only plain caches are shared"
+        dtype = first.keys.dtype
+        padding_bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
             mask == 0, torch.finfo(dtype).min
         )[:, None, None]
-        cache.layers = [SharedLayer(layer, beams, room, hidden) for layer in cache.layers]
+        cache.layers = [
+            SharedLayer(layer, beams, max_new_tokens, padding_bias)
+            for layer in cache.layers
+            if isinstance(layer, DynamicLayer)
+        ]
     else:
         cache.layers = [
-            BeamLayer(layer, beams, room) if type(layer) is DynamicLayer else _repeated(layer, beams)
+            BeamLayer(layer, beams, max_new_tokens)
+            if type(layer) is DynamicLayer
+            else _repeated(cast(DynamicLayer, layer), beams)
             for layer in cache.layers
         ]
     return cache
 
 
 def _repeated(layer: DynamicLayer, beams: int) -> DynamicLayer:
+    """Repeat the rows of a layer of another kind (a sliding window, say), which manages its own memory."""
     layer.batch_repeat_interleave(beams)
     return layer
 
 
 class BeamLayer(DynamicLayer):
-    """One layer's keys and values: [utterances · beams, key heads, positions, head width], views of buffers with room behind them."""
+    """The keys and values of one LLM layer, with one row per beam.
+
+    `keys` and `values` are views [utterances · beams, key heads, positions, head width] of buffers that
+    already have capacity for all new tokens, so that appending a token copies that token only.
+
+    Args:
+        layer: one row per utterance; its tensors are released.
+        beams: rows that each utterance gets.
+        max_new_tokens: positions that may be appended.
+    """
 
     is_croppable = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
-    def __init__(self, layer: DynamicLayer, beams: int, room: int) -> None:
+    def __init__(self, layer: DynamicLayer, beams: int, max_new_tokens: int) -> None:
         super().__init__()
-        self.shared = layer.keys.shape[-2]
-        self._keys, self._values = (_with_room(tensor, beams, room) for tensor in (layer.keys, layer.values))
+        assert layer.keys is not None and layer.values is not None, "the prefix has been read"
+        self.prefix_length = layer.keys.shape[-2]
+        self._keys, self._values = (
+            _with_capacity(tensor, beams, max_new_tokens) for tensor in (layer.keys, layer.values)
+        )
         layer.keys = layer.values = None
         self.dtype, self.device, self.is_initialized = self._keys.dtype, self._keys.device, True
-        self._show(self.shared)
+        self._set_end(self.prefix_length)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append → all keys and values."""
+        """Append the keys and values of new positions.
+
+        Args:
+            key_states: [utterances · beams, key heads, new positions, head width].
+            value_states: as `key_states`.
+            args: not used.
+            kwargs: not used.
+
+        Returns:
+            Keys and values of all positions so far.
+        """
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
         self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
-        self._show(end)
+        self._set_end(end)
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Give each row the answer of another of the same utterance."""
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let each row continue another beam of the same utterance.
+
+        Only the generated positions are copied: the prefix is the same in all beams of an utterance.
+
+        Args:
+            beam_idx: [utterances · beams], for each row the row whose hypothesis it continues.
+        """
         end = self.keys.shape[-2]
         for buffer in (self._keys, self._values):
-            buffer[:, :, self.shared : end] = buffer[:, :, self.shared : end].index_select(
+            buffer[:, :, self.prefix_length : end] = buffer[:, :, self.prefix_length : end].index_select(
                 0, beam_idx.to(buffer.device)
             )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows: those of utterances that are still searched."""
+        """Retain the rows `indices` [rows], in ascending order; the others belong to finished utterances."""
         end = self.keys.shape[-2]
         for buffer in (self._keys, self._values):
-            # Within the same memory, and no room that nothing stands in yet.
+            # Moved within the buffer, so that no second one is allocated; unused capacity is not copied.
             buffer[: len(indices), :, :end] = buffer[indices, :, :end]
         self._keys, self._values = self._keys[: len(indices)], self._values[: len(indices)]
-        self._show(end)
+        self._set_end(end)
 
-    def _show(self, end: int) -> None:
+    def _set_end(self, end: int) -> None:
         self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
 
 
-def _with_room(tensor: torch.Tensor, beams: int, room: int) -> torch.Tensor:
+def _with_capacity(tensor: torch.Tensor, beams: int, max_new_tokens: int) -> torch.Tensor:
+    """Copy [rows, heads, positions, width] to [rows · beams, heads, positions + max_new_tokens, width]."""
     rows, heads, positions, width = tensor.shape
-    buffer = tensor.new_empty(rows * beams, heads, positions + room, width)
-    buffer.view(rows, beams, heads, positions + room, width)[:, :, :, :positions] = tensor[:, None]
+    capacity = positions + max_new_tokens
+    buffer = tensor.new_empty(rows * beams, heads, capacity, width)
+    buffer.view(rows, beams, heads, capacity, width)[:, :, :, :positions] = tensor[:, None]
     return buffer
 
 
 class SharedLayer(BeamLayer):
-    """The same of the answers alone; what stands before them is kept once an utterance.
+    """A `BeamLayer` of the generated tokens only, with the prefix cached once per utterance.
 
     Args:
-        layer: one row an utterance.
+        layer: one row per utterance.
         beams: rows that each utterance gets.
-        room: positions that may follow.
-        hidden: [utterances, 1, 1, positions], what is added to the scores of what stands before: far below zero where there is padding.
+        max_new_tokens: positions that may be appended.
+        padding_bias: [utterances, 1, 1, positions], added to the attention scores of the prefix: the dtype's
+            lowest number on padding, else 0.
     """
 
-    def __init__(self, layer: DynamicLayer, beams: int, room: int, hidden: torch.Tensor) -> None:
-        self.before_keys, self.before_values, self.hidden, self.beams = (
-            layer.keys,
-            layer.values,
-            hidden,
-            beams,
-        )
-        self.attended = 0
-        """Positions for which `attend` was called."""
+    def __init__(
+        self, layer: DynamicLayer, beams: int, max_new_tokens: int, padding_bias: torch.Tensor
+    ) -> None:
+        assert layer.keys is not None and layer.values is not None, "the prefix has been read"
+        self.prefix_keys, self.prefix_values = layer.keys, layer.values
+        """[utterances, key heads, positions, head width]"""
+        self.padding_bias, self.beams = padding_bias, beams
+        self.attend_calls = 0
+        """How often `attend` has read this layer: the search checks that the LLM's attention really is
+        `attend`."""
         layer.keys, layer.values = (tensor[:, :, :0] for tensor in (layer.keys, layer.values))
-        super().__init__(layer, beams, room)
+        super().__init__(layer, beams, max_new_tokens)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append → keys and values of the answers, by which `attend` finds the others."""
+        """Append as in `BeamLayer`, and return the keys and values of the generated tokens only."""
         keys, values = super().update(key_states, value_states)
         keys = keys.view_as(keys)
-        keys.of_layer = self
+        # transformers passes only keys and values from the cache to the attention. A fresh view carries the
+        # layer along, by which `attend` finds the prefix.
+        keys.cache_layer = self  # type: ignore[attr-defined]
         return keys, values
 
     def get_seq_length(self, *args: object) -> int:
-        """Positions so far, with those before the answer."""
-        return self.before_keys.shape[-2] + self.keys.shape[-2]
+        """Return the positions so far, including the prefix."""
+        return self.prefix_keys.shape[-2] + self.keys.shape[-2]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows: all beams of utterances that are still searched."""
+        """Retain the rows `indices` [rows]: all beams of the utterances that are still searched."""
         super().batch_select_indices(indices)
         utterances = indices[:: self.beams] // self.beams
-        self.before_keys, self.before_values, self.hidden = (
-            tensor[utterances] for tensor in (self.before_keys, self.before_values, self.hidden)
+        self.prefix_keys, self.prefix_values, self.padding_bias = (
+            tensor[utterances] for tensor in (self.prefix_keys, self.prefix_values, self.padding_bias)
         )
 
 
@@ -160,64 +222,80 @@ def attend(
     dropout: float = 0.0,
     **more: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one new position of each beam, as transformers asks for it.
+    """Attention of one new position per beam to a shared prefix and to the beam's own tokens.
+
+    The signature is the one by which transformers calls an attention implementation.
 
     Args:
-        module: the LLM's layer of attention.
+        module: the LLM's attention layer; not used.
         query: [utterances · beams, heads, 1, head width].
-        key: of the answers, from a `SharedLayer`: [utterances · beams, key heads, positions, head width].
+        key: keys of the generated tokens, from a `SharedLayer`: [utterances · beams, key heads, positions,
+            head width].
         value: as `key`.
-        attention_mask: none: what the layer keeps says it.
-        scaling: of the scores.
-        dropout: there is none in a search.
-        more: what other LLMs do to their scores.
+        attention_mask: always None, since no mask function is registered under this name; padding is masked
+            by the layer's `padding_bias`.
+        scaling: factor of the scores; 1 / √(head width) if None.
+        dropout: ignored; a search has none.
+        more: whatever else an LLM passes to its attention.
 
     Returns:
-        [utterances · beams, 1, heads, head width], and no probabilities.
+        [utterances · beams, 1, heads, head width], and None in place of the probabilities.
 
     Raises:
-        CannotShare: the LLM wants something else.
+        CannotShare: the LLM asks for a mask, for several positions at once, or for a change of the scores.
     """
-    layer = getattr(key, "of_layer", None)
+    layer = getattr(key, "cache_layer", None)
     if (
         layer is None
         or attention_mask is not None
         or query.shape[-2] != 1
-        or any(more.get(name) is not None for name in _OTHER_SCORES)
+        or any(more.get(name) is not None for name in _UNSUPPORTED)
     ):
         raise CannotShare
-    layer.attended += 1
+    layer.attend_calls += 1
     rows, heads, _, width = query.shape
-    groups, beams, before = key.shape[1], layer.beams, layer.before_keys.shape[-2]
+    key_heads, beams, prefix = key.shape[1], layer.beams, layer.prefix_keys.shape[-2]
 
-    def together(of_rows: torch.Tensor) -> torch.Tensor:
-        """The heads that share a key head, of all beams of an utterance: [utterances, key heads, beams · heads each, …]."""
-        return of_rows.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
+    # A key head of an utterance meets the queries of all beams, and of all heads that share it, as the rows
+    # of one matrix. So the prefix is read from memory once per utterance, in one product.
+    def by_utterance(tensor: torch.Tensor) -> torch.Tensor:
+        """[utterances · beams, key heads, n, …] → [utterances, key heads, beams · n, …]"""
+        return tensor.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
 
-    def apart(of_utterances: torch.Tensor) -> torch.Tensor:
-        """Back again: [utterances · beams, key heads, heads each, …]."""
-        return of_utterances.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
+    def by_beam(tensor: torch.Tensor) -> torch.Tensor:
+        """The inverse of `by_utterance`."""
+        return tensor.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
 
-    query = (query * (width**-0.5 if scaling is None else scaling)).view(rows, groups, heads // groups, width)
-    of_before = together(query) @ layer.before_keys.transpose(-1, -2) + layer.hidden
-    of_answers = together(query @ key.transpose(-1, -2))
-    probabilities = torch.cat([of_before, of_answers], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+    query = (query * (width**-0.5 if scaling is None else scaling)).view(
+        rows, key_heads, heads // key_heads, width
+    )
+    prefix_scores = by_utterance(query) @ layer.prefix_keys.transpose(-1, -2) + layer.padding_bias
+    token_scores = by_utterance(query @ key.transpose(-1, -2))
+    # One softmax over both, as if the keys were one tensor.
+    probabilities = (
+        torch.cat([prefix_scores, token_scores], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+    )
     output = (
-        apart(probabilities[..., :before] @ layer.before_values) + apart(probabilities[..., before:]) @ value
+        by_beam(probabilities[..., :prefix] @ layer.prefix_values)
+        + by_beam(probabilities[..., prefix:]) @ value
     )
     return output.reshape(rows, 1, heads, -1), None
 
 
-_OTHER_SCORES = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mask")
-"""What some LLMs give to their attention beside queries, keys and values."""
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mask")
+"""Arguments by which some LLMs have their attention change the scores or hide positions; `attend` does
+neither."""
 AttentionInterface.register(ATTENTION, attend)
 
 
 @contextlib.contextmanager
-def beams_share(llm: PreTrainedModel) -> Iterator[None]:
-    """Have an LLM use `attend` meanwhile."""
+def shared_prefix_attention(llm: PreTrainedModel) -> Iterator[None]:
+    """Make an LLM use `attend` within the context."""
+    # Parts of an LLM may have configurations of their own, and each layer looks its attention up in its own.
     configs = {
-        id(module.config): module.config for module in llm.modules() if hasattr(module, "config")
+        id(config): config
+        for module in llm.modules()
+        if (config := getattr(module, "config", None)) is not None
     }.values()
     usual = [config._attn_implementation for config in configs]
     for config in configs:

@@ -1,16 +1,22 @@
-"""Beam search and greedy search, with the choices of transformers' own and less of its work.
+"""Greedy and beam search that make the same choices as transformers, with less computation.
 
-The same hypotheses are kept, finished and given up, by the same scores (`GenerationMixin._beam_search` of transformers 5 with
-`early_stopping=False`). What differs is what is computed: audio and prompt are read once an utterance and not once a beam, among those of
-like length; the beams share their keys and values; and an utterance whose answer is settled leaves the batch, so that one that talks without end holds up nobody.
-Settled it is when transformers would stop, and before that when whatever may follow cannot reach what is asked for. And it is known of each utterance whether
-rounding may have decided.
+Hypotheses are extended, finished and dropped by the scores of `GenerationMixin._beam_search` (transformers 5
+with `early_stopping=False`). Three things are computed differently:
+
+- Audio and prompt are run through the LLM once per utterance, not once per beam, in groups of similar length.
+- The beams of an utterance share the keys and values of audio and prompt (`beam_cache.py`).
+- An utterance leaves the batch as soon as it is settled, so one runaway answer does not hold up the others.
+  It is settled when transformers would stop, or earlier, when no continuation can reach the requested answers
+  any more.
+
+The search also reports, per utterance, whether rounding may have decided a choice.
 """
 
 import contextlib
 import copy
 import inspect
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import (
@@ -20,71 +26,87 @@ from transformers import (
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
 )
+from transformers.cache_utils import DynamicLayer
 
-from slam_asr.models.beam_cache import CannotShare, beams_share, for_beams, is_plain
+from slam_asr.models.beam_cache import (
+    CannotShare,
+    SharedLayer,
+    expand_for_beams,
+    is_plain,
+    shared_prefix_attention,
+)
 
-CLOSE = 1e-4
-"""Difference in log probability below which rounding may decide between two choices."""
+NEARLY_TIED = 1e-4
+"""Difference in log probability below which rounding may decide between two hypotheses."""
 _NEVER = -1.0e9
-"""Score of what cannot be chosen."""
-_WORTH_LEAVING = 8
-"""Settled utterances leave when they are one in so many: the others' keys and values are copied then."""
-_READ = 4096
-"""Positions of audio and prompt that are read at once: enough to keep a machine busy, and few enough to leave padding out."""
+"""Score of a hypothesis that must not be chosen; the same number as in transformers."""
+_WORTH_SHRINKING = 8
+"""The batch shrinks once one in so many of its utterances is settled, because shrinking copies the cache of
+the others."""
+_PREFILL_POSITIONS = 4096
+"""Positions of audio and prompt in one forward pass: enough to occupy a GPU, few enough that groups have
+similar lengths."""
 
 
 @dataclass
-class Found:
+class Answers:
     """The answers to a batch."""
 
     ids: torch.Tensor
-    """[utterances, answers to each, tokens], filled up behind the end; best answers first."""
+    """[utterances, answers each, tokens]: token ids, best answer first, filled up after the end."""
     scores: torch.Tensor
-    """[utterances, answers to each]: log probability, after penalties, per token to the power of the length penalty."""
-    close: list[bool] | None
-    """Of each utterance, whether somewhere a choice was made by less than `CLOSE`; None where that is not known."""
+    """[utterances, answers each]: log probability after penalties, divided by tokens ** length penalty."""
+    nearly_tied: list[bool] | None
+    """For each utterance, whether two hypotheses at a decision differed by less than `NEARLY_TIED`; None if
+    not known."""
 
 
 @dataclass
-class _Beams:
-    """Utterances that are still searched."""
+class _SearchState:
+    """The utterances that are still searched: their running beams, and the answers that are finished."""
 
-    number: torch.Tensor
-    """[utterances]: their places in the batch."""
+    utterances: torch.Tensor
+    """[utterances]: indices in the batch."""
     ids: torch.Tensor
-    """[utterances, beams, tokens]"""
+    """[utterances, beams, max_new_tokens]: tokens of the running beams."""
     scores: torch.Tensor
-    """[utterances, beams]: log probability so far."""
-    ended: torch.Tensor
-    """As `ids`, of answers that have come to their end."""
-    ended_scores: torch.Tensor
-    ended_lengths: torch.Tensor
-    has_ended: torch.Tensor
-    """[utterances, beams] bool: whether there is such an answer in that place."""
+    """[utterances, beams]: log probability of the running beams, best first."""
+    finished_ids: torch.Tensor
+    """[utterances, beams, max_new_tokens]: tokens of the best finished answers, best first."""
+    finished_scores: torch.Tensor
+    """[utterances, beams]: as `Answers.scores`; `_NEVER` where no answer is finished yet."""
+    finished_lengths: torch.Tensor
+    """[utterances, beams]: tokens of each finished answer, including the one that ends it."""
+    is_finished: torch.Tensor
+    """[utterances, beams] bool: whether that place holds a finished answer."""
     improvable: torch.Tensor
-    """[utterances] bool: whether one that goes on may still become better than the worst that has ended."""
-    close: torch.Tensor
-    """[utterances] bool"""
+    """[utterances] bool: whether a running beam may still improve on the finished answers; False means
+    settled."""
+    nearly_tied: torch.Tensor
+    """[utterances] bool: as in `Answers`."""
 
-    def only(self, chosen: torch.Tensor) -> "_Beams":
-        return _Beams(**{name: tensor[chosen] for name, tensor in vars(self).items()})
+    def select(self, rows: torch.Tensor) -> "_SearchState":
+        """Return the state of some utterances only."""
+        return _SearchState(**{name: tensor[rows] for name, tensor in vars(self).items()})
 
 
 def beam_search(
     llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig
-) -> Found | None:
-    """Answer a batch; with one beam, greedily.
+) -> Answers | None:
+    """Decode a batch by beam search; with one beam, greedily.
 
     Args:
         llm: any causal LM.
         embeddings: [utterances, positions, LLM width] of audio and prompt, padded on the left.
-        mask: [utterances, positions], 0 where there is padding.
-        generation: beams, answers to each, penalties, most tokens, tokens that end an answer, and the one that fills up.
+        mask: [utterances, positions], 0 on padding.
+        generation: number of beams and answers, penalties, max_new_tokens, and the tokens that end and pad an
+            answer.
 
     Returns:
-        The answers, or None for an LLM whose cache is of another kind than keys and values of each position.
+        The answers, or None for an LLM whose cache does not hold keys and values per position (Mamba, say).
     """
-    # LLMs whose attention is transformers' common one; that may still ask for something of its own, at the first token.
+    # An LLM may accept a registered attention and still ask it for something that `attend` does not compute.
+    # That shows at the first generated token, so starting over costs little.
     if getattr(llm, "_supports_attention_backend", False):
         with contextlib.suppress(CannotShare):
             return _search(llm, embeddings, mask, generation, share=True)
@@ -97,225 +119,307 @@ def _search(
     mask: torch.Tensor,
     generation: GenerationConfig,
     share: bool,
-) -> Found | None:
+) -> Answers | None:
+    """Search with the prefix shared among beams or not; see `beam_search`.
+
+    Raises:
+        CannotShare: only with `share`.
+    """
     utterances, width = embeddings.shape[:2]
-    beams, most = generation.num_beams, generation.max_new_tokens
+    beams, max_new_tokens = generation.num_beams, generation.max_new_tokens
     device = embeddings.device
     lengths = mask.sum(1)
-    logits, cache = _read(llm, embeddings, mask)
+    logits, cache = _prefill(llm, embeddings, mask)
     if type(cache) is not DynamicCache:
         return None
     share = share and is_plain(cache)
-    cache = for_beams(cache, beams, most, mask if share else None)
+    cache = expand_for_beams(cache, beams, max_new_tokens, mask if share else None)
     logits = logits.repeat_interleave(beams, 0)
-    mask = torch.cat([mask, mask.new_ones(utterances, most)], 1).repeat_interleave(beams, 0)
+    mask = torch.cat([mask, mask.new_ones(utterances, max_new_tokens)], 1).repeat_interleave(beams, 0)
     stops = torch.tensor(generation.eos_token_id, device=device)
     processors = penalties(generation)
-    fill = generation.pad_token_id or generation.eos_token_id[0]
-    at = _begin(utterances, beams, most, fill, device)
-    result, all_close = (
-        _begin(utterances, beams, most, fill, device),
-        torch.zeros(utterances, dtype=torch.bool, device=device),
-    )
-    for step in range(most):
-        last = step + 1 == most
-        said = at.ids[:, :, :step].flatten(0, 1)
-        # As in transformers: in greedy search a penalty changes logits, in beam search log probabilities.
+    fill_token = generation.pad_token_id or generation.eos_token_id[0]
+    state = _start(utterances, beams, max_new_tokens, fill_token, device)
+    # Collects the finished answers of all utterances, including those that have left `state`.
+    result = _start(utterances, beams, max_new_tokens, fill_token, device)
+    for step in range(max_new_tokens):
+        is_last = step + 1 == max_new_tokens
+        generated = cast(torch.LongTensor, state.ids[:, :, :step].flatten(0, 1))
+        # As in transformers: greedy search penalises logits, beam search penalises log probabilities.
         log_probabilities = (
-            processors(said, logits.log_softmax(-1))
+            processors(generated, logits.log_softmax(-1))
             if beams > 1
-            else processors(said, logits).log_softmax(-1)
+            else processors(generated, logits).log_softmax(-1)
         )
-        at, chosen = _choose(at, log_probabilities.unflatten(0, (-1, beams)), step, stops, generation)
-        settled = ~at.improvable if not last else torch.ones_like(at.improvable)
-        new = at.number[settled]
-        for of in ("ended", "ended_scores", "ended_lengths"):
-            getattr(result, of)[new] = getattr(at, of)[settled]
-        all_close[new] = at.close[settled]
+        state, continued_rows = _choose(
+            state, log_probabilities.unflatten(0, (-1, beams)), step, stops, generation
+        )
+        settled = ~state.improvable if not is_last else torch.ones_like(state.improvable)
+        newly_settled = state.utterances[settled]
+        for name in ("finished_ids", "finished_scores", "finished_lengths", "nearly_tied"):
+            getattr(result, name)[newly_settled] = getattr(state, name)[settled]
         if bool(settled.all()):
             break
-        cache.reorder_cache(chosen)
-        if int(settled.sum()) * _WORTH_LEAVING >= len(settled):
-            stay = (~settled).nonzero()[:, 0]
-            rows = (stay[:, None] * beams + torch.arange(beams, device=device)).flatten()
+        cache.reorder_cache(cast(torch.LongTensor, continued_rows))
+        if int(settled.sum()) * _WORTH_SHRINKING >= len(settled):
+            remaining = (~settled).nonzero()[:, 0]
+            rows = (remaining[:, None] * beams + torch.arange(beams, device=device)).flatten()
             cache.batch_select_indices(rows)
-            at, mask, lengths = at.only(stay), mask[rows], lengths[stay]
-        positions = (lengths + step).repeat_interleave(beams)[:, None]
-        seen = mask[:, : width + step + 1]
-        with beams_share(llm) if share else contextlib.nullcontext():
-            logits, _ = _run(
+            state, mask, lengths = state.select(remaining), mask[rows], lengths[remaining]
+        with shared_prefix_attention(llm) if share else contextlib.nullcontext():
+            logits, _ = _forward(
                 llm,
-                positions,
-                input_ids=at.ids[:, :, step].reshape(-1, 1),
-                attention_mask=seen,
+                # Positions count from each utterance's own start: padding on the left takes none.
+                (lengths + step).repeat_interleave(beams)[:, None],
+                mask[:, : width + step + 1],
+                input_ids=state.ids[:, :, step].reshape(-1, 1),
                 past_key_values=cache,
             )
-        if share and any(layer.attended != step + 1 for layer in cache.layers):
+        # An LLM that ignored the registered attention would have seen the generated tokens without the
+        # prefix.
+        if share and any(cast(SharedLayer, layer).attend_calls != step + 1 for layer in cache.layers):
             raise CannotShare
     answers = generation.num_return_sequences
-    longest = int(result.ended_lengths[:, :answers].max())
-    close = (
-        all_close
-        if beams == 1
-        else all_close | ((result.ended_scores[:, 0] - result.ended_scores[:, 1]) < CLOSE)
+    longest = int(result.finished_lengths[:, :answers].max())
+    nearly_tied = result.nearly_tied
+    if beams > 1:
+        nearly_tied |= (result.finished_scores[:, 0] - result.finished_scores[:, 1]) < NEARLY_TIED
+    return Answers(
+        result.finished_ids[:, :answers, :longest], result.finished_scores[:, :answers], nearly_tied.tolist()
     )
-    return Found(result.ended[:, :answers, :longest], result.ended_scores[:, :answers], close.tolist())
 
 
-def _run(
-    llm: PreTrainedModel, positions: torch.Tensor, **inputs: torch.Tensor
+def _forward(
+    llm: PreTrainedModel,
+    positions: torch.Tensor,
+    mask: torch.Tensor,
+    inputs_embeds: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    past_key_values: DynamicCache | None = None,
 ) -> tuple[torch.Tensor, object]:
-    """Logits [rows, vocabulary] of the last position, and the cache."""
-    takes = inspect.signature(llm.forward).parameters
-    more = {"position_ids": positions} if "position_ids" in takes else {}
-    more |= {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    output = llm(**inputs, **more, use_cache=True)
+    """Run the LLM.
+
+    Args:
+        llm: any causal LM.
+        positions: [rows, new positions], for LLMs that accept position ids.
+        mask: [rows, all positions], 0 on padding.
+        inputs_embeds: [rows, new positions, LLM width], at the start.
+        input_ids: [rows, new positions], afterwards.
+        past_key_values: the cache; None at the start.
+
+    Returns:
+        Logits [rows, vocabulary] of the last position in fp32, and the cache.
+    """
+    # Not every family accepts these two.
+    accepted = inspect.signature(llm.forward).parameters
+    optional: dict[str, object] = {"position_ids": positions, "logits_to_keep": 1}
+    inputs = {"inputs_embeds": inputs_embeds, "input_ids": input_ids, "past_key_values": past_key_values}
+    output = llm(
+        attention_mask=mask,
+        use_cache=True,
+        **{name: value for name, value in inputs.items() if value is not None},
+        **{name: value for name, value in optional.items() if name in accepted},
+    )
     return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
 
 
-def _read(llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, object]:
-    """Read audio and prompt → logits [utterances, vocabulary] of the first token, and the cache."""
+def _prefill(
+    llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, object]:
+    """Run audio and prompt through the LLM.
 
-    def read(rows: torch.Tensor | slice, longest: int) -> tuple[torch.Tensor, object]:
-        seen = mask[rows, width - longest :]
-        return _run(
+    A large batch is run in groups of similar length, longest first: within a group, padding is trimmed to its
+    longest utterance. The groups' keys and values are then gathered in one cache, aligned on the right.
+
+    Args:
+        llm: any causal LM.
+        embeddings: [utterances, positions, LLM width], padded on the left.
+        mask: [utterances, positions], 0 on padding.
+
+    Returns:
+        Logits [utterances, vocabulary] of the first generated token, and the cache of all utterances.
+    """
+
+    def run_group(rows: torch.Tensor | slice, longest: int) -> tuple[torch.Tensor, object]:
+        group_mask = mask[rows, width - longest :]
+        return _forward(
             llm,
-            (seen.cumsum(1) - 1).clamp(min=0),
+            (group_mask.cumsum(1) - 1).clamp(min=0),
+            group_mask,
             inputs_embeds=embeddings[rows, width - longest :],
-            attention_mask=seen,
         )
 
     utterances, width = mask.shape
-    if utterances * width <= _READ:
-        return read(slice(None), width)
+    if utterances * width <= _PREFILL_POSITIONS:
+        return run_group(slice(None), width)
     lengths, order = mask.sum(1).sort(descending=True)
-    logits, whole, start = [], None, 0
+    logits: list[torch.Tensor] = []
+    all_layers: list[DynamicLayer] = []
+    complete: DynamicCache | None = None
+    start = 0
     while start < utterances:
         longest = int(lengths[start])
-        rows = order[start : start + max(1, _READ // longest)]
-        found, cache = read(rows, longest)
+        rows = order[start : start + max(1, _PREFILL_POSITIONS // longest)]
+        group_logits, cache = run_group(rows, longest)
         if not is_plain(cache):
-            return read(slice(None), width)
-        whole = cache if whole is None else whole
-        for layer, part in zip(whole.layers, cache.layers, strict=True):
-            keys, values = part.keys, part.values
+            # Sliding windows cannot be gathered by position: run the batch in one pass.
+            return run_group(slice(None), width)
+        group = cast(DynamicCache, cache)
+        layers = cast(list[DynamicLayer], group.layers)
+        if complete is None:
+            # The first group's cache object becomes that of all utterances.
+            complete, all_layers = group, layers
+        for all_rows, layer in zip(all_layers, layers, strict=True):
+            keys, values = layer.keys, layer.values
+            assert keys is not None and values is not None, "the forward pass has filled the cache"
             if start == 0:
-                layer.keys, layer.values = (
+                all_rows.keys, all_rows.values = (
                     t.new_zeros(utterances, t.shape[1], width, t.shape[3]) for t in (keys, values)
                 )
-            layer.keys[rows, :, width - longest :], layer.values[rows, :, width - longest :] = keys, values
-        logits.append(found)
+            assert all_rows.keys is not None and all_rows.values is not None, "allocated by the first group"
+            all_rows.keys[rows, :, width - longest :] = keys
+            all_rows.values[rows, :, width - longest :] = values
+        logits.append(group_logits)
         start += len(rows)
-    return torch.cat(logits)[order.argsort()], whole
+    return torch.cat(logits)[order.argsort()], complete
 
 
 def penalties(generation: GenerationConfig) -> LogitsProcessorList:
-    """What is done to the scores of tokens that were said already.
+    """Build the processors that penalise tokens which an answer already contains.
 
-    transformers' own `generate` leaves out as many of the first tokens of an answer as the utterance has padding before it, when it is
-    given embeddings: then what is said would depend on what an utterance is batched with.
+    transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it exempts as
+    many of an answer's first tokens as the utterance has padding on the left, so an answer would depend on
+    the utterances it is batched with.
     """
     penalty = generation.repetition_penalty
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
 
 
 def without_penalties(generation: GenerationConfig, scores: bool = False) -> GenerationConfig:
-    """The same for transformers, where `penalties` stand beside it; it gives more than the ids, with `scores` those of the answers too."""
+    """Copy a configuration for transformers' `generate`, which gets the `penalties` separately.
+
+    Args:
+        generation: as for `beam_search`.
+        scores: whether `generate` returns the answers' scores along with their ids.
+    """
     generation = copy.copy(generation)
-    generation.repetition_penalty, generation.return_dict_in_generate, generation.output_scores = (
-        1.0,
-        True,
-        scores,
-    )
+    generation.repetition_penalty = 1.0
+    generation.return_dict_in_generate = True
+    generation.output_scores = scores
     return generation
 
 
-def _begin(utterances: int, beams: int, most: int, fill: int, device: torch.device) -> _Beams:
-    ids = torch.full((utterances, beams, most), fill, device=device)
+def _start(
+    utterances: int, beams: int, max_new_tokens: int, fill_token: int, device: torch.device
+) -> _SearchState:
+    """Return the state before the first token."""
+    ids = torch.full((utterances, beams, max_new_tokens), fill_token, device=device)
     scores = torch.zeros(utterances, beams, device=device)
-    scores[:, 1:] = _NEVER  # All beams are the same yet: the first one speaks for them.
-    none = torch.zeros(utterances, beams, dtype=torch.bool, device=device)
-    return _Beams(
-        torch.arange(utterances, device=device),
-        ids,
-        scores,
-        ids.clone(),
-        torch.full_like(scores, _NEVER),
-        torch.zeros_like(none, dtype=torch.long),
-        none,
-        torch.ones_like(none[:, 0]),
-        torch.zeros_like(none[:, 0]),
+    # All beams still are equal. Only the first may be continued, or every beam would continue alike.
+    scores[:, 1:] = _NEVER
+    nothing_finished = torch.zeros(utterances, beams, dtype=torch.bool, device=device)
+    return _SearchState(
+        utterances=torch.arange(utterances, device=device),
+        ids=ids,
+        scores=scores,
+        finished_ids=ids.clone(),
+        finished_scores=torch.full_like(scores, _NEVER),
+        finished_lengths=torch.zeros_like(nothing_finished, dtype=torch.long),
+        is_finished=nothing_finished,
+        improvable=torch.ones_like(nothing_finished[:, 0]),
+        nearly_tied=torch.zeros_like(nothing_finished[:, 0]),
     )
 
 
 def _choose(
-    at: _Beams, log_probabilities: torch.Tensor, step: int, stops: torch.Tensor, generation: GenerationConfig
-) -> tuple[_Beams, torch.Tensor]:
-    """Take the best continuations → the beams with their new tokens, and the row that each continues.
+    state: _SearchState,
+    log_probabilities: torch.Tensor,
+    step: int,
+    stops: torch.Tensor,
+    generation: GenerationConfig,
+) -> tuple[_SearchState, torch.Tensor]:
+    """Extend each utterance's beams by their best next tokens.
 
     Args:
-        at: the beams so far; those that are settled stay as they are in what has ended.
-        log_probabilities: [utterances, beams, vocabulary] of the next token.
-        step: tokens so far.
-        stops: tokens that end an answer.
-        generation: most tokens, answers to each, and the power of the number of tokens that a score is divided by.
+        state: before the token; of settled utterances, the finished answers no longer change.
+        log_probabilities: [utterances, beams, vocabulary] of the next token, after penalties.
+        step: tokens generated so far.
+        stops: [stops], tokens that end an answer.
+        generation: max_new_tokens, number of requested answers, and length penalty.
+
+    Returns:
+        The state after the token, and [utterances · beams], the row that each beam continues.
     """
-    most, length_penalty = generation.max_new_tokens, generation.length_penalty
-    last = step + 1 == most
+    max_new_tokens, length_penalty = generation.max_new_tokens, generation.length_penalty
+    is_last = step + 1 == max_new_tokens
     utterances, beams, vocabulary = log_probabilities.shape
+    # `beams` hypotheses must remain running. Each beam can end in as many ways as there are stop tokens, so
+    # at most stops · beams candidates end; (1 + stops) · beams of them always include enough that do not.
     candidates = max(2, 1 + len(stops)) * beams
-    # So many that enough of them go on, even if all of the best end here.
-    scores, indices = (log_probabilities + at.scores[:, :, None]).flatten(1).topk(candidates)
+    scores, indices = (log_probabilities + state.scores[:, :, None]).flatten(1).topk(candidates)
     beam, token = indices // vocabulary, indices % vocabulary
-    ids = _take(at.ids, beam)
+    ids = _gather_rows(state.ids, beam)
     ids[:, :, step] = token
-    ends = torch.isin(token, stops) | last
+    ends = torch.isin(token, stops) | is_last
 
-    going_on = scores + ends * _NEVER
-    best, order = going_on.topk(beams + 1)
-    close = at.close | _near(scores[:, beams - 1], scores[:, beams])
+    # Running beams: the best candidates that do not end. The next best one only serves to detect near ties.
+    running_scores = scores + ends * _NEVER
+    best, order = running_scores.topk(beams + 1)
+    nearly_tied = state.nearly_tied | _is_near(scores[:, beams - 1], scores[:, beams])
     if beams > 1:
-        close |= _near(best[:, beams - 1], best[:, beams])
+        nearly_tied |= _is_near(best[:, beams - 1], best[:, beams])
     order = order[:, :beams]
+    running_scores = running_scores.gather(1, order)
 
+    # Finished answers: as in transformers, a candidate may only end an answer if it is among the `beams` best
+    # of all.
     among_best = torch.arange(candidates, device=scores.device) < beams
     ending = ends & among_best
-    offered = scores / (step + 1) ** length_penalty + (~at.improvable[:, None]) * _NEVER + (~ending) * _NEVER
-    ended_scores, places = torch.cat([at.ended_scores, offered], 1).topk(beams)
-    has_ended = torch.cat([at.has_ended, ending], 1).gather(1, places)
-    lengths = torch.cat([at.ended_lengths, torch.full_like(indices, step + 1)], 1).gather(1, places)
+    ending_scores = scores / (step + 1) ** length_penalty
+    ending_scores = ending_scores + (~state.improvable[:, None]) * _NEVER + (~ending) * _NEVER
+    finished_scores, places = torch.cat([state.finished_scores, ending_scores], 1).topk(beams)
+    is_finished = torch.cat([state.is_finished, ending], 1).gather(1, places)
+    lengths = torch.cat([state.finished_lengths, torch.full_like(indices, step + 1)], 1).gather(1, places)
 
-    running = going_on.gather(1, order)
-    hoped = running[:, :1] / (step + 1) ** length_penalty
-    worst = torch.where(has_ended, ended_scores.min(1, keepdim=True).values, _NEVER)
-    improvable = at.improvable & (hoped > worst).any(1)
-    # Log probabilities are never above zero, so a score only falls; per token it can rise until the last one, as far as tokens that cost nothing would take it.
-    bound = running[:, 0] / (most if length_penalty > 0 else step + 2) ** length_penalty
-    improvable &= bound > ended_scores[:, generation.num_return_sequences - 1] - CLOSE
+    # First stop rule, that of transformers with early_stopping=False: stop when the best running beam, scored
+    # as if it ended here, is no better than the worst finished answer. (A place without an answer counts as
+    # `_NEVER`.)
+    score_now = running_scores[:, :1] / (step + 1) ** length_penalty
+    worst_finished = torch.where(is_finished, finished_scores.min(1, keepdim=True).values, _NEVER)
+    improvable = state.improvable & (score_now > worst_finished).any(1)
+    # Second stop rule, ours: stop when no continuation can enter the requested answers. A sum S of log
+    # probabilities is at most 0 and never rises, so a continuation of n tokens scores at most S /
+    # n**length_penalty. For a positive penalty that bound grows with n and is highest at max_new_tokens;
+    # otherwise it is highest at the smallest n, one more token. The margin keeps hypotheses running that
+    # rounding might still let in.
+    longest_or_next = max_new_tokens if length_penalty > 0 else step + 2
+    bound = running_scores[:, 0] / longest_or_next**length_penalty
+    improvable &= bound > finished_scores[:, generation.num_return_sequences - 1] - NEARLY_TIED
     if beams == 1:
-        # Greedy search is over at the first end.
-        improvable &= ~has_ended[:, 0]
-    # Of what is settled nothing changes any more, so nothing is close.
-    close = torch.where(at.improvable, close, at.close)
+        # Greedy search stops at the first end.
+        improvable &= ~is_finished[:, 0]
+    # Utterances that were settled before this token ignore it, so it cannot have brought a near tie.
+    nearly_tied = torch.where(state.improvable, nearly_tied, state.nearly_tied)
     rows = beam.gather(1, order) + torch.arange(utterances, device=beam.device)[:, None] * beams
-    now = _Beams(
-        at.number,
-        _take(ids, order),
-        running,
-        _take(torch.cat([at.ended, ids], 1), places),
-        ended_scores,
-        lengths,
-        has_ended,
-        improvable,
-        close,
+    extended = _SearchState(
+        utterances=state.utterances,
+        ids=_gather_rows(ids, order),
+        scores=running_scores,
+        finished_ids=_gather_rows(torch.cat([state.finished_ids, ids], 1), places),
+        finished_scores=finished_scores,
+        finished_lengths=lengths,
+        is_finished=is_finished,
+        improvable=improvable,
+        nearly_tied=nearly_tied,
     )
-    return now, rows.flatten()
+    return extended, rows.flatten()
 
 
-def _take(ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """[utterances, places, tokens] of [utterances, anything, tokens]."""
+def _gather_rows(ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Select hypotheses: ids [utterances, any, tokens], places [utterances, n] → [utterances, n, tokens]."""
     return ids.gather(1, places[:, :, None].expand(-1, -1, ids.shape[-1]))
 
 
-def _near(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    return ((better - worse) < CLOSE) & (worse > _NEVER / 2)
+def _is_near(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
+    """Return where two scores [utterances] are nearly tied; a score near `_NEVER` is no alternative."""
+    return ((better - worse) < NEARLY_TIED) & (worse > _NEVER / 2)

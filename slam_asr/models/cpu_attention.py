@@ -1,10 +1,11 @@
-"""Causal attention in bf16 on a CPU, forward and back, about twice as fast as torch's own kernel; in fp32 that one is the faster.
+"""Causal attention in bf16 on a CPU, forward and backward, about twice as fast as torch's own kernel.
 
-Torch's kernel makes little use of a CPU's instructions for bf16. Here both ways are matrix
-products, a block of queries at a time against the keys up to its end, so that what lies above the diagonal is
-computed only within a block. Probabilities are kept for the way back: memory grows with the square of the
-length, of a single utterance. Scores are in the inputs' precision, as in transformers' eager attention. Measured by
-`benchmarks/attention.py`: 1.5 to 2.6 times, for 64 to 768 positions.
+Torch's kernel makes little use of a CPU's bf16 instructions; in fp32, torch's kernel is the faster one. Here
+both passes are matrix products. They take one block of queries at a time, against the keys up to the block's
+end, so that scores above the diagonal are computed only within a block. Probabilities are saved for the
+backward pass, so memory grows with the square of the length of a single utterance. Scores have the inputs'
+precision, as in transformers' eager attention. `benchmarks/attention.py` measures 1.5 to 2.6 times torch's
+speed for 64 to 768 positions.
 """
 
 from typing import Any
@@ -12,19 +13,19 @@ from typing import Any
 import torch
 
 BLOCK = 128
-"""Queries at a time."""
+"""Queries per block."""
 
 
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
 ) -> torch.Tensor:
-    """Attention of each position to itself and those before it.
+    """Compute the attention of each position to itself and those before it.
 
     Args:
         query: [heads, positions, head width].
         key: [key heads, positions, head width]; heads is a multiple of key heads.
         value: as `key`.
-        scale: of the scores; 1 / √(head width) if not given.
+        scale: factor of the scores; 1 / √(head width) if None.
 
     Returns:
         [heads, positions, head width]
@@ -41,53 +42,58 @@ class _CausalAttention(torch.autograd.Function):
         groups = key.shape[0]
         keys = key.transpose(1, 2)
         output = torch.empty_like(query)
-        kept = []
+        saved = []
         for start, end in _blocks(positions):
             count = end - start
-            # The heads that share a key head are rows of one product.
+            # The queries of all heads that share a key head are the rows of one product.
             scores = _scaled(query[:, start:end].reshape(groups, -1, width), keys[:, :, :end], scale).view(
                 heads, count, end
             )
             scores[:, :, start:].masked_fill_(_above_diagonal(count), -torch.inf)
             probabilities = torch.softmax(scores, -1)
-            kept.append(probabilities)
+            saved.append(probabilities)
             output[:, start:end] = torch.bmm(probabilities.view(groups, -1, end), value[:, :end]).view(
                 heads, count, width
             )
         ctx.scale = scale
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value, *saved)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value, *saved = ctx.saved_tensors
         heads, positions, width = query.shape
         groups = key.shape[0]
-        of_query = torch.empty_like(query)
-        # Summed over blocks: in fp32.
-        of_key, of_value = (torch.zeros(key.shape, dtype=torch.float32) for _ in range(2))
+        query_gradient = torch.empty_like(query)
+        # Keys and values collect gradients from several blocks; in bf16 the sums would lose small terms.
+        key_gradient, value_gradient = (torch.zeros(key.shape, dtype=torch.float32) for _ in range(2))
         values = value.transpose(1, 2)
-        for (start, end), block in zip(_blocks(positions), kept, strict=True):
+        for (start, end), block in zip(_blocks(positions), saved, strict=True):
             probabilities = block.view(groups, -1, end)
-            of_output = gradient[:, start:end].reshape(groups, -1, width)
-            of_value[:, :end] += torch.bmm(probabilities.transpose(1, 2), of_output)
-            of_probabilities = torch.bmm(of_output, values[:, :, :end])
-            of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-            of_query[:, start:end] = _scaled(of_scores, key[:, :end], ctx.scale).view(
+            output_gradient = gradient[:, start:end].reshape(groups, -1, width)
+            value_gradient[:, :end] += torch.bmm(probabilities.transpose(1, 2), output_gradient)
+            probability_gradient = torch.bmm(output_gradient, values[:, :, :end])
+            score_gradient = torch._softmax_backward_data(
+                probability_gradient, probabilities, -1, probabilities.dtype
+            )
+            query_gradient[:, start:end] = _scaled(score_gradient, key[:, :end], ctx.scale).view(
                 heads, end - start, width
             )
-            of_key[:, :end] += _scaled(
-                of_scores.transpose(1, 2), query[:, start:end].reshape(groups, -1, width), ctx.scale
+            key_gradient[:, :end] += _scaled(
+                score_gradient.transpose(1, 2), query[:, start:end].reshape(groups, -1, width), ctx.scale
             )
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
+        return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype), None
 
 
 def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale × left × right, of stacks of matrices."""
+    """Return scale × left × right for stacks of matrices, [n, a, b] and [n, b, c]."""
+    # One call, without another pass over the product for the scale. With beta=0 the first argument is not
+    # read.
     return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale)
 
 
 def _blocks(positions: int) -> list[tuple[int, int]]:
+    """Return (first position, end) of each block."""
     return [(start, min(positions, start + BLOCK)) for start in range(0, positions, BLOCK)]
 
 

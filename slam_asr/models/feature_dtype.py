@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
-READ_AS = DTYPES | {"fp8": torch.bfloat16}
+READ_DTYPES = DTYPES | {"fp8": torch.bfloat16}
 """What a reader gives: fp8 is scaled back, which bf16 holds without a loss that matters beside its own."""
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -36,10 +36,10 @@ def dequantize(values: QuantizedFrames) -> torch.Tensor:
     """What a reader gives: [frames, width]."""
     if values.scales is None:
         return values.frames
-    return (values.frames.float() * values.scales[:, None]).to(READ_AS["fp8"])
+    return (values.frames.float() * values.scales[:, None]).to(READ_DTYPES["fp8"])
 
 
-def bytes_a_frame(width: int, dtype: str) -> int:
+def bytes_per_frame(width: int, dtype: str) -> int:
     """Size of a stored frame."""
     return width * DTYPES[dtype].itemsize + (4 if dtype == "fp8" else 0)
 

@@ -1,12 +1,12 @@
 """The language model: any causal LM of transformers, frozen unless the recipe says otherwise.
 
-What differs between families is found out, not looked up by name: where the embedding and output
-layers are, what the linear layers are called, how many positions there are.
+No table of LLM families exists. Where families differ (embedding and output layers, names of linear layers,
+number of positions), the loaded model or its configuration is asked.
 """
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
@@ -22,106 +22,125 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slam_asr.configuration import nearest, one_sentence
-from slam_asr.errors import UserError
-from slam_asr.models.sharded import stand_ins
+from slam_asr.errors import ConfigurationError, ModelError
+from slam_asr.models.sharded import zero_placeholders
 from slam_asr.models.weights import load_weights
 from slam_asr.recipe import Llm, Lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# Its bars for the loading of weights would tear the stage's own log.
+# transformers' progress bars for the loading of weights would break up the lines of the stage's log.
 transformers.utils.logging.disable_progress_bar()
 
 
 def load_llm(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load a causal LM, frozen.
+    """Load a causal LM, frozen and in evaluation mode.
+
+    Args:
+        folder: with transformers' files.
+        dtype: of the weights.
+        device: where the weights go.
 
     Raises:
-        UserError: the folder holds no causal LM that transformers can read, or its weights are not whole.
+        ModelError: the folder has no causal LM that transformers can read, or weights are missing or damaged.
     """
-    return load_weights(AutoModelForCausalLM, folder, dtype, "LLM").to(device)
+    llm = load_weights(AutoModelForCausalLM, folder, dtype, "LLM")
+    cast(nn.Module, llm).to(device)  # transformers wraps `to` in a way that hides its signature
+    return llm
 
 
 def describe_llm(folder: Path) -> PreTrainedModel:
-    """The LLM without its weights, on the meta device.
+    """Build the LLM without its weights, on the meta device.
 
     Raises:
-        UserError: the folder's config.json is not that of a causal LM.
+        ModelError: the folder's config.json is not that of a causal LM.
     """
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
+        raise ModelError(
             f"The LLM in {folder} has no config.json of a causal LM: {one_sentence(error)}"
         ) from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer.
+    """Load the LLM's tokenizer.
 
     Raises:
-        UserError: there is none.
+        ModelError: the folder has none that can be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (
-        Exception
-    ) as error:  # a missing file shows as any of OSError, ValueError, TypeError, KeyError, ImportError
-        raise UserError(
+    # A missing file surfaces as any of OSError, ValueError, TypeError, KeyError and ImportError.
+    except Exception as error:
+        raise ModelError(
             f"The LLM in {folder} has no tokenizer that can be read (tokenizer.json, tokenizer_config.json): "
             f"{one_sentence(error)}"
         ) from error
+    # Without its files, some classes give a tokenizer that has special tokens only, rather than raise.
     if len(tokenizer) == len(tokenizer.all_special_ids) or not tokenizer.encode(
         "a", add_special_tokens=False
     ):
-        raise UserError(
-            f"The LLM in {folder} has no tokenizer (tokenizer.json, tokenizer_config.json): put its files there."
+        raise ModelError(
+            f"The LLM in {folder} has no tokenizer (tokenizer.json, tokenizer_config.json): "
+            "add its files there."
         )
     return tokenizer
 
 
 def llm_positions(folder: Path) -> int | None:
-    """Positions that the LLM can hold, from the configuration alone; None where it does not say."""
+    """Return the most positions that the LLM's configuration allows, or None if it names no limit.
+
+    Raises:
+        ModelError: the folder has no readable config.json.
+    """
     try:
         return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
-        raise UserError(f"The LLM in {folder} has no readable config.json: {one_sentence(error)}") from error
+        raise ModelError(f"The LLM in {folder} has no readable config.json: {one_sentence(error)}") from error
 
 
 def llm_width(llm: PreTrainedModel) -> int:
-    """d_llm: values a position."""
-    return llm.get_input_embeddings().embedding_dim
+    """Return the width of the LLM's input embeddings (d_llm)."""
+    width = llm.get_input_embeddings().embedding_dim
+    assert isinstance(width, int)
+    return width
 
 
 def set_tuning(llm: PreTrainedModel, options: Llm, seed: int) -> None:
-    """Freeze the LLM, give it adapters, or open all of it, as the recipe says."""
+    """Freeze the LLM, add adapters to it, or make all of it trainable, according to `options.tuning`."""
     llm.requires_grad_(options.tuning == "full")
     if options.tuning == "lora":
         add_lora(llm, options.lora, seed)
 
 
 def add_lora(llm: PreTrainedModel, options: Lora, seed: int) -> None:
-    """Put trainable low-rank adapters on the linear layers named in `options` (Hu et al., 2021, arXiv:2106.09685).
+    """Add trainable low-rank adapters to the linear layers named in `options`.
 
-    The rest is frozen. Initial weights depend on the seed alone, and are there even where the LLM's own are not.
+    LoRA: Hu et al., 2021, arXiv:2106.09685.
+    All other weights are frozen. The adapters' initial weights depend on nothing but the seed, and are real
+    even where the LLM's own weights are not on this process.
+
+    Raises:
+        ConfigurationError: the LLM has no layer of such a name.
     """
     from peft import inject_adapter_in_model
 
     require_targets(llm, options)
-    with torch.random.fork_rng(devices=[]), stand_ins(llm):
+    with torch.random.fork_rng(devices=[]), zero_placeholders(llm):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(options), llm)
 
 
 def lora_config(options: Lora) -> "LoraConfig":
-    """The recipe's section in peft's own words."""
+    """Translate the recipe's section `llm.lora` to peft's configuration."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # declared int, used as a factor
         lora_dropout=options.dropout,
         target_modules=list(options.targets),
         bias="none",
@@ -129,10 +148,10 @@ def lora_config(options: Lora) -> "LoraConfig":
 
 
 def require_targets(llm: PreTrainedModel, options: Lora) -> None:
-    """Check that the LLM, with weights or without, has the layers that adapters are meant for.
+    """Check that the LLM, with or without its weights, has the layers that adapters go to.
 
     Raises:
-        UserError: it has none of such a name.
+        ConfigurationError: it has no linear layer of such a name.
     """
     linear = sorted(
         {
@@ -143,29 +162,31 @@ def require_targets(llm: PreTrainedModel, options: Lora) -> None:
     )
     absent = [t for t in options.targets if t not in linear]
     if absent:
-        raise UserError(
-            f"llm.lora.targets names {absent[0]}, a layer that this LLM does not have{nearest(absent[0], linear) or '.'} "
+        raise ConfigurationError(
+            f"llm.lora.targets names {absent[0]}, a layer that this LLM does not have"
+            f"{nearest(absent[0], linear) or '.'} "
             f"Its linear layers: {', '.join(linear)}."
         )
 
 
 def _linear_layers() -> tuple[type, ...]:
-    # GPT-2 has its linear layers transposed, in a class of their own.
+    # GPT-2's linear layers have transposed weights and a class of their own.
     return nn.Linear, transformers.pytorch_utils.Conv1D
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Keep only each layer's input in the forward pass, and compute the layer again on the way back.
+    """Save only each layer's input in the forward pass, and recompute the layer in the backward pass.
 
-    transformers' own switch works in training mode alone, in which a frozen LLM would drop activations.
+    transformers' own switch works in training mode only, and there a frozen LLM would apply dropout.
 
     Raises:
-        UserError: the model has no layers that allow it.
+        ConfigurationError: the model has no layers that allow it.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(
-            f"training.gradient_checkpointing: {type(model).__name__} has no layers that allow it; set it to false."
+        raise ConfigurationError(
+            f"training.gradient_checkpointing is true, but {type(model).__name__} has no layers that allow it"
+            ": set it to false."
         )
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

@@ -1,16 +1,16 @@
-"""Original checkpoint files of speech encoders, rewritten as transformers' folders.
+"""Converts the original checkpoint files of speech encoders to folders that transformers loads.
 
-OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0, the last two pretrained or
-fine-tuned with CTC. Neither fairseq nor any code of the file's is needed. Sizes come from the
-configuration in the file, so that a layer cannot be lacking unnoticed, and from the tensors where it
-does not tell. Every tensor is accounted for: mapped, dropped by a name on a list, or complained about.
+It knows OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0; the last two pretrained
+or fine-tuned with CTC. Neither fairseq nor any code from the file is needed. The model's sizes come from the
+configuration in the file, so a missing layer is noticed; sizes that are not in it come from the tensors.
+Every tensor is accounted for: it is mapped, or dropped because its name is on a list, or causes an error.
 """
 
 import ast
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,11 +18,11 @@ from safetensors.torch import save
 from transformers import AutoModel, HubertConfig, PretrainedConfig, Wav2Vec2Config, WavLMConfig, WhisperConfig
 
 from slam_asr.configuration import one_sentence
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 from slam_asr.models.pickles import plain, read_pickle
 from slam_asr.storage import write_atomically, write_json
 
-Tensors = dict[str, torch.Tensor]
+TensorDict = dict[str, torch.Tensor]
 
 _WHISPER = [
     (r"positional_embedding", "embed_positions.weight"),
@@ -44,6 +44,7 @@ _WHISPER = [
     (r"\.value\.", ".v_proj."),
     (r"\.out\.", ".out_proj."),
 ]
+"""OpenAI's names and transformers', as patterns and replacements that are applied one after the other."""
 _WAVEFORM = [
     (r"^mask_emb$", "masked_spec_embed"),
     (r"^(feature_extractor\.conv_layers\.\d+)\.0\.", r"\1.conv."),
@@ -61,56 +62,68 @@ _WAVEFORM = [
     (r"\.grep_linear\.", ".gru_rel_pos_linear."),
     (r"\.relative_attention_bias\.", ".rel_attn_embed."),
 ]
-"""fairseq's names, which WavLM's authors kept, and transformers'."""
+"""The same for fairseq's names, which WavLM uses too, and transformers'."""
 
 _TUNED = "w2v_encoder.w2v_model."
-"""In front of every name of a model that fairseq fine-tuned."""
+"""Prefix of the encoder's names in a model that fairseq fine-tuned."""
 _HEADS = re.compile(
     r"w2v_encoder\.proj\..*|label_embs_concat|final_proj\..*|quantizer\..*|project_q\..*|project_hid\..*|target_glu\..*"
     r"|layer_norm_for_extract\..*|proj\..*"
 )
-"""What only pretraining or CTC needs: dropped."""
+"""Tensors that only pretraining or CTC uses: they are dropped."""
 
 _NORMS = {"default": "group", "layer_norm": "layer"}
-"""fairseq's `extractor_mode`, and where transformers' convolutions are normalised."""
+"""fairseq's `extractor_mode` → transformers' `feat_extract_norm`."""
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
-"""Of the feed-forward layers: fairseq's `activation_fn` and transformers' name."""
-_MOST_CONVOLUTIONS, _LONGEST_LAYOUT = 100, 1000
-"""Beyond these a layout of convolutions is made to exhaust the reader."""
+"""fairseq's `activation_fn` → transformers' `hidden_act`, for the feed-forward layers."""
+_MAX_CONVOLUTIONS, _MAX_LAYOUT_LENGTH = 100, 1000
+"""Limits on the text that describes the convolutions: a malicious file could exhaust memory with it."""
 
 
 @dataclass
 class Original:
-    """A file's content, told apart from its container."""
+    """An original checkpoint of a known kind."""
 
     config: PretrainedConfig
-    tensors: Tensors
+    """The configuration that transformers uses for it."""
+    tensors: TensorDict
+    """The encoder's tensors by their original names."""
     rules: list
+    """Patterns and replacements that turn the names into transformers'."""
     normalize: bool | None = None
-    """Whether waveforms are to be normalised; Whisper takes none."""
+    """Whether the encoder needs normalised waveforms; None for Whisper, which takes no waveforms."""
     dropped: list[str] = field(default_factory=list)
+    """Names of the tensors that are not converted."""
+
+
+class _OptionReader(Protocol):
+    """Look up an option of fairseq's configuration."""
+
+    def __call__(self, name: str, default: Any = None, /) -> Any:
+        """Return the option, or the default; raise if there is neither."""
 
 
 def convert_original(source: Path, folder: Path) -> str:
-    """Write config.json, model.safetensors and preprocessor_config.json for an original file.
+    """Convert an original file to config.json, model.safetensors and preprocessor_config.json.
 
     Args:
         source: the `.pt` file.
-        folder: for the result; config.json is written last, and until then there is none.
+        folder: for the result. config.json is written last, so an interrupted conversion leaves none.
 
     Returns:
-        What it was, in a line.
+        The kind and size of the model, in a line.
 
     Raises:
-        UserError: damaged, of another kind, or with a tensor that is missing, left over, of another
-            shape or not finite; it is named.
+        ModelError: the file is damaged or of another kind, or one of its tensors is missing, unexpected, of
+            another shape or not finite; the message names the tensor.
     """
     original = recognise(read_pickle(source), str(source))
     weights = map_tensors(original, str(source))
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{source} holds values that are not finite (NaN or infinite), in what becomes {name}: fetch it again."
+            raise ModelError(
+                f"{source} holds values that are not finite (NaN or infinite) in the tensor that becomes "
+                f"{name}: fetch it again."
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
@@ -127,14 +140,14 @@ def convert_original(source: Path, folder: Path) -> str:
 
 
 def recognise(content: Any, where: str) -> Original:
-    """Tell what an original file holds.
+    """Recognise the kind of an original checkpoint, and derive its configuration.
 
     Args:
         content: from `read_pickle`; its tensors may be on the meta device.
-        where: to name in a complaint.
+        where: the file's name, for error messages.
 
     Raises:
-        UserError: it is none of the kinds known here.
+        ModelError: it is none of the known kinds.
     """
     match content:
         case {"dims": dict(dims), "model_state_dict": dict(tensors)}:
@@ -143,45 +156,56 @@ def recognise(content: Any, where: str) -> Original:
         case {"model": dict(tensors)} if any(
             "feature_extractor.conv_layers.0.0.weight" in str(name) for name in tensors
         ):
-            # fairseq came to write cfg in place of args; some of its files have both, one of them None.
+            # Older versions of fairseq write `args`, newer ones `cfg`; some files have both, one of them
+            # None.
             for options in (plain(content.get("cfg")), plain(content.get("args"))):
                 if isinstance(options, dict):
                     _require_tensors(tensors, where)
                     return _waveform(options, tensors, where)
-    raise UserError(
-        f"{where} is no checkpoint that is known here: neither of OpenAI's Whisper (dims, model_state_dict) nor of WavLM or "
-        "fairseq's HuBERT or wav2vec 2.0 (cfg or args, model); nor SLAM-LLM's model.pt (encoder_projector.…)."
+    raise ModelError(
+        f"{where} is not a checkpoint of a known kind: neither OpenAI's Whisper (dims, model_state_dict), "
+        "nor WavLM or fairseq's HuBERT or wav2vec 2.0 (cfg or args, model), nor SLAM-LLM's model.pt "
+        "(encoder_projector.…)."
     )
 
 
-def map_tensors(original: Original, where: str) -> Tensors:
-    """The tensors under transformers' names, each exactly where one is expected.
+def map_tensors(original: Original, where: str) -> TensorDict:
+    """Rename the tensors, and check that they are exactly those of transformers' model.
+
+    Args:
+        original: from `recognise`.
+        where: the file's name, for error messages.
+
+    Returns:
+        The tensors by transformers' names.
 
     Raises:
-        UserError: one is missing, left over, or of another shape.
+        ModelError: a tensor is missing, unexpected, or of another shape.
     """
     try:
         expected = _skeleton(original.config).state_dict()
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: its sizes make no model; fetch it again: {one_sentence(error)}") from error
-    mapped: Tensors = {}
+        raise ModelError(
+            f"{where}: no model has the sizes in its configuration; fetch it again: {one_sentence(error)}"
+        ) from error
+    mapped: TensorDict = {}
     for name, tensor in original.tensors.items():
         target = name
         for pattern, replacement in original.rules:
             target = re.sub(pattern, replacement, target)
         if target not in expected:
-            raise UserError(
-                f"{where} holds a tensor that is not known here, {name}: it cannot be converted without loss."
-            )
+            raise ModelError(f"{where} holds an unknown tensor, {name}: it cannot be converted without loss.")
         if tensor.shape != expected[target].shape:
-            raise UserError(
-                f"{where}: {name} is {tuple(tensor.shape)}, but its sizes ask for {tuple(expected[target].shape)}: fetch it again."
+            raise ModelError(
+                f"{where}: {name} is {tuple(tensor.shape)}, but by its configuration it should be "
+                f"{tuple(expected[target].shape)}: fetch it again."
             )
         mapped[target] = tensor
     missing = [name for name in expected if name not in mapped]
     if missing:
-        raise UserError(
-            f"{where} lacks {len(missing)} tensors, such as what becomes {missing[0]}: fetch it again."
+        raise ModelError(
+            f"{where} lacks {len(missing)} tensors, such as the one that becomes {missing[0]}: "
+            "fetch it again."
         )
     return mapped
 
@@ -193,22 +217,25 @@ def _require_tensors(tensors: dict[Any, Any], where: str) -> None:
             or not isinstance(tensor, torch.Tensor)
             or not tensor.is_floating_point()
         ):
-            raise UserError(
-                f"{where} holds {name!r} among its weights, which is no tensor of floats: it cannot be converted."
+            raise ModelError(
+                f"{where} holds {name!r} among its weights, which is not a tensor of floats: "
+                "it cannot be converted."
             )
 
 
 def _skeleton(config: PretrainedConfig) -> torch.nn.Module:
+    """transformers' model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return AutoModel.from_config(config)
 
 
-def _whisper(dims: dict[str, int], tensors: Tensors, where: str) -> Original:
+def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
     try:
         width, text_width = dims["n_audio_state"], dims["n_text_state"]
         if width != text_width:
-            raise UserError(
-                f"{where} has an encoder of width {width} and a decoder of {text_width}: transformers has no such Whisper."
+            raise ModelError(
+                f"{where} has an encoder of width {width} and a decoder of width {text_width}: "
+                "transformers has no such Whisper."
             )
         config = WhisperConfig(
             num_mel_bins=dims["n_mels"],
@@ -222,26 +249,34 @@ def _whisper(dims: dict[str, int], tensors: Tensors, where: str) -> Original:
             decoder_layers=dims["n_text_layer"],
             decoder_attention_heads=dims["n_text_head"],
             decoder_ffn_dim=4 * text_width,
-            # Of use to the decoder alone; transformers wants them within the vocabulary.
+            # Only the decoder uses these; transformers requires that they are within the vocabulary.
             pad_token_id=0,
             bos_token_id=0,
             eos_token_id=0,
             decoder_start_token_id=0,
         )
     except KeyError as error:
-        raise UserError(
-            f"{where}: its dims lack {error.args[0]}: it is no checkpoint of OpenAI's Whisper."
+        raise ModelError(
+            f"{where}: its dims lack {error.args[0]}: it is not a checkpoint of OpenAI's Whisper."
         ) from error
     except (TypeError, StrictDataclassError) as error:
-        raise UserError(
-            f"{where}: its dims are no sizes, so it is no checkpoint of OpenAI's Whisper; give another: {one_sentence(error)}"
+        raise ModelError(
+            f"{where}: its dims are not sizes, so it is not a checkpoint of OpenAI's Whisper; "
+            f"give another: {one_sentence(error)}"
         ) from error
     return Original(config, tensors, _WHISPER)
 
 
-def _waveform(options: dict[str, Any], tensors: Tensors, where: str) -> Original:
+def _waveform(options: dict[str, Any], tensors: TensorDict, where: str) -> Original:
+    """Read a checkpoint of WavLM, HuBERT or wav2vec 2.0.
+
+    Args:
+        options: the configuration in the file, as nested dicts.
+        tensors: all tensors of the file, by fairseq's names.
+        where: the file's name, for error messages.
+    """
     tuned = any(name.startswith(_TUNED) for name in tensors)
-    kept = {
+    encoder = {
         name.removeprefix(_TUNED): t
         for name, t in tensors.items()
         if not _HEADS.fullmatch(name.removeprefix(_TUNED))
@@ -249,24 +284,31 @@ def _waveform(options: dict[str, Any], tensors: Tensors, where: str) -> Original
     dropped = [name for name in tensors if _HEADS.fullmatch(name.removeprefix(_TUNED))]
     sections = _sections(options, tuned)
 
-    def option(name: str, derived: Any = None) -> Any:
+    def option(name: str, default: Any = None, /) -> Any:
         for section in sections:
             if section.get(name) is not None:
                 return section[name]
-        if derived is None:
-            raise UserError(f"{where}: its configuration does not tell {name}: it cannot be converted.")
-        return derived
+        if default is None:
+            raise ModelError(f"{where}: its configuration lacks {name}: it cannot be converted.")
+        return default
 
     pretrained = _dict(_dict(options, "model"), "w2v_args") or _dict(options, "w2v_args")
-    places = (_dict(options, "task"), _dict(options, "model"), options, _dict(pretrained, "task"), *sections)
-    # Not the strings, such as ${task.normalize}, by which omegaconf points elsewhere.
-    normalize = [s["normalize"] for s in places if isinstance(s.get("normalize"), int)]
+    candidates = (
+        _dict(options, "task"),
+        _dict(options, "model"),
+        options,
+        _dict(pretrained, "task"),
+        *sections,
+    )
+    # A string here is a reference of omegaconf's, such as ${task.normalize}: the value is in another section.
+    normalize = [s["normalize"] for s in candidates if isinstance(s.get("normalize"), int)]
     if not normalize:
-        raise UserError(
-            f"{where}: its configuration does not tell whether waveforms are normalised (normalize): it cannot be converted."
+        raise ModelError(
+            f"{where}: its configuration does not define whether waveforms are normalised (normalize): "
+            "it cannot be converted."
         )
     try:
-        config = _config(kept, tensors, sections, option)
+        config = _config(encoder, tensors, sections, option)
     except (
         LookupError,
         ValueError,
@@ -277,49 +319,72 @@ def _waveform(options: dict[str, Any], tensors: Tensors, where: str) -> Original
         RecursionError,
         StrictDataclassError,
     ) as error:
-        raise UserError(
-            f"{where} lacks what an encoder consists of; fetch it again: {one_sentence(error)}"
+        raise ModelError(
+            f"{where} lacks a part of an encoder, or describes one wrongly; fetch it again: "
+            f"{one_sentence(error)}"
         ) from error
-    return Original(config, kept, _WAVEFORM, bool(normalize[0]), dropped)
+    return Original(config, encoder, _WAVEFORM, bool(normalize[0]), dropped)
 
 
-def _config(kept: Tensors, tensors: Tensors, sections: list[dict[str, Any]], option: Any) -> PretrainedConfig:
-    sizes = _sizes(kept, option)
-    bias = kept.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
+def _config(
+    encoder: TensorDict, tensors: TensorDict, sections: list[dict[str, Any]], option: _OptionReader
+) -> PretrainedConfig:
+    """Choose transformers' configuration and fill it in.
+
+    Args:
+        encoder: the encoder's tensors.
+        tensors: all tensors of the file.
+        sections: of fairseq's configuration.
+        option: looks up an option in them.
+    """
+    sizes = _sizes(encoder, option)
+    # Only WavLM has relative positions.
+    bias = encoder.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
     if bias is not None:
         return WavLMConfig(
             **sizes,
             num_buckets=option("num_buckets", bias.shape[0]),
             max_bucket_distance=option("max_distance"),
         )
-    # HuBERT's targets have embeddings of their own; wav2vec 2.0 quantises. Fine-tuned, only the configuration tells.
-    named = str([s.get("_name", s.get("arch", "")) for s in sections]).lower()
-    hubert = "label_embs_concat" in tensors or "hubert" in named
+    # A pretrained HuBERT has embeddings of its targets, which wav2vec 2.0 lacks. Fine-tuning removes them,
+    # and then only the name in the configuration distinguishes the two.
+    names = str([s.get("_name", s.get("arch", "")) for s in sections]).lower()
+    hubert = "label_embs_concat" in tensors or "hubert" in names
     return (HubertConfig if hubert else Wav2Vec2Config)(**sizes)
 
 
 def _sections(options: dict[str, Any], tuned: bool) -> list[dict[str, Any]]:
-    """Where the model's own options may stand, the most specific first."""
+    """List the sections that may contain the encoder's options, the most specific first.
+
+    A fine-tuned model has its pretrained model's options nested in `w2v_args`.
+    """
     inner = _dict(_dict(options, "model"), "w2v_args") or _dict(options, "w2v_args")
-    found = [_dict(inner, "model"), inner] if tuned else []
-    return [s for s in (*found, _dict(options, "model"), options) if s]
+    nested = [_dict(inner, "model"), inner] if tuned else []
+    return [s for s in (*nested, _dict(options, "model"), options) if s]
 
 
 def _dict(section: dict[str, Any], key: str) -> dict[str, Any]:
+    """A subsection, or an empty one."""
     value = section.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def _sizes(tensors: Tensors, option: Any) -> dict[str, Any]:
-    """Arguments of transformers' configurations."""
+def _sizes(tensors: TensorDict, option: _OptionReader) -> dict[str, Any]:
+    """The arguments that transformers' three configurations have in common.
+
+    Raises:
+        ValueError, LookupError, TypeError, SyntaxError: configuration and tensors contradict each other, or
+            something is missing.
+    """
     convolutions = sorted(
         (n for n in tensors if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.0\.weight", n)),
         key=lambda n: int(n.split(".")[2]),
     )
     shapes = [tuple(tensors[n].shape) for n in convolutions]
-    layout = _layers(option("conv_feature_layers"))
+    layout = _convolutions(option("conv_feature_layers"))
     if [(s[0], s[2]) for s in shapes] != [(dim, kernel) for dim, kernel, _ in layout]:
         raise ValueError(f"conv_feature_layers is {layout}, its convolutions are {shapes}")
+    # [width, width / groups, kernel]
     position = tensors["encoder.pos_conv.0.weight_v"].shape
     width = position[0]
     grep = tensors.get("encoder.layers.0.self_attn.grep_a")
@@ -330,6 +395,7 @@ def _sizes(tensors: Tensors, option: Any) -> dict[str, Any]:
     layers = option(
         "encoder_layers", len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")})
     )
+    # A huge number would exhaust memory when the model is built, even without values.
     if layers > len(tensors):
         raise ValueError(f"encoder_layers is {layers}, its tensors are {len(tensors)}")
     return {
@@ -350,11 +416,17 @@ def _sizes(tensors: Tensors, option: Any) -> dict[str, Any]:
     }
 
 
-def _layers(text: Any) -> list[tuple[int, int, int]]:
-    """`[(512,10,5)] + [(512,3,2)] * 4` → [(dim, kernel, stride), …], computed without running it.
+def _convolutions(text: Any) -> list[tuple[int, int, int]]:
+    """Parse fairseq's description of the convolutions, which is Python code, without running it.
+
+    Args:
+        text: such as `[(512,10,5)] + [(512,3,2)] * 4`; or a list that is parsed already.
+
+    Returns:
+        (channels, kernel, stride) of each convolution, the last two in samples of its input.
 
     Raises:
-        ValueError, TypeError, SyntaxError: it is anything but lists, sums and multiples.
+        ValueError, TypeError, SyntaxError: it contains anything but lists, sums and multiples.
     """
     if not isinstance(text, str):
         return [tuple(layer) for layer in text]
@@ -365,12 +437,12 @@ def _layers(text: Any) -> list[tuple[int, int, int]]:
                 return value(left) + value(right)
             case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))):
                 repeated = value(left)
-                if not 0 <= times * len(repeated) <= _MOST_CONVOLUTIONS:
+                if not 0 <= times * len(repeated) <= _MAX_CONVOLUTIONS:
                     raise ValueError(f"{times} times {len(repeated)} convolutions")
                 return repeated * times
         return ast.literal_eval(node)
 
-    if len(text) > _LONGEST_LAYOUT:
+    if len(text) > _MAX_LAYOUT_LENGTH:
         raise ValueError(f"conv_feature_layers has {len(text)} characters")
     layers = [tuple(layer) for layer in value(ast.parse(text.strip(), mode="eval").body)]
     if not all(len(layer) == 3 and all(isinstance(n, int) for n in layer) for layer in layers):
@@ -379,6 +451,7 @@ def _layers(text: Any) -> list[tuple[int, int, int]]:
 
 
 def _preprocessor(original: Original) -> dict[str, Any]:
+    """The content of preprocessor_config.json."""
     if original.normalize is None:
         return {
             "feature_extractor_type": "WhisperFeatureExtractor",
@@ -391,5 +464,6 @@ def _preprocessor(original: Original) -> dict[str, Any]:
         "feature_size": 1,
         "sampling_rate": 16000,
         "padding_value": 0.0,
+        # fairseq masks padding only in the models whose convolutions use layer norm.
         "return_attention_mask": original.config.feat_extract_norm == "layer",
     }

@@ -1,10 +1,14 @@
-"""Several utterances one behind the other in a single row, each hearing itself alone: no position is padding.
+"""Packing: several utterances in one row, each attending only to itself, without any padding.
 
-transformers' models hand their attention to a function that is looked up by name. Ours takes the row apart
-at the utterances' bounds and gives each to torch's own causal attention, which on a GPU is done at once where torch
-has a form for it. Everything else in the model works position by position and never notices. A
-model that does not hand on what the function needs, or attends in a way of its own, is found out by
-trying, and gets padded batches.
+A packed row [1, positions] needs two things that differ from a plain one. Position ids start at 0 again with
+every utterance. And the attention mask is block-diagonal: causal within an utterance, nothing across
+utterances. The mask is never built. transformers' models look their attention function up by name; ours cuts
+the row at the utterances' bounds and gives each piece to torch's own causal attention, or gives all of them
+to torch's variable-length kernel on a GPU. All other layers work position by position and need no change.
+
+Not every model passes on what the function needs, and some compute attention in a way of their own.
+`allow_packing` finds out by a trial: two short texts in one row must get the logits that each gets alone. A
+model that fails it gets padded batches.
 """
 
 from collections.abc import Sequence
@@ -20,56 +24,75 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from slam_asr.models.cpu_attention import causal_attention
 
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # older versions of torch
+    varlen = None  # type: ignore[assignment]
+
 NAME = "slam_asr_packed"
-"""Of the attention function, among transformers' own."""
+"""Name of the attention function among transformers' own."""
 
 
 class Lengths:
-    """Positions of each utterance of a row, as one thing: a compiler that saw into it would compile for every other number of utterances anew."""
+    """The number of positions of each utterance in a row, as one opaque object.
+
+    torch.compile specialises on the contents of lists: given a plain list, it would compile again for every
+    other number of utterances.
+    """
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.values = list(lengths)
 
 
 def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What an LLM gets besides the embeddings of a row.
+    """Return the arguments of an LLM's forward pass that a packed row needs along with its embeddings.
 
     Args:
         lengths: positions of each utterance, in order.
-        device: of the row.
+        device: device of the row.
+
+    Returns:
+        position_ids [1, positions], lengths, and a placeholder attention_mask [1, 1, 1, 1].
     """
     return {
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
         "lengths": Lengths(lengths),
-        # A mask that is there already is made no other; the attention has no use for it.
+        # transformers leaves a four-dimensional mask unchanged, and so builds none of [positions, positions].
+        # The attention function ignores it.
         "attention_mask": torch.zeros((1, 1, 1, 1), device=device),
     }
 
 
 def allow_packing(llm: PreTrainedModel) -> bool:
-    """Give an LLM the attention function, if it computes the same with it.
+    """Give an LLM the packing attention function if its results do not change.
 
-    The LLM must have its weights, whole.
+    Args:
+        llm: with all of its weights loaded and not sharded. It is left in evaluation mode.
+
+    Returns:
+        Whether packed rows may be used; if not, the LLM has its former attention.
     """
-    before = llm.config._attn_implementation
-    if before != "sdpa":
+    former = llm.config._attn_implementation
+    if former != "sdpa":
         return False
     llm.eval()  # adapters have dropout
     llm.set_attn_implementation(NAME)
-    if llm.config._attn_implementation == NAME and _agrees(llm):
+    if llm.config._attn_implementation == NAME and _passes_trial(llm):
         return True
-    llm.set_attn_implementation(before)
+    llm.set_attn_implementation(former)
     return False
 
 
 @torch.no_grad()
-def _agrees(llm: PreTrainedModel) -> bool:
-    """Whether two short texts in a row have the logits that each has by itself."""
-    vocabulary = llm.get_input_embeddings().num_embeddings
-    texts = [(torch.arange(n, device=llm.device) * 7 + n) % vocabulary for n in (6, 9)]
+def _passes_trial(llm: PreTrainedModel) -> bool:
+    """Return whether two short texts in one row have the logits that each has alone."""
     embed = llm.get_input_embeddings()
+    assert isinstance(embed.num_embeddings, int)
+    # Different lengths and different tokens, so that neither mixed-up positions nor mixed-up texts go
+    # unnoticed.
+    texts = [(torch.arange(n, device=llm.device) * 7 + n) % embed.num_embeddings for n in (6, 9)]
     try:
-        row = llm(
+        packed = llm(
             inputs_embeds=embed(torch.cat(texts)[None]),
             use_cache=False,
             **packed_arguments([6, 9], llm.device),
@@ -77,11 +100,12 @@ def _agrees(llm: PreTrainedModel) -> bool:
         alone = [llm(inputs_embeds=embed(text[None]), use_cache=False).logits for text in texts]
     except (TypeError, ValueError, RuntimeError):
         return False
-    pairs = list(zip(row.float().split([6, 9], dim=1), (logits.float() for logits in alone), strict=True))
-    if row.dtype == torch.float32:
+    pairs = list(zip(packed.float().split([6, 9], dim=1), (logits.float() for logits in alone), strict=True))
+    if packed.dtype == torch.float32:
         return all((ours - theirs).abs().max() <= 1e-3 * theirs.abs().max() for ours, theirs in pairs)
-    # In half precision single positions may differ by much, for any change of rounding: the first ones of a
-    # text, on which models put huge values. Another text's words would change most logits of the second.
+    # In half precision any change of rounding may move single positions far: the first ones of a text, where
+    # models have huge activations. Attending to the other text would move most logits of the second, hence
+    # the median.
     return all((ours - theirs).abs().median() <= 0.1 * theirs.std() for ours, theirs in pairs)
 
 
@@ -96,25 +120,47 @@ def _attention(
     lengths: Lengths | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[1, heads, positions, head width] of queries; keys and values with as many heads or fewer → [1, positions, heads, head width]."""
+    """Compute attention as transformers calls it; each utterance of a packed row attends only to itself.
+
+    Args:
+        module: the LLM's attention layer.
+        query: [1, heads, positions, head width].
+        key: [1, key heads, positions, head width]; heads is a multiple of key heads.
+        value: as `key`.
+        attention_mask: used only for rows that are not packed.
+        dropout: probability that an attention weight is dropped.
+        scaling: factor of the scores; 1 / √(head width) if None.
+        lengths: positions of each utterance; None where the batch is not packed.
+        kwargs: whatever else the LLM passes, `sliding_window` among it.
+
+    Returns:
+        [1, positions, heads, head width], and None in place of the probabilities.
+
+    Raises:
+        ValueError: the LLM changes its scores in a way that torch's attention does not know; the trial
+            catches it.
+    """
     if lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        raise ValueError("attention of a kind that is not packed")
+        raise ValueError("this attention changes its scores and cannot be packed")
     window = kwargs.get("sliding_window")
     bounds = [0, *accumulate(lengths.values)]
-    if not dropout and query.is_cuda and query.dtype != torch.float32 and _varlen is not None:
-        return _at_once(query, key, value, bounds, max(lengths.values), scaling, window), None
+    # The variable-length kernel has neither fp32 nor dropout.
+    if not dropout and query.is_cuda and query.dtype != torch.float32 and varlen is not None:
+        return _variable_length(query, key, value, bounds, max(lengths.values), scaling, window), None
     outputs = [
-        _alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window, dropout).transpose(1, 2)
+        _one_utterance(
+            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window, dropout
+        ).transpose(1, 2)
         for a, b in pairwise(bounds)
     ]
     return torch.cat(outputs, dim=1), None
 
 
-def _alone(
+def _one_utterance(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -122,31 +168,34 @@ def _alone(
     window: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    """The attention of one utterance; dropout is of an LLM that is trained whole."""
+    """Return the causal attention [1, heads, positions, head width] of one utterance.
+
+    Dropout occurs only where all of the LLM is trained.
+    """
     positions = query.shape[2]
-    banded = bool(window) and window < positions
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not banded and not dropout:
+    band = _band(positions, window, query.device) if window and window < positions else None
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and band is None and not dropout:
         return causal_attention(query[0], key[0], value[0], scaling)[None]
-    mask = {"attn_mask": _band(positions, window, query.device)} if banded else {"is_causal": True}
     return functional.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1], **mask
+        query,
+        key,
+        value,
+        attn_mask=band,
+        is_causal=band is None,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
     )
 
 
 def _band(positions: int, window: int, device: torch.device) -> torch.Tensor:
-    """[positions, positions] bool: each sees itself and the `window` - 1 before it."""
-    at = torch.arange(positions, device=device)
-    back = at[:, None] - at[None]
-    return (back >= 0) & (back < window)
+    """[positions, positions] bool: each position sees itself and the `window` - 1 before it."""
+    index = torch.arange(positions, device=device)
+    distance = index[:, None] - index[None]
+    return (distance >= 0) & (distance < window)
 
 
-try:
-    from torch.nn.attention.varlen import varlen_attn as _varlen
-except ImportError:
-    _varlen = None
-
-
-def _at_once(
+def _variable_length(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -155,9 +204,14 @@ def _at_once(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
+    """Return the attention [1, positions, heads, head width] of all utterances by one kernel.
+
+    `bounds` are the utterances' first positions and the end of the row.
+    """
     starts = torch.tensor(bounds, dtype=torch.int32, device=query.device)
+    # The kernel takes [positions, heads, head width].
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    return _varlen(
+    output = varlen.varlen_attn(
         q,
         k,
         v,
@@ -166,15 +220,22 @@ def _at_once(
         longest,
         longest,
         scale=scaling,
+        # Positions seen to the left and to the right; -1 is no limit.
         window_size=(window - 1 if window else -1, 0),
         enable_gqa=True,
-    )[None]
+    )
+    assert isinstance(output, torch.Tensor), "a tuple only comes with return_aux"
+    return output[None]
 
 
-def leave_to_python() -> None:
-    """Keep torch.compile out of the attention function: what it does depends on each batch's utterances."""
+def exclude_from_compilation() -> None:
+    """Exclude the attention function from torch.compile.
+
+    What it does depends on the lengths of each batch's utterances, so it would be compiled again and again.
+    """
     AttentionInterface.register(NAME, torch.compiler.disable(_attention))
 
 
 AttentionInterface.register(NAME, _attention)
+# For batches that are not packed, masks are those of the usual attention.
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,11 +1,11 @@
-"""Pickled `.pt` files, read without running anything in them and without the software that wrote them.
+"""Reads pickled `.pt` files without running any of their code, and without the software that wrote them.
 
-torch reads with `weights_only=True`: it builds tensors and containers, and looks no other name up.
-What a training program leaves beside the tensors (its configuration, its dictionaries, its
-counters) names classes that are not installed here. The names are taken from the pickle's opcodes
-first, and each becomes an inert class that keeps what it is given and does nothing. So even a
-stand-in for a dangerous function would be harmless; all the same a file that names anything outside
-`HARMLESS` is refused, for it was made to do harm, or is no model.
+torch reads with `weights_only=True`: it builds tensors and containers, and looks up no other name. But
+training programs save more than tensors: configurations, dictionaries and counters, whose classes are not
+installed here. This module first collects the names of all classes and functions from the pickle's opcodes.
+Each is then replaced by an inert class that records its arguments and does nothing, so that even the
+replacement of a dangerous function is harmless. All the same, a file that names anything outside `HARMLESS`
+is refused: it is either malicious or not a model.
 """
 
 import _compat_pickle
@@ -23,26 +23,26 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 
 HARMLESS = (
     r"(fairseq|examples|omegaconf|collections|typing|enum|pathlib|numpy)\..+",
     r"argparse\.Namespace",
-    # Types that a configuration names, and how Python 3.11 writes the member of an enumeration.
+    # Types in a configuration; and getattr, by which Python 3.11 pickles a member of an enumeration.
     r"builtins\.(bool|bytes|complex|dict|float|frozenset|getattr|int|list|object|set|slice|str|tuple|type)",
-    # How `Optional[int]` and objects of old classes are written.
+    # `Optional[int]` and objects of old-style classes are pickled as calls of these.
     r"_?operator\.getitem",
     r"copyreg\._reconstructor",
 )
-"""What fairseq, omegaconf and WavLM's authors have in their files, as patterns of full names."""
+"""Patterns of the full names that occur in files of fairseq, omegaconf and WavLM's authors."""
 
 _TORCHS_OWN = re.compile(
     r"torch\..+|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)"
 )
-"""torch itself decides about these."""
+"""Names that `torch.load` itself allows or refuses."""
 _ZIP = b"PK\x03\x04"
 _LEGACY_PICKLES = 4
-"""Magic number, protocol, sizes of the system, then the object: the pickles at the front of a file before torch 1.6."""
+"""Number of pickles in torch's format before 1.6: magic number, protocol, sizes of types, and the object."""
 _DAMAGED = (
     UnpicklingError,
     RuntimeError,
@@ -60,16 +60,18 @@ _NUMBER = re.compile(r"[<>=|]?[biuf]\d{1,2}")
 
 
 class StandIn:
-    """Stands for a class or function of the file's: keeps its arguments and its state, and does nothing."""
+    """Replaces a class or function that the file names: records arguments and state, and does nothing."""
 
     full_name = ""
-    """Of what it stands for."""
+    """The full name of the class or function that it replaces."""
+    arguments: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *arguments: Any) -> "StandIn":
-        # Not in __init__: objects made by the opcode NEWOBJ never get there.
-        made = super().__new__(cls)
-        made.arguments, made.state = arguments, None
-        return made
+        # Not in __init__: the opcode NEWOBJ creates objects without calling it.
+        stand_in = super().__new__(cls)
+        stand_in.arguments, stand_in.state = arguments, None
+        return stand_in
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -79,21 +81,22 @@ class StandIn:
 
 
 def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
-    """A `.pt` file's content; tensors are mapped from the file, not read, where its format permits.
+    """Read a `.pt` file; tensors are memory-mapped if its format permits, not read.
 
     Args:
-        path: a file that `torch.save` wrote, in its present format or in that before torch 1.6.
-        allowed: full names of the only classes that may stand beside tensors; without it, `HARMLESS`.
+        path: a file that `torch.save` wrote, in its current format or in the one before torch 1.6.
+        allowed: full names of the only classes that the file may contain apart from torch's own; by default
+            `HARMLESS`.
 
     Returns:
-        The content, with a `StandIn` for every object of a foreign class.
+        The content, with a `StandIn` in place of each object of another class.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it names what is not allowed.
+        ModelError: the file does not exist, is damaged, or names a class that is not allowed.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no file {path}: check the path.")
+        raise ModelError(f"There is no file {path}: check the path.")
     patterns = HARMLESS if allowed is None else tuple(map(re.escape, allowed))
     try:
         with open(path, "rb") as file:
@@ -106,30 +109,31 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
         with torch.serialization.safe_globals([(_stand_in_for(name), name) for name in foreign]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except _DAMAGED as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named:
-            raise _refusal(path, named[1]) from error
-        raise UserError(f"{path} is damaged or no checkpoint: copy it again or take another.") from error
+        # torch reports a refused class only in the message of its UnpicklingError.
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise _refusal(path, refused[1]) from error
+        raise ModelError(f"{path} is damaged or not a checkpoint: copy it again or use another.") from error
 
 
 def plain(value: Any) -> Any:
-    """A configuration as dicts, lists, strings and numbers, whatever classes it was pickled from.
+    """Convert a configuration to dicts, lists, strings and numbers, whatever classes it was pickled from.
 
-    Namespaces and omegaconf's containers become dicts and lists, its nodes their values, members of
-    enumerations their values (or names, where only those are stored), numpy's scalars numbers, other
-    objects a dict of their attributes. Tensors stay as they are; a reference back to an object that
-    holds it becomes None.
+    Namespaces and omegaconf's containers become dicts and lists; omegaconf's nodes become their values;
+    members of enumerations become their values, or their names where only those are pickled; numpy's scalars
+    become numbers; other objects become dicts of their attributes. Tensors remain unchanged. A reference
+    from an object to one that contains it becomes None.
     """
     return _plain(value, ())
 
 
-def _refusal(path: Path, name: str) -> UserError:
-    return UserError(f"{path} holds {name}, which a checkpoint has no need of: it is refused.")
+def _refusal(path: Path, name: str) -> ModelError:
+    return ModelError(f"{path} holds {name}, which no checkpoint needs: it is refused.")
 
 
 def _stand_in_for(name: str) -> Any:
     if name == "collections.defaultdict":
-        # torch fills real dicts only, and a dict is all that it is here.
+        # torch adds items only to real dicts, not to a stand-in.
         return _empty_dict
     return type(name.rpartition(".")[2], (StandIn,), {"full_name": name})
 
@@ -139,14 +143,15 @@ def _empty_dict(*_: Any) -> dict:
 
 
 def _globals_of(file: IO[bytes], is_zip: bool) -> set[str]:
-    """Full names of all classes and functions that a file's pickles refer to, by their names in Python 3."""
+    """Collect the full names, as of Python 3, of all classes and functions in a file's pickles."""
     names = set()
     with contextlib.ExitStack() as stack:
         for pickled in _pickles_of(file, stack) if is_zip else [file] * _LEGACY_PICKLES:
             for opcode, argument, _ in pickletools.genops(pickled):
                 if opcode.name == "GLOBAL":
+                    assert argument is not None  # GLOBAL always has "module name"
                     module, name = argument.split(" ", 1)
-                    # As torch does on reading: names of Python 2, which protocol 2 writes, become those of Python 3.
+                    # Protocol 2 writes the names of Python 2. torch translates them in this way too.
                     if (module, name) in _compat_pickle.NAME_MAPPING:
                         module, name = _compat_pickle.NAME_MAPPING[module, name]
                     else:
@@ -163,6 +168,7 @@ def _pickles_of(file: IO[bytes], stack: contextlib.ExitStack) -> Iterator[IO[byt
 
 
 def _plain(value: Any, within: tuple[int, ...]) -> Any:
+    """`plain`, with the ids of the objects that contain this value: omegaconf's nodes know their parents."""
     if id(value) in within:
         return None
     within = (*within, id(value))
@@ -182,7 +188,7 @@ def _plain_object(value: StandIn, within: tuple[int, ...]) -> Any:
     if value.full_name.startswith("numpy."):
         return _number(value)
     if value.full_name.startswith("omegaconf.") and isinstance(state, dict):
-        # Not the rest of its state, which refers to the container's parents and types.
+        # The rest of the state refers to the container's parents and types.
         return _plain(state.get("_content", state.get("_val")), within)
     if value.full_name == "builtins.getattr":
         return _plain(arguments[-1], within)
@@ -194,7 +200,7 @@ def _plain_object(value: StandIn, within: tuple[int, ...]) -> Any:
 
 
 def _number(value: StandIn) -> Any:
-    """The value of numpy's scalar, which is pickled as its type and its bytes; None for its other objects."""
+    """Decode a numpy scalar, which is pickled as dtype and bytes; None for numpy's other objects."""
     match value.arguments:
         case (StandIn(full_name="numpy.dtype", arguments=(str(kind), *_)), bytes(data)) if _NUMBER.fullmatch(
             kind

@@ -1,65 +1,69 @@
-"""Arithmetic by name, and which of it this machine can do."""
+"""Devices and number formats: which of them this machine has, and which one a computation should use."""
 
 import re
 
 import torch
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """Return the GPU if this machine has one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def processes_here(key: str, wanted: int) -> int:
-    """Processes on this machine: those that the recipe asks for, or one a GPU.
+def processes_here(key: str, requested: int) -> int:
+    """Return the number of processes for this machine: as requested, or one per GPU.
 
     Args:
-        key: of the recipe, to name in a complaint.
-        wanted: its value.
+        key: the recipe's key, for the error message.
+        requested: its value; 0 requests one process per GPU, or a single one without a GPU.
 
     Raises:
-        UserError: more than there are GPUs.
+        ConfigurationError: more processes than GPUs.
     """
-    there = torch.cuda.device_count()
-    if there and wanted > there:
-        raise UserError(
-            f"{key} is {wanted} but this machine has {there} GPUs: lower it, or leave it at 0 to use them all."
+    gpus = torch.cuda.device_count()
+    if gpus and requested > gpus:
+        raise ConfigurationError(
+            f"{key} is {requested} but this machine has {gpus} GPUs: lower it, "
+            "or leave it at 0 to use them all."
         )
-    return wanted or max(1, there)
+    return requested or max(1, gpus)
 
 
 def explain_precision(precision: str, device: torch.device) -> str:
-    """Why this precision runs here, for the lines at start-up.
+    """Return the precision, the device and why it is used, for the log at start-up.
 
     Raises:
-        UserError: the device cannot compute in it.
+        ConfigurationError: the device cannot compute in this precision.
     """
     if device.type == "cpu" and precision == "fp16":
-        raise UserError(
-            "Precision fp16 needs a GPU; on this CPU choose bf16 or fp32 (for training, --training.precision bf16)."
+        raise ConfigurationError(
+            "Precision fp16 needs a GPU; on this CPU choose bf16 or fp32 "
+            "(for training, --training.precision bf16)."
         )
     fastest = (
         "the faster one on CPUs without matrix units for bf16" if device.type == "cpu" else "for comparisons"
     )
     reasons = {
-        "bf16": "half of fp32's memory and all of its range; the projector's master weights stay in fp32",
+        "bf16": "half of fp32's memory and its full range; the projector's master weights stay in fp32",
         "fp16": "for GPUs without bf16; with loss scaling, and the projector's master weights in fp32",
-        "fp32": f"as the recipe asks: {fastest}",
+        "fp32": f"as the recipe requests: {fastest}",
     }
     return f"{precision} on {device.type} ({reasons[precision]})"
 
 
-def encoder_precision(stored: str, on_gpu: bool) -> str:
-    """Arithmetic of a frozen encoder whose output is stored as `stored`.
+def encoder_precision(feature_dtype: str, on_gpu: bool) -> str:
+    """Return the precision in which a frozen encoder computes features that are saved as `feature_dtype`.
 
-    On a CPU fp32 is the faster one as well: Whisper tiny took 0.35 s of one core a window in fp32
-    and 0.55 s in bf16 (AVX-512 with bf16 instructions).
+    On a CPU that is always fp32, which is also faster there: for one window, Whisper tiny took 0.35 s of one
+    core in fp32 and 0.55 s in bf16 (AVX-512 with bf16 instructions).
     """
-    return "fp32" if not on_gpu or stored == "fp32" else {"fp8": "bf16"}.get(stored, stored)
+    if not on_gpu or feature_dtype == "fp32":
+        return "fp32"
+    return {"fp8": "bf16"}.get(feature_dtype, feature_dtype)
 
 
 PEAKS = {
@@ -74,11 +78,11 @@ PEAKS = {
     "V100": 125,
     "T4": 65,
 }
-"""Dense TFLOP/s in half precision of GPUs, as NVIDIA gives them, by a word of their name."""
+"""Dense TFLOP/s of GPUs in half precision from NVIDIA's data sheets, by a word of the device's name."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Floating-point operations a second that a device is sold with in half precision; None for one that is not known."""
+    """Return a GPU's nominal floating-point operations per second in half precision, or None if not known."""
     if device.type != "cuda":
         return None
     words = re.split(r"[^A-Za-z0-9]+", torch.cuda.get_device_name(device))

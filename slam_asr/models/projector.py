@@ -1,6 +1,10 @@
-"""The trained part: encoder frames in, LLM positions out."""
+"""The projectors: the trained part, which turns encoder frames into LLM positions.
+
+All kinds follow SLAM-LLM's definitions and parameter names, so that its checkpoints can be loaded.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,27 +15,27 @@ from slam_asr.recipe import Projector
 
 
 def positions_of(options: Projector, span: int) -> int:
-    """LLM positions that an utterance of `span` encoder frames takes."""
+    """Return the LLM positions that an utterance of `span` encoder frames takes."""
     return options.queries if options.kind == "q-former" else span // options.downsampling
 
 
 class SpeechProjector(nn.Module, ABC):
-    """What the projectors share: utterances of unequal lengths, side by side without padding."""
+    """Base class: projects utterances of unequal lengths and concatenates them without padding."""
 
     @abstractmethod
     def project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Encoder outputs, each [frames, encoder width] → [positions, LLM width] each."""
+        """Project features, each [frames, encoder width], to [positions, LLM width] each."""
 
     def forward(self, utterances: list[torch.Tensor], positions: list[int] | None = None) -> torch.Tensor:
         """Project utterances of unequal lengths.
 
         Args:
-            utterances: encoder outputs, each [frames, encoder width].
-            positions: LLM positions reserved for each; where the encoder gave a frame too few to fill
-                the last one, that is a zero vector, as in the reference.
+            utterances: features, each [frames, encoder width], in any precision.
+            positions: LLM positions reserved for each utterance. If the encoder's frames do not fill the last
+                one, it becomes a zero vector, as in the reference; surplus positions are dropped.
 
         Returns:
-            [sum of positions, LLM width], utterance after utterance.
+            [sum of positions, LLM width] in the weights' precision, utterance after utterance.
         """
         dtype = next(self.parameters()).dtype
         outputs = self.project([u.to(dtype) for u in utterances])
@@ -44,11 +48,10 @@ class SpeechProjector(nn.Module, ABC):
 
 
 class LinearProjector(SpeechProjector):
-    """k neighbouring frames joined, then Linear, ReLU, Linear; both with bias.
+    """`linear`: k neighbouring frames concatenated, then Linear, ReLU, Linear; both with bias.
 
-    The tail that does not fill k frames is dropped: N = T // k positions. 18 880 512 parameters for
-    encoder width 1024, LLM width 4096, k = 5 and hidden width 2048 (Ma et al., 2024,
-    arXiv:2402.08846).
+    A tail of fewer than k frames is dropped, so T frames give T // k positions. It has 18 880 512 parameters
+    for encoder width 1024, LLM width 4096, k = 5 and hidden width 2048 (Ma et al., 2024, arXiv:2402.08846).
     """
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
@@ -58,7 +61,7 @@ class LinearProjector(SpeechProjector):
         self.linear2 = nn.Linear(options.hidden, llm_width)
 
     def project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
-        """One product for all utterances."""
+        """Project all utterances in one matrix product."""
         joined, counts = join_frames(utterances, self.downsampling)
         return list(self.linear2(torch.relu(self.linear1(joined))).split(counts))
 
@@ -66,7 +69,7 @@ class LinearProjector(SpeechProjector):
 class ConvolutionProjector(SpeechProjector):
     """`cov1d-linear`: a convolution over k frames with stride k, ReLU, Linear, ReLU, Linear.
 
-    As in the reference's framework (SLAM-LLM, EncoderProjectorCov1d).
+    As in SLAM-LLM (EncoderProjectorCov1d).
     """
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
@@ -79,7 +82,11 @@ class ConvolutionProjector(SpeechProjector):
         self.linear2 = nn.Linear(options.hidden, llm_width)
 
     def project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Kernel and stride are equal, so each position is a convolution of its own, over k frames."""
+        """Project all utterances at once.
+
+        Kernel and stride are equal, so each position depends on its own k frames only. Utterances can
+        therefore be convolved together without padding.
+        """
         joined, counts = join_frames(utterances, self.downsampling)
         windows = joined.unflatten(1, (self.downsampling, -1)).transpose(1, 2)
         hidden = torch.relu(self.conv1d(windows).squeeze(2))
@@ -87,10 +94,10 @@ class ConvolutionProjector(SpeechProjector):
 
 
 class QFormerProjector(SpeechProjector):
-    """`q-former`: a fixed number of learnt queries that look at the encoder's frames.
+    """`q-former`: a fixed number of learnt queries that attend to the encoder's frames.
 
-    BLIP-2's Q-Former in its default sizes, then Linear and LayerNorm, as in the reference's framework
-    (SLAM-LLM, EncoderProjectorQFormer). Its dropout is at work in training.
+    BLIP-2's Q-Former in its default sizes, then Linear and LayerNorm, as in SLAM-LLM
+    (EncoderProjectorQFormer). Its dropout is active in training.
     """
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
@@ -104,23 +111,35 @@ class QFormerProjector(SpeechProjector):
         self.norm = nn.LayerNorm(llm_width, eps=1e-5)
 
     def project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Frames are padded to the longest and masked."""
+        """Project all utterances at once, padded to the longest; padding is masked."""
         lengths = torch.tensor([len(u) for u in utterances], device=utterances[0].device)
         frames = pad_sequence(utterances, batch_first=True)
         mask = (torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]).long()
-        looked = self.qformer(
+        attended = self.qformer(
             query_embeds=self.query.expand(len(utterances), -1, -1),
             encoder_hidden_states=frames,
             encoder_attention_mask=mask,
         )
-        return list(self.norm(self.linear(looked.last_hidden_state)))
+        return list(self.norm(self.linear(attended.last_hidden_state)))
 
 
-PROJECTORS = {"linear": LinearProjector, "cov1d-linear": ConvolutionProjector, "q-former": QFormerProjector}
+PROJECTORS: dict[str, Callable[[Projector, int, int], SpeechProjector]] = {
+    "linear": LinearProjector,
+    "cov1d-linear": ConvolutionProjector,
+    "q-former": QFormerProjector,
+}
 
 
 def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, list[int]]:
-    """k neighbouring frames side by side, the tail dropped → [sum of positions, k · width], and each one's positions."""
+    """Concatenate each k neighbouring frames; a tail of fewer than k is dropped.
+
+    Args:
+        utterances: features, each [frames, width].
+        k: frames per position.
+
+    Returns:
+        [sum of positions, k · width], utterance after utterance, and the number of positions of each.
+    """
     counts = [len(u) // k for u in utterances]
     return torch.cat(
         [u[: n * k].reshape(n, k * u.shape[1]) for u, n in zip(utterances, counts, strict=True)]
@@ -128,7 +147,7 @@ def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, l
 
 
 def build_projector(options: Projector, encoder_width: int, llm_width: int, seed: int = 0) -> SpeechProjector:
-    """A new projector in float32, whose weights depend on the seed alone."""
+    """Build a projector in float32, with random weights that depend on nothing but the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PROJECTORS[options.kind](options, encoder_width, llm_width)

@@ -1,11 +1,11 @@
-"""The prompt, and which tokens the loss looks at.
+"""The prompt's token ids, and which tokens are targets of the loss.
 
-As the reference has it: `USER: {}\\n ASSISTANT:` and the answer, without a space between them, are
-tokenised as one string; the prompt's length is that of the prompt tokenised alone; eos is appended
-to the ids. Where the tokenizer adds bos, it stands at the start of the text, behind the audio.
+By default the layout is the reference's. `USER: {}\\n ASSISTANT:` and the answer, without a space between
+them, are tokenised as one string; the prompt's length is that of the prompt tokenised alone; the rest, plus
+eos, are the targets. If the tokenizer adds bos, it comes first in that text, which is after the audio.
 
-With a template of the user's, the audio may stand elsewhere; with the model's own chat template it
-stands at the start of the user's turn, and the answer ends as the template ends a turn.
+A template of the user's may place the audio elsewhere. With the model's own chat template, the audio is at
+the start of the user's turn, and an answer ends with the token by which the template ends a turn.
 """
 
 import random
@@ -15,50 +15,54 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from slam_asr.configuration import one_sentence
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 from slam_asr.recipe import Llm
 
 AUDIO = "{audio}"
 _MARK = "\u241eaudio\u241e"
-"""Stands for the audio while a chat template is filled in: no template strips, escapes or holds it."""
+"""Placeholder for the audio while a chat template is filled in: no template contains, strips or escapes
+it."""
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """One prompt as the tokenizer spells it."""
+    """One prompt's text and token ids."""
 
     text: str
-    """What stands behind the audio."""
+    """The text after the audio."""
     before: list[int]
-    """Token ids in front of the audio; none in the reference."""
+    """Token ids before the audio; empty in the reference's layout."""
     ids: list[int]
     """Token ids of `text`."""
 
 
 class Prompt:
-    """A recipe's prompts as one tokenizer spells them.
+    """A recipe's prompts, tokenised for one LLM.
 
     Args:
         tokenizer: the LLM's.
         options: prompt, template, and the prompts drawn in training.
 
     Raises:
-        UserError: no eos token, or no chat template where one is asked for.
+        ModelError: the tokenizer has no eos token, or has no usable chat template although the recipe
+            requires one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Llm) -> None:
         if tokenizer.eos_token_id is None:
-            raise UserError(
+            raise ModelError(
                 f"The tokenizer of {tokenizer.name_or_path} has no eos token: choose another llm.name."
             )
         self.tokenizer = tokenizer
-        # Some tokenizers append eos by themselves; here it ends the answer, and only that.
+        # Some tokenizers append eos to every text. Here it may only end the answer, so `_encode` removes it.
         self._adds_eos = tokenizer.encode("a")[-1] == tokenizer.eos_token_id
         self.chat = options.template == "chat"
         self.end = _end_of_turn(tokenizer) if self.chat else tokenizer.eos_token_id
-        """Token that ends an answer."""
-        self.main = self._spell(options.prompt, options.template)
-        self.drawn = [self._spell(p, options.template) for p in options.training_prompts] or [self.main]
+        """Token that ends a target."""
+        self.main = self._tokenize(options.prompt, options.template)
+        """The prompt for decoding and validation."""
+        self.drawn = [self._tokenize(p, options.template) for p in options.training_prompts] or [self.main]
+        """The prompts for training."""
 
     @property
     def stops(self) -> list[int]:
@@ -66,24 +70,33 @@ class Prompt:
         return sorted({self.end, self.tokenizer.eos_token_id})
 
     def draw(self, seed: int, epoch: int, key: str) -> int:
-        """Which of `drawn` an utterance gets in an epoch: the same on every process, and after a restart."""
+        """Return the index in `drawn` of the prompt for an utterance in an epoch.
+
+        It depends on the arguments only, so it is the same on every process and after a restart.
+        """
         return random.Random(f"{seed}/{epoch}/{key}").randrange(len(self.drawn)) if len(self.drawn) > 1 else 0
 
-    def with_answer(self, spelling: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
-        """Token ids of the text behind the audio, and of answer and end: the targets.
+    def with_answer(self, prompt: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
+        """Tokenise prompt and answer together.
 
-        They are tokenised together and divided where the prompt alone would end.
+        They are divided where the prompt tokenised alone ends, even if a token spans that place: the
+        reference's rule.
+
+        Returns:
+            Token ids of the text after the audio, and the targets: token ids of the answer and the end token.
         """
-        ids = self._encode(spelling.text + answer, start=not spelling.before)
-        cut = len(spelling.ids)
-        return ids[:cut], [*ids[cut:], self.end]
+        ids = self._encode(prompt.text + answer, start=not prompt.before)
+        prompt_length = len(prompt.ids)
+        return ids[:prompt_length], [*ids[prompt_length:], self.end]
 
     def answer_of(self, ids: list[int]) -> str:
-        """The text of generated ids, up to the end."""
+        """Return the text of generated token ids up to the first end token."""
         stops = [i for i, token in enumerate(ids) if token in self.stops]
-        return self.tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True)
+        assert isinstance(text, str), "one list of ids gives one text"
+        return text.strip()
 
-    def _spell(self, prompt: str, template: str) -> TokenizedPrompt:
+    def _tokenize(self, prompt: str, template: str) -> TokenizedPrompt:
         if self.chat:
             before, _, text = _chat(
                 self.tokenizer, [{"role": "user", "content": _MARK + prompt}], True
@@ -96,36 +109,39 @@ class Prompt:
         return TokenizedPrompt(text, before_ids, self._encode(text, start=not before_ids))
 
     def _encode(self, text: str, start: bool) -> list[int]:
-        """Token ids; at the start of all text with what the tokenizer puts there, never with an end."""
-        # A chat template writes its special tokens out.
+        """Return token ids: at the start of all text with the tokenizer's bos, if any; never with eos."""
+        # A chat template contains its special tokens as text.
         special = start and not self.chat
         ids = self.tokenizer.encode(text, add_special_tokens=special)
         return ids[:-1] if special and self._adds_eos else ids
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_answer: bool) -> str:
+    """Fill in the chat template; with `open_answer`, up to the start of the assistant's turn."""
     if not tokenizer.chat_template:
-        raise UserError(
+        raise ModelError(
             f"llm.template is chat, but the tokenizer of {tokenizer.name_or_path} has no chat template: "
             "choose a chat model, or write a template."
         )
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             turns,
             tokenize=False,
             add_generation_prompt=open_answer,
             enable_thinking=False,
-            # Some templates print the day: a prompt must be the same tomorrow.
+            # Some templates print the current date, but a prompt must be the same tomorrow.
             date_string="26 Jul 2024",
         )
     except (TemplateError, ValueError) as error:
-        raise UserError(
+        raise ModelError(
             f"The chat template of {tokenizer.name_or_path} cannot be filled in: {one_sentence(error)}"
         ) from error
+    assert isinstance(text, str), "tokenize=False gives text"
+    return text
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The special token with which the chat template ends an answer; eos where it has none."""
+    """Return the special token by which the chat template ends an answer, or eos if it ends it by none."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     tail = _chat(tokenizer, turns, False).partition(_MARK)[2]
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []

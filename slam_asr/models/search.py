@@ -1,13 +1,13 @@
-"""Finding the transcript: greedy or beam search through the LLM."""
+"""Decode batches of audio to transcripts, by greedy or beam search through the LLM."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
-from slam_asr.models.beam_search import CLOSE, Found
-from slam_asr.models.encoder import Prepared
+from slam_asr.models.beam_search import NEARLY_TIED, Answers
+from slam_asr.models.frontend import Prepared
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Row, Slam, collate
 from slam_asr.recipe import Decoding
@@ -15,61 +15,66 @@ from slam_asr.recipe import Decoding
 
 @dataclass
 class Choice:
-    """One of several answers."""
+    """One entry of an n-best list."""
 
     text: str
     score: float
-    """Log probability of the text and its end, after the repetition penalty, per token to the power of `decoding.length_penalty`; higher is better."""
+    """Log probability of the text and its end token after the repetition penalty, divided by
+    tokens ** `decoding.length_penalty`; higher is better."""
 
 
 @dataclass
 class Answer:
-    """What the LLM said to one utterance."""
+    """The transcript that the LLM generated for one utterance."""
 
     text: str
     cut: bool
-    """Whether it was still talking at `max_new_tokens`."""
+    """Whether `max_new_tokens` was reached before the answer ended."""
     ids: list[int]
-    """Token ids as generated: with the end, and what fills the row after it."""
+    """Token ids as generated, including the end token and the padding after it."""
     close: bool | None = False
-    """Whether rounding may have decided: somewhere the two best choices were less than `CLOSE` apart. None where that is not known."""
+    """Whether rounding may have decided the text: at some step the two best choices were less than
+    `NEARLY_TIED` apart. None if not known."""
     choices: list[Choice] = field(default_factory=list)
-    """The best answers, this one first, where several are asked for."""
+    """The n-best list, this answer first; empty for `decoding.nbest` 1."""
 
 
 class CloseCalls(LogitsProcessor):
-    """Watches greedy search for steps whose two best tokens are hardly apart.
+    """Record steps of transformers' greedy search at which the two best tokens are nearly tied.
 
     Args:
-        stops: tokens that end an answer.
+        stops: [stops], tokens that end an answer.
     """
 
     def __init__(self, stops: torch.Tensor) -> None:
         self.stops = stops
         self.close: torch.Tensor | None = None
-        """[utterances] bool, once there was a step."""
+        """[utterances] bool; None before the first step."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [utterances, vocabulary] as they are."""
+        """Return `scores` [utterances, vocabulary] unchanged; `input_ids` are [utterances, tokens so far]."""
         first, second = scores.topk(2).values.unbind(1)
-        near = (first - second < CLOSE) & ~torch.isin(input_ids, self.stops).any(1)
-        self.close = near if self.close is None else self.close | near
+        # What follows the end of an answer does not count.
+        nearly_tied = (first - second < NEARLY_TIED) & ~torch.isin(input_ids, self.stops).any(1)
+        self.close = nearly_tied if self.close is None else self.close | nearly_tied
         return scores
 
 
 class Searcher:
-    """Decodes batches of audio.
+    """Decodes batches of utterances with a loaded model.
 
     Args:
-        model: projector and LLM, on one device.
-        prompt: what stands behind the audio.
-        options: beams, penalties, limits.
-        inference_only: whether the model will not be trained any more.
+        model: on one device.
+        prompt: the prompts; decoding uses `prompt.main`.
+        options: beams, penalties and limits.
+        inference_only: False if the model is being trained. Then its tensors must stay usable for gradients,
+            and processes that share its weights must run the LLM equally often.
     """
 
     def __init__(self, model: Slam, prompt: Prompt, options: Decoding, inference_only: bool = True) -> None:
         self.model, self.prompt, self.inference_only = model, prompt, inference_only
-        # A configuration of our own: whatever sampling the LLM's folder asks for stays out of a measurement.
+        # A new configuration: sampling options in the LLM's own generation_config.json must not affect a
+        # measurement.
         self.generation = GenerationConfig(
             num_beams=options.beams,
             num_return_sequences=options.nbest,
@@ -82,23 +87,28 @@ class Searcher:
         )
         model.llm.generation_config = self.generation
 
-    def decode(self, audio: list[torch.Tensor | Prepared], positions: list[int]) -> list[Answer]:
-        """Find the answers to a batch; nothing is kept for gradients.
+    def decode(self, audio: Sequence[torch.Tensor | Prepared], positions: Sequence[int]) -> list[Answer]:
+        """Decode a batch without recording gradients.
 
         Args:
-            audio: encoder outputs, each [frames, encoder width], or what the model's encoder takes.
-            positions: LLM positions of each.
+            audio: features, each [frames, encoder width], or the inputs of the model's encoder.
+            positions: LLM positions of each utterance.
+
+        Returns:
+            One answer per utterance, in the same order.
         """
-        spelling = self.prompt.main
-        rows = [Row(a, n, spelling.before, spelling.ids, []) for a, n in zip(audio, positions, strict=True)]
+        prompt = self.prompt.main
+        rows = [Row(a, n, prompt.before, prompt.ids, []) for a, n in zip(audio, positions, strict=True)]
         batch = collate(rows).to(self.model.llm.device)
-        # Weights that an engine puts together meanwhile must be fit for training afterwards.
+        # Sharded weights that are gathered in inference mode could not be used for training afterwards.
         with torch.inference_mode() if self.inference_only else torch.no_grad():
-            # While it is trained, all processes that share the LLM's weights must call it equally often, as `generate` does.
+            # In training, processes with sharded weights must all run the LLM equally often, even if their
+            # answers end at different steps. transformers' `generate` ensures that; our greedy search does
+            # not.
             if self.inference_only or self.generation.num_beams > 1:
                 found = self.model.search(batch, self.generation)
                 if found is not None:
-                    return self._best_of(found)
+                    return self._from_search(found)
             watch = self._watch()
             answers = [
                 self._answer(ids) for ids in self.model.generate(batch, self.generation, watch).tolist()
@@ -108,11 +118,10 @@ class Searcher:
                     answer.close = close
         return answers
 
-    def _best_of(self, found: Found) -> list[Answer]:
+    def _from_search(self, found: Answers) -> list[Answer]:
         answers = []
-        for ids, scores, close in zip(
-            found.ids.tolist(), found.scores.tolist(), found.close or [None] * len(found.ids), strict=True
-        ):
+        nearly_tied: Sequence[bool | None] = found.nearly_tied or [None] * len(found.ids)
+        for ids, scores, close in zip(found.ids.tolist(), found.scores.tolist(), nearly_tied, strict=True):
             answer = self._answer(ids[0])
             answer.close = close
             if len(ids) > 1:
@@ -132,18 +141,22 @@ class Searcher:
         return Answer(self.prompt.answer_of(ids), cut, ids)
 
 
-def plan_batches(positions: list[int], room: int, beams: int, budget: int) -> Iterator[list[int]]:
-    """Group utterances of like length, longest first, into batches of at most `budget` LLM positions.
+def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: int) -> Iterator[list[int]]:
+    """Group utterances of similar length, longest first, into batches of at most `budget` LLM positions.
 
     Args:
-        positions: audio and prompt positions of each utterance.
-        room: positions kept for the answer.
-        beams: hypotheses that each utterance takes.
-        budget: positions of a batch, padding included; exceeded only by a single utterance.
+        positions: LLM positions of audio and prompt, for each utterance.
+        max_new_tokens: positions reserved for the answer.
+        beams: hypotheses per utterance.
+        budget: positions of a batch, including padding; exceeded only by an utterance that is longer by
+            itself.
+
+    Yields:
+        Indices of each batch's utterances.
     """
     batch: list[int] = []
     for index in sorted(range(len(positions)), key=lambda i: (-positions[i], i)):
-        longest = positions[batch[0] if batch else index] + room
+        longest = positions[batch[0] if batch else index] + max_new_tokens
         if batch and longest * beams * (len(batch) + 1) > budget:
             yield batch
             batch = []

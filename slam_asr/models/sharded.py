@@ -1,7 +1,10 @@
-"""An LLM that no process holds whole: described first, without values, and read weight by weight where there is a place for each.
+"""An LLM whose weights are read one by one, so that no process ever holds the complete model.
 
-transformers compares the folder's files with the description, as it does when it loads them; it only reads no values. Where
-it would rename, merge or turn weights on their way into the model, loading is left to it.
+The LLM is first built on the meta device, which gives every weight a name, shape and dtype but no memory.
+Each weight is read from its safetensors file only when there is a place for it, for example the rows that one
+process owns under FSDP2. transformers checks the files against the model as it does in an ordinary load; only
+the values are not read. Where it would rename, merge or transpose weights while loading, this module raises
+`NotLazilyLoadable`, and the caller loads the complete model with transformers instead.
 """
 
 import contextlib
@@ -16,24 +19,28 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from slam_asr.models.weights import load_weights, loading_fails_in_a_sentence, require_finite_weight
+from slam_asr.models.weights import load_errors_as_model_errors, load_weights, require_finite_weight
 
 
-class NotOneToOne(Exception):
-    """The stored weights are not those of the model, one for one; only transformers knows how to make these of those."""
+class NotLazilyLoadable(Exception):
+    """The tensors in the files do not correspond one to one to the model's weights.
+
+    Only transformers knows how to convert them. The message is a clause that gives the reason, such as
+    "it is quantised".
+    """
 
 
 @dataclass
-class StoredWeight:
-    """A weight of the LLM that has no values yet: it is on the meta device until someone reads it and puts it there.
+class LazyWeight:
+    """A weight of the LLM that is on the meta device until its values are read.
 
-    Neither adapters nor FSDP2 lose it: they leave the modules that weights belong to as they are.
+    Adding adapters and sharding with FSDP2 leave it valid: both keep the modules that own the weights.
     """
 
     name: str
-    """As the LLM calls it."""
+    """Its name in the LLM."""
     places: list[tuple[nn.Module, str]]
-    """Modules that have it, and their names for it: more than one where it is tied."""
+    """The modules that own it, each with the attribute's name: several if the weight is tied."""
     folder: Path
     file: Path
     key: str
@@ -41,151 +48,206 @@ class StoredWeight:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What stands at its places now."""
+        """The parameter that its modules have now."""
         module, name = self.places[0]
         return getattr(module, name)
 
-    def read_into(self, room: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Fill a tensor with the values, or with as many rows of them as it has, from row `first` on.
+    def read_into(self, target: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        """Fill a tensor with the weight's values, or with some of its rows.
 
         Args:
-            room: of any device and dtype. Beside it nothing is kept of the file.
-            first: row of the weight.
+            target: `[rows, …]`, with up to as many rows as the weight, of any device and dtype. Nothing else
+                of the file stays in memory.
+            first_row: the weight's row that becomes row 0 of `target`.
 
         Returns:
-            The same tensor.
+            `target`.
 
         Raises:
-            UserError: they cannot be read, or are not finite.
+            ModelError: the values cannot be read, or are not finite.
         """
-        if room.numel():
+        if target.numel():
             with (
-                loading_fails_in_a_sentence(self.folder, "LLM"),
+                load_errors_as_model_errors(self.folder, "LLM"),
                 safe_open(self.file, framework="pt") as file,
             ):
-                # The file is mapped into memory, so that no more of it is read than is copied.
-                room.copy_(
-                    file.get_slice(self.key)[first : first + len(room)]
-                    if room.dim()
+                # The file is memory-mapped: only the pages of the copied rows are read from disk.
+                target.copy_(
+                    file.get_slice(self.key)[first_row : first_row + len(target)]
+                    if target.dim()
                     else file.get_tensor(self.key)
                 )
-            require_finite_weight(self.name, room, f"The LLM in {self.folder}")
-        return room
+            require_finite_weight(self.name, target, f"The LLM in {self.folder}")
+        return target
 
     def put(self, values: torch.Tensor) -> nn.Parameter:
-        """Have a parameter with these values at all of its places."""
+        """Replace the parameter, in all modules that own it, by one with these values."""
         parameter = nn.Parameter(values, requires_grad=self.parameter.requires_grad)
         for module, name in self.places:
             setattr(module, name, parameter)
         return parameter
 
 
-def describe_stored_llm(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, list[StoredWeight]]:
-    """A causal LM as `load_llm` gives it, but for its weights, which are on the meta device; and where each of them is.
+def describe_lazy_llm(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, list[LazyWeight]]:
+    """Build a causal LM as `load_llm` does, but leave its weights on the meta device.
 
-    Its buffers are real: every process has all of them.
+    Args:
+        folder: with transformers' files.
+        dtype: of the weights.
+
+    Returns:
+        The LLM, whose buffers have their values on the CPU, and one entry per weight that says where to read
+        it; a tied weight has a single entry.
 
     Raises:
-        NotOneToOne: with the reason, as a part of a sentence; load it whole.
-        UserError: the folder holds no causal LM that transformers can read, or its weights are not whole.
+        NotLazilyLoadable: load the complete LLM instead.
+        ModelError: the folder holds no causal LM that transformers can load, or weights are missing or
+            damaged.
     """
-    files = _files(folder)
-    with loading_fails_in_a_sentence(folder, "LLM"):
+    files = _safetensors_files(folder)
+    with load_errors_as_model_errors(folder, "LLM"):
         if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None):
-            raise NotOneToOne("it is quantised")
+            raise NotLazilyLoadable("it is quantised")
     llm = load_weights(AutoModelForCausalLM, folder, dtype, "LLM", values=False)
+    # transformers leaves this list on a model whose weights it renames, merges or splits while it loads them.
     if getattr(llm, "_weight_conversions", None):
-        raise NotOneToOne("its files have other names than the model")
-    wanted = llm.state_dict(keep_vars=True)
+        raise NotLazilyLoadable("its files have other names than the model")
+    # keep_vars: with the parameters themselves, not detached copies, tied weights are the same object.
+    state = llm.state_dict(keep_vars=True)
+    # If the files hold both copies of a tied weight, transformers ties them only if their values are equal.
+    # On the meta device it cannot compare them, and leaves them untied.
     for tied, other in llm.all_tied_weights_keys.items():
-        if wanted[tied] is not wanted[other]:
-            raise NotOneToOne("weights that it ties are stored twice")
-    found = _find(llm, wanted, folder, files)
-    _fill_buffers(llm, {weight.name: weight for weight in found})
-    return llm, [weight for weight in found if isinstance(wanted[weight.name], nn.Parameter)]
+        if state[tied] is not state[other]:
+            raise NotLazilyLoadable("weights that it ties are in its files twice")
+    lazy = _match_files(llm, state, folder, files)
+    _fill_buffers(llm, {weight.name: weight for weight in lazy})
+    return llm, [weight for weight in lazy if isinstance(state[weight.name], nn.Parameter)]
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files, as transformers chooses them."""
+def _safetensors_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would load: the single file first, else those of the index."""
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
-        raise NotOneToOne("it is not stored as safetensors")
-    with loading_fails_in_a_sentence(folder, "LLM"):
+        raise NotLazilyLoadable("it is not saved as safetensors")
+    with load_errors_as_model_errors(folder, "LLM"):
         return [
             folder / name
             for name in sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
         ]
 
 
-def _find(
-    llm: PreTrainedModel, wanted: dict[str, torch.Tensor], folder: Path, files: list[Path]
-) -> list[StoredWeight]:
-    """All that the model keeps of its state, and where it is."""
+def _match_files(
+    llm: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path, files: list[Path]
+) -> list[LazyWeight]:
+    """Find the file and the key of every tensor in the model's state.
+
+    Args:
+        llm: on the meta device.
+        state: its parameters and persistent buffers, by name.
+        folder: of the files, for messages.
+        files: from `_safetensors_files`.
+
+    Raises:
+        NotLazilyLoadable: a tensor is in no file, or has another shape there.
+        ModelError: a file is damaged.
+    """
+    # By identity: a tied weight has several names and several owners, but is one tensor.
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in llm.modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 places.setdefault(id(tensor), []).append((module, leaf))
-    found: dict[int, StoredWeight] = {}
+    matched: dict[int, LazyWeight] = {}
     prefix = llm.base_model_prefix + "."
     for path in files:
-        with loading_fails_in_a_sentence(folder, "LLM"), safe_open(path, framework="pt") as file:
+        with load_errors_as_model_errors(folder, "LLM"), safe_open(path, framework="pt") as file:
             for key in sorted(file.keys()):
-                # A base model is stored without the prefix that it has in the whole.
-                name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in wanted), None)
-                if name is None or id(wanted[name]) in found:
+                # Files written from the base model, without the output layer, lack the prefix that the base
+                # model has inside the causal LM. transformers accepts both spellings, and so do we.
+                name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in state), None)
+                if name is None or id(state[name]) in matched:
                     continue
-                if list(wanted[name].shape) != file.get_slice(key).get_shape():
-                    raise NotOneToOne("its files have other shapes than the model")
-                found[id(wanted[name])] = StoredWeight(name, places[id(wanted[name])], folder, path, key)
-    if any(id(tensor) not in found for tensor in wanted.values()):
-        raise NotOneToOne("its files have other names than the model")
-    return list(found.values())
+                if list(state[name].shape) != file.get_slice(key).get_shape():
+                    raise NotLazilyLoadable("its files have other shapes than the model")
+                matched[id(state[name])] = LazyWeight(name, places[id(state[name])], folder, path, key)
+    if any(id(tensor) not in matched for tensor in state.values()):
+        raise NotLazilyLoadable("its files have other names than the model")
+    return list(matched.values())
 
 
-def _fill_buffers(llm: PreTrainedModel, stored: dict[str, StoredWeight]) -> None:
-    """Make the buffers real: from the files, or else computed by the model's own rule, as transformers does behind loading."""
+def _fill_buffers(llm: PreTrainedModel, lazy: dict[str, LazyWeight]) -> None:
+    """Give the buffers their values: from the files, or else computed as transformers does after loading.
+
+    Buffers such as the frequencies of rotary embeddings are in no file. `_init_weights` of the model computes
+    them, but not every model implements that for every buffer, and nothing reports the ones it leaves out.
+    So the buffers are computed twice, from memory filled with 0 and with 1: a buffer that differs was not
+    computed, and its values cannot be known here.
+    """
     names = {name for name, _ in llm.named_buffers(remove_duplicate=False)}
-    read = {
-        name: stored[name].read_into(torch.empty_like(buffer, device="cpu"))
+    from_files = {
+        name: lazy[name].read_into(torch.empty_like(buffer, device="cpu"))
         for name, buffer in llm.named_buffers(remove_duplicate=False)
-        if name in stored
+        if name in lazy
     }
-    first, second = (_computed_buffers(llm, names, read, fill) for fill in (0, 1))
+    first, second = (_computed_buffers(llm, names, from_files, fill) for fill in (0, 1))
     if not all(torch.equal(first[name], second[name]) for name in names):
-        # They are what they were filled with.
-        raise NotOneToOne("it does not say how its buffers are computed")
+        raise NotLazilyLoadable("it does not define how its buffers are computed")
 
 
 def _computed_buffers(
-    llm: PreTrainedModel, names: set[str], read: dict[str, torch.Tensor], fill: int
+    llm: PreTrainedModel, names: set[str], from_files: dict[str, torch.Tensor], fill: int
 ) -> dict[str, torch.Tensor]:
-    made: dict[int, torch.Tensor] = {}
+    """Put buffers on the CPU into the LLM and let transformers compute those that are in no file.
+
+    Args:
+        llm: its weights stay on the meta device, where initialising them costs nothing.
+        names: of all buffers, each alias included.
+        from_files: buffers that were read, by name.
+        fill: value of every other buffer before transformers computes it.
+
+    Returns:
+        All buffers of the LLM, by name.
+    """
+    # One tensor per shared buffer, so that aliases in several modules stay aliases.
+    replacements: dict[int, torch.Tensor] = {}
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
         module = llm.get_submodule(path)
         buffer = module._buffers[leaf]
-        real = made.setdefault(
-            id(buffer), read[name] if name in read else torch.full_like(buffer, fill, device="cpu")
+        assert buffer is not None  # `named_buffers` leaves out empty entries
+        replacement = replacements.setdefault(
+            id(buffer),
+            from_files[name] if name in from_files else torch.full_like(buffer, fill, device="cpu"),
         )
-        real._is_hf_initialized = name in read  # transformers' mark of what is to stay as it is
-        module._buffers[leaf] = real
+        # transformers' init functions skip tensors with this mark, which torch's types do not know; without
+        # it they would overwrite what was read from the files.
+        replacement._is_hf_initialized = name in from_files  # type: ignore[attr-defined]
+        module._buffers[leaf] = replacement
+    # `from_pretrained` has marked every module as initialised, and `initialize_weights` skips those.
     for module in llm.modules():
-        module._is_hf_initialized = False
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    # Initialising draws random numbers for the weights: keep the caller's random state unchanged.
     with torch.random.fork_rng(devices=[]):
         llm.initialize_weights()
-    return {name: buffer for name, buffer in llm.named_buffers(remove_duplicate=False)}
+    return dict(llm.named_buffers(remove_duplicate=False))
 
 
 @contextlib.contextmanager
-def stand_ins(model: nn.Module) -> Iterator[None]:
-    """Let what looks at weights find some where there are only descriptions: on the CPU, of the same shapes, all zero, without memory of their own."""
-    described = [
-        (m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p.is_meta
+def zero_placeholders(model: nn.Module) -> Iterator[None]:
+    """Replace weights on the meta device by zeros on the CPU, for code that inspects weights.
+
+    peft, for one, places an adapter on the device of the weight that it adapts. The zeros have the right
+    shape and dtype but share a single element, so they take no memory. The meta weights return at the end.
+    """
+    on_meta = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
     ]
-    for module, name, parameter in described:
+    for module, name, parameter in on_meta:
         zero = torch.zeros((), dtype=parameter.dtype)
         setattr(
             module, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
@@ -193,5 +255,5 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, parameter in described:
+        for module, name, parameter in on_meta:
             setattr(module, name, parameter)

@@ -1,20 +1,20 @@
-"""The joined model: audio positions, prompt and answer through the LLM.
+"""The joined model: audio, prompt and answer run through the LLM as one sequence.
 
-A batch is padded left to the longest audio and prompt and right to the longest answer, so that all
-answers start at one column; or packed into a single row without padding. Logits are computed only where
-they predict an answer.
+A batch is either padded, on the left to the longest audio and prompt and on the right to the longest answer,
+so that all answers start in one column; or packed into a single row without padding. Logits are computed only
+at positions that predict an answer token.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
-from transformers.utils import ModelOutput
 
-from slam_asr.errors import UserError
-from slam_asr.models.beam_search import Found, beam_search, penalties, without_penalties
+from slam_asr.errors import ModelError
+from slam_asr.models.beam_search import Answers, beam_search, penalties, without_penalties
 from slam_asr.models.encoder import SpeechEncoder, batches_of
 from slam_asr.models.feature_dtype import round_trip
 from slam_asr.models.frontend import Prepared
@@ -22,57 +22,60 @@ from slam_asr.models.packed_attention import packed_arguments
 from slam_asr.models.projector import SpeechProjector
 
 IGNORED = -100
-"""Label of a position without a target, as torch's cross entropy has it."""
+"""Label of a position without a target: the default `ignore_index` of torch's cross entropy."""
 
 
 @dataclass
 class Row:
-    """An utterance as it goes into a batch."""
+    """One utterance, ready to be collated into a batch."""
 
     audio: torch.Tensor | Prepared
-    """Encoder output [frames, encoder width]; or what the encoder takes, where it runs with the model."""
+    """Features [frames, encoder width]; or the encoder's input, where the encoder runs as part of the
+    model."""
     positions: int
     """LLM positions of the audio."""
     before: list[int]
-    """Token ids in front of the audio; none in the reference."""
+    """Token ids before the audio; empty in the reference's layout."""
     prompt: list[int]
-    """Token ids behind the audio."""
+    """Token ids after the audio."""
     answer: list[int]
-    """Token ids with the one that ends it; none where the answer is to be found."""
+    """Target token ids including the end token; empty for decoding."""
 
     @property
     def head(self) -> int:
-        """LLM positions up to the answer."""
+        """LLM positions before the answer."""
         return len(self.before) + self.positions + len(self.prompt)
 
 
 @dataclass
 class Batch:
-    """Utterances side by side.
+    """Collated utterances.
 
-    `L` columns: padding, audio, prompt; from `answer_start` on the answer, eos, padding.
+    Padded, each utterance is a row of `L` columns: padding, `before`, audio, prompt; from `answer_start` on
+    the answer with its end token, padding. Packed, all utterances are in one row of `L` columns and
+    `answer_start` is 1.
     """
 
     audio: list[torch.Tensor | Prepared]
-    """As in `Row`."""
+    """One per utterance, as in `Row`; all of one kind."""
     positions: list[int]
-    """LLM positions of each one's audio."""
+    """LLM positions of each utterance's audio."""
     token_ids: torch.Tensor
-    """[utterances, L]; any token where there is audio or padding."""
+    """[rows, L]; arbitrary at audio and padding."""
     is_audio: torch.Tensor
-    """[utterances, L] bool: filled with the projector's outputs."""
+    """[rows, L] bool: positions that are filled with the projector's output."""
     mask: torch.Tensor
-    """[utterances, L] int: 0 on padding."""
+    """[rows, L] int: 0 on padding."""
     labels: torch.Tensor
-    """[utterances, L - answer_start]: the answer's tokens and eos, `IGNORED` elsewhere."""
+    """[rows, L - answer_start]: the targets, `IGNORED` elsewhere."""
     answer_start: int
     padded: bool
-    """Whether `mask` has a 0."""
+    """Whether `mask` contains a 0."""
     lengths: list[int] | None = None
-    """Positions of each utterance, where they stand in one row one behind the other."""
+    """Positions of each utterance of a packed row; None for a padded batch."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device."""
+        """Return the batch on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("token_ids", "is_audio", "mask", "labels")}
         return Batch(
             [a.to(device) for a in self.audio],
@@ -85,7 +88,7 @@ class Batch:
 
 
 def collate(rows: list[Row]) -> Batch:
-    """Lay utterances out side by side."""
+    """Build a padded batch with one row per utterance."""
     start = max(row.head for row in rows)
     width = start + max(len(row.answer) for row in rows)
     shape = (len(rows), width)
@@ -115,7 +118,7 @@ def collate(rows: list[Row]) -> Batch:
 
 
 def pack(rows: list[Row]) -> Batch:
-    """Lay utterances out in one row, one behind the other, for an LLM that can keep them apart (`models/packing.py`)."""
+    """Build a batch of a single row without padding, for an LLM with `packed_attention.allow_packing`."""
     ids, is_audio, labels = [], [], []
     for row in rows:
         ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]
@@ -129,6 +132,7 @@ def pack(rows: list[Row]) -> Batch:
         torch.tensor([ids]),
         torch.tensor([is_audio]),
         torch.ones((1, len(ids)), dtype=torch.long),
+        # Nothing predicts the first position, so the labels start at the second.
         torch.tensor([labels[1:]]),
         answer_start=1,
         padded=False,
@@ -137,21 +141,23 @@ def pack(rows: list[Row]) -> Batch:
 
 
 Scorer = Callable[[torch.Tensor, nn.Module, torch.Tensor], tuple[torch.Tensor, ...]]
-"""(inputs of the output layer [targets, LLM width], that layer, target tokens [targets]) → whatever is wanted of them."""
+"""(inputs of the output layer [targets, LLM width], that layer, target tokens [targets]) → any tensors, such
+as a loss."""
 
 
 class Slam(nn.Module):
-    """Projector, LLM and, unless its outputs come with the batch, encoder.
+    """Projector, LLM and, where audio does not come as features, encoder.
 
     Args:
-        projector: trained.
+        projector: the trained part.
         llm: frozen, or with weights that require a gradient.
-        encoder: where audio is encoded on the way. A frozen one is no part of the module: it keeps its own precision, and no
-            optimiser, checkpoint or partition knows of it.
-        stored_as: dtype of the feature store whose numbers a frozen encoder's outputs are to be.
+        encoder: needed where audio is encoded on the fly. A frozen encoder is not registered as a submodule:
+            it has its own precision, and no optimiser, checkpoint or sharding must include it.
+        feature_dtype: dtype of the feature store whose rounding a frozen encoder's outputs get, so that
+            features are the same whether they are cached or not.
 
     Raises:
-        UserError: the LLM has no output layer of its own.
+        ModelError: the LLM has no output layer of its own.
     """
 
     def __init__(
@@ -159,7 +165,7 @@ class Slam(nn.Module):
         projector: SpeechProjector,
         llm: PreTrainedModel,
         encoder: SpeechEncoder | None = None,
-        stored_as: str = "fp32",
+        feature_dtype: str = "fp32",
     ) -> None:
         super().__init__()
         self.projector, self.llm = projector, llm
@@ -167,30 +173,37 @@ class Slam(nn.Module):
         if encoder is not None and any(p.requires_grad for p in encoder.parameters()):
             self.encoder = encoder
         else:
+            # Past nn.Module's own __setattr__, which would register it.
             object.__setattr__(self, "encoder", encoder)
-        self.stored_as = stored_as
+        self.feature_dtype = feature_dtype
         self.scorer: Scorer | None = None
-        """If set, `forward` gives what this makes of the output layer's inputs, and logits are its own affair."""
-        self._wanted: torch.Tensor | None = None
-        self._rows: torch.Tensor | None = None
-        if llm.get_output_embeddings() is None:
-            raise UserError(
+        """If set, `forward` returns what it computes from the output layer's inputs, instead of logits."""
+        self._is_target: torch.Tensor | None = None
+        """[rows, L - answer_start] bool, during `forward` only."""
+        self._target_inputs: torch.Tensor | None = None
+        """[targets, LLM width], inputs of the output layer, during `forward` only."""
+        output_layer = llm.get_output_embeddings()
+        if output_layer is None:
+            raise ModelError(
                 f"{type(llm).__name__} has no output layer that predicts tokens: choose a causal LM."
             )
-        # The LLM's own forward pass stays in charge of what it does to logits (scaling, capping); only
-        # the rows that its output layer sees are chosen here. Besides, a row-by-row product of a
-        # slice takes ten times longer on a CPU than one product of the chosen rows.
-        llm.get_output_embeddings().register_forward_pre_hook(self._choose_rows)
+        # A hook on the output layer, and not a call of it, so that whatever the LLM's own forward pass does
+        # to logits afterwards (scaling, capping) still happens. Selecting rows first also is ten times faster
+        # on a CPU than multiplying a slice row by row.
+        output_layer.register_forward_pre_hook(self._select_targets)
 
-    def _choose_rows(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self._wanted is None:
+    def _select_targets(
+        self, _: nn.Module, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        if self._is_target is None:
             return None
-        # What predicts a token stands one position before it.
-        self._rows = inputs[0][:, -self._wanted.shape[1] - 1 : -1][self._wanted]
-        return (self._rows if self.scorer is None else self._rows[:0],)
+        # A token is predicted at the position before it.
+        self._target_inputs = inputs[0][:, -self._is_target.shape[1] - 1 : -1][self._is_target]
+        # A scorer applies the output layer itself; the LLM's own forward pass then gets no rows.
+        return (self._target_inputs if self.scorer is None else self._target_inputs[:0],)
 
     def train(self, mode: bool = True) -> "Slam":
-        """Training mode, for what is trained: dropout in frozen weights would be noise."""
+        """Set training mode for the trained parts only: dropout in frozen weights would be noise."""
         super().train(mode)
         for part in (self.llm, self._modules.get("encoder")):
             if mode and part is not None and not all(p.requires_grad for p in part.parameters()):
@@ -201,22 +214,32 @@ class Slam(nn.Module):
         return self
 
     def encode(self, audio: list[torch.Tensor | Prepared]) -> list[torch.Tensor]:
-        """Audio of any kind → encoder outputs, each [frames, encoder width]."""
+        """Encode utterances, unless they are features already.
+
+        Args:
+            audio: features [frames, encoder width], or the encoder's inputs; all of one kind.
+
+        Returns:
+            Features, each [frames, encoder width], in the same order.
+        """
         if self.encoder is None or isinstance(audio[0], torch.Tensor):
-            return audio
+            return cast(list[torch.Tensor], audio)
+        prepared = cast(list[Prepared], audio)
         spec = self.encoder.spec
-        groups = batches_of([spec.seconds_of(a.samples) for a in audio], spec.options.batch_seconds)
+        groups = batches_of([spec.seconds_of(a.samples) for a in prepared], spec.options.batch_seconds)
         encode = self.encoder if "encoder" in self._modules else self._encode_frozen
-        return [f for group in groups for f in encode([audio[i] for i in group])]
+        return [features for group in groups for features in encode([prepared[i] for i in group])]
 
     def _encode_frozen(self, audio: list[Prepared]) -> list[torch.Tensor]:
-        """What a feature store would hold."""
+        """Return the features [frames, encoder width] that a feature store would give."""
+        assert self.encoder is not None, "checked by encode"
         with torch.no_grad():
-            return [round_trip(frames, self.stored_as) for frames in self.encoder(audio)]
+            return [round_trip(frames, self.feature_dtype) for frames in self.encoder(audio)]
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """[utterances, L, LLM width]: token embeddings with the audio's positions filled in."""
-        # Whatever the LLM does to its embeddings inside that layer (Gemma scales them), audio is spared.
+        """Return the LLM's input [rows, L, LLM width]: token embeddings and projected audio."""
+        # Some LLMs scale embeddings inside this layer (Gemma). Audio is filled in afterwards and is not
+        # scaled.
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
         audio = self.projector(self.encode(batch.audio), batch.positions).to(embeddings.dtype)
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
@@ -224,33 +247,38 @@ class Slam(nn.Module):
     def generate(
         self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None
     ) -> torch.Tensor:
-        """Answers to a batch without any: token ids [utterances · answers to each, tokens], filled up behind the end.
+        """Decode a batch by transformers' `generate`.
 
         Args:
-            batch: what is to be answered.
-            generation: how.
-            watch: is shown the scores of each step.
+            batch: padded, without answers.
+            generation: beams, penalties and limits.
+            watch: called with the scores of each step, after the penalties.
+
+        Returns:
+            Token ids [utterances · answers each, tokens], filled up after the end.
         """
         return self._generate(batch, generation, watch).sequences
 
-    def search(self, batch: Batch, generation: GenerationConfig) -> Found | None:
-        """The best answers to a batch, with their scores.
+    def search(self, batch: Batch, generation: GenerationConfig) -> Answers | None:
+        """Decode a batch by our own search, or by transformers' beam search for an LLM that it cannot run.
 
         Args:
-            batch: what is to be answered.
-            generation: how.
+            batch: padded, without answers.
+            generation: beams, penalties and limits.
 
         Returns:
-            The answers, or None for greedy search in an LLM that only `generate` knows how to run.
+            The best answers with their scores; or None for a greedy search that only `generate` can run.
         """
-        found = beam_search(self.llm, self.embed(batch), batch.mask, generation)
-        if found is None and generation.num_beams > 1:
+        answers = beam_search(self.llm, self.embed(batch), batch.mask, generation)
+        if answers is None and generation.num_beams > 1:
             output = self._generate(batch, generation, scores=True)
-            of_each = generation.num_return_sequences
-            found = Found(
-                output.sequences.unflatten(0, (-1, of_each)), output.sequences_scores.view(-1, of_each), None
+            answers_each = generation.num_return_sequences
+            answers = Answers(
+                output.sequences.unflatten(0, (-1, answers_each)),
+                output.sequences_scores.view(-1, answers_each),
+                None,
             )
-        return found
+        return answers
 
     def _generate(
         self,
@@ -258,11 +286,11 @@ class Slam(nn.Module):
         generation: GenerationConfig,
         watch: LogitsProcessor | None = None,
         scores: bool = False,
-    ) -> ModelOutput:
+    ) -> Any:  # transformers' GenerateOutput: one class per kind of search
         processors = penalties(generation)
         if watch:
             processors.append(watch)
-        return self.llm.generate(
+        return cast(Any, self.llm).generate(
             inputs_embeds=self.embed(batch),
             attention_mask=batch.mask,
             generation_config=without_penalties(generation, scores),
@@ -270,13 +298,23 @@ class Slam(nn.Module):
         )
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
-        """What `trial` finds out about the LLM: a method of the model, for engines that put weights together while one of it runs."""
+        """Return `trial(llm)`.
+
+        It is a method of the model because engines that shard weights gather them around calls of its
+        methods.
+        """
         return trial(self.llm)
 
     def forward(self, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Logits that predict the target tokens: [targets, vocabulary]; or what the scorer makes of them.
+        """Run the model for training or evaluation.
 
-        They stand in the order of `batch.labels[batch.labels != IGNORED]`; no others are computed.
+        Args:
+            batch: padded or packed, with answers.
+
+        Returns:
+            Logits [targets, vocabulary] at the positions that predict targets, in the order of
+            `batch.labels[batch.labels != IGNORED]`; or what the scorer returns, if one is set. No other
+            logits are computed.
         """
         arguments = {}
         if batch.lengths is not None:
@@ -287,11 +325,14 @@ class Slam(nn.Module):
                 "attention_mask": batch.mask,
                 "position_ids": (batch.mask.cumsum(1) - 1).clamp(min=0),
             }
-        self._wanted = batch.labels != IGNORED
+        self._is_target = batch.labels != IGNORED
         try:
             output = self.llm(inputs_embeds=self.embed(batch), use_cache=False, **arguments)
             if self.scorer is None:
                 return output.logits
-            return self.scorer(self._rows, self.llm.get_output_embeddings(), batch.labels[self._wanted])
+            assert self._target_inputs is not None, "the hook on the output layer has run"
+            return self.scorer(
+                self._target_inputs, self.llm.get_output_embeddings(), batch.labels[self._is_target]
+            )
         finally:
-            self._wanted = self._rows = None
+            self._is_target = self._target_inputs = None

@@ -1,4 +1,7 @@
-"""Tensors by name that are read when they are asked for, and not kept: what is larger than memory passes through it one by one."""
+"""Tensors by name that are read on every access and never cached.
+
+A model that is larger than memory can so be converted: its tensors are read, computed and written one by one.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-_NAMES = {
+_SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -18,14 +21,14 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""How safetensors calls them."""
+"""The names of dtypes in safetensors' header."""
 
 
-class Tensors(Mapping[str, torch.Tensor]):
-    """Tensors, each of which is made anew whenever it is asked for.
+class LazyTensors(Mapping[str, torch.Tensor]):
+    """A mapping that computes a tensor again on every access.
 
     Args:
-        makers: of each tensor, by name.
+        makers: for each name, a function that returns the tensor.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], torch.Tensor]]) -> None:
@@ -40,63 +43,71 @@ class Tensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._makers)
 
+    # Mapping's own implementation would compute the tensor.
     def __contains__(self, name: object) -> bool:
         return name in self._makers
 
 
-def renamed(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> Tensors:
-    """Some of them under other names.
+def rename_tensors(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> LazyTensors:
+    """Select tensors and give them other names, without reading them.
 
     Args:
         tensors: by their old names.
-        names: the old name of each new one.
+        names: new name → old name; tensors that it does not list are left out.
     """
-    return Tensors({new: partial(tensors.__getitem__, old) for new, old in names.items()})
+    return LazyTensors({new: partial(tensors.__getitem__, old) for new, old in names.items()})
 
 
-def stored_tensors(files: Iterable[str | Path]) -> Tensors:
-    """What stands in safetensors files; they are mapped into memory, not read."""
-    makers = {}
+def lazy_tensors(files: Iterable[str | Path]) -> LazyTensors:
+    """The tensors of safetensors files, by name; the files are memory-mapped, not read."""
+    makers: dict[str, Callable[[], torch.Tensor]] = {}
     for path in files:
         file = safe_open(path, framework="pt")
         makers |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    return Tensors(makers)
+    return LazyTensors(makers)
 
 
 def write_one_by_one(
     path: Path, tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write a safetensors file while no more than one of its tensors is in memory; made aside and renamed into place.
+    """Write a safetensors file with one tensor in memory at a time.
 
-    The library's own `save_file` wants all of them at once. Format: https://huggingface.co/docs/safetensors.
+    safetensors' own `save_file` needs all tensors at once. The file is written under a temporary name and
+    renamed when it is complete. Format: https://huggingface.co/docs/safetensors.
 
     Args:
         path: of the file.
-        tensors: what to write.
-        like: dtype and shape of each; they may be on the meta device.
+        tensors: the values; each is accessed once, converted to the dtype of its entry in `like`.
+        like: a tensor of the final dtype and shape for each name; they may be on the meta device.
+
+    Raises:
+        ValueError: a tensor does not have the shape of its entry in `like`.
     """
-    # The largest items first, so that each tensor begins where its items may.
+    # Tensors of the largest elements first: then every tensor starts at a multiple of its element size, as
+    # readers that map the file need it.
     names = sorted(like, key=lambda name: (-like[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         start, end = end, end + like[name].numel() * like[name].element_size()
         header[name] = {
-            "dtype": _NAMES[like[name].dtype],
+            "dtype": _SAFETENSORS_NAMES[like[name].dtype],
             "shape": list(like[name].shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Spaces pad the header to a multiple of 8 bytes, which aligns the first tensor.
     text += b" " * (-len(text) % 8)
-    aside = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 tensor = tensors[name].to(like[name].dtype)
                 if tensor.shape != like[name].shape:
                     raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(like[name].shape)}")
+                # As bytes: numpy has no bfloat16.
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        aside.rename(path)
+        temporary.rename(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

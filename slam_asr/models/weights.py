@@ -1,8 +1,9 @@
-"""Loading pretrained weights: whole, finite and frozen, or not at all."""
+"""Loads pretrained weights: complete, finite and frozen, or not at all."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -10,38 +11,39 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slam_asr.configuration import one_sentence
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 from slam_asr.models.pretrained import UNREADABLE_WEIGHTS
 
 
 def load_weights(
-    kind: type, folder: Path, dtype: torch.dtype, part: str, values: bool = True
+    kind: Any, folder: Path, dtype: torch.dtype, part: str, values: bool = True
 ) -> PreTrainedModel:
-    """A pretrained model with all its weights, frozen, in evaluation mode.
+    """Load a pretrained model with all its weights, frozen, in evaluation mode.
 
     Args:
-        kind: one of transformers' Auto classes.
+        kind: one of transformers' Auto classes; they share no base class that has `from_pretrained`.
         folder: with transformers' files.
         dtype: of the weights.
-        part: what to call it in a complaint: `encoder` or `LLM`.
-        values: False to read no values: weights and buffers are on the meta device then.
+        part: `encoder` or `LLM`, for error messages.
+        values: False leaves weights and buffers on the meta device, and reads no values.
 
     Raises:
-        UserError: weights are missing, damaged, of another shape, or not finite.
+        ModelError: weights are missing, damaged, of another shape, or not finite.
     """
     device = {} if values else {"device_map": "meta"}
-    with _quiet(), loading_fails_in_a_sentence(folder, part):
-        # Weights of another shape are reported, rather than raised in a table of many lines.
+    with _quiet(), load_errors_as_model_errors(folder, part):
+        # With ignore_mismatched_sizes, weights of another shape are in the report. Otherwise transformers
+        # raises an exception whose text is a table of many lines.
         model, report = kind.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **device
         )
     wrong = {str(key[0]) for key in report["mismatched_keys"]}
-    # The mask's embedding serves pretraining alone; not every checkpoint keeps it.
+    # Only pretraining uses the embedding of masked frames, and some checkpoints lack it.
     wrong |= {name for name in report["missing_keys"] if not name.endswith("masked_spec_embed")}
     if wrong:
-        raise UserError(
-            f"The weights of the {part} in {folder} do not fit its config.json ({len(wrong)} are missing or of another shape, "
-            f"such as {min(wrong)}): fetch or convert the model again."
+        raise ModelError(
+            f"The weights of the {part} in {folder} do not fit its config.json ({len(wrong)} are missing or "
+            f"have another shape, such as {min(wrong)}): fetch or convert the model again."
         )
     if values:
         require_finite(model, f"The {part} in {folder}")
@@ -49,46 +51,53 @@ def load_weights(
 
 
 def require_finite(model: nn.Module, what: str) -> None:
-    """Refuse weights that hold NaN or infinity.
+    """Refuse a model with weights that are NaN or infinite.
+
+    Args:
+        model: with its weights.
+        what: begins the error message, such as `The LLM in /models/llm`.
 
     Raises:
-        UserError: naming the first such weight.
+        ModelError: with the name of the first such weight.
     """
     for name, weight in model.named_parameters():
         require_finite_weight(name, weight.detach(), what)
 
 
 def require_finite_weight(name: str, weight: torch.Tensor, what: str) -> None:
-    """The same for one weight, or a part of it."""
+    """Like `require_finite`, for one weight or some of its rows, of any shape."""
     if not is_finite(weight):
-        raise UserError(
-            f"{what} holds values that are not finite (NaN or infinite) in {name}: fetch or convert it again."
+        raise ModelError(
+            f"{what} holds values that are not finite (NaN or infinite) in {name}: "
+            "fetch or convert the model again."
         )
 
 
 def is_finite(weight: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-    # NaN is both, infinity one of the two; nothing is copied, and half precision takes a tenth of what a sum does.
+    """Whether a tensor of any shape contains neither NaN nor infinity."""
+    # A NaN becomes both bounds, an infinity one of them. Unlike `isfinite().all()` this copies nothing, and
+    # in half precision it takes a tenth of the time of a sum.
     return not weight.numel() or all(bound.isfinite() for bound in torch.aminmax(weight))
 
 
 @contextlib.contextmanager
-def loading_fails_in_a_sentence(folder: Path, part: str) -> Iterator[None]:
-    """Turn what is raised over damaged files into a `UserError`.
+def load_errors_as_model_errors(folder: Path, part: str) -> Iterator[None]:
+    """Turn exceptions about damaged or unknown files into a `ModelError`.
 
     Args:
         folder: with the files.
-        part: what to call it: `encoder` or `LLM`.
+        part: `encoder` or `LLM`, for the message.
     """
     try:
         yield
     except UNREADABLE_WEIGHTS as error:
-        raise UserError(f"The {part} in {folder} cannot be loaded: {one_sentence(error)}") from error
+        raise ModelError(f"The {part} in {folder} cannot be loaded: {one_sentence(error)}") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # transformers' bars and reports would tear the stage's own log; what matters of them is checked above.
+    # transformers' progress bars and loading reports would break up the stage's log lines. The caller checks
+    # what is important in the reports.
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""What a corpus came to: hours, durations, characters, and what was set aside and why."""
+"""The page of a corpus: hours, durations, characters, and what was rejected and why."""
 
 import math
 import unicodedata

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from slam_asr.errors import UserError
-from slam_asr.models.feature_dtype import bytes_a_frame
+from slam_asr.models.feature_dtype import bytes_per_frame
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
 from slam_asr.planning.memory import Load, Memory, training_memory
@@ -106,7 +106,7 @@ def plan(
     )
     frames = shapes.encoder.frames_of(round(utterance_seconds * 16_000))
     cache = (
-        utterances * frames * bytes_a_frame(shapes.encoder.width, recipe.features.dtype)
+        utterances * frames * bytes_per_frame(shapes.encoder.width, recipe.features.dtype)
         if recipe.caches_features
         else 0
     )

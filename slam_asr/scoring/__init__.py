@@ -1,1 +1,1 @@
-"""Hypotheses against references: word error rates, and the report that shows them."""
+"""Score hypotheses against references: word error rates, and the report that shows them."""

@@ -1,4 +1,4 @@
-"""`slam-asr compare A B`: which of two recognisers is better, and whether that may be chance."""
+"""`slam-asr compare A B`: which of two recognisers is better, and whether the difference is significant."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.progress import log_line
 from slam_asr.scoring.analysis import percent
 from slam_asr.scoring.metrics import Measured, groups_of, measure
@@ -17,30 +17,31 @@ from slam_asr.scoring.wer import Hypothesis, normalise
 from slam_asr.storage import write_json
 
 ALL = "all"
-SURE = 0.05
+SIGNIFICANCE = 0.05
 """Probability below which a difference is called significant."""
 
 
 @dataclass
 class Compared:
-    """Two recognisers on the same utterances; rates in percent."""
+    """The comparison of two recognisers on the same utterances; rates in percent."""
 
     subset: str
     utterances: int
     first: float
     second: float
     difference: float
-    """First minus second, in points of percent: below 0 where the first is better."""
+    """First minus second, in percentage points: below 0 if the first is better."""
     low: float
     high: float
-    """Ends of its 95 % bootstrap interval."""
+    """Limits of the difference's 95 % bootstrap interval."""
     p: float
     differing: int
-    """Utterances with unequal numbers of errors."""
+    """Utterances for which the two made different numbers of errors."""
 
     @property
     def verdict(self) -> str:
-        if self.p >= SURE:
+        """The result in a few words."""
+        if self.p >= SIGNIFICANCE:
             return "may be chance"
         return "the first is better" if self.difference < 0 else "the second is better"
 
@@ -51,22 +52,23 @@ def compare(
     """Compare the word error rates of two recognisers on the same utterances, by matched pairs.
 
     Args:
-        first: folder that decode or score wrote, its hypotheses.jsonl, or SLAM-LLM's `…_pred` with its `…_gt` beside it.
-        second: the same of the other one.
-        output: a JSON file for the numbers.
-        common: compare the utterances that both hold, where one holds others too; those are counted and named.
-        seed: of resampling and exchanges.
+        first: folder that decode or score wrote, its hypotheses.jsonl, or SLAM-LLM's `…_pred` with its `…_gt`
+            next to it.
+        second: the same for the other recogniser.
+        output: a JSON file to write the numbers to.
+        common: compare only the utterances that both have, if one has more; the others are counted.
+        seed: seed of the resampling and of the random exchanges.
 
     Returns:
-        One comparison a test subset that both know, and one of all.
+        One comparison per test subset that both have, and one over all utterances.
 
     Raises:
-        UserError: utterances that only one of them holds, or whose references differ.
+        InputError: utterances that only one of them has, or whose references differ.
     """
-    ours, theirs = (read_output(place, HYPOTHESES) for place in (first, second))
-    pairs, lacking = _paired((first, ours), (second, theirs), common)
+    outputs = [(path, read_output(path, HYPOTHESES)) for path in (first, second)]
+    pairs, left_out = _paired(outputs[0], outputs[1], common)
     rows = _by_subset(pairs, first, seed)
-    _print(rows, first, second, lacking)
+    _print(rows, first, second, left_out)
     if output:
         write_json(
             output,
@@ -74,7 +76,7 @@ def compare(
                 "first": first,
                 "second": second,
                 "unit": "percent",
-                "left_out": lacking,
+                "left_out": left_out,
                 "compared": [asdict(row) for row in rows],
             },
         )
@@ -84,10 +86,15 @@ def compare(
 def compare_outputs(
     first: tuple[str, Sequence[Hypothesis]], second: tuple[str, Sequence[Hypothesis]], seed: int = 0
 ) -> list[Compared]:
-    """The same of what is read already, with the name of each.
+    """Compare utterances that are already loaded.
+
+    Args:
+        first: the first recogniser's name, for error messages, and its utterances.
+        second: the same for the second one.
+        seed: seed of the resampling and of the random exchanges.
 
     Raises:
-        UserError: as for `compare`.
+        InputError: as for `compare`.
     """
     return _by_subset(_paired(first, second, common=False)[0], first[0], seed)
 
@@ -95,69 +102,72 @@ def compare_outputs(
 def _by_subset(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, seed: int) -> list[Compared]:
     a, b = (measure([pair[side] for pair in pairs]) for side in (0, 1))
     if not a.words.sum():
-        raise UserError(
-            f"The references of the {len(pairs)} utterances of {first} hold no words, so there is no rate to compare."
+        raise InputError(
+            f"The references of the {len(pairs)} utterances of {first} contain no words, "
+            "so there is no rate to compare."
         )
     subsets = groups_of(a.rows, lambda row: row.subset)
-    chosen = (
-        {name: numbers for name, numbers in subsets.items() if name and a.words[numbers].sum()}
+    comparable = (
+        {name: indices for name, indices in subsets.items() if name and a.words[indices].sum()}
         if len(subsets) > 1
         else {}
     )
     return [
-        _compared(name, a, b, numbers, seed)
-        for name, numbers in [*chosen.items(), (ALL, np.arange(len(pairs)))]
+        _compared(name, a, b, indices, seed)
+        for name, indices in [*comparable.items(), (ALL, np.arange(len(pairs)))]
     ]
 
 
 def _paired(
     first: tuple[str, Sequence[Hypothesis]], second: tuple[str, Sequence[Hypothesis]], common: bool
 ) -> tuple[list[tuple[Hypothesis, Hypothesis]], dict[str, int]]:
-    """The utterances of both, and how many only one of them holds."""
-    # SLAM-LLM's files do not know subsets, so keys alone must do where one side has none.
-    known = all(row.subset for _, rows in (first, second) for row in rows)
-    sides = [(place, _by_name(place, rows, known)) for place, rows in (first, second)]
-    lacking = {}
-    for (place, rows), (other, others) in (sides, sides[::-1]):
-        lonely = sorted(rows.keys() - others.keys())
-        if lonely and (not common or len(lonely) == len(rows)):
-            raise UserError(
-                f"{place} holds {len(lonely)} utterances that {other} lacks, first {lonely[0][0]}: compare outputs for the same test set"
-                + ("." if common else ", or add --common true to compare what both hold.")
+    """Pair the utterances of both, and count those that only one of them has, by its name."""
+    # SLAM-LLM's files have no subsets, so utterances are paired by key alone if one side lacks them.
+    with_subset = all(row.subset for _, rows in (first, second) for row in rows)
+    sides = [(path, _by_name(path, rows, with_subset)) for path, rows in (first, second)]
+    left_out = {}
+    for (path, rows), (other, others) in (sides, sides[::-1]):
+        unpaired = sorted(rows.keys() - others.keys())
+        if unpaired and (not common or len(unpaired) == len(rows)):
+            raise InputError(
+                f"{path} has {len(unpaired)} utterances that {other} lacks, first {unpaired[0][0]}: "
+                "compare outputs for the same test set"
+                + ("." if common else ", or add --common true to compare what both have.")
             )
-        lacking[place] = len(lonely)
+        left_out[path] = len(unpaired)
     pairs = [(row, sides[1][1][name]) for name, row in sides[0][1].items() if name in sides[1][1]]
     differing = [a.key for a, b in pairs if normalise(a.reference) != normalise(b.reference)]
     if differing:
-        raise UserError(
-            f"{first[0]} and {second[0]} have other references for {len(differing)} of {len(pairs)} utterances, first {differing[0]}: their rates cannot be "
-            "compared; decode both with manifests of one data.text."
+        raise InputError(
+            f"{first[0]} and {second[0]} have different references for {len(differing)} of {len(pairs)} "
+            f"utterances, first {differing[0]}: their rates cannot be compared; decode both with manifests "
+            "of the same data.text."
         )
-    return pairs, lacking
+    return pairs, left_out
 
 
-def _by_name(place: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[tuple[str, str], Hypothesis]:
+def _by_name(path: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[tuple[str, str], Hypothesis]:
     named = {(row.key, row.subset if with_subset else ""): row for row in rows}
     if len(named) < len(rows):
-        raise UserError(
-            f"{place} names {len(rows) - len(named)} utterances more than once: each may stand there once."
+        raise InputError(
+            f"{path} contains {len(rows) - len(named)} utterances more than once: each may occur only once."
         )
     return named
 
 
-def _compared(name: str, a: Measured, b: Measured, chosen: np.ndarray, seed: int) -> Compared:
-    found = matched_pairs(a.errors[chosen], b.errors[chosen], a.words[chosen], seed)
-    points = [round(100 * value, 2) for value in (found.difference, found.low, found.high)]
-    rates = [percent(m.total(chosen)) or 0.0 for m in (a, b)]
-    return Compared(name, len(chosen), *rates, *points, p=round(found.p, 5), differing=found.differing)
+def _compared(name: str, a: Measured, b: Measured, indices: np.ndarray, seed: int) -> Compared:
+    test = matched_pairs(a.errors[indices], b.errors[indices], a.words[indices], seed)
+    points = [round(100 * value, 2) for value in (test.difference, test.low, test.high)]
+    rates = [percent(m.total(indices)) or 0.0 for m in (a, b)]
+    return Compared(name, len(indices), *rates, *points, p=round(test.p, 5), differing=test.differing)
 
 
-def _print(rows: Sequence[Compared], first: str, second: str, lacking: dict[str, int]) -> None:
+def _print(rows: Sequence[Compared], first: str, second: str, left_out: dict[str, int]) -> None:
     log_line(f"first:  {first}")
     log_line(f"second: {second}")
-    for place, count in lacking.items():
+    for path, count in left_out.items():
         if count:
-            log_line(f"left out: {count} utterances that only {place} holds")
+            log_line(f"left out: {count} utterances that only {path} has")
     head: tuple[Any, ...] = ("subset", "utterances", "first", "second", "difference", "95 % interval", "p")
     table = [
         head,

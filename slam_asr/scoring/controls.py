@@ -1,4 +1,4 @@
-"""What a word error rate is worth: the same score for recognisers that cannot have listened."""
+"""Controls that put a word error rate into perspective: the same score for output that ignores the audio."""
 
 import random
 from collections.abc import Sequence
@@ -11,28 +11,28 @@ EMPTY = "empty output"
 
 
 def shuffled_audio(rows: Sequence[Hypothesis], seed: int) -> list[Hypothesis]:
-    """Each utterance with what the model writes for the audio of another one.
+    """Pair each utterance with the hypothesis for another utterance's audio.
 
-    The model sees nothing of an utterance but its audio, so what it writes for another's audio is
-    what it wrote for that other utterance: nothing needs to be decoded again. Utterances are
-    exchanged along one cycle within their test subset, so none keeps its own; an only one is left out.
+    The model's only input from an utterance is its audio, so its output for another utterance's audio is
+    the hypothesis of that other utterance: nothing needs to be decoded again. Hypotheses move along one
+    cycle within each test subset, so no utterance retains its own. A subset of one utterance is left out.
     """
     subsets: dict[str, list[Hypothesis]] = {}
     for row in rows:
         subsets.setdefault(row.subset, []).append(row)
-    exchanged = []
+    shuffled = []
     for subset in sorted(subsets):
         order = sorted(subsets[subset], key=lambda row: row.key)
         random.Random(f"{seed}/{subset}").shuffle(order)
         if len(order) < 2:
             continue
-        followers = [*order[1:], order[0]]
-        exchanged += [
-            replace(row, hypothesis=other.hypothesis) for row, other in zip(order, followers, strict=True)
+        successors = [*order[1:], order[0]]
+        shuffled += [
+            replace(row, hypothesis=other.hypothesis) for row, other in zip(order, successors, strict=True)
         ]
-    return exchanged
+    return shuffled
 
 
 def empty_output(rows: Sequence[Hypothesis]) -> list[Hypothesis]:
-    """Each utterance without a word: all deletions."""
+    """Pair each utterance with an empty hypothesis: every word is a deletion."""
     return [replace(row, hypothesis="") for row in rows]

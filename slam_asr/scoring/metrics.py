@@ -1,6 +1,6 @@
-"""The errors of each utterance, so that any group of them can be counted, and what was taken for what.
+"""Word errors per utterance, from which the errors of any group are summed, and confusions between words.
 
-Every utterance is aligned once (jiwer); totals, groups, intervals and comparisons are sums over what that gave.
+Every utterance is aligned once (jiwer). Totals, groups, intervals and comparisons are sums over these counts.
 """
 
 from collections import Counter
@@ -15,18 +15,18 @@ from slam_asr.scoring.wer import Hypothesis, WordErrors, normalise
 
 HITS, SUBSTITUTIONS, DELETIONS, INSERTIONS = range(4)
 _AT_ONCE = 5000
-"""Utterances whose alignments are held at the same time."""
+"""Utterances aligned at once: their alignments are in memory at the same time."""
 
 
 @dataclass
 class Measured:
-    """Utterances and their errors, in one order."""
+    """Utterances and their errors, in the same order."""
 
     rows: Sequence[Hypothesis]
     counts: np.ndarray
-    """[utterances, 4]: words that are hits, substitutions, deletions, insertions."""
+    """[utterances, 4]: numbers of hits, substitutions, deletions and insertions."""
     substituted: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """How often a spoken word was written as another."""
+    """Counts of (spoken word, written word)."""
     deleted: Counter[str] = field(default_factory=Counter)
     inserted: Counter[str] = field(default_factory=Counter)
 
@@ -37,12 +37,12 @@ class Measured:
 
     @property
     def errors(self) -> np.ndarray:
-        """[utterances]: words that are wrong."""
+        """[utterances]: substitutions, deletions and insertions together."""
         return self.counts[:, SUBSTITUTIONS:].sum(1)
 
-    def total(self, chosen: np.ndarray | slice = slice(None)) -> WordErrors:
-        """The word errors of all utterances together, or of those chosen by number."""
-        counts = self.counts[chosen]
+    def total(self, indices: np.ndarray | None = None) -> WordErrors:
+        """The word errors of all utterances together, or of those with the given indices."""
+        counts = self.counts if indices is None else self.counts[indices]
         hits, substitutions, deletions, insertions = (int(n) for n in counts.sum(0))
         return WordErrors(
             len(counts), hits + substitutions + deletions, hits, substitutions, deletions, insertions
@@ -53,15 +53,15 @@ def measure(rows: Sequence[Hypothesis]) -> Measured:
     """Align every utterance."""
     measured = Measured(rows, np.zeros((len(rows), 4), dtype=np.int64))
     for start in range(0, len(rows), _AT_ONCE):
-        some = rows[start : start + _AT_ONCE]
+        batch = rows[start : start + _AT_ONCE]
         output = jiwer.process_words(
-            [normalise(r.reference) for r in some], [normalise(r.hypothesis) for r in some]
+            [normalise(r.reference) for r in batch], [normalise(r.hypothesis) for r in batch]
         )
-        for at, (chunks, spoken, written) in enumerate(
+        for i, (chunks, spoken, written) in enumerate(
             zip(output.alignments, output.references, output.hypotheses, strict=True), start=start
         ):
             for chunk in chunks:
-                _count(measured, at, chunk, spoken, written)
+                _count(measured, i, chunk, spoken, written)
     return measured
 
 
@@ -71,34 +71,36 @@ def score(rows: Sequence[Hypothesis]) -> WordErrors:
 
 
 def _count(
-    measured: Measured, at: int, chunk: jiwer.AlignmentChunk, spoken: list[str], written: list[str]
+    measured: Measured, i: int, chunk: jiwer.AlignmentChunk, spoken: list[str], written: list[str]
 ) -> None:
-    theirs, ours = (
-        spoken[chunk.ref_start_idx : chunk.ref_end_idx],
-        written[chunk.hyp_start_idx : chunk.hyp_end_idx],
-    )
+    """Add one chunk of the alignment of utterance `i` to the counts."""
+    reference = spoken[chunk.ref_start_idx : chunk.ref_end_idx]
+    hypothesis = written[chunk.hyp_start_idx : chunk.hyp_end_idx]
     if chunk.type == "equal":
-        measured.counts[at, HITS] += len(theirs)
+        measured.counts[i, HITS] += len(reference)
     elif chunk.type == "substitute":
-        measured.counts[at, SUBSTITUTIONS] += len(theirs)
-        measured.substituted.update(zip(theirs, ours, strict=True))
+        measured.counts[i, SUBSTITUTIONS] += len(reference)
+        measured.substituted.update(zip(reference, hypothesis, strict=True))
     elif chunk.type == "delete":
-        measured.counts[at, DELETIONS] += len(theirs)
-        measured.deleted.update(theirs)
+        measured.counts[i, DELETIONS] += len(reference)
+        measured.deleted.update(reference)
     else:
-        measured.counts[at, INSERTIONS] += len(ours)
-        measured.inserted.update(ours)
+        measured.counts[i, INSERTIONS] += len(hypothesis)
+        measured.inserted.update(hypothesis)
 
 
 def nothing_written(measured: Measured) -> Measured:
-    """The same references for a recogniser that never writes a word: all deletions, and nothing to align."""
+    """The same references scored against empty hypotheses: all deletions, without an alignment."""
     counts = np.zeros_like(measured.counts)
     counts[:, DELETIONS] = measured.words
     return Measured(measured.rows, counts)
 
 
 def character_errors(rows: Sequence[Hypothesis]) -> np.ndarray:
-    """[utterances, 2]: characters that are wrong, and characters of the reference; spaces between words count, as in jiwer's CER."""
+    """Character errors, and characters of the reference: [utterances, 2].
+
+    Spaces between words count as characters, as in jiwer's CER.
+    """
     pairs = ((normalise(r.reference), normalise(r.hypothesis)) for r in rows)
     return np.array(
         [(Levenshtein.distance(spoken, written), len(spoken)) for spoken, written in pairs], dtype=np.int64
@@ -106,8 +108,8 @@ def character_errors(rows: Sequence[Hypothesis]) -> np.ndarray:
 
 
 def groups_of(rows: Iterable[Hypothesis], key: Callable[[Hypothesis], str]) -> dict[str, np.ndarray]:
-    """Numbers of the utterances of each group, sorted by the group's name."""
+    """Indices of the utterances of each group, sorted by the group's name."""
     groups: dict[str, list[int]] = {}
-    for at, row in enumerate(rows):
-        groups.setdefault(key(row), []).append(at)
+    for i, row in enumerate(rows):
+        groups.setdefault(key(row), []).append(i)
     return {name: np.array(groups[name]) for name in sorted(groups)}

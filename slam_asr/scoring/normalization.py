@@ -1,10 +1,10 @@
-"""Text as Whisper's normaliser for English writes it, a hundred thousand utterances in seconds.
+"""Whisper's text normaliser for English, fast enough for a hundred thousand utterances in seconds.
 
-The normaliser (Radford et al., 2022, appendix C; as in transformers, without its list of British spellings) drops case,
-punctuation, hesitations and what stands in brackets, spells contractions out and writes numbers as digits. It applies some fifty
-regular expressions to each text, which takes a third of a millisecond. Most words pass through it as they are: what it
-changes are contractions, titles, hesitations and numbers, none of which reaches beyond its neighbours. So only those stretches are
-given to it, and each of them once.
+The normaliser (Radford et al., 2022, appendix C; as in transformers, without its list of British spellings)
+removes case, punctuation, hesitations and text in brackets, expands contractions and writes numbers as
+digits. It applies some fifty regular expressions to each text, which takes a third of a millisecond. Most
+words pass through it unchanged: it changes only contractions, titles, hesitations and numbers, and none of
+these depends on more than its neighbours. So only such stretches of words go through it, each of them once.
 """
 
 import functools
@@ -51,57 +51,63 @@ _ALTERED = frozenset(
         "half",
     ]
 )
-"""Plain words that it replaces, and `half`, which it looks for in `and a half`; beside all that may be part of a number."""
+"""Plain words that the normaliser replaces, in addition to all words that may be part of a number.
+
+`half` is among them because the normaliser looks for `and a half`.
+"""
 
 
 @functools.cache
 def whisper_normaliser() -> Callable[[str], str]:
-    """The normaliser: text → text with single spaces; the same as transformers' own, if quicker."""
-    # Takes a second to import.
+    """Build the normaliser: text → text with single spaces, the same as transformers' own but faster."""
+    # Imported here because the import takes a second.
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    whole = EnglishTextNormalizer({})
-    altered = _ALTERED | whole.standardize_numbers.words
+    original = EnglishTextNormalizer({})
+    altered = _ALTERED | original.standardize_numbers.words
 
-    def slowly(text: str) -> str:
+    def normalise_slowly(text: str) -> str:
         try:
-            return " ".join(whole(text).split())
+            return " ".join(original(text).split())
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
-            # Some sequences of numbers ("zero and a half million") are too much for it.
+            # transformers' normaliser fails on some sequences of numbers ("zero and a half million").
             return " ".join(re.sub(r"[^\w']+", " ", text.lower()).split())
 
     @functools.lru_cache(maxsize=200_000)
-    def stretch(words: tuple[str, ...], starts: bool) -> str:
-        # In front of it stands a word that is none of a number's, as in the text: `and a half` looks at it.
-        return slowly(" ".join(words)) if starts else slowly(" ".join(("x", *words)))[2:]
+    def normalise_stretch(words: tuple[str, ...], at_start: bool) -> str:
+        # `and a half` depends on the word before it, so a stretch within a text gets a word before it too.
+        # Any word that is not part of a number will do.
+        return (
+            normalise_slowly(" ".join(words)) if at_start else normalise_slowly(" ".join(("x", *words)))[2:]
+        )
 
     def normalise(text: str) -> str:
         text = text.lower()
         if not _PLAIN.fullmatch(text) or " '" in text:
-            return slowly(text)
+            return normalise_slowly(text)
         words = text.split()
-        written: list[str] = []
-        at = 0
-        while at < len(words):
-            if "'" not in words[at] and words[at] not in altered:
-                written.append(words[at])
-                at += 1
+        normalised: list[str] = []
+        i = 0
+        while i < len(words):
+            if "'" not in words[i] and words[i] not in altered:
+                normalised.append(words[i])
+                i += 1
                 continue
-            end = _end_of_stretch(words, at, altered)
-            written.append(stretch(tuple(words[at:end]), at == 0))
-            at = end
-        return " ".join(filter(None, written))
+            end = _end_of_stretch(words, i, altered)
+            normalised.append(normalise_stretch(tuple(words[i:end]), i == 0))
+            i = end
+        return " ".join(filter(None, normalised))
 
     return normalise
 
 
-def _end_of_stretch(words: list[str], at: int, altered: frozenset[str]) -> int:
-    """Where a run of altered words ends that lie at most one plain word apart."""
-    last = at
-    for i in range(at + 1, len(words)):
+def _end_of_stretch(words: list[str], start: int, altered: frozenset[str]) -> int:
+    """The end of a run of altered words with at most one plain word between two of them."""
+    last = start
+    for i in range(start + 1, len(words)):
         if "'" in words[i] or words[i] in altered:
             last = i
         elif i > last + 1:
             break
-    # `'s been` and its like reach over the word behind a contraction.
+    # Patterns such as `'s been` include the word after a contraction.
     return min(last + 2, len(words)) if "'" in words[last] else last + 1

@@ -1,46 +1,48 @@
-"""What recognisers wrote, ours or anyone's, in the forms it comes in."""
+"""Read the output of recognisers: this project's hypotheses, or the files of SLAM-LLM and tools like it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.scoring.wer import Hypothesis, read_hypotheses
 from slam_asr.storage import exists, fetch, join
 
 PREDICTED, SPOKEN = "_pred", "_gt"
 
 
-def read_output(place: str, hypotheses: str) -> list[Hypothesis]:
-    """The utterances of a recogniser's output.
+def read_output(path: str, hypotheses: str) -> list[Hypothesis]:
+    """Read the utterances of a recogniser's output.
 
     Args:
-        place: a folder that decode or score wrote; its hypotheses; or SLAM-LLM's `…_pred`, with its `…_gt` beside it, in lines of key, tab,
-            text. Local or s3://.
+        path: a folder that decode or score wrote; its hypotheses; or SLAM-LLM's `…_pred` with its `…_gt` next
+            to it, in lines of key, tab, text. Local or s3://.
         hypotheses: name of the file in such a folder.
 
     Raises:
-        UserError: nothing is there, or it is not in one of these forms.
+        InputError: the path does not exist, or its content has none of these forms.
     """
-    if place.endswith(PREDICTED):
-        return _read_pair(place)
-    inside = join(place, hypotheses)
-    if not exists(place) and not exists(inside):
-        raise UserError(
-            f"There are no hypotheses at {place}: name a folder that decode or score wrote, a hypotheses.jsonl, or SLAM-LLM's …{PREDICTED} file."
+    if path.endswith(PREDICTED):
+        return _read_pair(path)
+    file_in_folder = join(path, hypotheses)
+    if not exists(path) and not exists(file_in_folder):
+        raise InputError(
+            f"{path} contains no hypotheses: name a folder that decode or score wrote, a hypotheses.jsonl, "
+            f"or SLAM-LLM's …{PREDICTED} file."
         )
-    return read_hypotheses(fetch(inside if exists(inside) else place))
+    return read_hypotheses(fetch(file_in_folder if exists(file_in_folder) else path))
 
 
-def _read_pair(place: str) -> list[Hypothesis]:
-    references = place.removesuffix(PREDICTED) + SPOKEN
-    for file in (place, references):
+def _read_pair(path: str) -> list[Hypothesis]:
+    references = path.removesuffix(PREDICTED) + SPOKEN
+    for file in (path, references):
         if not exists(file):
-            raise UserError(
-                f"There is no {file}: SLAM-LLM's decoding writes {PREDICTED} and {SPOKEN} side by side; both are needed."
+            raise InputError(
+                f"There is no {file}: SLAM-LLM's decoding writes {PREDICTED} and {SPOKEN} next to each "
+                "other, and both are needed."
             )
-    written, spoken = _read_lines(fetch(place)), _read_lines(fetch(references))
-    _refuse_one_sided(place, sorted(written.keys() - spoken.keys()), "no reference")
-    _refuse_one_sided(references, sorted(spoken.keys() - written.keys()), "no hypothesis")
+    written, spoken = _read_lines(fetch(path)), _read_lines(fetch(references))
+    _refuse_unpaired(path, sorted(written.keys() - spoken.keys()), "no reference")
+    _refuse_unpaired(references, sorted(spoken.keys() - written.keys()), "no hypothesis")
     return [Hypothesis(key, spoken[key], written[key]) for key in spoken]
 
 
@@ -51,16 +53,17 @@ def _read_lines(path: Path) -> dict[str, str]:
             continue
         key, tab, text = line.partition("\t")
         if not tab or key in texts:
-            what = "has no tab between key and text" if not tab else f"names {key} a second time"
-            raise UserError(
-                f"{path}, line {number} {what}: lines of key, tab, text are expected, one an utterance."
+            what = "has no tab between key and text" if not tab else f"repeats the key {key}"
+            raise InputError(
+                f"{path}, line {number} {what}: expected lines of key, tab, text, one per utterance."
             )
         texts[key] = text
     return texts
 
 
-def _refuse_one_sided(file: str, keys: Sequence[str], lack: str) -> None:
+def _refuse_unpaired(file: str, keys: Sequence[str], lack: str) -> None:
     if keys:
-        raise UserError(
-            f"{file} holds {len(keys)} utterances that have {lack}, first {keys[0]}: both files must name the same ones."
+        raise InputError(
+            f"{file} has {len(keys)} utterances with {lack}, first {keys[0]}: "
+            "both files must contain the same utterances."
         )

@@ -1,8 +1,8 @@
 """The report of a test: one page for people, a short table for the dashboard, numbers for programs.
 
-`report.html` is self-contained: style, script and curves are inside, nothing is fetched or kept, and
-it works in a sandboxed frame. Beside the model's word error rate stand its controls, the same score
-for a recogniser that cannot have listened, for a rate says little where silence or guessing comes close.
+`report.html` is self-contained: style, script and curves are in the file, it fetches and saves nothing, and
+it works in a sandboxed frame. The model's word error rate is shown next to its controls, the same score for
+output that ignores the audio: a rate means little if silence or guessing comes close to it.
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slam_asr import __version__
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.pages.curves import draw_curves, thinned
 from slam_asr.pages.render import capital, grouped, render
 from slam_asr.progress import clock
@@ -30,14 +30,14 @@ MARKDOWN = "report.md"
 NUMBERS = "wer.json"
 
 WORST = 200
-"""Utterances shown with their alignments: enough to see what goes wrong, and a page of some 200 KB."""
+"""Utterances shown with their alignments: enough to see typical errors, on a page of about 200 KB."""
 SPEAKERS = 100
-"""Speakers shown with a rate of their own; the numbers for programs hold them all."""
+"""Maximum number of speakers shown with a rate of their own; wer.json contains all of them."""
 NO_SUBSET = "(no subset)"
 
 _CONTROL_NOTES = {
-    "shuffled audio": "Each utterance decoded with the audio of another. A model that listens does far better than this.",
-    "empty output": "A recogniser that never writes a word.",
+    "shuffled audio": "Each utterance decoded with the audio of another; a model that listens does far better.",
+    "empty output": "No hypothesis contains a word.",
 }
 
 
@@ -54,29 +54,32 @@ def write_report(
     """Write `report.html`, `report.md` and `wer.json`.
 
     Args:
-        folder: where to; made where missing.
+        folder: output folder; created if missing.
         title: the page's heading, such as the recipe's name.
         rows: the model's hypotheses.
-        controls: other hypotheses for the same utterances by name, such as `shuffled audio` and `empty output`.
+        controls: other hypotheses for the same utterances, by name, such as `shuffled audio` and `empty output`.
         training: how the model was trained: recipe, encoder, llm, projector_parameters, all_parameters,
             precision, device, processes, steps, epochs, seconds, train_utterances, train_hours,
             curve (list of {step, loss, accuracy, learning_rate}) and validation (list of {step, loss,
-            accuracy}), with accuracies as fractions. What is absent is not shown.
+            accuracy}), with accuracies as fractions. Keys that are absent are not shown.
         published: published WER in percent by subset.
         decoding: how it was decoded: beams, seconds, audio_hours, utterances, answers_cut,
             empty_answers, or other facts, which are shown under their own names.
-        audio: of some of the worst utterances, as MP3 in base64: it can be played on the page.
+        audio: audio of some of the worst utterances, as MP3 in base64, to be played on the page.
 
     Returns:
-        WER in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`; the ends of its 95 % interval; WER after Whisper's normaliser; CER.
+        WER in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`; the limits of its 95 %
+        interval; WER after Whisper's normaliser; CER.
 
     Raises:
-        UserError: no utterance was decoded, or no reference holds a word.
+        InputError: no utterance was decoded, or no reference contains a word.
     """
     if not rows:
-        raise UserError("There is nothing to report: no utterance was decoded. Check the test manifest.")
+        raise InputError(
+            "There is nothing to report, because no utterance was decoded: check the test manifest."
+        )
     measured = measure(rows)
-    _ = measured.total().wer  # Without a word in the references this raises, before anything is written.
+    _ = measured.total().wer  # Raises before anything is written if the references contain no words.
     training = training | {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     numbers = {
         "title": title,
@@ -102,7 +105,7 @@ def _by_subset(measured: Measured) -> dict[str, Any]:
     subsets = groups_of(measured.rows, lambda row: row.subset)
     return {
         "all": counts_of(measured),
-        "subsets": {name: counts_of(measured, chosen) for name, chosen in subsets.items()},
+        "subsets": {name: counts_of(measured, indices) for name, indices in subsets.items()},
     }
 
 
@@ -111,15 +114,15 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
     named |= {f"wer {name}": counts for name, counts in numbers["subsets"].items() if name}
     named |= {f"wer {name}": control["all"] for name, control in numbers["controls"].items()}
     metrics = {name: counts["wer"] for name, counts in named.items() if counts["wer"] is not None}
-    everything = numbers["all"]
-    low, high = everything["interval"] or (None, None)
-    more = {
+    total = numbers["all"]
+    low, high = total["interval"] or (None, None)
+    optional = {
         "wer 95 % low": low,
         "wer 95 % high": high,
-        "wer normalised": everything["normalised"],
-        "cer": everything["cer"],
+        "wer normalised": total["normalised"],
+        "cer": total["cer"],
     }
-    return metrics | {name: value for name, value in more.items() if value is not None}
+    return metrics | {name: value for name, value in optional.items() if value is not None}
 
 
 # ---- the page
@@ -147,7 +150,7 @@ def _has_published(numbers: dict[str, Any]) -> bool:
 
 
 def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a subset, and one for all together where there are several."""
+    """One row per subset, and a row for the total if there are several."""
     table = []
     for name, counts in numbers["subsets"].items():
         controls = [control["subsets"].get(name, {}).get("wer") for control in numbers["controls"].values()]
@@ -162,7 +165,7 @@ def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _worst(measured: Measured, audio: dict[Name, str]) -> list[dict[str, Any]]:
-    """The utterances with most word errors, which cost the total rate most, worst first."""
+    """The utterances with the most word errors, worst first: they contribute most to the total rate."""
     rows, errors, words = measured.rows, measured.errors.tolist(), measured.words.tolist()
     return [
         asdict(rows[i])
@@ -179,7 +182,7 @@ def _worst(measured: Measured, audio: dict[Name, str]) -> list[dict[str, Any]]:
 
 
 def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tables of the rate by groups of utterances: length of audio, and speaker where there are several."""
+    """Tables of the rate by length of the audio, and by speaker if there are several."""
     durations = [
         (f"{group['from']} to {group['to']} s" if group["to"] else f"above {group['from']} s", group)
         for group in numbers["durations"]
@@ -210,7 +213,7 @@ def _group_table(
 
 
 def _pieces(row: Hypothesis) -> list[tuple[str, str, str]]:
-    """The alignment as (kind, spoken, written), with each substituted word by itself."""
+    """The alignment as (kind, spoken, written), with one piece per substituted word."""
     pieces = []
     for kind, spoken, written in align(row):
         if kind == "substitute":
@@ -227,10 +230,10 @@ def _training_facts(training: dict[str, Any]) -> list[tuple[str, str]]:
     facts.add("Recipe", "recipe")
     facts.add("Speech encoder", "encoder")
     facts.add("Language model", "llm")
-    trained, everything = values["trained_parameters"], values.get("all_parameters")
-    share = f" ({100 * trained / everything:.2g}\u202f% of all)" if trained and everything else ""
+    trained, total = values["trained_parameters"], values.get("all_parameters")
+    share = f" ({100 * trained / total:.2g}\u202f% of all)" if trained and total else ""
     facts.add("Trained parameters", "trained_parameters", lambda n: f"{grouped(n)}{share}")
-    facts.add("Parameters in all", "all_parameters")
+    facts.add("All parameters", "all_parameters")
     facts.add("Precision", "precision")
     facts.add("Device", "device")
     facts.add("Processes", "processes")
@@ -257,7 +260,7 @@ def _decoding_facts(decoding: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 class _Facts:
-    """Labels and values for people, in the order they are added."""
+    """Labels and values as text, in the order in which they are added."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = {
@@ -282,12 +285,12 @@ def _shown(value: Any) -> str:
 
 
 def rate_text(percent: float | None) -> str:
-    """A rate in percent for a cell of a table; a dash where there is none."""
+    """A rate in percent for a table cell, or a dash for None."""
     return "–" if percent is None else f"{percent:.2f}"
 
 
 def interval_text(ends: Sequence[float] | None) -> str:
-    """`12.01–14.2` → `12.01–14.20`; a dash where there is none."""
+    """An interval for a table cell, such as `12.01–14.20`, or a dash for None."""
     return "–" if ends is None else f"{ends[0]:.2f}–{ends[1]:.2f}"
 
 
@@ -338,13 +341,13 @@ def _hours(hours: float) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that no Markdown viewer takes for markup."""
+    """Escape text so that no Markdown viewer treats it as markup."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for NaN and infinities, which JSON does not know."""
+    """The value with None in place of NaN and infinities, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Audio of the worst utterances, small enough to be part of the report's page."""
+"""Audio of the worst utterances, compressed so that the report's page can embed it."""
 
 import base64
 import io
@@ -15,25 +15,25 @@ from slam_asr.scoring.metrics import Measured
 from slam_asr.storage import write_atomically
 
 AUDIO = "audio.jsonl"
-LONGEST = 60.0
-"""Seconds of one utterance that can be heard on the page."""
+MAX_SECONDS = 60.0
+"""Maximum seconds of audio per utterance on the page."""
 
 Name = tuple[str, str]
 """Key and subset of an utterance."""
 
 
 def worst_first(measured: Measured) -> list[int]:
-    """Numbers of the utterances in the order of the report: those that cost the total rate most first."""
+    """Indices of the utterances in the order of the report: those with the most errors first."""
     rows, errors, words = measured.rows, measured.errors.tolist(), measured.words.tolist()
     return sorted(range(len(rows)), key=lambda i: (-errors[i], words[i], rows[i].key, rows[i].subset))
 
 
 def compress(samples: np.ndarray) -> bytes:
-    """Samples [n] at 16 kHz as MP3, which every browser plays: about 3 kB a second."""
+    """Encode samples [n] at 16 kHz as MP3, which every browser plays: about 3 kB per second."""
     content = io.BytesIO()
     soundfile.write(
         content,
-        samples[: round(LONGEST * SAMPLE_RATE)],
+        samples[: round(MAX_SECONDS * SAMPLE_RATE)],
         SAMPLE_RATE,
         format="MP3",
         subtype="MPEG_LAYER_III",
@@ -43,41 +43,44 @@ def compress(samples: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def listen_to(names: Iterable[Name], load: Callable[[Name], np.ndarray], megabytes: float) -> dict[Name, str]:
-    """The audio of as many utterances as there is room for, as base64.
+def encode_audio(
+    names: Iterable[Name], load: Callable[[Name], np.ndarray], megabytes: float
+) -> dict[Name, str]:
+    """Encode the audio of as many utterances as fit on the page, as MP3 in base64.
 
     Args:
-        names: in order of importance.
-        load: the samples of one; one whose audio cannot be read is left out, with a word.
-        megabytes: room on the page.
+        names: utterances in order of importance.
+        load: reads the samples of one utterance; if it raises AudioError, the utterance is skipped with a
+            warning.
+        megabytes: maximum size of all audio together.
     """
-    heard: dict[Name, str] = {}
-    left = megabytes * 1e6
+    encoded: dict[Name, str] = {}
+    remaining = megabytes * 1e6
     for name in names:
         try:
             text = base64.b64encode(compress(load(name))).decode()
         except AudioError as error:
             log_line(f"warning: the report cannot play {name[0]}: {error}")
             continue
-        if len(text) > left:
+        if len(text) > remaining:
             break
-        heard[name] = text
-        left -= len(text)
-    return heard
+        encoded[name] = text
+        remaining -= len(text)
+    return encoded
 
 
-def write_audio(folder: Path, heard: dict[Name, str]) -> None:
-    """Leave audio for the report of a decoding that is done in parts."""
+def write_audio(folder: Path, encoded: dict[Name, str]) -> None:
+    """Save audio for the report of a decoding that is divided into work shards."""
     write_atomically(
         folder / AUDIO,
         "".join(
             json.dumps({"key": key, "subset": subset, "mp3": text}) + "\n"
-            for (key, subset), text in heard.items()
+            for (key, subset), text in encoded.items()
         ),
     )
 
 
 def read_audio(files: Sequence[Path]) -> dict[Name, str]:
-    """What `write_audio` left in the folders of all parts."""
+    """Read what `write_audio` saved in the folders of all work shards."""
     lines = [line for file in files for line in file.read_text().splitlines()]
     return {(row["key"], row["subset"]): row["mp3"] for row in map(json.loads, lines)}

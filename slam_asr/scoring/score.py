@@ -1,4 +1,4 @@
-"""`slam-asr score`: transcripts that were decoded in parts become one word error rate and one report."""
+"""`slam-asr score`: join the work shards of a decoding into one word error rate and one report."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slam_asr.conversion.model import read_config
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.recipe import Decoding, Recipe
 from slam_asr.scoring.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
 from slam_asr.scoring.report import write_report
@@ -36,32 +36,32 @@ def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overw
     Args:
         recipe: published word error rates to show, and which controls to score;
             on the command line, the recipe that the model was trained with unless another is named.
-        model: folder that convert-checkpoint wrote; what it says of its training stands in the report.
-        parts: folders that `decode --shard i/n` wrote, all n of them.
-        output: folder for the report; {fingerprint} in it becomes a digest of the inputs.
-        overwrite: replace results of other inputs.
+        model: folder that convert-checkpoint wrote; the report shows how it was trained.
+        parts: folders that `decode --work-shard i/n` wrote, all n of them.
+        output: folder for the report; {fingerprint} in it is replaced by a digest of the inputs.
+        overwrite: replace results of other inputs instead of refusing.
 
     Returns:
-        The stage's record; its folder holds hypotheses.jsonl, wer.json, report.html and report.md.
+        The stage's record; its folder contains hypotheses.jsonl, wer.json, report.html and report.md.
 
     Raises:
-        UserError: parts that are missing, or that stem from different models, manifests or options.
+        InputError: parts that are missing, or that come from different models, manifests or options.
     """
     config = read_config(str(fetch_folder(model)))
-    records = _whole([require_record(part, "decode") for part in parts])
+    records = _complete_parts([require_record(part, "decode") for part in parts])
     files = [record.file(HYPOTHESES) for record in records]
     inputs = {
         "parts": [sha256_of_file(file) for file in files],
         "title": recipe.name,
         "training": config.training,
         "published": recipe.published_wer,
-        "controls": controls_of(recipe.decoding),
+        "controls": control_options(recipe.decoding),
     }
 
     def work(folder: Path) -> Outcome:
         rows = [row for file in files for row in read_hypotheses(file)]
         write_hypotheses(folder / HYPOTHESES, rows)
-        if choices := _everywhere(records, NBEST):
+        if choices := _files_named(records, NBEST):
             write_atomically(
                 folder / NBEST,
                 "".join(
@@ -69,14 +69,14 @@ def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overw
                 ),
             )
         return report(
-            folder, recipe, rows, config.training, _joined(records), read_audio(_everywhere(records, AUDIO))
+            folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))
         )
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
 
-def _everywhere(records: Sequence[Record], name: str) -> list[Path]:
-    """A file of each part that has it."""
+def _files_named(records: Sequence[Record], name: str) -> list[Path]:
+    """The file of that name in each part that has one."""
     return [record.file(name) for record in records if exists(join(record.folder, name))]
 
 
@@ -88,15 +88,18 @@ def report(
     facts: dict[str, Any],
     audio: dict[Name, str] | None = None,
 ) -> Outcome:
-    """Write the report of all utterances, whose order does not matter, beside its controls.
+    """Write the report of all utterances with its controls.
 
     Args:
-        folder: where to.
-        recipe: its name, published rates and controls.
-        rows: what was decoded.
-        training: what the model says of its training.
-        facts: how it was decoded.
-        audio: of some of the utterances, for the page.
+        folder: output folder.
+        recipe: provides the title, the published rates and the choice of controls.
+        rows: the hypotheses, in any order.
+        training: facts about the model's training, from its config.json.
+        facts: facts about the decoding.
+        audio: audio of some of the utterances, to embed in the page.
+
+    Returns:
+        The stage's outcome: a summary, and word error rates in percent.
     """
     rows = sorted(rows, key=lambda row: (row.key, row.subset))
     controls = {EMPTY: empty_output(rows)}
@@ -107,13 +110,13 @@ def report(
     return Outcome(f"WER {metrics['wer']:.2f} % on {len(rows)} utterances", metrics, facts)
 
 
-def controls_of(decoding: Decoding) -> dict[str, Any]:
-    """What decides which controls are scored."""
+def control_options(decoding: Decoding) -> dict[str, Any]:
+    """The options that determine which controls are scored."""
     return {"shuffled": decoding.shuffled_control, "seed": decoding.seed}
 
 
-def what_decides_the_texts(decoding: Decoding) -> dict[str, Any]:
-    """The options without those that leave the texts as they are."""
+def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
+    """The options that can change the transcripts."""
     return {
         key: value
         for key, value in asdict(decoding).items()
@@ -122,7 +125,7 @@ def what_decides_the_texts(decoding: Decoding) -> dict[str, Any]:
 
 
 def rates(facts: dict[str, Any]) -> dict[str, float]:
-    """A part's numbers for the dashboard: how much, and how fast."""
+    """A work shard's numbers for the dashboard: how much was decoded, and how fast."""
     hours, seconds = facts["hours_decoded"], facts["seconds"]
     return {
         "utterances": facts["utterances"],
@@ -133,34 +136,37 @@ def rates(facts: dict[str, Any]) -> dict[str, float]:
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:
+    """The facts of all parts together: sums where that makes sense, else the first part's."""
     facts = dict(records[0].facts)
     return facts | {
         key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED if key in facts
     }
 
 
-def _whole(records: list[Record]) -> list[Record]:
-    """The parts in their order.
+def _complete_parts(records: list[Record]) -> list[Record]:
+    """Check that the parts make up one complete decoding, and sort them by number.
 
     Raises:
-        UserError: no part, one that is missing or there twice, or parts of different decodings.
+        InputError: no part, a missing or repeated one, or parts of different decodings.
     """
     if not records:
-        raise UserError(
-            "There is nothing to score: --parts names no folder of `slam-asr decode --shard i/n`."
+        raise InputError(
+            "There is nothing to score: --parts names no folder of `slam-asr decode --work-shard i/n`."
         )
-    numbers = {}
+    by_number: dict[int, Record] = {}
     for record in records:
         if "part" not in record.inputs:
-            raise UserError(
-                f"{record.folder} holds a whole decoding, which has its report already: give the folders of `decode --shard i/n`."
+            raise InputError(
+                f"{record.folder} contains a complete decoding, which already has a report: "
+                "give the folders of `decode --work-shard i/n`."
             )
         number, of = (int(n) for n in record.inputs["part"].split("-of-"))
-        if number in numbers:
-            raise UserError(
-                f"{record.folder} and {numbers[number].folder} are the same part {record.inputs['part']}: give each part once."
+        if number in by_number:
+            raise InputError(
+                f"{record.folder} and {by_number[number].folder} are both part {record.inputs['part']}: "
+                "give each part once."
             )
-        numbers[number] = record
+        by_number[number] = record
         other = records[0]
         changed = sorted(
             k
@@ -168,12 +174,14 @@ def _whole(records: list[Record]) -> list[Record]:
             if k != "part" and record.inputs.get(k) != other.inputs.get(k)
         )
         if changed or of != int(other.inputs["part"].split("-of-")[1]):
-            raise UserError(
-                f"{record.folder} and {other.folder} are parts of different decodings ({', '.join(changed) or 'number of parts'} differ): decode all with the same inputs."
+            raise InputError(
+                f"{record.folder} and {other.folder} are parts of different decodings "
+                f"({', '.join(changed) or 'number of parts'} differ): decode all with the same inputs."
             )
-    absent = [f"{number}/{of}" for number in range(1, of + 1) if number not in numbers]
-    if absent:
-        raise UserError(
-            f"The decoding lacks {len(absent)} of {of} parts, first {absent[0]}: run `slam-asr decode --shard {absent[0]}` with the other options as they were."
+    missing = [f"{number}/{of}" for number in range(1, of + 1) if number not in by_number]
+    if missing:
+        raise InputError(
+            f"The decoding lacks {len(missing)} of {of} parts, first {missing[0]}: "
+            f"run `slam-asr decode --work-shard {missing[0]}` with the same other options."
         )
-    return [numbers[number] for number in sorted(numbers)]
+    return [by_number[number] for number in sorted(by_number)]

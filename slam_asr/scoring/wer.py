@@ -1,8 +1,8 @@
 """Word error rate: how many words of the references a recogniser got wrong.
 
-WER = (substitutions + deletions + insertions) / words in the references, over all utterances
-together, on the alignment of fewest errors (jiwer). An utterance without a hypothesis counts with
-all its words as deletions; none is ever left out. Insertions can take the rate above 1.
+WER = (substitutions + deletions + insertions) / words in the references, over all utterances together, with
+the alignment that has the fewest errors (jiwer). In an utterance without a hypothesis all words count as
+deletions; no utterance is left out. Insertions can raise the rate above 1.
 """
 
 import json
@@ -14,26 +14,26 @@ from typing import NamedTuple
 
 import jiwer
 
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.storage import write_atomically
 
 
 @dataclass
 class Hypothesis:
-    """What was said in one utterance, and what the recogniser wrote."""
+    """One utterance: its reference transcript, and what the recogniser wrote."""
 
     key: str
     """The utterance's name in its manifest."""
     reference: str
     hypothesis: str
-    """Empty where the recogniser gave nothing."""
+    """Empty if the recogniser wrote nothing."""
     subset: str = ""
     """Test subset, such as `test-other`."""
     speaker: str = ""
     duration: float = 0.0
-    """Seconds; 0 where unknown."""
+    """Seconds; 0 if unknown."""
     cut: bool = False
-    """Whether the recogniser was still talking where answers end."""
+    """Whether the answer reached the maximum number of tokens and was cut there."""
 
 
 @dataclass
@@ -50,25 +50,26 @@ class WordErrors:
 
     @property
     def errors(self) -> int:
+        """Substitutions, deletions and insertions together."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def wer(self) -> float:
-        """Errors per reference word, as a fraction: 0.05 is what is published as 5 %.
+        """Errors per reference word, as a fraction: 0.05 means 5 %.
 
         Raises:
-            UserError: the references hold no words, so there is no rate.
+            InputError: the references contain no words, so there is no rate.
         """
         if not self.words:
-            raise UserError(
-                f"There is no word error rate: the references of these {self.utterances} utterances hold no words. "
-                "Check the transcripts in the test manifest."
+            raise InputError(
+                f"There is no word error rate, because the references of these {self.utterances} utterances "
+                "contain no words: check the transcripts in the test manifest."
             )
         return self.errors / self.words
 
 
 class AlignedWords(NamedTuple):
-    """A stretch of an alignment. Of a substitution both sides are equally long."""
+    """A stretch of an alignment. In a substitution both sides have the same number of words."""
 
     kind: str
     """`equal`, `substitute`, `delete` or `insert`."""
@@ -79,12 +80,12 @@ class AlignedWords(NamedTuple):
 
 
 def normalise(text: str) -> str:
-    """The text as it is scored: any run of white space is one space; case and punctuation count."""
+    """The text as it is scored: runs of white space become one space; case and punctuation count."""
     return " ".join(text.split())
 
 
 def align(row: Hypothesis) -> list[AlignedWords]:
-    """Which words of the reference and the hypothesis stand for each other, left to right."""
+    """Align the words of reference and hypothesis, from left to right."""
     output = _process([row])
     reference, hypothesis = output.references[0], output.hypotheses[0]
     return [
@@ -104,7 +105,10 @@ def write_hypotheses(path: str | Path, rows: Iterable[Hypothesis]) -> None:
 
 
 def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
-    """Write `decode_log_pred` and `decode_log_gt` as SLAM-LLM's decoding does: lines of key, tab, text, for the tools that read those."""
+    """Write `decode_log_pred` and `decode_log_gt` in the format of SLAM-LLM's decoding, for tools that read it.
+
+    Their lines are key, tab, text.
+    """
     ordered = sorted(rows, key=lambda row: (row.key, row.subset))
     for name, texts in (
         ("pred", [row.hypothesis for row in ordered]),
@@ -117,20 +121,20 @@ def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
 
 
 def read_hypotheses(path: str | Path) -> list[Hypothesis]:
-    """Read what `write_hypotheses` wrote. Fields that are not ours are passed over.
+    """Read what `write_hypotheses` wrote. Unknown fields are ignored.
 
     Raises:
-        UserError: there is no such file, or a line is not an utterance.
+        InputError: the file does not exist, or a line is not an utterance.
     """
     try:
-        # Not splitlines(): JSON leaves U+2028 and its like inside a line.
+        # Not splitlines(), which also splits at U+2028 and similar characters that JSON allows in a string.
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
-        raise UserError(
-            f"There are no hypotheses at {path}: run decode first, or name the file it wrote."
+        raise InputError(
+            f"There are no hypotheses at {path}: run decode first, or name the file that it wrote."
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: name the JSON lines that decode wrote.") from error
+        raise InputError(f"{path} is not UTF-8 text: name the JSON lines that decode wrote.") from error
     return [
         _parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()
     ]
@@ -140,17 +144,17 @@ def _parse(line: str, where: str) -> Hypothesis:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); one utterance a line is expected.") from error
+        raise InputError(f"{where}: not JSON ({error}); expected one utterance per line.") from error
     if not isinstance(values, dict):
-        raise UserError(
-            f"{where}: an object with key, reference and hypothesis is expected, not {line[:40]!r}."
+        raise InputError(
+            f"{where}: expected an object with key, reference and hypothesis, not {line[:40]!r}."
         )
     known = {}
     for field in fields(Hypothesis):
         value = values.get(field.name)
         if field.name in ("key", "reference", "hypothesis") and value is None:
-            raise UserError(
-                f"{where}: there is no {field.name!r}; each utterance needs key, reference and hypothesis."
+            raise InputError(
+                f"{where}: {field.name!r} is missing; each utterance needs key, reference and hypothesis."
             )
         if value is not None:
             known[field.name] = _checked(field.name, value, field.type, where)
@@ -164,7 +168,7 @@ def _checked(name: str, value: object, kind: type, where: str) -> str | float | 
     elif isinstance(value, kind):
         return value
     expected = {str: "text", bool: "true or false"}.get(kind, "a number of seconds")
-    raise UserError(f"{where}: {name!r} must be {expected}, not {value!r}.")
+    raise InputError(f"{where}: {name!r} must be {expected}, not {value!r}.")
 
 
 def _process(rows: Sequence[Hypothesis]) -> jiwer.WordOutput:

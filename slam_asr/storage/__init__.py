@@ -1,10 +1,11 @@
-"""Files, whether on this machine's disk or behind `s3://bucket/key`.
+"""Files on local disk or in object storage at `s3://bucket/key`.
 
-`paths` has what programs use and works on both; `local` is visible-whole-or-not-at-all on disk and the
-digests that name things; `s3` is object storage through boto3; `cache` keeps fetched objects on disk,
-within a bound.
+`paths` has the operations that programs use, and they work on both. `local` writes local files atomically and
+computes the digests that name things. `s3` is object storage through boto3. `cache` is a bounded cache of
+fetched objects on local disk.
 """
 
+from slam_asr.storage.address import PathOrUri, is_s3
 from slam_asr.storage.local import (
     digest,
     local_path,
@@ -20,7 +21,6 @@ from slam_asr.storage.paths import (
     fetch,
     fetch_folder,
     info,
-    is_s3,
     join,
     name_of,
     open_stream,
@@ -35,6 +35,7 @@ from slam_asr.storage.paths import (
 
 __all__ = [
     "Info",
+    "PathOrUri",
     "delete",
     "digest",
     "exists",

@@ -1,45 +1,50 @@
-"""What `s3://bucket/key` means."""
+"""Addresses in object storage: `s3://bucket/key`."""
 
 import os
 import re
 
-from slam_asr.errors import UserError
+from slam_asr.errors import StorageError
 
 SCHEME = "s3://"
-_LONGEST_KEY = 1024
+PathOrUri = str | os.PathLike[str]
+"""A local path, or an address in object storage."""
+_MAX_KEY_BYTES = 1024
 
 
-def is_s3(path: str | os.PathLike) -> bool:
-    """Whether a path lies in object storage."""
+def is_s3(path: PathOrUri) -> bool:
+    """Whether a path is an address in object storage."""
     return os.fspath(path).startswith(SCHEME)
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """`s3://bucket/some/key` → bucket and key.
+    """Split `s3://bucket/some/key` into bucket and key.
 
     Raises:
-        UserError: there is no bucket's name in it, or no object can have such a name.
+        StorageError: it holds credentials, has no bucket, or has a key that no object can have.
     """
-    place = uri.removeprefix(SCHEME).partition("/")[0]
-    # A secret key may hold a slash, so that a colon alone says enough. What was given is not repeated.
-    if "@" in place or ":" in place:
-        raise UserError(
-            "An s3:// address holds a name or password before its bucket: take it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+    authority = uri.removeprefix(SCHEME).partition("/")[0]
+    # A secret key may contain a slash, so `name:secret/key@bucket` shows only as a colon here. The message
+    # does not repeat the address, which holds a password.
+    if "@" in authority or ":" in authority:
+        raise StorageError(
+            "An s3:// address holds a name or password before its bucket: "
+            "take it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         )
-    found = re.fullmatch(r"s3://([a-zA-Z0-9][a-zA-Z0-9._-]+)/?(.*)", uri, re.DOTALL)
-    if not found:
-        raise UserError(f"{uri} is no address in object storage: write it as s3://bucket/prefix.")
+    match = re.fullmatch(r"s3://([a-zA-Z0-9][a-zA-Z0-9._-]+)/?(.*)", uri, re.DOTALL)
+    if not match:
+        raise StorageError(f"{uri} is not an address in object storage: write it as s3://bucket/prefix.")
+    bucket, key = match[1], match[2]
     try:
-        long = len(found[2].encode()) > _LONGEST_KEY
+        too_long = len(key.encode()) > _MAX_KEY_BYTES
     except UnicodeEncodeError:
-        raise UserError(
-            f"{ascii(uri)[1:-1]}: names in object storage are UTF-8, and this is not; rename it."
+        raise StorageError(
+            f"{ascii(uri)[1:-1]}: names in object storage must be UTF-8, and this one is not; rename it."
         ) from None
-    if long:
-        raise UserError(f"{uri} is too long: names of objects have at most {_LONGEST_KEY} bytes.")
-    return found[1], found[2]
+    if too_long:
+        raise StorageError(f"{uri} is too long: names of objects have at most {_MAX_KEY_BYTES} bytes.")
+    return bucket, key
 
 
-def folder_of(prefix: str) -> str:
-    """The start that all keys below a prefix share: a folder's, and not that of another one with a longer name."""
+def folder_prefix(prefix: str) -> str:
+    """The prefix of all keys below a folder: with a slash, so that `a` does not include `a-b/x`."""
     return prefix.rstrip("/") + "/" if prefix else ""

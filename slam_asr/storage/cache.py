@@ -1,7 +1,7 @@
-"""Fetched objects on local disk, within a bound: the least recently used go first.
+"""A bounded cache of fetched objects on local disk. The least recently used ones are removed first.
 
-Processes share a cache. Each object is fetched by one of them and waited for by the others; one that
-any process holds is not removed. All locks are the kernel's, and end with the process that has them.
+Processes share a cache. One process fetches an object while others that need it wait, and an object that any
+process holds is not removed. All locks are the kernel's (flock): they end with the process that holds them.
 """
 
 import contextlib
@@ -11,48 +11,55 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, BinaryIO
 
-from slam_asr.errors import UserError
-from slam_asr.storage.local import local_path
+from slam_asr.errors import StorageError
+from slam_asr.storage.local import PARTIAL, local_path
 
-_PARTIAL = ".partial"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CAPACITY_LOCK = "room"
+"""Name of the lock for changes to the cache's total size. The locks of objects end in `.lock`."""
 
-_open_locks: set[Any] = set()
-"""Files on which threads of this process have locks, or wait for them."""
+_open_locks: set[IO[str]] = set()
+"""Lock files that threads of this process hold or wait for."""
 _opening = threading.Lock()
 
 
-def _let_go() -> None:
-    """A forked process has a share in each lock of its parent's threads, and would keep it for as long as it lives."""
+def _close_inherited_locks() -> None:
+    """Close the lock files of the parent process after a fork.
+
+    flock belongs to the open file, which a forked process shares: it would hold the locks of its parent's
+    threads for as long as it lives.
+    """
     for lock in _open_locks:
         lock.close()
     _open_locks.clear()
     _opening.release()
 
 
-os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_let_go)
+os.register_at_fork(
+    before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_close_inherited_locks
+)
 
 
 def cache_folder() -> Path:
-    """`SLAM_ASR_CACHE`, or `slam-asr` in the user's cache folder."""
-    moved = os.environ.get("SLAM_ASR_CACHE")
-    if moved:
-        return local_path(moved).absolute()
+    """The folder of all caches: `SLAM_ASR_CACHE`, or `slam-asr` in the user's cache folder."""
+    configured = os.environ.get("SLAM_ASR_CACHE")
+    if configured:
+        return local_path(configured).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slam-asr"
 
 
-class NoRoom(Exception):
-    """An object does not fit: all that is in the cache is in use, or the disk is full."""
+class CacheFull(Exception):
+    """An object does not fit: everything in the cache is in use, or the disk is full."""
 
 
 class DiskCache:
     """A folder of files that are held while they are used.
 
     Args:
-        folder: shared by the processes of this machine; on a local disk.
-        limit: bytes that it may hold, those on their way included.
+        folder: on a local disk, shared by the processes of this machine.
+        limit: maximum total size in bytes, including files that are being fetched.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -60,95 +67,103 @@ class DiskCache:
         self._locks = folder / ".locks"
         self._locks.mkdir(parents=True, exist_ok=True)
 
-    def hold(self, name: str, size: int, fill: Callable[[BinaryIO], None]) -> "Held":
-        """A file of this name, filled if it is not there; it stays until released.
+    def hold(self, name: str, size: int, fill: Callable[[BinaryIO], None]) -> "HeldFile":
+        """Return a file of this name, fetching it if the cache does not have it. It remains until released.
 
         Args:
-            name: of the file; says all about its content. It has no slash, and no dot in front.
-            size: of it in bytes.
-            fill: writes the content to a file opened for reading and writing, or raises. A thread that fills
-                one file must not ask for the same one.
+            name: of the file; must identify its content. Contains no slash and does not begin with a dot.
+            size: in bytes.
+            fill: writes the content to a file opened for reading and writing, or raises. It must not ask the
+                cache for the same file, which would deadlock.
 
         Raises:
-            NoRoom: it does not fit.
+            CacheFull: it does not fit.
             OSError: the disk fails.
-            UserError: what was filled in has another size.
+            StorageError: `fill` wrote a file of another size.
         """
         while True:
             with self._locked(f"{name}.lock"):
-                held = Held(self.folder / name)
-                if not held.is_there(size):
+                held = HeldFile(self.folder / name)
+                if not held.is_valid(size):
                     held.release()
                     self._fill(held.path, size, fill)
-                    held = Held(held.path)
-            # Between the renaming and the holding, another process may have removed it.
-            if held.is_there(size):
+                    held = HeldFile(held.path)
+            # Another process may have removed the file between its renaming and our holding it.
+            if held.is_valid(size):
                 os.utime(held.path)
                 return held
             held.release()
 
     def _fill(self, path: Path, size: int, fill: Callable[[BinaryIO], None]) -> None:
-        aside = path.with_name(f".{path.name}{_PARTIAL}")
+        temporary = path.with_name(f".{path.name}{PARTIAL}")
         try:
-            self._reserve(aside, size)
-            with open(aside, "r+b") as file:
+            self._reserve(temporary, size)
+            with open(temporary, "r+b") as file:
                 fill(file)
                 file.flush()
-                if (found := os.fstat(file.fileno()).st_size) != size:
-                    raise UserError(
-                        f"{path.name} has {found:,} bytes and not {size:,}: it is damaged; write it anew."
+                actual = os.fstat(file.fileno()).st_size
+                if actual != size:
+                    raise StorageError(
+                        f"{path.name} has {actual:,} bytes instead of {size:,}: it is damaged; "
+                        "write it again."
                     )
-                # Its name will vouch for it, even after a crash of the machine.
+                # Once renamed, the content is trusted, even after a crash of the machine.
                 os.fsync(file.fileno())
-            # Whoever counts meanwhile would miss it under both names.
-            with self._locked("room"):
-                os.replace(aside, path)
+            # Locked, because a process that adds up sizes meanwhile could miss the file under both names.
+            with self._locked(_CAPACITY_LOCK):
+                os.replace(temporary, path)
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
-            raise NoRoom(f"{self.folder}: {error.strerror}") from error
+            raise CacheFull(f"{self.folder}: {error.strerror}") from error
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
-    def _reserve(self, aside: Path, size: int) -> None:
-        """Make room for a file, and take it."""
-        with self._locked("room"):
+    def _reserve(self, temporary: Path, size: int) -> None:
+        """Create a temporary file of this size, removing other files if that is needed to make space."""
+        with self._locked(_CAPACITY_LOCK):
             files = {}
             for file in self.folder.iterdir():
                 with contextlib.suppress(FileNotFoundError):
-                    if file.is_file() and file != aside:
+                    if file.is_file() and file != temporary:
                         files[file] = file.stat()
             used = sum(s.st_size for s in files.values())
-            oldest = iter(sorted(files.items(), key=lambda item: item[1].st_mtime_ns))
-            while not (used + size <= self.limit and self._taken(aside, size)):
-                for file, status in oldest:
-                    if self._removed(file):
+            oldest_first = iter(sorted(files.items(), key=lambda item: item[1].st_mtime_ns))
+            while not (used + size <= self.limit and self._allocate(temporary, size)):
+                for file, status in oldest_first:
+                    if self._remove_if_unused(file):
                         used -= status.st_size
                         break
                 else:
                     if used + size <= self.limit:
-                        raise NoRoom(f"{self.folder}: {os.strerror(errno.ENOSPC)}")
-                    raise NoRoom(
-                        f"{self.folder} holds {used:,} bytes in use, and {size:,} more exceed its limit of {self.limit:,}"
+                        raise CacheFull(f"{self.folder}: {os.strerror(errno.ENOSPC)}")
+                    raise CacheFull(
+                        f"{self.folder} holds {used:,} bytes in use, "
+                        f"and {size:,} more exceed its limit of {self.limit:,}"
                     )
 
-    def _taken(self, aside: Path, size: int) -> bool:
-        """Whether a file got its bytes on disk: blocks of its own, so that a full disk shows now."""
+    def _allocate(self, temporary: Path, size: int) -> bool:
+        """Create a file with all its disk blocks, so that a full disk is noticed now.
+
+        Returns:
+            Whether the disk has space for it.
+        """
         try:
-            with open(aside, "wb") as file:
+            with open(temporary, "wb") as file:
                 if size:
                     os.posix_fallocate(file.fileno(), 0, size)
             return True
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             if error.errno not in _DISK_FULL:
                 raise
             return False
 
-    def _removed(self, file: Path) -> bool:
-        """Remove a file that nobody holds, or what a killed process left half-fetched."""
-        if file.name.endswith(_PARTIAL):
-            with self._locked(f"{file.name[1 : -len(_PARTIAL)]}.lock", wait=False) as free:
+    def _remove_if_unused(self, file: Path) -> bool:
+        """Remove a file that no process holds, or that a killed process left half-fetched."""
+        if file.name.endswith(PARTIAL):
+            # A process that is fetching the object holds the object's lock.
+            with self._locked(f"{file.name[1 : -len(PARTIAL)]}.lock", wait=False) as free:
                 if free:
                     file.unlink(missing_ok=True)
                 return free
@@ -164,6 +179,7 @@ class DiskCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold a lock; yields whether it was acquired, which is always true with `wait`."""
         path = self._locks / name
         while True:
             with _opened(path) as lock:
@@ -172,7 +188,7 @@ class DiskCache:
                 except BlockingIOError:
                     yield False
                     return
-                # Whoever had it before removed its file, and a third one may have made another.
+                # The previous owner removes the lock file, so a third process may have locked a new one.
                 if not _is_same(lock, path):
                     continue
                 try:
@@ -183,7 +199,7 @@ class DiskCache:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[IO[str]]:
     with _opening:
         lock = open(path, "w")  # noqa: SIM115 - closed below, or in a forked process
         _open_locks.add(lock)
@@ -195,16 +211,16 @@ def _opened(path: Path) -> Iterator[Any]:
             _open_locks.discard(lock)
 
 
-def _is_same(file: Any, path: Path) -> bool:
-    """Whether an open file is the one of this name now."""
+def _is_same(file: IO[str] | BinaryIO, path: Path) -> bool:
+    """Whether a path still refers to this open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-class Held:
-    """A file of the cache that stays there until it is released."""
+class HeldFile:
+    """A file of the cache that is not removed until it is released."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -214,8 +230,8 @@ class Held:
         except FileNotFoundError:
             self._file = None
 
-    def is_there(self, size: int) -> bool:
-        """Whether the file under this path is the one that is held, and of this size."""
+    def is_valid(self, size: int) -> bool:
+        """Whether the file exists, has this size, and is still the one that its path refers to."""
         return (
             self._file is not None
             and os.fstat(self._file.fileno()).st_size == size
@@ -223,7 +239,7 @@ class Held:
         )
 
     def release(self) -> None:
-        """Let it be removed."""
+        """Allow the cache to remove the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,9 +1,8 @@
 """boto3's client: where credentials, region and endpoint come from, and how long a request may take.
 
-Endpoint, region and credentials come from where AWS tools look for them (`AWS_ENDPOINT_URL`,
-`AWS_ACCESS_KEY_ID` and so on, configuration files, the machine's or the pod's role), or from a
-Kubernetes secret that is mounted as a folder; see `SECRET`. They are looked up for each call, so that
-a secret that is changed under a running program is used.
+They come from where AWS tools look for them (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID` and so on, configuration
+files, the role of the machine or pod), or from a Kubernetes secret that is mounted as a folder; see `SECRET`.
+They are looked up for each call, so that a running program uses a secret that has changed.
 """
 
 import contextlib
@@ -13,117 +12,122 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 
 SECRET = "SLAM_ASR_S3_SECRET"
-"""Environment variable that names the folder of a mounted secret, if it is not at `SECRET_FOLDER`."""
+"""Environment variable with the folder of a mounted secret, if it is not `SECRET_FOLDER`."""
 SECRET_FOLDER = "/var/run/secrets/slam-asr/s3"
-_CREDENTIALS = {
+
+_FileNames = dict[str, tuple[str, ...]]
+"""For an argument of boto3's client, the files of a secret that may hold it: AWS's names, or those of the
+secret that Kubeflow Pipelines creates (`accesskey`, `secretkey`)."""
+_CREDENTIALS: _FileNames = {
     "aws_access_key_id": ("AWS_ACCESS_KEY_ID", "accesskey"),
     "aws_secret_access_key": ("AWS_SECRET_ACCESS_KEY", "secretkey"),
     "aws_session_token": ("AWS_SESSION_TOKEN",),
 }
-"""Files in it: AWS's own names, or those of the secret that Kubeflow Pipelines makes (`accesskey`, `secretkey`)."""
-_PLACES = {
+_LOCATION: _FileNames = {
     "region_name": ("AWS_REGION", "AWS_DEFAULT_REGION", "region"),
     "endpoint_url": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "endpoint"),
 }
 
 TIMEOUT = "SLAM_ASR_S3_TIMEOUT"
-"""Environment variable: for how many seconds a silent server is waited for before a request counts as failed."""
+"""Environment variable: seconds without an answer after which a request has failed."""
 DEFAULT_TIMEOUT = 30.0
 _CONNECT_TIMEOUT = 5.0
-_MOST_CONNECTIONS = 64
+_MAX_CONNECTIONS = 64
 
-_clients: dict[tuple, Any] = {}
-_making = threading.Lock()
+_clients: dict[tuple[object, ...], Any] = {}
+_clients_lock = threading.Lock()
 
 
-def _start_anew() -> None:
-    """Connections are not shared with a forked process, nor is a lock that another thread held."""
-    global _making
-    _making = threading.Lock()
+def _reset_after_fork() -> None:
+    """A forked process must not share its parent's connections, nor a lock that another thread held."""
+    global _clients_lock
+    _clients_lock = threading.Lock()
     _clients.clear()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+os.register_at_fork(after_in_child=_reset_after_fork)
 
 
-def seconds_from(variable: str, default: float) -> float:
-    """A number of seconds that an environment variable may set.
+def seconds_from_environment(variable: str, default: float) -> float:
+    """A number of seconds from an environment variable.
 
     Raises:
-        UserError: it is no such number.
+        ConfigurationError: the variable is not a number, or is negative.
     """
-    said = os.environ.get(variable, "")
+    text = os.environ.get(variable, "")
     try:
-        number = float(said) if said else default
+        seconds = float(text) if text else default
     except ValueError:
-        number = float("nan")
-    if not number >= 0:
-        raise UserError(f"{variable} is {said!r}: give a number of seconds.")
-    return number
+        seconds = float("nan")
+    if not seconds >= 0:  # true for NaN as well
+        raise ConfigurationError(f"{variable} is {text!r}: give a number of seconds.")
+    return seconds
 
 
 def client() -> Any:
-    """The client for the credentials of the moment; threads share it.
+    """The client for the present credentials; threads share it.
 
     Raises:
-        UserError: the secret, or the endpoint's address, is not as it must be.
+        ConfigurationError: the mounted secret or the endpoint's address is not valid.
     """
     arguments = _mounted_secret() | _region()
-    timeout = max(seconds_from(TIMEOUT, DEFAULT_TIMEOUT), 0.001)
-    ambient = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") or k == "HOME"))
-    wanted = (ambient, _credentials_file(), timeout, tuple(sorted(arguments.items())))
-    with _making:
-        if wanted not in _clients:
-            made = _make(arguments, timeout)
-            # One is enough: a thread that is still at work with an older one keeps it until it has finished.
+    timeout = max(seconds_from_environment(TIMEOUT, DEFAULT_TIMEOUT), 0.001)
+    environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") or k == "HOME"))
+    key = (environment, _credentials_file(), timeout, tuple(sorted(arguments.items())))
+    with _clients_lock:
+        if key not in _clients:
+            new = _create(arguments, timeout)
+            # Only the latest client is cached. A thread that still uses an older one has its own reference.
             _clients.clear()
-            _clients[wanted] = made
-        return _clients[wanted]
+            _clients[key] = new
+        return _clients[key]
 
 
-def _make(arguments: dict[str, str], timeout: float) -> Any:
+def _create(arguments: dict[str, str], timeout: float) -> Any:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
     config = Config(
-        # One try: `retry.patiently` has the others, so that they are counted and timed in one place.
+        # A single attempt: `retry` makes all others, so that they are counted and timed in one place.
         retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=min(_CONNECT_TIMEOUT, timeout),
         read_timeout=timeout,
-        max_pool_connections=_MOST_CONNECTIONS,
+        max_pool_connections=_MAX_CONNECTIONS,
         tcp_keepalive=True,
         user_agent_extra="slam-asr",
     )
     try:
-        # A session of its own: the default one keeps the credentials that it saw first.
-        made = boto3.session.Session().client("s3", config=config, **arguments)
-        holds_name = "@" in urlsplit(made.meta.endpoint_url).netloc
+        # A new session, because boto3's default session keeps the first credentials that it read.
+        new = boto3.session.Session().client("s3", config=config, **arguments)
+        has_credentials = "@" in urlsplit(new.meta.endpoint_url).netloc
     except ValueError as error:
         if isinstance(error, BotoCoreError):
             raise
-        # boto3's own text repeats the address, which may hold a password.
-        raise UserError(
-            "The address of the object storage is not valid: set AWS_ENDPOINT_URL to http://host:port or https://host."
+        # boto3's message repeats the address, which may hold a password.
+        raise ConfigurationError(
+            "The address of the object storage is not valid: "
+            "set AWS_ENDPOINT_URL to http://host:port or https://host."
         ) from None
-    if holds_name:
-        raise UserError(
-            "AWS_ENDPOINT_URL holds a name or password: take it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+    if has_credentials:
+        raise ConfigurationError(
+            "AWS_ENDPOINT_URL holds a name or password: "
+            "take it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         )
-    return made
+    return new
 
 
 def _region() -> dict[str, str]:
-    # boto3 knows only the second of the two names.
+    # boto3 reads only AWS_DEFAULT_REGION.
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     return {"region_name": region} if region else {}
 
 
 def _credentials_file() -> tuple[str, int]:
-    """Name and time of AWS's file of credentials: boto3 reads it only once."""
+    """Path and modification time of AWS's credentials file, which a client reads only once."""
     path = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials")
     try:
         return str(path), path.expanduser().stat().st_mtime_ns
@@ -132,45 +136,47 @@ def _credentials_file() -> tuple[str, int]:
 
 
 def _mounted_secret() -> dict[str, str]:
-    """Arguments for the client from a mounted secret; what the environment says comes first."""
+    """Arguments for the client from a mounted secret. Environment variables take precedence."""
     folder = Path(os.environ.get(SECRET) or SECRET_FOLDER)
     if not folder.is_dir():
         if os.environ.get(SECRET):
-            raise UserError(
-                f"{SECRET} names {folder}, which is no folder: mount the secret there, or unset it."
+            raise ConfigurationError(
+                f"{SECRET} names {folder}, which is not a folder: mount the secret there, or unset it."
             )
         return {}
-    wanted = {
-        a: names
-        for a, names in _PLACES.items()
+    to_read: _FileNames = {
+        argument: names
+        for argument, names in _LOCATION.items()
         if not any(os.environ.get(n) for n in names if n.startswith("AWS_"))
     }
-    # Name, password and token belong together: those of two places are never mixed.
+    # Access key, secret key and token belong together: never combine those of two sources.
     if not any(os.environ.get(n) for n in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")):
-        wanted |= _CREDENTIALS
-    found = _read_secret(folder, wanted)
-    if len({"aws_access_key_id", "aws_secret_access_key"} & found.keys()) == 1:
-        raise UserError(
-            f"The secret at {folder} holds only one of access key and secret key: it needs the files accesskey and secretkey."
+        to_read |= _CREDENTIALS
+    arguments = _read_secret(folder, to_read)
+    if len({"aws_access_key_id", "aws_secret_access_key"} & arguments.keys()) == 1:
+        raise ConfigurationError(
+            f"The secret at {folder} holds only one of access key and secret key: "
+            "it needs the files accesskey and secretkey."
         )
-    if "endpoint_url" in found and "://" not in found["endpoint_url"]:
-        found["endpoint_url"] = f"http://{found['endpoint_url']}"
-    return found
+    if "endpoint_url" in arguments and "://" not in arguments["endpoint_url"]:
+        arguments["endpoint_url"] = f"http://{arguments['endpoint_url']}"
+    return arguments
 
 
-def _read_secret(folder: Path, wanted: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _read_secret(folder: Path, to_read: _FileNames) -> dict[str, str]:
+    """Read files of one version of a secret; tries again if the secret changes meanwhile."""
     for _ in range(3):
-        # Kubernetes changes all files of a secret at once, by pointing ..data at another folder.
+        # Kubernetes changes all files of a secret at once, by pointing the link ..data to another folder.
         data = folder / "..data"
         version = data.resolve() if data.exists() else folder
-        found: dict[str, str] = {}
-        for argument, names in wanted.items():
+        arguments: dict[str, str] = {}
+        for argument, names in to_read.items():
             for name in names:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     content = (version / name).read_text().strip()
                     if content:
-                        found[argument] = content
+                        arguments[argument] = content
                         break
         if version == folder or data.resolve() == version:
             break
-    return found
+    return arguments

@@ -1,4 +1,4 @@
-"""Objects to disk in parallel pieces, each tried again by itself, with their checksum compared."""
+"""Downloads: objects are fetched in parallel pieces, each retried by itself, and their checksum compared."""
 
 import contextlib
 import hashlib
@@ -7,19 +7,26 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from slam_asr.errors import UserError
+from slam_asr.errors import StorageError
 from slam_asr.storage import pieces
 from slam_asr.storage.address import split_uri
 from slam_asr.storage.client import client
 from slam_asr.storage.objects import SHA256, Object, head
-from slam_asr.storage.pieces import Stopped, parallel, unheard
-from slam_asr.storage.retry import Absent, Damaged, MayPass, complete, patiently
+from slam_asr.storage.pieces import Cancelled, no_report, parallel
+from slam_asr.storage.retry import (
+    ChecksumMismatch,
+    ObjectMissing,
+    TemporaryFailure,
+    call_with_retries,
+    http_status,
+    require_fields,
+)
 
 _CHUNK_BYTES = 2**20
 
 
-class _Changed(Exception):
-    """The object was replaced between two pieces of one reading."""
+class _Replaced(Exception):
+    """The object was replaced between two pieces of a download."""
 
 
 def download(
@@ -29,121 +36,125 @@ def download(
     report: Callable[[int], None] | None = None,
     known: Object | None = None,
 ) -> None:
-    """Fetch an object in parallel pieces, and compare its checksum.
+    """Download an object in parallel pieces, and compare its checksum.
 
     Args:
         uri: of the object.
         file: on disk, opened for reading and writing; it is overwritten.
-        sha256: of the content; that which the object carries if not given.
-        report: called with the number of bytes of each piece that arrives, by several threads; with a
-            negative one for what must be fetched again.
-        known: what is known of the object already, to save a request.
+        sha256: the expected checksum; if not given, the one that the object carries.
+        report: called by several threads with the number of bytes of each piece that arrived, and with a
+            negative number for bytes that must be downloaded again.
+        known: the object's metadata, which saves a request.
 
     Raises:
         OSError: the disk is full, or fails.
-        UserError: the object is gone, not permitted, not to be reached, or damaged.
+        StorageError: the object does not exist or is damaged; access is denied; or the server cannot be
+            reached.
     """
-    latest = [known]
-    transfer = _Download(uri, file, sha256, report or unheard)
+    first_known = [known]
+    transfer = _Download(uri, file, sha256, report or no_report)
 
-    def get() -> None:
-        found = latest.pop() if latest else None
-        found = found or head(uri)
-        if found is None:
-            raise Absent
+    def attempt() -> None:
+        # A retry must not use the same metadata: the object may have been replaced since.
+        current = first_known.pop() if first_known else None
+        current = current or head(uri)
+        if current is None:
+            raise ObjectMissing
         try:
-            transfer.run(found)
-        except _Changed:
-            raise MayPass("it was replaced while it was read") from None
+            transfer.run(current)
+        except _Replaced:
+            raise TemporaryFailure("it was replaced while it was read") from None
 
     try:
-        patiently(uri, "read", get)
-    except Absent:
-        raise UserError(f"There is no object {uri}: check the address.") from None
+        call_with_retries(uri, "read", attempt)
+    except ObjectMissing:
+        raise StorageError(f"There is no object {uri}: check the address.") from None
 
 
 class _Download:
-    """One object on its way into a file."""
+    """The transfer of one object into a file."""
 
     def __init__(self, uri: str, file: BinaryIO, sha256: str | None, report: Callable[[int], None]) -> None:
-        self.uri, self.file, self.wanted, self.report = uri, file, sha256, report
+        self.uri, self.file, self.expected, self.report = uri, file, sha256, report
         self.bucket, self.key = split_uri(uri)
         self.descriptor = file.fileno()
 
     def run(self, known: Object) -> None:
-        """Fetch what is known to be there.
+        """Download the object that is known to exist.
 
         Raises:
-            Damaged: its checksum differs.
-            _Changed: it is another object now.
+            ChecksumMismatch: its checksum differs.
+            _Replaced: its etag differs.
         """
-        with self._by_name():
+        with self._naming_the_file():
             self.file.seek(0)
             self.file.truncate(known.bytes)
         starts = range(0, max(known.bytes, 1), pieces.PART_BYTES)
-        total, carried = hashlib.sha256(), known.sha256
+        hashed, carried = hashlib.sha256(), known.sha256
         with parallel(len(starts)) as (pool, stop):
             ranges = [(start, min(start + pieces.PART_BYTES, known.bytes)) for start in starts]
-            arriving = [pool.submit(self._piece, known, start, end, stop) for start, end in ranges]
-            for (start, end), piece in zip(ranges, arriving, strict=True):
+            futures = [pool.submit(self._fetch_piece, known, start, end, stop) for start, end in ranges]
+            for (start, end), piece in zip(ranges, futures, strict=True):
                 carried = piece.result()
-                # Out of the system's memory, while the pieces behind it arrive.
+                # Hash the piece from the page cache while later pieces arrive.
                 for position in range(start, end, _CHUNK_BYTES):
-                    total.update(os.pread(self.descriptor, min(_CHUNK_BYTES, end - position), position))
-        wanted = self.wanted or carried
-        if wanted and total.hexdigest() != wanted:
+                    hashed.update(os.pread(self.descriptor, min(_CHUNK_BYTES, end - position), position))
+        expected = self.expected or carried
+        if expected and hashed.hexdigest() != expected:
             self.report(-known.bytes)
-            raise Damaged
+            raise ChecksumMismatch
         self.file.seek(known.bytes)
 
-    def _piece(self, known: Object, start: int, end: int, stop: threading.Event) -> str | None:
-        """Bytes [start, end) into the file; returns the checksum of the whole that the object carries."""
-        part = {} if (start, end) == (0, known.bytes) else {"Range": f"bytes={start}-{end - 1}"}
+    def _fetch_piece(self, known: Object, start: int, end: int, stop: threading.Event) -> str | None:
+        """Write bytes [start, end) to the file; returns the checksum of all bytes that the object carries."""
+        byte_range = {} if (start, end) == (0, known.bytes) else {"Range": f"bytes={start}-{end - 1}"}
 
-        def get() -> str | None:
+        def attempt() -> str | None:
             if stop.is_set():
-                raise Stopped
-            answer = self._open(known, part)
+                raise Cancelled
+            answer = self._open(known, byte_range)
             position = start
-            # To the very end, where boto3 compares the server's own checksum if there is one.
+            # Read until the empty chunk: only then does boto3 compare the server's own checksum, if any.
             while chunk := answer["Body"].read(_CHUNK_BYTES):
                 if position + len(chunk) > end:
-                    raise MayPass("the answer was too long")
-                self._put(chunk, position)
+                    raise TemporaryFailure("the answer was too long")
+                self._write(chunk, position)
                 position += len(chunk)
             if position != end:
-                raise MayPass("the answer was cut short")
+                raise TemporaryFailure("the answer was cut short")
             return answer["Metadata"].get(SHA256)
 
-        carried = patiently(self.uri, "read", get)
+        carried = call_with_retries(self.uri, "read", attempt)
         self.report(end - start)
         return carried
 
-    def _open(self, known: Object, part: dict[str, str]) -> dict[str, Any]:
+    def _open(self, known: Object, byte_range: dict[str, str]) -> dict[str, Any]:
         from botocore.exceptions import ClientError
 
         try:
-            answer = client().get_object(Bucket=self.bucket, Key=self.key, IfMatch=f'"{known.etag}"', **part)
-        except ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
-                raise _Changed from None
-            raise
-        complete(answer, "Body", "Metadata")
-        if part and "ContentRange" not in answer:
-            raise UserError(
-                f"{self.uri} cannot be read in parts: the server at AWS_ENDPOINT_URL knows no ranges."
+            answer = client().get_object(
+                Bucket=self.bucket, Key=self.key, IfMatch=f'"{known.etag}"', **byte_range
             )
-        return answer
+        except ClientError as error:
+            if http_status(error) == 412:  # IfMatch did not match
+                raise _Replaced from None
+            raise
+        require_fields(answer, "Body", "Metadata")
+        if byte_range and "ContentRange" not in answer:
+            raise StorageError(
+                f"{self.uri} cannot be read in parts: the server at AWS_ENDPOINT_URL does not support ranges."
+            )
+        return dict(answer)
 
-    def _put(self, chunk: bytes, position: int) -> None:
-        with self._by_name():
+    def _write(self, chunk: bytes, position: int) -> None:
+        with self._naming_the_file():
             while chunk:
                 written = os.pwrite(self.descriptor, chunk, position)
                 chunk, position = chunk[written:], position + written
 
     @contextlib.contextmanager
-    def _by_name(self) -> Iterator[None]:
-        """A full disk is told with the file's name."""
+    def _naming_the_file(self) -> Iterator[None]:
+        """Add the file's name to an error of the disk, for its message."""
         try:
             yield
         except OSError as error:

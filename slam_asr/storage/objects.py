@@ -1,25 +1,38 @@
-"""Single requests about objects: what there is, its bytes, and a stream of them.
+"""Single requests: list objects, read their bytes or metadata, stream them, remove them.
 
-Objects written here carry the SHA-256 of their bytes, which is compared whenever they are read whole.
+Objects that this project writes carry the SHA-256 of their bytes. It is compared whenever an object is read
+completely.
 """
 
 import base64
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from slam_asr.errors import UserError
-from slam_asr.storage.address import folder_of, split_uri
+from slam_asr.errors import StorageError
+from slam_asr.storage.address import folder_prefix, split_uri
 from slam_asr.storage.client import client
 from slam_asr.storage.local import sha256_of_bytes
-from slam_asr.storage.retry import Absent, Damaged, MayPass, complete, patiently
+from slam_asr.storage.retry import (
+    ChecksumMismatch,
+    ObjectMissing,
+    TemporaryFailure,
+    call_with_retries,
+    http_status,
+    require_fields,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+T = TypeVar("T")
 
 SHA256 = "sha256"
-"""Name of the metadata that holds the checksum of an object written here."""
+"""Key of an object's metadata that holds its checksum."""
 _STREAM_BYTES = 8 * 2**20
-"""A stream asks for this much at once; what is not larger is compared with its checksum before it is handed on."""
+"""Bytes per request of a stream. The checksum of smaller objects is compared before any byte is returned."""
 
 
 @dataclass(frozen=True)
@@ -31,34 +44,30 @@ class Object:
     etag: str
     """Changes with the content."""
     sha256: str | None = None
-    """Of the content, where the object was written here and was asked for by itself."""
-
-
-class Replaced(Exception):
-    """An object is not any more the one that was asked for."""
+    """Of the content. Unknown for objects that this project did not write, and for those of a listing."""
 
 
 def list_objects(uri: str) -> Iterator[Object]:
-    """The object of this address, or all below it as below a folder, by key; none where there is nothing.
+    """The object with this address and all objects below it as a folder, sorted by key.
 
     Raises:
-        UserError: the bucket is not there, not permitted, or not to be reached.
+        StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
     prefix = split_uri(uri)[1]
-    folder = folder_of(prefix)
+    folder = folder_prefix(prefix)
     for page in _pages(uri, Prefix=prefix):
-        for found in page.get("Contents", []):
-            if found["Key"] == prefix or found["Key"].startswith(folder):
-                yield Object(found["Key"], found["Size"], found["ETag"].strip('"'))
+        for item in page.get("Contents", []):
+            if item["Key"] == prefix or item["Key"].startswith(folder):
+                yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
 
 
 def list_folders(uri: str) -> list[str]:
-    """Names of the folders right below a prefix, in order.
+    """Names of the folders directly below a prefix, sorted.
 
     Raises:
-        UserError: the bucket is not there, not permitted, or not to be reached.
+        StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
-    folder = folder_of(split_uri(uri)[1])
+    folder = folder_prefix(split_uri(uri)[1])
     pages = _pages(uri, Prefix=folder, Delimiter="/")
     return [
         p["Prefix"].removeprefix(folder).rstrip("/") for page in pages for p in page.get("CommonPrefixes", [])
@@ -66,23 +75,25 @@ def list_folders(uri: str) -> list[str]:
 
 
 def list_files(uri: str) -> Iterator[Object]:
-    """The objects right below a prefix, in order, without those deeper down.
+    """The objects directly below a prefix, sorted by key.
 
     Raises:
-        UserError: the bucket is not there, not permitted, or not to be reached.
+        StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
-    folder = folder_of(split_uri(uri)[1])
+    folder = folder_prefix(split_uri(uri)[1])
     for page in _pages(uri, Prefix=folder, Delimiter="/"):
-        for found in page.get("Contents", []):
-            if found["Key"] != folder:
-                yield Object(found["Key"], found["Size"], found["ETag"].strip('"'))
+        for item in page.get("Contents", []):
+            if item["Key"] != folder:
+                yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
 
 
 def _pages(uri: str, **arguments: str) -> Iterator[dict[str, Any]]:
     arguments["Bucket"] = split_uri(uri)[0]
     while True:
-        # IsTruncated stands behind the names in some servers' answers: without it, the page may not be all.
-        page = _found(uri, "listed", lambda: complete(client().list_objects_v2(**arguments), "IsTruncated"))
+        # Some servers send IsTruncated after the names: if it is missing, the page may be truncated.
+        page = _require(
+            uri, "listed", lambda: require_fields(client().list_objects_v2(**arguments), "IsTruncated")
+        )
         yield page
         if not page["IsTruncated"]:
             return
@@ -90,32 +101,32 @@ def _pages(uri: str, **arguments: str) -> Iterator[dict[str, Any]]:
 
 
 def head(uri: str) -> Object | None:
-    """What is known of one object, or None where there is none.
+    """The metadata of an object, or None if it does not exist.
 
     Raises:
-        UserError: the bucket is not permitted, or not to be reached.
+        StorageError: access is denied, or the server cannot be reached.
     """
     bucket, key = split_uri(uri)
     if not key:
         return None
+
+    def request() -> dict[str, Any]:
+        answer = client().head_object(Bucket=bucket, Key=key)
+        return require_fields(answer, "ContentLength", "ETag", "Metadata")
+
     try:
-        found = patiently(
-            uri,
-            "read",
-            lambda: complete(
-                client().head_object(Bucket=bucket, Key=key), "ContentLength", "ETag", "Metadata"
-            ),
-        )
-    except Absent:
+        answer = call_with_retries(uri, "read", request)
+    except ObjectMissing:
         return None
-    return Object(key, found["ContentLength"], found["ETag"].strip('"'), found["Metadata"].get(SHA256))
+    return Object(key, answer["ContentLength"], answer["ETag"].strip('"'), answer["Metadata"].get(SHA256))
 
 
 def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """An object's bytes, or those of [start, end).
+    """An object's bytes, or those in [start, end).
 
     Raises:
-        UserError: it is not there, not permitted, not to be reached, damaged, or ends before `end`.
+        StorageError: it does not exist, is damaged or ends before `end`; access is denied, or the server
+            cannot be reached.
     """
     return _read(uri, start, end)
 
@@ -123,51 +134,53 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
 def _read(uri: str, start: int | None = None, end: int | None = None, etag: str | None = None) -> bytes:
     bucket, key = split_uri(uri)
     if not key:
-        raise UserError(f"{uri} is a bucket, not an object: check the address.")
-    part = start is not None or end is not None
+        raise StorageError(f"{uri} is a bucket, not an object: check the address.")
+    is_range = start is not None or end is not None
     begin = start or 0
     if end is not None and end <= begin:
         return b""
-    arguments = {"Range": f"bytes={begin}-{'' if end is None else end - 1}"} if part else {}
+    arguments = {"Range": f"bytes={begin}-{'' if end is None else end - 1}"} if is_range else {}
     if etag is not None:
         arguments["IfMatch"] = f'"{etag}"'
 
     def get() -> bytes:
         answer = _get(uri, Bucket=bucket, Key=key, **arguments)
-        content = answer["Body"].read()
+        content: bytes = answer["Body"].read()
         if len(content) != answer["ContentLength"]:
-            raise MayPass("the answer was cut short")
-        if part:
-            # A server may send all where a part was asked for.
+            raise TemporaryFailure("the answer was cut short")
+        if is_range:
+            # A server without support for ranges sends the complete object.
             content = content if "ContentRange" in answer else content[begin:end]
             if end is not None and len(content) < end - begin:
-                raise UserError(f"{uri} is damaged (it ends before byte {end}): write it anew.")
+                raise StorageError(f"{uri} is damaged (it ends before byte {end}): write it again.")
         elif differs(answer, content):
-            raise Damaged
+            raise ChecksumMismatch
         return content
 
-    return _found(uri, "read", get)
+    return _require(uri, "read", get)
 
 
 def _get(uri: str, **arguments: Any) -> dict[str, Any]:
     from botocore.exceptions import ClientError
 
     try:
-        return complete(client().get_object(**arguments), "Body", "ContentLength", "Metadata")
+        return require_fields(client().get_object(**arguments), "Body", "ContentLength", "Metadata")
     except ClientError as error:
-        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
-            raise UserError(f"{uri} was replaced while it was read: run the same command again.") from None
+        if http_status(error) == 412:  # IfMatch did not match
+            raise StorageError(f"{uri} was replaced while it was read: run the same command again.") from None
         raise
 
 
 def differs(answer: dict[str, Any], content: bytes) -> bool:
-    """Whether all the bytes of an object are not those that were written."""
-    wanted = answer["Metadata"].get(SHA256)
-    return bool(wanted) and not _compared_on_arrival(answer, wanted) and sha256_of_bytes(content) != wanted
+    """Whether the bytes of a complete object differ from its checksum."""
+    expected = answer["Metadata"].get(SHA256)
+    if not expected or _compared_by_boto3(answer, expected):
+        return False
+    return sha256_of_bytes(content) != expected
 
 
-def _compared_on_arrival(answer: dict[str, Any], wanted: str) -> bool:
-    """Whether boto3 has compared the bytes with this very checksum already: a second time would cost as much again."""
+def _compared_by_boto3(answer: dict[str, Any], expected: str) -> bool:
+    """Whether boto3 has already compared the bytes with this checksum, so that this need not repeat it."""
     from botocore.httpchecksum import StreamingChecksumBody
 
     sums = [
@@ -178,75 +191,81 @@ def _compared_on_arrival(answer: dict[str, Any], wanted: str) -> bool:
     return (
         isinstance(answer["Body"], StreamingChecksumBody)
         and sums == ["x-amz-checksum-sha256"]
-        and base64.b64decode(answer["ChecksumSHA256"]).hex() == wanted
+        and base64.b64decode(answer["ChecksumSHA256"]).hex() == expected
     )
 
 
-def _found(uri: str, done: str, call: Any) -> Any:
+def _require(uri: str, action: str, call: Callable[[], T]) -> T:
+    """Call with retries; a missing object is an error."""
     try:
-        return patiently(uri, done, call)
-    except Absent:
-        raise UserError(f"{uri} cannot be {done}: there is no such object; check the address.") from None
+        return call_with_retries(uri, action, call)
+    except ObjectMissing:
+        raise StorageError(f"{uri} cannot be {action}: there is no such object; check the address.") from None
 
 
 def remove(uri: str) -> None:
-    """Delete an object; one that is not there already is gone.
+    """Delete an object, if it exists.
 
     Raises:
-        UserError: the bucket is not there, not permitted, or not to be reached.
+        StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
     bucket, key = split_uri(uri)
-    _found(uri, "removed", lambda: client().delete_object(Bucket=bucket, Key=key))
+    _require(uri, "removed", lambda: client().delete_object(Bucket=bucket, Key=key))
 
 
 class ObjectStream(io.RawIOBase):
-    """An object read from its start to its end in ranges, each of which is tried again when it fails.
+    """An object read from start to end in ranges, each of which is retried by itself.
 
-    The end of the stream is an error where the bytes before it were not those that were written.
+    The last read raises an error if the checksum of all bytes differs. The bytes returned until then must
+    not be used.
 
     Raises:
-        UserError: the object is not there, not to be reached, damaged, or replaced while it is read.
+        StorageError: the object does not exist, is damaged or is replaced while it is read; or the server
+            cannot be reached.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri, self.position = uri, 0
         known = head(uri)
         if known is None:
-            raise UserError(f"There is no object {uri}: check the address.")
+            raise StorageError(f"There is no object {uri}: check the address.")
         self.size, self._known = known.bytes, known
-        self._sum = hashlib.sha256()
-        self._whole: bytes | None = None
+        self._hash = hashlib.sha256()
+        self._content: bytes | None = None
+        """All bytes of a small object."""
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
-        content = self._next(len(buffer))
-        buffer[: len(content)] = content
+    def readinto(self, buffer: "Buffer") -> int:
+        with memoryview(buffer).cast("B") as view:
+            content = self._next(len(view))
+            view[: len(content)] = content
         return len(content)
 
     def readall(self) -> bytes:
-        # The base class would ask for a few KB at a time.
-        pieces = []
-        while piece := self._next(_STREAM_BYTES):
-            pieces.append(piece)
-        return b"".join(pieces)
+        # The base class would make a request for every few KB.
+        chunks = []
+        while chunk := self._next(_STREAM_BYTES):
+            chunks.append(chunk)
+        return b"".join(chunks)
 
     def _next(self, size: int) -> bytes:
         end = min(self.position + size, self.size)
         if self.size <= _STREAM_BYTES:
-            if self._whole is None:
-                # One request, compared with its checksum, and tried again if it differs.
-                self._whole = read(self.uri)
-                self.size = len(self._whole)
+            if self._content is None:
+                # A single request, whose checksum is compared, and which is retried if it differs.
+                self._content = read(self.uri)
+                self.size = len(self._content)
                 end = min(self.position + size, self.size)
-            content = self._whole[self.position : end]
+            content = self._content[self.position : end]
         else:
             content = _read(self.uri, self.position, end, self._known.etag)
-            self._sum.update(content)
-            if content and end == self.size and self._known.sha256 not in (None, self._sum.hexdigest()):
-                raise UserError(
-                    f"{self.uri} is damaged (its checksum differs): read it again, and if that fails too, write it anew."
+            self._hash.update(content)
+            if content and end == self.size and self._known.sha256 not in (None, self._hash.hexdigest()):
+                raise StorageError(
+                    f"{self.uri} is damaged (its checksum differs): "
+                    "read it again, and if that fails too, write it again."
                 )
         self.position = end
         return content

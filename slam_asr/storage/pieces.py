@@ -1,4 +1,4 @@
-"""Large objects travel in pieces, several at once."""
+"""Parallel transfers: large objects are sent and fetched in several pieces at once."""
 
 import contextlib
 import threading
@@ -10,13 +10,13 @@ PART_BYTES = 16 * 2**20
 PARALLEL = 8
 
 
-class Stopped(Exception):
-    """Another piece has failed, and this one is not needed any more."""
+class Cancelled(Exception):
+    """Another piece of the same transfer failed, so this one is not needed."""
 
 
 @contextlib.contextmanager
 def parallel(pieces: int) -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
-    """Threads for so many pieces, and a sign to them to give up that is set when any fails."""
+    """Threads for this many pieces, and an event that tells them to give up, set when any of them fails."""
     stop = threading.Event()
     pool = ThreadPoolExecutor(min(PARALLEL, pieces))
     try:
@@ -29,5 +29,5 @@ def parallel(pieces: int) -> Iterator[tuple[ThreadPoolExecutor, threading.Event]
         pool.shutdown()
 
 
-def unheard(_: int) -> None:
-    """Where nobody wants to be told of progress."""
+def no_report(_: int) -> None:
+    """Ignore progress, for callers that do not display it."""

@@ -1,137 +1,155 @@
-"""What is tried again, for how long, and the sentence for each of the rest.
+"""Retries of requests to object storage, and the error message for each failure.
 
-What may pass (5xx, throttling, time-outs, resets, answers cut short) is tried again with growing
-pauses for `PATIENCE` seconds; what will not (403, 404) is said at once.
+Failures that may be temporary (5xx, throttling, time-outs, resets, truncated answers) are retried with
+growing pauses for `PATIENCE` seconds. Permanent ones (403, 404) are raised at once.
 
-Only an error's kind is repeated, never its text, which may hold a request's headers or an address
-with a password in it. For that reason, too, errors are raised without their cause.
+Messages name only the kind of an error and never repeat its text, which may hold a request's headers or an
+address with a password. For the same reason, errors are raised without their cause (`from None`).
 """
 
+import http.client
 import random
 import re
+import ssl
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError, StorageError, UserError
 from slam_asr.progress import log_line
-from slam_asr.storage.client import SECRET_FOLDER, seconds_from
+from slam_asr.storage.client import SECRET_FOLDER, seconds_from_environment
+
+T = TypeVar("T")
 
 PATIENCE = "SLAM_ASR_S3_PATIENCE"
-"""Environment variable: for how many seconds what may pass is tried again."""
+"""Environment variable: seconds for which temporary failures are retried."""
 DEFAULT_PATIENCE = 120.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
-_QUIET = 5.0
-"""Seconds of trying before it is mentioned: most of what passes has passed by then."""
-_DAMAGED_TRIES = 3
-"""Once may be the way; this often is where it lies."""
-DIFFERS = "its checksum differs"
+_FIRST_PAUSE, _MAX_PAUSE = 0.1, 10.0
+_SILENT_SECONDS = 5.0
+"""Seconds of retries before the first log line; most temporary failures are over by then."""
+_MAX_CHECKSUM_FAILURES = 3
+"""A single failure may be the network's; after this many, the object itself must be damaged."""
+CHECKSUM_DIFFERS = "its checksum differs"
 
 
-class MayPass(Exception):
-    """A failure that another try may not meet."""
+class TemporaryFailure(Exception):
+    """A failure that another attempt may not meet."""
 
 
-class Absent(Exception):
-    """There is no such object."""
+class ObjectMissing(Exception):
+    """The object does not exist."""
 
 
-class Damaged(Exception):
-    """Content differs from its checksum: perhaps on the way, perhaps where it lies."""
+class ChecksumMismatch(Exception):
+    """Content differs from its checksum, because of the network or because the object is damaged."""
+
+
+class CredentialsMissing(StorageError):
+    """No credentials are configured, or they are incomplete."""
 
 
 def patience() -> float:
-    """Seconds for which what may pass is tried again.
+    """Seconds for which temporary failures are retried.
 
     Raises:
-        UserError: the environment variable is no number.
+        ConfigurationError: the environment variable is not a number.
     """
-    return seconds_from(PATIENCE, DEFAULT_PATIENCE)
+    return seconds_from_environment(PATIENCE, DEFAULT_PATIENCE)
 
 
-def patiently(uri: str, done: str, call: Callable[[], Any]) -> Any:
-    """Call until it works, fails for good, or has failed for as long as `patience` allows.
+def call_with_retries(uri: str, action: str, call: Callable[[], T]) -> T:
+    """Call until it succeeds, fails permanently, or has failed for `patience` seconds.
 
     Args:
-        uri: that the call is about, for the sentence.
-        done: what happens to it there: "read", "written".
+        uri: of the object or bucket, for the message.
+        action: what the call does, for the message: "read", "written", "listed" or "removed".
         call: may be called many times.
 
+    Returns:
+        The result of the call.
+
     Raises:
-        Absent: there is no such object.
-        UserError: it fails for good, or for too long.
+        ObjectMissing: the object does not exist.
+        UserError: the call failed permanently, or for too long.
     """
     limit = patience()
     started = time.monotonic()
-    attempt = damaged = 0
+    attempt = checksum_failures = 0
     while True:
         try:
             return call()
-        except (UserError, Absent):
+        except (UserError, ObjectMissing):
             raise
         except Exception as error:
-            reason = _reason_to_try_again(error, uri, done)
-            damaged += reason == DIFFERS
-        if damaged >= _DAMAGED_TRIES:
-            way, remedy = (
-                ("is damaged", "write it anew")
-                if done == "read"
+            reason = _reason_to_retry(error, uri, action)
+            checksum_failures += reason == CHECKSUM_DIFFERS
+        if checksum_failures >= _MAX_CHECKSUM_FAILURES:
+            state, remedy = (
+                ("is damaged", "write it again")
+                if action == "read"
                 else ("arrives damaged", "check the network")
             )
-            raise UserError(f"{uri} {way} ({reason}, {damaged} times): {remedy}.")
-        tried = time.monotonic() - started
-        if tried >= limit:
-            raise UserError(
-                f"{uri} could not be {done} in {tried:.0f} s of trying ({reason}): check the network and AWS_ENDPOINT_URL, and run the same "
-                f"command again; {PATIENCE} sets how long is tried."
+            raise StorageError(f"{uri} {state} ({reason}, {checksum_failures} times): {remedy}.")
+        elapsed = time.monotonic() - started
+        if elapsed >= limit:
+            raise StorageError(
+                f"{uri} could not be {action} in {elapsed:.0f} s of trying ({reason}): check the network "
+                f"and AWS_ENDPOINT_URL, and run the same command again; {PATIENCE} sets the time limit."
             )
-        pause = min(_FIRST_PAUSE * 2 ** min(attempt, 10), _LONGEST_PAUSE, limit - tried)
+        pause = min(_FIRST_PAUSE * 2 ** min(attempt, 10), _MAX_PAUSE, limit - elapsed)
         attempt += 1
-        if tried > _QUIET:
-            log_line(f"{uri}: {reason}; trying for another {limit - tried:.0f} s")
-        # Chance keeps the programs of a cluster from coming back all at once.
+        if elapsed > _SILENT_SECONDS:
+            log_line(f"{uri}: {reason}; trying for another {limit - elapsed:.0f} s")
+        # Random pauses keep the programs of a cluster from retrying all at once.
         time.sleep(pause * random.uniform(0.5, 1.0))
 
 
-def complete(answer: dict[str, Any], *fields: str) -> dict[str, Any]:
-    """An answer, after checking that it was not cut short before these fields.
+def require_fields(answer: dict[str, Any], *fields: str) -> dict[str, Any]:
+    """An answer, after checking that it was not truncated before these fields.
 
     Raises:
-        MayPass: one of them is missing.
+        TemporaryFailure: one of them is missing.
     """
     if any(answer.get(field) is None for field in fields):
-        raise MayPass("the answer was cut short")
+        raise TemporaryFailure("the answer was cut short")
     return answer
 
 
-def code_of(error: Any) -> str:
-    """The server's word for what is wrong."""
+def error_code(error: Any) -> str:
+    """The server's error code in a botocore ClientError, such as `AccessDenied`."""
     code = str(error.response.get("Error", {}).get("Code", ""))
+    # A faulty server could put anything here; only what looks like a code may be shown.
     return code if re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else "an error without a code"
 
 
-def _reason_to_try_again(error: Exception, uri: str, done: str) -> str:
-    """Sort boto3's many errors: why it may pass, or raise what is to be said.
+def http_status(error: Any) -> int:
+    """The HTTP status in a botocore ClientError, or 0."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _reason_to_retry(error: Exception, uri: str, action: str) -> str:
+    """Classify an error of boto3: describe a temporary failure, or raise a permanent one as a message.
 
     Raises:
-        Absent: there is no such object.
-        UserError: it will not pass.
-        Exception: the error itself, where it is none of object storage's.
+        ObjectMissing: the object does not exist.
+        UserError: the failure is permanent.
+        Exception: the error itself, if it has nothing to do with object storage.
     """
     from boto3.exceptions import Boto3Error
     from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
-    if isinstance(error, MayPass):
+    if isinstance(error, TemporaryFailure):
         return str(error)
-    if isinstance(error, Damaged | boto.FlexibleChecksumError | boto.ChecksumError):
-        return DIFFERS
+    if isinstance(error, ChecksumMismatch | boto.FlexibleChecksumError | boto.ChecksumError):
+        return CHECKSUM_DIFFERS
     if isinstance(error, boto.ClientError):
-        return _reason_of_server(error, uri, done)
-    if isinstance(error, boto.SSLError) and _is_about_certificates(error):
-        raise UserError(
-            f"{uri} cannot be reached: there is no secure connection to the server, whose certificate is not trusted or which speaks http only; "
-            "check AWS_ENDPOINT_URL and AWS_CA_BUNDLE."
+        return _reason_of_server(error, uri, action)
+    if isinstance(error, boto.SSLError) and _is_permanent_tls_failure(error):
+        raise StorageError(
+            f"{uri} cannot be reached: no secure connection to the server is possible, because its "
+            "certificate is not trusted or it supports only http; check AWS_ENDPOINT_URL and AWS_CA_BUNDLE."
         ) from None
     if isinstance(
         error,
@@ -142,13 +160,13 @@ def _reason_to_try_again(error: Exception, uri: str, done: str) -> str:
         | ConnectionError
         | TimeoutError,
     ):
-        return _FAULTS.get(type(error).__name__, type(error).__name__)
-    if type(error).__name__ in (
-        "ResponseParserError",
-        "IncompleteRead",
-        "BadStatusLine",
-        "RemoteDisconnected",
-        "LineTooLong",
+        return _CONNECTION_FAILURES.get(type(error).__name__, type(error).__name__)
+    if isinstance(
+        error,
+        ResponseParserError
+        | http.client.IncompleteRead
+        | http.client.BadStatusLine
+        | http.client.LineTooLong,
     ):
         return "the answer was cut short"
     if isinstance(
@@ -158,50 +176,62 @@ def _reason_to_try_again(error: Exception, uri: str, done: str) -> str:
         | boto.CredentialRetrievalError
         | boto.TokenRetrievalError,
     ):
-        raise UserError(
-            f"{uri} needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, choose a profile, or mount a secret at {SECRET_FOLDER}."
+        raise CredentialsMissing(
+            f"{uri} needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, choose a profile, "
+            f"or mount a secret at {SECRET_FOLDER}."
         ) from None
     if isinstance(error, boto.NoRegionError | boto.InvalidRegionError):
-        raise UserError(f"{uri} needs a valid region: set AWS_REGION.") from None
+        raise ConfigurationError(f"{uri} needs a valid region: set AWS_REGION.") from None
     if isinstance(error, boto.ProfileNotFound):
-        raise UserError(
+        raise ConfigurationError(
             f"{uri}: AWS_PROFILE names a profile that is not in the configuration files: check it."
         ) from None
     if isinstance(error, boto.ParamValidationError):
-        raise UserError(
-            f"{uri} is no valid address in object storage: names of objects have 1 to 1024 bytes, those of buckets 3 to 63 small letters, digits, dots and dashes."
+        raise StorageError(
+            f"{uri} is not a valid address in object storage: names of objects have 1 to 1024 bytes, "
+            "those of buckets 3 to 63 lower-case letters, digits, dots and dashes."
         ) from None
-    # boto3 follows a server that sends it to another region for ever.
+    # RecursionError: boto3 follows a server's redirects to other regions without limit.
     if isinstance(error, boto.BotoCoreError | Boto3Error | RecursionError):
-        raise UserError(
+        raise StorageError(
             f"{uri} cannot be reached ({type(error).__name__}): check AWS_ENDPOINT_URL and AWS_REGION."
         ) from None
     raise error
 
 
-def _reason_of_server(error: Any, uri: str, done: str) -> str:
-    code = code_of(error)
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in _NOT_AS_SENT:
-        return DIFFERS
-    if code in _TRANSIENT or status in (429, 500, 502, 503, 504):
+def _reason_of_server(error: Any, uri: str, action: str) -> str:
+    """Classify an error that the server answered, as `_reason_to_retry` does."""
+    code = error_code(error)
+    if code in _CHECKSUM_CODES:
+        return CHECKSUM_DIFFERS
+    if code in _TEMPORARY_CODES or http_status(error) in (429, 500, 502, 503, 504):
         return f"the server answers {code}"
     if code in ("NoSuchKey", "404", "NotFound"):
-        raise Absent(uri) from None
-    why = _REASONS.get(code, f"the server answers {code}")
-    raise UserError(
-        f"{uri} cannot be {done}: {why}; check the address, the credentials and AWS_ENDPOINT_URL."
+        raise ObjectMissing(uri) from None
+    reason = _PERMANENT_CODES.get(code, f"the server answers {code}")
+    raise StorageError(
+        f"{uri} cannot be {action}: {reason}; check the address, the credentials and AWS_ENDPOINT_URL."
     ) from None
 
 
-def _is_about_certificates(error: Exception) -> bool:
-    # A connection that breaks while it is being secured is the same kind of error, and passes.
-    return any(
-        sign in str(error) for sign in ("CERTIFICATE", "certificate", "WRONG_VERSION_NUMBER", "No such file")
-    )
+def _is_permanent_tls_failure(error: Any) -> bool:
+    """Whether a botocore SSLError is about certificates or the protocol.
+
+    A connection that breaks during the TLS handshake raises the same class of error, but is temporary.
+    """
+    from urllib3.util.ssl_match_hostname import CertificateError
+
+    # botocore's SSLError holds urllib3's, which holds the error of the ssl module.
+    wrapped = error.kwargs.get("error")
+    cause = wrapped.args[0] if isinstance(wrapped, Exception) and wrapped.args else None
+    if isinstance(cause, ssl.SSLError):
+        reason = getattr(cause, "reason", None) or ""  # OpenSSL's name, such as CERTIFICATE_VERIFY_FAILED
+        return "CERTIFICATE" in reason or reason == "WRONG_VERSION_NUMBER"
+    # FileNotFoundError: the file that AWS_CA_BUNDLE names.
+    return isinstance(cause, CertificateError | FileNotFoundError)
 
 
-_TRANSIENT = {
+_TEMPORARY_CODES = {
     "SlowDown",
     "Throttling",
     "ThrottlingException",
@@ -216,8 +246,8 @@ _TRANSIENT = {
     "OperationAborted",
     "ConditionalRequestConflict",
 }
-_NOT_AS_SENT = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
-_REASONS = {
+_CHECKSUM_CODES = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+_PERMANENT_CODES = {
     "NoSuchBucket": "there is no such bucket",
     "AccessDenied": "access is denied",
     "403": "access is denied",
@@ -229,24 +259,24 @@ _REASONS = {
     "ExpiredToken": "the session's token has expired",
     "InvalidToken": "the session's token is not valid",
     "TokenRefreshRequired": "the session's token has expired",
-    # An answer to HEAD has no body that says which of them.
+    # The answer to a HEAD request has no body, so the precise code is unknown.
     "400": "the server refuses the request, as it does for an expired token or a wrong region",
     "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off",
-    "PermanentRedirect": "the bucket lies in another region",
-    "AuthorizationHeaderMalformed": "the bucket lies in another region",
-    "301": "the bucket lies in another region",
-    "IllegalLocationConstraintException": "the bucket lies in another region",
+    "PermanentRedirect": "the bucket is in another region",
+    "AuthorizationHeaderMalformed": "the bucket is in another region",
+    "301": "the bucket is in another region",
+    "IllegalLocationConstraintException": "the bucket is in another region",
     "QuotaExceeded": "the bucket's quota is used up",
     "XMinioStorageFull": "the server's disks are full",
     "507": "the server's disks are full",
     "KeyTooLongError": "the object's name is too long",
-    "InvalidBucketName": "that is no bucket's name",
+    "InvalidBucketName": "the bucket's name is not valid",
     "InvalidObjectState": "the object is archived, and must be restored first",
-    "InvalidRange": "it is shorter than was expected",
-    "416": "it is shorter than was expected",
-    "EntityTooLarge": "it is larger than the server takes",
+    "InvalidRange": "it is shorter than expected",
+    "416": "it is shorter than expected",
+    "EntityTooLarge": "it is larger than the server accepts",
 }
-_FAULTS = {
+_CONNECTION_FAILURES = {
     "EndpointConnectionError": "no connection",
     "ConnectTimeoutError": "no connection in time",
     "ReadTimeoutError": "no answer in time",
@@ -257,3 +287,4 @@ _FAULTS = {
     "ResponseStreamingError": "the answer was cut short",
     "ConnectionResetError": "the connection was closed",
 }
+"""Descriptions by class name, since boto3 is imported only when it is used."""

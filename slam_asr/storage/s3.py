@@ -1,8 +1,8 @@
-"""Objects behind `s3://bucket/key`, through boto3: AWS, MinIO, SeaweedFS, Ceph and others.
+"""Objects at `s3://bucket/key`, through boto3: AWS, MinIO, SeaweedFS, Ceph and others.
 
-All of it under one name, for those who call it: `address` says what a URI means, `client` where credentials
-and endpoint come from, `retry` what is tried again and what is said, `objects` are single requests,
-`downloads` and `uploads` parallel ones.
+This module collects the public names of the others: `address` parses URIs, `client` finds credentials and
+endpoint, `retry` decides what is retried and words the errors, `objects` makes single requests, `downloads`
+and `uploads` parallel ones.
 """
 
 from slam_asr.storage.address import SCHEME, is_s3, split_uri
@@ -19,8 +19,8 @@ from slam_asr.storage.objects import (
     remove,
 )
 from slam_asr.storage.pieces import PART_BYTES
-from slam_asr.storage.retry import DEFAULT_PATIENCE, PATIENCE, patience
-from slam_asr.storage.uploads import AlreadyThere, upload, write
+from slam_asr.storage.retry import DEFAULT_PATIENCE, PATIENCE, CredentialsMissing, patience
+from slam_asr.storage.uploads import ObjectExists, upload, write
 
 __all__ = [
     "DEFAULT_PATIENCE",
@@ -30,8 +30,9 @@ __all__ = [
     "SECRET",
     "SECRET_FOLDER",
     "TIMEOUT",
-    "AlreadyThere",
+    "CredentialsMissing",
     "Object",
+    "ObjectExists",
     "ObjectStream",
     "download",
     "head",

@@ -1,8 +1,10 @@
-"""Objects from disk or memory, in parallel pieces where they are large; visible when all is there.
+"""Uploads: objects are sent from disk or memory, large ones in parallel pieces; visible only when complete.
 
-Every piece carries its SHA-256 for the server to compare, and what the server says that it stored is
-compared here: with servers that know no such checksums, the MD5 that is an object's etag. What a
-killed program leaves of an upload is invisible; let the bucket's lifecycle rules remove it.
+The server compares the SHA-256 that is sent with each piece, and this module compares the checksum in the
+server's answer. With servers that do not support SHA-256, it compares the MD5 that is an object's etag.
+
+The unfinished upload of a killed program is invisible but takes space: let the bucket's lifecycle rules
+remove it.
 """
 
 import base64
@@ -15,59 +17,69 @@ import re
 import threading
 import uuid
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from slam_asr.errors import UserError
+from slam_asr.errors import StorageError
 from slam_asr.storage import pieces
 from slam_asr.storage.address import split_uri
 from slam_asr.storage.client import client
 from slam_asr.storage.local import sha256_of_bytes
 from slam_asr.storage.objects import SHA256, head
-from slam_asr.storage.pieces import Stopped, parallel, unheard
-from slam_asr.storage.retry import Absent, Damaged, MayPass, code_of, complete, patiently
+from slam_asr.storage.pieces import Cancelled, no_report, parallel
+from slam_asr.storage.retry import (
+    ChecksumMismatch,
+    ObjectMissing,
+    TemporaryFailure,
+    call_with_retries,
+    error_code,
+    require_fields,
+)
 
-_MOST_PARTS = 10_000
-"""S3's own limit: larger objects have larger pieces."""
+T = TypeVar("T")
+
+_MAX_PARTS = 10_000
+"""S3's limit; objects that would need more parts get larger ones."""
 _WRITER = "writer"
-"""Name of the metadata that tells which of several conditional writers wrote an object."""
+"""Key of the metadata that identifies which of several conditional writers wrote an object."""
+_CHUNK_BYTES = 2**20
 
 
-class AlreadyThere(Exception):
-    """Another writer was first."""
+class ObjectExists(Exception):
+    """A conditional write failed because another writer was first."""
 
 
-class _Memory:
-    """How many pieces this process holds in memory at once, whatever the number of files."""
+class _PieceLimit:
+    """Limits how many pieces this process holds in memory at once, over all files."""
 
     def __init__(self) -> None:
-        self.limit()
-        # A forked process has none of the threads that held a share.
-        os.register_at_fork(after_in_child=self.limit)
+        self._reset()
+        # The threads that hold a slot do not exist in a forked process.
+        os.register_at_fork(after_in_child=self._reset)
 
-    def limit(self) -> None:
-        self.share = threading.BoundedSemaphore(pieces.PARALLEL)
+    def _reset(self) -> None:
+        self.slot = threading.BoundedSemaphore(pieces.PARALLEL)
 
 
-_memory = _Memory()
+_piece_limit = _PieceLimit()
 
 
 def upload(
     uri: str, file: BinaryIO, sha256: str | None = None, report: Callable[[int], None] | None = None
 ) -> None:
-    """Publish a file as an object, in parallel pieces where it is large; it is visible when all are there.
+    """Upload a file, in parallel pieces if it is large. The object is visible only when it is complete.
 
     Args:
-        uri: of the object; one that is there is replaced.
-        file: opened for reading; not changed while it is read.
+        uri: of the object; an existing one is replaced.
+        file: opened for reading; must not change meanwhile.
         sha256: of the content; computed if not given.
-        report: called with the number of bytes of each piece that was sent, by several threads.
+        report: called by several threads with the number of bytes of each piece that was sent.
 
     Raises:
-        UserError: the bucket is not there, not permitted, or not to be reached.
+        StorageError: the bucket does not exist, access is denied, the server cannot be reached, or the file
+            changed.
     """
     split_uri(uri)
-    file.seek(0)
-    sha256 = sha256 or hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256 or _sha256_of(file)
     size = file.seek(0, os.SEEK_END)
     reading = threading.Lock()
 
@@ -76,84 +88,103 @@ def upload(
             file.seek(start)
             piece = file.read(end - start)
         if len(piece) != end - start:
-            raise UserError(
+            raise StorageError(
                 f"{getattr(file, 'name', uri)} changed while it was uploaded: run the same command again."
             )
         return piece
 
-    _Upload(uri, sha256, report or unheard).run(size, content)
+    _Upload(uri, sha256, report or no_report).run(size, content)
+
+
+def _sha256_of(file: BinaryIO) -> str:
+    hashed = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(_CHUNK_BYTES):
+        hashed.update(chunk)
+    return hashed.hexdigest()
 
 
 def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -> None:
-    """Publish bytes as an object, at once and whole.
+    """Write bytes to an object, which becomes visible only when it is complete.
+
+    Args:
+        uri: of the object.
+        content: its bytes.
+        only_if_absent: do not replace an existing object.
 
     Raises:
-        AlreadyThere: it was to be written only if absent, and is there.
-        UserError: the bucket is not there, not permitted, or not to be reached.
+        ObjectExists: the object exists and `only_if_absent` is true.
+        StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
-    transfer = _Upload(uri, sha256_of_bytes(content), unheard)
+    transfer = _Upload(uri, sha256_of_bytes(content), no_report)
     if only_if_absent:
-        transfer.run_first(bytes(content))
+        transfer.run_if_absent(bytes(content))
     else:
         transfer.run(len(content), lambda start, end: bytes(content[start:end]))
 
 
 class _Upload:
-    """Content on its way to an object."""
+    """The transfer of one object's content."""
 
     def __init__(self, uri: str, sha256: str, report: Callable[[int], None]) -> None:
         self.uri, self.sha256, self.report = uri, sha256, report
         bucket, key = split_uri(uri)
         if not key:
-            raise UserError(f"{uri} is a bucket, and an object's name is needed: give s3://bucket/name.")
-        self.place = {"Bucket": bucket, "Key": key}
+            raise StorageError(f"{uri} is a bucket, but an object's name is needed: give s3://bucket/name.")
+        self.target = {"Bucket": bucket, "Key": key}
 
     def run(self, size: int, content: Callable[[int, int], bytes]) -> None:
-        """Replace the object by `size` bytes, of which `content` gives any part."""
-        step = max(pieces.PART_BYTES, math.ceil(size / _MOST_PARTS))
-        if size <= step:
-            whole = content(0, size)
-            self._call(
-                lambda: self._send("put_object", whole, self.place | {"Metadata": {SHA256: self.sha256}})
-            )
+        """Write the object, replacing an existing one.
+
+        Args:
+            size: in bytes.
+            content: returns the bytes in [start, end).
+        """
+        part_bytes = max(pieces.PART_BYTES, math.ceil(size / _MAX_PARTS))
+        with_checksum = self.target | {"Metadata": {SHA256: self.sha256}}
+        if size <= part_bytes:
+            everything = content(0, size)
+            self._call(lambda: self._send("put_object", everything, with_checksum))
             self.report(size)
             return
-        begin = self.place | {"Metadata": {SHA256: self.sha256}, "ChecksumAlgorithm": "SHA256"}
-        started = self._call(lambda: complete(client().create_multipart_upload(**begin), "UploadId"))
-        place = self.place | {"UploadId": started["UploadId"]}
+        begin = with_checksum | {"ChecksumAlgorithm": "SHA256"}
+        started = self._call(lambda: require_fields(client().create_multipart_upload(**begin), "UploadId"))
+        target = self.target | {"UploadId": started["UploadId"]}
         try:
-            starts = range(0, size, step)
+            starts = range(0, size, part_bytes)
             with parallel(len(starts)) as (pool, stop):
-                sent = [
+                futures = [
                     pool.submit(
-                        self._part,
-                        place | {"PartNumber": number},
-                        functools.partial(content, start, min(start + step, size)),
+                        self._send_part,
+                        target | {"PartNumber": number},
+                        functools.partial(content, start, min(start + part_bytes, size)),
                         stop,
                     )
                     for number, start in enumerate(starts, start=1)
                 ]
-                parts = [part.result() for part in sent]
-            self._call(lambda: self._complete(place | {"MultipartUpload": {"Parts": parts}}, size))
+                parts = [future.result() for future in futures]
+            self._call(lambda: self._complete(target | {"MultipartUpload": {"Parts": parts}}, size))
         except BaseException:
-            # Once, and whether it works or not: the failure itself is what matters.
+            # A single attempt whose own failure is ignored: the first failure is the one to report.
             with contextlib.suppress(Exception):
-                client().abort_multipart_upload(**place)
+                client().abort_multipart_upload(**target)
             raise
 
-    def _part(
-        self, place: dict[str, Any], content: Callable[[], bytes], stop: threading.Event
+    def _send_part(
+        self, target: dict[str, Any], content: Callable[[], bytes], stop: threading.Event
     ) -> dict[str, Any]:
-        def put() -> dict[str, Any]:
-            if stop.is_set():
-                raise Stopped
-            return self._send("upload_part", piece, place)
+        """Send one part; returns what identifies it when the upload is completed."""
 
-        with _memory.share:
+        def attempt() -> dict[str, Any]:
+            if stop.is_set():
+                raise Cancelled
+            return self._send("upload_part", piece, target)
+
+        with _piece_limit.slot:
             piece = content()
-            answer = self._call(put)
+            answer = self._call(attempt)
             self.report(len(piece))
-        return {"PartNumber": place["PartNumber"]} | {
+        return {"PartNumber": target["PartNumber"]} | {
             k: answer[k] for k in ("ETag", "ChecksumSHA256") if k in answer
         }
 
@@ -161,97 +192,99 @@ class _Upload:
         from botocore.exceptions import ClientError
 
         try:
-            complete(client().complete_multipart_upload(**arguments), "ETag")
+            require_fields(client().complete_multipart_upload(**arguments), "ETag")
         except ClientError as error:
-            # An earlier try of ours, whose answer was lost, ends the upload.
-            if code_of(error) != "NoSuchUpload" or not self._is_there():
+            # An earlier attempt may have completed the upload, and only its answer was lost.
+            if error_code(error) != "NoSuchUpload" or not self._is_complete():
                 raise
         known = head(self.uri)
         if known is not None and known.sha256 == self.sha256 and known.bytes != size:
-            raise UserError(
-                f"{self.uri} has {known.bytes:,} bytes where {size:,} were written: write it anew."
+            raise StorageError(
+                f"{self.uri} has {known.bytes:,} bytes where {size:,} were written: write it again."
             )
 
-    def _is_there(self) -> bool:
+    def _is_complete(self) -> bool:
         known = head(self.uri)
         return known is not None and known.sha256 == self.sha256
 
-    def run_first(self, content: bytes) -> None:
-        """Write the object if there is none.
+    def run_if_absent(self, content: bytes) -> None:
+        """Write the object if it does not exist.
 
         Raises:
-            AlreadyThere: there is.
+            ObjectExists: it does.
         """
         from botocore.exceptions import ClientError
 
         writer = uuid.uuid4().hex
-        arguments = self.place | {"Metadata": {SHA256: self.sha256, _WRITER: writer}}
+        arguments = self.target | {"Metadata": {SHA256: self.sha256, _WRITER: writer}}
 
-        def put() -> None:
+        def attempt() -> None:
             try:
                 self._send("put_object", content, arguments | {"IfNoneMatch": "*"})
             except ClientError as error:
-                code = code_of(error)
+                code = error_code(error)
                 if code in ("PreconditionFailed", "412"):
-                    by = self._writer()
-                    if by == writer:
-                        return  # an earlier try of ours, whose answer was lost
-                    if by is None:
-                        raise MayPass("it was removed meanwhile") from None
-                    raise AlreadyThere(self.uri) from None
+                    existing = self._writer()
+                    if existing == writer:
+                        return  # an earlier attempt succeeded, and only its answer was lost
+                    if existing is None:
+                        raise TemporaryFailure("it was removed meanwhile") from None
+                    raise ObjectExists(self.uri) from None
                 if code not in ("NotImplemented", "501", "InvalidArgument", "InvalidRequest"):
                     raise
-                self._put_unconditionally(content, arguments, writer)
+                self._write_unconditionally(content, arguments, writer)
 
-        self._call(put)
+        self._call(attempt)
 
-    def _put_unconditionally(self, content: bytes, arguments: dict[str, Any], writer: str) -> None:
-        """For a server without conditional writes: of writers at the very same time, the last one wins."""
+    def _write_unconditionally(self, content: bytes, arguments: dict[str, Any], writer: str) -> None:
+        """Write to a server without conditional writes: of simultaneous writers, the last one wins."""
         if self._writer() not in (None, writer):
-            raise AlreadyThere(self.uri)
+            raise ObjectExists(self.uri)
         self._send("put_object", content, arguments)
         if self._writer() != writer:
-            raise AlreadyThere(self.uri)
+            raise ObjectExists(self.uri)
 
     def _writer(self) -> str | None:
-        """Who wrote the object that is there: "" for one that does not say, None where there is none."""
+        """The writer of the existing object: "" if it carries none, None if the object does not exist."""
         try:
-            found = patiently(
-                self.uri, "read", lambda: complete(client().head_object(**self.place), "Metadata", "ETag")
+            answer = call_with_retries(
+                self.uri,
+                "read",
+                lambda: require_fields(client().head_object(**self.target), "Metadata", "ETag"),
             )
-        except Absent:
+        except ObjectMissing:
             return None
-        return found["Metadata"].get(_WRITER, "")
+        return answer["Metadata"].get(_WRITER, "")
 
     def _send(self, operation: str, content: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Send bytes with their checksum, and compare what the server says that it stored.
+        """Send bytes with their checksum, and compare the checksum in the server's answer.
 
         Raises:
-            Damaged: it stored something else.
+            ChecksumMismatch: the server received other bytes.
         """
-        sum_ = base64.b64encode(hashlib.sha256(content).digest()).decode()
-        answer = getattr(client(), operation)(
-            Body=content, ChecksumAlgorithm="SHA256", ChecksumSHA256=sum_, **arguments
+        checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        answer: dict[str, Any] = getattr(client(), operation)(
+            Body=content, ChecksumAlgorithm="SHA256", ChecksumSHA256=checksum, **arguments
         )
-        etag = complete(answer, "ETag")["ETag"].strip('"')
+        etag = require_fields(answer, "ETag")["ETag"].strip('"')
         if "ChecksumSHA256" in answer:
-            if answer["ChecksumSHA256"] != sum_:
-                raise Damaged
+            if answer["ChecksumSHA256"] != checksum:
+                raise ChecksumMismatch
         elif _is_md5(etag, answer) and hashlib.md5(content, usedforsecurity=False).hexdigest() != etag:
-            raise Damaged
+            raise ChecksumMismatch
         return answer
 
-    def _call(self, call: Callable[[], Any]) -> Any:
+    def _call(self, call: Callable[[], T]) -> T:
         try:
-            return patiently(self.uri, "written", call)
-        except Absent:
-            raise UserError(
-                f"{self.uri} cannot be written: the server knows no such place; check the address."
+            return call_with_retries(self.uri, "written", call)
+        except ObjectMissing:
+            raise StorageError(
+                f"{self.uri} cannot be written: the server does not know this address; check it."
             ) from None
 
 
 def _is_md5(etag: str, answer: dict[str, Any]) -> bool:
-    # With keys of the key management service, an etag only looks like one.
+    # With encryption by AWS's key management service, an etag only looks like an MD5.
     return bool(re.fullmatch("[0-9a-f]{32}", etag)) and not str(
         answer.get("ServerSideEncryption", "")
     ).startswith("aws:kms")

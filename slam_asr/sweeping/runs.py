@@ -99,7 +99,7 @@ def compare_runs(
     for folder in runs:
         if not exists(join(folder, NUMBERS)):
             raise UserError(
-                f"{folder} holds no {NUMBERS}, so there is no report to compare: give folders that score, or decode without --shard, wrote."
+                f"{folder} holds no {NUMBERS}, so there is no report to compare: give folders that score, or decode without --work-shard, wrote."
             )
     known = [variation_of(text) for text in variations or []]
     files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from slam_asr.errors import UserError
-from slam_asr.recipe import Recipe, load_recipe, recipe_keys, whole
+from slam_asr.recipe import Recipe, as_int, load_recipe, recipe_keys
 from slam_asr.storage import is_s3, read_bytes
 
 SHARED = ("name", "data", "encoder", "features", "training.nodes")
@@ -45,7 +45,7 @@ class Variation:
 
     def __post_init__(self) -> None:
         # Nor does it keep whole numbers.
-        self.overrides = {key: whole(value) for key, value in sorted(self.overrides.items())}
+        self.overrides = {key: as_int(value) for key, value in sorted(self.overrides.items())}
 
     def as_json(self) -> str:
         """As the pipeline's steps hand it on; `variation_of` reads it."""
@@ -109,7 +109,7 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
         where = f"Variation {number} of the sweep"
         if not isinstance(entry, dict):
             raise UserError(f"{where} is {json.dumps(entry)}, not a mapping: {_EXAMPLE}.")
-        overrides = {str(key): whole(value) for key, value in entry.items() if key != "name"}
+        overrides = {str(key): as_int(value) for key, value in entry.items() if key != "name"}
         for key in overrides:
             _require_own(key, where)
         name = str(entry.get("name") or _named(overrides))

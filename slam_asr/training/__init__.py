@@ -1,1 +1,1 @@
-"""Training the projector between a frozen encoder and a frozen LLM."""
+"""Trains the projector between encoder and LLM, and optionally the encoder, the LLM or LoRA adapters."""

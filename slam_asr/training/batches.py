@@ -1,11 +1,19 @@
-"""Which utterances make which optimiser step, and who computes what of it.
+"""Plans which utterances make up each optimiser step, and which process computes which of them.
 
-The recipe fixes LLM positions per optimiser step. Order and grouping depend on seed and epoch
-alone; only the division of a step among processes depends on how many there are. Each process gets
-the same number of micro-batches in each step, so that no process waits for one that has run out.
+The recipe fixes the number of LLM positions per optimiser step. Order and grouping of utterances depend only
+on the seed and the epoch. Only the division of a step among processes depends on how many there are, so the
+same seed gives the same steps on any number of GPUs. In each step all processes get the same number of
+micro-batches, so that none waits for another that has more of them.
 
-An epoch goes through the shards of the feature store in random order, a window of some of them at a
-time, and through the utterances of each window in random order: every shard is needed only once.
+An epoch is planned in three levels:
+
+- *Windows.* The shards of the feature store are shuffled and taken a few at a time; their utterances are
+  shuffled together. A reader then needs only the shards of this window and the next, and each shard once per
+  epoch.
+- *Pools.* The shuffled utterances of a window are cut into pools of about `STEPS_PER_POOL` steps, and each
+  pool is sorted by length. Utterances of similar length in a step need little padding.
+- *Steps.* Each sorted pool is cut into steps, and the steps of a window are shuffled, so that lengths still
+  come in random order.
 """
 
 import heapq
@@ -17,9 +25,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.features.audio_source import samples_of
-from slam_asr.features.index import in_order
+from slam_asr.features.index import argsort_audio_ids
 from slam_asr.features.reader import FeatureReader
 from slam_asr.manifest import Utterance
 from slam_asr.models.projector import positions_of
@@ -28,19 +36,19 @@ from slam_asr.models.slam import IGNORED, Batch, Row, collate, pack
 from slam_asr.recipe import Projector, Training
 
 STEPS_PER_POOL = 16
-"""Utterances of about this many steps are sorted by length together: less padding, and still a
-random mixture, since the steps of a window are shuffled afterwards."""
+"""Steps whose utterances are sorted by length together. More reduce padding, but mix utterances less."""
 
 
 @dataclass
 class PromptedTarget:
-    """An utterance's text with one of the prompts."""
+    """An utterance's text together with one of the prompts, as token ids."""
 
     before: list[int]
     """Token ids in front of the audio."""
     prompt: list[int]
+    """Token ids between the audio and the answer."""
     answer: list[int]
-    """Token ids with the end: the targets."""
+    """The targets: token ids of the transcript and of the token that ends it."""
 
     @property
     def positions(self) -> int:
@@ -49,18 +57,20 @@ class PromptedTarget:
 
 
 class Examples:
-    """Utterances as the LLM will see them, without their audio: some numbers for each, text as it is needed.
+    """Utterances as input of the LLM, without their audio.
+
+    Holds a few numbers per utterance; texts are tokenised again when a batch needs them.
 
     Args:
         utterances: of a manifest.
-        reader: knows how long their audio is, and where it lies.
-        projector: how many positions that makes.
-        prompt: as the LLM's tokenizer spells it.
-        spellings: of it, those that may be drawn.
-        limit: positions that the LLM can hold, or None.
+        reader: gives the length and the shard of each utterance's audio.
+        projector: determines how many LLM positions the audio takes.
+        prompt: the recipe's prompts, tokenised.
+        prompts: those of them that may be drawn for an utterance.
+        limit: LLM positions that the LLM can hold, or None.
 
     Raises:
-        UserError: an utterance without features, or one that does not fit the LLM.
+        InputError: an utterance has no features, or does not fit the LLM.
     """
 
     def __init__(
@@ -69,62 +79,69 @@ class Examples:
         reader: FeatureReader,
         projector: Projector,
         prompt: Prompt,
-        spellings: list[TokenizedPrompt],
+        prompts: list[TokenizedPrompt],
         limit: int | None,
     ) -> None:
-        self.utterances, self.prompt, self.spellings = utterances, prompt, spellings
+        self.utterances, self.prompt, self.prompts = utterances, prompt, prompts
         count = len(utterances)
-        self.audio = np.zeros(count, np.int32)
-        """[utterances] audio positions."""
-        self.answers = np.zeros((count, len(spellings)), np.int32)
-        """[utterances, spellings] target tokens."""
+        self.audio_positions = np.zeros(count, np.int32)
+        """[utterances] LLM positions of the audio."""
+        self.targets = np.zeros((count, len(prompts)), np.int32)
+        """[utterances, prompts] target tokens."""
         self.positions: list[int] = []
-        """LLM positions, audio and text, with the longest prompt: batches hold whichever is drawn."""
+        """LLM positions of audio and text with the longest prompt, so that a batch fits whichever is drawn.
+        """
         self.hours = 0.0
-        addresses, samples = bytearray(), []
-        for at, utterance in enumerate(utterances):
-            addresses += bytes.fromhex(utterance.audio_id)
+        audio_ids, samples = bytearray(), []
+        for index, utterance in enumerate(utterances):
+            audio_ids += bytes.fromhex(utterance.audio_id)
             samples.append(samples_of(utterance))
-            spoken = [self._spell(utterance, s) for s in spellings]
-            self.audio[at] = positions_of(projector, reader.span(utterance))
-            self.answers[at] = [len(s.answer) for s in spoken]
-            longest = max(spoken, key=lambda s: s.positions)
-            self.positions.append(int(self.audio[at]) + longest.positions)
+            prompted = [self._prompted(utterance, p) for p in prompts]
+            self.audio_positions[index] = positions_of(projector, reader.span(utterance))
+            self.targets[index] = [len(p.answer) for p in prompted]
+            longest = max(prompted, key=lambda p: p.positions)
+            self.positions.append(int(self.audio_positions[index]) + longest.positions)
             self.hours += (utterance.duration or 0.0) / 3600
             if limit is not None and self.positions[-1] > limit:
-                raise UserError(
-                    f"Utterance {utterance.key} needs {self.positions[-1]} LLM positions (audio {self.audio[at]}, prompt "
-                    f"{len(longest.before) + len(longest.prompt)}, answer {len(longest.answer)}) but the LLM holds {limit}: shorten "
-                    "it with data.max_duration, or the prompt."
+                raise InputError(
+                    f"Utterance {utterance.key} needs {self.positions[-1]} LLM positions (audio "
+                    f"{self.audio_positions[index]}, prompt {len(longest.before) + len(longest.prompt)}, "
+                    f"answer {len(longest.answer)}) but the LLM holds {limit}: shorten it with "
+                    "data.max_duration, or the prompt."
                 )
-        columns = np.frombuffer(bytes(addresses), np.uint8).reshape(-1, 32)
+        columns = np.frombuffer(bytes(audio_ids), np.uint8).reshape(-1, 32)
         self.shards, self.reader_shards = _in_canonical_order(
             reader.shards_of(columns, np.array(samples, np.int64)), columns
         )
+        """[utterances] canonical number of each one's shard; and for each such number the reader's own."""
 
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def spoken(self, at: int, spelling: int) -> PromptedTarget:
-        """The text of an utterance with one of the prompts."""
-        return self._spell(self.utterances[at], self.spellings[spelling])
+    def prompted(self, index: int, prompt: int) -> PromptedTarget:
+        """Tokenise an utterance's text with one of the prompts, both given by their index."""
+        return self._prompted(self.utterances[index], self.prompts[prompt])
 
-    def _spell(self, utterance: Utterance, spelling: TokenizedPrompt) -> PromptedTarget:
-        return PromptedTarget(spelling.before, *self.prompt.with_answer(spelling, utterance.target))
+    def _prompted(self, utterance: Utterance, prompt: TokenizedPrompt) -> PromptedTarget:
+        return PromptedTarget(prompt.before, *self.prompt.with_answer(prompt, utterance.target))
 
 
-def _in_canonical_order(numbers: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Shards counted anew, in the order of the smallest address in each: the same wherever the features lie.
+def _in_canonical_order(numbers: np.ndarray, audio_ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Number shards by the smallest audio id in each.
+
+    A reader's own numbers depend on how the store was written; these depend on the audio alone. The order of
+    training is therefore the same whether features are cached, merged from several stores, or computed on the
+    fly.
 
     Args:
-        numbers: [utterances] of shards, as a reader counts them.
-        addresses: [utterances, 32] of audio.
+        numbers: [utterances] shards as the reader numbers them.
+        audio_ids: [utterances, 32] bytes.
 
     Returns:
-        [utterances] of shards, counted anew; and for each of these the reader's number.
+        [utterances] canonical shard numbers; and the reader's number for each of these.
     """
-    by_address = in_order(addresses)
-    shards, first = np.unique(numbers[by_address], return_index=True)
+    by_audio_id = argsort_audio_ids(audio_ids)
+    shards, first = np.unique(numbers[by_audio_id], return_index=True)
     ranked = shards[np.argsort(first)]
     rank = np.zeros(int(shards.max(initial=-1)) + 1, np.int32)
     rank[ranked] = np.arange(len(ranked))
@@ -133,12 +150,13 @@ def _in_canonical_order(numbers: np.ndarray, addresses: np.ndarray) -> tuple[np.
 
 @dataclass
 class Window:
-    """Some shards, and the optimiser steps over their utterances."""
+    """A few shards, and the optimiser steps over their utterances."""
 
     epoch: int
     shards: list[int]
+    """By canonical number."""
     steps: list[list[int]]
-    """For each, the indices of its utterances."""
+    """Indices of each step's utterances."""
 
 
 def plan_epoch(
@@ -153,20 +171,21 @@ def plan_epoch(
     """Group utterances into the optimiser steps of one epoch.
 
     Args:
-        positions: LLM positions of each utterance.
-        shards: [utterances] in which each one's audio lies.
-        window_shards: shards whose utterances are mixed with each other.
-        budget: positions a step; exceeded only by an utterance that is longer by itself.
+        positions: [utterances] LLM positions.
+        shards: [utterances] number of the shard that holds each one's audio.
+        window_shards: shards whose utterances are shuffled together.
+        budget: LLM positions per step; only an utterance that is longer by itself exceeds it.
         seed: of the order.
         epoch: each has its own order.
-        sizes: what each utterance takes of the budget, if not its positions.
+        sizes: [utterances] what each takes of the budget. If given, each step is filled up to the budget; if
+            not, utterances take their positions, and steps are cut to about equal sums.
 
-    Returns:
+    Yields:
         Windows; every shard is in exactly one, and every index occurs exactly once.
     """
-    # Seeding by text goes through SHA-512: the same order on every machine and Python version.
+    # Python hashes a text seed with SHA-512: the same order on every machine and in every Python version.
     generator = random.Random(f"{seed}/{epoch}")
-    divide = _divide if sizes is None else _fill
+    cut = _cut_evenly if sizes is None else _cut_at_budget
     sizes = positions if sizes is None else sizes
     by_shard = np.argsort(shards, kind="stable")
     ends = np.searchsorted(
@@ -179,51 +198,54 @@ def plan_epoch(
         shuffled = [i for s in window for i in by_shard[ends[s - 1] if s else 0 : ends[s]].tolist()]
         generator.shuffle(shuffled)
         steps: list[list[int]] = []
-        for pool in divide(shuffled, sizes, STEPS_PER_POOL * budget):
+        for pool in cut(shuffled, sizes, STEPS_PER_POOL * budget):
             pool.sort(key=lambda i: (positions[i], i))
-            steps += divide(pool, sizes, budget)
+            steps += cut(pool, sizes, budget)
         generator.shuffle(steps)
         yield Window(epoch, window, steps)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much goes into a step, and into what one process computes at once."""
+    """The size of an optimiser step, and of one process's micro-batch."""
 
     step: int
     batch: int
     fixed: bool = False
-    """Whether these are utterances, as the reference counts them, and not LLM positions."""
+    """Whether both count utterances, as the reference implementation does, instead of LLM positions."""
 
     def sizes(self, positions: Sequence[int]) -> Sequence[int]:
-        """What each utterance takes of it."""
+        """What each utterance takes of the budget: [utterances], from their LLM positions [utterances]."""
         return [1] * len(positions) if self.fixed else positions
 
 
-def budget_of(options: Training, processes: int) -> Budget:
-    """The recipe's budget for so many processes."""
-    each = options.utterances_per_batch
-    if each:
-        return Budget(each * options.accumulation * processes, each, fixed=True)
+def budget_for(options: Training, processes: int) -> Budget:
+    """The recipe's budget on a number of processes."""
+    utterances = options.utterances_per_batch
+    if utterances:
+        return Budget(utterances * options.accumulation * processes, utterances, fixed=True)
     return Budget(options.positions_per_step, options.positions_per_batch)
 
 
 class TrainingPlan:
-    """Every optimiser step of a training; they are planned again when they are needed, and take no memory.
+    """All optimiser steps of a training.
+
+    Steps are not held in memory: each iteration plans the epochs again, with the same result.
 
     Args:
         examples: to train on.
         budget: of a step.
-        window_shards: shards whose utterances are mixed.
+        window_shards: shards whose utterances are shuffled together.
         seed: of the order.
         epochs: passes over the examples.
-        max_steps: at which the training ends in any case.
+        max_steps: training ends after this many steps, even within an epoch.
     """
 
     def __init__(
         self, examples: Examples, budget: Budget, window_shards: int, seed: int, epochs: int, max_steps: int
     ) -> None:
         self.examples, self.max_steps = examples, max_steps
+        # Given sizes have `plan_epoch` fill each step up to the budget.
         sizes = budget.sizes(examples.positions)
         self._plan = lambda epoch: plan_epoch(
             examples.positions, examples.shards, window_shards, budget.step, seed, epoch, sizes
@@ -235,74 +257,96 @@ class TrainingPlan:
             self.epochs += 1
 
     def __iter__(self) -> Iterator[tuple[Window, Window | None, list[int]]]:
-        """Each step with the window that it belongs to and the one behind that."""
+        """Yield (window, next window or None, indices of the utterances) for each step."""
         return self.after(0)
 
     def after(self, done: int) -> Iterator[tuple[Window, Window | None, list[int]]]:
-        """Each step after the first `done`, with the window that it belongs to and the one behind that."""
+        """Yield the same without the first `done` steps."""
         windows = (window for epoch in range(self._epochs) for window in self._plan(epoch))
         pairs = itertools.pairwise(itertools.chain(windows, [None]))
-        steps = ((window, behind, step) for window, behind in pairs for step in window.steps)
+        steps = (
+            (window, next_window, step)
+            for window, next_window in pairs
+            if window is not None  # only the last next window is None
+            for step in window.steps
+        )
         return itertools.islice(steps, done, self.steps)
 
 
-def _divide(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut a list into runs of about equal sums, none above the budget where that is possible."""
+def _cut_evenly(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut a list into runs of about equal sums, each within the budget if possible.
+
+    The number of runs is the least that the budget allows. Filling each run to the budget would leave a small
+    remainder for the last one: an optimiser step over few utterances, with a noisy gradient.
+
+    Args:
+        indices: into `sizes`; their order does not change.
+        sizes: what each index takes of the budget.
+        budget: of a run; only an index that takes more by itself exceeds it.
+    """
     rest = sum(sizes[i] for i in indices)
-    parts: list[list[int]] = []
+    runs: list[list[int]] = []
     current: list[int] = []
     size = 0
     target = rest / max(1, -(-rest // budget))
     for index in indices:
         size_with = size + sizes[index]
-        # Close the run where that comes nearer to the even share than going on.
+        # Close the run if its sum is nearer to the target without this index than with it.
         if current and (size_with > budget or size_with - target > target - size):
-            parts.append(current)
+            runs.append(current)
             rest -= size
+            # The rest is shared out again, so that rounding errors do not add up in the last run.
             target = rest / max(1, -(-rest // budget))
             current, size = [], 0
         current.append(index)
         size += sizes[index]
     if current:
-        parts.append(current)
-    return parts
+        runs.append(current)
+    return runs
 
 
-def _fill(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut a list into runs that are as full as the budget allows; the last one has the rest."""
-    parts: list[list[int]] = []
+def _cut_at_budget(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut a list into runs that are as full as the budget allows; the last one has the remainder.
+
+    Args and result are those of `_cut_evenly`.
+    """
+    runs: list[list[int]] = []
     size = budget
     for index in indices:
         if size + sizes[index] > budget:
-            parts.append([])
+            runs.append([])
             size = 0
-        parts[-1].append(index)
+        runs[-1].append(index)
         size += sizes[index]
-    return parts
+    return runs
 
 
 def split_step(
     step: list[int], positions: Sequence[int], processes: int, budget: int, sizes: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
-    """Divide a step's utterances among processes and their micro-batches.
+    """Divide a step's utterances among processes and their padded micro-batches.
+
+    Utterances are taken from the longest to the shortest, and each micro-batch is filled up before the next
+    begins: utterances of similar length share a micro-batch and need little padding. Then micro-batches with
+    the most utterances are halved until all processes have the same number.
 
     Args:
         step: indices of the step's utterances.
         positions: LLM positions of each utterance.
         processes: how many share the step.
-        budget: positions, padding included, that a process puts through the LLM at once; exceeded
-            only by an utterance that is longer by itself.
+        budget: LLM positions, padding included, of a micro-batch; only an utterance that is longer by itself
+            exceeds it.
         sizes: what each utterance takes of the budget, if not its positions.
 
     Returns:
-        [process][micro-batch] → indices. Every process has equally many micro-batches; one may be
-        empty where there are fewer utterances than processes.
+        [process][micro-batch] → indices. All processes have the same number of micro-batches; some of these
+        are empty if the step has fewer utterances than processes.
     """
     sizes = positions if sizes is None else sizes
     longest_first = sorted(step, key=lambda i: (-positions[i], i))
     groups: list[list[int]] = []
     for index in longest_first:
-        # The first of a group is its longest, which all the others are padded to.
+        # The first of a group is its longest, to which all others are padded.
         if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(index)
         else:
@@ -320,12 +364,26 @@ def split_step(
 def split_packed(
     step: list[int], positions: Sequence[int], processes: int, budget: int
 ) -> list[list[list[int]]]:
-    """The same where a batch has no padding: as few micro-batches as hold the step, all about equally full."""
+    """Divide a step's utterances among processes and their packed micro-batches.
+
+    Packed micro-batches have no padding, so lengths may be mixed freely. The least number of micro-batches
+    that holds the step is used, and utterances are dealt out longest first, each to the emptiest micro-batch.
+    All are then about equally full, and no process waits long for another.
+
+    Args:
+        step: indices of the step's utterances.
+        positions: LLM positions of each utterance.
+        processes: how many share the step.
+        budget: LLM positions of a micro-batch; only an utterance that is longer by itself exceeds it.
+
+    Returns:
+        [process][micro-batch] → indices, as from `split_step`.
+    """
     longest_first = sorted(step, key=lambda i: (-positions[i], i))
     rounds = max(1, -(-sum(positions[i] for i in step) // (budget * processes)))
     while True:
         groups: list[list[int]] = [[] for _ in range(rounds * processes)]
-        # (positions, number) of each group: the next longest goes to the emptiest.
+        # A heap of (positions, number) of each group.
         fill = [(0, number) for number in range(len(groups))]
         for index in longest_first:
             size, number = heapq.heappop(fill)
@@ -334,20 +392,20 @@ def split_packed(
         if all(size <= budget or len(groups[number]) == 1 for size, number in fill):
             break
         rounds += 1
-    # Empty ones last, so that all of a round's processes have something, if any do.
+    # Empty groups last: then either all processes have work in a round, or it is the last round.
     groups.sort(key=lambda group: not group)
     return [groups[rank::processes] for rank in range(processes)]
 
 
 class BatchReader:
-    """Makes batches of examples with their audio.
+    """Makes batches of examples, with their audio.
 
     Args:
-        examples: what is said.
-        reader: gives the audio.
-        draw: (epoch, key) → which of an example's prompts it gets.
-        threads: that read the audio of a batch together.
-        packs: whether the utterances of a batch stand in one row.
+        examples: the utterances.
+        reader: reads their audio.
+        draw: (epoch, key) → index of the prompt that an example gets.
+        threads: number of threads that read a batch's audio.
+        packs: whether a batch's utterances are packed into one row, instead of padded to the longest.
     """
 
     def __init__(
@@ -362,18 +420,26 @@ class BatchReader:
         self._pool = ThreadPoolExecutor(threads, "read-audio") if threads > 1 else None
 
     def batch(self, indices: list[int], epoch: int = 0) -> Batch:
-        """The utterances side by side, or in one row.
+        """Read utterances and collate or pack them.
 
-        An empty list gives one utterance without targets: a process that has nothing to do in a
-        micro-batch goes through the same motions, with no effect on the loss.
+        Args:
+            indices: of the utterances. An empty list gives one utterance without targets: a process without
+                work in a micro-batch still takes part in its communication, and adds nothing to the loss.
+            epoch: decides which prompts are drawn.
         """
-        chosen = [self.examples.utterances[i] for i in indices or [0]]
-        audio = (self._pool.map if self._pool else map)(self.reader.read, chosen)
+        utterances = [self.examples.utterances[i] for i in indices or [0]]
+        audio = (self._pool.map if self._pool else map)(self.reader.read, utterances)
         rows = []
-        for index, utterance, heard in zip(indices or [0], chosen, audio, strict=True):
-            spoken = self.examples.spoken(index, self.draw(epoch, utterance.key))
+        for index, utterance, features in zip(indices or [0], utterances, audio, strict=True):
+            prompted = self.examples.prompted(index, self.draw(epoch, utterance.key))
             rows.append(
-                Row(heard, int(self.examples.audio[index]), spoken.before, spoken.prompt, spoken.answer)
+                Row(
+                    features,
+                    int(self.examples.audio_positions[index]),
+                    prompted.before,
+                    prompted.prompt,
+                    prompted.answer,
+                )
             )
         batch = pack(rows) if self.packs else collate(rows)
         if not indices:
@@ -381,12 +447,15 @@ class BatchReader:
         return batch
 
     def targets(self, indices: Iterable[int], epoch: int = 0) -> int:
-        """Target tokens of these utterances."""
-        utterances, answers = self.examples.utterances, self.examples.answers
-        several = answers.shape[1] > 1
-        return sum(int(answers[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
+        """Count the target tokens of utterances, with the prompts drawn in an epoch."""
+        utterances, targets = self.examples.utterances, self.examples.targets
+        several = targets.shape[1] > 1
+        return sum(int(targets[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
 
-    def enter(self, window: Window, behind: Window | None) -> None:
-        """Be told that a window begins: its audio is needed now, that of the one behind it soon."""
-        shards = [*window.shards, *(behind.shards if behind else [])]
+    def enter(self, window: Window, next_window: Window | None) -> None:
+        """Prepare the reader for a window: its shards are needed now, those of the next one soon.
+
+        The reader may fetch these shards ahead and evict all others.
+        """
+        shards = [*window.shards, *(next_window.shards if next_window else [])]
         self.reader.expect([self.examples.reader_shards[s] for s in shards])

@@ -1,24 +1,24 @@
-"""Checkpoints: all that a training needs to go on as if nothing had happened.
+"""Checkpoints: everything a training needs to resume as if it had never been interrupted.
 
-A folder `step-N` holds what was trained, and nothing of what is frozen:
+A folder `step-N` holds the trained weights, and none of the frozen ones:
 
-- `weights-R-of-W.safetensors` and `moments-R-of-W.safetensors`, of each of W processes: whole tensors in
-  fp32 (weights by name; `exp_avg/NAME` and `exp_avg_sq/NAME`), so that any engine on any number of
-  processes can go on from them, and no pickle is ever read;
-- `random-R-of-W.safetensors`: the state of that process' random numbers;
-- `curve.jsonl`: the curve up to there;
-- `checkpoint.json`, written last: the step, what the loop counts, the inputs of the training, and size and
-  SHA-256 of every file. A folder without it does not count.
+- `weights-R-of-W.safetensors` and `moments-R-of-W.safetensors`, one of each per process R of W: complete
+  tensors in fp32 (weights by name; moments as `exp_avg/NAME` and `exp_avg_sq/NAME`). Any engine on any number
+  of processes can resume from them, and no pickle is ever read;
+- `random-R-of-W.safetensors`: the state of process R's random number generators;
+- `curve.jsonl`: the curve up to this step;
+- `checkpoint.json`: the step, the loop's counts, the inputs of the training, and size and SHA-256 of every
+  file. It is written last; a folder without it is incomplete and ignored.
 
-Beside the folders, `latest` and `best` name one of them each, and move last.
+Next to these folders, the files `latest` and `best` each contain the name of one. They are updated last.
 """
 
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from slam_asr.errors import UserError
-from slam_asr.models.tensors import Tensors, stored_tensors
+from slam_asr.errors import InputError, ModelError
+from slam_asr.models.tensors import LazyTensors, lazy_tensors
 from slam_asr.storage import (
     delete,
     exists,
@@ -40,76 +40,88 @@ CURVE = "curve.jsonl"
 
 @dataclass
 class Checkpoint:
-    """What `checkpoint.json` says."""
+    """The content of `checkpoint.json`."""
 
     step: int
     """Optimiser steps done."""
     epoch: int
     updates: int
-    """Of Adam: fewer than steps where some were left out."""
+    """Updates that Adam has made: fewer than steps if some were skipped."""
     engine: str
     processes: int
     inputs: dict[str, Any]
-    """Of the training: models, data, and the recipe as far as it decides the weights."""
+    """Of the training: models, data, and the part of the recipe that affects the weights."""
     counts: dict[str, Any] = field(default_factory=dict)
-    """What the loop keeps over its steps."""
+    """State of the training loop: the fields of `loop.Counts`."""
     loss_scale: dict[str, float] = field(default_factory=dict)
     dev_loss: float | None = None
-    """After this very step, where it was measured."""
+    """After this step, if it was measured."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Size in bytes and SHA-256 of each file, by name."""
     folder: str = ""
+    """Where it was read from; not part of the file."""
 
     @property
     def name(self) -> str:
+        """Name of its folder."""
         return folder_name(self.step)
 
     def file(self, name: str) -> str:
-        """A local path with a file's content, compared with what was written.
+        """Return a local path of one of its files, after comparing its SHA-256.
 
         Raises:
-            UserError: it is missing, or is not what was written.
+            ModelError: the file is missing, or differs from what was written.
         """
         path = join(self.folder, name)
         if not exists(path):
-            raise UserError(
-                f"The checkpoint {self.folder} lacks {name}: copy it whole, or remove that folder and train again."
+            raise ModelError(
+                f"The checkpoint {self.folder} lacks {name}: copy the complete folder, or remove it and "
+                "train again."
             )
         local = fetch(path)
         if sha256_of_file(local) != self.files[name]["sha256"]:
-            raise UserError(
-                f"{path} is damaged (its SHA-256 is not the one in {DESCRIPTION}): remove {self.folder}, and the training goes on from an older one."
+            raise ModelError(
+                f"{path} is damaged (its SHA-256 is not the one in {DESCRIPTION}): remove {self.folder}, "
+                "and the training resumes from an older checkpoint."
             )
         return str(local)
 
-    def tensors(self, kind: str) -> Tensors:
-        """All tensors of the files of one kind (`weights`, `moments`), by name; none is read before it is asked for."""
-        return stored_tensors(self.file(name) for name in sorted(self.files) if name.startswith(f"{kind}-"))
+    def tensors(self, kind: str) -> LazyTensors:
+        """Tensors of all files of one kind (`weights` or `moments`), by name; each is read on first use."""
+        return lazy_tensors(self.file(name) for name in sorted(self.files) if name.startswith(f"{kind}-"))
 
 
 def folder_name(step: int) -> str:
-    """Of a step's checkpoint; names sort as steps do."""
+    """Name of the folder of a step's checkpoint; names sort as steps do."""
     return f"step-{step:08d}"
 
 
 def file_name(kind: str, rank: int, processes: int) -> str:
-    """Of what one process writes."""
+    """Name of the file of one kind that one process writes."""
     return f"{kind}-{rank:05d}-of-{processes:05d}.safetensors"
 
 
 def find(folder: str, pointer: str = LATEST) -> Checkpoint | None:
-    """The checkpoint that a pointer names, or None where there is none.
+    """Read the description of the checkpoint that a pointer names.
+
+    Args:
+        folder: of all checkpoints.
+        pointer: `latest` or `best`.
+
+    Returns:
+        The checkpoint, or None if the pointer does not exist.
 
     Raises:
-        UserError: the checkpoint is not there, or not whole.
+        ModelError: the checkpoint is missing or incomplete.
     """
     path = join(folder, pointer)
     if not exists(path):
         return None
     name = read_bytes(path).decode(errors="replace").strip()
     if not exists(join(folder, name, DESCRIPTION)):
-        raise UserError(
-            f"{path} names {name}, which is not there or not whole: copy the whole folder {folder}, or remove it and train again."
+        raise ModelError(
+            f"{path} names {name}, which is missing or incomplete: copy the complete folder {folder}, or "
+            "remove it and train again."
         )
     return _read(folder, name)
 
@@ -119,30 +131,34 @@ def _read(folder: str, name: str) -> Checkpoint:
     try:
         return Checkpoint(**{**json.loads(read_bytes(description)), "folder": join(folder, name)})
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{description} is not a checkpoint's description: remove that folder, or train with the version that wrote it."
+        raise ModelError(
+            f"{description} is not a checkpoint's description: remove that folder, or train with the version "
+            "that wrote it."
         ) from error
 
 
 def require(folder: str, pointer: str = LATEST) -> Checkpoint:
-    """The same, where there must be one.
+    """Read the description of the checkpoint that a pointer names, which must exist.
 
     Raises:
-        UserError: there is none, or it is not whole.
+        InputError: the folder holds no checkpoint.
+        ModelError: the checkpoint is missing or incomplete.
     """
-    found = find(folder, pointer)
-    if found is None:
-        raise UserError(
-            f"{folder} holds no checkpoint (no file `{pointer}`): run `slam-asr train` first, or check the path."
+    checkpoint = find(folder, pointer)
+    if checkpoint is None:
+        raise InputError(
+            f"{folder} holds no checkpoint (no file `{pointer}`): run `slam-asr train` first, or check the "
+            "path."
         )
-    return found
+    return checkpoint
 
 
-def all_kept(folder: str) -> list[Checkpoint]:
-    """All whole checkpoints up to the latest, by step.
+def all_complete(folder: str) -> list[Checkpoint]:
+    """Read the descriptions of all complete checkpoints up to the latest, ordered by step.
 
     Raises:
-        UserError: there is none, or the latest is not whole.
+        InputError: the folder holds no checkpoint.
+        ModelError: the latest one is missing or incomplete.
     """
     latest = require(folder)
     names = sorted(
@@ -156,12 +172,14 @@ def all_kept(folder: str) -> list[Checkpoint]:
 
 
 def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
-    """Let a checkpoint count whose files are all there, and remove those that need not be kept.
+    """Publish a checkpoint whose other files are complete, and prune older ones.
+
+    Writes the description and then the pointers: only now does the checkpoint exist for readers.
 
     Args:
         folder: of all checkpoints.
         checkpoint: the newest.
-        keep: how many of the last ones stay; the best one does in any case.
+        keep: number of the newest checkpoints to retain; the best one is always retained.
     """
     content = asdict(checkpoint)
     del content["folder"]
@@ -176,24 +194,31 @@ def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
 
 
 def prune(folder: str, keep: int) -> None:
-    """Remove all checkpoints before the latest but the last `keep` whole ones and the best one.
+    """Remove checkpoints before the latest, except the newest `keep` complete ones and the best one.
 
-    Those behind it are left alone: other processes may be at the next one already.
+    Folders after the latest are not touched: other processes may already be writing the next checkpoint.
     """
     latest, *best = [
         read_bytes(join(folder, p)).decode().strip() for p in (LATEST, BEST) if exists(join(folder, p))
     ]
     files = [f.name for f in walk(folder) if "/" in f.name]
-    whole = sorted({name.partition("/")[0] for name in files if name.endswith(f"/{DESCRIPTION}")})
-    kept = {latest, *best, *[name for name in whole if name <= latest][-keep:]}
+    complete = sorted({name.partition("/")[0] for name in files if name.endswith(f"/{DESCRIPTION}")})
+    retained = {latest, *best, *[name for name in complete if name <= latest][-keep:]}
     _remove(
         folder,
-        [name for name in files if name.partition("/")[0] < latest and name.partition("/")[0] not in kept],
+        [
+            name
+            for name in files
+            if name.partition("/")[0] < latest and name.partition("/")[0] not in retained
+        ],
     )
 
 
 def discard_newer_than_latest(folder: str) -> None:
-    """Remove what an earlier attempt has begun behind its latest checkpoint, or was writing when it was killed; only while nobody writes."""
+    """Remove what an interrupted attempt left: checkpoints after the latest, and temporary files.
+
+    Call it only while no process writes to the folder.
+    """
     latest = read_bytes(join(folder, LATEST)).decode().strip() if exists(join(folder, LATEST)) else ""
     names = [f.name for f in walk(folder)]
     _remove(
@@ -207,14 +232,14 @@ def discard_newer_than_latest(folder: str) -> None:
 
 
 def _remove(folder: str, files: list[str]) -> None:
-    # The description goes first: what is half-removed must not look whole.
+    # The description goes first, so that a half-removed checkpoint does not look complete.
     for name in sorted(files, key=lambda n: not n.endswith(f"/{DESCRIPTION}")):
         delete(join(folder, name))
     _remove_empty(folder)
 
 
 def clear(folder: str) -> None:
-    """Remove all checkpoints; the pointers first."""
+    """Remove all checkpoints; the pointers go first, so that they never name a removed one."""
     for name in (LATEST, BEST):
         delete(join(folder, name))
     for file in list(walk(folder)):

@@ -1,9 +1,11 @@
-"""Writing checkpoints while training goes on.
+"""Writes checkpoints in the background, and restores an engine from one.
 
-The training thread only copies what is to be written; a thread of each process writes it aside, publishes
-it, and tells the first process so, which makes the checkpoint count when all are done.
+The training thread only copies the state. A thread in each process writes that process's files under
+temporary names and renames (or uploads) them. The threads then exchange the results, and the first process
+publishes the checkpoint if all have succeeded.
 """
 
+import functools
 import os
 import queue
 import threading
@@ -11,11 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from slam_asr.errors import UserError, from_os_error
+from slam_asr.errors import ModelError, StorageError, UserError, from_os_error
 from slam_asr.progress import log_line
 from slam_asr.storage import is_s3, join, local_path, sha256_of_file, upload
 from slam_asr.training import checkpoint
@@ -25,19 +28,25 @@ from slam_asr.training.engines.engine import Engine
 
 @dataclass
 class Snapshot:
-    """What one process writes of a checkpoint, copied while nothing moves."""
+    """What one process writes of a checkpoint: a copy, taken between two steps."""
 
     checkpoint: Checkpoint
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """By the kind of file, then by name."""
+    """By kind of file (`weights`, `moments`, `random`), then by name; complete tensors on the CPU."""
     curve: bytes = b""
-    """Of the first process."""
+    """Content of `curve.jsonl`; on the first process only."""
 
 
 def take_snapshot(engine: Engine, about: Checkpoint, curve: bytes) -> Snapshot:
-    """Copy what a checkpoint needs; all processes call it together."""
+    """Copy what a checkpoint contains. All processes must call it together.
+
+    Args:
+        engine: whose state is copied.
+        about: the description, without `files`.
+        curve: content of `curve.jsonl`; empty except on the first process.
+    """
     weights, moments = {}, {}
-    for name, which, tensor in engine.share():
+    for name, which, tensor in engine.state_to_save():
         if which == "weight":
             weights[name] = tensor
         else:
@@ -48,35 +57,35 @@ def take_snapshot(engine: Engine, about: Checkpoint, curve: bytes) -> Snapshot:
     return Snapshot(about, {"weights": weights, "moments": moments, "random": random}, curve)
 
 
-class Saver:
-    """Writes snapshots, one at a time, in a thread.
+class CheckpointWriter:
+    """Writes snapshots in a thread, one at a time.
 
     Args:
         folder: of all checkpoints; local, or in object storage.
-        scratch: local folder for what is on its way to object storage.
-        keep: how many of the last checkpoints stay.
+        scratch: local folder for files to be uploaded.
+        keep: number of the newest checkpoints to retain.
     """
 
     def __init__(self, folder: str, scratch: Path, keep: int) -> None:
         self.folder, self.scratch, self.keep = folder, scratch, keep
         self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        # Messages between the writing threads must not mix with those of training.
+        # A group of their own: messages between writing threads must not mix with those of training.
         self.group = torch.distributed.new_group(backend="gloo") if self.processes > 1 else None
         self.failure: str | None = None
-        """Why the last one could not be written."""
+        """Why the last checkpoint could not be written."""
         self.last = time.monotonic()
-        """When the last one was begun."""
+        """`time.monotonic()` when the last checkpoint was begun."""
         self._snapshots: queue.Queue[Snapshot | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
     @property
     def pending(self) -> int:
-        """Snapshots that are being written, or wait for it."""
+        """Number of snapshots that are being written or are queued."""
         return self._snapshots.unfinished_tasks
 
     def save(self, snapshot: Snapshot) -> None:
-        """Have a snapshot written; all processes call it."""
+        """Queue a snapshot. All processes must call it for the same step."""
         self.last = time.monotonic()
         self._snapshots.put(snapshot)
 
@@ -85,26 +94,30 @@ class Saver:
         self._snapshots.join()
 
     def close(self) -> None:
-        """Wait for what is pending, and end.
+        """Wait until nothing is pending, and end the thread.
 
         Raises:
-            UserError: the last checkpoint could not be written.
+            StorageError: the last checkpoint could not be written.
         """
         self._snapshots.put(None)
         self._thread.join()
         if self.failure:
-            raise UserError(self.failure)
+            raise StorageError(self.failure)
 
     def _work(self) -> None:
         while (snapshot := self._snapshots.get()) is not None:
             try:
                 self.failure = self._write(snapshot)
             finally:
-                del snapshot  # its memory
+                del snapshot  # frees its memory before the next one arrives
                 self._snapshots.task_done()
 
     def _write(self, snapshot: Snapshot) -> str | None:
-        """Write this process' share and hear of the others'; the reason where any could not."""
+        """Write this process's files, and publish the checkpoint when all processes have written theirs.
+
+        Returns:
+            None, or the reason why a process could not write.
+        """
         about, files, failure = snapshot.checkpoint, {}, None
         try:
             files = self._write_share(snapshot)
@@ -112,17 +125,19 @@ class Saver:
             failure = str(error)
         except OSError as error:
             failure = str(from_os_error(error) or error)
-        # safetensors and torch tell of a failed write by errors of their own.
-        except Exception as error:
-            failure = f"{join(self.folder, about.name)} could not be written ({type(error).__name__}: {error}): disk full, or no permission?"
+        except Exception as error:  # safetensors and torch report a failed write by exceptions of their own
+            failure = (
+                f"{join(self.folder, about.name)} could not be written ({type(error).__name__}: {error}): "
+                "disk full, or no permission?"
+            )
         if self.group is not None:
-            told: list = [None] * self.processes
+            results: list[tuple[dict[str, dict[str, Any]], str | None]] = [({}, None)] * self.processes
             try:
-                torch.distributed.all_gather_object(told, (files, failure), group=self.group)
-            except RuntimeError:  # the training thread will find out by itself, and say so
-                return f"The checkpoint of step {about.step} is not whole: another process is gone."
-            files = {name: facts for theirs, _ in told for name, facts in theirs.items()}
-            failure = next((f for _, f in told if f), None)
+                torch.distributed.all_gather_object(results, (files, failure), group=self.group)
+            except RuntimeError:  # the training thread will fail for the same reason, and report it
+                return f"The checkpoint of step {about.step} is incomplete: another process has ended."
+            files = {name: facts for written, _ in results for name, facts in written.items()}
+            failure = next((reason for _, reason in results if reason), None)
         if failure is None and self.rank == 0:
             try:
                 about.files = files
@@ -133,80 +148,88 @@ class Saver:
                 failure = str(from_os_error(error) or error)
         if failure and self.rank == 0:
             log_line(
-                f"warning: the checkpoint of step {about.step} could not be written, training goes on: {failure}"
+                f"warning: the checkpoint of step {about.step} could not be written; training continues: "
+                f"{failure}"
             )
         return failure
 
-    def _write_share(self, snapshot: Snapshot) -> dict[str, dict]:
-        name, files = snapshot.checkpoint.name, {}
+    def _write_share(self, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+        """Write this process's files; returns size and SHA-256 of each, by name."""
+        name = snapshot.checkpoint.name
+        files: dict[str, dict[str, Any]] = {}
         for kind, tensors in snapshot.tensors.items():
             if tensors:
                 files |= self._put(
-                    name,
-                    file_name(kind, self.rank, self.processes),
-                    lambda path, t=tensors: save_file(t, path),
+                    name, file_name(kind, self.rank, self.processes), functools.partial(save_file, tensors)
                 )
         if snapshot.curve:
             files |= self._put(name, CURVE, lambda path: path.write_bytes(snapshot.curve))
         return files
 
-    def _put(self, folder: str, name: str, write: Callable[[Path], object]) -> dict[str, dict]:
-        """Write a file aside, and let it appear under its name when it is whole."""
+    def _put(self, folder: str, name: str, write: Callable[[Path], object]) -> dict[str, dict[str, Any]]:
+        """Write a file under a temporary name, and give it its own name when it is complete."""
         remote = is_s3(self.folder)
         target = join(self.folder, folder, name)
-        aside = (
+        partial = (
             self.scratch / f".{name}.partial" if remote else local_path(target).with_name(f".{name}.partial")
         )
-        aside.parent.mkdir(parents=True, exist_ok=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write(aside)
-            facts = {"bytes": aside.stat().st_size, "sha256": sha256_of_file(aside)}
+            write(partial)
+            facts = {"bytes": partial.stat().st_size, "sha256": sha256_of_file(partial)}
             if remote:
-                upload(aside, target)
+                upload(partial, target)
             else:
-                with open(aside, "rb") as file:
+                # Before the rename: after a power failure the name must not point to missing content.
+                with open(partial, "rb") as file:
                     os.fsync(file.fileno())
-                os.replace(aside, local_path(target))
+                os.replace(partial, local_path(target))
         finally:
-            aside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         return {name: facts}
 
 
-def restore(engine: Engine, found: Checkpoint) -> None:
-    """Put an engine where a checkpoint left it; all processes call it.
+def restore(engine: Engine, saved: Checkpoint) -> None:
+    """Restore an engine's state from a checkpoint. All processes must call it together.
+
+    Random number generators are restored only if the number of processes is the same: their state is per
+    process.
 
     Raises:
-        UserError: the checkpoint is damaged, or does not hold what is trained here.
+        ModelError: the checkpoint is damaged, or holds other weights than this training has.
     """
-    wanted = set(engine.groups.weights)
-    met = set()
+    expected = set(engine.groups.weights)
+    restored = set()
     for kind in ("weights", "moments"):
-        for key, tensor in found.tensors(kind).items():
+        for key, tensor in saved.tensors(kind).items():
             which, name = ("weight", key) if kind == "weights" else key.split("/", 1)
-            if name not in wanted or tensor.shape != shape_of(engine, name):
-                raise UserError(
-                    f"The checkpoint {found.folder} holds {name} of shape {list(tensor.shape)}, which is not what this recipe trains: choose another --output."
+            if name not in expected or tensor.shape != complete_shape(engine, name):
+                raise ModelError(
+                    f"The checkpoint {saved.folder} holds {name} of shape {list(tensor.shape)}, which this "
+                    "recipe does not train: choose another --output."
                 )
-            engine.put_state(name, which, tensor)
-            met.add((which, name))
-    if len(met) != 3 * len(wanted):
-        raise UserError(
-            f"The checkpoint {found.folder} lacks some of what this recipe trains: choose another --output."
+            engine.set_state(name, which, tensor)
+            restored.add((which, name))
+    # A master and two moments for each weight.
+    if len(restored) != 3 * len(expected):
+        raise ModelError(
+            f"The checkpoint {saved.folder} lacks some of the weights that this recipe trains: choose "
+            "another --output."
         )
-    engine.finish_restoring(found.updates)
-    engine.put_loss_scale(found.loss_scale)
+    engine.finish_restoring(saved.updates)
+    engine.set_loss_scale(saved.loss_scale)
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if processes == found.processes:
+    if processes == saved.processes:
         with torch.no_grad():
             from safetensors.torch import load_file
 
-            random = load_file(found.file(file_name("random", rank, processes)))
+            random = load_file(saved.file(file_name("random", rank, processes)))
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
 
 
-def shape_of(engine: Engine, name: str) -> torch.Size:
-    """The whole shape of a trained weight, however it is spread."""
+def complete_shape(engine: Engine, name: str) -> torch.Size:
+    """Shape of a complete trained weight, however the engine shards it (ZeRO-3 leaves an empty parameter)."""
     parameter = engine.groups.weights[name]
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

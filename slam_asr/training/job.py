@@ -1,30 +1,35 @@
-"""What `slam-asr train` hands to the processes that do the work."""
+"""The job that `slam-asr train` hands to its training processes, as a JSON file."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 FACTS = "training.json"
-"""What the report says about a training that has ended."""
+"""File in which a finished training leaves the facts for its report."""
 CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints within the stage's output."""
 
 
 @dataclass
 class TrainingJob:
-    """A training, checked and written down."""
+    """A training whose inputs have been checked."""
 
     recipe: str
-    """Resolved, as YAML."""
+    """Resolved recipe, as YAML."""
     train_manifest: str
     dev_manifest: str | None
     feature_store: str | None
-    """None where audio is encoded on the way."""
+    """None if audio is encoded on the fly."""
     llm_folder: str
     encoder_parameters: int
+    """Number of the encoder's parameters, for the report."""
     folder: str
-    """Where results go on this machine."""
+    """Local folder for results."""
     published: str
-    """The stage's own folder, perhaps in object storage, where checkpoints go at once and results in the end."""
+    """The stage's output folder, perhaps in object storage.
+
+    Checkpoints are written there at once, results at the end.
+    """
     init_from: str | None = None
-    """Local folder of the model whose projector it begins with."""
+    """Local folder of the model whose projector the training starts from."""
     inputs: dict[str, Any] = field(default_factory=dict)
-    """All that the weights depend on."""
+    """Everything that the trained weights depend on."""

@@ -1,4 +1,4 @@
-"""The curve of a training, and the page that shows it while it runs and when it is over."""
+"""The curve of a training, and the page that shows it during and after the training."""
 
 import json
 import math
@@ -18,16 +18,16 @@ from slam_asr.training.trackers import EVENTS
 
 PAGE = "curves.html"
 REFRESH = 60.0
-"""Seconds between two pages."""
+"""Seconds between two versions of the page."""
 
 
 class LivePage:
-    """Writes the page now and then, in a thread, and puts it where people look.
+    """Draws the page every `REFRESH` seconds in a thread, and publishes it.
 
     Args:
         folder: of the training, with its curve.
-        recipe: what is trained.
-        published: a folder in object storage, if those who wait look there.
+        recipe: of the training.
+        published: folder in object storage for the page; None if `folder` is the output itself.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, published: str | None) -> None:
@@ -37,14 +37,14 @@ class LivePage:
         self._failed = False
 
     def refresh(self) -> None:
-        """Write it, if it is time and the one before is done."""
+        """Start drawing, if `REFRESH` seconds have passed and the previous page is finished."""
         if time.monotonic() - self.last >= REFRESH and (self._thread is None or not self._thread.is_alive()):
             self.last = time.monotonic()
             self._thread = threading.Thread(target=self._write, name="page", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Wait for the one that is being written."""
+        """Wait until the page being drawn is finished."""
         if self._thread is not None:
             self._thread.join()
 
@@ -56,12 +56,19 @@ class LivePage:
                 publish(self.folder, self.published)
         except (OSError, UserError) as error:
             if not self._failed:
-                log_line(f"warning: the page of the curves could not be written, training goes on: {error}")
+                log_line(
+                    f"warning: the page with the curves could not be written; training continues: {error}"
+                )
             self._failed = True
 
 
 def publish(folder: Path, to: str) -> None:
-    """Put page, curve and TensorBoard's files of a training that runs where people look."""
+    """Upload page, curve and TensorBoard's files of a running training.
+
+    Args:
+        folder: local, of the training.
+        to: folder in object storage.
+    """
     events = sorted((folder / EVENTS).glob("*")) if (folder / EVENTS).is_dir() else []
     for file in (folder / PAGE, folder / CURVE, *events):
         if file.is_file():
@@ -69,10 +76,15 @@ def publish(folder: Path, to: str) -> None:
 
 
 def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> dict[str, Any]:
-    """Draw the curves of a training as they are now.
+    """Draw the page from the curve so far.
+
+    Args:
+        folder: of the training.
+        recipe: of the training.
+        facts: (label, text) rows to show in addition to models and steps.
 
     Returns:
-        `curve`, `validation` and `samples`, thinned to what a page can show.
+        What the page shows: `curve` and `validation`, thinned, and `samples`.
     """
     training, validation = read_curve(folder / CURVE)
     shown = {
@@ -89,7 +101,7 @@ def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> di
 
 
 def read_curve(path: Path) -> tuple[list[dict], list[dict]]:
-    """(training points, validation points) of a curve; each point has step, loss and accuracy."""
+    """Read a curve as (training points, validation points); each point has step, loss and accuracy."""
     training, validation = [], []
     for row in _rows(path):
         if "validation" in row:
@@ -100,15 +112,15 @@ def read_curve(path: Path) -> tuple[list[dict], list[dict]]:
 
 
 def last_samples(path: Path) -> list[dict[str, str]]:
-    """The texts of the last validation that has any: key, reference and hypothesis of each."""
-    found: list[dict[str, str]] = []
+    """Read the transcripts of the last validation that has any: key, reference and hypothesis of each."""
+    samples: list[dict[str, str]] = []
     for row in _rows(path):
-        found = row.get("samples", found)
-    return found
+        samples = row.get("samples", samples)
+    return samples
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with open(path) as file:
         for line in file:
-            if line.endswith("\n"):  # the last one may be on its way
+            if line.endswith("\n"):  # the last line may still be incomplete
                 yield json.loads(line)

@@ -1,4 +1,4 @@
-"""What a training works with: the model, and the batches that it is shown."""
+"""Builds what a training needs from its job: prompts, batch readers, and the model."""
 
 import functools
 import os
@@ -25,22 +25,32 @@ from slam_asr.models.llm import (
 from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.sharded import NotOneToOne, StoredWeight, describe_stored_llm
+from slam_asr.models.sharded import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 from slam_asr.models.slam import Slam
 from slam_asr.progress import log_line
 from slam_asr.recipe import Recipe, Training
 from slam_asr.training.batches import BatchReader, Examples
-from slam_asr.training.engines.choose import spreads_weights
+from slam_asr.training.engines.choose import shards_weights
 from slam_asr.training.job import TrainingJob
 
 
 def build_prompt(job: TrainingJob, recipe: Recipe) -> Prompt:
-    """The prompt as the LLM's tokenizer spells it."""
+    """The recipe's prompts, tokenised by the LLM's tokenizer."""
     return Prompt(load_tokenizer(Path(job.llm_folder)), recipe.llm)
 
 
 def build_readers(job: TrainingJob, recipe: Recipe, prompt: Prompt, processes: int) -> dict[str, BatchReader]:
-    """Batches of the sets `train` and, where there is one, `dev`."""
+    """Create the batch readers of the sets `train` and, if the job has one, `dev`.
+
+    Args:
+        job: names manifests and feature store.
+        recipe: of the training.
+        prompt: training utterances get a prompt drawn for each epoch, dev utterances always the main one.
+        processes: on this machine, which share its CPU cores for reading audio.
+
+    Raises:
+        UserError: a manifest or the feature store cannot be read, or an utterance does not fit the LLM.
+    """
     spec = describe_encoder(recipe.encoder)
     manifests = {"train": job.train_manifest, **({"dev": job.dev_manifest} if job.dev_manifest else {})}
     utterances = {name: fit_to_window(read_manifest(path), spec) for name, path in manifests.items()}
@@ -68,58 +78,67 @@ def build_readers(job: TrainingJob, recipe: Recipe, prompt: Prompt, processes: i
 def _source(
     store: str | None, spec: EncoderSpec, recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
 ) -> FeatureReader:
-    """The feature store, or the audio itself."""
+    """A reader of the feature store, or of the audio files if there is none."""
     if store is None:
         return AudioReader(spec, recipe.features)
-    wanted = [u.audio_id for utterances in manifests for u in utterances]
+    audio_ids = [u.audio_id for utterances in manifests for u in utterances]
     cache = int(recipe.features.cache_gigabytes * 1e9)
-    return StoreReader(FeatureStore(store, spec.fingerprint(), recipe.features.dtype, wanted, cache))
+    return StoreReader(FeatureStore(store, spec.fingerprint(), recipe.features.dtype, audio_ids, cache))
 
 
-def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple[Slam, list[StoredWeight]]:
-    """The model in the recipe's precision, with what is trained open to gradients; initial weights depend on the seed alone.
+def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple[Slam, list[LazyWeight]]:
+    """Build the model in the recipe's precision; trained weights require a gradient.
 
-    Where the engine spreads an LLM over processes, none of them holds it whole.
+    Initial weights depend on the seed alone. If the engine shards the LLM, no process holds the complete LLM.
+
+    Args:
+        job: names the LLM's folder, the feature store, and the model to start from.
+        recipe: of the training.
+        device: for a frozen encoder; the engine moves the rest.
 
     Returns:
-        The model, and the LLM's weights that its engine has to read; none where they are there.
+        The model; and the LLM's weights that the engine has to read, on the meta device. These are none if
+        the LLM is already loaded.
     """
     options = recipe.training
     spec = describe_encoder(recipe.encoder)
-    llm, stored = _llm(Path(job.llm_folder), options)
+    llm, lazy_weights = _load_llm(Path(job.llm_folder), options)
     set_tuning(llm, recipe.llm, options.seed)
     projector = build_projector(recipe.projector, spec.width, llm_width(llm), options.seed)
     if job.init_from:
         projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
-    heard = None
+    encoder = None
     if job.feature_store is None and recipe.encoder.tuning == "full":
-        heard = spec.load(DTYPES[options.precision]).requires_grad_(True)
+        encoder = spec.load(DTYPES[options.precision]).requires_grad_(True)
     elif job.feature_store is None:
-        heard = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
+        encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
     if options.gradient_checkpointing:
         checkpoint_layers(llm)
         if recipe.encoder.tuning == "full":
-            checkpoint_layers(heard)
-    return Slam(projector, llm, heard, recipe.features.dtype), stored
+            # `Recipe.caches_features` is false for a trained encoder, so there is no feature store.
+            assert encoder is not None
+            checkpoint_layers(encoder)
+    return Slam(projector, llm, encoder, recipe.features.dtype), lazy_weights
 
 
-def _llm(folder: Path, options: Training) -> tuple[PreTrainedModel, list[StoredWeight]]:
+def _load_llm(folder: Path, options: Training) -> tuple[PreTrainedModel, list[LazyWeight]]:
+    """Load the LLM, or only describe it if the engine can read its weights shard by shard."""
     dtype = DTYPES[options.precision]
-    if spreads_weights(options):
+    if shards_weights(options):
         try:
-            return describe_stored_llm(folder, dtype)
-        except NotOneToOne as reason:
+            return describe_lazy_llm(folder, dtype)
+        except NotLazilyLoadable as reason:
             if torch.distributed.get_rank() == 0:
-                log_line(f"the LLM is loaded whole by each process, before it is spread: {reason}")
+                log_line(f"each process loads the complete LLM before it is sharded: {reason}")
     return load_llm(folder, dtype), []
 
 
 def count_parameters(model: Slam, encoder: int) -> dict[str, tuple[int, int]]:
-    """(all, trained) parameters of each part.
+    """Count (all, trained) parameters of each part of the model.
 
     Args:
-        model: whole.
-        encoder: parameters of an encoder that is not a part of it.
+        model: not sharded yet.
+        encoder: parameters of the encoder, used if it is not part of the model.
     """
     counts = {
         name: (

@@ -1,4 +1,4 @@
-"""What one sees of a training: lines in the log, and the curve as JSON lines."""
+"""Reports the progress of a training: log lines, the curve as JSON lines, trackers and the live page."""
 
 import json
 import math
@@ -21,40 +21,42 @@ from slam_asr.training.samples import Samples
 from slam_asr.training.trackers import make_trackers
 
 SHOWN = 3
-"""Transcripts of a validation that are shown in the log; the page has all."""
+"""Number of transcripts of a validation that are logged; the page shows all of them."""
 
 
 @dataclass
 class StepNumbers:
-    """What is known of an optimiser step when it is done."""
+    """The numbers of a finished optimiser step, over all processes."""
 
     step: int
     epoch: int
     loss: float
     """Mean over the target tokens."""
     accuracy: float
-    """Share of the target tokens that come first in the prediction."""
+    """Share of the target tokens to which the model gives the highest probability."""
     learning_rate: float
     gradient_norm: float | None
-    """2-norm before clipping."""
+    """2-norm before clipping; None if the engine does not compute it, or it was not finite."""
     padding: float
-    """Share of the LLM positions that hold nothing."""
+    """Share of the LLM positions that is padding."""
     positions: int
-    """LLM positions that hold something."""
+    """LLM positions without padding."""
     audio_seconds: float
 
 
 class Monitor:
-    """Collects the numbers of each step and shows them; used by one process only.
+    """Collects and reports the numbers of each step; used by the first process only.
 
     Args:
-        folder: where the curve is; it is gone on with.
-        recipe: what is trained.
+        folder: contains the curve, which is appended to.
+        recipe: of the training.
         total_steps: of the training.
-        done: steps that are behind.
-        device: whose memory is told.
-        work: floating-point operations for a position, and those that all devices together are sold with in a second, if that is known.
-        published: the folder in object storage where those who wait look, if there is one.
+        done: steps done before, according to the checkpoint.
+        device: its memory use is reported.
+        work: floating-point operations per LLM position, and the nominal peak per second of all devices
+            together, if known.
+        published: folder in object storage where the live page is published; None if `folder` is the output
+            itself.
     """
 
     def __init__(
@@ -71,63 +73,73 @@ class Monitor:
         self.file: TextIO = open(folder / CURVE, "a")  # noqa: SIM115 - closed by close()
         self.meter = Meter("train", total=total_steps - done, unit="step", plain_lines=False)
         self.total, self.first = total_steps, done + 1
-        self.since = _Since(work)
+        self.interval = _Interval(work)
         self.plateau = Plateau()
         for row in read_curve(folder / CURVE)[0]:
-            self.plateau.see(row["step"], row["accuracy"])
+            self.plateau.update(row["step"], row["accuracy"])
         name = f"{recipe.name}-{digest([str(folder), published])[:8]}"
         self.trackers = make_trackers(recipe.training.trackers, folder, name, _flat(asdict(recipe)), done)
         self.page = LivePage(folder, recipe, published)
 
     def step(self, numbers: StepNumbers) -> None:
-        """One optimiser step is done."""
-        self.since.add(numbers)
+        """Record an optimiser step; log it every `training.log_every` steps."""
+        self.interval.add(numbers)
         row = asdict(numbers) | {"memory": self.memory()}
         self._write(row)
         self.meter.update(1, f"loss {numbers.loss:.3f}, accuracy {numbers.accuracy:.3f}")
         if numbers.step % self.log_every == 0 or numbers.step in (self.first, self.total):
             norm = "" if numbers.gradient_norm is None else f", gradient norm {numbers.gradient_norm:.3g}"
             log_line(
-                f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: loss {numbers.loss:.4f}, accuracy {numbers.accuracy:.3f}, "
-                f"learning rate {numbers.learning_rate:.2e}{norm}, {self.since.in_words()}, {self.memory() / 1e9:.1f} GB, ETA {self.meter.eta}"
+                f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: loss {numbers.loss:.4f}, "
+                f"accuracy {numbers.accuracy:.3f}, learning rate {numbers.learning_rate:.2e}{norm}, "
+                f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, ETA {self.meter.eta}"
             )
             self._track(
                 numbers.step,
                 {
                     f"train/{k}": v
-                    for k, v in (row | self.since.rates()).items()
+                    for k, v in (row | self.interval.rates()).items()
                     if k not in ("step", "positions", "audio_seconds")
                 },
             )
-            self.since = _Since(self.work)
-        plateau = self.plateau.see(numbers.step, numbers.accuracy)
+            self.interval = _Interval(self.work)
+        plateau = self.plateau.update(numbers.step, numbers.accuracy)
         if plateau:
             log_line(plateau)
         self.page.refresh()
 
     def memory(self) -> int:
-        """Most bytes that this process has held so far: of the GPU's memory, or of the host's on a CPU."""
+        """Peak memory of this process so far, in bytes: of the GPU, or of the host if it trains on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        # Linux reports kibibytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def validation(self, step: int, loss: float, accuracy: float, samples: Samples | None) -> None:
-        """The dev set was scored after `step`."""
+        """Record a validation.
+
+        Args:
+            step: after which it took place.
+            loss: mean over the target tokens of the dev set.
+            accuracy: share of these tokens to which the model gives the highest probability.
+            samples: transcripts, if any were made.
+        """
         numbers = {"loss": loss, "accuracy": accuracy}
-        said = f"step {step}: dev loss {loss:.4f}, dev accuracy {accuracy:.3f}"
+        line = f"step {step}: dev loss {loss:.4f}, dev accuracy {accuracy:.3f}"
         if samples is not None and samples.wer is not None:
             numbers["wer"] = samples.wer
-            said += f", WER {100 * samples.wer:.1f} % on {len(samples.texts)} dev utterances"
+            line += f", WER {100 * samples.wer:.1f} % on {len(samples.texts)} dev utterances"
         self._write({"step": step, "validation": numbers, **({"samples": samples.texts} if samples else {})})
-        log_line(said)
+        log_line(line)
         self._track(step, {f"dev/{name}": value for name, value in numbers.items()})
         if samples is not None:
             for row in samples.texts[:SHOWN]:
                 log_line(
-                    f"  {row['key']}: {row['hypothesis'] or '(nothing)'}\n  {'said':>{len(row['key'])}}: {row['reference']}"
+                    f"  {row['key']}: {row['hypothesis'] or '(nothing)'}\n"
+                    f"  {'ref':>{len(row['key'])}}: {row['reference']}"
                 )
             text = "\n\n".join(
-                f"{row['key']}\n{row['hypothesis']}\nsaid: {row['reference']}" for row in samples.texts
+                f"{row['key']}\n{row['hypothesis']}\nreference: {row['reference']}" for row in samples.texts
             )
             for tracker in self.trackers:
                 tracker.text(step, "dev/samples", text)
@@ -138,7 +150,7 @@ class Monitor:
             tracker.log(step, finite)
 
     def _write(self, row: dict[str, Any]) -> None:
-        # JSON knows no NaN.
+        # JSON has no NaN.
         self.file.write(
             json.dumps(
                 {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -148,7 +160,7 @@ class Monitor:
         self.file.flush()
 
     def close(self) -> None:
-        """Finish the display and the files."""
+        """Close the progress display, the curve, the trackers and the page."""
         self.meter.__exit__()
         self.file.close()
         for tracker in self.trackers:
@@ -156,11 +168,11 @@ class Monitor:
         self.page.close()
 
 
-class _Since:
-    """Sums since the last line of the log."""
+class _Interval:
+    """Sums and rates since the last line of the log."""
 
     def __init__(self, work: tuple[float, float | None]) -> None:
-        self.a_position, self.peak = work
+        self.operations_per_position, self.peak = work
         self.started = time.monotonic()
         self.positions = self.cells = self.audio = 0.0
 
@@ -170,8 +182,9 @@ class _Since:
         self.audio += numbers.audio_seconds
 
     def rates(self) -> dict[str, float]:
+        """Rates since the last line, by the names that trackers get."""
         seconds = time.monotonic() - self.started
-        flops = self.a_position * self.positions / seconds
+        flops = self.operations_per_position * self.positions / seconds
         return {
             "positions_per_second": self.positions / seconds,
             "audio_hours_per_hour": self.audio / seconds,
@@ -180,17 +193,18 @@ class _Since:
             **({"share_of_peak": flops / self.peak} if self.peak else {}),
         }
 
-    def in_words(self) -> str:
+    def summary(self) -> str:
         rates = self.rates()
         share = f" ({rates['share_of_peak']:.0%} of the peak)" if self.peak else ""
         return (
-            f"{rates['positions_per_second']:.0f} positions/s ({rates['padding']:.0%} padding), {rates['tflops']:.3g} TFLOP/s{share}, "
-            f"{rates['audio_hours_per_hour']:.0f} h of audio an hour"
+            f"{rates['positions_per_second']:.0f} positions/s ({rates['padding']:.0%} padding), "
+            f"{rates['tflops']:.3g} TFLOP/s{share}, {rates['audio_hours_per_hour']:.0f} h of audio per hour"
         )
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    flat = {}
+    """Flatten nested dictionaries; keys are joined with dots."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
     return flat

@@ -1,58 +1,64 @@
-"""Training on several machines: who this one is among them, as torchrun's environment says.
+"""Training on several machines (nodes): this machine's rank, from torchrun's environment variables.
 
-Kubeflow Trainer sets these variables in each node's pod, as torchrun reads them; by hand they are set
-the same way on each machine.
+Kubeflow Trainer sets these variables in each node's pod. Without it, set them by hand on each machine.
 """
 
 import os
 from dataclasses import dataclass
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 
 NUMBER, RANK, ADDRESS, PORT = "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a training, and which of them this is."""
+    """The machines of a training, and which of them this one is."""
 
     number: int = 1
     rank: int = 0
+    """From 0."""
     address: str = "127.0.0.1"
+    """Of the first machine, where the others meet it."""
     port: int = 0
 
     @property
     def is_coordinator(self) -> bool:
-        """Whether this one writes the results."""
+        """Whether this machine writes the results."""
         return self.rank == 0
 
 
-def nodes_of_environment(wanted: int) -> Nodes:
-    """This machine's place among `wanted`.
+def nodes_from_environment(expected: int) -> Nodes:
+    """Read this machine's rank among the `expected` machines of the recipe (`training.nodes`).
 
     Raises:
-        UserError: the environment says otherwise, or half of it.
+        ConfigurationError: the environment contradicts the recipe, or is incomplete.
     """
-    given = {name: os.environ.get(name, "") for name in (NUMBER, RANK, ADDRESS, PORT)}
-    number = given[NUMBER] or "1"
-    if number == "1" and wanted == 1:
+    variables = {name: os.environ.get(name, "") for name in (NUMBER, RANK, ADDRESS, PORT)}
+    number = variables[NUMBER] or "1"
+    if number == "1" and expected == 1:
         return Nodes()
-    if number != str(wanted):
-        raise UserError(
-            f"The recipe's training.nodes is {wanted}, but {NUMBER} is {given[NUMBER] or 'not set'} here: start `slam-asr train` on {wanted} machines with "
-            f"{NUMBER}={wanted}, {RANK}, {ADDRESS} and {PORT} set, as Kubeflow Trainer does, or set training.nodes to the number there is."
+    if number != str(expected):
+        raise ConfigurationError(
+            f"The recipe's training.nodes is {expected}, but {NUMBER} is {variables[NUMBER] or 'not set'} "
+            f"here: start `slam-asr train` on {expected} machines with {NUMBER}={expected}, {RANK}, "
+            f"{ADDRESS} and {PORT} set, as Kubeflow Trainer does, or set training.nodes to the number of "
+            "machines."
         )
-    missing = [name for name, value in given.items() if not value]
+    missing = [name for name, value in variables.items() if not value]
     if missing:
-        raise UserError(
-            f"{NUMBER} is {number}, but {' and '.join(missing)} is not set: each machine needs its rank from 0 on, and address and port of the first."
+        raise ConfigurationError(
+            f"{NUMBER} is {number}, but {' and '.join(missing)} is not set: each machine needs its rank, "
+            "counted from 0, and the address and port of the first machine."
         )
     try:
-        nodes = Nodes(wanted, int(given[RANK]), given[ADDRESS], int(given[PORT]))
+        nodes = Nodes(expected, int(variables[RANK]), variables[ADDRESS], int(variables[PORT]))
     except ValueError:
-        raise UserError(
-            f"{RANK} is {given[RANK]!r} and {PORT} is {given[PORT]!r}: both must be whole numbers."
+        raise ConfigurationError(
+            f"{RANK} is {variables[RANK]!r} and {PORT} is {variables[PORT]!r}: both must be integers."
         ) from None
-    if not 0 <= nodes.rank < wanted:
-        raise UserError(f"{RANK} is {nodes.rank}: with {wanted} machines it goes from 0 to {wanted - 1}.")
+    if not 0 <= nodes.rank < expected:
+        raise ConfigurationError(
+            f"{RANK} is {nodes.rank}: with {expected} machines it must be 0 to {expected - 1}."
+        )
     return nodes

@@ -1,4 +1,9 @@
-"""What training minimises, and what it watches."""
+"""The training loss and the next-token accuracy, from all logits at once or in chunks.
+
+The logits of a batch are large: 2,000 target tokens of an LLM with 128,000 vocabulary entries take 1 GB in
+fp32, and the gradient as much again. `score_in_chunks` computes loss and gradient together for a few targets
+at a time.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +16,7 @@ from transformers import PreTrainedModel
 from slam_asr.models.slam import IGNORED
 
 CHUNK = 2**25
-"""Logits that are there at a time: 128 MiB in fp32."""
+"""Logits in memory at a time: 128 MiB in fp32. Fewer save memory but make matrix products smaller."""
 
 
 @dataclass
@@ -19,95 +24,110 @@ class AnswerScores:
     """Sums over the target tokens of a batch."""
 
     loss: torch.Tensor
-    """Cross entropy, summed, in float32; has a gradient."""
+    """Scalar: summed cross entropy in float32, with a gradient."""
     sums: torch.Tensor
-    """[loss, right next tokens, target tokens] in float64, detached: can be added over batches and processes."""
+    """[3] float64, detached: loss, correct next tokens, target tokens; may be added over batches."""
 
 
 def score_answers(logits: torch.Tensor, labels: torch.Tensor) -> AnswerScores:
     """Cross entropy and next-token accuracy on the answers.
 
     Args:
-        logits: [targets, vocabulary], as `Slam` gives them.
-        labels: [utterances, answer columns], `IGNORED` where there is no target.
+        logits: [targets, vocabulary], in the order of the targets in `labels`, as `Slam` returns them.
+        labels: [utterances, answer columns], `IGNORED` except at targets.
     """
     logits, targets = logits.float(), labels[labels != IGNORED]
-    # The sum over no target is zero with a zero gradient: a process without work steps with the others.
+    # Without targets the sum is zero with a zero gradient, so a process without work still takes part in the
+    # step.
     loss = functional.cross_entropy(logits, targets, reduction="sum")
-    right = (logits.argmax(-1) == targets).sum()
-    return AnswerScores(loss, _sums(loss, right, targets))
+    correct = (logits.argmax(-1) == targets).sum()
+    return AnswerScores(loss, _sums(loss, correct, targets))
 
 
 def score_in_chunks(
-    rows: torch.Tensor, head: nn.Linear, targets: torch.Tensor
+    rows: torch.Tensor, head: nn.Module, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from the output layer's inputs, with few logits at a time: a `Scorer`.
+    """Compute the fields of `AnswerScores` from the output layer's inputs; a `Scorer`.
 
-    The output layer is frozen, so that its inputs' gradient is all that is wanted; it is computed along with
-    the loss, and no logit is kept for the way back.
+    Only `CHUNK` logits are in memory at a time.
+
+    The output layer is frozen, so only its inputs need a gradient. That gradient is computed along with the
+    loss, and no logits are saved for the backward pass.
 
     Args:
-        rows: [targets, LLM width].
-        head: the LLM's output layer, behind which it does nothing to logits.
+        rows: [targets, LLM width] inputs of the output layer.
+        head: the output layer; the LLM must not change its logits any further (see `allows_chunks`).
         targets: [targets] token ids.
 
     Returns:
-        The fields of `AnswerScores`.
+        Loss (scalar, float32, with a gradient) and sums ([3], float64), as in `AnswerScores`.
     """
-    loss, right = _ChunkedLoss.apply(rows, head.weight, head.bias, targets)
-    return loss, _sums(loss, right, targets)
+    assert isinstance(head, nn.Linear)  # see `allows_chunks`
+    loss, correct = _ChunkedLoss.apply(rows, head.weight, head.bias, targets)
+    return loss, _sums(loss, correct, targets)
 
 
-def _sums(loss: torch.Tensor, right: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _sums(loss: torch.Tensor, correct: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.stack(
-        [loss.detach().double(), right.double(), torch.tensor(len(targets), device=loss.device).double()]
+        [loss.detach().double(), correct.double(), torch.tensor(len(targets), device=loss.device).double()]
     )
 
 
 class _ChunkedLoss(torch.autograd.Function):
+    """Summed cross entropy of a linear layer's outputs, with its gradient computed in the forward pass."""
+
     @staticmethod
     def forward(
         ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
-        right = torch.zeros((), dtype=torch.int64, device=rows.device)
+        correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         gradient = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
         size = max(1, CHUNK // weight.shape[0])
         for start in range(0, len(rows), size):
-            wanted = targets[start : start + size, None]
+            chunk = targets[start : start + size, None]
             logits = functional.linear(rows[start : start + size], weight, bias).float()
-            right += (logits.argmax(-1, keepdim=True) == wanted).sum()
+            correct += (logits.argmax(-1, keepdim=True) == chunk).sum()
             total = logits.logsumexp(-1, keepdim=True)
-            loss += (total - logits.gather(-1, wanted)).sum()
+            loss += (total - logits.gather(-1, chunk)).sum()
             if gradient is not None:
-                # The derivative of the cross entropy: probabilities, less one where the target is.
+                # d(loss)/d(logits) of the cross entropy is softmax(logits), minus 1 at the target.
                 probabilities = logits.sub_(total).exp_()
-                probabilities.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=probabilities.dtype))
+                probabilities.scatter_add_(-1, chunk, torch.full_like(chunk, -1, dtype=probabilities.dtype))
                 torch.mm(probabilities.to(weight.dtype), weight, out=gradient[start : start + size])
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(right)
-        return loss, right
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
 
     @staticmethod
-    def backward(ctx: Any, of_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, loss_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * of_loss.to(gradient.dtype), None, None, None
+        return gradient * loss_gradient.to(gradient.dtype), None, None, None
 
 
 @torch.no_grad()
 def allows_chunks(llm: PreTrainedModel) -> bool:
-    """Whether an LLM's logits are its output layer's outputs and nothing else, and that layer is frozen.
+    """Whether `score_in_chunks` may be used with an LLM.
 
-    The LLM must have its weights, whole. In fp16 a gradient that is not scaled yet could vanish.
+    It may if the output layer is frozen and the LLM's logits are exactly that layer's outputs: some LLMs
+    scale or cap them. It may not in fp16: the gradient is computed before the loss is scaled, and could
+    underflow.
+
+    Args:
+        llm: with all its weights on this process.
     """
     head = llm.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.requires_grad or head.weight.dtype == torch.float16:
         return False
-    seen: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    outputs: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         ids = torch.arange(4, device=llm.device)[None]
         logits = llm.eval()(inputs_embeds=llm.get_input_embeddings()(ids), use_cache=False).logits
     finally:
         hook.remove()
-    return len(seen) == 1 and seen[0].shape == logits.shape and torch.equal(seen[0].float(), logits.float())
+    return (
+        len(outputs) == 1
+        and outputs[0].shape == logits.shape
+        and torch.equal(outputs[0].float(), logits.float())
+    )

@@ -1,47 +1,59 @@
-"""Naming the plateau on which trainings of this model often stay for a long time.
+"""Detects the plateau on which SLAM-ASR trainings often stay for a long time, so that the log can explain it.
 
-The loss falls and the accuracy rises to what the LLM can guess without listening; there they stay, for
-hundreds or thousands of steps, until the projector finds the LLM's language and both jump.
+First the loss falls, and the accuracy rises to what the LLM can guess without the audio. Both then stay there
+for hundreds or thousands of steps, until the projector's outputs begin to resemble token embeddings and both
+improve at once.
 """
 
 import math
 
 SMOOTHING = 100
-"""Steps over which the accuracy is averaged, about."""
+"""Approximate number of steps over which the accuracy is averaged."""
 RISE = 0.02
-"""More than this is a rise."""
+"""Smallest increase of the accuracy that counts as progress."""
 PATIENCE = 1000
-"""Steps without a rise that are called a plateau."""
+"""Number of steps without progress after which a plateau is reported."""
 SOLVED = 0.6
-"""An accuracy above this is no guessing any more."""
+"""Above this accuracy the LLM is not guessing any more."""
 
 
 class Plateau:
-    """Watches the accuracy of a training, step by step."""
+    """Follows the accuracy of a training, step by step."""
 
     def __init__(self) -> None:
         self.mean, self.weight = 0.0, 0.0
         self.best, self.since = 0.0, 0
-        self.said = 0
-        """Steps of the plateau when it was last named."""
+        self.reported = 0
+        """Length of the plateau, in steps, when it was last reported."""
 
-    def see(self, step: int, accuracy: float) -> str | None:
-        """What is to be said of it, once at first and then each time that the plateau has doubled."""
+    def update(self, step: int, accuracy: float) -> str | None:
+        """Add a step.
+
+        Args:
+            step: from 1.
+            accuracy: share of the target tokens to which the model gives the highest probability.
+
+        Returns:
+            A line for the log when a plateau is detected, and again each time its length has doubled.
+        """
         if not math.isfinite(accuracy):
             return None
         share = 1 / SMOOTHING
+        # An exponential moving average, divided by `weight` to correct its bias towards the initial zero.
         self.mean += share * (accuracy - self.mean)
         self.weight += share * (1 - self.weight)
         smooth = self.mean / self.weight
         if smooth > self.best + RISE or step <= SMOOTHING:
-            self.best, self.since, self.said = max(smooth, self.best), step, 0
+            self.best, self.since, self.reported = max(smooth, self.best), step, 0
             return None
         length = step - self.since
-        if smooth >= SOLVED or length < max(PATIENCE, 2 * self.said):
+        if smooth >= SOLVED or length < max(PATIENCE, 2 * self.reported):
             return None
-        self.said, self.best = length, max(self.best, smooth)
+        self.reported, self.best = length, max(self.best, smooth)
         return (
-            f"plateau: the accuracy has been about {smooth:.2f} for {length:,} steps, as it is where the LLM guesses without listening. It often ends "
-            "all at once, sooner with a better encoder (WavLM-large, HuBERT) and a chat LLM. If it does not: more data, a longer warm-up or another "
-            "learning rate, encoder.frames: speech with Whisper, transcripts in lower case; see docs/troubleshooting.md."
+            f"plateau: the accuracy has been about {smooth:.2f} for {length:,} steps, as if the LLM guessed "
+            "without the audio. A plateau often ends suddenly, and sooner with a better encoder "
+            "(WavLM-large, HuBERT) and a chat LLM. If it does not, try more data, a longer warm-up or "
+            "another learning rate, encoder.frames: speech with Whisper, or transcripts in lower case; see "
+            "docs/how-to/troubleshooting.md."
         )

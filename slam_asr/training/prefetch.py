@@ -1,24 +1,25 @@
-"""Doing the next piece of work while the current one is used."""
+"""Prepares the next items in a thread while the current one is used."""
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _END = object()
 
 
-def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The same items, made in a thread that keeps up to `depth` of them ready.
+def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """Yield the same items, produced by a thread that keeps up to `depth` of them ready.
 
-    What making them raises is raised here, in their place.
+    An exception while producing an item is raised in the item's place.
     """
-    ready: queue.Queue = queue.Queue(depth)
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
 
-    def put(item: object) -> bool:
+    def put(item: tuple[object, BaseException | None]) -> bool:
+        # With a timeout, so that the thread ends if the consumer stops early and leaves the queue full.
         while not stopped.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -27,16 +28,16 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
                 continue
         return False
 
-    def make() -> None:
+    def produce() -> None:
         try:
             for item in items:
                 if not put((item, None)):
                     return
             put((_END, None))
-        except BaseException as error:  # handed over, whatever it is
+        except BaseException as error:  # raised again in the consumer
             put((_END, error))
 
-    threading.Thread(target=make, name="ahead", daemon=True).start()
+    threading.Thread(target=produce, name="prefetch", daemon=True).start()
     try:
         while True:
             item, error = ready.get()

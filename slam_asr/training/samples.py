@@ -1,4 +1,7 @@
-"""Transcripts of a few dev utterances while training: the loss says that something is learnt, these say what."""
+"""Transcribes a few dev utterances during training.
+
+The loss shows that the model learns; transcripts show what it learns.
+"""
 
 import random
 from dataclasses import dataclass, replace
@@ -14,21 +17,23 @@ from slam_asr.training.batches import BatchReader
 
 @dataclass
 class Samples:
-    """What the model writes at one moment."""
+    """Transcripts of one validation."""
 
     wer: float | None
-    """Word error rate as a fraction, greedy; None where the references hold no words."""
+    """Word error rate of greedy decoding, as a fraction; None if the references contain no words."""
     texts: list[dict[str, str]]
-    """key, reference and hypothesis of each."""
+    """`key`, `reference` and `hypothesis` of each utterance."""
 
 
 class Sampler:
-    """Transcribes the same utterances of the dev set again and again; all processes do so alike.
+    """Transcribes the same dev utterances at each validation. All processes do the same work.
+
+    All must take part because sharded weights are gathered on all processes together.
 
     Args:
         reader: of the dev set.
-        prompt: what stands around the audio.
-        recipe: how many, and the limits of decoding.
+        prompt: the recipe's prompts, tokenised.
+        recipe: gives the number of utterances, and the limits of decoding.
     """
 
     def __init__(self, reader: BatchReader, prompt: Prompt, recipe: Recipe) -> None:
@@ -36,25 +41,25 @@ class Sampler:
         self.options = replace(recipe.decoding, beams=1)
         count = len(reader.examples)
         draw = random.Random(f"{recipe.training.seed}/samples")
-        self.chosen = sorted(draw.sample(range(count), min(recipe.training.samples, count)))
+        self.indices = sorted(draw.sample(range(count), min(recipe.training.samples, count)))
 
     def transcribe(self, model: Slam) -> Samples:
-        """What the model writes now."""
+        """Transcribe the chosen utterances greedily with the current weights."""
         examples = self.reader.examples
         searcher = Searcher(model, self.prompt, self.options, inference_only=False)
-        head = len(self.prompt.main.before) + len(self.prompt.main.ids)
-        positions = [int(examples.audio[i]) + head for i in self.chosen]
-        written: dict[int, str] = {}
+        prompt_positions = len(self.prompt.main.before) + len(self.prompt.main.ids)
+        positions = [int(examples.audio_positions[i]) + prompt_positions for i in self.indices]
+        texts_by_index: dict[int, str] = {}
         for batch in plan_batches(
             positions, self.options.max_new_tokens, 1, self.options.positions_per_batch
         ):
-            indices = [self.chosen[at] for at in batch]
+            indices = [self.indices[i] for i in batch]
             audio = [self.reader.reader.read(examples.utterances[i]) for i in indices]
-            answers = searcher.decode(audio, [int(examples.audio[i]) for i in indices])
-            written |= dict(zip(indices, (a.text for a in answers), strict=True))
+            answers = searcher.decode(audio, [int(examples.audio_positions[i]) for i in indices])
+            texts_by_index |= dict(zip(indices, (a.text for a in answers), strict=True))
         rows = [
-            Hypothesis(examples.utterances[i].key, examples.utterances[i].target, written[i])
-            for i in self.chosen
+            Hypothesis(examples.utterances[i].key, examples.utterances[i].target, texts_by_index[i])
+            for i in self.indices
         ]
         errors = score(rows)
         texts = [{"key": row.key, "reference": row.reference, "hypothesis": row.hypothesis} for row in rows]

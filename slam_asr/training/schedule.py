@@ -1,4 +1,4 @@
-"""The learning rate over the steps."""
+"""Learning-rate schedules."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,16 @@ from collections.abc import Callable
 def learning_rate_schedule(
     kind: str, peak: float, warmup_steps: int, total_steps: int
 ) -> Callable[[int], float]:
-    """A function from step (the first is 1) to learning rate.
+    """Create a function from step (the first is 1) to learning rate.
 
-    Rises linearly to `peak` over `warmup_steps`, then stays (`constant`, as published) or falls to
-    zero at the last step (`linear`, `cosine`).
+    The rate rises linearly to `peak` over `warmup_steps`. Then it stays there (`constant`, as in the SLAM-ASR
+    paper) or falls to zero at the last step (`linear`, `cosine`).
+
+    Args:
+        kind: `constant`, `linear` or `cosine`.
+        peak: highest learning rate.
+        warmup_steps: steps of the linear rise.
+        total_steps: steps of the training.
     """
 
     def rate(step: int) -> float:

@@ -1,4 +1,8 @@
-"""Being asked to stop: a preempted pod gets SIGTERM, and some seconds."""
+"""Stops training at the end of a step when a signal asks for it.
+
+Kubernetes sends SIGTERM to a preempted pod and kills it after a grace period, 30 seconds by default: enough
+for a last checkpoint.
+"""
 
 import signal
 
@@ -6,13 +10,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers a signal, for the loop to see at the end of a step."""
+    """Remembers a signal, which the loop checks at the end of each step."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        """Number of the last signal, or None."""
 
     def listen(self) -> None:
-        """From now on a signal no longer ends this process at once."""
+        """Install the handlers: from now on a signal no longer ends this process at once."""
         for number in SIGNALS:
             signal.signal(number, self._remember)
 

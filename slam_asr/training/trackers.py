@@ -1,16 +1,19 @@
-"""Where else the numbers of a training go: TensorBoard's event files, and MLflow or Weights & Biases where they are asked for.
+"""Sends the numbers of a training to TensorBoard, MLflow and Weights & Biases.
 
-MLflow and W&B are no dependencies: `pip install mlflow-skinny` or `pip install wandb` where they are used.
-Both find their server and account by their own environment variables.
+TensorBoard's files are always written; the others on request (`training.trackers`). MLflow and W&B are not
+dependencies: run `pip install mlflow-skinny` or `pip install wandb` to use them. Both read server and account
+    from
+their own environment variables.
 """
 
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.progress import log_line
 
 PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
@@ -19,45 +22,45 @@ EVENTS = "tensorboard"
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a training."""
+    """Receives the numbers of a training."""
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Numbers as they are after `step`."""
+        """Record numbers after `step`, by name; all are finite."""
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A text as it is after `step`."""
+        """Record a text after `step`."""
 
     def close(self) -> None:
-        """No more will come."""
+        """Finish the run."""
 
 
 def require_trackers(names: list[str]) -> None:
-    """Look that what a recipe asks for is installed, before anything is loaded.
+    """Check that the packages of the trackers are installed, before anything is loaded.
 
     Raises:
-        UserError: a package is missing.
+        ConfigurationError: a package is missing.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"training.trackers asks for {name}, whose package is not installed here: run `pip install {PACKAGES[name]}` (in an image, build it "
-                "in), or leave it out."
+            raise ConfigurationError(
+                f"training.trackers asks for {name}, whose package is not installed here: run `pip install "
+                f"{PACKAGES[name]}` (for an image, add it to the build), or leave it out."
             )
 
 
 def make_trackers(
     names: list[str], folder: Path, run: str, recipe: dict[str, Any], done: int
 ) -> list[Tracker]:
-    """TensorBoard's files, and what a recipe asks for besides.
+    """Create TensorBoard's tracker, and those that a recipe asks for.
 
     Args:
-        names: of `training.trackers`.
+        names: `training.trackers`.
         folder: of the training.
-        run: its name, the same for each attempt.
-        recipe: flat, by full key.
-        done: steps that are behind.
+        run: name of the run; the same for each attempt, so that a resumed training continues its run.
+        recipe: values by full key, such as `training.seed`.
+        done: steps done before, according to the checkpoint.
     """
-    makers = {"mlflow": _Mlflow, "wandb": _Wandb}
+    makers: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {"mlflow": _Mlflow, "wandb": _Wandb}
     return [
         _TensorBoard(folder / EVENTS, done),
         *[_Guarded(name, makers[name](folder, run, recipe)) for name in names],
@@ -68,7 +71,8 @@ class _TensorBoard:
     def __init__(self, folder: Path, done: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # What an earlier attempt wrote beyond its checkpoint is hidden; its file, named by the second, is not written over.
+        # `purge_step` hides what an earlier attempt wrote after its checkpoint. The suffix keeps file names
+        # distinct: otherwise they differ only by the second in which they were created.
         self.writer = SummaryWriter(
             str(folder), purge_step=done + 1 if done else None, filename_suffix=f".from-{done}"
         )
@@ -86,15 +90,15 @@ class _TensorBoard:
 
 class _Mlflow:
     def __init__(self, folder: Path, run: str, recipe: dict[str, Any]) -> None:
-        # Imported by name: what images hold is read from import statements.
+        # Imported by name: images contain every package in an import statement, but this one is optional.
         self.mlflow = mlflow = importlib.import_module("mlflow")
-        known = folder / "mlflow-run"
-        if known.is_file():
-            mlflow.start_run(run_id=known.read_text())
+        run_id = folder / "mlflow-run"
+        if run_id.is_file():
+            mlflow.start_run(run_id=run_id.read_text())
         else:
             started = mlflow.start_run(run_name=run)
-            known.write_text(started.info.run_id)
-            # Values may have 500 characters at most with some servers.
+            run_id.write_text(started.info.run_id)
+            # Some servers limit values to 500 characters.
             mlflow.log_params({key: str(value)[:500] for key, value in recipe.items()})
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
@@ -132,19 +136,21 @@ class _Wandb:
 
 
 class _Guarded:
-    """A tracker elsewhere: what fails there is said once and does not stop the training."""
+    """A remote tracker whose failure is logged once and does not stop the training."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
-        self.name, self.tracker = name, tracker
+        self.name = name
+        self.tracker: Tracker | None = tracker
 
     def _try(self, call: str, *arguments: Any) -> None:
         if self.tracker is None:
             return
         try:
             getattr(self.tracker, call)(*arguments)
-        except Exception as error:  # whatever a stranger's client raises
+        except Exception as error:  # a third-party client may raise anything
             log_line(
-                f"warning: {self.name} takes no more numbers ({type(error).__name__}: {error}); training goes on without it"
+                f"warning: {self.name} failed ({type(error).__name__}: {error}); training continues without "
+                "it"
             )
             self.tracker = None
 

@@ -1,4 +1,4 @@
-"""The stage `train`: checks everything that can be checked without weights, then starts torchrun."""
+"""The stage `train`: checks everything that can be checked without loading weights, then starts torchrun."""
 
 import itertools
 import json
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slam_asr.errors import Stopped, UserError
+from slam_asr.errors import ConfigurationError, InputError, Stopped, UserError
 from slam_asr.features.index import to_array
 from slam_asr.features.store import FeatureStore
 from slam_asr.manifest import Utterance, read_manifest
 from slam_asr.processes import FAILURE
 from slam_asr.progress import clock, log_line
 from slam_asr.recipe import Recipe, dump_recipe
-from slam_asr.stage import FINGERPRINT, Outcome, Record, read_record, require_way, run_stage
+from slam_asr.stage import FINGERPRINT, Outcome, Record, read_record, require_permission_to_replace, run_stage
 from slam_asr.storage import (
     digest,
     fetch,
@@ -33,7 +33,7 @@ from slam_asr.storage import (
     write_json,
 )
 from slam_asr.storage.cache import cache_folder
-from slam_asr.training.nodes import Nodes, nodes_of_environment
+from slam_asr.training.nodes import Nodes, nodes_from_environment
 from slam_asr.training.trackers import require_trackers
 
 if TYPE_CHECKING:
@@ -41,17 +41,20 @@ if TYPE_CHECKING:
     from slam_asr.models.prompt import Prompt
 
 WAIT_FOR_RECORD = 600.0
-"""Seconds for which other nodes wait for the first one's record, once all have trained."""
+"""Seconds that other nodes wait for the first node's record after training."""
 RENDEZVOUS = 1800
-"""Seconds for which a node waits for the others to come: one may still be pulling its image or fetching models."""
+"""Seconds that a node waits for the others, which may still be pulling images or downloading models."""
 
 LAST_CHECKPOINT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-"""Seconds for which a training that was asked to stop may write its last checkpoint; a cluster's own grace period is most often shorter."""
+"""Seconds for the last checkpoint after a signal; a cluster's grace period is usually shorter."""
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
-"""Has glibc give each block above 4 MiB pages of its own, returned when it is freed. Left alone it raises that threshold to
-32 MiB, and activations leave holes between them: on a CPU a training took half as much memory again, in the same time."""
+"""Makes glibc allocate each block above 4 MiB in pages of its own.
+
+Such a block is returned to the system when it is freed. By default glibc raises this threshold to 32 MiB, and
+activations leave holes in the heap: on a CPU, training took half as much memory again, in the same time.
+"""
 
 
 def train(
@@ -62,21 +65,22 @@ def train(
     dev_manifest: str | None = None,
     overwrite: bool = False,
 ) -> Record:
-    """Train the projector, and what else the recipe says, with DeepSpeed on one or more processes.
+    """Train the projector, and whatever else the recipe tunes, on one or more processes and machines.
 
     Args:
         recipe: models and hyper-parameters.
         train_manifest: utterances to train on (JSON lines).
-        output: folder for checkpoints and curves; {fingerprint} in it becomes a digest of the inputs.
-        feature_store: written by extract-features; without it, or where the encoder is trained too, audio is encoded on the way.
+        output: folder for checkpoints and curves; {fingerprint} in it is replaced by a digest of the inputs.
+        feature_store: written by extract-features. Audio is encoded on the fly without it, or if the encoder
+            is trained too.
         dev_manifest: utterances to validate on.
-        overwrite: replace results of other inputs.
+        overwrite: replace results of other inputs instead of refusing.
 
     Returns:
-        The stage's record; its folder holds checkpoints/, curve.jsonl, curves.html and recipe.yaml.
+        The stage's record. Its folder contains checkpoints/, curve.jsonl, curves.html and recipe.yaml.
 
     Raises:
-        UserError: inputs that do not fit each other, or a machine that cannot train this.
+        UserError: inputs do not fit each other, or this machine cannot train the recipe.
     """
     from slam_asr.conversion.model import WEIGHTS
     from slam_asr.features.audio_source import fit_to_window
@@ -86,43 +90,44 @@ def train(
     from slam_asr.training.job import CHECKPOINTS, FACTS, TrainingJob
     from slam_asr.training.kernels import require_kernels
 
-    nodes = nodes_of_environment(recipe.training.nodes)
+    nodes = nodes_from_environment(recipe.training.nodes)
     require_trackers(recipe.training.trackers)
     device = pick_device()
     require_kernels(recipe.training, device)
     for precision in (recipe.training.precision, recipe.decoding.precision):
         explain_precision(precision, device)
-    if device.type == "cuda" and recipe.training.processes > _accelerators():
-        raise UserError(
-            f"training.processes is {recipe.training.processes} but this machine has {_accelerators()} GPUs: lower it, or "
-            "leave it at 0 to use them all."
+    if device.type == "cuda" and recipe.training.processes > _devices():
+        raise ConfigurationError(
+            f"training.processes is {recipe.training.processes} but this machine has {_devices()} GPUs: "
+            "lower it, or leave it at 0 to use them all."
         )
     manifests = {"train": train_manifest, **({"dev": dev_manifest} if dev_manifest else {})}
     utterances = {name: read_manifest(path) for name, path in manifests.items()}
     encoder = describe_encoder(recipe.encoder)
     if not recipe.caches_features:
         feature_store = None
-    heard = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
-    _look_at(heard)
+    fitting = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
+    _check_utterances(fitting)
     features = (
-        require_features(feature_store, encoder.fingerprint(), recipe, heard.values())
+        require_features(feature_store, encoder.fingerprint(), recipe, fitting.values())
         if feature_store
         else None
     )
     llm_folder = locate_model(recipe.llm.name)
     prompt = check_llm(recipe, llm_folder)
     base = {"encoder_fingerprint": encoder.fingerprint(), "llm_sha256": weights_sha256(llm_folder)}
-    inputs = {
+    inputs: dict[str, Any] = {
         "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
         "features": features,
         **base,
-        "recipe": _what_decides_the_weights(recipe),
+        "recipe": _settings_that_affect_weights(recipe),
     }
-    init_from = projector_to_begin_with(recipe, encoder, llm_folder, base)
+    init_from = initial_projector(recipe, encoder, llm_folder, base)
     if init_from is not None:
         inputs["init_from"] = sha256_of_file(init_from / WEIGHTS)
     if recipe.training.utterances_per_batch:
-        inputs["processes"] = nodes.number * (recipe.training.processes or _accelerators())
+        # With this option the size of a step depends on the number of processes.
+        inputs["processes"] = nodes.number * (recipe.training.processes or _devices())
     hours = sum(u.duration or 0.0 for u in utterances["train"]) / 3600
     published = output.replace(FINGERPRINT, digest(inputs)[:16]).rstrip("/")
     published = published if is_s3(published) else str(local_path(published).absolute())
@@ -133,9 +138,9 @@ def train(
         from slam_asr.planning.memory_fit import place_of, require_fit
         from slam_asr.planning.shapes import Shapes
 
-        processes = recipe.training.processes or _accelerators()
+        processes = recipe.training.processes or _devices()
         shapes = Shapes(recipe, encoder, AutoConfig.from_pretrained(llm_folder), [])
-        require_fit(shapes, prompt, heard["train"], place_of(device, processes, nodes.number))
+        require_fit(shapes, prompt, fitting["train"], place_of(device, processes, nodes.number))
         for leftover in (FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
@@ -179,7 +184,10 @@ def train(
             "train_hours": round(hours, 4),
             **shown,
         }
-        summary = f"{facts['steps']} steps, {'dev ' if validation else ''}accuracy {last['accuracy']:.3f}, loss {last['loss']:.3f}"
+        summary = (
+            f"{facts['steps']} steps, {'dev ' if validation else ''}accuracy {last['accuracy']:.3f}, "
+            f"loss {last['loss']:.3f}"
+        )
         metrics = {
             "steps": facts["steps"],
             "loss": round(curve[-1]["loss"], 4),
@@ -192,68 +200,80 @@ def train(
         return Outcome(summary, metrics, facts)
 
     if not nodes.is_coordinator:
-        return _take_part(published, inputs, nodes, train_here, overwrite)
+        return _train_as_worker_node(published, inputs, nodes, train_here, overwrite)
     return run_stage("train", output, inputs, work, overwrite)
 
 
-def _take_part(
+def _train_as_worker_node(
     folder: str, inputs: dict[str, Any], nodes: Nodes, train_here: Callable[[Path], None], overwrite: bool
 ) -> Record:
-    """Be a machine that trains with the others, while the first one keeps the record."""
+    """Train on a machine other than the first, and wait for the record that the first one writes.
+
+    Args:
+        folder: the stage's results, perhaps in object storage.
+        inputs: of this training.
+        nodes: this machine's rank.
+        train_here: trains, with results in a local folder.
+        overwrite: whether results of other inputs may be replaced.
+
+    Raises:
+        UserError: the first node has written no record within `WAIT_FOR_RECORD`.
+    """
     done = read_record(folder)
     if done is not None and done.inputs == inputs:
         log_line(f"train: already there, nothing to do: {done.summary} ({folder})")
         return done
     if done is not None:
-        require_way(folder, done, inputs, overwrite)
-    bench = cache_folder() / "work" / f"{digest(folder)[:24]}-node-{nodes.rank}"
-    bench.mkdir(parents=True, exist_ok=True)
+        require_permission_to_replace(folder, done, inputs, overwrite)
+    work_folder = cache_folder() / "work" / f"{digest(folder)[:24]}-node-{nodes.rank}"
+    work_folder.mkdir(parents=True, exist_ok=True)
     try:
-        train_here(bench)
+        train_here(work_folder)
     finally:
-        shutil.rmtree(bench, ignore_errors=True)
+        shutil.rmtree(work_folder, ignore_errors=True)
     deadline = time.monotonic() + WAIT_FOR_RECORD
     while (done := read_record(folder)) is None or done.inputs != inputs:
         if time.monotonic() > deadline:
-            raise UserError(f"The first node has left no record in {folder}: its own log says why.")
+            raise UserError(f"The first node has written no record in {folder}: see its log for the reason.")
         time.sleep(1.0)
-    log_line(f"train: node {nodes.rank} of {nodes.number} is done; the first one wrote {folder}")
+    log_line(f"train: node {nodes.rank} of {nodes.number} is done; the first node wrote {folder}")
     return done
 
 
 def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) -> None:
-    """Look at what an earlier attempt left: it is gone on with, or refused, or removed.
+    """Check that checkpoints of an earlier attempt belong to this training, so that it may resume from them.
 
     Args:
         folder: of checkpoints.
         inputs: of this training.
-        overwrite: whether those of another training may go.
+        overwrite: whether to remove the checkpoints of another training instead of refusing.
 
     Raises:
-        UserError: they are another training's, with the keys that differ.
+        ConfigurationError: the checkpoints are another training's; names the keys that differ.
     """
     from slam_asr.training import checkpoint
 
-    found = checkpoint.find(folder)
-    if found is None:
+    latest = checkpoint.find(folder)
+    if latest is None:
         return
-    differing = _what_differs(found.inputs, inputs)
+    differing = _differences(latest.inputs, inputs)
     if differing and not overwrite:
         shown = ", ".join(f"{key} {before} → {now}" for key, before, now in differing[:5])
-        raise UserError(
-            f"{found.folder} is a checkpoint of another training ({len(differing)} keys differ: {shown}{', …' * (len(differing) > 5)}): choose another "
-            "--output, or add --overwrite true to begin anew."
+        more = ", …" if len(differing) > 5 else ""
+        raise ConfigurationError(
+            f"{latest.folder} is a checkpoint of another training ({len(differing)} keys differ: "
+            f"{shown}{more}): choose another --output, or add --overwrite true to start again."
         )
     if differing:
         checkpoint.clear(folder)
 
 
-def _what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, before, now) of all inputs that differ and are not harmless."""
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """List (key, before, now) of the inputs that differ, except those that a resumed training may change."""
     flat_before, flat_now = _flat(before), _flat(now)
     harmless = {"recipe.training.validate_every", "recipe.training.patience"}
     if flat_before.get("recipe.training.schedule") == flat_now.get("recipe.training.schedule") == "constant":
-        # Whatever their number, the steps before are the same.
+        # With a constant rate, the steps done so far are the same whatever the total.
         harmless |= {"recipe.training.max_steps", "recipe.training.epochs"}
     keys = sorted(
         k for k in flat_before | flat_now if flat_before.get(k) != flat_now.get(k) and k not in harmless
@@ -264,67 +284,77 @@ def _what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    flat = {}
+    """Flatten nested dictionaries; keys are joined with dots."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
     return flat
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
+    """Text of a value for a message, cut to 12 characters if it is long, such as a SHA-256."""
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 20 else text[:12] + "…"
 
 
-def _look_at(heard: dict[str, Sequence[Utterance]]) -> None:
-    """Refuse a set without utterances, and say where validation would measure what was learnt by heart.
+def _check_utterances(fitting: dict[str, Sequence[Utterance]]) -> None:
+    """Refuse an empty set, and warn if dev utterances are also in train.
+
+    Validation on utterances that were trained on does not measure generalisation.
+
+    Args:
+        fitting: utterances that fit the encoder's window, by set (`train`, `dev`).
 
     Raises:
-        UserError: nothing is left to train on, or to validate on.
+        InputError: no utterance is left to train on, or to validate on.
     """
-    for name, utterances in heard.items():
+    for name, utterances in fitting.items():
         if not utterances:
-            raise UserError(
-                f"The {name} manifest has no utterance that can be heard: all are longer than the encoder's window (encoder.long_audio is set-aside), or it is empty."
+            raise InputError(
+                f"The {name} manifest has no usable utterance: it is empty, or all are longer than the "
+                "encoder's window (encoder.long_audio is set-aside)."
             )
-    trained = {u.audio_id for u in heard["train"]}
-    shared = [u.key for u in heard.get("dev", ()) if u.audio_id in trained]
+    trained = {u.audio_id for u in fitting["train"]}
+    shared = [u.key for u in fitting.get("dev", ()) if u.audio_id in trained]
     if shared:
         log_line(
-            f"warning: {len(shared)} of {len(heard['dev'])} dev utterances are also in train (first {shared[0]}): the dev loss is lower than it would be on "
-            "speech that was not trained on, and neither early stopping nor the best checkpoint can be trusted"
+            f"warning: {len(shared)} of {len(fitting['dev'])} dev utterances are also in train (first "
+            f"{shared[0]}): the dev loss will be lower than on speech that was not trained on, and neither "
+            "early stopping nor the best checkpoint can be trusted"
         )
 
 
 def require_features(
     path: str, expected: dict[str, Any], recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
 ) -> dict[str, Any]:
-    """The fingerprint of a feature store, after a look that it has every utterance.
+    """Check that a feature store has every utterance, and return its fingerprint.
 
     Args:
-        path: the store.
+        path: of the store.
         expected: fingerprint of the encoder.
-        recipe: names the dtype.
-        manifests: the utterances.
+        recipe: names the dtype of the features.
+        manifests: the utterances of each set.
 
     Raises:
-        UserError: no store, another encoder's, or one that lacks some.
+        UserError: the store does not exist, is another encoder's, or lacks utterances.
     """
-    addresses = [u.audio_id for utterances in manifests for u in utterances]
-    store = FeatureStore(path, expected, recipe.features.dtype, addresses)
-    absent = np.flatnonzero(store.index.locate(to_array(addresses)) < 0)
-    if len(absent):
-        key = next(itertools.islice(itertools.chain.from_iterable(manifests), int(absent[0]), None)).key
-        raise UserError(
-            f"The feature store {path} lacks {len(absent)} of {len(addresses)} utterances, first {key} (audio {addresses[absent[0]][:16]}…): run "
-            "`slam-asr extract-features` over this manifest, all of its parts if it was divided."
+    audio_ids = [u.audio_id for utterances in manifests for u in utterances]
+    store = FeatureStore(path, expected, recipe.features.dtype, audio_ids)
+    missing = np.flatnonzero(store.index.locate(to_array(audio_ids)) < 0)
+    if len(missing):
+        key = next(itertools.islice(itertools.chain.from_iterable(manifests), int(missing[0]), None)).key
+        raise InputError(
+            f"The feature store {path} lacks {len(missing)} of {len(audio_ids)} utterances, first {key} "
+            f"(audio {audio_ids[missing[0]][:16]}…): run `slam-asr extract-features` over this manifest, "
+            "all of its parts if it was divided."
         )
     return store.fingerprint
 
 
-def projector_to_begin_with(
+def initial_projector(
     recipe: Recipe, encoder: "EncoderSpec", llm_folder: Path, base: dict[str, Any]
 ) -> Path | None:
-    """The local folder of the model that `projector.init_from` names, after a look that its projector fits; None where it names none.
+    """Fetch the model that `projector.init_from` names, and check that its projector fits.
 
     Args:
         recipe: its section `projector`.
@@ -332,10 +362,13 @@ def projector_to_begin_with(
         llm_folder: of this training.
         base: fingerprints of both.
 
+    Returns:
+        The model's local folder; None if `projector.init_from` is empty.
+
     Raises:
-        UserError: no model there, or one of another kind or size.
+        UserError: the model does not exist, or its projector has another kind or size.
     """
-    from slam_asr.conversion.model import WEIGHTS, projector_with, read_config, read_projector
+    from slam_asr.conversion.model import WEIGHTS, projector_from_weights, read_config, read_projector
     from slam_asr.conversion.shipped import fetch_model
     from slam_asr.models.llm import describe_llm, llm_width
 
@@ -345,7 +378,7 @@ def projector_to_begin_with(
     folder = fetch_model(name)
     config = read_config(folder)
     weights = read_projector(folder, config).state_dict()
-    projector_with(
+    projector_from_weights(
         weights,
         recipe.projector,
         encoder.width,
@@ -362,19 +395,25 @@ def projector_to_begin_with(
     ]
     if others:
         log_line(
-            f"warning: the projector of {name} was trained with another {' and '.join(others)}: as a beginning it may be worth little"
+            f"warning: the projector of {name} was trained with another {' and '.join(others)}: it may be "
+            "of little use as a starting point"
         )
     return folder
 
 
 def check_llm(recipe: Recipe, folder: Path) -> "Prompt":
-    """Refuse an LLM that does not suit the recipe, from its configuration and tokenizer alone.
+    """Check that an LLM suits the recipe, from its configuration and tokenizer alone.
+
+    Args:
+        recipe: its sections `llm` and `decoding`.
+        folder: of the LLM.
 
     Returns:
-        The recipe's prompts as its tokenizer spells them.
+        The recipe's prompts, tokenised.
 
     Raises:
-        UserError: no causal LM, no tokenizer, no such prompt, no such layers for adapters, or no room for an answer.
+        UserError: the folder has no causal LM or no tokenizer, the prompt's template or the layers for
+            adapters do not exist, or prompt and answer leave no positions for audio.
     """
     from slam_asr.models.llm import describe_llm, llm_positions, load_tokenizer, require_targets
     from slam_asr.models.prompt import Prompt
@@ -383,17 +422,18 @@ def check_llm(recipe: Recipe, folder: Path) -> "Prompt":
     longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.drawn))
     limit = llm_positions(folder)
     if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:
-        raise UserError(
-            f"The prompt takes {longest} LLM positions and decoding.max_new_tokens {recipe.decoding.max_new_tokens}, which leaves no "
-            f"room for audio in the {limit} that {recipe.llm.name} holds: shorten one of them."
+        raise ConfigurationError(
+            f"The prompt takes {longest} LLM positions and decoding.max_new_tokens "
+            f"{recipe.decoding.max_new_tokens}, which leaves none for audio in the {limit} that "
+            f"{recipe.llm.name} holds: shorten one of them."
         )
     if recipe.llm.tuning == "lora":
         require_targets(describe_llm(folder), recipe.llm.lora)
     return prompt
 
 
-def _what_decides_the_weights(recipe: Recipe) -> dict:
-    """The recipe without what changes nothing but rounding: names, logging, how the work is divided."""
+def _settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe without settings that change nothing but rounding, such as the engine."""
     values = asdict(recipe)
     for key in (
         "nodes",
@@ -416,30 +456,38 @@ def _what_decides_the_weights(recipe: Recipe) -> dict:
         "trackers",
     ):
         del values["training"][key]
+    assert isinstance(recipe.training.deepspeed, dict)  # loading the recipe has read a file that it named
     optimizer = recipe.training.deepspeed.get("optimizer")
     if optimizer:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
     del values["encoder"]["batch_seconds"]
-    del values["projector"]["init_from"]  # its weights count, wherever they lie
-    # How shards are mixed decides the order, as their size does.
+    del values["projector"]["init_from"]  # the digest of its weights is an input of its own
+    # Size and mixing of shards determine the order of the utterances.
     values["features"] = {
         key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
     }
     return {section: values[section] for section in ("encoder", "features", "projector", "llm", "training")}
 
 
-def _accelerators() -> int:
+def _devices() -> int:
+    """Number of GPUs on this machine, or 1 for the CPU."""
     import torch
 
     return max(1, torch.cuda.device_count())
 
 
 def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> None:
-    """Run the loop in `processes` processes under torchrun's own launcher, here and on the other nodes.
+    """Run the training loop in `processes` processes under torchrun's launcher, on this and all other nodes.
+
+    Args:
+        processes: on this machine.
+        folder: contains `job.json`; a failing process writes its message there.
+        nodes: this machine's rank, and where the machines meet.
+        checkpoints: folder of the checkpoints, for the message after a stop.
 
     Raises:
-        Stopped: a signal asked for it; the processes have left a checkpoint.
-        UserError: with the sentence of the process that failed first.
+        Stopped: a signal asked for it, and the processes have written a checkpoint.
+        UserError: with the message of the process that failed first.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -447,16 +495,16 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
 
     os.environ.setdefault(*ALLOCATION)
     os.environ.setdefault(*LAST_CHECKPOINT)
-    # Each process takes its share of the cores; left alone, every one would take them all.
+    # Each process uses its share of the cores; by default each would start threads for all of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # Python's own answer to a loopback name may need a resolver that a container does not have.
-    alone = {
+    # An address, not a name: resolving `localhost` may need a resolver that a container does not have.
+    single_node = {
         "run_id": f"slam-asr-{os.getpid()}",
         "rdzv_backend": "c10d",
         "rdzv_endpoint": "127.0.0.1:0",
         "local_addr": "127.0.0.1",
     }
-    together = {
+    several_nodes = {
         "run_id": "slam-asr",
         "rdzv_backend": "static",
         "rdzv_endpoint": f"{nodes.address}:{nodes.port}",
@@ -468,40 +516,38 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
         nproc_per_node=processes,
         max_restarts=0,
         monitor_interval=0.2,
-        **(together if nodes.number > 1 else alone),
+        **(several_nodes if nodes.number > 1 else single_node),
     )
     here = f" on node {nodes.rank} of {nodes.number}" if nodes.number > 1 else ""
     log_line(f"starting {processes} training process{'es' * (processes > 1)}{here}")
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
     except SignalException as error:
-        raise Stopped(_how_far(error.sigval.name, checkpoints), 128 + error.sigval.value) from error
+        raise Stopped(_stopped_message(error.sigval.name, checkpoints), 128 + error.sigval.value) from error
     except ChildFailedError as error:
         failure = folder / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text()) from error
-        # Those that lost a process end too; what it died of says more.
+        # Processes that lost a peer end with code 1. A process killed by a signal has a negative code, the
+        # minimum.
         code = min(failed.exitcode for failed in error.failures.values())
         if code - 128 in STOPPING:
-            raise Stopped(_how_far(signal.Signals(code - 128).name, checkpoints), code) from error
+            raise Stopped(_stopped_message(signal.Signals(code - 128).name, checkpoints), code) from error
         if code == -9:
             raise UserError(
-                "A training process was killed (signal 9), most often for want of memory: "
+                "A training process was killed (signal 9), usually because the machine ran out of memory: "
                 "lower training.positions_per_batch or training.processes."
             ) from error
-        raise UserError(
-            f"A training process ended with code {code}; its own message stands above."
-        ) from error
+        raise UserError(f"A training process ended with code {code}; its own message is above.") from error
 
 
-def _how_far(name: str, checkpoints: str) -> str:
+def _stopped_message(signal_name: str, checkpoints: str) -> str:
+    """The message of a training that was asked to stop: the latest checkpoint, and how to resume."""
     from slam_asr.training import checkpoint
 
-    found = checkpoint.find(checkpoints)
-    kept = (
-        f"behind step {found.step}, which {found.folder} holds" if found else "before there was a checkpoint"
-    )
-    return f"stopped by {name} {kept}; run the same command again to go on"
+    latest = checkpoint.find(checkpoints)
+    state = f"after step {latest.step}, saved in {latest.folder}" if latest else "before the first checkpoint"
+    return f"stopped by {signal_name} {state}; run the same command again to resume"
 
 
 def _remove(path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Training over several nodes with Kubeflow Trainer: started, watched and removed by the step `train`."""
+"""Trains on several nodes with Kubeflow Trainer: the step `train` creates, follows and deletes a TrainJob."""

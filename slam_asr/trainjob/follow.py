@@ -1,4 +1,4 @@
-"""A TrainJob from its creation to its end: its lines and states passed on, its failure explained, itself removed."""
+"""Follows a TrainJob from creation to end: logs its output and states, explains a failure, and deletes it."""
 
 import contextlib
 import itertools
@@ -7,63 +7,69 @@ import threading
 import time
 from collections.abc import Iterator
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ClusterError, UserError
 from slam_asr.progress import log_line
-from slam_asr.trainjob.request import NODE, Trainer, cause_of, status_of
+from slam_asr.trainjob.request import NODE, TrainJobClient, cause_of, status_of
 
 POLL = 5.0
-"""Seconds between two looks at the job."""
+"""Seconds between two requests for the job's state."""
 _ERROR = "slam-asr: error: "
+"""How a node's error message begins in its log (`errors.exit_on_user_error`)."""
 
 
 class FollowedTrainJob:
     """One TrainJob, from its creation to its end."""
 
-    def __init__(self, trainer: Trainer, name: str) -> None:
+    def __init__(self, trainer: TrainJobClient, name: str) -> None:
         self.trainer, self.name, self.client = trainer, name, trainer.client
-        self._heard = 0
-        self._told: set[str] = set()
+        self._lines_logged = 0
+        self._events_logged: set[str] = set()
 
     def find_or_create(self, nodes: int, command: list[str]) -> bool:
-        """Go on with a job that an earlier attempt of this step left, or create one → whether it is new."""
+        """Find the job of an earlier attempt of this step, or create one; returns whether it is new.
+
+        A failed job is deleted first, so that the step can be retried.
+        """
         try:
-            left = self.client.get_job(self.name)
+            existing = self.client.get_job(self.name)
         except RuntimeError as error:
             if status_of(error) != 404:
                 raise
-            left = None
-        if left is not None and left.status == "Failed":
+            existing = None
+        if existing is not None and existing.status == "Failed":
             self.client.delete_job(self.name)
             self._until_gone()
-            left = None
-        if left is None:
+            existing = None
+        if existing is None:
             self.trainer.create(self.name, nodes, command)
-        return left is None
+        return existing is None
 
     def follow(self, seconds: float) -> None:
-        """Pass on the first node's lines and what happens to the job, until it is complete.
+        """Log the first node's output and the job's states until it is complete.
 
         Args:
-            seconds: after which it is given up; 0: never.
+            seconds: time limit; 0: none.
 
         Raises:
-            UserError: it failed, was deleted by somebody, or takes too long.
+            ClusterError: the job was deleted by somebody else, takes too long, or Kubernetes does not answer.
+            UserError: the job failed; the message is that of the failed node.
         """
-        started, state, lost = time.monotonic(), "", 0.0
-        listening: threading.Thread | None = None
+        started, state, unreachable_since = time.monotonic(), "", 0.0
+        log_thread: threading.Thread | None = None
         while True:
             try:
-                job, lost = self.client.get_job(self.name), 0.0
+                job, unreachable_since = self.client.get_job(self.name), 0.0
             except (RuntimeError, TimeoutError) as error:
                 if status_of(error) == 404:
-                    raise UserError(
+                    raise ClusterError(
                         f"TrainJob {self.name} was deleted while it ran: start the step again."
                     ) from None
-                # The API server may be away for a while; the job goes on without us.
-                lost = lost or time.monotonic()
-                if time.monotonic() - lost > 600:
-                    raise UserError(
-                        f"Kubernetes has not answered for 10 minutes ({cause_of(error)}): TrainJob {self.name} may go on; start the step again to watch it."
+                # The API server may be unreachable for a while; the job continues meanwhile.
+                unreachable_since = unreachable_since or time.monotonic()
+                if time.monotonic() - unreachable_since > 600:
+                    raise ClusterError(
+                        f"Kubernetes has not answered for 10 minutes ({cause_of(error)}): TrainJob "
+                        f"{self.name} may still be running; start the step again to follow it."
                     ) from None
                 time.sleep(POLL)
                 continue
@@ -75,28 +81,29 @@ class FollowedTrainJob:
             )
             if (
                 running
-                and (listening is None or not listening.is_alive())
+                and (log_thread is None or not log_thread.is_alive())
                 and state not in ("Complete", "Failed")
             ):
-                listening = threading.Thread(target=self._listen, daemon=True)
-                listening.start()
+                log_thread = threading.Thread(target=self._follow_output, daemon=True)
+                log_thread.start()
             if not running:
-                self._tell_what_it_waits_for()
+                self._log_events()
             if state in ("Complete", "Failed"):
-                if listening is not None:
-                    listening.join(timeout=10)
-                self._hear(follow=False)
+                if log_thread is not None:
+                    log_thread.join(timeout=10)
+                self._log_output(follow=False)
                 if state == "Failed":
-                    raise UserError(self._why())
+                    raise UserError(self._failure())
                 return
             if seconds and time.monotonic() - started > seconds:
-                raise UserError(
-                    f"TrainJob {self.name} has not ended after {seconds / 3600:g} h: raise trainer.timeout_hours in the cluster's profile, or look at what it waits for."
+                raise ClusterError(
+                    f"TrainJob {self.name} has not ended after {seconds / 3600:g} h: raise "
+                    "trainer.timeout_hours in the cluster's profile, or see in the log what it waits for."
                 )
             time.sleep(POLL)
 
     def delete(self) -> None:
-        """Remove the job with its pods; nothing is said where it is gone already."""
+        """Delete the job with its pods; it may already be deleted."""
         with contextlib.suppress(RuntimeError, TimeoutError):
             self.client.delete_job(self.name)
 
@@ -108,41 +115,43 @@ class FollowedTrainJob:
                 if status_of(error) == 404:
                     return
             time.sleep(POLL / 5)
-        raise UserError(
-            f"TrainJob {self.name} of an earlier attempt does not go away: `kubectl -n {self.trainer.placement.namespace} delete trainjob {self.name}`."
+        raise ClusterError(
+            f"TrainJob {self.name} of an earlier attempt is still not deleted: run `kubectl -n "
+            f"{self.trainer.placement.namespace} delete trainjob {self.name}`."
         )
 
-    def _listen(self) -> None:
-        # A connection that broke is made again by `follow`, and goes on behind what was heard.
+    def _follow_output(self) -> None:
+        # If the connection breaks, `follow` starts a new thread, which continues after the lines logged so
+        # far.
         with contextlib.suppress(Exception):
-            self._hear(follow=True)
+            self._log_output(follow=True)
 
-    def _hear(self, follow: bool) -> None:
+    def _log_output(self, follow: bool) -> None:
         with contextlib.suppress(RuntimeError):
-            # The SDK leaves out empty lines when it follows, and only then.
+            # The SDK drops empty lines only while following: drop them always, so that counts of lines agree.
             lines = (
                 line
                 for line in self.client.get_job_logs(self.name, follow=follow, step=f"{NODE}-0")
                 if line.strip()
             )
-            for line in itertools.islice(lines, self._heard, None):
-                self._heard += 1
+            for line in itertools.islice(lines, self._lines_logged, None):
+                self._lines_logged += 1
                 log_line(line.rstrip("\n"))
 
-    def _tell_what_it_waits_for(self) -> None:
+    def _log_events(self) -> None:
         with contextlib.suppress(Exception):
             for event in self.client.get_job_events(self.name):
                 text = " ".join(event.message.split())
                 if (
                     event.reason in ("FailedScheduling", "Failed", "FailedMount", "BackOff", "FailedCreate")
-                    and text not in self._told
+                    and text not in self._events_logged
                 ):
-                    self._told.add(text)
+                    self._events_logged.add(text)
                     log_line(f"TrainJob {self.name} waits: {event.reason}: {text}")
 
-    def _why(self) -> str:
-        """The sentence of the node that failed; the other nodes' last lines are passed on."""
-        said = None
+    def _failure(self) -> str:
+        """Find the error message of the node that failed; logs the other nodes' last lines."""
+        message = None
         nodes = [step for step in self.client.get_job(self.name).steps if step.name.startswith(f"{NODE}-")]
         for step in sorted(nodes, key=lambda step: step.name):
             lines: list[str] = []
@@ -151,25 +160,29 @@ class FollowedTrainJob:
             if step.name != f"{NODE}-0":
                 for line in lines[-10:]:
                     log_line(f"{step.name}: {line}")
-            mistakes = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
-            # A process that ends because another one did says only that.
-            own = [m for m in mistakes if not m.startswith("A training process ended with code")]
-            said = said or next(iter(own), None)
+            errors = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
+            # A node that ends because another one failed reports only an exit code: not the cause.
+            causes = [e for e in errors if not e.startswith("A training process ended with code")]
+            message = message or next(iter(causes), None)
         return (
-            said
-            or f"TrainJob {self.name} failed: its nodes' last lines stand above; `kubectl describe` of its pods says more where they were killed."
+            message
+            or f"TrainJob {self.name} failed: its nodes' last lines are above; if they were killed, "
+            "`kubectl describe` of its pods shows why."
         )
 
 
 @contextlib.contextmanager
 def deleted_when_interrupted(job: FollowedTrainJob) -> Iterator[None]:
-    """Have SIGTERM, with which Kubernetes ends a pod, take the job along: its GPUs would be paid for by nobody."""
+    """Delete the job when Kubernetes ends this pod by SIGTERM.
+
+    Otherwise the job would keep its GPUs although nobody follows it.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if in_main_thread else None
+    previous = signal.signal(signal.SIGTERM, interrupt) if in_main_thread else None
     try:
         yield
     except KeyboardInterrupt:
@@ -178,4 +191,4 @@ def deleted_when_interrupted(job: FollowedTrainJob) -> Iterator[None]:
         raise
     finally:
         if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous)

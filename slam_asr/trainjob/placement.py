@@ -1,4 +1,7 @@
-"""What each node's pod of a TrainJob gets; written into the compiled pipeline by the cluster's profile."""
+"""Settings for the pods of a TrainJob's nodes.
+
+The cluster's profile sets them; they are part of the compiled pipeline.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,26 +9,29 @@ from typing import Any
 
 @dataclass
 class Placement:
-    """What each node's pod of a TrainJob gets: the cluster's share of the matter, where the recipe says how many nodes there are."""
+    """Settings for the pod of each node of a TrainJob.
+
+    They depend on the cluster; the number of nodes is the recipe's (`training.nodes`).
+    """
 
     namespace: str
     image: str
     cache: str
-    """Where SLAM_ASR_CACHE points to."""
+    """Path for SLAM_ASR_CACHE in the container."""
     runtime: str = "torch-distributed"
     """Name of the ClusterTrainingRuntime."""
     resources: dict[str, str] = field(default_factory=dict)
-    """cpu, memory and GPUs by their resource's name, asked for and at most."""
+    """Requests and limits of each node, by resource name: cpu, memory, and for example nvidia.com/gpu."""
     shared_memory: str = ""
     """Size of /dev/shm."""
     scratch: str = ""
     """Size of the disk at `cache`."""
     models_claim: str = ""
-    """PersistentVolumeClaim that is mounted at `cache`/models."""
+    """PersistentVolumeClaim to mount at `cache`/models."""
     storage_secret: str = ""
-    """Secret that is mounted where `slam_asr.storage` looks for it."""
+    """Secret with access to object storage; mounted where `slam_asr.storage` reads it."""
     token_secret: str = ""
-    """Secret that HF_TOKEN comes from."""
+    """Secret that contains HF_TOKEN."""
     environment: dict[str, str] = field(default_factory=dict)
     service_account: str = ""
     run_as_user: int = 1000
@@ -33,7 +39,7 @@ class Placement:
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
-    """Of the TrainJob and its pods; Kueue's queue and priority are among them."""
+    """Labels of the TrainJob and its pods, such as Kueue's queue and priority."""
     annotations: dict[str, str] = field(default_factory=dict)
     timeout_hours: float = 0.0
-    """Time after which the job is given up; 0: none."""
+    """Time limit of the job in hours; 0: no limit."""

@@ -1,22 +1,25 @@
-"""The request for a TrainJob, made with Kubeflow Trainer's own SDK, and what its refusals mean."""
+"""Requests a TrainJob through Kubeflow Trainer's SDK, and explains refusals in one sentence."""
 
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from urllib3.exceptions import HTTPError
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ClusterError
 from slam_asr.storage.client import SECRET_FOLDER
 from slam_asr.trainjob.placement import Placement
 
+if TYPE_CHECKING:
+    from kubeflow.trainer.options import RuntimePatch
+
 NODE = "node"
-"""The name that Trainer's runtimes give to the replicated job, and to the container, that trains."""
+"""Name of the replicated job that trains, and of its container, in Trainer's runtimes."""
 
 
-class Trainer:
-    """Kubeflow Trainer in one namespace, through its own SDK."""
+class TrainJobClient:
+    """Kubeflow Trainer in one namespace, through its SDK."""
 
     def __init__(self, placement: Placement) -> None:
         from kubeflow.common.types import KubernetesBackendConfig
@@ -24,11 +27,17 @@ class Trainer:
 
         self.placement = placement
         self.client = TrainerClient(backend_config=KubernetesBackendConfig(namespace=placement.namespace))
-        # Asked for first: without it nothing is created.
+        # Fails here, before anything is created, if the runtime does not exist.
         self.runtime = self.client.get_runtime(placement.runtime)
 
     def create(self, name: str, nodes: int, command: list[str]) -> None:
-        """Create the job."""
+        """Create a TrainJob.
+
+        Args:
+            name: of the job.
+            nodes: number of pods.
+            command: program and arguments that each node runs.
+        """
         from kubeflow.trainer import CustomTrainerContainer
         from kubeflow.trainer.options import (
             ActiveDeadlineSeconds,
@@ -50,7 +59,7 @@ class Trainer:
             Name(name),
             TrainerCommand(command[:1]),
             TrainerArgs(command[1:]),
-            patch_of(placement),
+            runtime_patch(placement),
             *([Labels(dict(placement.labels))] if placement.labels else []),
             *(
                 [ActiveDeadlineSeconds(round(placement.timeout_hours * 3600))]
@@ -62,8 +71,8 @@ class Trainer:
         self.client.train(runtime=self.runtime, trainer=trainer, options=options)
 
 
-def patch_of(placement: Placement) -> Any:
-    """What the pods get beyond the runtime's own: volumes, secrets, where they may run, and as whom."""
+def runtime_patch(placement: Placement) -> "RuntimePatch":
+    """Build the changes to the runtime's pods: volumes, secrets, node selection, user and account."""
     from kubeflow.trainer.options import (
         ContainerPatch,
         JobSetSpecPatch,
@@ -130,54 +139,58 @@ def patch_of(placement: Placement) -> Any:
 
 
 @contextlib.contextmanager
-def refusals(placement: Placement) -> Iterator[None]:
-    """What Kubernetes refuses, in a sentence."""
+def explained_refusals(placement: Placement) -> Iterator[None]:
+    """Turn exceptions of the SDK into a `ClusterError` that says what to do."""
     from kubernetes.config import ConfigException
 
     try:
         yield
     except ConfigException as error:
-        raise UserError(
-            f"The Kubernetes API is not known here ({' '.join(str(error).split()).rstrip('.')}): training over several nodes runs in a cluster."
+        raise ClusterError(
+            f"No Kubernetes API is configured here ({' '.join(str(error).split()).rstrip('.')}): training "
+            "over several nodes runs in a cluster."
         ) from None
     except TimeoutError as error:
-        raise UserError(f"The Kubernetes API does not answer ({error}): try again.") from None
+        raise ClusterError(f"The Kubernetes API does not answer ({error}): try again.") from None
     except (RuntimeError, ValueError) as error:
         if any(isinstance(link, HTTPError) for link in _chain(error)):
-            raise UserError(f"The Kubernetes API does not answer ({cause_of(error)}): try again.") from None
+            raise ClusterError(
+                f"The Kubernetes API does not answer ({cause_of(error)}): try again."
+            ) from None
         status = status_of(error)
         if status in (401, 403):
-            raise UserError(
-                f"The account {placement.service_account or 'of this step'} may not use TrainJobs in {placement.namespace} ({status}): apply the component "
-                "manifests/components/trainer."
+            raise ClusterError(
+                f"The account {placement.service_account or 'of this step'} may not use TrainJobs in "
+                f"{placement.namespace} ({status}): apply the component manifests/components/trainer."
             ) from None
         if status == 404 or "Runtime" in str(error):
-            raise UserError(
-                f"The cluster has no training runtime {placement.runtime} ({cause_of(error)}): install Kubeflow Trainer 2 with its runtimes, correct "
-                "trainer.runtime in the cluster's profile, or set training.nodes to 1."
+            raise ClusterError(
+                f"The cluster has no training runtime {placement.runtime} ({cause_of(error)}): install "
+                "Kubeflow Trainer 2 with its runtimes, correct trainer.runtime in the cluster's profile, or "
+                "set training.nodes to 1."
             ) from None
-        raise UserError(f"Kubeflow Trainer refuses the TrainJob ({cause_of(error)}).") from None
+        raise ClusterError(f"Kubeflow Trainer refuses the TrainJob ({cause_of(error)}).") from None
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error of the SDK."""
-    return next(
-        (link.status for link in _chain(error) if isinstance(getattr(link, "status", None), int)), None
-    )
+    """The HTTP status that caused an error of the SDK, or None."""
+    statuses = (getattr(link, "status", None) for link in _chain(error))
+    return next((status for status in statuses if isinstance(status, int)), None)
 
 
 def cause_of(error: BaseException) -> str:
-    """What lies behind an error of the SDK, in few words."""
+    """The first cause of an error of the SDK, as one line of at most 300 characters."""
     *_, inner = _chain(error)
     reason = getattr(inner, "reason", None) or str(inner)
-    body = getattr(inner, "body", None)
+    # Kubernetes explains a refusal in the JSON body of its answer.
+    body: Any = getattr(inner, "body", None)
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         reason = json.loads(body)["message"]
     return " ".join(str(reason).split())[:300].rstrip(".")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and what it was raised from, and so on."""
+    """Yield an error, the one it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

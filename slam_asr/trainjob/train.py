@@ -1,21 +1,22 @@
-"""The step `train` where the recipe asks for several nodes.
+"""Runs the step `train` on several nodes, as a TrainJob.
 
-The step's own pod needs no GPU. It creates the TrainJob, whose pods each run the very command that a
-single node would run; it passes on the first node's lines and the job's state, hands failure on, and
-removes the job whatever happens. A step that is started again finds its job by name and watches on.
+The step's own pod needs no GPU. It creates the TrainJob, whose pods each run the same command as a training
+on a single node. It logs the first node's output and the job's state, reports a failure as its own, and
+always deletes the job at the end. A step that is started again finds its job by name and continues to follow
+it.
 """
 
 import json
 from dataclasses import asdict
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.progress import log_line
 from slam_asr.recipe import Recipe
 from slam_asr.stage import FINGERPRINT, Record, follow_pointer, require_record
 from slam_asr.storage import digest, exists, is_s3, join
 from slam_asr.trainjob.follow import FollowedTrainJob, deleted_when_interrupted
 from slam_asr.trainjob.placement import Placement
-from slam_asr.trainjob.request import Trainer, refusals
+from slam_asr.trainjob.request import TrainJobClient, explained_refusals
 
 
 def train_on_nodes(
@@ -30,63 +31,67 @@ def train_on_nodes(
 
     Args:
         recipe: models and hyper-parameters.
-        placement: what each node's pod gets.
+        placement: settings for each node's pod.
         train_manifest: utterances to train on.
-        store: folder of all stages' results, which every node can write.
+        store: folder of all stages' results, in object storage.
         feature_store: written by extract-features.
         dev_manifest: utterances to validate on.
 
     Returns:
-        The record of `train`, which the first node has written.
+        The record of `train`, written by the first node.
 
     Raises:
-        UserError: no Trainer, no right, places that nodes do not share, or the sentence of the node that failed.
+        ConfigurationError: the store is not in object storage.
+        ClusterError: Trainer is not installed, or refuses or loses the job.
+        UserError: training failed; the message is that of the failed node.
     """
     if not is_s3(store):
-        raise UserError(
-            f"The store is {store}: training over {recipe.training.nodes} nodes needs one in object storage, which all of them see."
+        raise ConfigurationError(
+            f"The store is {store}: training over {recipe.training.nodes} nodes needs one in object "
+            "storage, which all of them can reach."
         )
-    command = command_of(recipe, train_manifest, store, feature_store, dev_manifest)
+    command = node_command(recipe, train_manifest, store, feature_store, dev_manifest)
     name = f"slam-asr-train-{digest([command, asdict(placement)])[:12]}"
     pointer = join(store, "train", "jobs", f"{name}.json")
     command += ["--pointer", pointer]
-    with refusals(placement):
-        cluster = Trainer(placement)
-    job = FollowedTrainJob(cluster, name)
+    with explained_refusals(placement):
+        client = TrainJobClient(placement)
+    job = FollowedTrainJob(client, name)
     with deleted_when_interrupted(job):
-        with refusals(placement):
+        with explained_refusals(placement):
             if job.find_or_create(recipe.training.nodes, command):
                 log_line(
                     f"TrainJob {name}: {recipe.training.nodes} nodes in the namespace {placement.namespace}"
                 )
             else:
-                log_line(f"TrainJob {name} is there already: going on with it")
+                log_line(f"TrainJob {name} exists already: following it")
         try:
             job.follow(placement.timeout_hours * 3600)
         finally:
             job.delete()
     if not exists(pointer):
-        raise UserError(
-            f"TrainJob {name} is complete, but {pointer} is not there: look whether its nodes may write to {store}."
+        raise ClusterError(
+            f"TrainJob {name} is complete, but {pointer} does not exist: check that its nodes may write to "
+            f"{store}."
         )
     return require_record(follow_pointer(pointer), "train")
 
 
-def command_of(
+def node_command(
     recipe: Recipe, train_manifest: str, store: str, feature_store: str | None, dev_manifest: str | None
 ) -> list[str]:
-    """What each node runs: the command line of a single one."""
-    optional = {"--dev_manifest": dev_manifest, "--feature_store": feature_store}
-    given = [part for option, value in optional.items() if value for part in (option, value)]
+    """Build the command that each node runs: the same as for a training on a single node."""
+    optional = {"--dev-manifest": dev_manifest, "--feature-store": feature_store}
+    options = [part for option, value in optional.items() if value for part in (option, value)]
     text = json.dumps(asdict(recipe), ensure_ascii=False, sort_keys=True)
     return [
         "slam-asr",
         "train",
         "--recipe",
         text,
-        "--train_manifest",
+        "--train-manifest",
         train_manifest,
-        *given,
+        *options,
         "--output",
         join(store, "train", FINGERPRINT),
     ]

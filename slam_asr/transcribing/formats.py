@@ -1,47 +1,50 @@
-"""A transcript as text, JSON or SubRip subtitles."""
+"""Transcripts, and how they are written: as text, JSON or SubRip subtitles."""
 
 import json
 import textwrap
 from dataclasses import asdict, dataclass, field
 
 COLUMNS, LINES = 42, 2
-"""Of a subtitle: what players show in full."""
+"""Maximum size of a subtitle: what players show in full."""
 
 
 @dataclass
 class Segment:
-    """A stretch of a recording and what is said in it."""
+    """A segment of a recording and its text."""
 
     start: float
-    """Seconds."""
+    """Start in the recording, in seconds."""
     end: float
+    """End in the recording, in seconds."""
     text: str
     cut: bool = False
-    """Whether the answer reached decoding.max_new_tokens: something may be missing at its end."""
+    """Whether the text reached decoding.max_new_tokens, so that its end may be missing."""
 
 
 @dataclass
 class Transcript:
-    """A recording and what is said in it."""
+    """The transcript of a recording."""
 
     file: str
+    """The recording's file name as given."""
     duration: float
     """Seconds."""
     segments: list[Segment] = field(default_factory=list)
+    """In order of time, without overlap; empty for silence."""
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The complete text: that of all segments, joined by spaces."""
         return " ".join(s.text for s in self.segments if s.text)
 
 
 def as_text(transcript: Transcript) -> str:
-    """One line."""
+    """Format a transcript as one line of text."""
     return transcript.text + "\n"
 
 
 def as_json(transcript: Transcript) -> str:
-    """One line: file, duration, text, and segments with their times in seconds."""
+    """Format a transcript as one line of JSON: file, duration, text, and segments with times in seconds."""
     segments = [asdict(s) | {"start": round(s.start, 3), "end": round(s.end, 3)} for s in transcript.segments]
     values = {
         "file": transcript.file,
@@ -53,26 +56,34 @@ def as_json(transcript: Transcript) -> str:
 
 
 def as_srt(transcript: Transcript) -> str:
-    """SubRip: a long segment becomes several subtitles, which share its time by their letters."""
-    blocks = []
+    """Format a transcript as SubRip subtitles.
+
+    A long segment becomes several subtitles, which share its time in proportion to their number of
+    characters.
+    """
+    blocks: list[str] = []
     for segment in transcript.segments:
         shown = ["\n".join(lines) for lines in _grouped(textwrap.wrap(segment.text, COLUMNS))]
-        letters = sum(map(len, shown))
+        characters = sum(map(len, shown))
         start = segment.start
         for text in shown:
-            end = min(segment.end, start + (segment.end - segment.start) * len(text) / letters)
+            end = min(segment.end, start + (segment.end - segment.start) * len(text) / characters)
             blocks.append(f"{len(blocks) + 1}\n{_clock(start)} --> {_clock(end)}\n{text}\n")
             start = end
     return "\n".join(blocks)
 
 
 def _grouped(lines: list[str]) -> list[list[str]]:
-    return [lines[at : at + LINES] for at in range(0, len(lines), LINES)]
+    """Group lines into subtitles."""
+    return [lines[i : i + LINES] for i in range(0, len(lines), LINES)]
 
 
 def _clock(seconds: float) -> str:
-    milliseconds = round(seconds * 1000)
-    return f"{milliseconds // 3_600_000:02}:{milliseconds // 60_000 % 60:02}:{milliseconds // 1000 % 60:02},{milliseconds % 1000:03}"
+    """Format seconds as SubRip's hours:minutes:seconds,milliseconds."""
+    rest, milliseconds = divmod(round(seconds * 1000), 1000)
+    rest, whole_seconds = divmod(rest, 60)
+    hours, minutes = divmod(rest, 60)
+    return f"{hours:02}:{minutes:02}:{whole_seconds:02},{milliseconds:03}"
 
 
 FORMATS = {"text": as_text, "json": as_json, "srt": as_srt}

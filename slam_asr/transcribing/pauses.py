@@ -1,8 +1,8 @@
-"""Where a recording can be divided: at its longest and quietest pauses.
+"""Division of a recording into segments, at its longest and quietest pauses.
 
-An encoder hears half a minute at most, and a model is at its best on lengths it was trained on. Loudness is
-measured every 10 ms and smoothed over 300 ms, so that a pause between sentences counts for more than the
-closure of a consonant.
+An encoder such as Whisper's takes at most half a minute, and a model is at its best on lengths that it was
+trained on. Loudness is measured every 10 ms and smoothed over 300 ms, so that a pause between sentences
+outweighs the closure of a consonant.
 """
 
 from collections.abc import Iterator
@@ -13,41 +13,42 @@ import numpy as np
 from slam_asr.audio import SAMPLE_RATE
 
 HOP = SAMPLE_RATE // 100
-"""Samples between two measurements of loudness."""
+"""Samples per measurement of loudness."""
 SMOOTHING = 30
-"""Measurements that one pause is looked for over."""
+"""Measurements that are averaged in the search for a pause."""
 FLOOR = 1e-4
-"""Root mean square below which nothing is heard, at full scale 1: -80 dB."""
+"""Root mean square, at full scale 1, below which audio counts as silence: -80 dB."""
 QUIET = 0.05
-"""Of a recording's loud parts (its 95th percentile): what is quieter belongs to no one's speech; -26 dB."""
+"""Loudness relative to the recording's loud parts (its 95th percentile) below which audio is not speech: -26
+dB."""
 MARGIN = 0.2
-"""Seconds of quiet that are kept on both sides of speech."""
+"""Seconds of quiet that a segment retains before and after speech."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of a recording."""
+    """A part of a recording, by its samples at 16 kHz."""
 
     start: int
-    """Its first sample, at 16 kHz."""
+    """The first sample."""
     end: int
-    """The sample behind its last one."""
+    """The sample after the last one."""
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Start and end."""
+        """Start and end in seconds."""
         return self.start / SAMPLE_RATE, self.end / SAMPLE_RATE
 
 
 def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
-    """Divide a recording at pauses into parts that can be heard at once; quiet at both ends of a part is left out.
+    """Divide a recording at pauses; quiet at both ends of a part is removed.
 
     Args:
         samples: [samples] at 16 kHz, full scale 1.
-        longest: seconds of a part at most.
+        longest: maximum length of a part, in seconds.
 
     Returns:
-        Parts in order, none overlapping; none at all where nothing is heard.
+        Parts in order, without overlap; an empty list for silence.
     """
     loudness = _loudness(samples)
     if len(loudness) == 0 or loudness.max() < FLOOR:
@@ -56,21 +57,21 @@ def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
     smooth = np.convolve(loudness, np.ones(SMOOTHING) / SMOOTHING, mode="same")
     parts = []
     for first, last in _cuts(smooth, max(2, round(longest * SAMPLE_RATE) // HOP), quiet):
-        heard = np.flatnonzero(loudness[first:last] > quiet)
-        if len(heard):
+        loud = np.flatnonzero(loudness[first:last] > quiet)
+        if len(loud):
             margin = round(MARGIN * SAMPLE_RATE)
-            start = max(first * HOP, (first + int(heard[0])) * HOP - margin)
-            end = min(last * HOP, (first + int(heard[-1]) + 1) * HOP + margin, len(samples))
+            start = max(first * HOP, (first + int(loud[0])) * HOP - margin)
+            end = min(last * HOP, (first + int(loud[-1]) + 1) * HOP + margin, len(samples))
             parts.append(Stretch(start, end))
     return parts
 
 
 def _cuts(smooth: np.ndarray, longest: int, quiet: float) -> Iterator[tuple[int, int]]:
-    """(first, last) of parts of at most `longest` measurements, divided where it is quietest."""
+    """Yield parts of at most `longest` measurements as (first, end), divided where it is quietest."""
     first = 0
     while len(smooth) - first > longest:
-        # In the second half, since parts that are too short give the LLM little to go by; where nobody pauses there, before it;
-        # and where nobody pauses at all, within a word.
+        # Preferably in the second half, since short parts give the LLM little context. Without a pause there,
+        # before it; and without any pause, in the second half all the same, perhaps within a word.
         late, early = (first + longest // 2, first + longest), (first + longest // 10, first + longest // 2)
         start, end = next(
             (span for span in (late, early) if smooth[slice(*span)].min(initial=np.inf) <= quiet), late
@@ -82,6 +83,6 @@ def _cuts(smooth: np.ndarray, longest: int, quiet: float) -> Iterator[tuple[int,
 
 
 def _loudness(samples: np.ndarray) -> np.ndarray:
-    """Root mean square of every `HOP` samples; the last, shorter ones count as well."""
+    """Return [measurements], the root mean square of every `HOP` samples; the end is padded with zeros."""
     padded = np.pad(samples.astype(np.float32), (0, -len(samples) % HOP))
     return np.sqrt((padded.reshape(-1, HOP) ** 2).mean(axis=1))

@@ -1,4 +1,4 @@
-"""What all faces have in common: thin, documented, and safe to hand any record to."""
+"""All components document their parameters, point to their result, and log any metric."""
 
 import inspect
 import json
@@ -17,14 +17,14 @@ from slam_asr.stage import Outcome, run_stage, write_pointer
 
 
 @pytest.mark.parametrize("stage", ALL_RESULTS)
-def test_every_input_and_output_is_explained(stage):
+def test_every_input_and_output_is_documented(stage):
     function = component_of(stage).python_func
-    explained = inspect.getdoc(function).partition("Args:")[2]
-    assert [name for name in inspect.signature(function).parameters if f"{name}: " not in explained] == []
+    documented = inspect.getdoc(function).partition("Args:")[2]
+    assert [name for name in inspect.signature(function).parameters if f"{name}: " not in documented] == []
 
 
 @pytest.mark.parametrize("stage", ALL_RESULTS)
-def test_component_points_to_its_stage_folder(stage):
+def test_component_has_its_result_output_and_image(stage):
     assert ALL_RESULTS[stage] in component_of(stage).component_spec.outputs
     assert component_of(stage).component_spec.implementation.container.image == image(stage)
 
@@ -36,7 +36,7 @@ def test_images_follow_the_template(monkeypatch):
     assert image("train") == f"slam-asr/train:{__version__}"
 
 
-def test_loss_that_is_not_a_number_does_not_break_the_step(tmp_path, monkeypatch):
+def test_nan_loss_does_not_break_the_step(tmp_path, monkeypatch):
     def diverge(*_, **__):
         def work(folder: Path) -> Outcome:
             (folder / "curves.html").write_text("<p>")

@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
                 mine = torch.arange(8)[rank::ranks]
                 for last, part in ((False, mine[:1]), (True, mine[1:])):
                     loss = ((engine.module(inputs[part]).float() - wanted[part]) ** 2).sum()
-                    engine.backward(loss, targets_of_step=8, last=last)
+                    engine.backward(loss, step_targets=8, last=last)
                     total += loss.detach()
                 engine.step(1e-2)
                 torch.distributed.all_reduce(total)
@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
             )
             weights = {
                 # Stage 0 in fp32 has no masters: the weights themselves are.
-                name: engine.state_of(name, "weight").detach().clone()
+                name: engine.get_state(name, "weight").detach().clone()
                 for name in engine.groups.weights
             }
             torch.distributed.barrier()

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from slam_asr.processes import leave_group
 from slam_asr.training.checkpoint import Checkpoint
-from slam_asr.training.checkpoint_writer import Saver, take_snapshot
+from slam_asr.training.checkpoint_writer import CheckpointWriter, take_snapshot
 from slam_asr.training.engines.choose import start_process_group
 from tests.training.engines_program import DEVICE, ENGINES, PRECISIONS, make, run
 
@@ -23,12 +23,12 @@ def main(folder: Path) -> None:
             take_snapshot(engine, Checkpoint(0, 0, 0, kind, processes, {}), b"")
             run(engine, 0, 3)
             place = folder / f"{kind}-{precision}"
-            saver = Saver(str(place), folder, keep=1)
-            saver.save(take_snapshot(engine, Checkpoint(3, 0, 3, kind, processes, {}), b""))
-            saver.close()
+            writer = CheckpointWriter(str(place), folder, keep=1)
+            writer.save(take_snapshot(engine, Checkpoint(3, 0, 3, kind, processes, {}), b""))
+            writer.close()
             # Of a weight that is spread, each process asks for it, and all get the whole.
             weights = {
-                name: engine.state_of(name, "weight").detach().clone() for name in engine.groups.weights
+                name: engine.get_state(name, "weight").detach().clone() for name in engine.groups.weights
             }
             if rank == 0:
                 save_file(weights, place / "expected.safetensors")

@@ -11,13 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from slam_asr.conversion import tuned
 from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.conversion.model import read_config, read_projector
-from slam_asr.conversion.zero_checkpoint import zero_folder
+from slam_asr.conversion.zero_checkpoint import find_zero_folder
 from slam_asr.errors import UserError
 from slam_asr.models.llm import add_lora, load_llm
 from slam_asr.models.projector import build_projector
 from slam_asr.recipe import load_recipe
 from slam_asr.storage import sha256_of_file
-from slam_asr.training.checkpoint import DESCRIPTION, LATEST, all_kept, file_name, folder_name
+from slam_asr.training.checkpoint import DESCRIPTION, LATEST, all_complete, file_name, folder_name
 from tests.conversion.test_slam_llm import checkpoint
 
 LORA = {"llm.tuning": "lora", "llm.lora.targets": ["q_proj", "v_proj"], "llm.lora.rank": 2}
@@ -84,10 +84,10 @@ def test_which_of_deepspeeds_folders_is_meant_must_be_clear(recipe, tmp_path):
         UserError,
         match=r"2 checkpoints and no file `latest`: give the folder of one of them, such as .*global_step7",
     ):
-        zero_folder(tmp_path)
+        find_zero_folder(tmp_path)
     (tmp_path / "latest").write_text("global_step9")
     with pytest.raises(UserError, match=r"names global_step9, which is not there"):
-        zero_folder(tmp_path)
+        find_zero_folder(tmp_path)
 
 
 def spoil(folder, change) -> None:
@@ -290,7 +290,7 @@ def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
 
 def test_an_average_is_the_mean_of_all_that_were_kept(recipe, tiny_recipe, tmp_path):
     training = a_training(tmp_path / "training", recipe, tiny_recipe)
-    assert [found.step for found in all_kept(f"{training}/checkpoints")] == [10, 20, 30]
+    assert [found.step for found in all_complete(f"{training}/checkpoints")] == [10, 20, 30]
     record = convert_checkpoint(training, str(tmp_path / "mean"), which="average")
     found = load_file(record.file("projector.safetensors"))
     for name, tensor in found.items():

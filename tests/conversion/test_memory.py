@@ -14,8 +14,8 @@ from slam_asr.conversion import tuned
 from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.models.llm import add_lora
 from slam_asr.models.projector import build_projector
-from slam_asr.models.sharded import NotOneToOne
-from slam_asr.models.tensors import Tensors, stored_tensors, write_one_by_one
+from slam_asr.models.sharded import NotLazilyLoadable
+from slam_asr.models.tensors import LazyTensors, lazy_tensors, write_one_by_one
 from slam_asr.recipe import load_recipe
 from tests.conversion import memory_program
 from tests.conversion.test_kinds import LORA, deepspeeds_folder
@@ -105,9 +105,9 @@ def test_an_llm_written_weight_by_weight_is_the_one_that_is_written_whole(
     convert_checkpoint(str(checkpoint), str(tmp_path / "by-weight"), to=to, recipe=load_recipe(str(recipe)))
 
     def refuse(*_):
-        raise NotOneToOne
+        raise NotLazilyLoadable
 
-    monkeypatch.setattr(tuned, "describe_stored_llm", refuse)
+    monkeypatch.setattr(tuned, "describe_lazy_llm", refuse)
     convert_checkpoint(str(checkpoint), str(tmp_path / "whole"), to=to, recipe=load_recipe(str(recipe)))
     names = sorted(
         str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file()
@@ -139,11 +139,11 @@ def test_a_file_written_one_by_one_is_the_librarys(tmp_path):
     }
     write_one_by_one(
         tmp_path / "x.safetensors",
-        Tensors({name: lambda t=t: t for name, t in tensors.items()}),
+        LazyTensors({name: lambda t=t: t for name, t in tensors.items()}),
         {n: t.to("meta") for n, t in tensors.items()},
     )
     found = load_file(tmp_path / "x.safetensors")
-    lazily = stored_tensors([tmp_path / "x.safetensors"])
+    lazily = lazy_tensors([tmp_path / "x.safetensors"])
     assert found.keys() == tensors.keys() == lazily.keys()
     for name, tensor in tensors.items():
         assert (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slam_asr.conversion.model import ModelConfig, write_model
-from slam_asr.conversion.trained import take_model
+from slam_asr.conversion.trained import adopt_trained_model
 from slam_asr.errors import UserError
 from slam_asr.models.projector import build_projector
 from slam_asr.recipe import Recipe, dump_recipe, load_recipe
@@ -24,20 +24,20 @@ def write(folder, recipe: Recipe) -> None:
 
 def refusal(recipe: Recipe, model) -> str:
     with pytest.raises(UserError) as caught:
-        take_model(recipe, str(model), "{fingerprint}")
+        adopt_trained_model(recipe, str(model), "{fingerprint}")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_model_without_a_record_is_copied_once_and_can_be_pointed_to(tmp_path):
     write(tmp_path / "model", load_recipe("demo"))
-    record = take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}"))
+    record = adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}"))
     write_pointer(record, tmp_path / "pointer")
     folder = follow_pointer(tmp_path / "pointer")
     for file in (tmp_path / "model").iterdir():
         assert (tmp_path / "store" / record.folder / file.name).read_bytes() == file.read_bytes()
     assert (
-        take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).folder
+        adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).folder
         == folder
     )
 
@@ -49,7 +49,7 @@ def test_a_model_with_its_record_stays_where_it_is(tmp_path):
         {},
         lambda folder: write(folder, load_recipe("demo")) or Outcome("done"),
     )
-    assert take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")) == made
+    assert adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")) == made
     assert not (tmp_path / "store").exists()
 
 
@@ -70,7 +70,7 @@ def test_the_folder_of_the_encoder_is_no_difference(tmp_path):
         ),
     )
     assert (
-        take_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).stage
+        adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).stage
         == "open-model"
     )
 

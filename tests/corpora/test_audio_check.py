@@ -1,4 +1,4 @@
-"""Every candidate is answered, in the order asked, by what its file is at that moment."""
+"""Every candidate has a result, in the order of the candidates, by the state of its file at that moment."""
 
 from slam_asr.corpora import Candidate, Rejection, audio_check
 from slam_asr.corpora.audio_check import check_all
@@ -6,8 +6,8 @@ from slam_asr.recipe import Data
 from tests.conftest import make_tone, write_wav
 
 
-def test_answers_come_in_the_order_of_the_candidates(tmp_path):
-    # Long and short in turn, so that later ones are done first.
+def test_results_are_in_the_order_of_the_candidates(tmp_path):
+    # Some files are much longer, so that later ones are finished first.
     sources = [
         str(write_wav(tmp_path / f"{i}.wav", make_tone(20.0 if i % 9 == 0 else 0.2))) for i in range(40)
     ]
@@ -17,18 +17,18 @@ def test_answers_come_in_the_order_of_the_candidates(tmp_path):
     assert [c.utterance.key for c in checked] == [str(i) for i in range(40)]
 
 
-def test_a_file_that_vanished_since_it_was_listed_is_set_aside(tmp_path):
+def test_a_file_that_disappeared_since_it_was_listed_is_rejected(tmp_path):
     (rejection,) = check_all([Candidate("a", str(tmp_path / "gone.wav"), "text")], Data(), "test")
     assert isinstance(rejection, Rejection)
     assert rejection.reason == "transcript without audio"
 
 
-def test_nothing_to_check_is_no_fault():
+def test_no_candidates_give_no_results():
     assert list(check_all([], Data(), "test")) == []
 
 
-def test_candidates_are_taken_only_a_few_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio_check, "workers", lambda: 2)
+def test_only_a_few_candidates_are_consumed_ahead_of_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio_check, "default_threads", lambda: 2)
     source, taken = str(write_wav(tmp_path / "x.wav")), []
     candidates = (taken.append(i) or Candidate(str(i), source, "text") for i in range(1000))
     next(check_all(candidates, Data(), "test"))

@@ -1,4 +1,4 @@
-"""The manifests hold every good utterance once, in one split, with audio that was decoded; or they are not written."""
+"""Manifests have every usable utterance once, in one split, with decoded audio; or none is written."""
 
 import functools
 import json
@@ -61,9 +61,9 @@ def refusal(*args, **options) -> str:
     return message
 
 
-def assert_nothing_to_take(folder: Path) -> None:
-    left = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-    assert left in ([], ["rejected.jsonl"])
+def assert_no_manifest(folder: Path) -> None:
+    names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    assert names in ([], ["rejected.jsonl"])
 
 
 def rejections(folder: Path) -> list[tuple[str, str]]:
@@ -72,7 +72,7 @@ def rejections(folder: Path) -> list[tuple[str, str]]:
     return [(row["key"], row["reason"]) for row in rows]
 
 
-def test_every_utterance_is_in_its_split_with_what_its_file_holds(corpus, tmp_path):
+def test_every_utterance_is_in_its_split_with_the_properties_of_its_file(corpus, tmp_path):
     record = build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == FILES
     counts = {}
@@ -87,13 +87,13 @@ def test_every_utterance_is_in_its_split_with_what_its_file_holds(corpus, tmp_pa
             assert (u.speaker, u.extra["chapter"]) == tuple(u.key.split("-")[:2])
     assert counts == {"train.jsonl": 20, "dev.jsonl": 2, "test.jsonl": 3}
     assert [u.target for u in read_manifest(record.file("test.jsonl"))] == ["test 0", "test 1", "test 2"]
-    assert record.summary == "20 train, 2 dev, 3 test utterances, 0.00 h; 0 set aside"
+    assert record.summary == "20 train, 2 dev, 3 test utterances, 0.00 h; 0 rejected"
     assert record.metrics["train_utterances"] == 20
     assert record.metrics["rejected"] == 0
     assert record.facts["subsets"] == {"train": ["train-a"], "dev": ["dev-other"], "test": ["test-b"]}
 
 
-def test_the_statistics_are_those_of_the_manifests(corpus, tmp_path):
+def test_the_statistics_match_the_manifests(corpus, tmp_path):
     record = build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     statistics = json.loads(record.file("statistics.json").read_text())
     for split in ("train", "dev", "test"):
@@ -113,20 +113,20 @@ def test_the_statistics_are_those_of_the_manifests(corpus, tmp_path):
         assert sum(measures["durations"]) == len(utterances)
         assert measures["durations"][0] == sum(d < 1 for d in durations)
     assert statistics["rejected"] == {"total": 0, "by_reason": {}}
-    every = "".join(
+    characters = "".join(
         u.target for split in ("train", "dev", "test") for u in read_manifest(record.file(f"{split}.jsonl"))
     )
-    assert statistics["alphabet"] == {c: every.count(c) for c in set(every)}
+    assert statistics["alphabet"] == {c: characters.count(c) for c in set(characters)}
 
 
-def test_the_page_shows_what_was_set_aside_and_runs_nothing_of_it(corpus, tmp_path):
+def test_the_page_shows_rejected_utterances_and_escapes_their_text(corpus, tmp_path):
     (corpus / "train-a/1/7/1-7-0000.wav").unlink()
     transcripts = corpus / "train-a/1/7/1-7.trans.txt"
     transcripts.write_text(transcripts.read_text() + "<script>alert(1)</script> \u200b<b>EVIL</b>\n")
     record = build_manifest(recipe(max_rejected=0.5, text="as-is"), str(corpus), str(tmp_path / "out"))
     page = record.file("statistics.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert "Transcript without audio" in page and "no audio file 1-7-0000 beside it" in page
+    assert "Transcript without audio" in page and "no audio file 1-7-0000 next to it" in page
     assert "http" not in page.replace("http-equiv", "")
     for number in (record.metrics["rejected"], 24):
         assert f'<dd class="number">{number}</dd>' in page
@@ -142,24 +142,24 @@ def test_sorting_through_disk_gives_the_same_bytes(corpus, tmp_path, monkeypatch
         assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
 
 
-def test_the_recipe_that_is_kept_reads_as_the_recipe_given(corpus, tmp_path):
-    given = recipe(text="upper")
-    record = build_manifest(given, str(corpus), str(tmp_path / "out"))
-    assert load_recipe(str(record.file("recipe.yaml"))) == given
+def test_the_saved_recipe_equals_the_given_one(corpus, tmp_path):
+    original = recipe(text="upper")
+    record = build_manifest(original, str(corpus), str(tmp_path / "out"))
+    assert load_recipe(str(record.file("recipe.yaml"))) == original
     assert read_manifest(record.file("test.jsonl"))[0].target == "TEST 0"
 
 
-def test_the_bytes_are_the_same_whatever_the_number_of_workers(corpus, tmp_path, monkeypatch):
+def test_the_bytes_do_not_depend_on_the_number_of_threads(corpus, tmp_path, monkeypatch):
     (corpus / "train-a/1/7/1-7-0000.wav").write_bytes(b"no audio")
     outputs = []
-    for workers in (1, 2, 7):
-        monkeypatch.setattr(audio_check, "workers", lambda workers=workers: workers)
-        build_manifest(recipe(max_rejected=0.1), str(corpus), str(tmp_path / f"out{workers}"))
-        outputs.append({n: (tmp_path / f"out{workers}" / n).read_bytes() for n in FILES if n != "stage.json"})
+    for threads in (1, 2, 7):
+        monkeypatch.setattr(audio_check, "default_threads", lambda threads=threads: threads)
+        build_manifest(recipe(max_rejected=0.1), str(corpus), str(tmp_path / f"out{threads}"))
+        outputs.append({n: (tmp_path / f"out{threads}" / n).read_bytes() for n in FILES if n != "stage.json"})
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_what_cannot_be_used_is_set_aside_with_its_reason(corpus, tmp_path):
+def test_unusable_utterances_are_rejected_with_a_reason(corpus, tmp_path):
     train = corpus / "train-a"
     (train / "1/7/1-7-0000.wav").unlink()
     write_wav(train / "1/7/1-7-0009.wav")
@@ -187,19 +187,19 @@ def test_what_cannot_be_used_is_set_aside_with_its_reason(corpus, tmp_path):
         ("2-7-0001", "duplicate key"),
     ]
     assert rejections(tmp_path / "out") == expected
-    kept = {u.key for u in read_manifest(record.file("train.jsonl"))}
-    assert kept & {key for key, _ in expected} == {"2-7-0001"}, "the first of the two lines stays"
-    assert len(kept) == 13
+    keys = {u.key for u in read_manifest(record.file("train.jsonl"))}
+    assert keys & {key for key, _ in expected} == {"2-7-0001"}, "the first of the two lines is used"
+    assert len(keys) == 13
     statistics = json.loads(record.file("statistics.json").read_text())
     assert statistics["rejected"] == {
         "total": 9,
         "by_reason": {reason: 1 for _, reason in sorted(expected, key=str)},
     }
     assert record.metrics["rejected"] == 9
-    assert record.summary.endswith("; 9 set aside")
+    assert record.summary.endswith("; 9 rejected")
 
 
-def test_limits_on_the_duration_include_their_ends(corpus, tmp_path):
+def test_the_limits_on_the_duration_are_inclusive(corpus, tmp_path):
     write_wav(corpus / "train-a/1/7/1-7-0000.wav", make_tone(0.1))
     write_wav(corpus / "train-a/1/7/1-7-0001.wav", make_tone(3.0))
     write_wav(corpus / "train-a/1/7/1-7-0002.wav", make_tone(3.0, 44_100), 44_100)
@@ -208,7 +208,7 @@ def test_limits_on_the_duration_include_their_ends(corpus, tmp_path):
     assert record.metrics["train_utterances"] == 20
 
 
-def test_other_rates_and_channels_are_converted_and_counted(corpus, tmp_path):
+def test_conversions_to_16_khz_and_mono_are_counted(corpus, tmp_path):
     write_wav(corpus / "train-a/1/7/1-7-0000.wav", make_tone(1.0, 8_000), 8_000)
     write_wav(corpus / "train-a/1/7/1-7-0001.wav", make_tone(1.0, channels=2))
     record = build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
@@ -219,7 +219,7 @@ def test_other_rates_and_channels_are_converted_and_counted(corpus, tmp_path):
     assert statistics["converted"] == {"to_16_khz": 1, "to_mono": 1}
 
 
-def test_too_many_bad_utterances_stop_the_stage_and_leave_only_their_list(corpus, tmp_path):
+def test_too_many_rejections_stop_the_stage_and_leave_only_their_list(corpus, tmp_path):
     for n in range(4):
         (corpus / f"train-a/1/7/1-7-000{n}.wav").write_bytes(b"no audio")
     (corpus / "train-a/1/8/1-8-0000.wav").unlink()
@@ -234,15 +234,15 @@ def test_too_many_bad_utterances_stop_the_stage_and_leave_only_their_list(corpus
     build_manifest(recipe(max_rejected=0.2), str(corpus), str(tmp_path / "out"))
 
 
-def test_a_failure_leaves_nothing_of_an_earlier_success(corpus, tmp_path):
+def test_a_failed_run_removes_the_manifests_of_an_earlier_one(corpus, tmp_path):
     build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     for path in (corpus / "train-a/1/7").glob("*.wav"):
         path.write_bytes(b"no audio")
     refusal(recipe(), str(corpus), str(tmp_path / "out"), overwrite=True)
-    assert_nothing_to_take(tmp_path / "out")
+    assert_no_manifest(tmp_path / "out")
 
 
-def test_where_no_subset_is_for_dev_a_fixed_share_of_train_is_held_out(corpus, tmp_path, capsys):
+def test_without_a_subset_for_dev_a_fixed_share_of_train_is_held_out(corpus, tmp_path, capsys):
     shutil.rmtree(corpus / "dev-other")
     first = build_manifest(recipe(dev_fraction=0.2), str(corpus), str(tmp_path / "one"))
     line = re.search(
@@ -256,43 +256,43 @@ def test_where_no_subset_is_for_dev_a_fixed_share_of_train_is_held_out(corpus, t
     assert {u.key for u in read_manifest(second.file("dev.jsonl"))} == {k for k in dev if k.startswith("1-")}
 
 
-def test_an_utterance_in_two_splits_is_refused_by_name(corpus, tmp_path):
+def test_the_error_for_an_utterance_in_two_splits_names_it(corpus, tmp_path):
     shutil.copytree(corpus / "train-a/1/7", corpus / "test-b/1/7")
     message = refusal(recipe(), str(corpus), str(tmp_path / "out"))
     assert "1-7-0000 is in train and in test" in message
-    assert_nothing_to_take(tmp_path / "out")
+    assert_no_manifest(tmp_path / "out")
 
 
-def test_an_utterance_in_two_subsets_of_one_split_is_taken_once(corpus, tmp_path):
+def test_an_utterance_in_two_subsets_of_one_split_is_used_once(corpus, tmp_path):
     shutil.copytree(corpus / "train-a/1/7", corpus / "train-b/1/7")
     record = build_manifest(recipe(max_rejected=0.5), str(corpus), str(tmp_path / "out"))
     assert record.metrics["train_utterances"] == 20
     assert {reason for _, reason in rejections(tmp_path / "out")} == {"duplicate key"}
 
 
-def test_audio_that_is_trained_on_and_tested_with_is_told(corpus, tmp_path, capsys):
+def test_a_warning_names_test_utterances_with_the_audio_of_train_utterances(corpus, tmp_path, capsys):
     shutil.copy(corpus / "train-a/1/7/1-7-0000.wav", corpus / "test-b/4/7/4-7-0001.wav")
     build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     assert (
-        "warning: 1 dev and test utterances have the very audio of train utterances: 4-7-0001"
+        "warning: 1 dev and test utterances have the same audio as train utterances: 4-7-0001"
         in capsys.readouterr().out
     )
 
 
-def test_a_split_that_ends_up_empty_is_refused(corpus, tmp_path):
+def test_an_empty_split_is_refused(corpus, tmp_path):
     (corpus / "test-b/4/7/4-7.trans.txt").write_text("".join(f"4-7-000{n} \t \n" for n in range(3)))
     message = refusal(recipe(max_rejected=1.0), str(corpus), str(tmp_path / "out"))
     assert "No utterance is left for test (3 blank transcript" in message
-    assert_nothing_to_take(tmp_path / "out")
+    assert_no_manifest(tmp_path / "out")
 
 
-def test_a_corpus_of_one_train_utterance_has_none_to_hold_out(tmp_path):
+def test_a_corpus_with_one_train_utterance_is_refused_because_dev_takes_it(tmp_path):
     write_librispeech(tmp_path / "c", {"train-a": {"1-1-0000": "ONE"}, "test-a": {"2-1-0000": "TWO"}})
     assert "No utterance is left for train" in refusal(recipe(), str(tmp_path / "c"), str(tmp_path / "out"))
-    assert_nothing_to_take(tmp_path / "out")
+    assert_no_manifest(tmp_path / "out")
 
 
-def test_json_lines_are_built_with_their_own_fields(corpus, tmp_path):
+def test_extra_fields_of_json_lines_are_copied(corpus, tmp_path):
     first = build_manifest(recipe(text="upper"), str(corpus), str(tmp_path / "one"))
     lines = first.file("train.jsonl").read_text().splitlines()
     rows = [json.loads(line) | {"accent": "none", "duration": 99.0} for line in lines]
@@ -302,11 +302,11 @@ def test_json_lines_are_built_with_their_own_fields(corpus, tmp_path):
     train = read_manifest(second.file("train.jsonl"))
     assert {u.extra["accent"] for u in train} == {"none"}
     assert {u.subset for u in train} == {"train-a"}
-    assert all(u.duration < 1 for u in train), "measured anew"
+    assert all(u.duration < 1 for u in train), "measured again"
     assert train[0].target == "train 1 0"
 
 
-def test_one_file_of_json_lines_may_carry_the_subsets(corpus, tmp_path):
+def test_one_file_of_json_lines_may_have_all_subsets(corpus, tmp_path):
     first = build_manifest(recipe(), str(corpus), str(tmp_path / "one"))
     path = tmp_path / "everything.jsonl"
     path.write_text("".join(first.file(name).read_text() for name in MANIFESTS))
@@ -314,11 +314,11 @@ def test_one_file_of_json_lines_may_carry_the_subsets(corpus, tmp_path):
     assert [second.file(n).read_bytes() for n in MANIFESTS] == [first.file(n).read_bytes() for n in MANIFESTS]
 
 
-def test_one_file_without_a_test_subset_is_refused_with_what_it_has(corpus, tmp_path):
+def test_the_error_for_a_file_without_a_test_subset_lists_its_subsets(corpus, tmp_path):
     first = build_manifest(recipe(), str(corpus), str(tmp_path / "one"))
     shutil.copy(first.file("train.jsonl"), tmp_path / "all.jsonl")
     message = refusal(recipe(), str(tmp_path / "all.jsonl"), str(tmp_path / "two"))
-    assert "data.test asks for test-*" in message
+    assert "data.test is test-*" in message
     assert "train-a" in message
 
 
@@ -329,25 +329,25 @@ def test_a_key_in_two_json_lines_files_is_refused(corpus, tmp_path):
     assert "1-7-0000 is in train and in test" in refusal(recipe(), first.folder, str(tmp_path / "two"))
 
 
-def test_a_corpus_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_corpus_is_refused(tmp_path):
     assert "There is no corpus" in refusal(recipe(), str(tmp_path / "none"), str(tmp_path / "out"))
 
 
-def test_a_corpus_that_is_not_in_the_bucket_is_refused(bucket, tmp_path):
+def test_a_corpus_missing_from_the_bucket_is_refused(bucket, tmp_path):
     assert "There is no corpus s3://bucket/corpus" in refusal(
         recipe(), "s3://bucket/corpus", str(tmp_path / "out")
     )
 
 
-@pytest.mark.parametrize(("name", "says"), [("corpus.xml", "unknown kind"), ("corpus.zip", "unpack it")])
-def test_a_file_of_another_kind_is_refused(tmp_path, name, says):
+@pytest.mark.parametrize(("name", "expected"), [("corpus.xml", "unknown kind"), ("corpus.zip", "unpack it")])
+def test_a_file_of_an_unknown_kind_is_refused(tmp_path, name, expected):
     (tmp_path / name).write_text("x")
     message = refusal(recipe(), str(tmp_path / name), str(tmp_path / "out"))
     assert str(tmp_path / name) in message
-    assert says in message
+    assert expected in message
 
 
-def test_folders_that_are_no_corpus_are_refused_each_by_its_cause(tmp_path):
+def test_the_error_for_a_folder_that_is_not_a_corpus_has_the_cause(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     assert "is empty" in refusal(recipe(), str(folder), str(tmp_path / "out"))
@@ -361,20 +361,20 @@ def test_folders_that_are_no_corpus_are_refused_each_by_its_cause(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_corpus_without_any_audio_is_refused_as_such(corpus, tmp_path):
+def test_a_corpus_without_any_audio_is_refused(corpus, tmp_path):
     for path in corpus.rglob("*.wav"):
         path.unlink()
     assert "holds transcripts but no audio (25 files" in refusal(recipe(), str(corpus), str(tmp_path / "out"))
-    assert_nothing_to_take(tmp_path / "out")
+    assert_no_manifest(tmp_path / "out")
 
 
-def test_a_corpus_without_any_transcript_is_refused_as_such(corpus, tmp_path):
+def test_a_corpus_without_any_transcript_is_refused(corpus, tmp_path):
     for path in corpus.rglob("*.trans.txt"):
         path.unlink()
     assert "but no transcripts" in refusal(recipe(), str(corpus), str(tmp_path / "out"))
 
 
-def test_the_corpus_is_never_written_over(corpus, tmp_path):
+def test_the_corpus_is_never_overwritten(corpus, tmp_path):
     first = build_manifest(recipe(), str(corpus), str(tmp_path / "one"))
     before = first.file("train.jsonl").read_bytes()
     for source in (first.folder, str(first.file("train.jsonl"))):
@@ -383,14 +383,14 @@ def test_the_corpus_is_never_written_over(corpus, tmp_path):
     assert read_record(first.folder) is not None
 
 
-def test_a_manifest_that_the_stage_did_not_write_is_not_replaced(corpus, tmp_path):
+def test_a_manifest_from_elsewhere_is_not_replaced(corpus, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.jsonl").write_text("precious")
     assert "was not written by build-manifest" in refusal(recipe(), str(corpus), str(tmp_path / "out"))
     assert (tmp_path / "out" / "train.jsonl").read_text() == "precious"
 
 
-def test_the_same_corpus_is_not_read_twice_and_a_changed_one_is_noticed(corpus, tmp_path, monkeypatch):
+def test_an_unchanged_corpus_is_not_read_again_and_a_changed_one_is_noticed(corpus, tmp_path, monkeypatch):
     build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(audio_check, "read_clip", None)
@@ -402,7 +402,7 @@ def test_the_same_corpus_is_not_read_twice_and_a_changed_one_is_noticed(corpus, 
     assert read_manifest(record.file("train.jsonl"))[0].duration == 2.0
 
 
-def test_a_killed_run_leaves_no_record_and_can_be_run_again(corpus, tmp_path):
+def test_a_killed_run_leaves_no_record_and_can_be_repeated(corpus, tmp_path):
     program = textwrap.dedent("""
         import sys, time
         from slam_asr.corpora import audio_check
@@ -425,17 +425,15 @@ def test_a_killed_run_leaves_no_record_and_can_be_run_again(corpus, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert any("half-way" in line for line in process.stdout)
         process.send_signal(signal.SIGKILL)
-    assert_nothing_to_take(tmp_path / "out")
+    assert_no_manifest(tmp_path / "out")
     assert build_manifest(recipe(), str(corpus), str(tmp_path / "out")).metrics["train_utterances"] == 20
 
 
-def test_an_interrupt_ends_the_stage_without_a_record_and_without_the_files_that_wait(
-    corpus, tmp_path, monkeypatch
-):
+def test_an_interrupt_leaves_no_record_and_does_not_read_the_remaining_files(corpus, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(audio_check, "workers", lambda: 1)
+    monkeypatch.setattr(audio_check, "default_threads", lambda: 1)
 
-    def interrupted(path, **_):
+    def interrupted(path, *_):
         seen.append(path)
         raise KeyboardInterrupt
 
@@ -443,10 +441,10 @@ def test_an_interrupt_ends_the_stage_without_a_record_and_without_the_files_that
     with pytest.raises(KeyboardInterrupt):
         build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     assert len(seen) < 25
-    assert_nothing_to_take(tmp_path / "out")
+    assert_no_manifest(tmp_path / "out")
 
 
-def test_the_stage_runs_in_a_script_without_a_guard_and_beside_the_main_thread(corpus, tmp_path):
+def test_the_stage_runs_in_a_script_without_a_main_guard_and_in_a_daemon_thread(corpus, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
@@ -472,7 +470,7 @@ def test_the_stage_runs_in_a_script_without_a_guard_and_beside_the_main_thread(c
     assert read_record(tmp_path / "thread") is not None
 
 
-def test_the_first_subsets_of_librispeech_build_as_they_come(libri_mini, tmp_path):
+def test_the_first_subsets_of_librispeech_are_built_without_rejections(libri_mini, tmp_path):
     record = build_manifest(recipe(), str(libri_mini), str(tmp_path / "out"))
     assert record.metrics["rejected"] == 0
     assert record.metrics["train_utterances"] + record.metrics["dev_utterances"] == 589
@@ -485,18 +483,18 @@ def test_the_first_subsets_of_librispeech_build_as_they_come(libri_mini, tmp_pat
         assert u.target == u.target.lower()
 
 
-def test_a_recipe_that_trains_on_nothing_reads_its_test_subsets_alone(corpus, tmp_path):
-    whole = build_manifest(recipe(), str(corpus), str(tmp_path / "whole"))
+def test_a_recipe_without_train_data_reads_only_its_test_subsets(corpus, tmp_path):
+    complete = build_manifest(recipe(), str(corpus), str(tmp_path / "complete"))
     for file in (corpus / "train-a").rglob("*.wav"):
-        file.write_bytes(b"no audio, and nobody looks")
+        file.write_bytes(b"no audio, which is never read")
     done = build_manifest(recipe(train=[], dev=[]), str(corpus), str(tmp_path / "test"))
-    assert (tmp_path / "test" / "test.jsonl").read_bytes() == Path(whole.file("test.jsonl")).read_bytes()
+    assert (tmp_path / "test" / "test.jsonl").read_bytes() == Path(complete.file("test.jsonl")).read_bytes()
     assert [(tmp_path / "test" / f"{name}.jsonl").read_bytes() for name in ("train", "dev")] == [b"", b""]
     assert done.summary.startswith("3 test utterances, ")
     assert done.facts["dev_held_out_of_train"] is False
 
 
-def test_subsets_called_train_and_dev_are_left_out_too_where_nothing_is_trained(tmp_path):
+def test_without_train_data_subsets_named_train_and_dev_are_ignored(tmp_path):
     corpus = write_librispeech(
         tmp_path / "c",
         {name: {f"{s}-1-0000": "A B"} for s, name in enumerate(("train", "dev", "test"), start=1)},

@@ -1,4 +1,4 @@
-"""JSON lines give each line to one subset: by the split's file, by the line's own word, or by the file's name."""
+"""Each line of JSON lines is in one subset: that of its split's file, its own field, or its file's name."""
 
 import json
 
@@ -26,7 +26,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_split_s_file_is_that_split_and_keeps_the_lines_own_subset(folder):
+def test_a_file_named_after_a_split_is_that_split_and_lines_keep_their_own_subset(folder):
     write_lines(folder / "train.jsonl", row("a"), row("b", subset="train-clean-100"))
     write_lines(folder / "test.jsonl", row("c", subset="test-other", speaker="7"))
     reader = JsonLines.find(folder)
@@ -37,7 +37,7 @@ def test_a_split_s_file_is_that_split_and_keeps_the_lines_own_subset(folder):
     ]
 
 
-def test_files_may_be_named_by_subset(folder):
+def test_files_may_be_named_after_subsets(folder):
     write_lines(folder / "train-clean-100.jsonl", row("a"))
     write_lines(folder / "test-other.jsonl", row("b"))
     reader = JsonLines.find(folder)
@@ -46,19 +46,19 @@ def test_files_may_be_named_by_subset(folder):
 
 
 @pytest.mark.parametrize("name", ["all.jsonl", "train.jsonl"])
-def test_the_lines_of_one_file_may_carry_their_subsets(folder, name):
+def test_the_lines_of_one_file_may_name_their_subsets(folder, name):
     path = write_lines(folder / name, row("a", subset="train-x"), row("b", subset="test-x"), row("c"))
     reader = JsonLines.find(path)
     assert reader.subsets() == sorted(["test-x", "train-x", path.stem])
 
 
-def test_what_an_earlier_build_set_aside_is_not_read(folder):
+def test_the_rejections_of_an_earlier_build_are_not_read(folder):
     write_lines(folder / "train.jsonl", row("a"))
     write_lines(folder / "rejected.jsonl", {"key": "z", "source": "", "reason": "too short"})
     assert JsonLines.find(folder).subsets() == ["train"]
 
 
-def test_a_line_whose_audio_is_not_there_is_set_aside(folder):
+def test_a_line_without_its_audio_is_rejected(folder):
     write_lines(folder / "train.jsonl", row("a"), row("b", source="gone.wav"))
     _, rejection = JsonLines.find(folder).read("train")
     assert isinstance(rejection, Rejection)
@@ -69,20 +69,20 @@ def test_a_line_whose_audio_is_not_there_is_set_aside(folder):
     )
 
 
-def test_a_bad_line_is_refused_by_file_and_number(folder):
+def test_the_error_for_a_bad_line_has_its_file_and_number(folder):
     write_lines(folder / "train.jsonl", row("a"), {"key": "b"})
     with pytest.raises(UserError, match=r"train\.jsonl, line 2 has no source and no target"):
         JsonLines.find(folder)
 
 
 @pytest.mark.parametrize("subset", [7, "", ["x"]])
-def test_a_subset_that_is_no_text_is_refused(folder, subset):
+def test_a_subset_that_is_not_text_is_refused(folder, subset):
     write_lines(folder / "all.jsonl", row("a", subset=subset))
     with pytest.raises(UserError, match="line 1: subset must be text"):
         JsonLines.find(folder)
 
 
-def test_sources_that_cannot_be_read_here_are_refused(folder):
+def test_sources_with_an_unsupported_scheme_are_refused(folder):
     write_lines(folder / "train.jsonl", row("a", source="https://somewhere/x.wav"))
     with pytest.raises(UserError, match=r"train\.jsonl.*https"):
         JsonLines.find(folder)
@@ -94,17 +94,17 @@ def test_segments_and_objects_are_candidates(folder):
         row("a", start=0.5, duration=0.25, source="s3://bucket/x.wav"),
         row("b", duration=9),
     )
-    segment, whole = JsonLines.find(folder).read("train")
+    segment, complete = JsonLines.find(folder).read("train")
     assert (segment.source, segment.start, segment.duration) == ("s3://bucket/x.wav", 0.5, 0.25)
-    assert (whole.start, whole.duration) == (None, None), "the duration of a whole file is measured"
+    assert (complete.start, complete.duration) == (None, None), "a complete file is measured again"
 
 
-def test_other_folders_and_files_are_left_alone(folder):
+def test_other_folders_and_files_are_not_recognised(folder):
     assert JsonLines.find(folder) is None
     assert JsonLines.find(folder / "x.wav") is None
 
 
-def test_the_stamps_change_with_the_lines_and_with_the_audio(folder):
+def test_stamps_change_with_the_lines_and_with_the_audio(folder):
     path = write_lines(folder / "train.jsonl", row("a"))
     before = list(JsonLines.find(folder).stamps("train"))
     with open(folder / "x.wav", "ab") as file:

@@ -1,4 +1,4 @@
-"""Whatever a corpus is laid out as, the same speech gives the same utterances; and what cannot be read is said in a sentence."""
+"""The same speech gives the same utterances in every layout, and unreadable corpora raise clear errors."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ from slam_asr.recipe import Columns, Data, load_recipe
 from slam_asr.storage import join, write_bytes
 from tests.conftest import make_tone, write_librispeech, write_wav
 
-SAID = {
+TRANSCRIPTS = {
     "train-a": {"1-1-0000": "ONE", "1-1-0001": "TWO", "1-2-0000": "THREE"},
     "dev-other": {"2-1-0000": "FOUR"},
     "test-b": {"3-1-0000": "FIVE SIX"},
@@ -38,7 +38,7 @@ def recipe(**data):
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    return write_librispeech(tmp_path / "tree", SAID)
+    return write_librispeech(tmp_path / "tree", TRANSCRIPTS)
 
 
 @pytest.fixture
@@ -47,8 +47,10 @@ def audio(tree) -> dict[str, Path]:
     return {path.stem: path for path in sorted(tree.rglob("*.wav"))}
 
 
-def spoken(folder: str | Path, splits=("train", "dev", "test")) -> dict[str, dict[str, tuple[str, int]]]:
-    """Transcript and length of what is heard of each utterance, by split and key."""
+def transcripts_and_lengths(
+    folder: str | Path, splits=("train", "dev", "test")
+) -> dict[str, dict[str, tuple[str, int]]]:
+    """Transcript and number of samples of each utterance, by split and key."""
     return {
         split: {
             u.key: (u.target, len(load_utterance(u))) for u in read_manifest(join(folder, f"{split}.jsonl"))
@@ -60,7 +62,7 @@ def spoken(folder: str | Path, splits=("train", "dev", "test")) -> dict[str, dic
 def rows_of(audio: dict[str, Path]) -> list[dict[str, str]]:
     return [
         {"key": key, "audio": str(audio[key]), "text": text, "split": subset, "speaker": key.split("-")[0]}
-        for subset, texts in SAID.items()
+        for subset, texts in TRANSCRIPTS.items()
         for key, text in texts.items()
     ]
 
@@ -70,7 +72,7 @@ def as_csv(root, audio):
 
 
 def as_tsv_per_subset(root, audio):
-    for subset in SAID:
+    for subset in TRANSCRIPTS:
         rows = [
             {n: v for n, v in row.items() if n != "split"} for row in rows_of(audio) if row["split"] == subset
         ]
@@ -86,9 +88,9 @@ def as_parquet(root, audio):
 
 def as_folder(root, audio):
     for row in rows_of(audio):
-        place = root / row["split"] / row["key"]
-        write_text(place.with_suffix(".txt"), row["text"] + "\n")
-        shutil.copy(row["audio"], place.with_suffix(".wav"))
+        path = root / row["split"] / row["key"]
+        write_text(path.with_suffix(".txt"), row["text"] + "\n")
+        shutil.copy(row["audio"], path.with_suffix(".wav"))
     return root
 
 
@@ -101,7 +103,7 @@ def as_jsonlines(root, audio):
 
 
 def as_kaldi(root, audio):
-    for subset in SAID:
+    for subset in TRANSCRIPTS:
         rows = [row for row in rows_of(audio) if row["split"] == subset][::-1]  # the lists need not be sorted
         write_text(root / subset / "wav.scp", "".join(f"{r['key']} {r['audio']}\n" for r in rows))
         write_text(root / subset / "text", "".join(f"{r['key']}\t{r['text']}\n" for r in rows[::-1]))
@@ -109,13 +111,13 @@ def as_kaldi(root, audio):
     return root
 
 
-def cut(key, source, text, start=0.0, duration=0.5, whole=0.5, **fields):
+def cut(key, source, text, start=0.0, duration=0.5, recording_duration=0.5, **fields):
     recording = {
         "id": key,
         "sources": [{"type": "file", "channels": [0], "source": str(source)}],
         "sampling_rate": 16000,
         "num_samples": 8000,
-        "duration": whole,
+        "duration": recording_duration,
     }
     supervision = {
         "id": f"{key}-s",
@@ -139,13 +141,19 @@ def cut(key, source, text, start=0.0, duration=0.5, whole=0.5, **fields):
 
 def as_lhotse(root, audio):
     root.mkdir()
-    for subset in SAID:
+    for subset in TRANSCRIPTS:
         rows = [row for row in rows_of(audio) if row["split"] == subset]
         seconds = {r["key"]: len(load_utterance(Utterance("", r["audio"], ""))) / 16_000 for r in rows}
         with gzip.open(root / f"libri_cuts_{subset}.jsonl.gz", "wt") as file:
             file.writelines(
                 json.dumps(
-                    cut(r["key"], r["audio"], r["text"], duration=seconds[r["key"]], whole=seconds[r["key"]])
+                    cut(
+                        r["key"],
+                        r["audio"],
+                        r["text"],
+                        duration=seconds[r["key"]],
+                        recording_duration=seconds[r["key"]],
+                    )
                 )
                 + "\n"
                 for r in rows
@@ -166,7 +174,7 @@ def embedded(audio, split=None):
 
 
 def as_saved_dataset(root, audio):
-    for split in SAID:
+    for split in TRANSCRIPTS:
         folder = root / split
         folder.mkdir(parents=True)
         table = pyarrow.Table.from_pylist(embedded(audio, split))
@@ -180,13 +188,13 @@ def as_saved_dataset(root, audio):
             json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_indices_files": None}),
         )
         write_text(folder / "dataset_info.json", "{}")
-    write_text(root / "dataset_dict.json", json.dumps({"splits": list(SAID)}))
+    write_text(root / "dataset_dict.json", json.dumps({"splits": list(TRANSCRIPTS)}))
     return root
 
 
 def as_hub_parquet(root, audio):
     (root / "data").mkdir(parents=True)
-    for split in SAID:
+    for split in TRANSCRIPTS:
         pyarrow.parquet.write_table(
             pyarrow.Table.from_pylist(embedded(audio, split)),
             root / "data" / f"{split}-00000-of-00001.parquet",
@@ -196,18 +204,18 @@ def as_hub_parquet(root, audio):
 
 def as_audiofolder(root, audio):
     for row in rows_of(audio):
-        place = root / row["split"] / f"{row['key']}.wav"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(row["audio"], place)
-        header = "" if (place.parent / "metadata.csv").exists() else "file_name,transcription\n"
-        with open(place.parent / "metadata.csv", "a") as file:
-            file.write(f"{header}{place.name},{row['text']}\n")
+        path = root / row["split"] / f"{row['key']}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(row["audio"], path)
+        header = "" if (path.parent / "metadata.csv").exists() else "file_name,transcription\n"
+        with open(path.parent / "metadata.csv", "a") as file:
+            file.write(f"{header}{path.name},{row['text']}\n")
     return root
 
 
 def as_archives(root, audio, compression="gz"):
     root.mkdir()
-    for subset in SAID:
+    for subset in TRANSCRIPTS:
         with tarfile.open(root / f"{subset}.tar.{compression}", f"w:{compression}") as archive:
             archive.add(root.parent / "tree" / subset, f"LibriSpeech/{subset}")
     return root
@@ -243,24 +251,24 @@ LAYOUTS = {
 }
 EXPECTED = {
     split: {key: (text.lower(), 8000 + 160 * index) for index, (key, text) in enumerate(texts.items())}
-    for split, texts in zip(("train", "dev", "test"), SAID.values(), strict=True)
+    for split, texts in zip(("train", "dev", "test"), TRANSCRIPTS.values(), strict=True)
 }
 
 
-def with_plain_keys(found):
-    """Some layouts have a path for a key: its last part is what the others have."""
+def with_plain_keys(splits):
+    """In some layouts keys are paths; the last part is the key in the others."""
     return {
-        split: {key.rpartition("/")[2]: said for key, said in utterances.items()}
-        for split, utterances in found.items()
+        split: {key.rpartition("/")[2]: value for key, value in utterances.items()}
+        for split, utterances in splits.items()
     }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_found_out_and_gives_the_same_speech(tmp_path, audio, layout, capsys):
+def test_every_layout_is_detected_and_gives_the_same_speech(tmp_path, audio, layout, capsys):
     corpus = LAYOUTS[layout](tmp_path / "corpus", audio)
     record = build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     assert f"build-manifest: {layout.partition(':')[0]} {corpus}" in capsys.readouterr().out
-    assert with_plain_keys(spoken(tmp_path / "out")) == EXPECTED
+    assert with_plain_keys(transcripts_and_lengths(tmp_path / "out")) == EXPECTED
     assert record.metrics["rejected"] == 0
 
 
@@ -274,7 +282,7 @@ def test_every_layout_is_found_out_and_gives_the_same_speech(tmp_path, audio, la
         "Hugging Face dataset",
     ],
 )
-def test_a_corpus_and_its_results_may_lie_in_object_storage(tmp_path, audio, layout, bucket):
+def test_corpus_and_results_may_be_in_object_storage(tmp_path, audio, layout, bucket):
     local = LAYOUTS[layout](tmp_path / "corpus", audio)
     for file in (f for f in local.rglob("*") if f.is_file()):
         content = file.read_bytes()
@@ -286,33 +294,32 @@ def test_a_corpus_and_its_results_may_lie_in_object_storage(tmp_path, audio, lay
             write_bytes(f"s3://bucket/corpus/audio/{path.relative_to(tmp_path / 'tree')}", path.read_bytes())
     build_manifest(recipe(), "s3://bucket/corpus", "s3://bucket/out")
     shutil.rmtree(tmp_path / "tree")
-    assert with_plain_keys(spoken("s3://bucket/out")) == EXPECTED
+    assert with_plain_keys(transcripts_and_lengths("s3://bucket/out")) == EXPECTED
     sources = [u.source for u in read_manifest("s3://bucket/out/train.jsonl")]
     assert all(source.startswith("s3://bucket/") for source in sources)
 
 
-def test_the_kind_may_be_said_and_then_nothing_else_is_taken(tmp_path, audio):
+def test_only_the_kind_that_the_recipe_names_is_accepted(tmp_path, audio):
     root = as_kaldi(tmp_path / "corpus", audio)
     assert open_corpus(str(root), Data(kind="kaldi")).kind == "Kaldi data folder"
     for kind in ("librispeech", "table", "folder", "jsonlines", "lhotse", "huggingface"):
-        with pytest.raises(UserError, match=f"is not what data.kind: {kind} stands for"):
+        with pytest.raises(UserError, match=f"is not of data.kind {kind}: it must have"):
             open_corpus(str(root), Data(kind=kind))
 
 
 # Archives
 
 
-def test_an_archive_is_unpacked_once_and_only_where_it_is_asked_for(tmp_path, audio):
+def test_an_archive_is_unpacked_once_and_only_if_the_recipe_needs_it(tmp_path, audio):
     root = as_archives(tmp_path / "corpus", audio)
-    shutil.copy(
-        root / "train-a.tar.gz", root / "train-other-500.tar.gz"
-    )  # is not opened, so what is in it does not matter
-    chosen = recipe(train=["train-a"])
-    build_manifest(chosen, str(root), str(tmp_path / "out"))
+    # This one is not opened, so its content does not matter.
+    shutil.copy(root / "train-a.tar.gz", root / "train-other-500.tar.gz")
+    only_train_a = recipe(train=["train-a"])
+    build_manifest(only_train_a, str(root), str(tmp_path / "out"))
     unpacked = {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "audio").rglob("*.wav")}
-    assert {f.parts[-4] for f in unpacked} == set(SAID)
+    assert {f.parts[-4] for f in unpacked} == set(TRANSCRIPTS)
     (tmp_path / "out" / "stage.json").unlink()
-    build_manifest(chosen, str(root), str(tmp_path / "out"))
+    build_manifest(only_train_a, str(root), str(tmp_path / "out"))
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "audio").rglob("*.wav")} == unpacked
     assert {
         json.loads(line)["source"].split("/")[0]
@@ -320,7 +327,7 @@ def test_an_archive_is_unpacked_once_and_only_where_it_is_asked_for(tmp_path, au
     } == {"audio"}
 
 
-def test_an_archive_half_unpacked_is_unpacked_again(tmp_path, audio):
+def test_an_incompletely_unpacked_archive_is_unpacked_again(tmp_path, audio):
     root = as_archives(tmp_path / "corpus", audio)
     build_manifest(recipe(), str(root), str(tmp_path / "out"))
     for marker in (tmp_path / "out" / "audio").glob(".*.unpacked"):
@@ -341,7 +348,7 @@ def test_an_archive_half_unpacked_is_unpacked_again(tmp_path, audio):
         "LibriSpeech/train-a/../evil.wav/x.wav",
     ],
 )
-def test_nothing_in_an_archive_leads_out_of_its_folder(tmp_path, audio, name):
+def test_no_member_of_an_archive_is_written_outside_the_folder(tmp_path, audio, name):
     root = as_archives(tmp_path / "corpus", audio, "xz")
     content = audio["1-1-0000"].read_bytes()
     with tarfile.open(root / "all.tar", "w") as archive:
@@ -363,10 +370,10 @@ def test_nothing_in_an_archive_leads_out_of_its_folder(tmp_path, audio, name):
     assert after == before
     assert not Path("/evil.wav").exists()
     assert not [p for p in (tmp_path / "deep").rglob("*") if "evil" in str(p) or p.is_symlink()]
-    assert with_plain_keys(spoken(tmp_path / "deep" / "out")) == EXPECTED
+    assert with_plain_keys(transcripts_and_lengths(tmp_path / "deep" / "out")) == EXPECTED
 
 
-def test_a_damaged_archive_and_one_of_other_things_are_refused(tmp_path, audio):
+def test_damaged_archives_and_archives_of_other_content_are_refused(tmp_path, audio):
     root = as_archives(tmp_path / "corpus", audio)
     content = (root / "train-a.tar.gz").read_bytes()
     (root / "train-a.tar.gz").write_bytes(content[: len(content) // 2])
@@ -397,7 +404,7 @@ def read_all(corpus, **data) -> list[Candidate | Rejection]:
     return [item for subset in reader.subsets() for item in reader.read(subset)]
 
 
-def test_columns_may_be_named_and_rows_may_be_segments(tmp_path):
+def test_the_recipe_may_name_columns_and_rows_may_be_segments(tmp_path):
     write_wav(tmp_path / "clips" / "long.wav", make_tone(3.0))
     path = table(
         tmp_path / "t.csv",
@@ -433,7 +440,7 @@ def test_columns_may_be_named_and_rows_may_be_segments(tmp_path):
     assert (second.key, second.start, second.duration) == ("long-1.50", 1.5, 1.25)
 
 
-def test_quotes_and_commas_in_cells_are_read_as_they_were_written(tmp_path):
+def test_quotes_and_commas_in_cells_are_preserved(tmp_path):
     write_wav(tmp_path / "x.wav")
     (tmp_path / "t.csv").write_text('id,path,sentence\na,x.wav,"He said, ""yes""\nand left"\n')
     assert [c.text for c in read_all(tmp_path / "t.csv")] == ['He said, "yes"\nand left']
@@ -446,20 +453,21 @@ def test_quotes_and_commas_in_cells_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "row", "columns", "says"),
+    ("header", "row", "columns", "expected"),
     [
         (
             "path,words",
             "x.wav,a",
             {},
-            r"no column of a usual name for its text: name it by --data\.columns\.text; it has the columns path, words",
+            r"no column with a usual name for its text: name it with --data\.columns\.text; "
+            r"it has the columns path, words",
         ),
-        ("clip,text", "x.wav,a", {}, r"for its audio: name it by --data\.columns\.audio"),
+        ("clip,text", "x.wav,a", {}, r"for its audio: name it with --data\.columns\.audio"),
         (
             "path,file,text",
             "x.wav,x.wav,a",
             {},
-            r"2 columns that may be its audio, path and file: say which by --data\.columns\.audio",
+            r"2 columns that may be its audio, path and file: name one with --data\.columns\.audio",
         ),
         ("path,text,sentence", "x.wav,a,a", {}, r"may be its text, text and sentence"),
         ("path,text", "x.wav,a", {"text": "Text"}, r"no column Text, which data\.columns\.text names"),
@@ -469,7 +477,7 @@ def test_quotes_and_commas_in_cells_are_read_as_they_were_written(tmp_path):
             {"key": "path"},
             r"column path cannot be both data\.columns\.audio and data\.columns\.key",
         ),
-        ("path,text", "x.wav,a,b", {}, r"line 2 has 3 cells where the header has 2"),
+        ("path,text", "x.wav,a,b", {}, r"line 2 has 3 cells, but the header has 2"),
         ("path,text,s", "x.wav,a,soon", {"start": "s"}, r"row 2: s must be a number of seconds, not 'soon'"),
         ("path,text,s", "x.wav,a,-1", {"start": "s"}, r"row 2: s must be a number of seconds, not '-1'"),
         ("path,text", 'x.wav,"a', {}, r"t\.csv, line 2, cannot be read as a table"),
@@ -477,18 +485,18 @@ def test_quotes_and_commas_in_cells_are_read_as_they_were_written(tmp_path):
         ("", "", {}, "it has no columns"),
     ],
 )
-def test_a_table_that_cannot_be_read_is_refused_with_what_to_do(tmp_path, header, row, columns, says):
+def test_the_error_for_an_unreadable_table_has_a_remedy(tmp_path, header, row, columns, expected):
     write_wav(tmp_path / "x.wav")
     (tmp_path / "t.csv").write_text(f"{header}\n{row}\n")
-    if says is None:
+    if expected is None:
         assert [c.key for c in read_all(tmp_path / "t.csv", columns=Columns(**columns))] == ["x"]
         return
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=expected) as caught:
         read_all(tmp_path / "t.csv", columns=Columns(**columns))
     assert "\n" not in str(caught.value)
 
 
-def test_tables_of_other_encodings_and_damaged_ones_are_refused_by_name(tmp_path):
+def test_the_error_for_a_damaged_table_or_another_encoding_names_the_file(tmp_path):
     (tmp_path / "t.csv").write_bytes("path,text\nx.wav,café\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"t\.csv is not UTF-8"):
         read_all(tmp_path / "t.csv")
@@ -497,7 +505,7 @@ def test_tables_of_other_encodings_and_damaged_ones_are_refused_by_name(tmp_path
         read_all(tmp_path / "t.parquet")
 
 
-def test_audio_in_a_table_becomes_files_that_no_name_can_lead_astray(tmp_path, audio):
+def test_embedded_audio_is_written_to_files_with_safe_names(tmp_path, audio):
     content = audio["1-1-0000"].read_bytes()
     keys = ["../../../evil", "a/b c", "é\u2028\U0001f600", "k" * 2000, "/root/x"]
     rows = [
@@ -520,10 +528,10 @@ def test_audio_in_a_table_becomes_files_that_no_name_can_lead_astray(tmp_path, a
         recipe(dev_fraction=0.1, max_rejected=0.5), str(tmp_path / "corpus"), str(tmp_path / "deep" / "out")
     )
     assert {p for p in tmp_path.rglob("*") if "deep" not in p.parts} == before
-    found = spoken(tmp_path / "deep" / "out")
-    assert sorted(found["train"] | found["dev"]) == sorted(keys)
+    splits = transcripts_and_lengths(tmp_path / "deep" / "out")
+    assert sorted(splits["train"] | splits["dev"]) == sorted(keys)
     assert len(list((tmp_path / "deep" / "out" / "audio").rglob("*.wav"))) == 2, "the same audio is one file"
-    assert "names no audio" in (tmp_path / "deep" / "out" / "rejected.jsonl").read_text()
+    assert "has no audio" in (tmp_path / "deep" / "out" / "rejected.jsonl").read_text()
 
 
 # Kaldi
@@ -541,7 +549,7 @@ def test_audio_in_a_table_becomes_files_that_no_name_can_lead_astray(tmp_path, a
         ("sph2pipe -f wav x.sph |", "x.sph"),
     ],
 )
-def test_a_command_that_only_decodes_a_file_is_that_file(entry, file):
+def test_a_command_that_only_decodes_a_file_is_replaced_by_the_file(entry, file):
     assert audio_file(entry, "wav.scp, line 1") == file
 
 
@@ -565,7 +573,7 @@ def test_a_command_that_only_decodes_a_file_is_that_file(entry, file):
         "ffmpeg -i x.mp3 -f wav - |",
     ],
 )
-def test_no_command_is_run_and_none_is_guessed_at(entry):
+def test_any_other_command_is_refused(entry):
     with pytest.raises(UserError, match=r"wav\.scp, line 1"):
         audio_file(entry, "wav.scp, line 1")
 
@@ -577,15 +585,15 @@ def test_segments_of_a_recording_are_utterances(tmp_path):
         tmp_path / "x" / "segments", "b r 1.5 2.75\na r 0.0 1.25\nc r 3 -1\nlost q 0 1\nsilent r 0 1\n"
     )
     write_text(tmp_path / "x" / "text", "a first\nb second\nc third\nd nowhere\nlost words\na again\n")
-    found = read_all(tmp_path / "x")
-    kept = {c.key: (c.text, c.start, c.duration, c.source) for c in found if isinstance(c, Candidate)}
+    items = read_all(tmp_path / "x")
+    candidates = {c.key: (c.text, c.start, c.duration, c.source) for c in items if isinstance(c, Candidate)}
     source = str(tmp_path / "x" / "rec.wav")
-    assert kept == {
+    assert candidates == {
         "a": ("first", 0.0, 1.25, source),
         "b": ("second", 1.5, 1.25, source),
         "c": ("third", 3.0, None, source),
     }
-    assert [(r.key, r.reason) for r in found if isinstance(r, Rejection)] == [
+    assert [(r.key, r.reason) for r in items if isinstance(r, Rejection)] == [
         ("a", "duplicate key"),
         ("d", "transcript without audio"),
         ("lost", "transcript without audio"),
@@ -594,7 +602,7 @@ def test_segments_of_a_recording_are_utterances(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["a r 1 0.5", "a r x 1", "a r", "a r -1 1"])
-def test_a_segment_that_is_none_is_refused_by_line(tmp_path, line):
+def test_the_error_for_an_invalid_segment_has_its_line(tmp_path, line):
     write_text(tmp_path / "x" / "wav.scp", "r rec.wav\n")
     write_text(tmp_path / "x" / "segments", f"ok r 0 1\n{line}\n")
     write_text(tmp_path / "x" / "text", "a first\n")
@@ -605,9 +613,9 @@ def test_a_segment_that_is_none_is_refused_by_line(tmp_path, line):
 # Lhotse
 
 
-def test_cuts_of_several_supervisions_and_cuts_that_are_more_than_a_stretch_of_a_file(tmp_path):
+def test_a_cut_may_have_several_supervisions_but_must_be_part_of_one_file(tmp_path):
     source = write_wav(tmp_path / "x.wav", make_tone(4.0))
-    two = cut("c2", source, "", start=1.0, duration=3.0, whole=4.0)
+    two = cut("c2", source, "", start=1.0, duration=3.0, recording_duration=4.0)
     two["supervisions"] = [
         {"id": f"c2-{i}", "start": i, "duration": 1.0, "text": f"part {i}", "speaker": "s"} for i in (0, 1)
     ]
@@ -618,7 +626,7 @@ def test_cuts_of_several_supervisions_and_cuts_that_are_more_than_a_stretch_of_a
     slow = cut("c5", source, "x")
     slow["recording"]["transforms"] = [{"name": "Speed", "kwargs": {"factor": 0.9}}]
     cuts = [
-        cut("c1", source, "whole", duration=4.0, whole=4.0),
+        cut("c1", source, "whole", duration=4.0, recording_duration=4.0),
         two,
         stereo,
         command,
@@ -627,19 +635,19 @@ def test_cuts_of_several_supervisions_and_cuts_that_are_more_than_a_stretch_of_a
         cut("c7", source, "", supervisions=[]),
     ]
     write_text(tmp_path / "cuts_train.jsonl", "".join(json.dumps(c) + "\n" for c in cuts))
-    found = read_all(tmp_path / "cuts_train.jsonl")
-    assert {c.key: (c.text, c.start, c.duration) for c in found if isinstance(c, Candidate)} == {
+    items = read_all(tmp_path / "cuts_train.jsonl")
+    assert {c.key: (c.text, c.start, c.duration) for c in items if isinstance(c, Candidate)} == {
         "c1": ("whole", None, None),
         "c2-0": ("part 0", 1.0, 1.0),
         "c2-1": ("part 1", 2.0, 1.0),
     }
-    reasons = {r.key: r.reason for r in found if isinstance(r, Rejection)}
+    reasons = {r.key: r.reason for r in items if isinstance(r, Rejection)}
     assert reasons == dict.fromkeys(("c3", "c4", "c5", "c6"), "not one channel of one recording") | {
         "c7": "audio without transcript"
     }
 
 
-def test_cuts_that_were_cut_off_are_refused_by_name(tmp_path):
+def test_the_error_for_truncated_cuts_names_the_file(tmp_path):
     content = gzip.compress(
         "".join(json.dumps(cut(f"c{i}", f"{i * 7919}.wav", "x")) + "\n" for i in range(2000)).encode()
     )
@@ -651,33 +659,33 @@ def test_cuts_that_were_cut_off_are_refused_by_name(tmp_path):
         json.dumps(cut("a", "x.wav", "x"))
         + '\n{"id": "b", "type": "MonoCut", "recording": {"sources": [{"type": "file"}]}}\n',
     )
-    with pytest.raises(UserError, match=r"cuts_dev\.jsonl, line 2 is not a cut as Lhotse writes them"):
+    with pytest.raises(UserError, match=r"cuts_dev\.jsonl, line 2 is not a Lhotse cut"):
         read_all(tmp_path / "cuts_dev.jsonl")
 
 
 # Folders of audio and text
 
 
-def test_a_folder_pairs_audio_and_text_and_tells_what_lacks_the_other(tmp_path):
+def test_a_folder_pairs_audio_and_text_and_rejects_files_without_a_partner(tmp_path):
     for name in ("a", "a.b", "deep/c"):
         write_wav(tmp_path / "x" / f"{name}.wav")
         write_text(tmp_path / "x" / f"{name}.txt", f"says {name}\n")
     write_wav(tmp_path / "x" / "alone.wav")
     write_text(tmp_path / "x" / "notes.txt", "no audio")
     write_wav(tmp_path / "x" / "._a.wav")
-    found = read_all(tmp_path / "x")
-    assert {c.key: (c.text, c.extra["subset"]) for c in found if isinstance(c, Candidate)} == {
+    items = read_all(tmp_path / "x")
+    assert {c.key: (c.text, c.extra["subset"]) for c in items if isinstance(c, Candidate)} == {
         "a": ("says a\n", "x"),
         "a.b": ("says a.b\n", "x"),
         "deep/c": ("says deep/c\n", "deep"),
     }
-    assert {(r.key, r.reason) for r in found if isinstance(r, Rejection)} == {
+    assert {(r.key, r.reason) for r in items if isinstance(r, Rejection)} == {
         ("alone", "audio without transcript"),
         ("notes", "transcript without audio"),
     }
 
 
-def test_file_names_that_are_not_utf8_give_keys_that_are(tmp_path):
+def test_file_names_that_are_not_utf8_give_escaped_keys(tmp_path):
     for name in (b"a\xff", "é".encode()):
         path = os.fsdecode(os.fsencode(tmp_path / "x") + b"/" + name)
         write_text(Path(path + ".txt"), "one")
@@ -685,28 +693,30 @@ def test_file_names_that_are_not_utf8_give_keys_that_are(tmp_path):
     write_wav(tmp_path / "x" / "b" / "t.wav", make_tone(0.5))
     write_text(tmp_path / "x" / "b" / "t.txt", "two")
     build_manifest(recipe(train=["x"], test=["b"]), str(tmp_path / "x"), str(tmp_path / "out"))
-    assert sorted(key for found in spoken(tmp_path / "out").values() for key in found) == [
+    assert sorted(
+        key for utterances in transcripts_and_lengths(tmp_path / "out").values() for key in utterances
+    ) == [
         "a\\xff",
         "b/t",
         "é",
     ]
 
 
-# What all have in common
+# All kinds
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_change_of_any_file_is_noticed(tmp_path, audio, layout):
+def test_a_changed_file_is_noticed(tmp_path, audio, layout):
     corpus = LAYOUTS[layout](tmp_path / "corpus", audio)
     build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     before = (tmp_path / "out" / "stage.json").read_bytes()
     build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     assert (tmp_path / "out" / "stage.json").read_bytes() == before, "nothing to do"
-    heard = read_manifest(tmp_path / "out" / "train.jsonl")[0].source
-    packed = heard.startswith(str(tmp_path / "out"))
+    source = read_manifest(tmp_path / "out" / "train.jsonl")[0].source
+    is_unpacked = source.startswith(str(tmp_path / "out"))
     changed = (
-        Path(heard)
-        if not packed
+        Path(source)
+        if not is_unpacked
         else next(
             f
             for f in sorted(
@@ -720,7 +730,7 @@ def test_a_change_of_any_file_is_noticed(tmp_path, audio, layout):
         build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
 
 
-def test_a_subset_called_validation_is_dev(tmp_path, audio):
+def test_a_subset_named_validation_is_dev(tmp_path, audio):
     rows = [
         {"path": str(audio[k]), "text": k, "split": s}
         for k, s in (("1-1-0000", "train"), ("2-1-0000", "validation"), ("3-1-0000", "test"))
@@ -729,7 +739,7 @@ def test_a_subset_called_validation_is_dev(tmp_path, audio):
     assert record.facts["utterances"] == {"train": 1, "dev": 1, "test": 1}
 
 
-def test_segments_are_built_with_their_own_durations_and_heard_as_such(tmp_path):
+def test_segments_have_their_own_durations_and_are_loaded_with_them(tmp_path):
     write_wav(tmp_path / "long.wav", make_tone(10.0, 44_100), 44_100)
     rows = [
         {
@@ -742,21 +752,21 @@ def test_segments_are_built_with_their_own_durations_and_heard_as_such(tmp_path)
         }
         for i, d in enumerate((1.0, 0.77777, 2.0, 2.9))
     ]
-    chosen = recipe(columns__start="s", columns__duration="d", max_duration=2.8)
-    build_manifest(chosen, table(tmp_path / "t.csv", *rows), str(tmp_path / "out"))
-    found = {
+    with_columns = recipe(columns__start="s", columns__duration="d", max_duration=2.8)
+    build_manifest(with_columns, table(tmp_path / "t.csv", *rows), str(tmp_path / "out"))
+    by_key = {
         u.key: u
         for split in ("train", "dev", "test")
         for u in read_manifest(tmp_path / "out" / f"{split}.jsonl")
     }
-    assert {key: u.start for key, u in found.items()} == {"u0": 0.0, "u1": 2.5, "u2": 5.0, "u3": 7.5}
-    assert [round(found[f"u{i}"].duration, 3) for i in range(4)] == [1.0, 0.778, 2.0, 2.5], (
+    assert {key: u.start for key, u in by_key.items()} == {"u0": 0.0, "u1": 2.5, "u2": 5.0, "u3": 7.5}
+    assert [round(by_key[f"u{i}"].duration, 3) for i in range(4)] == [1.0, 0.778, 2.0, 2.5], (
         "cut at the file's end"
     )
-    assert all(round(u.duration * 16_000) == len(load_utterance(u)) for u in found.values())
+    assert all(round(u.duration * 16_000) == len(load_utterance(u)) for u in by_key.values())
 
 
-def test_segments_of_one_recording_in_train_and_test_are_not_the_same_audio(tmp_path, capsys):
+def test_different_segments_of_a_recording_in_train_and_test_cause_no_warning(tmp_path, capsys):
     write_wav(tmp_path / "long.wav", make_tone(4.0))
     rows = [
         {"id": f"u{i}", "path": "long.wav", "text": "x", "split": split, "s": 0.5 * i, "d": 0.5}
@@ -764,13 +774,13 @@ def test_segments_of_one_recording_in_train_and_test_are_not_the_same_audio(tmp_
     ]
     columns = {"columns__start": "s", "columns__duration": "d"}
     build_manifest(recipe(**columns), table(tmp_path / "t.csv", *rows), str(tmp_path / "out"))
-    assert "very audio" not in capsys.readouterr().out
+    assert "same audio" not in capsys.readouterr().out
     rows[2]["s"] = 0.5
     build_manifest(recipe(**columns), table(tmp_path / "t.csv", *rows), str(tmp_path / "two"))
-    assert "1 dev and test utterances have the very audio of train utterances" in capsys.readouterr().out
+    assert "1 dev and test utterances have the same audio as train utterances" in capsys.readouterr().out
 
 
-def test_whisper_s_normaliser_may_write_the_transcripts(tmp_path, audio):
+def test_whispers_normaliser_may_convert_the_transcripts(tmp_path, audio):
     rows = [
         {"path": str(audio[k]), "text": f'"Mr. Smith didn\'t pay $20 -- {n}"', "split": s}
         for n, (k, s) in enumerate({"1-1-0000": "train", "2-1-0000": "dev", "3-1-0000": "test"}.items())

@@ -1,4 +1,4 @@
-"""A LibriSpeech tree gives one candidate for each transcript with audio, and a rejection for every other thing."""
+"""A LibriSpeech tree gives a candidate for each transcript with audio, and a rejection for each without."""
 
 import pytest
 
@@ -36,20 +36,20 @@ def test_every_kind_of_audio_file_is_found(tmp_path, suffix):
     assert all(isinstance(c, Candidate) for c in read_all(LibriSpeech.find(tmp_path), "train-x"))
 
 
-def test_the_archives_outer_folder_may_lie_between(tmp_path):
+def test_the_archives_outer_folder_is_optional(tmp_path):
     write_librispeech(tmp_path / "LibriSpeech", SUBSETS)
     (tmp_path / "LibriSpeech" / "README.TXT").touch()
     assert LibriSpeech.find(tmp_path).subsets() == ["test-x", "train-x"]
 
 
-def test_a_single_subset_may_be_given(tmp_path):
+def test_a_single_subset_may_be_the_corpus(tmp_path):
     write_librispeech(tmp_path, SUBSETS)
     reader = LibriSpeech.find(tmp_path / "train-x")
     assert reader.subsets() == ["train-x"]
     assert [c.key for c in read_all(reader, "train-x")] == ["1-2-0000", "1-2-0001", "4-5-0000"]
 
 
-def test_folders_of_other_layouts_are_left_alone(tmp_path):
+def test_folders_of_other_layouts_are_not_recognised(tmp_path):
     assert LibriSpeech.find(tmp_path) is None
     write_wav(tmp_path / "wav" / "speaker" / "chapter" / "x.wav")
     assert LibriSpeech.find(tmp_path) is None
@@ -59,31 +59,31 @@ def test_folders_of_other_layouts_are_left_alone(tmp_path):
     assert "logs" not in LibriSpeech.find(tmp_path).subsets()
 
 
-def test_a_transcript_without_audio_and_audio_without_transcript_are_set_aside(tmp_path):
+def test_transcripts_without_audio_and_audio_without_transcript_are_rejected(tmp_path):
     write_librispeech(tmp_path, SUBSETS)
     chapter = tmp_path / "train-x/1/2"
     (chapter / "1-2-0000.wav").unlink()
     write_wav(chapter / "1-2-0007.wav")
     (tmp_path / "train-x/4/5/4-5.trans.txt").unlink()
-    found = read_all(LibriSpeech.find(tmp_path), "train-x")
-    assert [(r.key, r.reason) for r in found if isinstance(r, Rejection)] == [
+    items = read_all(LibriSpeech.find(tmp_path), "train-x")
+    assert [(r.key, r.reason) for r in items if isinstance(r, Rejection)] == [
         ("1-2-0000", "transcript without audio"),
         ("1-2-0007", "audio without transcript"),
         ("4-5-0000", "audio without transcript"),
     ]
-    assert [c.key for c in found if isinstance(c, Candidate)] == ["1-2-0001"]
+    assert [c.key for c in items if isinstance(c, Candidate)] == ["1-2-0001"]
 
 
-def test_a_second_line_for_a_key_is_set_aside(tmp_path):
+def test_a_second_line_for_a_key_is_rejected(tmp_path):
     write_librispeech(tmp_path, SUBSETS)
     with open(tmp_path / "train-x/1/2/1-2.trans.txt", "a") as file:
         file.write("1-2-0000 ANOTHER TEXT\n")
-    found = read_all(LibriSpeech.find(tmp_path), "train-x")
-    assert [(r.key, r.reason) for r in found if isinstance(r, Rejection)] == [("1-2-0000", "duplicate key")]
-    assert [c.text for c in found if isinstance(c, Candidate)] == ["ONE TWO", "THREE", "FOUR"]
+    items = read_all(LibriSpeech.find(tmp_path), "train-x")
+    assert [(r.key, r.reason) for r in items if isinstance(r, Rejection)] == [("1-2-0000", "duplicate key")]
+    assert [c.text for c in items if isinstance(c, Candidate)] == ["ONE TWO", "THREE", "FOUR"]
 
 
-def test_a_line_without_text_keeps_its_key(tmp_path):
+def test_a_line_without_text_is_a_candidate_with_an_empty_transcript(tmp_path):
     write_librispeech(tmp_path, {"train-x": {"1-2-0000": "", "1-2-0001": "A\tB"}})
     assert [(c.key, c.text) for c in read_all(LibriSpeech.find(tmp_path), "train-x")] == [
         ("1-2-0000", ""),
@@ -91,27 +91,27 @@ def test_a_line_without_text_keeps_its_key(tmp_path):
     ]
 
 
-def test_of_two_files_for_one_key_the_lossless_one_is_taken(tmp_path):
+def test_the_lossless_file_is_preferred_if_a_key_has_two(tmp_path):
     write_librispeech(tmp_path, SUBSETS, ".mp3")
     write_wav(tmp_path / "train-x/1/2/1-2-0000.flac")
     assert read_all(LibriSpeech.find(tmp_path), "train-x")[0].source.endswith("1-2-0000.flac")
 
 
-def test_files_with_a_dot_in_front_are_not_seen(tmp_path):
+def test_hidden_files_are_ignored(tmp_path):
     write_librispeech(tmp_path, SUBSETS)
     (tmp_path / "train-x/1/2/._1-2-0000.wav").write_bytes(b"resource fork")
     (tmp_path / "train-x/1/2/._1-2.trans.txt").write_bytes(b"\x00\xff")
     assert all(isinstance(c, Candidate) for c in read_all(LibriSpeech.find(tmp_path), "train-x"))
 
 
-def test_transcripts_that_are_not_utf8_are_refused_by_file(tmp_path):
+def test_the_error_for_transcripts_that_are_not_utf8_names_the_file(tmp_path):
     write_librispeech(tmp_path, SUBSETS)
     (tmp_path / "train-x/1/2/1-2.trans.txt").write_bytes("1-2-0000 CAFÉ\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"1-2\.trans\.txt is not UTF-8"):
         read_all(LibriSpeech.find(tmp_path), "train-x")
 
 
-def test_the_stamps_change_with_every_file_that_matters_and_with_no_other(tmp_path):
+def test_stamps_change_with_every_relevant_file_and_with_no_other(tmp_path):
     write_librispeech(tmp_path, SUBSETS)
     reader = LibriSpeech.find(tmp_path)
     before = list(reader.stamps("train-x"))

@@ -97,7 +97,7 @@ def test_single_batched_divided_and_resumed_decoding_say_the_same(
         [manifest],
         str(tmp_path / "single"),
     )
-    parts = [decode(recipe, model, [manifest], str(tmp_path / f"part{n}"), shard=f"{n}/3") for n in (1, 2, 3)]
+    parts = [decode(recipe, model, [manifest], str(tmp_path / f"part{n}"), work_shard=f"{n}/3") for n in (1, 2, 3)]
     joined = score_parts(recipe, model, [part.folder for part in parts], str(tmp_path / "joined"))
     assert texts(single) == texts(joined) == texts(whole)
     assert joined.metrics == whole.metrics
@@ -180,7 +180,7 @@ def test_the_best_answers_stand_beside_their_scores(model, manifest, tiny_recipe
         assert scores == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
     assert whole.facts["close_calls"] <= COUNT
     parts = [
-        decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / f"part{n}"), shard=f"{n}/2")
+        decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / f"part{n}"), work_shard=f"{n}/2")
         for n in (1, 2)
     ]
     joined = score_parts(
@@ -246,7 +246,7 @@ def test_killed_it_goes_on(model, manifest, tiny_recipe, tmp_path):
         done = subprocess.run(
             [*command, str(tmp_path / "killed")], capture_output=True, text=True, check=True
         )
-        assert "utterances that are decoded already" in done.stdout
+        assert "utterances are already decoded" in done.stdout
     subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, check=True, env=os.environ)
     assert (tmp_path / "killed" / "hypotheses.jsonl").read_text() == (
         tmp_path / "whole" / "hypotheses.jsonl"
@@ -346,12 +346,12 @@ def test_a_process_that_is_killed_ends_the_stage_which_goes_on(model, manifest, 
 
     killer = threading.Thread(target=kill_one_that_has_answered)
     killer.start()
-    with pytest.raises(UserError, match="A process of the decoding ended with code -9"):
+    with pytest.raises(UserError, match="A decoding process ended with code -9"):
         decode(recipe, model, [manifest], str(place))
     killer.join()
     assert not workers_of_this_process() and not (place / "stage.json").exists()
     record = decode(recipe, model, [manifest], str(place))
-    assert "utterances that are decoded already" in capfd.readouterr().out
+    assert "utterances are already decoded" in capfd.readouterr().out
     assert texts(record) == texts(
         decode(
             of(tiny_recipe, **{"decoding.positions_per_batch": 1}), model, [manifest], str(tmp_path / "whole")

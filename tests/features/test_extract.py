@@ -1,4 +1,7 @@
-"""Extraction: frames as the recipe says, the same audio once, nothing lost to an interruption, the same bytes however it went."""
+"""Extraction computes the same audio once and loses nothing to an interruption.
+
+A store's bytes do not depend on the number of processes and runs that filled it, nor on the kind of storage.
+"""
 
 import dataclasses
 import math
@@ -31,20 +34,20 @@ KILLS = 20 if os.environ.get("SLAM_ASR_SOAK") else 3
 
 
 def utterances_in(folder: Path, lengths=LENGTHS, first=0) -> list[Utterance]:
-    made = []
+    utterances = []
     for i, seconds in enumerate(lengths, start=first):
         wav = write_wav(folder / f"{i}.wav", make_tone(seconds, frequency=200 + 7 * i))
-        made.append(
+        utterances.append(
             Utterance(f"k{i}", str(wav), "text", round(seconds * 16000) / 16000, 16000, sha256_of_file(wav))
         )
-    return made
+    return utterances
 
 
 @pytest.fixture
 def manifest(tmp_path):
     utterances = utterances_in(tmp_path)
-    again = dataclasses.replace(utterances[0], key="the same audio again")
-    write_manifest(tmp_path / "manifest.jsonl", [*utterances, again])
+    duplicate = dataclasses.replace(utterances[0], key="the same audio again")
+    write_manifest(tmp_path / "manifest.jsonl", [*utterances, duplicate])
     return tmp_path / "manifest.jsonl", utterances
 
 
@@ -55,11 +58,11 @@ def recipe(tiny_models, **overrides):
 
 
 SMALL = {"encoder.frames": "all", "features.shard_megabytes": 1, "encoder.batch_seconds": 60}
-"""1 MB holds ten windows of the tiny encoder in fp32."""
+"""Options for small shards: 1 MB holds ten windows of the tiny encoder in fp32."""
 
 
 def contents(store) -> dict[str, bytes]:
-    """Every file of a store but the records, which tell the time."""
+    """Every file of a store except the records, which contain times."""
     return {
         f.name: read_bytes(f"{store}/{f.name}")
         for f in walk(str(store))
@@ -68,7 +71,7 @@ def contents(store) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("frames", ["all", "speech"])
-def test_frames_are_the_window_or_the_speech(tiny_models, manifest, tmp_path, frames):
+def test_frames_cover_the_window_or_the_speech(tiny_models, manifest, tmp_path, frames):
     record = extract_features(
         recipe(tiny_models, **{"encoder.frames": frames}), [str(manifest[0])], str(tmp_path / "store")
     )
@@ -79,7 +82,7 @@ def test_frames_are_the_window_or_the_speech(tiny_models, manifest, tmp_path, fr
         assert store.entry(utterance.sha256).frames == (1500 if frames == "all" else math.ceil(samples / 320))
 
 
-def test_speech_frames_are_the_first_of_the_whole_window(tiny_models, manifest, tmp_path):
+def test_speech_frames_are_the_first_of_the_complete_window(tiny_models, manifest, tmp_path):
     stores = [
         FeatureStore(
             extract_features(
@@ -89,12 +92,12 @@ def test_speech_frames_are_the_first_of_the_whole_window(tiny_models, manifest, 
         for f in ("all", "speech")
     ]
     for utterance in manifest[1]:
-        whole, speech = (s.read(utterance.sha256) for s in stores)
-        torch.testing.assert_close(whole[: len(speech)], speech)
+        complete, speech = (s.read(utterance.sha256) for s in stores)
+        torch.testing.assert_close(complete[: len(speech)], speech)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
-def test_a_batch_gives_what_each_utterance_gives_alone(tiny_models, manifest, tmp_path, dtype):
+def test_features_do_not_depend_on_the_batch(tiny_models, manifest, tmp_path, dtype):
     options = recipe(tiny_models, **{"encoder.batch_seconds": 120, "features.dtype": dtype})
     store = FeatureStore(extract_features(options, [str(manifest[0])], str(tmp_path / "store")).folder)
     encoder = describe_encoder(options.encoder).load(torch.float32)
@@ -112,7 +115,7 @@ def test_a_second_extraction_does_nothing(tiny_models, manifest, tmp_path, capsy
     assert "already there, nothing to do" in capsys.readouterr().out
 
 
-def test_only_what_is_new_is_computed(tiny_models, manifest, tmp_path):
+def test_only_new_audio_is_computed(tiny_models, manifest, tmp_path):
     extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store"))
     before = contents(tmp_path / "store")
     new = utterances_in(tmp_path, (0.5, 0.6), first=10)
@@ -127,19 +130,19 @@ def test_only_what_is_new_is_computed(tiny_models, manifest, tmp_path):
     assert all(len(store.read(u.audio_id)) for u in [*manifest[1], *new])
 
 
-def test_audio_of_an_earlier_manifest_of_the_same_command_is_stored_once(tiny_models, manifest, tmp_path):
+def test_audio_of_an_earlier_manifest_of_the_same_command_is_saved_once(tiny_models, manifest, tmp_path):
     extra = utterances_in(tmp_path, (0.5,), first=10)
-    write_manifest(tmp_path / "dev.jsonl", [dataclasses.replace(manifest[1][1], key="heard before"), *extra])
+    write_manifest(tmp_path / "dev.jsonl", [dataclasses.replace(manifest[1][1], key="duplicate"), *extra])
     record = extract_features(
         recipe(tiny_models), [str(manifest[0]), str(tmp_path / "dev.jsonl")], str(tmp_path / "store")
     )
     assert record.metrics["new utterances"] == len(LENGTHS) + 1
-    [space] = namespaces_in(str(tmp_path / "store"))
-    stored = sum(len(space.read_index(space.index(name))) for name in space.index_names())
-    assert stored == len(LENGTHS) + 1
+    [namespace] = namespaces_in(str(tmp_path / "store"))
+    saved = sum(len(namespace.read_index(namespace.index_path(name))) for name in namespace.index_names())
+    assert saved == len(LENGTHS) + 1
 
 
-def test_a_changed_encoder_never_meets_old_features(tiny_models, manifest, tmp_path):
+def test_a_changed_encoder_never_reads_old_features(tiny_models, manifest, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -168,7 +171,7 @@ def test_a_changed_encoder_never_meets_old_features(tiny_models, manifest, tmp_p
 
 @pytest.fixture
 def many(tmp_path):
-    """Fifty utterances: five shards of `SMALL`."""
+    """Manifest of fifty utterances: five shards with the options `SMALL`."""
     utterances = utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)])
     write_manifest(tmp_path / "many.jsonl", utterances)
     return tmp_path / "many.jsonl"
@@ -176,16 +179,19 @@ def many(tmp_path):
 
 @pytest.fixture
 def undisturbed(tiny_models, many, tmp_path):
+    """Contents of the store that one uninterrupted process fills."""
     extract_features(recipe(tiny_models, **SMALL), [str(many)], str(tmp_path / "undisturbed"))
     return contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("parts", [2, 7])
-def test_parts_fill_the_store_with_the_same_shards(tiny_models, many, undisturbed, tmp_path, parts):
+@pytest.mark.parametrize("work_shards", [2, 7])
+def test_work_shards_fill_the_store_with_the_same_shards(
+    tiny_models, many, undisturbed, tmp_path, work_shards
+):
     store = tmp_path / "store"
-    for part in reversed(range(parts)):
+    for number in reversed(range(work_shards)):
         record = extract_features(
-            recipe(tiny_models, **SMALL), [str(many)], str(store), f"{part + 1}/{parts}"
+            recipe(tiny_models, **SMALL), [str(many)], str(store), f"{number + 1}/{work_shards}"
         )
     shards = {n: c for n, c in undisturbed.items() if "/shards/" in n}
     assert {n: c for n, c in contents(store).items() if "/shards/" in n} == shards and len(shards) == 5
@@ -196,7 +202,6 @@ def test_parts_fill_the_store_with_the_same_shards(tiny_models, many, undisturbe
 def test_several_processes_fill_the_store_with_the_same_bytes(
     tiny_models, many, undisturbed, tmp_path, monkeypatch
 ):
-    # As many threads as each of two processes gets, so that sums are in the same order.
     extract_features(
         recipe(tiny_models, **SMALL, **{"features.processes": 2}), [str(many)], str(tmp_path / "store")
     )
@@ -223,7 +228,7 @@ def test_lost_shards_and_indexes_are_computed_again(tiny_models, many, undisturb
         assert contents(store) == undisturbed
 
 
-def test_shards_finished_before_an_interruption_are_kept(
+def test_shards_finished_before_an_interruption_are_not_computed_again(
     tiny_models, many, undisturbed, tmp_path, monkeypatch
 ):
     from slam_asr.features import encode
@@ -266,7 +271,7 @@ def command(options: dict, manifest: Path, store) -> list[str]:
     ]
 
 
-def whole_run(options, manifest, store, **environment) -> float:
+def run_to_the_end(options, manifest, store, **environment) -> float:
     started = time.monotonic()
     done = subprocess.run(
         command(options, manifest, store), capture_output=True, text=True, env=os.environ | environment
@@ -278,51 +283,53 @@ def whole_run(options, manifest, store, **environment) -> float:
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_the_store_has_the_same_bytes(tiny_models, many, tmp_path):
     options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
-    duration = whole_run(options, many, tmp_path / "undisturbed")
-    wanted = contents(tmp_path / "undisturbed")
+    duration = run_to_the_end(options, many, tmp_path / "undisturbed")
+    expected = contents(tmp_path / "undisturbed")
     moments = random.Random(0)
-    cut = 0
+    killed = 0
     for kill in range(KILLS):
         store = tmp_path / f"store-{kill}"
-        # Three kills in a row, since most of the time goes into starting; then it is left to finish.
+        # Three kills in a row, since most of the time is spent starting; then a run finishes.
         for _ in range(3):
             run = subprocess.Popen(
                 command(options, many, store), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
-            family = _family_after(run, moments.uniform(0.3, 1.0) * duration)
-            cut += run.poll() is None
+            children = _children_after(run, moments.uniform(0.3, 1.0) * duration)
+            killed += run.poll() is None
             run.send_signal(signal.SIGKILL)
             run.wait()
-            _all_gone(family)
-        whole_run(options, many, store)
-        assert contents(store) == wanted, f"kill {kill}"
-    assert cut >= KILLS, "most runs were over before they could be killed"
+            _require_ended(children)
+        run_to_the_end(options, many, store)
+        assert contents(store) == expected, f"kill {kill}"
+    assert killed >= KILLS, "most runs ended before they could be killed"
 
 
-def _family_after(run: subprocess.Popen, seconds: float) -> list[psutil.Process]:
+def _children_after(run: subprocess.Popen, seconds: float) -> list[psutil.Process]:
+    """All descendants of a process after some seconds, or at its end."""
     end = time.monotonic() + seconds
-    family: list[psutil.Process] = []
+    children: list[psutil.Process] = []
     while time.monotonic() < end and run.poll() is None:
         time.sleep(0.02)
         if run.poll() is None:
-            family = psutil.Process(run.pid).children(recursive=True)
-    return family
+            children = psutil.Process(run.pid).children(recursive=True)
+    return children
 
 
-def _all_gone(family: list[psutil.Process]) -> None:
-    """The processes that a killed one had started end by themselves."""
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert not alive, f"left behind: {alive}"
+def _require_ended(children: list[psutil.Process]) -> None:
+    """The processes that a killed one started must end by themselves."""
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, f"still running: {alive}"
 
 
 @pytest.mark.slow
 def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, bucket):
     options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
-    whole_run(options, many, tmp_path / "undisturbed")
-    # On two machines: with clocks a year apart, names and caches of their own, and no lock between them.
+    run_to_the_end(options, many, tmp_path / "undisturbed")
+    # As on two machines: clocks a year apart, different host names and caches, and no lock between them.
     elsewhere = (
         "import runpy, socket, sys, time\nreal = time.time\ntime.time = lambda: real() + {0} * 3e7\n"
-        "socket.gethostname = lambda: 'node-{0}'\nsys.argv[0] = 'slam_asr'\nrunpy.run_module('slam_asr', run_name='__main__')"
+        "socket.gethostname = lambda: 'node-{0}'\nsys.argv[0] = 'slam_asr'\n"
+        "runpy.run_module('slam_asr', run_name='__main__')"
     )
     both = [
         subprocess.Popen(
@@ -349,7 +356,7 @@ def test_a_full_disk_loses_nothing(tiny_models, many, undisturbed, tmp_path):
             ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)], capture_output=True
         ).returncode
     ):
-        pytest.skip("needs the right to mount a small disk (root), to fill it up")
+        pytest.skip("needs root, to mount a small disk and fill it")
     try:
         with pytest.raises(OSError, match="No space left"):
             extract_features(recipe(tiny_models, **SMALL), [str(many)], str(disk / "store"))
@@ -362,7 +369,7 @@ def test_a_full_disk_loses_nothing(tiny_models, many, undisturbed, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_nothing_is_kept_where_the_recipe_says_so(tiny_models, manifest, tmp_path):
+def test_nothing_is_saved_if_the_recipe_does_not_cache_features(tiny_models, manifest, tmp_path):
     for options, why in (
         (recipe(tiny_models, **{"features.cache": "none"}), "features: none"),
         (recipe(tiny_models, **{"encoder.tuning": "full"}), "trained too"),
@@ -372,30 +379,28 @@ def test_nothing_is_kept_where_the_recipe_says_so(tiny_models, manifest, tmp_pat
         assert [f.name.rpartition("/")[2] for f in walk(record.folder)] == ["stage.json"]
 
 
-def test_audio_that_changed_under_its_manifest_is_refused(tiny_models, manifest, tmp_path):
+def test_audio_that_differs_from_its_manifest_is_refused(tiny_models, manifest, tmp_path):
     write_wav(tmp_path / "2.wav", np.zeros(16000, np.float32))
     with pytest.raises(UserError, match=r"2\.wav was changed since"):
         extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store"))
 
 
-def test_audio_that_went_away_is_named(tiny_models, manifest, tmp_path):
+def test_missing_audio_is_named(tiny_models, manifest, tmp_path):
     (tmp_path / "2.wav").unlink()
     with pytest.raises(UserError, match=r"There is no audio file .*2\.wav"):
         extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "store"))
 
 
-def test_audio_that_changed_is_extracted_again_where_the_manifest_has_no_digests(
-    tiny_models, manifest, tmp_path
-):
-    plain = tmp_path / "plain.jsonl"
-    write_manifest(plain, [dataclasses.replace(u, sha256=None, duration=None) for u in manifest[1]])
-    extract_features(recipe(tiny_models), [str(plain)], str(tmp_path / "store"))
+def test_changed_audio_is_extracted_again_if_the_manifest_has_no_digests(tiny_models, manifest, tmp_path):
+    without_digests = tmp_path / "plain.jsonl"
+    write_manifest(without_digests, [dataclasses.replace(u, sha256=None, duration=None) for u in manifest[1]])
+    extract_features(recipe(tiny_models), [str(without_digests)], str(tmp_path / "store"))
     write_wav(tmp_path / "2.wav", make_tone(0.5))
-    after = extract_features(recipe(tiny_models), [str(plain)], str(tmp_path / "store"))
+    after = extract_features(recipe(tiny_models), [str(without_digests)], str(tmp_path / "store"))
     assert after.metrics["new utterances"] == 1
 
 
-def test_damaged_weights_are_one_sentence(tiny_models, manifest, tmp_path):
+def test_damaged_weights_are_reported_in_one_sentence(tiny_models, manifest, tmp_path):
     import shutil
 
     broken = tmp_path / "broken"
@@ -408,13 +413,13 @@ def test_damaged_weights_are_one_sentence(tiny_models, manifest, tmp_path):
         )
 
 
-@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0"])
-def test_a_part_that_is_none_is_one_sentence(tiny_models, manifest, tmp_path, shard):
-    with pytest.raises(UserError, match=f"--shard is {shard}: write it as i/n"):
-        extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "s"), shard)
+@pytest.mark.parametrize("work_shard", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_an_invalid_work_shard_is_reported_in_one_sentence(tiny_models, manifest, tmp_path, work_shard):
+    with pytest.raises(UserError, match=f"--work-shard is {work_shard}: write it as i/n"):
+        extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "s"), work_shard)
 
 
-def test_a_damaged_plan_is_one_sentence(tiny_models, manifest, tmp_path):
+def test_a_damaged_plan_is_reported_in_one_sentence(tiny_models, manifest, tmp_path):
     record = extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "s"))
     [plan] = [f.name for f in walk(str(tmp_path / "s")) if "/plans/" in f.name]
     write_bytes(tmp_path / "s" / plan, b"{")
@@ -441,7 +446,7 @@ def test_a_folder_of_manifests_means_all_three_here_and_the_test_set_in_decoding
         manifest_files([built.folder])
 
 
-def test_an_encoder_of_another_kind_is_refused_by_name(tiny_models, manifest, tmp_path):
+def test_a_model_that_is_not_an_encoder_is_refused(tiny_models, manifest, tmp_path):
     with pytest.raises(UserError, match="a model of type llama; supported encoders: whisper"):
         extract_features(
             recipe(tiny_models, **{"encoder.name": tiny_models["llm"]}),

@@ -1,4 +1,4 @@
-"""While a fifth of the requests fail, extraction leaves the very bytes, and reading in training gives the very features."""
+"""While a fifth of all requests fail, extraction writes and training reads the same features."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tests.features.test_extract import SMALL, contents, recipe, utterances_in
 
 @pytest.fixture
 def many(tmp_path):
-    """Fifty utterances: five shards."""
+    """Manifest of fifty utterances: five shards."""
     write_manifest(
         tmp_path / "many.jsonl", utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)])
     )
@@ -24,7 +24,7 @@ def many(tmp_path):
 
 
 def all_features(store, manifest) -> dict[str, torch.Tensor]:
-    """Every utterance in windows of two shards, as training reads them."""
+    """The features of every utterance by key, read in windows of two shards as in training."""
     shards = {}
     for utterance in read_manifest(manifest):
         shards.setdefault(store.shard_of(utterance.audio_id), []).append(utterance)
@@ -39,20 +39,19 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_extraction_and_reading_survive_a_fifth_of_faults(tiny_models, many, tmp_path, faulty_s3):
+def test_extraction_and_reading_survive_faults(tiny_models, many, tmp_path, faulty_s3):
     options = recipe(tiny_models, **SMALL)
     local = extract_features(options, [str(many)], str(tmp_path / "undisturbed"))
     record = extract_features(options, [str(many)], "s3://bucket/store")
-    wanted = all_features(FeatureStore(local.folder), many)
+    expected = all_features(FeatureStore(local.folder), many)
     for _ in range(2):
-        assert same(all_features(FeatureStore(record.folder), many), wanted)
-    spoiled = faulty_s3.faults.total()
-    assert spoiled >= 5, faulty_s3.faults
+        assert same(all_features(FeatureStore(record.folder), many), expected)
+    assert faulty_s3.faults.total() >= 5, faulty_s3.faults
     faulty_s3.share = 0
     assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
 
 
-def test_an_endpoint_that_is_down_ends_extraction_with_a_sentence_and_loses_nothing(
+def test_an_unreachable_endpoint_ends_extraction_with_a_message_and_loses_nothing(
     tiny_models, many, tmp_path, faulty_s3, monkeypatch
 ):
     from slam_asr.errors import UserError
@@ -73,12 +72,12 @@ def test_an_endpoint_that_is_down_ends_extraction_with_a_sentence_and_loses_noth
             extract_features(options, [str(many)], "s3://bucket/store")
     faulty_s3.share = 0
     record = extract_features(options, [str(many)], "s3://bucket/store")
-    assert record.metrics["new utterances"] == 30, "two of five shards were there"
+    assert record.metrics["new utterances"] == 30, "two of five shards were finished"
     extract_features(options, [str(many)], str(tmp_path / "undisturbed"))
     assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
 
 
-def test_a_full_local_disk_slows_reading_down_and_spoils_nothing(tiny_models, many, tmp_path, bucket):
+def test_features_are_read_correctly_if_the_local_disk_is_full(tiny_models, many, tmp_path, bucket):
     options = recipe(tiny_models, **SMALL)
     record = extract_features(options, [str(many)], "s3://bucket/store")
     local = extract_features(options, [str(many)], str(tmp_path / "undisturbed"))
@@ -90,7 +89,7 @@ def test_a_full_local_disk_slows_reading_down_and_spoils_nothing(tiny_models, ma
             ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True
         ).returncode
     ):
-        pytest.skip("needs the right to mount a small disk (root), to fill it up")
+        pytest.skip("needs root, to mount a small disk and fill it")
     try:
         store = FeatureStore(record.folder)
         store._cache = DiskCache(disk, 10**9)

@@ -1,4 +1,4 @@
-"""A store is listed, verified, repaired and pruned, and what stays can still be read."""
+"""A store can be listed, verified, repaired and pruned, and what remains can still be read."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from tests.features.test_extract import SMALL, contents, recipe, utterances_in
 
 
 @pytest.fixture(params=["folder", "prefix"])
-def kept(request, tiny_models, tmp_path):
-    """A store of three shards of ten utterances, and its manifest."""
+def store_of_three(request, tiny_models, tmp_path):
+    """A store's path, its manifest, and a function that fills it with three shards of ten utterances."""
     if request.param == "prefix":
         request.getfixturevalue("bucket")
         store = "s3://bucket/features"
@@ -29,17 +29,18 @@ def kept(request, tiny_models, tmp_path):
     )
 
 
-def test_a_store_is_listed(kept, capsys):
-    store, _, extract = kept
+def test_a_store_is_listed(store_of_three, capsys):
+    store, _, extract = store_of_three
     extract()
     run("features", ["ls", store])
-    said = capsys.readouterr().out
-    assert "30 utterances" in said and "in 3 shards" in said and "nothing names" not in said
+    printed = capsys.readouterr().out
+    assert "30 utterances" in printed and "in 3 shards" in printed
+    assert "nothing refers to" not in printed
 
 
 @pytest.mark.parametrize("damage", ["flipped", "deleted", "cut"])
-def test_damage_is_found_removed_and_computed_anew(kept, damage):
-    store, _, extract = kept
+def test_damaged_shards_are_found_removed_and_computed_again(store_of_three, damage):
+    store, _, extract = store_of_three
     extract()
     before = contents(store)
     run("features", ["verify", store])
@@ -60,48 +61,48 @@ def test_damage_is_found_removed_and_computed_anew(kept, damage):
     run("features", ["verify", store])
 
 
-def test_pruning_keeps_what_a_manifest_needs(kept, tmp_path):
-    store, manifest, extract = kept
+def test_pruning_retains_what_a_manifest_needs(store_of_three, tmp_path):
+    store, manifest, extract = store_of_three
     record = extract()
     reader = FeatureStore(record.folder)
     of_shard = {}
     for utterance in read_manifest(manifest):
         of_shard.setdefault(reader.shard_of(utterance.audio_id), []).append(utterance)
-    wanted = of_shard[0][:2]
-    features = {u.key: reader.read(u.audio_id).clone() for u in wanted}
-    write_manifest(tmp_path / "few.jsonl", wanted)
-    whole = contents(store)
+    few = of_shard[0][:2]
+    features = {u.key: reader.read(u.audio_id).clone() for u in few}
+    write_manifest(tmp_path / "few.jsonl", few)
+    before = contents(store)
     run("features", ["prune", store, "--keep", f"[{tmp_path / 'few.jsonl'}]"])
-    assert contents(store) == whole, "without --yes nothing goes"
+    assert contents(store) == before, "without --yes nothing is removed"
     run("features", ["prune", store, "--keep", f"[{tmp_path / 'few.jsonl'}]", "--yes", "true"])
     after = FeatureStore(store)
     assert sum("/shards/" in f.name for f in walk(store)) == 1 and len(after.index) == len(of_shard[0])
-    assert all(torch.equal(after.read(u.audio_id), features[u.key]) for u in wanted)
+    assert all(torch.equal(after.read(u.audio_id), features[u.key]) for u in few)
     run("features", ["verify", store])
     assert extract().metrics["new utterances"] == 20
     assert len(FeatureStore(store).index) == 30
 
 
-def test_shards_that_nothing_names_and_whole_encoders_go(kept):
-    store, _, extract = kept
+def test_unreferenced_shards_and_complete_namespaces_are_removed(store_of_three):
+    store, _, extract = store_of_three
     extract()
     before = contents(store)
-    space = next(iter(before)).partition("/")[0]
-    write_bytes(join(store, space, "shards", "f" * 64 + ".safetensors"), b"of nobody")
+    namespace = next(iter(before)).partition("/")[0]
+    write_bytes(join(store, namespace, "shards", "f" * 64 + ".safetensors"), b"unreferenced")
     run("features", ["prune", store, "--yes", "true"])
     assert contents(store) == before
     with pytest.raises(UserError, match="has no nonsense"):
         run("features", ["prune", store, "--drop", "[nonsense]"])
-    run("features", ["prune", store, "--drop", f"[{space}]", "--yes", "true"])
+    run("features", ["prune", store, "--drop", f"[{namespace}]", "--yes", "true"])
     assert contents(store) == {}
 
 
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"]])
-def test_what_features_can_do_is_said(arguments):
+def test_an_unknown_command_lists_those_that_exist(arguments):
     with pytest.raises(UserError, match="needs one of ls, verify, prune"):
         run("features", arguments)
 
 
-def test_no_store_is_one_sentence(tmp_path):
+def test_a_missing_store_is_reported_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="holds no feature store"):
         run("features", ["ls", str(tmp_path)])

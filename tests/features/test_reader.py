@@ -1,4 +1,4 @@
-"""Audio that is too long for the encoder's window: said once, counted, and dealt with as the recipe says."""
+"""Both readers return the same features, and treat audio longer than the encoder's window as configured."""
 
 import numpy as np
 import pytest
@@ -20,11 +20,11 @@ from tests.conftest import make_tone, write_wav
 
 @pytest.fixture
 def utterances(tmp_path):
-    made = []
+    utterances = []
     for seconds in (2.0, 30.0, 31.5):
         wav = write_wav(tmp_path / f"{seconds}.wav", make_tone(seconds, frequency=200 + seconds))
-        made.append(Utterance(f"of {seconds} s", str(wav), "text", seconds, 16000, sha256_of_file(wav)))
-    return made
+        utterances.append(Utterance(f"of {seconds} s", str(wav), "text", seconds, 16000, sha256_of_file(wav)))
+    return utterances
 
 
 def recipe(tiny_models, choice, frames="speech", dtype="fp32", shard_megabytes=512):
@@ -44,29 +44,33 @@ def recipe(tiny_models, choice, frames="speech", dtype="fp32", shard_megabytes=5
     ("choice", "frames"),
     [("cut", [100, 1500, 1500]), ("split", [100, 1500, 1575]), ("set-aside", [100, 1500])],
 )
-def test_long_audio_is_cut_split_or_set_aside(tiny_models, utterances, tmp_path, capsys, choice, frames):
+def test_long_audio_is_cut_split_or_skipped(tiny_models, utterances, tmp_path, capsys, choice, frames):
     options = recipe(tiny_models, choice)
     write_manifest(tmp_path / "m.jsonl", utterances)
     store = FeatureStore(
         extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder
     )
-    said = [
+    logged = [
         line
         for line in capsys.readouterr().out.splitlines()
         if "longer than the encoder's 30-s window" in line
     ]
     assert (
-        len(said) == 1
-        and said[0].startswith("1 of 3 utterances")
-        and f"encoder.long_audio: {choice}" in said[0]
+        len(logged) == 1
+        and logged[0].startswith("1 of 3 utterances")
+        and f"encoder.long_audio: {choice}" in logged[0]
     )
-    kept = fit_to_window(utterances, describe_encoder(options.encoder))
-    assert [store.entry(u.audio_id).frames for u in kept] == frames == [store.span(u.audio_id) for u in kept]
+    fitting = fit_to_window(utterances, describe_encoder(options.encoder))
+    assert (
+        [store.entry(u.audio_id).frames for u in fitting]
+        == frames
+        == [store.span(u.audio_id) for u in fitting]
+    )
 
 
 @pytest.mark.parametrize("choice", ["cut", "split"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
-def test_audio_on_the_way_is_what_the_store_has(tiny_models, utterances, tmp_path, choice, dtype):
+def test_audio_files_give_the_same_features_as_the_store(tiny_models, utterances, tmp_path, choice, dtype):
     options = recipe(tiny_models, choice, dtype=dtype)
     write_manifest(tmp_path / "m.jsonl", utterances)
     store = StoreReader(
@@ -77,38 +81,38 @@ def test_audio_on_the_way_is_what_the_store_has(tiny_models, utterances, tmp_pat
     reader = AudioReader(spec, options.features)
     for utterance in utterances:
         assert reader.span(utterance) == store.span(utterance)
-        on_the_way = round_trip(encoder.encode([reader.read(utterance)])[0], dtype)
-        # Batches are other ones: sums may differ in their last bit, and so may what that is rounded to.
+        from_audio = round_trip(encoder.encode([reader.read(utterance)])[0], dtype)
+        # The batches differ, so sums may differ in their last bit and round to another value.
         error = {"fp32": 1e-5, "bf16": 2**-7, "fp8": 2**-3}[dtype]
-        torch.testing.assert_close(on_the_way, store.read(utterance), atol=error, rtol=error)
+        torch.testing.assert_close(from_audio, store.read(utterance), atol=error, rtol=error)
 
 
-def test_both_ways_divide_utterances_into_the_same_shards(tiny_models, tmp_path):
+def test_both_readers_divide_utterances_into_the_same_shards(tiny_models, tmp_path):
     options = recipe(tiny_models, "cut", "all", shard_megabytes=1)
-    made = [write_wav(tmp_path / f"{i}.wav", make_tone(0.3, frequency=200 + 9 * i)) for i in range(25)]
+    files = [write_wav(tmp_path / f"{i}.wav", make_tone(0.3, frequency=200 + 9 * i)) for i in range(25)]
     many = [
-        Utterance(f"k{i}", str(wav), "text", 0.3, 16000, sha256_of_file(wav)) for i, wav in enumerate(made)
+        Utterance(f"k{i}", str(wav), "text", 0.3, 16000, sha256_of_file(wav)) for i, wav in enumerate(files)
     ]
     write_manifest(tmp_path / "m.jsonl", many)
     store = StoreReader(
         FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
     )
-    addresses, samples = to_array([u.audio_id for u in many]), np.full(25, 4800)
+    audio_ids, samples = to_array([u.audio_id for u in many]), np.full(25, 4800)
     groups = []
     for reader in (store, AudioReader(describe_encoder(options.encoder), options.features)):
-        numbers = reader.shards_of(addresses, samples)
+        numbers = reader.shards_of(audio_ids, samples)
         assert len(set(numbers)) == 3
         groups.append({frozenset(np.flatnonzero(numbers == n)) for n in set(numbers)})
     assert groups[0] == groups[1]
 
 
-def test_nothing_left_is_refused(tiny_models, utterances):
+def test_skipping_all_audio_is_refused(tiny_models, utterances):
     spec = describe_encoder(recipe(tiny_models, "set-aside").encoder)
     with pytest.raises(UserError, match="All 1 utterances are longer"):
         fit_to_window(utterances[2:], spec)
 
 
-def test_a_manifest_without_durations_is_measured_by_the_files(utterances, tiny_models):
+def test_without_durations_lengths_come_from_the_files(utterances, tiny_models):
     for utterance in utterances:
         samples = samples_of(utterance)
         utterance.duration = None

@@ -1,4 +1,4 @@
-"""The feature store: found by audio, complete or not there, never another encoder's, and nothing wrong is ever read."""
+"""Features are addressed by audio, and never read if incomplete, damaged or of another encoder."""
 
 import dataclasses
 import hashlib
@@ -17,30 +17,30 @@ from slam_asr.manifest import Utterance
 from slam_asr.models.feature_dtype import QuantizedFrames, dequantize, quantize, round_trip
 from slam_asr.storage import read_bytes, walk, write_bytes
 
-MADE_BY = {"weights_sha256": "abc", "frames": "speech", "dtype": "fp32"}
+FINGERPRINT = {"weights_sha256": "abc", "frames": "speech", "dtype": "fp32"}
 
 
-def address(name) -> str:
+def audio_id_of(name) -> str:
     return hashlib.sha256(str(name).encode()).hexdigest()
 
 
-def publish(root, features, name="plan-1-of-1", made_by=MADE_BY) -> tuple[FeatureNamespace, Index]:
-    """A store of one shard with these features by address."""
-    space = FeatureNamespace.of(str(root), made_by)
+def publish(root, features, name="plan-1-of-1", fingerprint=FINGERPRINT) -> tuple[FeatureNamespace, Index]:
+    """Write features by audio id into a store, as one shard and its index."""
+    namespace = FeatureNamespace.of(str(root), fingerprint)
     content, index = pack(
-        {a: quantize(t, made_by["dtype"]) for a, t in features.items()},
-        made_by,
+        {a: quantize(t, fingerprint["dtype"]) for a, t in features.items()},
+        fingerprint,
         {a: len(t) + 1 for a, t in features.items()},
     )
-    space.write_fingerprint(made_by, index.width)
-    write_bytes(space.shard(index.shards[0].name), content)
-    write_bytes(space.index(name), index.to_bytes())
-    return space, index
+    namespace.write_fingerprint(fingerprint, index.width)
+    write_bytes(namespace.shard_path(index.shards[0].name), content)
+    write_bytes(namespace.index_path(name), index.to_bytes())
+    return namespace, index
 
 
 def some_features(count=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {address((seed, i)): torch.randn(i + 5, 4, generator=generator) for i in range(count)}
+    return {audio_id_of((seed, i)): torch.randn(i + 5, 4, generator=generator) for i in range(count)}
 
 
 @pytest.fixture(params=["folder", "prefix"])
@@ -51,7 +51,7 @@ def root(request, tmp_path):
     return str(tmp_path / "features")
 
 
-def test_what_is_written_is_read(root):
+def test_written_features_can_be_read(root):
     features = some_features()
     publish(root, features)
     reader = FeatureStore(root, {"weights_sha256": "abc"})
@@ -62,13 +62,16 @@ def test_what_is_written_is_read(root):
 
 def test_shards_are_safetensors_that_anyone_can_read(tmp_path):
     features = some_features()
-    space, index = publish(tmp_path, features)
-    loaded = load_file(space.shard(index.shards[0].name))
+    namespace, index = publish(tmp_path, features)
+    loaded = load_file(namespace.shard_path(index.shards[0].name))
     assert loaded.keys() == features.keys() and all(torch.equal(loaded[a], t) for a, t in features.items())
-    assert hashlib.sha256(read_bytes(space.shard(index.shards[0].name))).hexdigest() == index.shards[0].sha256
+    assert (
+        hashlib.sha256(read_bytes(namespace.shard_path(index.shards[0].name))).hexdigest()
+        == index.shards[0].sha256
+    )
 
 
-def test_several_indexes_are_read_as_one_and_old_bytes_stay(root):
+def test_several_indexes_are_merged_and_old_files_are_unchanged(root):
     first, second = some_features(seed=1), some_features(seed=2)
     publish(root, first, "a-1-of-1")
     before = {f.name: read_bytes(f"{root}/{f.name}") for f in walk(root)}
@@ -79,72 +82,76 @@ def test_several_indexes_are_read_as_one_and_old_bytes_stay(root):
     assert all(torch.equal(reader.read(a), t) for a, t in (first | second).items())
 
 
-def test_an_address_in_two_indexes_counts_once(tmp_path):
+def test_an_audio_id_in_two_indexes_counts_once(tmp_path):
     features = some_features()
     _, one = publish(tmp_path, features, "a-1-of-1")
-    both = merge(MADE_BY, 4, [one, one])
-    assert both.to_bytes() == one.to_bytes() and both.addresses() == sorted(features)
+    both = merge(FINGERPRINT, 4, [one, one])
+    assert both.to_bytes() == one.to_bytes() and both.audio_ids() == sorted(features)
 
 
-def test_only_what_is_wanted_takes_memory(tmp_path):
+def test_only_the_requested_entries_are_loaded(tmp_path):
     features = some_features(20)
     publish(tmp_path, features)
-    wanted = sorted(features)[3:5]
-    reader = FeatureStore(str(tmp_path), wanted=wanted)
-    assert reader.index.addresses() == wanted
+    requested = sorted(features)[3:5]
+    reader = FeatureStore(str(tmp_path), audio_ids=requested)
+    assert reader.index.audio_ids() == requested
     with pytest.raises(UserError, match="lacks audio"):
         reader.read(sorted(features)[0])
 
 
-def test_an_index_finds_each_of_many_and_no_other(tmp_path):
-    features = {address(i): torch.zeros(0, 4) for i in range(500)}
+def test_an_index_finds_every_entry_and_no_other(tmp_path):
+    features = {audio_id_of(i): torch.zeros(0, 4) for i in range(500)}
     _, index = publish(tmp_path, features)
-    again = Index.from_bytes(index.to_bytes(), "here")
-    assert all(again.entry(again.find(a)).span == 1 for a in features)
-    assert again.find(address("nobody")) == -1 and again.find("0" * 64) == -1 and again.find("f" * 64) == -1
-    located = again.locate(to_array([*sorted(features), address("nobody")]))
+    reloaded = Index.from_bytes(index.to_bytes(), "here")
+    assert all(reloaded.entry(reloaded.find(a)).span == 1 for a in features)
+    assert (
+        reloaded.find(audio_id_of("nobody")) == -1
+        and reloaded.find("0" * 64) == -1
+        and reloaded.find("f" * 64) == -1
+    )
+    located = reloaded.locate(to_array([*sorted(features), audio_id_of("nobody")]))
     assert located.tolist() == [*range(500), -1]
 
 
-def test_addresses_that_begin_alike_are_told_apart():
-    alike = ["ab" * 8 + f"{i:048x}" for i in (3, 1, 2)]
+def test_audio_ids_with_equal_beginnings_are_distinguished():
+    similar = ["ab" * 8 + f"{i:048x}" for i in (3, 1, 2)]
     _, index = pack(
-        {a: QuantizedFrames(torch.full((1, 2), float(i)), None) for i, a in enumerate(alike)},
-        MADE_BY,
-        dict.fromkeys(alike, 1),
+        {a: QuantizedFrames(torch.full((1, 2), float(i)), None) for i, a in enumerate(similar)},
+        FINGERPRINT,
+        dict.fromkeys(similar, 1),
     )
-    assert [index.find(a) for a in sorted(alike)] == [0, 1, 2]
-    assert index.locate(to_array(alike)).tolist() == [2, 0, 1]
+    assert [index.find(a) for a in sorted(similar)] == [0, 1, 2]
+    assert index.locate(to_array(similar)).tolist() == [2, 0, 1]
     assert index.find("ab" * 8 + f"{9:048x}") == -1
 
 
-def test_another_encoders_features_are_refused_by_what_differs(tmp_path):
+def test_another_encoders_features_are_refused_naming_the_difference(tmp_path):
     publish(tmp_path, some_features())
     with pytest.raises(UserError, match=r"weights_sha256: store abc, model xyz"):
         FeatureStore(str(tmp_path), {"weights_sha256": "xyz", "frames": "speech"})
 
 
-def test_a_changed_encoder_has_a_space_of_its_own(tmp_path):
+def test_a_changed_encoder_has_its_own_namespace(tmp_path):
     publish(tmp_path, some_features(seed=1))
-    other = MADE_BY | {"weights_sha256": "xyz"}
-    publish(tmp_path, some_features(seed=2), made_by=other)
+    other = FINGERPRINT | {"weights_sha256": "xyz"}
+    publish(tmp_path, some_features(seed=2), fingerprint=other)
     assert FeatureStore(str(tmp_path), {"weights_sha256": "xyz"}).fingerprint == other
     with pytest.raises(UserError, match="several kinds"):
         FeatureStore(str(tmp_path))
 
 
-def test_the_dtype_asked_for_is_chosen(tmp_path):
+def test_the_requested_dtype_is_read(tmp_path):
     publish(tmp_path, some_features())
-    publish(tmp_path, some_features(), made_by=MADE_BY | {"dtype": "fp8"})
+    publish(tmp_path, some_features(), fingerprint=FINGERPRINT | {"dtype": "fp8"})
     assert FeatureStore(str(tmp_path), {"weights_sha256": "abc"}, "fp8").dtype == "fp8"
     assert FeatureStore(str(tmp_path), {"weights_sha256": "abc"}, "fp32").dtype == "fp32"
 
 
-def test_a_store_without_index_does_not_exist(root):
-    space, _ = publish(root, some_features())
+def test_a_store_without_an_index_does_not_exist(root):
+    namespace, _ = publish(root, some_features())
     from slam_asr.storage import delete
 
-    delete(space.index("plan-1-of-1"))
+    delete(namespace.index_path("plan-1-of-1"))
     with pytest.raises(UserError, match="no index"):
         FeatureStore(root)
     with pytest.raises(UserError, match="holds no feature store"):
@@ -160,17 +167,17 @@ def test_a_store_without_index_does_not_exist(root):
         lambda c: c.replace(b"scale_begin", b"scale_bugin"),
     ],
 )
-def test_what_is_no_index_is_refused(tmp_path, damage):
-    space, index = publish(tmp_path, some_features())
-    write_bytes(space.index("plan-1-of-1"), damage(index.to_bytes()))
+def test_a_damaged_index_is_refused(tmp_path, damage):
+    namespace, index = publish(tmp_path, some_features())
+    write_bytes(namespace.index_path("plan-1-of-1"), damage(index.to_bytes()))
     with pytest.raises(UserError, match=r"not a feature store's index"):
         FeatureStore(str(tmp_path))
 
 
 @pytest.mark.parametrize(("keep", "word"), [(None, "missing"), (-1, "cut short")])
-def test_an_index_without_its_shards_is_seen_at_once(root, keep, word):
-    space, index = publish(root, some_features())
-    path = space.shard(index.shards[0].name)
+def test_missing_shards_are_noticed_when_the_store_is_opened(root, keep, word):
+    namespace, index = publish(root, some_features())
+    path = namespace.shard_path(index.shards[0].name)
     from slam_asr.storage import delete
 
     content = read_bytes(path)
@@ -183,14 +190,14 @@ def test_an_index_without_its_shards_is_seen_at_once(root, keep, word):
 
 def test_a_flipped_byte_is_never_read(root):
     features = some_features()
-    space, index = publish(root, features)
-    path = space.shard(index.shards[0].name)
+    namespace, index = publish(root, features)
+    path = namespace.shard_path(index.shards[0].name)
     content = bytearray(read_bytes(path))
     content[-1] ^= 1
     write_bytes(path, bytes(content))
     reader = FeatureStore(root)
     damaged = [a for a in features if _fails(reader, a)]
-    # Locally the one utterance that is hit; a fetched shard is refused whole.
+    # Of a local shard, only the damaged utterance fails; a fetched shard is rejected completely.
     assert len(damaged) == (1 if root.startswith("/") else len(features))
 
 
@@ -203,7 +210,7 @@ def _fails(reader, a):
     return False
 
 
-def test_without_room_on_local_disk_utterances_are_read_one_by_one(bucket, monkeypatch):
+def test_without_space_on_local_disk_utterances_are_read_one_by_one(bucket, monkeypatch):
     features = some_features()
     publish("s3://bucket/f", features)
     reader = FeatureStore("s3://bucket/f", cache_bytes=10)
@@ -211,10 +218,10 @@ def test_without_room_on_local_disk_utterances_are_read_one_by_one(bucket, monke
     assert not [f for f in walk(str(reader._cache.folder)) if not f.name.startswith(".")]
 
 
-def test_a_flipped_byte_is_found_past_the_disk_too(bucket):
+def test_a_flipped_byte_is_noticed_without_the_disk_too(bucket):
     features = some_features()
-    space, index = publish("s3://bucket/f", features)
-    path = space.shard(index.shards[0].name)
+    namespace, index = publish("s3://bucket/f", features)
+    path = namespace.shard_path(index.shards[0].name)
     content = bytearray(read_bytes(path))
     content[-1] ^= 1
     bucket.put_object(Key=path.removeprefix("s3://bucket/"), Body=bytes(content))
@@ -222,7 +229,7 @@ def test_a_flipped_byte_is_found_past_the_disk_too(bucket):
     assert sum(_fails(reader, a) for a in features) == 1
 
 
-def test_shards_expected_next_are_fetched_and_others_let_go(bucket):
+def test_expected_shards_are_fetched_and_others_released(bucket):
     stores = [some_features(seed=i) for i in range(6)]
     size = 0
     for i, features in enumerate(stores):
@@ -231,44 +238,47 @@ def test_shards_expected_next_are_fetched_and_others_let_go(bucket):
     reader = FeatureStore("s3://bucket/f", cache_bytes=2 * size + 10)
     for number in range(6):
         reader.expect([number, number + 1] if number < 5 else [number])
-        mine = [a for features in stores for a in features if reader.shard_of(a) == number]
-        assert mine and all(
-            torch.equal(reader.read(a), t) for features in stores for a, t in features.items() if a in mine
+        in_shard = [a for features in stores for a in features if reader.shard_of(a) == number]
+        assert in_shard and all(
+            torch.equal(reader.read(a), t)
+            for features in stores
+            for a, t in features.items()
+            if a in in_shard
         )
-        there = sum(f.bytes for f in walk(str(reader._cache.folder)) if "/" not in f.name)
-        assert there <= 2 * size + 10
+        cached = sum(f.bytes for f in walk(str(reader._cache.folder)) if "/" not in f.name)
+        assert cached <= 2 * size + 10
 
 
-def test_no_more_shards_are_mapped_than_are_expected(root):
+def test_only_expected_shards_are_mapped(root):
     stores = [some_features(seed=i) for i in range(6)]
     for i, features in enumerate(stores):
         publish(root, features, f"p{i}-1-of-1")
     reader = FeatureStore(root)
-    kept = {}
+    retained = {}
     for number in range(6):
         reader.expect([number])
-        kept |= {
+        retained |= {
             a: (reader.read(a), t)
             for features in stores
             for a, t in features.items()
             if reader.shard_of(a) == number
         }
-        assert list(reader._open) == [number]
-    assert len(kept) == 18 and all(torch.equal(read, wanted) for read, wanted in kept.values()), (
+        assert list(reader._mapped) == [number]
+    assert len(retained) == 18 and all(torch.equal(read, expected) for read, expected in retained.values()), (
         "features outlive their shard's mapping"
     )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp8"])
-def test_what_comes_back_is_what_was_computed_to_the_dtypes_precision(tmp_path, dtype):
+def test_features_are_read_to_the_precision_of_their_dtype(tmp_path, dtype):
     frames = (
         torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 50)[:, None]
     )
     frames[7] = 0
-    publish(tmp_path, {address(dtype): frames}, made_by=MADE_BY | {"dtype": dtype})
-    read = FeatureStore(str(tmp_path)).read(address(dtype))
+    publish(tmp_path, {audio_id_of(dtype): frames}, fingerprint=FINGERPRINT | {"dtype": dtype})
+    read = FeatureStore(str(tmp_path)).read(audio_id_of(dtype))
     assert torch.equal(read, round_trip(frames, dtype)) and torch.isfinite(read.float()).all()
-    # Half of the last bit of the mantissa; for fp8 of the frame's largest value, whose scale it shares.
+    # Half of the mantissa's last bit; for fp8 that of the frame's largest value, which sets the scale.
     error = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 0, "fp8": 2**-4}[dtype]
     largest = frames.abs().amax(1, keepdim=True)
     assert (
@@ -277,7 +287,7 @@ def test_what_comes_back_is_what_was_computed_to_the_dtypes_precision(tmp_path, 
     ).all()
 
 
-def test_fp8_takes_half_of_bf16():
+def test_fp8_is_half_the_size_of_bf16():
     frames = torch.randn(100, 384)
     assert dequantize(quantize(frames, "fp8")).dtype == torch.bfloat16
     size = {
@@ -286,24 +296,24 @@ def test_fp8_takes_half_of_bf16():
     assert size["fp8"] / size["bf16"] == pytest.approx(0.505, abs=0.001)
 
 
-def test_no_key_leads_a_path_out_of_the_store(tmp_path):
+def test_no_key_can_write_outside_the_store(tmp_path):
     keys = ["a/b/../../../escaped", "/etc/x", "..", "ü ß 漢", "k" * 2000, "a b"]
-    utterances = [Utterance(key, "/x", "text", 1.0, 16000, address(key)) for key in keys]
+    utterances = [Utterance(key, "/x", "text", 1.0, 16000, audio_id_of(key)) for key in keys]
     publish(tmp_path / "store", {u.audio_id: torch.ones(2, 4) for u in utterances})
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
     assert all(len(FeatureStore(str(tmp_path / "store")).read(u.audio_id)) == 2 for u in utterances)
 
 
-def test_stretches_of_one_file_have_addresses_of_their_own():
-    whole = Utterance("w", "/x", "t", 10.0, 16000, address("file"))
-    one, two = (dataclasses.replace(whole, start=s, duration=2.0) for s in (0.0, 2.0))
-    assert len({u.audio_id for u in (whole, one, two)}) == 3
+def test_segments_of_one_file_have_their_own_audio_ids():
+    complete = Utterance("w", "/x", "t", 10.0, 16000, audio_id_of("file"))
+    one, two = (dataclasses.replace(complete, start=s, duration=2.0) for s in (0.0, 2.0))
+    assert len({u.audio_id for u in (complete, one, two)}) == 3
     assert len(bytes.fromhex(one.audio_id)) == 32
 
 
-def test_a_damaged_fingerprint_is_one_sentence(tmp_path):
-    space, _ = publish(tmp_path, some_features())
-    write_bytes(f"{space.root}/fingerprint.json", json.dumps([1]))
+def test_a_damaged_fingerprint_is_reported_in_one_sentence(tmp_path):
+    namespace, _ = publish(tmp_path, some_features())
+    write_bytes(f"{namespace.root}/fingerprint.json", json.dumps([1]))
     with pytest.raises(UserError, match="is damaged: remove it"):
         FeatureStore(str(tmp_path))
 
@@ -321,8 +331,8 @@ def test_an_entry_takes_68_bytes():
             "check": np.int64,
         }.items()
     }
-    addresses = np.random.default_rng(0).integers(0, 256, (count, 32), dtype=np.uint8)
-    columns["address"] = addresses[np.lexsort(addresses.T[::-1])]
-    index = Index(MADE_BY, 4, [], columns)
+    audio_ids = np.random.default_rng(0).integers(0, 256, (count, 32), dtype=np.uint8)
+    columns["address"] = audio_ids[np.lexsort(audio_ids.T[::-1])]
+    index = Index(FINGERPRINT, 4, [], columns)
     assert sum(c.nbytes for c in index.columns.values()) == 68 * count
     assert index.find(columns["address"][1234].tobytes().hex()) == 1234

@@ -111,10 +111,10 @@ def test_mistakes_are_one_sentence(tmp_path):
         return done.stderr
 
     assert "there is no stage trian: STAGES may name build-manifest" in refused("--stages", "trian")
-    assert "convert-checkpoint takes torch's build without CUDA, which has an index of its own" in refused(
+    assert "convert-checkpoint uses torch's build without CUDA, which has an index of its own" in refused(
         PATH=str(tmp_path)
     )
-    assert "decode takes torch's build without CUDA" in refused(
+    assert "decode uses torch's build without CUDA" in refused(
         "--torch", "cpu", "--stages", "build-manifest decode"
     )
     assert "there is no docker command" in refused("--torch", "cuda", PATH=str(tmp_path))
@@ -136,7 +136,7 @@ def test_docker_hubs_own_images_are_found_by_their_short_names(monkeypatch):
     )
     assert build._push("docker.io/team/train:7") == "docker.io/team/train@sha256:1"
     assert build._push("registry.example/team/train:7") == "registry.example/team/train@sha256:2"
-    with pytest.raises(build.Refused, match="does not say its digest"):
+    with pytest.raises(build.BuildError, match="does not report its digest"):
         build._push("registry.example/other/train:7")
 
 
@@ -227,7 +227,7 @@ def registry(docker_engine, tmp_path):
 
 @pytest.mark.slow
 def test_pushed_images_are_written_down_by_their_digest_and_found_by_doctor(images, registry):
-    from pipelines.kubeflow.registry import look_at_image
+    from pipelines.kubeflow.registry import check_image
 
     written = CHECKOUT / "build" / "images.yaml"
     before = written.read_text()
@@ -255,9 +255,9 @@ def test_pushed_images_are_written_down_by_their_digest_and_found_by_doctor(imag
     pushed = line.removeprefix("build-manifest: ")
     assert re.fullmatch(rf"{name}@sha256:[0-9a-f]{{64}}", pushed)
     assert (
-        look_at_image("build-manifest", pushed).sign == "✓"
-        and look_at_image("build-manifest", f"{name}:7").sign == "✓"
+        check_image("build-manifest", pushed).sign == "✓"
+        and check_image("build-manifest", f"{name}:7").sign == "✓"
     )
-    missing = look_at_image("build-manifest", f"{name}:8")
-    assert missing.sign == "✗" and "is not in its registry" in missing.says
+    missing = check_image("build-manifest", f"{name}:8")
+    assert missing.sign == "✗" and "does not exist" in missing.detail
     subprocess.run(["docker", "rmi", "--force", f"{name}:7"], capture_output=True)

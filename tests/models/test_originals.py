@@ -215,7 +215,7 @@ def test_every_form_of_fairseqs_configuration_is_read(tmp_path, form, normalize)
         ("encoder_ffn_embed_dim", 64, r"fc1\.weight is \(48, 32\).*\(64, 32\)"),
         ("conv_pos_groups", 8, r"weight_v is \(32, 8, 16\).*\(32, 4, 16\)"),
         ("conv_bias", False, r"conv_layers\.0\.0\.bias"),
-        ("encoder_attention_heads", 5, "make no model"),
+        ("encoder_attention_heads", 5, "no model has the sizes"),
         ("encoder_attention_heads", "4", "expected int"),
         ("activation_fn", "tanh", "tanh"),
         ("conv_feature_layers", "[(16,10,5)]" + "*99" * 6, "99 times 99"),
@@ -234,7 +234,7 @@ def test_a_configuration_that_its_tensors_contradict_is_refused(tmp_path, option
 def test_what_is_no_tensor_of_floats_is_named(tmp_path, value):
     content = fairseq_file("hubert", "large", random_model("hubert", "large"))
     content["model"]["layer_norm.weight"] = value
-    with pytest.raises(UserError, match=r"'layer_norm\.weight'.*no tensor of floats"):
+    with pytest.raises(UserError, match=r"'layer_norm\.weight'.*not a tensor of floats"):
         convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
 
 
@@ -310,7 +310,7 @@ def test_a_faulty_tensor_is_named(tmp_path, fault, kind):
     [{"model": {}}, [1, 2], {"cfg": {}, "model": {"w": torch.ones(1)}}, {"dims": {}, "model_state_dict": {}}],
 )
 def test_other_files_are_told_apart(tmp_path, content):
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
 
 
@@ -319,7 +319,7 @@ def test_the_layout_of_convolutions_is_computed_not_run(tmp_path):
     content["cfg"]["model"]["conv_feature_layers"] = (
         f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
     )
-    with pytest.raises(UserError, match="lacks what an encoder consists of"):
+    with pytest.raises(UserError, match="lacks a part of an encoder, or describes one wrongly"):
         convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
     assert not (tmp_path / "ran").exists()
 
@@ -332,5 +332,5 @@ def test_an_original_file_serves_as_an_encoder_and_is_converted_once(tmp_path, m
     again = describe_encoder(Encoder(name=str(file)))
     assert times == {f: f.stat().st_mtime_ns for f in again.folder.iterdir()}
     file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
         describe_encoder(Encoder(name=str(file)))

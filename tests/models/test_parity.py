@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slam_asr.audio import load_audio
-from slam_asr.conversion.model import projector_with
+from slam_asr.conversion.model import projector_from_weights
 from slam_asr.conversion.slam_llm import from_slam_llm
 from slam_asr.manifest import read_manifest
 from slam_asr.models.encoder import describe_encoder
@@ -38,7 +38,7 @@ class Reference:
         hidden, joined = weights["linear1.weight"].shape
         self.options = Projector(downsampling=joined // self.spec.width, hidden=hidden)
         llm = load_llm(REFERENCE / "llm", torch.float32)
-        self.projector = projector_with(
+        self.projector = projector_from_weights(
             weights, self.options, self.spec.width, llm.config.hidden_size, "model.pt"
         )
         self.projector.requires_grad_(True)

@@ -109,6 +109,6 @@ def test_a_strict_list_refuses_what_is_harmless_elsewhere(tmp_path):
 )
 def test_damaged_and_foreign_files_are_one_sentence(tmp_path, content):
     (tmp_path / "file.pt").write_bytes(content)
-    with pytest.raises(UserError, match="damaged or no checkpoint") as raised:
+    with pytest.raises(UserError, match="damaged or not a checkpoint") as raised:
         read_pickle(tmp_path / "file.pt")
     assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""The recipe says which checkpoint becomes the model, in the pipeline's step as in a stage run by itself."""
+"""The recipe's decoding.checkpoint selects the converted checkpoint, in a pipeline and in a single stage."""
 
 from types import SimpleNamespace
 
@@ -12,11 +12,11 @@ from slam_asr.stage import Record
 
 
 @pytest.mark.parametrize("which", ["latest", "best"])
-def test_the_step_converts_the_checkpoint_that_the_recipe_names(which, tmp_path, monkeypatch):
-    asked = []
+def test_step_converts_the_checkpoint_that_the_recipe_selects(which, tmp_path, monkeypatch):
+    calls = []
 
     def run(checkpoint: str, output: str, **options) -> Record:
-        asked.append(options)
+        calls.append(options)
         return Record("done", stage="convert-checkpoint", folder=str(tmp_path))
 
     monkeypatch.setattr(convert, "convert_checkpoint", run)
@@ -26,12 +26,12 @@ def test_the_step_converts_the_checkpoint_that_the_recipe_names(which, tmp_path,
     recipe.write_text(dump_recipe(load_recipe("demo", {"decoding.checkpoint": which, "decoding.parts": 2})))
     artifact = SimpleNamespace(path=str(recipe), log_metric=lambda *_: None)
     assert convert_checkpoint.python_func("store", artifact, artifact, artifact, artifact) == ["1/2", "2/2"]
-    assert asked == [{"which": which}]
+    assert calls == [{"which": which}]
 
 
-def test_a_stage_by_itself_does_the_same(tmp_path, monkeypatch):
+def test_single_stage_converts_the_checkpoint_that_the_recipe_selects(tmp_path, monkeypatch):
     monkeypatch.setattr(single, "follow_pointer", lambda path: str(path))
-    monkeypatch.setattr(single, "_latest", lambda output, of, stage: f"{of}.json")
+    monkeypatch.setattr(single, "_latest_pointer", lambda output, earlier, stage: f"{earlier}.json")
     command = single.command_of_stage(
         "convert-checkpoint",
         tmp_path,
@@ -43,11 +43,11 @@ def test_a_stage_by_itself_does_the_same(tmp_path, monkeypatch):
     assert command[command.index("--which") + 1] == "best"
 
 
-def test_the_choice_is_no_option_of_decoding():
-    from slam_asr.scoring.score import what_decides_the_texts
+def test_selected_checkpoint_does_not_change_the_decoding_options():
+    from slam_asr.scoring.score import options_that_change_texts
 
     latest, best = (
-        what_decides_the_texts(load_recipe("demo", {"decoding.checkpoint": which}).decoding)
+        options_that_change_texts(load_recipe("demo", {"decoding.checkpoint": which}).decoding)
         for which in ("latest", "best")
     )
     assert latest == best

@@ -1,4 +1,4 @@
-"""What can be known to be wrong is said in a sentence, before any step starts."""
+"""Mistakes on the command line are reported in one sentence, before any step starts."""
 
 import os
 import subprocess
@@ -15,17 +15,17 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def complaint(monkeypatch, capsys):
-    """Run the command line, and give the one sentence with which it refuses."""
+def error_of(monkeypatch, capsys):
+    """Run a command that must fail; return its one-line error."""
 
-    def refuse(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise AssertionError("a step was started")
 
     def run(*argv: str) -> str:
-        monkeypatch.setattr(local.LocalRun, "execute", refuse)
-        with pytest.raises(SystemExit) as leaving:
+        monkeypatch.setattr(local.LocalRun, "execute", fail)
+        with pytest.raises(SystemExit) as exit_info:
             cli.main(argv)
-        assert leaving.value.code == 2
+        assert exit_info.value.code == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1, lines
         return lines[0].removeprefix("slam-asr: error: ")
@@ -38,12 +38,12 @@ def complaint(monkeypatch, capsys):
     [
         (
             ["rum", "demo"],
-            "There is no command rum; did you mean run? Commands: run, compile, submit, status, logs, resume, doctor.",
+            "Unknown command rum; did you mean run? Commands: run, compile, submit, status, logs, resume, doctor.",
         ),
         (["run", "demi"], "No recipe named demi, and no such file; did you mean demo?"),
         (
             ["run", "librispeech"],
-            "Recipe librispeech brings no corpus: say where yours is with --corpus PATH.",
+            "Recipe librispeech includes no corpus: name yours with --corpus PATH.",
         ),
         (["run", "demo", "--corpus", "/no/such"], "There is no corpus at /no/such: check --corpus."),
         (
@@ -60,7 +60,7 @@ def complaint(monkeypatch, capsys):
         (["run", "demo", "--model", "/no/such"], "/no/such holds no model (no config.json)"),
         (
             ["run", "demo", "--data.train", "[]"],
-            "Recipe demo: data.train names no subset; give at least one, such as [train-*], or a model to measure with --model.",
+            "Recipe demo: data.train names no subset; give at least one, such as [train-*], or a model to evaluate with --model.",
         ),
         (["run"], "RECIPE is missing: python -m pipelines run RECIPE, with a file or one of demo, "),
         (
@@ -77,19 +77,19 @@ def complaint(monkeypatch, capsys):
         ),
     ],
 )
-def test_mistake_is_explained(complaint, argv, sentence):
-    assert complaint(*argv).startswith(sentence)
+def test_mistake_is_one_sentence_that_names_it(error_of, argv, sentence):
+    assert error_of(*argv).startswith(sentence)
 
 
-def test_output_that_cannot_be_a_folder_is_refused(tmp_path, tiny_recipe, tiny_corpus, capsys):
+def test_output_that_is_a_file_is_rejected(tmp_path, tiny_recipe, tiny_corpus, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main(["run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--output", str(tmp_path / "file")])
-    assert leaving.value.code == 2
-    assert f"{tmp_path / 'file'} cannot be made a folder" in capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert f"The folder {tmp_path / 'file'} cannot be created" in capsys.readouterr().err
 
 
-def test_model_that_is_nowhere_stops_the_run_before_its_first_step(
+def test_unknown_model_stops_the_run_before_its_first_step(
     tmp_path, tiny_recipe, tiny_corpus, capsys, monkeypatch
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -108,10 +108,12 @@ def test_model_that_is_nowhere_stops_the_run_before_its_first_step(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recipe_gets_what_was_written_and_keeps_the_rest(monkeypatch, tmp_path, tiny_recipe, tiny_corpus):
-    seen = {}
+def test_options_override_the_recipe_and_leave_its_other_values(
+    monkeypatch, tmp_path, tiny_recipe, tiny_corpus
+):
+    captured = {}
     monkeypatch.setattr(
-        run_command, "_fetch_models", lambda wanted: seen.setdefault("recipe", wanted.recipe) and 1
+        run_command, "_fetch_models", lambda request: captured.setdefault("recipe", request.recipe) and 1
     )
     cli.main(
         [
@@ -125,22 +127,22 @@ def test_recipe_gets_what_was_written_and_keeps_the_rest(monkeypatch, tmp_path, 
             "[a, b]",
         ]
     )
-    assert (seen["recipe"].training.max_steps, seen["recipe"].data.train) == (7, ["a", "b"])
-    assert seen["recipe"].training.warmup_steps == 1
+    assert (captured["recipe"].training.max_steps, captured["recipe"].data.train) == (7, ["a", "b"])
+    assert captured["recipe"].training.warmup_steps == 1
 
 
-def test_help_shows_the_values_of_the_recipe(capsys):
-    with pytest.raises(SystemExit) as leaving:
+def test_help_shows_the_values_of_the_recipe_as_defaults(capsys):
+    with pytest.raises(SystemExit) as exit_info:
         cli.main(["run", "demo", "--help"])
-    assert leaving.value.code == 0
+    assert exit_info.value.code == 0
     help_text = " ".join(capsys.readouterr().out.split())
     assert (
-        f"Optimiser steps at most. (type: int, default: {load_recipe('demo').training.max_steps})"
+        f"Maximum number of optimiser steps. (type: int, default: {load_recipe('demo').training.max_steps})"
         in help_text
     )
 
 
-def test_started_elsewhere_it_says_where_it_runs(tmp_path):
+def test_outside_the_checkout_the_error_names_it(tmp_path):
     done = subprocess.run(
         [sys.executable, str(CHECKOUT / "pipelines"), "run", "demo"],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""The pipeline in containers: the same results, strict about failures, and nothing left behind."""
+"""Runs in containers give the same results, report every failure, and leave no container."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def command(*options: object) -> list[str]:
 
 
 def containers() -> list[str]:
-    """All containers that a run has made, finished ones too."""
+    """Return the ids of all containers of runs, including finished ones."""
     return subprocess.run(
         ["docker", "ps", "--all", "--quiet", "--filter", "label=slam-asr.run"],
         check=True,
@@ -35,7 +35,7 @@ def containers() -> list[str]:
 
 @pytest.fixture
 def offline(monkeypatch, images):
-    """Images at hand, no hub, and proxies that lead nowhere but to this machine."""
+    """Use the test images, without access to the hub, with proxies that only let local addresses through."""
     for name, value in {
         **NOWHERE,
         "NO_PROXY": "127.0.0.1",
@@ -49,7 +49,7 @@ def offline(monkeypatch, images):
 
 @pytest.fixture
 def real_speech(libri_mini, tmp_path) -> Path:
-    """Six utterances for each of train, dev and test, as LibriSpeech lies on a disk."""
+    """Six utterances for each of train, dev and test, in the layout of LibriSpeech."""
     for subset, source in (
         ("train-tiny", "train-clean-100"),
         ("dev-tiny", "test-other"),
@@ -68,7 +68,7 @@ def real_speech(libri_mini, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_whole_pipeline_on_real_speech_with_object_storage_on_the_host(
+def test_complete_pipeline_on_real_speech_with_object_storage_on_the_host(
     offline, bucket, tiny_recipe, real_speech, tmp_path
 ):
     output = tmp_path / "run"
@@ -87,8 +87,14 @@ def test_whole_pipeline_on_real_speech_with_object_storage_on_the_host(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6/6 score" in done.stdout and "\nWER " in done.stdout
     names = [f.name for f in walk("s3://bucket/docker")]
-    for wanted in ("train.jsonl", "projector.safetensors", "report.html", "curves.html", "hypotheses.jsonl"):
-        assert any(name.endswith(wanted) for name in names), wanted
+    for expected in (
+        "train.jsonl",
+        "projector.safetensors",
+        "report.html",
+        "curves.html",
+        "hypotheses.jsonl",
+    ):
+        assert any(name.endswith(expected) for name in names), expected
     for text in (done.stdout, done.stderr, (output / "kfp.log").read_text()):
         assert "a-secret-that-nobody-may-see" not in text
     assert containers() == []
@@ -96,7 +102,7 @@ def test_whole_pipeline_on_real_speech_with_object_storage_on_the_host(
 
 @pytest.mark.slow
 def test_single_stages_on_local_paths_without_a_network(offline, tiny_recipe, tiny_corpus, tmp_path):
-    common = [tiny_recipe, "--output", tmp_path / "run", "--network", "none", "--shared_memory", "256m"]
+    common = [tiny_recipe, "--output", tmp_path / "run", "--network", "none", "--shared-memory", "256m"]
     for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode"):
         corpus = ["--corpus", tiny_corpus] if stage == "build-manifest" else []
         done = subprocess.run(
@@ -107,7 +113,7 @@ def test_single_stages_on_local_paths_without_a_network(offline, tiny_recipe, ti
         assert record.stage == stage
     assert record.file("report.html").is_file()
     assert containers() == []
-    # The whole pipeline, in processes now, finds what the containers did.
+    # The complete pipeline, now in processes, reuses the results of the containers.
     rest = [
         argument
         for argument in command(tiny_recipe, "--corpus", tiny_corpus, "--output", tmp_path / "run")
@@ -119,7 +125,7 @@ def test_single_stages_on_local_paths_without_a_network(offline, tiny_recipe, ti
 
 
 @pytest.mark.slow
-def test_one_stage_by_hand_as_a_user_whom_the_image_does_not_know(images, tiny_recipe, tiny_corpus, tmp_path):
+def test_one_stage_by_hand_as_a_user_unknown_to_the_image(images, tiny_recipe, tiny_corpus, tmp_path):
     output = tmp_path / "output"
     output.mkdir()
     os.chown(output, 4242, 4343)
@@ -185,17 +191,17 @@ def test_failing_stage_fails_the_run_every_time(offline, tiny_recipe, tiny_corpu
 
 
 @pytest.mark.slow
-def test_exit_code_and_last_words_of_a_short_container_are_never_lost(images, tmp_path):
+def test_exit_code_and_last_line_of_a_short_container_are_never_lost(images, tmp_path):
     from pipelines.docker import Containers, Settings
 
     image = images.replace("{stage}", "build-manifest")
     with Containers(Settings(network="none"), str(tmp_path), [tmp_path], []) as engine:
         for number in range(10 * FAILURES):
-            heard = []
+            lines = []
             code = engine.run(
-                "decode", image, ["sh", "-c", f"echo last wörds; exit {number % 2 * 7}"], heard.append
+                "decode", image, ["sh", "-c", f"echo last wörds; exit {number % 2 * 7}"], lines.append
             )
-            assert (code, heard) == (number % 2 * 7, ["last wörds\n"])
+            assert (code, lines) == (number % 2 * 7, ["last wörds\n"])
     assert containers() == []
 
 
@@ -215,12 +221,12 @@ def test_interrupted_run_leaves_no_container(offline, tiny_recipe, tiny_corpus, 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "slam-asr: error: interrupted; run the same command again to go on"
+    assert errors.splitlines()[-1] == "slam-asr: error: interrupted; run the same command again to resume"
     assert containers() == []
 
 
 @pytest.mark.slow
-def test_containers_of_a_run_that_was_killed_are_removed_by_the_next(images, tmp_path):
+def test_next_run_removes_the_containers_of_a_killed_run(images, tmp_path):
     from pipelines.docker import LABEL, Containers, Settings
 
     image = images.replace("{stage}", "build-manifest")
@@ -258,7 +264,7 @@ def test_containers_of_a_run_that_was_killed_are_removed_by_the_next(images, tmp
     [
         (
             ["--images", "no-such/{stage}:1"],
-            "There is no image no-such/build-manifest:1 for build-manifest here: `make images` builds it",
+            "The Docker engine has no image no-such/build-manifest:1 for build-manifest: `make images` builds it",
         ),
         (
             ["--images", "localhost:9/{stage}:1"],
@@ -267,11 +273,11 @@ def test_containers_of_a_run_that_was_killed_are_removed_by_the_next(images, tmp
         (["--gpus", "all"], "--gpus is all, but the Docker engine has no GPU"),
         (["--gpus", "many"], "--gpus is many: give auto, all, none or a number."),
         (["--network", "no-such"], "The Docker engine has no network no-such: --network may be"),
-        (["--mounts", "[/no/such]"], "There is nothing at /no/such, which the containers are to see"),
-        (["--only", "decode"], "decode needs what build-manifest makes, and "),
+        (["--mounts", "[/no/such]"], "/no/such does not exist and cannot be mounted"),
+        (["--only", "decode"], "decode needs the result of build-manifest, and "),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_starts(
+def test_what_cannot_run_is_rejected_before_anything_starts(
     docker_engine, monkeypatch, images, tiny_recipe, tiny_corpus, tmp_path, capsys, options, sentence
 ):
     monkeypatch.setenv("SLAM_ASR_IMAGES", images)
@@ -286,15 +292,15 @@ def test_what_cannot_run_is_refused_before_anything_starts(
         "docker",
         *options,
     ]
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main(given)
-    assert leaving.value.code == 2
+    assert exit_info.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.removeprefix("slam-asr: error: ").startswith(sentence)
     assert containers() == []
 
 
-def test_no_engine_and_no_stage_are_said_in_one_sentence(
+def test_missing_engine_and_unknown_stage_are_one_sentence(
     monkeypatch, tiny_recipe, tiny_corpus, tmp_path, capsys
 ):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
@@ -321,7 +327,7 @@ def test_no_engine_and_no_stage_are_said_in_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_the_environment_names_are_seen_inside_and_ours_stay_out(monkeypatch, tmp_path):
+def test_credential_files_are_mounted_and_our_own_folders_are_not_passed_on(monkeypatch, tmp_path):
     from pipelines.docker import _credential_files, _environment
 
     for name in list(os.environ):

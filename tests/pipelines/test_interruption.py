@@ -1,4 +1,4 @@
-"""Killed at any moment and run again, the pipeline comes to the same result as if nothing had happened."""
+"""A run that is killed at any moment and repeated gives the same result as an undisturbed one."""
 
 import os
 import subprocess
@@ -20,8 +20,8 @@ MOMENTS = [
     "5/6 decode",
     "decoding 6",
 ]
-"""Lines of the log, one or two a step, at which everything is killed."""
-CHOSEN = MOMENTS if os.environ.get("SLAM_ASR_SOAK") else ["encoder parameters", "step 1/3"]
+"""Lines of the log, one or two per step, at which the run is killed."""
+MOMENTS_TO_TEST = MOMENTS if os.environ.get("SLAM_ASR_SOAK") else ["encoder parameters", "step 1/3"]
 
 
 def command(recipe, corpus, output):
@@ -39,7 +39,7 @@ def command(recipe, corpus, output):
 
 
 def results(output):
-    """What a run came to: the weights and the transcripts."""
+    """Return the results of a run: the checksum of the weights, and the transcripts."""
     (model,) = output.glob("store/convert-checkpoint/*/projector.safetensors")
     (hypotheses,) = output.glob("store/score/*/hypotheses.jsonl")
     return sha256_of_file(model), hypotheses.read_text()
@@ -53,13 +53,13 @@ def undisturbed(tiny_recipe, tiny_corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", CHOSEN)
-def test_a_killed_run_goes_on_to_the_same_result(moment, undisturbed, tiny_recipe, tiny_corpus, tmp_path):
+@pytest.mark.parametrize("moment", MOMENTS_TO_TEST)
+def test_killed_run_resumes_to_the_same_result(moment, undisturbed, tiny_recipe, tiny_corpus, tmp_path):
     run = subprocess.Popen(
         command(tiny_recipe, tiny_corpus, tmp_path), cwd=CHECKOUT, stdout=subprocess.PIPE, text=True
     )
     assert any(moment in line for line in run.stdout), f"the log has no line with {moment}"
-    # Only the runner is killed, as the kernel does when memory is short; its steps find out by themselves.
+    # Kill only the runner, as the kernel does when memory runs out. Its steps end at their next output.
     psutil.Process(run.pid).kill()
     run.wait()
     again = subprocess.run(

@@ -1,4 +1,4 @@
-"""The pipeline under kfp's real local runner: each component once, kept results, failures, Ctrl-C."""
+"""Runs through kfp's real local runner: all components, cached results, failures and Ctrl-C."""
 
 import fcntl
 import io
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from components import EVALUATION_RESULTS, RESULTS
-from pipelines.local import LocalRun, LocalStep, Sieve
+from pipelines.local import LocalRun, LocalStep, LogFilter
 from pipelines.run_request import RunRequest
 from pipelines.summary import failure
 from slam_asr.errors import UserError
@@ -45,7 +45,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def finished(tiny_recipe, tiny_corpus, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """One run from nothing, in a folder whose name kfp's own runner would garble."""
+    """A run without earlier results, in a folder whose name kfp's own runner would corrupt."""
     output = tmp_path_factory.mktemp("runs") / "my python3 läuft"
     done = run(tiny_recipe, tiny_corpus, output)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,13 +53,13 @@ def finished(tiny_recipe, tiny_corpus, tmp_path_factory) -> tuple[Path, subproce
 
 
 def table(stdout: str) -> dict[str, tuple[str, str]]:
-    """Time and summary by step, from the table at the end of a run."""
-    rows = re.findall(r"^(\S+|this run) +((?:\(kept\) )?\d+:\d\d)(?:  (.*))?$", stdout, re.MULTILINE)
+    """Parse the table at the end of a run: time and summary by step."""
+    rows = re.findall(r"^(\S+|this run) +((?:\(cached\) )?\d+:\d\d)(?:  (.*))?$", stdout, re.MULTILINE)
     return {name: (time, summary) for name, time, summary in rows}
 
 
 @pytest.mark.slow
-def test_all_steps_run_and_are_summed_up(finished):
+def test_all_steps_run_and_are_summarised(finished):
     output, done = finished
     rows = table(done.stdout)
     assert list(rows) == [*RESULTS, "this run"]
@@ -73,20 +73,20 @@ def test_all_steps_run_and_are_summed_up(finished):
 
 
 @pytest.mark.slow
-def test_dashboard_gets_pages_and_metrics(finished):
+def test_dashboard_gets_pages_and_metrics_of_every_step(finished):
     output, _ = finished
     [steps] = (output / "steps").iterdir()
     for page in ("build-manifest/statistics", "train/curves", "score/report", "score/summary"):
         assert (steps / page).stat().st_size > 0, page
     for stage in RESULTS:
-        # A step of a loop lies in folders of its own.
+        # The folder of a step in a loop is in a folder of the loop.
         [written] = (f for f in steps.rglob("executor_output.json") if f.parent.name == stage)
         outputs = json.loads(written.read_text())
         assert outputs["artifacts"]["metrics"]["artifacts"][0]["metadata"], stage
 
 
 @pytest.mark.slow
-def test_user_reads_the_steps_and_the_log_keeps_the_rest(finished):
+def test_terminal_shows_the_steps_and_the_log_contains_the_rest(finished):
     output, done = finished
     assert "KFP" not in done.stdout + done.stderr
     assert "\x1b" not in done.stdout and "non-Python base image" not in done.stderr
@@ -94,7 +94,7 @@ def test_user_reads_the_steps_and_the_log_keeps_the_rest(finished):
 
 
 @pytest.mark.slow
-def test_second_run_keeps_everything(finished, tiny_recipe, tiny_corpus):
+def test_second_run_reuses_all_results(finished, tiny_recipe, tiny_corpus):
     output, _ = finished
     done = run(tiny_recipe, tiny_corpus, output)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -103,8 +103,8 @@ def test_second_run_keeps_everything(finished, tiny_recipe, tiny_corpus):
 
 
 @pytest.mark.slow
-def test_decoding_in_parts_gives_the_same_texts_and_rates(finished, tiny_recipe, tiny_corpus):
-    output, whole = finished
+def test_decoding_in_work_shards_gives_the_same_texts_and_rates(finished, tiny_recipe, tiny_corpus):
+    output, undivided = finished
     [before] = (output / "store" / "score").glob("*/hypotheses.jsonl")
     done = run(
         tiny_recipe, tiny_corpus, output, "--decoding.parts", "3", "--decoding.positions_per_batch", "40"
@@ -114,9 +114,9 @@ def test_decoding_in_parts_gives_the_same_texts_and_rates(finished, tiny_recipe,
     assert after.read_bytes() == before.read_bytes()
     assert (
         re.search(r"^WER .*$", done.stdout, re.MULTILINE)[0]
-        == re.search(r"^WER .*$", whole.stdout, re.MULTILINE)[0]
+        == re.search(r"^WER .*$", undivided.stdout, re.MULTILINE)[0]
     )
-    parts = re.findall(r"decode: (\d+) of (\d+) utterances, part (\d)-of-3", done.stdout)
+    parts = re.findall(r"decode: (\d+) of (\d+) utterances, work shard (\d)-of-3", done.stdout)
     assert sorted(number for *_, number in parts) == ["1", "2", "3"]
     assert (
         sum(int(mine) for mine, *_ in parts) == int(parts[0][1]) and min(int(mine) for mine, *_ in parts) > 0
@@ -130,14 +130,14 @@ def model_of(output: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained_model(finished, tmp_path_factory) -> Path:
-    """What the run trained, as somebody hands it on: a model folder without a record of how it was made."""
-    folder = tmp_path_factory.mktemp("handed-on") / "model"
+    """The model of the run, as a user might share it: a model folder without the record of its stage."""
+    folder = tmp_path_factory.mktemp("shared") / "model"
     shutil.copytree(model_of(finished[0]), folder, ignore=shutil.ignore_patterns("stage.json"))
     return folder
 
 
 @pytest.mark.slow
-def test_a_model_that_is_only_measured_gets_the_error_rate_of_its_own_run(
+def test_evaluated_model_has_the_error_rate_of_the_run_that_trained_it(
     finished, trained_model, tiny_recipe, tiny_corpus, tmp_path
 ):
     before = (
@@ -157,7 +157,7 @@ def test_a_model_that_is_only_measured_gets_the_error_rate_of_its_own_run(
 
 
 @pytest.mark.slow
-def test_a_model_of_other_features_stops_the_run_before_its_first_step(
+def test_model_trained_on_other_features_stops_the_run_before_its_first_step(
     trained_model, tiny_recipe, tiny_corpus, tmp_path
 ):
     done = run(
@@ -180,8 +180,8 @@ def test_a_model_of_other_features_stops_the_run_before_its_first_step(
 
 
 @pytest.mark.slow
-def test_what_travels_between_steps_is_small(finished):
-    """Whatever the data's size: pointers, and pages whose size is bounded."""
+def test_artifacts_between_steps_are_small(finished):
+    """Steps exchange pointers, and pages of bounded size, whatever the size of the data."""
     output, _ = finished
     steps = output / "steps"
     files = {f.relative_to(steps): f.stat().st_size for f in steps.rglob("*") if f.is_file()}
@@ -200,22 +200,23 @@ def test_what_travels_between_steps_is_small(finished):
 
 
 @pytest.mark.slow
-def test_change_of_training_reaches_the_steps_behind_kept_ones(finished, tiny_recipe, tiny_corpus):
+def test_change_of_training_reruns_only_the_steps_after_it(finished, tiny_recipe, tiny_corpus):
     output, _ = finished
     done = run(tiny_recipe, tiny_corpus, output, "--training.max_steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    kept = {stage for stage in RESULTS if table(done.stdout)[stage][0].startswith("(kept)")}
-    assert kept == {"build-manifest", "extract-features"}
+    cached = {stage for stage in RESULTS if table(done.stdout)[stage][0].startswith("(kept)")}
+    assert cached == {"build-manifest", "extract-features"}
     assert table(done.stdout)["train"][1].startswith("2 steps")
 
 
-def test_mistake_found_by_a_step_is_one_sentence_and_code_2(tiny_recipe, tiny_corpus, tmp_path):
+def test_user_error_in_a_step_is_one_sentence_and_code_2(tiny_recipe, tiny_corpus, tmp_path):
     done = run(tiny_recipe, tiny_corpus, tmp_path, "--data.test", "[no-such-subset]")
     assert done.returncode == 2
     assert "Traceback" not in done.stdout + done.stderr
     assert len(re.findall("^slam-asr: error: .*no-such-subset", done.stdout, re.MULTILINE)) == 1
     assert done.stderr == (
-        "slam-asr: step build-manifest stopped at the error above: mend it and run the same command again; finished steps are kept.\n"
+        "slam-asr: step build-manifest stopped at the error above: fix it and run the same command again; "
+        "finished steps will be reused.\n"
     )
 
 
@@ -230,7 +231,7 @@ def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_cor
     for line in process.stdout:
         if line.startswith("2/6"):
             break
-    # The line comes before the step's process does: wait for that, for there must be something to end.
+    # The line is printed before the step's process starts: wait for it, so that there is something to end.
     deadline = time.monotonic() + 30
     while (
         not (family := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < deadline
@@ -239,14 +240,14 @@ def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_cor
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines() == ["slam-asr: error: interrupted; run the same command again to go on"]
+    assert errors.splitlines() == ["slam-asr: error: interrupted; run the same command again to resume"]
     assert family and not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_single_stage_in_a_fresh_folder_is_found_by_the_stages_behind_it(tiny_recipe, tiny_corpus, tmp_path):
+def test_later_stages_find_the_result_of_a_single_stage(tiny_recipe, tiny_corpus, tmp_path):
     output = tmp_path / "fresh" / "run"
     done = run(tiny_recipe, tiny_corpus, output, "--only", "extract-features")
-    assert done.returncode == 2 and "extract-features needs what build-manifest makes" in done.stderr
+    assert done.returncode == 2 and "extract-features needs the result of build-manifest" in done.stderr
     assert not output.exists()
     done = run(tiny_recipe, tiny_corpus, output, "--only", "build-manifest")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -255,20 +256,20 @@ def test_single_stage_in_a_fresh_folder_is_found_by_the_stages_behind_it(tiny_re
     assert record.stage == "build-manifest"
 
 
-def test_second_run_in_the_same_folder_is_refused(tmp_path):
+def test_second_run_in_the_same_folder_is_rejected(tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another run is working in"):
             LocalRun(tmp_path).execute(RunRequest(), "")
         with pytest.raises(UserError, match="Another run is working in"):
             LocalRun(tmp_path).execute_only(
-                "train", "", lambda: pytest.fail("prepared in a folder that another run holds")
+                "train", "", lambda: pytest.fail("prepared in a folder that another run has locked")
             )
 
 
-def test_sieve_parts_the_executor_from_the_step():
-    voice, log = io.StringIO(), io.StringIO()
-    sieve = Sieve(voice, log)
+def test_log_filter_separates_the_executor_from_the_step():
+    terminal, log = io.StringIO(), io.StringIO()
+    log_filter = LogFilter(terminal, log)
     executor = [
         "[KFP Executor 2026-01-01 INFO]: Got executor_input:\n",
         "{\n",
@@ -278,8 +279,8 @@ def test_sieve_parts_the_executor_from_the_step():
     ]
     step = ["train: 1/2\n", "{\n", "}\n", "[KFP Executor 2026-01-01 WARNING]: look here\n"]
     for line in [*executor, *step, "[KFP Executor 2026-01-01 INFO]: Wrote executor output file\n"]:
-        sieve.hear(line)
-    assert voice.getvalue() == "".join(step)
+        log_filter.write(line)
+    assert terminal.getvalue() == "".join(step)
     assert (
         log.getvalue() == "".join(executor) + "[KFP Executor 2026-01-01 INFO]: Wrote executor output file\n"
     )
@@ -288,7 +289,7 @@ def test_sieve_parts_the_executor_from_the_step():
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (1, "failed with exit code 1; its own lines are above, kfp's in"),
+        (1, "failed with exit code 1; its own output is above, kfp's is in"),
         (137, "killed by signal 9 (often: out of memory)"),
         (143, "killed by signal 15;"),
     ],

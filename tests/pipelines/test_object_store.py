@@ -1,4 +1,4 @@
-"""The whole chain with its results in object storage: found again, and without a word of the credentials."""
+"""A complete run with its results in object storage reuses them, and never reveals credentials."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SECRETS = ("a-secret-that-nobody-may-see", "AKIAKEYTHATISSECRETTOO")
 
 
 @pytest.mark.slow
-def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(
+def test_second_machine_reuses_all_results_in_the_bucket(
     bucket, tiny_recipe, tiny_corpus, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", SECRETS[1])
@@ -34,7 +34,7 @@ def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(
         "--features.shard_megabytes",
         "1",
     ]
-    # A second machine: nothing but the bucket is shared.
+    # The second run simulates another machine: only the bucket is shared.
     for run in ("first", "second"):
         monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / f"cache-{run}"))
         done = subprocess.run(
@@ -46,14 +46,20 @@ def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(
         )
         assert done.returncode == 0, done.stdout + done.stderr
         if run == "second":
-            assert done.stdout.count("(kept)") == 7, done.stdout
+            assert done.stdout.count("(cached)") == 7, done.stdout
         for text in (done.stdout, done.stderr, (tmp_path / run / "kfp.log").read_text()):
             assert not any(secret in text for secret in SECRETS)
     names = [f.name for f in walk("s3://bucket/runs/tiny")]
-    for wanted in ("train.jsonl", "projector.safetensors", "report.html", "curves.html", "hypotheses.jsonl"):
-        assert any(name.endswith(wanted) for name in names), wanted
+    for expected in (
+        "train.jsonl",
+        "projector.safetensors",
+        "report.html",
+        "curves.html",
+        "hypotheses.jsonl",
+    ):
+        assert any(name.endswith(expected) for name in names), expected
     assert sum(name.startswith("features/") and "/indexes/" in name for name in names) == 6, (
-        "three manifests in two parts"
+        "three manifests, each in two work shards"
     )
     for folder in [tmp_path / "first", "s3://bucket/runs/tiny"]:
         for file in walk(str(folder)):
@@ -63,7 +69,7 @@ def test_a_run_leaves_everything_in_the_bucket_and_finds_it_again(
     assert json.loads(read_bytes(f"s3://bucket/runs/tiny/{report}"))["metrics"]["wer"] >= 0
 
 
-def test_the_compiled_pipeline_knows_no_credentials(bucket, tmp_path, monkeypatch):
+def test_compiled_pipeline_contains_no_credentials(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", SECRETS[1])
     subprocess.run(
         [sys.executable, "-m", "pipelines", "compile", "--output", str(tmp_path)],

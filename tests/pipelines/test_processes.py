@@ -1,4 +1,4 @@
-"""A step is heard line by line, its exit code is kept, and nothing of it outlives an interruption."""
+"""A step's output arrives line by line with its exit code, and no process survives an interruption."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_lines_of_both_streams_and_the_exit_code_come_through():
+def test_lines_of_both_streams_and_the_exit_code_are_returned():
     lines = []
     code = processes.run(
         python("import sys; print('a'); print('b', file=sys.stderr); sys.exit(3)"), lines.append
@@ -22,13 +22,13 @@ def test_lines_of_both_streams_and_the_exit_code_come_through():
     assert (sorted(lines), code) == (["a\n", "b\n"], 3)
 
 
-def test_bytes_that_are_no_text_do_not_stop_a_step():
+def test_invalid_utf8_does_not_stop_a_step():
     lines = []
     code = processes.run(python(r"import os; os.write(1, b'caf\xe9\n')"), lines.append)
     assert (lines, code) == (["caf\N{REPLACEMENT CHARACTER}\n"], 0)
 
 
-# The worker is in a session of its own, as torchrun's are, and pays no attention to SIGINT.
+# The worker is in a session of its own, like those of torchrun, and ignores SIGINT.
 STEP_WITH_WORKER = """
 import subprocess, sys
 worker = subprocess.Popen(
@@ -57,7 +57,7 @@ def test_interrupted_step_leaves_no_process(monkeypatch, then):
 
 
 def wait_for_end(pid: int) -> bool:
-    """Whether a process that was killed is gone, or is a zombie that nobody waits for."""
+    """Wait until a killed process is gone, or is a zombie whose parent does not reap it."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
@@ -67,7 +67,7 @@ def wait_for_end(pid: int) -> bool:
 
 
 def test_interrupted_step_may_finish_what_it_prints(monkeypatch):
-    # More than a pipe holds: unread, it would keep the step until it is killed.
+    # More than fits into a pipe: if nobody read it, the step would block until it is killed.
     code = "import time\ntry: print('on', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('x' * 1_000_000)"
 
     def interrupt(_: str) -> None:
@@ -86,14 +86,14 @@ try:
     with processes.interruptible():
         os.kill(os.getpid(), signal.{name})
         time.sleep(0.5)
-    print("went on")
+    print("continued")
 except KeyboardInterrupt:
     print("interrupted")
 """
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_requests_to_end_are_interruptions(name):
+def test_termination_signals_are_interruptions(name):
     done = subprocess.run(python(KILLED_BY_ITSELF.format(name=name)), capture_output=True, text=True)
     assert done.stdout == "interrupted\n", done.stderr
 
@@ -101,4 +101,4 @@ def test_requests_to_end_are_interruptions(name):
 def test_signal_that_the_caller_ignores_stays_ignored():
     shell = ["sh", "-c", 'trap "" HUP; exec "$0" "$@"', *python(KILLED_BY_ITSELF.format(name="SIGHUP"))]
     done = subprocess.run(shell, capture_output=True, text=True)
-    assert done.stdout == "went on\n", done.stderr
+    assert done.stdout == "continued\n", done.stderr

@@ -1,4 +1,4 @@
-"""A sweep under kfp's real local runner: one manifest, one feature store, a training a variation, and one page."""
+"""Sweeps through kfp's real local runner share manifest and features, and compare all variations on one page."""
 
 import json
 import re
@@ -30,10 +30,10 @@ def swept(tiny_recipe, tiny_corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_variations_share_manifest_and_features_and_meet_on_one_page(swept):
+def test_variations_share_manifest_and_features_and_are_compared_on_one_page(swept):
     folder, _, done = swept
     store = folder / "run" / "store"
-    # Two of the three differ in decoding alone: these have one training.
+    # Two of the three differ only in decoding, so they share a training.
     assert {
         stage: len(list((store / stage).glob("*/stage.json")))
         for stage in ("build-manifest", "train", "convert-checkpoint", "vary-recipe", "score", "compare-runs")
@@ -66,7 +66,7 @@ def test_variations_share_manifest_and_features_and_meet_on_one_page(swept):
 
 
 @pytest.mark.slow
-def test_a_run_by_itself_finds_the_training_of_the_sweep(swept, tiny_recipe, tiny_corpus):
+def test_single_run_reuses_the_training_of_the_sweep(swept, tiny_recipe, tiny_corpus):
     folder, *_ = swept
     done = run(
         tiny_recipe,
@@ -78,5 +78,5 @@ def test_a_run_by_itself_finds_the_training_of_the_sweep(swept, tiny_recipe, tin
         "1e-2",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    kept = {stage for stage, (time, _) in table(done.stdout).items() if time.startswith("(kept)")}
-    assert {"build-manifest", "train", "convert-checkpoint"} <= kept
+    cached = {stage for stage, (time, _) in table(done.stdout).items() if time.startswith("(cached)")}
+    assert {"build-manifest", "train", "convert-checkpoint"} <= cached

@@ -121,7 +121,7 @@ def test_other_references_are_refused(outputs, tmp_path):
     [
         (["/no/such", "/no/such"], "There are no hypotheses at /no/such"),
         (["one"], "Missing: --second"),
-        (["a", "b", "c"], "a stands alone"),
+        (["a", "b", "c"], "a follows no option"),
     ],
 )
 def test_what_is_not_there_is_a_sentence(arguments, message):

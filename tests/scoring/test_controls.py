@@ -36,7 +36,7 @@ def test_empty_output_is_all_deletions():
 @pytest.mark.parametrize("beams", [1, 4])
 def test_batches_hold_everything_once_longest_first_within_the_budget(beams):
     lengths = [7, 300, 20, 20, 150, 33, 8]
-    batches = list(plan_batches(lengths, room=40, beams=beams, budget=1000))
+    batches = list(plan_batches(lengths, max_new_tokens=40, beams=beams, budget=1000))
     flat = [i for batch in batches for i in batch]
     assert sorted(flat) == list(range(7))
     assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)

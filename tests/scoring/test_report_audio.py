@@ -8,7 +8,7 @@ import soundfile
 
 from slam_asr.audio import SAMPLE_RATE, AudioError
 from slam_asr.scoring.metrics import measure
-from slam_asr.scoring.report_audio import compress, listen_to, read_audio, worst_first, write_audio
+from slam_asr.scoring.report_audio import compress, encode_audio, read_audio, worst_first, write_audio
 from slam_asr.scoring.wer import Hypothesis
 from tests.conftest import make_tone
 
@@ -30,7 +30,7 @@ def test_the_room_is_kept_and_what_cannot_be_read_is_said(capsys, tmp_path):
         return make_tone(1).astype(np.float32)
 
     names = [("a", "s"), ("gone", "s"), *((f"b{n}", "s") for n in range(50))]
-    heard = listen_to(names, load, megabytes=0.02)
+    heard = encode_audio(names, load, megabytes=0.02)
     assert list(heard) == [name for name in names if name[0] != "gone"][: len(heard)]
     assert 1 < len(heard) < 50 and sum(map(len, heard.values())) <= 20_000
     assert "cannot play gone" in capsys.readouterr().out

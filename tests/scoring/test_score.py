@@ -7,7 +7,7 @@ import pytest
 from slam_asr.conversion.model import CONFIG, ModelConfig
 from slam_asr.errors import UserError
 from slam_asr.recipe import Recipe, dump_recipe, load_recipe
-from slam_asr.scoring.score import HYPOTHESES, score_parts, what_decides_the_texts
+from slam_asr.scoring.score import HYPOTHESES, score_parts, options_that_change_texts
 from slam_asr.scoring.wer import Hypothesis, read_hypotheses, write_hypotheses
 from slam_asr.stage import Outcome, run_stage
 
@@ -80,7 +80,7 @@ def test_part_without_utterances_takes_nothing_away(tmp_path, model, part_of):
     ("parts", "sentence"),
     [
         ([], "There is nothing to score"),
-        ([(1, 3), (3, 3)], r"The decoding lacks 1 of 3 parts, first 2/3: run `slam-asr decode --shard 2/3`"),
+        ([(1, 3), (3, 3)], r"The decoding lacks 1 of 3 parts, first 2/3: run `slam-asr decode --work-shard 2/3`"),
         ([(1, 2), (1, 2, "again")], "are the same part 1-of-2: give each part once"),
         ([(1, 2), (2, 3)], r"are parts of different decodings \(number of parts differ\)"),
         ([(1, None)], "holds a whole decoding, which has its report already"),
@@ -102,6 +102,6 @@ def test_parts_of_two_models_are_refused(tmp_path, model, part_of):
 def test_number_of_parts_and_controls_decide_no_text():
     one, other = Recipe().decoding, Recipe().decoding
     other.parts, other.shuffled_control, other.seed = 5, True, 3
-    assert what_decides_the_texts(one) == what_decides_the_texts(other)
+    assert options_that_change_texts(one) == options_that_change_texts(other)
     other.beams += 1
-    assert what_decides_the_texts(one) != what_decides_the_texts(other)
+    assert options_that_change_texts(one) != options_that_change_texts(other)

@@ -1,4 +1,4 @@
-"""Large objects that are small."""
+"""Fixtures for tests of object storage."""
 
 import pytest
 
@@ -7,7 +7,7 @@ PIECE = 100_000
 
 @pytest.fixture
 def small_pieces(monkeypatch) -> int:
-    """The size of a piece of a transfer, in bytes: so small that a megabyte has many."""
+    """Make the pieces of a transfer small, so that a megabyte has many. Returns their size in bytes."""
     from moto.s3 import models
 
     from slam_asr.storage import objects, pieces

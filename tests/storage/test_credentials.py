@@ -1,4 +1,4 @@
-"""Credentials come from the environment or a mounted secret, are followed when they change, and are never shown."""
+"""Credentials come from the environment or a mounted secret, may change at any time, and are never shown."""
 
 import logging
 import os
@@ -26,16 +26,16 @@ from slam_asr.storage.client import client
 NAME, PASSWORD, TOKEN = "AKIARECOGNISABLE", "rec0gnisable/secret+key", "recognisable-token"
 
 
-def used() -> tuple[str | None, ...]:
-    """Name, password, token, endpoint and region of the client of the moment."""
-    made = client()
-    found = made._request_signer._credentials
-    return found.access_key, found.secret_key, found.token, made.meta.endpoint_url, made.meta.region_name
+def in_use() -> tuple[str | None, ...]:
+    """Access key, secret key, token, endpoint and region of the present client."""
+    present = client()
+    keys = present._request_signer._credentials
+    return keys.access_key, keys.secret_key, keys.token, present.meta.endpoint_url, present.meta.region_name
 
 
 @pytest.fixture
-def nothing_set(bucket, s3_server, monkeypatch, tmp_path):
-    """No word of AWS in the environment, nor in the home folder."""
+def no_credentials(bucket, s3_server, monkeypatch, tmp_path):
+    """No AWS settings in the environment or in the home folder."""
     for name in [n for n in os.environ if n.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -43,7 +43,7 @@ def nothing_set(bucket, s3_server, monkeypatch, tmp_path):
 
 
 def mount(folder: Path, monkeypatch, **files: str) -> Path:
-    """A secret as Kubernetes mounts it: names that point at the folder of its version."""
+    """Create a secret as Kubernetes mounts it: symbolic links to the folder of its present version."""
     version = folder / f"..{len(list(folder.glob('..*')))}" if folder.exists() else folder / "..0"
     version.mkdir(parents=True)
     for name, content in files.items():
@@ -56,12 +56,10 @@ def mount(folder: Path, monkeypatch, **files: str) -> Path:
     return folder
 
 
-def test_both_spellings_of_a_mounted_secret_work(nothing_set, s3_server, monkeypatch, tmp_path):
-    place = s3_server.removeprefix("http://")
-    mount(
-        tmp_path / "kubeflow", monkeypatch, accesskey="a", secretkey="b", endpoint=place, region="eu-west-3"
-    )
-    assert used() == ("a", "b", None, s3_server, "eu-west-3")
+def test_both_sets_of_file_names_in_a_mounted_secret_work(no_credentials, s3_server, monkeypatch, tmp_path):
+    host = s3_server.removeprefix("http://")
+    mount(tmp_path / "kubeflow", monkeypatch, accesskey="a", secretkey="b", endpoint=host, region="eu-west-3")
+    assert in_use() == ("a", "b", None, s3_server, "eu-west-3")
     assert write_bytes("s3://bucket/x", b"x") and read_bytes("s3://bucket/x") == b"x"
     mount(
         tmp_path / "aws",
@@ -72,10 +70,12 @@ def test_both_spellings_of_a_mounted_secret_work(nothing_set, s3_server, monkeyp
         AWS_ENDPOINT_URL=s3_server,
         AWS_REGION="eu-north-1",
     )
-    assert used() == ("c", "d", "t", s3_server, "eu-north-1")
+    assert in_use() == ("c", "d", "t", s3_server, "eu-north-1")
 
 
-def test_the_environment_comes_before_a_mounted_secret(nothing_set, s3_server, monkeypatch, tmp_path):
+def test_the_environment_takes_precedence_over_a_mounted_secret(
+    no_credentials, s3_server, monkeypatch, tmp_path
+):
     mount(
         tmp_path / "secret",
         monkeypatch,
@@ -86,53 +86,53 @@ def test_the_environment_comes_before_a_mounted_secret(nothing_set, s3_server, m
         region="eu-west-3",
     )
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    assert used() == ("a", "b", "t", s3_server, "eu-west-3")
+    assert in_use() == ("a", "b", "t", s3_server, "eu-west-3")
     monkeypatch.setenv("AWS_REGION", "us-west-1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "c")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "d")
-    # Never the name of one with the password or the token of the other.
-    assert used() == ("c", "d", None, s3_server, "us-west-1")
+    # Never the access key of one source with the secret key or token of the other.
+    assert in_use() == ("c", "d", None, s3_server, "us-west-1")
 
 
-def test_a_secret_that_changes_is_used(nothing_set, s3_server, monkeypatch, tmp_path):
+def test_a_changed_secret_is_used(no_credentials, s3_server, monkeypatch, tmp_path):
     folder = mount(tmp_path / "secret", monkeypatch, accesskey="a", secretkey="b", endpoint=s3_server)
-    assert used()[:2] == ("a", "b")
+    assert in_use()[:2] == ("a", "b")
     mount(folder, monkeypatch, accesskey="c", secretkey="d", endpoint=s3_server)
-    assert used()[:2] == ("c", "d")
+    assert in_use()[:2] == ("c", "d")
 
 
-def test_a_file_of_credentials_that_changes_is_used(nothing_set, s3_server, monkeypatch, tmp_path):
+def test_a_changed_credentials_file_is_used(no_credentials, s3_server, monkeypatch, tmp_path):
     file = tmp_path / "credentials"
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    for turn, (name, password) in enumerate((("a", "b"), ("c", "d"))):
+    for time, (name, password) in enumerate((("a", "b"), ("c", "d"))):
         file.write_text(f"[default]\naws_access_key_id = {name}\naws_secret_access_key = {password}\n")
-        os.utime(file, (turn, turn))
-        assert used()[:2] == (name, password)
+        os.utime(file, (time, time))
+        assert in_use()[:2] == (name, password)
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
-    [(None, "is no folder"), ({"accesskey": "a"}, "only one of"), ({}, "needs credentials")],
+    ("files", "message"),
+    [(None, "is not a folder"), ({"accesskey": "a"}, "only one of"), ({}, "needs credentials")],
 )
-def test_a_secret_that_cannot_serve_is_one_sentence(
-    nothing_set, s3_server, monkeypatch, tmp_path, files, said
+def test_an_unusable_secret_is_reported_in_one_sentence(
+    no_credentials, s3_server, monkeypatch, tmp_path, files, message
 ):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     monkeypatch.setenv("SLAM_ASR_S3_SECRET", str(tmp_path / "secret"))
     if files is not None:
         mount(tmp_path / "secret", monkeypatch, **files)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_bytes("s3://bucket/x")
 
 
-def test_a_client_outlives_its_replacement_in_another_thread(bucket, monkeypatch):
+def test_a_request_outlives_the_replacement_of_its_client(bucket, monkeypatch):
     write_bytes("s3://bucket/x", b"content")
     stream = client().get_object(Bucket="bucket", Key="x")["Body"]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
-    assert used()[0] == "another" and stream.read() == b"content"
+    assert in_use()[0] == "another" and stream.read() == b"content"
 
 
-def test_a_forked_process_has_connections_of_its_own(bucket):
+def test_a_forked_process_has_its_own_connections(bucket):
     write_bytes("s3://bucket/x", b"content")
     child = os.fork()
     if child == 0:
@@ -141,7 +141,7 @@ def test_a_forked_process_has_connections_of_its_own(bucket):
 
 
 def failures(s3_server: str, tmp_path: Path):
-    """Ways to fail, as (what is set, what the server answers): each says one sentence."""
+    """Ways to fail, as (environment variables, the server's answer); each is reported in one sentence."""
     userinfo = s3_server.replace("//", f"//{NAME}:{PASSWORD}@")
     yield {}, (403, "AccessDenied")
     yield {}, (403, "SignatureDoesNotMatch")
@@ -163,7 +163,7 @@ def failures(s3_server: str, tmp_path: Path):
 
 def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path, caplog, capfd):
     caplog.set_level(logging.INFO)
-    # The test's own server logs what it is asked.
+    # The test's own server logs its requests.
     caplog.set_level(logging.WARNING, logger="werkzeug")
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "0.05")
     (tmp_path / "file").write_bytes(b"content")
@@ -221,11 +221,14 @@ def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path
         assert secret not in everything
 
 
-def test_boto3_logs_nothing_of_its_own_accord(bucket):
+def test_the_logging_of_boto3_is_not_configured(bucket):
     program = (
-        "import logging; from slam_asr.storage import s3; s3.write('s3://bucket/x', b'x'); s3.read('s3://bucket/x')\n"
-        "for n in ('boto3', 'botocore', 'urllib3', 's3transfer'):\n"
-        "    log = logging.getLogger(n); assert log.level in (0, 30), n; assert not [h for h in log.handlers if not isinstance(h, logging.NullHandler)], n\n"
+        "import logging; from slam_asr.storage import s3\n"
+        "s3.write('s3://bucket/x', b'x'); s3.read('s3://bucket/x')\n"
+        "for name in ('boto3', 'botocore', 'urllib3', 's3transfer'):\n"
+        "    logger = logging.getLogger(name)\n"
+        "    assert logger.level in (0, 30), name\n"
+        "    assert all(isinstance(h, logging.NullHandler) for h in logger.handlers), name\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

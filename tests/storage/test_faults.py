@@ -1,4 +1,4 @@
-"""While a fifth of the requests fail, every call gives exactly the right bytes, and a flipped bit is never read."""
+"""While a fifth of all requests fail, every call returns the right bytes, and a flipped bit is never read."""
 
 import os
 import random
@@ -33,14 +33,17 @@ def noise(size: int, seed: int = 0) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [BUSY, STALL, RESET, LOST, CUT])
-def test_each_kind_of_fault_is_survived_by_each_request(faulty_s3, small_pieces, tmp_path, kind):
+def test_every_request_survives_every_kind_of_fault(faulty_s3, small_pieces, tmp_path, kind):
     seen = set()
 
-    def the_first_time(request):
-        known = (request.method, request.target, request.headers.get("range"))
-        return None if known in seen else (seen.add(known), kind)[1]
+    def fail_first_attempt(request):
+        key = (request.method, request.target, request.headers.get("range"))
+        if key in seen:
+            return None
+        seen.add(key)
+        return kind
 
-    faulty_s3.rule = the_first_time
+    faulty_s3.rule = fail_first_attempt
     content = noise(3 * small_pieces + 1)
     write_bytes(f"{ROOT}/a/large", content)
     write_bytes(f"{ROOT}/small", b"small")
@@ -54,7 +57,7 @@ def test_each_kind_of_fault_is_survived_by_each_request(faulty_s3, small_pieces,
     assert faulty_s3.faults[kind] >= 10
 
 
-def test_content_of_every_size_survives_a_fifth_of_faults(faulty_s3, small_pieces, tmp_path):
+def test_content_of_every_size_survives_faults(faulty_s3, small_pieces, tmp_path):
     for size in (0, 1, small_pieces, small_pieces + 1, 9 * small_pieces + 7):
         content = noise(size, seed=size)
         (tmp_path / "file").write_bytes(content)
@@ -74,7 +77,7 @@ def test_content_of_every_size_survives_a_fifth_of_faults(faulty_s3, small_piece
     assert faulty_s3.faults.total() > 10
 
 
-def test_a_listing_of_several_pages_survives_a_fifth_of_faults(faulty_s3, bucket):
+def test_a_listing_of_several_pages_survives_faults(faulty_s3, bucket):
     names = sorted(f"{i:04}" for i in range(2345))
     faulty_s3.share = 0
     from moto.s3.models import s3_backends
@@ -87,7 +90,7 @@ def test_a_listing_of_several_pages_survives_a_fifth_of_faults(faulty_s3, bucket
     assert faulty_s3.faults.total() > 0
 
 
-def test_folders_survive_a_fifth_of_faults(faulty_s3, small_pieces, tmp_path):
+def test_folders_survive_faults(faulty_s3, small_pieces, tmp_path):
     files = {f"part-{i}/{i}.bin": noise(i * small_pieces // 3, seed=i) for i in range(20)}
     for name, content in files.items():
         write_bytes(tmp_path / "folder" / name, content)
@@ -99,39 +102,39 @@ def test_folders_survive_a_fifth_of_faults(faulty_s3, small_pieces, tmp_path):
 
 
 def test_one_of_several_conditional_writers_wins_under_faults(faulty_s3):
-    # moto itself lets two in: the server gets one of these requests at a time.
+    # moto lets two simultaneous conditional writers win, so it gets one request at a time.
     faulty_s3.one_at_a_time = True
-    for turn in range(3):
-        won = []
+    for attempt in range(3):
+        winners = []
 
-        def compete(turn=turn, won=won) -> None:
-            # The same content from all: no reason for any to believe that it was first.
-            if write_bytes(f"{ROOT}/claim-{turn}", b"mine", replace=False):
-                won.append(threading.get_ident())
+        def compete(attempt=attempt, winners=winners) -> None:
+            # All write the same content, so none can tell from the content that it was first.
+            if write_bytes(f"{ROOT}/claim-{attempt}", b"mine", replace=False):
+                winners.append(threading.get_ident())
 
         threads = [threading.Thread(target=compete) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(won) == 1 and read_bytes(f"{ROOT}/claim-{turn}") == b"mine"
+        assert len(winners) == 1 and read_bytes(f"{ROOT}/claim-{attempt}") == b"mine"
 
 
 @pytest.mark.parametrize("answer", [(501, "NotImplemented"), (400, "InvalidArgument")])
-def test_a_server_without_conditional_writes_serves_too(faulty_s3, answer):
+def test_a_server_without_conditional_writes_is_supported(faulty_s3, answer):
     faulty_s3.rule = lambda request: answer if "if-none-match" in request.headers else None
     assert write_bytes(f"{ROOT}/once", b"first", replace=False)
     assert not write_bytes(f"{ROOT}/once", b"second", replace=False)
     assert read_bytes(f"{ROOT}/once") == b"first"
 
 
-def first(number: int, kind, method: str):
-    """A rule that spoils the first requests of a method."""
-    left = [number]
+def fail_first(count: int, kind, method: str):
+    """A rule that makes the first `count` requests of a method fail."""
+    remaining = [count]
 
     def rule(request):
-        if request.method == method and left[0]:
-            left[0] -= 1
+        if request.method == method and remaining[0]:
+            remaining[0] -= 1
             return kind
         return None
 
@@ -139,18 +142,18 @@ def first(number: int, kind, method: str):
 
 
 @pytest.mark.parametrize("size", [1000, 350_000])
-def test_a_bit_that_flips_on_the_way_here_is_healed(faulty_s3, small_pieces, size):
+def test_a_bit_that_flips_in_a_download_is_corrected_by_a_retry(faulty_s3, small_pieces, size):
     faulty_s3.share = 0
     content = noise(size)
     write_bytes(f"{ROOT}/x", content)
-    for reading in (lambda: read_bytes(f"{ROOT}/x"), lambda: fetch(f"{ROOT}/x").read_bytes()):
-        faulty_s3.rule = first(1, FLIP, "GET")
-        assert reading() == content
-    faulty_s3.rule = first(1, FLIP, "GET")
+    for reader in (lambda: read_bytes(f"{ROOT}/x"), lambda: fetch(f"{ROOT}/x").read_bytes()):
+        faulty_s3.rule = fail_first(1, FLIP, "GET")
+        assert reader() == content
+    faulty_s3.rule = fail_first(1, FLIP, "GET")
     if size < small_pieces:
         assert open_stream(f"{ROOT}/x").read() == content
     else:
-        # What has been handed on cannot be taken back: it is an error at the end.
+        # Bytes that were returned cannot be taken back, so the stream ends with an error.
         with pytest.raises(UserError, match="damaged"):
             open_stream(f"{ROOT}/x").read()
     assert faulty_s3.faults[FLIP] == 3
@@ -158,9 +161,9 @@ def test_a_bit_that_flips_on_the_way_here_is_healed(faulty_s3, small_pieces, siz
 
 @pytest.mark.parametrize("size", [1000, 350_000])
 @pytest.mark.parametrize("checksums", [True, False], ids=["new server", "server without checksums"])
-def test_a_bit_that_flips_on_the_way_there_is_healed(faulty_s3, small_pieces, size, checksums):
+def test_a_bit_that_flips_in_an_upload_is_corrected_by_a_retry(faulty_s3, small_pieces, size, checksums):
     faulty_s3.checks = checksums
-    faulty_s3.rule = first(2, FLIP, "PUT")
+    faulty_s3.rule = fail_first(2, FLIP, "PUT")
     content = noise(size)
     write_bytes(f"{ROOT}/x", content)
     assert faulty_s3.faults[FLIP] == 2
@@ -168,27 +171,27 @@ def test_a_bit_that_flips_on_the_way_there_is_healed(faulty_s3, small_pieces, si
     assert read_bytes(f"{ROOT}/x") == content
 
 
-def test_a_network_that_flips_a_bit_each_time_is_one_sentence(faulty_s3):
+def test_a_network_that_flips_a_bit_every_time_is_reported_in_one_sentence(faulty_s3):
     faulty_s3.rule = lambda request: FLIP if request.method == "PUT" else None
     with pytest.raises(UserError, match=r"arrives damaged .* 3 times"):
         write_bytes(f"{ROOT}/x", b"content")
-    assert faulty_s3.asked("PUT") == 3 and not exists(f"{ROOT}/x")
+    assert faulty_s3.count("PUT") == 3 and not exists(f"{ROOT}/x")
 
 
 @pytest.mark.parametrize("size", [1000, 350_000])
-def test_an_object_that_is_damaged_where_it_lies_is_one_sentence(bucket, small_pieces, size, tmp_path):
+def test_a_damaged_object_is_reported_in_one_sentence(bucket, small_pieces, size, tmp_path):
     content = noise(size)
     write_bytes(f"{ROOT}/x", content)
-    carried = bucket.Object("store/x").metadata
-    bucket.put_object(Key="store/x", Body=content[:-1] + bytes([content[-1] ^ 1]), Metadata=carried)
-    for reading in (read_bytes, fetch, lambda uri: open_stream(uri).read()):
+    metadata = bucket.Object("store/x").metadata
+    bucket.put_object(Key="store/x", Body=content[:-1] + bytes([content[-1] ^ 1]), Metadata=metadata)
+    for reader in (read_bytes, fetch, lambda uri: open_stream(uri).read()):
         with pytest.raises(UserError, match="is damaged") as raised:
-            reading(f"{ROOT}/x")
+            reader(f"{ROOT}/x")
         assert "\n" not in str(raised.value)
     assert [f for f in tmp_path.rglob("*") if f.is_file() and f.stat().st_size] == []
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_never_mixed(bucket, small_pieces, faulty_s3):
+def test_an_object_that_is_replaced_while_it_is_read_is_never_a_mixture(bucket, small_pieces, faulty_s3):
     old, new = noise(5 * small_pieces, seed=1), noise(5 * small_pieces, seed=2)
     write_bytes(f"{ROOT}/x", old)
     stream = s3.ObjectStream(f"{ROOT}/x")
@@ -216,10 +219,10 @@ def write_bytes_directly(bucket, content: bytes) -> None:
 
 def test_progress_counts_each_byte_once(faulty_s3, small_pieces, tmp_path):
     content = noise(7 * small_pieces + 3)
-    for done in (True, False):
+    for uploading in (True, False):
         counted = []
         with open(tmp_path / "file", "w+b") as file:
-            if done:
+            if uploading:
                 file.write(content)
                 s3.upload(f"{ROOT}/x", file, report=counted.append)
             else:

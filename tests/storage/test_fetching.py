@@ -1,4 +1,7 @@
-"""What is fetched is fetched once, whole, and by one process; a full disk is a sentence; a killed upload changes nothing."""
+"""An object is fetched once and completely, by one process, and a killed upload changes nothing.
+
+A full disk is reported in one sentence.
+"""
 
 import multiprocessing
 import os
@@ -20,34 +23,36 @@ NOISE = random.Random(0).randbytes(350_000)
 
 
 @pytest.mark.parametrize("kind", ["processes", "threads"])
-def test_several_at_once_fetch_each_object_once(faulty_s3, small_pieces, tmp_path, kind):
+def test_concurrent_workers_fetch_each_object_once(faulty_s3, small_pieces, tmp_path, kind):
     faulty_s3.share = 0
     for name in ("a", "b/c"):
         write_bytes(f"s3://bucket/folder/{name}", name.encode() * 1000)
     write_bytes("s3://bucket/file", NOISE)
     faulty_s3.clear()
 
-    def work() -> None:
+    def fetch_all() -> None:
         assert fetch("s3://bucket/file").read_bytes() == NOISE
         folder = fetch_folder("s3://bucket/folder")
         assert (folder / "b/c").read_bytes() == b"b/c" * 1000
 
-    workers = [(fork.Process if kind == "processes" else threading.Thread)(target=work) for _ in range(4)]
+    workers = [
+        (fork.Process if kind == "processes" else threading.Thread)(target=fetch_all) for _ in range(4)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     assert kind == "threads" or [w.exitcode for w in workers] == [0] * 4
-    assert faulty_s3.asked("GET", "/file") == 4 and faulty_s3.asked("GET", "/folder/") == 2
+    assert faulty_s3.count("GET", "/file") == 4 and faulty_s3.count("GET", "/folder/") == 2
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
-def test_what_a_killed_fetch_left_is_begun_anew(faulty_s3, small_pieces, tmp_path):
+def test_a_fetch_restarts_after_a_killed_one(faulty_s3, small_pieces, tmp_path):
     faulty_s3.share = 0
     write_bytes("s3://bucket/folder/a", NOISE)
     faulty_s3.rule = lambda request: STALL if "bytes=200000" in request.headers.get("range", "") else None
-    for fetching in (lambda: fetch("s3://bucket/folder/a"), lambda: fetch_folder("s3://bucket/folder")):
-        process = fork.Process(target=fetching)
+    for fetch_one in (lambda: fetch("s3://bucket/folder/a"), lambda: fetch_folder("s3://bucket/folder")):
+        process = fork.Process(target=fetch_one)
         process.start()
         while not [f for f in (tmp_path / "cache").rglob("*.partial") if not f.is_file() or f.stat().st_size]:
             time.sleep(0.02)
@@ -60,7 +65,7 @@ def test_what_a_killed_fetch_left_is_begun_anew(faulty_s3, small_pieces, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["file", "folder"])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(bucket, small_pieces, tmp_path, name):
+def test_a_full_disk_is_reported_in_one_sentence_and_leaves_no_files(bucket, small_pieces, tmp_path, name):
     write_bytes("s3://bucket/folder/file", NOISE)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
@@ -69,22 +74,22 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(bucket, small_pieces, tm
             fetch_folder("s3://bucket/folder") if name == "folder" else fetch("s3://bucket/folder/file")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said = str(from_os_error(raised.value))
-    assert said.startswith("The disk is full") and "file" in said
+    message = str(from_os_error(raised.value))
+    assert message.startswith("The disk is full") and "file" in message
     assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.name != ".lock"]
 
 
-def test_a_long_name_is_kept_under_a_shorter_one(bucket):
+def test_an_object_with_a_long_name_is_cached_under_a_shorter_one(bucket):
     uri = "s3://bucket/" + "ü" * 300 + ".flac"
     write_bytes(uri, b"x")
     assert fetch(uri).read_bytes() == b"x" and name_of(fetch(uri)).endswith("ü.flac")
 
 
-def test_an_upload_that_is_killed_leaves_the_older_object(faulty_s3, small_pieces, tmp_path):
+def test_a_killed_upload_leaves_the_previous_object(faulty_s3, small_pieces, tmp_path):
     faulty_s3.share = 0
     (tmp_path / "file").write_bytes(NOISE)
-    for older in (False, True):
-        if older:
+    for has_previous in (False, True):
+        if has_previous:
             write_bytes("s3://bucket/x", b"old")
         faulty_s3.clear()
         faulty_s3.rule = lambda request: STALL if "partNumber=3" in request.target else None
@@ -95,9 +100,9 @@ def test_an_upload_that_is_killed_leaves_the_older_object(faulty_s3, small_piece
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         faulty_s3.rule = None
-        assert exists("s3://bucket/x") == older
+        assert exists("s3://bucket/x") == has_previous
     assert read_bytes("s3://bucket/x") == b"old"
     upload(tmp_path / "file", "s3://bucket/x")
     assert read_bytes("s3://bucket/x") == NOISE
-    for left in client().list_multipart_uploads(Bucket="bucket").get("Uploads", []):
-        client().abort_multipart_upload(Bucket="bucket", Key="x", UploadId=left["UploadId"])
+    for unfinished in client().list_multipart_uploads(Bucket="bucket").get("Uploads", []):
+        client().abort_multipart_upload(Bucket="bucket", Key="x", UploadId=unfinished["UploadId"])

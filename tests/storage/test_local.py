@@ -1,4 +1,4 @@
-"""Files are visible whole or not at all, and a full disk is told in one sentence."""
+"""Local files are written completely or not at all, and a full disk is reported in one sentence."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ from slam_asr.errors import UserError
 from slam_asr.storage import digest, local_path, write_atomically
 
 
-def test_a_failed_write_leaves_the_older_file_and_no_litter(tmp_path):
+def test_a_failed_write_leaves_the_previous_file_and_no_temporary_one(tmp_path):
     target = tmp_path / "file"
     write_atomically(target, "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -26,7 +26,7 @@ def test_a_failed_write_leaves_the_older_file_and_no_litter(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/dev/full"])
-def test_a_full_disk_is_one_sentence_and_code_2(path):
+def test_a_full_disk_is_reported_in_one_sentence_with_exit_code_2(path):
     program = (
         "from slam_asr.errors import exit_on_user_error\n"
         f"with exit_on_user_error():\n    f = open({path!r}, 'w', buffering=1)\n    f.write('x\\n')\n"
@@ -40,7 +40,7 @@ def test_a_digest_does_not_depend_on_the_order_of_keys():
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
 
 
-def test_a_scheme_that_cannot_be_read_is_named():
+def test_an_unsupported_scheme_is_named():
     with pytest.raises(UserError, match="ftp://"):
         local_path("ftp://host/file")
     assert str(local_path("file:///a/b")) == "/a/b"

@@ -1,4 +1,4 @@
-"""The same calls on a folder and on a prefix give the same answers."""
+"""The same calls have the same results on a local folder and on a prefix in object storage."""
 
 import os
 
@@ -23,7 +23,7 @@ from slam_asr.storage import (
 )
 
 NAMES = ["a-b/x", "a.txt", "a/b/c", "a/é ü", "a0", "z"]
-"""In the order of their bytes: '-' and '.' before '/', '0' behind it."""
+"""Sorted by their bytes: '-' and '.' before '/', '0' after it."""
 
 
 @pytest.fixture(params=["folder", "prefix"])
@@ -34,7 +34,7 @@ def root(request, tmp_path):
     return str(tmp_path / "root")
 
 
-def test_what_is_written_is_listed_in_order_and_read(root):
+def test_written_files_are_listed_in_order_and_can_be_read(root):
     for name in reversed(NAMES):
         assert write_bytes(join(root, name), name.encode())
     assert [f.name for f in walk(root)] == NAMES
@@ -46,27 +46,27 @@ def test_what_is_written_is_listed_in_order_and_read(root):
     assert sorted(f.name for f in walk(fetch_folder(root))) == sorted(NAMES)
 
 
-def test_files_and_folders_right_in_a_folder_are_told_from_those_below(root):
+def test_a_folders_own_files_and_folders_are_listed_without_deeper_ones(root):
     for name in NAMES:
         write_bytes(join(root, name), b"x")
     assert paths.names_in(root) == ["a.txt", "a0", "z"] and paths.folders_in(root) == ["a", "a-b"]
     assert paths.names_in(join(root, "nothing")) == [] == paths.folders_in(join(root, "nothing"))
 
 
-def test_a_prefix_is_a_folder_and_not_the_start_of_a_name(root):
+def test_a_prefix_is_a_folder_not_the_beginning_of_a_name(root):
     write_bytes(join(root, "store"), b"a file")
     write_bytes(join(root, "store-2/x"), b"x")
     assert [f.name for f in walk(join(root, "stor"))] == []
     assert [f.name for f in walk(join(root, "store-2"))] == ["x"]
 
 
-def test_what_is_absent_is_absent(root):
+def test_a_missing_file_has_no_metadata_and_can_be_deleted(root):
     assert info(join(root, "nothing")) is None and not exists(join(root, "nothing"))
     assert list(walk(join(root, "nothing"))) == []
     delete(join(root, "nothing"))
 
 
-def test_the_first_of_several_writers_wins_where_asked(root):
+def test_without_replace_the_first_writer_wins(root):
     path = join(root, "once")
     assert write_bytes(path, b"first", replace=False)
     assert not write_bytes(path, b"second", replace=False)
@@ -75,7 +75,7 @@ def test_the_first_of_several_writers_wins_where_asked(root):
     assert read_bytes(path) == b"third"
 
 
-def test_a_change_shows_in_the_stamp_and_is_fetched(root):
+def test_a_changed_file_has_another_stamp_and_is_fetched_again(root):
     path = join(root, "file")
     write_bytes(path, b"one")
     before = info(path)
@@ -84,7 +84,7 @@ def test_a_change_shows_in_the_stamp_and_is_fetched(root):
     assert info(path).stamp != before.stamp and fetch(path).read_bytes() == b"two"
 
 
-def test_a_file_larger_than_a_part_arrives_whole(root, tmp_path):
+def test_a_file_larger_than_a_part_arrives_complete(root, tmp_path):
     content = os.urandom(1000) * 40_000
     (tmp_path / "large").write_bytes(content)
     upload(tmp_path / "large", join(root, "large"))
@@ -92,7 +92,7 @@ def test_a_file_larger_than_a_part_arrives_whole(root, tmp_path):
     assert fetch(join(root, "large")).read_bytes() == content
 
 
-def test_a_folder_is_published_with_its_witness_last(bucket, tmp_path, monkeypatch):
+def test_the_file_that_vouches_for_a_folder_is_published_last(bucket, tmp_path, monkeypatch):
     for name in ("x", "sub/y", "stage.json", ".hidden"):
         write_bytes(tmp_path / "folder" / name, name)
     order = []
@@ -106,15 +106,15 @@ def test_a_folder_is_published_with_its_witness_last(bucket, tmp_path, monkeypat
     assert [f.name for f in walk("s3://bucket/out")] == ["stage.json", "sub/y", "x"]
 
 
-def test_an_object_whose_name_leads_out_of_the_folder_is_not_fetched(bucket, tmp_path):
+def test_an_object_whose_name_points_outside_the_folder_is_not_fetched(bucket, tmp_path):
     bucket.put_object(Key="evil/../../escaped.json", Body=b"{}")
-    with pytest.raises(UserError, match="is_coordinator out of its folder"):
+    with pytest.raises(UserError, match="points outside its folder"):
         fetch_folder("s3://bucket/evil")
     assert not list(tmp_path.rglob("escaped.json"))
 
 
 @pytest.mark.parametrize(
-    ("path", "folder", "answer"),
+    ("path", "folder", "expected"),
     [
         ("a/b", "/x", "/x/a/b"),
         ("../b", "/x/y", "/x/b"),
@@ -126,5 +126,5 @@ def test_an_object_whose_name_leads_out_of_the_folder_is_not_fetched(bucket, tmp
         ("/a", "s3://bucket/m", "/a"),
     ],
 )
-def test_relative_paths_count_from_the_manifests_folder(path, folder, answer):
-    assert resolve(path, folder) == answer
+def test_a_relative_path_is_relative_to_the_manifests_folder(path, folder, expected):
+    assert resolve(path, folder) == expected

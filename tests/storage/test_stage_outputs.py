@@ -1,4 +1,4 @@
-"""A stage whose output lies in object storage counts when its record is there, and not a moment before."""
+"""A stage whose output is in object storage is finished when its record exists, and not before."""
 
 import multiprocessing
 import os
@@ -19,26 +19,26 @@ INPUTS = {"recipe": "a", "seed": 1}
 
 
 class Work:
-    """A stage's work that counts how often it is done."""
+    """A stage's work that counts its calls."""
 
     def __init__(self, text: str = "result") -> None:
-        self.text, self.times = text, 0
+        self.text, self.calls = text, 0
 
     def __call__(self, folder: Path) -> Outcome:
-        self.times += 1
+        self.calls += 1
         for name in ("a.txt", "below/b.txt"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(f"{self.text} {name}")
         return Outcome(summary=f"two files of {self.text}", metrics={"files": 2.0})
 
 
-def test_a_finished_stage_is_found_again_under_faults(faulty_s3, tmp_path, capsys):
+def test_a_finished_stage_is_not_repeated_despite_network_faults(faulty_s3, tmp_path, capsys):
     work = Work()
-    for turn in range(6):
-        # A pod that starts later has nothing on its disk.
+    for attempt in range(6):
+        # Nothing but object storage is shared with a pod that starts later.
         record = run_stage("a-stage", OUTPUT, INPUTS, work)
         assert record.folder.startswith("s3://bucket/results/") and "{" not in record.folder
-        assert work.times == 1 and ("already there" in capsys.readouterr().out) == (turn > 0)
+        assert work.calls == 1 and ("already there" in capsys.readouterr().out) == (attempt > 0)
         assert {
             f.name: read_bytes(f"{record.folder}/{f.name}")
             for f in walk(record.folder)
@@ -50,14 +50,14 @@ def test_a_finished_stage_is_found_again_under_faults(faulty_s3, tmp_path, capsy
     assert not [f for f in (tmp_path / "cache" / "work").iterdir() if not f.name.endswith(".lock")]
 
 
-@pytest.mark.parametrize("place", ["the results", "the record"])
-def test_a_stage_that_is_killed_while_uploading_does_not_count_and_is_done_again(faulty_s3, place):
+@pytest.mark.parametrize("during", ["the results", "the record"])
+def test_a_stage_that_is_killed_while_uploading_is_repeated(faulty_s3, during):
     faulty_s3.share = 0
-    part = "stage.json" if place == "the record" else "below/b.txt"
+    part = "stage.json" if during == "the record" else "below/b.txt"
     faulty_s3.rule = lambda request: STALL if request.method == "PUT" and part in request.target else None
     process = fork.Process(target=run_stage, args=("a-stage", "s3://bucket/out", INPUTS, Work()))
     process.start()
-    # Files go side by side: the other one has arrived too.
+    # Files are uploaded in parallel, so the other one arrives too.
     while not (faulty_s3.faults[STALL] and exists("s3://bucket/out/a.txt")):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
@@ -70,34 +70,34 @@ def test_a_stage_that_is_killed_while_uploading_does_not_count_and_is_done_again
     work = Work()
     faulty_s3.share = 0.2
     assert run_stage("a-stage", "s3://bucket/out", INPUTS, work).summary == "two files of result"
-    assert work.times == 1
+    assert work.calls == 1
     run_stage("a-stage", "s3://bucket/out", INPUTS, work)
-    assert work.times == 1
+    assert work.calls == 1
 
 
 @pytest.mark.parametrize("where", ["s3://bucket/pointer.json", "pointer.json"])
-def test_a_pointer_leads_to_what_it_was_written_for(faulty_s3, tmp_path, where):
+def test_a_pointer_is_valid_until_the_results_are_replaced(faulty_s3, tmp_path, where):
     pointer = where if where.startswith("s3:") else tmp_path / where
     record = run_stage("a-stage", "s3://bucket/out", INPUTS, Work())
     write_pointer(record, pointer)
     assert follow_pointer(pointer) == "s3://bucket/out"
     run_stage("a-stage", "s3://bucket/out", {"seed": 2}, Work("other"), overwrite=True)
-    with pytest.raises(UserError, match="replaced since"):
+    with pytest.raises(UserError, match="is gone or was replaced"):
         follow_pointer(pointer)
 
 
-def test_results_of_other_inputs_are_replaced_only_where_asked(faulty_s3):
+def test_results_of_other_inputs_are_replaced_only_on_request(faulty_s3):
     run_stage("a-stage", "s3://bucket/out", INPUTS, Work())
     other = Work("other")
     with pytest.raises(UserError, match="other inputs"):
         run_stage("a-stage", "s3://bucket/out", {"seed": 2}, other)
-    assert other.times == 0 and read_bytes("s3://bucket/out/a.txt") == b"result a.txt"
+    assert other.calls == 0 and read_bytes("s3://bucket/out/a.txt") == b"result a.txt"
     record = run_stage("a-stage", "s3://bucket/out", {"seed": 2}, other, overwrite=True)
-    assert other.times == 1 and read_bytes("s3://bucket/out/a.txt") == b"other a.txt"
+    assert other.calls == 1 and read_bytes("s3://bucket/out/a.txt") == b"other a.txt"
     assert read_record("s3://bucket/out") == record
 
 
-def test_overwriting_withdraws_the_older_record_first(faulty_s3):
+def test_overwriting_removes_the_previous_record_first(faulty_s3):
     faulty_s3.share = 0
     run_stage("a-stage", "s3://bucket/out", INPUTS, Work())
 
@@ -110,7 +110,7 @@ def test_overwriting_withdraws_the_older_record_first(faulty_s3):
     assert read_record("s3://bucket/out") is None
 
 
-def test_what_was_left_by_work_on_other_inputs_is_not_published(bucket):
+def test_files_of_an_interrupted_run_with_other_inputs_are_not_published(bucket):
     def killed(folder: Path) -> Outcome:
         (folder / "of-the-first.txt").write_text("x")
         raise UserError("killed half-way.")
@@ -121,7 +121,7 @@ def test_what_was_left_by_work_on_other_inputs_is_not_published(bucket):
     assert sorted(f.name for f in walk("s3://bucket/out")) == ["a.txt", "below/b.txt", "stage.json"]
 
 
-def test_a_damaged_record_is_one_sentence(bucket):
+def test_a_damaged_record_is_reported_in_one_sentence(bucket):
     write_bytes("s3://bucket/out/stage.json", b"{ no json")
     with pytest.raises(UserError, match="not a stage's record") as raised:
         run_stage("a-stage", "s3://bucket/out", INPUTS, Work())

@@ -1,4 +1,4 @@
-"""A world in which a training step takes milliseconds."""
+"""Inputs of trainings whose steps take milliseconds."""
 
 import pytest
 

@@ -1,7 +1,8 @@
-"""Run under torchrun by the tests: the same steps by every engine, a stop half-way, and gradients that are no numbers.
+"""A program for torchrun: the same steps with every engine, a restart half-way, and a gradient that is not
+finite.
 
-Leaves losses.json: by engine and precision, the losses of an uninterrupted run, of one that goes on
-from a saved state in a new engine of the same kind, and of one that goes on in another kind.
+Writes losses.json with three lists of losses by engine and precision: of an uninterrupted run, of one resumed
+from a saved state in a new engine of the same kind, and of one resumed in another kind.
 """
 
 import copy
@@ -37,7 +38,9 @@ PRECISIONS = ("fp32", "bf16", "fp16") if torch.cuda.is_available() else ("fp32",
 
 
 class Model(torch.nn.Module):
-    """Odd sizes, so that no slice comes out even; a frozen part; two trained parts with rates of their own."""
+    """Odd sizes, so that slices are unequal; a frozen layer; two trained parts with learning rates of their
+    own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,21 +61,25 @@ def make(kind: str, precision: str) -> Engine:
 
 
 def run(engine: Engine, first: int, last: int, poison: int | None = None) -> list[float]:
-    """Steps `first` to `last` → their losses; in step `poison` an input of the last process is NaN."""
+    """Train from step `first` up to `last`; in step `poison` an input of the last process is NaN.
+
+    Returns:
+        The loss of each step.
+    """
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     losses = []
     for number in range(first, last):
         generator = torch.Generator().manual_seed(number)
-        inputs, wanted = torch.randn(8, 10, generator=generator), torch.randn(8, 3, generator=generator)
+        inputs, targets = torch.randn(8, 10, generator=generator), torch.randn(8, 3, generator=generator)
         if number == poison:
             inputs[-1, 0] = torch.nan
         total = torch.zeros((), device=DEVICE)
         mine = torch.arange(8)[rank::processes]
-        for last, part in ((False, mine[:1]), (True, mine[1:])):  # of unequal sizes, where there are enough
+        for last, part in ((False, mine[:1]), (True, mine[1:])):  # unequal sizes, if there are enough
             loss = (
-                (engine.forward(inputs[part].to(DEVICE), last).float() - wanted[part].to(DEVICE)) ** 2
+                (engine.forward(inputs[part].to(DEVICE), last).float() - targets[part].to(DEVICE)) ** 2
             ).sum()
-            engine.backward(loss, targets_of_step=8, last=last)
+            engine.backward(loss, step_targets=8, last=last)
             total += loss.detach()
         update = engine.step(1e-2 * (1 - number / 40))
         assert update.applied == (number != poison), (number, update)
@@ -83,7 +90,7 @@ def run(engine: Engine, first: int, last: int, poison: int | None = None) -> lis
 
 
 def save(engine: Engine, folder: Path) -> None:
-    share = {f"{which}/{name}": tensor for name, which, tensor in engine.share()}
+    share = {f"{which}/{name}": tensor for name, which, tensor in engine.state_to_save()}
     save_file(share, folder / f"{torch.distributed.get_rank()}.safetensors")
     torch.distributed.barrier()
 
@@ -92,9 +99,9 @@ def load(engine: Engine, folder: Path, updates: int, scale: dict[str, float]) ->
     for file in sorted(folder.glob("*.safetensors")):
         for key, tensor in load_file(file).items():
             which, name = key.split("/", 1)
-            engine.put_state(name, which, tensor)
+            engine.set_state(name, which, tensor)
     engine.finish_restoring(updates)
-    engine.put_loss_scale(scale)
+    engine.set_loss_scale(scale)
     torch.distributed.barrier()
     return engine
 
@@ -105,31 +112,31 @@ def main(folder: Path) -> None:
     start_process_group(
         DEVICE, "deepspeed" if any(e.get("engine") is None for e in ENGINES.values()) else "ddp"
     )
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for precision in PRECISIONS:
-        for at, kind in enumerate(ENGINES):
+        for i, kind in enumerate(ENGINES):
             engine = make(kind, precision)
             uninterrupted = run(engine, 0, HALF)
-            inside = folder / f"{kind}-{precision}"
-            inside.mkdir(exist_ok=True)
-            save(engine, inside)
+            state_folder = folder / f"{kind}-{precision}"
+            state_folder.mkdir(exist_ok=True)
+            save(engine, state_folder)
             updates, scale = engine.updates(), copy.deepcopy(engine.loss_scale())
             uninterrupted += run(engine, HALF, STEPS)
-            again = load(make(kind, precision), inside, updates, scale)
-            other = load(make(list(ENGINES)[at - 1], precision), inside, updates, scale)
-            poisoned = load(make(kind, precision), inside, updates, scale)
-            before = {name: poisoned.state_of(name, "weight").clone() for name in poisoned.groups.weights}
+            same_kind = load(make(kind, precision), state_folder, updates, scale)
+            other_kind = load(make(list(ENGINES)[i - 1], precision), state_folder, updates, scale)
+            poisoned = load(make(kind, precision), state_folder, updates, scale)
+            before = {name: poisoned.get_state(name, "weight").clone() for name in poisoned.groups.weights}
             run(poisoned, HALF, HALF + 1, poison=HALF)
-            same = all(torch.equal(before[name], poisoned.state_of(name, "weight")) for name in before)
-            found[f"{kind} {precision}"] = {
+            unchanged = all(torch.equal(before[name], poisoned.get_state(name, "weight")) for name in before)
+            results[f"{kind} {precision}"] = {
                 "uninterrupted": uninterrupted,
-                "again": run(again, HALF, STEPS),
-                "other": run(other, HALF, STEPS),
+                "same kind": run(same_kind, HALF, STEPS),
+                "other kind": run(other_kind, HALF, STEPS),
                 "updates": updates,
-                "unspoilt": same,
-                "behind": run(poisoned, HALF + 1, HALF + 2),
+                "unchanged": unchanged,
+                "after": run(poisoned, HALF + 1, HALF + 2),
             }
-    leave_answer(folder, found)
+    leave_answer(folder, results)
 
 
 if __name__ == "__main__":

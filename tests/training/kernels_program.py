@@ -1,6 +1,6 @@
-"""Run under torchrun by the tests: a small LLM with adapters under each engine, its layers compiled and as they are written.
+"""A program for torchrun: a small LLM with adapters under each engine, with and without compiled layers.
 
-Leaves losses.json: by engine, the losses of both.
+Writes losses.json: by engine, the losses without and with compilation.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ ENGINES = {
     "zero-0": {"zero_stage": 0},
     "zero-1": {"zero_stage": 1},
     "zero-2": {"zero_stage": 2},
-    "zero-2-again": {"zero_stage": 2, "gradient_checkpointing": True},
+    "zero-2-checkpointing": {"zero_stage": 2, "gradient_checkpointing": True},
     "ddp": {"engine": "ddp"},
-    "ddp-again": {"engine": "ddp", "gradient_checkpointing": True},
+    "ddp-checkpointing": {"engine": "ddp", "gradient_checkpointing": True},
     "fsdp": {"engine": "fsdp"},
 }
 
 
 def losses(compiled: bool, **options) -> list[float]:
-    """Of four steps, each over other numbers of utterances."""
+    """The losses of four steps, each over another number of utterances."""
     torch.manual_seed(0)
     llm = LlamaForCausalLM(
         LlamaConfig(
@@ -51,7 +51,7 @@ def losses(compiled: bool, **options) -> list[float]:
     model.scorer = score_in_chunks
     engine = make_engine(model, dataclasses.replace(Training(), precision="fp32", **options), DEVICE, {})
     engine.module.train()
-    found = []
+    losses_by_step = []
     for number in range(4):
         generator = torch.Generator().manual_seed(2 * number + torch.distributed.get_rank())
         rows = [
@@ -63,18 +63,19 @@ def losses(compiled: bool, **options) -> list[float]:
         engine.step(1e-2)
         total = loss.detach() / sums[2]
         torch.distributed.all_reduce(total)
-        found.append(float(total))
-    return found
+        losses_by_step.append(float(total))
+    return losses_by_step
 
 
 def main(folder: Path) -> None:
     start_process_group(DEVICE, "deepspeed")
-    # What engines meet is a traced layer; which code a compiler makes of it is no matter of theirs.
+    # Engines only interact with the traced layer; which code a compiler generates from it does not matter
+    # here.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    found = {
+    results = {
         kind: [losses(compiled, **options) for compiled in (False, True)] for kind, options in ENGINES.items()
     }
-    leave_answer(folder, found)
+    leave_answer(folder, results)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Run under torchrun by the tests: how much anonymous memory each process takes while an LLM is loaded and spread over them.
+"""A program for torchrun: the anonymous memory that each process takes while an LLM is loaded and sharded.
 
-The folder's name is an engine and a way (`fsdp whole`), its `llm` the LLM. Leaves memory.json: each process' peak, as a share of the LLM's size.
-A way has processes of its own, because those that have loaded one LLM keep memory for the next.
+The folder's name is an engine and a way of loading (`fsdp complete`); its `llm` is the LLM. Writes
+memory.json: each process's peak, as a fraction of the LLM's size. Each way runs in new processes, because a
+process that has loaded one LLM reuses its memory for the next.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import deepspeed  # noqa: F401 - what it takes by itself is not counted
+import deepspeed  # noqa: F401 - imported first, so that its own memory is not counted
 import torch
 
 from slam_asr.processes import leave_group
@@ -25,7 +26,7 @@ def main(folder: Path) -> None:
     llm = folder / "llm"
     size = sum(path.stat().st_size for path in llm.glob("*.safetensors"))
     with peak_of_anonymous_memory() as peak:
-        engine = build(llm, way == "whole", kind, "bf16", Llm())
+        engine = build(llm, way == "complete", kind, "bf16", Llm())
     shares: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, peak[0] / size)
     if torch.distributed.get_rank() == 0:

@@ -1,6 +1,8 @@
-"""Run under torchrun by the tests: the same steps with an LLM that each process loads whole, and with one that is read weight by weight.
+"""A program for torchrun: the same steps with an LLM that each process loads completely, and with one that is
+read lazily.
 
-The folder holds LLMs. Leaves losses.json, by LLM, engine, tuning and way.
+The folder contains LLMs. Writes losses.json, by LLM, engine, tuning and way of loading (`complete` or
+`sharded`).
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ from slam_asr.models.llm import checkpoint_layers, llm_width, load_llm, set_tuni
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import build_projector
-from slam_asr.models.sharded import StoredWeight, describe_stored_llm
+from slam_asr.models.sharded import LazyWeight, describe_lazy_llm
 from slam_asr.models.slam import Row, Slam, pack
 from slam_asr.recipe import Llm, Lora, Projector, Training
 from slam_asr.training.engines.choose import make_engine, start_process_group
@@ -27,35 +29,39 @@ ENGINES = {"zero-3": {"zero_stage": 3}, "fsdp": {"engine": "fsdp"}}
 STEPS, WIDTH = 4, 8
 
 
-def build(folder: Path, whole: bool, kind: str, precision: str, tuning: Llm, again: bool = False) -> Engine:
-    """An engine with an LLM."""
+def build(
+    folder: Path, complete: bool, kind: str, precision: str, tuning: Llm, checkpointing: bool = False
+) -> Engine:
+    """Create an engine with the LLM in a folder, loaded completely (`complete`) or lazily."""
     options = dataclasses.replace(Training(), precision=precision, **ENGINES[kind])
-    stored: list[StoredWeight] = []
-    if whole:
+    lazy_weights: list[LazyWeight] = []
+    if complete:
         llm = load_llm(folder, DTYPES[precision])
     else:
-        llm, stored = describe_stored_llm(folder, DTYPES[precision])
+        llm, lazy_weights = describe_lazy_llm(folder, DTYPES[precision])
         assert (
-            stored and all(p.is_meta for p in llm.parameters()) and not any(b.is_meta for b in llm.buffers())
+            lazy_weights
+            and all(p.is_meta for p in llm.parameters())
+            and not any(b.is_meta for b in llm.buffers())
         )
     set_tuning(llm, tuning, seed=1)
-    if again:
+    if checkpointing:
         checkpoint_layers(llm)
     return make_engine(
         Slam(build_projector(Projector(hidden=16), WIDTH, llm_width(llm), seed=2), llm),
         options,
         DEVICE,
         {},
-        stored,
+        lazy_weights,
     )
 
 
 def run(engine: Engine) -> list[float]:
-    """The losses of a few steps; the processes have batches of their own."""
+    """Take a few steps, with different batches in each process; returns their losses."""
     rank, losses = torch.distributed.get_rank(), []
     assert engine.try_llm(allow_packing)
     if isinstance(engine, TorchEngine) and engine.try_llm(allows_chunks):
-        engine.bare.scorer = score_in_chunks
+        engine.model.scorer = score_in_chunks
     engine.module.train()
     for number in range(STEPS):
         generator = torch.Generator().manual_seed(2 * number + rank)
@@ -63,7 +69,7 @@ def run(engine: Engine) -> list[float]:
         batch = pack([Row(a, len(a) // 5, [], [3, 4, 5], [6 + number, 7, 1]) for a in audio]).to(DEVICE)
         output = engine.forward(batch, last=True)
         loss = output[0] if isinstance(output, tuple) else score_answers(output, batch.labels).loss
-        engine.backward(loss, targets_of_step=12, last=True)
+        engine.backward(loss, step_targets=12, last=True)
         assert engine.step(1e-3).applied
         total = loss.detach().clone()
         torch.distributed.all_reduce(total)
@@ -79,23 +85,24 @@ TUNINGS = {
 
 
 def all_losses(folder: Path) -> dict[str, list[float]]:
-    found = {}
+    losses = {}
     for llm in sorted(path for path in folder.iterdir() if path.is_dir()):
         for kind in ENGINES:
             for tuned, tuning in TUNINGS.items():
                 if tuned == "lora" and "gpt-2" in llm.name:
                     tuning = dataclasses.replace(tuning, lora=Lora(targets=["c_attn", "c_fc"]))
-                for way in ("whole", "sharded"):
-                    torch.manual_seed(torch.distributed.get_rank())  # of dropout
-                    engine = build(llm, way == "whole", kind, "fp32", tuning, again=tuned == "lora")
-                    found[f"{llm.name} {kind} {tuned} {way}"] = run(engine)
-    return found
+                for way in ("complete", "sharded"):
+                    torch.manual_seed(torch.distributed.get_rank())  # for dropout
+                    engine = build(
+                        llm, way == "complete", kind, "fp32", tuning, checkpointing=tuned == "lora"
+                    )
+                    losses[f"{llm.name} {kind} {tuned} {way}"] = run(engine)
+    return losses
 
 
 def main(folder: Path) -> None:
     start_process_group(DEVICE, "deepspeed")
-    losses = all_losses(folder)
-    leave_answer(folder, losses)
+    leave_answer(folder, all_losses(folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Batches: every utterance once an epoch, every shard once an epoch, steps that do not depend on the number of processes."""
+"""Batches: each utterance and each shard occurs once per epoch, and steps are the same for any number of
+processes.
+"""
 
 import itertools
 import random
@@ -13,12 +15,12 @@ from slam_asr.training.batches import (
     Budget,
     TrainingPlan,
     _in_canonical_order,
-    budget_of,
+    budget_for,
     split_packed,
     split_step,
 )
 from slam_asr.training.batches import plan_epoch as plan_windows
-from slam_asr.training.prefetch import ahead
+from slam_asr.training.prefetch import prefetch
 
 CHANCE = random.Random(3)
 LENGTHS = [CHANCE.randint(30, 330) for _ in range(500)]
@@ -26,18 +28,18 @@ SHARDS = np.array([CHANCE.randrange(20) for _ in range(500)])
 
 
 def plan_epoch(lengths, budget, seed, epoch):
-    """The steps of an epoch over a single shard."""
+    """Plan the steps of an epoch over a single shard."""
     windows = plan_windows(lengths, np.zeros(len(lengths), int), 8, budget, seed, epoch)
     return [step for window in windows for step in window.steps]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_every_utterance_occurs_once_an_epoch(epoch):
+def test_every_utterance_occurs_once_per_epoch(epoch):
     steps = plan_epoch(LENGTHS, 1500, seed=0, epoch=epoch)
     assert sorted(i for step in steps for i in step) == list(range(500))
 
 
-def test_steps_keep_to_the_budget_and_fill_it():
+def test_steps_are_within_the_budget_and_nearly_fill_it():
     sizes = [sum(LENGTHS[i] for i in step) for step in plan_epoch(LENGTHS, 1500, 0, 0)]
     assert max(sizes) <= 1500
     assert sum(sizes) / len(sizes) > 0.85 * 1500
@@ -65,7 +67,7 @@ def test_steps_mix_lengths_over_the_epoch():
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("budget", [400, 1500, 100_000])
-def test_processes_share_a_step_without_loss_and_in_equal_numbers(processes, budget):
+def test_processes_divide_a_step_completely_into_equal_numbers_of_batches(processes, budget):
     for step in plan_epoch(LENGTHS, 1500, 0, 0):
         shares = split_step(step, LENGTHS, processes, budget)
         assert len(shares) == processes
@@ -75,7 +77,7 @@ def test_processes_share_a_step_without_loss_and_in_equal_numbers(processes, bud
             assert len(batch) == 1 or len(batch) * max(LENGTHS[i] for i in batch) <= budget
 
 
-def test_fewer_utterances_than_processes_leave_empty_batches_not_missing_ones():
+def test_fewer_utterances_than_processes_give_empty_batches_instead_of_missing_ones():
     shares = split_step([0], [100], processes=4, budget=1000)
     assert sorted(len(batch) for share in shares for batch in share) == [0, 0, 0, 1]
 
@@ -96,13 +98,13 @@ def test_utterances_of_a_windows_shards_are_mixed():
         assert sum(mixed) / len(mixed) > 2
 
 
-def test_the_order_is_the_same_wherever_the_shards_lie():
-    addresses = np.random.default_rng(0).integers(0, 256, (500, 32), dtype=np.uint8)
-    renamed = np.array(random.Random(1).sample(range(100), 20))
-    one, names = _in_canonical_order(SHARDS, addresses)
-    two, other_names = _in_canonical_order(renamed[SHARDS], addresses)
-    assert (one == two).all() and renamed[names].tolist() == other_names
-    assert (np.array(names)[one] == SHARDS).all()
+def test_the_order_does_not_depend_on_how_a_reader_numbers_shards():
+    audio_ids = np.random.default_rng(0).integers(0, 256, (500, 32), dtype=np.uint8)
+    renumbered = np.array(random.Random(1).sample(range(100), 20))
+    one, numbers = _in_canonical_order(SHARDS, audio_ids)
+    two, other_numbers = _in_canonical_order(renumbered[SHARDS], audio_ids)
+    assert (one == two).all() and renumbered[numbers].tolist() == other_numbers
+    assert (np.array(numbers)[one] == SHARDS).all()
 
 
 def examples(lengths=LENGTHS, shards=SHARDS):
@@ -111,61 +113,61 @@ def examples(lengths=LENGTHS, shards=SHARDS):
 
 def test_training_ends_after_its_epochs_or_its_steps():
     plan = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=10**9)
-    whole = [(window.epoch, step) for window, _, step in plan]
-    assert {epoch for epoch, _ in whole} == {0, 1, 2} and plan.steps == len(whole) and plan.epochs == 3
+    steps = [(window.epoch, step) for window, _, step in plan]
+    assert {epoch for epoch, _ in steps} == {0, 1, 2} and plan.steps == len(steps) and plan.epochs == 3
     cut = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=5)
-    assert [(window.epoch, step) for window, _, step in cut] == whole[:5] and (cut.steps, cut.epochs) == (
+    assert [(window.epoch, step) for window, _, step in cut] == steps[:5] and (cut.steps, cut.epochs) == (
         5,
         1,
     )
 
 
-def test_each_window_knows_the_one_behind_it_over_epochs_too():
+def test_each_window_comes_with_the_next_one_across_epochs():
     plan = TrainingPlan(examples(), Budget(1500, 1500), 8, 0, epochs=2, max_steps=10**9)
-    pairs = list({id(window): (window, behind) for window, behind, _ in plan}.values())
+    pairs = list({id(window): (window, next_window) for window, next_window, _ in plan}.values())
     assert len(pairs) == 6 and pairs[-1][1] is None
-    assert all(behind is following for (_, behind), (following, _) in itertools.pairwise(pairs))
+    assert all(next_window is following for (_, next_window), (following, _) in itertools.pairwise(pairs))
 
 
-def test_what_is_made_ahead_is_the_same_and_bounded():
-    made = []
+def test_prefetched_items_are_the_same_and_their_number_is_bounded():
+    produced = []
 
     def items():
         for i in range(10):
-            made.append(i)
+            produced.append(i)
             yield i
 
     taken = []
-    for item in ahead(items(), depth=2):
+    for item in prefetch(items(), depth=2):
         time.sleep(0.01)
         taken.append(item)
-        assert len(made) <= len(taken) + 4
+        assert len(produced) <= len(taken) + 4
     assert taken == list(range(10))
 
 
-def test_a_failure_ahead_is_raised_in_its_place():
+def test_a_failure_while_prefetching_is_raised_in_the_items_place():
     def items():
         yield 1
         raise ValueError("no more")
 
-    iterator = ahead(items())
+    iterator = prefetch(items())
     assert next(iterator) == 1
     with pytest.raises(ValueError, match="no more"):
         next(iterator)
 
 
-def test_what_is_behind_is_left_out_and_the_rest_is_the_same():
+def test_steps_already_done_are_skipped_and_the_rest_is_the_same():
     plan = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=10**9)
-    whole = [(window.epoch, window.shards, step) for window, _, step in plan]
+    steps = [(window.epoch, window.shards, step) for window, _, step in plan]
     for done in (1, 7, plan.steps // 2, plan.steps - 1, plan.steps):
-        assert [(window.epoch, window.shards, step) for window, _, step in plan.after(done)] == whole[done:]
+        assert [(window.epoch, window.shards, step) for window, _, step in plan.after(done)] == steps[done:]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_order_of_two_epochs_is_the_same_for_any_number_of_processes(processes):
     options = Training(positions_per_step=1500, positions_per_batch=400)
-    plan = TrainingPlan(examples(), budget_of(options, processes), 4, 0, epochs=2, max_steps=10**9)
-    alone = TrainingPlan(examples(), budget_of(options, 1), 4, 0, epochs=2, max_steps=10**9)
+    plan = TrainingPlan(examples(), budget_for(options, processes), 4, 0, epochs=2, max_steps=10**9)
+    alone = TrainingPlan(examples(), budget_for(options, 1), 4, 0, epochs=2, max_steps=10**9)
     assert [step for _, _, step in plan] == [step for _, _, step in alone]
     for _, _, step in plan:
         shares = split_step(step, LENGTHS, processes, 400)
@@ -173,8 +175,8 @@ def test_the_order_of_two_epochs_is_the_same_for_any_number_of_processes(process
         assert len({len(share) for share in shares}) == 1
 
 
-def test_batches_of_a_fixed_number_of_utterances_as_the_reference_has_them():
-    budget = budget_of(Training(utterances_per_batch=4, accumulation=2), processes=3)
+def test_batches_of_a_fixed_number_of_utterances_as_in_the_reference():
+    budget = budget_for(Training(utterances_per_batch=4, accumulation=2), processes=3)
     assert (budget.step, budget.batch) == (24, 4)
     plan = TrainingPlan(examples(), budget, 4, 0, epochs=1, max_steps=10**9)
     sizes = budget.sizes(LENGTHS)
@@ -188,7 +190,7 @@ def test_batches_of_a_fixed_number_of_utterances_as_the_reference_has_them():
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("budget", [300, 700, 5000])
-def test_packed_batches_hold_every_utterance_within_the_budget_and_equally_many_for_each_process(
+def test_packed_batches_contain_every_utterance_within_the_budget_and_are_equally_many_per_process(
     processes, budget
 ):
     for step in plan_epoch(LENGTHS, 1500, 0, 0):
@@ -197,7 +199,7 @@ def test_packed_batches_hold_every_utterance_within_the_budget_and_equally_many_
         assert sorted(i for batch in batches for i in batch) == sorted(step)
         assert len({len(share) for share in shares}) == 1
         assert all(sum(LENGTHS[i] for i in batch) <= budget or len(batch) == 1 for batch in batches)
-        # No more rounds than one above the fewest there could be, unless single utterances are as long as that.
+        # At most one round more than necessary, unless single utterances take more than half of the budget.
         fewest = -(-sum(LENGTHS[i] for i in step) // (budget * processes))
         assert len(shares[0]) <= fewest + 1 or max(LENGTHS) > budget // 2
 

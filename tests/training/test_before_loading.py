@@ -1,4 +1,4 @@
-"""What a training cannot do here is one sentence, before a process is started."""
+"""A training that this machine cannot run is refused in one sentence, before a process is started."""
 
 import importlib.util
 
@@ -13,12 +13,12 @@ from slam_asr.training import train as stage
 
 
 class Started(Exception):
-    """The first process would have been started."""
+    """Raised where the first process would be started."""
 
 
 @pytest.fixture
-def begin(prepared, monkeypatch, tmp_path):
-    """Begin to train with changes to the recipe."""
+def start_training(prepared, monkeypatch, tmp_path):
+    """A function that starts to train with changes to the recipe."""
     recipe, manifests, features = prepared
 
     def start(*_) -> None:
@@ -33,47 +33,47 @@ def begin(prepared, monkeypatch, tmp_path):
     return run
 
 
-def test_more_memory_than_there_is(begin, monkeypatch):
+def test_too_little_memory(start_training, monkeypatch):
     with pytest.raises(Started):
-        begin()
+        start_training()
     monkeypatch.setattr(memory_fit, "host_memory", lambda: 1e5)
     with pytest.raises(
         UserError, match=r"^This training takes about .+ and this host has 0\.0001 GB to give: [^\n]+$"
     ):
-        begin()
+        start_training()
 
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
-    """As on a machine without a GPU."""
+    """Pretend that the machine has no GPU."""
     monkeypatch.setattr("slam_asr.models.precision.pick_device", lambda: torch.device("cpu"))
 
 
-def test_compiling_without_a_compiler(begin, on_a_cpu, monkeypatch, tmp_path):
+def test_compiling_without_a_compiler(start_training, on_a_cpu, monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        UserError, match=r"^training\.compile needs a C\+\+ compiler, and g\+\+ is not here: [^\n]+$"
+        UserError, match=r"^training\.compile needs a C\+\+ compiler, and g\+\+ is not installed: [^\n]+$"
     ):
-        begin(compile=True)
+        start_training(compile=True)
     (tmp_path / "my-compiler").touch(mode=0o755)
     monkeypatch.setenv("CXX", "my-compiler")
     monkeypatch.setattr(kernels.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(UserError, match=r"^training\.compile needs Python's headers"):
-        begin(compile=True)
+        start_training(compile=True)
     (tmp_path / "Python.h").touch()
     with pytest.raises(Started):
-        begin(compile=True)
+        start_training(compile=True)
 
 
-def test_ligers_kernels_without_a_gpu(begin, on_a_cpu):
+def test_ligers_kernels_without_a_gpu(start_training, on_a_cpu):
     with pytest.raises(UserError, match=r"^training\.liger needs a GPU"):
-        begin(liger=True)
+        start_training(liger=True)
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is not None,
-    reason="is about machines without the package liger-kernel",
+    reason="tests machines without the package liger-kernel",
 )
 def test_ligers_kernels_without_the_package():
     with pytest.raises(UserError, match=r"pip install liger-kernel"):

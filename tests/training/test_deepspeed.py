@@ -1,4 +1,4 @@
-"""DeepSpeed's own JSON and the reference's batches through a whole training."""
+"""DeepSpeed's own JSON and the reference's batches in a complete training."""
 
 import json
 
@@ -20,7 +20,7 @@ SETTINGS = {
 
 @pytest.fixture
 def trained(prepared, tmp_path):
-    """Train with a DeepSpeed JSON → the losses."""
+    """A function that trains with a DeepSpeed JSON and returns the losses."""
     recipe, manifests, features = prepared
 
     def run(name: str, settings: dict, **training) -> list[float]:
@@ -32,16 +32,18 @@ def trained(prepared, tmp_path):
             "training.learning_rate": 1e-2,
             "training.deepspeed": str(path),
         }
-        chosen = load_recipe(recipe, options | {f"training.{k}": v for k, v in training.items()})
-        record = train(chosen, f"{manifests}/train.jsonl", str(tmp_path / name), features)
+        changed = load_recipe(recipe, options | {f"training.{k}": v for k, v in training.items()})
+        record = train(changed, f"{manifests}/train.jsonl", str(tmp_path / name), features)
         return [row["loss"] for row in read_curve(record.file("curve.jsonl"))[0]]
 
     return run
 
 
 @pytest.mark.slow
-def test_what_the_json_sets_is_done(trained):
-    """Six utterances, two at once, two times: steps of four and of two, in each of three epochs."""
+def test_settings_in_the_json_take_effect(trained):
+    """Six utterances in batches of two, two batches per step: steps of four and two utterances in each of
+    three epochs.
+    """
     plain = trained("plain", SETTINGS)
     assert len(plain) == 6
     same = trained(
@@ -52,10 +54,8 @@ def test_what_the_json_sets_is_done(trained):
     assert other[0] == plain[0] and other[-1] != plain[-1]
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="asks for fp16's refusal on a CPU; a GPU computes in fp16"
-)
-def test_the_references_configuration_is_answered_on_a_cpu():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused on a CPU only")
+def test_the_references_fp16_configuration_is_refused_on_a_cpu():
     reference = {
         "train_micro_batch_size_per_gpu": 4,
         "fp16": {"enabled": True},

@@ -1,4 +1,4 @@
-"""Features from a store, local or remote, and encoded on the way: the same utterances in the same steps, the same losses and texts."""
+"""Cached features, local or remote, and features encoded on the fly give the same steps, losses and texts."""
 
 import json
 
@@ -14,7 +14,7 @@ from slam_asr.training.train import train
 from tests.conftest import write_librispeech
 
 OPTIONS = {
-    # Several shards, in windows of two: the order shows if it depends on where features lie.
+    # Several shards, in windows of two: the order would change if it depended on where features are.
     "encoder.frames": "all",
     "features.shard_megabytes": 1,
     "features.window_shards": 2,
@@ -50,7 +50,7 @@ def texts(record):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
 def test_all_ways_give_the_same_losses_and_texts(tiny_recipe, corpus, tmp_path, bucket, dtype):
-    trained, heard = {}, {}
+    loss_curves, hypotheses = {}, {}
     manifests = build_manifest(load_recipe(str(tiny_recipe), OPTIONS), str(corpus), str(tmp_path / "m"))
     for way, store in (("local", str(tmp_path / "f")), ("remote", "s3://bucket/f"), ("none", None)):
         recipe = load_recipe(
@@ -73,12 +73,12 @@ def test_all_ways_give_the_same_losses_and_texts(tiny_recipe, corpus, tmp_path, 
             str(tmp_path / f"{way}-decoded"),
             features,
         )
-        trained[way], heard[way] = losses(training), texts(decoded)
-    assert len(trained["local"]) > 20
-    assert trained["remote"] == trained["local"] and heard["remote"] == heard["local"]
-    # Encoded in other batches: the last bit of a sum, and of what it is rounded to.
-    assert trained["none"] == pytest.approx(
-        trained["local"], rel={"fp32": 1e-5, "bf16": 1e-3, "fp8": 1e-3}[dtype]
+        loss_curves[way], hypotheses[way] = losses(training), texts(decoded)
+    assert len(loss_curves["local"]) > 20
+    assert loss_curves["remote"] == loss_curves["local"] and hypotheses["remote"] == hypotheses["local"]
+    # Encoded in other batches, sums differ in the last bit, and so may the values they are rounded to.
+    assert loss_curves["none"] == pytest.approx(
+        loss_curves["local"], rel={"fp32": 1e-5, "bf16": 1e-3, "fp8": 1e-3}[dtype]
     )
     if dtype == "fp32":
-        assert heard["none"] == heard["local"]
+        assert hypotheses["none"] == hypotheses["local"]

@@ -1,4 +1,4 @@
-"""Fused kernels change no more than rounding, whatever a batch holds; and no batch is compiled for anew."""
+"""Fused kernels change results by rounding only, and no batch causes a recompilation."""
 
 import functools
 import importlib.util
@@ -17,12 +17,12 @@ from slam_asr.models.slam import Row, Slam, collate, pack
 from slam_asr.recipe import Projector, load_recipe
 from slam_asr.training.kernels import compile_layers, use_liger
 from slam_asr.training.objective import score_in_chunks
-from slam_asr.training.train import _what_decides_the_weights
+from slam_asr.training.train import _settings_that_affect_weights
 from tests.ranks import run_on_ranks
 from tests.training import kernels_program
 
 
-def tiny(again: bool = False) -> Slam:
+def tiny(checkpointing: bool = False) -> Slam:
     torch.manual_seed(0)
     llm = (
         LlamaForCausalLM(
@@ -39,7 +39,7 @@ def tiny(again: bool = False) -> Slam:
         .requires_grad_(False)
     )
     assert allow_packing(llm)
-    if again:
+    if checkpointing:
         checkpoint_layers(llm)
     model = Slam(build_projector(Projector(hidden=8), 16, 32, 0), llm)
     model.scorer = score_in_chunks
@@ -52,7 +52,7 @@ def rows(*lengths: int) -> list[Row]:
 
 
 def step(model: Slam, batch) -> list[torch.Tensor]:
-    """Loss, and the projector's gradients."""
+    """Return the loss and the projector's gradients."""
     model.zero_grad()
     loss, _ = model(batch)
     loss.backward()
@@ -61,26 +61,26 @@ def step(model: Slam, batch) -> list[torch.Tensor]:
 
 @pytest.fixture
 def without_a_compiler(monkeypatch):
-    """Layers are traced as for a compiler, and run as torch's own operations."""
+    """Layers are traced as for a compiler, but run as torch's own operations."""
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lay_out", [pack, collate])
-def test_compiled_layers_compute_the_same(lay_out, again, without_a_compiler):
-    written, compiled = tiny(), tiny(again)
+def test_compiled_layers_compute_the_same(lay_out, checkpointing, without_a_compiler):
+    uncompiled, compiled = tiny(), tiny(checkpointing)
     names = list(compiled.state_dict())
     compile_layers(compiled.llm)
     assert list(compiled.state_dict()) == names
     for lengths in ((4, 9), (3, 8, 2, 5), (7,)):
         for ours, theirs in zip(
-            step(compiled, lay_out(rows(*lengths))), step(written, lay_out(rows(*lengths))), strict=True
+            step(compiled, lay_out(rows(*lengths))), step(uncompiled, lay_out(rows(*lengths))), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_no_batch_is_compiled_for_anew(without_a_compiler):
+def test_no_batch_causes_a_recompilation(without_a_compiler):
     from torch._dynamo.utils import counters
 
     model = tiny()
@@ -93,12 +93,12 @@ def test_no_batch_is_compiled_for_anew(without_a_compiler):
 
 
 @pytest.mark.slow
-def test_what_a_compiler_makes_computes_the_same():
+def test_compiled_code_computes_the_same():
     torch.compiler.reset()
-    written, compiled = tiny(), tiny()
+    uncompiled, compiled = tiny(), tiny()
     compile_layers(compiled.llm)
     for ours, theirs in zip(
-        step(compiled, pack(rows(4, 9, 3))), step(written, pack(rows(4, 9, 3))), strict=True
+        step(compiled, pack(rows(4, 9, 3))), step(uncompiled, pack(rows(4, 9, 3))), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -106,34 +106,34 @@ def test_what_a_compiler_makes_computes_the_same():
 @pytest.mark.slow
 def test_every_engine_takes_the_same_steps_with_compiled_layers(tmp_path):
     folder = run_on_ranks(kernels_program.__file__, 2, tmp_path)
-    for kind, (written, compiled) in json.loads((folder / "losses.json").read_text()).items():
-        assert len(set(written)) == 4 and compiled == pytest.approx(written, rel=1e-5), kind
+    for kind, (uncompiled, compiled) in json.loads((folder / "losses.json").read_text()).items():
+        assert len(set(uncompiled)) == 4 and compiled == pytest.approx(uncompiled, rel=1e-5), kind
 
 
-def test_kernels_do_not_decide_the_weights():
+def test_kernels_do_not_count_as_settings_that_affect_weights():
     plain = load_recipe("demo")
     for key in ("compile", "liger"):
-        assert _what_decides_the_weights(
+        assert _settings_that_affect_weights(
             load_recipe("demo", {f"training.{key}": True})
-        ) == _what_decides_the_weights(plain)
+        ) == _settings_that_affect_weights(plain)
 
 
 @pytest.fixture
 def liger(monkeypatch) -> list:
-    """A stand-in for Liger's package that knows Llama alone, and what it was asked to patch."""
-    asked = []
+    """A stand-in for Liger's package that supports only Llama; a list of what it was asked to patch."""
+    patched = []
     module = types.ModuleType("liger_kernel.transformers.monkey_patch")
     module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
-    module._apply_liger_kernel_to_instance = lambda model, **options: asked.append((model, options))
-    above = types.ModuleType("liger_kernel.transformers")
-    above.monkey_patch = module
+    module._apply_liger_kernel_to_instance = lambda model, **options: patched.append((model, options))
+    parent = types.ModuleType("liger_kernel.transformers")
+    parent.monkey_patch = module
     for name, what in (
         ("liger_kernel", types.ModuleType("liger_kernel")),
-        ("liger_kernel.transformers", above),
+        ("liger_kernel.transformers", parent),
         (module.__name__, module),
     ):
         monkeypatch.setitem(sys.modules, name, what)
-    return asked
+    return patched
 
 
 def test_liger_patches_the_llm_but_not_the_loss(liger):
@@ -142,14 +142,14 @@ def test_liger_patches_the_llm_but_not_the_loss(liger):
     assert liger == [(llm, {"cross_entropy": False, "fused_linear_cross_entropy": False})]
 
 
-def test_a_family_that_liger_does_not_know_goes_on_without(liger, capsys):
+def test_a_family_that_liger_does_not_support_trains_without_it(liger, capsys):
     llm = tiny().llm
     llm.config.model_type = "unheard-of"
     use_liger(llm)
     assert liger == []
     assert (
         capsys.readouterr().out
-        == "training.liger: Liger has no kernels for a model of type unheard-of, so it trains without them\n"
+        == "training.liger: Liger has no kernels for a model of type unheard-of; training without them\n"
     )
 
 
@@ -158,9 +158,9 @@ def test_a_family_that_liger_does_not_know_goes_on_without(liger, capsys):
     reason="needs a GPU and the package liger-kernel",
 )
 def test_ligers_kernels_compute_the_same():
-    written, fused = tiny().cuda(), tiny().cuda()
+    plain, fused = tiny().cuda(), tiny().cuda()
     use_liger(fused.llm)
     for ours, theirs in zip(
-        step(fused, pack(rows(4, 9)).to("cuda")), step(written, pack(rows(4, 9)).to("cuda")), strict=True
+        step(fused, pack(rows(4, 9)).to("cuda")), step(plain, pack(rows(4, 9)).to("cuda")), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

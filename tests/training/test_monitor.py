@@ -1,4 +1,4 @@
-"""What one sees of a training: the log, the curve, the page, TensorBoard's files, and other people's trackers."""
+"""Reports of a training: the log, the curve, the page, TensorBoard's files, and remote trackers."""
 
 import json
 import re
@@ -47,28 +47,30 @@ SAMPLES = Samples(
 
 
 def train(folder: Path, **options) -> None:
-    watched = monitor(folder, **options)
+    monitored = monitor(folder, **options)
     for step in (1, 2, 3, 4):
-        watched.step(
+        monitored.step(
             numbers(
                 step,
                 loss=float("nan") if step == 3 else 3.0 / step,
                 gradient_norm=None if step == 3 else 0.25,
             )
         )
-    watched.validation(4, 0.75, 0.625, SAMPLES)
-    watched.close()
+    monitored.validation(4, 0.75, 0.625, SAMPLES)
+    monitored.close()
 
 
-def test_the_log_the_curve_and_the_page_say_the_same(tmp_path, capsys):
+def test_log_curve_and_page_agree(tmp_path, capsys):
     train(tmp_path)
     log = capsys.readouterr().out
     assert re.search(
-        r"step 2/4, epoch 1: loss 1\.5000, accuracy 0\.500, learning rate 1\.00e-04, gradient norm 0\.25, \d+ positions/s \(20% padding\), [\d.e+]+ TFLOP/s \(\d+% of the peak\), \d+ h of audio an hour, [\d.]+ GB, ETA ",
+        r"step 2/4, epoch 1: loss 1\.5000, accuracy 0\.500, learning rate 1\.00e-04, gradient norm 0\.25, "
+        r"\d+ positions/s \(20% padding\), [\d.e+]+ TFLOP/s \(\d+% of the peak\), \d+ h of audio per hour, "
+        r"[\d.]+ GB, ETA ",
         log,
     )
     assert "step 4: dev loss 0.7500, dev accuracy 0.625, WER 25.0 % on 2 dev utterances" in log
-    assert "a-1: one <too>\n  said: one two" in log and "b-2: (nothing)" in log
+    assert "a-1: one <too>\n  ref: one two" in log and "b-2: (nothing)" in log
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert (
         [row["step"] for row in rows] == [1, 2, 3, 4, 4]
@@ -88,50 +90,50 @@ def test_the_log_the_curve_and_the_page_say_the_same(tmp_path, capsys):
     assert shown["samples"] == SAMPLES.texts and len(shown["curve"]) == 4
 
 
-def test_a_line_that_is_on_its_way_is_left_out(tmp_path):
+def test_an_incomplete_last_line_is_skipped(tmp_path):
     train(tmp_path)
     with open(tmp_path / "curve.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     assert len(read_curve(tmp_path / "curve.jsonl")[0]) == 4
 
 
-def test_tensorboard_reads_what_was_written_and_nothing_beyond_where_it_was_gone_on(tmp_path):
+def test_tensorboard_reads_what_was_written_and_nothing_from_after_the_resumed_step(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
     train(tmp_path)
-    watched = monitor(tmp_path, done=2)
-    watched.step(numbers(3))
-    watched.step(numbers(4))
-    watched.close()
-    found, purged = {}, []
+    monitored = monitor(tmp_path, done=2)
+    monitored.step(numbers(3))
+    monitored.step(numbers(4))
+    monitored.close()
+    values_by_tag, purged = {}, []
     for file in sorted((tmp_path / "tensorboard").iterdir()):
-        content, at = file.read_bytes(), 0
-        while at < len(content):
-            size = int.from_bytes(content[at : at + 8], "little")
-            event = Event.FromString(content[at + 12 : at + 12 + size])
-            at += 12 + size + 4
+        content, offset = file.read_bytes(), 0
+        while offset < len(content):
+            size = int.from_bytes(content[offset : offset + 8], "little")
+            event = Event.FromString(content[offset + 12 : offset + 12 + size])
+            offset += 12 + size + 4
             if event.HasField("session_log"):
                 purged.append(event.step)
             for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, round(value.simple_value, 4)))
-    assert found["train/loss"][:2] == [(1, 3.0), (2, 1.5)] and found["dev/wer"] == [(4, 0.25)]
+                values_by_tag.setdefault(value.tag, []).append((event.step, round(value.simple_value, 4)))
+    assert values_by_tag["train/loss"][:2] == [(1, 3.0), (2, 1.5)] and values_by_tag["dev/wer"] == [(4, 0.25)]
     assert (
-        found["train/learning_rate"][0] == (1, 1e-4)
+        values_by_tag["train/learning_rate"][0] == (1, 1e-4)
         and {"train/padding", "train/audio_hours_per_hour", "train/memory", "train/share_of_peak"}
-        <= found.keys()
+        <= values_by_tag.keys()
     )
-    assert "dev/samples/text_summary" in found and purged == [3]
+    assert "dev/samples/text_summary" in values_by_tag and purged == [3]
 
 
 @pytest.mark.slow
-def test_mlflow_and_wandb_get_the_numbers_and_the_same_run_when_gone_on(tmp_path, monkeypatch):
+def test_mlflow_and_wandb_get_the_numbers_and_a_resumed_training_continues_its_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip(
         "mlflow",
-        reason="needs mlflow-skinny and wandb (the extra `trackers`), which are optional and no part of the lock",
+        reason="needs mlflow-skinny and wandb (the optional extra `trackers`, which is not in the lock file)",
     )
     pytest.importorskip(
         "wandb",
-        reason="needs mlflow-skinny and wandb (the extra `trackers`), which are optional and no part of the lock",
+        reason="needs mlflow-skinny and wandb (the optional extra `trackers`, which is not in the lock file)",
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -143,16 +145,16 @@ def test_mlflow_and_wandb_get_the_numbers_and_the_same_run_when_gone_on(tmp_path
     other = tmp_path / "o"
     other.mkdir()
     train(other, trackers=["mlflow"])
-    watched = monitor(other, done=4, total=6, trackers=["mlflow"])
-    watched.step(numbers(5))
-    watched.step(numbers(6))
-    watched.close()
+    monitored = monitor(other, done=4, total=6, trackers=["mlflow"])
+    monitored.step(numbers(5))
+    monitored.step(numbers(6))
+    monitored.close()
     run = mlflow.get_run((other / "mlflow-run").read_text())
     assert run.data.metrics["train.loss"] == 0.5 and run.data.metrics["dev.wer"] == 0.25
     assert run.data.params["training.log_every"] == "2"
 
 
-def test_a_tracker_that_is_not_installed_is_said_before_training(monkeypatch):
+def test_a_tracker_that_is_not_installed_is_refused_before_training(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"asks for wandb, whose package is not installed here: run `pip install wandb`"
@@ -162,7 +164,7 @@ def test_a_tracker_that_is_not_installed_is_said_before_training(monkeypatch):
         load_recipe("demo", {"training.trackers": ["wandbb"]})
 
 
-def test_a_tracker_that_fails_is_said_once_and_training_goes_on(capsys):
+def test_a_failing_tracker_is_reported_once_and_training_continues(capsys):
     class Failing:
         def log(self, step: int, numbers: dict[str, float]) -> None:
             raise ConnectionError("nobody there")
@@ -171,17 +173,19 @@ def test_a_tracker_that_fails_is_said_once_and_training_goes_on(capsys):
     for step in range(3):
         guarded.log(step, {})
     assert (
-        capsys.readouterr().out.count("warning: mlflow takes no more numbers (ConnectionError: nobody there)")
+        capsys.readouterr().out.count(
+            "warning: mlflow failed (ConnectionError: nobody there); training continues without it"
+        )
         == 1
     )
 
 
-def test_the_page_is_drawn_anew_while_it_runs(tmp_path, monkeypatch):
+def test_the_page_is_redrawn_during_training(tmp_path, monkeypatch):
     monkeypatch.setattr(live, "REFRESH", 0.0)
-    watched = monitor(tmp_path)
-    watched.step(numbers(1))
-    watched.page.close()
+    monitored = monitor(tmp_path)
+    monitored.step(numbers(1))
+    monitored.page.close()
     first = (tmp_path / "curves.html").read_text()
-    watched.step(numbers(2))
-    watched.close()
+    monitored.step(numbers(2))
+    monitored.close()
     assert "so far" in first and (tmp_path / "curves.html").read_text() != first

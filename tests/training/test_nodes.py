@@ -1,4 +1,6 @@
-"""Several machines train as one does: each a process tree of its own, with a disk of its own, meeting over a port."""
+"""Several machines train as one does. Each is a process tree with its own cache folder; they meet over a
+port.
+"""
 
 import os
 import re
@@ -17,7 +19,7 @@ from slam_asr.recipe import load_recipe
 from slam_asr.stage import read_record
 from slam_asr.storage import read_bytes, walk
 from slam_asr.training.live import read_curve
-from slam_asr.training.nodes import Nodes, nodes_of_environment
+from slam_asr.training.nodes import Nodes, nodes_from_environment
 
 VARIABLES = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 
@@ -27,19 +29,20 @@ def set_environment(monkeypatch, *values: str) -> None:
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
 
 
-def test_a_machine_finds_its_place(monkeypatch):
+def test_a_machine_reads_its_rank_from_the_environment(monkeypatch):
     set_environment(monkeypatch, "", "", "", "")
-    assert nodes_of_environment(1) == Nodes() and nodes_of_environment(1).is_coordinator
+    assert nodes_from_environment(1) == Nodes() and nodes_from_environment(1).is_coordinator
     set_environment(monkeypatch, "1", "0", "host", "29400")
-    assert nodes_of_environment(1) == Nodes()
+    assert nodes_from_environment(1) == Nodes()
     set_environment(monkeypatch, "3", "2", "host", "29400")
     assert (
-        nodes_of_environment(3) == Nodes(3, 2, "host", 29400) and not nodes_of_environment(3).is_coordinator
+        nodes_from_environment(3) == Nodes(3, 2, "host", 29400)
+        and not nodes_from_environment(3).is_coordinator
     )
 
 
 @pytest.mark.parametrize(
-    ("values", "wanted", "sentence"),
+    ("values", "expected", "sentence"),
     [
         (
             ("", "", "", ""),
@@ -50,18 +53,18 @@ def test_a_machine_finds_its_place(monkeypatch):
         (("3", "0", "host", "1"), 2, "training.nodes is 2, but PET_NNODES is 3 here"),
         (("2", "", "host", ""), 2, "PET_NODE_RANK and PET_MASTER_PORT is not set"),
         (("2", "x", "host", "1"), 2, "PET_NODE_RANK is 'x'"),
-        (("2", "2", "host", "1"), 2, "PET_NODE_RANK is 2: with 2 machines it goes from 0 to 1"),
+        (("2", "2", "host", "1"), 2, "PET_NODE_RANK is 2: with 2 machines it must be 0 to 1"),
     ],
 )
-def test_environment_that_contradicts_is_refused(monkeypatch, values, wanted, sentence):
+def test_an_environment_that_contradicts_the_recipe_is_refused(monkeypatch, values, expected, sentence):
     set_environment(monkeypatch, *values)
     with pytest.raises(UserError, match=re.escape(sentence)):
-        nodes_of_environment(wanted)
+        nodes_from_environment(expected)
 
 
 @pytest.fixture
 def machines(bucket, tiny_recipe, tiny_corpus, tmp_path):
-    """Start `slam-asr train` on n machines with a disk each → the processes."""
+    """A function that starts `slam-asr train` on a number of machines and returns their processes."""
     build_manifest(load_recipe(str(tiny_recipe)), str(tiny_corpus), str(tmp_path / "manifest"))
 
     def start(name: str, number: int, *options: str) -> list[subprocess.Popen]:
@@ -70,7 +73,7 @@ def machines(bucket, tiny_recipe, tiny_corpus, tmp_path):
             port = free.getsockname()[1]
         started = []
         for rank in range(number):
-            together = {
+            rendezvous = {
                 "PET_NNODES": str(number),
                 "PET_NODE_RANK": str(rank),
                 "PET_MASTER_ADDR": "127.0.0.1",
@@ -87,7 +90,7 @@ def machines(bucket, tiny_recipe, tiny_corpus, tmp_path):
                 "train",
                 "--recipe",
                 str(tiny_recipe),
-                "--train_manifest",
+                "--train-manifest",
                 str(tmp_path / "manifest" / "train.jsonl"),
                 "--output",
                 f"s3://bucket/{name}",
@@ -95,7 +98,7 @@ def machines(bucket, tiny_recipe, tiny_corpus, tmp_path):
                 str(number),
                 "--features.cache",
                 "none",
-                # A batch an utterance, so that each process has some of every step.
+                # One utterance per batch, so that each process has work in every step.
                 "--training.positions_per_batch",
                 "40",
                 *options,
@@ -103,7 +106,7 @@ def machines(bucket, tiny_recipe, tiny_corpus, tmp_path):
             started.append(
                 subprocess.Popen(
                     command,
-                    env=environment | (together if number > 1 else {}),
+                    env=environment | (rendezvous if number > 1 else {}),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
@@ -120,37 +123,37 @@ def finish(processes: list[subprocess.Popen], seconds: float = 150) -> list[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
-def test_two_machines_train_what_two_processes_of_one_do(machines, bucket, tmp_path, stage):
+def test_two_machines_train_like_two_processes_on_one(machines, bucket, tmp_path, stage):
     zero = ["--training.zero_stage", str(stage)]
     one = machines(f"one-{stage}", 1, "--training.processes", "2", *zero)
-    said = finish(one)
-    assert one[0].returncode == 0, said[0]
+    outputs = finish(one)
+    assert one[0].returncode == 0, outputs[0]
     two = machines(f"two-{stage}", 2, *zero)
-    said = finish(two)
-    assert [process.returncode for process in two] == [0, 0], "\n".join(said)
-    assert "on node 1 of 2" in said[1] and "the first one wrote s3://bucket/two" in said[1]
-    assert "step 3/3" in said[0] and "step 3/3" not in said[1]
+    outputs = finish(two)
+    assert [process.returncode for process in two] == [0, 0], "\n".join(outputs)
+    assert "on node 1 of 2" in outputs[1] and "the first node wrote s3://bucket/two" in outputs[1]
+    assert "step 3/3" in outputs[0] and "step 3/3" not in outputs[1]
     records = [read_record(f"s3://bucket/{name}-{stage}") for name in ("one", "two")]
     curves = [[row["loss"] for row in read_curve(record.file("curve.jsonl"))[0]] for record in records]
     assert curves[0] == curves[1] and len(set(curves[0])) == 3
     assert records[1].facts["processes"] == 2
-    # Every rank's share of the checkpoint is there, and gives the same weights.
-    shares = [
+    # The checkpoint has every rank's files, and gives the same weights.
+    files = [
         sorted(f.name for f in walk(f"s3://bucket/{name}-{stage}/checkpoints")) for name in ("one", "two")
     ]
-    assert shares[0] == shares[1] and sum("/weights-" in name for name in shares[1]) == 2
+    assert files[0] == files[1] and sum("/weights-" in name for name in files[1]) == 2
     models = [
         convert_checkpoint(f"s3://bucket/{name}-{stage}", str(tmp_path / f"model-{name}"))
         for name in ("one", "two")
     ]
     weights = [read_bytes(model.file("projector.safetensors")) for model in models]
     assert weights[0] == weights[1]
-    # Again: all find the record, and do nothing.
+    # Run again: all find the record, and do nothing.
     again = machines(f"two-{stage}", 2, *zero)
     assert all("already there, nothing to do" in text for text in finish(again)) and [
         p.returncode for p in again
     ] == [0, 0]
-    # With other inputs: all refuse, none waits for another.
+    # With other inputs: all refuse, and none waits for another.
     other = machines(f"two-{stage}", 2, *zero, "--training.max_steps", "2")
     assert all("with other inputs (changed: recipe)" in text for text in finish(other)) and [
         p.returncode for p in other
@@ -158,22 +161,24 @@ def test_two_machines_train_what_two_processes_of_one_do(machines, bucket, tmp_p
 
 
 @pytest.mark.slow
-def test_machine_that_is_lost_ends_the_others_and_leaves_no_record(machines, bucket):
+def test_a_lost_machine_ends_the_others_and_leaves_no_record(machines, bucket):
     both = machines("lost", 2, "--training.max_steps", "100000", "--training.epochs", "100000")
     for line in both[0].stdout:
         if line.startswith("step "):
             break
     both[1].kill()
     started = time.monotonic()
-    said = both[0].communicate(timeout=120)[0]
-    assert both[0].returncode == 2 and "slam-asr: error: A training process ended with code" in said, said
+    outputs = both[0].communicate(timeout=120)[0]
+    assert both[0].returncode == 2 and "slam-asr: error: A training process ended with code" in outputs, (
+        outputs
+    )
     assert time.monotonic() - started < 60
     assert read_record("s3://bucket/lost") is None
     both[1].wait()
 
 
 @pytest.mark.slow
-def test_mistake_on_one_machine_is_said_there_and_ends_the_other(machines, bucket):
+def test_an_error_on_one_machine_is_reported_there_and_ends_the_other(machines, bucket):
     first, second = machines(
         "differs",
         2,
@@ -184,7 +189,7 @@ def test_mistake_on_one_machine_is_said_there_and_ends_the_other(machines, bucke
         "--training.epochs",
         "1000",
     )
-    said = finish([first, second])
-    assert (first.returncode, second.returncode) == (2, 2), "\n".join(said)
-    assert any("was not a number 3 steps in a row" in text for text in said)
+    outputs = finish([first, second])
+    assert (first.returncode, second.returncode) == (2, 2), "\n".join(outputs)
+    assert any("was not finite for 3 steps in a row" in text for text in outputs)
     assert signal.SIGKILL not in (-first.returncode, -second.returncode)

@@ -1,4 +1,4 @@
-"""One and two processes see the same losses, step by step, and a cut-off training leaves nothing that counts."""
+"""One and two processes have the same losses, step by step, and a failed training leaves no record."""
 
 import json
 
@@ -25,12 +25,14 @@ REAL = {
     "training.samples": 0,
     "features.dtype": "fp32",
 }
-"""The published learning rate. Adam's first updates are little more than the gradient's signs, so a rate ten times as
-high lets the rounding of another summation order grow to 1e-3 within five steps, on one process as on two."""
+"""The published learning rate. Adam's first updates are almost the signs of the gradient. At ten times this
+rate, the rounding of another summation order grows to 1e-3 within five steps, on one process as on two.
+"""
 
 NOISE = 3e-4
-"""Relative. Before the first update two orders of summation differ by 1e-6; six updates of Adam make up to 1e-4 of it,
-more on some machines than on others."""
+"""Relative tolerance. Before the first update two orders of summation differ by 1e-6; six updates of Adam
+amplify this to up to 1e-4, depending on the machine.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,9 @@ def prepared(libri_mini, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     recipe = load_recipe("librispeech", REAL | {"training.positions_per_batch": 700})
     built = build_manifest(recipe, str(libri_mini), str(folder / "manifest"))
-    chosen = [u for u in read_manifest(built.file("train.jsonl")) if 2 <= u.duration <= 10][:30]
-    write_manifest(folder / "train.jsonl", chosen[:25])
-    write_manifest(folder / "dev.jsonl", chosen[25:])
+    selected = [u for u in read_manifest(built.file("train.jsonl")) if 2 <= u.duration <= 10][:30]
+    write_manifest(folder / "train.jsonl", selected[:25])
+    write_manifest(folder / "dev.jsonl", selected[25:])
     features = extract_features(
         recipe, [str(folder / "train.jsonl"), str(folder / "dev.jsonl")], str(folder / "features")
     )
@@ -61,7 +63,7 @@ def losses(prepared, name, **overrides):
 @pytest.mark.slow
 def test_one_and_two_processes_give_the_same_losses(prepared):
     one, dev_one = losses(prepared, "one", **{"training.processes": 1, "training.positions_per_batch": 700})
-    # A smaller micro-batch as well: accumulation must not show either.
+    # A smaller micro-batch too: accumulation must not change the losses either.
     two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 250})
     assert len(one) == 6 and len(dev_one) == 2
     assert two[0] == pytest.approx(one[0], rel=1e-5)
@@ -80,7 +82,7 @@ def test_features_of_another_encoder_are_refused_before_training(tiny_recipe, ti
 
 
 @pytest.mark.slow
-def test_a_failing_process_ends_training_with_its_sentence(tiny_recipe, tiny_corpus, tmp_path):
+def test_a_failing_process_ends_training_with_its_message(tiny_recipe, tiny_corpus, tmp_path):
     recipe = load_recipe(
         str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 20}
     )
@@ -91,21 +93,19 @@ def test_a_failing_process_ends_training_with_its_sentence(tiny_recipe, tiny_cor
     assert read_record(tmp_path / "t") is None
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="asks for fp16's refusal on a CPU; a GPU computes in fp16"
-)
-def test_fp16_on_a_cpu_is_answered_before_anything_is_read(tiny_recipe, tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused on a CPU only")
+def test_fp16_on_a_cpu_is_refused_before_anything_is_read(tiny_recipe, tmp_path):
     recipe = load_recipe(str(tiny_recipe), {"training.precision": "fp16"})
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         train(recipe, "/no/such/manifest", str(tmp_path), "/no/such/store")
 
 
-def test_what_decides_the_weights_leaves_out_what_does_not(tiny_recipe):
-    from slam_asr.training.train import _what_decides_the_weights
+def test_settings_that_affect_weights_exclude_all_others(tiny_recipe):
+    from slam_asr.training.train import _settings_that_affect_weights
 
-    plain = _what_decides_the_weights(load_recipe(str(tiny_recipe)))
-    assert plain == _what_decides_the_weights(
+    plain = _settings_that_affect_weights(load_recipe(str(tiny_recipe)))
+    assert plain == _settings_that_affect_weights(
         load_recipe(str(tiny_recipe), {"training.processes": 2, "training.log_every": 3})
     )
-    assert plain != _what_decides_the_weights(load_recipe(str(tiny_recipe), {"training.seed": 3}))
+    assert plain != _settings_that_affect_weights(load_recipe(str(tiny_recipe), {"training.seed": 3}))
     json.dumps(plain)

@@ -1,4 +1,6 @@
-"""A training that is killed, stopped or starved goes on from its last checkpoint, with the very losses it would have had."""
+"""A training that is killed, stopped or loses its storage resumes from its last checkpoint, with identical
+losses.
+"""
 
 import json
 import os
@@ -24,7 +26,7 @@ from tests.faults import FaultyProxy
 
 STEPS = 120
 OPTIONS = {
-    # Dropout draws random numbers in each process, so that their state matters too.
+    # Dropout draws random numbers in each process: their state must be restored too.
     "llm.tuning": "lora",
     "llm.lora.dropout": 0.2,
     "training.epochs": 1000,
@@ -42,7 +44,7 @@ KILLS = 10 if os.environ.get("SLAM_ASR_SOAK") else 2
 
 def command(prepared, output: str, **options) -> list[str]:
     recipe, manifests, features = prepared
-    given = [
+    arguments = [
         f"--{key}={json.dumps(value) if isinstance(value, list) else value}"
         for key, value in (OPTIONS | options).items()
     ]
@@ -52,15 +54,15 @@ def command(prepared, output: str, **options) -> list[str]:
         "slam_asr",
         "train",
         recipe,
-        "--train_manifest",
+        "--train-manifest",
         f"{manifests}/train.jsonl",
-        "--dev_manifest",
+        "--dev-manifest",
         f"{manifests}/dev.jsonl",
-        "--feature_store",
+        "--feature-store",
         features,
         "--output",
         output,
-        *given,
+        *arguments,
     ]
 
 
@@ -75,7 +77,7 @@ def start(prepared, output: str | Path, **options) -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen, within: float = 120) -> str:
-    """What it printed, once it has ended by itself."""
+    """Wait until the process ends by itself; returns its output."""
     try:
         return process.communicate(timeout=within)[0]
     except subprocess.TimeoutExpired:
@@ -98,13 +100,13 @@ def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
 
 def curve_of(output: Path) -> tuple[list, list]:
     training, validation = read_curve(output / "curve.jsonl")
-    kept = ("step", "epoch", "loss", "accuracy", "learning_rate", "gradient_norm")
-    return [[row[k] for k in kept] for row in training], validation
+    compared = ("step", "epoch", "loss", "accuracy", "learning_rate", "gradient_norm")
+    return [[row[k] for k in compared] for row in training], validation
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory):
-    """The curves of two processes that nobody stops."""
+    """The curves of a training in two processes that is not interrupted."""
     output = tmp_path_factory.mktemp("uninterrupted") / "t"
     process = start(prepared, output, **{"training.processes": 2})
     assert process.returncode in (None, 0), ended(process)
@@ -113,7 +115,7 @@ def uninterrupted(prepared, tmp_path_factory):
     training, validation = curve_of(output)
     assert len(training) == STEPS and [v["step"] for v in validation] == [25, 50, 75, 100, STEPS]
     assert len({row[2] for row in training}) > STEPS // 2, (
-        "the losses hardly move: equal curves would say nothing"
+        "the losses hardly change: equal curves would prove nothing"
     )
     return training, validation
 
@@ -127,7 +129,7 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_steps_the_losses_are_those_of_an_uninterrupted_run(
+def test_losses_after_kills_at_random_steps_equal_those_of_an_uninterrupted_run(
     prepared, uninterrupted, tmp_path
 ):
     output = tmp_path / "t"
@@ -140,10 +142,10 @@ def test_killed_at_random_steps_the_losses_are_those_of_an_uninterrupted_run(
     process = start(prepared, output, **{"training.processes": 2})
     printed = ended(process)
     assert process.returncode == 0, printed
-    assert re.search(r"going on behind step \d+ of 120", printed)
+    assert re.search(r"resuming after step \d+ of 120", printed)
     assert curve_of(output) == uninterrupted
-    kept = [f.name for f in (output / "checkpoints").iterdir() if f.is_dir()]
-    assert len(kept) <= 3 and f"step-{STEPS:08d}" in kept
+    retained = [f.name for f in (output / "checkpoints").iterdir() if f.is_dir()]
+    assert len(retained) <= 3 and f"step-{STEPS:08d}" in retained
     assert not list((output / "checkpoints").rglob("*.partial"))
 
 
@@ -153,10 +155,10 @@ def test_killed_at_random_steps_the_losses_are_those_of_an_uninterrupted_run(
     [{"training.zero_stage": 3, "training.precision": "bf16"}, {"training.engine": "fsdp"}],
     ids=["zero-3-bf16", "fsdp"],
 )
-def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(prepared, tmp_path, options):
+def test_sigterm_leaves_a_checkpoint_and_the_same_command_resumes(prepared, tmp_path, options):
     options = {"training.processes": 2, "training.checkpoint_every": 0, **options}
-    whole, output = tmp_path / "whole", tmp_path / "t"
-    process = start(prepared, whole, **options)
+    uninterrupted, output = tmp_path / "uninterrupted", tmp_path / "t"
+    process = start(prepared, uninterrupted, **options)
     assert process.wait() == 0 or ended(process)
     process = start(prepared, output, **options)
     wait_for_step(process, output, 30)
@@ -166,31 +168,33 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(prepared, tmp_
     found = checkpoint.require(str(output / "checkpoints"))
     assert 30 <= found.step < STEPS
     assert (
-        f"stopped by SIGTERM behind step {found.step}" in printed
-        and "run the same command again to go on" in printed
+        f"stopped by SIGTERM after step {found.step}" in printed
+        and "run the same command again to resume" in printed
     )
     assert "Traceback" not in printed and read_record(output) is None
     process = start(prepared, output, **options)
     printed = ended(process)
-    assert process.returncode == 0 and f"going on behind step {found.step} of {STEPS}" in printed
-    assert curve_of(output) == curve_of(whole)
+    assert process.returncode == 0 and f"resuming after step {found.step} of {STEPS}" in printed
+    assert curve_of(output) == curve_of(uninterrupted)
 
 
 @pytest.mark.slow
-def test_one_process_that_dies_ends_the_job_with_a_message(prepared, tmp_path):
+def test_a_killed_process_ends_the_training_with_a_message(prepared, tmp_path):
     process = start(prepared, tmp_path / "t", **{"training.processes": 2, "training.max_steps": 5000})
     wait_for_step(process, tmp_path / "t", 10)
     started = time.monotonic()
     workers_of(process)[1].kill()
     printed = ended(process, within=60)
     assert process.returncode == 2 and time.monotonic() - started < 40
-    assert "A training process was killed (signal 9), most often for want of memory" in printed
+    assert (
+        "A training process was killed (signal 9), usually because the machine ran out of memory" in printed
+    )
     assert "Traceback" not in printed, printed
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_in_the_same_order(prepared, uninterrupted, tmp_path):
-    """Without dropout, whose random numbers are each process' own."""
+def test_another_number_of_processes_resumes_in_the_same_order(prepared, uninterrupted, tmp_path):
+    """Without dropout, because each process has random numbers of its own."""
     options = {"llm.lora.dropout": 0.0, "training.checkpoint_every": 0}
     one, output = tmp_path / "one", tmp_path / "t"
     process = start(prepared, one, **options, **{"training.processes": 1})
@@ -201,17 +205,17 @@ def test_another_number_of_processes_goes_on_in_the_same_order(prepared, uninter
     ended(process)
     process = start(prepared, output, **options, **{"training.processes": 1, "training.engine": "ddp"})
     printed = ended(process)
-    assert process.returncode == 0 and "going on behind step" in printed
+    assert process.returncode == 0 and "resuming after step" in printed
     for ours, theirs in zip(curve_of(output)[0], curve_of(one)[0], strict=True):
         assert ours[:2] == theirs[:2]
         assert ours[2] == pytest.approx(theirs[2], rel=1e-4)
 
 
 @pytest.mark.slow
-def test_checkpoints_go_to_object_storage_while_it_fails_now_and_then(
+def test_checkpoints_reach_object_storage_that_fails_now_and_then(
     prepared, uninterrupted, faulty_s3, monkeypatch, tmp_path
 ):
-    """Killed and with its disk lost, the training goes on from what object storage has."""
+    """After a kill and the loss of its disk, the training resumes from object storage."""
     options = {"training.processes": 2, "training.checkpoint_every": 20}
     process = start(prepared, "s3://bucket/t", **options)
     until = time.monotonic() + 120
@@ -223,7 +227,7 @@ def test_checkpoints_go_to_object_storage_while_it_fails_now_and_then(
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / "another-disk"))
     process = start(prepared, "s3://bucket/t", **options)
     printed = ended(process)
-    assert process.returncode == 0 and "going on behind step" in printed, printed
+    assert process.returncode == 0 and "resuming after step" in printed, printed
     record = read_record("s3://bucket/t")
     training, validation = read_curve(record.file("curve.jsonl"))
     assert [row["loss"] for row in training] == [
@@ -234,26 +238,28 @@ def test_checkpoints_go_to_object_storage_while_it_fails_now_and_then(
 
 
 @pytest.mark.slow
-def test_storage_that_is_away_for_a_while_does_not_stop_training(prepared, bucket, s3_server, monkeypatch):
-    """Checkpoints that cannot be written are said, and the next one is tried."""
+def test_storage_that_is_unavailable_for_a_while_does_not_stop_training(
+    prepared, bucket, s3_server, monkeypatch
+):
+    """A checkpoint that cannot be written is reported, and the next one is tried."""
     seconds = 120 if os.environ.get("SLAM_ASR_SOAK") else 6
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "1")
     first = []
 
-    def away(request) -> str | None:
+    def unavailable(request) -> str | None:
         if request.method != "PUT" or "/checkpoints/" not in request.target:
             return None
         first.append(time.monotonic())
         return "busy" if time.monotonic() < first[0] + seconds else None
 
-    with FaultyProxy(s3_server, rule=away) as proxy:
+    with FaultyProxy(s3_server, rule=unavailable) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-        # Long enough to be still at it when the storage is back.
+        # Long enough to be still running when the storage is back.
         steps = {"training.max_steps": 150 * seconds, "training.epochs": 10**6}
         process = start(prepared, "s3://bucket/t", **{"training.checkpoint_every": 5, **steps})
         printed = ended(process, within=120 + 4 * seconds)
     assert process.returncode == 0, printed
-    assert re.search(r"warning: the checkpoint of step \d+ could not be written, training goes on", printed)
+    assert re.search(r"warning: the checkpoint of step \d+ could not be written; training continues", printed)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     assert (
         proxy.faults["busy"] > 1
@@ -262,7 +268,7 @@ def test_storage_that_is_away_for_a_while_does_not_stop_training(prepared, bucke
     )
 
 
-def test_a_checkpoint_of_another_recipe_is_refused_by_its_keys(tmp_path):
+def test_a_checkpoint_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_path):
     inputs = {
         "llm_sha256": "a" * 64,
         "recipe": {
@@ -283,7 +289,8 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_its_keys(tmp_path):
         require_same_training(folder, changed(learning_rate=1e-3, max_steps=20), overwrite=False)
     with pytest.raises(
         UserError,
-        match=r"3 keys differ: llm_sha256 aaaaaaaaaaaa… → b, training\.max_steps 10 → 20, training\.schedule constant → linear",
+        match=r"3 keys differ: llm_sha256 aaaaaaaaaaaa… → b, training\.max_steps 10 → 20, "
+        r"training\.schedule constant → linear",
     ):
         require_same_training(
             folder, changed(schedule="linear", max_steps=20) | {"llm_sha256": "b"}, overwrite=False
@@ -292,7 +299,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_its_keys(tmp_path):
     assert checkpoint.find(folder) is None
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path):
+def test_the_last_and_the_best_checkpoints_are_retained(tmp_path):
     folder = str(tmp_path / "c")
     for step, dev_loss in ((5, None), (10, 2.0), (15, 1.0), (20, None), (25, 1.5), (30, float("nan"))):
         about = checkpoint.Checkpoint(step, 0, step, "ddp", 1, {}, dev_loss=dev_loss)
@@ -307,7 +314,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert checkpoint.require(folder).step == 30 and checkpoint.require(folder, "best").step == 15
 
 
-def test_a_half_written_checkpoint_does_not_count(tmp_path):
+def test_a_half_written_checkpoint_is_ignored(tmp_path):
     folder = str(tmp_path)
     checkpoint.publish(folder, checkpoint.Checkpoint(5, 0, 5, "ddp", 1, {}), keep=2)
     (tmp_path / "step-00000010").mkdir()
@@ -319,12 +326,12 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path):
     assert not (tmp_path / "step-00000010").exists() and (tmp_path / "step-00000008").exists()
 
 
-def test_what_lies_behind_the_latest_is_forgotten_before_it_is_gone_on(tmp_path):
+def test_anything_after_the_latest_checkpoint_is_removed_before_resuming(tmp_path):
     folder = str(tmp_path)
     for step in (5, 9):
         checkpoint.publish(folder, checkpoint.Checkpoint(step, 0, step, "ddp", 1, {}), keep=2)
     (tmp_path / "latest").write_text("step-00000005")
-    # Killed between writing a pointer's new content and giving it its name.
+    # The process was killed after writing a pointer's new content, before renaming the file.
     (tmp_path / ".latest.2780.140456.partial").write_text("step-00000009")
     checkpoint.discard_newer_than_latest(folder)
     assert not list(tmp_path.rglob("*.partial"))
@@ -333,16 +340,16 @@ def test_what_lies_behind_the_latest_is_forgotten_before_it_is_gone_on(tmp_path)
     ).step == 5
 
 
-def test_no_checkpoint_and_a_lost_one_are_said(tmp_path):
+def test_no_checkpoint_and_a_missing_one_are_reported(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.require(str(tmp_path))
     (tmp_path / "latest").write_text("step-00000009")
-    with pytest.raises(UserError, match="names step-00000009, which is not there or not whole"):
+    with pytest.raises(UserError, match="names step-00000009, which is missing or incomplete"):
         checkpoint.require(str(tmp_path))
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_refused_before_it_does_harm(prepared, tmp_path):
+def test_a_damaged_checkpoint_is_refused(prepared, tmp_path):
     output = tmp_path / "t"
     process = start(prepared, output, **{"training.max_steps": 14})
     assert process.wait() == 0 or ended(process)
@@ -359,7 +366,7 @@ def test_a_damaged_checkpoint_is_refused_before_it_does_harm(prepared, tmp_path)
 
 
 @pytest.mark.slow
-def test_training_ends_early_where_the_dev_loss_no_longer_falls(prepared, tmp_path):
+def test_training_ends_early_if_the_dev_loss_no_longer_falls(prepared, tmp_path):
     recipe, manifests, features = prepared
     options = OPTIONS | {
         "training.validate_every": 1,
@@ -379,28 +386,29 @@ def test_training_ends_early_where_the_dev_loss_no_longer_falls(prepared, tmp_pa
     best = losses.index(min(losses))
     assert record.facts["steps"] == best + 1 + 2 < STEPS and len(losses) == record.facts["steps"]
     assert checkpoint.require(str(tmp_path / "t" / "checkpoints"), "best").step == best + 1
-    latest, chosen = (
+    latest, best_model = (
         convert_checkpoint(record.folder, str(tmp_path / which), which=which) for which in ("latest", "best")
     )
     assert (
-        latest.file("projector.safetensors").read_bytes() != chosen.file("projector.safetensors").read_bytes()
+        latest.file("projector.safetensors").read_bytes()
+        != best_model.file("projector.safetensors").read_bytes()
     )
 
 
-def test_dev_utterances_that_are_trained_on_are_counted_and_an_empty_set_is_refused(
+def test_dev_utterances_that_are_also_in_train_are_counted_and_an_empty_set_is_refused(
     prepared, tmp_path, capsys
 ):
     from slam_asr.manifest import read_manifest
-    from slam_asr.training.train import _look_at
+    from slam_asr.training.train import _check_utterances
 
     _, manifests, _ = prepared
     trained, dev = read_manifest(f"{manifests}/train.jsonl"), read_manifest(f"{manifests}/dev.jsonl")
-    _look_at({"train": trained, "dev": dev})
+    _check_utterances({"train": trained, "dev": dev})
     assert capsys.readouterr().out == ""
-    _look_at({"train": trained, "dev": [*dev, *trained[:2]]})
+    _check_utterances({"train": trained, "dev": [*dev, *trained[:2]]})
     assert (
         f"warning: 2 of {len(dev) + 2} dev utterances are also in train (first {trained[0].key})"
         in capsys.readouterr().out
     )
-    with pytest.raises(UserError, match="The dev manifest has no utterance that can be heard"):
-        _look_at({"train": trained, "dev": []})
+    with pytest.raises(UserError, match="The dev manifest has no usable utterance"):
+        _check_utterances({"train": trained, "dev": []})

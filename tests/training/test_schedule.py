@@ -1,4 +1,4 @@
-"""The learning rate rises to its peak, and ends where its schedule says."""
+"""The learning rate rises to its peak, and ends at the value of its schedule."""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""An LLM that is read weight by weight trains as one that every process loads whole, and no process ever holds it."""
+"""An LLM that is read weight by weight trains like one that every process loads completely, and fits where
+that does not.
+"""
 
 import json
 from pathlib import Path
@@ -10,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slam_asr.errors import UserError
 from slam_asr.models.llm import load_llm
-from slam_asr.models.sharded import NotOneToOne, describe_stored_llm
+from slam_asr.models.sharded import NotLazilyLoadable, describe_lazy_llm
 from tests.damage import damage
 from tests.ranks import run_on_ranks
 from tests.training import memory_program, sharded_program
@@ -24,9 +26,9 @@ SIZES = {
     "num_key_value_heads": 1,
     "vocab_size": 101,
 }
-"""Odd, so that processes have shares of unequal sizes."""
+"""Odd sizes, so that processes have unequal shards."""
 FAMILIES = {
-    # name: (transformers' model type, what differs from SIZES, the largest file)
+    # name: (transformers' model type, differences from SIZES, size limit of a file)
     "llama-tied": ("llama", {"tie_word_embeddings": True}, "20KB"),
     "llama-one-file": ("llama", {}, "1GB"),
     "gpt-2": (
@@ -55,18 +57,18 @@ def write(folder: Path, family: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama-tied", "llama-one-file", "gpt-2"])
-def test_losses_are_those_of_an_llm_that_is_loaded_whole(tmp_path, family):
+def test_losses_equal_those_of_a_completely_loaded_llm(tmp_path, family):
     write(tmp_path, family)
     losses = json.loads((run_on_ranks(sharded_program.__file__, 2, tmp_path) / "losses.json").read_text())
     for kind in ENGINES:
         for tuning in TUNINGS:
-            whole, sharded = (losses[f"{family} {kind} {tuning} {way}"] for way in ("whole", "sharded"))
-            assert sharded == whole and len(set(whole)) == STEPS
+            complete, sharded = (losses[f"{family} {kind} {tuning} {way}"] for way in ("complete", "sharded"))
+            assert sharded == complete and len(set(complete)) == STEPS
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory) -> Path:
-    """285 MB in fp16, in five files."""
+    """An LLM of 285 MB in fp16, in five files."""
     folder = tmp_path_factory.mktemp("big")
     config = CONFIG_MAPPING["llama"](
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16, vocab_size=4096
@@ -79,52 +81,52 @@ def big(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENGINES)
-def test_no_process_has_memory_for_the_whole(big, tmp_path, kind):
-    """DeepSpeed takes some 45 MB for itself, a sixth of this LLM."""
-    found = {}
-    for way in ("whole", "sharded"):
+def test_no_process_needs_memory_for_the_complete_llm(big, tmp_path, kind):
+    """DeepSpeed itself takes about 45 MB, a sixth of this LLM."""
+    peaks = {}
+    for way in ("complete", "sharded"):
         folder = tmp_path / f"{kind} {way}"
         folder.mkdir()
         (folder / "llm").symlink_to(big)
-        found[way] = json.loads(
+        peaks[way] = json.loads(
             (run_on_ranks(memory_program.__file__, 2, folder) / "memory.json").read_text()
         )
-    assert min(found["whole"]) > 1
-    assert max(found["sharded"]) < 0.75
+    assert min(peaks["complete"]) > 1
+    assert max(peaks["sharded"]) < 0.75
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt-neox"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_described_and_read_is_what_is_loaded(tmp_path, family, dtype):
+def test_a_lazily_read_llm_equals_a_loaded_one(tmp_path, family, dtype):
     folder = write(tmp_path, family)
-    whole = load_llm(folder, dtype)
-    llm, stored = describe_stored_llm(folder, dtype)
+    complete = load_llm(folder, dtype)
+    llm, lazy_weights = describe_lazy_llm(folder, dtype)
     assert all(p.is_meta for p in llm.parameters())
-    for weight in stored:
+    for weight in lazy_weights:
         part = torch.empty((1, *weight.parameter.shape[1:]), dtype=dtype)
-        weight.read_into(part, first=2)
+        weight.read_into(part, first_row=2)
         weight.put(weight.read_into(torch.empty_like(weight.parameter, device="cpu")))
         assert torch.equal(part[0], weight.parameter[2])
-    assert len(list(llm.parameters())) == len(list(whole.parameters())) == len(stored)
-    theirs = whole.state_dict() | dict(whole.named_buffers())
+    assert len(list(llm.parameters())) == len(list(complete.parameters())) == len(lazy_weights)
+    theirs = complete.state_dict() | dict(complete.named_buffers())
     ours = llm.state_dict() | dict(llm.named_buffers())
     assert theirs.keys() == ours.keys() and not any(p.requires_grad for p in llm.parameters())
     for name, tensor in theirs.items():
         assert tensor.dtype == ours[name].dtype and torch.equal(tensor, ours[name]), name
     ids = torch.arange(9)[None]
-    assert torch.equal(llm(ids).logits, whole(ids).logits)
-    assert llm.generation_config.to_dict() == whole.generation_config.to_dict()
+    assert torch.equal(llm(ids).logits, complete(ids).logits)
+    assert llm.generation_config.to_dict() == complete.generation_config.to_dict()
 
 
-def test_what_transformers_renames_is_left_to_it(tmp_path):
+def test_an_llm_whose_weights_transformers_renames_is_not_read_lazily(tmp_path):
     folder = write(tmp_path, "gpt-neox")
     assert "embed_out.weight" in {key for file in folder.glob("*.safetensors") for key in load_file(file)}
-    with pytest.raises(NotOneToOne, match="other names"):
-        describe_stored_llm(folder, torch.float32)
+    with pytest.raises(NotLazilyLoadable, match="other names"):
+        describe_lazy_llm(folder, torch.float32)
     assert load_llm(folder, torch.float32)
 
 
-def test_a_base_models_names_without_the_prefix_are_understood(tmp_path):
+def test_a_base_models_weight_names_without_prefix_are_recognised(tmp_path):
     folder = write(tmp_path, "llama-one-file")
     file = folder / "model.safetensors"
     save_file(
@@ -132,12 +134,14 @@ def test_a_base_models_names_without_the_prefix_are_understood(tmp_path):
         file,
         metadata={"format": "pt"},
     )
-    _, stored = describe_stored_llm(folder, torch.float32)
-    assert {weight.key for weight in stored} == {weight.name.removeprefix("model.") for weight in stored}
+    _, lazy_weights = describe_lazy_llm(folder, torch.float32)
+    assert {weight.key for weight in lazy_weights} == {
+        weight.name.removeprefix("model.") for weight in lazy_weights
+    }
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "nan", "cut", "tied twice", "no safetensors"])
-def test_damage_is_told_as_by_loading_it_whole(tmp_path, fault):
+def test_damage_is_reported_as_by_loading_completely(tmp_path, fault):
     folder = write(tmp_path, "llama-one-file")
     file = folder / "model.safetensors"
     name = "model.layers.1.mlp.up_proj.weight"
@@ -149,14 +153,14 @@ def test_damage_is_told_as_by_loading_it_whole(tmp_path, fault):
         (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     if fault in ("tied twice", "no safetensors"):
         with pytest.raises(
-            NotOneToOne, match="twice" if fault == "tied twice" else "not stored as safetensors"
+            NotLazilyLoadable, match="twice" if fault == "tied twice" else "not saved as safetensors"
         ):
-            describe_stored_llm(folder, torch.float32)
+            describe_lazy_llm(folder, torch.float32)
         return
-    with pytest.raises(UserError) as whole:
+    with pytest.raises(UserError) as complete:
         load_llm(folder, torch.float32)
     with pytest.raises(UserError) as sharded:
-        for weight in describe_stored_llm(folder, torch.float32)[1]:
+        for weight in describe_lazy_llm(folder, torch.float32)[1]:
             weight.read_into(torch.empty_like(weight.parameter, device="cpu"))
-    assert str(sharded.value) == str(whole.value)
-    assert ("cannot be loaded" if fault == "cut" else name) in str(whole.value)
+    assert str(sharded.value) == str(complete.value)
+    assert ("cannot be loaded" if fault == "cut" else name) in str(complete.value)

@@ -1,4 +1,4 @@
-"""What is trained beside the projector: it changes, the rest does not, and decoding gets all of it."""
+"""Whatever is trained along with the projector changes, the rest does not, and decoding gets all of it."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_trained_arrives_in_decoding(tiny_recipe, tiny_corpus, tmp_path, kind):
+def test_everything_trained_reaches_decoding(tiny_recipe, tiny_corpus, tmp_path, kind):
     recipe = load_recipe(str(tiny_recipe), {"training.learning_rate": 1e-3, **KINDS[kind]})
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
@@ -46,8 +46,8 @@ def test_what_is_trained_arrives_in_decoding(tiny_recipe, tiny_corpus, tmp_path,
     weights = checkpoint.require(str(tmp_path / "t" / "checkpoints")).tensors("weights")
     parts = {name.partition(".")[0] for name in weights}
     tuned = {"lora": "llm", "full": "llm" if recipe.llm.tuning == "full" else "encoder"}
-    wanted = {"projector"} | {tuned[k] for k in tuned if k in (recipe.llm.tuning, recipe.encoder.tuning)}
-    assert parts == wanted
+    expected = {"projector"} | {tuned[k] for k in tuned if k in (recipe.llm.tuning, recipe.encoder.tuning)}
+    assert parts == expected
     assert trained.facts["trained_parameters"] >= trained.facts["projector_parameters"]
     if recipe.llm.tuning == "lora":
         assert all(".lora_" in n for n in weights if n.startswith("llm."))
@@ -61,8 +61,8 @@ def test_what_is_trained_arrives_in_decoding(tiny_recipe, tiny_corpus, tmp_path,
         adapter = read_adapter(model.folder)
         assert {f"llm.{n}" for n in adapter} == {n for n in weights if n.startswith("llm.")}
         assert json.loads(model.file("adapter/adapter_config.json").read_text())["r"] == 8
-    if wanted - {"projector"} and recipe.llm.tuning != "lora":
-        part = (wanted - {"projector"}).pop()
+    if expected - {"projector"} and recipe.llm.tuning != "lora":
+        part = (expected - {"projector"}).pop()
         base = load_file(f"{recipe.llm.name if part == 'llm' else recipe.encoder.name}/model.safetensors")
         own = load_file(model.file(f"{part}/model.safetensors"))
         assert own.keys() == base.keys()
@@ -74,7 +74,7 @@ def test_what_is_trained_arrives_in_decoding(tiny_recipe, tiny_corpus, tmp_path,
         texts = [(tmp_path / d / "hypotheses.jsonl").read_text() for d in ("d", "a")]
         assert texts[0] == texts[1] and from_audio.metrics["wer"] == decoded.metrics["wer"]
 
-    if wanted == {"projector"} or recipe.llm.tuning == "lora":
+    if expected == {"projector"} or recipe.llm.tuning == "lora":
         theirs = convert_checkpoint(model.folder, str(tmp_path / "slam-llm"), to="slam-llm")
         back = convert_checkpoint(str(theirs.file("model.pt")), str(tmp_path / "back"), recipe=recipe)
         for name, tensor in load_file(model.file("projector.safetensors")).items():
@@ -82,7 +82,7 @@ def test_what_is_trained_arrives_in_decoding(tiny_recipe, tiny_corpus, tmp_path,
         assert read_adapter(model.folder).keys() == read_adapter(back.folder).keys()
 
 
-def test_layers_that_the_llm_does_not_have_are_named_before_training(tiny_recipe, tiny_corpus, tmp_path):
+def test_layers_that_the_llm_does_not_have_are_refused_before_training(tiny_recipe, tiny_corpus, tmp_path):
     recipe = load_recipe(str(tiny_recipe), {"llm.tuning": "lora", "llm.lora.targets": ["q_prj"]})
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
@@ -92,25 +92,27 @@ def test_layers_that_the_llm_does_not_have_are_named_before_training(tiny_recipe
         train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
 
 
-def test_a_prompt_without_room_for_the_answer_is_refused_before_training(tiny_recipe, tiny_corpus, tmp_path):
+def test_a_prompt_and_answer_without_positions_for_audio_are_refused_before_training(
+    tiny_recipe, tiny_corpus, tmp_path
+):
     recipe = load_recipe(str(tiny_recipe), {"decoding.max_new_tokens": 2040})
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
-    with pytest.raises(UserError, match="leaves no room for audio in the 2048"):
+    with pytest.raises(UserError, match="leaves none for audio in the 2048"):
         train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
 
 
 def test_an_llm_without_a_tokenizer_is_refused_before_training(tiny_recipe, tiny_corpus, tmp_path):
     recipe = load_recipe(str(tiny_recipe))
-    bare = tmp_path / "llm"
-    shutil.copytree(recipe.llm.name, bare)
+    folder = tmp_path / "llm"
+    shutil.copytree(recipe.llm.name, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (bare / name).unlink()
+        (folder / name).unlink()
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
     with pytest.raises(UserError, match="has no tokenizer"):
         train(
-            load_recipe(str(tiny_recipe), {"llm.name": str(bare)}),
+            load_recipe(str(tiny_recipe), {"llm.name": str(folder)}),
             str(built.file("train.jsonl")),
             str(tmp_path / "t"),
             features.folder,
@@ -118,7 +120,7 @@ def test_an_llm_without_a_tokenizer_is_refused_before_training(tiny_recipe, tiny
 
 
 @pytest.mark.slow
-def test_a_training_begins_with_the_projector_of_another_model(tiny_recipe, tiny_corpus, tmp_path, capsys):
+def test_a_training_starts_from_the_projector_of_another_model(tiny_recipe, tiny_corpus, tmp_path, capsys):
     recipe = load_recipe(str(tiny_recipe))
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))

@@ -1,4 +1,5 @@
-"""What turns gradients into better weights on all processes alike: DeepSpeed, plain DDP, or PyTorch's FSDP2.
+"""Training engines: they turn gradients into updated weights, identically on all processes.
 
-`engine` says what the loop may ask of any of them; `zero` is DeepSpeed; `masters` is DDP and FSDP2.
+`engine` defines the interface that the training loop uses. `deepspeed_engine` implements it with DeepSpeed,
+`torch_engine` with PyTorch's DDP and FSDP2. `choose` creates the engine that a recipe names.
 """

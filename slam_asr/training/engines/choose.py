@@ -1,49 +1,54 @@
-"""The engine that a recipe asks for, and the processes it runs on."""
+"""Creates the engine that a recipe names, and the process group it needs."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from slam_asr.models.sharded import StoredWeight
+from slam_asr.models.sharded import LazyWeight
+from slam_asr.models.slam import Slam
 from slam_asr.recipe import Training
 from slam_asr.training.engines.deepspeed_engine import DeepSpeedEngine, name_accelerator
 from slam_asr.training.engines.engine import Engine
 
 
-def spreads_weights(options: Training) -> bool:
-    """Whether a process under `training.engine` holds a share of the frozen weights, rather than all of them."""
+def shards_weights(options: Training) -> bool:
+    """Whether `training.engine` gives each process a shard of the frozen weights instead of a full copy."""
     return options.engine == "fsdp" or options.zero_stage == 3
 
 
 def make_engine(
-    model: nn.Module,
+    model: Slam,
     options: Training,
     device: torch.device,
     learning_rates: dict[str, float],
-    stored: Sequence[StoredWeight] = (),
+    lazy_weights: Sequence[LazyWeight] = (),
 ) -> Engine:
-    """The model under `training.engine`.
+    """Wrap a model in the engine that `training.engine` names.
 
     Args:
-        model: on any device, but for what is stored: that is on the meta device.
-        options: of the recipe.
-        device: where it trains.
-        learning_rates: peaks of those parts of the model (its direct children) that have their own.
-        stored: weights that are still to be read, by an engine that spreads them.
+        model: on any device, except for `lazy_weights`, which are on the meta device.
+        options: the recipe's section `training`.
+        device: where the model trains.
+        learning_rates: peak learning rates of those direct children of the model that have their own.
+        lazy_weights: weights still to be read from disk; only for engines that shard weights.
 
     Raises:
-        UserError: one cannot be read, or is not finite.
+        UserError: a lazy weight cannot be read, or is not finite.
     """
     if options.engine == "deepspeed":
-        return DeepSpeedEngine(model, options, device, learning_rates, stored)
+        return DeepSpeedEngine(model, options, device, learning_rates, lazy_weights)
     from slam_asr.training.engines.torch_engine import TorchEngine
 
-    return TorchEngine(model, options, device, learning_rates, stored)
+    return TorchEngine(model, options, device, learning_rates, lazy_weights)
 
 
 def start_process_group(device: torch.device, engine: str) -> None:
-    """Join the processes that torchrun started."""
+    """Join the process group of the processes that torchrun started: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        device: of this process.
+        engine: `training.engine`; DeepSpeed has to create its process group itself.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if engine != "deepspeed":
         torch.distributed.init_process_group(backend)
@@ -51,7 +56,7 @@ def start_process_group(device: torch.device, engine: str) -> None:
     name_accelerator(device)
     import deepspeed
 
-    # Its all-reduce through shared memory is compiled on first use: a minute of waiting, or a failure where
-    # there is no compiler. gloo's is fast enough for a projector.
+    # DeepSpeed would compile its shared-memory all-reduce on first use. That takes a minute, and fails
+    # without a compiler. gloo's all-reduce is fast enough for a projector.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)

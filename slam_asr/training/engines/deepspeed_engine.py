@@ -1,103 +1,120 @@
-"""DeepSpeed behind the calls that the loop makes."""
+"""DeepSpeed as an engine: ZeRO stages 0 to 3, with or without offload of the optimiser.
+
+Each stage holds fp32 masters and Adam's state in a different place, and creates them at a different time. The
+methods below hide this from the training loop, because checkpoints hold complete tensors and not DeepSpeed's
+own files.
+"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from slam_asr.models.precision import DTYPES
-from slam_asr.models.sharded import StoredWeight
+from slam_asr.models.sharded import LazyWeight
+from slam_asr.models.slam import Slam
 from slam_asr.recipe import Training
-from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite, move_and_cast
+from slam_asr.training.engines.engine import (
+    MOMENTS,
+    Engine,
+    ParameterGroups,
+    Update,
+    is_finite,
+    move_and_cast,
+)
 
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""The attributes of DeepSpeed's loss scaler that change during training."""
 
 
 class DeepSpeedEngine(Engine):
-    """The model under DeepSpeed, with AdamW on its trainable weights.
+    """The model under DeepSpeed, with AdamW on its trained weights.
 
     Args:
-        model: on any device; weights that require no gradient stay as they are.
+        model: on any device.
         options: precision, ZeRO stage, clipping, weight decay.
-        device: where it trains.
-        learning_rates: peaks of those parts of the model (its direct children) that have their own.
-        stored: weights that are still to be read; stage 3 alone can.
+        device: where the model trains.
+        learning_rates: peak learning rates of those direct children of the model that have their own.
+        lazy_weights: weights still to be read from disk; ZeRO stage 3 only.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Slam,
         options: Training,
         device: torch.device,
         learning_rates: dict[str, float] | None = None,
-        stored: Sequence[StoredWeight] = (),
+        lazy_weights: Sequence[LazyWeight] = (),
     ) -> None:
         name_accelerator(device)
         import deepspeed
 
         config = deepspeed_config(options, device)
-        if stored:
-            # DeepSpeed takes a model that is partitioned already as it is.
+        if lazy_weights:
+            # `deepspeed.initialize` leaves weights alone that are partitioned already.
             move_and_cast(model, device, DTYPES[options.precision])
-            read_and_partition(stored, config, device)
-        self.bare = model
-        self.groups = Groups(model, options, learning_rates or {})
+            read_and_partition(lazy_weights, config, device)
+        self.model = model
+        self.groups = ParameterGroups(model, options, learning_rates or {})
         self.trained = [[n for n, _ in weights] for weights in self.groups.parts.values()]
         """Names of the trained weights, by group."""
-        theirs = options.deepspeed.get("optimizer", {}).get("params", {})
+        adam_options = _json_settings(options).get("optimizer", {}).get("params", {})
         self.adam = torch.optim.AdamW(
-            self.groups.for_optimizer(), weight_decay=options.weight_decay, **theirs
+            self.groups.for_optimizer(), weight_decay=options.weight_decay, **adam_options
         )
-        self.module, _, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config)
-        # DeepSpeed replaces a group's weights by its own masters, which are what Adam knows from then on.
+        wrapped, _, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config)
+        self.module: Any = wrapped
+        # DeepSpeed has replaced the weights in Adam's groups by its own masters.
         self.optimizer: Any = self.module.optimizer
         self.processes = torch.distributed.get_world_size()
         self.half, self.scales = options.precision != "fp32", options.precision == "fp16"
         self.stage = options.zero_stage
         if self.stage in (1, 2):
-            # Left alone, it looks for NaN in fp16 only, and bad values would spoil the weights for good.
+            # By default these stages check gradients in fp16 only. A NaN would ruin the weights for good.
             self.optimizer.check_grad_overflow = True
-        self._state_is_there = False
-        self._forget_warm_up_step()
+        self._has_state = False
+        self._reset_step_count()
 
-    def _forget_warm_up_step(self) -> None:
-        # DeepSpeed's half-precision optimiser of stage 0 allocates its state with a step over zero
-        # gradients, which leaves Adam's bias correction one step ahead: the first real update
-        # would be a quarter too small.
+    def _reset_step_count(self) -> None:
+        # DeepSpeed's half-precision optimiser of stage 0 creates Adam's state by a step over zero gradients.
+        # That leaves Adam's bias correction one step ahead: the first real update would be a quarter too
+        # small.
         for state in self.adam.state.values():
             if "step" in state:
                 state["step"].zero_()
 
-    def backward(self, loss_sum: torch.Tensor, targets_of_step: int, last: bool) -> None:
+    def backward(self, loss_sum: torch.Tensor, step_targets: int, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)
-        self.module.backward(loss_sum * (self.processes / targets_of_step), scale_wrt_gas=False)
+        self.module.backward(loss_sum * (self.processes / step_targets), scale_wrt_gas=False)
         if not last:
+            # Away from the boundary DeepSpeed's `step` only counts the micro-batch.
             self.module.step()
 
     def step(self, learning_rate: float) -> Update:
         self.groups.set_rates(self.adam.param_groups, learning_rate)
+        norm: float | None
         if self.stage == 0:
             gradients = [p.grad for p in self.groups.weights.values() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale().get("cur_scale", 1.0)
             if not self.half and not is_finite(norm):
-                # Nothing of DeepSpeed's stands between these gradients and Adam.
+                # In fp32, stage 0 passes gradients to Adam unchecked.
                 self.module.zero_grad()
                 return Update(applied=False, gradient_norm=None)
             self.module.step()
         else:
             self.module.step()
-            found = self.module.get_global_grad_norm()
-            norm = None if found is None else float(found)
+            reported = self.module.get_global_grad_norm()
+            norm = None if reported is None else float(reported)
         applied = is_finite(norm) and not getattr(self.optimizer, "overflow", False)
         return Update(applied, norm if is_finite(norm) else None)
 
-    def state_of(self, name: str, which: str) -> torch.Tensor:
+    def get_state(self, name: str, which: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        # A checkpoint may be wanted before the first update.
-        self._make_state()
+        # A checkpoint may be written before the first update.
+        self._create_state()
         parameter = self.groups.weights[name]
         if self.stage == 0:
             master = self._masters[name]
@@ -108,52 +125,60 @@ class DeepSpeedEngine(Engine):
             else safe_get_full_optimizer_state(parameter, which)
         )
 
-    def put_state(self, name: str, which: str, value: torch.Tensor) -> None:
+    def set_state(self, name: str, which: str, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self._make_state()
-        parameter = self.groups.weights[name]
+        self._create_state()
+        parameter: Any = self.groups.weights[name]  # with the attributes that DeepSpeed adds
         if self.stage == 0:
             master = self._masters[name]
             (master if which == "weight" else self.adam.state[master][which]).data.copy_(value)
             return
         if self.stage == 3:
-            # Each process takes a slice as long as any other's, and the last one's reaches beyond the end.
+            # DeepSpeed partitions a weight into slices of equal length, so the last slice may reach beyond
+            # the weight's end. Its setters cut `value` at these slices but accept exactly `ds_numel` values:
+            # pad `value`, and let `ds_numel` agree with it meanwhile.
             value = nn.functional.pad(value.flatten(), (0, -value.numel() % self.processes))
-            parameter.ds_numel, whole = len(value), parameter.ds_numel
+            parameter.ds_numel, unpadded = len(value), parameter.ds_numel
         if which == "weight":
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, which)
         if self.stage == 3:
-            parameter.ds_numel = whole
+            parameter.ds_numel = unpadded
 
     @property
-    def _masters(self) -> dict[str, torch.Tensor]:
-        """The fp32 weights of stage 0, by name."""
+    def _masters(self) -> Mapping[str, torch.Tensor]:
+        """The fp32 masters under stage 0, by name."""
         if not self.half:
             return self.groups.weights
         flat = [p for group in self.optimizer.fp32_groups for p in group]
         return dict(zip(self.groups.weights, flat, strict=True))
 
-    def _make_state(self) -> None:
-        """Give Adam the state that it would make at its first step, and let DeepSpeed find it."""
-        if self._state_is_there:
+    def _create_state(self) -> None:
+        """Create the state that Adam would create at its first step, and link it to DeepSpeed's weights.
+
+        A checkpoint may be restored, or saved, before that step: the tensors must exist to be read or
+        overwritten.
+        """
+        if self._has_state:
             return
-        self._state_is_there = True
-        stage_3 = self.stage == 3  # which lets Adam know of a group's masters only while it steps
-        for master in (
+        self._has_state = True
+        # Stage 3 puts a group's masters into Adam's groups only during a step.
+        masters = (
             self.optimizer.fp32_partitioned_groups_flat
-            if stage_3
+            if self.stage == 3
             else [p for g in self.adam.param_groups for p in g["params"]]
-        ):
+        )
+        for master in masters:
             if not self.adam.state[master]:
                 self.adam.state[master] = {
                     "step": torch.zeros((), dtype=torch.float32),
                     **{m: torch.zeros_like(master) for m in MOMENTS},
                 }
         if self.stage in (1, 2):
-            # Its own look, at its first step, comes before there is a state of any group but the first.
+            # DeepSpeed links state to weights once, at its first step. Only the first group has state by
+            # then, so the link is made again here, for all groups.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -180,52 +205,62 @@ class DeepSpeedEngine(Engine):
             else {}
         )
 
-    def put_loss_scale(self, values: dict[str, float]) -> None:
+    def set_loss_scale(self, values: dict[str, float]) -> None:
         for key in set(_SCALE) & set(values) if self.scales else ():
             setattr(self._scaler, key, values[key] if key == "cur_scale" else int(values[key]))
 
     @property
     def _scaler(self) -> Any:
-        """What keeps the scale: an object of its own from ZeRO stage 1 on."""
+        """The object with the attributes `_SCALE`: a scaler of its own from ZeRO stage 1 on."""
         return getattr(self.optimizer, "loss_scaler", None) or getattr(
             self.optimizer, "loss_scale_config", None
         )
 
 
-def read_and_partition(stored: Sequence[StoredWeight], config: dict, device: torch.device) -> None:
-    """Read weights one by one in the first process, and leave each process its share of it, as stage 3 has it.
+def read_and_partition(
+    lazy_weights: Sequence[LazyWeight], config: dict[str, Any], device: torch.device
+) -> None:
+    """Read weights one by one, and partition each over all processes as ZeRO stage 3 does.
+
+    Only the first process reads from disk; DeepSpeed broadcasts the values.
 
     Args:
-        stored: on the meta device until then.
-        config: DeepSpeed's.
-        device: where it trains.
+        lazy_weights: on the meta device; each gets its values.
+        config: DeepSpeed's configuration.
+        device: where the model trains.
+
+    Raises:
+        UserError: a weight cannot be read, or is not finite.
     """
     import deepspeed
 
-    # One after the other is whole in the same place: memory that is freed in pieces is not always given back.
-    largest = max((weight.parameter for weight in stored), key=torch.numel)
-    room = torch.empty(largest.numel(), dtype=largest.dtype, device=device)
-    converted: nn.Parameter | None = None
-    for weight in stored:
+    # All weights pass through one buffer, as large as the largest: the allocator does not always give back
+    # memory that is freed in pieces of many sizes.
+    largest = max((weight.parameter for weight in lazy_weights), key=torch.numel)
+    buffer = torch.empty(largest.numel(), dtype=largest.dtype, device=device)
+    converted: Any = None
+    """The first weight that is partitioned; DeepSpeed adds methods to it."""
+    for weight in lazy_weights:
         shape = weight.parameter.shape
-        whole = room[: shape.numel()].view(shape)
-        if torch.distributed.get_rank() == 0:  # which sends them round
-            weight.read_into(whole)
-        parameter = weight.put(whole)
+        values = buffer[: shape.numel()].view(shape)
+        if torch.distributed.get_rank() == 0:  # the other processes get the values by DeepSpeed's broadcast
+            weight.read_into(values)
+        parameter = weight.put(values)
         if converted is None:
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
             converted = parameter
         else:
+            # `zero.Init` has added this method, which partitions further weights in the same way.
             converted.convert_to_zero_parameters(param_list=[parameter])
 
 
-def deepspeed_config(options: Training, device: torch.device) -> dict:
-    """The recipe's training section in DeepSpeed's own words.
+def deepspeed_config(options: Training, device: torch.device) -> dict[str, Any]:
+    """Translate the recipe's section `training` into DeepSpeed's configuration.
 
-    The micro-batch size is nominal: batches are planned by positions, and the loop says itself
-    where a step ends.
+    The micro-batch size and accumulation of 1 are nominal: batches are planned by LLM positions, and the
+    training loop marks the end of each step itself.
     """
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": options.zero_stage},
@@ -237,35 +272,41 @@ def deepspeed_config(options: Training, device: torch.device) -> dict:
             "device": "cpu",
             "pin_memory": device.type == "cuda",
         }
-        # DeepSpeed's own Adam for the host has to be compiled where it runs; torch's does the same arithmetic.
+        # DeepSpeed's own Adam for the CPU has to be compiled at run time; torch's does the same arithmetic.
         config["zero_force_ds_cpu_optimizer"] = False
     if options.precision != "fp32":
         config[options.precision] = {"enabled": True}
-    return _joined(
+    return _merged(
         config,
         {
             key: value
-            for key, value in options.deepspeed.items()
-            if key not in ("optimizer", *_OTHER[options.precision])
+            for key, value in _json_settings(options).items()
+            if key not in ("optimizer", *_INACTIVE[options.precision])
         },
     )
 
 
-_OTHER = {"fp32": ("fp16", "bf16"), "bf16": ("fp16",), "fp16": ("bf16",)}
-"""Sections of a DeepSpeed JSON that are of another precision, and off."""
+def _json_settings(options: Training) -> dict[str, Any]:
+    """What `training.deepspeed` sets beyond the recipe's own keys."""
+    assert isinstance(options.deepspeed, dict)  # loading the recipe has read a file that it named
+    return options.deepspeed
 
 
-def _joined(ours: dict, theirs: dict) -> dict:
-    """Nested dictionaries as one; nothing of ours is replaced but by keys of the user's own."""
-    both = {
-        key: _joined(ours[key], value)
-        for key, value in theirs.items()
-        if isinstance(value, dict) and isinstance(ours.get(key), dict)
+_INACTIVE = {"fp32": ("fp16", "bf16"), "bf16": ("fp16",), "fp16": ("bf16",)}
+"""Sections of a DeepSpeed JSON that do not apply, by the training's precision."""
+
+
+def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Merge two nested dictionaries; `overrides` wins, key by key."""
+    nested = {
+        key: _merged(base[key], value)
+        for key, value in overrides.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
-    return {**ours, **theirs, **both}
+    return {**base, **overrides, **nested}
 
 
 def name_accelerator(device: torch.device) -> None:
-    """Tell DeepSpeed, which decides at import and would warn or guess."""
+    """Name the accelerator before DeepSpeed is imported: without a GPU it would guess, with a warning."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

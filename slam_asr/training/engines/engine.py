@@ -1,9 +1,9 @@
-"""What the loop asks of an engine, whichever it is.
+"""The interface between the training loop and an engine.
 
-The loss of a step is the mean over its target tokens on all processes. Engines average gradients over
-processes as if all had seen equally many targets; they have not, so each process scales the sum over
-its own targets by processes / targets of the whole step, and the average becomes that mean,
-accumulation included.
+The loss of an optimiser step is the mean over its target tokens on all processes. Engines average gradients
+over processes as if each had the same number of targets, which is not so. Each process therefore multiplies
+the loss summed over its own targets by `processes / targets of the step`. The average over processes, summed
+over micro-batches, is then exactly the gradient of that mean.
 """
 
 import math
@@ -16,29 +16,30 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from slam_asr.models.slam import Batch, Slam
 from slam_asr.recipe import Training
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of each weight, by torch's names."""
+"""Adam's state tensors for each weight, by torch's names."""
 
 
 @dataclass
 class Update:
-    """What became of an optimiser step."""
+    """The result of an optimiser step."""
 
     applied: bool
-    """Whether weights were changed; not where a gradient was not finite."""
+    """Whether the weights changed; False if a gradient was not finite."""
     gradient_norm: float | None
-    """2-norm over all trained weights before clipping, or None where the engine does not compute it."""
+    """2-norm over all trained weights before clipping, or None if the engine does not compute it."""
 
 
-class Groups:
-    """The trained weights, by the part of the model they belong to.
+class ParameterGroups:
+    """The trained weights, grouped by the part of the model they belong to.
 
     Args:
         model: its direct children are the parts.
-        options: the learning rate.
-        learning_rates: peaks of those parts that have their own.
+        options: gives the default peak learning rate.
+        learning_rates: peak learning rates of the parts that have their own.
     """
 
     def __init__(self, model: nn.Module, options: Training, learning_rates: dict[str, float]) -> None:
@@ -52,119 +53,148 @@ class Groups:
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
-        """All of them by name, in the optimiser's order."""
+        """All trained weights by name, in the optimiser's order."""
         return dict(item for weights in self.parts.values() for item in weights)
 
-    def for_optimizer(self) -> list[dict]:
-        """Parameter groups as torch's optimisers take them."""
+    def for_optimizer(self) -> list[dict[str, Any]]:
+        """Parameter groups in the form that torch's optimisers take."""
         return [
             {"params": [p for _, p in weights], "lr": self.peaks[name]}
             for name, weights in self.parts.items()
         ]
 
-    def set_rates(self, groups: list[dict], learning_rate: float) -> None:
-        """Give each group its share of this step's learning rate."""
+    def set_rates(self, groups: list[dict[str, Any]], learning_rate: float) -> None:
+        """Set each optimiser group's learning rate, in proportion to its peak.
+
+        Args:
+            groups: the optimiser's `param_groups`, in the order of `parts`; changed in place.
+            learning_rate: of this step, for a part without a peak of its own.
+        """
         for group, relative in zip(groups, self.relative_rates, strict=True):
             group["lr"] = learning_rate * relative
 
 
 class Engine(ABC):
-    """A model whose trained weights AdamW updates, on all processes alike."""
+    """A model with AdamW on its trained weights, which stay identical on all processes.
+
+    The model computes in the recipe's precision. AdamW updates fp32 copies of them, the *masters*. A
+    checkpoint holds the masters and Adam's moments as complete fp32 tensors, so that any engine on any number
+    of processes can resume from it.
+    """
 
     module: nn.Module
-    """What is called with a batch; in validation directly."""
-    bare: nn.Module
-    """The model itself; what it does beside `forward` is done by all processes alike."""
-    groups: Groups
+    """The wrapped model, called with a batch. Validation calls it directly."""
+    model: Slam
+    """The model without its wrapper. All processes must call its methods together."""
+    groups: ParameterGroups
 
-    def forward(self, batch: Any, last: bool) -> Any:
-        """The model's outputs, in training.
+    def forward(self, batch: Batch, last: bool) -> Any:
+        """Run the model in training.
 
         Args:
-            batch: what the model takes.
+            batch: one micro-batch, on the engine's device.
             last: whether the optimiser steps after this micro-batch.
+
+        Returns:
+            What the model returns: logits [targets, vocabulary], or the output of its scorer.
         """
         return self.module(batch)
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
-        """Find something out about the LLM, which may be called for it; all processes do so together.
+        """Run a trial on the LLM, with all its weights available. All processes must call it together.
 
         Args:
-            trial: what to do with it.
+            trial: takes the LLM, which it may call, and returns its finding.
 
         Returns:
-            What `trial` does.
+            The result of `trial`.
         """
-        return self.bare.try_llm(trial)
+        return self.model.try_llm(trial)
 
     @abstractmethod
-    def backward(self, loss_sum: torch.Tensor, targets_of_step: int, last: bool) -> None:
+    def backward(self, loss_sum: torch.Tensor, step_targets: int, last: bool) -> None:
         """Accumulate the gradient of one micro-batch.
 
         Args:
-            loss_sum: summed over this process' targets of the micro-batch.
-            targets_of_step: target tokens of the whole step, over all processes.
-            last: whether the optimiser steps after this one.
+            loss_sum: scalar; the loss summed over this process's targets of the micro-batch.
+            step_targets: target tokens of the complete step, over all processes.
+            last: whether the optimiser steps after this micro-batch.
         """
 
     @abstractmethod
     def step(self, learning_rate: float) -> Update:
-        """Update the weights by what was accumulated, and forget it.
+        """Update the weights by the accumulated gradient, and clear it.
 
         Args:
-            learning_rate: of this step; that of a part with a peak of its own is in proportion.
+            learning_rate: of this step; parts with a peak of their own get a rate in proportion.
         """
 
     @abstractmethod
-    def state_of(self, name: str, which: str) -> torch.Tensor:
-        """One whole tensor of the optimiser in fp32, on whatever device; all processes call it together.
+    def get_state(self, name: str, which: str) -> torch.Tensor:
+        """Return one complete tensor of the optimiser's state in fp32. All processes must call it together.
 
         Args:
             name: of a trained weight.
-            which: `weight` for its master copy, or one of `MOMENTS`.
+            which: `weight` for its master, or one of `MOMENTS`.
+
+        Returns:
+            A tensor in the shape of the complete weight, on any device.
         """
 
     @abstractmethod
-    def put_state(self, name: str, which: str, value: torch.Tensor) -> None:
-        """The reverse of `state_of`."""
+    def set_state(self, name: str, which: str, value: torch.Tensor) -> None:
+        """Overwrite one tensor of the optimiser's state; each process takes its part of `value`.
+
+        Call `finish_restoring` after the last one.
+
+        Args:
+            name: of a trained weight.
+            which: `weight` for its master, or one of `MOMENTS`.
+            value: the complete tensor, in the shape of the complete weight.
+        """
 
     @abstractmethod
     def finish_restoring(self, updates: int) -> None:
-        """Bring everything else in line with what `put_state` put.
+        """Make the rest of the engine consistent with the state that `set_state` wrote.
+
+        Copies the masters into the weights that the model computes with, and sets Adam's step count.
 
         Args:
-            updates: that Adam has made so far.
+            updates: number of updates that Adam has made so far.
         """
 
     @abstractmethod
     def updates(self) -> int:
-        """Updates that Adam has made so far."""
+        """Number of updates that Adam has made so far."""
 
     @abstractmethod
     def loss_scale(self) -> dict[str, float]:
-        """What a dynamic loss scale goes by; empty where there is none."""
+        """State of the dynamic loss scale; empty if the engine does not scale the loss."""
 
     @abstractmethod
-    def put_loss_scale(self, values: dict[str, float]) -> None:
-        """The reverse of `loss_scale`."""
+    def set_loss_scale(self, values: dict[str, float]) -> None:
+        """Restore the state that `loss_scale` returned, perhaps of another engine."""
 
-    def share(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """This process' share of the optimiser's state: whole tensors on the host, (weight's name, which, tensor).
+    def state_to_save(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Yield this process's share of the optimiser's state, as (weight's name, which, tensor).
 
-        Weights go round among the processes. Every tensor is put together on all of them, one after
-        the other, so all processes must go through this to its end.
+        Weights are dealt out to the processes in turn; the tensors are complete, in fp32, on the CPU. Every
+        process takes part in gathering every tensor, so all processes must run this generator to its end.
         """
         rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        for at, name in enumerate(self.groups.weights):
+        for index, name in enumerate(self.groups.weights):
             for which in ("weight", *MOMENTS):
-                tensor = self.state_of(name, which)
-                if at % processes == rank:
-                    # A copy: training goes on while it is written.
+                tensor = self.get_state(name, which)
+                if index % processes == rank:
+                    # A copy: training continues while another thread writes it.
                     yield name, which, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Bring weights to a precision and, with the buffers, to a device, but for those that have no values yet."""
+    """Cast a model's weights to `dtype`, and move weights and buffers to `device`.
+
+    Weights on the meta device are cast but stay there: they have no values yet.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to("meta" if parameter.is_meta else device, dtype)
     for buffer in model.buffers():
@@ -172,5 +202,8 @@ def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 
 def is_finite(norm: float | torch.Tensor | None) -> bool:
-    """Whether a gradient's norm is a number; DeepSpeed gives -1 for one that is not."""
-    return norm is None or (math.isfinite(norm) and norm >= 0)
+    """Whether a gradient's norm is finite; None counts as finite.
+
+    DeepSpeed reports a norm that is not finite as -1.
+    """
+    return norm is None or bool(math.isfinite(norm) and norm >= 0)

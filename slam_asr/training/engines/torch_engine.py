@@ -1,7 +1,8 @@
-"""PyTorch's own ways of training on several processes: DDP, where each holds the whole model, and FSDP2, where each holds a part.
+"""PyTorch's own engines: DDP (each process holds the complete model) and FSDP2 (each holds a shard).
 
-Trained weights are computed with in the recipe's precision and kept in fp32 beside it, as DeepSpeed
-does: an update of a ten-thousandth is less than bf16 can tell from nothing.
+The model computes in the recipe's precision; AdamW updates fp32 masters of the trained weights, as DeepSpeed
+does. Without masters small updates would be lost: bf16 has 8 bits of mantissa, so a relative change of 1e-4
+rounds to no change at all.
 """
 
 import functools
@@ -18,12 +19,22 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slam_asr.models.precision import DTYPES
-from slam_asr.models.sharded import StoredWeight
+from slam_asr.models.sharded import LazyWeight
+from slam_asr.models.slam import Batch, Slam
 from slam_asr.recipe import Training
-from slam_asr.training.engines.engine import MOMENTS, Engine, Groups, Update, is_finite, move_and_cast
+from slam_asr.training.engines.engine import (
+    MOMENTS,
+    Engine,
+    ParameterGroups,
+    Update,
+    is_finite,
+    move_and_cast,
+)
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
-"""fp16's loss scale at the start, and the good steps after which it doubles: as torch's own GradScaler has them."""
+"""Initial loss scale for fp16, and the number of finite steps in a row after which it doubles.
+
+The defaults of `torch.amp.GradScaler`."""
 
 
 _BUFFERS = "forward_sync_buffers"
@@ -32,36 +43,38 @@ if _BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameter
 
 
 class TorchEngine(Engine):
-    """The model under DDP or FSDP2, with AdamW on fp32 copies of its trained weights.
+    """The model under DDP or FSDP2, with AdamW on fp32 masters of its trained weights.
 
     Args:
         model: on any device; moved to `device`.
         options: engine, precision, clipping, weight decay.
-        device: where it trains.
-        learning_rates: peaks of those parts of the model (its direct children) that have their own.
-        stored: weights that are still to be read; FSDP2 alone can.
+        device: where the model trains.
+        learning_rates: peak learning rates of those direct children of the model that have their own.
+        lazy_weights: weights still to be read from disk; FSDP2 only.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Slam,
         options: Training,
         device: torch.device,
         learning_rates: dict[str, float] | None = None,
-        stored: Sequence[StoredWeight] = (),
+        lazy_weights: Sequence[LazyWeight] = (),
     ) -> None:
         dtype = DTYPES[options.precision]
         move_and_cast(model, device, dtype)
         if options.engine == "fsdp":
             shard(model, device)
-            for weight in stored:
-                read_share(weight, device)
+            for weight in lazy_weights:
+                read_local_rows(weight, device)
             self.module = model
         else:
-            # Statistics of batch norms, if there are any, belong to frozen parts: nothing to send round.
-            self.module = DistributedDataParallel(model, **{_BUFFERS: False})
-        self.bare = model
-        self.groups = Groups(model, options, learning_rates or {})
+            # Only frozen parts can have buffers that change, such as batch norm statistics: nothing to
+            # synchronise.
+            buffer_options: dict[str, Any] = {_BUFFERS: False}
+            self.module = DistributedDataParallel(model, **buffer_options)
+        self.model = model
+        self.groups = ParameterGroups(model, options, learning_rates or {})
         self.processes = torch.distributed.get_world_size()
         self.clipping = options.gradient_clipping
         # In fp32 the weights are their own masters.
@@ -77,24 +90,27 @@ class TorchEngine(Engine):
         self.scales = options.precision == "fp16"
         self.good_steps = 0
 
-    def forward(self, batch: Any, last: bool) -> Any:
-        # The backward pass averages over processes behind the last micro-batch only; before, each adds up its own.
+    def forward(self, batch: Batch, last: bool) -> Any:
+        # Gradients are averaged over processes once a step, in the backward pass of its last micro-batch.
+        # Before that, each process accumulates its own.
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
         else:
-            # What `no_sync` sets, which as a context would have to span the backward pass too.
+            assert isinstance(self.module, DistributedDataParallel)
+            # What `no_sync` sets. As a context manager it would have to enclose the backward pass too.
             self.module.require_backward_grad_sync = last
         return self.module(batch)
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
-        found = super().try_llm(trial)
+        result = super().try_llm(trial)
         if isinstance(self.module, FSDPModule):
-            # What was put together for it would go on to be computed with, whatever a checkpoint brings.
+            # FSDP2 leaves the root's weights gathered after a call. They would be used for the next forward
+            # pass, even if a checkpoint overwrites the shards in between.
             self.module.reshard()
-        return found
+        return result
 
-    def backward(self, loss_sum: torch.Tensor, targets_of_step: int, last: bool) -> None:
-        (loss_sum * (self.scale * self.processes / targets_of_step)).backward()
+    def backward(self, loss_sum: torch.Tensor, step_targets: int, last: bool) -> None:
+        (loss_sum * (self.scale * self.processes / step_targets)).backward()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Update:
@@ -111,7 +127,8 @@ class TorchEngine(Engine):
         if applied:
             if self.clipping and norm > self.clipping:
                 for master in self.masters.values():
-                    master.grad *= self.clipping / norm
+                    if master.grad is not None:
+                        master.grad *= self.clipping / norm
             self.adam.step()
             for name, parameter in weights.items():
                 if parameter is not self.masters[name]:
@@ -126,32 +143,38 @@ class TorchEngine(Engine):
         norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def _adapt_scale(self, good: bool) -> None:
-        self.good_steps = self.good_steps + 1 if good else 0
-        if not good:
+    def _adapt_scale(self, finite: bool) -> None:
+        """Halve the loss scale after an overflow; double it after `GROWTH_INTERVAL` finite steps in a row."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
             self.scale = max(1.0, self.scale / 2)
         elif self.good_steps % GROWTH_INTERVAL == 0:
             self.scale *= 2
 
-    def state_of(self, name: str, which: str) -> torch.Tensor:
-        self._make_state()
+    def get_state(self, name: str, which: str) -> torch.Tensor:
+        self._create_state()
         master = self.masters[name]
         tensor = master if which == "weight" else self.adam.state[master][which]
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @torch.no_grad()
-    def put_state(self, name: str, which: str, value: torch.Tensor) -> None:
-        self._make_state()
+    def set_state(self, name: str, which: str, value: torch.Tensor) -> None:
+        self._create_state()
         master = self.masters[name]
         tensor = master if which == "weight" else self.adam.state[master][which]
         value = value.to(tensor.device)
         if isinstance(tensor, DTensor):
-            # All processes hold the same value, so that nothing need be sent.
+            # Every process has read the same complete tensor: `src_data_rank=None` takes the local shard from
+            # it without communication.
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.copy_(value)
 
-    def _make_state(self) -> None:
-        """Give Adam the state that it would make at its first step."""
+    def _create_state(self) -> None:
+        """Create the state that Adam would create at its first step.
+
+        A checkpoint may be restored, or saved, before that step: the tensors must exist to be read or
+        overwritten.
+        """
         for master in self.masters.values():
             if not self.adam.state[master]:
                 self.adam.state[master] = {
@@ -173,43 +196,50 @@ class TorchEngine(Engine):
     def loss_scale(self) -> dict[str, float]:
         return {"cur_scale": self.scale, "good_steps": float(self.good_steps)} if self.scales else {}
 
-    def put_loss_scale(self, values: dict[str, float]) -> None:
-        # Those of DeepSpeed have a scale too, and other counts.
+    def set_loss_scale(self, values: dict[str, float]) -> None:
+        # DeepSpeed's state has the scale under the same name, but counts steps differently.
         self.scale = values.get("cur_scale", self.scale)
         self.good_steps = int(values.get("good_steps", 0))
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Spread a model's weights over all processes: each layer of the LLM by itself, the rest together.
+    """Shard a model's weights over all processes with FSDP2: each LLM layer as a unit, the rest as another.
 
-    A layer is put together where it is needed and taken apart behind it, so that no more than two are
-    whole at a time.
+    FSDP2 gathers a layer's weights just before the layer runs and frees them afterwards. With prefetching, at
+    most two layers are complete at a time.
     """
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     wrap = functools.partial(fully_shard, mesh=mesh)
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         wrap(layer)
     wrap(model)
+    # FSDP2 gathers the root's weights only around `forward`, unless it knows the other entry points.
     for method in ("generate", "search", "try_llm"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
 
 
-def read_share(weight: StoredWeight, device: torch.device) -> None:
-    """Read this process' rows of a weight that FSDP2 has spread before it had values."""
-    whole = weight.parameter
-    # As torch.chunk divides them: equal shares, but for the last ones with fewer rows or none.
-    share = -(-len(whole) // whole.device_mesh.size())
+def read_local_rows(weight: LazyWeight, device: torch.device) -> None:
+    """Read this process's rows of a weight that FSDP2 sharded on the meta device.
+
+    No process ever holds the complete weight.
+    """
+    sharded = weight.parameter
+    assert isinstance(sharded, DTensor)
+    # FSDP2 divides rows as torch.chunk does: shards of equal size, except that the last ones may have fewer
+    # rows or none.
+    rows_per_process = -(-len(sharded) // sharded.device_mesh.size())
     rows = weight.read_into(
-        torch.empty_like(whole.to_local(), device=device), share * whole.device_mesh.get_local_rank()
+        torch.empty_like(sharded.to_local(), device=device),
+        rows_per_process * sharded.device_mesh.get_local_rank(),
     )
     weight.put(
         DTensor.from_local(
             rows,
-            whole.device_mesh,
-            whole.placements,
+            sharded.device_mesh,
+            sharded.placements,
             run_check=False,
-            shape=whole.shape,
-            stride=whole.stride(),
+            shape=sharded.shape,
+            stride=sharded.stride(),
         )
     )

@@ -76,7 +76,7 @@ def test_failed_run_is_said_and_goes_on_by_resume(kubeflow, program):
     code, _, err = program("resume", "run-1")
     assert (
         code == 2
-        and "is succeeded, and only one that failed can be resumed" in err
+        and "is succeeded, and only a failed run can be resumed" in err
         and kubeflow.retried == ["run-1"]
     )
 
@@ -110,7 +110,7 @@ def test_start_whose_answer_is_lost_is_not_tried_twice(kubeflow, program):
     assert (
         code == 2
         and "failed to start the run" in err
-        and "look at `python -m pipelines status` before you try again" in err
+        and "check `python -m pipelines status` before you try again" in err
     )
     assert len(kubeflow.runs) == 3
 
@@ -118,17 +118,17 @@ def test_start_whose_answer_is_lost_is_not_tried_twice(kubeflow, program):
 @pytest.mark.parametrize(
     ("faults", "sentence"),
     [
-        (["html"], "answers with a web page, most likely a login: give a token in KFP_EXISTING_TOKEN"),
-        (["401"], "refuses the token (401): get a new one"),
+        (["html"], "answers with a web page, most likely a login: set KFP_EXISTING_TOKEN to a token"),
+        (["401"], "refuses the token (401): tokens expire; put a new one"),
         (
             ["ok", "403"],
-            "You may not look for the pipeline in the namespace slam-asr (403): check --namespace",
+            "You may not look up the pipeline in the namespace slam-asr (403): check --namespace",
         ),
-        (["ok", "401"], "refuses the token (401): get a new one"),
-        (["503"] * 40, "does not answer (it answers 503); it was tried for 3 s."),
+        (["ok", "401"], "refuses the token (401): tokens expire; put a new one"),
+        (["503"] * 40, "did not answer in 3 s of retries (HTTP 503): try again later."),
         (
             ["ok"] + ["503"] * 40,
-            "does not look for the pipeline (503 Service Unavailable); it was tried for 3 s.",
+            "could not look up the pipeline in 3 s of retries (503 Service Unavailable): try again later.",
         ),
     ],
 )
@@ -147,17 +147,17 @@ def test_expired_token_and_wrong_address(kubeflow, program, monkeypatch, tmp_pat
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     assert program("status")[0] == 0
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "nothing"))
-    assert "which is no file: put a token there" in program("status")[2]
+    assert "which is not a file: put a token there" in program("status")[2]
     monkeypatch.setenv("KFP_EXISTING_TOKEN", TOKEN)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nothing = f"http://127.0.0.1:{free.getsockname()[1]}"
     for endpoint, sentence in (
         (nothing, f"Nothing answers at {nothing} ("),
-        ("kubeflow.example", "The endpoint is kubeflow.example: write http:// or https://"),
+        ("kubeflow.example", "The endpoint is kubeflow.example: begin it with http:// or https://"),
         (
             f"{kubeflow.address}/nowhere",
-            "has no API of Kubeflow Pipelines 2 at /apis/v2beta1 (it answers 404)",
+            "has no API of Kubeflow Pipelines 2 at /apis/v2beta1 (HTTP 404)",
         ),
     ):
         code, _, err = program("status", "--endpoint", endpoint)
@@ -175,7 +175,7 @@ def test_expired_token_and_wrong_address(kubeflow, program, monkeypatch, tmp_pat
         (["submit", "demo", "--cluster", "cpu"], "The run has no corpus: give --corpus s3://…."),
         (
             ["submit", "demo", "--cluster", "cpu", "--corpus", "/data"],
-            "--corpus is /data, a place on this machine",
+            "--corpus is /data, a path on this machine",
         ),
         (
             ["submit", "demo", "--corpus", "s3://b/c", "--images", "Not/{stage} valid"],
@@ -211,7 +211,7 @@ def test_interrupted_waiting_leaves_the_run_alone(kubeflow):
     assert process.returncode == 130
     assert (
         err.splitlines()[-1]
-        == "slam-asr: the run goes on in the cluster: `python -m pipelines status run-1` shows it"
+        == "slam-asr: the run continues in the cluster: `python -m pipelines status run-1` shows it"
     )
 
 
@@ -224,7 +224,7 @@ def test_logs_are_those_of_the_runs_own_steps(kubeflow, cluster, program):
         "step 1",
         "löss 2",
         "── score (a-score, pending)",
-        "it waits: 0/3 nodes are available: 3 Insufficient memory.",
+        "waiting: 0/3 nodes are available: 3 Insufficient memory.",
     ]
     assert "score" not in program("logs", "run-1", "--step", "train", "--follow")[1]
     assert program("logs", "run-1", "--step", "trian")[2].startswith(
@@ -242,7 +242,9 @@ def test_logs_without_a_cluster_or_without_rights(kubeflow, program, monkeypatch
         "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nothing")
     )
     code, _, err = program("logs", "run-1")
-    assert (code, len(err.splitlines())) == (2, 1) and err.startswith("The Kubernetes API is not known here")
+    assert (code, len(err.splitlines())) == (2, 1) and err.startswith(
+        "No access to the Kubernetes API is configured"
+    )
 
 
 def test_what_is_sent_holds_no_credential(kubeflow, program, monkeypatch):

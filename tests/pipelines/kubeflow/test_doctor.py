@@ -94,7 +94,7 @@ def test_cluster_in_which_nothing_is_missing(doctor, bucket):
     assert code == 0, out
     lines = out.splitlines()
     assert len(lines) == 17 and all(line.startswith("✓ ") for line in lines[:-1]), out
-    assert "nodes: 2 that take pods, and for each step one with enough GPUs" in out
+    assert "nodes: 2 accept pods, and each step fits on one of them" in out
     assert list(bucket.objects.all()) == [], "what was written to see whether one may is gone again"
 
 
@@ -112,50 +112,53 @@ def changed(path, **values):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (gone(f"{NAMESPACE}/serviceaccounts/runner"), "✗ service account runner: is not in team"),
-        (gone(f"{NAMESPACE}/secrets/bucket-secret"), "✗ secret bucket-secret: is not in team"),
+        (gone(f"{NAMESPACE}/serviceaccounts/runner"), "✗ service account runner: does not exist in team"),
+        (gone(f"{NAMESPACE}/secrets/bucket-secret"), "✗ secret bucket-secret: does not exist in team"),
         (
             changed(f"{NAMESPACE}/secrets/bucket-secret", data={"key": ""}),
-            "✗ secret bucket-secret: holds key, but must hold accesskey and secretkey",
+            "✗ secret bucket-secret: contains key, but must contain accesskey and secretkey",
         ),
-        (changed(f"{NAMESPACE}/secrets/hub", data={}), "✗ secret hub: has no HF_TOKEN"),
-        (gone(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher's configuration: is not in team"),
-        (gone(f"{NAMESPACE}/persistentvolumeclaims/models"), "✗ volume of models models: is not in team"),
+        (changed(f"{NAMESPACE}/secrets/hub", data={}), "✗ secret hub: has no key HF_TOKEN"),
+        (gone(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher configuration: does not exist in team"),
+        (gone(f"{NAMESPACE}/persistentvolumeclaims/models"), "✗ model volume models: does not exist in team"),
         (
             gone("/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research"),
-            "✗ queue research: is not in team",
+            "✗ queue research: does not exist in team",
         ),
         (
             changed(
                 "/api/v1/nodes", items=[node(4, {"disk": "fast"}, [{"key": "other", "effect": "NoSchedule"}])]
             ),
-            "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 4)",
+            "✗ nodes: none has 4 × nvidia.com/gpu for train (the maximum is 4)",
         ),
         (
             changed("/api/v1/nodes", items=[node(8, {}, [])]),
-            "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 8)",
+            "✗ nodes: none has 4 × nvidia.com/gpu for train (the maximum is 8)",
         ),
         (
             changed("/api/v1/nodes", items=[node(3, {"disk": "fast"}, [])]),
-            "✗ nodes: none has 4 × nvidia.com/gpu for train (the most is 3)",
+            "✗ nodes: none has 4 × nvidia.com/gpu for train (the maximum is 3)",
         ),
         (
             lambda there, manifests: manifests.pop("team/train:7"),
-            "✗ image registry/team/train:7: is not in its registry",
+            "✗ image registry/team/train:7: does not exist",
         ),
     ],
 )
 def test_what_is_missing_is_named(doctor, change, says):
     code, out = doctor(change)
     assert code == 1 and says in out, out
-    assert sum(line.startswith("✗") for line in out.splitlines()) == 1 and out.splitlines()[-1] == "1 to mend"
+    assert (
+        sum(line.startswith("✗") for line in out.splitlines()) == 1
+        and out.splitlines()[-1] == "1 problem found"
+    )
 
 
 def test_what_may_not_be_looked_at_is_said_to_be_unknown(doctor):
     code, out = doctor(forbidden=True)
-    assert code == 0 and out.count("you may not look at it (403)") == 8, out
+    assert code == 0 and out.count("you may not read it (403)") == 8, out
     code, out = doctor(lambda there, manifests: manifests.update({"team/decode:7": 403}))
-    assert code == 0 and "– image registry/team/decode:7: the registry asks who pulls" in out
+    assert code == 0 and "– image registry/team/decode:7: the registry requires a login" in out
 
 
 def test_several_nodes_without_trainer_are_refused_before_anything_is_made(
@@ -163,15 +166,14 @@ def test_several_nodes_without_trainer_are_refused_before_anything_is_made(
 ):
     code, out = doctor(gone("/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/torch-distributed"))
     assert (
-        code == 0
-        and "– training runtime torch-distributed: is not there; only recipes of several nodes" in out
+        code == 0 and "– training runtime torch-distributed: does not exist; only multi-node training" in out
     )
     submit = ["submit", "demo", "--cluster", "several-nodes", "--corpus", "s3://b/c", "--training.nodes", "2"]
     with serving(KubernetesHandler, pods={}, objects={}, forbidden=False) as kubernetes:
         kubernetes_at(kubernetes)
         code, _, err = program(*submit)
     assert code == 2 and err.startswith(
-        "The recipe asks for several nodes, but the cluster has no training runtime torch-distributed"
+        "The recipe trains on several nodes, but the cluster has no training runtime torch-distributed"
     )
     assert not kubeflow.pipelines and not kubeflow.runs
     with serving(KubernetesHandler, pods={}, objects=objects(), forbidden=False) as kubernetes:
