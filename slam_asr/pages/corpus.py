@@ -10,13 +10,14 @@ from slam_asr.pages.render import grouped, render
 from slam_asr.recipe import Recipe
 from slam_asr.storage import write_atomically
 
-MOST_BARS = 60
-"""Bars of the histogram; longer utterances widen them."""
-MOST_CHARACTERS = 200
-_SHOWN = 160
-"""Characters of a sentence or key on the page; the list has them whole."""
+MAX_BARS = 60
+"""Maximum number of bars in the histogram; long utterances make the bars wider instead."""
+MAX_CHARACTERS = 200
+"""Maximum number of different characters on the page."""
+_MAX_EXAMPLE = 160
+"""Maximum length of a sentence or key on the page, in characters; rejected.jsonl has the full text."""
 
-# The drawing's own units.
+# In units of the drawing.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 960, 250, 64, 16, 34, 8
 
 
@@ -24,15 +25,15 @@ def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statis
     """Write the page.
 
     Args:
-        path: the page.
-        corpus: where it lies.
-        kind: what it is, in words.
-        recipe: its data section is told.
-        statistics: what `corpora.statistics` counted.
+        path: the page's file.
+        corpus: path of the corpus.
+        kind: its layout, in words.
+        recipe: the recipe, whose data section the page shows.
+        statistics: the counts from `corpora.statistics`.
     """
     splits = statistics["splits"]
     total = {name: sum(m[name] for m in splits.values()) for name in ("hours", "utterances", "words")}
-    shown = {
+    values = {
         "corpus": corpus,
         "kind": kind,
         "data": recipe.data,
@@ -41,25 +42,25 @@ def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statis
         "histogram": draw_histogram(splits),
         "characters": characters(statistics["alphabet"]),
         "distinct": len(statistics["alphabet"]),
-        "left_out": max(0, len(statistics["alphabet"]) - MOST_CHARACTERS),
+        "left_out": max(0, len(statistics["alphabet"]) - MAX_CHARACTERS),
         "rejected": statistics["rejected"],
         "reasons": _reasons(statistics),
         "held_out": statistics["dev_held_out_of_train"],
         "converted": statistics["converted"],
     }
-    write_atomically(path, render("corpus.html", {"hours": hours, "share": share}, **shown))
+    write_atomically(path, render("corpus.html", {"hours": hours, "share": share}, **values))
 
 
 def hours(value: float) -> str:
-    """`0.5` → `30 min`, `960.7` → `960.7 h`; narrow spaces keep them whole."""
+    """`0.5` → `30.0 min`, `960.7` → `960.7 h`, with narrow spaces that do not break."""
     if value < 1:
         return f"{value * 60:.1f}\u202fmin"
     return f"{grouped(round(value, 1 if value < 10_000 else None))}\u202fh"
 
 
-def share(part: float, whole: float) -> str:
+def share(part: float, total: float) -> str:
     """`3, 100` → `3.0 %`."""
-    percent = 100 * part / whole if whole else 0
+    percent = 100 * part / total if total else 0
     return "< 0.1\u202f%" if 0 < percent < 0.1 else f"{percent:.1f}\u202f%"
 
 
@@ -70,14 +71,15 @@ class Bar:
     x: float
     width: float
     parts: list[tuple[str, float, float]]
-    """Split, top and height of each part, the first one lowest."""
-    says: str
+    """Split, top and height of each part, from the lowest to the highest."""
+    label: str
+    """Shown when the pointer is over the bar."""
 
 
 def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Bars and axes of the durations of all splits, in the drawing's units."""
+    """Draw the durations of all splits as a histogram: bars and axes, in units of the drawing."""
     longest = max(len(m["durations"]) for m in splits.values())
-    width = math.ceil(longest / MOST_BARS)
+    width = math.ceil(longest / MAX_BARS)
     counts = [
         {s: sum(m["durations"][second : second + width]) for s, m in splits.items()}
         for second in range(0, longest, width)
@@ -92,9 +94,9 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 height = number * up
                 base -= height
                 parts.append((split, round(base, 2), round(height, 2)))
-        told = ", ".join(f"{grouped(n)} {split}" for split, n in count.items() if n) or "none"
-        says = f"{index * width} to {(index + 1) * width} s: {told}"
-        bars.append(Bar(round(_LEFT + index * across + 1, 2), round(max(across - 2, 1), 2), parts, says))
+        numbers = ", ".join(f"{grouped(n)} {split}" for split, n in count.items() if n) or "none"
+        label = f"{index * width} to {(index + 1) * width} s: {numbers}"
+        bars.append(Bar(round(_LEFT + index * across + 1, 2), round(max(across - 2, 1), 2), parts, label))
     every = max(1, math.ceil(len(counts) / 12))
     return {
         "bars": bars,
@@ -110,7 +112,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _scale(highest: int) -> tuple[int, int]:
-    """A round step of the axis, and its end."""
+    """A round step of the axis, and its upper end."""
     raw = max(highest, 1) / 4
     power = 10 ** math.floor(math.log10(raw)) if raw >= 1 else 1
     step = next(int(f * power) for f in (1, 2, 5, 10) if f * power >= raw)
@@ -118,7 +120,7 @@ def _scale(highest: int) -> tuple[int, int]:
 
 
 def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
-    """Characters from the most to the least frequent, those without a shape of their own by name."""
+    """Characters from the most to the least frequent. Invisible ones, such as spaces, are shown by name."""
     total = sum(alphabet.values())
     return [
         {
@@ -129,7 +131,7 @@ def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
             "of": share(count, total),
             "plain": "space" if char == " " else f"U+{ord(char):04X}",
         }
-        for char, count in list(alphabet.items())[:MOST_CHARACTERS]
+        for char, count in list(alphabet.items())[:MAX_CHARACTERS]
     ]
 
 
@@ -149,4 +151,4 @@ def _reasons(statistics: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _short(text: str) -> str:
     text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 40]} … {text[-36:]}"
+    return text if len(text) <= _MAX_EXAMPLE else f"{text[: _MAX_EXAMPLE - 40]} … {text[-36:]}"

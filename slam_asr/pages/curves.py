@@ -15,20 +15,20 @@ from slam_asr.pages.render import grouped, render
 from slam_asr.storage import write_atomically
 
 RUN_MARKERS = "●■▲◆▼★"
-"""The markers that `draw_runs` gives the first lines; the style sheet's --run-1, --run-2 … are their colours."""
+"""Markers of the first lines that `draw_runs` draws. Their colours are --run-1, --run-2 … in the style sheet."""
 CURVE_POINTS = 400
-"""Points drawn of a training curve; more than a screen can tell apart only make the page heavy."""
+"""Maximum number of points per curve: more are indistinguishable on a screen and make the page large."""
 
 
 def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training: dict[str, Any]) -> None:
     """Write a page with the curves of one training.
 
     Args:
-        path: the page.
+        path: the page's file.
         title: its heading.
         facts: (name, value) pairs shown above the curves.
-        training: `curve` and `validation`, lists of {step, loss, accuracy}, the latter perhaps with wer; and `samples`, the
-            transcripts of the last validation with key, reference and hypothesis.
+        training: `curve` and `validation`, lists of {step, loss, accuracy}, the latter optionally with wer; and
+            `samples`, the transcripts of the last validation with key, reference and hypothesis.
     """
     points = {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     samples = training.get("samples") or []
@@ -37,11 +37,11 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
     )
 
 
-def thinned(points: Sequence[dict[str, Any]], most: int = CURVE_POINTS) -> list[dict[str, Any]]:
-    """At most `most` points: each the mean of equally many neighbours, at the step of the last."""
-    if len(points) <= most:
+def thinned(points: Sequence[dict[str, Any]], max_points: int = CURVE_POINTS) -> list[dict[str, Any]]:
+    """At most `max_points` points, each the mean of equally many neighbours, at the step of the last one."""
+    if len(points) <= max_points:
         return list(points)
-    width = math.ceil(len(points) / most)
+    width = math.ceil(len(points) / max_points)
     return [_mean(points[start : start + width]) for start in range(0, len(points), width)]
 
 
@@ -55,11 +55,16 @@ def _mean(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """Figures of one training, with `heading`, `summary` and `svg`: its own values and those on dev."""
+    """Draw the figures of one training, from its values in training and on dev.
+
+    Returns:
+        For each quantity, a dictionary with `heading`, `summary` and `svg`.
+    """
     curves = []
     for quantity, heading, scale in _QUANTITIES:
         series = {
@@ -68,14 +73,21 @@ def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
         }
         if any(series.values()):
             lines = [Line(name, points, _STYLES[name]) for name, points in series.items() if points]
-            curves.append(_figure(quantity, heading, lines, _in_words(series, *_BEST[quantity])))
+            curves.append(_figure(quantity, heading, lines, _summary(series, *_BEST[quantity])))
     return curves
 
 
 def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Figures of several trainings, by name, as `draw_curves` makes them: their values on dev, or their own where there was no dev.
+    """Draw the figures of several trainings: their values on dev, or in training if none has values on dev.
 
-    The first ones have colours and markers of their own, as `RUN_MARKERS` names them; the others share a quiet line. The page names the lines.
+    The first lines have colours and markers of their own, see `RUN_MARKERS`; the others are drawn alike. The
+    figures have no legend, because the page shows the markers next to the names.
+
+    Args:
+        trainings: trainings by name, each as for `draw_curves`.
+
+    Returns:
+        Figures as from `draw_curves`.
     """
     curves = []
     for quantity, heading, scale in _QUANTITIES:
@@ -89,14 +101,12 @@ def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         }
         series = dev if any(dev.values()) else own
         lines = [
-            Line(name, points, _style_of_run(at))
-            for at, (name, points) in enumerate(series.items())
-            if points
+            Line(name, points, _style_of_run(i)) for i, (name, points) in enumerate(series.items()) if points
         ]
         if lines:
-            best, shown = _BEST[quantity]
-            ends = [
-                f"{line.name}: best {shown.format(best(line.points, key=lambda point: point[1])[1])}"
+            best, template = _BEST[quantity]
+            summaries = [
+                f"{line.name}: best {template.format(best(line.points, key=lambda point: point[1])[1])}"
                 for line in lines[: len(_RUNS)]
             ]
             curves.append(
@@ -104,8 +114,8 @@ def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                     quantity,
                     f"{heading}{', dev' * (series is dev and quantity != 'wer')}",
                     lines,
-                    "; ".join(ends) + ".",
-                    named=False,
+                    "; ".join(summaries) + ".",
+                    legend=False,
                 )
             )
     return curves
@@ -113,7 +123,7 @@ def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass
 class Line:
-    """One line of a figure: its name, its (step, value) points, and how matplotlib draws it."""
+    """One line of a figure: its name, its (step, value) points, and its style in matplotlib's terms."""
 
     name: str
     points: list[tuple[int, float]]
@@ -125,6 +135,7 @@ _QUANTITIES = (
     ("accuracy", "Next-token accuracy, %", 100),
     ("wer", "Word error rate of some dev utterances, greedy, %", 100),
 )
+"""Key, heading and scale of each quantity that is drawn."""
 
 
 def _points(rows: Sequence[dict[str, Any]], quantity: str, scale: int) -> list[tuple[int, float]]:
@@ -132,35 +143,35 @@ def _points(rows: Sequence[dict[str, Any]], quantity: str, scale: int) -> list[t
 
 
 def _figure(
-    quantity: str, heading: str, lines: Sequence[Line], summary: str, named: bool = True
+    quantity: str, heading: str, lines: Sequence[Line], summary: str, legend: bool = True
 ) -> dict[str, Any]:
     return {
         "heading": heading,
         "summary": summary,
-        "svg": Markup(_svg(quantity, lines, f"{heading} over optimiser steps", summary, named)),
+        "svg": Markup(_svg(quantity, lines, f"{heading} over optimiser steps", summary, legend)),
     }
 
 
 _BEST = {"loss": (min, "{:.3f}"), "accuracy": (max, "{:.1f}\u202f%"), "wer": (min, "{:.1f}\u202f%")}
-"""Which of a quantity's values is the best, and how it is written."""
+"""For each quantity, the function that finds its best value, and the value's format."""
 
 
-def _in_words(
-    series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], shown: str
+def _summary(
+    series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], template: str
 ) -> str:
     sentences = []
     if series["training"]:
         (first, start), (last, end) = series["training"][0], series["training"][-1]
         sentences.append(
-            f"Training: {shown.format(start)} at step {grouped(first)}, {shown.format(end)} at step {grouped(last)}."
+            f"Training: {template.format(start)} at step {grouped(first)}, {template.format(end)} at step {grouped(last)}."
         )
     if series["validation"]:
         step, value = best(series["validation"], key=lambda point: point[1])
-        sentences.append(f"Validation: best {shown.format(value)}, at step {grouped(step)}.")
+        sentences.append(f"Validation: best {template.format(value)}, at step {grouped(step)}.")
     return " ".join(sentences)
 
 
-# Stand-ins that matplotlib draws with; the page's style sheet has the colours, by day and by night.
+# Placeholders that matplotlib draws with. The page's style sheet has the colours, for light and dark pages.
 _INK, _GRID, _TRAINING, _VALIDATION, _QUIET = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 _RUNS = [f"#1011{number:02x}" for number in range(1, 7)]
 _COLOURS = {
@@ -177,19 +188,21 @@ _STYLES = {
 }
 
 
-def _style_of_run(at: int) -> dict[str, Any]:
-    """Colour and dashes: not by colour alone can lines be told apart by everyone."""
-    if at >= len(_RUNS):
+def _style_of_run(index: int) -> dict[str, Any]:
+    """Colour, marker and dashes, because not everyone can distinguish lines by colour alone."""
+    if index >= len(_RUNS):
         return {"color": _QUIET, "alpha": 0.6}
     return {
-        "color": _RUNS[at],
-        "marker": "os^Dv*"[at],
+        "color": _RUNS[index],
+        "marker": "os^Dv*"[index],
         "markersize": 4,
-        "linestyle": [(0, ()), (0, (3, 2)), (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 4))][at],
+        "linestyle": [(0, ()), (0, (3, 2)), (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 4))][
+            index
+        ],
     }
 
 
-def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, named: bool) -> str:
+def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, legend: bool) -> str:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -222,7 +235,7 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, nam
         axes.set_ylim(0, 100 if quantity == "accuracy" else 1.05 * highest or 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: grouped(round(step))))
-        if named:
+        if legend:
             axes.legend(
                 frameon=False,
                 handlelength=2.6,
@@ -241,14 +254,14 @@ def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 
 def _inline(svg: str, name: str, title: str, description: str) -> str:
-    """matplotlib's file as a part of a page: no header, a name and a description, the page's colours."""
+    """Turn matplotlib's file into a part of a page: without header, with title, description and the page's colours."""
     body = svg[svg.index("<svg") :]
     view = re.search(r'viewBox="[^"]+"', body)[0]
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body[body.index(">") + 1 :], flags=re.DOTALL)
-    # Groups are numbered anew in each figure: two on one page would share their ids.
+    # matplotlib numbers its groups from 1 in each figure, so two figures on a page would share ids.
     body = re.sub(r'<g id="[^"]*"', "<g", body)
-    for stand_in, colour in _COLOURS.items():
-        body = body.replace(stand_in, colour)
+    for placeholder, colour in _COLOURS.items():
+        body = body.replace(placeholder, colour)
     return (
         f'<svg {view} role="img" aria-labelledby="{name}-title {name}-description">'
         f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-description">{escape(description)}</desc>{body}'

@@ -1,4 +1,4 @@
-"""Templates of this folder, filled in; everything is escaped unless it is marked as safe."""
+"""Fill in the templates of this folder. All values are escaped unless they are marked as safe."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,12 @@ import jinja2
 
 
 def render(template: str, filters: dict[str, Callable[..., str]] | None = None, **values: Any) -> str:
-    """A page as text.
+    """Render a page as text.
 
     Args:
         template: file name in this folder.
-        filters: beside `grouped` and `capital`.
-        values: what the template names; one that is missing is an error.
+        filters: more filters, in addition to `grouped` and `capital`.
+        values: values of the template's names; a missing one is an error.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("slam_asr.pages", ""),

@@ -36,7 +36,9 @@ SPEAKERS = 100
 NO_SUBSET = "(no subset)"
 
 _CONTROL_NOTES = {
-    "shuffled audio": "Each utterance decoded with the audio of another; a model that listens does far better.",
+    "shuffled audio": (
+        "Each utterance decoded with the audio of another. A model that listens does far better than this."
+    ),
     "empty output": "No hypothesis contains a word.",
 }
 
@@ -57,7 +59,7 @@ def write_report(
         folder: output folder; created if missing.
         title: the page's heading, such as the recipe's name.
         rows: the model's hypotheses.
-        controls: other hypotheses for the same utterances, by name, such as `shuffled audio` and `empty output`.
+        controls: other hypotheses for the same utterances by name, `shuffled audio` and `empty output`.
         training: how the model was trained: recipe, encoder, llm, projector_parameters, all_parameters,
             precision, device, processes, steps, epochs, seconds, train_utterances, train_hours,
             curve (list of {step, loss, accuracy, learning_rate}) and validation (list of {step, loss,

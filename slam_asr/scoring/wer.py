@@ -105,7 +105,7 @@ def write_hypotheses(path: str | Path, rows: Iterable[Hypothesis]) -> None:
 
 
 def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
-    """Write `decode_log_pred` and `decode_log_gt` in the format of SLAM-LLM's decoding, for tools that read it.
+    """Write `decode_log_pred` and `decode_log_gt` in SLAM-LLM's format, for tools that read it.
 
     Their lines are key, tab, text.
     """

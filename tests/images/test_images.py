@@ -1,4 +1,4 @@
-"""The images: one pattern, what the stage imports and nothing else, and a user who may write where it must."""
+"""Images follow one pattern, contain exactly what their stage imports, and work for any user."""
 
 import json
 import re
@@ -19,8 +19,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 LISTS = CHECKOUT / "requirements" / "images"
 sys.path[:0] = [str(CHECKOUT / "requirements"), str(CHECKOUT / "images")]
 
-import build  # noqa: E402 - it runs without the library
-import lock  # noqa: E402 - it lies beside the lists that it writes
+import build  # noqa: E402 - images/ is not a package
+import lock  # noqa: E402 - requirements/ is not a package
 from imports import third_party  # noqa: E402
 
 WITHOUT_TORCH = "build-manifest"
@@ -31,7 +31,7 @@ def dockerfile(stage: str) -> str:
 
 
 def listed(file: str) -> dict[str, str]:
-    """Name and hash of each line."""
+    """Parse a list of packages: hash by name."""
     lines = [line for line in (LISTS / file).read_text().splitlines() if not line.startswith("#")]
     return {re.match(r"[\w.-]+", line)[0]: line.partition("--hash=sha256:")[2] for line in lines}
 
@@ -42,15 +42,15 @@ def test_an_image_is_built_for_every_stage():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dockerfile_follows_the_pattern(stage):
-    """All five are one text, but for the stage's name, torch, and the GPU."""
+    """All five are the same text, except for the stage's name, torch and the GPU."""
 
-    def plain(text: str, name: str) -> list[str]:
+    def normalised(text: str, name: str) -> list[str]:
         text = text.replace(name, "STAGE").replace("TORCH=cpu", "TORCH=cuda")
         lines = [line for line in text.splitlines() if not line.startswith("# The image of the stage")]
         return [line for line in lines if "NVIDIA" not in line]
 
-    pattern = plain(dockerfile("train"), "train")
-    ours = plain(dockerfile(stage), stage)
+    pattern = normalised(dockerfile("train"), "train")
+    ours = normalised(dockerfile(stage), stage)
     if stage == WITHOUT_TORCH:
         left_out = [line for line in pattern if line not in ours]
         assert all(
@@ -63,7 +63,7 @@ def test_dockerfile_follows_the_pattern(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_everything_that_is_installed_is_pinned_by_version_and_hash(stage):
+def test_every_installed_package_is_pinned_by_version_and_hash(stage):
     installs = re.findall(r"^RUN pip install (.*)$", dockerfile(stage), re.MULTILINE)
     *lists, ours = installs
     assert ours.endswith("--no-deps --no-build-isolation .")
@@ -75,7 +75,7 @@ def test_everything_that_is_installed_is_pinned_by_version_and_hash(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_image_holds_what_the_stage_imports_and_what_that_needs(stage):
+def test_image_contains_what_the_stage_imports_and_its_dependencies(stage):
     names = listed(f"{stage}.txt").keys()
     assert names == lock.of_stage(stage) - {"torch"}, "run requirements/lock.py again"
     assert ("torch" in lock.of_stage(stage)) == (stage != WITHOUT_TORCH)
@@ -90,16 +90,18 @@ def test_only_training_has_deepspeed_and_only_tables_have_pyarrow():
     assert not any("pytest" in listed(f"{stage}.txt") for stage in STAGES)
 
 
-def test_imports_for_type_checkers_alone_do_not_count(tmp_path):
+def test_imports_only_for_type_checkers_are_ignored(tmp_path):
     source = tmp_path / "module.py"
     source.write_text(
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import one\ndef f():\n    import two.three\n"
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import one\n"
+        "def f():\n    import two.three\n"
     )
     assert third_party([str(source)]).keys() == {"two"}
 
 
 def test_mistakes_are_one_sentence(tmp_path):
-    def refused(*options: str, **environment: str) -> str:
+    def error_of(*options: str, **environment: str) -> str:
         command = [sys.executable, str(CHECKOUT / "images" / "build.py"), *options]
         done = subprocess.run(
             command,
@@ -110,29 +112,29 @@ def test_mistakes_are_one_sentence(tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         return done.stderr
 
-    assert "there is no stage trian: STAGES may name build-manifest" in refused("--stages", "trian")
-    assert "convert-checkpoint uses torch's build without CUDA, which has an index of its own" in refused(
+    assert "there is no stage trian: STAGES may name build-manifest" in error_of("--stages", "trian")
+    assert "convert-checkpoint uses torch's build without CUDA, which has an index of its own" in error_of(
         PATH=str(tmp_path)
     )
-    assert "decode uses torch's build without CUDA" in refused(
+    assert "decode uses torch's build without CUDA" in error_of(
         "--torch", "cpu", "--stages", "build-manifest decode"
     )
-    assert "there is no docker command" in refused("--torch", "cuda", PATH=str(tmp_path))
+    assert "there is no docker command" in error_of("--torch", "cuda", PATH=str(tmp_path))
 
 
-def test_docker_hubs_own_images_are_found_by_their_short_names(monkeypatch):
-    """Docker says `team/train@sha256:…` of what was pushed as `docker.io/team/train`."""
+def test_digest_of_an_image_on_docker_hub_is_found_by_its_short_name(monkeypatch):
+    """Docker reports `team/train@sha256:…` for an image pushed as `docker.io/team/train`."""
     sys.path.insert(0, str(CHECKOUT / "images"))
     import build
 
-    said = {
+    outputs = {
         "push": "",
         "inspect": json.dumps(["team/train@sha256:1", "registry.example/team/train@sha256:2"]),
     }
     monkeypatch.setattr(
         build.subprocess,
         "run",
-        lambda command, **_: subprocess.CompletedProcess(command, 0, said[command[1]], ""),
+        lambda command, **_: subprocess.CompletedProcess(command, 0, outputs[command[1]], ""),
     )
     assert build._push("docker.io/team/train:7") == "docker.io/team/train@sha256:1"
     assert build._push("registry.example/team/train:7") == "registry.example/team/train@sha256:2"
@@ -142,7 +144,7 @@ def test_docker_hubs_own_images_are_found_by_their_short_names(monkeypatch):
 
 @pytest.fixture
 def inside(images):
-    """Run a command in a stage's image, as a user whom the image does not know, without a network."""
+    """Run a command in a stage's image, without a network, as a user who does not exist in it."""
 
     def run(stage: str, *command: str, user: str = "4242:4343") -> str:
         options = ["--rm", "--network", "none", "--user", user, "--env", "_KFP_RUNTIME=true"]
@@ -159,7 +161,7 @@ def inside(images):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_image_says_what_it_is_and_everything_it_imports_is_there(stage, inside, images):
+def test_image_reports_its_version_and_contains_all_its_imports(stage, inside, images):
     line = inside(stage, "slam-asr", "--version")
     assert re.fullmatch(
         rf"slam-asr {__version__} \(commit [0-9a-f]+\+?\), (no torch|torch 2[\d.]+\+cpu, CUDA none)\n", line
@@ -182,22 +184,27 @@ def test_image_says_what_it_is_and_everything_it_imports_is_there(stage, inside,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("user", ["1000", "4242:4343"])
-def test_any_user_may_write_where_a_step_has_to(user, inside):
-    script = 'touch /minio/x /s3/x /gcs/x "$SLAM_ASR_CACHE"/models/x "$HOME"/x && python3 -c "import getpass; print(getpass.getuser())" && id -u'
+def test_any_user_may_write_where_a_step_writes(user, inside):
+    script = (
+        'touch /minio/x /s3/x /gcs/x "$SLAM_ASR_CACHE"/models/x "$HOME"/x '
+        '&& python3 -c "import getpass; print(getpass.getuser())" && id -u'
+    )
     assert inside("build-manifest", "sh", "-c", script, user=user).split() == ["slam", user.partition(":")[0]]
 
 
 @pytest.mark.slow
-def test_images_are_written_down_for_compile(images, tmp_path):
+def test_image_list_is_readable_for_compile(images, tmp_path):
     from components import images as images_of
 
-    named = images_of(str(CHECKOUT / "build" / "images.yaml"))
-    assert {stage: named[stage] for stage in STAGES} == {stage: f"slam-asr/{stage}:test" for stage in STAGES}
+    image_of = images_of(str(CHECKOUT / "build" / "images.yaml"))
+    assert {stage: image_of[stage] for stage in STAGES} == {
+        stage: f"slam-asr/{stage}:test" for stage in STAGES
+    }
 
 
 @pytest.fixture
 def registry(docker_engine, tmp_path):
-    """A registry of images on this machine → its name."""
+    """Start a local registry of images, and return its name."""
     try:
         install(["docker-registry"], ["docker-registry"])
     except NoEngine as reason:
@@ -206,7 +213,8 @@ def registry(docker_engine, tmp_path):
         free.bind(("127.0.0.1", 0))
         name = f"127.0.0.1:{free.getsockname()[1]}"
     (tmp_path / "registry.yml").write_text(
-        f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{name}'}}\nstorage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}\n"
+        f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{name}'}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}\n"
     )
     server = subprocess.Popen(
         ["docker-registry", "serve", str(tmp_path / "registry.yml")],
@@ -226,14 +234,14 @@ def registry(docker_engine, tmp_path):
 
 
 @pytest.mark.slow
-def test_pushed_images_are_written_down_by_their_digest_and_found_by_doctor(images, registry):
+def test_pushed_images_are_listed_by_digest_and_found_by_doctor(images, registry):
     from pipelines.kubeflow.registry import check_image
 
-    written = CHECKOUT / "build" / "images.yaml"
-    before = written.read_text()
+    image_list = CHECKOUT / "build" / "images.yaml"
+    before = image_list.read_text()
     name = f"{registry}/team/build-manifest"
     try:
-        # What has been built is what is pushed: nothing is built again.
+        # Push the image that exists already: Docker's cache avoids a second build.
         options = [
             f"REGISTRY={registry}/team",
             "TAG=7",
@@ -249,9 +257,11 @@ def test_pushed_images_are_written_down_by_their_digest_and_found_by_doctor(imag
             text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        line = next(line for line in written.read_text().splitlines() if line.startswith("build-manifest: "))
+        line = next(
+            line for line in image_list.read_text().splitlines() if line.startswith("build-manifest: ")
+        )
     finally:
-        written.write_text(before)
+        image_list.write_text(before)
     pushed = line.removeprefix("build-manifest: ")
     assert re.fullmatch(rf"{name}@sha256:[0-9a-f]{{64}}", pushed)
     assert (

@@ -1,4 +1,4 @@
-"""Every overlay is valid Kubernetes, names what exists, holds no secret, and gives no more rights than are needed."""
+"""Overlays are valid, refer to existing objects, contain no secret, and grant only necessary rights."""
 
 import subprocess
 from collections.abc import Iterator
@@ -22,8 +22,9 @@ CUSTOM = {
     "ClusterQueue": ["resourceGroups", "namespaceSelector"],
     "LocalQueue": ["clusterQueue"],
 }
-"""Kinds of Kueue, which no schema of Kubernetes knows, and the fields of their specification that must be there."""
+"""Kinds of Kueue, which Kubernetes has no schema for, and the required fields of their specification."""
 EXTERNAL = {"Secret": {"slam-asr-s3", "slam-asr-hub"}}
+"""Objects that the user creates."""
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
@@ -42,69 +43,69 @@ def rendered(request) -> list[dict[str, Any]]:
 
 
 def of_kind(objects: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
-    return [thing for thing in objects if thing["kind"] in kinds]
+    return [item for item in objects if item["kind"] in kinds]
 
 
 def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        thing["spec"]["template"]["spec"] for thing in of_kind(objects, "Job", "StatefulSet", "Deployment")
-    ]
+    return [item["spec"]["template"]["spec"] for item in of_kind(objects, "Job", "StatefulSet", "Deployment")]
 
 
-def named(node: Any, key: str) -> Iterator[Any]:
-    """All values of a key, wherever it stands."""
+def values_of(node: Any, key: str) -> Iterator[Any]:
+    """Yield all values of a key at any depth."""
     if isinstance(node, dict):
         for name, value in node.items():
             if name == key:
                 yield value
-            yield from named(value, key)
+            yield from values_of(value, key)
     elif isinstance(node, list):
         for value in node:
-            yield from named(value, key)
+            yield from values_of(value, key)
 
 
-def test_there_is_an_overlay_for_each_shipped_cluster():
+def test_each_shipped_cluster_has_an_overlay():
     assert OVERLAYS == ["cpu", "one-gpu-node", "several-nodes"]
 
 
 def test_every_object_is_valid(rendered):
-    for thing in rendered:
-        if thing["kind"] in CUSTOM:
-            assert thing["apiVersion"] == "kueue.x-k8s.io/v1beta2"
-            assert all(thing["spec"].get(field) for field in CUSTOM[thing["kind"]])
+    for item in rendered:
+        if item["kind"] in CUSTOM:
+            assert item["apiVersion"] == "kueue.x-k8s.io/v1beta2"
+            assert all(item["spec"].get(field) for field in CUSTOM[item["kind"]])
         else:
-            kubernetes_validate.validate(thing, KUBERNETES, strict=True)
-        assert ("namespace" in thing["metadata"]) == (thing["kind"] not in CLUSTER_SCOPED), thing["metadata"]
+            kubernetes_validate.validate(item, KUBERNETES, strict=True)
+        assert ("namespace" in item["metadata"]) == (item["kind"] not in CLUSTER_SCOPED), item["metadata"]
 
 
-def test_a_misspelt_field_would_be_found():
+def test_validation_finds_a_misspelt_field():
     [claim] = of_kind(render("cpu"), "PersistentVolumeClaim")
     claim["spec"]["accessMode"] = claim["spec"].pop("accessModes")
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(claim, KUBERNETES, strict=True)
 
 
-def test_no_secret_is_kept_here(rendered):
+def test_manifests_contain_no_secret(rendered):
     assert not of_kind(rendered, "Secret")
     text = "".join(path.read_text() for path in MANIFESTS.rglob("*.yaml")).lower()
     assert "stringdata" not in text and "minio123" not in text and "password:" not in text
 
 
-def test_everything_that_is_named_exists(rendered):
-    there = {
+def test_every_referenced_object_exists(rendered):
+    existing = {
         kind: {t["metadata"]["name"] for t in of_kind(rendered, kind)}
         for kind in ("ServiceAccount", "PersistentVolumeClaim", "ClusterQueue")
     }
-    assert set(named(rendered, "serviceAccountName")) <= there["ServiceAccount"]
-    assert set(named(rendered, "claimName")) <= there["PersistentVolumeClaim"]
-    assert set(named(rendered, "clusterQueue")) <= there["ClusterQueue"]
+    assert set(values_of(rendered, "serviceAccountName")) <= existing["ServiceAccount"]
+    assert set(values_of(rendered, "claimName")) <= existing["PersistentVolumeClaim"]
+    assert set(values_of(rendered, "clusterQueue")) <= existing["ClusterQueue"]
     roles = {role["metadata"]["name"] for role in of_kind(rendered, "Role", "ClusterRole")}
     for binding in of_kind(rendered, "RoleBinding", "ClusterRoleBinding"):
         assert binding["roleRef"]["name"] in roles
-        assert [(s["name"] in there["ServiceAccount"], s["namespace"]) for s in binding["subjects"]] == [
+        assert [(s["name"] in existing["ServiceAccount"], s["namespace"]) for s in binding["subjects"]] == [
             (True, "slam-asr")
         ]
-    secrets = {ref["name"] for ref in named(rendered, "secretKeyRef")} | set(named(rendered, "secretName"))
+    secrets = {ref["name"] for ref in values_of(rendered, "secretKeyRef")} | set(
+        values_of(rendered, "secretName")
+    )
     assert secrets <= EXTERNAL["Secret"]
     [launcher] = of_kind(rendered, "ConfigMap")
     [[provider]] = [list(yaml.safe_load(launcher["data"]["providers"]).values())]
@@ -114,7 +115,7 @@ def test_everything_that_is_named_exists(rendered):
     )
 
 
-def test_account_has_no_more_rights_than_a_step_needs(rendered):
+def test_account_has_only_the_rights_that_a_step_needs(rendered):
     for role in of_kind(rendered, "ClusterRole"):
         assert role["rules"] == [
             {
@@ -160,7 +161,7 @@ def test_our_own_pods_are_restricted(rendered):
     assert labels["pod-security.kubernetes.io/enforce"] == "baseline"
 
 
-def test_nobody_from_outside_reaches_a_step(rendered):
+def test_no_traffic_from_outside_reaches_a_step(rendered):
     [policy] = of_kind(rendered, "NetworkPolicy")
     assert policy["spec"]["podSelector"] == {} and set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
     assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {}}]}]
@@ -169,7 +170,7 @@ def test_nobody_from_outside_reaches_a_step(rendered):
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_names_are_those_of_the_clusters_profile(name):
+def test_names_match_the_cluster_profile(name):
     objects, cluster = render(name), load_cluster(name)
     assert [n["metadata"]["name"] for n in of_kind(objects, "Namespace")] == [cluster.namespace]
     assert [a["metadata"]["name"] for a in of_kind(objects, "ServiceAccount")] == [cluster.service_account]
@@ -194,7 +195,7 @@ def test_names_are_those_of_the_clusters_profile(name):
         assert mount["mountPath"] == SECRET_FOLDER
 
 
-def test_the_copying_job_is_a_command_that_exists():
+def test_job_that_copies_models_runs_an_existing_command():
     from slam_asr.cli import COMMANDS
     from slam_asr.recipe import shipped_recipes
 

@@ -1,4 +1,4 @@
-"""Beam search: the answers, their order and their scores are those of transformers' own, whatever leaves the batch meanwhile."""
+"""Beam search returns the answers, order and scores of transformers' own, even as utterances leave the batch."""
 
 import contextlib
 
@@ -7,8 +7,8 @@ import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, GenerationConfig
 
 from slam_asr.models import beam_cache
-from slam_asr.models import beam_search as ours
-from slam_asr.models.beam_cache import SharedLayer, for_beams
+from slam_asr.models import beam_search as search_module
+from slam_asr.models.beam_cache import SharedLayer, expand_for_beams
 from slam_asr.models.beam_search import beam_search, penalties, without_penalties
 from tests.models.test_llm_families import FAMILIES, SIZES
 
@@ -16,7 +16,8 @@ VOCABULARY, WIDTH = 60, 32
 LENGTHS = (5, 9, 17, 12, 30, 8, 21)
 
 
-def an_llm(family: str):
+def random_llm(family: str):
+    """A small LLM of a family, with random weights."""
     kind, more, _ = FAMILIES[family]
     torch.manual_seed(4)
     config = CONFIG_MAPPING[kind](
@@ -26,7 +27,7 @@ def an_llm(family: str):
     return llm
 
 
-def a_batch(lengths=LENGTHS):
+def random_batch(lengths=LENGTHS):
     """Embeddings of utterances, padded on the left, and their mask."""
     generator = torch.Generator().manual_seed(1)
     longest = max(lengths)
@@ -35,7 +36,7 @@ def a_batch(lengths=LENGTHS):
     return embeddings, torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
 
 
-def how(**more) -> GenerationConfig:
+def configuration(**changes) -> GenerationConfig:
     options = {
         "num_beams": 4,
         "num_return_sequences": 3,
@@ -45,41 +46,44 @@ def how(**more) -> GenerationConfig:
         "do_sample": False,
         "repetition_penalty": 1.0,
         "length_penalty": 1.0,
-        **more,
+        **changes,
     }
     return GenerationConfig(**options)
 
 
-def theirs(llm, embeddings, mask, generation):
+def search_by_transformers(llm, embeddings, mask, generation):
+    """Ids and scores, both [utterances, answers each, …]."""
     output = llm.generate(
         inputs_embeds=embeddings,
         attention_mask=mask,
         generation_config=without_penalties(generation, scores=True),
         logits_processor=penalties(generation),
     )
-    of_each = generation.num_return_sequences
-    return output.sequences.unflatten(0, (-1, of_each)), output.sequences_scores.view(-1, of_each)
+    answers_each = generation.num_return_sequences
+    ids = output.sequences.unflatten(0, (-1, answers_each))
+    return ids, output.sequences_scores.view(-1, answers_each)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("vicuna", "llama-3")])
 @torch.inference_mode()
 def test_answers_and_scores_are_those_of_transformers(family):
-    llm, (embeddings, mask) = an_llm(family), a_batch()
+    llm, (embeddings, mask) = random_llm(family), random_batch()
     lengths = set()
-    for more in (
+    for changes in (
         {},
         {"repetition_penalty": 1.3},
         {"length_penalty": 0.3},
         {"num_beams": 2, "num_return_sequences": 1},
         {"max_new_tokens": 3},
     ):
-        generation = how(**more)
+        generation = configuration(**changes)
         found = beam_search(llm, embeddings, mask, generation)
-        ids, scores = theirs(llm, embeddings, mask, generation)
-        assert torch.equal(found.ids, ids), more
+        ids, scores = search_by_transformers(llm, embeddings, mask, generation)
+        assert torch.equal(found.ids, ids), changes
         torch.testing.assert_close(found.scores, scores, rtol=1e-4, atol=1e-5)
         lengths |= {int((~torch.isin(row, torch.tensor([1, 7, 30, 2]))).sum()) for row in found.ids[:, 0]}
-    # Answers of one length would not show that some leave before others. Gemma's later kinds, drawn at random, talk on and on.
+    # If all answers had one length, no utterance would leave before the others. With random weights, Gemma 2
+    # and 3 rarely end an answer.
     assert len(lengths) > 2 or family in ("gemma-2", "gemma-3")
 
 
@@ -87,8 +91,8 @@ def test_answers_and_scores_are_those_of_transformers(family):
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("vicuna", "llama-3")])
 @torch.inference_mode()
 def test_greedy_answers_are_those_of_transformers(family, penalty):
-    llm, (embeddings, mask) = an_llm(family), a_batch()
-    generation = how(num_beams=1, num_return_sequences=1, repetition_penalty=penalty)
+    llm, (embeddings, mask) = random_llm(family), random_batch()
+    generation = configuration(num_beams=1, num_return_sequences=1, repetition_penalty=penalty)
     found = beam_search(llm, embeddings, mask, generation)
     output = llm.generate(
         inputs_embeds=embeddings,
@@ -100,88 +104,96 @@ def test_greedy_answers_are_those_of_transformers(family, penalty):
 
 
 @torch.inference_mode()
-def test_what_is_settled_leaves_the_batch(monkeypatch):
-    llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
-    seen = counted(llm, monkeypatch)
-    beam_search(llm, embeddings, mask, how(length_penalty=0.0))
-    assert seen[0] == len(LENGTHS) and seen[1] == 4 * len(LENGTHS)
-    assert seen[-1] < seen[1] and seen[1:] == sorted(seen[1:], reverse=True)
+def test_settled_utterances_leave_the_batch(monkeypatch):
+    llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
+    rows = count_rows(llm, monkeypatch)
+    beam_search(llm, embeddings, mask, configuration(length_penalty=0.0))
+    assert rows[0] == len(LENGTHS) and rows[1] == 4 * len(LENGTHS)
+    assert rows[-1] < rows[1] and rows[1:] == sorted(rows[1:], reverse=True)
 
 
-def counted(llm, monkeypatch) -> list[int]:
-    """A list that gets the rows of each forward pass."""
-    seen, forward = [], llm.forward
+def count_rows(llm, monkeypatch) -> list[int]:
+    """Return a list to which every forward pass appends its number of rows."""
+    rows, forward = [], llm.forward
 
     def count(*arguments, **inputs):
-        seen.append(len(inputs["attention_mask"]))
+        rows.append(len(inputs["attention_mask"]))
         return forward(*arguments, **inputs)
 
-    count.__signature__ = ours.inspect.signature(forward)
+    count.__signature__ = search_module.inspect.signature(forward)
     monkeypatch.setattr(llm, "forward", count)
-    return seen
+    return rows
 
 
 @torch.inference_mode()
-def test_one_by_one_is_together_where_nothing_is_close():
-    llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
-    found = beam_search(llm, embeddings, mask, how())
-    assert not any(found.close)
-    for at, length in enumerate(LENGTHS):
-        alone = beam_search(llm, embeddings[at : at + 1, -length:], mask[at : at + 1, -length:], how())
+def test_single_and_batched_answers_agree_without_near_ties():
+    llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
+    found = beam_search(llm, embeddings, mask, configuration())
+    assert not any(found.nearly_tied)
+    for i, length in enumerate(LENGTHS):
+        alone = beam_search(llm, embeddings[i : i + 1, -length:], mask[i : i + 1, -length:], configuration())
         width = alone.ids.shape[-1]
-        assert torch.equal(alone.ids[0], found.ids[at, :, :width])
+        assert torch.equal(alone.ids[0], found.ids[i, :, :width])
 
 
 @torch.inference_mode()
-def test_a_choice_that_rounding_may_decide_is_counted():
-    llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
-    # Each two tokens are one: of three beams and the next one after them, the last two are twins.
+def test_near_ties_are_reported():
+    llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
+    # Tokens are pairwise equal, so with an odd number of beams, the last one taken ties with the first one
+    # left out.
     llm.get_output_embeddings().weight[1::2] = llm.get_output_embeddings().weight[::2]
-    assert all(beam_search(llm, embeddings, mask, how(num_beams=3)).close)
-    assert all(beam_search(llm, embeddings, mask, how(num_beams=1, num_return_sequences=1)).close)
+    assert all(beam_search(llm, embeddings, mask, configuration(num_beams=3)).nearly_tied)
+    assert all(
+        beam_search(llm, embeddings, mask, configuration(num_beams=1, num_return_sequences=1)).nearly_tied
+    )
 
 
 @torch.inference_mode()
-def test_an_llm_with_another_cache_is_left_to_transformers():
+def test_an_llm_without_key_value_cache_is_left_to_transformers():
     config = CONFIG_MAPPING["mamba"](
         vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=1, state_size=4
     )
-    assert beam_search(AutoModelForCausalLM.from_config(config).eval(), *a_batch((6, 6)), how()) is None
+    assert (
+        beam_search(AutoModelForCausalLM.from_config(config).eval(), *random_batch((6, 6)), configuration())
+        is None
+    )
 
 
 @torch.inference_mode()
-def test_what_cannot_be_reached_is_not_searched_for(monkeypatch):
-    llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
-    seen = counted(llm, monkeypatch)
+def test_search_stops_when_no_continuation_can_reach_the_requested_answers(monkeypatch):
+    llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
+    rows = count_rows(llm, monkeypatch)
     best_of = {
         answers: beam_search(
-            llm, embeddings, mask, how(num_return_sequences=answers, length_penalty=0.3)
+            llm, embeddings, mask, configuration(num_return_sequences=answers, length_penalty=0.3)
         ).ids[:, 0]
         for answers in (4, 1)
     }
-    # Four answers are settled later than the best of them.
-    first = seen.index(len(LENGTHS), 1)
-    assert sum(seen[first:]) < sum(seen[:first])
+    # Four requested answers are settled later than a single one.
+    second_search = rows.index(len(LENGTHS), 1)
+    assert sum(rows[second_search:]) < sum(rows[:second_search])
     width = best_of[1].shape[-1]
     assert torch.equal(best_of[4][:, :width], best_of[1])
 
 
 @pytest.mark.parametrize("family", ["tinyllama", "qwen-3", "phi-3", "gemma", "smollm2", "gpt-2", "gpt-neox"])
 @torch.inference_mode()
-def test_beams_share_what_they_heard(family, monkeypatch):
-    llm, (embeddings, mask) = an_llm(family), a_batch()
-    usual, seen = llm.config._attn_implementation, []
-    monkeypatch.setattr(ours, "for_beams", lambda *arguments: seen.append(for_beams(*arguments)) or seen[-1])
-    beam_search(llm, embeddings, mask, how())
-    [cache] = seen
+def test_beams_share_the_prefix(family, monkeypatch):
+    llm, (embeddings, mask) = random_llm(family), random_batch()
+    usual, caches = llm.config._attn_implementation, []
+    monkeypatch.setattr(
+        ours, "expand_for_beams", lambda *arguments: caches.append(expand_for_beams(*arguments)) or caches[-1]
+    )
+    beam_search(llm, embeddings, mask, configuration())
+    [cache] = caches
     assert (
         all(type(layer) is SharedLayer for layer in cache.layers) and llm.config._attn_implementation == usual
     )
 
 
 @contextlib.contextmanager
-def attention(function):
-    """Have another function where `attend` is."""
+def registered_attention(function):
+    """Register another function in place of `attend`."""
     AttentionInterface.register(beam_cache.ATTENTION, function)
     try:
         yield
@@ -189,42 +201,43 @@ def attention(function):
         AttentionInterface.register(beam_cache.ATTENTION, beam_cache.attend)
 
 
-@pytest.mark.parametrize("at", ["the first layer", "the second layer"])
+@pytest.mark.parametrize("working_layers", [0, 1])
 @torch.inference_mode()
-def test_an_attention_that_cannot_share_does_not(at):
-    llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
+def test_search_falls_back_if_an_attention_cannot_share(working_layers):
+    llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
     calls = []
 
-    def attend_at_first(*arguments, **more):
+    def attend_in_first_layers(*arguments, **more):
         calls.append(1)
-        if len(calls) > ["the first layer", "the second layer"].index(at):
+        if len(calls) > working_layers:
             raise beam_cache.CannotShare
         return beam_cache.attend(*arguments, **more)
 
-    with attention(attend_at_first):
-        found = beam_search(llm, embeddings, mask, how())
-    ids, _ = theirs(llm, embeddings, mask, how())
+    with registered_attention(attend_in_first_layers):
+        found = beam_search(llm, embeddings, mask, configuration())
+    ids, _ = search_by_transformers(llm, embeddings, mask, configuration())
     assert calls and torch.equal(found.ids, ids)
 
 
 @torch.inference_mode()
-def test_an_attention_that_goes_its_own_way_is_noticed():
-    llm, (embeddings, mask) = an_llm("tinyllama"), a_batch()
-    # It would see the answers alone.
-    with attention(AttentionInterface()["sdpa"]):
-        found = beam_search(llm, embeddings, mask, how())
-    ids, _ = theirs(llm, embeddings, mask, how())
+def test_an_attention_that_ignores_the_prefix_is_noticed():
+    llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
+    # It sees the generated tokens only.
+    with registered_attention(AttentionInterface()["sdpa"]):
+        found = beam_search(llm, embeddings, mask, configuration())
+    ids, _ = search_by_transformers(llm, embeddings, mask, configuration())
     assert torch.equal(found.ids, ids)
 
 
 @pytest.mark.parametrize("family", ["tinyllama", "gpt-2", "gemma-3"])
 @torch.inference_mode()
-def test_reading_in_groups_of_like_length_is_reading_at_once(family, monkeypatch):
-    llm, (embeddings, mask) = an_llm(family), a_batch()
-    together = beam_search(llm, embeddings, mask, how())
-    monkeypatch.setattr(ours, "_READ", 40)
-    seen = counted(llm, monkeypatch)
-    found = beam_search(llm, embeddings, mask, how())
+def test_prefill_in_groups_equals_prefill_in_one_pass(family, monkeypatch):
+    llm, (embeddings, mask) = random_llm(family), random_batch()
+    together = beam_search(llm, embeddings, mask, configuration())
+    monkeypatch.setattr(ours, "_PREFILL_POSITIONS", 40)
+    rows = count_rows(llm, monkeypatch)
+    found = beam_search(llm, embeddings, mask, configuration())
     assert torch.equal(found.ids, together.ids)
     torch.testing.assert_close(found.scores, together.scores, rtol=1e-4, atol=1e-5)
-    assert seen[0] == 1 and (seen[1] == 1 or family == "gemma-3")
+    # Gemma 3 has sliding windows, so the batch is prefilled in one pass after all.
+    assert rows[0] == 1 and (rows[1] == 1 or family == "gemma-3")

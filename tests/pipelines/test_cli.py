@@ -38,7 +38,8 @@ def error_of(monkeypatch, capsys):
     [
         (
             ["rum", "demo"],
-            "Unknown command rum; did you mean run? Commands: run, compile, submit, status, logs, resume, doctor.",
+            "Unknown command rum; did you mean run? "
+            "Commands: run, compile, submit, status, logs, resume, doctor.",
         ),
         (["run", "demi"], "No recipe named demi, and no such file; did you mean demo?"),
         (
@@ -60,7 +61,8 @@ def error_of(monkeypatch, capsys):
         (["run", "demo", "--model", "/no/such"], "/no/such holds no model (no config.json)"),
         (
             ["run", "demo", "--data.train", "[]"],
-            "Recipe demo: data.train names no subset; give at least one, such as [train-*], or a model to evaluate with --model.",
+            "Recipe demo: data.train names no subset; give at least one, such as [train-*], "
+            "or a model to evaluate with --model.",
         ),
         (["run"], "RECIPE is missing: python -m pipelines run RECIPE, with a file or one of demo, "),
         (
@@ -152,5 +154,6 @@ def test_outside_the_checkout_the_error_names_it(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"slam-asr: error: pipelines and components are not installed, they run from the checkout: cd {CHECKOUT} and use `python -m pipelines`."
+        "slam-asr: error: pipelines and components are not installed, they run from the checkout: "
+        f"cd {CHECKOUT} and use `python -m pipelines`."
     ]

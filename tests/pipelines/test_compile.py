@@ -439,7 +439,8 @@ def test_unknown_key_is_rejected(compiled, tmp_path, change):
         ),
         (
             ["--images", "/no/such.yaml"],
-            "The image list /no/such.yaml cannot be read (No such file or directory): `make images` writes one.",
+            "The image list /no/such.yaml cannot be read (No such file or directory): "
+            "`make images` writes one.",
         ),
         (
             ["--images", "Registry/{stage} x"],
@@ -452,15 +453,18 @@ def test_unknown_key_is_rejected(compiled, tmp_path, change):
         (["--store", "runs"], "--store is runs, a path on this machine"),
         (
             ["demo", "--training.processes", "9"],
-            "Recipe demo: training.processes is 9, but the cluster one-gpu-node gives each node of train 8 GPUs",
+            "Recipe demo: training.processes is 9, "
+            "but the cluster one-gpu-node gives each node of train 8 GPUs",
         ),
         (
             ["demo", "--features.processes", "9"],
-            "Recipe demo: features.processes is 9, but the cluster one-gpu-node gives extract-features 8 GPUs (steps.extract_features.gpus)",
+            "Recipe demo: features.processes is 9, "
+            "but the cluster one-gpu-node gives extract-features 8 GPUs (steps.extract_features.gpus)",
         ),
         (
             ["demo", "--decoding.processes", "9"],
-            "Recipe demo: decoding.processes is 9, but the cluster one-gpu-node gives decode 1 GPUs (steps.decode.gpus)",
+            "Recipe demo: decoding.processes is 9, "
+            "but the cluster one-gpu-node gives decode 1 GPUs (steps.decode.gpus)",
         ),
         (["demi"], "No recipe named demi, and no such file; did you mean demo?"),
     ],

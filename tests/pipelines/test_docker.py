@@ -15,7 +15,7 @@ from slam_asr.stage import follow_pointer, read_record
 from slam_asr.storage import walk
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-NOWHERE = {name: "http://127.0.0.1:9" for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
+NOWHERE = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
 FAILURES = 30 if os.environ.get("SLAM_ASR_SOAK") else 3
 
 
@@ -264,7 +264,7 @@ def test_next_run_removes_the_containers_of_a_killed_run(images, tmp_path):
     [
         (
             ["--images", "no-such/{stage}:1"],
-            "The Docker engine has no image no-such/build-manifest:1 for build-manifest: `make images` builds it",
+            "The Docker engine has no image no-such/build-manifest:1 for build-manifest: `make images`",
         ),
         (
             ["--images", "localhost:9/{stage}:1"],

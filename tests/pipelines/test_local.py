@@ -63,7 +63,7 @@ def test_all_steps_run_and_are_summarised(finished):
     output, done = finished
     rows = table(done.stdout)
     assert list(rows) == [*RESULTS, "this run"]
-    assert all(not time.startswith("(kept)") for time, _ in rows.values())
+    assert all(not time.startswith("(cached)") for time, _ in rows.values())
     rates = re.search(
         r"^WER (.*) % · WER shuffled audio (.*) % · WER empty output (.*) %$", done.stdout, re.MULTILINE
     )
@@ -99,7 +99,7 @@ def test_second_run_reuses_all_results(finished, tiny_recipe, tiny_corpus):
     done = run(tiny_recipe, tiny_corpus, output)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("already there, nothing to do") == len(RESULTS)
-    assert all(table(done.stdout)[stage][0].startswith("(kept)") for stage in RESULTS)
+    assert all(table(done.stdout)[stage][0].startswith("(cached)") for stage in RESULTS)
 
 
 @pytest.mark.slow
@@ -174,7 +174,8 @@ def test_model_trained_on_other_features_stops_the_run_before_its_first_step(
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.endswith(
-        "trained on other features (encoder.frames is all, not speech, features.dtype is fp32, not bf16): add --encoder.frames speech --features.dtype bf16."
+        "trained on other features (encoder.frames is all, not speech, features.dtype is fp32, not bf16): "
+        "add --encoder.frames speech --features.dtype bf16."
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -204,7 +205,7 @@ def test_change_of_training_reruns_only_the_steps_after_it(finished, tiny_recipe
     output, _ = finished
     done = run(tiny_recipe, tiny_corpus, output, "--training.max_steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    cached = {stage for stage in RESULTS if table(done.stdout)[stage][0].startswith("(kept)")}
+    cached = {stage for stage in RESULTS if table(done.stdout)[stage][0].startswith("(cached)")}
     assert cached == {"build-manifest", "extract-features"}
     assert table(done.stdout)["train"][1].startswith("2 steps")
 

@@ -32,7 +32,11 @@ def test_invalid_utf8_does_not_stop_a_step():
 STEP_WITH_WORKER = """
 import subprocess, sys
 worker = subprocess.Popen(
-    [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"],
+    [
+        sys.executable,
+        "-c",
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)",
+    ],
     start_new_session=True,
 )
 print(worker.pid, flush=True)
@@ -68,7 +72,11 @@ def wait_for_end(pid: int) -> bool:
 
 def test_interrupted_step_may_finish_what_it_prints(monkeypatch):
     # More than fits into a pipe: if nobody read it, the step would block until it is killed.
-    code = "import time\ntry: print('on', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('x' * 1_000_000)"
+    code = (
+        "import time\n"
+        "try: print('on', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt: print('x' * 1_000_000)"
+    )
 
     def interrupt(_: str) -> None:
         raise KeyboardInterrupt

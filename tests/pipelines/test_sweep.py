@@ -1,4 +1,4 @@
-"""Sweeps through kfp's real local runner share manifest and features, and compare all variations on one page."""
+"""Sweeps through kfp's real local runner share manifest and features, and compare all variations."""
 
 import json
 import re

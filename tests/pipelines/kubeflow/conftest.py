@@ -1,4 +1,4 @@
-"""The fakes as fixtures, and what is_coordinator to them in the environment."""
+"""Fixtures for the fake servers, and for the environment that points to them."""
 
 import pytest
 import yaml
@@ -16,7 +16,7 @@ def kubeflow(monkeypatch, tmp_path):
         monkeypatch.setenv("KF_PIPELINES_ENDPOINT", address)
         monkeypatch.setenv("KFP_EXISTING_TOKEN", TOKEN)
         monkeypatch.setenv("SLAM_ASR_KFP_PATIENCE", "3")
-        # kfp keeps its context below the home folder.
+        # kfp saves its context in the home folder.
         monkeypatch.setenv("HOME", str(tmp_path))
         fake.address = address
         yield fake
@@ -24,13 +24,13 @@ def kubeflow(monkeypatch, tmp_path):
 
 @pytest.fixture
 def program(capsys):
-    """Run a command → exit code, what it printed, and its complaints without their prefix."""
+    """Run a command; return its exit code, its output, and its errors without their prefix."""
 
     def run(*argv: str) -> tuple[int, str, str]:
         try:
             code = cli.main(argv)
-        except SystemExit as leaving:
-            code = leaving.code
+        except SystemExit as exit_error:
+            code = exit_error.code
         out, err = capsys.readouterr()
         assert TOKEN not in out + err
         return code, out, err.removeprefix("slam-asr: error: ")
@@ -40,7 +40,7 @@ def program(capsys):
 
 @pytest.fixture
 def kubernetes_at(monkeypatch, tmp_path):
-    """Write a kubeconfig that is_coordinator to an address."""
+    """Write a kubeconfig that points to an address."""
 
     def write(address: str) -> None:
         config = {

@@ -1,7 +1,7 @@
-"""Servers that speak HTTP as Kubeflow Pipelines and Kubernetes do, with their own clients' models.
+"""HTTP servers that imitate Kubeflow Pipelines, Kubernetes and a registry, with the classes of their clients.
 
-They keep what they are sent, check the token, and can be told to fail: slowly, with 503, with half an answer, with
-a login page.
+They save what they receive, check the token, and fail on request: slowly, with 503, with a truncated answer,
+with a login page.
 """
 
 import email
@@ -24,7 +24,7 @@ STEPS = ("build-manifest", "extract-features", "train", "convert-checkpoint", "d
 
 
 class FakeKubeflow:
-    """The API's state."""
+    """State of the fake Kubeflow Pipelines API."""
 
     def __init__(self, multi_user: bool = True) -> None:
         self.multi_user = multi_user
@@ -37,20 +37,20 @@ class FakeKubeflow:
         self.created: list[dict[str, Any]] = []
         self.retried: list[str] = []
         self.faults: list[str] = []
-        """What the next answers are to be, first come first served: 503, slow, cut, html, 401, 403, or ok."""
-        self.asked: list[str] = []
+        """Kinds of the next answers, in order: 503, 500, slow, cut, html, 401, 403 or ok."""
+        self.requests: list[str] = []
         self.fails_at: str | None = None
-        self.looks: dict[str, int] = {}
+        self.polls: dict[str, int] = {}
 
-    def run_at(self, run_id: str, look: int) -> kfp.V2beta1Run:
-        """A run as it is at the n-th look: one step further each time."""
+    def run_at(self, run_id: str, poll: int) -> kfp.V2beta1Run:
+        """Return a run in its state at the n-th request: one step further each time."""
         run = self.runs[run_id]
         details, failed = [], False
         for number, step in enumerate(STEPS):
-            state = "SUCCEEDED" if number < look else "RUNNING" if number == look else "PENDING"
+            state = "SUCCEEDED" if number < poll else "RUNNING" if number == poll else "PENDING"
             if failed:
                 break
-            if step == self.fails_at and number < look:
+            if step == self.fails_at and number < poll:
                 state, failed = "FAILED", True
             started = START + timedelta(minutes=number)
             details.append(
@@ -76,12 +76,12 @@ class FakeKubeflow:
                 )
             )
         run.run_details = kfp.V2beta1RunDetails(task_details=details)
-        run.state = "FAILED" if failed else "SUCCEEDED" if look >= len(STEPS) else "RUNNING"
+        run.state = "FAILED" if failed else "SUCCEEDED" if poll >= len(STEPS) else "RUNNING"
         return run
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers for `server.fake`."""
+    """HTTP handler of `server.fake`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -98,7 +98,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = int(self.headers.get("content-length") or 0)
         body = self.rfile.read(length)
         fake, (path, _, query) = self.server.fake, self.path.partition("?")
-        fake.asked.append(f"{method} {path}")
+        fake.requests.append(f"{method} {path}")
         fault = fake.faults.pop(0) if fake.faults else "ok"
         if fault == "slow":
             time.sleep(0.6)
@@ -129,35 +129,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path == "/healthz":
             return 200, kfp.V2beta1GetHealthzResponse(multi_user=fake.multi_user)
         if path == "/pipelines/upload":
-            made = kfp.V2beta1Pipeline(
+            created = kfp.V2beta1Pipeline(
                 pipeline_id="pipeline-1", display_name=query["name"], namespace=query.get("namespace")
             )
-            fake.pipelines[made.pipeline_id] = made
-            return 200, made
+            fake.pipelines[created.pipeline_id] = created
+            return 200, created
         if path == "/pipelines/upload_version":
             number = f"version-{len(fake.versions) + 1}"
-            made = kfp.V2beta1PipelineVersion(
+            created = kfp.V2beta1PipelineVersion(
                 pipeline_id=query["pipelineid"], pipeline_version_id=number, display_name=query["name"]
             )
-            fake.versions[number], fake.packages[number] = made, self._file(body)
-            return 200, made
+            fake.versions[number], fake.packages[number] = created, self._file(body)
+            return 200, created
         if path == "/pipelines":
-            wanted = re.search(
+            name = re.search(
                 r'"stringValue"\s*:\s*"([^"]+)"|"string_value"\s*:\s*"([^"]+)"', query.get("filter", "")
             )
-            found = [p for p in fake.pipelines.values() if not wanted or p.display_name in wanted.groups()]
-            return 200, kfp.V2beta1ListPipelinesResponse(pipelines=found, total_size=len(found))
-        if found := re.fullmatch(r"/pipelines/([^/]+)/versions", path):
-            known = [v for v in fake.versions.values() if v.pipeline_id == found[1]]
-            # One a page, so that paging is seen to work.
-            at = int(query.get("page_token") or 0)
-            following = str(at + 1) if at + 1 < len(known) else ""
+            matching = [p for p in fake.pipelines.values() if not name or p.display_name in name.groups()]
+            return 200, kfp.V2beta1ListPipelinesResponse(pipelines=matching, total_size=len(matching))
+        if match := re.fullmatch(r"/pipelines/([^/]+)/versions", path):
+            known = [v for v in fake.versions.values() if v.pipeline_id == match[1]]
+            # One per page, to test paging.
+            index = int(query.get("page_token") or 0)
+            next_page = str(index + 1) if index + 1 < len(known) else ""
             return 200, kfp.V2beta1ListPipelineVersionsResponse(
-                pipeline_versions=known[at : at + 1], next_page_token=following
+                pipeline_versions=known[index : index + 1], next_page_token=next_page
             )
         if path == "/experiments":
             if method == "POST":
-                made = kfp.V2beta1Experiment(
+                created = kfp.V2beta1Experiment(
                     experiment_id=f"experiment-{len(fake.experiments) + 1}",
                     **{
                         k: v
@@ -165,19 +165,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         if k in ("display_name", "namespace", "description")
                     },
                 )
-                fake.experiments[made.experiment_id] = made
-                return 200, made
+                fake.experiments[created.experiment_id] = created
+                return 200, created
             return 200, kfp.V2beta1ListExperimentsResponse(
                 experiments=[
                     e for e in fake.experiments.values() if e.display_name in query.get("filter", "")
                 ]
             )
         if path == "/runs" and method == "POST":
-            asked = json.loads(body)
-            fake.created.append(asked)
+            request = json.loads(body)
+            fake.created.append(request)
             run = kfp.V2beta1Run(
                 run_id=f"run-{len(fake.runs) + 1}",
-                display_name=asked["display_name"],
+                display_name=request["display_name"],
                 state="PENDING",
                 created_at=START,
             )
@@ -185,15 +185,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return 200, run
         if path == "/runs":
             return 200, kfp.V2beta1ListRunsResponse(runs=list(reversed(fake.runs.values())))
-        if found := re.fullmatch(r"/runs/([^/:]+)(:retry)?", path):
-            if found[1] not in fake.runs:
+        if match := re.fullmatch(r"/runs/([^/:]+)(:retry)?", path):
+            if match[1] not in fake.runs:
                 return 404, {"message": "no such run"}
-            if found[2]:
-                fake.retried.append(found[1])
+            if match[2]:
+                fake.retried.append(match[1])
                 fake.fails_at = None
                 return 200, {}
-            fake.looks[found[1]] = fake.looks.get(found[1], -1) + 1
-            return 200, fake.run_at(found[1], fake.looks[found[1]])
+            fake.polls[match[1]] = fake.polls.get(match[1], -1) + 1
+            return 200, fake.run_at(match[1], fake.polls[match[1]])
         return 404, {"message": f"nothing at {path}"}
 
     def _file(self, body: bytes) -> bytes:
@@ -204,7 +204,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class KubernetesHandler(http.server.BaseHTTPRequestHandler):
-    """Pods and their logs, for `server.pods`: name → (labels, phase, log); other objects by their path, for `server.objects`."""
+    """Serves `server.pods` (name → labels, phase, log) and `server.objects` (path → status, content)."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -219,9 +219,9 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
             return self._send(status, json.dumps(content).encode())
         if not path.endswith("/pods") and "/pods/" not in path:
             return self._send(404, json.dumps({"kind": "Status", "code": 404}).encode())
-        if found := re.fullmatch(r"/api/v1/namespaces/[^/]+/pods/([^/]+)/log", path):
+        if match := re.fullmatch(r"/api/v1/namespaces/[^/]+/pods/([^/]+)/log", path):
             assert options["container"] == "main"
-            return self._send(200, self.server.pods[found[1]][2].encode(), "text/plain")
+            return self._send(200, self.server.pods[match[1]][2].encode(), "text/plain")
         key, _, value = options["labelSelector"].partition("=")
         items = [
             {
@@ -253,22 +253,22 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
 
 
 class RegistryHandler(http.server.BaseHTTPRequestHandler):
-    """A registry that gives everybody a token for what is public: `server.manifests`, name/reference → status."""
+    """A public registry with tokens for anonymous users; `server.manifests`: name:reference → status."""
 
     def log_message(self, *_: object) -> None:
         pass
 
     def do_HEAD(self) -> None:
-        found = re.fullmatch(r"/v2/(.+)/manifests/(.+)", self.path)
-        if self.headers.get("authorization") != f"Bearer for-{found[1]}":
+        match = re.fullmatch(r"/v2/(.+)/manifests/(.+)", self.path)
+        if self.headers.get("authorization") != f"Bearer for-{match[1]}":
             self.send_response(401)
             address = f"http://127.0.0.1:{self.server.server_address[1]}/token"
             self.send_header(
                 "www-authenticate",
-                f'Bearer realm="{address}",service="registry",scope="repository:{found[1]}:pull"',
+                f'Bearer realm="{address}",service="registry",scope="repository:{match[1]}:pull"',
             )
         else:
-            self.send_response(self.server.manifests.get(f"{found[1]}:{found[2]}", 404))
+            self.send_response(self.server.manifests.get(f"{match[1]}:{match[2]}", 404))
         self.send_header("content-length", "0")
         self.end_headers()
 
@@ -283,7 +283,7 @@ class RegistryHandler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(handler: type, **attributes: Any) -> Iterator[str]:
-    """A server of this machine → its address."""
+    """Start a local server, and return its address."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         vars(server).update(attributes)
         threading.Thread(target=server.serve_forever, daemon=True).start()

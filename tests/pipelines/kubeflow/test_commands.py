@@ -1,4 +1,4 @@
-"""submit, status, logs and resume against servers that speak HTTP with the clients' own models."""
+"""submit, status, logs and resume work against fake servers, survive their failures, and reveal no token."""
 
 import json
 import os
@@ -18,22 +18,22 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 SUBMIT = ["submit", "demo", "--cluster", "cpu", "--corpus", "s3://b/corpus", "--training.max_steps", "7"]
 
 
-def test_submit_uploads_once_and_starts_a_run_with_what_was_asked(kubeflow, program, tmp_path):
+def test_submit_uploads_once_and_starts_a_run_with_the_requested_values(kubeflow, program, tmp_path):
     code, out, _ = program(*SUBMIT)
     assert code == 0
     assert (
         f"{kubeflow.address}/#/runs/details/run-1" in out
         and "demo · whisper-tiny.en + SmolLM2-135M-Instruct · " in out
     )
-    [asked] = kubeflow.created
-    assert asked["runtime_config"]["parameters"] == {
+    [run] = kubeflow.created
+    assert run["runtime_config"]["parameters"] == {
         "corpus": "s3://b/corpus",
         "store": "s3://slam-asr/runs",
         "recipe": "demo",
         "recipe_overrides": {"training.max_steps": 7},
     }
-    assert asked["service_account"] == "slam-asr-runner"
-    assert asked["pipeline_version_reference"] == {
+    assert run["service_account"] == "slam-asr-runner"
+    assert run["pipeline_version_reference"] == {
         "pipeline_id": "pipeline-1",
         "pipeline_version_id": "version-1",
     }
@@ -45,7 +45,7 @@ def test_submit_uploads_once_and_starts_a_run_with_what_was_asked(kubeflow, prog
     from components import images
 
     check_package(package, images("slam-asr/{stage}:{version}"))
-    # The same content again is no new version, whatever the run's parameters; another content is.
+    # Only new content is uploaded as a new version, whatever the run's parameters.
     assert program(*SUBMIT, "--training.epochs", "2")[0] == 0
     assert len(kubeflow.versions) == 1 and len(kubeflow.runs) == 2 and len(kubeflow.experiments) == 1
     assert program(*SUBMIT, "--images", "registry.example/x/{stage}:2")[0] == 0
@@ -53,17 +53,17 @@ def test_submit_uploads_once_and_starts_a_run_with_what_was_asked(kubeflow, prog
     assert len(kubeflow.versions) == 2
 
 
-def test_waiting_tells_each_change_and_ends_with_the_run(kubeflow, program):
+def test_waiting_prints_each_change_and_ends_with_the_run(kubeflow, program):
     code, out, _ = program(*SUBMIT, "--wait", "--poll", "0.01")
     assert code == 0
-    told = [line.split()[:2] for line in out.splitlines() if line.split()[0] in STEPS]
+    printed = [line.split()[:2] for line in out.splitlines() if line.split()[0] in STEPS]
     for step in STEPS:
-        states = [state for name, state in told if name == step]
+        states = [state for name, state in printed if name == step]
         assert states == ["pending", "running", "succeeded"][-len(states) :] and states[-1] == "succeeded"
     assert "-driver" not in out and "1:01" in out and out.splitlines()[-1] == "the run succeeded"
 
 
-def test_failed_run_is_said_and_goes_on_by_resume(kubeflow, program):
+def test_failed_run_is_reported_and_can_be_resumed(kubeflow, program):
     kubeflow.fails_at = "train"
     code, out, _ = program(*SUBMIT, "--wait", "--poll", "0.01")
     assert code == 1
@@ -92,7 +92,7 @@ def test_latest_runs_and_a_run_by_its_name(kubeflow, program):
     assert err.startswith("There is no run frist in the namespace slam-asr; did you mean first?")
 
 
-def test_following_survives_slow_failing_and_half_finished_answers(kubeflow, program):
+def test_following_survives_slow_failing_and_truncated_answers(kubeflow, program):
     program(*SUBMIT)
     kubeflow.faults = ["ok", "ok", "slow", "503", "500", "cut", "ok", "cut", "503"]
     code, out, _ = program("status", "run-1", "--wait", "--poll", "0.01")
@@ -100,11 +100,11 @@ def test_following_survives_slow_failing_and_half_finished_answers(kubeflow, pro
     assert kubeflow.faults == []
 
 
-def test_start_whose_answer_is_lost_is_not_tried_twice(kubeflow, program):
+def test_start_whose_answer_is_lost_is_not_retried(kubeflow, program):
     program(*SUBMIT)
-    asked = len(kubeflow.asked)
+    before = len(kubeflow.requests)
     program(*SUBMIT)
-    requests = kubeflow.asked[asked:]
+    requests = kubeflow.requests[before:]
     kubeflow.faults = ["ok"] * requests.index("POST /apis/v2beta1/runs") + ["cut"]
     code, _, err = program(*SUBMIT)
     assert (
@@ -132,7 +132,7 @@ def test_start_whose_answer_is_lost_is_not_tried_twice(kubeflow, program):
         ),
     ],
 )
-def test_refusal_is_one_sentence_before_anything_was_made(kubeflow, program, faults, sentence):
+def test_refusal_is_one_sentence_and_nothing_is_created(kubeflow, program, faults, sentence):
     kubeflow.faults = faults
     code, out, err = program(*SUBMIT)
     assert (code, len(err.splitlines()), out) == (2, 1, ""), out + err
@@ -140,7 +140,7 @@ def test_refusal_is_one_sentence_before_anything_was_made(kubeflow, program, fau
     assert not kubeflow.pipelines and not kubeflow.runs
 
 
-def test_expired_token_and_wrong_address(kubeflow, program, monkeypatch, tmp_path):
+def test_expired_token_and_wrong_address_are_one_sentence(kubeflow, program, monkeypatch, tmp_path):
     monkeypatch.delenv("KFP_EXISTING_TOKEN")
     assert "refuses the token (401)" in program("status")[2]
     (tmp_path / "token").write_text(f"{TOKEN}\n")
@@ -189,13 +189,13 @@ def test_expired_token_and_wrong_address(kubeflow, program, monkeypatch, tmp_pat
         (["logs"], "RUN is missing: python -m pipelines logs RUN"),
     ],
 )
-def test_mistake_is_said_without_asking_the_cluster(kubeflow, program, argv, sentence):
+def test_mistake_is_reported_without_a_request_to_the_cluster(kubeflow, program, argv, sentence):
     code, _, err = program(*argv)
     assert code == 2 and err.startswith(sentence)
-    assert kubeflow.asked == []
+    assert kubeflow.requests == []
 
 
-def test_interrupted_waiting_leaves_the_run_alone(kubeflow):
+def test_interrupted_waiting_does_not_stop_the_run(kubeflow):
     command = [sys.executable, "-m", "pipelines", *SUBMIT, "--wait", "--poll", "60"]
     process = subprocess.Popen(
         command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -215,7 +215,7 @@ def test_interrupted_waiting_leaves_the_run_alone(kubeflow):
     )
 
 
-def test_logs_are_those_of_the_runs_own_steps(kubeflow, cluster, program):
+def test_logs_show_only_the_steps_of_the_run(kubeflow, cluster, program):
     program(*SUBMIT)
     code, out, _ = program("logs", "run-1")
     assert code == 0
@@ -236,7 +236,7 @@ def test_logs_are_those_of_the_runs_own_steps(kubeflow, cluster, program):
     )
 
 
-def test_logs_without_a_cluster_or_without_rights(kubeflow, program, monkeypatch, tmp_path):
+def test_logs_without_a_kubeconfig_are_one_sentence(kubeflow, program, monkeypatch, tmp_path):
     program(*SUBMIT)
     monkeypatch.setattr(
         "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nothing")
@@ -247,7 +247,7 @@ def test_logs_without_a_cluster_or_without_rights(kubeflow, program, monkeypatch
     )
 
 
-def test_what_is_sent_holds_no_credential(kubeflow, program, monkeypatch):
+def test_requests_contain_no_credentials(kubeflow, program, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     program(*SUBMIT)
     sent = json.dumps(kubeflow.created) + kubeflow.packages["version-1"].decode()

@@ -1,4 +1,4 @@
-"""doctor finds what is missing, says what to do, and shows no secret."""
+"""doctor finds what is missing, explains what to do, and shows no secret."""
 
 import base64
 
@@ -14,7 +14,10 @@ storage: {{store: "s3://bucket/store", secret: bucket-secret}}
 models: {{claim: models, token_secret: hub}}
 queue: {{name: research}}
 steps:
-  train: {{gpus: 4, node_selector: {{disk: fast}}, tolerations: [{{key: gpu, operator: Exists, effect: NoSchedule}}]}}
+  train:
+    gpus: 4
+    node_selector: {{disk: fast}}
+    tolerations: [{{key: gpu, operator: Exists, effect: NoSchedule}}]
   decode: {{gpus: 1, tolerations: [{{key: gpu, operator: Exists}}]}}
 """
 NAMESPACE = "/api/v1/namespaces/team"
@@ -65,19 +68,19 @@ def objects() -> dict:
 
 @pytest.fixture
 def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
-    """Ask the doctor about a cluster that a change was made to → exit code, and answers by what they are about."""
+    """Run doctor on a complete cluster, to which `change` was applied; return exit code and output."""
 
-    def ask(change=lambda objects, manifests: None, forbidden=False, profile=PROFILE):
-        there, manifests = (
+    def run(change=lambda objects, manifests: None, forbidden=False, profile=PROFILE):
+        served, manifests = (
             objects(),
             {
                 f"team/{stage}:7": 200
                 for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode")
             },
         )
-        change(there, manifests)
+        change(served, manifests)
         with (
-            serving(KubernetesHandler, pods={}, objects=there, forbidden=forbidden) as kubernetes,
+            serving(KubernetesHandler, pods={}, objects=served, forbidden=forbidden) as kubernetes,
             serving(RegistryHandler, manifests=manifests) as registry,
         ):
             kubernetes_at(kubernetes)
@@ -86,43 +89,46 @@ def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
         assert err == "" and "nobody-may-see" not in out
         return code, out.replace(registry.removeprefix("http://"), "registry")
 
-    return ask
+    return run
 
 
-def test_cluster_in_which_nothing_is_missing(doctor, bucket):
+def test_complete_cluster_has_no_problems(doctor, bucket):
     code, out = doctor()
     assert code == 0, out
     lines = out.splitlines()
     assert len(lines) == 17 and all(line.startswith("✓ ") for line in lines[:-1]), out
     assert "nodes: 2 accept pods, and each step fits on one of them" in out
-    assert list(bucket.objects.all()) == [], "what was written to see whether one may is gone again"
+    assert list(bucket.objects.all()) == [], "the test object is deleted"
 
 
-def gone(path):
-    return lambda there, manifests: there.pop(path)
+def without(path):
+    return lambda served, manifests: served.pop(path)
 
 
 def changed(path, **values):
-    def change(there, manifests):
-        there[path] = (200, there[path][1] | values)
+    def change(served, manifests):
+        served[path] = (200, served[path][1] | values)
 
     return change
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "finding"),
     [
-        (gone(f"{NAMESPACE}/serviceaccounts/runner"), "✗ service account runner: does not exist in team"),
-        (gone(f"{NAMESPACE}/secrets/bucket-secret"), "✗ secret bucket-secret: does not exist in team"),
+        (without(f"{NAMESPACE}/serviceaccounts/runner"), "✗ service account runner: does not exist in team"),
+        (without(f"{NAMESPACE}/secrets/bucket-secret"), "✗ secret bucket-secret: does not exist in team"),
         (
             changed(f"{NAMESPACE}/secrets/bucket-secret", data={"key": ""}),
             "✗ secret bucket-secret: contains key, but must contain accesskey and secretkey",
         ),
         (changed(f"{NAMESPACE}/secrets/hub", data={}), "✗ secret hub: has no key HF_TOKEN"),
-        (gone(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher configuration: does not exist in team"),
-        (gone(f"{NAMESPACE}/persistentvolumeclaims/models"), "✗ model volume models: does not exist in team"),
+        (without(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher configuration: does not exist in team"),
         (
-            gone("/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research"),
+            without(f"{NAMESPACE}/persistentvolumeclaims/models"),
+            "✗ model volume models: does not exist in team",
+        ),
+        (
+            without("/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research"),
             "✗ queue research: does not exist in team",
         ),
         (
@@ -140,31 +146,33 @@ def changed(path, **values):
             "✗ nodes: none has 4 × nvidia.com/gpu for train (the maximum is 3)",
         ),
         (
-            lambda there, manifests: manifests.pop("team/train:7"),
+            lambda served, manifests: manifests.pop("team/train:7"),
             "✗ image registry/team/train:7: does not exist",
         ),
     ],
 )
-def test_what_is_missing_is_named(doctor, change, says):
+def test_each_problem_is_named(doctor, change, finding):
     code, out = doctor(change)
-    assert code == 1 and says in out, out
+    assert code == 1 and finding in out, out
     assert (
         sum(line.startswith("✗") for line in out.splitlines()) == 1
         and out.splitlines()[-1] == "1 problem found"
     )
 
 
-def test_what_may_not_be_looked_at_is_said_to_be_unknown(doctor):
+def test_what_cannot_be_read_is_unknown(doctor):
     code, out = doctor(forbidden=True)
     assert code == 0 and out.count("you may not read it (403)") == 8, out
-    code, out = doctor(lambda there, manifests: manifests.update({"team/decode:7": 403}))
+    code, out = doctor(lambda served, manifests: manifests.update({"team/decode:7": 403}))
     assert code == 0 and "– image registry/team/decode:7: the registry requires a login" in out
 
 
-def test_several_nodes_without_trainer_are_refused_before_anything_is_made(
+def test_several_nodes_without_trainer_are_rejected_before_anything_is_created(
     doctor, kubeflow, kubernetes_at, program
 ):
-    code, out = doctor(gone("/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/torch-distributed"))
+    code, out = doctor(
+        without("/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/torch-distributed")
+    )
     assert (
         code == 0 and "– training runtime torch-distributed: does not exist; only multi-node training" in out
     )
@@ -182,7 +190,7 @@ def test_several_nodes_without_trainer_are_refused_before_anything_is_made(
     assert len(kubeflow.runs) == 1
 
 
-def test_bucket_that_does_not_exist_and_login_page(doctor, kubeflow):
+def test_missing_bucket_and_login_page_are_problems(doctor, kubeflow):
     kubeflow.faults = ["html"]
     code, out = doctor(profile=PROFILE.replace("s3://bucket/store", "s3://no-such-bucket/store"))
     assert code == 1
