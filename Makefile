@@ -13,6 +13,9 @@ PYTEST_ARGS ?=
 python := $(VENV)/bin/python
 pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use-pep517 $(PIP_ARGS)
 
+# Two workers, since most tests wait for processes of their own; tests of one file stay together.
+pytest = $(python) -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 10
+
 .DEFAULT_GOAL := help
 .PHONY: help install install-test demo test unit soak lint lock images compile clean
 
@@ -26,12 +29,11 @@ install-test: $(VENV)/.test  ## the same, and what the tests need
 demo: $(VENV)/.run  ## train, convert and measure a small model on speech that lies in the repository
 	$(python) -m pipelines run demo
 
-test: $(VENV)/.test  ## all tests, the quick ones first
-	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
-	$(python) -m pytest -m slow $(PYTEST_ARGS)
+test: unit  ## all tests, the quick ones first
+	$(pytest) -m slow $(PYTEST_ARGS)
 
 unit: $(VENV)/.test  ## the quick tests alone
-	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(pytest) -m "not slow" $(PYTEST_ARGS)
 
 soak: $(VENV)/.test  ## the long tests: hours
 	SLAM_ASR_SOAK=1 $(python) -m pytest $(PYTEST_ARGS)

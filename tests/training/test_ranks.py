@@ -16,9 +16,9 @@ from slam_asr.training.train import train
 
 REAL = {
     "training.precision": "fp32",
-    "training.positions_per_step": 700,
+    "training.positions_per_step": 300,
     "training.max_steps": 6,
-    "training.epochs": 2,
+    "training.epochs": 9,
     "training.validate_every": 3,
     "training.learning_rate": 1e-4,
     "training.warmup_steps": 6,
@@ -35,13 +35,13 @@ more on some machines than on others."""
 
 @pytest.fixture(scope="module")
 def prepared(libri_mini, tmp_path_factory):
-    """Thirty utterances of 2 to 10 s with real features."""
+    """Fourteen utterances of 2 to 5 s with real features."""
     folder = tmp_path_factory.mktemp("ranks")
-    recipe = load_recipe("librispeech", REAL | {"training.positions_per_batch": 700})
+    recipe = load_recipe("librispeech", REAL | {"training.positions_per_batch": 300})
     built = build_manifest(recipe, str(libri_mini), str(folder / "manifest"))
-    chosen = [u for u in read_manifest(built.file("train.jsonl")) if 2 <= u.duration <= 10][:30]
-    write_manifest(folder / "train.jsonl", chosen[:25])
-    write_manifest(folder / "dev.jsonl", chosen[25:])
+    chosen = [u for u in read_manifest(built.file("train.jsonl")) if 2 <= u.duration <= 5][:14]
+    write_manifest(folder / "train.jsonl", chosen[:10])
+    write_manifest(folder / "dev.jsonl", chosen[10:])
     features = extract_features(
         recipe, [str(folder / "train.jsonl"), str(folder / "dev.jsonl")], str(folder / "features")
     )
@@ -60,9 +60,9 @@ def losses(prepared, name, **overrides):
 
 @pytest.mark.slow
 def test_one_and_two_processes_give_the_same_losses(prepared):
-    one, dev_one = losses(prepared, "one", **{"training.processes": 1, "training.positions_per_batch": 700})
+    one, dev_one = losses(prepared, "one", **{"training.processes": 1, "training.positions_per_batch": 300})
     # A smaller micro-batch as well: accumulation must not show either.
-    two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 250})
+    two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 120})
     assert len(one) == 6 and len(dev_one) == 2
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     assert two == pytest.approx(one, rel=NOISE)
@@ -82,7 +82,7 @@ def test_features_of_another_encoder_are_refused_before_training(tiny_recipe, ti
 @pytest.mark.slow
 def test_a_failing_process_ends_training_with_its_sentence(tiny_recipe, tiny_corpus, tmp_path):
     recipe = load_recipe(
-        str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 20}
+        str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 90}
     )
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
