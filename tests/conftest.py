@@ -16,6 +16,48 @@ from moto.server import ThreadedMotoServer
 from tests.engine import NoEngine, build_images, engine
 from tests.faults import FaultyProxy
 
+WARM = Path(__file__).resolve().parent / "warm"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let this project's programs start warm, and the workers of pytest-xdist share the cores."""
+    config.addinivalue_line("markers", "cold: its programs start from nothing, as they do for users")
+    if hasattr(config, "workerinput") or os.environ.get("SLAM_ASR_SOAK"):
+        return
+    folder = Path(tempfile.mkdtemp(prefix="slam-asr-warm-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["SLAM_ASR_WARM"] = str(folder / "socket")
+    os.environ["SLAM_ASR_WARM_OWNER"] = str(os.getpid())
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        str(f) for f in (WARM, WARM.parents[1], os.environ.get("PYTHONPATH")) if f
+    )
+    # Two workers with a thread each finish more than one with two; it is also what most tests compare bit by bit.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what shares a costly fixture on one worker of pytest-xdist, and begin with what takes longest.
+
+    All tests with containers share one engine and its images; the tests of a file share their fixtures.
+    """
+    for item in items:
+        container = {"docker_engine", "images"} & set(getattr(item, "fixturenames", ()))
+        group = "containers" if container else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    first = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.get_closest_marker("xdist_group").args[0], len(first)))
+
+
+LONGEST = ("containers", "test_demo", "test_resuming", "test_chain", "test_local", "test_sweep", "test_interruption")
+"""Groups of tests that take minutes. A worker that begins one last leaves the other without work."""
+
+
+@pytest.fixture(autouse=True)
+def _cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("cold"):
+        monkeypatch.delenv("SLAM_ASR_WARM", raising=False)
+
+
 LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-mini"
 
 

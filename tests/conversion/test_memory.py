@@ -69,6 +69,7 @@ WAYS = {
 }
 
 
+@pytest.mark.cold
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WAYS)
 def test_no_more_than_a_few_weights_are_in_memory_at_once(tiny_recipe, tmp_path, kind):
@@ -95,6 +96,7 @@ def test_no_more_than_a_few_weights_are_in_memory_at_once(tiny_recipe, tmp_path,
     assert taken < 2.5
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", WAYS)
 def test_an_llm_written_weight_by_weight_is_the_one_that_is_written_whole(
@@ -126,6 +128,7 @@ def test_an_llm_written_weight_by_weight_is_the_one_that_is_written_whole(
             assert ours.read_bytes() == theirs.read_bytes(), name
 
 
+@pytest.mark.cold
 def test_a_file_written_one_by_one_is_the_librarys(tmp_path):
     tensors = {
         "b": torch.randn(3, 5),

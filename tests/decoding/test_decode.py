@@ -83,6 +83,7 @@ def texts(record):
     return {row.key: row.hypothesis for row in read_hypotheses(record.file("hypotheses.jsonl"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (1, 1.5), (3, 1.0), (3, 1.5)])
 def test_single_batched_divided_and_resumed_decoding_say_the_same(
     model, manifest, tiny_recipe, tmp_path, monkeypatch, beams, penalty

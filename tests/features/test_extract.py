@@ -281,6 +281,7 @@ def run_to_the_end(options, manifest, store, **environment) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.cold
 def test_killed_at_any_moment_and_resumed_the_store_has_the_same_bytes(tiny_models, many, tmp_path):
     options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
     duration = run_to_the_end(options, many, tmp_path / "undisturbed")

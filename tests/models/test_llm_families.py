@@ -202,6 +202,7 @@ def test_a_loss_in_chunks_is_the_whole_one_and_so_is_its_gradient(world, request
         assert torch.equal(model(given)[1], sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (1, 1.5), (3, 1.5)])
 def test_decoding_together_is_decoding_alone(world, beams, penalty):
     model, prompt, frames = world

@@ -147,6 +147,7 @@ def test_batch_loss_and_gradients_agree(reference, request):
         assert (tensor.grad - wanted).norm() / wanted.norm() < (1e-2 if leaks else 1e-4), parameter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("indices", [[0], [1], [2], [3], [0, 1, 2, 3]], ids=name)
 def test_utterances_are_decoded_alike(reference, beams, indices, request):

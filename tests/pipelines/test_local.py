@@ -221,6 +221,8 @@ def test_user_error_in_a_step_is_one_sentence_and_code_2(tiny_recipe, tiny_corpu
     )
 
 
+@pytest.mark.slow
+@pytest.mark.cold
 def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_corpus, tmp_path):
     process = subprocess.Popen(
         command(tiny_recipe, tiny_corpus, tmp_path),

@@ -36,6 +36,7 @@ def test_published_sizes_come_out():
     assert encoder_flops(wavlm.encoder, 12 * 16_000) / 12 == pytest.approx(39.5e9, rel=0.1)
 
 
+@pytest.mark.slow
 def test_every_shipped_recipe_can_be_planned_without_its_models(capsys):
     for name in shipped_recipes():
         assert plan(load_recipe(name), gpus=8).memory.total > 0
@@ -56,6 +57,7 @@ def test_the_feature_cache_is_50_frames_a_second():
     assert plan(load_recipe("whisper-large-v2-vicuna-7b")).cache_bytes == pytest.approx(1.08e12, rel=0.01)
 
 
+@pytest.mark.slow
 def test_it_fits_from_some_memory_on_and_the_proposal_fits():
     recipe = load_recipe("whisper-large-v2-vicuna-7b")
     fits = [plan(recipe, gpus=4, gpu_memory=g).fits for g in (8, 16, 24, 40, 80, 141)]
@@ -65,12 +67,14 @@ def test_it_fits_from_some_memory_on_and_the_proposal_fits():
         assert plan(load_recipe("whisper-large-v2-vicuna-7b", proposal), gpus=4, gpu_memory=memory).fits
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_has_no_proposal(capsys):
     result = plan(load_recipe("wavlm-large-llama-2-70b"), gpus=1, gpu_memory=80)
     assert not result.fits and result.proposal == {}
     assert "nothing tried here fits" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_70b_full_fine_tune_needs_the_hosts_memory_on_eight_gpus():
     result = plan(
         load_recipe("wavlm-large-llama-2-70b-full", {"training.offload_optimizer": False}),

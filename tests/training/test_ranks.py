@@ -16,9 +16,9 @@ from slam_asr.training.train import train
 
 REAL = {
     "training.precision": "fp32",
-    "training.positions_per_step": 700,
+    "training.positions_per_step": 300,
     "training.max_steps": 6,
-    "training.epochs": 2,
+    "training.epochs": 9,
     "training.validate_every": 3,
     "training.learning_rate": 1e-4,
     "training.warmup_steps": 6,
@@ -37,9 +37,9 @@ amplify this to up to 1e-4, depending on the machine.
 
 @pytest.fixture(scope="module")
 def prepared(libri_mini, tmp_path_factory):
-    """Thirty utterances of 2 to 10 s with real features."""
+    """Fourteen utterances of 2 to 5 s with real features."""
     folder = tmp_path_factory.mktemp("ranks")
-    recipe = load_recipe("librispeech", REAL | {"training.positions_per_batch": 700})
+    recipe = load_recipe("librispeech", REAL | {"training.positions_per_batch": 300})
     built = build_manifest(recipe, str(libri_mini), str(folder / "manifest"))
     selected = [u for u in read_manifest(built.file("train.jsonl")) if 2 <= u.duration <= 10][:30]
     write_manifest(folder / "train.jsonl", selected[:25])
@@ -84,7 +84,7 @@ def test_features_of_another_encoder_are_refused_before_training(tiny_recipe, ti
 @pytest.mark.slow
 def test_a_failing_process_ends_training_with_its_message(tiny_recipe, tiny_corpus, tmp_path):
     recipe = load_recipe(
-        str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 20}
+        str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 90}
     )
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))

@@ -1,0 +1,123 @@
+"""Python programs of the tests start warm: imports are done once, in a process that forks for each program.
+
+Importing torch, transformers, DeepSpeed and kfp takes up to eight seconds of a core, and a pipeline on tiny
+models starts a dozen programs that do. With this folder on PYTHONPATH, an interpreter that is about to run
+one of this project's programs hands its arguments, environment, folder and standard streams to the fork
+server (`fork_server.py`) and becomes a stand-in: it passes signals on, and ends as the forked process ended.
+If a stand-in is killed, its forked process is killed too, so tests can kill, count and signal what they see.
+
+All other interpreters start as usual. So do all of them where `SLAM_ASR_WARM` is not set.
+"""
+
+import os
+import sys
+
+_MODULES = ("slam_asr", "pipelines", "kfp.dsl.executor_main", "torch.distributed.run")
+
+
+def _program(words: list[str]) -> list[str] | None:
+    """`-u -m slam_asr train` → `["-m", "slam_asr", "train"]`; None for a program that starts cold."""
+    words = [word for word in words[:2] if word != "-u"] + words[2:]
+    if len(words) >= 2 and words[0] == "-m" and (words[1] in _MODULES or words[1].startswith("slam_asr.")):
+        return words
+    script = os.path.basename(words[0]) if words else ""
+    # A forked process shares the fork server's pages, so memory is measured in one that starts cold.
+    if script == "begin_projector.py" or (script.endswith("_program.py") and "memory" not in script):
+        return words
+    return None
+
+
+def _connect(address: str) -> "object":
+    """A connection to the fork server. The first stand-in starts it, and the others wait until it has imported all."""
+    import fcntl
+    import socket
+    import subprocess
+    import time
+
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    deadline = time.monotonic() + 120
+    started = False
+    while time.monotonic() < deadline:
+        try:
+            server.connect(address)
+            return server
+        except OSError:
+            if not started:
+                started = True
+                lock = os.open(f"{address}.lock", os.O_RDWR | os.O_CREAT)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fork_server.py")
+                    with open(f"{address}.log", "w") as log:
+                        # It inherits the lock, and holds it until it ends.
+                        subprocess.Popen(
+                            [sys.executable, program, address],
+                            stdin=subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=log,
+                            start_new_session=True,
+                            cwd="/",
+                            pass_fds=[lock],
+                            env=_without_warmth(os.environ),
+                        )
+                except BlockingIOError:
+                    pass
+                finally:
+                    os.close(lock)
+            time.sleep(0.1)
+    raise SystemExit(f"the fork server of the tests does not start: {open(f'{address}.log').read()}")
+
+
+def _without_warmth(environment: "os._Environ[str]") -> dict[str, str]:
+    # One thread each, so that importing numpy starts none; `become` applies what a program asks for.
+    return {k: v for k, v in environment.items() if k != "SLAM_ASR_WARM"} | {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+
+
+def _stand_in(address: str, program: list[str]) -> None:
+    import array
+    import ctypes
+    import json
+    import signal
+    import socket
+
+    server = _connect(address)
+    request = {"program": program, "environment": dict(os.environ), "folder": os.getcwd()}
+    # The request may be larger than a packet, so it travels in a file without a name.
+    content = os.memfd_create("request")
+    os.write(content, json.dumps(request).encode())
+    streams = array.array("i", [0, 1, 2, content])
+    server.sendmsg([b"run"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    process = int(server.recv(64))
+
+    def pass_on(number: int, _: object) -> None:
+        try:
+            os.kill(process, number)
+        except ProcessLookupError:
+            pass  # It has just ended; its exit status is on the way.
+
+    for known in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(known) is not signal.SIG_IGN:
+            signal.signal(known, pass_on)
+    # Whoever reads the program's output sees its end when the forked process ends, not this one.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    while (message := server.recv(64)) == b"die with parent":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    status = int(message or signal.SIGKILL)
+    if os.WIFSIGNALED(status):
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.waitstatus_to_exitcode(status))
+
+
+_address = os.environ.get("SLAM_ASR_WARM")
+if _address:
+    _words = _program(sys.orig_argv[1:])
+    if _words:
+        _stand_in(_address, _words)
