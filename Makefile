@@ -17,7 +17,7 @@ pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use
 pytest = $(python) -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test unit soak lint lock images compile clean
+.PHONY: help install install-test demo test unit slow soak lint lock images compile clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
@@ -29,18 +29,19 @@ install-test: $(VENV)/.test  ## the same, plus the packages for the tests
 demo: $(VENV)/.run  ## train and evaluate a small model on the speech in demo/
 	$(python) -m pipelines run demo
 
-test: $(VENV)/.test  ## run all tests, the quick ones first
-	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
-	$(python) -m pytest -m slow $(PYTEST_ARGS)
+test: unit slow  ## run all tests, the quick ones first
+
+slow: $(VENV)/.test  ## run only the slow tests
+	$(pytest) -m slow $(PYTEST_ARGS)
 
 unit: $(VENV)/.test  ## run only the quick tests
-	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(pytest) -m "not slow" $(PYTEST_ARGS)
 
 soak: $(VENV)/.test  ## run the long tests, which take hours
 	SLAM_ASR_SOAK=1 $(python) -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.test  ## check the code style
-	$(python) -m ruff check .
+lint: $(VENV)/.test  ## check style, types, words and generated docs, with the hooks of .pre-commit-config.yaml
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(python) -m pre_commit run --all-files
 
 images:  ## build the steps' images: REGISTRY=… TAG=… PUSH=1, and STAGES, BASE_IMAGE, TORCH, PIP_ARGS, BUILD_ARGS
 	$(PYTHON) images/build.py $(if $(REGISTRY),--registry "$(REGISTRY)") $(if $(TAG),--tag "$(TAG)") $(if $(PUSH),--push) \

@@ -104,7 +104,8 @@ def build(folder: Path, count: int) -> None:
     from slam_asr.corpora.build import build_manifest
     from slam_asr.recipe import load_recipe
 
-    soundfile.write(folder / "a.wav", np.zeros(1600, np.int16), 16_000)
+    # 0.2 s, the minimum of the demo's recipe.
+    soundfile.write(folder / "a.wav", np.zeros(3200, np.int16), 16_000)
     with open(folder / "table.csv", "w") as table:
         table.write("id,path,text,split\n")
         table.writelines(
@@ -112,9 +113,7 @@ def build(folder: Path, count: int) -> None:
             for i, u in enumerate(utterances(count))
         )
     sys.stdout = sys.stderr
-    build_manifest(
-        load_recipe("demo", {"data.min_duration": 0.1}), str(folder / "table.csv"), str(folder / "out")
-    )
+    build_manifest(load_recipe("demo"), str(folder / "table.csv"), str(folder / "out"))
     sys.stdout = sys.__stdout__
 
 

@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of the random sentences (default: %(default)s)"
     )
-    parser.add_argument("--train", type=int, default=144, help="training utterances (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=180, help="training utterances (default: %(default)s)")
     parser.add_argument(
         "--held-out", type=int, default=36, help="utterances per other subset (default: %(default)s)"
     )

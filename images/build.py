@@ -90,8 +90,9 @@ def _require_index(stages: list[str], options: argparse.Namespace) -> None:
     )
     if [s for s in without_cuda if s != "build-manifest"] and not options.pip_args and not options.base_image:
         raise BuildError(
-            f"{without_cuda[-1]} uses torch's build without CUDA, which has an index of its own: name it "
-            'with PIP_ARGS="--extra-index-url …" (torch\'s installation page has the address), or use TORCH=cuda.'
+            f"{without_cuda[-1]} uses torch's build without CUDA, which has an index of its own: "
+            'name it with PIP_ARGS="--extra-index-url …" (torch\'s installation page has the address), '
+            "or use TORCH=cuda."
         )
 
 

@@ -28,7 +28,7 @@ from components import ALL_RESULTS
 from pipelines import processes
 from pipelines.docker import Containers
 from pipelines.run_request import RunRequest
-from slam_asr.errors import ConfigurationError, InputError
+from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.progress import BAR_COLUMNS
 from slam_asr.recipe import dump_recipe
 from slam_asr.stage import Record, follow_pointer, read_record
@@ -107,7 +107,7 @@ class LocalRun:
 
         Raises:
             StepFailed: a step failed.
-            InputError: another run is working in the same folder.
+            UserError: another run is working in the same folder.
         """
         with (
             _exclusive(self.output),
@@ -152,7 +152,7 @@ class LocalRun:
 
         Raises:
             StepFailed: the stage failed.
-            InputError: another run is working in the same folder.
+            UserError: another run is working in the same folder.
         """
         with _exclusive(self.output), open(self.output / KFP_LOG, "w", encoding="utf-8") as log:
             command = prepare()
@@ -199,7 +199,7 @@ class LocalRun:
             contextlib.redirect_stdout(log),
             warnings.catch_warnings(),
         ):
-            # kfp warns about images without Python in their name, but here no image is used.
+            # kfp judges by an image's name whether it contains Python, and warns about ours, which do.
             warnings.filterwarnings("ignore", message=".*non-Python base image", category=RuntimeWarning)
             yield
 
@@ -285,7 +285,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
+            raise UserError(
                 f"Another run is working in {folder}: wait for it, or choose another --output."
             ) from None
         yield

@@ -11,7 +11,7 @@ from slam_asr.conversion.shipped import shipped_models
 from slam_asr.errors import ConfigurationError
 from slam_asr.recipe import Recipe
 from slam_asr.storage import is_s3, local_path
-from slam_asr.sweeping.variations import Variation, read_variations, require_trainings_of_their_own, resolve
+from slam_asr.sweeping.variations import Variation, read_variations, require_distinct_trainings, resolve
 
 
 @dataclass
@@ -138,7 +138,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
             return RunRequest(recipe)
         variations = resolve(recipe, read_variations(sweep))
         if in_a_cluster and parallel != 1:
-            require_trainings_of_their_own(recipe, variations)
+            require_distinct_trainings(recipe, variations)
         return RunRequest(recipe, variations=variations, parallel=parallel)
     recipe = replace(recipe, data=replace(recipe.data, train=[], dev=[]))
     if not is_s3(model):

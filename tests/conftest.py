@@ -21,7 +21,6 @@ WARM = Path(__file__).resolve().parent / "warm"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let this project's programs start warm, and the workers of pytest-xdist share the cores."""
-    config.addinivalue_line("markers", "cold: its programs start from nothing, as they do for users")
     if hasattr(config, "workerinput") or os.environ.get("SLAM_ASR_SOAK"):
         return
     folder = Path(tempfile.mkdtemp(prefix="slam-asr-warm-"))
@@ -31,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         str(f) for f in (WARM, WARM.parents[1], os.environ.get("PYTHONPATH")) if f
     )
-    # Two workers with a thread each finish more than one with two; it is also what most tests compare bit by bit.
+    # Two workers with one thread each finish sooner than two workers with two threads on two cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -1,6 +1,4 @@
-"""DeepSpeed's own JSON in a recipe: settings take effect, contradictions and unknown keys are refused by
-name.
-"""
+"""DeepSpeed's own JSON in a recipe: settings take effect, contradictions and unknown keys are refused."""
 
 import json
 

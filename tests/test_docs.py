@@ -1,6 +1,7 @@
 """The documentation: every key, recipe, command and file that it names exists, and its form is readable."""
 
 import ast
+import copy
 import functools
 import importlib
 import inspect
@@ -12,7 +13,7 @@ import pytest
 
 from slam_asr.cli import COMMANDS, resolve_command
 from slam_asr.cli import run as run_stage_command
-from slam_asr.recipe import recipe_keys, shipped_recipes
+from slam_asr.recipe import recipe_keys, recipe_values, shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -73,6 +74,9 @@ SCRIPTS_OF_SLAM_LLM = """
     decode_hubert_xtralarge_linear_vicuna_7b.sh transcribe_deepspeed_to_pt.py zero_to_fp32.py
     compute_wer.py whisper_tn.py
 """
+
+
+read_once = functools.cache(recipe_values)  # typing a recipe takes a fifth of a second
 
 
 def page_id(page):
@@ -195,6 +199,7 @@ def test_every_command_of_a_stage_has_real_options_and_all_that_it_needs(page, w
         calls.append(values)
 
     monkeypatch.setattr(importlib.import_module(module), name, record_call)
+    monkeypatch.setattr("slam_asr.cli.recipe_values", lambda recipe: copy.deepcopy(read_once(recipe)))
     # A model folder's recipe is read before the options are parsed.
     model = words.index("--model") + 1 if "--model" in words else 2
     if "model" in inspect.signature(function).parameters:

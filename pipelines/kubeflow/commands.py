@@ -81,7 +81,7 @@ def submit(arguments: list[str]) -> int:
         )
     print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
     if not options["wait"]:
-        print(f"follow it with `python -m pipelines status {run_id} --wait true`")
+        print(f"follow it with `python -m pipelines status {run_id} --wait`")
         return 0
     return _watch(lambda: follow(connection, run_id, _print_line, options["poll"]), run_id)
 

@@ -12,7 +12,7 @@ from typing import Any
 import kfp_server_api
 
 from components import ALL_RESULTS
-from pipelines import TRAINING, asr, evaluate
+from pipelines import EVALUATION, SWEEP, TRAINING, asr, evaluate, sweep
 from pipelines.kubeflow.connection import Connection, NotFound
 from slam_asr import __version__
 from slam_asr.configuration import nearest
@@ -21,6 +21,12 @@ from slam_asr.progress import clock
 from slam_asr.recipe import Recipe
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+"""States of a run that has ended."""
+_DESCRIPTIONS = {
+    TRAINING: asr.DESCRIPTION,
+    EVALUATION: evaluate.DESCRIPTION,
+    SWEEP: sweep.DESCRIPTION,
+}
 
 
 @dataclass
@@ -60,7 +66,7 @@ def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> t
         ClusterError: the API refuses or does not answer.
     """
     client = connection.client
-    description = asr.DESCRIPTION if pipeline == TRAINING else evaluate.DESCRIPTION
+    description = _DESCRIPTIONS[pipeline]
     version = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
     pipeline_id = connection.call("look up the pipeline", lambda: client.get_pipeline_id(pipeline))
     if pipeline_id is None:

@@ -71,9 +71,9 @@ def convert_checkpoint(
 
     if half and to != "model":
         raise ConfigurationError(
-            "--half true is only for --to model; the other formats have a precision of their own: leave it out."
+            "--half true is only for --to model; the other formats have their own precision: leave it out."
         )
-    how = TargetFormat(to, half, verify)
+    target = TargetFormat(to, half, verify)
     if checkpoint.endswith("model_states.pt"):
         # DeepSpeed's file of the weights; the optimiser's files are in the same folder.
         checkpoint = checkpoint.rpartition("/")[0] or "."
@@ -175,8 +175,8 @@ def _convert_file(
 
     if target.to != "model":
         raise ConfigurationError(
-            f"{path} holds neither a projector nor an LLM, so it cannot be written for SLAM-LLM or as an LLM: "
-            "leave out --to."
+            f"{path} holds neither a projector nor an LLM, so it cannot be written for SLAM-LLM or as an "
+            "LLM: leave out --to."
         )
     del content  # `convert_original` reads the file again
 
@@ -357,8 +357,8 @@ def _write(
     elif target.to == "slam-llm":
         if parts["encoder"] or (parts["llm"] and not adapter):
             raise ConfigurationError(
-                f"{where} contains a completely trained LLM or encoder, which SLAM-LLM's model.pt cannot hold: "
-                "leave out --to."
+                f"{where} contains a completely trained LLM or encoder, which SLAM-LLM's model.pt cannot "
+                "hold: leave out --to."
             )
         write_slam_llm(folder, projector.state_dict(), adapter)
         log_line(f"{folder / FILE}: pass it to SLAM-LLM as ckpt_path")

@@ -20,7 +20,7 @@ from slam_asr.conversion.shipped import fetch_model
 from slam_asr.errors import UserError
 from slam_asr.models.pickles import read_pickle
 from slam_asr.models.projector import SpeechProjector, build_projector
-from slam_asr.models.weights import is_finite
+from slam_asr.models.tensors import is_finite
 from slam_asr.recipe import Encoder, Projector, Recipe, load_recipe
 from slam_asr.storage import local_path, sha256_of_file, write_atomically, write_json
 

@@ -109,7 +109,7 @@ _preparer: Preparer | None = None
 def _start_worker(preparer: Preparer) -> None:
     global _preparer
     _preparer = preparer
-    # The kernel's death signal (`die_with_parent`) would not work: the parent is the fork server, not the owner.
+    # `die_with_parent` would not work here: the parent is the fork server, not the owner of the pool.
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the owner too, which ends its workers
     torch.set_num_threads(1)

@@ -111,3 +111,10 @@ def write_one_by_one(
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether a tensor of any shape contains neither NaN nor infinity."""
+    # A NaN becomes both bounds, an infinity one of them. Unlike `isfinite().all()` this copies nothing, and
+    # in half precision it takes a tenth of the time of a sum.
+    return not weight.numel() or all(bound.isfinite() for bound in torch.aminmax(weight))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from slam_asr.configuration import one_sentence
 from slam_asr.errors import ModelError
 from slam_asr.models.pretrained import UNREADABLE_WEIGHTS
+from slam_asr.models.tensors import is_finite
 
 
 def load_weights(
@@ -71,13 +72,6 @@ def require_finite_weight(name: str, weight: torch.Tensor, what: str) -> None:
             f"{what} holds values that are not finite (NaN or infinite) in {name}: "
             "fetch or convert the model again."
         )
-
-
-def is_finite(weight: torch.Tensor) -> bool:
-    """Whether a tensor of any shape contains neither NaN nor infinity."""
-    # A NaN becomes both bounds, an infinity one of them. Unlike `isfinite().all()` this copies nothing, and
-    # in half precision it takes a tenth of the time of a sum.
-    return not weight.numel() or all(bound.isfinite() for bound in torch.aminmax(weight))
 
 
 @contextlib.contextmanager

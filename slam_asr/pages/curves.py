@@ -15,7 +15,7 @@ from slam_asr.pages.render import grouped, render
 from slam_asr.storage import write_atomically
 
 RUN_MARKERS = "●■▲◆▼★"
-"""Markers of the first lines that `draw_runs` draws. Their colours are --run-1, --run-2 … in the style sheet."""
+"""Markers of the first lines of `draw_runs`. Their colours are --run-1, --run-2 … in the style sheet."""
 CURVE_POINTS = 400
 """Maximum number of points per curve: more are indistinguishable on a screen and make the page large."""
 
@@ -27,8 +27,8 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
         path: the page's file.
         title: its heading.
         facts: (name, value) pairs shown above the curves.
-        training: `curve` and `validation`, lists of {step, loss, accuracy}, the latter optionally with wer; and
-            `samples`, the transcripts of the last validation with key, reference and hypothesis.
+        training: `curve` and `validation`, lists of {step, loss, accuracy}, the latter optionally with wer;
+            and `samples`, the transcripts of the last validation with key, reference and hypothesis.
     """
     points = {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     samples = training.get("samples") or []
@@ -163,7 +163,8 @@ def _summary(
     if series["training"]:
         (first, start), (last, end) = series["training"][0], series["training"][-1]
         sentences.append(
-            f"Training: {template.format(start)} at step {grouped(first)}, {template.format(end)} at step {grouped(last)}."
+            f"Training: {template.format(start)} at step {grouped(first)}, "
+            f"{template.format(end)} at step {grouped(last)}."
         )
     if series["validation"]:
         step, value = best(series["validation"], key=lambda point: point[1])
@@ -254,7 +255,7 @@ def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 
 def _inline(svg: str, name: str, title: str, description: str) -> str:
-    """Turn matplotlib's file into a part of a page: without header, with title, description and the page's colours."""
+    """Turn matplotlib's file into part of a page: add title and description, and use the page's colours."""
     body = svg[svg.index("<svg") :]
     view = re.search(r'viewBox="[^"]+"', body)[0]
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body[body.index(">") + 1 :], flags=re.DOTALL)
@@ -264,5 +265,6 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
         body = body.replace(placeholder, colour)
     return (
         f'<svg {view} role="img" aria-labelledby="{name}-title {name}-description">'
-        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-description">{escape(description)}</desc>{body}'
+        f'<title id="{name}-title">{escape(title)}</title>'
+        f'<desc id="{name}-description">{escape(description)}</desc>{body}'
     )

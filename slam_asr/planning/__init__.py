@@ -1,1 +1,1 @@
-"""What a recipe will cost, before a GPU is paid for: memory, time and storage, from configurations alone."""
+"""Estimate the memory, time and storage that a recipe takes, from its models' configurations alone."""

@@ -1,8 +1,8 @@
-"""Whether a training fits where it is about to run, said before anything is loaded.
+"""Check that a training fits into memory before anything is loaded.
 
-What is predicted is within 15 % of what a process takes, so that a training is refused only where it could not
-fit at the lower end. Where there is nothing to predict with, nothing is said: it is no training's
-fault that a model is unknown here, or that a machine does not tell its memory.
+The prediction is within 15 % of what a process takes, so a training is refused only if it cannot fit even at
+the lower end. If no prediction is possible, because the model is unknown or the machine does not report its
+memory, the training starts without a check.
 """
 
 import heapq
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.features.audio_source import samples_of
 from slam_asr.manifest import Utterance
 from slam_asr.models.projector import positions_of
@@ -22,12 +22,15 @@ from slam_asr.planning.plan import USABLE, propose
 from slam_asr.planning.shapes import Shapes
 from slam_asr.progress import log_line
 
-EXACT = 1.15
-"""What is predicted over what is taken, at most."""
+MAX_OVERESTIMATE = 1.15
+"""Maximum ratio of predicted to actual memory."""
 LONGEST, SAMPLE = 8, 64
-"""Utterances that are spelled to find the longest, and a mean one: all of them would take a minute for a thousand hours."""
+"""Numbers of utterances that are tokenized to find the longest one and the mean length.
+
+Tokenizing all of them would take a minute for a thousand hours.
+"""
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where a container finds the memory that it may take, by the version of cgroups."""
+"""Files with a container's memory limit, for cgroups version 2 and 1."""
 PARTS = {
     "frozen": "frozen weights",
     "trained": "trained weights and gradients",
@@ -39,42 +42,44 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a training is about to run."""
+class Machine:
+    """The machine on which a training is about to run."""
 
     processes: int
-    """On all machines."""
-    here: int
-    """On this one."""
+    """Processes of the training on all machines."""
+    local_processes: int
+    """Processes on this machine."""
     on_gpu: bool
     memory: float | None
-    """Bytes of each GPU, the smallest of them; without GPUs, of this host. None where that cannot be known."""
+    """Bytes of the smallest GPU; without GPUs, of this host. None if unknown."""
     host: float | None
-    """Bytes of this host."""
+    """Bytes of this host. None if unknown."""
 
     @property
-    def room(self) -> float | None:
-        """Bytes of one process."""
-        return self.memory if self.memory is None or self.on_gpu else self.memory / self.here
+    def capacity(self) -> float | None:
+        """Bytes for one process. None if unknown."""
+        return self.memory if self.memory is None or self.on_gpu else self.memory / self.local_processes
 
 
-def place_of(device: torch.device, here: int, nodes: int) -> Place:
-    """This machine.
+def machine_of(device: torch.device, local_processes: int, nodes: int) -> Machine:
+    """Describe this machine.
 
     Args:
-        device: on which it trains.
-        here: processes on it.
-        nodes: machines, all with as many.
+        device: the device that trains.
+        local_processes: processes on this machine.
+        nodes: number of machines, each with as many processes.
     """
     host = host_memory()
     on_gpu = device.type == "cuda"
-    return Place(here * nodes, here, on_gpu, gpu_memory(here) if on_gpu else host, host)
+    memory = gpu_memory(local_processes) if on_gpu else host
+    return Machine(local_processes * nodes, local_processes, on_gpu, memory, host)
 
 
 def gpu_memory(count: int) -> float | None:
     """Bytes of the smallest of the first `count` GPUs.
 
-    All of it: what is free only a process that takes a part of it for itself can ask.
+    The total and not the free memory: a process that asks for free memory must create a CUDA context, which
+    takes memory itself.
     """
     try:
         return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(count)))
@@ -83,7 +88,7 @@ def gpu_memory(count: int) -> float | None:
 
 
 def host_memory() -> float | None:
-    """Bytes that this host, or the container that this is, has to give."""
+    """Available bytes of this host, or of the container in which this runs. None if unknown."""
     known = [_number(path) for path in CGROUP_LIMITS]
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -100,88 +105,99 @@ def _number(path: str) -> float | None:
         return None  # `max`, where there is no limit
 
 
-def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], place: Place) -> None:
-    """Refuse a training that cannot fit, and say where one may not.
+def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], machine: Machine) -> None:
+    """Refuse a training that cannot fit into memory, and warn of one that may not.
 
     Args:
-        shapes: of the training's models.
-        prompt: as the LLM's tokenizer spells it.
-        utterances: to train on.
-        place: where.
+        shapes: sizes of the models.
+        prompt: the prompt, tokenized for the LLM.
+        utterances: the training utterances.
+        machine: the machine to train on.
 
     Raises:
-        UserError: it takes more than there is, with what to set.
+        ConfigurationError: the training takes more memory than the machine has; names the options to change.
     """
-    if place.room is None:
+    capacity = machine.capacity
+    if capacity is None:
         return
     try:
-        one, load = loads_of(shapes, prompt, utterances, place.processes)
-        memory = training_memory(shapes, load, place.processes, place.on_gpu)
-    except Exception:  # an LLM of a kind that cannot be measured without its weights may train all the same
+        longest, load = loads_of(shapes, prompt, utterances, machine.processes)
+        memory = training_memory(shapes, load, machine.processes, machine.on_gpu)
+    except Exception:  # an LLM that cannot be measured without its weights may still train
         return
-    if memory.total / EXACT > place.room:
-        raise UserError(f"{_too_much(memory, place)}: {_what_helps(shapes, one, place)}.")
-    if memory.total > USABLE * place.room:
-        log_line(f"warning: {_too_much(memory, place)}, which may not do: {_what_helps(shapes, one, place)}")
-    _require_host(shapes, place)
+    if memory.total / MAX_OVERESTIMATE > capacity:
+        raise ConfigurationError(f"{_too_much(memory, machine)}: {_remedy(shapes, longest, machine)}.")
+    if memory.total > USABLE * capacity:
+        log_line(
+            f"warning: {_too_much(memory, machine)}, which may not be enough: "
+            f"{_remedy(shapes, longest, machine)}"
+        )
+    _require_host(shapes, machine)
 
 
 def loads_of(
     shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], processes: int
 ) -> tuple[Load, Load]:
-    """The longest utterance, and the largest batch that one of `processes` processes will compute at once."""
+    """The longest utterance by itself, and the largest micro-batch of one of `processes` processes."""
     options = shapes.recipe.training
     lengths = [u.duration or 0.0 for u in utterances]
     texts = [len(u.target) for u in utterances]
-    chosen = {
-        at
+    candidates = {
+        i
         for sizes in (lengths, texts)
-        for at in heapq.nlargest(LONGEST, range(len(sizes)), key=sizes.__getitem__)
+        for i in heapq.nlargest(LONGEST, range(len(sizes)), key=sizes.__getitem__)
     }
-    one = max((_load_of(shapes, prompt, utterances[at]) for at in chosen), key=lambda load: load.length)
+    longest = max((_load_of(shapes, prompt, utterances[i]) for i in candidates), key=lambda load: load.length)
     if options.utterances_per_batch:
-        return one, replace(one, rows=float(min(options.utterances_per_batch, len(utterances))))
+        return longest, replace(longest, rows=float(min(options.utterances_per_batch, len(utterances))))
     sample = [
-        _load_of(shapes, prompt, utterances[at])
-        for at in range(0, len(utterances), max(1, len(utterances) // SAMPLE))
+        _load_of(shapes, prompt, utterances[i])
+        for i in range(0, len(utterances), max(1, len(utterances) // SAMPLE))
     ]
     mean = sum(load.length for load in sample) / len(sample)
-    # A process' share of a step, which is never more than all there is.
+    # A process' share of a step, which cannot exceed its share of all utterances.
     budget = min(
         options.positions_per_batch,
         options.positions_per_step / processes,
         mean * len(utterances) / processes,
     )
-    rows = max(1.0, budget / one.length)
+    rows = max(1.0, budget / longest.length)
     if not options.packing:
-        return one, replace(one, rows=float(int(rows)))
-    # Utterances of all lengths share a row: its targets are those of the mean one, not of the longest.
-    targets = sum(load.targets for load in sample) / sum(load.length for load in sample) * one.length
-    return one, one if rows == 1 else replace(one, rows=rows, targets=round(targets))
+        return longest, replace(longest, rows=float(int(rows)))
+    # Utterances of all lengths share a packed row, so its share of targets is the mean one, not the
+    # longest's.
+    targets = sum(load.targets for load in sample) / sum(load.length for load in sample) * longest.length
+    return longest, longest if rows == 1 else replace(longest, rows=rows, targets=round(targets))
 
 
 def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(samples_of(utterance)))
-    before, (behind, answer) = max(
-        ((s.before, prompt.with_answer(s, utterance.target)) for s in prompt.drawn),
-        key=lambda spoken: len(spoken[0]) + sum(map(len, spoken[1])),
+    # The longest of the prompts that training draws from.
+    before, (after, answer) = max(
+        ((p.before, prompt.with_answer(p, utterance.target)) for p in prompt.drawn),
+        key=lambda tokens: len(tokens[0]) + sum(map(len, tokens[1])),
     )
-    return Load(1.0, audio + len(before) + len(behind) + len(answer), audio, len(answer))
+    return Load(1.0, audio + len(before) + len(after) + len(answer), audio, len(answer))
 
 
-def _too_much(memory: Memory, place: Place) -> str:
+def _too_much(memory: Memory, machine: Machine) -> str:
+    """What the training takes, with its two largest parts, and what the machine has."""
+    assert machine.memory is not None  # `require_fit` has checked it
     parts = sorted(((size, PARTS[name]) for name, size in vars(memory).items()), reverse=True)[:2]
-    shown = " and ".join(f"{size / 1e9:.3g} GB {what}" for size, what in parts)
+    shown = " and ".join(f"{size / 1e9:.3g} GB {name}" for size, name in parts)
     takes = f"This training takes about {memory.total / 1e9:.3g} GB of "
-    if place.on_gpu:
-        return f"{takes}each GPU ({shown}), and there are {place.memory / 1e9:.3g} GB"
-    each = f"memory in each of {place.here} processes" if place.here > 1 else "memory"
-    return f"{takes}{each} ({shown}), and this host has {place.memory / 1e9:.3g} GB to give"
+    if machine.on_gpu:
+        return f"{takes}each GPU ({shown}), and a GPU has {machine.memory / 1e9:.3g} GB"
+    several = machine.local_processes > 1
+    each = f"memory in each of {machine.local_processes} processes" if several else "memory"
+    return f"{takes}{each} ({shown}), and this host has {machine.memory / 1e9:.3g} GB available"
 
 
-def _what_helps(shapes: Shapes, one: Load, place: Place) -> str:
+def _remedy(shapes: Shapes, longest: Load, machine: Machine) -> str:
+    """Options that make the training fit, or else what to take instead."""
+    assert machine.capacity is not None  # `require_fit` has checked it
     options = shapes.recipe.training
-    proposal = propose(shapes, one, place.processes, USABLE * place.room, place.on_gpu)
+    proposal = propose(shapes, longest, machine.processes, USABLE * machine.capacity, machine.on_gpu)
     changed = {
         key: value
         for key, value in proposal.items()
@@ -189,21 +205,23 @@ def _what_helps(shapes: Shapes, one: Load, place: Place) -> str:
     }
     if changed:
         return "set " + " ".join(f"--{key} {str(value).lower()}" for key, value in changed.items())
-    fewer = ", fewer training.processes" if place.here > 1 and not place.on_gpu else ""
+    fewer = ", fewer training.processes" if machine.local_processes > 1 and not machine.on_gpu else ""
     lora = ", or llm.tuning lora" if shapes.recipe.llm.tuning == "full" else ""
     return (
-        f"take {'more GPUs or larger ones' if place.on_gpu else 'more memory'}{fewer}, or a smaller LLM{lora}"
+        f"take {'more GPUs or larger ones' if machine.on_gpu else 'more memory'}{fewer}, or a smaller "
+        f"LLM{lora}"
     )
 
 
-def _require_host(shapes: Shapes, place: Place) -> None:
-    """Refuse an optimiser that is kept by the host of the GPUs and does not fit there."""
-    if not (place.on_gpu and shapes.recipe.training.offload_optimizer) or place.host is None:
+def _require_host(shapes: Shapes, machine: Machine) -> None:
+    """Refuse an optimiser that is offloaded to host memory and does not fit there."""
+    if not (machine.on_gpu and shapes.recipe.training.offload_optimizer) or machine.host is None:
         return
-    # fp32 masters and Adam's two moments, spread over all processes.
-    takes = 12 * shapes.trained_parameters * place.here / place.processes
-    if takes / EXACT > place.host:
-        raise UserError(
-            f"training.offload_optimizer keeps about {takes / 1e9:.3g} GB of this host's memory, and it has {place.host / 1e9:.3g} GB to give: take more "
-            "machines or more memory, or llm.tuning lora."
+    # fp32 masters and Adam's two moments, sharded over all processes.
+    takes = 12 * shapes.trained_parameters * machine.local_processes / machine.processes
+    if takes / MAX_OVERESTIMATE > machine.host:
+        raise ConfigurationError(
+            f"training.offload_optimizer takes about {takes / 1e9:.3g} GB of this host's memory, "
+            f"which has {machine.host / 1e9:.3g} GB available: take more machines or more memory, "
+            "or llm.tuning lora."
         )

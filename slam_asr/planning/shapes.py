@@ -1,4 +1,4 @@
-"""Sizes of encoder and LLM from their configurations, on torch's meta device: nothing is allocated."""
+"""Sizes of encoder and LLM from their configurations, on torch's meta device, so nothing is allocated."""
 
 from dataclasses import dataclass, field
 from importlib import resources
@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from slam_asr.configuration import one_sentence
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError, UserError
 from slam_asr.models.encoder import EncoderSpec, spec_of
 from slam_asr.models.llm import checkpoint_layers, llm_width, set_tuning
 from slam_asr.models.precision import DTYPES
@@ -21,12 +21,12 @@ from slam_asr.recipe import Recipe
 
 
 class _Attention(torch.autograd.Function):
-    """Attention that saves what fused kernels save, and computes nothing."""
+    """Attention that saves the same tensors as fused kernels but computes nothing."""
 
     @staticmethod
     def forward(context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         output = torch.empty_like(query)
-        # The logarithm of the sum of exponentials, one number a head and position, in fp32.
+        # The logarithm of the sum of exponentials: one number per head and position, in fp32.
         context.save_for_backward(
             query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
         )
@@ -52,63 +52,66 @@ AttentionInterface.register("counted", _attention)
 
 @dataclass
 class Shapes:
-    """A recipe's models, without weights."""
+    """The models of a recipe, without weights."""
 
     recipe: Recipe
     encoder: EncoderSpec
     llm_config: PretrainedConfig
     notes: list[str]
-    """Where configurations came from, if not from the models themselves."""
-    _known: dict[tuple, Any] = field(default_factory=dict)
-    """What was found out, also for the same models under other training options (`dataclasses.replace`)."""
+    """Sources of the configurations that are not from the models themselves."""
+    _cache: dict[Any, Any] = field(default_factory=dict)
+    """Results so far. Copies by `dataclasses.replace`, with other training options, share them."""
 
     @property
     def llm(self) -> torch.nn.Module:
-        """On the meta device, with what is trained open to gradients."""
+        """The LLM on the meta device; its trained weights require gradients."""
         return self._llm(checkpointed=False)
 
     def _llm(self, checkpointed: bool) -> torch.nn.Module:
         key = ("llm", self.recipe.training.precision, checkpointed)
-        if key not in self._known:
+        if key not in self._cache:
             with torch.device("meta"):
                 llm = AutoModelForCausalLM.from_config(self.llm_config, attn_implementation="counted")
             set_tuning(llm.to(DTYPES[self.recipe.training.precision]), self.recipe.llm, seed=0)
             if checkpointed:
                 checkpoint_layers(llm)
-            self._known[key] = llm
-        return self._known[key]
+            self._cache[key] = llm
+        return self._cache[key]
 
     @property
     def encoder_parameters(self) -> int:
-        """Of the part that encodes."""
+        """Parameters of the encoder, without a decoder."""
         return self.encoder.count_parameters()
 
     @property
     def projector_parameters(self) -> int:
-        """Trained in any case."""
+        """Parameters of the projector, which is always trained."""
         with torch.device("meta"):
             projector = build_projector(self.recipe.projector, self.encoder.width, llm_width(self.llm))
         return sum(p.numel() for p in projector.parameters())
 
     @property
     def llm_parameters(self) -> int:
-        """All of them, adapters too."""
+        """All parameters of the LLM, including adapters."""
         return sum(p.numel() for p in self.llm.parameters())
 
     @property
     def llm_trained(self) -> int:
-        """Of the LLM's, those that are trained."""
+        """Trained parameters of the LLM."""
         return sum(p.numel() for p in self.llm.parameters() if p.requires_grad)
 
     @property
     def trained_parameters(self) -> int:
-        """Of projector, LLM and encoder."""
+        """Trained parameters of projector, LLM and encoder."""
         tuned = self.encoder_parameters if self.recipe.encoder.tuning == "full" else 0
         return self.projector_parameters + self.llm_trained + tuned
 
     @property
     def layer_parameters(self) -> int:
-        """Of the LLM's, without the embedding, which costs no arithmetic, and the output layer, which sees answers alone."""
+        """Parameters of the LLM's layers.
+
+        Without the embedding, which takes no FLOPs, and the output layer, which runs only on answers.
+        """
         tables = {
             id(p): p.numel()
             for m in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings())
@@ -118,12 +121,15 @@ class Shapes:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the output layer."""
+        """Number of rows of the output layer."""
         return self.llm.get_output_embeddings().weight.shape[0]
 
     @property
     def scores_in_chunks(self) -> bool:
-        """Whether training computes logits a chunk at a time, as `allows_chunks` finds out of an LLM with its weights."""
+        """Whether training computes logits one chunk at a time.
+
+        `allows_chunks` decides the same for an LLM with its weights.
+        """
         head, options = self.llm.get_output_embeddings(), self.recipe.training
         if (
             options.zero_stage == 3
@@ -132,70 +138,75 @@ class Shapes:
             or head.weight.requires_grad
         ):
             return False
-        if "bare logits" not in self._known:
-            self._known["bare logits"] = _gives_bare_logits(self.llm)
-        return self._known["bare logits"]
+        if "bare logits" not in self._cache:
+            self._cache["bare logits"] = _gives_bare_logits(self.llm)
+        return self._cache["bare logits"]
 
     @property
     def width(self) -> int:
-        """d_llm."""
+        """Width of the LLM's hidden states."""
         return llm_width(self.llm)
 
     @property
     def layers(self) -> int:
-        """Of the LLM."""
+        """Number of the LLM's layers."""
         return self.llm_config.get_text_config().num_hidden_layers
 
     def saved_bytes(self, rows: float, length: int) -> float:
-        """What the LLM keeps for the way back, of `rows` utterances of `length` positions, beside its weights."""
+        """Bytes that the LLM saves for the backward pass, without weights.
+
+        Args:
+            rows: number of utterances.
+            length: LLM positions of each.
+        """
         return rows * self._saved_bytes_of_a_row(length, self.recipe.training.gradient_checkpointing)
 
     def saved_bytes_of_a_layer(self, rows: float, length: int) -> float:
-        """What one layer keeps without gradient checkpointing: what is there again while it is computed again."""
+        """Bytes that one layer saves without gradient checkpointing, as it does while it is recomputed."""
         return rows * self._saved_bytes_of_a_row(length, False) / self.layers
 
     def _saved_bytes_of_a_row(self, length: int, checkpointed: bool) -> int:
         key = ("bytes", self.recipe.training.precision, length, checkpointed)
-        if key not in self._known:
-            self._known[key] = _saved_bytes(self._llm(checkpointed), 1, length)
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = _saved_bytes(self._llm(checkpointed), 1, length)
+        return self._cache[key]
 
 
 def _saved_bytes(llm: torch.nn.Module, rows: int, length: int) -> int:
     weights = {p.untyped_storage()._cdata for p in llm.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor
+            saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     dtype = next(llm.parameters()).dtype
     embeddings = torch.empty(rows, length, llm_width(llm), dtype=dtype, device="meta", requires_grad=True)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         llm.base_model(inputs_embeds=embeddings * 1, use_cache=False)
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+    return sum(t.untyped_storage().nbytes() for t in saved.values())
 
 
 @torch.no_grad()
 def _gives_bare_logits(llm: torch.nn.Module) -> bool:
-    """Whether an LLM does nothing to logits behind its output layer."""
-    seen: list[torch.Tensor] = []
+    """Whether an LLM returns the output layer's logits unchanged."""
+    outputs: list[torch.Tensor] = []
     head = llm.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         embeddings = torch.empty(1, 4, llm_width(llm), dtype=next(llm.parameters()).dtype, device="meta")
         logits = llm(inputs_embeds=embeddings, use_cache=False).logits
     finally:
         hook.remove()
-    return len(seen) == 1 and seen[0] is logits
+    return len(outputs) == 1 and outputs[0] is logits
 
 
 def describe(recipe: Recipe) -> Shapes:
-    """Find the configurations of a recipe's models, without their weights.
+    """Read the configurations of a recipe's models, without their weights.
 
     Raises:
-        UserError: one is neither here nor on the hub nor among the known ones.
+        UserError: a configuration is not on this machine, on the hub or in known_models.yaml.
     """
     notes: list[str] = []
     encoder, llm = (_config(name, notes) for name in (recipe.encoder.name, recipe.llm.name))
@@ -207,7 +218,7 @@ def _config(name: str, notes: list[str]) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(locate_config(name))
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} has no readable config.json: {one_sentence(error)}") from error
+        raise ModelError(f"{name} has no readable config.json: {one_sentence(error)}") from error
     except UserError:
         if name not in known:
             raise
@@ -217,9 +228,9 @@ def _config(name: str, notes: list[str]) -> PretrainedConfig:
 
 
 def encoder_flops(spec: EncoderSpec, samples: int) -> float:
-    """FLOPs of encoding one utterance of `samples` samples at 16 kHz: 2 a multiplication and addition.
+    """FLOPs of encoding one utterance of `samples` samples at 16 kHz, 2 per multiply-add.
 
-    Linear layers and convolutions by their weights, attention by its two products over all frames.
+    Linear layers and convolutions count by their weights, attention by its two products over all frames.
     """
     config = spec.config
     if spec.window_samples:
@@ -238,5 +249,5 @@ def encoder_flops(spec: EncoderSpec, samples: int) -> float:
         total += (
             2 * frames * config.num_conv_pos_embeddings * width * width / config.num_conv_pos_embedding_groups
         )
-    a_layer = 2 * frames * (4 * width * width + 2 * width * feed_forward) + 4 * frames * frames * width
-    return total + layers * a_layer
+    per_layer = 2 * frames * (4 * width * width + 2 * width * feed_forward) + 4 * frames * frames * width
+    return total + layers * per_layer

@@ -1,1 +1,1 @@
-"""Sweeps: several trainings by variations of one recipe, over one manifest and one feature store, and the page that compares them."""
+"""Sweeps: train variations of a recipe on one manifest and feature store, and compare them on one page."""

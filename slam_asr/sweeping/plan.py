@@ -1,4 +1,4 @@
-"""The sweep's own steps before any training: what it tries, and the recipe of each variation."""
+"""The steps of a sweep before any training: check the variations, and write the recipe of each."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,15 +18,15 @@ def plan_sweep(recipe: Recipe, entries: Sequence[Any], output: str) -> tuple[Rec
     """Check all variations before the corpus is read.
 
     Args:
-        recipe: what is varied.
-        entries: mappings of full keys to values, each perhaps with a `name`.
-        output: folder for variations.json; {fingerprint} in it becomes a digest of the inputs.
+        recipe: the recipe to vary.
+        entries: mappings of full keys to values, each optionally with a `name`.
+        output: folder for variations.json; {fingerprint} in it is replaced by a digest of the inputs.
 
     Returns:
         The stage's record, and the variations with their names.
 
     Raises:
-        UserError: variations that cannot be.
+        UserError: a variation that is not valid; see `resolve`.
     """
     variations = resolve(recipe, entries)
     values = [{"name": variation.name, **variation.overrides} for variation in variations]
@@ -39,23 +39,23 @@ def plan_sweep(recipe: Recipe, entries: Sequence[Any], output: str) -> tuple[Rec
 
 
 def vary_recipe(recipe: Recipe, variation: Variation, output: str) -> Record:
-    """The recipe of one variation.
+    """Write the recipe of one variation.
 
     Args:
-        recipe: what is varied.
-        variation: what it changes.
-        output: folder for recipe.yaml; {fingerprint} in it becomes a digest of the inputs.
+        recipe: the recipe to vary.
+        variation: the changes.
+        output: folder for recipe.yaml; {fingerprint} in it is replaced by a digest of the inputs.
 
     Returns:
         The stage's record.
 
     Raises:
-        UserError: an unknown key or a value that cannot be.
+        UserError: an unknown key or a value that is not valid.
     """
     text = dump_recipe(varied(recipe, variation))
 
     def work(folder: Path) -> Outcome:
         write_atomically(folder / RECIPE, text)
-        return Outcome(f"{variation.name}: {variation.told()}", {"overrides": len(variation.overrides)})
+        return Outcome(f"{variation.name}: {variation.describe()}", {"overrides": len(variation.overrides)})
 
     return run_stage(VARY, output, {"recipe": text, "variation": variation.as_json()}, work)

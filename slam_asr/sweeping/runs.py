@@ -1,4 +1,4 @@
-"""`slam-asr compare-runs`: what several trainings came to, side by side on one page."""
+"""`slam-asr compare-runs`: the results of several trainings, side by side on one page."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slam_asr.errors import UserError
+from slam_asr.errors import InputError
 from slam_asr.pages.curves import RUN_MARKERS, draw_runs, is_number, thinned
 from slam_asr.pages.render import grouped, render
 from slam_asr.progress import clock
@@ -32,23 +32,24 @@ class Run:
     name: str
     folder: str
     changes: str
-    """What it changes of the recipe, in words; empty where that is not known."""
+    """Its changes to the recipe, in words; empty if unknown."""
     numbers: dict[str, Any]
     """Its wer.json."""
     rows: list[Hypothesis]
     against_best: Compared | None = None
-    """The best run (first) and this one (second) on the same utterances; None for the best, and where they were tested on others."""
+    """The best run (first) compared with this one (second); None for the best, and after different tests."""
 
     @property
     def training(self) -> dict[str, Any]:
+        """Facts about its training, from its report."""
         return self.numbers.get("training") or {}
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of a row: rates in percent, time in seconds."""
+        """The numbers of its row in the table: rates in percent, time in seconds."""
         total = self.numbers["all"]
         dev = (self.training.get("validation") or [{}])[-1]
         shuffled = self.numbers["controls"].get("shuffled audio")
-        against = self.against_best
+        comparison = self.against_best
         return {
             "name": self.name,
             "changes": self.changes,
@@ -62,8 +63,8 @@ class Run:
             "dev": {key: dev[key] for key in _LAST_ON_DEV if is_number(dev.get(key))},
             "steps": self.training.get("steps"),
             "seconds": self.training.get("seconds"),
-            "worse_by": against.second - against.first if against else None,
-            "p": against.p if against else None,
+            "worse_by": comparison.second - comparison.first if comparison else None,
+            "p": comparison.p if comparison else None,
         }
 
 
@@ -74,81 +75,85 @@ def compare_runs(
     variations: list[str] | None = None,
     overwrite: bool = False,
 ) -> Record:
-    """Compare what several trainings came to, best word error rate first, with their curves in one figure.
+    """Compare the results of several trainings, best word error rate first, with their curves in one figure.
 
     Args:
-        runs: folders that decode or score wrote, each of a whole test.
-        output: folder for the page; {fingerprint} in it becomes a digest of the inputs.
+        runs: folders that decode or score wrote, each with a report.
+        output: folder for the page; {fingerprint} in it is replaced by a digest of the inputs.
         title: the page's heading, such as the recipe's name.
-        variations: what each run changes of the recipe, as JSON: {"name": …, "training.learning_rate": 0.0001}; found by the name that the run's report bears.
-        overwrite: replace results of other inputs.
+        variations: the changes that each run makes to the recipe, as JSON with the title of the run's report:
+            {"name": …, "training.learning_rate": 0.0001}.
+        overwrite: replace results of other inputs instead of refusing.
 
     Returns:
-        The stage's record; its folder holds runs.html, runs.md and runs.json.
+        The stage's record; its folder contains runs.html, runs.md and runs.json.
 
     Raises:
-        UserError: fewer than two runs, one without a report, or two that are the same.
+        UserError: fewer than two runs, a run without a report, or one that is named twice.
     """
     if len(runs) < 2:
-        raise UserError(
-            f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} of decode or score; give two or more."
+        raise InputError(
+            f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} "
+            "of decode or score; give two or more."
         )
-    twice = sorted({folder for folder in runs if runs.count(folder) > 1})
-    if twice:
-        raise UserError(f"--runs names {twice[0]} twice: give each run once.")
+    repeated = sorted({folder for folder in runs if runs.count(folder) > 1})
+    if repeated:
+        raise InputError(f"--runs names {repeated[0]} twice: give each run once.")
     for folder in runs:
         if not exists(join(folder, NUMBERS)):
-            raise UserError(
-                f"{folder} holds no {NUMBERS}, so there is no report to compare: give folders that score, or decode without --work-shard, wrote."
+            raise InputError(
+                f"{folder} contains no {NUMBERS}, so there is no report to compare: "
+                "give folders that score, or decode without --work-shard, wrote."
             )
     known = [variation_of(text) for text in variations or []]
     files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}
-    # By content, in no order: the pipeline's loop may hand on its results in any.
+    # By content and sorted, because the pipeline's loop may pass on its results in any order.
     inputs = {
         "runs": sorted([sha256_of_file(file) for file in pair] for pair in files.values()),
         "title": title,
         "variations": [{"name": variation.name, **variation.overrides} for variation in known],
     }
 
-    def work(place: Path) -> Outcome:
-        found = _read(files, {variation.name: variation for variation in known})
-        _write(place, title or found[0].numbers["title"], found)
-        best, worst = found[0], found[-1]
+    def work(folder: Path) -> Outcome:
+        ranked = _read(files, {variation.name: variation for variation in known})
+        _write(folder, title or ranked[0].numbers["title"], ranked)
+        best, worst = ranked[0], ranked[-1]
         metrics = {"best wer": best.numbers["all"]["wer"]} | {
-            f"wer {run.name}": run.numbers["all"]["wer"] for run in found
+            f"wer {run.name}": run.numbers["all"]["wer"] for run in ranked
         }
         return Outcome(
-            f"{len(found)} runs: best {best.name}, WER {best.numbers['all']['wer']:.2f} %; worst {worst.name}, {worst.numbers['all']['wer']:.2f} %",
+            f"{len(ranked)} runs: best {best.name}, WER {best.numbers['all']['wer']:.2f} %; "
+            f"worst {worst.name}, {worst.numbers['all']['wer']:.2f} %",
             metrics,
-            {"order": [run.name for run in found]},
+            {"order": [run.name for run in ranked]},
         )
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
 
 def _read(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) -> list[Run]:
-    """The runs, best first, each compared with the best."""
+    """Read the runs, sort them by word error rate, and compare each with the best."""
     numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}
     titles = [values["title"] for values in numbers.values()]
     runs = []
     for folder, values in numbers.items():
         title = values["title"]
         name = title if titles.count(title) == 1 else f"{title} ({folder.rstrip('/').rpartition('/')[2]})"
-        changes = known[title].told() if title in known else ""
+        changes = known[title].describe() if title in known else ""
         runs.append(Run(name, folder, changes, values, read_output(folder, HYPOTHESES)))
     runs.sort(key=lambda run: (run.numbers["all"]["wer"], run.name))
     best = runs[0]
     for run in runs[1:]:
-        if _tested_alike(best.rows, run.rows):
+        if _same_test(best.rows, run.rows):
             run.against_best = compare_outputs((best.name, best.rows), (run.name, run.rows))[-1]
     return runs
 
 
-def _tested_alike(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> bool:
-    def spoken(rows: Sequence[Hypothesis]) -> dict[tuple[str, str], str]:
+def _same_test(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> bool:
+    def references(rows: Sequence[Hypothesis]) -> dict[tuple[str, str], str]:
         return {(row.key, row.subset): row.reference for row in rows}
 
-    return spoken(first) == spoken(second)
+    return references(first) == references(second)
 
 
 def _write(folder: Path, title: str, runs: Sequence[Run]) -> None:
@@ -157,8 +162,8 @@ def _write(folder: Path, title: str, runs: Sequence[Run]) -> None:
         run.name: {key: thinned(run.training.get(key) or []) for key in ("curve", "validation")}
         for run in runs
     }
-    # One model, decoded otherwise, has one curve.
-    same = len({json.dumps(training) for training in trainings.values()}) == 1
+    # Runs that decode one model with different options share one training, so there is nothing to compare.
+    same_training = len({json.dumps(training) for training in trainings.values()}) == 1
     subsets = (
         sorted({name for row in rows for name in row["subsets"]})
         if any(len(row["subsets"]) > 1 for row in rows)
@@ -173,7 +178,7 @@ def _write(folder: Path, title: str, runs: Sequence[Run]) -> None:
         subsets=subsets,
         dev=dev,
         markers=RUN_MARKERS,
-        curves=[] if same else draw_runs(trainings),
+        curves=[] if same_training else draw_runs(trainings),
         alike=all(run.against_best for run in runs[1:]),
     )
     write_atomically(folder / PAGE, page)

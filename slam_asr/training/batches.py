@@ -366,9 +366,10 @@ def split_packed(
 ) -> list[list[list[int]]]:
     """Divide a step's utterances among processes and their packed micro-batches.
 
-    Packed micro-batches have no padding, so lengths may be mixed freely. The least number of micro-batches
-    that holds the step is used, and utterances are dealt out longest first, each to the emptiest micro-batch.
-    All are then about equally full, and no process waits long for another.
+    Packed micro-batches have no padding, so lengths may be mixed freely. Utterances are dealt out longest
+    first, each to the emptiest micro-batch, so that all are about equally full and no process waits long for
+    another. The number of micro-batches starts at the least that the sum of positions allows, and grows until
+    all are within the budget.
 
     Args:
         step: indices of the step's utterances.

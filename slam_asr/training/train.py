@@ -135,12 +135,12 @@ def train(
     def train_here(folder: Path) -> None:
         from transformers import AutoConfig
 
-        from slam_asr.planning.memory_fit import place_of, require_fit
+        from slam_asr.planning.memory_fit import machine_of, require_fit
         from slam_asr.planning.shapes import Shapes
 
         processes = recipe.training.processes or _devices()
         shapes = Shapes(recipe, encoder, AutoConfig.from_pretrained(llm_folder), [])
-        require_fit(shapes, prompt, fitting["train"], place_of(device, processes, nodes.number))
+        require_fit(shapes, prompt, fitting["train"], machine_of(device, processes, nodes.number))
         for leftover in (FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))

@@ -49,7 +49,10 @@ def test_a_model_with_its_record_stays_where_it_is(tmp_path):
         {},
         lambda folder: write(folder, load_recipe("demo")) or Outcome("done"),
     )
-    assert adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")) == made
+    assert (
+        adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}"))
+        == made
+    )
     assert not (tmp_path / "store").exists()
 
 

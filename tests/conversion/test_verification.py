@@ -1,4 +1,6 @@
-"""A conversion is compared with its checkpoint before it counts: one that went wrong in a single weight is never published."""
+"""A converted model is verified before it is published: a single wrong weight is enough to refuse it."""
+
+import re
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from slam_asr.recipe import load_recipe
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_recipe, tmp_path_factory) -> str:
-    """SLAM-LLM's, of the tiny models."""
+    """SLAM-LLM's `model.pt` for the tiny models."""
     path = tmp_path_factory.mktemp("checkpoint") / "model.pt"
     weights = build_projector(load_recipe(str(tiny_recipe)).projector, 16, 16, seed=3).state_dict()
     torch.save({f"encoder_projector.{name}": t for name, t in weights.items()}, path)
@@ -22,11 +24,17 @@ def checkpoint(tiny_recipe, tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_loss_is_told(checkpoint, tiny_recipe, tmp_path, half):
+def test_summary_states_the_probes_loss_per_token(checkpoint, tiny_recipe, tmp_path, half):
     record = convert_checkpoint(
         checkpoint, str(tmp_path / "m"), recipe=load_recipe(str(tiny_recipe)), half=half
     )
-    assert "loss " in record.summary and "before and after" in record.summary
+    stated = re.search(
+        r"same loss before and after on (\d+) tokens \((\d+\.\d+) per token; a probe with random audio, "
+        r"not comparable with the training loss\)",
+        record.summary,
+    )
+    # Random models guess: the mean cross-entropy of a token is about that of a uniform distribution.
+    assert stated and int(stated[1]) > 3 and 0 < float(stated[2]) < 20
     assert (
         "not compared"
         in convert_checkpoint(
@@ -35,18 +43,16 @@ def test_the_loss_is_told(checkpoint, tiny_recipe, tmp_path, half):
     )
 
 
-def test_one_weight_that_was_written_wrongly_publishes_nothing(
-    checkpoint, tiny_recipe, tmp_path, monkeypatch
-):
+def test_a_single_wrong_weight_publishes_nothing(checkpoint, tiny_recipe, tmp_path, monkeypatch):
     write = folders.write_model
 
-    def wrongly(folder, *arguments, **options):
+    def write_wrong_bias(folder, *arguments, **options):
         write(folder, *arguments, **options)
         weights = load_file(folder / folders.WEIGHTS)
         weights["linear2.bias"][3] += 1e-3
         save_file(weights, folder / folders.WEIGHTS)
 
-    monkeypatch.setattr(folders, "write_model", wrongly)
+    monkeypatch.setattr(folders, "write_model", write_wrong_bias)
     with pytest.raises(
         UserError, match=r"is not what the checkpoint holds: 1 of 4 weights differ, first linear2.bias"
     ):
@@ -56,7 +62,7 @@ def test_one_weight_that_was_written_wrongly_publishes_nothing(
         folders.read_config(tmp_path / "m")
 
 
-def test_slam_llms_file_is_compared_too(checkpoint, tiny_recipe, tmp_path, monkeypatch):
+def test_slam_llms_file_is_verified_too(checkpoint, tiny_recipe, tmp_path, monkeypatch):
     recipe = load_recipe(str(tiny_recipe))
     convert_checkpoint(checkpoint, str(tmp_path / "right"), to="slam-llm", recipe=recipe)
     write = slam_llm.write_slam_llm
@@ -72,15 +78,16 @@ def test_slam_llms_file_is_compared_too(checkpoint, tiny_recipe, tmp_path, monke
     assert (tmp_path / "right" / "model.pt").exists() and not (tmp_path / "wrong" / "model.pt").exists()
 
 
-def test_reading_that_computes_otherwise_is_found_by_the_loss(checkpoint, tiny_recipe, tmp_path, monkeypatch):
-    """All weights equal, and still another model: only computing with it tells."""
+def test_the_loss_detects_a_model_that_computes_differently_with_the_same_weights(
+    checkpoint, tiny_recipe, tmp_path, monkeypatch
+):
     read = folders.read_projector
 
-    def otherwise(*arguments):
+    def read_reversed(*arguments):
         projector = read(*arguments)
         projector.linear2.register_forward_hook(lambda *_: _[2].flip(-1))
         return projector
 
-    monkeypatch.setattr("slam_asr.conversion.verification.read_projector", otherwise)
+    monkeypatch.setattr("slam_asr.conversion.verification.read_projector", read_reversed)
     with pytest.raises(UserError, match=r"the loss on 3 utterances is"):
         convert_checkpoint(checkpoint, str(tmp_path / "m"), recipe=load_recipe(str(tiny_recipe)))

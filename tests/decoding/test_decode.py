@@ -1,6 +1,6 @@
-"""Decoding that is divided, cut off or shows several answers says what decoding in one go says.
+"""Decoding gives the same texts whether it runs in one go, in work shards, on several processes, or resumed.
 
-The models are tiny: what they write means nothing, but hangs on what they hear.
+The models are tiny: their texts mean nothing, but depend on the audio.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ COUNT = 9
 
 @pytest.fixture(scope="module")
 def tiny_recipe(tiny_recipe, tiny_models, tmp_path_factory) -> str:
-    """With an LLM of large random weights: one of small weights says the same whatever it hears."""
+    """With an LLM of large random weights: with small ones, its text would not depend on the audio."""
     folder = tmp_path_factory.mktemp("llm")
     shutil.copytree(tiny_models["llm"], folder, dirs_exist_ok=True)
     llm = AutoModelForCausalLM.from_pretrained(folder)
@@ -70,8 +70,8 @@ def manifest(tmp_path_factory) -> str:
     return str(folder / "test.jsonl")
 
 
-def of(recipe, **options):
-    """A recipe that decodes audio in batches of few utterances."""
+def decode_recipe(recipe, **options):
+    """The recipe, decoding audio in batches of few utterances."""
     return load_recipe(
         str(recipe),
         {"features.cache": "none", "decoding.positions_per_batch": 120, "decoding.max_new_tokens": 6}
@@ -80,49 +80,52 @@ def of(recipe, **options):
 
 
 def texts(record):
+    """Hypotheses by key."""
     return {row.key: row.hypothesis for row in read_hypotheses(record.file("hypotheses.jsonl"))}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (1, 1.5), (3, 1.0), (3, 1.5)])
-def test_single_batched_divided_and_resumed_decoding_say_the_same(
+def test_single_batched_sharded_and_resumed_decoding_agree(
     model, manifest, tiny_recipe, tmp_path, monkeypatch, beams, penalty
 ):
     options = {"decoding.beams": beams, "decoding.repetition_penalty": penalty}
-    recipe = of(tiny_recipe, **options)
+    recipe = decode_recipe(tiny_recipe, **options)
     whole = decode(recipe, model, [manifest], str(tmp_path / "whole"))
-    assert len(set(texts(whole).values())) > 1  # else there is nothing to mix up
+    assert len(set(texts(whole).values())) > 1  # otherwise mixed-up texts would go unnoticed
     single = decode(
-        of(tiny_recipe, **options, **{"decoding.positions_per_batch": 1}),
+        decode_recipe(tiny_recipe, **options, **{"decoding.positions_per_batch": 1}),
         model,
         [manifest],
         str(tmp_path / "single"),
     )
-    parts = [decode(recipe, model, [manifest], str(tmp_path / f"part{n}"), work_shard=f"{n}/3") for n in (1, 2, 3)]
-    joined = score_parts(recipe, model, [part.folder for part in parts], str(tmp_path / "joined"))
+    shards = [
+        decode(recipe, model, [manifest], str(tmp_path / f"shard{n}"), work_shard=f"{n}/3") for n in (1, 2, 3)
+    ]
+    joined = score_parts(recipe, model, [shard.folder for shard in shards], str(tmp_path / "joined"))
     assert texts(single) == texts(joined) == texts(whole)
     assert joined.metrics == whole.metrics
 
     calls = []
     search = Searcher.decode
 
-    def twice_then_cut(self, audio, positions):
+    def interrupt_third_batch(self, audio, positions):
         calls.append(len(audio))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return search(self, audio, positions)
 
-    monkeypatch.setattr(Searcher, "decode", twice_then_cut)
+    monkeypatch.setattr(Searcher, "decode", interrupt_third_batch)
     with pytest.raises(KeyboardInterrupt):
         decode(recipe, model, [manifest], str(tmp_path / "cut"))
     assert (tmp_path / "cut" / FILE).is_file() and not (tmp_path / "cut" / "stage.json").exists()
-    done = sum(calls[:2])
-    again = decode(recipe, model, [manifest], str(tmp_path / "cut"))
-    assert texts(again) == texts(whole) and sum(calls[3:]) == COUNT - done
+    already_decoded = sum(calls[:2])
+    resumed = decode(recipe, model, [manifest], str(tmp_path / "cut"))
+    assert texts(resumed) == texts(whole) and sum(calls[3:]) == COUNT - already_decoded
     assert not (tmp_path / "cut" / FILE).exists()
 
 
-def test_other_options_use_no_kept_answer(model, manifest, tiny_recipe, tmp_path, monkeypatch):
+def test_a_journal_of_other_options_is_not_used(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     search, calls = Searcher.decode, []
     monkeypatch.setattr(
         Searcher,
@@ -132,15 +135,22 @@ def test_other_options_use_no_kept_answer(model, manifest, tiny_recipe, tmp_path
         ),
     )
     with pytest.raises(ZeroDivisionError):
-        decode(of(tiny_recipe), model, [manifest], str(tmp_path / "d"))
+        decode(decode_recipe(tiny_recipe), model, [manifest], str(tmp_path / "d"))
     monkeypatch.setattr(Searcher, "decode", search)
-    other = decode(of(tiny_recipe, **{"decoding.max_new_tokens": 2}), model, [manifest], str(tmp_path / "d"))
+    other = decode(
+        decode_recipe(tiny_recipe, **{"decoding.max_new_tokens": 2}), model, [manifest], str(tmp_path / "d")
+    )
     assert texts(other) == texts(
-        decode(of(tiny_recipe, **{"decoding.max_new_tokens": 2}), model, [manifest], str(tmp_path / "fresh"))
+        decode(
+            decode_recipe(tiny_recipe, **{"decoding.max_new_tokens": 2}),
+            model,
+            [manifest],
+            str(tmp_path / "fresh"),
+        )
     )
 
 
-def test_half_a_line_of_a_killed_process_is_passed_over(tmp_path):
+def test_an_incomplete_last_line_is_ignored(tmp_path):
     answer = Answer("text", False, [1, 2], choices=[Choice("text", -0.5), Choice("tex", -0.75)])
     with DecodeJournal(tmp_path, "d") as first:
         first.add({3: answer})
@@ -156,7 +166,7 @@ def test_half_a_line_of_a_killed_process_is_passed_over(tmp_path):
     assert not file.exists()
 
 
-def test_another_machine_goes_on_from_object_storage(bucket, tmp_path, monkeypatch):
+def test_another_machine_resumes_from_object_storage(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "UPLOADED_EVERY", -1.0)
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
@@ -170,9 +180,11 @@ def test_another_machine_goes_on_from_object_storage(bucket, tmp_path, monkeypat
         assert not third.answers
 
 
-def test_the_best_answers_stand_beside_their_scores(model, manifest, tiny_recipe, tmp_path):
+def test_nbest_lists_are_sorted_by_score_and_start_with_the_hypothesis(
+    model, manifest, tiny_recipe, tmp_path
+):
     options = {"decoding.beams": 3, "decoding.nbest": 3}
-    whole = decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / "whole"))
+    whole = decode(decode_recipe(tiny_recipe, **options), model, [manifest], str(tmp_path / "whole"))
     rows = [json.loads(line) for line in whole.file("nbest.jsonl").read_text().splitlines()]
     assert {row["key"]: row["choices"][0]["text"] for row in rows} == texts(whole)
     for row in rows:
@@ -180,32 +192,41 @@ def test_the_best_answers_stand_beside_their_scores(model, manifest, tiny_recipe
         assert len(scores) == 3 and all(score < 0 for score in scores)
         assert scores == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
     assert whole.facts["close_calls"] <= COUNT
-    parts = [
-        decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / f"part{n}"), work_shard=f"{n}/2")
+    shards = [
+        decode(
+            decode_recipe(tiny_recipe, **options),
+            model,
+            [manifest],
+            str(tmp_path / f"shard{n}"),
+            work_shard=f"{n}/2",
+        )
         for n in (1, 2)
     ]
     joined = score_parts(
-        of(tiny_recipe, **options), model, [part.folder for part in parts], str(tmp_path / "joined")
+        decode_recipe(tiny_recipe, **options),
+        model,
+        [shard.folder for shard in shards],
+        str(tmp_path / "joined"),
     )
     together = [json.loads(line) for line in joined.file("nbest.jsonl").read_text().splitlines()]
     assert [(r["key"], [c["text"] for c in r["choices"]]) for r in together] == [
         (r["key"], [c["text"] for c in r["choices"]]) for r in rows
     ]
     with pytest.raises(UserError, match=r"decoding.nbest is 3 but decoding.beams is 1"):
-        of(tiny_recipe, **{"decoding.beams": 1, "decoding.nbest": 3})
+        decode_recipe(tiny_recipe, **{"decoding.beams": 1, "decoding.nbest": 3})
 
 
-def test_close_calls_are_those_of_answers_that_go_on():
-    watch = CloseCalls(torch.tensor([9]))
+def test_close_calls_after_an_answers_end_do_not_count():
+    recorder = CloseCalls(torch.tensor([9]))
     near, far = [1.0, 1.00005, 0.0], [1.0, 2.0, 0.0]
-    watch(torch.zeros((3, 0), dtype=torch.long), torch.tensor([far, near, far]))
-    watch(torch.tensor([[5], [5], [9]]), torch.tensor([far, far, near]))
-    assert watch.close.tolist() == [False, True, False]
+    recorder(torch.zeros((3, 0), dtype=torch.long), torch.tensor([far, near, far]))
+    recorder(torch.tensor([[5], [5], [9]]), torch.tensor([far, far, near]))
+    assert recorder.close.tolist() == [False, True, False]
 
 
-def test_slam_llms_files_and_the_worst_to_listen_to(model, manifest, tiny_recipe, tmp_path):
+def test_slam_llms_files_and_the_worst_utterances_audio_are_written(model, manifest, tiny_recipe, tmp_path):
     record = decode(
-        of(tiny_recipe, **{"decoding.report_audio": 0.05}), model, [manifest], str(tmp_path / "d")
+        decode_recipe(tiny_recipe, **{"decoding.report_audio": 0.05}), model, [manifest], str(tmp_path / "d")
     )
     lines = [line.split("\t") for line in record.file("decode_log_gt").read_text().splitlines()]
     assert lines == [[f"u{n}", "some words"] for n in range(COUNT)]
@@ -216,8 +237,8 @@ def test_slam_llms_files_and_the_worst_to_listen_to(model, manifest, tiny_recipe
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on(model, manifest, tiny_recipe, tmp_path):
-    """The program itself, killed as soon as an answer is kept."""
+def test_a_killed_decoding_resumes(model, manifest, tiny_recipe, tmp_path):
+    """The command line program, killed as soon as the journal has an answer."""
     command = [
         sys.executable,
         "-m",
@@ -256,14 +277,12 @@ def test_killed_it_goes_on(model, manifest, tiny_recipe, tmp_path):
 
 @pytest.mark.parametrize("part", ["llm", "encoder"])
 @pytest.mark.parametrize("change", ["other weights", "gone"])
-def test_a_base_model_that_is_not_the_one_trained_with_is_refused(
-    tiny_recipe, manifest, tmp_path, part, change
-):
+def test_a_base_model_other_than_the_trained_one_is_refused(tiny_recipe, manifest, tmp_path, part, change):
     recipe = load_recipe(str(tiny_recipe))
     base = shutil.copytree(getattr(recipe, part).name, tmp_path / "base")
-    own = tmp_path / "own.yaml"
-    own.write_text(dump_recipe(load_recipe(str(tiny_recipe), {f"{part}.name": str(base)})))
-    recipe = load_recipe(str(own))
+    changed_recipe = tmp_path / "changed.yaml"
+    changed_recipe.write_text(dump_recipe(load_recipe(str(tiny_recipe), {f"{part}.name": str(base)})))
+    recipe = load_recipe(str(changed_recipe))
     weights = build_projector(recipe.projector, 16, 16, seed=3).state_dict()
     torch.save({f"encoder_projector.{n}": t for n, t in weights.items()}, tmp_path / "model.pt")
     model = convert_checkpoint(str(tmp_path / "model.pt"), str(tmp_path / "model"), recipe=recipe).folder
@@ -291,7 +310,7 @@ def test_a_base_model_that_is_not_the_one_trained_with_is_refused(
         ),
     ],
 )
-def test_a_test_set_without_audio_is_refused_before_anything_is_loaded(
+def test_a_test_set_without_audio_is_refused_before_weights_are_loaded(
     model, tiny_recipe, tmp_path, monkeypatch, line, expected
 ):
     monkeypatch.setattr(
@@ -306,46 +325,50 @@ def test_a_test_set_without_audio_is_refused_before_anything_is_loaded(
 
 
 def workers_of_this_process() -> list[int]:
-    found = []
+    """Ids of the decoding processes that this process started."""
+    workers = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if (
                 "slam_asr.decoding.decoder" in (folder / "cmdline").read_text()
                 and f"PPid:\t{os.getpid()}\n" in (folder / "status").read_text()
             ):
-                found.append(int(folder.name))
-    return found
+                workers.append(int(folder.name))
+    return workers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
-def test_several_processes_say_the_same(model, manifest, tiny_recipe, tmp_path, capsys, beams):
+def test_several_processes_give_the_same_results(model, manifest, tiny_recipe, tmp_path, capsys, beams):
     options = {"decoding.beams": beams, "decoding.nbest": beams}
-    single = decode(of(tiny_recipe, **options), model, [manifest], str(tmp_path / "single"))
-    spread = decode(
-        of(tiny_recipe, **options, **{"decoding.processes": 2}), model, [manifest], str(tmp_path / "spread")
+    single = decode(decode_recipe(tiny_recipe, **options), model, [manifest], str(tmp_path / "single"))
+    parallel = decode(
+        decode_recipe(tiny_recipe, **options, **{"decoding.processes": 2}),
+        model,
+        [manifest],
+        str(tmp_path / "parallel"),
     )
     assert f"with {beams} beam{'s' * (beams > 1)} and 2 processes" in capsys.readouterr().out
     for name in ("hypotheses.jsonl", "decode_log_pred", *["nbest.jsonl"] * (beams > 1)):
-        assert single.file(name).read_text() == spread.file(name).read_text()
-    assert single.metrics == spread.metrics and single.inputs == spread.inputs
-    assert not workers_of_this_process() and not (tmp_path / "spread" / FILE).exists()
+        assert single.file(name).read_text() == parallel.file(name).read_text()
+    assert single.metrics == parallel.metrics and single.inputs == parallel.inputs
+    assert not workers_of_this_process() and not (tmp_path / "parallel" / FILE).exists()
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_stage_which_goes_on(model, manifest, tiny_recipe, tmp_path, capfd):
+def test_a_killed_process_ends_the_stage_and_a_retry_resumes(model, manifest, tiny_recipe, tmp_path, capfd):
     recipe, place = (
-        of(tiny_recipe, **{"decoding.processes": 2, "decoding.positions_per_batch": 1}),
+        decode_recipe(tiny_recipe, **{"decoding.processes": 2, "decoding.positions_per_batch": 1}),
         tmp_path / "killed",
     )
 
-    def kill_one_that_has_answered():
+    def kill_a_process_after_the_first_answer():
         file = place / FILE
         while not (file.exists() and file.read_text().count("\n") > 1):
             time.sleep(0.001)
         os.kill(workers_of_this_process()[0], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_one_that_has_answered)
+    killer = threading.Thread(target=kill_a_process_after_the_first_answer)
     killer.start()
     with pytest.raises(UserError, match="A decoding process ended with code -9"):
         decode(recipe, model, [manifest], str(place))
@@ -355,7 +378,10 @@ def test_a_process_that_is_killed_ends_the_stage_which_goes_on(model, manifest, 
     assert "utterances are already decoded" in capfd.readouterr().out
     assert texts(record) == texts(
         decode(
-            of(tiny_recipe, **{"decoding.positions_per_batch": 1}), model, [manifest], str(tmp_path / "whole")
+            decode_recipe(tiny_recipe, **{"decoding.positions_per_batch": 1}),
+            model,
+            [manifest],
+            str(tmp_path / "whole"),
         )
     )
 
@@ -368,7 +394,7 @@ def test_what_one_of_several_processes_cannot_read_is_a_sentence(model, manifest
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"broken\.wav") as refused:
         decode(
-            of(tiny_recipe, **{"decoding.processes": 2}),
+            decode_recipe(tiny_recipe, **{"decoding.processes": 2}),
             model,
             [str(tmp_path / "test.jsonl")],
             str(tmp_path / "d"),

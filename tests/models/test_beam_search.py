@@ -1,4 +1,4 @@
-"""Beam search returns the answers, order and scores of transformers' own, even as utterances leave the batch."""
+"""Beam search returns the answers, order and scores of transformers' own, even as the batch shrinks."""
 
 import contextlib
 
@@ -182,7 +182,9 @@ def test_beams_share_the_prefix(family, monkeypatch):
     llm, (embeddings, mask) = random_llm(family), random_batch()
     usual, caches = llm.config._attn_implementation, []
     monkeypatch.setattr(
-        ours, "expand_for_beams", lambda *arguments: caches.append(expand_for_beams(*arguments)) or caches[-1]
+        search_module,
+        "expand_for_beams",
+        lambda *arguments: caches.append(expand_for_beams(*arguments)) or caches[-1],
     )
     beam_search(llm, embeddings, mask, configuration())
     [cache] = caches
@@ -234,7 +236,7 @@ def test_an_attention_that_ignores_the_prefix_is_noticed():
 def test_prefill_in_groups_equals_prefill_in_one_pass(family, monkeypatch):
     llm, (embeddings, mask) = random_llm(family), random_batch()
     together = beam_search(llm, embeddings, mask, configuration())
-    monkeypatch.setattr(ours, "_PREFILL_POSITIONS", 40)
+    monkeypatch.setattr(search_module, "_PREFILL_POSITIONS", 40)
     rows = count_rows(llm, monkeypatch)
     found = beam_search(llm, embeddings, mask, configuration())
     assert torch.equal(found.ids, together.ids)

@@ -1,4 +1,4 @@
-"""Attention on a CPU: what torch's own computes, forward and back, for any length and any sharing of heads."""
+"""CPU attention equals torch's own, forward and backward, for any length and any number of key heads."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from slam_asr.models.cpu_attention import BLOCK, causal_attention
 @pytest.mark.parametrize("positions", [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_outputs_and_gradients_are_torchs_own(positions, heads, key_heads, scale):
+def test_outputs_and_gradients_equal_torchs(positions, heads, key_heads, scale):
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(h, positions, 16, generator=generator, dtype=torch.float64).requires_grad_()
@@ -20,29 +20,32 @@ def test_outputs_and_gradients_are_torchs_own(positions, heads, key_heads, scale
     expected = functional.scaled_dot_product_attention(
         *(t[None] for t in inputs), is_causal=True, scale=scale, enable_gqa=True
     )[0]
-    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
-    found = causal_attention(*inputs, scale)
-    torch.testing.assert_close(found, expected)
-    for ours, theirs in zip(torch.autograd.grad((found * weights).sum(), inputs), wanted, strict=True):
-        # Gradients of keys and values are summed in fp32.
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+    output = causal_attention(*inputs, scale)
+    torch.testing.assert_close(output, expected)
+    gradients = torch.autograd.grad((output * weights).sum(), inputs)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        # Gradients of keys and values are summed in fp32 even for these fp64 inputs.
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_in_bf16_it_is_as_near_to_the_truth_as_torchs_own():
+def test_in_bf16_the_error_is_comparable_to_torchs():
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(h, 300, 64, generator=generator) for h in (9, 3, 3)]
-    truth = functional.scaled_dot_product_attention(
+    reference = functional.scaled_dot_product_attention(
         *(t[None] for t in exact), is_causal=True, enable_gqa=True
     )[0]
     rounded = [t.bfloat16() for t in exact]
-    torchs = functional.scaled_dot_product_attention(
+    by_torch = functional.scaled_dot_product_attention(
         *(t[None] for t in rounded), is_causal=True, enable_gqa=True
     )[0]
-    errors = [(t.float() - truth).pow(2).mean().sqrt() for t in (causal_attention(*rounded), torchs)]
-    assert errors[0] < 2 * errors[1]
+    our_error, torchs_error = [
+        (t.float() - reference).pow(2).mean().sqrt() for t in (causal_attention(*rounded), by_torch)
+    ]
+    assert our_error < 2 * torchs_error
 
 
-def test_nothing_comes_from_later_positions():
+def test_later_positions_have_no_influence():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 200, 8, generator=generator) for _ in range(3))
     before = causal_attention(query, key, value)

@@ -1,4 +1,4 @@
-"""Any causal LM: padding and company change nothing, audio enters as it is, and targets follow the reference's rule."""
+"""Any causal LM: results do not depend on padding or batch; audio and targets enter as in the reference."""
 
 import copy
 
@@ -25,7 +25,7 @@ SIZES = {
     "num_key_value_heads": 2,
 }
 FAMILIES = {
-    # name: (transformers' model type, what differs from SIZES, the tokenizer's beginning of text)
+    # name: (transformers' model type, changes to SIZES, the tokenizer's bos)
     "vicuna": ("llama", {"num_key_value_heads": 4}, "<s>"),
     "llama-3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "<s>"),
     "tinyllama": ("llama", {}, "<s>"),
@@ -42,12 +42,12 @@ FAMILIES = {
     "gpt-neox": ("gpt_neox", {"max_position_embeddings": 256}, None),
 }
 UTTERANCES = ((12, "one"), (61, "two three four"), (7, "a much longer answer than the others"))
-"""Encoder frames and answer."""
+"""Encoder frames and answer of each utterance."""
 WIDTH = 8
 
 
 def byte_tokenizer(begin: str | None = None, adds_end: bool = False) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, some pairs merged, without a token for padding."""
+    """A byte-level tokenizer with a few merges and without a padding token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [("o", "n"), ("on", "e"), ("\u0120", "a"), (":", "o"), (":", "t")]
     tokens = ["<s>", "</s>", *alphabet, *("".join(p) for p in pairs)]
@@ -79,7 +79,7 @@ def world(request):
     )
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    with torch.no_grad():  # of random weights all tokens are about as likely; now some are far more so
+    with torch.no_grad():  # random weights make all tokens about equally likely; this makes some far more so
         llm.get_output_embeddings().weight.mul_(30)
     prompt = Prompt(tokenizer, Llm())
     model = Slam(build_projector(Projector(hidden=16), WIDTH, llm_width(llm)), llm)
@@ -87,7 +87,8 @@ def world(request):
     return model, prompt, [torch.randn(n, WIDTH, generator=generator) for n, _ in UTTERANCES]
 
 
-def batch(world, indices, lay_out=collate):
+def make_batch(world, indices, lay_out=collate):
+    """Lay out some of `UTTERANCES`."""
     _, prompt, frames = world
     return lay_out(
         [
@@ -102,19 +103,19 @@ def batch(world, indices, lay_out=collate):
     )
 
 
-def test_a_batch_is_the_sum_of_its_utterances(world):
-    together = batch(world, [0, 1, 2])
+def test_a_batchs_scores_are_the_sum_of_its_utterances(world):
+    together = make_batch(world, [0, 1, 2])
     scores = score_answers(world[0](together), together.labels)
-    singles = [score_answers(world[0](b), b.labels) for b in (batch(world, [i]) for i in range(3))]
+    singles = [score_answers(world[0](b), b.labels) for b in (make_batch(world, [i]) for i in range(3))]
     torch.testing.assert_close(scores.loss, sum(s.loss for s in singles), rtol=1e-5, atol=1e-5)
     assert scores.sums[1:].tolist() == sum(s.sums for s in singles)[1:].tolist()
 
 
 NOT_PACKED = {"gemma-2"}
-"""Its attention caps its scores, which torch's has no form for; it gets padded batches."""
+"""Gemma 2 caps its attention scores, which torch's attention cannot do; it gets padded batches."""
 
 
-def test_packed_padded_and_one_by_one_losses_and_gradients_agree(world, request):
+def test_packed_padded_and_single_losses_and_gradients_agree(world, request):
     model, name = copy.deepcopy(world[0]), request.node.callspec.params["world"]
     model = Slam(model.projector.requires_grad_(True), model.llm)
     assert allow_packing(model.llm) == (name not in NOT_PACKED)
@@ -122,26 +123,26 @@ def test_packed_padded_and_one_by_one_losses_and_gradients_agree(world, request)
         assert model.llm.config._attn_implementation != NAME
         return
 
-    def of(batches):
+    def sums_and_gradients(batches):
         model.zero_grad()
         scores = [score_answers(model(b), b.labels) for b in batches]
         sum(s.loss for s in scores).backward()
         return sum(s.sums for s in scores), [p.grad.clone() for p in model.projector.parameters()]
 
-    packed, gradients = of([batch(world, [0, 1, 2], pack)])
+    packed, gradients = sums_and_gradients([make_batch(world, [0, 1, 2], pack)])
     for others in (
-        [batch(world, [0, 1, 2])],
-        [batch(world, [i]) for i in range(3)],
-        [batch(world, [i], pack) for i in range(3)],
+        [make_batch(world, [0, 1, 2])],
+        [make_batch(world, [i]) for i in range(3)],
+        [make_batch(world, [i], pack) for i in range(3)],
     ):
-        sums, theirs = of(others)
+        sums, theirs = sums_and_gradients(others)
         torch.testing.assert_close(sums, packed, rtol=1e-5, atol=1e-5)
         for ours, other in zip(gradients, theirs, strict=True):
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_packed_row_keeps_utterances_apart_where_attention_drops_out():
-    """As GPT-2's does where all of it is trained: other numbers each time, of its own utterance alone."""
+def test_packed_utterances_stay_separate_with_attention_dropout():
+    """GPT-2 has attention dropout if all of it is trained: logits are random, but of one utterance only."""
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(
         CONFIG_MAPPING["gpt2"](
@@ -160,7 +161,7 @@ def test_a_packed_row_keeps_utterances_apart_where_attention_drops_out():
     llm.train()
     row = torch.randn(1, 12, 32)
 
-    def hear(row):
+    def logits_of(row):
         torch.manual_seed(1)
         return (
             llm(inputs_embeds=row, use_cache=False, **packed_arguments([5, 7], row.device))
@@ -170,7 +171,7 @@ def test_a_packed_row_keeps_utterances_apart_where_attention_drops_out():
 
     changed = row.clone()
     changed[0, 5:] = torch.randn(7, 32)
-    (first, second), (same, other) = hear(row), hear(changed)
+    (first, second), (same, other) = logits_of(row), logits_of(changed)
     torch.testing.assert_close(first, same)
     assert not torch.allclose(second, other)
     torch.manual_seed(2)
@@ -179,83 +180,83 @@ def test_a_packed_row_keeps_utterances_apart_where_attention_drops_out():
     )
 
 
-def test_a_loss_in_chunks_is_the_whole_one_and_so_is_its_gradient(world, request, monkeypatch):
-    """Of bias, no bias, tied and untied output layers; not where the LLM does something to logits behind it."""
+def test_chunked_loss_and_gradients_equal_the_unchunked_ones(world, request, monkeypatch):
+    """For output layers with and without bias, tied and untied, unless the LLM changes logits afterwards."""
     model, name = copy.deepcopy(world[0]), request.node.callspec.params["world"]
     model = Slam(model.projector.requires_grad_(True), model.llm)
     assert objective.allows_chunks(model.llm) == (name != "gemma-2")
     if name == "gemma-2":
         return
-    given = batch(world, [0, 1, 2])
-    whole = score_answers(model(given), given.labels)
-    (3 * whole.loss).backward()
-    wanted = [p.grad.clone() for p in model.projector.parameters()]
+    batch = make_batch(world, [0, 1, 2])
+    unchunked = score_answers(model(batch), batch.labels)
+    (3 * unchunked.loss).backward()
+    expected = [p.grad.clone() for p in model.projector.parameters()]
     monkeypatch.setattr(objective, "CHUNK", 7 * model.llm.get_output_embeddings().weight.shape[0])
     model.zero_grad()
     model.scorer = objective.score_in_chunks
-    loss, sums = model(given)
+    loss, sums = model(batch)
     (3 * loss).backward()
-    torch.testing.assert_close(sums, whole.sums, rtol=1e-6, atol=1e-5)
-    for parameter, gradient in zip(model.projector.parameters(), wanted, strict=True):
+    torch.testing.assert_close(sums, unchunked.sums, rtol=1e-6, atol=1e-5)
+    for parameter, gradient in zip(model.projector.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(model(given)[1], sums)
+        assert torch.equal(model(batch)[1], sums)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (1, 1.5), (3, 1.5)])
-def test_decoding_together_is_decoding_alone(world, beams, penalty):
+def test_batched_and_single_decoding_agree(world, beams, penalty):
     model, prompt, frames = world
     searcher = Searcher(model, prompt, Decoding(beams=beams, max_new_tokens=16, repetition_penalty=penalty))
     positions = [len(f) // 5 for f in frames]
-    alone = [searcher.decode([f], [n])[0] for f, n in zip(frames, positions, strict=True)]
-    assert [a.text for a in searcher.decode(frames, positions)] == [a.text for a in alone]
+    single = [searcher.decode([f], [n])[0] for f, n in zip(frames, positions, strict=True)]
+    assert [a.text for a in searcher.decode(frames, positions)] == [a.text for a in single]
 
 
 @torch.no_grad()
-def test_audio_enters_as_the_projector_gives_it(world):
-    model, given = world[0], batch(world, [1])
+def test_projected_audio_enters_unscaled(world):
+    model, batch = world[0], make_batch(world, [1])
     torch.testing.assert_close(
-        model.embed(given)[given.is_audio], model.projector(given.audio, given.positions)
+        model.embed(batch)[batch.is_audio], model.projector(batch.audio, batch.positions)
     )
 
 
 @torch.no_grad()
-def test_embeddings_are_those_of_token_ids(world):
-    llm, given = world[0].llm, batch(world, [1])
-    ids = given.token_ids[~given.is_audio][None]
+def test_logits_from_embeddings_equal_those_from_token_ids(world):
+    llm, batch = world[0].llm, make_batch(world, [1])
+    ids = batch.token_ids[~batch.is_audio][None]
     embedded = llm(inputs_embeds=llm.get_input_embeddings()(ids)).logits
     torch.testing.assert_close(embedded, llm(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_chosen_logits_are_those_of_the_whole_sequence(world):
-    model, given = world[0], batch(world, [1])
-    whole = model.llm(inputs_embeds=model.embed(given)).logits[0]
-    start = given.answer_start - 1
+def test_target_logits_equal_those_of_the_full_sequence(world):
+    model, batch = world[0], make_batch(world, [1])
+    full = model.llm(inputs_embeds=model.embed(batch)).logits[0]
+    start = batch.answer_start - 1
     torch.testing.assert_close(
-        model(given), whole[start : start + given.labels.shape[1]], rtol=1e-4, atol=1e-4
+        model(batch), full[start : start + batch.labels.shape[1]], rtol=1e-4, atol=1e-4
     )
 
 
 def test_targets_follow_the_references_rule(world):
-    tokenizer, given = world[1].tokenizer, batch(world, [0, 1, 2])
+    tokenizer, batch = world[1].tokenizer, make_batch(world, [0, 1, 2])
     text = "USER: Transcribe speech to text. \n ASSISTANT:"
     for row, (_, answer) in enumerate(UTTERANCES):
-        wanted = [*tokenizer(text + answer)["input_ids"], tokenizer.eos_token_id][
+        expected = [*tokenizer(text + answer)["input_ids"], tokenizer.eos_token_id][
             len(tokenizer(text)["input_ids"]) :
         ]
-        assert given.labels[row][given.labels[row] != IGNORED].tolist() == wanted
+        assert batch.labels[row][batch.labels[row] != IGNORED].tolist() == expected
 
 
-def test_computing_layers_again_changes_no_gradient(world):
-    given, gradients = batch(world, [0, 1]), []
-    for again in (False, True):
+def test_gradient_checkpointing_changes_no_gradient(world):
+    batch, gradients = make_batch(world, [0, 1]), []
+    for checkpointed in (False, True):
         model = copy.deepcopy(world[0])
         model = Slam(model.projector, model.llm).train()
-        if again:
+        if checkpointed:
             checkpoint_layers(model.llm)
-        score_answers(model(given), given.labels).loss.backward()
+        score_answers(model(batch), batch.labels).loss.backward()
         gradients.append(model.projector.linear1.weight.grad)
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
@@ -263,7 +264,7 @@ def test_computing_layers_again_changes_no_gradient(world):
 
 @pytest.mark.parametrize("begin", ["<s>", None])
 @pytest.mark.parametrize("adds_end", [False, True])
-def test_begin_stands_behind_the_audio_and_the_end_once(begin, adds_end):
+def test_bos_follows_the_audio_and_eos_ends_the_answer_once(begin, adds_end):
     tokenizer = byte_tokenizer(begin, adds_end)
     prompt = Prompt(tokenizer, Llm())
     ids, answer = prompt.with_answer(prompt.main, "one")
@@ -272,10 +273,10 @@ def test_begin_stands_behind_the_audio_and_the_end_once(begin, adds_end):
     assert prompt.answer_of(answer) == "one" and prompt.main.before == []
 
 
-def test_a_template_may_put_text_in_front_of_the_audio():
+def test_a_template_may_place_text_before_the_audio():
     tokenizer = byte_tokenizer("<s>")
-    prompt = Prompt(tokenizer, Llm(prompt="Say it.", template="Hear: {audio} {}\nAnswer:"))
-    assert tokenizer.decode(prompt.main.before) == "<s>Hear: "
+    prompt = Prompt(tokenizer, Llm(prompt="Say it.", template="Listen: {audio} {}\nAnswer:"))
+    assert tokenizer.decode(prompt.main.before) == "<s>Listen: "
     ids, answer = prompt.with_answer(prompt.main, "one")
     assert tokenizer.decode(ids) == " Say it.\nAnswer:" and prompt.answer_of(answer) == "one"
     assert [*prompt.main.before, *ids].count(0) == 1
@@ -287,7 +288,7 @@ CHAT = (
 )
 
 
-def test_a_chat_models_own_template_surrounds_audio_and_prompt():
+def test_a_chat_template_surrounds_audio_and_prompt():
     tokenizer = byte_tokenizer("<s>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT

@@ -1,4 +1,4 @@
-"""What the reference implementation computed for its tiny models is what we compute, from audio to text."""
+"""Tiny models give the numbers that the reference implementation computed for them, from audio to text."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 
 
 class Reference:
-    """One encoder's numbers, and our model with the same weights."""
+    """The expected numbers for one encoder, and our model with the same weights."""
 
     def __init__(self, encoder: str, folder: str) -> None:
         self.expected = json.loads((REFERENCE / "expected.json").read_text())[encoder]
@@ -53,14 +53,14 @@ class Reference:
         self.positions = [positions_of(self.options, self.spec.span_of(len(w))) for w in waves]
 
     def batch(self, indices):
-        spelling = self.prompt.main
+        prompt = self.prompt.main
         return collate(
             [
                 Row(
                     self.frames[i],
                     self.positions[i],
-                    spelling.before,
-                    *self.prompt.with_answer(spelling, self.utterances[i].target),
+                    prompt.before,
+                    *self.prompt.with_answer(prompt, self.utterances[i].target),
                 )
                 for i in indices
             ]
@@ -76,7 +76,8 @@ class Reference:
 def reference(request, tmp_path_factory):
     if not REFERENCE.is_dir():
         pytest.skip(
-            "needs the numbers of the reference implementation in ../shared/reference, which are not part of this repository"
+            "needs the reference implementation's numbers in ../shared/reference, which are not part of this "
+            "repository"
         )
     kind, _, converted = request.param.partition("-")
     with pytest.MonkeyPatch.context() as patch:
@@ -97,24 +98,24 @@ def test_features_and_projected_features_agree(reference):
     for utterance, frames, positions in zip(
         reference.utterances, reference.frames, reference.positions, strict=True
     ):
-        wanted, projected = (
+        expected, projected = (
             reference.features[utterance.key],
             reference.features[f"{utterance.key}.projected"],
         )
-        assert frames.shape == wanted.shape
-        torch.testing.assert_close(frames, wanted, atol=1e-4, rtol=0)
+        assert frames.shape == expected.shape
+        torch.testing.assert_close(frames, expected, atol=1e-4, rtol=0)
         ours = reference.projector([frames]).detach()
         torch.testing.assert_close(ours, projected, atol=1e-4, rtol=0)
         assert positions - len(ours) in (0, 1)
 
 
-def test_encoding_together_is_encoding_alone(reference):
-    for together, alone in zip(reference.encoder.encode(reference.prepared), reference.frames, strict=True):
-        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+def test_batched_and_single_encoding_agree(reference):
+    for batched, single in zip(reference.encoder.encode(reference.prepared), reference.frames, strict=True):
+        torch.testing.assert_close(batched, single, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("indices", [[0], [1], [2], [3], [0, 1, 2, 3]], ids=name)
-def test_sequences_are_laid_out_alike(reference, indices):
+def test_sequence_layouts_agree(reference, indices):
     batch, expected = reference.batch(indices), reference.expected
     assert batch.is_audio.sum(1).tolist() == expected[f"audio_tokens_{name(indices)}"]
     assert int((batch.labels != IGNORED).sum()) == expected[f"labels_{name(indices)}"]
@@ -128,7 +129,7 @@ def test_single_losses_agree(reference, index):
     )
 
 
-def test_a_batch_is_the_mean_of_its_utterances_weighted_by_targets(reference):
+def test_a_batchs_loss_is_the_mean_over_utterances_weighted_by_targets(reference):
     labels = [reference.expected[f"labels_single_{i}"] for i in range(4)]
     singles = [reference.mean_loss([i]).item() for i in range(4)]
     mean = sum(n * loss for n, loss in zip(labels, singles, strict=True)) / sum(labels)
@@ -136,24 +137,25 @@ def test_a_batch_is_the_mean_of_its_utterances_weighted_by_targets(reference):
 
 
 def test_batch_loss_and_gradients_agree(reference, request):
-    # The reference lets one half-padded frame of each WavLM utterance through its mask.
+    # The reference's mask includes one frame per WavLM utterance that is half padding.
     leaks = "wavlm" in request.node.name
     loss = reference.mean_loss([0, 1, 2, 3])
     assert loss.item() == pytest.approx(reference.expected["loss_batch_0_1_2_3"], abs=5e-4 if leaks else 1e-4)
     reference.projector.zero_grad()
     loss.backward()
     for parameter, tensor in reference.projector.named_parameters():
-        wanted = reference.gradients[parameter]
-        assert (tensor.grad - wanted).norm() / wanted.norm() < (1e-2 if leaks else 1e-4), parameter
+        expected = reference.gradients[parameter]
+        assert (tensor.grad - expected).norm() / expected.norm() < (1e-2 if leaks else 1e-4), parameter
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("indices", [[0], [1], [2], [3], [0, 1, 2, 3]], ids=name)
-def test_utterances_are_decoded_alike(reference, beams, indices, request):
+def test_decoded_texts_and_ids_agree(reference, beams, indices, request):
     if len(indices) > 1 and "wavlm" in request.node.name:
         pytest.skip(
-            "the reference lets WavLM's padding leak into a batch, so its ids there are not the utterances' own; single ones are compared"
+            "the reference lets WavLM's padding leak into a batch, so its ids depend on the batch; single "
+            "utterances are compared"
         )
     searcher = Searcher(reference.model, reference.prompt, Decoding(beams=beams, max_new_tokens=40))
     answers = searcher.decode(
@@ -164,6 +166,6 @@ def test_utterances_are_decoded_alike(reference, beams, indices, request):
     assert [a.text for a in answers] == [text.strip() for text in reference.expected[f"text_{key}"]]
 
 
-def test_the_published_projector_has_the_published_size():
+def test_the_paper_sized_projector_has_the_published_size():
     projector = build_projector(Projector(), encoder_width=1024, llm_width=4096)
     assert sum(p.numel() for p in projector.parameters()) == 18_880_512

@@ -487,7 +487,7 @@ def test_two_processes_at_once_convert_once(cache, tmp_path):
     first = start(tmp_path / "first", 3)
     wait_for(tmp_path / "first")
     second = start(tmp_path / "second", 0)
-    assert "waiting for another process that fetches team/slow" in second.communicate(timeout=120)[0]
+    assert "waiting for another process that is fetching team/slow" in second.communicate(timeout=120)[0]
     assert first.communicate(timeout=120)[0].splitlines()[-1] == str(cache / "team--slow")
     assert second.returncode == first.returncode == 0
     assert not (tmp_path / "second").exists()
@@ -598,7 +598,7 @@ def test_a_name_that_the_hub_does_not_know_is_one_sentence(hub):
     done = fetch_from(hub[0], "team/other")
     assert done.returncode == 2
     assert done.stderr.startswith("slam-asr: error: No model team/other: ")
-    assert "the hub has none of that name" in done.stderr
+    assert "the hub has no model of that name" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""Projectors: as the reference defines them, and the same in company as alone."""
+"""Projectors are those of the reference, and project each utterance independently of its batch."""
 
 import pytest
 import torch
@@ -10,16 +10,16 @@ from slam_asr.recipe import Projector
 LENGTHS = (5, 23, 4, 50)
 
 
-def small(kind: str) -> Projector:
+def small_options(kind: str) -> Projector:
     return Projector(kind=kind, hidden=16, queries=7, layers=1)
 
 
 @pytest.fixture(params=PROJECTORS)
 def projector(request):
-    return build_projector(small(request.param), 8, 12).eval(), small(request.param)
+    return build_projector(small_options(request.param), 8, 12).eval(), small_options(request.param)
 
 
-def test_a_new_projector_depends_on_its_seed_alone():
+def test_a_new_projector_depends_on_nothing_but_its_seed():
     torch.manual_seed(1)
     first = build_projector(Projector(hidden=4), 3, 2, seed=5)
     torch.manual_seed(2)
@@ -30,7 +30,7 @@ def test_a_new_projector_depends_on_its_seed_alone():
 
 
 @torch.no_grad()
-def test_projecting_together_is_projecting_alone(projector):
+def test_batched_and_single_projection_agree(projector):
     model, options = projector
     utterances = [torch.randn(n, 8) for n in LENGTHS]
     positions = [positions_of(options, n) for n in LENGTHS]
@@ -41,11 +41,11 @@ def test_projecting_together_is_projecting_alone(projector):
 
 
 @torch.no_grad()
-def test_a_position_that_the_encoder_gave_too_few_frames_for_is_a_zero_vector(projector):
+def test_a_position_with_too_few_frames_becomes_a_zero_vector(projector):
     model, options = projector
     frames = torch.randn(49, 8)
     if options.kind == "q-former":
-        # As many positions as it has queries, whatever the number of frames: none is missing.
+        # A Q-Former has one position per query, whatever the number of frames.
         out = model([frames], [positions_of(options, 50)])
         assert len(out) == options.queries and out.any(1).all()
         return
@@ -54,18 +54,18 @@ def test_a_position_that_the_encoder_gave_too_few_frames_for_is_a_zero_vector(pr
 
 
 @torch.no_grad()
-def test_the_convolution_is_that_of_the_reference():
-    model = build_projector(small("cov1d-linear"), 8, 12)
+def test_the_convolution_equals_the_references():
+    model = build_projector(small_options("cov1d-linear"), 8, 12)
     frames = torch.randn(23, 8)
-    # The reference's forward pass: [batch, frames, width] transposed, convolved, and transposed back.
+    # The reference's forward pass: transpose [batch, frames, width], convolve, transpose back.
     x = model.conv1d(frames[None].transpose(1, 2)).transpose(1, 2)
-    wanted = model.linear2(nn.functional.relu(model.linear1(nn.functional.relu(x))))[0]
-    torch.testing.assert_close(model([frames]), wanted)
+    expected = model.linear2(nn.functional.relu(model.linear1(nn.functional.relu(x))))[0]
+    torch.testing.assert_close(model([frames]), expected)
 
 
-def test_checkpoints_of_the_reference_have_these_names():
+def test_parameter_names_are_those_of_the_references_checkpoints():
     names = {
-        kind: {n.split(".")[0] for n, _ in build_projector(small(kind), 8, 12).named_parameters()}
+        kind: {n.split(".")[0] for n, _ in build_projector(small_options(kind), 8, 12).named_parameters()}
         for kind in PROJECTORS
     }
     assert names == {
@@ -76,7 +76,7 @@ def test_checkpoints_of_the_reference_have_these_names():
 
 
 @torch.no_grad()
-def test_padding_of_others_does_not_reach_a_q_former():
-    model = build_projector(small("q-former"), 8, 12).eval()
+def test_a_q_former_ignores_padding():
+    model = build_projector(small_options("q-former"), 8, 12).eval()
     short, long = torch.randn(3, 8), torch.randn(40, 8)
     torch.testing.assert_close(model([short, long])[:7], model([short]), atol=1e-5, rtol=1e-5)

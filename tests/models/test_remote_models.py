@@ -51,7 +51,7 @@ def test_an_original_file_is_fetched_and_converted(bucket):
 
 def test_a_model_without_weights_is_refused(bucket):
     bucket.put_object(Key="empty/config.json", Body=b"{}")
-    with pytest.raises(UserError, match="holds no whole model"):
+    with pytest.raises(UserError, match="holds no complete model"):
         locate_model("s3://bucket/empty")
 
 

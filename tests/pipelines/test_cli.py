@@ -49,7 +49,7 @@ def error_of(monkeypatch, capsys):
         (["run", "demo", "--corpus", "/no/such"], "There is no corpus at /no/such: check --corpus."),
         (
             ["run", "demo", "--corpus", "gs://bucket/x"],
-            "gs://bucket/x: paths of the scheme gs:// cannot be read",
+            "gs://bucket/x: the scheme gs:// is not supported; give a local path or s3://bucket/key.",
         ),
         (
             ["run", "demo", "--training.max_step", "5"],

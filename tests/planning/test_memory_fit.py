@@ -1,4 +1,4 @@
-"""Whether a training fits is said before anything is loaded: refused where it cannot, warned of where it is close, and else not a word."""
+"""A training that cannot fit is refused before anything is loaded, and one that may not fit gets a warning."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from slam_asr.models.encoder import spec_of
 from slam_asr.models.prompt import TokenizedPrompt
 from slam_asr.planning import memory_fit
 from slam_asr.planning.memory import training_memory
-from slam_asr.planning.memory_fit import Place, host_memory, loads_of, require_fit
+from slam_asr.planning.memory_fit import Machine, host_memory, loads_of, require_fit
 from slam_asr.planning.shapes import Shapes
 from slam_asr.recipe import load_recipe
 
@@ -58,78 +58,81 @@ def shapes(**training) -> Shapes:
 
 
 def utterances(count: int = 400, longest: float = 10.0) -> list[Utterance]:
-    """Of five seconds each, but for one in the middle."""
+    """Utterances of five seconds each, except for one in the middle."""
     return [
         Utterance(str(i), "a.wav", "a few words", duration=longest if i == count // 2 else 5.0)
         for i in range(count)
     ]
 
 
-def taken(of: Shapes, processes: int = 1, on_gpu: bool = True) -> float:
+def predicted_memory(of: Shapes, processes: int = 1, on_gpu: bool = True) -> float:
     return training_memory(of, loads_of(of, Words(), utterances(), processes)[1], processes, on_gpu).total
 
 
-def gpus(memory: float | None, count: int = 1, host: float | None = None) -> Place:
-    return Place(count, count, True, memory, host)
+def gpus(memory: float | None, count: int = 1, host: float | None = None) -> Machine:
+    return Machine(count, count, True, memory, host)
 
 
-def test_what_cannot_fit_is_refused_and_what_is_close_is_said(capsys):
-    whole = shapes()
+def test_what_cannot_fit_is_refused_and_what_may_not_fit_gets_a_warning(capsys):
+    model = shapes()
     with pytest.raises(
         UserError,
-        match=r"takes about 5\.\d+ GB of each GPU \(3\.\d+ GB activations and 1\.5 GB CUDA and NCCL\), and there are 4\.\d+ GB: ",
+        match=r"takes about 5\.\d+ GB of each GPU \(3\.\d+ GB activations and 1\.5 GB CUDA and NCCL\), and a GPU has 4\.\d+ GB: ",
     ) as refused:
-        require_fit(whole, Words(), utterances(), gpus(taken(whole) / 1.16))
+        require_fit(model, Words(), utterances(), gpus(predicted_memory(model) / 1.16))
     assert "\n" not in str(refused.value)
     assert capsys.readouterr().out == ""
-    require_fit(whole, Words(), utterances(), gpus(taken(whole) / 1.14))
+    require_fit(model, Words(), utterances(), gpus(predicted_memory(model) / 1.14))
     assert capsys.readouterr().out.startswith("warning: This training takes about")
-    require_fit(whole, Words(), utterances(), gpus(taken(whole) / 0.9))
+    require_fit(model, Words(), utterances(), gpus(predicted_memory(model) / 0.9))
     assert capsys.readouterr().out == ""
 
 
-def test_what_is_proposed_fits(capsys):
-    whole = shapes()
-    room = taken(whole) / 1.16
+def test_the_proposed_options_fit(capsys):
+    model = shapes()
+    capacity = predicted_memory(model) / 1.16
     with pytest.raises(UserError) as refused:
-        require_fit(whole, Words(), utterances(), gpus(room))
+        require_fit(model, Words(), utterances(), gpus(capacity))
     proposed = dict(re.findall(r"--training\.(\w+) (\S+?)(?=[ .]|$)", str(refused.value)))
     assert proposed.keys() == {"positions_per_batch"}
     require_fit(
-        shapes(positions_per_batch=int(proposed["positions_per_batch"])), Words(), utterances(), gpus(room)
+        shapes(positions_per_batch=int(proposed["positions_per_batch"])),
+        Words(),
+        utterances(),
+        gpus(capacity),
     )
     assert capsys.readouterr().out == ""
 
 
-def test_where_nothing_helps_that_is_said():
+def test_if_no_option_helps_the_error_suggests_hardware():
     with pytest.raises(UserError, match="take more GPUs or larger ones, or a smaller LLM"):
         require_fit(shapes(), Words(), utterances(), gpus(1e9))
 
 
 def test_processes_on_a_cpu_share_the_host(capsys):
-    whole = shapes()
-    one, two = (taken(whole, n, on_gpu=False) for n in (1, 2))
-    require_fit(whole, Words(), utterances(), Place(1, 1, False, one * 1.1, one * 1.1))
+    model = shapes()
+    one, two = (predicted_memory(model, n, on_gpu=False) for n in (1, 2))
+    require_fit(model, Words(), utterances(), Machine(1, 1, False, one * 1.1, one * 1.1))
     assert capsys.readouterr().out == ""
     with pytest.raises(
         UserError,
         match=r"in each of 2 processes \(.+, fewer training.processes|in each of 2 processes .+ set --training",
     ):
-        require_fit(whole, Words(), utterances(), Place(2, 2, False, two, two))
+        require_fit(model, Words(), utterances(), Machine(2, 2, False, two, two))
 
 
-def test_the_longest_utterance_decides(capsys):
-    whole = shapes(positions_per_batch=100)
-    one, load = loads_of(whole, Words(), utterances(longest=25.0), 1)
+def test_the_longest_utterance_determines_the_memory(capsys):
+    model = shapes(positions_per_batch=100)
+    one, load = loads_of(model, Words(), utterances(longest=25.0), 1)
     assert one.audio == 250 and one.length == 250 + 12 + 4 and load == one
-    room = gpus(taken(whole) * 1.1)
-    require_fit(whole, Words(), utterances(), room)
+    capacity = gpus(predicted_memory(model) * 1.1)
+    require_fit(model, Words(), utterances(), capacity)
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError):
-        require_fit(whole, Words(), utterances(longest=2000.0), room)
+        require_fit(model, Words(), utterances(longest=2000.0), capacity)
 
 
-def test_a_batch_is_what_the_budget_a_step_and_the_set_allow():
+def test_a_batch_is_limited_by_the_budget_the_step_and_the_number_of_utterances():
     def positions(count: int = 400, processes: int = 1, **training) -> float:
         _, load = loads_of(shapes(**training), Words(), utterances(count), processes)
         return load.rows * load.length
@@ -137,37 +140,36 @@ def test_a_batch_is_what_the_budget_a_step_and_the_set_allow():
     assert positions(positions_per_batch=600) == pytest.approx(600)
     assert (
         positions(positions_per_batch=600, packing=False) == 5 * 116
-    )  # whole utterances, as long as the longest
+    )  # complete utterances, as long as the longest
     assert positions(positions_per_step=2000, positions_per_batch=2000, processes=4) == pytest.approx(500)
     assert positions(count=4) == pytest.approx(4 * 66 + 50)
     assert positions(utterances_per_batch=3) == 3 * 116
 
 
-def test_where_memory_or_model_is_unknown_nothing_is_said(capsys, monkeypatch):
-    whole = shapes()
-    require_fit(whole, Words(), utterances(), gpus(None))
+def test_with_unknown_memory_or_model_nothing_is_checked(capsys, monkeypatch):
+    model = shapes()
+    require_fit(model, Words(), utterances(), gpus(None))
     monkeypatch.setattr(Shapes, "saved_bytes", lambda self, rows, length: 1 / 0)
-    require_fit(whole, Words(), utterances(), gpus(1.0))
+    require_fit(model, Words(), utterances(), gpus(1.0))
     assert capsys.readouterr().out == ""
 
 
-def test_an_optimiser_kept_by_the_host_must_fit_there():
+def test_an_offloaded_optimiser_must_fit_into_host_memory():
     full = shapes(zero_stage=2, offload_optimizer=True)
     full = dataclasses.replace(
         full,
         recipe=dataclasses.replace(full.recipe, llm=dataclasses.replace(full.recipe.llm, tuning="full")),
-        _known={},
+        _cache={},
     )
     require_fit(full, Words(), utterances(), gpus(80e9, host=12 * full.trained_parameters))
-    with pytest.raises(UserError, match=r"training\.offload_optimizer keeps about .+ this host's memory"):
+    with pytest.raises(UserError, match=r"training\.offload_optimizer takes about .+ this host's memory"):
         require_fit(full, Words(), utterances(), gpus(80e9, host=12 * full.trained_parameters / 1.2))
 
 
-def test_a_containers_limit_counts_before_the_hosts_memory(tmp_path, monkeypatch):
+def test_a_containers_limit_takes_precedence_over_the_hosts_memory(tmp_path, monkeypatch):
     limits = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
     monkeypatch.setattr(memory_fit, "CGROUP_LIMITS", [str(path) for path in limits])
-    whole = host_memory()
-    assert whole > 1e8
+    assert host_memory() > 1e8
     limits[0].write_text("max\n")
     assert host_memory() > 1e8
     limits[1].write_text("50000000\n")

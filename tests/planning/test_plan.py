@@ -1,4 +1,4 @@
-"""Plans: published sizes come out, more memory or sharing never makes it worse, and nothing is loaded."""
+"""Plans agree with published sizes; more memory or more sharding never makes a plan worse; nothing is loaded."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from slam_asr.recipe import load_recipe, shipped_recipes
 
 @pytest.fixture(autouse=True)
 def no_models(monkeypatch, tmp_path):
-    """Neither models nor a hub."""
+    """A machine without models and without access to the hub."""
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -24,14 +24,14 @@ def shapes(name, **overrides):
     return describe(load_recipe(name, overrides))
 
 
-def test_published_sizes_come_out():
+def test_sizes_are_the_published_ones():
     wavlm, whisper = shapes("wavlm-large-vicuna-7b"), shapes("whisper-large-v2-vicuna-7b")
     assert wavlm.projector_parameters == 18_880_512
     assert wavlm.llm_parameters == 6_738_415_616  # Vicuna's and Llama 2's, as the model hub counts them
     assert whisper.projector_parameters == pytest.approx(21.5e6, rel=1e-3)
     assert shapes("wavlm-large-llama-2-70b").llm_parameters == 68_976_648_192
     assert shapes("hubert-xlarge-ft-vicuna-7b").encoder_parameters == pytest.approx(964e6, rel=0.01)
-    # Of one 30-s window, and of a second of audio.
+    # FLOPs of one 30-s window, and of one second of audio.
     assert encoder_flops(whisper.encoder, 480_000) == pytest.approx(2.27e12, rel=0.02)
     assert encoder_flops(wavlm.encoder, 12 * 16_000) / 12 == pytest.approx(39.5e9, rel=0.1)
 
@@ -43,7 +43,7 @@ def test_every_shipped_recipe_can_be_planned_without_its_models(capsys):
     assert "proposed:" in capsys.readouterr().out
 
 
-def test_an_epoch_of_a_thousand_hours_is_the_published_one():
+def test_an_epoch_of_a_thousand_hours_takes_the_published_time():
     # Four hours on four A100 (312 TFLOP/s): 9 to 20 % of their peak.
     result = plan(load_recipe("wavlm-large-vicuna-7b", {"training.epochs": 1}), gpus=4, hours=1000)
     whisper = plan(load_recipe("whisper-large-v2-vicuna-7b", {"training.epochs": 1}), gpus=4, hours=1000)
@@ -51,14 +51,14 @@ def test_an_epoch_of_a_thousand_hours_is_the_published_one():
     assert all(0.05 < share < 0.2 for share in shares) and shares[1] > shares[0]
 
 
-def test_the_feature_cache_is_50_frames_a_second():
+def test_the_feature_cache_has_50_frames_per_second():
     hours = plan(load_recipe("wavlm-large-vicuna-7b"), hours=100).cache_bytes / 100
     assert hours == pytest.approx(369e6, rel=0.01)
     assert plan(load_recipe("whisper-large-v2-vicuna-7b")).cache_bytes == pytest.approx(1.08e12, rel=0.01)
 
 
 @pytest.mark.slow
-def test_it_fits_from_some_memory_on_and_the_proposal_fits():
+def test_more_memory_never_stops_a_plan_from_fitting_and_the_proposal_fits():
     recipe = load_recipe("whisper-large-v2-vicuna-7b")
     fits = [plan(recipe, gpus=4, gpu_memory=g).fits for g in (8, 16, 24, 40, 80, 141)]
     assert fits == sorted(fits) and not fits[0] and fits[-1]
@@ -68,10 +68,10 @@ def test_it_fits_from_some_memory_on_and_the_proposal_fits():
 
 
 @pytest.mark.slow
-def test_what_cannot_fit_has_no_proposal(capsys):
+def test_a_plan_that_cannot_fit_has_no_proposal(capsys):
     result = plan(load_recipe("wavlm-large-llama-2-70b"), gpus=1, gpu_memory=80)
     assert not result.fits and result.proposal == {}
-    assert "nothing tried here fits" in capsys.readouterr().out
+    assert "no combination of options fits" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_a_70b_full_fine_tune_needs_the_hosts_memory_on_eight_gpus():
     assert plan(load_recipe("wavlm-large-llama-2-70b-full"), gpus=8, gpu_memory=80).fits
 
 
-def test_each_zero_stage_takes_no_more_than_the_one_before():
+def test_each_zero_stage_takes_no_more_memory_than_the_previous_one():
     base, load = shapes("wavlm-large-vicuna-7b-full"), Load(4, 190, 123, 47)
     totals = []
     for stage in range(4):
@@ -95,29 +95,29 @@ def test_each_zero_stage_takes_no_more_than_the_one_before():
     assert totals == sorted(totals, reverse=True) and totals[0] > 3 * totals[3]
 
 
-def test_computing_layers_again_saves_activations():
+def test_gradient_checkpointing_saves_activation_memory():
     load = Load(8, 360, 300, 40)
-    kept, again = (
+    without, checkpointed = (
         training_memory(
             shapes("whisper-large-v2-vicuna-7b", **{"training.gradient_checkpointing": g}), load, 1
         ).activations
         for g in (False, True)
     )
-    assert again < kept / 5
+    assert checkpointed < without / 5
 
 
-def test_an_unknown_model_is_one_sentence():
+def test_an_unknown_model_is_refused_in_one_line():
     with pytest.raises(UserError, match="nobody/nothing") as raised:
         plan(load_recipe("demo", {"llm.name": "nobody/nothing"}))
     assert "\n" not in str(raised.value)
 
 
-def test_numbers_that_make_no_sense_are_refused():
+def test_numbers_that_are_not_positive_are_refused():
     with pytest.raises(UserError, match="--hours is 0"):
         plan(load_recipe("demo"), hours=0)
 
 
-def test_the_command_takes_the_recipe_first_and_dashes(capsys):
+def test_the_command_takes_the_recipe_as_first_argument(capsys):
     from slam_asr.cli import main
 
     main(["plan", "wavlm-large-vicuna-7b", "--gpus", "2", "--gpu-memory", "24", "--training.zero_stage", "3"])

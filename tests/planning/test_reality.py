@@ -1,4 +1,4 @@
-"""Plans against reality: predicted memory is what a training process takes, also at sizes that no constant was chosen by."""
+"""Predicted memory is what a training process takes, also for sizes that no constant was fitted to."""
 
 import json
 import os

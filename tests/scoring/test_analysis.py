@@ -1,8 +1,9 @@
-"""What a test says beside its rate.
+"""What a test shows beyond its word error rate.
 
-Invariants: intervals hold the rate, shrink with the test set, are wider over speakers who differ, and cover the truth as often as
-they say; equal recognisers differ by chance alone; the quick normaliser writes what transformers' own writes; guards find what went
-wrong and nothing that was said; groups leave no utterance out.
+Invariants: intervals contain the rate, shrink with the size of the test set, are wider over speakers who
+differ, and cover the true rate in 95 % of cases; equal recognisers differ only by chance; the fast normaliser
+agrees with transformers' own; guards flag failures and nothing that was really said; groups leave no
+utterance out.
 """
 
 import random
@@ -19,24 +20,24 @@ from slam_asr.scoring.statistics import interval, interval_over, matched_pairs
 from slam_asr.scoring.wer import Hypothesis
 
 
-def drawn(utterances: int, rate: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Errors and words of utterances of a recogniser with that true rate."""
+def random_errors(utterances: int, rate: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Errors and words per utterance, for a recogniser with that true rate."""
     rng = np.random.default_rng(seed)
     words = rng.integers(1, 30, utterances)
     return rng.binomial(words, rate), words
 
 
-def test_intervals_hold_the_truth_nineteen_times_in_twenty():
+def test_intervals_contain_the_true_rate_nineteen_times_in_twenty():
     inside = 0
     for seed in range(200):
-        low, high = interval(*drawn(150, 0.2, seed))
+        low, high = interval(*random_errors(150, 0.2, seed))
         inside += low <= 0.2 <= high
     # Of 200 at 95 %: 190, with a standard deviation of 3.1.
     assert 178 <= inside <= 199
 
 
 def test_intervals_shrink_with_the_square_root_of_the_test_set():
-    small, large = interval(*drawn(200, 0.2, 1)), interval(*drawn(20_000, 0.2, 1))
+    small, large = interval(*random_errors(200, 0.2, 1)), interval(*random_errors(20_000, 0.2, 1))
     assert (small[1] - small[0]) / (large[1] - large[0]) == pytest.approx(10, rel=0.25)
 
 
@@ -50,21 +51,21 @@ def test_speakers_who_differ_widen_the_interval():
 
 
 @pytest.mark.parametrize(("errors", "words"), [([], []), ([1], [2]), ([1, 1], [0, 0])])
-def test_what_has_no_interval_gets_none(errors, words):
+def test_too_few_units_or_no_words_give_no_interval(errors, words):
     assert interval(np.array(errors), np.array(words)) is None
 
 
-def test_equal_recognisers_differ_by_chance_alone():
+def test_equal_recognisers_differ_only_by_chance():
     false_alarms = 0
     for seed in range(60):
-        first, words = drawn(100, 0.2, seed)
+        first, words = random_errors(100, 0.2, seed)
         second = np.random.default_rng(seed + 1000).binomial(words, 0.2)
         false_alarms += matched_pairs(first, second, words, seed).p < 0.05
     assert false_alarms <= 9  # of 60 at 5 %: 3, and with a chance of one in a thousand more than 9.
 
 
-def test_a_better_recogniser_is_found_and_the_sign_says_which():
-    first, words = drawn(400, 0.1, 1)
+def test_a_better_recogniser_is_significant_and_has_the_right_sign():
+    first, words = random_errors(400, 0.1, 1)
     second, _ = np.random.default_rng(2).binomial(words, 0.2), None
     better = matched_pairs(first, second, words)
     assert better.p < 0.001 and better.low < better.difference < better.high < 0
@@ -72,14 +73,14 @@ def test_a_better_recogniser_is_found_and_the_sign_says_which():
     assert worse.difference == -better.difference and worse.p == pytest.approx(better.p, abs=1e-3)
 
 
-def test_the_same_output_twice_is_no_difference():
-    errors, words = drawn(50, 0.2, 1)
+def test_equal_outputs_have_no_difference():
+    errors, words = random_errors(50, 0.2, 1)
     same = matched_pairs(errors, errors, words)
     assert (same.p, same.difference, same.differing) == (1.0, 0.0, 0)
 
 
 def test_randomisation_and_its_normal_approximation_agree(monkeypatch):
-    first, words = drawn(3000, 0.20, 5)
+    first, words = random_errors(3000, 0.20, 5)
     second = np.random.default_rng(6).binomial(words, 0.205)
     exact = matched_pairs(first, second, words).p
     monkeypatch.setattr("slam_asr.scoring.statistics.MANY", 0)
@@ -130,25 +131,25 @@ VOCABULARY = [
 ]
 
 
-def test_the_quick_normaliser_writes_what_transformers_own_writes():
+def test_the_fast_normaliser_agrees_with_transformers_own():
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    whole, quick, chance = EnglishTextNormalizer({}), whisper_normaliser(), random.Random(1)
+    original, fast, chance = EnglishTextNormalizer({}), whisper_normaliser(), random.Random(1)
     compared = 0
     for _ in range(3000):
         text = " ".join(chance.choices(VOCABULARY, k=chance.randint(0, 9)))
         try:
-            expected = " ".join(whole(text).split())
+            expected = " ".join(original(text).split())
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
-            assert isinstance(quick(text), str)
+            assert isinstance(fast(text), str)
             continue
-        assert quick(text) == expected, text
+        assert fast(text) == expected, text
         compared += 1
     assert compared > 2900
 
 
 @pytest.mark.parametrize(
-    ("spoken", "written", "found"),
+    ("spoken", "written", "flagged"),
     [
         ("he came home", "he came home home home home home", [LOOP]),
         ("he came home", "and then he and then he and then he and then he came", [LOOP]),
@@ -163,8 +164,8 @@ def test_the_quick_normaliser_writes_what_transformers_own_writes():
         ("sing a song", "sing sing sing and sing a song", []),
     ],
 )
-def test_guards_find_what_went_wrong_and_nothing_that_was_said(spoken, written, found):
-    assert guards_of(Hypothesis("u", spoken, written)) == found
+def test_guards_flag_failures_and_nothing_that_was_said(spoken, written, flagged):
+    assert guards_of(Hypothesis("u", spoken, written)) == flagged
     assert guards_of(Hypothesis("u", spoken, written, cut=True)).count(CUT) == 1
 
 
@@ -202,18 +203,20 @@ def test_groups_leave_no_utterance_out():
 
 def test_the_character_error_rate_is_jiwers():
     rows = [row for row in rows_of_two_speakers() if row.reference]
-    wrong, of = character_errors(rows).sum(0)
-    assert wrong / of == pytest.approx(jiwer.cer([r.reference for r in rows], [r.hypothesis for r in rows]))
+    wrong, total = character_errors(rows).sum(0)
+    assert wrong / total == pytest.approx(
+        jiwer.cer([r.reference for r in rows], [r.hypothesis for r in rows])
+    )
 
 
-def test_an_unknown_speaker_leaves_no_interval_over_speakers():
+def test_with_an_unknown_speaker_there_is_no_interval_over_speakers():
     rows = rows_of_two_speakers()
     assert analyse(measure(rows))["all"]["speaker_interval"]
     rows[5].speaker = ""
     assert analyse(measure(rows))["all"]["speaker_interval"] is None
 
 
-def test_normalised_text_is_forgiven_its_spelling():
+def test_spelling_differences_are_no_errors_after_normalisation():
     rows = [
         Hypothesis("a", "it's twenty one dollars", "It is $21."),
         Hypothesis("b", "mister brown", "Mr. Brown!"),

@@ -1,7 +1,7 @@
-"""Two recognisers on the same utterances.
+"""Comparing two recognisers on the same utterances.
 
-Invariants: exchanged, the difference changes its sign and nothing else; utterances of one side alone are named and counted, never
-dropped in silence; SLAM-LLM's files and ours say the same.
+Invariants: exchanging the two changes only the sign of the difference; utterances that only one side has are
+reported and counted, never dropped silently; SLAM-LLM's files give the same result as this project's.
 """
 
 import json
@@ -18,7 +18,7 @@ from slam_asr.scoring.wer import Hypothesis, write_hypotheses
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat", "and", "that", "was", "that"]
 
 
-def spoken(count: int = 120) -> list[tuple[str, str, str]]:
+def references(count: int = 120) -> list[tuple[str, str, str]]:
     chance = random.Random(1)
     return [
         (
@@ -30,50 +30,53 @@ def spoken(count: int = 120) -> list[tuple[str, str, str]]:
     ]
 
 
-def written(errs: float, seed: int) -> list[Hypothesis]:
-    """What a recogniser writes that gets that share of words wrong."""
+def hypotheses(error_rate: float, seed: int) -> list[Hypothesis]:
+    """The output of a recogniser that gets that share of words wrong."""
     chance = random.Random(seed)
     return [
         Hypothesis(
-            key, text, " ".join("wrong" if chance.random() < errs else word for word in text.split()), subset
+            key,
+            text,
+            " ".join("wrong" if chance.random() < error_rate else word for word in text.split()),
+            subset,
         )
-        for key, text, subset in spoken()
+        for key, text, subset in references()
     ]
 
 
 @pytest.fixture
 def outputs(tmp_path):
-    for name, rows in (("good", written(0.1, 2)), ("bad", written(0.3, 3))):
+    for name, rows in (("good", hypotheses(0.1, 2)), ("bad", hypotheses(0.3, 3))):
         write_hypotheses(tmp_path / name / "hypotheses.jsonl", rows)
     return str(tmp_path / "good"), str(tmp_path / "bad")
 
 
-def test_the_better_one_is_named_and_its_rates_are_those_of_the_report(outputs, tmp_path, capsys):
+def test_the_better_recogniser_is_named_and_the_rates_are_those_of_the_report(outputs, tmp_path, capsys):
     rows = run("compare", [*outputs, "--output", str(tmp_path / "difference.json")])
     assert [row.subset for row in rows] == ["clean", "other", "all"]
-    everything = rows[-1]
-    assert everything.first == round(100 * score(written(0.1, 2)).wer, 2)
-    assert everything.difference == pytest.approx(everything.first - everything.second, abs=0.011)
-    assert everything.low < everything.difference < everything.high < 0
-    assert everything.verdict == "the first is better"
-    assert json.loads((tmp_path / "difference.json").read_text())["compared"][-1]["p"] == everything.p
+    total = rows[-1]
+    assert total.first == round(100 * score(hypotheses(0.1, 2)).wer, 2)
+    assert total.difference == pytest.approx(total.first - total.second, abs=0.011)
+    assert total.low < total.difference < total.high < 0
+    assert total.verdict == "the first is better"
+    assert json.loads((tmp_path / "difference.json").read_text())["compared"][-1]["p"] == total.p
     assert "the first is better" in capsys.readouterr().out
 
 
-def test_exchanged_they_differ_by_sign_alone(outputs):
-    here, there = compare(*outputs), compare(*outputs[::-1])
-    assert [row.difference for row in here] == [-row.difference for row in there]
-    assert [row.p for row in here] == [row.p for row in there]
+def test_exchanging_the_two_changes_only_the_sign(outputs):
+    forward, reverse = compare(*outputs), compare(*outputs[::-1])
+    assert [row.difference for row in forward] == [-row.difference for row in reverse]
+    assert [row.p for row in forward] == [row.p for row in reverse]
 
 
-def test_one_with_itself_differs_in_nothing(outputs):
+def test_a_recogniser_does_not_differ_from_itself(outputs):
     assert {(row.difference, row.p, row.verdict) for row in compare(outputs[0], outputs[0])} == {
         (0.0, 1.0, "may be chance")
     }
 
 
-def test_slam_llms_files_say_the_same(outputs, tmp_path):
-    rows = written(0.3, 3)
+def test_slam_llms_files_give_the_same_result(outputs, tmp_path):
+    rows = hypotheses(0.3, 3)
     for name, texts in (
         ("pred", {r.key: r.hypothesis for r in rows}),
         ("gt", {r.key: r.reference for r in rows}),
@@ -84,46 +87,46 @@ def test_slam_llms_files_say_the_same(outputs, tmp_path):
     assert compare(outputs[0], str(tmp_path / "decode_log_pred"))[-1] == compare(*outputs)[-1]
 
 
-def test_utterances_of_one_side_are_named_or_counted(outputs, tmp_path, capsys):
-    write_hypotheses(tmp_path / "few.jsonl", written(0.3, 3)[5:])
-    with pytest.raises(UserError, match=r"good holds 5 utterances that .*few.jsonl lacks, first u000"):
+def test_utterances_of_only_one_side_are_refused_or_counted(outputs, tmp_path, capsys):
+    write_hypotheses(tmp_path / "few.jsonl", hypotheses(0.3, 3)[5:])
+    with pytest.raises(UserError, match=r"good has 5 utterances that .*few.jsonl lacks, first u000"):
         compare(outputs[0], str(tmp_path / "few.jsonl"))
     assert compare(outputs[0], str(tmp_path / "few.jsonl"), common=True)[-1].utterances == 115
-    assert f"left out: 5 utterances that only {outputs[0]} holds" in capsys.readouterr().out
+    assert f"left out: 5 utterances that only {outputs[0]} has" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("pred", "gt", "message"),
     [
-        ("a\tone\nb\ttwo\n", "a\tone\n", r"1 utterances that have no reference, first b"),
-        ("a\tone\n", "a\tone\nb\ttwo\n", r"1 utterances that have no hypothesis, first b"),
+        ("a\tone\nb\ttwo\n", "a\tone\n", r"1 utterances with no reference, first b"),
+        ("a\tone\n", "a\tone\nb\ttwo\n", r"1 utterances with no hypothesis, first b"),
         ("a one\n", "a\tone\n", r"line 1 has no tab"),
-        ("a\tone\na\ttwo\n", "a\tone\n", r"line 2 names a a second time"),
+        ("a\tone\na\ttwo\n", "a\tone\n", r"line 2 repeats the key a"),
     ],
 )
-def test_files_that_do_not_belong_together_are_refused(tmp_path, outputs, pred, gt, message):
+def test_files_that_do_not_match_are_refused(tmp_path, outputs, pred, gt, message):
     (tmp_path / "x_pred").write_text(pred)
     (tmp_path / "x_gt").write_text(gt)
     with pytest.raises(UserError, match=message):
         compare(str(tmp_path / "x_pred"), outputs[0])
 
 
-def test_other_references_are_refused(outputs, tmp_path):
-    rows = written(0.3, 3)
+def test_different_references_are_refused(outputs, tmp_path):
+    rows = hypotheses(0.3, 3)
     rows[7].reference += " more"
     write_hypotheses(tmp_path / "other.jsonl", rows)
-    with pytest.raises(UserError, match=r"other references for 1 of 120 utterances, first u007"):
+    with pytest.raises(UserError, match=r"different references for 1 of 120 utterances, first u007"):
         compare(outputs[0], str(tmp_path / "other.jsonl"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["/no/such", "/no/such"], "There are no hypotheses at /no/such"),
+        (["/no/such", "/no/such"], "/no/such contains no hypotheses"),
         (["one"], "Missing: --second"),
         (["a", "b", "c"], "a follows no option"),
     ],
 )
-def test_what_is_not_there_is_a_sentence(arguments, message):
+def test_missing_files_and_arguments_are_reported(arguments, message):
     with pytest.raises(UserError, match=message):
         run("compare", arguments)

@@ -1,4 +1,4 @@
-"""Controls: nobody keeps their own audio, and silence scores 100 %."""
+"""Controls: no utterance retains its own audio, and empty output scores 100 %."""
 
 import pytest
 
@@ -13,19 +13,19 @@ ROWS = [Hypothesis(f"k{i}", f"reference {i}", f"said {i}", subset="ab"[i % 2]) f
 def test_every_utterance_gets_the_audio_of_another_of_its_subset():
     shuffled = {row.key: row for row in shuffled_audio(ROWS, seed=0)}
     assert len(shuffled) == len(ROWS)
-    said = {row.hypothesis: row for row in ROWS}
+    by_hypothesis = {row.hypothesis: row for row in ROWS}
     for row in ROWS:
-        other = said[shuffled[row.key].hypothesis]
+        other = by_hypothesis[shuffled[row.key].hypothesis]
         assert other.key != row.key and other.subset == row.subset
         assert shuffled[row.key].reference == row.reference
     assert sorted(r.hypothesis for r in shuffled.values()) == sorted(r.hypothesis for r in ROWS)
 
 
-def test_an_only_utterance_has_no_other_and_is_left_out():
+def test_a_single_utterance_is_left_out():
     assert shuffled_audio(ROWS[:1], seed=0) == []
 
 
-def test_the_shuffle_is_a_function_of_its_seed():
+def test_the_shuffle_depends_only_on_its_seed():
     assert shuffled_audio(ROWS, 0) == shuffled_audio(list(reversed(ROWS)), 0) != shuffled_audio(ROWS, 1)
 
 
@@ -34,7 +34,7 @@ def test_empty_output_is_all_deletions():
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_batches_hold_everything_once_longest_first_within_the_budget(beams):
+def test_batches_contain_each_utterance_once_longest_first_within_the_budget(beams):
     lengths = [7, 300, 20, 20, 150, 33, 8]
     batches = list(plan_batches(lengths, max_new_tokens=40, beams=beams, budget=1000))
     flat = [i for batch in batches for i in batch]

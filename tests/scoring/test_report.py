@@ -1,7 +1,7 @@
 """The report.
 
-Invariants: the page fetches nothing and runs nothing that a transcript says; the three files and the
-metrics say the same; whatever is not known is left out; thousands of utterances stay a small page.
+Invariants: the page fetches nothing and executes nothing from a transcript; the three files and the metrics
+agree; unknown facts are left out; thousands of utterances still give a small page.
 """
 
 import json
@@ -135,7 +135,7 @@ def test_the_metrics_are_percentages(tmp_path):
     }
 
 
-def test_page_table_markdown_and_json_say_the_same(tmp_path):
+def test_page_markdown_and_json_agree(tmp_path):
     metrics, html, markdown, numbers = full_report(tmp_path)
     head, *rows = Page(html).tables[0]
     assert head[:6] == [
@@ -205,7 +205,7 @@ def test_page_table_markdown_and_json_say_the_same(tmp_path):
         assert sum(counts[key] for counts in numbers["subsets"].values()) == numbers["all"][key]
 
 
-def test_how_it_was_made_is_told(tmp_path):
+def test_training_and_decoding_facts_are_shown(tmp_path):
     _, html, markdown, numbers = full_report(tmp_path)
     for fact in (
         "18\u202f880\u202f512 (1\u202f% of all)",
@@ -222,7 +222,7 @@ def test_how_it_was_made_is_told(tmp_path):
     assert numbers["decoding"] == DECODING
 
 
-def test_alignments_are_marked_without_colour(tmp_path):
+def test_alignments_are_readable_without_colour(tmp_path):
     _, html, *_ = full_report(tmp_path)
     texts = [row[2] for row in Page(html).tables[-1][1:]]
     assert "the cat sat → sit on the − big red mat + now c-1 · test-clean · speaker 61 · 2.5 s" in texts
@@ -232,7 +232,7 @@ def test_alignments_are_marked_without_colour(tmp_path):
     assert "<i>+ </i><ins>now</ins>" in html
 
 
-def test_groups_confusions_and_what_went_wrong_are_on_the_page(tmp_path):
+def test_groups_confusions_and_guards_are_on_the_page(tmp_path):
     rows = [
         *ROWS,
         Hypothesis("l-1", "over and out", "over over over over over over", "test-other", "61", 7.0, cut=True),
@@ -254,7 +254,7 @@ def test_utterances_come_worst_first(tmp_path):
     assert [row[0] for row in rows] == ["3/3", "3/8", "0/2", "0/3"]
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     _, html, *_ = full_report(tmp_path)
     assert not re.findall(r"https?://[^\s\"']+|//[a-z][\w.-]+\.[a-z]+/", html)
     assert not re.search(
@@ -266,14 +266,14 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
         assert tag == "link" or not attributes.keys() & {"src", "href"}, (tag, attributes)
 
 
-def test_audio_that_is_given_is_within_the_page(tmp_path):
+def test_audio_is_embedded_in_the_page(tmp_path):
     _, html, *_ = full_report(tmp_path, audio={("o-1", "test-other"): "SUQz"})
     (player,) = [attributes for tag, attributes in Page(html).tags if tag == "audio"]
     assert player["src"] == "data:audio/mpeg;base64,SUQz" and player["aria-label"] == "Audio of o-1"
     assert "media-src data:" in html
 
 
-def test_ids_are_unique_and_references_lead_somewhere(tmp_path):
+def test_ids_are_unique_and_references_point_to_them(tmp_path):
     _, html, *_ = full_report(tmp_path)
     page = Page(html)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -288,8 +288,8 @@ def test_ids_are_unique_and_references_lead_somewhere(tmp_path):
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;|`*_[\"'{{ 7*7 }}"
 
 
-def test_what_a_transcript_says_is_inert(tmp_path):
-    # Without spaces it is one word, which every kind of mark then has to carry.
+def test_transcripts_are_inert(tmp_path):
+    # Without spaces it is a single word, so that each kind of alignment mark must contain all of it.
     word = HOSTILE.replace(" ", "\u200b")
     rows = [
         Hypothesis(word + key, reference, hypothesis, word, word, 1.0)
@@ -322,17 +322,17 @@ def test_what_a_transcript_says_is_inert(tmp_path):
     )
 
 
-@pytest.mark.parametrize("left_out", [*TRAINING, "everything"])
-def test_what_is_unknown_is_left_out(tmp_path, left_out):
-    training = {k: v for k, v in TRAINING.items() if left_out not in (k, "everything")}
+@pytest.mark.parametrize("left_out", [*TRAINING, "all of them"])
+def test_unknown_facts_are_left_out(tmp_path, left_out):
+    training = {k: v for k, v in TRAINING.items() if left_out not in (k, "all of them")}
     _, html, markdown, numbers = full_report(tmp_path, training=training)
     Page(html)
     assert "None" not in html + markdown
-    assert ("How it was trained" in html) == (left_out != "everything")
+    assert ("How it was trained" in html) == (left_out != "all of them")
     assert numbers["training"].keys() <= TRAINING.keys()
 
 
-def test_the_barest_report(tmp_path):
+def test_a_report_with_hypotheses_only(tmp_path):
     metrics, html, *_ = bare_report(tmp_path, [Hypothesis("a", "one two", "one")])
     assert metrics == {"wer": 50.0, "wer normalised": 100.0, "cer": 57.14}
     page = Page(html)
@@ -346,19 +346,19 @@ def test_a_subset_without_words_has_no_rate_and_hides_no_errors(tmp_path):
     rows = [Hypothesis("a", "one two", "one", "speech"), Hypothesis("b", "", "thank you", "silence")]
     metrics, html, _, numbers = bare_report(tmp_path, rows)
     assert (metrics["wer"], metrics["wer speech"]) == (150.0, 50.0) and "wer silence" not in metrics
-    assert "In 1 utterances nothing was said; the 2 words written there count as insertions." in html
+    assert "1 utterances have an empty reference; the 2 words written for them count as insertions." in html
     assert numbers["subsets"]["silence"]["wer"] is None
     assert Page(html).tables[0][1][:2] == ["silence", "–"]
 
 
 @pytest.mark.parametrize("rows", [[], [Hypothesis("a", "", "words")]])
-def test_nothing_to_score_is_a_sentence_and_no_files(tmp_path, rows):
-    with pytest.raises(UserError, match="Check the"):
+def test_nothing_to_score_is_refused_and_writes_no_files(tmp_path, rows):
+    with pytest.raises(UserError, match="check the"):
         bare_report(tmp_path / "report", rows)
     assert not (tmp_path / "report").exists()
 
 
-def test_curves_take_the_pages_colours_and_have_names(tmp_path):
+def test_curves_use_the_pages_colours_and_have_titles(tmp_path):
     _, html, *_ = full_report(tmp_path)
     curves = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     assert len(curves) == 2
@@ -384,12 +384,12 @@ def test_a_diverged_training_still_gives_a_page_and_valid_json(tmp_path):
     full_report(tmp_path, training={"curve": [{"step": 1, "loss": nan}], "validation": []})
 
 
-def test_a_thinned_curve_keeps_its_mean_and_its_end():
+def test_a_thinned_curve_preserves_its_mean_and_its_end():
     points = [{"step": n, "loss": float(n % 7)} for n in range(1, 4001)]
-    few = thinned(points)
-    assert len(few) <= CURVE_POINTS
-    assert few[-1]["step"] == 4000
-    assert sum(p["loss"] for p in few) / len(few) == pytest.approx(sum(p["loss"] for p in points) / 4000)
+    thin = thinned(points)
+    assert len(thin) <= CURVE_POINTS
+    assert thin[-1]["step"] == 4000
+    assert sum(p["loss"] for p in thin) / len(thin) == pytest.approx(sum(p["loss"] for p in points) / 4000)
     assert thinned(points[:CURVE_POINTS]) == points[:CURVE_POINTS]
 
 
@@ -397,7 +397,7 @@ def test_the_same_results_give_the_same_files(tmp_path):
     assert full_report(tmp_path / "a") == full_report(tmp_path / "b")
 
 
-def test_five_thousand_utterances_are_quick_and_small(tmp_path):
+def test_five_thousand_utterances_are_fast_and_give_a_small_page(tmp_path):
     sentence = "he hoped there would be stew for dinner turnips and carrots and bruised potatoes"
     rows = [
         Hypothesis(f"u{n:05d}", sentence, sentence.replace("stew", f"stew {n}"), "test", "61", 5.0)
@@ -406,7 +406,7 @@ def test_five_thousand_utterances_are_quick_and_small(tmp_path):
     rows[4321].hypothesis = "okay " * 40
     started = time.monotonic()
     _, html, *_ = bare_report(tmp_path, rows)
-    # About one second on a laptop; the bound only tells linear from quadratic.
+    # About one second on a laptop; the bound only distinguishes linear from quadratic time.
     assert time.monotonic() - started < 20
     assert len(html) < 300_000
     table = Page(html).tables[-1]
@@ -415,7 +415,7 @@ def test_five_thousand_utterances_are_quick_and_small(tmp_path):
     assert f"The {WORST} of 5\u202f000 utterances" in html
 
 
-def test_a_page_that_shows_all_says_nothing_of_more(tmp_path, monkeypatch):
+def test_only_a_page_that_omits_utterances_mentions_it(tmp_path, monkeypatch):
     _, html, *_ = bare_report(tmp_path, ROWS)
     assert "with the most word errors" not in html
     monkeypatch.setattr(report, "WORST", len(ROWS) - 1)
@@ -423,7 +423,7 @@ def test_a_page_that_shows_all_says_nothing_of_more(tmp_path, monkeypatch):
     assert "The 3 of 4 utterances with the most word errors" in html
 
 
-def test_a_control_over_fewer_utterances_says_so(tmp_path):
+def test_a_control_over_fewer_utterances_shows_their_number(tmp_path):
     _, html, *_ = full_report(tmp_path, controls={"shuffled audio": SHUFFLED[:2]})
     assert "Over 2 utterances." in html
     assert Page(html).tables[0][2][4] == "–"

@@ -1,4 +1,4 @@
-"""The report in a real browser, in a frame as sandboxed as the dashboard's: it says nothing to the console, and search and sort work."""
+"""The report in a real browser, in a sandboxed frame: it logs nothing to the console; search and sort work."""
 
 import html
 import queue
@@ -13,20 +13,20 @@ import pytest
 from tests.scoring.test_report import ROWS, full_report
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="this machine has no Chromium")
 
 ACTIONS = """
 <script>
 addEventListener("load", () => {
   const keys = () => [...document.querySelectorAll("#utterances tbody tr")].filter((row) => !row.hidden).map((row) => row.dataset.key).join(" ");
   const search = document.getElementById("search");
-  const told = [keys()];
-  search.value = "Red  MAT"; search.dispatchEvent(new Event("input")); told.push(keys());
+  const results = [keys()];
+  search.value = "Red  MAT"; search.dispatchEvent(new Event("input")); results.push(keys());
   search.value = ""; search.dispatchEvent(new Event("input"));
   const [errors, wer, key] = document.querySelectorAll("#utterances thead button");
-  key.click(); told.push(keys()); key.click(); told.push(keys()); wer.click(); told.push(keys());
-  told.push(String(document.documentElement.scrollWidth <= innerWidth));
-  parent.postMessage(told, "*");
+  key.click(); results.push(keys()); key.click(); results.push(keys()); wer.click(); results.push(keys());
+  results.push(String(document.documentElement.scrollWidth <= innerWidth));
+  parent.postMessage(results, "*");
 });
 </script>
 """
@@ -37,34 +37,34 @@ def test_search_and_sort_work_in_the_dashboards_frame(tmp_path, width):
     _, page, *_ = full_report(tmp_path / "report", audio={("o-1", "test-other"): "SUQz"})
     inner = html.escape(page.replace("</body>", ACTIONS + "</body>"), quote=True)
     dashboard = (
-        '<!doctype html><body><script>addEventListener("message", (e) => fetch("/told", { method: "POST", body: e.data.join("|") }));</script>'
+        '<!doctype html><body><script>addEventListener("message", (e) => fetch("/results", { method: "POST", body: e.data.join("|") }));</script>'
         f'<iframe sandbox="allow-scripts" style="width:{width}px;height:900px;border:0" srcdoc="{inner}"></iframe></body>'
     )
-    told, said = opened(dashboard, tmp_path, width + 50)
-    assert "CONSOLE" not in said, [line for line in said.splitlines() if "CONSOLE" in line]
-    everything, found, up, down, by_rate, fits = told.split("|")
-    assert sorted(everything.split()) == sorted(row.key for row in ROWS) and everything.split()[0] == "o-1"
-    assert found == "c-1"
+    results, log = open_page(dashboard, tmp_path, width + 50)
+    assert "CONSOLE" not in log, [line for line in log.splitlines() if "CONSOLE" in line]
+    initial, matching, up, down, by_rate, fits = results.split("|")
+    assert sorted(initial.split()) == sorted(row.key for row in ROWS) and initial.split()[0] == "o-1"
+    assert matching == "c-1"
     assert up.split() == down.split()[::-1] == sorted(row.key for row in ROWS)
     assert by_rate.split()[0] == "o-1"
     assert fits == "true"
 
 
-def opened(page: str, folder: Path, width: int) -> tuple[str, str]:
-    """What the page, opened in the browser, posts to /told, and what the browser wrote meanwhile."""
-    told = queue.Queue()
+def open_page(page: str, folder: Path, width: int) -> tuple[str, str]:
+    """Open a page in the browser → what it posts to /results, and the browser's log."""
+    results = queue.Queue()
 
-    class Answers(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            found = self.path == "/"
-            self.send_response(200 if found else 204)
+            is_page = self.path == "/"
+            self.send_response(200 if is_page else 204)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.end_headers()
-            if found:
+            if is_page:
                 self.wfile.write(page.encode())
 
         def do_POST(self):
-            told.put(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            results.put(self.rfile.read(int(self.headers["Content-Length"])).decode())
             self.send_response(204)
             self.end_headers()
 
@@ -72,9 +72,9 @@ def opened(page: str, folder: Path, width: int) -> tuple[str, str]:
             pass
 
     log = folder / "browser.log"
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server, log.open("wb") as output:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, log.open("wb") as output:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        # A port for debugging keeps a headless browser open; without it, it would leave once the page has loaded.
+        # A debugging port keeps a headless browser open; without one it exits once the page has loaded.
         command = [
             BROWSER,
             "--headless",
@@ -88,10 +88,10 @@ def opened(page: str, folder: Path, width: int) -> tuple[str, str]:
         ]
         browser = subprocess.Popen(command, stdout=output, stderr=output)
         try:
-            answer = told.get(timeout=120)
+            answer = results.get(timeout=120)
         except queue.Empty:
             pytest.fail(
-                f"the page told nothing within two minutes; the browser says: {log.read_text()[-2000:]}"
+                f"the page posted nothing within two minutes; the browser's log: {log.read_text()[-2000:]}"
             )
         finally:
             browser.terminate()

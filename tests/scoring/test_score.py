@@ -1,4 +1,4 @@
-"""Parts of a decoding are joined only if they are all there and belong together."""
+"""Parts of a decoding are joined only if all exist and belong together."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from slam_asr.conversion.model import CONFIG, ModelConfig
 from slam_asr.errors import UserError
 from slam_asr.recipe import Recipe, dump_recipe, load_recipe
-from slam_asr.scoring.score import HYPOTHESES, score_parts, options_that_change_texts
+from slam_asr.scoring.score import HYPOTHESES, options_that_change_texts, score_parts
 from slam_asr.scoring.wer import Hypothesis, read_hypotheses, write_hypotheses
 from slam_asr.stage import Outcome, run_stage
 
@@ -54,12 +54,12 @@ def part_of(tmp_path):
     return decode
 
 
-def test_parts_become_what_the_whole_would_be(tmp_path, model, part_of):
+def test_joined_parts_equal_an_undivided_decoding(tmp_path, model, part_of):
     recipe = load_recipe("demo")
-    whole = score_parts(recipe, model, [part_of(1, 1, ROWS)], str(tmp_path / "whole"))
+    undivided = score_parts(recipe, model, [part_of(1, 1, ROWS)], str(tmp_path / "undivided"))
     parts = [part_of(2, 3, ROWS[1::3]), part_of(3, 3, ROWS[2::3]), part_of(1, 3, ROWS[::3])]
     joined = score_parts(recipe, model, parts, str(tmp_path / "joined"))
-    assert joined.metrics == whole.metrics and joined.metrics["wer"] > 0
+    assert joined.metrics == undivided.metrics and joined.metrics["wer"] > 0
     assert read_hypotheses(joined.file(HYPOTHESES)) == ROWS
     assert joined.file("report.md").is_file() and joined.file("report.html").is_file()
     assert (
@@ -69,7 +69,7 @@ def test_parts_become_what_the_whole_would_be(tmp_path, model, part_of):
     )
 
 
-def test_part_without_utterances_takes_nothing_away(tmp_path, model, part_of):
+def test_a_part_without_utterances_changes_nothing(tmp_path, model, part_of):
     joined = score_parts(
         load_recipe("demo"), model, [part_of(1, 2, ROWS), part_of(2, 2, [])], str(tmp_path / "joined")
     )
@@ -80,13 +80,16 @@ def test_part_without_utterances_takes_nothing_away(tmp_path, model, part_of):
     ("parts", "sentence"),
     [
         ([], "There is nothing to score"),
-        ([(1, 3), (3, 3)], r"The decoding lacks 1 of 3 parts, first 2/3: run `slam-asr decode --work-shard 2/3`"),
-        ([(1, 2), (1, 2, "again")], "are the same part 1-of-2: give each part once"),
+        (
+            [(1, 3), (3, 3)],
+            r"The decoding lacks 1 of 3 parts, first 2/3: run `slam-asr decode --work-shard 2/3`",
+        ),
+        ([(1, 2), (1, 2, "again")], "are both part 1-of-2: give each part once"),
         ([(1, 2), (2, 3)], r"are parts of different decodings \(number of parts differ\)"),
-        ([(1, None)], "holds a whole decoding, which has its report already"),
+        ([(1, None)], "contains a complete decoding, which already has a report"),
     ],
 )
-def test_parts_that_are_no_whole_are_refused(tmp_path, model, part_of, parts, sentence):
+def test_parts_that_do_not_make_up_a_decoding_are_refused(tmp_path, model, part_of, parts, sentence):
     folders = [part_of(number, of, ROWS[:2], *name) for number, of, *name in parts]
     with pytest.raises(UserError, match=sentence):
         score_parts(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
@@ -99,7 +102,7 @@ def test_parts_of_two_models_are_refused(tmp_path, model, part_of):
         score_parts(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
 
 
-def test_number_of_parts_and_controls_decide_no_text():
+def test_number_of_parts_and_controls_do_not_change_texts():
     one, other = Recipe().decoding, Recipe().decoding
     other.parts, other.shuffled_control, other.seed = 5, True, 3
     assert options_that_change_texts(one) == options_that_change_texts(other)

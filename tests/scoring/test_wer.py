@@ -1,7 +1,7 @@
 """Word error rates.
 
-Invariants: hits + substitutions + deletions = reference words; subsets add up to the whole; the rate
-is jiwer's; identical text scores 0 and no text scores 1; no utterance is ever left out.
+Invariants: hits + substitutions + deletions = reference words; subsets add up to the total; the rate
+is jiwer's; identical text scores 0 and no text scores 1; no utterance is left out.
 """
 
 import json
@@ -19,7 +19,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat", "and", "th
 
 
 def random_rows(count: int, seed: int = 0) -> list[Hypothesis]:
-    """Utterances with empty references and hypotheses among them."""
+    """Random utterances, some with empty references or hypotheses."""
     chance = random.Random(seed)
 
     def sentence() -> str:
@@ -51,7 +51,7 @@ def test_the_rate_is_jiwers():
     assert score(rows).wer == pytest.approx(expected)
 
 
-def test_by_hand():
+def test_a_small_example_by_hand():
     rows = [Hypothesis("a", "the cat sat on the big red mat", "the cat sit on the red mat now")]
     errors = score(rows)
     # sat → sit, "big" left out, "now" put in.
@@ -59,21 +59,21 @@ def test_by_hand():
     assert errors.wer == pytest.approx(3 / 8)
 
 
-def test_utterances_add_up_to_the_whole():
+def test_utterances_add_up_to_the_total():
     rows = random_rows(200, seed=2)
     alone = [astuple(score([row])) for row in rows]
     assert WordErrors(*map(sum, zip(*alone, strict=True))) == score(rows)
 
 
-def test_groups_add_up_to_the_whole_and_are_sorted():
+def test_groups_add_up_to_the_total_and_are_sorted():
     measured = measure(random_rows(200, seed=3))
     groups = groups_of(measured.rows, lambda row: row.subset)
     assert list(groups) == ["", "clean", "other"]
-    totals = [astuple(measured.total(chosen)) for chosen in groups.values()]
+    totals = [astuple(measured.total(indices)) for indices in groups.values()]
     assert WordErrors(*map(sum, zip(*totals, strict=True))) == measured.total()
 
 
-def test_confusions_are_the_errors_word_by_word(monkeypatch):
+def test_confusions_add_up_to_the_errors(monkeypatch):
     rows = random_rows(300, seed=4)
     measured = measure(rows)
     errors = measured.total()
@@ -85,7 +85,7 @@ def test_confusions_are_the_errors_word_by_word(monkeypatch):
     assert (again.counts == measured.counts).all() and again.substituted == measured.substituted
 
 
-def test_nothing_written_is_what_empty_hypotheses_give():
+def test_nothing_written_equals_empty_hypotheses():
     measured = measure(random_rows(50))
     empty = [Hypothesis(row.key, row.reference, "") for row in measured.rows]
     assert (nothing_written(measured).counts == measure(empty).counts).all()
@@ -104,11 +104,11 @@ def test_empty_hypotheses_are_all_deletions():
     assert errors.deletions == errors.words
 
 
-def test_insertions_take_the_rate_above_one():
+def test_insertions_can_raise_the_rate_above_one():
     assert score([Hypothesis("a", "okay", "okay okay okay")]).wer == 2
 
 
-def test_white_space_of_any_kind_makes_no_error():
+def test_white_space_of_any_kind_is_no_error():
     assert score([Hypothesis("a", " a\tb\n c\u00a0d ", "a b  c d")]).wer == 0
 
 
@@ -116,19 +116,19 @@ def test_case_and_punctuation_count():
     assert score([Hypothesis("a", "Hello world,", "hello world")]).substitutions == 2
 
 
-def test_words_where_nothing_was_said_are_insertions():
+def test_words_for_an_empty_reference_are_insertions():
     rows = [Hypothesis("silence", "", "thank you"), Hypothesis("speech", "a b", "a b")]
     assert score(rows).insertions == 2
     assert score(rows).wer == 1
 
 
 @pytest.mark.parametrize("rows", [[], [Hypothesis("a", "", "")], [Hypothesis("a", " ", "some words")]])
-def test_no_reference_words_is_no_rate(rows):
+def test_without_reference_words_there_is_no_rate(rows):
     with pytest.raises(UserError, match="no words"):
         _ = score(rows).wer
 
 
-def test_an_alignment_spells_both_texts():
+def test_an_alignment_contains_both_texts():
     for row in random_rows(100, seed=4):
         stretches = align(row)
         assert [word for stretch in stretches for word in stretch.reference] == row.reference.split()
@@ -156,7 +156,7 @@ def test_the_order_of_the_rows_does_not_change_the_file(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_foreign_fields_are_passed_over(tmp_path):
+def test_unknown_fields_are_ignored(tmp_path):
     line = {"key": "a", "reference": "x", "hypothesis": "y", "beams": 4, "speaker": None}
     (tmp_path / "h.jsonl").write_text(json.dumps(line) + "\n\n")
     assert read_hypotheses(tmp_path / "h.jsonl") == [Hypothesis("a", "x", "y")]
@@ -167,19 +167,19 @@ def test_foreign_fields_are_passed_over(tmp_path):
     [
         ("{", "not JSON"),
         ("[1]", "an object"),
-        ('{"key": "a", "reference": "x"}', "no 'hypothesis'"),
+        ('{"key": "a", "reference": "x"}', "'hypothesis' is missing"),
         ('{"key": "a", "reference": "x", "hypothesis": 3}', "'hypothesis' must be text"),
         ('{"key": "a", "reference": "x", "hypothesis": "", "duration": NaN}', "'duration' must be a number"),
         ('{"key": "a", "reference": "x", "hypothesis": "", "duration": true}', "'duration' must be a number"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, complaint):
+def test_a_bad_line_is_reported_with_its_number(tmp_path, line, complaint):
     path = tmp_path / "h.jsonl"
     path.write_text('{"key": "a", "reference": "x", "hypothesis": "y"}\n' + line + "\n")
     with pytest.raises(UserError, match=r"line 2: .*" + complaint):
         read_hypotheses(path)
 
 
-def test_a_missing_file_says_what_to_do(tmp_path):
+def test_a_missing_file_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(UserError, match="run decode first"):
         read_hypotheses(tmp_path / "none.jsonl")

@@ -1,4 +1,4 @@
-"""The page that compares runs: its numbers are those of their reports, and it fetches and runs nothing."""
+"""The page that compares runs has the numbers of their reports, and it fetches and executes nothing."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ from tests.scoring.test_report import DECODING, TRAINING, Page
 WORDS = ["the", "old", "mill", "stood", "by", "the", "river", "and", "turned"]
 
 
-def run_of(folder, title: str, wrong: int, steps: int = 2000, count: int = 40):
-    """A decoded training whose first `wrong` utterances of 40 have an error each."""
+def write_run(folder, title: str, wrong: int, steps: int = 2000, count: int = 40):
+    """Write a decoded training whose first `wrong` utterances have one error each."""
     rows = [
         Hypothesis(
             f"u-{n}",
@@ -50,12 +50,12 @@ def run_of(folder, title: str, wrong: int, steps: int = 2000, count: int = 40):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     return [
-        run_of(folder / name, name, wrong, steps)
+        write_run(folder / name, name, wrong, steps)
         for name, wrong, steps in (("much <worse>", 30, 2000), ("best", 3, 1500), ("near", 4, 2000))
     ]
 
 
-def test_the_page_says_what_the_reports_say(runs, tmp_path):
+def test_the_page_has_the_numbers_of_the_reports(runs, tmp_path):
     variations = [Variation("much <worse>", {"training.learning_rate": 0.1}).as_json()]
     record = compare_runs(runs, str(tmp_path / "out"), "a sweep", variations)
     rows = json.loads(record.file("runs.json").read_text())["runs"]
@@ -84,15 +84,15 @@ def test_the_order_of_the_runs_does_not_matter(runs, tmp_path):
     assert compare_runs(runs[::-1], str(tmp_path / "{fingerprint}")).folder == first.folder
 
 
-def test_runs_of_other_tests_have_no_difference(runs, tmp_path):
-    other = run_of(tmp_path / "other", "other", 20, count=38)
+def test_runs_of_different_tests_have_no_difference(runs, tmp_path):
+    other = write_run(tmp_path / "other", "other", 20, count=38)
     record = compare_runs([*runs, other], str(tmp_path / "out"))
     rows = {row["name"]: row for row in json.loads(record.file("runs.json").read_text())["runs"]}
     assert rows["other"]["p"] is None and rows["near"]["p"] is not None
     assert "tested on other utterances" in record.file("runs.html").read_text()
 
 
-def test_runs_of_one_title_are_told_apart_by_their_folders(runs, tmp_path):
+def test_runs_with_equal_titles_are_distinguished_by_folder(runs, tmp_path):
     twin = shutil.copytree(runs[1], tmp_path / "twin")
     record = compare_runs([runs[1], str(twin)], str(tmp_path / "out"))
     assert sorted(record.facts["order"]) == ["best (best)", "best (twin)"]
@@ -103,16 +103,16 @@ def test_runs_of_one_title_are_told_apart_by_their_folders(runs, tmp_path):
     [
         (lambda r: r[:1], "names 1 folder of"),
         (lambda r: [r[0], r[0]], "twice"),
-        (lambda r: [r[0], "/no/such"], "/no/such holds no wer.json"),
+        (lambda r: [r[0], "/no/such"], "/no/such contains no wer.json"),
     ],
 )
-def test_what_cannot_be_compared_is_said(runs, tmp_path, choose, sentence):
+def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, choose, sentence):
     with pytest.raises(UserError, match=sentence):
         compare_runs(choose(runs), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_compares(runs, tmp_path):
+def test_the_command_line_compares_runs(runs, tmp_path):
     done = subprocess.run(
         [
             sys.executable,

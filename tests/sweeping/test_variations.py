@@ -1,4 +1,4 @@
-"""What a sweep may vary: every mistake is one sentence, before anything runs."""
+"""Variations of a sweep: every mistake is refused in one sentence before anything runs."""
 
 import json
 
@@ -9,7 +9,7 @@ from slam_asr.recipe import load_recipe
 from slam_asr.sweeping.variations import (
     Variation,
     read_variations,
-    require_trainings_of_their_own,
+    require_distinct_trainings,
     resolve,
     variation_of,
     varied,
@@ -19,29 +19,29 @@ RECIPE = load_recipe("demo")
 ONE = {"training.learning_rate": 1e-3}
 
 
-def written(tmp_path, text: str) -> str:
+def write_file(tmp_path, text: str) -> str:
     path = tmp_path / "variations.yaml"
     path.write_text(text)
     return str(path)
 
 
-def test_a_grid_is_every_combination(tmp_path):
+def test_a_grid_gives_every_combination(tmp_path):
     entries = read_variations(
-        written(tmp_path, "training.learning_rate: [1e-4, 3e-4]\nprojector.hidden: [64, 128, 256]\n")
+        write_file(tmp_path, "training.learning_rate: [1e-4, 3e-4]\nprojector.hidden: [64, 128, 256]\n")
     )
-    found = resolve(RECIPE, entries)
-    assert [variation.name for variation in found][:2] == [
+    variations = resolve(RECIPE, entries)
+    assert [variation.name for variation in variations][:2] == [
         "learning_rate=1e-4 hidden=64",
         "learning_rate=1e-4 hidden=128",
     ]
-    recipes = [varied(RECIPE, variation) for variation in found]
+    recipes = [varied(RECIPE, variation) for variation in variations]
     assert {(r.training.learning_rate, r.projector.hidden) for r in recipes} == {
         (a, b) for a in (1e-4, 3e-4) for b in (64, 128, 256)
     }
-    assert [r.name for r in recipes] == [v.name for v in found]
+    assert [r.name for r in recipes] == [v.name for v in variations]
 
 
-def test_numbers_that_became_fractions_on_the_way_are_whole_again():
+def test_integers_that_arrive_as_floats_become_integers():
     as_planned, as_received = (
         resolve(RECIPE, [{"training.max_steps": 7}, ONE]),
         resolve(RECIPE, [{"name": "max_steps=7", "training.max_steps": 7.0}, ONE]),
@@ -49,7 +49,7 @@ def test_numbers_that_became_fractions_on_the_way_are_whole_again():
     assert varied(RECIPE, as_planned[0]) == varied(RECIPE, as_received[0])
 
 
-def test_what_travels_is_what_arrives():
+def test_a_variation_survives_a_round_trip():
     variation = Variation("größer", {"projector.hidden": 64, "training.learning_rate": "1e-4"})
     assert variation_of(variation.as_json()) == variation
 
@@ -60,7 +60,7 @@ def test_what_travels_is_what_arrives():
         ([ONE], r"2 to 100 variations, not 1"),
         (
             [{"training.lr": 1}, ONE],
-            r"Variation 1 of the sweep changes training.lr, which no recipe has; did you mean training.learning_rate\?",
+            r"Variation 1 of the sweep changes training.lr, which is not a key of a recipe; did you mean training.learning_rate\?",
         ),
         (
             [ONE, {"data.test": ["x"]}],
@@ -77,7 +77,7 @@ def test_what_travels_is_what_arrives():
         ),
         (
             [ONE, {"name": "again", "training.learning_rate": 0.001}],
-            r"learning_rate=0.001 and again come to the same recipe",
+            r"learning_rate=0.001 and again result in the same recipe",
         ),
         (
             [{"name": "a"} | ONE, {"name": "a", "training.max_steps": 3}],
@@ -88,7 +88,7 @@ def test_what_travels_is_what_arrives():
         ([{}] * 101, r"not 101"),
     ],
 )
-def test_what_cannot_be_varied_is_said(entries, sentence):
+def test_invalid_variations_are_refused(entries, sentence):
     with pytest.raises(UserError, match=sentence):
         resolve(RECIPE, entries)
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_varied_is_said(entries, sentence):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a: [", "are no YAML"),
+        ("a: [", "are not valid YAML"),
         ("just words", "neither a list of mappings nor a grid"),
         ("- 3\n", "neither a list"),
         ("", "neither a list"),
@@ -104,21 +104,21 @@ def test_what_cannot_be_varied_is_said(entries, sentence):
         ("training.max_steps: []", "no list of values"),
     ],
 )
-def test_a_file_of_another_form_is_refused(tmp_path, text, sentence):
+def test_a_file_with_another_structure_is_refused(tmp_path, text, sentence):
     with pytest.raises(UserError, match=sentence):
-        read_variations(written(tmp_path, text))
+        read_variations(write_file(tmp_path, text))
     with pytest.raises(UserError, match="cannot be read"):
         read_variations(str(tmp_path / "absent.yaml"))
 
 
-def test_two_that_train_the_same_do_not_run_at_once():
+def test_variations_with_the_same_training_do_not_run_at_once():
     alike = resolve(RECIPE, [ONE, {"name": "beams", "decoding.beams": 2} | ONE])
-    with pytest.raises(UserError, match=r"learning_rate=0\.001 and beams differ in decoding alone"):
-        require_trainings_of_their_own(RECIPE, alike)
-    require_trainings_of_their_own(RECIPE, resolve(RECIPE, [ONE, {"training.max_steps": 3}]))
+    with pytest.raises(UserError, match=r"learning_rate=0\.001 and beams differ only in decoding"):
+        require_distinct_trainings(RECIPE, alike)
+    require_distinct_trainings(RECIPE, resolve(RECIPE, [ONE, {"training.max_steps": 3}]))
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", json.dumps({"training.max_steps": 3}), "3"])
-def test_what_is_no_variation_is_refused(text):
-    with pytest.raises(UserError, match="no variation of a sweep"):
+def test_text_that_is_not_a_variation_is_refused(text):
+    with pytest.raises(UserError, match="not a variation of a sweep"):
         variation_of(text)

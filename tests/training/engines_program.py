@@ -1,5 +1,4 @@
-"""A program for torchrun: the same steps with every engine, a restart half-way, and a gradient that is not
-finite.
+"""A program for torchrun: the same steps with every engine, a restart, and a gradient that is not finite.
 
 Writes losses.json with three lists of losses by engine and precision: of an uninterrupted run, of one resumed
 from a saved state in a new engine of the same kind, and of one resumed in another kind.
@@ -38,9 +37,7 @@ PRECISIONS = ("fp32", "bf16", "fp16") if torch.cuda.is_available() else ("fp32",
 
 
 class Model(torch.nn.Module):
-    """Odd sizes, so that slices are unequal; a frozen layer; two trained parts with learning rates of their
-    own.
-    """
+    """Odd sizes, so that slices are unequal; a frozen layer; two trained parts with their own rates."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""A program for torchrun: the same steps with an LLM that each process loads completely, and with one that is
-read lazily.
+"""A program for torchrun: the same steps with an LLM loaded completely, and with one that is read lazily.
 
 The folder contains LLMs. Writes losses.json, by LLM, engine, tuning and way of loading (`complete` or
 `sharded`).

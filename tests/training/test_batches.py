@@ -1,6 +1,4 @@
-"""Batches: each utterance and each shard occurs once per epoch, and steps are the same for any number of
-processes.
-"""
+"""Batches: each utterance and shard occurs once per epoch; steps do not depend on the number of processes."""
 
 import itertools
 import random

@@ -38,7 +38,7 @@ def test_too_little_memory(start_training, monkeypatch):
         start_training()
     monkeypatch.setattr(memory_fit, "host_memory", lambda: 1e5)
     with pytest.raises(
-        UserError, match=r"^This training takes about .+ and this host has 0\.0001 GB to give: [^\n]+$"
+        UserError, match=r"^This training takes about .+ and this host has 0\.0001 GB available: [^\n]+$"
     ):
         start_training()
 

@@ -41,9 +41,7 @@ def trained(prepared, tmp_path):
 
 @pytest.mark.slow
 def test_settings_in_the_json_take_effect(trained):
-    """Six utterances in batches of two, two batches per step: steps of four and two utterances in each of
-    three epochs.
-    """
+    """Six utterances, two per batch, two batches per step: each of three epochs has steps of four and two."""
     plain = trained("plain", SETTINGS)
     assert len(plain) == 6
     same = trained(

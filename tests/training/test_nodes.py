@@ -1,5 +1,6 @@
-"""Several machines train as one does. Each is a process tree with its own cache folder; they meet over a
-port.
+"""Several machines train as one does.
+
+Each machine is a process tree with its own cache folder; they meet over a port.
 """
 
 import os

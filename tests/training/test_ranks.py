@@ -25,13 +25,17 @@ REAL = {
     "training.samples": 0,
     "features.dtype": "fp32",
 }
-"""The published learning rate. Adam's first updates are almost the signs of the gradient. At ten times this
-rate, the rounding of another summation order grows to 1e-3 within five steps, on one process as on two.
+"""The published learning rate.
+
+Adam's first updates are almost the signs of the gradient. At ten times this rate, the rounding of another
+summation order grows to 1e-3 within five steps, on one process as on two.
 """
 
 NOISE = 3e-4
-"""Relative tolerance. Before the first update two orders of summation differ by 1e-6; six updates of Adam
-amplify this to up to 1e-4, depending on the machine.
+"""Relative tolerance.
+
+Before the first update two orders of summation differ by 1e-6; six updates of Adam amplify this to up to
+1e-4, depending on the machine.
 """
 
 

@@ -1,6 +1,4 @@
-"""A training that is killed, stopped or loses its storage resumes from its last checkpoint, with identical
-losses.
-"""
+"""An interrupted training resumes from its last checkpoint, with identical losses."""
 
 import json
 import os

@@ -1,6 +1,4 @@
-"""An LLM that is read weight by weight trains like one that every process loads completely, and fits where
-that does not.
-"""
+"""An LLM read weight by weight trains like a completely loaded one, in less memory per process."""
 
 import json
 from pathlib import Path

@@ -6,7 +6,10 @@ import re
 
 from slam_asr.transcribing.formats import COLUMNS, Segment, Transcript, as_json, as_srt, as_text
 
-LONG = "it was the best of times it was the worst of times it was the age of wisdom it was the age of foolishness"
+LONG = (
+    "it was the best of times it was the worst of times "
+    "it was the age of wisdom it was the age of foolishness"
+)
 TRANSCRIPT = Transcript(
     "a/b.wav",
     3725.5,
@@ -14,12 +17,12 @@ TRANSCRIPT = Transcript(
 )
 
 
-def test_text_is_a_line_without_what_was_empty():
+def test_text_is_one_line_without_empty_segments():
     assert as_text(TRANSCRIPT) == f"hello there {LONG}\n"
     assert as_text(Transcript("silence.wav", 3.0)) == "\n"
 
 
-def test_json_is_a_line_with_all_that_is_known():
+def test_json_is_one_line_with_all_fields():
     written = as_json(TRANSCRIPT)
     assert written.count("\n") == 1
     values = json.loads(written)
@@ -31,7 +34,7 @@ def test_json_is_a_line_with_all_that_is_known():
     assert values["segments"][2] == {"start": 3700.0, "end": 3710.5, "text": LONG, "cut": True}
 
 
-def test_subtitles_are_numbered_timed_and_no_wider_than_players_show():
+def test_subtitles_are_numbered_timed_and_fit_the_screen():
     blocks = as_srt(TRANSCRIPT).strip().split("\n\n")
     assert [block.split("\n")[0] for block in blocks] == [str(n + 1) for n in range(len(blocks))]
     assert blocks[0] == "1\n00:00:00,250 --> 00:00:02,500\nhello there"

@@ -1,4 +1,4 @@
-"""Recordings are divided in their pauses: nothing that is heard is lost, and no part is longer than asked for."""
+"""Recordings are divided at pauses: no speech is lost, and no part exceeds the maximum length."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,18 @@ from slam_asr.transcribing.pauses import MARGIN, divide
 
 
 def recording(lengths, pauses, seed=0):
-    """Noise like speech (louder and quieter within) with pauses of faint noise → samples, and where the speech is."""
+    """Bursts of noise of varying loudness, separated by pauses of faint noise.
+
+    Args:
+        lengths: seconds of each burst.
+        pauses: seconds of the pause after each.
+        seed: of the noise.
+
+    Returns:
+        Samples, and (start, end) of each burst in samples.
+    """
     rng = np.random.default_rng(seed)
-    pieces, spoken, at = [], [], 0
+    pieces, bursts, position = [], [], 0
     for length, pause in zip(lengths, pauses, strict=True):
         loud = (
             rng.standard_normal(round(length * SAMPLE_RATE))
@@ -20,39 +29,39 @@ def recording(lengths, pauses, seed=0):
         )
         faint = rng.standard_normal(round(pause * SAMPLE_RATE)) * 0.0005
         pieces += [loud, faint]
-        spoken.append((at, at + len(loud)))
-        at += len(loud) + len(faint)
-    return np.concatenate(pieces).astype(np.float32), spoken
+        bursts.append((position, position + len(loud)))
+        position += len(loud) + len(faint)
+    return np.concatenate(pieces).astype(np.float32), bursts
 
 
 def test_cuts_are_in_the_pauses():
-    samples, spoken = recording([4, 5, 3, 6, 4, 4], [0.6, 0.5, 0.8, 0.4, 0.6, 0.2])
+    samples, bursts = recording([4, 5, 3, 6, 4, 4], [0.6, 0.5, 0.8, 0.4, 0.6, 0.2])
     parts = divide(samples, 10)
     assert len(parts) > 1
     for part in parts:
-        assert any(abs(part.start - start) <= (MARGIN + 0.05) * SAMPLE_RATE for start, _ in spoken)
-        assert any(abs(part.end - end) <= (MARGIN + 0.05) * SAMPLE_RATE for _, end in spoken)
+        assert any(abs(part.start - start) <= (MARGIN + 0.05) * SAMPLE_RATE for start, _ in bursts)
+        assert any(abs(part.end - end) <= (MARGIN + 0.05) * SAMPLE_RATE for _, end in bursts)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("longest", [2.0, 7.5, 30.0])
-def test_parts_are_short_enough_and_hold_all_that_is_heard(seed, longest):
+def test_parts_are_short_enough_and_contain_all_speech(seed, longest):
     rng = np.random.default_rng(seed)
-    samples, spoken = recording(rng.uniform(0.3, 9, 12), rng.uniform(0.05, 2, 12), seed)
+    samples, bursts = recording(rng.uniform(0.3, 9, 12), rng.uniform(0.05, 2, 12), seed)
     parts = divide(samples, longest)
     covered = np.zeros(len(samples), bool)
     for part in parts:
         assert 0 < part.end - part.start <= longest * SAMPLE_RATE
         assert not covered[part.start : part.end].any()
         covered[part.start : part.end] = True
-    heard = np.zeros(len(samples), bool)
-    for start, end in spoken:
-        heard[start:end] = True
-    assert (heard & ~covered).sum() <= 0.002 * heard.sum()
+    is_speech = np.zeros(len(samples), bool)
+    for start, end in bursts:
+        is_speech[start:end] = True
+    assert (is_speech & ~covered).sum() <= 0.002 * is_speech.sum()
     assert [p.start for p in parts] == sorted(p.start for p in parts)
 
 
-def test_speech_without_any_pause_is_divided_all_the_same():
+def test_speech_without_pauses_is_divided_too():
     samples, _ = recording([65], [0.01])
     parts = divide(samples, 20)
     assert sum(p.end - p.start for p in parts) >= 0.99 * len(samples) and len(parts) >= 4
@@ -61,9 +70,9 @@ def test_speech_without_any_pause_is_divided_all_the_same():
 @pytest.mark.parametrize(
     "samples",
     [np.zeros(0), np.zeros(5 * SAMPLE_RATE), np.full(100, 1e-6)],
-    ids=["nothing", "silence", "next to silence"],
+    ids=["nothing", "silence", "almost silence"],
 )
-def test_where_nothing_is_heard_there_is_no_part(samples):
+def test_silence_has_no_parts(samples):
     assert divide(samples.astype(np.float32), 20) == []
 
 
@@ -73,8 +82,8 @@ def test_one_short_word_is_one_part():
     assert part.start == 0 and part.end < 1.0 * SAMPLE_RATE
 
 
-def test_real_speech_end_to_end_is_cut_between_sentences_mostly(libri_mini):
-    """Utterances one behind the other: most cuts are near a bound between two, where LibriSpeech has its pauses."""
+def test_concatenated_real_speech_is_cut_mostly_between_sentences(libri_mini):
+    """In concatenated utterances, few more cuts than necessary are made, and no loud sample is lost."""
     files = sorted(libri_mini.glob("test-other/*/*/*.flac"))[:12]
     clips = [soundfile.read(f, dtype="float32")[0] for f in files]
     bounds = np.cumsum([len(c) for c in clips]) / SAMPLE_RATE
@@ -82,6 +91,6 @@ def test_real_speech_end_to_end_is_cut_between_sentences_mostly(libri_mini):
     parts = divide(samples, 25)
     assert all(p.end - p.start <= 25 * SAMPLE_RATE for p in parts)
     loud = np.abs(samples) > 0.1 * np.abs(samples).max()
-    kept = sum(loud[p.start : p.end].sum() for p in parts)
-    assert kept == loud.sum()
+    covered = sum(loud[p.start : p.end].sum() for p in parts)
+    assert covered == loud.sum()
     assert len(parts) < 2.5 * bounds[-1] / 25 + 1

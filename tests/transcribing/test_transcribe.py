@@ -1,7 +1,9 @@
-"""`slam-asr transcribe`: what it prints and writes, for short and long recordings and for those that cannot be read."""
+"""`slam-asr transcribe` and its Python entry: output for short, long and unreadable recordings."""
 
 import json
 import re
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -15,12 +17,13 @@ from slam_asr.decoding.model import open_model
 from slam_asr.models.search import Searcher
 from slam_asr.recipe import load_recipe
 from slam_asr.scoring.wer import read_hypotheses
+from slam_asr.transcribing import load_transcriber
 from slam_asr.transcribing.transcribe import transcribe
 from tests.conftest import make_tone, write_wav
 
 
-def test_a_part_has_the_text_that_decoding_gives_it(model, tiny_recipe, tmp_path):
-    """The tiny models write little that hangs on the audio, so what reaches the model is compared too."""
+def test_texts_equal_those_of_the_decode_stage(model, tiny_recipe, tmp_path):
+    """The tiny models' texts depend little on the audio, so the next test compares the model's inputs too."""
     recipe = load_recipe(str(tiny_recipe), {"features.cache": "none"})
     clip = write_wav(tmp_path / "a.wav", make_tone(2, frequency=500))
     (tmp_path / "test.jsonl").write_text(json.dumps({"key": "a", "source": str(clip), "target": "x"}) + "\n")
@@ -29,28 +32,48 @@ def test_a_part_has_the_text_that_decoding_gives_it(model, tiny_recipe, tmp_path
     assert [h.hypothesis for h in read_hypotheses(decoded.file("hypotheses.jsonl"))] == [transcript.text]
 
 
-def test_the_model_hears_each_part_and_nothing_else(model, tiny_recipe, tmp_path, monkeypatch):
+def test_the_python_entry_transcribes_one_file_or_several(model, tmp_path, capsys):
+    files = [
+        str(write_wav(tmp_path / f"{seconds}.wav", make_tone(seconds, frequency=300 * seconds)))
+        for seconds in (1, 2)
+    ]
+    transcriber = load_transcriber(model)
+    transcripts = list(transcriber.transcribe_files(files))
+    assert [(t.file, t.duration) for t in transcripts] == [(files[0], 1.0), (files[1], 2.0)]
+    assert transcriber.transcribe(files[0]).text == transcripts[0].text
+    assert capsys.readouterr().out == ""
+
+
+def test_the_python_entry_does_not_import_torch():
+    program = (
+        "import sys; from slam_asr.transcribing import load_transcriber; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_model_gets_each_segment_and_nothing_else(model, tiny_recipe, tmp_path, monkeypatch):
     recipe = load_recipe(str(tiny_recipe))
     tones = [make_tone(3, frequency=f) for f in (300, 500, 800)]
     quiet = np.zeros(16_000, np.float32)
-    whole = write_wav(
+    recording = write_wav(
         tmp_path / "long.wav", np.concatenate([x for tone in tones for x in (tone, quiet)]), subtype="FLOAT"
     )
-    heard = []
+    inputs = []
     decode_batch = Searcher.decode
     monkeypatch.setattr(
         Searcher,
         "decode",
-        lambda self, audio, positions: heard.extend(audio) or decode_batch(self, audio, positions),
+        lambda self, audio, positions: inputs.extend(audio) or decode_batch(self, audio, positions),
     )
-    (transcript,) = transcribe(recipe, model, [str(whole)], longest=5)
-    alone = open_model(model).spec.preparer()
-    samples = load_audio(whole)
+    (transcript,) = transcribe(recipe, model, [str(recording)], longest=5)
+    prepare = open_model(model).spec.preparer()
+    samples = load_audio(recording)
     expected = [
-        alone(samples[round(s.start * 16_000) : round(s.end * 16_000)]).inputs[0] for s in transcript.segments
+        prepare(samples[round(s.start * 16_000) : round(s.end * 16_000)]).inputs[0]
+        for s in transcript.segments
     ]
-    assert len(heard) == len(expected) == 3
-    for audio in heard:
+    assert len(inputs) == len(expected) == 3
+    for audio in inputs:
         assert any(audio.inputs[0].shape == e.shape and torch.equal(audio.inputs[0], e) for e in expected)
 
 
@@ -69,7 +92,7 @@ def test_a_long_recording_has_segments_where_there_is_sound(model, tiny_recipe, 
     ]
 
 
-def test_what_is_printed_is_the_transcripts_alone(model, tmp_path, capsys):
+def test_standard_output_has_transcripts_only(model, tmp_path, capsys):
     first, second = (
         str(write_wav(tmp_path / f"{name}.flac", make_tone(2, frequency=f)))
         for name, f in (("a", 300), ("b", 700))
@@ -81,7 +104,7 @@ def test_what_is_printed_is_the_transcripts_alone(model, tmp_path, capsys):
     assert "models:" in printed.err
 
 
-def test_files_are_written_beside_the_recordings_names(model, tmp_path):
+def test_transcript_files_are_named_after_the_recordings(model, tmp_path):
     files = [
         str(write_wav(tmp_path / name, make_tone(2, rate, 400, channels), rate))
         for name, rate, channels in (("a.wav", 44_100, 2), ("b c.opus", 48_000, 1))
@@ -90,12 +113,12 @@ def test_files_are_written_beside_the_recordings_names(model, tmp_path):
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"a.srt", "b c.srt"}
 
 
-def test_silence_has_an_empty_text(model, tmp_path, capsys):
+def test_silence_has_an_empty_transcript(model, tmp_path, capsys):
     main(["transcribe", model, str(write_wav(tmp_path / "a.wav", np.zeros(16_000 * 3, np.float32)))])
     assert capsys.readouterr().out == "\n"
 
 
-def test_a_damaged_file_costs_the_others_nothing(model, tmp_path, capsys):
+def test_a_damaged_file_does_not_affect_the_others(model, tmp_path, capsys):
     good = write_wav(tmp_path / "good.flac", make_tone(2))
     broken = tmp_path / "broken.flac"
     content = good.read_bytes()
@@ -108,9 +131,9 @@ def test_a_damaged_file_costs_the_others_nothing(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
-        (["{model}"], "no file to transcribe|Missing: --files"),
+        (["{model}"], "No file to transcribe|Missing: --files"),
         (["{model}", "nowhere.wav"], "There is no audio file nowhere.wav"),
         (["{model}", "{text}"], "cannot be read as wav, flac, ogg, opus or mp3"),
         (["{model}", "{wav}", "--longest", "0"], "--longest is 0 s but must be at least 1"),
@@ -120,12 +143,12 @@ def test_a_damaged_file_costs_the_others_nothing(model, tmp_path, capsys):
         ([], "Missing"),
     ],
 )
-def test_bad_input_is_one_sentence_before_anything_is_loaded(
-    model, tmp_path, capsys, monkeypatch, arguments, said
+def test_bad_input_is_refused_before_weights_are_loaded(
+    model, tmp_path, capsys, monkeypatch, arguments, message
 ):
     monkeypatch.setattr("slam_asr.decoding.model.Model.load", None)
     (tmp_path / "text.wav").write_text("no audio")
-    given = {
+    values = {
         "model": model,
         "wav": write_wav(tmp_path / "a.wav"),
         "wav2": write_wav(tmp_path / "b.wav"),
@@ -133,9 +156,9 @@ def test_bad_input_is_one_sentence_before_anything_is_loaded(
         "out": tmp_path,
     }
     with pytest.raises(SystemExit) as ended:
-        main(["transcribe", *(a.format(**given) for a in arguments)])
+        main(["transcribe", *(a.format(**values) for a in arguments)])
     printed = capsys.readouterr()
-    assert ended.value.code == 2 and re.search(said, printed.err) and "Traceback" not in printed.err
+    assert ended.value.code == 2 and re.search(message, printed.err) and "Traceback" not in printed.err
     assert printed.out == ""
 
 
@@ -143,8 +166,8 @@ SHIPPED = "whisper-tiny.en-smollm2-135m"
 
 
 @pytest.mark.slow
-def test_the_shipped_model_hears_real_speech_of_any_length(libri_mini, tmp_path, capsys):
-    """Clips by themselves and one behind the other: the words are those that were said far more often than by chance, at the times when they were said."""
+def test_the_shipped_model_transcribes_real_speech_of_any_length(libri_mini, tmp_path, capsys):
+    """Clips and their concatenation: far more words are right than by chance; segments do not overlap."""
     import soundfile
 
     from slam_asr.scoring.metrics import score
@@ -157,16 +180,16 @@ def test_the_shipped_model_hears_real_speech_of_any_length(libri_mini, tmp_path,
             clips.append(transcript.parent / f"{key}.flac")
             spoken.append(text.lower())
     single = transcribe(load_recipe(SHIPPED), SHIPPED, [str(c) for c in clips])
-    said = score(
+    matched = score(
         [Hypothesis(str(i), text, t.text) for i, (text, t) in enumerate(zip(spoken, single, strict=True))]
     )
-    exchanged = score(
+    mismatched = score(
         [
             Hypothesis(str(i), text, t.text)
             for i, (text, t) in enumerate(zip(spoken, single[1:] + single[:1], strict=True))
         ]
     )
-    assert said.wer < 0.75 and said.hits > 3 * exchanged.hits
+    assert matched.wer < 0.75 and matched.hits > 3 * mismatched.hits
     pause = np.zeros(16_000, np.float32)
     soundfile.write(
         tmp_path / "long.flac", np.concatenate([x for c in clips for x in (load_audio(c), pause)]), 16_000

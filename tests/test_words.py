@@ -1,0 +1,79 @@
+"""Code and docs use the field's plain words: the table in CONTRIBUTING.md and docs/glossary.md, held by a test."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+BANNED = {
+    r"\bbehind\b": "before, after, next or following",
+    r"\b(over)?hear[sd]?\b": "what happens: an encoder runs, an utterance is decoded, a line is read",
+    r"\bwanted\b": "requested or expected",
+    r"\b(whole|wholly)\b": "complete, all of, entire",
+    r"\b(kept|keeps)\b": "cached, saved, retained, unchanged",
+    r"\bas if stored\b": "rounded to the store's dtype",
+    r"\b(told|tells)\b": "logged, reported, describes",
+    r"\baside\b": "rejected, skipped, temporary",
+    r"\b(goes|going|gone|go) on (behind|with|from)\b": "resumes",
+    r"\banew\b": "again",
+    r"\bof yesterday\b": "old",
+    r"\bcomes to nothing\b": "has no result",
+}
+"""Words that have no place, or several meanings, here: a pattern, and what to write instead."""
+
+ALLOWED = {
+    "slam_asr/recipe.py": ["set-aside"],  # a value that recipes may have
+    "tests/test_words.py": [""],
+    "CHANGELOG.md": ["behind"],
+}
+"""By file, pieces of lines that may contain a banned word: names in files of users, and quotations."""
+
+BARE = re.compile(r"Of |Whether or not |That which |What is ")
+"""Beginnings of docstrings that are neither a sentence with a verb nor a noun phrase."""
+
+
+def tracked(*patterns: str) -> list[str]:
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+    )
+    if listing.returncode:
+        pytest.skip("needs the git checkout, to know which files belong to the project")
+    return [name for name in listing.stdout.splitlines() if (CHECKOUT / name).is_file()]
+
+
+def test_code_and_docs_use_no_banned_word():
+    found = []
+    for name in tracked("*.py", "*.md", "*.html", "*.cff", "Makefile", "slam_asr/recipes/*.yaml", "manifests/**"):
+        allowed = ALLOWED.get(name, [])
+        if "" in allowed or "/golden/" in name:
+            continue
+        for number, line in enumerate((CHECKOUT / name).read_text(encoding="utf-8").splitlines(), start=1):
+            # Identifiers count too: their words are joined by underscores.
+            words = line.replace("_", " ")
+            for pattern, instead in BANNED.items():
+                if re.search(pattern, words, re.IGNORECASE) and not any(piece in line for piece in allowed):
+                    found.append(f"{name}:{number}: {line.strip()[:90]}  → {instead}")
+    assert not found, f"{len(found)} lines have words to replace:\n" + "\n".join(found)
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    found = []
+    for name in tracked("*.py"):
+        tree = ast.parse((CHECKOUT / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            text = (
+                node.value.value
+                if isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+                else ""
+            )
+            if BARE.match(text):
+                found.append(f"{name}:{node.lineno}: {text.splitlines()[0][:90]}")
+    assert not found, f"{len(found)} docstrings to rewrite:\n" + "\n".join(found)
