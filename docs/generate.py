@@ -465,7 +465,7 @@ def _sentence(text: str | None) -> str:
     text = re.sub(r"\s+", " ", text or "").strip()
     if text and text[-1] not in ".!?…`":
         text += "."
-    # A name in the code's spelling keeps its first letter.
+    # A name in the code's spelling is not capitalised.
     return text if re.match(r"[a-z]\w*[./_:(]", text) else text[:1].upper() + text[1:]
 
 

@@ -283,7 +283,7 @@ def _known_name(name: str, known: Mapping[str, Any]) -> str:
         if key in known:
             return ".".join([key, *parts[count:]])
     for candidate in (option_name(name.removeprefix("--")), RENAMED_OPTIONS.get(name)):
-        if candidate in known:
+        if candidate is not None and candidate in known:
             return candidate
     return name
 

@@ -5,6 +5,7 @@ unknown key and a value of the wrong type are refused in a sentence that gives t
 """
 
 import difflib
+import functools
 import re
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -54,14 +55,21 @@ def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
         UserError: an unknown key, a value of the wrong type, or what the dataclass itself refuses.
     """
     _refuse_unknown_keys(values, kind, "", where, keys_of(kind))
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, None)
+    parser = _parser_of(kind)
     try:
         return kind(**vars(parser.instantiate(parser.parse_object(values))))
     except UserError:
         raise
     except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError, by no clear rule
         raise ConfigurationError(f"{where}: {one_sentence(error)}") from error
+
+
+@functools.cache
+def _parser_of(kind: type) -> ArgumentParser:
+    """The parser of a dataclass. Making one takes a quarter of a second: jsonargparse reads all docstrings."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, None)
+    return parser
 
 
 def keys_of(section: type, prefix: str = "") -> list[str]:

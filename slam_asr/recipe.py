@@ -579,6 +579,7 @@ def recipe_keys() -> list[str]:
 
 def _read(source: str) -> tuple[dict[str, Any], str]:
     shipped = shipped_recipes()
+    text: str | bytes
     if "\n" in source or source.startswith("{"):
         text, where = source, "The recipe given as text"
     elif source in shipped:

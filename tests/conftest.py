@@ -1,5 +1,8 @@
-"""Real audio made by hand, real speech where it lies beside the repository, and a whole small world:
-random models of a few thousand weights, with tones for speech."""
+"""Fixtures of all tests: small audio files, tiny models with random weights, an S3 server, a Docker engine.
+
+This file also makes the tests fast: this project's programs start warm (`tests/warm`), and tests that share a
+costly fixture run on the same worker of pytest-xdist.
+"""
 
 import os
 import shutil
@@ -35,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what shares a costly fixture on one worker of pytest-xdist, and begin with what takes longest.
+    """Run tests that share a costly fixture on one worker of pytest-xdist, and begin with the longest.
 
     All tests with containers share one engine and its images; the tests of a file share their fixtures.
     """
@@ -47,7 +50,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: first.get(item.get_closest_marker("xdist_group").args[0], len(first)))
 
 
-LONGEST = ("containers", "test_demo", "test_resuming", "test_chain", "test_local", "test_sweep", "test_interruption")
+LONGEST = (
+    "containers",
+    "test_demo",
+    "test_resuming",
+    "test_chain",
+    "test_local",
+    "test_sweep",
+    "test_interruption",
+)
 """Groups of tests that take minutes. A worker that begins one last leaves the other without work."""
 
 
@@ -65,7 +76,7 @@ def libri_mini() -> Path:
     """Two hours of LibriSpeech: train-clean-100 and test-other as they come from the archive."""
     if not LIBRI_MINI.is_dir():
         pytest.skip(
-            "needs LibriSpeech's real speech in ../shared/speech/libri-mini, which is not part of this repository"
+            "needs LibriSpeech's real speech in ../shared/speech/libri-mini, which is not in this repository"
         )
     return LIBRI_MINI
 
@@ -105,7 +116,7 @@ WORDS = ("one two three", "four five", "six seven eight", "nine ten", "one nine 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, str]:
-    """Folders of a Whisper and of a Llama with random weights."""
+    """Folders of a Whisper and a Llama with random weights, by `encoder` and `llm`."""
     root = tmp_path_factory.mktemp("models")
     _tiny_whisper(root / "whisper")
     _tiny_llama(root / "llama")
@@ -197,7 +208,7 @@ def tiny_recipe(tiny_models, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tiny_recipe, tmp_path_factory) -> str:
-    """A model folder whose projector has random weights: what it writes means nothing, but hangs on what it hears."""
+    """A model folder whose projector has random weights: its texts mean nothing, but depend on the audio."""
     import torch
 
     from slam_asr.conversion.convert import convert_checkpoint
@@ -222,7 +233,7 @@ def s3_server() -> str:
 
 @pytest.fixture(scope="session")
 def s3_resource(s3_server):
-    """boto3 as the tests themselves use it, whatever the environment says: it takes long to make."""
+    """boto3 for the tests themselves, independent of the environment. Creating it takes long."""
     return boto3.session.Session("key", "a-secret-that-nobody-may-see", region_name="us-east-1").resource(
         "s3", endpoint_url=s3_server
     )
@@ -230,7 +241,7 @@ def s3_resource(s3_server):
 
 @pytest.fixture
 def bucket(s3_server, s3_resource, monkeypatch, tmp_path):
-    """An empty bucket named `bucket`, with what a program needs to find it in the environment, and an empty cache."""
+    """An empty bucket named `bucket`, the environment that leads programs to it, and an empty cache."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "key",
@@ -250,7 +261,7 @@ def bucket(s3_server, s3_resource, monkeypatch, tmp_path):
 
 @pytest.fixture
 def faulty_s3(bucket, s3_server, monkeypatch):
-    """The bucket behind a network of which a fifth of the requests fail: with 503, silence, a reset or a cut answer."""
+    """The bucket, where a fifth of the requests fail: with 503, silence, a reset or a truncated answer."""
     with FaultyProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
         monkeypatch.setenv("SLAM_ASR_S3_TIMEOUT", "0.3")
@@ -260,8 +271,8 @@ def faulty_s3(bucket, s3_server, monkeypatch):
 
 @pytest.fixture(scope="session")
 def docker_engine():
-    """The address of a Docker engine; DOCKER_HOST is_coordinator to it as long as the session lasts."""
-    # A socket's path has room for some hundred characters.
+    """The address of a Docker engine; DOCKER_HOST names it for the rest of the session."""
+    # A socket's path is limited to about a hundred characters.
     folder = Path(tempfile.mkdtemp(prefix="slam-asr-engine-"))
     before = os.environ.get("DOCKER_HOST")
     try:
@@ -279,6 +290,6 @@ def docker_engine():
 
 @pytest.fixture(scope="session")
 def images(docker_engine, tmp_path_factory) -> str:
-    """The template of the names of all five images, built from this checkout."""
+    """Template of the names of the five images, which are built from this checkout."""
     build_images(tmp_path_factory.mktemp("images"), docker_engine)
     return "slam-asr/{stage}:test"

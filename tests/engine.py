@@ -1,4 +1,4 @@
-"""A Docker engine for tests: the machine's own where one answers, else one that is started here; and the images on it.
+"""A Docker engine for tests, and the images on it: the machine's own engine, or one started here.
 
 No registry is needed: the base image is a Debian made on the spot, and torch's wheel comes from pip's own
 sources by way of a small server. An engine that is started here has a socket and a folder of its own.
@@ -160,7 +160,7 @@ def serving(folder: Path) -> Iterator[str]:
 
     handler = functools.partial(Quiet, directory=str(folder))
     try:
-        # The same address each time: it stands in the build's arguments, and decides whether the engine finds layers again.
+        # A fixed port: the address is a build argument, and another one would invalidate cached layers.
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 18_765), handler)
     except OSError:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -158,13 +158,13 @@ def given_options(words):
     return [word.partition("=")[0] for word in words if word.startswith("--")]
 
 
-def test_every_option_and_script_of_slam_llm_has_its_place():
+def test_every_option_and_script_of_slam_llm_has_a_counterpart():
     named = first_cells(SLAM_LLM)
     assert not set(OPTIONS_OF_SLAM_LLM.split()) - named
     assert not set(SCRIPTS_OF_SLAM_LLM.split()) - named
 
 
-def test_a_key_is_told_from_a_file_and_from_an_option_of_slam_llm():
+def test_a_key_is_distinguished_from_a_file_and_from_an_option_of_slam_llm():
     assert A_KEY.fullmatch("training.zero_stage: 3")[1] == "training.zero_stage"
     assert A_KEY.fullmatch("--llm.lora.rnak")[1] not in recipe_keys()
     assert A_FILE.fullmatch("projector.safetensors") and not A_KEY.fullmatch("train_config.lr")

@@ -53,6 +53,7 @@ def test_every_published_row_has_a_recipe_with_its_numbers_and_their_source(name
     assert recipe.llm.tuning == recipe.encoder.tuning == "frozen"
 
 
+@pytest.mark.slow
 def test_only_published_recipes_have_published_rates_and_the_others_say_so():
     assert {name for name in shipped_recipes() if load_recipe(name).published_wer} == {
         row[0] for row in PUBLISHED

@@ -382,6 +382,7 @@ def test_output_and_states_are_logged_and_the_job_is_deleted(cluster, capsys):
     assert not cluster.jobs and len(cluster.deleted) == 1
 
 
+@pytest.mark.slow
 def test_a_failure_is_reported_with_the_message_of_the_failed_node(cluster, capsys):
     cluster.states = ["Running", "Running", "Failed"]
     cluster.logs = {
@@ -402,6 +403,7 @@ def test_a_failure_is_reported_with_the_message_of_the_failed_node(cluster, caps
         start()
 
 
+@pytest.mark.slow
 def test_a_restarted_step_follows_its_job_and_replaces_a_failed_one(cluster, capsys):
     start()
     [job] = cluster.created

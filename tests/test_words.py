@@ -49,7 +49,9 @@ def tracked(*patterns: str) -> list[str]:
 
 def test_code_and_docs_use_no_banned_word():
     found = []
-    for name in tracked("*.py", "*.md", "*.html", "*.cff", "Makefile", "slam_asr/recipes/*.yaml", "manifests/**"):
+    for name in tracked(
+        "*.py", "*.md", "*.html", "*.cff", "Makefile", "slam_asr/recipes/*.yaml", "manifests/**"
+    ):
         allowed = ALLOWED.get(name, [])
         if "" in allowed or "/golden/" in name:
             continue

@@ -1,1 +1,1 @@
-"""From what a training wrote to a model that decodes."""
+"""Converts checkpoints to models that can decode, and models to other formats."""

@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parents[1] / "projectors"
 
 
 def shipped_models() -> dict[str, Path]:
-    """The folder of each, by name."""
+    """The folder of each shipped model, by name."""
     return (
         {folder.name: folder for folder in sorted(FOLDER.iterdir()) if folder.is_dir()}
         if FOLDER.is_dir()
@@ -22,6 +22,6 @@ def fetch_model(model: str | os.PathLike) -> Path:
 
     Raises:
         OSError: the disk is full, or fails.
-        UserError: there is nothing below that prefix, or it cannot be read.
+        StorageError: the prefix holds no objects, or cannot be read.
     """
     return shipped_models().get(str(model)) or fetch_folder(model)

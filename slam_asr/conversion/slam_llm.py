@@ -1,7 +1,7 @@
-"""SLAM-LLM's `model.pt`: a pickled dictionary of the trained weights.
+"""Reads and writes SLAM-LLM's `model.pt`, a pickled dictionary of the trained weights.
 
-The projector's names begin with `encoder_projector.`; with `use_peft`, LoRA's stand beside them,
-`llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` and so on.
+The projector's names begin with `encoder_projector.`. With `use_peft` the file also contains LoRA's weights,
+such as `llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 from slam_asr.models.tensors import LazyTensors, rename_tensors
 
 FILE = "model.pt"
@@ -24,10 +24,14 @@ def is_slam_llm(content: object) -> bool:
 
 
 def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> LazyTensors:
-    """The weights under our names, `projector.…` and `llm.…`.
+    """Rename the weights to this project's names, `projector.…` and `llm.…`.
+
+    Args:
+        content: of the file.
+        where: the file's name, for error messages.
 
     Raises:
-        UserError: a weight that is neither the projector's nor LoRA's.
+        ModelError: a weight belongs neither to the projector nor to LoRA.
     """
     names = {}
     for name in content:
@@ -36,8 +40,9 @@ def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> LazyTensor
         elif name.startswith(_LORA) and ".lora_" in name:
             names["llm." + name.removeprefix(_LORA)] = name
         else:
-            raise UserError(
-                f"{where} holds {name}, which is neither the projector's nor a LoRA adapter's: it cannot be converted."
+            raise ModelError(
+                f"{where} holds {name}, which is neither the projector's nor a LoRA adapter's: "
+                "it cannot be converted."
             )
     return rename_tensors(content, names)
 
@@ -45,11 +50,11 @@ def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> LazyTensor
 def write_slam_llm(
     folder: Path, projector: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write `model.pt` as SLAM-LLM does; made aside and renamed into place."""
+    """Write `model.pt` as SLAM-LLM does: under a temporary name, renamed when it is complete."""
     content = {_PROJECTOR + n: t for n, t in projector.items()} | {_LORA + n: t for n, t in adapter.items()}
-    aside = folder / f".{FILE}.partial"
+    temporary = folder / f".{FILE}.partial"
     try:
-        torch.save(content, aside)
-        aside.rename(folder / FILE)
+        torch.save(content, temporary)
+        temporary.rename(folder / FILE)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

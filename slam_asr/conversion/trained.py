@@ -1,8 +1,9 @@
-"""A model that was trained elsewhere or before, taken into a pipeline that only measures it.
+"""Adopts a model that is already trained, for a pipeline that only evaluates it.
 
-It is compared with the recipe first: features are extracted by the recipe, and a model that heard others would be
-refused only after hours of that. What travels between the pipeline's steps is a pointer to a finished stage's folder; so a model
-that has no such record (a shipped or a downloaded one) is copied into the store.
+The model is first compared with the recipe. The recipe determines how features are extracted, and a model
+that was trained on other features would otherwise be refused only after hours of extraction. Between the
+pipeline's steps only a pointer to a finished stage's folder is passed, so a model without a stage's record
+(a shipped or a downloaded one) is copied into the store, where it gets one.
 """
 
 import shutil
@@ -10,28 +11,29 @@ from pathlib import Path
 
 from slam_asr.conversion.model import ModelConfig, model_digests, read_config
 from slam_asr.conversion.shipped import fetch_model, shipped_models
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.recipe import Recipe, value_of
 from slam_asr.stage import Outcome, Record, read_record, run_stage
 
 STAGE = "open-model"
 SAME = ("encoder.name", "encoder.frames", "encoder.long_audio", "encoder.tuning", "features.dtype")
-"""What decides the features: the recipe that extracts them and the model that hears them must agree on it."""
+"""Keys that determine the features: the recipe and the model must agree on them."""
 
 
 def adopt_trained_model(recipe: Recipe, model: str, output: str) -> Record:
-    """Compare a model with the recipe that is to measure it, and give it a record.
+    """Check that a model fits the recipe that evaluates it, and return a record of the model.
 
     Args:
         recipe: names test subsets, the encoder of the features, and how to decode.
         model: folder or s3:// prefix of a model, or the name of a shipped one.
-        output: folder for a copy of a model that convert-checkpoint left no record of; {fingerprint} in it becomes a digest.
+        output: folder for a copy of a model that has no record; {fingerprint} in it becomes a digest.
 
     Returns:
         The record of convert-checkpoint, or of the copy.
 
     Raises:
-        UserError: no model there, one that was trained on other features, or a recipe that asks for more than test subsets.
+        ModelError: the folder holds no model.
+        ConfigurationError: the model was trained on other features, or the recipe names training subsets.
     """
     require_test_only(recipe)
     require_same_features(recipe, model, read_config(model))
@@ -47,33 +49,36 @@ def adopt_trained_model(recipe: Recipe, model: str, output: str) -> Record:
 
 
 def require_test_only(recipe: Recipe) -> None:
-    """Refuse a recipe that names utterances to train on: they would be read and encoded for nothing.
+    """Refuse a recipe with training data, which would be read and encoded for nothing.
 
     Raises:
-        UserError: saying how to leave them out.
+        ConfigurationError: `data.train` or `data.dev` is not empty.
     """
     if recipe.data.train or recipe.data.dev:
-        raise UserError(
-            f"Recipe {recipe.name}: data.train and data.dev name subsets, but a model is only measured here: set both to [], "
-            'in recipe_overrides {"data.train": [], "data.dev": []}.'
+        raise ConfigurationError(
+            f"Recipe {recipe.name}: data.train and data.dev name subsets, but this run only evaluates a "
+            'model: set both to [], in recipe_overrides {"data.train": [], "data.dev": []}.'
         )
 
 
 def require_same_features(recipe: Recipe, model: str, config: ModelConfig) -> None:
-    """Compare what decides the features. An encoder's weights are compared when it is opened; here its name, without its folder.
+    """Require that the model was trained on the features that the recipe extracts.
+
+    Only the encoder's name is compared here, without its folder; its weights are compared when it is loaded.
 
     Raises:
-        UserError: naming what differs, and the options that mend it.
+        ConfigurationError: with the keys that differ, and the options that correct them.
     """
     trained = config.typed_recipe
     differing = [key for key in SAME if _comparable(recipe, key) != _comparable(trained, key)]
     if differing:
-        told = ", ".join(
+        differences = ", ".join(
             f"{key} is {value_of(recipe, key)}, not {value_of(trained, key)}" for key in differing
         )
         options = " ".join(f"--{key} {value_of(trained, key)}" for key in differing)
-        raise UserError(
-            f"Recipe {recipe.name} does not fit {model}, which was trained on other features ({told}): add {options}."
+        raise ConfigurationError(
+            f"Recipe {recipe.name} does not fit {model}, which was trained on other features "
+            f"({differences}): add {options}."
         )
 
 

@@ -1,9 +1,10 @@
-"""Weights of LLM and encoder that were trained with the projector."""
+"""Writes LLMs and encoders that were trained together with the projector."""
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -21,11 +22,21 @@ from slam_asr.models.weights import load_weights
 from slam_asr.recipe import Recipe
 
 
+class _AdaptedLayer(Protocol):
+    """What is used here of peft's layers, whose types peft does not declare."""
+
+    def merge(self) -> None: ...
+
+    def get_base_layer(self) -> nn.Module: ...
+
+    def get_delta_weight(self, adapter: str, /) -> torch.Tensor: ...
+
+
 def check_adapter(weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str) -> None:
-    """Compare a LoRA adapter with the LLM that it is for, without the LLM's weights.
+    """Check that a LoRA adapter fits the recipe's LLM, without loading the LLM's weights.
 
     Raises:
-        UserError: weights are missing, unknown, of another shape, or not finite.
+        ModelError: weights are missing, unknown, of another shape, or not finite.
     """
     llm = describe_llm(locate_model(recipe.llm.name))
     add_lora(llm, recipe.llm.lora, seed=0)
@@ -33,10 +44,18 @@ def check_adapter(weights: Mapping[str, torch.Tensor], recipe: Recipe, where: st
 
 
 def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str) -> None:
-    """Write the whole LLM with its tokenizer into a folder, in the precision that it was trained in; weight by weight where that is possible.
+    """Write a fully trained LLM and its tokenizer, in the precision of the training.
+
+    The weights are written one by one, unless transformers converts them while it loads the base LLM.
+
+    Args:
+        folder: for the LLM.
+        weights: all weights of the LLM, by their names in it.
+        recipe: of the training.
+        where: the checkpoint, for error messages.
 
     Raises:
-        UserError: the weights are not those of the recipe's LLM.
+        ModelError: the weights are not those of the recipe's LLM.
     """
     base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
     try:
@@ -52,24 +71,34 @@ def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
 
 
 def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
-    """Write the LLM with a LoRA adapter merged into it, and its tokenizer, in the precision that it was trained in; merged in fp32, weight by weight where that is possible."""
+    """Write the LLM with a LoRA adapter merged into it, and its tokenizer, in the precision of the training.
+
+    Merging is done in fp32. The weights are merged and written one by one, unless transformers converts them
+    while it loads the base LLM.
+
+    Args:
+        folder: for the LLM.
+        adapter: LoRA's weights, by their names in the LLM.
+        recipe: of the training.
+    """
     base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
     try:
-        llm, stored = describe_lazy_llm(base, torch.float32)
+        llm, lazy_weights = describe_lazy_llm(base, torch.float32)
     except NotLazilyLoadable:
         llm = load_llm(base, torch.float32)
         for name, layer in _adapted(llm, adapter, recipe).items():
             layer.merge()
             parent, _, last = name.rpartition(".")
             setattr(llm.get_submodule(parent), last, layer.get_base_layer())
-        llm.to(dtype).save_pretrained(folder)
+        # transformers wraps `to` in a decorator that loses its signature.
+        llm.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
     else:
         written, _ = describe_lazy_llm(base, dtype)
         layers = {
             id(layer.get_base_layer().weight): layer for layer in _adapted(llm, adapter, recipe).values()
         }
         makers = {
-            weight.name: partial(_merged, weight, layers.get(id(weight.parameter))) for weight in stored
+            weight.name: partial(_merged, weight, layers.get(id(weight.parameter))) for weight in lazy_weights
         }
         _write_llm(folder, written, LazyTensors(makers))
     load_tokenizer(base).save_pretrained(folder)
@@ -77,33 +106,40 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
 
 def _adapted(
     llm: PreTrainedModel, adapter: Mapping[str, torch.Tensor], recipe: Recipe
-) -> dict[str, nn.Module]:
-    """Put an adapter on an LLM → its layers that have one now, by name."""
+) -> dict[str, _AdaptedLayer]:
+    """Add an adapter to an LLM; return the layers that it adapts, by name."""
     add_lora(llm, recipe.llm.lora, seed=0)
     llm.load_state_dict(adapter, strict=False)
-    return {name: module for name, module in llm.named_modules() if hasattr(module, "get_delta_weight")}
+    return {
+        name: cast(_AdaptedLayer, module)
+        for name, module in llm.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
 
 
 @torch.no_grad()
-def _merged(weight: LazyWeight, layer: nn.Module | None) -> torch.Tensor:
-    """A weight of the LLM, with what the adapter of its layer adds to it."""
+def _merged(weight: LazyWeight, layer: _AdaptedLayer | None) -> torch.Tensor:
+    """Read a weight of the LLM in fp32 and add the product of its layer's adapter, if it has one."""
     values = weight.read_into(torch.empty(weight.parameter.shape))
     return values if layer is None else values.add_(layer.get_delta_weight("default"))
 
 
 def _write_llm(folder: Path, llm: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write an LLM as `save_pretrained` does, which would want all of its weights at once.
+    """Write an LLM as `save_pretrained` does, but with one weight in memory at a time.
 
     Args:
         folder: for config.json and model.safetensors.
-        llm: without its weights, but with their precision.
-        weights: by their names in it; a tied one once.
+        llm: on the meta device, in the dtype of the file.
+        weights: by their names in it; a tied weight under its first name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Tied weights are written under their first name.
+    # ChainMap only reads its second mapping, so an immutable one will do.
+    # `named_parameters` lists a tied weight only under its first name.
     buffers = {name: buffer for name, buffer in llm.state_dict().items() if not buffer.is_meta}
     write_one_by_one(
-        folder / SAFE_WEIGHTS_NAME, ChainMap(buffers, weights), dict(llm.named_parameters()) | buffers
+        folder / SAFE_WEIGHTS_NAME,
+        ChainMap(buffers, cast(MutableMapping[str, torch.Tensor], weights)),
+        dict(llm.named_parameters()) | buffers,
     )
     llm.config.architectures = [type(llm).__name__]
     llm.config.save_pretrained(folder)
@@ -114,17 +150,23 @@ def _write_llm(folder: Path, llm: PreTrainedModel, weights: Mapping[str, torch.T
 def write_tuned_encoder(
     folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str
 ) -> None:
-    """Write the checkpoint's model with the trained encoder in it, and the preprocessor's configuration.
+    """Write the complete base model with the trained encoder in it, and the preprocessor's configuration.
+
+    Args:
+        folder: of the model; the encoder is written to `encoder/` in it.
+        weights: the encoder's, by their names in `SpeechEncoder`.
+        recipe: of the training.
+        where: the checkpoint, for error messages.
 
     Raises:
-        UserError: the weights are not those of the recipe's encoder.
+        ModelError: the weights are not those of the recipe's encoder.
     """
     spec = describe_encoder(recipe.encoder)
-    whole = load_weights(AutoModel, spec.folder, DTYPES[recipe.training.precision], "encoder")
-    encoder = spec.encoder_of(whole)
-    own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    replace_weights(encoder, own, where, [n for n, _ in encoder.named_parameters()])
-    whole.save_pretrained(folder / ENCODER)
+    model = load_weights(AutoModel, spec.folder, DTYPES[recipe.training.precision], "encoder")
+    encoder = spec.encoder_of(model)
+    trained = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    replace_weights(encoder, trained, where, [n for n, _ in encoder.named_parameters()])
+    model.save_pretrained(folder / ENCODER)
     preprocessor = spec.folder / "preprocessor_config.json"
     if preprocessor.is_file():
         (folder / ENCODER / preprocessor.name).write_bytes(preprocessor.read_bytes())

@@ -1,18 +1,19 @@
-"""DeepSpeed's checkpoints of ZeRO stages 0 to 3, put together into fp32 tensors.
+"""Reads DeepSpeed's checkpoints of ZeRO stages 0 to 3 as complete fp32 tensors.
 
 The layout, as DeepSpeed 0.19 writes it below `global_stepN/`:
 
-- stage 0: `mp_rank_00_model_states.pt` holds the weights; in half precision the fp32 masters stand
-  beside them in `optimizer.fp32_groups`, in the order of the trainable weights.
-- stages 1, 2: `*zero_pp_rank_R_*_optim_states.pt` of each rank holds a slice of the flattened fp32
-  masters of each parameter group; `param_shapes` of the model file says what lies where.
-- stage 3: every weight is cut into equal slices, one a rank, padded; each rank's slices stand one
-  after the other in its `fp32_flat_groups`.
+- Stage 0: `mp_rank_00_model_states.pt` contains the weights. In half precision it also contains the fp32
+master
+  weights, in `optimizer.fp32_groups`, in the order of the trainable weights.
+- Stages 1 and 2: the master weights of each parameter group are flattened and concatenated, and each rank's
+  `*zero_pp_rank_R_*_optim_states.pt` contains a slice of the result. `param_shapes` in the model file gives
+  the order and shapes of the weights.
+- Stage 3: every weight is padded and cut into equal slices, one per rank. A rank's `fp32_flat_groups` is the
+  concatenation of its slices of all weights.
 
-Files are read by `slam_asr.models.pickles`: the few classes of DeepSpeed's that it writes beside
-tensors are replaced by inert stand-ins, any other is refused, so nothing of a stranger's file ever
-runs, and DeepSpeed need not be installed. They are mapped into memory, and each tensor is put together
-when it is asked for.
+The files are read by `slam_asr.models.pickles`: the few classes of DeepSpeed that they contain are replaced
+by inert stand-ins, and any other class is refused. So no code from the file ever runs, and DeepSpeed need
+not be installed. The files are memory-mapped, and each tensor is assembled when it is accessed.
 """
 
 import math
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 from slam_asr.models.pickles import read_pickle
 from slam_asr.models.tensors import LazyTensors
 
@@ -37,17 +38,18 @@ _ALLOWED = (
 
 
 def fp32_weights(folder: Path) -> LazyTensors:
-    """The trained weights of a checkpoint in fp32, by name; none is in memory before it is asked for.
+    """Open a checkpoint's trained weights in fp32, by name; each is assembled when it is accessed.
 
     Args:
         folder: `…/global_stepN`.
 
     Raises:
-        UserError: files missing, damaged, or holding anything but tensors and DeepSpeed's own.
+        ModelError: files are missing or damaged, do not belong together, or contain classes that are not
+            DeepSpeed's.
     """
     models = _by_rank(folder, "*model_states.pt")
     if not models:
-        raise UserError(
+        raise ModelError(
             f"{folder} holds no DeepSpeed checkpoint (no *model_states.pt): give the folder of a training."
         )
     model = load_pickle(models[0])
@@ -56,16 +58,17 @@ def fp32_weights(folder: Path) -> LazyTensors:
         return _stage_0(model)
     ranks = int(model["dp_world_size"])
     if len(optimisers) != ranks:
-        raise UserError(
-            f"{folder} holds {len(optimisers)} of {ranks} optimiser shards: copy the whole checkpoint."
+        raise ModelError(
+            f"{folder} holds {len(optimisers)} of {ranks} optimiser shards: copy the complete checkpoint."
         )
     states = [_optimiser_of(path) for path in optimisers]
     _require_agreement(optimisers, states)
     shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
     needed = sum(math.prod(shape) for group in shapes for shape in group.values())
     if sum(part.numel() for state in states for part in _flat(state[_slices_of(state)])) < needed:
-        raise UserError(
-            f"{folder} holds fewer values than the {needed:,} that its weights have: it is no whole checkpoint; copy it again."
+        raise ModelError(
+            f"{folder} holds fewer values than the {needed:,} of its weights: it is incomplete; "
+            "copy it again."
         )
     if "fp32_flat_groups" in states[0]:
         return _stage_3(shapes, states)
@@ -73,10 +76,17 @@ def fp32_weights(folder: Path) -> LazyTensors:
 
 
 def find_zero_folder(folder: Path) -> Path | None:
-    """The `global_stepN` of a training's folder, the one that DeepSpeed's file `latest` names, or the folder itself where it is one; None if it is neither.
+    """Find the folder `global_stepN` of a checkpoint.
+
+    Args:
+        folder: a folder `global_stepN`, or the folder of a training that contains such folders; then the one
+            that DeepSpeed's file `latest` names is used.
+
+    Returns:
+        The folder, or None if there is no checkpoint of DeepSpeed.
 
     Raises:
-        UserError: `latest` names what is not there.
+        ModelError: `latest` names a missing folder, or the choice between several folders is ambiguous.
     """
     if any(folder.glob("*model_states.pt")):
         return folder
@@ -85,33 +95,38 @@ def find_zero_folder(folder: Path) -> Path | None:
     if latest.is_file():
         named = folder / latest.read_text(errors="replace").strip()
         if steps and named not in steps:
-            raise UserError(
-                f"{latest} names {named.name}, which is not there: copy it too, or give the folder of one of the others, such as {steps[-1]}."
+            raise ModelError(
+                f"{latest} names {named.name}, which is missing: copy it too, or give the folder of another "
+                f"checkpoint, such as {steps[-1]}."
             )
         return named if named in steps else None
     if len(set(steps)) > 1:
-        raise UserError(
-            f"{folder} holds {len(set(steps))} checkpoints and no file `latest`: give the folder of one of them, such as {steps[-1]}."
+        raise ModelError(
+            f"{folder} holds {len(set(steps))} checkpoints and no file `latest`: "
+            f"give the folder of one of them, such as {steps[-1]}."
         )
     return steps[0] if steps else None
 
 
 def _optimiser_of(path: Path) -> dict[str, Any]:
-    """Of a rank; one whose file holds none is refused."""
+    """Read the optimiser's state from the file of a rank; refuse a file without one."""
     content = load_pickle(path)
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or _slices_of(state) not in state:
-        raise UserError(
-            f"{path} holds no fp32 weights of ZeRO: it is no optimiser shard of a DeepSpeed checkpoint; copy the whole checkpoint again."
+        raise ModelError(
+            f"{path} holds no fp32 weights of ZeRO: it is not an optimiser shard of a DeepSpeed checkpoint; "
+            "copy the complete checkpoint again."
         )
     return state
 
 
 def _slices_of(state: dict[str, Any]) -> str:
+    """The key of the slices: stage 3 uses another than stages 1 and 2."""
     return "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
 
 
 def _flat(slices: Any) -> list[torch.Tensor]:
+    """The tensors in nested lists: how deep they are nested depends on the stage."""
     return (
         [slices]
         if isinstance(slices, torch.Tensor)
@@ -120,12 +135,12 @@ def _flat(slices: Any) -> list[torch.Tensor]:
 
 
 def _require_agreement(paths: list[Path], states: list[dict[str, Any]]) -> None:
-    """Refuse shards that cannot stem from one step of one training."""
+    """Refuse shards that do not come from the same step of the same training."""
 
     def traits(state: dict[str, Any]) -> dict[str, Any]:
         kind = _slices_of(state)
         parts = _flat(state[kind])
-        # Up to stage 2 the last ranks' slices are written without their padding.
+        # In stages 1 and 2 the last ranks' slices are written without padding, so their sizes may differ.
         sizes = [part.numel() for part in parts] if kind == "fp32_flat_groups" else len(parts)
         return {
             "ZeRO stage": kind,
@@ -137,14 +152,14 @@ def _require_agreement(paths: list[Path], states: list[dict[str, Any]]) -> None:
     for path, state in zip(paths[1:], states[1:], strict=True):
         differing = [name for name, value in traits(state).items() if value != first[name]]
         if differing:
-            raise UserError(
-                f"{path.name} and {paths[0].name} in {path.parent} are not of one checkpoint ({', '.join(differing)} differ): copy all shards of one step from "
-                "the training that wrote them."
+            raise ModelError(
+                f"{path.name} and {paths[0].name} in {path.parent} are not from the same checkpoint "
+                f"({', '.join(differing)} differ): copy all shards of one step of the training."
             )
 
 
 def _steps_in(state: Any) -> set[float]:
-    """The numbers of steps that an optimiser's state names."""
+    """Collect the step counts anywhere in an optimiser's state."""
     if isinstance(state, dict):
         own = {float(state["step"])} if isinstance(state.get("step"), int | float | torch.Tensor) else set()
         return own.union(*(_steps_in(value) for key, value in state.items() if key != "step"))
@@ -152,25 +167,28 @@ def _steps_in(state: Any) -> set[float]:
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
-    """A `.pt` file's content, without running anything in it.
+    """Read a `.pt` file without running any code from it.
 
     Raises:
-        UserError: the file is damaged, or names a class that is not on the allow-list.
+        ModelError: the file is damaged, or names a class that is not allowed.
     """
     return read_pickle(path, allowed=_ALLOWED)
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
+    """Files sorted by the rank in their names, as numbers: rank 10 comes after rank 9."""
+
     def rank(path: Path) -> int:
-        found = re.search(r"pp_rank_(\d+)", path.name)
-        return int(found[1]) if found else 0
+        match = re.search(r"pp_rank_(\d+)", path.name)
+        return int(match[1]) if match else 0
 
     return sorted(folder.glob(pattern), key=rank)
 
 
 def _stage_0(model: dict[str, Any]) -> LazyTensors:
     weights = model["module"]
-    # Tied weights stand in the module under each of their names, even frozen ones, among the trained once.
+    # `module` lists a tied weight under each of its names, and frozen weights too. `trained_weights`, which
+    # this project's training adds, lists each trained weight once, in the optimiser's order.
     trained = model.get("trained_weights")
     names = (
         [n for group in trained for n in group]
@@ -182,8 +200,9 @@ def _stage_0(model: dict[str, Any]) -> LazyTensors:
         return LazyTensors({name: weights[name].float for name in names})
     flat = [tensor for group in masters for tensor in group]
     if [tuple(t.shape) for t in flat] != [tuple(weights[n].shape) for n in names]:
-        raise UserError(
-            "The checkpoint's fp32 weights do not match its half-precision ones in number or shape: train again."
+        raise ModelError(
+            "The checkpoint's fp32 weights do not match its half-precision ones in number or shape: "
+            "train again."
         )
     return LazyTensors({name: tensor.float for name, tensor in zip(names, flat, strict=True)})
 
@@ -200,11 +219,13 @@ def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> LazyTensors:
 
 
 def _of_slices(slices: list[torch.Tensor], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """A weight that begins at `offset` in the concatenated slices; it may cross ranks."""
     return torch.cat(_pieces(slices, offset, math.prod(shape))).view(shape)
 
 
 def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
-    # All parameter groups stand one after the other in a rank's slices.
+    # A rank's slices of all parameter groups are concatenated in order. Each weight takes the same number of
+    # values on every rank: its size divided by the number of ranks, rounded up.
     per_rank = [_flat(state["fp32_flat_groups"]) for state in states]
     makers, offset = {}, 0
     for name, shape in (item for group in shapes for item in group.items()):
@@ -214,6 +235,7 @@ def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
 
 
 def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """A weight whose slices begin at `offset` on each rank; the padding at its end is removed."""
     size = math.prod(shape)
     slice_size = -(-size // len(per_rank))
     return torch.cat([piece for slices in per_rank for piece in _pieces(slices, offset, slice_size)])[
@@ -222,10 +244,10 @@ def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int,
 
 
 def _pieces(slices: Sequence[torch.Tensor], start: int, size: int) -> list[torch.Tensor]:
-    """Where `size` values from `start` on lie in tensors that stand one after the other."""
-    found, end = [], start + size
+    """Views of `size` values from `start` on in the concatenation of flat tensors."""
+    pieces, end = [], start + size
     for part in slices:
         if start < part.numel() and end > 0:
-            found.append(part.flatten()[max(start, 0) : end])
+            pieces.append(part.flatten()[max(start, 0) : end])
         start, end = start - part.numel(), end - part.numel()
-    return found
+    return pieces

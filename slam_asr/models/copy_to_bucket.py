@@ -1,34 +1,35 @@
-"""`slam-asr copy-models`: the frozen models once into a bucket, so that a cluster needs no way to the hub."""
+"""`slam-asr copy-models`: copies the frozen models into a bucket, for clusters that cannot reach the hub."""
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.models.pretrained import locate_model
 from slam_asr.progress import log_line
 from slam_asr.recipe import Recipe
 from slam_asr.storage import exists, is_s3, join, publish_folder
 
 LAST = "config.json"
-"""Without it a folder is no model, so it is written after all other files."""
+"""A folder without this file is no model, so it is copied after all other files."""
 
 
 def copy_models(to: str, recipe: Recipe | None = None, models: list[str] | None = None) -> list[str]:
-    """Copy models, or those of a recipe, to object storage.
+    """Copy models to object storage.
 
     Args:
-        to: s3:// prefix; a model lies below it under its name on the hub.
+        to: s3:// prefix; each model is copied below it, under its name on the hub.
         recipe: its encoder and LLM are copied.
         models: names on the hub or folders.
 
     Returns:
-        Where each lies: what a recipe may name instead (`llm.name: s3://…`).
+        The address of each copy, which a recipe can use as the model's name (`llm.name: s3://…`).
 
     Raises:
-        UserError: no model is named, or one cannot be had.
+        ConfigurationError: no model is named, or `to` is no s3:// prefix.
+        ModelError: a model cannot be found.
     """
     names = [*([recipe.encoder.name, recipe.llm.name] if recipe else []), *(models or [])]
     if not is_s3(to):
-        raise UserError(f"--to is {to}: give an s3:// prefix, such as s3://bucket/models.")
+        raise ConfigurationError(f"--to is {to}: give an s3:// prefix, such as s3://bucket/models.")
     if not names:
-        raise UserError("No model is named: give a recipe, or --models '[openai/whisper-tiny.en]'.")
+        raise ConfigurationError("No model is named: give a recipe, or --models '[openai/whisper-tiny.en]'.")
     return [_copy(name, to) for name in dict.fromkeys(names) if not is_s3(name)]
 
 

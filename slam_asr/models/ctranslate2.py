@@ -1,7 +1,7 @@
-"""Whisper as CTranslate2 stores it, turned into a folder that transformers loads.
+"""Converts a Whisper in CTranslate2's format to a folder that transformers loads.
 
-`model.bin` is one little-endian file: a header, then each tensor with its name, shape and type.
-The names are CTranslate2's own, and queries, keys and values lie stacked in one matrix.
+`model.bin` is a little-endian file: a header, then the name, shape, type and data of each tensor. The names
+are CTranslate2's own, and the projections of queries, keys and values are stacked in one matrix.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +44,10 @@ _STACKED = {
 
 
 def read_variables(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a CTranslate2 Whisper, by CTranslate2's names.
+    """Read all tensors of a CTranslate2 Whisper, by CTranslate2's names.
 
     Raises:
-        UserError: the file is cut short, or is not a Whisper of format version 6.
+        ModelError: the file is truncated, or is not a Whisper of format version 6.
     """
     with open(path, "rb") as file:
 
@@ -57,7 +57,7 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
         def exactly(size: int) -> bytes:
             data = file.read(size)
             if len(data) != size:
-                raise UserError(f"{path} ends too early for a CTranslate2 model: fetch it again.")
+                raise ModelError(f"{path} ends too early for a CTranslate2 model: fetch it again.")
             return data
 
         def string() -> str:
@@ -66,7 +66,7 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
         version = number("I")
         spec = string() if version == _VERSION else ""
         if spec != "WhisperSpec":
-            raise UserError(
+            raise ModelError(
                 f"{path} is not a Whisper in CTranslate2's format version {_VERSION}: give another file."
             )
         number("I")
@@ -80,9 +80,9 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
 
 
 def whisper_state(variables: dict[str, np.ndarray]) -> "dict[str, torch.Tensor]":
-    """The same tensors by the names of transformers' WhisperForConditionalGeneration, in their own type.
+    """Rename and unstack the tensors for transformers' WhisperForConditionalGeneration; dtypes are unchanged.
 
-    Keys have no bias in Whisper: CTranslate2 keeps zeros there, transformers nothing.
+    Whisper's keys have no bias: CTranslate2 saves zeros for it, transformers has no such weight.
     """
     import torch
 
@@ -113,8 +113,9 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
     Args:
         weights: `model.bin`.
         tokenizer: its `tokenizer.json`.
-        hints: CTranslate2's `config.json`: tokens never to be said, heads that align words with time.
-        folder: an existing folder for the result. Weights keep the type they are stored in.
+        hints: CTranslate2's `config.json`: tokens that are never generated, and attention heads that align
+            words with time.
+        folder: an existing folder for the result. The weights' dtypes are unchanged.
     """
     import torch
     from transformers import (
@@ -126,7 +127,7 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
 
     variables = read_variables(weights)
     state = whisper_state(variables)
-    said = json.loads(hints.read_text())
+    generation = json.loads(hints.read_text())
     ids = {token["content"]: token["id"] for token in json.loads(tokenizer.read_text())["added_tokens"]}
     end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
     layers = len({n.split("/")[1] for n in variables if n.startswith("decoder/layer_") and n.count("/") > 2})
@@ -156,7 +157,7 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
         {}
         if english
         else {
-            "lang_to_id": {token: i for token, i in ids.items() if i in said["lang_ids"]},
+            "lang_to_id": {token: i for token, i in ids.items() if i in generation["lang_ids"]},
             "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
             "task": "transcribe",
         }
@@ -166,9 +167,9 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
         **languages,
         is_multilingual=not english,
         max_length=config.max_target_positions,
-        suppress_tokens=said["suppress_ids"],
-        begin_suppress_tokens=said["suppress_ids_begin"],
-        alignment_heads=said["alignment_heads"],
+        suppress_tokens=generation["suppress_ids"],
+        begin_suppress_tokens=generation["suppress_ids_begin"],
+        alignment_heads=generation["alignment_heads"],
         no_timestamps_token_id=ids["<|notimestamps|>"],
         prev_sot_token_id=ids["<|startofprev|>"],
         max_initial_timestamp_index=50,

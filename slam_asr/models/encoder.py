@@ -1,8 +1,8 @@
-"""Speech encoders: waveforms in, one [frames, width] tensor an utterance out.
+"""Speech encoders: they turn each utterance's waveform into a tensor [frames, width].
 
-Every encoder here gives 50 frames a second, that is one frame for 320 samples at 16 kHz. This module
-holds what they share, and chooses by the checkpoint's own configuration; `whisper` and `waveform`
-hold the two families.
+All supported encoders compute 50 frames per second: one frame per 320 samples at 16 kHz. This module contains
+what they share, and selects the class by the checkpoint's configuration; the modules `whisper` and `waveform`
+contain the two families.
 """
 
 from abc import ABC, abstractmethod
@@ -17,19 +17,20 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.configuration import one_sentence
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 from slam_asr.models.frontend import Prepared, Preparer
 from slam_asr.models.pretrained import locate_model, weights_sha256
 from slam_asr.models.weights import load_weights
 from slam_asr.recipe import Encoder
 
 SAMPLES_PER_FRAME = 320
-"""At 16 kHz: Whisper's hop of 160 samples times its convolution's stride of 2; the product of the others' strides."""
+"""Samples at 16 kHz per frame. Whisper: the spectrogram's hop of 160 times a convolution's stride of 2.
+The others: the product of their convolutions' strides."""
 
 
 @dataclass
 class EncoderSpec(ABC):
-    """What is known of an encoder without loading its weights."""
+    """Describes an encoder without loading its weights."""
 
     folder: Path
     config: PretrainedConfig
@@ -37,61 +38,61 @@ class EncoderSpec(ABC):
 
     @property
     def width(self) -> int:
-        """d_enc: values a frame."""
+        """d_enc: number of values per frame."""
         return self.config.hidden_size
 
     @property
     def window_samples(self) -> int | None:
-        """Samples at 16 kHz that are heard at once, or None where there is no window."""
+        """Length in samples at 16 kHz of the fixed input window, or None if the encoder has none."""
         return None
 
     @abstractmethod
     def frames_of(self, samples: int) -> int:
-        """How many frames an utterance of `samples` samples at 16 kHz becomes."""
+        """Number of frames of an utterance of `samples` samples at 16 kHz."""
 
     def span_of(self, samples: int) -> int:
-        """The utterance's length in frames, by which LLM positions are counted.
+        """Length of an utterance in frames, from which its number of LLM positions is computed.
 
-        Equal to `frames_of`, or one more where the encoder's last frame would need samples beyond
-        the end: the reference reserves that frame's position all the same.
+        It equals `frames_of`, or is one more if the encoder's last frame would need samples beyond the end:
+        the reference implementation reserves that frame's position anyway.
         """
         return self.frames_of(samples)
 
     def seconds_of(self, samples: int) -> float:
-        """Seconds that the encoder works on for an utterance: all of its windows, where there are windows."""
+        """Seconds of input that the encoder processes for an utterance, including the padding of windows."""
         return samples / SAMPLE_RATE
 
     def is_too_long(self, samples: int) -> bool:
-        """Whether an utterance exceeds the window."""
+        """Whether an utterance of `samples` samples at 16 kHz is longer than the window."""
         return self.window_samples is not None and samples > self.window_samples
 
     def count_parameters(self) -> int:
-        """Number of weights, counted without loading them."""
+        """Count the parameters without loading the weights."""
         with torch.device("meta"):
             return sum(p.numel() for p in self.encoder_of(AutoModel.from_config(self.config)).parameters())
 
     def encoder_of(self, model: PreTrainedModel) -> nn.Module:
-        """The part of a checkpoint's model that encodes."""
+        """The part of the checkpoint's model that encodes speech."""
         return model
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the output's values: weights, preprocessing, and how much is kept."""
+        """Everything that determines the output: weights, preprocessing, and which frames are used."""
         return {"weights_sha256": weights_sha256(self.folder), **self.preprocessing()}
 
     @abstractmethod
     def preprocessing(self) -> dict[str, Any]:
-        """What is done to the audio beside the weights."""
+        """Options outside the weights that change the output."""
 
     @abstractmethod
     def preparer(self) -> Preparer:
-        """What turns waveforms into the encoder's input; it can be sent to other processes."""
+        """A picklable function from a waveform to the encoder's input, for use in other processes."""
 
     @abstractmethod
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "SpeechEncoder":
-        """Load the weights, frozen.
+        """Load the encoder with frozen weights.
 
         Raises:
-            UserError: weights missing, damaged, or not finite.
+            ModelError: weights are missing, damaged, or not finite.
         """
 
 
@@ -109,38 +110,45 @@ class SpeechEncoder(nn.Module, ABC):
         self.spec = spec
         self.model = spec.encoder_of(load_weights(AutoModel, spec.folder, dtype, "encoder")).to(device)
         self.prepare = spec.preparer()
-        """[samples] at 16 kHz in float32 → what `forward` takes."""
+        """Function from a waveform [samples] at 16 kHz in float32 to an input of `forward`."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """Dtype of weights and activations."""
         return next(self.model.parameters()).dtype
 
     @abstractmethod
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
-        """Utterances of any lengths → [frames, width] each, as if each were encoded alone."""
+        """Encode a batch of utterances of any lengths.
+
+        Args:
+            utterances: from `prepare`.
+
+        Returns:
+            A tensor [frames, width] per utterance, with the values that it has when it is encoded alone.
+        """
 
     @torch.inference_mode()
     def encode(self, utterances: list[Prepared]) -> list[torch.Tensor]:
-        """`forward`, without gradients."""
+        """Call `forward` without gradients: one [frames, width] tensor per utterance."""
         return self(utterances)
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
 
 def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:
-    """Group utterances, in the order given, into batches for an encoder.
+    """Group utterances into batches for an encoder, without reordering them.
 
     Args:
-        seconds: that the encoder works on for each.
-        budget: seconds of a batch, each utterance counted as long as its longest; exceeded only by an
-            utterance that is longer by itself.
+        seconds: of input that the encoder processes for each utterance.
+        budget: maximum seconds per batch. Because of padding every utterance counts as long as the batch's
+            longest one. Only a single utterance that is longer by itself may exceed the budget.
 
     Returns:
-        Indices of each batch.
+        The utterances' indices in each batch.
     """
     batches: list[list[int]] = []
     longest = 0.0
@@ -154,26 +162,26 @@ def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:
 
 
 def describe_encoder(options: Encoder) -> EncoderSpec:
-    """Read an encoder's configuration, not its weights.
+    """Read an encoder's configuration without its weights.
 
     Raises:
-        UserError: the model is not there or is of a kind that is not supported.
+        ModelError: the model cannot be found, or is not a supported encoder.
     """
     folder = locate_model(options.name)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(
+        raise ModelError(
             f"{options.name} ({folder}) has no readable config.json: {one_sentence(error)}"
         ) from error
     return spec_of(folder, config, options)
 
 
 def spec_of(folder: Path, config: PretrainedConfig, options: Encoder) -> EncoderSpec:
-    """What is known of an encoder from its configuration.
+    """Build an encoder's description from its configuration.
 
     Raises:
-        UserError: it is of a kind that is not supported.
+        ModelError: it is not a supported encoder.
     """
     from slam_asr.models.waveform import WAVEFORM_MODELS, WaveformSpec
     from slam_asr.models.whisper import WhisperSpec
@@ -182,7 +190,7 @@ def spec_of(folder: Path, config: PretrainedConfig, options: Encoder) -> Encoder
         return WhisperSpec(folder, config, options)
     if config.model_type in WAVEFORM_MODELS:
         return WaveformSpec(folder, config, options)
-    raise UserError(
+    raise ModelError(
         f"encoder.name is {options.name}, a model of type {config.model_type}; "
         f"supported encoders: whisper, {', '.join(WAVEFORM_MODELS)}. Give one of these."
     )

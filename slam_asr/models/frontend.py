@@ -1,6 +1,6 @@
-"""From a waveform to what an encoder takes: no weights needed, so that any process can do it.
+"""Turns waveforms into encoder inputs. This needs no weights, so any process can do it.
 
-Worker processes import this module and little else: torch, but not transformers.
+Worker processes import only this module and torch, not transformers, so that they start fast.
 """
 
 import math
@@ -13,21 +13,21 @@ from torch.nn import functional
 from slam_asr.audio import SAMPLE_RATE
 
 COLUMN_SAMPLES, _FFT = 160, 400
-"""Samples at 16 kHz: Whisper's spectrogram has a column every 10 ms, each over 25 ms."""
+"""Hop and window of Whisper's spectrogram in samples at 16 kHz: 10 ms and 25 ms."""
 
 
 @dataclass
 class Prepared:
-    """An utterance as its encoder takes it."""
+    """An utterance as input of an encoder."""
 
     inputs: list[torch.Tensor]
-    """Whisper: log-mel spectrograms [mel bins, columns], one a window; where there are fewer columns than the window has,
-    the last stands for all that follow. The others: the waveform [samples], once."""
+    """Whisper: a log-mel spectrogram [mel bins, columns] per window; if it has fewer columns than the window,
+    its last column is repeated up to the end. The other encoders: one waveform [samples]."""
     samples: int
-    """Of the utterance, at 16 kHz."""
+    """Length of the utterance at 16 kHz."""
 
     def to(self, device: torch.device | str) -> "Prepared":
-        """The same on a device."""
+        """Copy the inputs to a device."""
         return Prepared([i.to(device, non_blocking=True) for i in self.inputs], self.samples)
 
 
@@ -35,50 +35,52 @@ class Prepared:
 class LogMel:
     """Whisper's log-mel spectrograms, as transformers' `WhisperFeatureExtractor` computes them.
 
-    Of the window's silence behind the audio only one column is computed: all others are equal to it.
+    Only one column of the silence after the audio is computed, because all columns of silence are equal.
     """
 
     mel_bins: int
     window_samples: int
     split: bool
-    """Whether audio longer than the window becomes several, rather than being cut."""
+    """Whether audio that is longer than the window is split into several windows, rather than cut."""
 
     def windows_of(self, samples: int) -> int:
-        """Windows that an utterance takes."""
+        """Number of windows of an utterance of `samples` samples."""
         return max(1, math.ceil(samples / self.window_samples)) if self.split else 1
 
     def __call__(self, waveform: np.ndarray) -> Prepared:
-        """[samples] at 16 kHz in float32 → spectrograms in float32, one a window."""
+        """Waveform [samples] at 16 kHz in float32 → a float32 spectrogram [mel bins, columns] per window."""
         size = self.window_samples
         windows = [waveform[size * i : size * (i + 1)] for i in range(self.windows_of(len(waveform)))]
         return Prepared([self._spectrogram(w) for w in windows], len(waveform))
 
     def _spectrogram(self, waveform: np.ndarray) -> torch.Tensor:
         columns = self.window_samples // COLUMN_SAMPLES
-        # A column reaches 200 samples to either side; what lies behind the last one that hears audio is silence.
-        heard = min(columns, (len(waveform) + _FFT // 2) // COLUMN_SAMPLES + 1)
-        shown = min(columns, heard + 1)
-        padded = torch.zeros(self.window_samples if shown == columns else shown * COLUMN_SAMPLES + _FFT)
+        # A column covers 200 samples to either side of its centre. All columns after the last one that
+        # overlaps the audio are silence: one of them is computed.
+        with_audio = min(columns, (len(waveform) + _FFT // 2) // COLUMN_SAMPLES + 1)
+        computed = min(columns, with_audio + 1)
+        padded = torch.zeros(self.window_samples if computed == columns else computed * COLUMN_SAMPLES + _FFT)
         padded[: len(waveform)] = torch.from_numpy(np.ascontiguousarray(waveform))
         centred = functional.pad(padded[None], (_FFT // 2, _FFT // 2), mode="reflect")[0]
         spectrum = torch.stft(
             centred, _FFT, COLUMN_SAMPLES, window=torch.hann_window(_FFT), center=False, return_complex=True
         )
-        mel = _mel_filters(self.mel_bins).T @ spectrum[:, :shown].abs() ** 2
+        mel = _mel_filters(self.mel_bins).T @ spectrum[:, :computed].abs() ** 2
+        # Whisper's scaling: log10, cut 8 below the maximum (80 dB), shifted and divided by 4.
         log = torch.clamp(mel, min=1e-10).log10()
         return (torch.maximum(log, log.max() - 8.0) + 4.0) / 4.0
 
 
 @dataclass(frozen=True)
 class Waveform:
-    """The waveform itself, layer-normalised over its own samples where the checkpoint wants it."""
+    """The waveform itself, layer-normalised over its samples if the checkpoint needs it."""
 
     normalize: bool
 
     def __call__(self, waveform: np.ndarray) -> Prepared:
-        """[samples] at 16 kHz in float32 → the same, normalised."""
+        """Waveform [samples] at 16 kHz in float32 → the same shape, normalised if required."""
         samples = torch.from_numpy(np.ascontiguousarray(waveform))
-        # As fairseq does it: with an epsilon of 1e-5, which matters for quiet audio.
+        # fairseq normalises with an epsilon of 1e-5, transformers with 1e-7: that matters for quiet audio.
         return Prepared(
             [functional.layer_norm(samples, samples.shape) if self.normalize else samples], len(samples)
         )
@@ -91,7 +93,7 @@ _FILTERS: dict[int, torch.Tensor] = {}
 
 
 def _mel_filters(bins: int) -> torch.Tensor:
-    """[201, bins]: triangles on Slaney's mel scale from 0 to 8 kHz, each of unit area (as librosa has them)."""
+    """Filters [201 frequencies, bins]: triangles of unit area on Slaney's mel scale, as in librosa."""
     if bins not in _FILTERS:
         frequencies = np.linspace(0, SAMPLE_RATE / 2, _FFT // 2 + 1)
         corners = _hertz(np.linspace(0.0, _mel(SAMPLE_RATE / 2), bins + 2))
@@ -103,7 +105,7 @@ def _mel_filters(bins: int) -> torch.Tensor:
     return _FILTERS[bins]
 
 
-# Slaney's scale: linear up to 1 kHz, which is 15 mel, and logarithmic from there, 27 mel for a factor of 6.4.
+# Slaney's mel scale: linear up to 1 kHz (15 mel), then logarithmic with 27 mel per factor of 6.4.
 def _mel(hertz: float) -> float:
     return 3.0 * hertz / 200.0 if hertz < 1000.0 else 15.0 + math.log(hertz / 1000.0) * 27.0 / math.log(6.4)
 

@@ -1,12 +1,12 @@
-"""SmolLM2 from llama.cpp's GGUF, turned into a folder that transformers loads.
+"""Converts SmolLM2 from llama.cpp's GGUF format to a folder that transformers loads.
 
-The 4-bit weights are expanded once; the tokenizer is built from the GGUF's own vocabulary.
+The 4-bit weights are dequantized once, and the tokenizer is built from the vocabulary in the GGUF file.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,19 +27,19 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _CONTROL = 3
-"""GGUF's token type for `<|im_start|>` and its like."""
+"""GGUF's token type for control tokens such as `<|im_start|>`."""
 
 
 def require_gguf() -> None:
-    """Refuse before anything is downloaded.
+    """Require, before anything is downloaded, that GGUF can be read.
 
     Raises:
-        UserError: the package that reads GGUF is not installed.
+        ModelError: the package that reads GGUF is not installed.
     """
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError(
+        raise ModelError(
             "Reading SmolLM2 from GGUF needs the package gguf: pip install 'slam-asr[small-models]'."
         ) from error
 
@@ -47,8 +47,9 @@ def require_gguf() -> None:
 def convert_smollm2(weights: Path, folder: Path) -> None:
     """Write a folder with transformers' files for a SmolLM2 in GGUF.
 
-    Weights are stored in float16: rounding to its 11 bits moves a weight by at most 0.05 %, far
-    less than 4-bit quantisation did, and 4 times less than the bfloat16 they are used in.
+    Weights are saved in float16: rounding to its 11 significant bits changes a weight by at most 0.05 %.
+    That is far less than the 4-bit quantisation did, and less than rounding to the bfloat16 that computes
+    with them.
 
     Args:
         weights: the `.gguf` file.
@@ -84,7 +85,7 @@ def convert_smollm2(weights: Path, folder: Path) -> None:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=fields["llama.context_length"],
-        # GGUF keeps 1e-5 as a float32.
+        # GGUF holds 1e-5 as a float32; rounding restores the decimal number.
         rms_norm_eps=round(fields["llama.attention.layer_norm_rms_epsilon"], 12),
         rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
         tie_word_embeddings=tied,
@@ -118,12 +119,17 @@ def _transformers_name(name: str) -> str:
 
 
 def _halves(rows: "np.ndarray", heads: int) -> "np.ndarray":
-    """Undo llama.cpp's order of rows: it pairs rotary dimensions as neighbours, transformers as halves."""
+    """Undo llama.cpp's row order: it pairs neighbouring rotary dimensions, transformers pairs the two halves.
+
+    Args:
+        rows: [heads · head width, input width] of a query or key projection.
+        heads: of queries or keys.
+    """
     return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _tokenizer(fields: dict[str, Any]) -> "Tokenizer":
-    """SmolLM2's byte-level BPE: each digit alone, and no special token put in front."""
+    """SmolLM2's byte-level BPE: every digit is its own token, and no special token is added."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]

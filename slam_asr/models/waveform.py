@@ -1,8 +1,8 @@
-"""WavLM, HuBERT and wav2vec 2.0: encoders that take the waveform itself.
+"""WavLM, HuBERT and wav2vec 2.0: encoders whose input is the waveform itself.
 
-In a batch of unequal lengths each utterance gets, frame for frame, what it gets alone. Padding is
-masked, and in the base models, whose first convolution is normalised over time, it is kept out of
-that norm's statistics as well: with it, their outputs would be off by as much as they are large.
+In a batch of unequal lengths each utterance gets the same frames as when it is encoded alone. For this,
+padding is masked in the attention. The base models also normalise their first convolution's output over
+time, so padding must not enter those statistics: otherwise the error would be as large as the output itself.
 """
 
 import json
@@ -15,48 +15,49 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError
 from slam_asr.models.encoder import SAMPLES_PER_FRAME, EncoderSpec, SpeechEncoder
 from slam_asr.models.frontend import Prepared, Waveform
 
-# transformers' WavLM gives torch its two masks in two types; users can do nothing about it.
+# transformers' WavLM passes two masks of different dtypes to torch, which warns; users cannot change that.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
 
 WAVEFORM_MODELS = ("wavlm", "hubert", "wav2vec2")
-"""Their `model_type` in transformers' configurations."""
+"""Supported values of `model_type` in transformers' configurations."""
 
 
 class WaveformSpec(EncoderSpec):
     """A WavLM, HuBERT or wav2vec 2.0 checkpoint; a CTC head on it is dropped."""
 
     def frames_of(self, samples: int) -> int:
-        """Frames that the convolutions give without padding: one for 400 samples and for each 320 more."""
+        """Output length of the unpadded convolutions: one frame for 400 samples, and one per 320 more."""
         for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
         return samples
 
     def span_of(self, samples: int) -> int:
-        """samples // 320: one more than `frames_of` where the last frame would reach beyond the end."""
+        """samples // 320: one more than `frames_of` if the last frame would reach beyond the end."""
         return samples // SAMPLES_PER_FRAME
 
     @property
     def normalize(self) -> bool:
-        """Whether the checkpoint wants each waveform layer-normalised over its own samples.
+        """Whether the checkpoint was trained on waveforms that are layer-normalised over their samples.
 
         Raises:
-            UserError: the checkpoint does not say.
+            ModelError: preprocessor_config.json does not state it.
         """
         path = self.folder / "preprocessor_config.json"
         try:
             return bool(json.loads(path.read_text())["do_normalize"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} does not say whether the encoder wants normalised waveforms (do_normalize): fetch the model again."
+            raise ModelError(
+                f"{path} does not state whether the encoder needs normalised waveforms (do_normalize): "
+                "fetch the model again."
             ) from error
 
     def encoder_of(self, model: PreTrainedModel) -> nn.Module:
-        """The whole model, without what only its own training needs."""
-        # In training mode these drop frames and layers at random; here the projector's loss is trained.
+        """The complete model, with the augmentations of its own pretraining disabled."""
+        # In training mode transformers would mask frames and drop layers at random.
         model.config.apply_spec_augment, model.config.layerdrop = False, 0.0
         return model
 
@@ -65,11 +66,11 @@ class WaveformSpec(EncoderSpec):
         return {"normalize": self.normalize}
 
     def preparer(self) -> Waveform:
-        """Normalising or not, as the checkpoint says."""
+        """The function that prepares waveforms, with normalisation if the checkpoint needs it."""
         return Waveform(self.normalize)
 
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "WaveformEncoder":
-        """Load the weights, frozen."""
+        """Load the encoder with frozen weights."""
         return WaveformEncoder(self, dtype, device)
 
 
@@ -80,27 +81,43 @@ class WaveformEncoder(SpeechEncoder):
 
     def __init__(self, spec: WaveformSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__(spec, dtype, device)
-        first = self.model.feature_extractor.conv_layers[0]
+        first = self._first_convolution()
         if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
             first.layer_norm = MaskedGroupNorm(first.layer_norm)
 
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
-        """Waveforms are padded with zeros to the longest and masked."""
+        """Pad the waveforms with zeros to the longest, mask the padding, and encode them in one batch.
+
+        Returns:
+            A tensor [frames, width] per utterance; no frames for one that is shorter than 400 samples.
+        """
         frames = [self.spec.frames_of(u.samples) for u in utterances]
-        heard = [u for u, n in zip(utterances, frames, strict=True) if n > 0]
-        if not heard:
+        encodable = [u for u, n in zip(utterances, frames, strict=True) if n > 0]
+        if not encodable:
             return [torch.zeros(0, self.spec.width, dtype=self.dtype, device=self.device) for u in utterances]
-        lengths = torch.tensor([u.samples for u in heard], device=self.device)
-        waveforms = pad_sequence([u.inputs[0] for u in heard], batch_first=True).to(self.device, self.dtype)
+        lengths = torch.tensor([u.samples for u in encodable], device=self.device)
+        waveforms = pad_sequence([u.inputs[0] for u in encodable], batch_first=True).to(
+            self.device, self.dtype
+        )
         mask = None
         if len(set(lengths.tolist())) > 1:
             mask = (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None]).long()
-        self._tell_group_norm(None if mask is None else lengths)
+        self._set_group_norm_lengths(None if mask is None else lengths)
         outputs = iter(self.model(waveforms, attention_mask=mask).last_hidden_state)
         return [next(outputs)[:n] if n else waveforms.new_zeros(0, self.spec.width) for n in frames]
 
-    def _tell_group_norm(self, lengths: torch.Tensor | None) -> None:
-        first = self.model.feature_extractor.conv_layers[0]
+    def _first_convolution(self) -> Any:
+        """The first layer of the feature extractor, whose class differs between the models."""
+        model: Any = self.model
+        return model.feature_extractor.conv_layers[0]
+
+    def _set_group_norm_lengths(self, lengths: torch.Tensor | None) -> None:
+        """Pass the utterances' lengths to the first convolution's norm, if that is over time.
+
+        Args:
+            lengths: [utterances] in samples; None if the batch has no padding.
+        """
+        first = self._first_convolution()
         norm = getattr(first, "layer_norm", None)
         if isinstance(norm, MaskedGroupNorm):
             kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
@@ -108,16 +125,16 @@ class WaveformEncoder(SpeechEncoder):
 
 
 class MaskedGroupNorm(nn.Module):
-    """A group norm of one channel a group whose statistics leave padding out."""
+    """A group norm with one channel per group whose statistics exclude padding."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.lengths: torch.Tensor | None = None
-        """Frames of each utterance without padding; None where there is none."""
+        """[utterances]: frames of each utterance without padding; None if the batch has no padding."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[utterances, channels, frames] → the same shape."""
+        """Normalise [utterances, channels, frames] over the frames; the shape is unchanged."""
         if self.lengths is None:
             return functional.group_norm(hidden, hidden.shape[1], self.weight, self.bias, self.eps)
         x, count = hidden.float(), self.lengths[:, None, None]

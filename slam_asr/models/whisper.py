@@ -1,8 +1,8 @@
-"""Whisper's encoder: log-mel spectrograms of a 30-s window.
+"""Whisper's encoder, whose input is the log-mel spectrogram of a 30-second window.
 
-Whisper always hears its whole window, padded with silence: reported results depend on it. `frames`
-says how much of the output is used. The number of mel bins (80, or 128 from large-v3 on) is the
-checkpoint's.
+The window is always padded with silence to its full length, because published results depend on it. The
+option `encoder.frames` determines how many of the output frames are used. The number of mel bins (80, or 128
+from large-v3 on) comes from the checkpoint.
 """
 
 import math
@@ -19,16 +19,16 @@ from slam_asr.models.frontend import COLUMN_SAMPLES, LogMel, Prepared
 
 
 class WhisperSpec(EncoderSpec):
-    """A Whisper checkpoint's encoder half."""
+    """The encoder of a Whisper checkpoint."""
 
     @property
     def width(self) -> int:
-        """d_enc: values a frame."""
+        """d_enc: number of values per frame."""
         return self.config.d_model
 
     @property
     def window_frames(self) -> int:
-        """Frames of the whole window: 1500 for 30 s."""
+        """Frames of a full window: 1500 for 30 s."""
         return self.config.max_source_positions
 
     @property
@@ -37,11 +37,11 @@ class WhisperSpec(EncoderSpec):
         return self.window_frames * SAMPLES_PER_FRAME
 
     def windows_of(self, samples: int) -> int:
-        """Windows that an utterance takes: one, unless long audio is split."""
+        """Number of windows of an utterance: one, unless long audio is split."""
         return self.preparer().windows_of(samples)
 
     def preparer(self) -> LogMel:
-        """Of as many mel bins as the model has: not a file beside it, which might say another number."""
+        """The function that computes spectrograms; config.json has the mel bins that the weights need."""
         return LogMel(self.config.num_mel_bins, self.window_samples, self.options.long_audio == "split")
 
     def seconds_of(self, samples: int) -> float:
@@ -49,16 +49,16 @@ class WhisperSpec(EncoderSpec):
         return self.windows_of(samples) * self.window_samples / SAMPLE_RATE
 
     def frames_of(self, samples: int) -> int:
-        """All frames of all windows, or those that hold speech: ceil(samples / 320)."""
-        heard = self.windows_of(samples) * self.window_frames
-        return heard if self.options.frames == "all" else min(math.ceil(samples / SAMPLES_PER_FRAME), heard)
+        """All frames of all windows, or with `frames: speech` only ceil(samples / 320)."""
+        total = self.windows_of(samples) * self.window_frames
+        return total if self.options.frames == "all" else min(math.ceil(samples / SAMPLES_PER_FRAME), total)
 
     def encoder_of(self, model: PreTrainedModel) -> nn.Module:
-        """The decoder half is dropped."""
+        """The encoder; the decoder is dropped."""
         return model.get_encoder()
 
     def preprocessing(self) -> dict[str, Any]:
-        """Window, mel bins, and how much is kept."""
+        """Window, mel bins, which frames are used, and what happens to long audio."""
         return {
             "window_frames": self.window_frames,
             "mel_bins": self.config.num_mel_bins,
@@ -67,7 +67,7 @@ class WhisperSpec(EncoderSpec):
         }
 
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "WhisperEncoder":
-        """Load the weights, frozen."""
+        """Load the encoder with frozen weights."""
         return WhisperEncoder(self, dtype, device)
 
 
@@ -77,15 +77,22 @@ class WhisperEncoder(SpeechEncoder):
     spec: WhisperSpec
 
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
-        """All windows of all utterances at once; those of one utterance are joined again."""
+        """Encode all windows of all utterances in one batch, and join the windows of each utterance.
+
+        Returns:
+            A tensor [frames, width] per utterance.
+        """
         columns = self.spec.window_samples // COLUMN_SAMPLES
-        whole = [
+        # Spectrograms end with one column of silence; repeating it fills the window.
+        padded = [
             functional.pad(w[None], (0, columns - w.shape[1]), mode="replicate")[0]
             for u in utterances
             for w in u.inputs
         ]
-        windows = torch.stack(whole).to(self.device, self.dtype, non_blocking=True)
-        hidden = self.model(windows).last_hidden_state
+        windows = torch.stack(padded).to(
+            self.device, self.dtype, non_blocking=True
+        )  # [windows, bins, columns]
+        hidden = self.model(windows).last_hidden_state  # [windows, frames, width]
         parts = hidden.split([len(u.inputs) for u in utterances])
         return [
             p.flatten(0, 1)[: self.spec.frames_of(u.samples)] for p, u in zip(parts, utterances, strict=True)

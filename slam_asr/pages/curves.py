@@ -183,7 +183,7 @@ _COLOURS = {
     _QUIET: "var(--quiet)",
     **{colour: f"var(--run-{number})" for number, colour in enumerate(_RUNS, start=1)},
 }
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     "training": {"color": _TRAINING},
     "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))},
 }
@@ -208,7 +208,7 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": quantity,
         "font.size": 10,
@@ -257,14 +257,15 @@ def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
 def _inline(svg: str, name: str, title: str, description: str) -> str:
     """Turn matplotlib's file into part of a page: add title and description, and use the page's colours."""
     body = svg[svg.index("<svg") :]
-    view = re.search(r'viewBox="[^"]+"', body)[0]
+    view_box = re.search(r'viewBox="[^"]+"', body)
+    assert view_box is not None  # matplotlib always writes one
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body[body.index(">") + 1 :], flags=re.DOTALL)
     # matplotlib numbers its groups from 1 in each figure, so two figures on a page would share ids.
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     for placeholder, colour in _COLOURS.items():
         body = body.replace(placeholder, colour)
     return (
-        f'<svg {view} role="img" aria-labelledby="{name}-title {name}-description">'
+        f'<svg {view_box[0]} role="img" aria-labelledby="{name}-title {name}-description">'
         f'<title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-description">{escape(description)}</desc>{body}'
     )

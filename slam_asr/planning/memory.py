@@ -45,7 +45,7 @@ class Memory:
     """Memory of one process in bytes, by part."""
 
     frozen: float
-    """Frozen weights of the LLM, weights that are gathered at the peak, and an encoder that runs on the fly."""
+    """Frozen weights, weights that are gathered at the peak, and an encoder that runs on the fly."""
     trained: float
     """Trained weights and their gradients."""
     optimizer: float

@@ -25,7 +25,7 @@ LibriSpeech has 2.7 words per second, and Llama's tokenizer about 1.35 tokens pe
 USABLE = 0.92
 """Share of a GPU's memory that the plan uses, because batches vary in size and memory fragments."""
 ENCODING, TRAINING = 0.30, 0.40
-"""Typical shares of the peak FLOP/s that an encoder and a training reach; the reference trains at 0.09 to 0.20."""
+"""Typical shares of peak FLOP/s of an encoder and a training; the reference trains at 0.09 to 0.20."""
 
 
 @dataclass
@@ -131,7 +131,7 @@ def plan(
 
 
 def mean_load(shapes: Shapes, seconds: float, budget: int) -> Load:
-    """The micro-batch of utterances of mean length that fills a budget of LLM positions; at least one utterance."""
+    """The micro-batch of utterances of mean length, at least one, that fills a budget of LLM positions."""
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(round(seconds * 16_000)))
     targets = round(seconds * TOKENS_A_SECOND) + 1
     length = audio + PROMPT_POSITIONS + targets
@@ -275,7 +275,7 @@ def _print(
     verdict = "fits" if result.fits else "DOES NOT FIT"
     log_line(
         f"  {'total':<52}{memory.total / 1e9:8.2f}  {verdict} into {gpu_memory:g} GB ({USABLE:.0%} of them "
-        "planned with)"
+        "usable)"
     )
     if recipe.training.offload_optimizer:
         log_line(

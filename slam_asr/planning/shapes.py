@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -18,6 +18,9 @@ from slam_asr.models.precision import DTYPES
 from slam_asr.models.pretrained import locate_config
 from slam_asr.models.projector import build_projector
 from slam_asr.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Attention(torch.autograd.Function):
@@ -63,11 +66,11 @@ class Shapes:
     """Results so far. Copies by `dataclasses.replace`, with other training options, share them."""
 
     @property
-    def llm(self) -> torch.nn.Module:
+    def llm(self) -> "PreTrainedModel":
         """The LLM on the meta device; its trained weights require gradients."""
         return self._llm(checkpointed=False)
 
-    def _llm(self, checkpointed: bool) -> torch.nn.Module:
+    def _llm(self, checkpointed: bool) -> "PreTrainedModel":
         key = ("llm", self.recipe.training.precision, checkpointed)
         if key not in self._cache:
             with torch.device("meta"):
@@ -172,7 +175,7 @@ class Shapes:
         return self._cache[key]
 
 
-def _saved_bytes(llm: torch.nn.Module, rows: int, length: int) -> int:
+def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
     weights = {p.untyped_storage()._cdata for p in llm.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -189,7 +192,7 @@ def _saved_bytes(llm: torch.nn.Module, rows: int, length: int) -> int:
 
 
 @torch.no_grad()
-def _gives_bare_logits(llm: torch.nn.Module) -> bool:
+def _gives_bare_logits(llm: "PreTrainedModel") -> bool:
     """Whether an LLM returns the output layer's logits unchanged."""
     outputs: list[torch.Tensor] = []
     head = llm.get_output_embeddings()

@@ -157,9 +157,17 @@ def _by_name(path: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[t
 
 def _compared(name: str, a: Measured, b: Measured, indices: np.ndarray, seed: int) -> Compared:
     test = matched_pairs(a.errors[indices], b.errors[indices], a.words[indices], seed)
-    points = [round(100 * value, 2) for value in (test.difference, test.low, test.high)]
-    rates = [percent(m.total(indices)) or 0.0 for m in (a, b)]
-    return Compared(name, len(indices), *rates, *points, p=round(test.p, 5), differing=test.differing)
+    return Compared(
+        subset=name,
+        utterances=len(indices),
+        first=percent(a.total(indices)) or 0.0,
+        second=percent(b.total(indices)) or 0.0,
+        difference=round(100 * test.difference, 2),
+        low=round(100 * test.low, 2),
+        high=round(100 * test.high, 2),
+        p=round(test.p, 5),
+        differing=test.differing,
+    )
 
 
 def _print(rows: Sequence[Compared], first: str, second: str, left_out: dict[str, int]) -> None:

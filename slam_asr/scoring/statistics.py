@@ -60,7 +60,10 @@ def interval_over(
         Its lower and upper limit as fractions, or None with fewer than two groups or no words.
     """
     sums = [(errors[indices].sum(), words[indices].sum()) for indices in groups.values()]
-    return interval(*np.array(sums).T, seed) if sums else None
+    if not sums:
+        return None
+    group_errors, group_words = np.array(sums).T
+    return interval(group_errors, group_words, seed)
 
 
 @dataclass

@@ -1,6 +1,7 @@
-"""Run by the tests: what anonymous memory a conversion takes, on standard output, as a multiple of the largest weight.
+"""Run by the tests: prints the peak anonymous memory of a conversion as a multiple of the largest weight.
 
-Arguments: the recipe, the checkpoint and the output, of a small model first, for what the libraries take once, then of the one that is measured.
+Arguments: the target format; then recipe, checkpoint and output of a small model, which makes the libraries
+allocate what they need once; then the same three of the model that is measured.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Run under torchrun by the tests: each engine takes three steps and saves a checkpoint, as a training does, beside its own fp32 weights."""
+"""Run under torchrun by the tests: each engine trains for three steps, then saves its weights."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     for precision in PRECISIONS:
         for kind in ENGINES:
             engine = make(kind, precision)
-            # One that is asked for before the first update must do no harm, and must not fail.
+            # A snapshot before the first update must succeed and change nothing.
             take_snapshot(engine, Checkpoint(0, 0, 0, kind, processes, {}), b"")
             run(engine, 0, 3)
             place = folder / f"{kind}-{precision}"

@@ -1,4 +1,4 @@
-"""Every kind of checkpoint is found out by its content, and every kind of model can be written: the same weights, whatever the way."""
+"""Every kind of checkpoint is recognised by its content; whatever the format, the weights stay the same."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def weights_of(recipe, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def deepspeeds_folder(folder, weights, ranks: int = 2, step: int = 7, prefix: str = "encoder_projector."):
-    """As ZeRO-2 writes it: a slice of all weights in one row for each rank."""
+    """A checkpoint as ZeRO-2 writes it: the flattened weights, cut into a slice per rank."""
     folder.mkdir(parents=True)
     flat = torch.cat([tensor.flatten() for tensor in weights.values()])
     size = -(-len(flat) // ranks)
@@ -77,7 +77,7 @@ def test_a_folder_of_deepspeeds_is_the_same_model_as_slam_llms_file(recipe, tmp_
     assert "same loss before and after" in ours.summary
 
 
-def test_which_of_deepspeeds_folders_is_meant_must_be_clear(recipe, tmp_path):
+def test_an_ambiguous_choice_of_deepspeeds_folders_is_refused(recipe, tmp_path):
     for step in (3, 7):
         deepspeeds_folder(tmp_path / f"global_step{step}", weights_of(recipe))
     with pytest.raises(
@@ -86,7 +86,7 @@ def test_which_of_deepspeeds_folders_is_meant_must_be_clear(recipe, tmp_path):
     ):
         find_zero_folder(tmp_path)
     (tmp_path / "latest").write_text("global_step9")
-    with pytest.raises(UserError, match=r"names global_step9, which is not there"):
+    with pytest.raises(UserError, match=r"names global_step9, which is missing"):
         find_zero_folder(tmp_path)
 
 
@@ -102,15 +102,15 @@ def spoil(folder, change) -> None:
     [
         (
             lambda s: s["single_partition_of_fp32_groups"].append(torch.zeros(3)),
-            r"not of one checkpoint \(sizes differ\)",
+            r"not from the same checkpoint \(sizes differ\)",
         ),
         (
             lambda s: s["base_optimizer_state"]["state"][0].update(step=torch.tensor(8.0)),
-            r"not of one checkpoint \(step differ\)",
+            r"not from the same checkpoint \(step differ\)",
         ),
         (
             lambda s: s.update(fp32_flat_groups=s.pop("single_partition_of_fp32_groups")),
-            r"not of one checkpoint \(ZeRO stage, sizes differ\)",
+            r"not from the same checkpoint \(ZeRO stage, sizes differ\)",
         ),
         (lambda s: s.pop("single_partition_of_fp32_groups"), "holds no fp32 weights of ZeRO"),
     ],
@@ -137,7 +137,7 @@ class Intruder:
         "model.pt",
     ],
 )
-def test_a_pickle_that_would_run_code_runs_nothing_wherever_it_lies(recipe, tmp_path, monkeypatch, file):
+def test_no_code_from_a_pickle_runs_in_any_file(recipe, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
     folder = deepspeeds_folder(tmp_path / "global_step7", weights_of(recipe))
     torch.save(
@@ -151,7 +151,7 @@ def test_a_pickle_that_would_run_code_runs_nothing_wherever_it_lies(recipe, tmp_
     assert not (tmp_path / "intruder-was-here").exists()
 
 
-def test_a_model_can_be_written_as_a_model_again_in_half_precision_too(recipe, tmp_path):
+def test_a_model_can_be_copied_and_copied_in_half_precision(recipe, tmp_path):
     model = convert_checkpoint(
         str(checkpoint(tmp_path / "model.pt", recipe.projector)), str(tmp_path / "model"), recipe=recipe
     )
@@ -177,7 +177,7 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
     with torch.no_grad():
         for weights in drawn.parameters():
             if weights.dim() > 1:
-                weights.mul_(8)  # As they are drawn, hardly anything changes what it says.
+                weights.mul_(8)  # initial weights are so small that hardly anything changes the output
     drawn.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
     recipe = load_recipe(
@@ -186,7 +186,7 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
     llm = load_llm(recipe.llm.name, torch.float32)
     add_lora(llm, recipe.llm.lora, seed=1)
     generator = torch.Generator().manual_seed(5)
-    # B begins at zero: an adapter that changes nothing would prove nothing.
+    # Initially B is zero, and an adapter without effect would prove nothing.
     adapter = {
         f"llm.base_model.model.{n}": 0.3 * torch.randn(p.shape, generator=generator)
         for n, p in llm.named_parameters()
@@ -196,7 +196,7 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_merged_llm_says_what_llm_and_adapter_said(tiny_recipe, tmp_path, precision):
+def test_a_merged_llm_computes_the_logits_of_llm_and_adapter(tiny_recipe, tmp_path, precision):
     recipe, llm, file, adapter = with_lora(tiny_recipe, tmp_path, precision)
     record = convert_checkpoint(str(file), str(tmp_path / "llm"), to="llm", recipe=recipe)
     llm.load_state_dict(
@@ -209,7 +209,7 @@ def test_a_merged_llm_says_what_llm_and_adapter_said(tiny_recipe, tmp_path, prec
     error, effect = (found - expected).abs().max(), (before - expected).abs().max()
     assert error < effect * (1e-5 if precision == "fp32" else 0.05), (error, effect)
     assert "before" in record.summary
-    # From our own folder too, and it can be named as any LLM.
+    # A model folder with an adapter gives the same merged LLM.
     model = convert_checkpoint(str(file), str(tmp_path / "model"), recipe=recipe)
     again = convert_checkpoint(model.folder, str(tmp_path / "again"), to="llm")
     name = "model.safetensors"
@@ -258,7 +258,7 @@ def test_a_frozen_llm_is_not_written(recipe, tmp_path):
 
 
 def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
-    """The folder of a training that kept its last three checkpoints, and has begun a fourth."""
+    """The folder of a training with three complete checkpoints and an unfinished fourth."""
     for number, seed in enumerate(seeds, start=1):
         step = folder / "checkpoints" / folder_name(10 * number)
         step.mkdir(parents=True)
@@ -288,7 +288,7 @@ def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
     return str(folder)
 
 
-def test_an_average_is_the_mean_of_all_that_were_kept(recipe, tiny_recipe, tmp_path):
+def test_an_average_is_the_mean_of_all_complete_checkpoints(recipe, tiny_recipe, tmp_path):
     training = a_training(tmp_path / "training", recipe, tiny_recipe)
     assert [found.step for found in all_complete(f"{training}/checkpoints")] == [10, 20, 30]
     record = convert_checkpoint(training, str(tmp_path / "mean"), which="average")

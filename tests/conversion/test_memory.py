@@ -1,4 +1,4 @@
-"""What is larger than memory can be converted: weights pass through one by one."""
+"""A model larger than memory can be converted, because its weights are processed one by one."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def trained(tiny_recipe, folder: Path, ways: dict, tied: bool = True, **sizes: int) -> tuple[Path, Path]:
-    """A recipe with an LLM of its own, and a checkpoint of ZeRO's with all that was trained of it."""
+    """A recipe with an LLM of the given size, and a ZeRO checkpoint with its trained weights."""
     base = load_recipe(str(tiny_recipe)).llm.name
     torch.manual_seed(7)
     llm = AutoModelForCausalLM.from_config(
@@ -90,7 +90,7 @@ def test_no_more_than_a_few_weights_are_in_memory_at_once(tiny_recipe, tmp_path,
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
-    # The whole is four times the largest weight and more.
+    # The complete model is more than four times as large as its largest weight.
     taken = float(done.stdout.splitlines()[-1])
     print(f"{kind}: {taken:.2f} times the largest weight")
     assert taken < 2.5
@@ -99,7 +99,7 @@ def test_no_more_than_a_few_weights_are_in_memory_at_once(tiny_recipe, tmp_path,
 @pytest.mark.cold
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", WAYS)
-def test_an_llm_written_weight_by_weight_is_the_one_that_is_written_whole(
+def test_an_llm_written_weight_by_weight_equals_one_written_at_once(
     tiny_recipe, tmp_path, monkeypatch, kind, tied
 ):
     ways, to = WAYS[kind]
@@ -129,7 +129,7 @@ def test_an_llm_written_weight_by_weight_is_the_one_that_is_written_whole(
 
 
 @pytest.mark.cold
-def test_a_file_written_one_by_one_is_the_librarys(tmp_path):
+def test_a_file_written_one_by_one_is_read_by_safetensors(tmp_path):
     tensors = {
         "b": torch.randn(3, 5),
         "a": torch.randn(2, 2).bfloat16(),

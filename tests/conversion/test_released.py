@@ -1,4 +1,4 @@
-"""A released checkpoint, decoded by the two commands of the page for those who come from SLAM-LLM."""
+"""A released SLAM-LLM checkpoint, converted and decoded by two commands, gives the reference's texts."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,8 @@ REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams):
     if not REFERENCE.is_dir():
         pytest.skip(
-            "needs the files of the reference implementation in ../shared/reference, which are not part of this repository"
+            "needs the files of the reference implementation in ../shared/reference, "
+            "which are not part of this repository"
         )
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / "cache"))
     checkpoint = REFERENCE / f"model_{encoder}.pt"
@@ -41,7 +42,7 @@ def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams)
     )
     main(
         [
-            # One utterance at a time, as the reference's numbers for single utterances are.
+            # One utterance at a time, like the reference's results for single utterances.
             "decode",
             "--model",
             str(tmp_path / "model"),

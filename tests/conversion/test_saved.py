@@ -1,4 +1,7 @@
-"""What a conversion reads of a training's checkpoint is bit for bit the engine's own fp32 weights: every engine, one, two and four processes."""
+"""A conversion reads from a training's checkpoint exactly the engine's fp32 weights.
+
+This is checked for every engine, with one, two and four processes.
+"""
 
 import pytest
 import torch

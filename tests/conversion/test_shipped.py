@@ -1,4 +1,4 @@
-"""Projectors that come with the package: each can be read, fits its models, is small, and says where it comes from."""
+"""Each shipped projector can be read, fits its base models, is small, and has a model card."""
 
 import re
 
@@ -13,24 +13,24 @@ from slam_asr.models.llm import describe_llm, llm_width
 from slam_asr.models.pretrained import locate_model, weights_sha256
 from slam_asr.recipe import load_recipe, shipped_recipes
 
-LARGEST = 12e6
-"""Bytes."""
+MAX_BYTES = 12e6
 
 
-def test_there_is_one():
+def test_a_projector_for_the_demo_is_shipped():
     assert "whisper-tiny.en-smollm2-135m" in shipped_models()
 
 
 @pytest.mark.parametrize("name", shipped_models())
 def test_it_is_small_and_in_half_precision(name):
     weights = fetch_model(name) / WEIGHTS
-    assert weights.stat().st_size < LARGEST
+    assert weights.stat().st_size < MAX_BYTES
     with safe_open(weights, "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_models())
-def test_it_has_a_recipe_that_begins_with_it(name):
+def test_its_recipe_starts_from_it(name):
     trained, recipe = read_config(fetch_model(name)).typed_recipe, load_recipe(name)
     assert recipe.projector.init_from == name
     assert (
@@ -56,7 +56,7 @@ def test_it_has_a_recipe_that_begins_with_it(name):
 
 
 @pytest.mark.parametrize("name", shipped_models())
-def test_its_card_says_what_one_wants_to_know(name):
+def test_its_card_describes_data_training_and_results(name):
     card = (fetch_model(name) / "README.md").read_text()
     for said in (
         "## Data",
@@ -74,7 +74,7 @@ def test_its_card_says_what_one_wants_to_know(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_models())
-def test_it_belongs_to_the_models_that_are_fetched(name):
+def test_it_fits_the_base_models_that_are_fetched(name):
     config = read_config(fetch_model(name))
     recipe = config.typed_recipe
     spec, llm = describe_encoder(recipe.encoder), locate_model(recipe.llm.name)

@@ -1,4 +1,4 @@
-"""SLAM-LLM's `model.pt`: read with the recipe it belongs to, refused with any other, and written back bit for bit."""
+"""SLAM-LLM's `model.pt` is read with its own recipe, refused with another, and written back bit for bit."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def checkpoint(path: Path, options, widths=(16, 16), **more) -> Path:
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)
-def test_what_is_read_is_written_back(tiny_recipe, tmp_path, kind):
+def test_a_converted_file_is_written_back_bit_for_bit(tiny_recipe, tmp_path, kind):
     r = recipe(tiny_recipe, **{"projector.kind": kind, "projector.layers": 1, "projector.queries": 3})
     file = checkpoint(tmp_path / "model.pt", r.projector)
     model = convert_checkpoint(str(file), str(tmp_path / "model"), recipe=r)
@@ -35,7 +35,7 @@ def test_what_is_read_is_written_back(tiny_recipe, tmp_path, kind):
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_half_precision_takes_half_the_space_and_is_read_as_any(tiny_recipe, tmp_path):
+def test_half_precision_halves_the_size_and_is_read_as_float32(tiny_recipe, tmp_path):
     r = recipe(tiny_recipe)
     file = checkpoint(tmp_path / "model.pt", r.projector)
     whole, half = (
@@ -50,7 +50,7 @@ def test_half_precision_takes_half_the_space_and_is_read_as_any(tiny_recipe, tmp
     for name, tensor in first.items():
         assert second[name].dtype == torch.float32
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
-    with pytest.raises(UserError, match="--half true is for our model folder"):
+    with pytest.raises(UserError, match="--half true is only for --to model"):
         convert_checkpoint(half.folder, str(tmp_path / "back"), to="slam-llm", half=True)
 
 
@@ -60,7 +60,7 @@ def lora_weights(r):
     return {f"llm.base_model.model.{n}": p.detach() + 1 for n, p in llm.named_parameters() if ".lora_" in n}
 
 
-def test_lora_beside_the_projector_is_kept(tiny_recipe, tmp_path):
+def test_lora_weights_survive_the_round_trip(tiny_recipe, tmp_path):
     r = recipe(tiny_recipe, **{"llm.tuning": "lora"})
     file = checkpoint(tmp_path / "model.pt", r.projector, **lora_weights(r))
     model = convert_checkpoint(str(file), str(tmp_path / "model"), recipe=r)
@@ -70,7 +70,7 @@ def test_lora_beside_the_projector_is_kept(tiny_recipe, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_lora_without_a_recipe_that_has_it_is_refused(tiny_recipe, tmp_path):
+def test_lora_weights_are_refused_if_the_recipe_has_no_lora(tiny_recipe, tmp_path):
     r = recipe(tiny_recipe, **{"llm.tuning": "lora"})
     file = checkpoint(tmp_path / "model.pt", r.projector, **lora_weights(r))
     with pytest.raises(UserError, match=r"llm\.tuning"):
@@ -98,7 +98,7 @@ def test_nan_is_refused_by_name(tiny_recipe, tmp_path):
         convert_checkpoint(str(file), str(tmp_path / "model"), recipe=r)
 
 
-def test_without_a_recipe_it_is_said_what_is_missing(tiny_recipe, tmp_path):
+def test_a_missing_recipe_is_named_in_the_error(tiny_recipe, tmp_path):
     file = checkpoint(tmp_path / "model.pt", recipe(tiny_recipe).projector)
     with pytest.raises(UserError, match="name them with --recipe"):
         convert_checkpoint(str(file), str(tmp_path / "model"))
@@ -112,7 +112,7 @@ def test_a_truncated_file_is_one_sentence(tiny_recipe, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_weights_of_something_else_are_refused(tiny_recipe, tmp_path):
+def test_weights_of_another_part_are_refused(tiny_recipe, tmp_path):
     r = recipe(tiny_recipe)
     file = checkpoint(tmp_path / "model.pt", r.projector, **{"llm.lm_head.weight": torch.zeros(2, 2)})
     with pytest.raises(UserError, match=r"llm\.lm_head\.weight, which is neither"):

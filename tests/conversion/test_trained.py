@@ -1,4 +1,4 @@
-"""A model that is only measured fits the recipe's features, and gets a record that the pipeline's steps can point to."""
+"""A model that is only evaluated must fit the recipe's features, and gets a stage's record."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_a_model_without_a_record_is_copied_once_and_can_be_pointed_to(tmp_path)
     )
 
 
-def test_a_model_with_its_record_stays_where_it_is(tmp_path):
+def test_a_model_with_a_record_is_not_copied(tmp_path):
     made = run_stage(
         "convert-checkpoint",
         str(tmp_path / "model"),
@@ -56,14 +56,14 @@ def test_a_model_with_its_record_stays_where_it_is(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_what_was_trained_on_other_features_is_refused_with_what_mends_it(tmp_path):
+def test_a_model_of_other_features_is_refused_with_the_options_that_correct_it(tmp_path):
     trained = load_recipe("demo")
     write(tmp_path / "model", replace(trained, features=replace(trained.features, dtype="fp32")))
     assert "features.dtype is bf16, not fp32" in refusal(WANTED, tmp_path / "model")
     assert refusal(WANTED, tmp_path / "model").endswith("add --features.dtype fp32.")
 
 
-def test_the_folder_of_the_encoder_is_no_difference(tmp_path):
+def test_the_encoders_folder_does_not_matter(tmp_path):
     trained = load_recipe("demo")
     write(
         tmp_path / "model",

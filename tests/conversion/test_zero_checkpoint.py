@@ -1,4 +1,4 @@
-"""Conversion: the tensors are bit for bit the engine's own fp32 weights, and no stranger's code runs."""
+"""ZeRO checkpoints give exactly the engine's fp32 weights, and no code from a file runs."""
 
 import os
 import pickle
@@ -62,7 +62,7 @@ class Intruder:
         return os.system, ("touch intruder-was-here",)
 
 
-def test_a_pickle_that_would_run_code_runs_nothing_and_is_named(tmp_path, monkeypatch):
+def test_no_code_from_a_pickle_runs_and_the_function_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"module": Intruder()}, tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(UserError, match=r"posix\.system"):

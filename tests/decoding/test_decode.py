@@ -125,6 +125,7 @@ def test_single_batched_sharded_and_resumed_decoding_agree(
     assert not (tmp_path / "cut" / FILE).exists()
 
 
+@pytest.mark.slow
 def test_a_journal_of_other_options_is_not_used(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     search, calls = Searcher.decode, []
     monkeypatch.setattr(
@@ -180,6 +181,7 @@ def test_another_machine_resumes_from_object_storage(bucket, tmp_path, monkeypat
         assert not third.answers
 
 
+@pytest.mark.slow
 def test_nbest_lists_are_sorted_by_score_and_start_with_the_hypothesis(
     model, manifest, tiny_recipe, tmp_path
 ):

@@ -184,6 +184,7 @@ def undisturbed(tiny_models, many, tmp_path):
     return contents(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work_shards", [2, 7])
 def test_work_shards_fill_the_store_with_the_same_shards(
     tiny_models, many, undisturbed, tmp_path, work_shards

@@ -39,6 +39,7 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+@pytest.mark.slow
 def test_extraction_and_reading_survive_faults(tiny_models, many, tmp_path, faulty_s3):
     options = recipe(tiny_models, **SMALL)
     local = extract_features(options, [str(many)], str(tmp_path / "undisturbed"))
@@ -51,6 +52,7 @@ def test_extraction_and_reading_survive_faults(tiny_models, many, tmp_path, faul
     assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_an_unreachable_endpoint_ends_extraction_with_a_message_and_loses_nothing(
     tiny_models, many, tmp_path, faulty_s3, monkeypatch
 ):

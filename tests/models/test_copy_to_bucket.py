@@ -1,4 +1,4 @@
-"""Models are copied into a bucket once, and are found there by the address that is given."""
+"""Models are copied into a bucket once, and can be loaded from the address that copying returns."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_copied_models_are_the_same_and_copied_once(bucket, tiny_recipe, capsys)
     assert capsys.readouterr().out.count("there already") == 2
 
 
-def test_copy_that_was_cut_off_is_done_again(bucket, tiny_recipe):
+def test_an_interrupted_copy_is_repeated(bucket, tiny_recipe):
     recipe = load_recipe(str(tiny_recipe))
     _, llm = copy_models("s3://bucket/models", recipe)
     for name in ("config.json", "model.safetensors"):
@@ -46,6 +46,6 @@ def test_names_on_the_hub_keep_their_owner(bucket, monkeypatch, tiny_models, tmp
         ("s3://bucket/models", [], "No model is named: give a recipe, or --models"),
     ],
 )
-def test_mistakes_are_said_before_anything_is_fetched(to, models, sentence):
+def test_mistakes_are_reported_before_anything_is_fetched(to, models, sentence):
     with pytest.raises(UserError, match=sentence):
         copy_models(to, models=models)

@@ -1,4 +1,4 @@
-"""Every encoder, from its own checkpoint: company changes nothing, and what the checkpoint says is done."""
+"""Every encoder gives an utterance the same frames alone and in a batch, and follows its checkpoint."""
 
 import math
 
@@ -100,7 +100,7 @@ def model(request, tmp_path):
     )
 
 
-def test_a_batch_of_unequal_lengths_gives_what_each_gives_alone(model):
+def test_a_batch_of_unequal_lengths_gives_the_frames_of_each_alone(model):
     spec, encoder = load(model, frames="speech")
     prepared = [encoder.prepare(w) for w in waves()]
     for together, one, wave in zip(encoder.encode(prepared), prepared, waves(), strict=True):
@@ -108,7 +108,7 @@ def test_a_batch_of_unequal_lengths_gives_what_each_gives_alone(model):
         torch.testing.assert_close(together, encoder.encode([one])[0], atol=1e-5, rtol=1e-5)
 
 
-def test_one_utterance_gives_what_transformers_gives(model):
+def test_one_utterance_gives_the_frames_of_transformers(model):
     wave = waves()[3]
     spec, encoder = load(model)
     whole = AutoModel.from_pretrained(model).eval()
@@ -145,7 +145,7 @@ def test_parameters_are_counted_without_weights(model):
     assert spec.count_parameters() == sum(p.numel() for p in encoder.parameters())
 
 
-def test_normalisation_is_the_checkpoints(tmp_path):
+def test_the_checkpoint_decides_about_normalisation(tmp_path):
     wave = waves()[1]
     for normalize in (True, False):
         _, encoder = load(write_waveform_model(tmp_path / str(normalize), "wavlm", "large", normalize))
@@ -154,10 +154,10 @@ def test_normalisation_is_the_checkpoints(tmp_path):
         assert torch.equal(prepared, torch.from_numpy(wave)) != normalize
 
 
-def test_a_checkpoint_that_does_not_say_whether_to_normalise_is_refused(tmp_path):
+def test_a_checkpoint_that_does_not_state_normalisation_is_refused(tmp_path):
     folder = write_waveform_model(tmp_path / "m", "hubert", "large")
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match="does not say whether the encoder wants normalised waveforms"):
+    with pytest.raises(UserError, match="does not state whether the encoder needs normalised waveforms"):
         describe_encoder(Encoder(name=str(folder))).fingerprint()
 
 

@@ -1,7 +1,7 @@
-"""Original files: every tensor arrives where transformers has it, or is complained about by name.
+"""Every tensor of an original file is converted to transformers' name for it, or is named in an error.
 
-Files are written here by hand in fairseq's layout, from the weights of transformers' own models, and
-what is converted must compute the same.
+The tests write files in fairseq's layout from the weights of transformers' own models. The converted models
+must compute the same frames.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def options(kind: str, style: str, layout: str = LAYOUT, heads: int = 4) -> dict
 
 
 def fairseq_file(kind: str, style: str, model, tuned: bool = False, normalize: bool = True, **more) -> dict:
-    """What fairseq (or, for WavLM, its authors) save."""
+    """A checkpoint in the layout of fairseq, or for WavLM of its authors."""
     tensors, width = fairseq_names(model, style), model.config.hidden_size
     device = next(iter(tensors.values())).device
     if kind == "wavlm":
@@ -165,7 +165,7 @@ def test_converted_weights_compute_what_transformers_computes(tmp_path, kind, tu
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("tuned", [True, False])
-def test_whether_to_normalise_is_the_files(tmp_path, normalize, tuned):
+def test_the_file_decides_about_normalisation(tmp_path, normalize, tuned):
     content = fairseq_file("hubert", "large", random_model("hubert", "large"), tuned, normalize)
     convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
     assert describe_encoder(Encoder(name=str(tmp_path / "c"))).normalize is normalize
@@ -231,7 +231,7 @@ def test_a_configuration_that_its_tensors_contradict_is_refused(tmp_path, option
 
 
 @pytest.mark.parametrize("value", [3, "x", torch.ones(16, dtype=torch.int8)])
-def test_what_is_no_tensor_of_floats_is_named(tmp_path, value):
+def test_a_weight_that_is_not_a_tensor_of_floats_is_named(tmp_path, value):
     content = fairseq_file("hubert", "large", random_model("hubert", "large"))
     content["model"]["layer_norm.weight"] = value
     with pytest.raises(UserError, match=r"'layer_norm\.weight'.*not a tensor of floats"):
@@ -239,7 +239,7 @@ def test_what_is_no_tensor_of_floats_is_named(tmp_path, value):
 
 
 @pytest.mark.parametrize("tuned", [True, False])
-def test_every_tensor_of_hubert_x_large_has_its_place(tuned):
+def test_every_tensor_of_hubert_x_large_is_mapped(tuned):
     layout = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
     sizes = {
         "hidden_size": 1280,
@@ -263,7 +263,8 @@ def test_every_tensor_of_hubert_x_large_has_its_place(tuned):
 def test_reference_files_are_converted_by_the_stage(tmp_path, name):
     if not REFERENCE.is_dir():
         pytest.skip(
-            "needs the files of the reference implementation in ../shared/reference, which are not part of this repository"
+            "needs the files of the reference implementation in ../shared/reference, "
+            "which are not part of this repository"
         )
     record = convert_checkpoint(str(REFERENCE / f"{name}.pt"), str(tmp_path / "c"))
     spec = describe_encoder(Encoder(name=record.folder))
@@ -278,7 +279,8 @@ def test_a_faulty_tensor_is_named(tmp_path, fault, kind):
     if kind == "whisper":
         if not REFERENCE.is_dir():
             pytest.skip(
-                "needs the files of the reference implementation in ../shared/reference, which are not part of this repository"
+                "needs the files of the reference implementation in ../shared/reference, "
+                "which are not part of this repository"
             )
         content = torch.load(REFERENCE / "whisper.pt", weights_only=True)
         tensors, name = content["model_state_dict"], "encoder.blocks.1.mlp.0.weight"
@@ -309,12 +311,12 @@ def test_a_faulty_tensor_is_named(tmp_path, fault, kind):
     "content",
     [{"model": {}}, [1, 2], {"cfg": {}, "model": {"w": torch.ones(1)}}, {"dims": {}, "model_state_dict": {}}],
 )
-def test_other_files_are_told_apart(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     with pytest.raises(UserError, match="not a checkpoint"):
         convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
 
 
-def test_the_layout_of_convolutions_is_computed_not_run(tmp_path):
+def test_the_layout_of_convolutions_is_parsed_not_run(tmp_path):
     content = fairseq_file("hubert", "large", random_model("hubert", "large"))
     content["cfg"]["model"]["conv_feature_layers"] = (
         f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"

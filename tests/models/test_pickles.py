@@ -1,4 +1,4 @@
-"""Pickles of strangers: read without their software, and nothing in them ever runs."""
+"""Untrusted pickles are read without the software that wrote them, and no code in them ever runs."""
 
 import argparse
 import sys
@@ -27,7 +27,7 @@ class Harm:
 
 @pytest.fixture
 def fairseq(monkeypatch):
-    """A module with classes like fairseq's, for as long as something is written."""
+    """A module with classes like fairseq's, importable while the test writes a file."""
     module = types.ModuleType("fairseq.data.dictionary")
     for name, kind in {
         "Dictionary": type("Dictionary", (), {}),
@@ -61,13 +61,13 @@ def test_classes_that_are_not_installed_become_their_contents(fairseq, tmp_path,
         assert plain(read["dictionary"]) == {"symbols": ["a", "b"], "count": {"a": 3}}
 
 
-def test_a_configuration_of_omegaconfs_becomes_its_values(tmp_path, monkeypatch):
-    """Its containers know their parents, their types as typing writes them, and keep a defaultdict."""
+def test_an_omegaconf_configuration_becomes_its_values(tmp_path, monkeypatch):
+    """omegaconf's containers refer to their parents and to types from `typing`, and contain a defaultdict."""
     module = types.ModuleType("omegaconf.dictconfig")
     for name in ("DictConfig", "AnyNode"):
         setattr(module, name, type(name, (), {"__module__": module.__name__}))
     root, inner, leaf = module.DictConfig(), module.DictConfig(), module.AnyNode()
-    # In fairseq's own spelling, which is pickled otherwise than `int | None`.
+    # As fairseq writes the type: `int | None` is pickled differently.
     about = {"ref_type": Optional[int], "object_type": dict, "resolver_cache": defaultdict(dict)}  # noqa: UP045
     leaf.__dict__ = {"_metadata": about, "_parent": inner, "_val": 48}
     inner.__dict__ = {"_metadata": about, "_parent": root, "_content": {"encoder_layers": leaf}}
@@ -84,7 +84,7 @@ def test_a_configuration_of_omegaconfs_becomes_its_values(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["posix.system", "builtins.eval", "subprocess.check_output"])
-def test_what_would_run_is_refused_and_does_not(tmp_path, name):
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, name):
     mark = tmp_path / "it ran"
     module, _, function = name.rpartition(".")
     harm = Harm(
@@ -97,7 +97,7 @@ def test_what_would_run_is_refused_and_does_not(tmp_path, name):
     assert not mark.exists()
 
 
-def test_a_strict_list_refuses_what_is_harmless_elsewhere(tmp_path):
+def test_an_explicit_allow_list_replaces_the_default_one(tmp_path):
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "file.pt")
     assert plain(read_pickle(tmp_path / "file.pt")) == {"args": {"a": 1}}
     with pytest.raises(UserError, match=r"argparse\.Namespace"):

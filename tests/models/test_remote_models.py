@@ -1,4 +1,4 @@
-"""Models in object storage: fetched whole, once, and again when they change; every failure is a sentence."""
+"""Models in object storage are fetched once, and again when they change; failures are one sentence."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_a_prefix_serves_as_a_model_and_is_fetched_once(bucket, tiny_models):
     assert {f: f.stat().st_mtime_ns for f in spec.folder.iterdir()} == times
 
 
-def test_what_changed_is_fetched_again(bucket, tiny_models):
+def test_a_changed_model_is_fetched_again(bucket, tiny_models):
     upload(bucket, tiny_models["llm"], "llm")
     first = locate_model("s3://bucket/llm")
     bucket.put_object(Key="llm/generation_config.json", Body=b'{"eos_token_id": 1 }')
@@ -43,7 +43,8 @@ def test_what_changed_is_fetched_again(bucket, tiny_models):
 def test_an_original_file_is_fetched_and_converted(bucket):
     if not REFERENCE.is_dir():
         pytest.skip(
-            "needs the files of the reference implementation in ../shared/reference, which are not part of this repository"
+            "needs the files of the reference implementation in ../shared/reference, "
+            "which are not part of this repository"
         )
     bucket.upload_file(str(REFERENCE / "wavlm.pt"), "originals/wavlm.pt")
     assert describe_encoder(Encoder(name="s3://bucket/originals/wavlm.pt")).config.model_type == "wavlm"
@@ -63,7 +64,7 @@ def test_a_model_without_weights_is_refused(bucket):
         ("s3:///model", "write it as s3://bucket/prefix"),
     ],
 )
-def test_what_is_not_there_is_one_sentence(bucket, name, answer):
+def test_a_missing_model_is_one_sentence(bucket, name, answer):
     with pytest.raises(UserError, match=answer) as raised:
         locate_model(name)
     assert "\n" not in str(raised.value)

@@ -76,6 +76,7 @@ def images_of(spec: PipelineSpec) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_same_source_gives_same_bytes(compiled, tmp_path):
     compile_to(tmp_path, PYTHONHASHSEED="7")
     names = sorted(str(f.relative_to(compiled)) for f in compiled.rglob("*.yaml"))
@@ -192,6 +193,7 @@ def test_all_inputs_and_parameters_have_a_description(compiled):
             assert [key for key, value in kind.items() if not value.description] == [], name
 
 
+@pytest.mark.slow
 def test_option_and_variable_set_the_images_at_compile_time(tmp_path):
     template = "registry.example/team/{stage}:{version}-gpu"
     expected = images(template)
@@ -222,6 +224,7 @@ def write_golden_files() -> None:
             shutil.copyfile(path, GOLDEN / "components" / path.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN_OPTIONS)
 def test_compiled_pipeline_matches_its_golden_file(name, tmp_path):
     assert cli.main(["compile", *GOLDEN_OPTIONS[name], "--output", str(tmp_path / "pipeline.yaml")]) == 0
@@ -251,6 +254,7 @@ steps:
 """
 
 
+@pytest.mark.slow
 def test_every_setting_of_the_profile_reaches_the_task(tmp_path):
     (tmp_path / "everything.yaml").write_text(EVERYTHING)
     package = compile_package(
@@ -334,6 +338,7 @@ def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
     assert gpus == {"extract-features", "train", "decode"}
 
 
+@pytest.mark.slow
 def test_multi_node_training_gives_the_gpus_to_its_nodes(tmp_path):
     cluster = load_cluster("several-nodes")
     spec, settings = read_package(
@@ -359,6 +364,7 @@ def test_multi_node_training_gives_the_gpus_to_its_nodes(tmp_path):
     assert one.root.dag.tasks["train"].inputs.parameters["trainjob"].runtime_value.constant.string_value == ""
 
 
+@pytest.mark.slow
 def test_parameters_reproduce_the_recipe(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text('name: own\nllm: {name: x/y, prompt: "a {b}\\n c"}\ntraining: {max_steps: 7}')
@@ -372,6 +378,7 @@ def test_parameters_reproduce_the_recipe(tmp_path):
         assert load_recipe(defaults["recipe"], defaults["recipe_overrides"]) == expected
 
 
+@pytest.mark.slow
 def test_image_list_sets_the_images(tmp_path):
     digests = {stage: f"registry.example/{stage}@sha256:{'0' * 64}" for stage in STAGES}
     (tmp_path / "images.yaml").write_text(yaml.safe_dump(digests))

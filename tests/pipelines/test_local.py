@@ -210,6 +210,7 @@ def test_change_of_training_reruns_only_the_steps_after_it(finished, tiny_recipe
     assert table(done.stdout)["train"][1].startswith("2 steps")
 
 
+@pytest.mark.slow
 def test_user_error_in_a_step_is_one_sentence_and_code_2(tiny_recipe, tiny_corpus, tmp_path):
     done = run(tiny_recipe, tiny_corpus, tmp_path, "--data.test", "[no-such-subset]")
     assert done.returncode == 2
@@ -247,6 +248,7 @@ def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_cor
     assert family and not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_later_stages_find_the_result_of_a_single_stage(tiny_recipe, tiny_corpus, tmp_path):
     output = tmp_path / "fresh" / "run"
     done = run(tiny_recipe, tiny_corpus, output, "--only", "extract-features")

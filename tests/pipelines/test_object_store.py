@@ -69,6 +69,7 @@ def test_second_machine_reuses_all_results_in_the_bucket(
     assert json.loads(read_bytes(f"s3://bucket/runs/tiny/{report}"))["metrics"]["wer"] >= 0
 
 
+@pytest.mark.slow
 def test_compiled_pipeline_contains_no_credentials(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", SECRETS[1])
     subprocess.run(

@@ -1,4 +1,4 @@
-"""A training that cannot fit is refused before anything is loaded, and one that may not fit gets a warning."""
+"""A training that cannot fit is refused before anything is loaded; one that may not fit gets a warning."""
 
 import dataclasses
 import re
@@ -77,7 +77,8 @@ def test_what_cannot_fit_is_refused_and_what_may_not_fit_gets_a_warning(capsys):
     model = shapes()
     with pytest.raises(
         UserError,
-        match=r"takes about 5\.\d+ GB of each GPU \(3\.\d+ GB activations and 1\.5 GB CUDA and NCCL\), and a GPU has 4\.\d+ GB: ",
+        match=r"takes about 5\.\d+ GB of each GPU \(3\.\d+ GB activations and 1\.5 GB CUDA and NCCL\), "
+        r"and a GPU has 4\.\d+ GB: ",
     ) as refused:
         require_fit(model, Words(), utterances(), gpus(predicted_memory(model) / 1.16))
     assert "\n" not in str(refused.value)
@@ -116,7 +117,8 @@ def test_processes_on_a_cpu_share_the_host(capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(
         UserError,
-        match=r"in each of 2 processes \(.+, fewer training.processes|in each of 2 processes .+ set --training",
+        match=r"in each of 2 processes \(.+, fewer training.processes|"
+        r"in each of 2 processes .+ set --training",
     ):
         require_fit(model, Words(), utterances(), Machine(2, 2, False, two, two))
 

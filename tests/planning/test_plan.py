@@ -1,4 +1,4 @@
-"""Plans agree with published sizes; more memory or more sharding never makes a plan worse; nothing is loaded."""
+"""Plans agree with published sizes; more memory or sharding never makes a plan worse; nothing is loaded."""
 
 import dataclasses
 

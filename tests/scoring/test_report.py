@@ -397,6 +397,7 @@ def test_the_same_results_give_the_same_files(tmp_path):
     assert full_report(tmp_path / "a") == full_report(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_five_thousand_utterances_are_fast_and_give_a_small_page(tmp_path):
     sentence = "he hoped there would be stew for dinner turnips and carrots and bruised potatoes"
     rows = [

@@ -1,4 +1,4 @@
-"""The report in a real browser, in a sandboxed frame: it logs nothing to the console; search and sort work."""
+"""The report in a browser, in a sandboxed frame: it logs nothing to the console; search and sort work."""
 
 import html
 import queue
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="this machine has no Chr
 ACTIONS = """
 <script>
 addEventListener("load", () => {
-  const keys = () => [...document.querySelectorAll("#utterances tbody tr")].filter((row) => !row.hidden).map((row) => row.dataset.key).join(" ");
+  const rows = () => [...document.querySelectorAll("#utterances tbody tr")].filter((row) => !row.hidden);
+  const keys = () => rows().map((row) => row.dataset.key).join(" ");
   const search = document.getElementById("search");
   const results = [keys()];
   search.value = "Red  MAT"; search.dispatchEvent(new Event("input")); results.push(keys());
@@ -37,8 +38,10 @@ def test_search_and_sort_work_in_the_dashboards_frame(tmp_path, width):
     _, page, *_ = full_report(tmp_path / "report", audio={("o-1", "test-other"): "SUQz"})
     inner = html.escape(page.replace("</body>", ACTIONS + "</body>"), quote=True)
     dashboard = (
-        '<!doctype html><body><script>addEventListener("message", (e) => fetch("/results", { method: "POST", body: e.data.join("|") }));</script>'
-        f'<iframe sandbox="allow-scripts" style="width:{width}px;height:900px;border:0" srcdoc="{inner}"></iframe></body>'
+        '<!doctype html><body><script>addEventListener("message", (e) => '
+        'fetch("/results", { method: "POST", body: e.data.join("|") }));</script>'
+        f'<iframe sandbox="allow-scripts" style="width:{width}px;height:900px;border:0" '
+        f'srcdoc="{inner}"></iframe></body>'
     )
     results, log = open_page(dashboard, tmp_path, width + 50)
     assert "CONSOLE" not in log, [line for line in log.splitlines() if "CONSOLE" in line]

@@ -161,6 +161,7 @@ def failures(s3_server: str, tmp_path: Path):
     yield {"HTTP_PROXY": f"http://{NAME}:{PASSWORD.replace('/', '')}@127.0.0.1:1", "NO_PROXY": ""}, None
 
 
+@pytest.mark.slow
 def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path, caplog, capfd):
     caplog.set_level(logging.INFO)
     # The test's own server logs its requests.

@@ -32,6 +32,7 @@ def noise(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [BUSY, STALL, RESET, LOST, CUT])
 def test_every_request_survives_every_kind_of_fault(faulty_s3, small_pieces, tmp_path, kind):
     seen = set()
@@ -57,6 +58,7 @@ def test_every_request_survives_every_kind_of_fault(faulty_s3, small_pieces, tmp
     assert faulty_s3.faults[kind] >= 10
 
 
+@pytest.mark.slow
 def test_content_of_every_size_survives_faults(faulty_s3, small_pieces, tmp_path):
     for size in (0, 1, small_pieces, small_pieces + 1, 9 * small_pieces + 7):
         content = noise(size, seed=size)
@@ -77,6 +79,7 @@ def test_content_of_every_size_survives_faults(faulty_s3, small_pieces, tmp_path
     assert faulty_s3.faults.total() > 10
 
 
+@pytest.mark.slow
 def test_a_listing_of_several_pages_survives_faults(faulty_s3, bucket):
     names = sorted(f"{i:04}" for i in range(2345))
     faulty_s3.share = 0
@@ -90,6 +93,7 @@ def test_a_listing_of_several_pages_survives_faults(faulty_s3, bucket):
     assert faulty_s3.faults.total() > 0
 
 
+@pytest.mark.slow
 def test_folders_survive_faults(faulty_s3, small_pieces, tmp_path):
     files = {f"part-{i}/{i}.bin": noise(i * small_pieces // 3, seed=i) for i in range(20)}
     for name, content in files.items():

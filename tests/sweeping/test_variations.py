@@ -25,6 +25,7 @@ def write_file(tmp_path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_grid_gives_every_combination(tmp_path):
     entries = read_variations(
         write_file(tmp_path, "training.learning_rate: [1e-4, 3e-4]\nprojector.hidden: [64, 128, 256]\n")
@@ -60,7 +61,8 @@ def test_a_variation_survives_a_round_trip():
         ([ONE], r"2 to 100 variations, not 1"),
         (
             [{"training.lr": 1}, ONE],
-            r"Variation 1 of the sweep changes training.lr, which is not a key of a recipe; did you mean training.learning_rate\?",
+            r"Variation 1 of the sweep changes training.lr, which is not a key of a recipe; "
+            r"did you mean training.learning_rate\?",
         ),
         (
             [ONE, {"data.test": ["x"]}],

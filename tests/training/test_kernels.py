@@ -66,6 +66,7 @@ def without_a_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lay_out", [pack, collate])
 def test_compiled_layers_compute_the_same(lay_out, checkpointing, without_a_compiler):
@@ -80,6 +81,7 @@ def test_compiled_layers_compute_the_same(lay_out, checkpointing, without_a_comp
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_batch_causes_a_recompilation(without_a_compiler):
     from torch._dynamo.utils import counters
 

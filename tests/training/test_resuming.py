@@ -177,6 +177,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_resumes(prepared, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.cold
 def test_a_killed_process_ends_the_training_with_a_message(prepared, tmp_path):
     process = start(prepared, tmp_path / "t", **{"training.processes": 2, "training.max_steps": 5000})
     wait_for_step(process, tmp_path / "t", 10)

@@ -1,7 +1,7 @@
-"""Imports what the programs of the tests import, then forks a process for each program that asks for one.
+"""Imports the libraries that the tests' programs need, then forks a process for each program.
 
-The first program that needs it starts it (`sitecustomize.py`), and it ends with the test session. It runs no tensor
-operation and starts no thread: a forked process could wait for ever for a lock or a thread that was not forked with it.
+The first program starts it (`sitecustomize.py`), and it ends with the test session. It runs no tensor
+operation and starts no thread: a forked process inherits locks but not threads, and could wait forever.
 """
 
 import contextlib
@@ -18,11 +18,24 @@ import sys
 import warnings
 
 IMPORTED = (
-    "boto3", "deepspeed", "kfp", "kfp.dsl.executor_main", "matplotlib.figure", "peft", "safetensors.torch",
-    "torch.distributed.run", "transformers.generation", "transformers.models.llama.modeling_llama",
-    "transformers.models.whisper.modeling_whisper", "transformers.models.whisper.feature_extraction_whisper",
-    "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "jiwer", "jsonargparse",
-)  # fmt: skip
+    "boto3",
+    "deepspeed",
+    "jiwer",
+    "jsonargparse",
+    "kfp",
+    "kfp.dsl.executor_main",
+    "matplotlib.figure",
+    "peft",
+    "safetensors.torch",
+    "torch.distributed.run",
+    "transformers.generation",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.whisper.feature_extraction_whisper",
+    "transformers.models.whisper.modeling_whisper",
+)
+"""What takes longest to import. Tests of other model families import the rest themselves."""
 
 
 def main() -> None:
@@ -37,9 +50,9 @@ def main() -> None:
     os.environ.pop("DS_ACCELERATOR", None)
     if len(os.listdir("/proc/self/task")) > 1:
         raise SystemExit(
-            "an import has started a thread: programs forked from here might wait for it for ever"
+            "an import has started a thread: a program forked from here could wait for it forever"
         )
-    # What is here now is never collected: a forked process would copy all of its pages to look at it.
+    # Without this, garbage collection in a forked process would write to every page, and so copy it.
     gc.collect()
     gc.freeze()
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -50,7 +63,10 @@ def main() -> None:
 
 
 def serve(listening: socket.socket, owner: int) -> None:
-    """Fork for each request, report each exit status, and kill a process whose stand-in was killed; end with the owner."""
+    """Answer requests until the owner's process has ended.
+
+    Forks for each request, reports each exit status, and kills a process whose stand-in was killed.
+    """
     # A signal's arrival wakes the loop; without a handler, SIGCHLD would not.
     awake, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -135,9 +151,9 @@ def become(streams: list[int], stand_in: socket.socket) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     if unbuffered:
         sys.stdout.reconfigure(write_through=True)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr

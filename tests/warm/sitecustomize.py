@@ -2,15 +2,20 @@
 
 Importing torch, transformers, DeepSpeed and kfp takes up to eight seconds of a core, and a pipeline on tiny
 models starts a dozen programs that do. With this folder on PYTHONPATH, an interpreter that is about to run
-one of this project's programs hands its arguments, environment, folder and standard streams to the fork
+one of this project's programs passes its arguments, environment, folder and standard streams to the fork
 server (`fork_server.py`) and becomes a stand-in: it passes signals on, and ends as the forked process ended.
 If a stand-in is killed, its forked process is killed too, so tests can kill, count and signal what they see.
 
 All other interpreters start as usual. So do all of them where `SLAM_ASR_WARM` is not set.
 """
 
+import contextlib
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
 
 _MODULES = ("slam_asr", "pipelines", "kfp.dsl.executor_main", "torch.distributed.run")
 
@@ -27,8 +32,8 @@ def _program(words: list[str]) -> list[str] | None:
     return None
 
 
-def _connect(address: str) -> "object":
-    """A connection to the fork server. The first stand-in starts it, and the others wait until it has imported all."""
+def _connect(address: str) -> "socket.socket":
+    """Connect to the fork server. The first stand-in starts it; the others wait for its imports."""
     import fcntl
     import socket
     import subprocess
@@ -65,7 +70,8 @@ def _connect(address: str) -> "object":
                 finally:
                     os.close(lock)
             time.sleep(0.1)
-    raise SystemExit(f"the fork server of the tests does not start: {open(f'{address}.log').read()}")
+    with open(f"{address}.log") as log:
+        raise SystemExit(f"the fork server of the tests does not start: {log.read()}")
 
 
 def _without_warmth(environment: "os._Environ[str]") -> dict[str, str]:
@@ -94,10 +100,9 @@ def _stand_in(address: str, program: list[str]) -> None:
     process = int(server.recv(64))
 
     def pass_on(number: int, _: object) -> None:
-        try:
+        # It may have ended just now; its exit status is on the way then.
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
-        except ProcessLookupError:
-            pass  # It has just ended; its exit status is on the way.
 
     for known in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(known) is not signal.SIG_IGN:

@@ -18,6 +18,7 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 SUBMIT = ["submit", "demo", "--cluster", "cpu", "--corpus", "s3://b/corpus", "--training.max_steps", "7"]
 
 
+@pytest.mark.slow
 def test_submit_uploads_once_and_starts_a_run_with_the_requested_values(kubeflow, program, tmp_path):
     code, out, _ = program(*SUBMIT)
     assert code == 0
@@ -53,6 +54,7 @@ def test_submit_uploads_once_and_starts_a_run_with_the_requested_values(kubeflow
     assert len(kubeflow.versions) == 2
 
 
+@pytest.mark.slow
 def test_waiting_prints_each_change_and_ends_with_the_run(kubeflow, program):
     code, out, _ = program(*SUBMIT, "--wait", "--poll", "0.01")
     assert code == 0
@@ -63,6 +65,7 @@ def test_waiting_prints_each_change_and_ends_with_the_run(kubeflow, program):
     assert "-driver" not in out and "1:01" in out and out.splitlines()[-1] == "the run succeeded"
 
 
+@pytest.mark.slow
 def test_failed_run_is_reported_and_can_be_resumed(kubeflow, program):
     kubeflow.fails_at = "train"
     code, out, _ = program(*SUBMIT, "--wait", "--poll", "0.01")
@@ -81,6 +84,7 @@ def test_failed_run_is_reported_and_can_be_resumed(kubeflow, program):
     )
 
 
+@pytest.mark.slow
 def test_latest_runs_and_a_run_by_its_name(kubeflow, program):
     for name in ("first", "second"):
         program(*SUBMIT, "--run-name", name)
@@ -92,6 +96,7 @@ def test_latest_runs_and_a_run_by_its_name(kubeflow, program):
     assert err.startswith("There is no run frist in the namespace slam-asr; did you mean first?")
 
 
+@pytest.mark.slow
 def test_following_survives_slow_failing_and_truncated_answers(kubeflow, program):
     program(*SUBMIT)
     kubeflow.faults = ["ok", "ok", "slow", "503", "500", "cut", "ok", "cut", "503"]
@@ -100,6 +105,7 @@ def test_following_survives_slow_failing_and_truncated_answers(kubeflow, program
     assert kubeflow.faults == []
 
 
+@pytest.mark.slow
 def test_start_whose_answer_is_lost_is_not_retried(kubeflow, program):
     program(*SUBMIT)
     before = len(kubeflow.requests)
@@ -115,6 +121,7 @@ def test_start_whose_answer_is_lost_is_not_retried(kubeflow, program):
     assert len(kubeflow.runs) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("faults", "sentence"),
     [
@@ -195,6 +202,7 @@ def test_mistake_is_reported_without_a_request_to_the_cluster(kubeflow, program,
     assert kubeflow.requests == []
 
 
+@pytest.mark.slow
 def test_interrupted_waiting_does_not_stop_the_run(kubeflow):
     command = [sys.executable, "-m", "pipelines", *SUBMIT, "--wait", "--poll", "60"]
     process = subprocess.Popen(
@@ -215,6 +223,7 @@ def test_interrupted_waiting_does_not_stop_the_run(kubeflow):
     )
 
 
+@pytest.mark.slow
 def test_logs_show_only_the_steps_of_the_run(kubeflow, cluster, program):
     program(*SUBMIT)
     code, out, _ = program("logs", "run-1")
@@ -236,6 +245,7 @@ def test_logs_show_only_the_steps_of_the_run(kubeflow, cluster, program):
     )
 
 
+@pytest.mark.slow
 def test_logs_without_a_kubeconfig_are_one_sentence(kubeflow, program, monkeypatch, tmp_path):
     program(*SUBMIT)
     monkeypatch.setattr(
@@ -247,6 +257,7 @@ def test_logs_without_a_kubeconfig_are_one_sentence(kubeflow, program, monkeypat
     )
 
 
+@pytest.mark.slow
 def test_requests_contain_no_credentials(kubeflow, program, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     program(*SUBMIT)

@@ -167,6 +167,7 @@ def test_what_cannot_be_read_is_unknown(doctor):
     assert code == 0 and "– image registry/team/decode:7: the registry requires a login" in out
 
 
+@pytest.mark.slow
 def test_several_nodes_without_trainer_are_rejected_before_anything_is_created(
     doctor, kubeflow, kubernetes_at, program
 ):
