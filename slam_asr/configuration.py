@@ -55,7 +55,7 @@ def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
         UserError: an unknown key, a value of the wrong type, or what the dataclass itself refuses.
     """
     _refuse_unknown_keys(values, kind, "", where, keys_of(kind))
-    parser = _parser_of(kind)
+    parser = _parser_of(kind)  # type: ignore[arg-type]  # mypy takes a class for unhashable here
     try:
         return kind(**vars(parser.instantiate(parser.parse_object(values))))
     except UserError:
@@ -66,7 +66,7 @@ def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
 
 @functools.cache
 def _parser_of(kind: type) -> ArgumentParser:
-    """The parser of a dataclass. Making one takes a quarter of a second: jsonargparse reads all docstrings."""
+    """Make the parser of a dataclass, once: jsonargparse reads all docstrings, for a quarter of a second."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, None)
     return parser

@@ -152,7 +152,7 @@ def make_base(folder: Path, environment: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """A folder behind an HTTP address of this machine."""
+    """Serve a folder over HTTP on this machine; yields its address."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:

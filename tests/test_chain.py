@@ -97,7 +97,7 @@ def test_all_five_stages_learn_eight_utterances_by_heart(libri_mini, tmp_path):
     hypotheses = [json.loads(line) for line in (decoded / "hypotheses.jsonl").read_text().splitlines()]
     assert len(hypotheses) == UTTERANCES and all(h["reference"] == h["hypothesis"] for h in hypotheses)
 
-    # The same model hears the same from audio as from cached features.
+    # The model writes the same texts from audio as from cached features.
     program(
         "decode",
         "--model",

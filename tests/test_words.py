@@ -1,4 +1,4 @@
-"""Code and docs use the field's plain words: the table in CONTRIBUTING.md and docs/glossary.md, held by a test."""
+"""Code and docs use the field's plain words: see CONTRIBUTING.md and docs/glossary.md."""
 
 import ast
 import re
@@ -12,11 +12,11 @@ BANNED = {
     r"\bbehind\b": "before, after, next or following",
     r"\b(over)?hear[sd]?\b": "what happens: an encoder runs, an utterance is decoded, a line is read",
     r"\bwanted\b": "requested or expected",
-    r"\b(whole|wholly)\b": "complete, all of, entire",
-    r"\b(kept|keeps)\b": "cached, saved, retained, unchanged",
+    r"\bwhole\b(?! (second|number))": "complete, all of, entire",
+    r"\bkept\b": "cached, saved, retained, unchanged",
     r"\bas if stored\b": "rounded to the store's dtype",
     r"\b(told|tells)\b": "logged, reported, describes",
-    r"\baside\b": "rejected, skipped, temporary",
+    r"(?<!set-)\baside\b": "rejected, skipped, temporary",
     r"\b(goes|going|gone|go) on (behind|with|from)\b": "resumes",
     r"\banew\b": "again",
     r"\bof yesterday\b": "old",
@@ -25,11 +25,11 @@ BANNED = {
 """Words that have no place, or several meanings, here: a pattern, and what to write instead."""
 
 ALLOWED = {
-    "slam_asr/recipe.py": ["set-aside"],  # a value that recipes may have
+    "demo/make_speech.py": ['("'],  # the grammar of the demo's sentences
+    "slam_asr/scoring/guards.py": ["hear|understand"],  # what an LLM writes instead of a transcript
     "tests/test_words.py": [""],
-    "CHANGELOG.md": ["behind"],
 }
-"""By file, pieces of lines that may contain a banned word: names in files of users, and quotations."""
+"""By file, pieces of lines that may contain a banned word, as quotations. An empty piece allows all."""
 
 BARE = re.compile(r"Of |Whether or not |That which |What is ")
 """Beginnings of docstrings that are neither a sentence with a verb nor a noun phrase."""

@@ -23,7 +23,7 @@ from slam_asr.recipe import Recipe
 
 
 class _AdaptedLayer(Protocol):
-    """What is used here of peft's layers, whose types peft does not declare."""
+    """The methods used here of peft's layers, whose types peft does not declare."""
 
     def merge(self) -> None: ...
 

@@ -34,7 +34,7 @@ class Shard:
     """A file of features."""
 
     sha256: str
-    """Of the file's bytes; the file is named by it."""
+    """The digest of the file's bytes, and its name."""
     bytes: int
 
     @property

@@ -16,7 +16,7 @@ from slam_asr.progress import Meter, log_line
 from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, write_bytes
 
 _FRAMES_PER_SECOND = 50
-"""Of all supported encoders: one frame per 20 ms."""
+"""All supported encoders give one frame per 20 ms."""
 _PARALLEL_READS = 4
 _CHUNK_BYTES = 8 * 2**20
 
@@ -229,7 +229,7 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
             ]
             files += [namespace.index_path(name) for name in namespace.index_names()]
             remaining = merge(index.fingerprint, index.width, [index.select(remains[index.columns["shard"]])])
-            name = f"kept-{digest(remaining.audio_ids())[:16]}"
+            name = f"remaining-{digest(remaining.audio_ids())[:16]}"
             # An earlier pruning may have written this very index.
             files = [f for f in files if f != namespace.index_path(name)]
             if yes:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jiwer
 
@@ -149,7 +149,7 @@ def _parse(line: str, where: str) -> Hypothesis:
         raise InputError(
             f"{where}: expected an object with key, reference and hypothesis, not {line[:40]!r}."
         )
-    known = {}
+    known: dict[str, Any] = {}
     for field in fields(Hypothesis):
         value = values.get(field.name)
         if field.name in ("key", "reference", "hypothesis") and value is None:
@@ -157,11 +157,12 @@ def _parse(line: str, where: str) -> Hypothesis:
                 f"{where}: {field.name!r} is missing; each utterance needs key, reference and hypothesis."
             )
         if value is not None:
+            assert isinstance(field.type, type)  # text only where annotations are postponed
             known[field.name] = _checked(field.name, value, field.type, where)
     return Hypothesis(**known)
 
 
-def _checked(name: str, value: object, kind: type, where: str) -> str | float | bool:
+def _checked(name: str, value: object, kind: type, where: str) -> object:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(value) and value >= 0:
             return float(value)

@@ -44,7 +44,7 @@ class Object:
     etag: str
     """Changes with the content."""
     sha256: str | None = None
-    """Of the content. Unknown for objects that this project did not write, and for those of a listing."""
+    """The digest of the content; None for objects that this project did not write, and in listings."""
 
 
 def list_objects(uri: str) -> Iterator[Object]:

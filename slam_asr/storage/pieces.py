@@ -16,7 +16,7 @@ class Cancelled(Exception):
 
 @contextlib.contextmanager
 def parallel(pieces: int) -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
-    """Threads for this many pieces, and an event that tells them to give up, set when any of them fails."""
+    """Threads for this many pieces, and an event that makes them give up, set when any of them fails."""
     stop = threading.Event()
     pool = ThreadPoolExecutor(min(PARALLEL, pieces))
     try:

@@ -50,7 +50,7 @@ class Checkpoint:
     engine: str
     processes: int
     inputs: dict[str, Any]
-    """Of the training: models, data, and the part of the recipe that affects the weights."""
+    """What the training depends on: models, data, and the part of the recipe that affects the weights."""
     counts: dict[str, Any] = field(default_factory=dict)
     """State of the training loop: the fields of `loop.Counts`."""
     loss_scale: dict[str, float] = field(default_factory=dict)

@@ -56,7 +56,7 @@ class MicroBatch:
     """What one process puts through the model at once."""
 
     number: int
-    """Of its optimiser step, from 1."""
+    """Number of its optimiser step, from 1."""
     epoch: int
     step: list[int]
     """Indices of the step's utterances, on all processes."""
@@ -442,7 +442,7 @@ class Trainer:
             return
         if forced:
             self.writer.wait()
-        # The best checkpoint so far may queue behind one other. No more may: each holds a copy of the state
+        # The best checkpoint so far may wait for one other. No more may: each holds a copy of the state
         # in memory.
         elif not (improved and totals.pending <= 1) and (
             totals.pending or not (totals.due or self._steps_have_passed())

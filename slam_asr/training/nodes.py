@@ -19,7 +19,7 @@ class Nodes:
     rank: int = 0
     """From 0."""
     address: str = "127.0.0.1"
-    """Of the first machine, where the others meet it."""
+    """Address of the first machine, where the others meet it."""
     port: int = 0
 
     @property

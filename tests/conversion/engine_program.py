@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     start_process_group(device, "deepspeed")
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     generator = torch.Generator().manual_seed(1)
-    inputs, wanted = torch.randn(8, 10, generator=generator), torch.randn(8, 3, generator=generator)
+    inputs, expected = torch.randn(8, 10, generator=generator), torch.randn(8, 3, generator=generator)
     for stage in STAGES:
         for precision in PRECISIONS:
             model = Model()
@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
                 # Two micro-batches a process, of unequal sizes.
                 mine = torch.arange(8)[rank::ranks]
                 for last, part in ((False, mine[:1]), (True, mine[1:])):
-                    loss = ((engine.module(inputs[part]).float() - wanted[part]) ** 2).sum()
+                    loss = ((engine.module(inputs[part]).float() - expected[part]) ** 2).sum()
                     engine.backward(loss, step_targets=8, last=last)
                     total += loss.detach()
                 engine.step(1e-2)

@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
             writer = CheckpointWriter(str(place), folder, keep=1)
             writer.save(take_snapshot(engine, Checkpoint(3, 0, 3, kind, processes, {}), b""))
             writer.close()
-            # Of a weight that is spread, each process asks for it, and all get the whole.
+            # Every process must ask for a sharded weight, and each gets the complete tensor.
             weights = {
                 name: engine.get_state(name, "weight").detach().clone() for name in engine.groups.weights
             }

@@ -110,15 +110,15 @@ def test_an_llm_written_weight_by_weight_equals_one_written_at_once(
         raise NotLazilyLoadable
 
     monkeypatch.setattr(tuned, "describe_lazy_llm", refuse)
-    convert_checkpoint(str(checkpoint), str(tmp_path / "whole"), to=to, recipe=load_recipe(str(recipe)))
+    convert_checkpoint(str(checkpoint), str(tmp_path / "complete"), to=to, recipe=load_recipe(str(recipe)))
     names = sorted(
-        str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file()
+        str(p.relative_to(tmp_path / "complete")) for p in (tmp_path / "complete").rglob("*") if p.is_file()
     )
     assert names == sorted(
         str(p.relative_to(tmp_path / "by-weight")) for p in (tmp_path / "by-weight").rglob("*") if p.is_file()
     )
     for name in names:
-        ours, theirs = tmp_path / "by-weight" / name, tmp_path / "whole" / name
+        ours, theirs = tmp_path / "by-weight" / name, tmp_path / "complete" / name
         if name.endswith(".safetensors"):
             ours, theirs = load_file(ours), load_file(theirs)
             assert ours.keys() == theirs.keys()

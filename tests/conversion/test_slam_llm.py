@@ -38,14 +38,14 @@ def test_a_converted_file_is_written_back_bit_for_bit(tiny_recipe, tmp_path, kin
 def test_half_precision_halves_the_size_and_is_read_as_float32(tiny_recipe, tmp_path):
     r = recipe(tiny_recipe)
     file = checkpoint(tmp_path / "model.pt", r.projector)
-    whole, half = (
+    complete, half = (
         convert_checkpoint(str(file), str(tmp_path / name), recipe=r, half=name == "half")
-        for name in ("whole", "half")
+        for name in ("complete", "half")
     )
-    sizes = [Path(model.file("projector.safetensors")).stat().st_size for model in (whole, half)]
+    sizes = [Path(model.file("projector.safetensors")).stat().st_size for model in (complete, half)]
     assert sizes[1] < 0.6 * sizes[0]
     first, second = (
-        read_projector(model.folder, read_config(model.folder)).state_dict() for model in (whole, half)
+        read_projector(model.folder, read_config(model.folder)).state_dict() for model in (complete, half)
     )
     for name, tensor in first.items():
         assert second[name].dtype == torch.float32

@@ -12,7 +12,7 @@ from slam_asr.models.projector import build_projector
 from slam_asr.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.stage import Outcome, follow_pointer, run_stage, write_pointer
 
-WANTED = load_recipe("demo", {"data.train": [], "data.dev": []})
+REQUESTED = load_recipe("demo", {"data.train": [], "data.dev": []})
 
 
 def write(folder, recipe: Recipe) -> None:
@@ -31,13 +31,17 @@ def refusal(recipe: Recipe, model) -> str:
 
 def test_a_model_without_a_record_is_copied_once_and_can_be_pointed_to(tmp_path):
     write(tmp_path / "model", load_recipe("demo"))
-    record = adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}"))
+    record = adopt_trained_model(
+        REQUESTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")
+    )
     write_pointer(record, tmp_path / "pointer")
     folder = follow_pointer(tmp_path / "pointer")
     for file in (tmp_path / "model").iterdir():
         assert (tmp_path / "store" / record.folder / file.name).read_bytes() == file.read_bytes()
     assert (
-        adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).folder
+        adopt_trained_model(
+            REQUESTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")
+        ).folder
         == folder
     )
 
@@ -50,7 +54,7 @@ def test_a_model_with_a_record_is_not_copied(tmp_path):
         lambda folder: write(folder, load_recipe("demo")) or Outcome("done"),
     )
     assert (
-        adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}"))
+        adopt_trained_model(REQUESTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}"))
         == made
     )
     assert not (tmp_path / "store").exists()
@@ -59,8 +63,8 @@ def test_a_model_with_a_record_is_not_copied(tmp_path):
 def test_a_model_of_other_features_is_refused_with_the_options_that_correct_it(tmp_path):
     trained = load_recipe("demo")
     write(tmp_path / "model", replace(trained, features=replace(trained.features, dtype="fp32")))
-    assert "features.dtype is bf16, not fp32" in refusal(WANTED, tmp_path / "model")
-    assert refusal(WANTED, tmp_path / "model").endswith("add --features.dtype fp32.")
+    assert "features.dtype is bf16, not fp32" in refusal(REQUESTED, tmp_path / "model")
+    assert refusal(REQUESTED, tmp_path / "model").endswith("add --features.dtype fp32.")
 
 
 def test_the_encoders_folder_does_not_matter(tmp_path):
@@ -73,7 +77,9 @@ def test_the_encoders_folder_does_not_matter(tmp_path):
         ),
     )
     assert (
-        adopt_trained_model(WANTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")).stage
+        adopt_trained_model(
+            REQUESTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")
+        ).stage
         == "open-model"
     )
 
@@ -84,4 +90,4 @@ def test_a_recipe_with_subsets_to_train_on_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    assert "holds no model" in refusal(WANTED, tmp_path)
+    assert "holds no model" in refusal(REQUESTED, tmp_path)

@@ -626,7 +626,7 @@ def test_a_cut_may_have_several_supervisions_but_must_be_part_of_one_file(tmp_pa
     slow = cut("c5", source, "x")
     slow["recording"]["transforms"] = [{"name": "Speed", "kwargs": {"factor": 0.9}}]
     cuts = [
-        cut("c1", source, "whole", duration=4.0, recording_duration=4.0),
+        cut("c1", source, "complete", duration=4.0, recording_duration=4.0),
         two,
         stereo,
         command,
@@ -637,7 +637,7 @@ def test_a_cut_may_have_several_supervisions_but_must_be_part_of_one_file(tmp_pa
     write_text(tmp_path / "cuts_train.jsonl", "".join(json.dumps(c) + "\n" for c in cuts))
     items = read_all(tmp_path / "cuts_train.jsonl")
     assert {c.key: (c.text, c.start, c.duration) for c in items if isinstance(c, Candidate)} == {
-        "c1": ("whole", None, None),
+        "c1": ("complete", None, None),
         "c2-0": ("part 0", 1.0, 1.0),
         "c2-1": ("part 1", 2.0, 1.0),
     }

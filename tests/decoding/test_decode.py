@@ -91,8 +91,8 @@ def test_single_batched_sharded_and_resumed_decoding_agree(
 ):
     options = {"decoding.beams": beams, "decoding.repetition_penalty": penalty}
     recipe = decode_recipe(tiny_recipe, **options)
-    whole = decode(recipe, model, [manifest], str(tmp_path / "whole"))
-    assert len(set(texts(whole).values())) > 1  # otherwise mixed-up texts would go unnoticed
+    complete = decode(recipe, model, [manifest], str(tmp_path / "complete"))
+    assert len(set(texts(complete).values())) > 1  # otherwise mixed-up texts would go unnoticed
     single = decode(
         decode_recipe(tiny_recipe, **options, **{"decoding.positions_per_batch": 1}),
         model,
@@ -103,8 +103,8 @@ def test_single_batched_sharded_and_resumed_decoding_agree(
         decode(recipe, model, [manifest], str(tmp_path / f"shard{n}"), work_shard=f"{n}/3") for n in (1, 2, 3)
     ]
     joined = score_parts(recipe, model, [shard.folder for shard in shards], str(tmp_path / "joined"))
-    assert texts(single) == texts(joined) == texts(whole)
-    assert joined.metrics == whole.metrics
+    assert texts(single) == texts(joined) == texts(complete)
+    assert joined.metrics == complete.metrics
 
     calls = []
     search = Searcher.decode
@@ -121,7 +121,7 @@ def test_single_batched_sharded_and_resumed_decoding_agree(
     assert (tmp_path / "cut" / FILE).is_file() and not (tmp_path / "cut" / "stage.json").exists()
     already_decoded = sum(calls[:2])
     resumed = decode(recipe, model, [manifest], str(tmp_path / "cut"))
-    assert texts(resumed) == texts(whole) and sum(calls[3:]) == COUNT - already_decoded
+    assert texts(resumed) == texts(complete) and sum(calls[3:]) == COUNT - already_decoded
     assert not (tmp_path / "cut" / FILE).exists()
 
 
@@ -186,14 +186,14 @@ def test_nbest_lists_are_sorted_by_score_and_start_with_the_hypothesis(
     model, manifest, tiny_recipe, tmp_path
 ):
     options = {"decoding.beams": 3, "decoding.nbest": 3}
-    whole = decode(decode_recipe(tiny_recipe, **options), model, [manifest], str(tmp_path / "whole"))
-    rows = [json.loads(line) for line in whole.file("nbest.jsonl").read_text().splitlines()]
-    assert {row["key"]: row["choices"][0]["text"] for row in rows} == texts(whole)
+    complete = decode(decode_recipe(tiny_recipe, **options), model, [manifest], str(tmp_path / "complete"))
+    rows = [json.loads(line) for line in complete.file("nbest.jsonl").read_text().splitlines()]
+    assert {row["key"]: row["choices"][0]["text"] for row in rows} == texts(complete)
     for row in rows:
         scores = [choice["score"] for choice in row["choices"]]
         assert len(scores) == 3 and all(score < 0 for score in scores)
         assert scores == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
-    assert whole.facts["close_calls"] <= COUNT
+    assert complete.facts["close_calls"] <= COUNT
     shards = [
         decode(
             decode_recipe(tiny_recipe, **options),
@@ -271,9 +271,9 @@ def test_a_killed_decoding_resumes(model, manifest, tiny_recipe, tmp_path):
             [*command, str(tmp_path / "killed")], capture_output=True, text=True, check=True
         )
         assert "utterances are already decoded" in done.stdout
-    subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, check=True, env=os.environ)
+    subprocess.run([*command, str(tmp_path / "complete")], capture_output=True, check=True, env=os.environ)
     assert (tmp_path / "killed" / "hypotheses.jsonl").read_text() == (
-        tmp_path / "whole" / "hypotheses.jsonl"
+        tmp_path / "complete" / "hypotheses.jsonl"
     ).read_text()
 
 
@@ -383,7 +383,7 @@ def test_a_killed_process_ends_the_stage_and_a_retry_resumes(model, manifest, ti
             decode_recipe(tiny_recipe, **{"decoding.positions_per_batch": 1}),
             model,
             [manifest],
-            str(tmp_path / "whole"),
+            str(tmp_path / "complete"),
         )
     )
 

@@ -111,22 +111,22 @@ def test_a_batch_of_unequal_lengths_gives_the_frames_of_each_alone(model):
 def test_one_utterance_gives_the_frames_of_transformers(model):
     wave = waves()[3]
     spec, encoder = load(model)
-    whole = AutoModel.from_pretrained(model).eval()
+    complete = AutoModel.from_pretrained(model).eval()
     if spec.config.model_type == "whisper":
         mel = WhisperFeatureExtractor(feature_size=spec.config.num_mel_bins)(
             wave, sampling_rate=16000, return_tensors="pt"
         )
-        wanted = whole.encoder(mel.input_features).last_hidden_state[0]
+        expected = complete.encoder(mel.input_features).last_hidden_state[0]
     else:
-        wanted = whole(
+        expected = complete(
             Wav2Vec2FeatureExtractor(do_normalize=True)(
                 wave, sampling_rate=16000, return_tensors="pt"
             ).input_values
         )
-        wanted = wanted.last_hidden_state[0]
+        expected = expected.last_hidden_state[0]
     # transformers normalises with an epsilon of 1e-7, fairseq with 1e-5.
     torch.testing.assert_close(
-        encoder.encode([encoder.prepare(wave)])[0], wanted.detach(), atol=5e-3, rtol=1e-3
+        encoder.encode([encoder.prepare(wave)])[0], expected.detach(), atol=5e-3, rtol=1e-3
     )
 
 
@@ -168,8 +168,8 @@ def test_the_head_of_a_fine_tuned_checkpoint_is_dropped(tmp_path):
     Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path / "ctc")
     _, encoder = load(tmp_path / "ctc")
     prepared = encoder.prepare(waves()[0])
-    wanted = tuned.hubert(prepared.inputs[0][None]).last_hidden_state[0].detach()
-    torch.testing.assert_close(encoder.encode([prepared])[0], wanted)
+    expected = tuned.hubert(prepared.inputs[0][None]).last_hidden_state[0].detach()
+    torch.testing.assert_close(encoder.encode([prepared])[0], expected)
 
 
 def test_long_audio_is_cut_or_split(tmp_path):

@@ -159,8 +159,8 @@ def test_converted_weights_compute_what_transformers_computes(tmp_path, kind, tu
     encoder = spec.load(torch.float32)
     wave = np.random.default_rng(0).normal(0.1, 0.2, 9000).astype(np.float32)
     prepared = encoder.prepare(wave)
-    wanted = model(prepared.inputs[0][None]).last_hidden_state[0].detach()
-    torch.testing.assert_close(encoder.encode([prepared])[0], wanted)
+    expected = model(prepared.inputs[0][None]).last_hidden_state[0].detach()
+    torch.testing.assert_close(encoder.encode([prepared])[0], expected)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -178,11 +178,11 @@ def test_options_in_a_namespace_are_read(tmp_path):
     assert "wav2vec2" in convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
 
 
-@pytest.mark.parametrize("form", ["pointer", "namespace inside", "old and tuned", "old beside an empty new"])
+@pytest.mark.parametrize("form", ["pointer", "namespace inside", "old and tuned", "old and an empty new"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_every_form_of_fairseqs_configuration_is_read(tmp_path, form, normalize):
     model = random_model("hubert", "large")
-    content = fairseq_file("hubert", "large", model, form != "old beside an empty new", normalize)
+    content = fairseq_file("hubert", "large", model, form != "old and an empty new", normalize)
     flat = options("hubert", "large") | {"normalize": normalize}
     match form:
         case "pointer":
@@ -195,7 +195,7 @@ def test_every_form_of_fairseqs_configuration_is_read(tmp_path, form, normalize)
                 w2v_args=argparse.Namespace(**flat), normalize=normalize, arch="hubert_ctc"
             )
             del content["cfg"]
-        case "old beside an empty new":
+        case "old and an empty new":
             content |= {"args": argparse.Namespace(**flat), "cfg": None}
     convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
     spec = describe_encoder(Encoder(name=str(tmp_path / "c")))
@@ -207,7 +207,7 @@ def test_every_form_of_fairseqs_configuration_is_read(tmp_path, form, normalize)
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "complaint"),
+    ("option", "value", "message"),
     [
         ("encoder_layers", 3, r"encoder\.layers\.2\."),
         ("encoder_layers", 1, r"encoder\.layers\.1\."),
@@ -222,10 +222,10 @@ def test_every_form_of_fairseqs_configuration_is_read(tmp_path, form, normalize)
         ("conv_feature_layers", "-" * 200_000 + "1", "200001 characters"),
     ],
 )
-def test_a_configuration_that_its_tensors_contradict_is_refused(tmp_path, option, value, complaint):
+def test_a_configuration_that_its_tensors_contradict_is_refused(tmp_path, option, value, message):
     content = fairseq_file("hubert", "large", random_model("hubert", "large"))
     content["cfg"]["model"][option] = value
-    with pytest.raises(UserError, match=complaint) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
     assert "\n" not in str(raised.value) and not (tmp_path / "c" / "config.json").exists()
 

@@ -24,8 +24,8 @@ def test_a_prefix_serves_as_a_model_and_is_fetched_once(bucket, tiny_models):
     bucket.put_object(Key="a/whisper-other/config.json", Body=b"not this one")
     spec = describe_encoder(Encoder(name="s3://bucket/a/whisper/"))
     assert not (spec.folder / "pytorch_model.bin").exists()
-    wanted = describe_encoder(Encoder(name=tiny_models["encoder"]))
-    assert spec.fingerprint() == wanted.fingerprint()
+    expected = describe_encoder(Encoder(name=tiny_models["encoder"]))
+    assert spec.fingerprint() == expected.fingerprint()
     spec.load(torch.float32)
     times = {f: f.stat().st_mtime_ns for f in spec.folder.iterdir()}
     assert locate_model("s3://bucket/a/whisper") == spec.folder
