@@ -1,14 +1,13 @@
-"""Measure the speed of reading features in training's order, from a warm local store and from object storage.
+"""Measure how fast features are read in training order, from a warm local store and from object storage.
 
-    python benchmarks/reading.py         # writes a store of noise; the second part starts moto's server
+    python benchmarks/reading.py         # writes a store of noise; part 2 starts a moto server
 
-1. A local store, memory-mapped and in the page cache. Every utterance of an epoch is read in the sampler's
-   order, once with its checksum compared (as in a process's first epoch) and once without (as in later
-   epochs), and every byte is copied. In GB/s, in one process.
-2. The same store in object storage. An epoch with an empty cache is read through `FeatureStore` (which
-   fetches ahead, compares SHA-256, writes to the disk cache and reads utterance by utterance), and compared
-   with bare boto3 `download_file` of the same shards in the same order with as many threads. Both alternate;
-   the ratio is that of their medians.
+1. A local store, memory-mapped and in the page cache. One process reads two epochs in training order and
+   copies every byte. Checksums are verified in the first epoch only, as in training. Results are in GB/s.
+2. The same store in object storage. `FeatureStore` reads an epoch with an empty cache: it prefetches,
+   verifies SHA-256, writes to the disk cache and reads utterance by utterance. For comparison, bare boto3
+   `download_file` fetches the same shards in the same order with as many threads. The two alternate; the
+   ratio is that of their median speeds.
 """
 
 import argparse
@@ -32,14 +31,14 @@ from slam_asr.models.feature_dtype import QuantizedFrames
 from slam_asr.storage import write_bytes
 from slam_asr.training.batches import plan_epoch
 
-MADE_BY = {"weights_sha256": "noise", "dtype": "bf16"}
+NOISE_FINGERPRINT = {"weights_sha256": "noise", "dtype": "bf16"}
 
 
 def make_store(root: str, shards: int, megabytes: int, width: int) -> None:
     """Write a store of noise: `shards` shards of `megabytes` MB each, with utterances of 4 to 20 s."""
     generator = np.random.default_rng(0)
-    namespace = FeatureNamespace.of(root, MADE_BY)
-    namespace.write_fingerprint(MADE_BY, width)
+    namespace = FeatureNamespace.of(root, NOISE_FINGERPRINT)
+    namespace.write_fingerprint(NOISE_FINGERPRINT, width)
     for number in range(shards):
         features, size = {}, 0
         while size < megabytes * 1_000_000:
@@ -49,22 +48,23 @@ def make_store(root: str, shards: int, megabytes: int, width: int) -> None:
             ).view(torch.bfloat16)
             features[generator.bytes(32).hex()] = QuantizedFrames(noise, None)
             size += noise.nbytes
-        content, index = pack(features, MADE_BY, {a: len(v.frames) for a, v in features.items()})
+        content, index = pack(features, NOISE_FINGERPRINT, {a: len(v.frames) for a, v in features.items()})
         write_bytes(namespace.shard_path(index.shards[0].name), content)
         write_bytes(namespace.index_path(f"noise-{number}-of-{shards}"), index.to_bytes())
 
 
 def epoch_of(store: FeatureStore, window: int) -> tuple[list[list[str]], list[list[int]]]:
-    """The audio ids of an epoch in the sampler's order, and the numbers of its shards, both by window."""
+    """Return the audio ids of each window of an epoch, in training order, and each window's shard numbers."""
     audio_ids = store.index.audio_ids()
     assert (argsort_audio_ids(store.index.columns["address"]) == np.arange(len(audio_ids))).all()
+    # An LLM position for every 5 frames, and 40 positions of text.
     positions = (store.index.columns["span"] // 5 + 40).tolist()
     windows = list(plan_epoch(positions, store.index.columns["shard"], window, 6000, 0, 0))
     return [[audio_ids[i] for step in w.steps for i in step] for w in windows], [w.shards for w in windows]
 
 
 def read_epoch(store: FeatureStore, windows: list[list[str]], shards: list[list[int]]) -> float:
-    """Seconds for reading an epoch and copying every byte of it."""
+    """Read an epoch and copy every byte of it; return the seconds that this takes."""
     target = torch.empty(1000 * store.index.width, dtype=torch.bfloat16)
     started = time.perf_counter()
     for number, audio_ids in enumerate(windows):
@@ -96,9 +96,9 @@ def local(root: str, repeats: int, window: int) -> None:
         f"local store of {size / 1e9:.2f} GB in {len(store.index.shards)} shards, "
         f"{len(store.index)} utterances, one process, warm"
     )
-    print(f"  first epoch, checksums compared   {statistics.median(first):6.2f} GB/s")
+    print(f"  first epoch, checksums verified   {statistics.median(first):6.2f} GB/s")
     print(f"  later epochs                      {statistics.median(later):6.2f} GB/s")
-    print(f"  a plain copy in memory            {statistics.median(copies):6.2f} GB/s")
+    print(f"  plain copy in memory              {statistics.median(copies):6.2f} GB/s")
 
 
 def remote(root: str, folder: Path, repeats: int, window: int) -> None:
@@ -136,18 +136,18 @@ def remote(root: str, folder: Path, repeats: int, window: int) -> None:
                 list(pool.map(lambda key, file: client.download_file("bench", key, file), keys, files))
             bare_seconds = time.perf_counter() - started
             shutil.rmtree(target)
-            if repeat:  # the first is a warm-up
+            if repeat:  # the first repeat is a warm-up
                 ours.append(our_seconds)
                 bare.append(bare_seconds)
-        a, b = statistics.median(ours), statistics.median(bare)
+        our_median, bare_median = statistics.median(ours), statistics.median(bare)
         ratios = ", ".join(f"{y / x:.3f}" for x, y in zip(ours, bare, strict=True))
         print(
             f"object storage (moto), {size / 1e9:.2f} GB in {len(order)} shards, "
             f"windows of {window}, empty cache"
         )
-        print(f"  bare boto3 downloads              {size / b / 1e6:6.0f} MB/s")
-        print(f"  an epoch in the sampler's order   {size / a / 1e6:6.0f} MB/s")
-        print(f"  ratio                             {b / a:6.3f}  (each repeat: {ratios})")
+        print(f"  bare boto3 downloads              {size / bare_median / 1e6:6.0f} MB/s")
+        print(f"  an epoch in training order        {size / our_median / 1e6:6.0f} MB/s")
+        print(f"  ratio                             {bare_median / our_median:6.3f}  (each repeat: {ratios})")
 
 
 SERVER_PROGRAM = """
@@ -163,7 +163,7 @@ time.sleep(1e6)
 
 
 class MotoServer:
-    """A context in which moto's server runs; entering it returns the server's URL.
+    """A context manager that runs a moto server; entering it returns the server's URL.
 
     The server is a separate process, so that it does not share the GIL with the measured code.
     """

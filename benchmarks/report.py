@@ -1,10 +1,11 @@
-"""Measure the time for scoring many utterances and writing their report, and the size of the page.
+"""Measure the time to score many utterances and write their report, and the size of the page.
 
     python benchmarks/report.py --utterances 100000
 
-The utterances are random: as many words as in LibriSpeech, one word in twenty wrong, 3 speakers per thousand
-utterances. Each step is timed separately, then all of them together. If `chromium` is on the PATH, the time
-until the page is laid out in a headless browser is printed too, including the browser's start.
+The utterances are random and about as long as LibriSpeech's. One word in twenty is wrong, and there are 3
+speakers per thousand utterances. Each step is timed separately, then all of them together. If `chromium` is
+on the PATH, the time to lay out the page in a headless browser is printed too; it includes the browser's
+start.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from slam_asr.scoring.metrics import character_errors, measure
 from slam_asr.scoring.report import PAGE, write_report
 from slam_asr.scoring.wer import Hypothesis
 
-VOCABULARY, WORDS, WRONG = 20_000, (2, 35), 0.05
+VOCABULARY, WORDS, ERROR_RATE = 20_000, (2, 35), 0.05
 
 
 def utterances(count: int) -> list[Hypothesis]:
@@ -37,7 +38,7 @@ def utterances(count: int) -> list[Hypothesis]:
     rows = []
     for n in range(count):
         reference = rng.choices(words, cum_weights=cumulative, k=rng.randint(*WORDS))
-        hypothesis = [rng.choice(words) if rng.random() < WRONG else word for word in reference]
+        hypothesis = [rng.choice(words) if rng.random() < ERROR_RATE else word for word in reference]
         rows.append(
             Hypothesis(
                 f"{n:06d}",
@@ -45,14 +46,14 @@ def utterances(count: int) -> list[Hypothesis]:
                 " ".join(hypothesis),
                 f"set-{n % 4}",
                 str(n % max(1, count * 3 // 1000)),
-                len(reference) / 2.7,  # words per second
+                len(reference) / 2.7,  # seconds, at 2.7 words per second
             )
         )
     return rows
 
 
 def timed(name: str, work: Callable[[], Any]) -> Any:
-    """Call `work`, and print its seconds."""
+    """Call `work`, print how many seconds it takes, and return its result."""
     started = time.perf_counter()
     result = work()
     print(f"{name:24} {time.perf_counter() - started:7.2f} s", flush=True)
@@ -72,7 +73,9 @@ def main() -> None:
     timed("Whisper's normaliser", lambda: normalised_rows(rows))
     with tempfile.TemporaryDirectory() as folder:
         controls = {"shuffled audio": shuffled_audio(rows, 0), "empty output": empty_output(rows)}
-        timed("all, with the report", lambda: write_report(folder, "benchmark", rows, controls, {}, {}, {}))
+        timed(
+            "all steps and the report", lambda: write_report(folder, "benchmark", rows, controls, {}, {}, {})
+        )
         page = Path(folder) / PAGE
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(f"page of {page.stat().st_size / 1e6:.2f} MB; peak memory {peak:.2f} GB")

@@ -19,7 +19,7 @@ class RunRequest:
     """A pipeline, and the recipe, model or variations that it runs with."""
 
     recipe: Recipe | None = None
-    """None if the pipeline is only compiled, and the recipe is set when it is submitted."""
+    """None if the pipeline is compiled without a recipe; the recipe is then given at submission."""
     model: str | None = None
     """Trained model to evaluate; None to train."""
     variations: list[Variation] = field(default_factory=list)
@@ -29,7 +29,7 @@ class RunRequest:
 
     @property
     def resolved_recipe(self) -> Recipe:
-        """The recipe of a request that runs, or is submitted, now."""
+        """The recipe; every request has one, unless it only compiles."""
         assert self.recipe is not None, "only `compile` works without a recipe"
         return self.recipe
 
@@ -82,7 +82,7 @@ def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:
     parser.add_argument(
         "--model",
         type=str,
-        help=f"train nothing, and evaluate this model: {places}, or the name of a shipped model",
+        help=f"evaluate this model instead of training one: {places}, or the name of a shipped model",
     )
     parser.add_argument(
         "--sweep",
@@ -102,8 +102,8 @@ def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:
 def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cluster: bool) -> RunRequest:
     """Build the request from parsed options.
 
-    A model on this machine is checked against the recipe at once; the pipeline's first step checks one in
-    object storage.
+    A model on this machine is checked against the recipe at once. A model in object storage is checked by the
+    pipeline's first step.
 
     Args:
         options: parsed options, including those of `add_pipeline_options`.
@@ -116,7 +116,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
     """
     model, sweep, parallel = options["model"], options["sweep"], options.get("parallel", 0)
     if parallel < 0 or (parallel and not sweep):
-        raise ConfigurationError(f"--parallel is {parallel}: it must be 0 or more, and goes with --sweep.")
+        raise ConfigurationError(f"--parallel is {parallel}: it must be 0 or more, and requires --sweep.")
     if model and sweep:
         raise ConfigurationError(
             "--model and --sweep are both given: a model that is only evaluated has nothing to vary; "
@@ -151,5 +151,5 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
 
 
 def absolute_model(model: str) -> str:
-    """Return a local model folder as an absolute path; shipped names and s3:// prefixes unchanged."""
+    """Make the path of a local model absolute; return shipped names and s3:// prefixes unchanged."""
     return model if is_s3(model) or model in shipped_models() else str(local_path(model).absolute())

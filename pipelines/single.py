@@ -14,8 +14,8 @@ from slam_asr.recipe import Recipe
 from slam_asr.stage import FINGERPRINT, follow_pointer, require_record
 from slam_asr.storage import join
 
-RESULTS_OF_SINGLES = "results"
-"""Folder in a run's output with the pointers of stages that ran by themselves."""
+SINGLE_STAGE_RESULTS = "results"
+"""Folder in a run's output with the pointers to the results of stages that ran with `--only`."""
 
 
 def command_of_stage(
@@ -34,7 +34,7 @@ def command_of_stage(
         output: the run's folder.
         store: folder or s3:// prefix for results.
         recipe_file: file with the resolved recipe.
-        corpus: input of build-manifest.
+        corpus: corpus that build-manifest reads.
         recipe: the content of `recipe_file`.
         model: model to decode with, instead of the run's own.
 
@@ -49,7 +49,13 @@ def command_of_stage(
         return ["--feature-store", result("extract-features")] if recipe.caches_features else []
 
     arguments: dict[str, Callable[[], list[str]]] = {
-        "build-manifest": lambda: ["--recipe", str(recipe_file), "--corpus", corpus, *_to(store, stage)],
+        "build-manifest": lambda: [
+            "--recipe",
+            str(recipe_file),
+            "--corpus",
+            corpus,
+            *_output_option(store, stage),
+        ],
         "extract-features": lambda: [
             "--recipe",
             str(recipe_file),
@@ -66,14 +72,14 @@ def command_of_stage(
             "--dev-manifest",
             join(result("build-manifest"), "dev.jsonl"),
             *features(),
-            *_to(store, stage),
+            *_output_option(store, stage),
         ],
         "convert-checkpoint": lambda: [
             "--checkpoint",
             result("train"),
             "--which",
             recipe.decoding.checkpoint,
-            *_to(store, stage),
+            *_output_option(store, stage),
         ],
         "decode": lambda: [
             "--recipe",
@@ -83,7 +89,7 @@ def command_of_stage(
             "--manifests",
             f"[{join(result('build-manifest'), 'test.jsonl')}]",
             *features(),
-            *_to(store, stage),
+            *_output_option(store, stage),
         ],
     }
     pointer = pointer_of(output, stage)
@@ -91,7 +97,7 @@ def command_of_stage(
 
 
 def corpus_of(output: Path, stage: str) -> str:
-    """Return the corpus of the run's manifests, whose audio later stages read.
+    """Return the corpus that the run's manifests were built from; later stages read its audio.
 
     Raises:
         UserError: build-manifest has not run, or its result was deleted.
@@ -119,8 +125,8 @@ def require_stage(name: str, request: RunRequest) -> str:
 
 
 def pointer_of(output: Path, stage: str) -> Path:
-    """Return the path of the pointer to the result of a stage that ran by itself."""
-    return output / RESULTS_OF_SINGLES / f"{stage}.json"
+    """Return the path of the pointer to the result of a stage that ran with `--only`."""
+    return output / SINGLE_STAGE_RESULTS / f"{stage}.json"
 
 
 def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
@@ -135,5 +141,5 @@ def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
     return max(pointers, key=lambda path: path.stat().st_mtime_ns)
 
 
-def _to(store: str, stage: str) -> list[str]:
+def _output_option(store: str, stage: str) -> list[str]:
     return ["--output", join(store, stage, FINGERPRINT)]

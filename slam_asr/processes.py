@@ -1,4 +1,4 @@
-"""Processes that a stage starts: they end with it, and report a user's error as a message in a file."""
+"""Processes that a stage starts: they end when it ends, and write the message of a user's error to a file."""
 
 import atexit
 import contextlib
@@ -14,7 +14,7 @@ from slam_asr.errors import EXIT_CODE, ConfigurationError, UserError, from_os_er
 from slam_asr.storage import write_atomically
 
 FAILURE = "failure.txt"
-"""Name of the file in which a process leaves its message."""
+"""Name of the file to which a process writes its message."""
 
 
 def die_with_parent() -> None:
@@ -27,12 +27,12 @@ def die_with_parent() -> None:
 def leave_group(code: int = 0) -> NoReturn:
     """End a process of a distributed job when its work is done.
 
-    All processes end together, without the interpreter's finalisation. gloo's threads may still hold tensors
+    All processes end together and skip the interpreter's finalisation. gloo's threads may still hold tensors
     at that point; freeing them needs the GIL and occasionally aborts the process (SIGABRT), so that a
     finished training would count as failed.
 
     Args:
-        code: to exit with.
+        code: exit code.
     """
     import torch
 
@@ -47,13 +47,13 @@ def leave_group(code: int = 0) -> NoReturn:
 @contextlib.contextmanager
 def failures_written_to(
     folder: Path,
-    lower: str = "training.positions_per_batch or encoder.batch_seconds, or raise training.zero_stage",
+    remedy: str = "lower training.positions_per_batch or encoder.batch_seconds, or raise training.zero_stage",
 ) -> Iterator[None]:
     """On a user's error, write its message to a file for the parent process, and exit.
 
     Args:
-        folder: of the file.
-        lower: what to lower if the GPU's memory is full, for the message.
+        folder: folder of the file.
+        remedy: what the message suggests if the GPU's memory is full.
     """
     import torch
 
@@ -62,7 +62,7 @@ def failures_written_to(
     except UserError as error:
         _exit_with(folder, error)
     except torch.OutOfMemoryError:
-        _exit_with(folder, ConfigurationError(f"The GPU's memory is full: lower {lower}."))
+        _exit_with(folder, ConfigurationError(f"The GPU's memory is full: {remedy}."))
     except OSError as error:
         explained = from_os_error(error)
         if explained is None:
@@ -73,7 +73,7 @@ def failures_written_to(
 def _exit_with(folder: Path, error: UserError) -> None:
     try:
         write_atomically(folder / FAILURE, str(error))
-    except OSError:  # a full disk: the parent then refers to this output
+    except OSError:  # the disk is full: the parent's message then refers to this output
         print(error, file=sys.stderr, flush=True)
     # Other processes may be waiting in a collective operation. They cannot end by themselves: exit at once,
     # so that the launcher notices and ends them.

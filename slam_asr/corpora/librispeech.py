@@ -21,7 +21,7 @@ TRANSCRIPTS = ".trans.txt"
 OUTER = "LibriSpeech"
 LAYOUT = "<subset>/<speaker>/<chapter>/ with .trans.txt and audio files"
 _MAX_CHECKED = 5000
-"""Files, about a hundred chapters' worth, that are checked to decide whether a folder is a subset."""
+"""Number of files (about a hundred chapters) that are checked to decide whether a folder is a subset."""
 
 
 class LibriSpeech(Unpacked):
@@ -51,9 +51,9 @@ class LibriSpeech(Unpacked):
             folders = {
                 name: folder
                 for name, folder in tree.items()
-                if _holds(folder, (TRANSCRIPTS, *AUDIO_SUFFIXES))
+                if _has_chapter_files(folder, (TRANSCRIPTS, *AUDIO_SUFFIXES))
             }
-            if any(_holds(folder, (TRANSCRIPTS,)) for folder in folders.values()):
+            if any(_has_chapter_files(folder, (TRANSCRIPTS,)) for folder in folders.values()):
                 return cls(root, folders)
         return None
 
@@ -100,7 +100,7 @@ class LibriSpeech(Unpacked):
             yield speaker, chapter, list(files)
 
     def _preferred_audio(self, subset: str, files: list[Info]) -> dict[str, str]:
-        """The path of the audio file for each key; of several, that with the preferred suffix."""
+        """Return the audio file of each key; if a key has several, the one with the preferred suffix."""
         preferred: dict[str, tuple[int, str]] = {}
         for file in files:
             key, suffix = os.path.splitext(name_of(file.name))
@@ -111,16 +111,16 @@ class LibriSpeech(Unpacked):
 
 
 def _chapter_files(subset: str) -> Iterator[Info]:
-    """The files two folders below a subset, where those of chapters are."""
+    """Return the files of all chapters: those two folders below the subset."""
     return (f for f in visible_files(subset) if f.name.count("/") == 2)
 
 
-def _holds(subset: str, suffixes: tuple[str, ...]) -> bool:
+def _has_chapter_files(subset: str, suffixes: tuple[str, ...]) -> bool:
     return any(f.name.lower().endswith(suffixes) for f in islice(_chapter_files(subset), _MAX_CHECKED))
 
 
 def _transcripts(file: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the number (from 1), key and text of each line; the text may be empty."""
+    """Yield the line number (from 1), key and text of each utterance; the text may be empty."""
     try:
         lines = read_bytes(file).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

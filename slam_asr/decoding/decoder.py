@@ -134,7 +134,7 @@ def main() -> None:
     job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text()))
     answer_stream = sys.stdout
     with (
-        failures_written_to(Path(job.folder), "decoding.positions_per_batch"),
+        failures_written_to(Path(job.folder), "lower decoding.positions_per_batch"),
         # Standard output carries answers only: logs go to standard error.
         contextlib.redirect_stdout(sys.stderr),
     ):

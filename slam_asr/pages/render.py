@@ -11,8 +11,8 @@ def render(template: str, filters: dict[str, Callable[..., str]] | None = None, 
 
     Args:
         template: file name in this folder.
-        filters: more filters, in addition to `grouped` and `capital`.
-        values: values of the template's names; a missing one is an error.
+        filters: filters in addition to `grouped` and `capital`.
+        values: values of the template's variables; a missing one is an error.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("slam_asr.pages", ""),
@@ -31,7 +31,7 @@ def capital(text: str) -> str:
 
 
 def grouped(number: float) -> str:
-    """`18880512` → `18 880 512`, with narrow spaces that do not break; `2.50` → `2.5`."""
+    """`18880512` → `18 880 512`, with narrow no-break spaces; `2.50` → `2.5`."""
     text = (
         f"{number:,}"
         if isinstance(number, int)

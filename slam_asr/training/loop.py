@@ -38,7 +38,7 @@ from slam_asr.training.model_builder import build_model, build_prompt, build_rea
 from slam_asr.training.monitor import Monitor, StepNumbers
 from slam_asr.training.objective import AnswerScores, allows_chunks, score_answers, score_in_chunks
 from slam_asr.training.prefetch import prefetch
-from slam_asr.training.samples import Sampler, Samples
+from slam_asr.training.samples import Samples, SampleTranscriber
 from slam_asr.training.schedule import learning_rate_schedule
 from slam_asr.training.stop_signals import StopRequest
 
@@ -153,8 +153,8 @@ class Trainer:
         torch.manual_seed(self.options.seed + self.rank)  # for dropout, if any
         prompt = build_prompt(job, self.recipe)
         self.readers = build_readers(job, self.recipe, prompt, self.processes)
-        self.sampler = (
-            Sampler(self.readers["dev"], prompt, self.recipe)
+        self.sample_transcriber = (
+            SampleTranscriber(self.readers["dev"], prompt, self.recipe)
             if "dev" in self.readers and self.options.samples
             else None
         )
@@ -516,12 +516,12 @@ class Trainer:
             self.counts.best_dev_loss, self.counts.stale = loss, 0
         else:
             self.counts.stale += 1
-        samples = self._transcribe(self.sampler) if self.sampler else None
+        samples = self._transcribe(self.sample_transcriber) if self.sample_transcriber else None
         if self.monitor:
             self.monitor.validation(self.done, loss, accuracy, samples)
         return loss
 
-    def _transcribe(self, sampler: Sampler) -> Samples:
+    def _transcribe(self, transcriber: SampleTranscriber) -> Samples:
         self.engine.module.eval()
         # Layers are compiled for complete utterances. Decoding takes one token at a time, and would compile
         # them again.
@@ -530,7 +530,7 @@ class Trainer:
         )
         try:
             with uncompiled:
-                return sampler.transcribe(self.engine.model)
+                return transcriber.transcribe(self.engine.model)
         finally:
             self.engine.module.train()
 

@@ -25,15 +25,15 @@ class Samples:
     """`key`, `reference` and `hypothesis` of each utterance."""
 
 
-class Sampler:
-    """Transcribes the same dev utterances at each validation. All processes do the same work.
+class SampleTranscriber:
+    """Transcribes the same dev utterances at each validation.
 
-    All must take part because sharded weights are gathered on all processes together.
+    All processes do the same work, because gathering sharded weights is a collective operation.
 
     Args:
-        reader: of the dev set.
+        reader: reader of the dev set.
         prompt: the recipe's prompts, tokenised.
-        recipe: gives the number of utterances, and the limits of decoding.
+        recipe: sets the number of utterances and the decoding limits.
     """
 
     def __init__(self, reader: BatchReader, prompt: Prompt, recipe: Recipe) -> None:
@@ -55,8 +55,8 @@ class Sampler:
         ):
             indices = [self.indices[i] for i in batch]
             audio = [self.reader.reader.read(examples.utterances[i]) for i in indices]
-            answers = searcher.decode(audio, [int(examples.audio_positions[i]) for i in indices])
-            texts_by_index |= dict(zip(indices, (a.text for a in answers), strict=True))
+            hypotheses = searcher.decode(audio, [int(examples.audio_positions[i]) for i in indices])
+            texts_by_index |= dict(zip(indices, (h.text for h in hypotheses), strict=True))
         rows = [
             Hypothesis(examples.utterances[i].key, examples.utterances[i].target, texts_by_index[i])
             for i in self.indices

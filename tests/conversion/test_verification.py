@@ -29,12 +29,10 @@ def test_summary_states_the_probes_loss_per_token(checkpoint, tiny_recipe, tmp_p
         checkpoint, str(tmp_path / "m"), recipe=load_recipe(str(tiny_recipe)), half=half
     )
     stated = re.search(
-        r"same loss before and after on (\d+) tokens \((\d+\.\d+) per token; a probe with random audio, "
-        r"not comparable with the training loss\)",
-        record.summary,
+        r"loss (\d+\.\d+) per token on random audio, the same before and after", record.summary
     )
     # Random models guess: the mean cross-entropy of a token is about that of a uniform distribution.
-    assert stated and int(stated[1]) > 3 and 0 < float(stated[2]) < 20
+    assert stated and 0 < float(stated[1]) < 20
     assert (
         "not compared"
         in convert_checkpoint(

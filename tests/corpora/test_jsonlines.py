@@ -1,4 +1,4 @@
-"""Each line of JSON lines is in one subset: that of its split's file, its own field, or its file's name."""
+"""Each line belongs to exactly one subset: its split's, if the file is one; else its own; else its file's."""
 
 import json
 
@@ -26,7 +26,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_file_named_after_a_split_is_that_split_and_lines_keep_their_own_subset(folder):
+def test_a_file_named_after_a_split_is_that_split_whatever_subset_its_lines_name(folder):
     write_lines(folder / "train.jsonl", row("a"), row("b", subset="train-clean-100"))
     write_lines(folder / "test.jsonl", row("c", subset="test-other", speaker="7"))
     reader = JsonLines.find(folder)
@@ -69,7 +69,7 @@ def test_a_line_without_its_audio_is_rejected(folder):
     )
 
 
-def test_the_error_for_a_bad_line_has_its_file_and_number(folder):
+def test_the_error_for_a_bad_line_names_its_file_and_line_number(folder):
     write_lines(folder / "train.jsonl", row("a"), {"key": "b"})
     with pytest.raises(UserError, match=r"train\.jsonl, line 2 has no source and no target"):
         JsonLines.find(folder)
@@ -88,7 +88,7 @@ def test_sources_with_an_unsupported_scheme_are_refused(folder):
         JsonLines.find(folder)
 
 
-def test_segments_and_objects_are_candidates(folder):
+def test_segments_and_complete_files_are_read(folder):
     write_lines(
         folder / "train.jsonl",
         row("a", start=0.5, duration=0.25, source="s3://bucket/x.wav"),
@@ -96,15 +96,17 @@ def test_segments_and_objects_are_candidates(folder):
     )
     segment, complete = JsonLines.find(folder).read("train")
     assert (segment.source, segment.start, segment.duration) == ("s3://bucket/x.wav", 0.5, 0.25)
-    assert (complete.start, complete.duration) == (None, None), "a complete file is measured again"
+    assert (complete.start, complete.duration) == (None, None), (
+        "the duration of a complete file is measured, not taken from its line"
+    )
 
 
-def test_other_folders_and_files_are_not_recognised(folder):
+def test_folders_and_files_without_json_lines_are_not_recognised(folder):
     assert JsonLines.find(folder) is None
     assert JsonLines.find(folder / "x.wav") is None
 
 
-def test_stamps_change_with_the_lines_and_with_the_audio(folder):
+def test_stamps_change_when_the_audio_or_the_lines_change(folder):
     path = write_lines(folder / "train.jsonl", row("a"))
     before = list(JsonLines.find(folder).stamps("train"))
     with open(folder / "x.wav", "ab") as file:

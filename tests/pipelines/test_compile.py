@@ -139,7 +139,7 @@ def test_sweep_has_one_manifest_one_extraction_and_a_loop_of_trainings():
     ("options", "sentence"),
     [
         (["--sweep", "demo/sweep.yaml", "--model", "s3://speech/m"], "both given"),
-        (["--parallel", "2"], "goes with --sweep"),
+        (["--parallel", "2"], "requires --sweep"),
         (
             ["--sweep", "/no/such.yaml"],
             "The variations /no/such.yaml cannot be read (No such file or directory): check --sweep.",
