@@ -30,7 +30,7 @@ from slam_asr.storage import delete, read_bytes, sha256_of_file, walk, write_byt
 from tests.conftest import make_tone, write_wav
 
 LENGTHS = (0.1, 0.73, 1.0, 2.345)
-KILLS = 20 if os.environ.get("SLAM_ASR_SOAK") else 3
+KILLS = 20 if os.environ.get("SLAM_ASR_SOAK") else 1
 
 
 def utterances_in(folder: Path, lengths=LENGTHS, first=0) -> list[Utterance]:

@@ -66,9 +66,9 @@ def losses(prepared, name, **overrides):
 
 @pytest.mark.slow
 def test_one_and_two_processes_give_the_same_losses(prepared):
-    one, dev_one = losses(prepared, "one", **{"training.processes": 1, "training.positions_per_batch": 700})
+    one, dev_one = losses(prepared, "one", **{"training.processes": 1, "training.positions_per_batch": 300})
     # A smaller micro-batch too: accumulation must not change the losses either.
-    two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 250})
+    two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 120})
     assert len(one) == 6 and len(dev_one) == 2
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     assert two == pytest.approx(one, rel=NOISE)
