@@ -22,7 +22,7 @@ ROWS = [
         "c-1", "the cat sat on the big red mat", "the cat sit on the red mat now", "test-clean", "61", 2.5
     ),
     Hypothesis("c-2", "all is well", "all is well", "test-clean", "62", 1.1),
-    Hypothesis("o-1", "nothing was said", "", "test-other", "63", 1800.0),
+    Hypothesis("o-1", "nothing was heard", "", "test-other", "63", 1800.0),
     Hypothesis("o-2", "one two", "one two", "test-other", "63", 1800.0),
 ]
 SHUFFLED = [Hypothesis(r.key, r.reference, "something else", r.subset, r.speaker, r.duration) for r in ROWS]
@@ -226,7 +226,7 @@ def test_alignments_are_readable_without_colour(tmp_path):
     _, html, *_ = full_report(tmp_path)
     texts = [row[2] for row in Page(html).tables[-1][1:]]
     assert "the cat sat → sit on the − big red mat + now c-1 · test-clean · speaker 61 · 2.5 s" in texts
-    assert "− nothing was said empty answer o-1 · test-other · speaker 63 · 1800.0 s" in texts
+    assert "− nothing was heard empty answer o-1 · test-other · speaker 63 · 1800.0 s" in texts
     assert "<del>sat</del><i> → </i><ins>sit</ins>" in html
     assert "<i>− </i><del>big</del>" in html
     assert "<i>+ </i><ins>now</ins>" in html

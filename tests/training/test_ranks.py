@@ -16,9 +16,9 @@ from slam_asr.training.train import train
 
 REAL = {
     "training.precision": "fp32",
-    "training.positions_per_step": 300,
+    "training.positions_per_step": 700,
     "training.max_steps": 6,
-    "training.epochs": 9,
+    "training.epochs": 2,
     "training.validate_every": 3,
     "training.learning_rate": 1e-4,
     "training.warmup_steps": 6,
@@ -41,9 +41,9 @@ Before the first update two orders of summation differ by 1e-6; six updates of A
 
 @pytest.fixture(scope="module")
 def prepared(libri_mini, tmp_path_factory):
-    """Fourteen utterances of 2 to 5 s with real features."""
+    """Thirty utterances of 2 to 10 s with real features."""
     folder = tmp_path_factory.mktemp("ranks")
-    recipe = load_recipe("librispeech", REAL | {"training.positions_per_batch": 300})
+    recipe = load_recipe("librispeech", REAL | {"training.positions_per_batch": 700})
     built = build_manifest(recipe, str(libri_mini), str(folder / "manifest"))
     selected = [u for u in read_manifest(built.file("train.jsonl")) if 2 <= u.duration <= 10][:30]
     write_manifest(folder / "train.jsonl", selected[:25])
@@ -66,9 +66,9 @@ def losses(prepared, name, **overrides):
 
 @pytest.mark.slow
 def test_one_and_two_processes_give_the_same_losses(prepared):
-    one, dev_one = losses(prepared, "one", **{"training.processes": 1, "training.positions_per_batch": 300})
+    one, dev_one = losses(prepared, "one", **{"training.processes": 1, "training.positions_per_batch": 700})
     # A smaller micro-batch too: accumulation must not change the losses either.
-    two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 120})
+    two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 250})
     assert len(one) == 6 and len(dev_one) == 2
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     assert two == pytest.approx(one, rel=NOISE)
@@ -88,7 +88,7 @@ def test_features_of_another_encoder_are_refused_before_training(tiny_recipe, ti
 @pytest.mark.slow
 def test_a_failing_process_ends_training_with_its_message(tiny_recipe, tiny_corpus, tmp_path):
     recipe = load_recipe(
-        str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 90}
+        str(tiny_recipe), {"training.learning_rate": 1e30, "training.max_steps": 20, "training.epochs": 20}
     )
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
