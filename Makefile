@@ -14,7 +14,7 @@ python := $(VENV)/bin/python
 pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use-pep517 $(PIP_ARGS)
 
 # Two workers, since most tests wait for processes of their own; tests of one file stay together.
-pytest = $(python) -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 10
+pytest = $(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-test demo test unit slow soak lint lock images compile clean

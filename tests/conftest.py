@@ -37,31 +37,22 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# Before pytest-xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests that share a costly fixture on one worker of pytest-xdist, and begin with the longest.
-
-    All tests with containers share one engine and its images; the tests of a file share their fixtures.
-    """
-    for item in items:
-        container = {"docker_engine", "images"} & set(getattr(item, "fixturenames", ()))
-        group = "containers" if container else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    first = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: first.get(item.get_closest_marker("xdist_group").args[0], len(first)))
-
-
 LONGEST = (
-    "containers",
+    "test_images",
     "test_demo",
+    "test_docker",
     "test_resuming",
     "test_chain",
     "test_local",
-    "test_sweep",
-    "test_interruption",
+    "test_sharded",
 )
-"""Groups of tests that take minutes. A worker that begins one last leaves the other without work."""
+"""Files that take minutes. A worker that begins one last leaves the other without work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest; the Makefile sends the tests of a file to one worker."""
+    first = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
 
 
 @pytest.fixture(autouse=True)

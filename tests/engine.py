@@ -5,12 +5,14 @@ sources by way of a small server. An engine that is started here has a socket an
 """
 
 import contextlib
+import fcntl
 import functools
 import http.server
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -76,6 +78,14 @@ def install(programs: list[str], packages: list[str]) -> None:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise NoEngine(f"{' and '.join(programs)} are missing, and cannot be installed here")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    # apt fails if another worker of the tests is installing; whoever waited finds the programs there.
+    with open(Path(tempfile.gettempdir()) / "slam-asr-tests-apt.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(shutil.which(program) for program in programs):
+            _apt_get(packages, environment)
+
+
+def _apt_get(packages: list[str], environment: dict[str, str]) -> None:
     for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *packages]):
         done = subprocess.run(["apt-get", *command], env=environment, capture_output=True, text=True)
         if done.returncode:
