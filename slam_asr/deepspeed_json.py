@@ -3,8 +3,8 @@
 Settings for which a recipe has keys (ZeRO stage, precision, offload, clipping, learning rate, batch) are
 moved into those keys; if the recipe sets them differently, both are named and the recipe is refused. Settings
 without a key in a recipe are passed on to DeepSpeed unchanged. Keys that DeepSpeed does not know are refused,
-because DeepSpeed would silently ignore them; so are settings of things that this training does in its own
-way.
+because DeepSpeed would silently ignore them; settings for things that this training does in its own way
+are refused too.
 
 The names are those of DeepSpeed 0.19.8.
 """
@@ -63,7 +63,7 @@ ZERO = (
     "enable_sanity_checks",
     "leaf_module",
     "compute_grad_norm",
-    # For DeepSpeed's own checkpoints, which are not used here: these change nothing.
+    # The keys below concern DeepSpeed's own checkpoints, which are not used here: they have no effect.
     "load_from_fp32_weights",
     "elastic_checkpoint",
     "pipeline_loading_checkpoint",
@@ -303,7 +303,7 @@ def _take_precision(settings: dict[str, Any], training: dict[str, Any], named: s
 
 
 def _take_optimizer(settings: dict[str, Any], named: str) -> None:
-    """Keep of the section `optimizer` only what torch's AdamW takes as arguments."""
+    """Reduce the section `optimizer` to the arguments of torch's AdamW."""
     optimizer = settings.pop("optimizer", None)
     if optimizer is None:
         return

@@ -113,7 +113,7 @@ class Examples:
         self.shards, self.reader_shards = _in_canonical_order(
             reader.shards_of(columns, np.array(samples, np.int64)), columns
         )
-        """[utterances] canonical number of each one's shard; and for each such number the reader's own."""
+        """[utterances] canonical shard number of each utterance; and the reader's number for each shard."""
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -175,8 +175,8 @@ def plan_epoch(
         shards: [utterances] number of the shard that holds each one's audio.
         window_shards: shards whose utterances are shuffled together.
         budget: LLM positions per step; only an utterance that is longer by itself exceeds it.
-        seed: of the order.
-        epoch: each has its own order.
+        seed: seed of the order.
+        epoch: number of the epoch; each epoch has its own order.
         sizes: [utterances] what each takes of the budget. If given, each step is filled up to the budget; if
             not, utterances take their positions, and steps are cut to about equal sums.
 
@@ -215,7 +215,7 @@ class Budget:
     """Whether both count utterances, as the reference implementation does, instead of LLM positions."""
 
     def sizes(self, positions: Sequence[int]) -> Sequence[int]:
-        """What each utterance takes of the budget: [utterances], from their LLM positions [utterances]."""
+        """Return each utterance's share of the budget [utterances], from its LLM positions [utterances]."""
         return [1] * len(positions) if self.fixed else positions
 
 
@@ -245,7 +245,7 @@ class TrainingPlan:
         self, examples: Examples, budget: Budget, window_shards: int, seed: int, epochs: int, max_steps: int
     ) -> None:
         self.examples, self.max_steps = examples, max_steps
-        # Given sizes have `plan_epoch` fill each step up to the budget.
+        # `plan_epoch` fills each step up to the budget when it is given sizes.
         sizes = budget.sizes(examples.positions)
         self._plan = lambda epoch: plan_epoch(
             examples.positions, examples.shards, window_shards, budget.step, seed, epoch, sizes
@@ -261,7 +261,7 @@ class TrainingPlan:
         return self.after(0)
 
     def after(self, done: int) -> Iterator[tuple[Window, Window | None, list[int]]]:
-        """Yield the same without the first `done` steps."""
+        """Yield the same tuples as `__iter__`, without the first `done` steps."""
         windows = (window for epoch in range(self._epochs) for window in self._plan(epoch))
         pairs = itertools.pairwise(itertools.chain(windows, [None]))
         steps = (
@@ -393,7 +393,7 @@ def split_packed(
         if all(size <= budget or len(groups[number]) == 1 for size, number in fill):
             break
         rounds += 1
-    # Empty groups last: then either all processes have work in a round, or it is the last round.
+    # Sort empty groups last: then either all processes have work in a round, or it is the last round.
     groups.sort(key=lambda group: not group)
     return [groups[rank::processes] for rank in range(processes)]
 

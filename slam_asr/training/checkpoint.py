@@ -55,11 +55,11 @@ class Checkpoint:
     """State of the training loop: the fields of `loop.Counts`."""
     loss_scale: dict[str, float] = field(default_factory=dict)
     dev_loss: float | None = None
-    """After this step, if it was measured."""
+    """Dev loss after this step; None if it was not measured."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Size in bytes and SHA-256 of each file, by name."""
     folder: str = ""
-    """Where it was read from; not part of the file."""
+    """Folder that the description was read from; not part of the file."""
 
     @property
     def name(self) -> str:
@@ -174,7 +174,7 @@ def all_complete(folder: str) -> list[Checkpoint]:
 def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
     """Publish a checkpoint whose other files are complete, and prune older ones.
 
-    Writes the description and then the pointers: only now does the checkpoint exist for readers.
+    Writes the description and then the pointers: readers cannot see the checkpoint before that.
 
     Args:
         folder: of all checkpoints.

@@ -28,7 +28,7 @@ from slam_asr.training.engines.engine import Engine
 
 @dataclass
 class Snapshot:
-    """What one process writes of a checkpoint: a copy, taken between two steps."""
+    """One process's share of a checkpoint: a copy of the state, taken between two steps."""
 
     checkpoint: Checkpoint
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ def take_snapshot(engine: Engine, about: Checkpoint, curve: bytes) -> Snapshot:
     """Copy what a checkpoint contains. All processes must call it together.
 
     Args:
-        engine: whose state is copied.
+        engine: engine whose state is copied.
         about: the description, without `files`.
         curve: content of `curve.jsonl`; empty except on the first process.
     """
@@ -69,7 +69,7 @@ class CheckpointWriter:
     def __init__(self, folder: str, scratch: Path, keep: int) -> None:
         self.folder, self.scratch, self.keep = folder, scratch, keep
         self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        # A group of their own: messages between writing threads must not mix with those of training.
+        # The writing threads have their own group: their messages must not mix with those of training.
         self.group = torch.distributed.new_group(backend="gloo") if self.processes > 1 else None
         self.failure: str | None = None
         """Why the last checkpoint could not be written."""
@@ -125,7 +125,7 @@ class CheckpointWriter:
             failure = str(error)
         except OSError as error:
             failure = str(from_os_error(error) or error)
-        except Exception as error:  # safetensors and torch report a failed write by exceptions of their own
+        except Exception as error:  # safetensors and torch raise their own exceptions for a failed write
             failure = (
                 f"{join(self.folder, about.name)} could not be written ({type(error).__name__}: {error}): "
                 "disk full, or no permission?"
@@ -210,7 +210,7 @@ def restore(engine: Engine, saved: Checkpoint) -> None:
                 )
             engine.set_state(name, which, tensor)
             restored.add((which, name))
-    # A master and two moments for each weight.
+    # Each weight has a master and two moments.
     if len(restored) != 3 * len(expected):
         raise ModelError(
             f"The checkpoint {saved.folder} lacks some of the weights that this recipe trains: choose "

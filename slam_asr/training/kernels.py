@@ -89,10 +89,10 @@ def compile_layers(llm: PreTrainedModel) -> None:
 
 
 def use_liger(llm: PreTrainedModel) -> None:
-    """Replace an LLM's norms, rotary embeddings and feed-forward layers by Liger's kernels.
+    """Replace an LLM's norms, rotary embeddings and feed-forward layers with Liger's kernels.
 
-    Not the loss: `objective` has its own. An LLM that Liger does not support is left unchanged, with a log
-    line.
+    The loss is not replaced: `objective` has its own. An LLM that Liger does not support is left unchanged,
+    with a log line.
     """
     # Imported by name: images contain every package in an import statement, but this one is optional.
     monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")

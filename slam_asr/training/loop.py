@@ -1,7 +1,7 @@
-"""The training loop: one process of a training, started by torchrun, one per GPU.
+"""The training loop. torchrun starts one process per GPU, and each runs this module.
 
 `python -m slam_asr.training.loop JOB` reads the job that `slam-asr train` has checked and written, resumes
-from the latest checkpoint if one exists, trains, and leaves the curve and a last checkpoint.
+from the latest checkpoint if one exists, trains, and writes the curve and a final checkpoint.
 """
 
 import contextlib
@@ -44,16 +44,16 @@ from slam_asr.training.stop_signals import StopRequest
 
 NONFINITE = "nonfinite.jsonl"
 PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
-"""How gloo and NCCL describe that another process has ended.
+"""Matches the messages with which gloo and NCCL report that another process has ended.
 
-Both raise it as a RuntimeError, or a subclass, that they also raise for other failures: only the text
+Both raise a RuntimeError, or a subclass, which they also raise for other failures. Only the text
 differs.
 """
 
 
 @dataclass
 class MicroBatch:
-    """What one process puts through the model at once."""
+    """The utterances that one process passes through the model at once."""
 
     number: int
     """Number of its optimiser step, from 1."""
@@ -64,7 +64,7 @@ class MicroBatch:
     targets: int
     """Target tokens of the step, on all processes."""
     is_last: bool
-    """Whether it is the last of its step on this process."""
+    """Whether this is the last micro-batch of its step on this process."""
     filled: int
     """LLM positions without padding."""
     cells: int
@@ -88,7 +88,7 @@ class Counts:
 
 @dataclass
 class Totals:
-    """Sums over a step: first of this process, then, after `Trainer._reduce`, of all."""
+    """Sums over a step: of this process at first, and of all processes after `Trainer._reduce`."""
 
     scores: torch.Tensor | None = None
     """[3] float64 on the device: loss, correct tokens and target tokens of this process.
@@ -177,7 +177,7 @@ class Trainer:
             {name: r for name, r in rates.items() if r is not None},
             lazy_weights,
         )
-        # A sharded LLM has its weights only from here on.
+        # If the LLM is sharded, its weights exist only from here on.
         self.packs = self.options.packing and self.engine.try_llm(allow_packing)
         for reader in self.readers.values():
             reader.packs = self.packs
@@ -185,7 +185,7 @@ class Trainer:
         # `score_in_chunks` reads them directly.
         if self.options.zero_stage != 3 and self.engine.try_llm(allows_chunks):
             model.scorer = score_in_chunks
-        # After the trials, which would otherwise compile the layers for their own inputs.
+        # Compile after the trials, which would otherwise compile the layers for their own inputs.
         if self.options.liger:
             use_liger(model.llm)
         if self.options.compile:
@@ -252,7 +252,7 @@ class Trainer:
 
         Raises:
             ConfigurationError: the checkpoint is beyond the steps of this training.
-            ModelError: the checkpoint is damaged or incomplete, or of other weights.
+            ModelError: the checkpoint is damaged or incomplete, or holds other weights.
         """
         # Only the first process looks, and broadcasts its finding: otherwise processes could see different
         # pointers.
@@ -277,7 +277,7 @@ class Trainer:
                 curve = Path(latest.file(CURVE)).read_bytes()
                 log_line(f"resuming after step {latest.step} of {self.plan.steps}, from {latest.folder}")
         if self.rank == 0:
-            # The curve as it was at the checkpoint: steps after it are repeated.
+            # Restore the curve as it was at the checkpoint: the steps after the checkpoint are repeated.
             write_atomically(self.folder / CURVE, curve)
             published = self.job.published if self.job.published != str(self.folder) else None
             self.monitor = Monitor(
@@ -298,7 +298,7 @@ class Trainer:
         """Train, validate, and write checkpoints.
 
         Returns:
-            True if the training is finished, False if it was asked to stop before.
+            True if the training is finished, False if it was asked to stop earlier.
         """
         self.stop.listen()
         self.engine.module.train()
@@ -347,10 +347,10 @@ class Trainer:
         return not (self.interrupted or ended)
 
     def _reduce(self, totals: Totals) -> None:
-        """Replace this process's sums by those of all processes.
+        """Replace this process's sums with the sums over all processes.
 
         One all-reduce carries the scores, the stop request and the state of checkpoints: all processes then
-        take the same decisions after the step.
+        make the same decisions after the step.
         """
         assert totals.scores is not None  # a step has at least one micro-batch
         flags = [
@@ -433,8 +433,8 @@ class Trainer:
         postponed.
 
         Args:
-            totals: of this step.
-            dev_loss: of a validation after this step, if there was one.
+            totals: sums over this step.
+            dev_loss: dev loss of the validation after this step; None if there was none.
             forced: whether training ends here, so that the checkpoint must be written in any case.
         """
         improved = dev_loss is not None and self.counts.stale == 0
@@ -442,8 +442,8 @@ class Trainer:
             return
         if forced:
             self.writer.wait()
-        # The best checkpoint so far may wait for one other. No more may: each holds a copy of the state
-        # in memory.
+        # The best checkpoint so far may queue while one other is written. No more may queue: each holds a
+        # copy of the state in memory.
         elif not (improved and totals.pending <= 1) and (
             totals.pending or not (totals.due or self._steps_have_passed())
         ):

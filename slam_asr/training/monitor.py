@@ -119,7 +119,7 @@ class Monitor:
         """Record a validation.
 
         Args:
-            step: after which it took place.
+            step: number of the step after which the validation took place.
             loss: mean over the target tokens of the dev set.
             accuracy: share of these tokens to which the model gives the highest probability.
             samples: transcripts, if any were made.
@@ -182,7 +182,7 @@ class _Interval:
         self.audio += numbers.audio_seconds
 
     def rates(self) -> dict[str, float]:
-        """Rates since the last line, by the names that trackers get."""
+        """Return the rates since the last line, by the names that trackers receive."""
         seconds = time.monotonic() - self.started
         flops = self.operations_per_position * self.positions / seconds
         return {

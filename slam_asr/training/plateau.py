@@ -14,7 +14,7 @@ RISE = 0.02
 PATIENCE = 1000
 """Number of steps without progress after which a plateau is reported."""
 SOLVED = 0.6
-"""Above this accuracy the LLM is not guessing any more."""
+"""Accuracy above which the LLM is no longer guessing."""
 
 
 class Plateau:

@@ -1,9 +1,8 @@
 """Sends the numbers of a training to TensorBoard, MLflow and Weights & Biases.
 
 TensorBoard's files are always written; the others on request (`training.trackers`). MLflow and W&B are not
-dependencies: run `pip install mlflow-skinny` or `pip install wandb` to use them. Both read server and account
-    from
-their own environment variables.
+dependencies: run `pip install mlflow-skinny` or `pip install wandb` to use them. Both read the
+server and account from their own environment variables.
 """
 
 import importlib

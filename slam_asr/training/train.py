@@ -46,14 +46,14 @@ RENDEZVOUS = 1800
 """Seconds that a node waits for the others, which may still be pulling images or downloading models."""
 
 LAST_CHECKPOINT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-"""Seconds for the last checkpoint after a signal; a cluster's grace period is usually shorter."""
+"""Seconds allowed for the last checkpoint after a signal; a cluster's grace period is usually shorter."""
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
 """Makes glibc allocate each block above 4 MiB in pages of its own.
 
 Such a block is returned to the system when it is freed. By default glibc raises this threshold to 32 MiB, and
-activations leave holes in the heap: on a CPU, training took half as much memory again, in the same time.
+activations leave holes in the heap: training on a CPU then took 1.5 times the memory, in the same time.
 """
 
 
@@ -71,8 +71,8 @@ def train(
         recipe: models and hyper-parameters.
         train_manifest: utterances to train on (JSON lines).
         output: folder for checkpoints and curves; {fingerprint} in it is replaced by a digest of the inputs.
-        feature_store: written by extract-features. Audio is encoded on the fly without it, or if the encoder
-            is trained too.
+        feature_store: store written by extract-features. Without one, or if the encoder is trained too,
+            audio is encoded on the fly.
         dev_manifest: utterances to validate on.
         overwrite: replace results of other inputs instead of refusing.
 
@@ -211,9 +211,9 @@ def _train_as_worker_node(
 
     Args:
         folder: the stage's results, perhaps in object storage.
-        inputs: of this training.
+        inputs: inputs of this training.
         nodes: this machine's rank.
-        train_here: trains, with results in a local folder.
+        train_here: function that trains, with results in a local folder.
         overwrite: whether results of other inputs may be replaced.
 
     Raises:
@@ -244,12 +244,12 @@ def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) 
     """Check that checkpoints of an earlier attempt belong to this training, so that it may resume from them.
 
     Args:
-        folder: of checkpoints.
-        inputs: of this training.
+        folder: folder of the checkpoints.
+        inputs: inputs of this training.
         overwrite: whether to remove the checkpoints of another training instead of refusing.
 
     Raises:
-        ConfigurationError: the checkpoints are another training's; names the keys that differ.
+        ConfigurationError: the checkpoints are another training's; the message names the keys that differ.
     """
     from slam_asr.training import checkpoint
 
@@ -273,7 +273,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
     flat_before, flat_now = _flat(before), _flat(now)
     harmless = {"recipe.training.validate_every", "recipe.training.patience"}
     if flat_before.get("recipe.training.schedule") == flat_now.get("recipe.training.schedule") == "constant":
-        # With a constant rate, the steps done so far are the same whatever the total.
+        # With a constant rate, the total number of steps does not affect the steps done so far.
         harmless |= {"recipe.training.max_steps", "recipe.training.epochs"}
     keys = sorted(
         k for k in flat_before | flat_now if flat_before.get(k) != flat_now.get(k) and k not in harmless
@@ -330,7 +330,7 @@ def require_features(
     """Check that a feature store has every utterance, and return its fingerprint.
 
     Args:
-        path: of the store.
+        path: path of the store.
         expected: fingerprint of the encoder.
         recipe: names the dtype of the features.
         manifests: the utterances of each set.
@@ -358,9 +358,9 @@ def initial_projector(
 
     Args:
         recipe: its section `projector`.
-        encoder: of this training.
-        llm_folder: of this training.
-        base: fingerprints of both.
+        encoder: encoder of this training.
+        llm_folder: folder of this training's LLM.
+        base: fingerprints of encoder and LLM.
 
     Returns:
         The model's local folder; None if `projector.init_from` is empty.
@@ -406,7 +406,7 @@ def check_llm(recipe: Recipe, folder: Path) -> "Prompt":
 
     Args:
         recipe: its sections `llm` and `decoding`.
-        folder: of the LLM.
+        folder: folder of the LLM.
 
     Returns:
         The recipe's prompts, tokenised.
@@ -486,8 +486,8 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
         checkpoints: folder of the checkpoints, for the message after a stop.
 
     Raises:
-        Stopped: a signal asked for it, and the processes have written a checkpoint.
-        UserError: with the message of the process that failed first.
+        Stopped: a signal stopped the training.
+        UserError: a process failed; the message is that of the process that failed first, if it wrote one.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -497,7 +497,7 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
     os.environ.setdefault(*LAST_CHECKPOINT)
     # Each process uses its share of the cores; by default each would start threads for all of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # An address, not a name: resolving `localhost` may need a resolver that a container does not have.
+    # Use an address, not a name: resolving `localhost` may need a resolver that a container does not have.
     single_node = {
         "run_id": f"slam-asr-{os.getpid()}",
         "rdzv_backend": "c10d",
@@ -528,8 +528,8 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
         failure = folder / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text()) from error
-        # Processes that lost a peer end with code 1. A process killed by a signal has a negative code, the
-        # minimum.
+        # Processes that lost a peer end with code 1. A process killed by a signal has a negative code, which
+        # is therefore the minimum.
         code = min(failed.exitcode for failed in error.failures.values())
         if code - 128 in STOPPING:
             raise Stopped(_stopped_message(signal.Signals(code - 128).name, checkpoints), code) from error
@@ -542,7 +542,7 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
 
 
 def _stopped_message(signal_name: str, checkpoints: str) -> str:
-    """The message of a training that was asked to stop: the latest checkpoint, and how to resume."""
+    """Build the message of a stopped training: it names the latest checkpoint and how to resume."""
     from slam_asr.training import checkpoint
 
     latest = checkpoint.find(checkpoints)

@@ -48,7 +48,7 @@ class FollowedTrainJob:
         """Log the first node's output and the job's states until it is complete.
 
         Args:
-            seconds: time limit; 0: none.
+            seconds: time limit in seconds; 0 means no limit.
 
         Raises:
             ClusterError: the job was deleted by somebody else, takes too long, or Kubernetes does not answer.
@@ -161,7 +161,7 @@ class FollowedTrainJob:
                 for line in lines[-10:]:
                     log_line(f"{step.name}: {line}")
             errors = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
-            # A node that ends because another one failed reports only an exit code: not the cause.
+            # A node that ends because another one failed reports only an exit code, which is not the cause.
             causes = [e for e in errors if not e.startswith("A training process ended with code")]
             message = message or next(iter(causes), None)
         return (

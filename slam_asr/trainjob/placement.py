@@ -42,4 +42,4 @@ class Placement:
     """Labels of the TrainJob and its pods, such as Kueue's queue and priority."""
     annotations: dict[str, str] = field(default_factory=dict)
     timeout_hours: float = 0.0
-    """Time limit of the job in hours; 0: no limit."""
+    """Time limit of the job in hours; 0 means no limit."""

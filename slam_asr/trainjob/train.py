@@ -1,7 +1,7 @@
 """Runs the step `train` on several nodes, as a TrainJob.
 
 The step's own pod needs no GPU. It creates the TrainJob, whose pods each run the same command as a training
-on a single node. It logs the first node's output and the job's state, reports a failure as its own, and
+on a single node does. It logs the first node's output and the job's state, reports a failure as its own, and
 always deletes the job at the end. A step that is started again finds its job by name and continues to follow
 it.
 """

@@ -53,7 +53,7 @@ class DeepSpeedEngine(Engine):
 
         config = deepspeed_config(options, device)
         if lazy_weights:
-            # `deepspeed.initialize` leaves weights alone that are partitioned already.
+            # `deepspeed.initialize` does not change weights that are already partitioned.
             move_and_cast(model, device, DTYPES[options.precision])
             read_and_partition(lazy_weights, config, device)
         self.model = model
@@ -66,7 +66,7 @@ class DeepSpeedEngine(Engine):
         )
         wrapped, _, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config)
         self.module: Any = wrapped
-        # DeepSpeed has replaced the weights in Adam's groups by its own masters.
+        # DeepSpeed has replaced the weights in Adam's groups with its own masters.
         self.optimizer: Any = self.module.optimizer
         self.processes = torch.distributed.get_world_size()
         self.half, self.scales = options.precision != "fp32", options.precision == "fp16"
@@ -287,7 +287,7 @@ def deepspeed_config(options: Training, device: torch.device) -> dict[str, Any]:
 
 
 def _json_settings(options: Training) -> dict[str, Any]:
-    """What `training.deepspeed` sets beyond the recipe's own keys."""
+    """Return the settings in `training.deepspeed` that have no key of their own in the recipe."""
     assert isinstance(options.deepspeed, dict)  # loading the recipe has read a file that it named
     return options.deepspeed
 

@@ -1,9 +1,9 @@
 """The interface between the training loop and an engine.
 
 The loss of an optimiser step is the mean over its target tokens on all processes. Engines average gradients
-over processes as if each had the same number of targets, which is not so. Each process therefore multiplies
-the loss summed over its own targets by `processes / targets of the step`. The average over processes, summed
-over micro-batches, is then exactly the gradient of that mean.
+over processes as if each had the same number of targets, but the numbers differ. Each process therefore
+multiplies the loss summed over its own targets by `processes / targets of the step`. The average over
+processes, summed over micro-batches, is then exactly the gradient of that mean.
 """
 
 import math
@@ -77,9 +77,9 @@ class ParameterGroups:
 class Engine(ABC):
     """A model with AdamW on its trained weights, which stay identical on all processes.
 
-    The model computes in the recipe's precision. AdamW updates fp32 copies of them, the *masters*. A
-    checkpoint holds the masters and Adam's moments as complete fp32 tensors, so that any engine on any number
-    of processes can resume from it.
+    The model computes in the recipe's precision. AdamW updates fp32 copies of the trained weights,
+    the *masters*. A checkpoint holds the masters and Adam's moments as complete fp32 tensors, so that any
+    engine on any number of processes can resume from it.
     """
 
     module: nn.Module
@@ -173,7 +173,7 @@ class Engine(ABC):
 
     @abstractmethod
     def set_loss_scale(self, values: dict[str, float]) -> None:
-        """Restore the state that `loss_scale` returned, perhaps of another engine."""
+        """Restore the state that `loss_scale` returned, perhaps from another engine."""
 
     def state_to_save(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Yield this process's share of the optimiser's state, as (weight's name, which, tensor).

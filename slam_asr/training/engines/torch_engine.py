@@ -34,7 +34,8 @@ from slam_asr.training.engines.engine import (
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
 """Initial loss scale for fp16, and the number of finite steps in a row after which it doubles.
 
-The defaults of `torch.amp.GradScaler`."""
+Both are the defaults of `torch.amp.GradScaler`.
+"""
 
 
 _BUFFERS = "forward_sync_buffers"
@@ -69,8 +70,8 @@ class TorchEngine(Engine):
                 read_local_rows(weight, device)
             self.module = model
         else:
-            # Only frozen parts can have buffers that change, such as batch norm statistics: nothing to
-            # synchronise.
+            # Only frozen parts can have buffers that change, such as batch norm statistics, so there is
+            # nothing to synchronise.
             buffer_options: dict[str, Any] = {_BUFFERS: False}
             self.module = DistributedDataParallel(model, **buffer_options)
         self.model = model
@@ -97,7 +98,7 @@ class TorchEngine(Engine):
             self.module.set_requires_gradient_sync(last)
         else:
             assert isinstance(self.module, DistributedDataParallel)
-            # What `no_sync` sets. As a context manager it would have to enclose the backward pass too.
+            # `no_sync` sets this flag. As a context manager it would have to enclose the backward pass too.
             self.module.require_backward_grad_sync = last
         return self.module(batch)
 
