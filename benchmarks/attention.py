@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py [--heads 9 --key-heads 3 --width 64]
 
-Prints the milliseconds of both and their ratio, for several lengths in bf16 and fp32. Both kernels alternate,
-so that a change in the machine's load affects both.
+Prints both times in milliseconds and their ratio, for several lengths in bf16 and fp32. The kernels
+alternate, so that a change in the machine's load affects both.
 """
 
 import argparse

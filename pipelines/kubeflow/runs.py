@@ -31,7 +31,7 @@ _DESCRIPTIONS = {
 
 @dataclass
 class RunStep:
-    """One step of a run in Kubeflow; a step in a loop has one for each iteration."""
+    """One step of a run in Kubeflow; a step in a loop has one `RunStep` per iteration."""
 
     key: str
     name: str
@@ -57,7 +57,7 @@ class RunStep:
 def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> tuple[str, str, str]:
     """Upload a package as a version of its pipeline, unless this content was uploaded before.
 
-    The version's name contains a digest of the package, by which it is found again.
+    The version's name contains a digest of the package, so that the version can be found again.
 
     Returns:
         The ids of the pipeline and the version, and the name of the version.
@@ -157,7 +157,7 @@ def run_name(recipe: Recipe) -> str:
 
 
 def find(connection: Connection, id_or_name: str) -> kfp_server_api.V2beta1Run:
-    """Find a run by id or name; of several with the same name, the latest.
+    """Find a run by id or name; if several have the same name, return the latest.
 
     Raises:
         ClusterError: there is no such run.
@@ -189,7 +189,7 @@ def latest(connection: Connection, count: int = 50) -> list[kfp_server_api.V2bet
 
 
 def steps_of(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
-    """Return the pipeline's own steps in their order, without the drivers and loops that Kubeflow adds."""
+    """Return the pipeline's own steps in pipeline order, without the drivers and loops that Kubeflow adds."""
     details = (run.run_details.task_details if run.run_details else None) or []
     order = list(ALL_RESULTS)
     steps = [
@@ -222,7 +222,7 @@ def follow(connection: Connection, run_id: str, log_line: Callable[[str], None],
         The exit code: 0 if the run succeeded, else 1.
 
     Raises:
-        ClusterError: the API does not answer for longer than `patience`.
+        ClusterError: temporary failures lasted for `patience` seconds (see `Connection.call`).
     """
     logged: dict[str, str] = {}
     while True:
@@ -242,7 +242,7 @@ def follow(connection: Connection, run_id: str, log_line: Callable[[str], None],
     why = f": {_message(run.error)}" if _message(run.error) else ""
     log_line(
         f"the run {run.state.lower()}{where}{why}; `python -m pipelines logs {run_id}` shows its logs, "
-        f"`python -m pipelines resume {run_id}` restarts it from there"
+        f"`python -m pipelines resume {run_id}` restarts the steps that did not finish"
     )
     return 1
 
@@ -263,9 +263,9 @@ def retry(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:
 
 
 def _complete(run: Any) -> kfp_server_api.V2beta1Run:
-    """Raise ValueError for a truncated answer, which lacks an id, so that the request is retried."""
+    """Raise ValueError if the response is truncated (it has no id), so that the request is retried."""
     if not getattr(run, "run_id", None):
-        raise ValueError("the answer was cut off")
+        raise ValueError("the response was truncated")
     return run
 
 

@@ -1,9 +1,9 @@
 """Where a model's audio comes from: a feature store, or the audio files themselves.
 
-Both readers know an utterance's length before it is read, so that batches can be planned, and the shard that
-holds it, so that each shard is fetched once per epoch. Both return what `Slam` takes as input. Reading from
-files, the encoder runs as part of the model, and utterances are grouped into the shards that a store of the
-same manifest would have. The order of training is therefore the same with either reader.
+Before an utterance is read, both readers know its length, so that batches can be planned, and its shard, so
+that each shard is fetched once per epoch. Both return what `Slam` takes as input. With `AudioReader`, the
+encoder runs as part of the model, and utterances are grouped into the shards that a store of the same
+manifest would have. Training therefore takes utterances in the same order with either reader.
 """
 
 from collections.abc import Iterable
@@ -41,14 +41,14 @@ class FeatureReader(Protocol):
 
         Args:
             audio_ids: [utterances, 32] in bytes.
-            samples: [utterances] at 16 kHz.
+            samples: [utterances] lengths in samples at 16 kHz.
 
         Returns:
-            [utterances] numbers of shards.
+            [utterances] shard numbers.
         """
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Prepare to read these shards, needed now and next; others may be released."""
+        """Prepare to read these shards, which are needed now or next; all others may be released."""
 
 
 class StoreReader:
@@ -79,7 +79,7 @@ class AudioReader:
 
     Args:
         spec: the encoder.
-        options: of the feature store that the same manifest would have.
+        options: settings of the feature store that the same manifest would have.
     """
 
     def __init__(self, spec: "EncoderSpec", options: "Features") -> None:

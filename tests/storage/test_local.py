@@ -11,7 +11,7 @@ from slam_asr.errors import UserError
 from slam_asr.storage import digest, local_path, write_atomically
 
 
-def test_a_failed_write_leaves_the_previous_file_and_no_temporary_one(tmp_path):
+def test_a_failed_write_leaves_the_previous_file_and_no_temporary_file(tmp_path):
     target = tmp_path / "file"
     write_atomically(target, "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -40,7 +40,7 @@ def test_a_digest_does_not_depend_on_the_order_of_keys():
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
 
 
-def test_an_unsupported_scheme_is_named():
+def test_the_error_names_an_unsupported_scheme():
     with pytest.raises(UserError, match="ftp://"):
         local_path("ftp://host/file")
     assert str(local_path("file:///a/b")) == "/a/b"
