@@ -1,4 +1,4 @@
-"""The Kubeflow components, and the table of all steps: their outputs, images and modules.
+"""The Kubeflow components of the steps, and the names of their images.
 
 A component declares a step's typed inputs, outputs and image, and contains no logic. kfp copies only
 the function's source into the container, so each body imports everything that it uses, then calls
@@ -18,48 +18,10 @@ import yaml
 
 from slam_asr import __version__
 from slam_asr.errors import ConfigurationError
+from slam_asr.steps import OWN_IMAGE, STEPS
 
 if TYPE_CHECKING:
     from kfp.dsl.python_component import PythonComponent
-
-RESULTS = {
-    "build-manifest": "manifests",
-    "extract-features": "features",
-    "train": "checkpoint",
-    "convert-checkpoint": "model",
-    "decode": "hypotheses",
-    "score": "scores",
-}
-"""Steps of the training pipeline in execution order, each with the output that points to its result."""
-
-EVALUATION_RESULTS = {"open-model": "opened"} | {
-    step: RESULTS[step] for step in ("build-manifest", "extract-features", "decode", "score")
-}
-"""Steps and result outputs of the pipeline that only evaluates a model."""
-
-SWEEP_RESULTS = {
-    "plan-sweep": "planned",
-    **{step: RESULTS[step] for step in ("build-manifest", "extract-features")},
-    "vary-recipe": "varied",
-    **{step: RESULTS[step] for step in ("train", "convert-checkpoint", "decode", "score")},
-    "compare-runs": "comparison",
-}
-"""Steps and result outputs of the pipeline that trains several variations of a recipe."""
-
-ALL_RESULTS = {"open-model": EVALUATION_RESULTS["open-model"]} | SWEEP_RESULTS
-"""Steps and result outputs of all pipelines together."""
-
-HOSTS = {
-    "score": "decode",
-    "open-model": "convert-checkpoint",
-    "plan-sweep": "build-manifest",
-    "vary-recipe": "build-manifest",
-    "compare-runs": "decode",
-}
-"""For each step without its own image: the stage whose image it runs in."""
-
-STAGES = tuple(step for step in RESULTS if step not in HOSTS)
-"""Steps that have their own image."""
 
 CACHE = "/var/cache/slam-asr"
 """The cache folder inside the images, their value of SLAM_ASR_CACHE."""
@@ -75,9 +37,7 @@ _REFERENCE = re.compile(
 
 def component_of(step: str) -> "PythonComponent":
     """Import and return the kfp component of a step."""
-    name = step.replace("-", "_")
-    module = f"{HOSTS[step].replace('-', '_')}.{name}" if step in HOSTS else f"{name}.component"
-    return getattr(importlib.import_module(f"components.{module}"), name)
+    return getattr(importlib.import_module(STEPS[step].module), step.replace("-", "_"))
 
 
 def image(step: str) -> str:
@@ -98,7 +58,7 @@ def images(source: str) -> dict[str, str]:
         named = _read(Path(source))
     else:
         named = {
-            stage: source.replace("{stage}", stage).replace("{version}", __version__) for stage in STAGES
+            stage: source.replace("{stage}", stage).replace("{version}", __version__) for stage in OWN_IMAGE
         }
     for stage, name in named.items():
         if not _REFERENCE.fullmatch(name):
@@ -106,7 +66,7 @@ def images(source: str) -> dict[str, str]:
                 f"{name!r} cannot be the image of {stage}: write REGISTRY/NAME:TAG in lower case, "
                 f"such as registry.example/team/{stage}:{__version__}."
             )
-    return named | {step: named[stage] for step, stage in HOSTS.items()}
+    return named | {name: named[step.image] for name, step in STEPS.items() if step.image}
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -118,8 +78,8 @@ def _read(path: Path) -> dict[str, str]:
         ) from None
     except yaml.YAMLError:
         named = None
-    if not isinstance(named, dict) or not all(isinstance(named.get(stage), str) for stage in STAGES):
+    if not isinstance(named, dict) or not all(isinstance(named.get(stage), str) for stage in OWN_IMAGE):
         raise ConfigurationError(
-            f"{path} must name an image for each of {', '.join(STAGES)}: `make images` writes such a file."
+            f"{path} must name an image for each of {', '.join(OWN_IMAGE)}: `make images` writes such a file."
         )
-    return {stage: named[stage] for stage in STAGES}
+    return {stage: named[stage] for stage in OWN_IMAGE}

@@ -199,11 +199,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to create; must not exist yet")
     parser.add_argument(
-        "--seed", type=int, default=1, help="seed of the random sentences (default: %(default)s)"
+        "--seed", type=int, default=2, help="seed of the random sentences (default: %(default)s)"
     )
-    parser.add_argument("--train", type=int, default=180, help="training utterances (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=120, help="training utterances (default: %(default)s)")
     parser.add_argument(
-        "--held-out", type=int, default=36, help="utterances per other subset (default: %(default)s)"
+        "--held-out", type=int, default=24, help="utterances per other subset (default: %(default)s)"
     )
     args = parser.parse_args()
 

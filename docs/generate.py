@@ -122,7 +122,8 @@ def _index() -> str:
 
 
 def _commands() -> str:
-    from slam_asr.cli import COMMANDS, STAGES
+    from slam_asr.cli import COMMANDS
+    from slam_asr.steps import STEPS
 
     lines = [
         "# Commands of slam-asr",
@@ -133,9 +134,9 @@ def _commands() -> str:
         "Every path is a local path or `s3://bucket/key`. A command with `--recipe` accepts "
         "every [recipe key](recipe.md) as an option too, such as `--training.max_steps 200`.",
         "",
-        "The pipeline runs these stages as its steps: "
-        + ", ".join(f"`{name}`" for name in STAGES)
-        + ", `score`.",
+        "The pipelines run these stages as their steps: "
+        + ", ".join(f"`{name}`" for name, step in STEPS.items() if step.function)
+        + ".",
         "",
     ]
     for command, source in COMMANDS.items():
@@ -146,8 +147,8 @@ def _commands() -> str:
 
 
 def _pipelines() -> str:
-    from components import ALL_RESULTS
     from pipelines.cli import COMMANDS, USAGE
+    from slam_asr.steps import STEPS
 
     lines = [
         "# Pipelines and their steps",
@@ -203,7 +204,7 @@ def _pipelines() -> str:
                     ", ".join(f"`{key}`" for key in _component(step).component_spec.inputs or {}),
                     ", ".join(f"`{key}`" for key in _component(step).component_spec.outputs or {}),
                 )
-                for step in ALL_RESULTS
+                for step in STEPS
             ],
         ),
         "",
@@ -246,7 +247,7 @@ def _cluster_profile() -> str:
 
 
 def _component_readme(folder: str, steps: list[str]) -> str:
-    from components import STAGES
+    from slam_asr.steps import STEPS
 
     lines = [f"# {folder}", "", NOTE.format(source="the components' signatures"), ""]
     for step in steps:
@@ -281,7 +282,7 @@ def _component_readme(folder: str, steps: list[str]) -> str:
                 ],
             )
             lines.append("")
-        if step in STAGES:
+        if STEPS[step].function:
             heading = f"slam-asr {step}".replace(" ", "-")
             lines += [
                 f"On the command line: [`slam-asr {step}`](../../{REFERENCE}/commands.md#{heading}).",
@@ -403,10 +404,10 @@ def _dataclasses_in(section: type, prefix: str = "") -> Iterator[tuple[str, type
 
 
 def _steps_by_folder() -> dict[str, list[str]]:
-    from components import ALL_RESULTS
+    from slam_asr.steps import STEPS
 
     folders: dict[str, list[str]] = {}
-    for step in ALL_RESULTS:
+    for step in STEPS:
         folders.setdefault(_folder_of(step), []).append(step)
     for folder, steps in folders.items():  # the folder's own step first
         folders[folder] = sorted(steps, key=[step.replace("_", "-") for step in (folder, *steps)].index)
@@ -420,9 +421,9 @@ def _component(step: str) -> Any:
 
 
 def _image_stage(step: str) -> str:
-    from components import HOSTS
+    from slam_asr.steps import STEPS
 
-    return HOSTS.get(step, step)
+    return STEPS[step].image or step
 
 
 def _folder_of(step: str) -> str:

@@ -1,4 +1,4 @@
-"""`make images`: build the five images, push them, and list them in build/images.yaml.
+"""`make images`: build the steps' images, push them, and list them in build/images.yaml.
 
     python images/build.py --registry registry.example/team --tag 0.1.0 --push
 
@@ -16,7 +16,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode")
+sys.path.insert(0, str(ROOT))
+
+from slam_asr.steps import OWN_IMAGE, STEPS  # noqa: E402 - the package need not be installed here
+
 IMAGE_LIST = ROOT / "build" / "images.yaml"
 
 
@@ -58,7 +61,7 @@ def _options() -> argparse.Namespace:
         "--push", action="store_true", help="push the images, and list their digests instead of tags"
     )
     parser.add_argument("--stages", default="", help="stages to build, separated by blanks (default: all)")
-    parser.add_argument("--base-image", default="", help="base image instead of the one in the Dockerfiles")
+    parser.add_argument("--base-image", default="", help="base image instead of the one in images/Dockerfile")
     parser.add_argument(
         "--torch",
         default="",
@@ -75,25 +78,27 @@ def _options() -> argparse.Namespace:
 
 
 def _stages(names: str) -> list[str]:
-    unknown = [stage for stage in names.split() if stage not in STAGES]
+    unknown = [stage for stage in names.split() if stage not in OWN_IMAGE]
     if unknown:
-        raise BuildError(f"there is no stage {unknown[0]}: STAGES may name {', '.join(STAGES)}.")
-    return names.split() or list(STAGES)
+        raise BuildError(f"there is no stage {unknown[0]}: STAGES may name {', '.join(OWN_IMAGE)}.")
+    return names.split() or list(OWN_IMAGE)
 
 
 def _require_index(stages: list[str], options: argparse.Namespace) -> None:
     """Check that pip can find torch's CPU builds, which would otherwise fail only in the fourth image."""
-    without_cuda = (
-        stages
-        if options.torch == "cpu"
-        else [s for s in stages if s == "convert-checkpoint" and not options.torch]
-    )
-    if [s for s in without_cuda if s != "build-manifest"] and not options.pip_args and not options.base_image:
+    without_cuda = [stage for stage in stages if _torch_of(stage, options) == "cpu"]
+    if without_cuda and not options.pip_args and not options.base_image:
         raise BuildError(
             f"{without_cuda[-1]} uses torch's build without CUDA, which has an index of its own: "
             'name it with PIP_ARGS="--extra-index-url …" (torch\'s installation page has the address), '
             "or use TORCH=cuda."
         )
+
+
+def _torch_of(stage: str, options: argparse.Namespace) -> str:
+    """Return the build of torch in a stage's image: the requested one, if the stage needs torch at all."""
+    build = STEPS[stage].torch
+    return options.torch or build if build != "none" else build
 
 
 def _require_engine() -> None:
@@ -112,9 +117,13 @@ def _require_engine() -> None:
 
 def _build(stage: str, name: str, options: argparse.Namespace) -> None:
     print(f"building {name}", flush=True)
-    arguments = {"BASE_IMAGE": options.base_image, "PIP_ARGS": options.pip_args, "GIT_COMMIT": _commit()}
-    if stage != "build-manifest":
-        arguments["TORCH"] = options.torch
+    arguments = {
+        "STAGE": stage,
+        "TORCH": _torch_of(stage, options),
+        "BASE_IMAGE": options.base_image,
+        "PIP_ARGS": options.pip_args,
+        "GIT_COMMIT": _commit(),
+    }
     build_arguments: list[str] = []
     for key, value in arguments.items():
         if value:
@@ -123,7 +132,7 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
         "docker",
         "build",
         "--file",
-        f"images/{stage}/Dockerfile",
+        "images/Dockerfile",
         "--tag",
         name,
         *build_arguments,

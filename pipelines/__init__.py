@@ -3,8 +3,3 @@
 python -m pipelines run demo
 python -m pipelines compile
 """
-
-TRAINING = "slam-asr"
-EVALUATION = "slam-asr-evaluate"
-SWEEP = "slam-asr-sweep"
-"""Names of the three pipelines in Kubeflow."""

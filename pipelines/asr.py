@@ -11,7 +11,7 @@ from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
 from components.train.component import train
-from pipelines import TRAINING
+from slam_asr.steps import TRAINING
 
 DESCRIPTION = (
     "Train a SLAM-ASR speech recogniser and measure it: a frozen speech encoder, a frozen LLM, "

@@ -9,11 +9,11 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from components import RESULTS
 from slam_asr.configuration import nearest, parse_yaml, typed
 from slam_asr.errors import ConfigurationError
+from slam_asr.steps import STEPS
 
 FOLDER = Path(__file__).parent / "clusters"
 
@@ -119,29 +119,29 @@ class StepSettings:
     """Annotations of the pod."""
 
 
-_SHARES_SETTINGS_OF = {
-    "open-model": "convert-checkpoint",
-    "plan-sweep": "score",
-    "vary-recipe": "score",
-    "compare-runs": "score",
-}
-"""Steps without settings of their own, and the equally small step whose settings they share."""
+T = TypeVar("T")
 
 
-@dataclass
+def _with_a_field_for_each_step(kind: type[T]) -> type[T]:
+    """Make a class a dataclass with a field for each step that has settings of its own."""
+    keys = [_key(name) for name, step in STEPS.items() if not step.settings_of]
+    kind.__annotations__ = dict.fromkeys(keys, StepSettings)
+    for key in keys:
+        setattr(kind, key, field(default_factory=StepSettings))
+    return dataclass(kind)
+
+
+def _key(step: str) -> str:
+    """Return a step's key in a profile: underscores replace the dashes of its name."""
+    return step.replace("-", "_")
+
+
+@_with_a_field_for_each_step
 class Steps:
     """Settings of each step's pod; underscores replace the dashes of the step names."""
 
-    build_manifest: StepSettings = field(default_factory=StepSettings)
-    extract_features: StepSettings = field(default_factory=StepSettings)
-    train: StepSettings = field(default_factory=StepSettings)
-    convert_checkpoint: StepSettings = field(default_factory=StepSettings)
-    decode: StepSettings = field(default_factory=StepSettings)
-    score: StepSettings = field(default_factory=StepSettings)
-
-    def __getitem__(self, stage: str) -> StepSettings:
-        stage = _SHARES_SETTINGS_OF.get(stage, stage)
-        settings: StepSettings = getattr(self, stage.replace("-", "_"))
+    def __getitem__(self, step: str) -> StepSettings:
+        settings: StepSettings = getattr(self, _key(STEPS[step].settings_of or step))
         return settings
 
 
@@ -205,11 +205,12 @@ class Cluster:
                     "readable in the compiled pipeline: put it into a secret (storage.secret, "
                     "models.token_secret) instead."
                 )
-        for stage in RESULTS:
-            self._check_step(stage)
+        for name in STEPS:
+            if not STEPS[name].settings_of:
+                self._check_step(name)
 
-    def _check_step(self, stage: str) -> None:
-        step, prefix = self.steps[stage], f"steps.{stage.replace('-', '_')}"
+    def _check_step(self, name: str) -> None:
+        step, prefix = self.steps[name], f"steps.{_key(name)}"
         _require(_CPU.fullmatch(step.cpu), self, f"{prefix}.cpu", step.cpu, "cores such as 2 or 500m")
         for key in ("memory", "shared_memory", "scratch"):
             size = getattr(step, key)

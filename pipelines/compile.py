@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from components import ALL_RESULTS, DEFAULT_IMAGES, IMAGES_VARIABLE, component_of
+from components import DEFAULT_IMAGES, IMAGES_VARIABLE, component_of
 from components import images as images_of
-from pipelines import EVALUATION, SWEEP
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
 from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
@@ -26,6 +25,7 @@ from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.conversion.shipped import shipped_models
 from slam_asr.errors import ConfigurationError
 from slam_asr.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
+from slam_asr.steps import EVALUATION, STEPS, SWEEP
 from slam_asr.storage import is_s3, local_path
 from slam_asr.sweeping.variations import varied
 
@@ -220,10 +220,7 @@ def compile_all(
     return [
         *written,
         resources,
-        *(
-            _write_component(step, image_of[step], output / "components" / f"{step}.yaml")
-            for step in ALL_RESULTS
-        ),
+        *(_write_component(step, image_of[step], output / "components" / f"{step}.yaml") for step in STEPS),
     ]
 
 

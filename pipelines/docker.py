@@ -20,10 +20,11 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from components import CACHE
 from slam_asr.errors import ClusterError, ConfigurationError
+from slam_asr.steps import STEPS
 from slam_asr.storage.cache import cache_folder
 from slam_asr.storage.client import SECRET, SECRET_FOLDER
 
-WITH_GPUS = ("extract-features", "train", "decode")
+WITH_GPUS = tuple(name for name, step in STEPS.items() if step.torch == "cuda")
 """Stages whose containers get the GPUs."""
 LABEL = "slam-asr.run"
 """Label of a container: the run that it belongs to."""

@@ -10,7 +10,7 @@ from components.convert_checkpoint.open_model import open_model
 from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
-from pipelines import EVALUATION
+from slam_asr.steps import EVALUATION
 
 DESCRIPTION = "Measure a trained SLAM-ASR model: decode test sets and report their word error rates."
 

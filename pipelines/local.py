@@ -24,7 +24,6 @@ from typing import Any, TextIO
 from kfp import local
 from kfp.local import docker_task_handler, subprocess_task_handler
 
-from components import ALL_RESULTS
 from pipelines import processes
 from pipelines.docker import Containers
 from pipelines.run_request import RunRequest
@@ -32,6 +31,7 @@ from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.progress import BAR_COLUMNS
 from slam_asr.recipe import dump_recipe
 from slam_asr.stage import Record, follow_pointer, read_record
+from slam_asr.steps import EVALUATION, STEPS, SWEEP, TRAINING
 from slam_asr.storage import is_s3, local_path
 
 KFP_LOG = "kfp.log"
@@ -60,7 +60,7 @@ class LocalStep:
 
     def record(self) -> Record:
         """Read the record of the result folder that the step's output points to."""
-        record = read_record(follow_pointer(self.folder / ALL_RESULTS[self.name]))
+        record = read_record(follow_pointer(self.folder / STEPS[self.name].output))
         assert record is not None, "a step writes its pointer after its result folder is complete"
         return record
 
@@ -126,7 +126,6 @@ class LocalRun:
         return self.steps
 
     def _run_pipeline(self, request: RunRequest, corpus: str) -> None:
-        from pipelines import EVALUATION, SWEEP, TRAINING
         from pipelines.asr import asr
         from pipelines.evaluate import evaluate
         from pipelines.sweep import sweep

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from components import IMAGES_VARIABLE, STAGES, image
+from components import IMAGES_VARIABLE, image
 from pipelines import processes
 from pipelines.cli import command_parser
 from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
-from pipelines.single import command_of_stage, corpus_of, require_stage
+from pipelines.single import RUN_ALONE, command_of_stage, corpus_of, require_stage
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.errors import EXIT_CODE, ConfigurationError, InputError
 from slam_asr.recipe import dump_recipe, shipped_recipes
@@ -133,7 +133,7 @@ def _options(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument(
         "--only",
         type=str,
-        help=f"run only this stage, on the earlier results in OUTPUT: {', '.join(STAGES)}",
+        help=f"run only this stage, on the earlier results in OUTPUT: {', '.join(RUN_ALONE)}",
     )
     parser.add_argument(
         "--images",

@@ -5,11 +5,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from components import EVALUATION_RESULTS, RESULTS, SWEEP_RESULTS
-from pipelines import EVALUATION, SWEEP, TRAINING
 from slam_asr.conversion.shipped import shipped_models
 from slam_asr.errors import ConfigurationError
 from slam_asr.recipe import Recipe
+from slam_asr.steps import EVALUATION, SWEEP, TRAINING, outputs_of
 from slam_asr.storage import is_s3, local_path
 from slam_asr.sweeping.variations import Variation, read_variations, require_distinct_trainings, resolve
 
@@ -41,7 +40,7 @@ class RunRequest:
     @property
     def results(self) -> dict[str, str]:
         """Steps of the pipeline, each with the output that points to its result folder."""
-        return {TRAINING: RESULTS, EVALUATION: EVALUATION_RESULTS, SWEEP: SWEEP_RESULTS}[self.pipeline]
+        return outputs_of(self.pipeline)
 
     @property
     def nodes(self) -> int:

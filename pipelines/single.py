@@ -4,18 +4,25 @@ The stage's own command line runs with the same inputs and outputs as the pipeli
 of the complete pipeline reuses the result.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from components import RESULTS, STAGES
 from pipelines.run_request import RunRequest
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.recipe import Recipe
 from slam_asr.stage import FINGERPRINT, follow_pointer, require_record
+from slam_asr.steps import STEPS
 from slam_asr.storage import join
 
 SINGLE_STAGE_RESULTS = "results"
 """Folder in a run's output with the pointers to the results of stages that ran with `--only`."""
+
+RUN_ALONE = tuple(name for name, step in STEPS.items() if step.options)
+"""Stages that `--only` can run."""
+
+_NAME = re.compile(r"\{([a-z-]+)(\*?)\}")
+"""A name in braces in the text of an option, see `Step.options`."""
 
 
 def command_of_stage(
@@ -27,10 +34,10 @@ def command_of_stage(
     recipe: Recipe,
     model: str | None = None,
 ) -> list[str]:
-    """Return a stage's command line.
+    """Return a stage's command line, from its options in the table of steps.
 
     Args:
-        stage: one of `STAGES`.
+        stage: one of `RUN_ALONE`.
         output: the run's folder.
         store: folder or s3:// prefix for results.
         recipe_file: file with the resolved recipe.
@@ -45,55 +52,34 @@ def command_of_stage(
     def result(earlier: str) -> str:
         return follow_pointer(_latest_pointer(output, earlier, stage))
 
-    def features() -> list[str]:
-        return ["--feature-store", result("extract-features")] if recipe.caches_features else []
-
-    arguments: dict[str, Callable[[], list[str]]] = {
-        "build-manifest": lambda: [
-            "--recipe",
-            str(recipe_file),
-            "--corpus",
-            corpus,
-            *_output_option(store, stage),
-        ],
-        "extract-features": lambda: [
-            "--recipe",
-            str(recipe_file),
-            "--manifests",
-            f"[{result('build-manifest')}]",
-            "--output",
-            join(store, "features"),
-        ],
-        "train": lambda: [
-            "--recipe",
-            str(recipe_file),
-            "--train-manifest",
-            join(result("build-manifest"), "train.jsonl"),
-            "--dev-manifest",
-            join(result("build-manifest"), "dev.jsonl"),
-            *features(),
-            *_output_option(store, stage),
-        ],
-        "convert-checkpoint": lambda: [
-            "--checkpoint",
-            result("train"),
-            "--which",
-            recipe.decoding.checkpoint,
-            *_output_option(store, stage),
-        ],
-        "decode": lambda: [
-            "--recipe",
-            str(recipe_file),
-            "--model",
-            model or result("convert-checkpoint"),
-            "--manifests",
-            f"[{join(result('build-manifest'), 'test.jsonl')}]",
-            *features(),
-            *_output_option(store, stage),
-        ],
+    values: dict[str, Callable[[], list[str]]] = {
+        "recipe": lambda: [str(recipe_file)],
+        "corpus": lambda: [corpus],
+        "store": lambda: [store.rstrip("/")],
+        "which": lambda: [recipe.decoding.checkpoint],
+        "features": lambda: [result("extract-features")] if recipe.caches_features else [],
+        "model": lambda: [model or result("convert-checkpoint")],
     }
-    pointer = pointer_of(output, stage)
-    return ["slam-asr", stage, *arguments[stage](), "--pointer", str(pointer)]
+
+    def replace_name(text: str) -> list[str]:
+        found = _NAME.search(text)
+        if found is None:
+            return [text]
+        name, star = found.groups()
+        if name in values:
+            replacements = values[name]()
+        elif star:
+            shards = _with_other_work_shards(_latest_pointer(output, name, stage))
+            replacements = [follow_pointer(pointer) for pointer in shards]
+        else:
+            replacements = [result(name)]
+        return [text[: found.start()] + value + text[found.end() :] for value in replacements]
+
+    command = ["slam-asr", stage]
+    for option, text in ({"output": join("{store}", stage, FINGERPRINT)} | STEPS[stage].options).items():
+        if replaced := replace_name(text):
+            command += [f"--{option}", *replaced]
+    return [*command, "--pointer", str(pointer_of(output, stage))]
 
 
 def corpus_of(output: Path, stage: str) -> str:
@@ -117,7 +103,7 @@ def require_stage(name: str, request: RunRequest) -> str:
             "--only and --sweep are both given: a sweep runs its stages once per variation; "
             "run the recipe with the variation's options instead."
         )
-    known = [stage for stage in STAGES if stage in request.results]
+    known = [stage for stage in RUN_ALONE if stage in request.results]
     if name not in known:
         where = " in an evaluation with --model" if request.model else ""
         raise ConfigurationError(f"There is no stage {name}{where}: --only may be {', '.join(known)}.")
@@ -131,7 +117,8 @@ def pointer_of(output: Path, stage: str) -> Path:
 
 def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
     """Return the newest pointer to a result of `earlier`, which `stage` reads."""
-    candidates = [pointer_of(output, earlier), *(output / "steps").glob(f"**/{earlier}/{RESULTS[earlier]}")]
+    of_pipelines = (output / "steps").glob(f"**/{earlier}/{STEPS[earlier].output}")
+    candidates = [pointer_of(output, earlier), *of_pipelines]
     pointers = [path for path in candidates if path.is_file()]
     if not pointers:
         raise InputError(
@@ -141,5 +128,13 @@ def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
     return max(pointers, key=lambda path: path.stat().st_mtime_ns)
 
 
-def _output_option(store: str, stage: str) -> list[str]:
-    return ["--output", join(store, stage, FINGERPRINT)]
+def _with_other_work_shards(pointer: Path) -> list[Path]:
+    """Return a step's pointer and, if the step ran in a loop over work shards, those of the other shards.
+
+    kfp names the folders of a loop's iterations for-loop-2-iteration-0, for-loop-2-iteration-1 and so on.
+    """
+    iteration = pointer.parent.parent
+    loop, in_a_loop, _ = iteration.name.rpartition("-iteration-")
+    if not in_a_loop:
+        return [pointer]
+    return sorted(iteration.parent.glob(f"{loop}-iteration-*/{pointer.parent.name}/{pointer.name}"))

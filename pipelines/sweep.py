@@ -17,7 +17,7 @@ from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
 from components.train.component import train
-from pipelines import SWEEP
+from slam_asr.steps import SWEEP
 
 DESCRIPTION = (
     "Train a SLAM-ASR speech recogniser in several variations over one feature store, and compare them."

@@ -24,6 +24,8 @@ from imports import third_party
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from slam_asr.steps import OWN_IMAGE, STEPS
+
 HERE = Path(__file__).parent
 LAYERS = {
     "stages.txt": (
@@ -36,14 +38,17 @@ LAYERS = {
 }
 """Each file's purpose, the requirements whose dependencies it lists, and the file that it extends."""
 
+ALSO_STARTED = {"train": ["slam_asr.training.loop"]}
+"""Modules that a step starts as programs of their own, so that no import leads to them."""
+
 STAGES = {
-    "build-manifest": ["components/build_manifest/component.py"],
-    "extract-features": ["components/extract_features/component.py"],
-    "train": ["components/train/component.py", "slam_asr/training/loop.py"],
-    "convert-checkpoint": ["components/convert_checkpoint/component.py"],
-    "decode": ["components/decode/component.py", "components/decode/score.py"],
+    stage: [
+        *(step.module for step in STEPS.values() if stage in (step.name, step.image)),
+        *ALSO_STARTED.get(stage, []),
+    ]
+    for stage in OWN_IMAGE
 }
-"""The files with which the code in each image begins."""
+"""The modules with which the code in each image begins."""
 
 COMMAND_LINE = {"jsonargparse", "docstring-parser", "setuptools"}
 """What every image needs in addition: the command line's parsers, and setuptools to install the package."""
@@ -125,10 +130,10 @@ def write(file: str, purpose: str, lines: list[str]) -> None:
 
 
 def write_images() -> None:
-    """Write the lists of the images."""
+    """Write the lists of the images, one per layer of images/Dockerfile."""
     stages = {stage: of_stage(stage) for stage in STAGES}
-    with_torch = [names for names in stages.values() if "torch" in names]
-    common = set.intersection(*with_torch) - {"torch"}
+    common = set.intersection(*stages.values())
+    with_torch = set.intersection(*(names for names in stages.values() if "torch" in names)) - common
     wheels = resolve(
         [pinned(name) for name in sorted(set().union(*stages.values()) - {"torch"})], "--no-deps"
     )
@@ -137,25 +142,27 @@ def write_images() -> None:
     # Without pip's configuration on this machine, which may select an index without CUDA builds.
     cuda = resolve([torch], "--isolated")
     write(
+        "images/common.txt",
+        "What every image needs: one layer that all of them share.",
+        hashed(common, wheels),
+    )
+    write("images/torch-none.txt", "No torch: for images whose step does without it.", [])
+    write(
         "images/torch-cpu.txt",
-        "torch for images without a GPU: from an index of torch's CPU builds.",
-        hashed({"torch"}, cpu),
+        "torch without CUDA, from an index of torch's CPU builds, and what all images with torch need.",
+        hashed(with_torch, wheels | cpu),
     )
     write(
         "images/torch-cuda.txt",
-        "torch with CUDA, and NVIDIA's libraries.",
-        hashed({"torch"} | (cuda.keys() - needed({"torch"})), cuda),
-    )
-    write(
-        "images/common.txt",
-        "What all images with torch have in common: a layer that they share.",
-        hashed(common, wheels),
+        "torch with CUDA, NVIDIA's libraries, and what all images with torch need.",
+        hashed(with_torch | (cuda.keys() - needed({"torch"})), wheels | cuda),
     )
     for stage, names in stages.items():
+        shared = common | with_torch if "torch" in names else common
         write(
             f"images/{stage}.txt",
-            f"What {stage} imports, and what that needs.",
-            hashed(names - {"torch"}, wheels),
+            f"What {stage} needs in addition to the layers it shares with other images.",
+            hashed(names - shared, wheels),
         )
 
 

@@ -1,4 +1,4 @@
-"""`slam-asr STAGE …`: one sub-command per stage, built from the stage's own function.
+"""`slam-asr COMMAND …`: one command per stage and a few others, each built from its own function.
 
 The options are the function's parameters, spelled with dashes; their help is the function's docstring.
 Where a stage takes a recipe, `--recipe` names it and every key of it is an option too, spelled as in the
@@ -11,7 +11,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import docstring_parser
@@ -21,61 +21,102 @@ from slam_asr.configuration import nearest, one_sentence
 from slam_asr.errors import ConfigurationError, UserError, exit_on_user_error
 from slam_asr.recipe import Recipe, recipe_values, shipped_recipes
 from slam_asr.stage import write_pointer
+from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
 
-STAGES = {
-    "build-manifest": "slam_asr.corpora.build:build_manifest",
-    "extract-features": "slam_asr.features.extract:extract_features",
-    "train": "slam_asr.training.train:train",
-    "convert-checkpoint": "slam_asr.conversion.convert:convert_checkpoint",
-    "decode": "slam_asr.decoding.decode:decode",
-}
-WRITE_A_RECORD = (*STAGES, "score", "compare-runs")
-"""Commands whose result is a folder with a record, which `--pointer` can hand to the next step."""
-COMMANDS = {
-    **STAGES,
-    "score": "slam_asr.scoring.score:score_parts",
-    "compare": "slam_asr.scoring.compare:compare",
-    "compare-runs": "slam_asr.sweeping.runs:compare_runs",
-    "copy-models": "slam_asr.models.copy_to_bucket:copy_models",
-    "plan": "slam_asr.planning.plan:plan",
-    "transcribe": "slam_asr.transcribing.transcribe:transcribe",
-    "features ls": "slam_asr.features.maintenance:list_store",
-    "features verify": "slam_asr.features.maintenance:verify_store",
-    "features prune": "slam_asr.features.maintenance:prune_store",
-}
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is not a step of a pipeline."""
+
+    name: str
+    arguments: str
+    """What follows its name in its simplest form, for the usage text."""
+    summary: str
+    """What it does, in half a line."""
+    function: str
+    """`module:function` that it runs."""
+
+
+STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.function}
+"""Steps that are commands. Each writes a folder with a record, to which `--pointer` can write a pointer."""
+OTHER_COMMANDS = (
+    Command(
+        "transcribe",
+        "MODEL FILES…",
+        "transcribe audio files to text, JSON or subtitles",
+        "slam_asr.transcribing.transcribe:transcribe",
+    ),
+    Command(
+        "compare",
+        "A B",
+        "which of two decodings is better, and whether by more than chance",
+        "slam_asr.scoring.compare:compare",
+    ),
+    Command(
+        "plan",
+        "RECIPE",
+        "estimate memory, time and storage before anything is loaded",
+        "slam_asr.planning.plan:plan",
+    ),
+    Command(
+        "copy-models",
+        "RECIPE",
+        "copy the recipe's frozen models to a bucket",
+        "slam_asr.models.copy_to_bucket:copy_models",
+    ),
+    Command(
+        "features ls",
+        "STORE",
+        "list what a feature store contains",
+        "slam_asr.features.maintenance:list_store",
+    ),
+    Command(
+        "features verify",
+        "STORE",
+        "check that a feature store is complete and undamaged",
+        "slam_asr.features.maintenance:verify_store",
+    ),
+    Command(
+        "features prune",
+        "STORE",
+        "delete what is no longer needed from a feature store",
+        "slam_asr.features.maintenance:prune_store",
+    ),
+)
+COMMANDS = STEP_FUNCTIONS | {command.name: command.function for command in OTHER_COMMANDS}
+"""The function of each command, imported only when it is called."""
+
 RENAMED_OPTIONS = {"--shard": "--work-shard"}
 """Options that had another name before. The old name still works, with a note on stderr."""
 
-USAGE = """usage: slam-asr STAGE --option value …
 
-stages, in order:
-  build-manifest       check a corpus and write its manifests
-  extract-features     run the speech encoder once and cache its outputs
-  train                train the projector, with DeepSpeed
-  convert-checkpoint   turn a checkpoint into a model folder
-  decode               transcribe the test sets, compute word error rates, write the report
-
-slam-asr transcribe MODEL FILES…  transcribe audio files to text, JSON or subtitles
-slam-asr score                 join the parts of a decoding into one report
-slam-asr compare A B           which of two decodings is better, and whether by more than chance
-slam-asr compare-runs          many decodings on one page, with their training curves
-slam-asr plan RECIPE           estimate memory, time and storage before anything is loaded
-slam-asr copy-models RECIPE    copy the recipe's frozen models to a bucket
-slam-asr features ls STORE     list what a feature store contains
-slam-asr features verify STORE check that a feature store is complete and undamaged
-slam-asr features prune STORE  delete what is no longer needed from a feature store
-
-slam-asr STAGE --help   the stage's options
-slam-asr --version      versions of slam-asr and torch, and the commit
-"""
+def usage() -> str:
+    """Return the text that `slam-asr --help` prints: all commands, each with a summary."""
+    stages = [f"  {name:<20} {STEPS[name].summary}" for name in STEP_FUNCTIONS]
+    others = [f"  {f'{c.name} {c.arguments}':<25} {c.summary}" for c in OTHER_COMMANDS]
+    return "\n".join(
+        [
+            "usage: slam-asr COMMAND --option value …",
+            "",
+            "stages, in order:",
+            *stages,
+            "",
+            "other commands:",
+            *others,
+            "",
+            "slam-asr COMMAND --help   the options of a command",
+            "slam-asr --version        versions of slam-asr and torch, and the commit",
+            "",
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one stage from the command line; a user's mistake ends with one sentence and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(usage(), end="")
     elif arguments[0] == "--version":
         print(describe_version())
     else:
@@ -120,7 +161,7 @@ def run(stage: str, arguments: list[str]) -> Any:
             "--recipe",
             help="a shipped recipe or a YAML file, where one is needed; each of its keys is then an option",
         )
-    if stage in WRITE_A_RECORD:
+    if stage in STEP_FUNCTIONS:
         parser.add_argument(
             "--pointer",
             type=str,

@@ -38,9 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
-    "test_images",
+    "test_containers",
     "test_demo",
-    "test_docker",
     "test_resuming",
     "test_chain",
     "test_local",

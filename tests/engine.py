@@ -1,19 +1,16 @@
 """A Docker engine for tests, and the images on it: the machine's own engine, or one started here.
 
-No registry is needed: the base image is a Debian made on the spot, and torch's wheel comes from pip's own
-sources by way of a small server. An engine that is started here has a socket and a folder of its own.
+No registry is needed: the base image is a Debian made on the spot. It contains torch's wheel, because pip's
+sources on this machine may be folders. An engine that is started here has a socket and a folder of its own.
 """
 
 import contextlib
 import fcntl
-import functools
-import http.server
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +18,15 @@ from pathlib import Path
 from slam_asr.processes import die_with_parent
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-BASE = "slam-asr-test-base:bookworm"
+TORCH = "2.13.0"
+BASE = f"slam-asr-test-base:bookworm-torch-{TORCH}"
+BUILD_OPTIONS = (
+    f"BASE_IMAGE={BASE}",
+    "TORCH=cpu",
+    "BUILD_ARGS=--network host",
+    f"PYTHON={sys.executable}",
+)
+"""Options of `make images`. Another build with the same ones takes all layers from Docker's cache."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PACKAGES = ["docker.io", "mmdebstrap"]
 
@@ -92,92 +97,54 @@ def _apt_get(packages: list[str], environment: dict[str, str]) -> None:
             raise NoEngine(f"{' '.join(packages)} cannot be installed here: {done.stderr[-300:]}")
 
 
-def build_images(folder: Path, address: str) -> str:
-    """Build all five images → what the build printed."""
+def build_images(folder: Path, address: str) -> None:
+    """Build the images of all steps."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"DOCKER_HOST": address}
     make_base(folder, environment)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            str(folder / "wheels"),
-            "torch==2.13.0",
-        ],
-        check=True,
+    built = subprocess.run(
+        ["make", "images", "TAG=test", *BUILD_OPTIONS],
+        cwd=CHECKOUT,
+        env=environment,
         capture_output=True,
+        text=True,
     )
-    with serving(folder / "wheels") as wheels:
-        built = subprocess.run(
-            [
-                "make",
-                "images",
-                f"BASE_IMAGE={BASE}",
-                "TORCH=cpu",
-                "TAG=test",
-                f"PIP_ARGS=--find-links {wheels}",
-                "BUILD_ARGS=--network host",
-                f"PYTHON={sys.executable}",
-            ],
-            cwd=CHECKOUT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
-    return built.stdout
 
 
 def make_base(folder: Path, environment: dict[str, str]) -> None:
-    """A stand-in for the public base image: Debian with Python, and this machine's certificates."""
-    if (
-        subprocess.run(["docker", "image", "inspect", BASE], env=environment, capture_output=True).returncode
-        == 0
-    ):
+    """Make a stand-in for the public base image: Debian with Python, certificates and torch's wheel."""
+    known = subprocess.run(["docker", "image", "inspect", BASE], env=environment, capture_output=True)
+    if known.returncode == 0:
         return
     install(["mmdebstrap"], PACKAGES)
-    root = folder / "base.tar"
+    wheels, root = folder / "wheels", folder / "base.tar"
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
     commands = [
+        [*download, f"torch=={TORCH}"],
         [
             "mmdebstrap",
             "--quiet",
             "--variant=minbase",
             "--include=python3,python3-venv,ca-certificates",
             f"--customize-hook=upload {CERTIFICATES} {CERTIFICATES}",
+            f"--customize-hook=copy-in {wheels} /opt",
             "bookworm",
             str(root),
         ],
-        ["docker", "import", "--change", f"ENV PIP_CERT={CERTIFICATES}", str(root), BASE],
+        [
+            "docker",
+            "import",
+            "--change",
+            f"ENV PIP_CERT={CERTIFICATES} PIP_FIND_LINKS=/opt/wheels",
+            str(root),
+            BASE,
+        ],
     ]
     for command in commands:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     root.unlink()
-
-
-@contextlib.contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Serve a folder over HTTP on this machine; yields its address."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Quiet, directory=str(folder))
-    try:
-        # A fixed port: the address is a build argument, and another one would invalidate cached layers.
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 18_765), handler)
-    except OSError:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    with server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
 
 
 def _answers(address: str | None) -> bool:

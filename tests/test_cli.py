@@ -3,7 +3,7 @@
 import pytest
 from jsonargparse import ArgumentParser
 
-from slam_asr.cli import STAGES, add_recipe_options, add_stage_options, main, parse_options
+from slam_asr.cli import COMMANDS, STEP_FUNCTIONS, add_recipe_options, add_stage_options, main, parse_options
 
 
 def exit_of(capsys, *arguments):
@@ -65,7 +65,7 @@ def test_mistakes_are_one_line_and_code_2(capsys, arguments, answer):
     assert output.err.startswith("slam-asr: error: ") and output.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STEP_FUNCTIONS)
 def test_every_stage_explains_its_options(capsys, stage):
     code, output = exit_of(capsys, stage, "--help")
     assert code == 0
@@ -74,10 +74,10 @@ def test_every_stage_explains_its_options(capsys, stage):
     assert "--output OUTPUT" in output.out and expected in output.out
 
 
-def test_the_usage_names_every_stage(capsys):
+def test_the_usage_names_every_command(capsys):
     main([])
     usage = capsys.readouterr().out
-    assert all(stage in usage for stage in STAGES)
+    assert all(f"\n  {command} " in usage for command in COMMANDS)
 
 
 def test_help_spells_stage_options_with_dashes_and_recipe_keys_as_in_the_file(capsys):

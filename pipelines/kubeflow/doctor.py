@@ -11,7 +11,6 @@ from typing import Any
 import urllib3
 from kubernetes import client as kubernetes
 
-from components import HOSTS
 from components import images as images_of
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, StepSettings, load_cluster
@@ -22,6 +21,7 @@ from pipelines.kubeflow.logs import core_api
 from pipelines.kubeflow.registry import check_image
 from slam_asr.cli import parse_options
 from slam_asr.errors import ClusterError, UserError
+from slam_asr.steps import OWN_IMAGE, STEPS
 from slam_asr.storage import delete, join, write_bytes
 from slam_asr.storage.s3 import CredentialsMissing
 
@@ -148,9 +148,8 @@ def _check_images(source: str) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(BAD, "images", str(error))
         return
-    for stage, image in image_of.items():
-        if stage not in HOSTS:
-            yield check_image(stage, image)
+    for stage in OWN_IMAGE:
+        yield check_image(stage, image_of[stage])
 
 
 def _finding_of(subject: str, namespace: str, check: Callable[[], Finding]) -> Finding:
@@ -290,11 +289,7 @@ def require_trainer(cluster: Cluster) -> None:
 
 def _check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
     nodes = [node for node in api.list_node().items if not node.spec.unschedulable]
-    gpu_steps = {
-        name: step
-        for name, step in ((n, cluster.steps[n]) for n in ("extract-features", "train", "decode"))
-        if step.gpus
-    }
+    gpu_steps = {name: cluster.steps[name] for name in STEPS if cluster.steps[name].gpus}
     if not gpu_steps:
         return Finding(GOOD, "nodes", f"{len(nodes)} accept pods; the profile requests no GPUs")
     lacking = {name: step for name, step in gpu_steps.items() if not any(_fits(node, step) for node in nodes)}

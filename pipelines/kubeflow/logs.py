@@ -7,8 +7,8 @@ import urllib3
 from kubernetes import client as kubernetes
 from kubernetes import config
 
-from components import ALL_RESULTS
 from slam_asr.errors import ClusterError, ConfigurationError
+from slam_asr.steps import STEPS
 
 RUN_LABEL = "pipeline/runid"
 STEP_LABEL = "app.kubernetes.io/component"
@@ -57,17 +57,15 @@ def show(
         ConfigurationError: there is no such step.
         ClusterError: permission is missing, or the run has no pods (any more).
     """
-    if step is not None and step not in ALL_RESULTS:
-        raise ConfigurationError(f"There is no step {step}: --step may be {', '.join(ALL_RESULTS)}.")
+    if step is not None and step not in STEPS:
+        raise ConfigurationError(f"There is no step {step}: --step may be {', '.join(STEPS)}.")
     pods = call_kubernetes(
         namespace,
         "list pods",
         lambda: api.list_namespaced_pod(namespace, label_selector=f"{RUN_LABEL}={run_id}"),
     ).items
     selected = [
-        pod
-        for pod in pods
-        if (pod.metadata.labels or {}).get(STEP_LABEL) in ([step] if step else ALL_RESULTS)
+        pod for pod in pods if (pod.metadata.labels or {}).get(STEP_LABEL) in ([step] if step else STEPS)
     ]
     if not selected:
         which = f"of step {step} " if step else ""

@@ -11,14 +11,14 @@ from typing import Any
 
 import kfp_server_api
 
-from components import ALL_RESULTS
-from pipelines import EVALUATION, SWEEP, TRAINING, asr, evaluate, sweep
+from pipelines import asr, evaluate, sweep
 from pipelines.kubeflow.connection import Connection, NotFound
 from slam_asr import __version__
 from slam_asr.configuration import nearest
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.progress import clock
 from slam_asr.recipe import Recipe
+from slam_asr.steps import EVALUATION, STEPS, SWEEP, TRAINING
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 """States of a run that has ended."""
@@ -191,7 +191,7 @@ def latest(connection: Connection, count: int = 50) -> list[kfp_server_api.V2bet
 def steps_of(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
     """Return the pipeline's own steps in pipeline order, without the drivers and loops that Kubeflow adds."""
     details = (run.run_details.task_details if run.run_details else None) or []
-    order = list(ALL_RESULTS)
+    order = list(STEPS)
     steps = [
         RunStep(
             d.task_id or d.display_name,

@@ -10,22 +10,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from components import ALL_RESULTS, component_of, image
+from components import component_of, image
 from slam_asr import __version__
 from slam_asr.recipe import dump_recipe, load_recipe
 from slam_asr.stage import Outcome, run_stage, write_pointer
+from slam_asr.steps import STEPS
 
 
-@pytest.mark.parametrize("stage", ALL_RESULTS)
+@pytest.mark.parametrize("stage", STEPS)
 def test_every_input_and_output_is_documented(stage):
     function = component_of(stage).python_func
     documented = inspect.getdoc(function).partition("Args:")[2]
     assert [name for name in inspect.signature(function).parameters if f"{name}: " not in documented] == []
 
 
-@pytest.mark.parametrize("stage", ALL_RESULTS)
-def test_component_has_its_result_output_and_image(stage):
-    assert ALL_RESULTS[stage] in component_of(stage).component_spec.outputs
+@pytest.mark.parametrize("stage", STEPS)
+def test_component_runs_in_its_image(stage):
     assert component_of(stage).component_spec.implementation.container.image == image(stage)
 
 

@@ -18,7 +18,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
-from components import ALL_RESULTS, EVALUATION_RESULTS, HOSTS, RESULTS, STAGES, SWEEP_RESULTS, images
+from components import images
 from pipelines import cli
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
 from pipelines.compile import compile_package
@@ -26,11 +26,13 @@ from pipelines.package_check import PackageDefect, check_package, read_package
 from pipelines.run_request import RunRequest
 from slam_asr import __version__
 from slam_asr.recipe import load_recipe
+from slam_asr.steps import EVALUATION, OWN_IMAGE, STEPS, SWEEP, TRAINING, outputs_of
 from slam_asr.trainjob.placement import Placement
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = images("slam-asr/{stage}:{version}")
+RESULTS = outputs_of(TRAINING)
 
 
 def compile_to(output: Path, *options: str, **environment: str) -> None:
@@ -81,7 +83,7 @@ def test_same_source_gives_same_bytes(compiled, tmp_path):
     compile_to(tmp_path, PYTHONHASHSEED="7")
     names = sorted(str(f.relative_to(compiled)) for f in compiled.rglob("*.yaml"))
     assert names == sorted(
-        ["slam-asr.yaml", "slam-asr.resources.yaml", *(f"components/{stage}.yaml" for stage in ALL_RESULTS)]
+        ["slam-asr.yaml", "slam-asr.resources.yaml", *(f"components/{stage}.yaml" for stage in STEPS)]
     )
     for name in names:
         assert (tmp_path / name).read_bytes() == (compiled / name).read_bytes(), name
@@ -93,7 +95,7 @@ def test_training_pipeline_runs_every_step_in_its_image(compiled):
 
 def test_evaluation_pipeline_opens_the_model_first_and_trains_nothing():
     spec = spec_of(GOLDEN / "evaluate.yaml")
-    assert images_of(spec) == {step: IMAGES[step] for step in EVALUATION_RESULTS}
+    assert images_of(spec) == {step: IMAGES[step] for step in outputs_of(EVALUATION)}
     tasks = spec.root.dag.tasks
     assert {name: sorted(task.dependent_tasks) for name, task in tasks.items()} == {
         "open-model": [],
@@ -116,7 +118,7 @@ def test_evaluation_pipeline_opens_the_model_first_and_trains_nothing():
 
 def test_sweep_has_one_manifest_one_extraction_and_a_loop_of_trainings():
     spec = spec_of(GOLDEN / "sweep.yaml")
-    assert images_of(spec) == {step: IMAGES[step] for step in SWEEP_RESULTS}
+    assert images_of(spec) == {step: IMAGES[step] for step in outputs_of(SWEEP)}
     tasks = spec.root.dag.tasks
     assert {name: sorted(task.dependent_tasks) for name, task in tasks.items()} == {
         "plan-sweep": [],
@@ -154,7 +156,7 @@ def test_impossible_sweep_is_rejected_in_one_sentence(options, sentence, tmp_pat
     assert sentence in line and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", ALL_RESULTS)
+@pytest.mark.parametrize("stage", STEPS)
 def test_each_component_compiles_by_itself(compiled, stage):
     spec = spec_of(compiled / "components" / f"{stage}.yaml")
     assert images_of(spec) == {stage: IMAGES[stage]}
@@ -198,7 +200,7 @@ def test_option_and_variable_set_the_images_at_compile_time(tmp_path):
     template = "registry.example/team/{stage}:{version}-gpu"
     expected = images(template)
     assert expected["train"] == f"registry.example/team/train:{__version__}-gpu" and all(
-        expected[step] == expected[stage] for step, stage in HOSTS.items()
+        expected[name] == expected[step.image] for name, step in STEPS.items() if step.image
     )
     compile_to(tmp_path / "by-option.yaml", "--images", template)
     compile_to(tmp_path / "by-variable.yaml", SLAM_ASR_IMAGES=template)
@@ -231,7 +233,7 @@ def test_compiled_pipeline_matches_its_golden_file(name, tmp_path):
     assert (tmp_path / "pipeline.yaml").read_text() == (GOLDEN / f"{name}.yaml").read_text()
 
 
-@pytest.mark.parametrize("stage", ALL_RESULTS)
+@pytest.mark.parametrize("stage", STEPS)
 def test_compiled_component_matches_its_golden_file(compiled, stage):
     assert (compiled / "components" / f"{stage}.yaml").read_text() == (
         GOLDEN / "components" / f"{stage}.yaml"
@@ -380,7 +382,7 @@ def test_parameters_reproduce_the_recipe(tmp_path):
 
 @pytest.mark.slow
 def test_image_list_sets_the_images(tmp_path):
-    digests = {stage: f"registry.example/{stage}@sha256:{'0' * 64}" for stage in STAGES}
+    digests = {stage: f"registry.example/{stage}@sha256:{'0' * 64}" for stage in OWN_IMAGE}
     (tmp_path / "images.yaml").write_text(yaml.safe_dump(digests))
     cli.main(["compile", "--images", str(tmp_path / "images.yaml"), "--output", str(tmp_path / "all")])
     assert images_of(spec_of(tmp_path / "all" / "slam-asr.yaml")) == digests | {"score": digests["decode"]}

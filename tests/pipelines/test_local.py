@@ -14,14 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from components import EVALUATION_RESULTS, RESULTS
 from pipelines.local import LocalRun, LocalStep, LogFilter
 from pipelines.run_request import RunRequest
 from pipelines.summary import failure
 from slam_asr.errors import UserError
 from slam_asr.stage import follow_pointer, read_record
+from slam_asr.steps import EVALUATION, TRAINING, outputs_of
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+RESULTS = outputs_of(TRAINING)
 
 
 def command(recipe: Path, corpus: Path, output: Path, *options: str) -> list[str]:
@@ -123,6 +124,21 @@ def test_decoding_in_work_shards_gives_the_same_texts_and_rates(finished, tiny_r
     )
 
 
+@pytest.mark.slow
+def test_score_alone_joins_the_work_shards_of_the_latest_decoding(tiny_recipe, tiny_corpus, finished):
+    output, _ = finished
+    options = ("--decoding.parts", "2", "--published_wer.test-tiny", "50")
+    done = run(tiny_recipe, tiny_corpus, output, *options[:2])
+    assert done.returncode == 0, done.stdout + done.stderr
+    rates = re.search(r"^WER ([\d.]+) %", done.stdout, re.MULTILINE)[1]
+    done = run(tiny_recipe, tiny_corpus, output, "--only", "score", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"score: WER {rates} % on 6 utterances" in done.stdout and "already there" not in done.stdout
+    record = read_record(follow_pointer(output / "results" / "score.json"))
+    assert record.stage == "score" and len(record.inputs["parts"]) == 2
+    assert record.inputs["published"] == {"test-tiny": 50.0} and record.file("report.html").is_file()
+
+
 def model_of(output: Path) -> Path:
     [model] = (output / "store" / "convert-checkpoint").glob("*/config.json")
     return model.parent
@@ -145,7 +161,7 @@ def test_evaluated_model_has_the_error_rate_of_the_run_that_trained_it(
     )
     done = run(tiny_recipe, tiny_corpus, tmp_path, "--model", str(trained_model), "--decoding.parts", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(table(done.stdout)) == [*EVALUATION_RESULTS, "this run"]
+    assert list(table(done.stdout)) == [*outputs_of(EVALUATION), "this run"]
     [after] = (tmp_path / "store" / "score").glob("*/hypotheses.jsonl")
     assert after.read_bytes() == before.read_bytes()
     assert (

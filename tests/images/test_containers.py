@@ -1,18 +1,26 @@
-"""Runs in containers give the same results, report every failure, and leave no container."""
+"""Images work for any user; runs in containers give the same results and report every failure."""
 
+import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 from pipelines import cli
+from slam_asr import __version__
 from slam_asr.stage import follow_pointer, read_record
+from slam_asr.steps import OWN_IMAGE
 from slam_asr.storage import walk
+from tests.engine import BUILD_OPTIONS, NoEngine, install
+from tests.images.test_images import WITHOUT_TORCH, lock, third_party
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 NOWHERE = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
@@ -348,3 +356,127 @@ def test_credential_files_are_mounted_and_our_own_folders_are_not_passed_on(monk
     assert "AWS_CONFIG_FILE" not in environment and str(tmp_path / "no-config") not in files
     assert environment["HF_HUB_OFFLINE"] == "1" and environment["https_proxy"] == "http://proxy"
     assert not {"HF_HOME", "SLAM_ASR_CACHE", "HOME", "PATH"} & environment.keys()
+
+
+@pytest.fixture
+def inside(images):
+    """Run a command in a stage's image, without a network, as a user who does not exist in it."""
+
+    def run(stage: str, *command: str, user: str = "4242:4343") -> str:
+        options = ["--rm", "--network", "none", "--user", user, "--env", "_KFP_RUNTIME=true"]
+        done = subprocess.run(
+            ["docker", "run", *options, images.replace("{stage}", stage), *command],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", OWN_IMAGE)
+def test_image_reports_its_version_and_contains_all_its_imports(stage, inside, images):
+    line = inside(stage, "slam-asr", "--version")
+    assert re.fullmatch(
+        rf"slam-asr {__version__} \(commit [0-9a-f]+\+?\), (no torch|torch 2[\d.]+\+cpu, CUDA none)\n", line
+    )
+    assert ("no torch" in line) == (stage == WITHOUT_TORCH)
+    packages = sorted(third_party(lock.STAGES[stage]).keys() - lock.OURS)
+    inside(stage, "python3", "-c", f"import {', '.join(packages)}")
+    about = json.loads(
+        subprocess.run(
+            ["docker", "inspect", images.replace("{stage}", stage)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )[0]
+    assert not about["Config"]["Entrypoint"] and about["Config"]["User"] == "1000"
+    known = packages_distributions()
+    assert known["torch"] == ["torch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("user", ["1000", "4242:4343"])
+def test_any_user_may_write_where_a_step_writes(user, inside):
+    script = (
+        'touch /minio/x /s3/x /gcs/x "$SLAM_ASR_CACHE"/models/x "$HOME"/x '
+        '&& python3 -c "import getpass; print(getpass.getuser())" && id -u'
+    )
+    assert inside("build-manifest", "sh", "-c", script, user=user).split() == ["slam", user.partition(":")[0]]
+
+
+@pytest.mark.slow
+def test_image_list_is_readable_for_compile(images, tmp_path):
+    from components import images as images_of
+
+    image_of = images_of(str(CHECKOUT / "build" / "images.yaml"))
+    assert {stage: image_of[stage] for stage in OWN_IMAGE} == {
+        stage: f"slam-asr/{stage}:test" for stage in OWN_IMAGE
+    }
+
+
+@pytest.fixture
+def registry(docker_engine, tmp_path):
+    """Start a local registry of images, and return its name."""
+    try:
+        install(["docker-registry"], ["docker-registry"])
+    except NoEngine as reason:
+        pytest.skip(f"needs a registry of images to push to: {reason}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        name = f"127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "registry.yml").write_text(
+        f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{name}'}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}\n"
+    )
+    server = subprocess.Popen(
+        ["docker-registry", "serve", str(tmp_path / "registry.yml")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", int(name.partition(":")[2])), 1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    yield name
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.slow
+def test_pushed_images_are_listed_by_digest_and_found_by_doctor(images, registry):
+    from pipelines.kubeflow.registry import check_image
+
+    image_list = CHECKOUT / "build" / "images.yaml"
+    before = image_list.read_text()
+    name = f"{registry}/team/build-manifest"
+    try:
+        # Docker's cache avoids a second build, because the options are those of the first.
+        options = [f"REGISTRY={registry}/team", "TAG=7", "PUSH=1", "STAGES=build-manifest", *BUILD_OPTIONS]
+        done = subprocess.run(
+            ["make", "images", *options],
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        line = next(
+            line for line in image_list.read_text().splitlines() if line.startswith("build-manifest: ")
+        )
+    finally:
+        image_list.write_text(before)
+    pushed = line.removeprefix("build-manifest: ")
+    assert re.fullmatch(rf"{name}@sha256:[0-9a-f]{{64}}", pushed)
+    assert (
+        check_image("build-manifest", pushed).sign == "✓"
+        and check_image("build-manifest", f"{name}:7").sign == "✓"
+    )
+    missing = check_image("build-manifest", f"{name}:8")
+    assert missing.sign == "✗" and "does not exist" in missing.detail
+    subprocess.run(["docker", "rmi", "--force", f"{name}:7"], capture_output=True)

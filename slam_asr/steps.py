@@ -1,0 +1,183 @@
+"""The table of all steps: the only list of them.
+
+The command line, the Kubeflow components, the pipelines, the cluster profiles, the image builder and the
+documentation read it. A new step is one row here, one folder in `components/`, and its place in a pipeline:
+see docs/how-to/extending.md.
+
+It needs no package beyond Python's own, because `images/build.py` runs before anything is installed.
+"""
+
+from dataclasses import dataclass, field
+
+TRAINING = "slam-asr"
+EVALUATION = "slam-asr-evaluate"
+SWEEP = "slam-asr-sweep"
+EVERY_PIPELINE = (TRAINING, EVALUATION, SWEEP)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pipeline."""
+
+    name: str
+    """Name in Kubeflow and on the command line, with dashes."""
+    summary: str
+    """What the step does, in half a line."""
+    output: str
+    """The Kubeflow output that points to its result."""
+    pipelines: tuple[str, ...]
+    """The pipelines that contain the step."""
+    function: str = ""
+    """`module:function` that the step runs. Empty if it has no command of its own."""
+    image: str = ""
+    """The step whose image it runs in. Empty if it has an image of its own."""
+    torch: str = "none"
+    """The build of torch in its own image: `cuda`, `cpu` or `none`. A container with `cuda` gets the GPUs."""
+    settings_of: str = ""
+    """The step whose settings in the cluster profile its pod shares. Empty if it has its own."""
+    options: dict[str, str] = field(default_factory=dict)
+    """The options of its command when it runs alone, with `--only`. Empty if it cannot.
+
+    A name in braces is replaced. That of an earlier step becomes the folder of its newest result, or with a
+    star the folders of all its work shards. The other names are
+
+    - `recipe`, `corpus` and `store`: those of the run,
+    - `which`: the recipe's `decoding.checkpoint`,
+    - `features`: the result of extract-features; the option is left out if the recipe caches no features,
+    - `model`: the model that the user names, else the result of convert-checkpoint.
+
+    `--output` is a folder in the store, named after the step, unless it is given here.
+    """
+
+    @property
+    def module(self) -> str:
+        """The module of its Kubeflow component."""
+        name = self.name.replace("-", "_")
+        folder = self.image.replace("-", "_") or name
+        return f"components.{folder}.{name if self.image else 'component'}"
+
+
+STEPS = {
+    step.name: step
+    for step in (
+        Step(
+            "open-model",
+            "check a model and copy it to the store",
+            output="opened",
+            pipelines=(EVALUATION,),
+            image="convert-checkpoint",
+            settings_of="convert-checkpoint",
+        ),
+        Step(
+            "plan-sweep",
+            "read the variations of a sweep and check each recipe",
+            output="planned",
+            pipelines=(SWEEP,),
+            image="build-manifest",
+            settings_of="score",
+        ),
+        Step(
+            "build-manifest",
+            "check a corpus and write its manifests",
+            output="manifests",
+            pipelines=EVERY_PIPELINE,
+            function="slam_asr.corpora.build:build_manifest",
+            options={
+                "recipe": "{recipe}",
+                "corpus": "{corpus}",
+            },
+        ),
+        Step(
+            "extract-features",
+            "run the speech encoder once and cache its outputs",
+            output="features",
+            pipelines=EVERY_PIPELINE,
+            function="slam_asr.features.extract:extract_features",
+            torch="cuda",
+            options={
+                "recipe": "{recipe}",
+                "manifests": "{build-manifest}",
+                "output": "{store}/features",
+            },
+        ),
+        Step(
+            "vary-recipe",
+            "apply one variation of a sweep to the recipe",
+            output="varied",
+            pipelines=(SWEEP,),
+            image="build-manifest",
+            settings_of="score",
+        ),
+        Step(
+            "train",
+            "train the projector, with DeepSpeed",
+            output="checkpoint",
+            pipelines=(TRAINING, SWEEP),
+            function="slam_asr.training.train:train",
+            torch="cuda",
+            options={
+                "recipe": "{recipe}",
+                "train-manifest": "{build-manifest}/train.jsonl",
+                "dev-manifest": "{build-manifest}/dev.jsonl",
+                "feature-store": "{features}",
+            },
+        ),
+        Step(
+            "convert-checkpoint",
+            "turn a checkpoint into a model folder",
+            output="model",
+            pipelines=(TRAINING, SWEEP),
+            function="slam_asr.conversion.convert:convert_checkpoint",
+            torch="cpu",
+            options={
+                "checkpoint": "{train}",
+                "which": "{which}",
+            },
+        ),
+        Step(
+            "decode",
+            "transcribe the test sets",
+            output="hypotheses",
+            pipelines=EVERY_PIPELINE,
+            function="slam_asr.decoding.decode:decode",
+            torch="cuda",
+            options={
+                "recipe": "{recipe}",
+                "model": "{model}",
+                "manifests": "{build-manifest}/test.jsonl",
+                "feature-store": "{features}",
+            },
+        ),
+        Step(
+            "score",
+            "compute word error rates and write the report",
+            output="scores",
+            pipelines=EVERY_PIPELINE,
+            function="slam_asr.scoring.score:score_parts",
+            image="decode",
+            options={
+                "recipe": "{recipe}",
+                "model": "{model}",
+                "parts": "{decode*}",
+            },
+        ),
+        Step(
+            "compare-runs",
+            "show several decodings on one page, with their training curves",
+            output="comparison",
+            pipelines=(SWEEP,),
+            function="slam_asr.sweeping.runs:compare_runs",
+            image="decode",
+            settings_of="score",
+        ),
+    )
+}
+"""All steps by name, in the order in which they run."""
+
+OWN_IMAGE = tuple(name for name, step in STEPS.items() if not step.image)
+"""Steps that have an image of their own."""
+
+
+def outputs_of(pipeline: str) -> dict[str, str]:
+    """Return a pipeline's steps in their order, each with the output that points to its result."""
+    return {name: step.output for name, step in STEPS.items() if pipeline in step.pipelines}
