@@ -20,12 +20,12 @@ from dataclasses import replace
 import jiwer
 import torch
 
-from slam_asr.audio import load_utterance
+from slam_asr.artifacts.manifest import read_manifest
+from slam_asr.artifacts.utterances import load_utterance
 from slam_asr.decoding.model import open_model
-from slam_asr.manifest import read_manifest
 from slam_asr.models import slam
-from slam_asr.models.encoder import describe_encoder
-from slam_asr.models.search import Searcher, plan_batches
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.models.searcher import Searcher, plan_batches
 
 
 def main() -> None:

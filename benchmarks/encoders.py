@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from transformers import AutoModel, PretrainedConfig, WavLMConfig, WhisperConfig
 
+from slam_asr.config.recipe import Encoder
 from slam_asr.features.encode import AudioBatch, _copy_to_host
-from slam_asr.models import encoder as encoders
 from slam_asr.models import feature_dtype
-from slam_asr.models.encoder import spec_of
+from slam_asr.models.encoders import base as encoders
+from slam_asr.models.encoders.registry import spec_of
 from slam_asr.models.precision import DTYPES, pick_device
 from slam_asr.planning.shapes import encoder_flops
-from slam_asr.recipe import Encoder
 
 SHAPES: dict[str, PretrainedConfig] = {
     "wavlm-large": WavLMConfig(

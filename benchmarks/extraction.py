@@ -18,17 +18,17 @@ import numpy as np
 import soundfile
 import torch
 
+from slam_asr.artifacts.manifest import Utterance, write_manifest
 from slam_asr.audio import load_audio
+from slam_asr.config.recipe import load_recipe
 from slam_asr.features.audio_workers import AudioLoader, default_workers
 from slam_asr.features.encode import plan_batches, run_shards
-from slam_asr.features.extract import Extraction
-from slam_asr.manifest import Utterance, write_manifest
-from slam_asr.models.encoder import describe_encoder
+from slam_asr.features.extraction import Extraction
+from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
 from slam_asr.progress import Meter
-from slam_asr.recipe import load_recipe
+from slam_asr.runtime.work_split import WorkShard
 from slam_asr.storage import sha256_of_file
-from slam_asr.work_split import WorkShard
 
 
 def manifest_of(files: list[Path], folder: Path) -> Path:

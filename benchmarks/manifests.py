@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slam_asr.manifest import Utterance
+    from slam_asr.artifacts.manifest import Utterance
 
 STEPS = ("sort", "validate", "iterate", "index")
 WORDS = [
@@ -60,7 +60,7 @@ WORDS = [
 
 def utterances(count: int) -> "Iterator[Utterance]":
     """Yield random utterances with lengths and fields like LibriSpeech's, in no particular order."""
-    from slam_asr.manifest import Utterance
+    from slam_asr.artifacts.manifest import Utterance
 
     rng = random.Random(0)
     for index in range(count):
@@ -75,7 +75,7 @@ def utterances(count: int) -> "Iterator[Utterance]":
 
 def step(name: str, folder: Path, count: int) -> None:
     """Run one step, and print its seconds and peak memory in MB."""
-    from slam_asr.manifest import read_manifest, write_manifest
+    from slam_asr.artifacts.manifest import read_manifest, write_manifest
 
     path = folder / "manifest.jsonl"
     manifest = read_manifest(path) if name in ("iterate", "index") else None
@@ -101,8 +101,8 @@ def build(folder: Path, count: int) -> None:
     import numpy as np
     import soundfile
 
-    from slam_asr.corpora.build import build_manifest
-    from slam_asr.recipe import load_recipe
+    from slam_asr.config.recipe import load_recipe
+    from slam_asr.stages.build_manifest import build_manifest
 
     # 0.2 s, the minimum of the demo's recipe.
     soundfile.write(folder / "a.wav", np.zeros(3200, np.int16), 16_000)

@@ -158,11 +158,11 @@ def compare(number: int, case: tuple) -> dict:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from slam_asr.models.encoder import spec_of
+    from slam_asr.models.encoders.registry import spec_of
     from slam_asr.models.precision import DTYPES
     from slam_asr.planning.memory import Load, training_memory
     from slam_asr.planning.shapes import Shapes
-    from slam_asr.training.train import ALLOCATION
+    from slam_asr.stages.train import ALLOCATION
 
     llm_sizes, options, rows, length, audio, targets = case
     recipe = _recipe(options)
@@ -195,7 +195,7 @@ def compare(number: int, case: tuple) -> dict:
 
 
 def _recipe(options: dict):
-    from slam_asr.recipe import load_recipe
+    from slam_asr.config.recipe import load_recipe
 
     return load_recipe(
         "librispeech", {f"training.{key}": value for key, value in {"precision": "fp32", **options}.items()}
@@ -206,13 +206,13 @@ def measure(case: tuple, llm_folder: Path) -> int:
     """The peak memory of training in this process, in bytes."""
     import torch
 
+    from slam_asr.models.answer_loss import AnswerScores, allows_chunks, score_answers, score_in_chunks
     from slam_asr.models.llm import llm_width, load_llm
     from slam_asr.models.packed_attention import allow_packing
     from slam_asr.models.precision import DTYPES, pick_device
     from slam_asr.models.projector import build_projector
     from slam_asr.models.slam import Row, Slam, collate, pack
     from slam_asr.training.engines.choose import make_engine, start_process_group
-    from slam_asr.training.objective import AnswerScores, allows_chunks, score_answers, score_in_chunks
 
     _, options, rows, length, audio, targets = case
     recipe, device = _recipe(options), pick_device()

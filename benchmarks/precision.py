@@ -15,11 +15,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from slam_asr.models.encoder import describe_encoder
+from slam_asr.config.recipe import load_recipe
+from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import load_llm
 from slam_asr.models.precision import DTYPES, pick_device
-from slam_asr.models.pretrained import locate_model
-from slam_asr.recipe import load_recipe
+from slam_asr.pretrained.locate import locate_model
 
 UTTERANCES, POSITIONS, ANSWER = 8, 55, 12
 """A micro-batch as large as in the demo."""

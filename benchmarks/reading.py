@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slam_asr.features.index import argsort_audio_ids
-from slam_asr.features.namespace import FeatureNamespace, pack
-from slam_asr.features.store import _PARALLEL_FETCHES, FeatureStore
+from slam_asr.artifacts.feature_store.index import argsort_audio_ids
+from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, pack
+from slam_asr.artifacts.feature_store.store import _PARALLEL_FETCHES, FeatureStore
 from slam_asr.models.feature_dtype import QuantizedFrames
 from slam_asr.storage import write_bytes
 from slam_asr.training.batches import plan_epoch

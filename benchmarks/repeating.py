@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from slam_asr.config.recipe import Llm
 from slam_asr.models.llm import load_llm, load_tokenizer
-from slam_asr.models.pretrained import locate_model
 from slam_asr.models.prompt import AUDIO, Prompt
-from slam_asr.recipe import Llm
+from slam_asr.pretrained.locate import locate_model
 
 TEMPLATES = ("USER: {}\n ASSISTANT:", "<|im_start|>user\n{audio}\n{}<|im_end|>\n<|im_start|>assistant\n")
 BREAKS = (0.0, 0.5, 0.8, 1.0, 1.8)

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.word_errors import character_errors, measure
 from slam_asr.scoring.analysis import normalised_rows
 from slam_asr.scoring.controls import empty_output, shuffled_audio
-from slam_asr.scoring.metrics import character_errors, measure
 from slam_asr.scoring.report import PAGE, write_report
-from slam_asr.scoring.wer import Hypothesis
 
 VOCABULARY, WORDS, ERROR_RATE = 20_000, (2, 35), 0.05
 

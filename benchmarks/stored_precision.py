@@ -13,10 +13,9 @@ from dataclasses import replace
 
 import torch
 
-from slam_asr.audio import load_utterance
+from slam_asr.artifacts.manifest import read_manifest
+from slam_asr.artifacts.utterances import load_utterance, samples_of
 from slam_asr.decoding.model import open_model
-from slam_asr.features.audio_source import samples_of
-from slam_asr.manifest import read_manifest
 from slam_asr.models.feature_dtype import DTYPES, bytes_per_frame, round_trip
 from slam_asr.models.slam import IGNORED, Row, collate
 

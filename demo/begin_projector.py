@@ -28,16 +28,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slam_asr.conversion.model import ModelConfig, read_config, read_projector, write_model
+from slam_asr.artifacts.feature_store.reader import StoreReader
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import Utterance, read_manifest
+from slam_asr.artifacts.model_folder import ModelConfig, read_config, read_projector, write_model
+from slam_asr.config.recipe import dump_recipe, load_recipe
 from slam_asr.errors import exit_on_user_error
-from slam_asr.features.reader import StoreReader
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import Utterance, read_manifest
-from slam_asr.models.encoder import describe_encoder
+from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import llm_width, load_llm, load_tokenizer
-from slam_asr.models.pretrained import locate_model, weights_sha256
 from slam_asr.models.projector import SpeechProjector, build_projector
-from slam_asr.recipe import dump_recipe, load_recipe
+from slam_asr.pretrained.locate import locate_model, weights_sha256
 
 BLANK_TEXT = "\n"
 """The text whose embedding serves as CTC's blank."""

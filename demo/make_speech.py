@@ -6,8 +6,8 @@ read them. The layout is LibriSpeech's:
     <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.opus
     <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt     lines `<utterance> TEXT IN CAPITALS`
 
-An utterance is two sentences. No sentence occurs twice, within a subset or across subsets. The speakers of `test-demo-new-voices` occur
-nowhere else.
+An utterance is two sentences. No sentence occurs twice, within a subset or across subsets. The speakers of
+`test-demo-new-voices` occur nowhere else.
 
 Needs `espeak-ng` and `flite` on the PATH, and the Python packages numpy, soundfile and soxr:
 

@@ -213,13 +213,13 @@ def _pipelines() -> str:
 
 
 def _recipe() -> str:
-    from slam_asr.recipe import Recipe
+    from slam_asr.config.recipe import Recipe
 
     return "\n".join(
         [
             "# Recipe keys",
             "",
-            NOTE.format(source="slam_asr/recipe.py"),
+            NOTE.format(source="slam_asr/config/recipe.py"),
             "",
             "A recipe is a YAML file. Each key is also a command-line option by its full name: "
             "`--training.max_steps 200`.",
@@ -329,7 +329,7 @@ def _pipeline_options(command: str) -> Iterator[tuple[str, str, str]]:
     from jsonargparse import ArgumentParser
 
     from pipelines.cli import COMMANDS
-    from slam_asr.recipe import recipe_keys
+    from slam_asr.config.recipe import recipe_keys
 
     def stop(parser: ArgumentParser, *_: Any, **__: Any) -> None:
         raise _ParserBuilt(parser)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from pipelines import processes
-from slam_asr.configuration import nearest
+from slam_asr.config.schema import nearest
 from slam_asr.errors import UserError, exit_on_user_error
 
 COMMANDS = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from slam_asr.configuration import nearest, parse_yaml, typed
+from slam_asr.config.schema import nearest, parse_yaml, typed
 from slam_asr.errors import ConfigurationError
 from slam_asr.steps import STEPS
 

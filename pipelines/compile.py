@@ -21,13 +21,13 @@ from components import images as images_of
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
 from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
+from slam_asr.artifacts.model_folder import shipped_models
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
-from slam_asr.conversion.shipped import shipped_models
+from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
+from slam_asr.config.variations import varied
 from slam_asr.errors import ConfigurationError
-from slam_asr.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.steps import EVALUATION, STEPS, SWEEP
 from slam_asr.storage import is_s3, local_path
-from slam_asr.sweeping.variations import varied
 
 if TYPE_CHECKING:
     from kfp.dsl import PipelineTask

@@ -27,10 +27,10 @@ from kfp.local import docker_task_handler, subprocess_task_handler
 from pipelines import processes
 from pipelines.docker import Containers
 from pipelines.run_request import RunRequest
+from slam_asr.artifacts.stage_record import Record, follow_pointer, read_record
+from slam_asr.config.recipe import dump_recipe
 from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.progress import BAR_COLUMNS
-from slam_asr.recipe import dump_recipe
-from slam_asr.stage import Record, follow_pointer, read_record
 from slam_asr.steps import EVALUATION, STEPS, SWEEP, TRAINING
 from slam_asr.storage import is_s3, local_path
 

@@ -15,8 +15,8 @@ from pipelines.cli import command_parser
 from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
 from pipelines.single import RUN_ALONE, command_of_stage, corpus_of, require_stage
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
+from slam_asr.config.recipe import dump_recipe, shipped_recipes
 from slam_asr.errors import EXIT_CODE, ConfigurationError, InputError
-from slam_asr.recipe import dump_recipe, shipped_recipes
 from slam_asr.storage import is_s3, local_path, write_atomically
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _fetch_models(request: RunRequest) -> int:
         The exit code of the download.
     """
     (encoder,), llms = request.base_models()
-    command = [sys.executable, "-m", "slam_asr.models.pretrained", encoder, *llms]
+    command = [sys.executable, "-m", "slam_asr.pretrained.locate", encoder, *llms]
     if sys.stdout.isatty():
         # Through a pipe, the download could not draw its progress bars.
         return subprocess.call(command)

@@ -5,12 +5,12 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from slam_asr.conversion.shipped import shipped_models
+from slam_asr.artifacts.model_folder import shipped_models
+from slam_asr.config.recipe import Recipe
+from slam_asr.config.variations import Variation, read_variations, require_distinct_trainings, resolve
 from slam_asr.errors import ConfigurationError
-from slam_asr.recipe import Recipe
 from slam_asr.steps import EVALUATION, SWEEP, TRAINING, outputs_of
 from slam_asr.storage import is_s3, local_path
-from slam_asr.sweeping.variations import Variation, read_variations, require_distinct_trainings, resolve
 
 
 @dataclass
@@ -63,8 +63,8 @@ class RunRequest:
 
         The LLMs are those of the recipe and its variations, or the one that the model was trained with.
         """
-        from slam_asr.conversion.model import read_config
-        from slam_asr.sweeping.variations import varied
+        from slam_asr.artifacts.model_folder import read_config
+        from slam_asr.config.variations import varied
 
         recipe = self.resolved_recipe
         if self.model:
@@ -142,7 +142,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
     recipe = replace(recipe, data=replace(recipe.data, train=[], dev=[]))
     if not is_s3(model):
         # Imported here because it imports torch.
-        from slam_asr.conversion.model import read_config
+        from slam_asr.artifacts.model_folder import read_config
         from slam_asr.conversion.trained import require_same_features
 
         require_same_features(recipe, model, read_config(model))

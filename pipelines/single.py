@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.run_request import RunRequest
+from slam_asr.artifacts.stage_record import FINGERPRINT, follow_pointer, require_record
+from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError, InputError
-from slam_asr.recipe import Recipe
-from slam_asr.stage import FINGERPRINT, follow_pointer, require_record
 from slam_asr.steps import STEPS
 from slam_asr.storage import join
 

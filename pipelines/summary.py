@@ -4,9 +4,9 @@ import signal
 from pathlib import Path
 
 from pipelines.local import KFP_LOG, LocalStep
+from slam_asr.artifacts.stage_record import Record
 from slam_asr.errors import EXIT_CODE
 from slam_asr.progress import clock
-from slam_asr.stage import Record
 
 WER_METRICS = ("wer", "wer shuffled audio", "wer empty output")
 """The word error rate and two controls, which it must be far below.

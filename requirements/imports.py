@@ -16,7 +16,7 @@ def third_party(modules: list[str]) -> dict[str, set[str]]:
     """Return the third-party packages that modules import, directly or through `slam_asr`.
 
     Args:
-        modules: modules such as `slam_asr.training.train`, or files of the checkout.
+        modules: modules such as `slam_asr.stages.train`, or files of the checkout.
 
     Returns:
         The importing modules by package.

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -31,9 +31,6 @@ from slam_asr.storage import (
     sha256_of_bytes,
     sha256_of_file,
 )
-
-if TYPE_CHECKING:
-    from slam_asr.manifest import Utterance
 
 SAMPLE_RATE = 16_000
 """In Hz; every supported encoder was trained at this rate."""
@@ -112,31 +109,41 @@ def load_audio(path: str | os.PathLike) -> np.ndarray:
     return read_clip(path).samples
 
 
-def load_utterance(utterance: "Utterance") -> np.ndarray:
-    """Decode an utterance's audio, after a check that the file is the one that its manifest was built from.
+def load_checked(
+    path: str | os.PathLike,
+    sha256: str | None,
+    start: float | None = None,
+    duration: float | None = None,
+) -> np.ndarray:
+    """Decode a file or a segment, after a check that the file is the one that its manifest was built from.
 
     The file is read once for both. A file with many segments is hashed once for all of them.
+
+    Args:
+        path: the audio file.
+        sha256: the file's expected SHA-256, or None for no check.
+        start: where the segment begins, in seconds; None for the whole file.
+        duration: length of the segment in seconds.
 
     Returns:
         float32 [samples], mono at 16 kHz.
 
     Raises:
-        InputError: the file's SHA-256 differs from the manifest's.
+        InputError: the file has another SHA-256.
         AudioError: the file is missing, damaged or empty, or too short for the segment.
     """
-    path = utterance.source
-    if utterance.start is None:
+    if start is None:
         content = _content(path)
-        sha256 = sha256_of_bytes(content) if utterance.sha256 else None
+        found = sha256_of_bytes(content) if sha256 else None
         file: Path | bytes = content
     else:
         file = _local_copy(path)
-        sha256 = _sha256_of_local(file) if utterance.sha256 else None
-    if sha256 != utterance.sha256:
+        found = _sha256_of_local(file) if sha256 else None
+    if found != sha256:
         raise InputError(
             f"{path} was changed since its manifest was built: run `slam-asr build-manifest` again."
         )
-    return _clip(file, path, utterance.start, utterance.duration).samples
+    return _clip(file, path, start, duration).samples
 
 
 def read_clip(

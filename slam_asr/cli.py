@@ -17,10 +17,10 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from slam_asr.configuration import nearest, one_sentence
+from slam_asr.artifacts.stage_record import write_pointer
+from slam_asr.config.recipe import Recipe, recipe_values, shipped_recipes
+from slam_asr.config.schema import nearest, one_sentence
 from slam_asr.errors import ConfigurationError, UserError, exit_on_user_error
-from slam_asr.recipe import Recipe, recipe_values, shipped_recipes
-from slam_asr.stage import write_pointer
 from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
 
@@ -45,25 +45,25 @@ OTHER_COMMANDS = (
         "transcribe",
         "MODEL FILES…",
         "transcribe audio files to text, JSON or subtitles",
-        "slam_asr.transcribing.transcribe:transcribe",
+        "slam_asr.stages.transcribe:transcribe",
     ),
     Command(
         "compare",
         "A B",
         "which of two decodings is better, and whether by more than chance",
-        "slam_asr.scoring.compare:compare",
+        "slam_asr.stages.compare:compare",
     ),
     Command(
         "plan",
         "RECIPE",
         "estimate memory, time and storage before anything is loaded",
-        "slam_asr.planning.plan:plan",
+        "slam_asr.stages.plan:plan",
     ),
     Command(
         "copy-models",
         "RECIPE",
         "copy the recipe's frozen models to a bucket",
-        "slam_asr.models.copy_to_bucket:copy_models",
+        "slam_asr.pretrained.copy_to_bucket:copy_models",
     ),
     Command(
         "features ls",
@@ -411,7 +411,7 @@ def _recipe_named(arguments: list[str]) -> str | None:
     recipe = _value_of("--recipe", arguments)
     model = _value_of("--model", arguments)
     if recipe is None and model is not None:
-        from slam_asr.conversion.model import read_config
+        from slam_asr.artifacts.model_folder import read_config
 
         return read_config(model).recipe
     return recipe

@@ -81,7 +81,7 @@ STEPS = {
             "check a corpus and write its manifests",
             output="manifests",
             pipelines=EVERY_PIPELINE,
-            function="slam_asr.corpora.build:build_manifest",
+            function="slam_asr.stages.build_manifest:build_manifest",
             options={
                 "recipe": "{recipe}",
                 "corpus": "{corpus}",
@@ -92,7 +92,7 @@ STEPS = {
             "run the speech encoder once and cache its outputs",
             output="features",
             pipelines=EVERY_PIPELINE,
-            function="slam_asr.features.extract:extract_features",
+            function="slam_asr.stages.extract_features:extract_features",
             torch="cuda",
             options={
                 "recipe": "{recipe}",
@@ -113,7 +113,7 @@ STEPS = {
             "train the projector, with DeepSpeed",
             output="checkpoint",
             pipelines=(TRAINING, SWEEP),
-            function="slam_asr.training.train:train",
+            function="slam_asr.stages.train:train",
             torch="cuda",
             options={
                 "recipe": "{recipe}",
@@ -127,7 +127,7 @@ STEPS = {
             "turn a checkpoint into a model folder",
             output="model",
             pipelines=(TRAINING, SWEEP),
-            function="slam_asr.conversion.convert:convert_checkpoint",
+            function="slam_asr.stages.convert_checkpoint:convert_checkpoint",
             torch="cpu",
             options={
                 "checkpoint": "{train}",
@@ -139,7 +139,7 @@ STEPS = {
             "transcribe the test sets",
             output="hypotheses",
             pipelines=EVERY_PIPELINE,
-            function="slam_asr.decoding.decode:decode",
+            function="slam_asr.stages.decode:decode",
             torch="cuda",
             options={
                 "recipe": "{recipe}",
@@ -153,7 +153,7 @@ STEPS = {
             "compute word error rates and write the report",
             output="scores",
             pipelines=EVERY_PIPELINE,
-            function="slam_asr.scoring.score:score_parts",
+            function="slam_asr.stages.score:score_parts",
             image="decode",
             options={
                 "recipe": "{recipe}",
@@ -166,7 +166,7 @@ STEPS = {
             "show several decodings on one page, with their training curves",
             output="comparison",
             pipelines=(SWEEP,),
-            function="slam_asr.sweeping.runs:compare_runs",
+            function="slam_asr.stages.compare_runs:compare_runs",
             image="decode",
             settings_of="score",
         ),

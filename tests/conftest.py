@@ -203,9 +203,9 @@ def model(tiny_recipe, tmp_path_factory) -> str:
     """A model folder whose projector has random weights: its texts mean nothing, but depend on the audio."""
     import torch
 
-    from slam_asr.conversion.convert import convert_checkpoint
+    from slam_asr.config.recipe import load_recipe
     from slam_asr.models.projector import build_projector
-    from slam_asr.recipe import load_recipe
+    from slam_asr.stages.convert_checkpoint import convert_checkpoint
 
     folder = tmp_path_factory.mktemp("model")
     recipe = load_recipe(str(tiny_recipe))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from slam_asr.processes import die_with_parent
+from slam_asr.runtime.worker import die_with_parent
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"

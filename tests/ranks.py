@@ -43,7 +43,7 @@ def leave_answer(folder: Path, results: Any) -> None:
     """End such a program: the first process writes `losses.json`, and all wait for each other."""
     import torch
 
-    from slam_asr.processes import leave_group
+    from slam_asr.runtime.worker import leave_group
 
     if torch.distributed.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(results))

@@ -8,17 +8,10 @@ import pytest
 import soundfile
 
 from slam_asr import audio
-from slam_asr.audio import (
-    SAMPLE_RATE,
-    AudioError,
-    audio_sha256,
-    count_samples,
-    load_audio,
-    load_utterance,
-    read_clip,
-)
+from slam_asr.artifacts.manifest import Utterance
+from slam_asr.artifacts.utterances import load_utterance
+from slam_asr.audio import SAMPLE_RATE, AudioError, audio_sha256, count_samples, load_audio, read_clip
 from slam_asr.errors import UserError
-from slam_asr.manifest import Utterance
 from slam_asr.storage import sha256_of_file, write_bytes
 from tests.conftest import make_tone, write_wav
 

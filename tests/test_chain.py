@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from slam_asr.stage import read_record
+from slam_asr.artifacts.stage_record import read_record
 
 UTTERANCES, STEPS = 8, 100
 OVERRIDES = [

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from slam_asr import deepspeed_json
+from slam_asr.config import deepspeed as deepspeed_json
+from slam_asr.config.recipe import dump_recipe, load_recipe
 from slam_asr.errors import UserError
-from slam_asr.recipe import dump_recipe, load_recipe
 from slam_asr.training.engines.deepspeed_engine import deepspeed_config
 
 REFERENCE = {
@@ -175,7 +175,7 @@ def test_the_key_names_exist_in_the_installed_deepspeed():
 
 @pytest.mark.parametrize("form", ["path", "keys"])
 def test_on_a_stages_command_line_it_is_refused_with_a_pointer_to_the_recipes_file(tmp_path, form):
-    from slam_asr.recipe import Recipe, Training
+    from slam_asr.config.recipe import Recipe, Training
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(REFERENCE))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from slam_asr.config.recipe import Projector
 from slam_asr.models.projector import build_projector
-from slam_asr.recipe import Projector
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 

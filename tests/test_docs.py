@@ -13,7 +13,7 @@ import pytest
 
 from slam_asr.cli import COMMANDS, resolve_command
 from slam_asr.cli import run as run_stage_command
-from slam_asr.recipe import recipe_keys, recipe_values, shipped_recipes
+from slam_asr.config.recipe import recipe_keys, recipe_values, shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from slam_asr import manifest
+from slam_asr.artifacts import manifest
+from slam_asr.artifacts.manifest import Manifest, Utterance, iterate_manifest, read_manifest, write_manifest
 from slam_asr.errors import UserError
-from slam_asr.external_sort import ExternalSort
-from slam_asr.manifest import Manifest, Utterance, iterate_manifest, read_manifest, write_manifest
+from slam_asr.runtime.external_sort import ExternalSort
 from slam_asr.storage import read_bytes, write_bytes
 
 GOOD = {"key": "a", "source": "/x.wav", "target": "hello"}
@@ -197,7 +197,7 @@ def test_sorting_through_disk_and_in_memory_give_the_same_bytes(tmp_path, monkey
 
 
 def test_the_external_sort_is_stable_over_several_merges(monkeypatch):
-    monkeypatch.setattr("slam_asr.external_sort._MAX_RUNS", 3)
+    monkeypatch.setattr("slam_asr.runtime.external_sort._MAX_RUNS", 3)
     with small_runs() as ordered:
         for i in range(500):
             ordered.add(b"%d" % (i % 5), b"%05d" % i)

@@ -6,9 +6,9 @@ from operator import attrgetter
 import pytest
 import yaml
 
-from slam_asr.configuration import nearest
+from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe, recipe_keys, shipped_recipes
+from slam_asr.config.schema import nearest
 from slam_asr.errors import UserError
-from slam_asr.recipe import Recipe, dump_recipe, load_recipe, recipe_keys, shipped_recipes
 
 VICUNA, TINYLLAMA = "lmsys/vicuna-7b-v1.5", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from slam_asr.errors import UserError
-from slam_asr.stage import (
+from slam_asr.artifacts.stage_record import (
     RECORD,
     Outcome,
     follow_pointer,
@@ -16,6 +15,7 @@ from slam_asr.stage import (
     run_stage,
     write_pointer,
 )
+from slam_asr.errors import UserError
 
 
 def counting(calls):

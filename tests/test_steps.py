@@ -15,8 +15,8 @@ import yaml
 from components import component_of
 from pipelines import single
 from pipelines.cluster import Cluster
-from slam_asr.recipe import load_recipe
-from slam_asr.stage import follow_pointer, read_record
+from slam_asr.artifacts.stage_record import follow_pointer, read_record
+from slam_asr.config.recipe import load_recipe
 from slam_asr.steps import EVERY_PIPELINE, OWN_IMAGE, STEPS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -90,8 +90,8 @@ FUNCTION = '''
 
 from pathlib import Path
 
-from slam_asr.manifest import read_manifest
-from slam_asr.stage import Outcome, Record, run_stage
+from slam_asr.artifacts.manifest import read_manifest
+from slam_asr.artifacts.stage_record import Outcome, Record, run_stage
 
 
 def count_words(manifests: list[str], output: str, overwrite: bool = False) -> Record:
@@ -127,7 +127,7 @@ def count_words(store: str, manifests: dsl.Input[dsl.Dataset], words: dsl.Output
         words: Pointer to the folder with the counts.
     """
     from slam_asr.counting import count_words as run
-    from slam_asr.stage import follow_pointer, write_pointer
+    from slam_asr.artifacts.stage_record import follow_pointer, write_pointer
 
     folder = follow_pointer(manifests.path)
     write_pointer(run([f"{folder}/test.jsonl"], f"{store}/count-words/{{fingerprint}}"), words.path)

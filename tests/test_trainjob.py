@@ -18,9 +18,9 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
+from slam_asr.artifacts.stage_record import Outcome, run_stage, write_pointer
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.recipe import load_recipe
-from slam_asr.stage import Outcome, run_stage, write_pointer
 from slam_asr.training.nodes import nodes_from_environment
 from slam_asr.trainjob import follow
 from slam_asr.trainjob.placement import Placement
@@ -343,7 +343,7 @@ def test_the_nodes_command_works_on_the_real_command_line(monkeypatch):
         """
         received.update(recipe=recipe, output=output, feature_store=feature_store)
 
-    monkeypatch.setattr("slam_asr.training.train.train", train)
+    monkeypatch.setattr("slam_asr.stages.train.train", train)
     program, *arguments = node_command(recipe, MANIFEST, STORE, "s3://bucket/features", None)
     assert program == "slam-asr"
     cli.run(arguments[0], arguments[1:])

@@ -26,7 +26,7 @@ BANNED = {
 
 ALLOWED = {
     "demo/make_speech.py": ['("'],  # the grammar of the demo's sentences
-    "slam_asr/scoring/guards.py": ["hear|understand"],  # what an LLM writes instead of a transcript
+    "slam_asr/scoring/analysis.py": ["hear|understand"],  # what an LLM writes instead of a transcript
     "tests/scoring/test_report.py": ["nothing was heard"],  # a transcript
     "tests/test_words.py": [""],
 }

@@ -36,11 +36,11 @@ def build_manifest(
     with exit_on_user_error():
         import shutil
 
-        from slam_asr.corpora.build import build_manifest as run
-        from slam_asr.recipe import dump_recipe, load_recipe
-        from slam_asr.stage import log_metrics, write_pointer
+        from slam_asr.artifacts.stage_record import log_metrics, write_pointer
+        from slam_asr.config.recipe import dump_recipe, load_recipe
+        from slam_asr.runtime.work_split import all_work_shards
+        from slam_asr.stages.build_manifest import build_manifest as run
         from slam_asr.storage import write_atomically
-        from slam_asr.work_split import all_work_shards
 
         resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, corpus, f"{store}/build-manifest/{{fingerprint}}")

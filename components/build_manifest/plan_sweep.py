@@ -30,9 +30,9 @@ def plan_sweep(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        from slam_asr.recipe import load_recipe
-        from slam_asr.stage import log_metrics, write_pointer
-        from slam_asr.sweeping.plan import plan_sweep as run
+        from slam_asr.artifacts.stage_record import log_metrics, write_pointer
+        from slam_asr.config.recipe import load_recipe
+        from slam_asr.stages.sweep import plan_sweep as run
 
         record, variation_list = run(
             load_recipe(recipe, recipe_overrides), variations, f"{store}/plan-sweep/{{fingerprint}}"

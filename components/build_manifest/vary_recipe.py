@@ -27,11 +27,11 @@ def vary_recipe(
     with exit_on_user_error():
         import shutil
 
-        from slam_asr.recipe import load_recipe
-        from slam_asr.stage import write_pointer
-        from slam_asr.sweeping.plan import RECIPE
-        from slam_asr.sweeping.plan import vary_recipe as run
-        from slam_asr.sweeping.variations import variation_of
+        from slam_asr.artifacts.stage_record import write_pointer
+        from slam_asr.config.recipe import load_recipe
+        from slam_asr.config.variations import variation_of
+        from slam_asr.stages.sweep import RECIPE
+        from slam_asr.stages.sweep import vary_recipe as run
 
         record = run(
             load_recipe(recipe.path), variation_of(variation), f"{store}/vary-recipe/{{fingerprint}}"

@@ -28,10 +28,10 @@ def convert_checkpoint(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        from slam_asr.conversion.convert import convert_checkpoint as run
-        from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
-        from slam_asr.work_split import all_work_shards
+        from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
+        from slam_asr.config.recipe import load_recipe
+        from slam_asr.runtime.work_split import all_work_shards
+        from slam_asr.stages.convert_checkpoint import convert_checkpoint as run
 
         decoding = load_recipe(recipe.path).decoding
         record = run(

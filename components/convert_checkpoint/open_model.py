@@ -30,10 +30,10 @@ def open_model(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
+        from slam_asr.artifacts.stage_record import log_metrics, write_pointer
+        from slam_asr.config.recipe import load_recipe
         from slam_asr.conversion.trained import adopt_trained_model as run
-        from slam_asr.recipe import load_recipe
-        from slam_asr.stage import log_metrics, write_pointer
-        from slam_asr.work_split import all_work_shards
+        from slam_asr.runtime.work_split import all_work_shards
 
         resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, model, f"{store}/models/{{fingerprint}}")

@@ -33,10 +33,10 @@ def compare_runs(
     with exit_on_user_error():
         import shutil
 
-        from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
-        from slam_asr.sweeping.runs import MARKDOWN, PAGE
-        from slam_asr.sweeping.runs import compare_runs as run
+        from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
+        from slam_asr.config.recipe import load_recipe
+        from slam_asr.stages.compare_runs import MARKDOWN, PAGE
+        from slam_asr.stages.compare_runs import compare_runs as run
 
         folders = [follow_pointer(part.path) for part in scores]
         record = run(

@@ -29,9 +29,9 @@ def decode(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        from slam_asr.decoding.decode import decode as run
-        from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
+        from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
+        from slam_asr.config.recipe import load_recipe
+        from slam_asr.stages.decode import decode as run
 
         record = run(
             load_recipe(recipe.path),

@@ -33,9 +33,9 @@ def score(
     with exit_on_user_error():
         import shutil
 
-        from slam_asr.recipe import load_recipe
-        from slam_asr.scoring.score import score_parts as run
-        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
+        from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
+        from slam_asr.config.recipe import load_recipe
+        from slam_asr.stages.score import score_parts as run
 
         record = run(
             load_recipe(recipe.path),

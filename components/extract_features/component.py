@@ -27,9 +27,9 @@ def extract_features(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        from slam_asr.features.extract import extract_features as run
-        from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_pointer, log_metrics, write_pointer
+        from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
+        from slam_asr.config.recipe import load_recipe
+        from slam_asr.stages.extract_features import extract_features as run
 
         record = run(load_recipe(recipe.path), [follow_pointer(manifests.path)], f"{store}/features", shard)
         write_pointer(record, features.path)

@@ -34,9 +34,9 @@ def train(
         import json
         import shutil
 
-        from slam_asr.recipe import load_recipe
-        from slam_asr.stage import follow_parts, follow_pointer, log_metrics, write_pointer
-        from slam_asr.training.train import train as run
+        from slam_asr.artifacts.stage_record import follow_parts, follow_pointer, log_metrics, write_pointer
+        from slam_asr.config.recipe import load_recipe
+        from slam_asr.stages.train import train as run
 
         folder, resolved = follow_pointer(manifests.path), load_recipe(recipe.path)
         train_manifest, dev_manifest = f"{folder}/train.jsonl", f"{folder}/dev.jsonl"

@@ -21,8 +21,8 @@ from pipelines.compile import (
 from pipelines.kubeflow.connection import add_connection_options, connect
 from pipelines.run_request import add_pipeline_options, request_from_options
 from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
+from slam_asr.config.recipe import shipped_recipes
 from slam_asr.errors import ConfigurationError
-from slam_asr.recipe import shipped_recipes
 
 POLL = 5.0
 """Default seconds between two requests while following a run."""

@@ -14,10 +14,10 @@ import kfp_server_api
 from pipelines import asr, evaluate, sweep
 from pipelines.kubeflow.connection import Connection, NotFound
 from slam_asr import __version__
-from slam_asr.configuration import nearest
+from slam_asr.config.recipe import Recipe
+from slam_asr.config.schema import nearest
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.progress import clock
-from slam_asr.recipe import Recipe
 from slam_asr.steps import EVALUATION, STEPS, SWEEP, TRAINING
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from slam_asr.errors import ModelError
-from slam_asr.models.tensors import LazyTensors, rename_tensors
+from slam_asr.pretrained.lazy_tensors import LazyTensors, rename_tensors
 
 FILE = "model.pt"
 _PROJECTOR, _LORA = "encoder_projector.", "llm.base_model.model."

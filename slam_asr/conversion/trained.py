@@ -9,11 +9,16 @@ pipeline's steps only a pointer to a finished stage's folder is passed, so a mod
 import shutil
 from pathlib import Path
 
-from slam_asr.conversion.model import ModelConfig, model_digests, read_config
-from slam_asr.conversion.shipped import fetch_model, shipped_models
+from slam_asr.artifacts.model_folder import (
+    ModelConfig,
+    fetch_model,
+    model_digests,
+    read_config,
+    shipped_models,
+)
+from slam_asr.artifacts.stage_record import Outcome, Record, read_record, run_stage
+from slam_asr.config.recipe import Recipe, value_of
 from slam_asr.errors import ConfigurationError
-from slam_asr.recipe import Recipe, value_of
-from slam_asr.stage import Outcome, Record, read_record, run_stage
 
 STAGE = "open-model"
 SAME = ("encoder.name", "encoder.frames", "encoder.long_audio", "encoder.tuning", "features.dtype")

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from slam_asr.conversion.model import ENCODER, replace_weights, require_matching_weights
-from slam_asr.models.encoder import describe_encoder
+from slam_asr.artifacts.model_folder import ENCODER, replace_weights, require_matching_weights
+from slam_asr.config.recipe import Recipe
+from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import add_lora, describe_llm, load_llm, load_tokenizer
 from slam_asr.models.precision import DTYPES
-from slam_asr.models.pretrained import locate_model
-from slam_asr.models.sharded import LazyWeight, NotLazilyLoadable, describe_lazy_llm
-from slam_asr.models.tensors import LazyTensors, write_one_by_one
-from slam_asr.models.weights import load_weights
-from slam_asr.recipe import Recipe
+from slam_asr.pretrained.lazy_tensors import LazyTensors, write_one_by_one
+from slam_asr.pretrained.load_weights import load_weights
+from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 
 
 class _AdaptedLayer(Protocol):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModel
 
-from slam_asr.conversion.model import (
+from slam_asr.artifacts.model_folder import (
     ENCODER,
     LLM,
     projector_from_weights,
@@ -24,15 +24,15 @@ from slam_asr.conversion.model import (
     read_config,
     read_projector,
 )
+from slam_asr.config.recipe import Recipe
 from slam_asr.conversion.slam_llm import FILE, from_slam_llm
 from slam_asr.errors import ModelError
-from slam_asr.models.pickles import read_pickle
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import SpeechProjector, positions_of
-from slam_asr.models.tensors import LazyTensors, lazy_tensors
-from slam_asr.models.weights import load_weights
-from slam_asr.planning.memory_fit import host_memory
-from slam_asr.recipe import Recipe
+from slam_asr.pretrained.lazy_tensors import LazyTensors, lazy_tensors
+from slam_asr.pretrained.load_weights import load_weights
+from slam_asr.pretrained.unpickle import read_pickle
+from slam_asr.runtime.machine import host_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -188,10 +188,10 @@ def _probe_losses(
         encoder_width: values per frame.
         models: the trained weights.
     """
+    from slam_asr.models.answer_loss import score_answers
     from slam_asr.models.llm import add_lora, load_llm, load_tokenizer
     from slam_asr.models.prompt import Prompt
     from slam_asr.models.slam import Row, Slam, collate
-    from slam_asr.training.objective import score_answers
 
     llm = load_llm(
         llm_folder, torch.float32 if _weight_bytes(llm_folder) < FP32_LLM_BYTES else torch.bfloat16
@@ -271,7 +271,7 @@ def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
     Raises:
         ModelError: they differ.
     """
-    from slam_asr.models.encoder import describe_encoder
+    from slam_asr.models.encoders.registry import describe_encoder
 
     spec = describe_encoder(replace(recipe.encoder, name=str(folder / ENCODER)))
     dtype = DTYPES[recipe.training.precision]

@@ -11,9 +11,9 @@ master
 - Stage 3: every weight is padded and cut into equal slices, one per rank. A rank's `fp32_flat_groups` is the
   concatenation of its slices of all weights.
 
-The files are read by `slam_asr.models.pickles`: the few classes of DeepSpeed that they contain are replaced
-by inert stand-ins, and any other class is refused. So no code from the file ever runs, and DeepSpeed need
-not be installed. The files are memory-mapped, and each tensor is assembled when it is accessed.
+The files are read by `slam_asr.pretrained.unpickle`: the few classes of DeepSpeed that they contain are
+replaced by inert stand-ins, and any other class is refused. So no code from the file ever runs, and
+DeepSpeed need not be installed. The files are memory-mapped, and each tensor is assembled when it is accessed.
 """
 
 import math
@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from slam_asr.errors import ModelError
-from slam_asr.models.pickles import read_pickle
-from slam_asr.models.tensors import LazyTensors
+from slam_asr.pretrained.lazy_tensors import LazyTensors
+from slam_asr.pretrained.unpickle import read_pickle
 
 _ALLOWED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",

@@ -16,12 +16,12 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, Rejection, Stamp
 from slam_asr.corpora.librispeech import OUTER, TRANSCRIPTS, LibriSpeech
 from slam_asr.corpora.places import files_in, is_file
 from slam_asr.errors import InputError
 from slam_asr.progress import Meter
-from slam_asr.recipe import Data
 from slam_asr.storage import digest, info, name_of, open_stream, read_bytes
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")

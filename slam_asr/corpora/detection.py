@@ -1,5 +1,6 @@
 """Detection of a corpus's kind from the files at its path."""
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import (
     AUDIO_SUFFIXES,
     CorpusReader,
@@ -14,7 +15,6 @@ from slam_asr.corpora import (
 )
 from slam_asr.corpora.places import absolute, is_file, is_folder, visible_files
 from slam_asr.errors import ConfigurationError, InputError
-from slam_asr.recipe import Data
 from slam_asr.storage import name_of
 
 READERS = {

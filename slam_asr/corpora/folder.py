@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from itertools import groupby, islice
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_SUFFIXES, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection, Stamp
 from slam_asr.corpora.places import (
     Unpacked,
@@ -19,8 +20,7 @@ from slam_asr.corpora.places import (
     visible_folders,
 )
 from slam_asr.errors import InputError
-from slam_asr.external_sort import ExternalSort
-from slam_asr.recipe import Data
+from slam_asr.runtime.external_sort import ExternalSort
 from slam_asr.storage import join, name_of, read_bytes
 
 LAYOUT = "audio files with a .txt file next to each"

@@ -10,11 +10,11 @@ Audio that is embedded in a table (a column of {bytes, path}) is written to file
 import json
 import os
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora.places import files_in, is_file, is_folder, visible_files, visible_folders
 from slam_asr.corpora.rows import columns_of
 from slam_asr.corpora.table import Table, split_of
 from slam_asr.errors import InputError
-from slam_asr.recipe import Data
 from slam_asr.storage import join, name_of, parent_of, read_bytes
 
 LAYOUT = "the output of save_to_disk, parquet files, or metadata.csv with a column file_name"

@@ -11,6 +11,8 @@ The first of these rules that applies decides a line's subset:
 import os
 from collections.abc import Iterator
 
+from slam_asr.artifacts.manifest import iterate_manifest
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import SPLITS, Candidate, Rejection, Stamp
 from slam_asr.corpora.places import (
     Unpacked,
@@ -23,8 +25,6 @@ from slam_asr.corpora.places import (
     stem_of,
 )
 from slam_asr.errors import InputError
-from slam_asr.manifest import iterate_manifest
-from slam_asr.recipe import Data
 
 SUFFIX = ".jsonl"
 LAYOUT = ".jsonl files with key, source and target on each line"

@@ -19,11 +19,11 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection, Stamp
 from slam_asr.corpora.places import Unpacked, audio_path, if_present, is_file, stamps_of, visible_folders
 from slam_asr.errors import InputError
-from slam_asr.external_sort import ExternalSort
-from slam_asr.recipe import Data
+from slam_asr.runtime.external_sort import ExternalSort
 from slam_asr.storage import join, name_of, open_stream
 
 LAYOUT = "wav.scp and text, in the folder or in a subfolder per subset"

@@ -15,10 +15,10 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import NO_AUDIO, NO_TRANSCRIPT, UNSUPPORTED, Candidate, Rejection, Stamp
 from slam_asr.corpora.places import Unpacked, audio_path, files_in, if_present, is_file, stamps_of, stem_of
 from slam_asr.errors import InputError
-from slam_asr.recipe import Data
 from slam_asr.storage import open_stream
 
 SUFFIXES = (".jsonl", ".jsonl.gz")

@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator
 from itertools import groupby, islice
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_SUFFIXES, DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection, Stamp
 from slam_asr.corpora.places import Unpacked, is_folder, name_of, visible_files, visible_folders
 from slam_asr.errors import InputError
-from slam_asr.recipe import Data
 from slam_asr.storage import Info, join, read_bytes
 
 TRANSCRIPTS = ".trans.txt"

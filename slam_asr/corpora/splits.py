@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import (
     BLANK,
     DUPLICATE,
@@ -22,7 +23,6 @@ from slam_asr.corpora import (
     Rejection,
 )
 from slam_asr.errors import ConfigurationError, InputError
-from slam_asr.recipe import Data
 
 _MAX_LISTED = 12
 """Subsets that a message lists."""

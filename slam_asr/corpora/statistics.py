@@ -4,9 +4,9 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.corpora import Rejection
-from slam_asr.manifest import Utterance
 
 BIN_SECONDS = 1
 """Width of a bin of the histogram of durations, in seconds; the first bin begins at 0."""

@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from slam_asr.config.recipe import Columns, Data
 from slam_asr.corpora import NO_AUDIO, Candidate, Rejection, Stamp
 from slam_asr.corpora.places import Unpacked, audio_path, files_in, if_present, is_file, stamps_of, stem_of
 from slam_asr.corpora.rows import SUFFIXES, columns_of, rows
 from slam_asr.errors import ConfigurationError, InputError
-from slam_asr.recipe import Columns, Data
 
 LAYOUT = ".csv, .tsv or .parquet files with a row per utterance"
 

@@ -1,34 +1,37 @@
 """The decoder: runs test utterances through a model, in the same batches however the work is divided.
 
-With several GPUs, each has a process that receives batches: `python -m slam_asr.decoding.decoder JOB`.
+With several GPUs, each has a process: `python -m slam_asr.decoding.decoder JOB`. It reads batches from
+standard input and writes answers to standard output, one JSON line each.
 """
 
 import contextlib
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slam_asr.decoding.launch import DecodingJob
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import Utterance, read_manifest
+from slam_asr.artifacts.utterances import fit_to_window
+from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.decoding.model import Model, open_model, require_capacity
-from slam_asr.features.audio_source import fit_to_window
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import Utterance, read_manifest
-from slam_asr.processes import die_with_parent, failures_written_to
-from slam_asr.recipe import Recipe, load_recipe
+from slam_asr.runtime.launch import Job, ProcessEnded, processes_of
+from slam_asr.runtime.worker import die_with_parent, failures_written_to
 
 if TYPE_CHECKING:
     import torch
 
-    from slam_asr.features.reader import AudioReader, StoreReader
-    from slam_asr.models.frontend import Prepared
+    from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
+    from slam_asr.models.encoders.frontend import Prepared
     from slam_asr.models.prompt import Prompt
-    from slam_asr.models.search import Answer, Searcher
+    from slam_asr.models.searcher import Answer, Searcher
 
 
 class Decoder:
@@ -64,7 +67,7 @@ class Decoder:
         Raises:
             ConfigurationError: an utterance leaves too few LLM positions for its answer.
         """
-        from slam_asr.models.search import plan_batches
+        from slam_asr.models.searcher import plan_batches
 
         options = self.recipe.decoding
         prompt_positions = len(self._prompt.main.before) + len(self._prompt.main.ids)
@@ -85,7 +88,7 @@ class Decoder:
 
     def _loaded_searcher(self) -> "Searcher":
         if self._searcher is None:
-            from slam_asr.models.search import Searcher
+            from slam_asr.models.searcher import Searcher
 
             self._searcher = Searcher(
                 self.model.load(self.recipe.decoding, with_encoder=self.store is None),
@@ -113,7 +116,7 @@ class Decoder:
 
     @cached_property
     def _reader(self) -> "StoreReader | AudioReader":
-        from slam_asr.features.reader import AudioReader, StoreReader
+        from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
 
         return (
             StoreReader(self.store)
@@ -124,6 +127,82 @@ class Decoder:
     @cached_property
     def _read_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio")
+
+
+@dataclass(kw_only=True)
+class DecodingJob(Job):
+    """The instructions for one of several processes."""
+
+    recipe: str
+    """The resolved recipe, as YAML."""
+    model: str
+    """The model's folder on local disk."""
+    files: list[str]
+    """Manifests."""
+    feature_store: str | None
+
+
+def decode_on_several(
+    decoder: Decoder, batches: list[list[int]], number: int, take: "Callable[[dict[int, Answer]], None]"
+) -> None:
+    """Decode batches on several processes; each gets its next batch when it is done with the last one.
+
+    Args:
+        decoder: holds recipe, model and utterances; it decodes nothing itself.
+        batches: indices of each batch's utterances.
+        number: number of processes.
+        take: called with each batch's answers, never by two threads at once.
+
+    Raises:
+        UserError: with the message of the process that failed first; the others are terminated.
+    """
+    remaining, lock = iter(batches), threading.Lock()
+    job = DecodingJob(
+        recipe=dump_recipe(decoder.recipe),
+        model=str(decoder.model.folder),
+        files=decoder.files,
+        feature_store=decoder.feature_store,
+    )
+    remedy = "decoding.positions_per_batch or decoding.processes"
+    with (
+        ThreadPoolExecutor(number, "give-batches") as pool,
+        processes_of("slam_asr.decoding.decoder", job, number, remedy, piped=True) as running,
+    ):
+        futures = [pool.submit(_serve, process, remaining, take, lock) for process in running]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+
+
+def _serve(
+    process: subprocess.Popen[str],
+    batches: Iterator[list[int]],
+    take: "Callable[[dict[int, Answer]], None]",
+    lock: threading.Lock,
+) -> None:
+    """Send batches to a process and pass its answers on, until no batch is left.
+
+    Raises:
+        ProcessEnded: the process ended early.
+    """
+    from slam_asr.decoding.journal import answers_in
+
+    assert process.stdin is not None and process.stdout is not None, "both are pipes"
+    while True:
+        with lock:
+            batch = next(batches, None)
+        if batch is None:
+            return
+        try:
+            process.stdin.write(json.dumps(batch) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError as error:
+            raise ProcessEnded from error
+        if not line.endswith("\n"):
+            process.wait()
+            raise ProcessEnded
+        with lock:
+            take(answers_in(json.loads(line)))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from slam_asr.errors import UserError
-from slam_asr.models.search import Answer, Choice
+from slam_asr.models.searcher import Answer, Choice
 from slam_asr.progress import log_line
 from slam_asr.storage import delete, exists, fetch, join, upload, write_atomically
 

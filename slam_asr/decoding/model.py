@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from slam_asr.conversion.model import (
+from slam_asr.artifacts.model_folder import (
     ADAPTER,
     LLM,
     ModelConfig,
     encoder_of,
+    fetch_model,
     read_adapter,
     read_config,
     read_projector,
     replace_weights,
 )
-from slam_asr.conversion.shipped import fetch_model
+from slam_asr.config.recipe import Decoding, Recipe
 from slam_asr.errors import ConfigurationError, ModelError
-from slam_asr.recipe import Decoding, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from slam_asr.models.encoder import EncoderSpec
+    from slam_asr.models.encoders.base import EncoderSpec
     from slam_asr.models.prompt import Prompt
     from slam_asr.models.slam import Slam
 
@@ -103,8 +103,8 @@ def open_model(name: str) -> Model:
         ModelError: a base model is not the one that the model was trained with.
         UserError: the model or a base model does not exist.
     """
-    from slam_asr.models.encoder import describe_encoder
-    from slam_asr.models.pretrained import locate_model, weights_sha256
+    from slam_asr.models.encoders.registry import describe_encoder
+    from slam_asr.pretrained.locate import locate_model, weights_sha256
 
     folder = fetch_model(name)
     config = read_config(folder)

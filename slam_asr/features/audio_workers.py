@@ -19,10 +19,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from slam_asr.audio import load_utterance
+from slam_asr.artifacts.manifest import Utterance
+from slam_asr.artifacts.utterances import load_utterance
 from slam_asr.errors import ConfigurationError
-from slam_asr.manifest import Utterance
-from slam_asr.models.frontend import Prepared, Preparer
+from slam_asr.models.encoders.frontend import Prepared, Preparer
 
 Tag = TypeVar("Tag")
 _Arrays = tuple[list[np.ndarray], int]

@@ -1,33 +1,38 @@
-"""One process of an extraction: encodes planned shards on one device.
+"""Encodes planned shards on one device, and publishes each as soon as it is complete.
 
 While the encoder works on one batch, worker processes prepare the next ones and a thread writes the previous
-shard. With several GPUs, each gets such a process: `python -m slam_asr.features.encode JOB`.
+shard.
 """
 
-import json
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, pack
+from slam_asr.artifacts.manifest import Utterance
+from slam_asr.config.recipe import Recipe
 from slam_asr.features.audio_workers import AudioLoader, default_workers
-from slam_asr.features.extract import Extraction
-from slam_asr.features.launch import ExtractionJob
-from slam_asr.features.namespace import FeatureNamespace, pack
 from slam_asr.features.plan import PlannedShard
-from slam_asr.manifest import Utterance
 from slam_asr.models import feature_dtype
-from slam_asr.models.encoder import EncoderSpec, SpeechEncoder, batches_of, describe_encoder
-from slam_asr.models.precision import DTYPES, encoder_precision, pick_device, processes_here
-from slam_asr.processes import die_with_parent, failures_written_to
+from slam_asr.models.encoders.base import EncoderSpec, SpeechEncoder, batches_of
+from slam_asr.models.precision import DTYPES, encoder_precision, processes_here
 from slam_asr.progress import Meter, log_line
-from slam_asr.recipe import load_recipe
 from slam_asr.storage import exists, info, write_bytes
-from slam_asr.work_split import WorkShard
+
+
+@dataclass(frozen=True)
+class EncodingTask:
+    """What all shards of an extraction have in common."""
+
+    recipe: Recipe
+    spec: EncoderSpec
+    namespace: FeatureNamespace
+    """Where shards are written."""
+    fingerprint: dict[str, Any]
+    """Everything that determines the features."""
 
 
 @dataclass
@@ -111,11 +116,11 @@ class ShardWriter:
         write_bytes(shard.receipt, index.to_bytes())
 
 
-def encode_shards(extraction: Extraction, shards: list[PlannedShard], device: torch.device) -> None:
+def encode_shards(task: EncodingTask, shards: list[PlannedShard], device: torch.device) -> None:
     """Load the encoder, compute shards and publish each with its receipt.
 
     Args:
-        extraction: that the shards belong to.
+        task: what the shards have in common.
         shards: to compute, in this order.
         device: of the encoder.
 
@@ -123,7 +128,7 @@ def encode_shards(extraction: Extraction, shards: list[PlannedShard], device: to
         OSError: the disk is full.
         UserError: audio or weights cannot be used, or object storage cannot be written.
     """
-    recipe, spec = extraction.recipe, extraction.spec
+    recipe, spec = task.recipe, task.spec
     on_gpu = device.type == "cuda"
     workers = recipe.features.workers or default_workers(
         processes_here("features.processes", recipe.features.processes), on_gpu
@@ -136,18 +141,18 @@ def encode_shards(extraction: Extraction, shards: list[PlannedShard], device: to
             f"encoder parameters: {parameters:,}; computed in {precision} on {device}, "
             f"saved as {recipe.features.dtype}"
         )
-        run_shards(extraction, shards, encoder, loader)
+        run_shards(task, shards, encoder, loader)
 
 
 def run_shards(
-    extraction: Extraction, shards: list[PlannedShard], encoder: SpeechEncoder, loader: AudioLoader
+    task: EncodingTask, shards: list[PlannedShard], encoder: SpeechEncoder, loader: AudioLoader
 ) -> None:
     """Compute and publish shards with a loaded encoder and running workers; see `encode_shards`."""
-    recipe = extraction.recipe
-    writer = ShardWriter(extraction.namespace, extraction.fingerprint)
+    recipe = task.recipe
+    writer = ShardWriter(task.namespace, task.fingerprint)
     previous: EncodedBatch | None = None
     with Meter("extract-features", total=sum(len(s.audio) for s in shards), unit="utt") as meter:
-        batches = plan_batches(shards, extraction.spec, recipe.encoder.batch_seconds, meter)
+        batches = plan_batches(shards, task.spec, recipe.encoder.batch_seconds, meter)
         for batch, inputs in loader.prepare((batch, batch.utterances) for batch in batches):
             encoded = _copy_to_host(
                 batch, [feature_dtype.quantize(f, recipe.features.dtype) for f in encoder.encode(inputs)]
@@ -206,23 +211,3 @@ def _copy_to_host(batch: AudioBatch, features: list[feature_dtype.QuantizedFrame
     copied = torch.cuda.Event()
     copied.record()
     return EncodedBatch(batch, copies, copied)
-
-
-def main() -> None:
-    """Entry point of one of several processes on a machine."""
-    die_with_parent()
-    job = ExtractionJob(**json.loads(Path(sys.argv[1]).read_text()))
-    with failures_written_to(Path(job.folder)):
-        recipe = load_recipe(job.recipe)
-        extraction = Extraction(
-            recipe, describe_encoder(recipe.encoder), job.files, job.output, WorkShard(**job.work_shard)
-        )
-        device = pick_device()
-        if device.type == "cuda":
-            device = torch.device("cuda", job.process)
-            torch.cuda.set_device(device)
-        encode_shards(extraction, extraction.missing(extraction.plans(), job.process, job.processes), device)
-
-
-if __name__ == "__main__":
-    main()

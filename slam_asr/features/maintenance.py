@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from slam_asr.artifacts.feature_store.index import Index, Shard, isin_sorted, merge, to_array
+from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, namespaces_in
+from slam_asr.artifacts.manifest import iterate_manifest
+from slam_asr.artifacts.utterances import manifest_files
 from slam_asr.errors import InputError, StorageError
-from slam_asr.features.extract import manifest_files
-from slam_asr.features.index import Index, Shard, isin_sorted, merge, to_array
-from slam_asr.features.namespace import FeatureNamespace, namespaces_in
-from slam_asr.manifest import iterate_manifest
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, write_bytes
 

@@ -12,18 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slam_asr.artifacts.feature_store.index import (
+    Index,
+    argsort_audio_ids,
+    isin_sorted,
+    merge,
+    plan_shards,
+    unique_audio_ids,
+)
+from slam_asr.artifacts.feature_store.namespace import FeatureNamespace
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.errors import InputError, StorageError
-from slam_asr.features.index import Index, argsort_audio_ids, isin_sorted, merge, unique_audio_ids
-from slam_asr.features.namespace import FeatureNamespace
-from slam_asr.manifest import Utterance
 from slam_asr.models.feature_dtype import bytes_per_frame
+from slam_asr.runtime.work_split import WorkShard
 from slam_asr.storage import delete, digest, exists, join, read_bytes, walk, write_bytes
-from slam_asr.work_split import WorkShard
 
 if TYPE_CHECKING:
-    from slam_asr.models.encoder import EncoderSpec
-    from slam_asr.recipe import Features
+    from slam_asr.config.recipe import Features
+    from slam_asr.models.encoders.base import EncoderSpec
 
 
 @dataclass
@@ -68,30 +75,6 @@ def distinct_audio(manifest: Sequence[Utterance], samples_of: Callable[[Utteranc
     audio_ids = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 32)
     first, _ = unique_audio_ids(audio_ids)
     return Audio(manifest, first, audio_ids[first], np.array(samples, np.int64)[first])
-
-
-def plan_shards(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Divide entries, in their order, into shards of at most `limit` bytes.
-
-    An entry that is larger gets its own shard.
-
-    Args:
-        sizes: of the entries in bytes.
-        limit: in bytes.
-
-    Returns:
-        For each shard, the slice of its entries.
-    """
-    shards: list[slice] = []
-    begin, capacity = 0, limit
-    for i, size in enumerate(sizes):
-        if i > begin and size > capacity:
-            shards.append(slice(begin, i))
-            begin, capacity = i, limit
-        capacity -= size
-    if len(sizes):
-        shards.append(slice(begin, len(sizes)))
-    return shards
 
 
 @dataclass

@@ -21,11 +21,11 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from slam_asr.configuration import nearest, one_sentence
+from slam_asr.config.recipe import Llm, Lora
+from slam_asr.config.schema import nearest, one_sentence
 from slam_asr.errors import ConfigurationError, ModelError
-from slam_asr.models.sharded import zero_placeholders
-from slam_asr.models.weights import load_weights
-from slam_asr.recipe import Llm, Lora
+from slam_asr.pretrained.load_weights import load_weights
+from slam_asr.pretrained.meta_llm import zero_placeholders
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from slam_asr.recipe import Projector
+from slam_asr.config.recipe import Projector
 
 
 def positions_of(options: Projector, span: int) -> int:

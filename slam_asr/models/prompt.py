@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from slam_asr.configuration import one_sentence
+from slam_asr.config.recipe import Llm
+from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError
-from slam_asr.recipe import Llm
 
 AUDIO = "{audio}"
 _MARK = "\u241eaudio\u241e"

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from slam_asr.errors import ModelError
-from slam_asr.models.beam_search import Answers, beam_search, penalties, without_penalties
-from slam_asr.models.encoder import SpeechEncoder, batches_of
+from slam_asr.generation.beam_search import Answers, beam_search, penalties, without_penalties
+from slam_asr.models.encoders.base import SpeechEncoder, batches_of
+from slam_asr.models.encoders.frontend import Prepared
 from slam_asr.models.feature_dtype import round_trip
-from slam_asr.models.frontend import Prepared
 from slam_asr.models.packed_attention import packed_arguments
 from slam_asr.models.projector import SpeechProjector
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slam_asr.config.recipe import Recipe
 from slam_asr.pages.render import grouped, render
-from slam_asr.recipe import Recipe
 from slam_asr.storage import write_atomically
 
 MAX_BARS = 60

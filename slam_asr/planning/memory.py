@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from slam_asr.models.answer_loss import CHUNK
 from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.planning.shapes import Shapes
-from slam_asr.training.objective import CHUNK
 
 LOGIT_BYTES = 12
 """Bytes per logit at the peak if all logits exist at once.

@@ -1,19 +1,14 @@
-"""`slam-asr plan`: estimate whether a training fits, what it takes, and which options to set.
-
-Nothing is loaded.
-"""
+"""What a training takes in memory, time and storage, and which options make it fit: estimates."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from slam_asr.errors import ConfigurationError
+from slam_asr.config.recipe import Recipe
 from slam_asr.models.feature_dtype import bytes_per_frame
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
 from slam_asr.planning.memory import Load, Memory, training_memory
-from slam_asr.planning.shapes import Shapes, describe, encoder_flops
-from slam_asr.progress import clock, log_line
-from slam_asr.recipe import Recipe
+from slam_asr.planning.shapes import Shapes, encoder_flops
 
 PROMPT_POSITIONS = 18
 """Approximate length of the reference's prompt with Llama's tokenizer; other prompts are similar."""
@@ -52,47 +47,29 @@ class Plan:
     """Options that make it fit or use the memory better; empty if no combination that was tried fits."""
 
 
-def plan(
-    recipe: Recipe,
-    gpus: int = 1,
-    gpu_memory: float = 80.0,
-    hours: float = 960.9,
-    utterance_seconds: float = 12.3,
-    test_hours: float = 10.5,
-    gpu_tflops: float = 989.0,
-    gpu_bandwidth: float = 3.35,
+def estimate(
+    shapes: Shapes,
+    gpus: int,
+    gpu_memory: float,
+    hours: float,
+    utterance_seconds: float,
+    test_hours: float,
+    peak: float,
+    bandwidth: float,
 ) -> Plan:
-    """Estimate what a recipe takes on given GPUs: memory by part, storage, FLOPs and hours by stage.
+    """Estimate what a training takes.
 
     Args:
-        recipe: models and hyper-parameters.
+        shapes: sizes of the models, and the recipe.
         gpus: number of GPUs to train on; 0 for one process on a CPU.
         gpu_memory: memory of each GPU in GB (10^9 bytes).
-        hours: hours of audio to train on; LibriSpeech has 960.9.
-        utterance_seconds: mean length of an utterance in seconds; 12.3 in LibriSpeech.
-        test_hours: hours of audio to decode; both test sets of LibriSpeech together have 10.5.
-        gpu_tflops: peak TFLOP/s of each GPU, dense, in the recipe's precision; an H100 has 989 in bf16.
-        gpu_bandwidth: memory bandwidth of each GPU in TB/s; an H100 has 3.35.
-
-    Returns:
-        The plan, which is also printed.
-
-    Raises:
-        UserError: a model's configuration cannot be found, or a number is not above 0.
+        hours: hours of audio to train on.
+        utterance_seconds: mean length of an utterance in seconds.
+        test_hours: hours of audio to decode.
+        peak: peak FLOP/s of each GPU.
+        bandwidth: memory bandwidth of each GPU in bytes per second.
     """
-    if gpus < 0:
-        raise ConfigurationError(f"--gpus is {gpus} but must be at least 0.")
-    for name, value in (
-        ("gpu-memory", gpu_memory),
-        ("hours", hours),
-        ("utterance-seconds", utterance_seconds),
-        ("test-hours", test_hours),
-        ("gpu-tflops", gpu_tflops),
-        ("gpu-bandwidth", gpu_bandwidth),
-    ):
-        if not value > 0:
-            raise ConfigurationError(f"--{name} is {value} but must be above 0.")
-    shapes = describe(recipe)
+    recipe = shapes.recipe
     utterances = max(1, round(hours * 3600 / utterance_seconds))
     # A micro-batch cannot exceed the process' share of a step.
     processes = max(1, gpus)
@@ -108,8 +85,8 @@ def plan(
         utterance_seconds,
         test_hours,
         processes,
-        gpu_tflops * 1e12,
-        gpu_bandwidth * 1e12,
+        peak,
+        bandwidth,
     )
     frames = shapes.encoder.frames_of(round(utterance_seconds * 16_000))
     cache = (
@@ -117,7 +94,7 @@ def plan(
         if recipe.caches_features
         else 0
     )
-    result = Plan(
+    return Plan(
         load,
         memory,
         memory.total <= capacity,
@@ -126,8 +103,6 @@ def plan(
         steps,
         propose(shapes, one, processes, capacity, gpus > 0),
     )
-    _print(result, shapes, gpus, gpu_memory, gpu_tflops, hours)
-    return result
 
 
 def mean_load(shapes: Shapes, seconds: float, budget: int) -> Load:
@@ -239,67 +214,3 @@ def _work(
         "train": Stage(train, train / (gpus * peak * TRAINING), gpus),
         "decode": Stage(decode, decode / (peak * ENCODING) + reading, 1),
     }, steps
-
-
-def _print(
-    result: Plan, shapes: Shapes, gpus: int, gpu_memory: float, gpu_tflops: float, hours: float
-) -> None:
-    recipe, memory = shapes.recipe, result.memory
-    log_line(f"{recipe.name}: {recipe.encoder.name} + {recipe.projector.kind} projector + {recipe.llm.name}")
-    for note in shapes.notes:
-        log_line(f"  {note}")
-    log_line(
-        f"parameters: encoder {shapes.encoder_parameters:,}, projector {shapes.projector_parameters:,}, LLM "
-        f"{shapes.llm_parameters:,} (of which trained {shapes.llm_trained:,})"
-    )
-    engine = recipe.training.engine
-    sharding = (
-        f"ZeRO stage {recipe.training.zero_stage}"
-        if engine == "deepspeed"
-        else {"ddp": "DDP", "fsdp": "FSDP2"}[engine]
-    )
-    where = f"each of {gpus} GPU{'s' * (gpus > 1)}" if gpus else "a process on a CPU, beyond an idle one,"
-    log_line(f"\nmemory of {where} in training, {sharding}, GB:")
-    load = result.load
-    rows = {
-        "frozen weights": memory.frozen,
-        "trained weights and gradients": memory.trained,
-        "optimiser": memory.optimizer,
-        f"activations ({load.rows:.1f} utterances of {load.length} positions)": memory.activations,
-        f"logits ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})": memory.logits,
-        "CUDA and NCCL, about": memory.overhead,
-    }
-    for name, size in rows.items():
-        if size:
-            log_line(f"  {name:<52}{size / 1e9:8.2f}")
-    verdict = "fits" if result.fits else "DOES NOT FIT"
-    log_line(
-        f"  {'total':<52}{memory.total / 1e9:8.2f}  {verdict} into {gpu_memory:g} GB ({USABLE:.0%} of them "
-        "usable)"
-    )
-    if recipe.training.offload_optimizer:
-        log_line(
-            "  "
-            f"{'optimiser in host memory, all hosts together':<52}{12 * shapes.trained_parameters / 1e9:8.2f}"
-        )
-    if result.cache_bytes:
-        log_line(f"\nfeature cache: {result.cache_bytes / 1e9:,.1f} GB for {hours:g} h")
-    log_line(
-        f"\nwork, at {gpu_tflops:g} TFLOP/s each, of which {ENCODING:.0%} encoding and {TRAINING:.0%} "
-        f"training, in {result.steps:,} steps:"
-    )
-    for name, stage in result.stages.items():
-        log_line(
-            f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {stage.gpus} "
-            f"{'GPU' if gpus else 'CPU'}{'s' * (stage.gpus > 1)}"
-        )
-    total = sum(s.seconds * s.gpus for s in result.stages.values()) / 3600
-    log_line(f"  {'GPU-hours' if gpus else 'hours':<18}{total:12,.1f}")
-    if result.proposal:
-        command = " ".join(f"--{name} {str(value).lower()}" for name, value in result.proposal.items())
-        log_line(f"\nproposed: {command}")
-    else:
-        log_line(
-            "\nno combination of options fits: take more GPUs or larger ones, or a smaller LLM, or "
-            "llm.tuning lora"
-        )

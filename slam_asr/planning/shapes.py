@@ -10,14 +10,15 @@ import yaml
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from slam_asr.configuration import one_sentence
+from slam_asr.config.recipe import Recipe
+from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError, UserError
-from slam_asr.models.encoder import EncoderSpec, spec_of
+from slam_asr.models.encoders.base import EncoderSpec
+from slam_asr.models.encoders.registry import spec_of
 from slam_asr.models.llm import checkpoint_layers, llm_width, set_tuning
 from slam_asr.models.precision import DTYPES
-from slam_asr.models.pretrained import locate_config
 from slam_asr.models.projector import build_projector
-from slam_asr.recipe import Recipe
+from slam_asr.pretrained.locate import locate_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

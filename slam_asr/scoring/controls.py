@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from slam_asr.scoring.wer import Hypothesis
+from slam_asr.artifacts.hypotheses import Hypothesis
 
 SHUFFLED = "shuffled audio"
 EMPTY = "empty output"

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from slam_asr.artifacts.hypotheses import Hypothesis, read_hypotheses
 from slam_asr.errors import InputError
-from slam_asr.scoring.wer import Hypothesis, read_hypotheses
 from slam_asr.storage import exists, fetch, join
 
 PREDICTED, SPOKEN = "_pred", "_gt"

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from slam_asr import __version__
+from slam_asr.artifacts.hypotheses import Hypothesis, align
+from slam_asr.artifacts.word_errors import Measured, groups_of, measure, nothing_written
 from slam_asr.errors import InputError
 from slam_asr.pages.curves import draw_curves, thinned
 from slam_asr.pages.render import capital, grouped, render
 from slam_asr.progress import clock
-from slam_asr.scoring.analysis import analyse, counts_of
+from slam_asr.scoring.analysis import GUARDS, analyse, counts_of, guards_of
 from slam_asr.scoring.controls import EMPTY
-from slam_asr.scoring.guards import GUARDS, guards_of
-from slam_asr.scoring.metrics import Measured, groups_of, measure, nothing_written
 from slam_asr.scoring.report_audio import Name, worst_first
-from slam_asr.scoring.wer import Hypothesis, align
 from slam_asr.storage import write_atomically, write_json
 
 PAGE = "report.html"

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from slam_asr.artifacts.word_errors import Measured
 from slam_asr.audio import SAMPLE_RATE, AudioError
 from slam_asr.progress import log_line
-from slam_asr.scoring.metrics import Measured
 from slam_asr.storage import write_atomically
 
 AUDIO = "audio.jsonl"

@@ -25,15 +25,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slam_asr.artifacts.feature_store.index import argsort_audio_ids
+from slam_asr.artifacts.feature_store.reader import FeatureReader
+from slam_asr.artifacts.manifest import Utterance
+from slam_asr.artifacts.utterances import samples_of
+from slam_asr.config.recipe import Projector, Training
 from slam_asr.errors import InputError
-from slam_asr.features.audio_source import samples_of
-from slam_asr.features.index import argsort_audio_ids
-from slam_asr.features.reader import FeatureReader
-from slam_asr.manifest import Utterance
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt, TokenizedPrompt
 from slam_asr.models.slam import IGNORED, Batch, Row, collate, pack
-from slam_asr.recipe import Projector, Training
 
 STEPS_PER_POOL = 16
 """Steps whose utterances are sorted by length together. More reduce padding, but mix utterances less."""

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from slam_asr.artifacts import checkpoint
+from slam_asr.artifacts.checkpoint import CURVE, Checkpoint, file_name
 from slam_asr.errors import ModelError, StorageError, UserError, from_os_error
 from slam_asr.progress import log_line
 from slam_asr.storage import is_s3, join, local_path, sha256_of_file, upload
-from slam_asr.training import checkpoint
-from slam_asr.training.checkpoint import CURVE, Checkpoint, file_name
 from slam_asr.training.engines.engine import Engine
 
 

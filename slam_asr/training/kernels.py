@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from slam_asr.config.recipe import Training
 from slam_asr.errors import ConfigurationError
 from slam_asr.models.packed_attention import exclude_from_compilation
 from slam_asr.progress import log_line
-from slam_asr.recipe import Training
 
 
 def require_kernels(options: Training, device: torch.device) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slam_asr.artifacts.checkpoint import CURVE
+from slam_asr.config.recipe import Recipe
 from slam_asr.errors import UserError
 from slam_asr.pages.curves import thinned, write_curves
 from slam_asr.progress import clock, log_line
-from slam_asr.recipe import Recipe
 from slam_asr.storage import join, upload
-from slam_asr.training.checkpoint import CURVE
 from slam_asr.training.trackers import EVENTS
 
 PAGE = "curves.html"

@@ -18,25 +18,25 @@ from pathlib import Path
 
 import torch
 
+from slam_asr.artifacts import checkpoint
+from slam_asr.artifacts.checkpoint import CURVE, Checkpoint
+from slam_asr.artifacts.feature_store.reader import StoreReader
+from slam_asr.config.recipe import Recipe, load_recipe
 from slam_asr.errors import ConfigurationError, UserError
-from slam_asr.features.reader import StoreReader
+from slam_asr.models.answer_loss import AnswerScores, allows_chunks, score_answers, score_in_chunks
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import explain_precision, peak_flops, pick_device
 from slam_asr.models.slam import Batch
-from slam_asr.processes import die_with_parent, failures_written_to, leave_group
 from slam_asr.progress import log_line
-from slam_asr.recipe import Recipe, load_recipe
+from slam_asr.runtime.worker import die_with_parent, failures_written_to, leave_group
 from slam_asr.storage import join, upload, write_atomically, write_json
-from slam_asr.training import checkpoint
 from slam_asr.training.batches import BatchReader, TrainingPlan, budget_for, split_packed, split_step
-from slam_asr.training.checkpoint import CURVE, Checkpoint
 from slam_asr.training.checkpoint_writer import CheckpointWriter, restore, take_snapshot
 from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.job import CHECKPOINTS, FACTS, TrainingJob
 from slam_asr.training.kernels import compile_layers, use_liger
 from slam_asr.training.model_builder import build_model, build_prompt, build_readers, count_parameters
 from slam_asr.training.monitor import Monitor, StepNumbers
-from slam_asr.training.objective import AnswerScores, allows_chunks, score_answers, score_in_chunks
 from slam_asr.training.prefetch import prefetch
 from slam_asr.training.samples import Samples, SampleTranscriber
 from slam_asr.training.schedule import learning_rate_schedule

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from slam_asr.conversion.model import read_config, read_projector
-from slam_asr.features.audio_source import fit_to_window
-from slam_asr.features.reader import AudioReader, FeatureReader, StoreReader
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import Utterance, read_manifest
-from slam_asr.models.encoder import EncoderSpec, describe_encoder
+from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader, StoreReader
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import Utterance, read_manifest
+from slam_asr.artifacts.model_folder import read_config, read_projector
+from slam_asr.artifacts.utterances import fit_to_window
+from slam_asr.config.recipe import Recipe, Training
+from slam_asr.models.encoders.base import EncoderSpec
+from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import (
     checkpoint_layers,
     llm_positions,
@@ -25,10 +27,9 @@ from slam_asr.models.llm import (
 from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.sharded import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 from slam_asr.models.slam import Slam
+from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
-from slam_asr.recipe import Recipe, Training
 from slam_asr.training.batches import BatchReader, Examples
 from slam_asr.training.engines.choose import shards_weights
 from slam_asr.training.job import TrainingJob

@@ -10,11 +10,11 @@ from typing import Any, TextIO
 
 import torch
 
+from slam_asr.artifacts.checkpoint import CURVE
+from slam_asr.config.recipe import Recipe
 from slam_asr.pages.curves import is_number
 from slam_asr.progress import Meter, log_line
-from slam_asr.recipe import Recipe
 from slam_asr.storage import digest
-from slam_asr.training.checkpoint import CURVE
 from slam_asr.training.live import LivePage, read_curve
 from slam_asr.training.plateau import Plateau
 from slam_asr.training.samples import Samples

@@ -6,12 +6,12 @@ The loss shows that the model learns; transcripts show what it learns.
 import random
 from dataclasses import dataclass, replace
 
+from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.word_errors import score
+from slam_asr.config.recipe import Recipe
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.search import Searcher, plan_batches
+from slam_asr.models.searcher import Searcher, plan_batches
 from slam_asr.models.slam import Slam
-from slam_asr.recipe import Recipe
-from slam_asr.scoring.metrics import score
-from slam_asr.scoring.wer import Hypothesis
 from slam_asr.training.batches import BatchReader
 
 

@@ -9,10 +9,10 @@ it.
 import json
 from dataclasses import asdict
 
+from slam_asr.artifacts.stage_record import FINGERPRINT, Record, follow_pointer, require_record
+from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.progress import log_line
-from slam_asr.recipe import Recipe
-from slam_asr.stage import FINGERPRINT, Record, follow_pointer, require_record
 from slam_asr.storage import digest, exists, is_s3, join
 from slam_asr.trainjob.follow import FollowedTrainJob, deleted_when_interrupted
 from slam_asr.trainjob.placement import Placement

@@ -12,8 +12,8 @@ import pytest
 
 from components import component_of, image
 from slam_asr import __version__
-from slam_asr.recipe import dump_recipe, load_recipe
-from slam_asr.stage import Outcome, run_stage, write_pointer
+from slam_asr.artifacts.stage_record import Outcome, run_stage, write_pointer
+from slam_asr.config.recipe import dump_recipe, load_recipe
 from slam_asr.steps import STEPS
 
 
@@ -44,9 +44,9 @@ def test_nan_loss_does_not_break_the_step(tmp_path, monkeypatch):
 
         return run_stage("train", str(tmp_path / "train"), {}, work)
 
-    module = types.ModuleType("slam_asr.training.train")
+    module = types.ModuleType("slam_asr.stages.train")
     module.train = diverge
-    monkeypatch.setitem(sys.modules, "slam_asr.training.train", module)
+    monkeypatch.setitem(sys.modules, "slam_asr.stages.train", module)
     recipe = tmp_path / "recipe"
     recipe.write_text(dump_recipe(load_recipe("demo")))
     write_pointer(

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from slam_asr.processes import leave_group
-from slam_asr.recipe import Training
+from slam_asr.config.recipe import Training
+from slam_asr.runtime.worker import leave_group
 from slam_asr.training.engines.choose import start_process_group
 from slam_asr.training.engines.deepspeed_engine import DeepSpeedEngine
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from slam_asr.conversion.convert import convert_checkpoint
-from slam_asr.recipe import load_recipe
+from slam_asr.config.recipe import load_recipe
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from tests.memory import peak_of_anonymous_memory
 
 

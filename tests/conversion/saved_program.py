@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from slam_asr.processes import leave_group
-from slam_asr.training.checkpoint import Checkpoint
+from slam_asr.artifacts.checkpoint import Checkpoint
+from slam_asr.runtime.worker import leave_group
 from slam_asr.training.checkpoint_writer import CheckpointWriter, take_snapshot
 from slam_asr.training.engines.choose import start_process_group
 from tests.training.engines_program import DEVICE, ENGINES, PRECISIONS, make, run

@@ -8,16 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from slam_asr.artifacts.checkpoint import DESCRIPTION, LATEST, all_complete, file_name, folder_name
+from slam_asr.artifacts.model_folder import read_config, read_projector
+from slam_asr.config.recipe import load_recipe
 from slam_asr.conversion import tuned
-from slam_asr.conversion.convert import convert_checkpoint
-from slam_asr.conversion.model import read_config, read_projector
 from slam_asr.conversion.zero_checkpoint import find_zero_folder
 from slam_asr.errors import UserError
 from slam_asr.models.llm import add_lora, load_llm
 from slam_asr.models.projector import build_projector
-from slam_asr.recipe import load_recipe
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.storage import sha256_of_file
-from slam_asr.training.checkpoint import DESCRIPTION, LATEST, all_complete, file_name, folder_name
 from tests.conversion.test_slam_llm import checkpoint
 
 LORA = {"llm.tuning": "lora", "llm.lora.targets": ["q_proj", "v_proj"], "llm.lora.rank": 2}

@@ -10,13 +10,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from slam_asr.config.recipe import load_recipe
 from slam_asr.conversion import tuned
-from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.models.llm import add_lora
 from slam_asr.models.projector import build_projector
-from slam_asr.models.sharded import NotLazilyLoadable
-from slam_asr.models.tensors import LazyTensors, lazy_tensors, write_one_by_one
-from slam_asr.recipe import load_recipe
+from slam_asr.pretrained.lazy_tensors import LazyTensors, lazy_tensors, write_one_by_one
+from slam_asr.pretrained.meta_llm import NotLazilyLoadable
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from tests.conversion import memory_program
 from tests.conversion.test_kinds import LORA, deepspeeds_folder
 

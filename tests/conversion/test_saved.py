@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slam_asr.training.checkpoint import require
+from slam_asr.artifacts.checkpoint import require
 from tests.conversion import saved_program
 from tests.ranks import run_on_ranks
 from tests.training.engines_program import ENGINES, PRECISIONS

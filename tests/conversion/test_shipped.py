@@ -6,12 +6,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from slam_asr.conversion.model import WEIGHTS, read_config, read_projector
-from slam_asr.conversion.shipped import fetch_model, shipped_models
-from slam_asr.models.encoder import describe_encoder
+from slam_asr.artifacts.model_folder import WEIGHTS, fetch_model, read_config, read_projector, shipped_models
+from slam_asr.config.recipe import load_recipe, shipped_recipes
+from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import describe_llm, llm_width
-from slam_asr.models.pretrained import locate_model, weights_sha256
-from slam_asr.recipe import load_recipe, shipped_recipes
+from slam_asr.pretrained.locate import locate_model, weights_sha256
 
 MAX_BYTES = 12e6
 

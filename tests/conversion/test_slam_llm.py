@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from slam_asr.conversion.convert import convert_checkpoint
-from slam_asr.conversion.model import read_config, read_projector
+from slam_asr.artifacts.model_folder import read_config, read_projector
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
 from slam_asr.models.llm import add_lora, load_llm
 from slam_asr.models.projector import PROJECTORS, build_projector
-from slam_asr.recipe import load_recipe
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
 
 
 def recipe(tiny_recipe, **overrides):

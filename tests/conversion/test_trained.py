@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slam_asr.conversion.model import ModelConfig, write_model
+from slam_asr.artifacts.model_folder import ModelConfig, write_model
+from slam_asr.artifacts.stage_record import Outcome, follow_pointer, run_stage, write_pointer
+from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.conversion.trained import adopt_trained_model
 from slam_asr.errors import UserError
 from slam_asr.models.projector import build_projector
-from slam_asr.recipe import Recipe, dump_recipe, load_recipe
-from slam_asr.stage import Outcome, follow_pointer, run_stage, write_pointer
 
 REQUESTED = load_recipe("demo", {"data.train": [], "data.dev": []})
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slam_asr.conversion import model as folders
+from slam_asr.artifacts import model_folder as folders
+from slam_asr.config.recipe import load_recipe
 from slam_asr.conversion import slam_llm
-from slam_asr.conversion.convert import convert_checkpoint
 from slam_asr.errors import UserError
 from slam_asr.models.projector import build_projector
-from slam_asr.recipe import load_recipe
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
 
 
 @pytest.fixture(scope="module")

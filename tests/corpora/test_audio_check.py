@@ -1,8 +1,8 @@
 """Every candidate has a result, in the order of the candidates, by the state of its file at that moment."""
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import Candidate, Rejection, audio_check
 from slam_asr.corpora.audio_check import check_all
-from slam_asr.recipe import Data
 from tests.conftest import make_tone, write_wav
 
 

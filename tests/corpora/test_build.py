@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slam_asr.artifacts.manifest import read_manifest
+from slam_asr.artifacts.stage_record import read_record
 from slam_asr.audio import load_audio
+from slam_asr.config.recipe import load_recipe
 from slam_asr.corpora import audio_check
-from slam_asr.corpora.build import build_manifest
 from slam_asr.errors import UserError
-from slam_asr.external_sort import ExternalSort
-from slam_asr.manifest import read_manifest
-from slam_asr.recipe import load_recipe
-from slam_asr.stage import read_record
+from slam_asr.runtime.external_sort import ExternalSort
+from slam_asr.stages.build_manifest import build_manifest
 from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_librispeech, write_wav
 
@@ -137,7 +137,7 @@ def test_the_page_shows_rejected_utterances_and_escapes_their_text(corpus, tmp_p
 def test_sorting_through_disk_gives_the_same_bytes(corpus, tmp_path, monkeypatch):
     build_manifest(recipe(), str(corpus), str(tmp_path / "memory"))
     monkeypatch.setattr(
-        "slam_asr.corpora.build.ExternalSort", functools.partial(ExternalSort, run_bytes=1000)
+        "slam_asr.stages.build_manifest.ExternalSort", functools.partial(ExternalSort, run_bytes=1000)
     )
     build_manifest(recipe(), str(corpus), str(tmp_path / "disk"))
     for name in (n for n in FILES if n != "stage.json"):
@@ -408,8 +408,8 @@ def test_a_killed_run_leaves_no_record_and_can_be_repeated(corpus, tmp_path):
     program = textwrap.dedent("""
         import sys, time
         from slam_asr.corpora import audio_check
-        from slam_asr.corpora.build import build_manifest
-        from slam_asr.recipe import load_recipe
+        from slam_asr.stages.build_manifest import build_manifest
+        from slam_asr.config.recipe import load_recipe
 
         read_clip, seen = audio_check.read_clip, []
 
@@ -450,8 +450,8 @@ def test_the_stage_runs_in_a_script_without_a_main_guard_and_in_a_daemon_thread(
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
-        "from slam_asr.corpora.build import build_manifest\n"
-        "from slam_asr.recipe import load_recipe\n"
+        "from slam_asr.stages.build_manifest import build_manifest\n"
+        "from slam_asr.config.recipe import load_recipe\n"
         "build_manifest(load_recipe('librispeech'), *sys.argv[1:])\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

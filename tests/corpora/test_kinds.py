@@ -12,14 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from slam_asr.audio import load_utterance
+from slam_asr.artifacts.manifest import Utterance, read_manifest
+from slam_asr.artifacts.utterances import load_utterance
+from slam_asr.config.recipe import Columns, Data, load_recipe
 from slam_asr.corpora import Candidate, Rejection
-from slam_asr.corpora.build import build_manifest
 from slam_asr.corpora.detection import open_corpus
 from slam_asr.corpora.kaldi import audio_file
 from slam_asr.errors import UserError
-from slam_asr.manifest import Utterance, read_manifest
-from slam_asr.recipe import Columns, Data, load_recipe
+from slam_asr.stages.build_manifest import build_manifest
 from slam_asr.storage import join, write_bytes
 from tests.conftest import make_tone, write_librispeech, write_wav
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora.librispeech import LibriSpeech
 from slam_asr.corpora.splits import choose_subsets, held_out, normalise
 from slam_asr.errors import UserError
-from slam_asr.recipe import Data
 
 KEYS = [f"{speaker}-{chapter}-{n:04d}" for speaker in range(10) for chapter in range(10) for n in range(20)]
 

@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from slam_asr.conversion.convert import convert_checkpoint
+from slam_asr.artifacts.hypotheses import read_hypotheses
+from slam_asr.config.recipe import dump_recipe, load_recipe
 from slam_asr.decoding import journal
-from slam_asr.decoding.decode import decode
 from slam_asr.decoding.journal import FILE, DecodeJournal
 from slam_asr.errors import UserError
 from slam_asr.models.projector import build_projector
-from slam_asr.models.search import Answer, Choice, CloseCalls, Searcher
-from slam_asr.recipe import dump_recipe, load_recipe
-from slam_asr.scoring.score import score_parts
-from slam_asr.scoring.wer import read_hypotheses
+from slam_asr.models.searcher import Answer, Choice, CloseCalls, Searcher
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
+from slam_asr.stages.decode import decode
+from slam_asr.stages.score import score_parts
 from tests.conftest import make_tone, write_wav
 
 COUNT = 9

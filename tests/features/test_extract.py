@@ -18,14 +18,14 @@ import psutil
 import pytest
 import torch
 
+from slam_asr.artifacts.feature_store.namespace import namespaces_in
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import Utterance, write_manifest
 from slam_asr.audio import load_audio
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.features.extract import extract_features
-from slam_asr.features.namespace import namespaces_in
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import Utterance, write_manifest
-from slam_asr.models.encoder import describe_encoder
-from slam_asr.recipe import load_recipe
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import delete, read_bytes, sha256_of_file, walk, write_bytes
 from tests.conftest import make_tone, write_wav
 
@@ -437,8 +437,8 @@ def test_a_damaged_plan_is_reported_in_one_sentence(tiny_models, manifest, tmp_p
 def test_a_folder_of_manifests_means_all_three_here_and_the_test_set_in_decoding(
     tmp_path, tiny_recipe, tiny_corpus
 ):
-    from slam_asr.corpora.build import build_manifest
-    from slam_asr.features.extract import manifest_files
+    from slam_asr.artifacts.utterances import manifest_files
+    from slam_asr.stages.build_manifest import build_manifest
 
     built = build_manifest(load_recipe(str(tiny_recipe)), str(tiny_corpus), str(tmp_path / "m"))
     assert [Path(f).name for f in manifest_files([built.folder])] == [

@@ -6,9 +6,9 @@ import subprocess
 import pytest
 import torch
 
-from slam_asr.features.extract import extract_features
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import read_manifest, write_manifest
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import read_manifest, write_manifest
+from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import walk
 from slam_asr.storage.cache import DiskCache
 from tests.features.test_extract import SMALL, contents, recipe, utterances_in

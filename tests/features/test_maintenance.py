@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import read_manifest, write_manifest
 from slam_asr.cli import run
 from slam_asr.errors import UserError
-from slam_asr.features.extract import extract_features
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import read_manifest, write_manifest
+from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import delete, join, read_bytes, walk, write_bytes
 from tests.features.test_extract import SMALL, contents, recipe, utterances_in
 

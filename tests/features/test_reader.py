@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from slam_asr.artifacts.feature_store.index import to_array
+from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import Utterance, write_manifest
+from slam_asr.artifacts.utterances import fit_to_window, samples_of
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.features.audio_source import fit_to_window, samples_of
-from slam_asr.features.extract import extract_features
-from slam_asr.features.index import to_array
-from slam_asr.features.reader import AudioReader, StoreReader
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import Utterance, write_manifest
-from slam_asr.models.encoder import describe_encoder
+from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.feature_dtype import round_trip
-from slam_asr.recipe import load_recipe
+from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_wav
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slam_asr.artifacts.feature_store.index import Index, merge, to_array
+from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, pack
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.errors import UserError
-from slam_asr.features.index import Index, merge, to_array
-from slam_asr.features.namespace import FeatureNamespace, pack
-from slam_asr.features.store import FeatureStore
-from slam_asr.manifest import Utterance
 from slam_asr.models.feature_dtype import QuantizedFrames, dequantize, quantize, round_trip
 from slam_asr.storage import read_bytes, walk, write_bytes
 

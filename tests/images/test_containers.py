@@ -16,7 +16,7 @@ import pytest
 
 from pipelines import cli
 from slam_asr import __version__
-from slam_asr.stage import follow_pointer, read_record
+from slam_asr.artifacts.stage_record import follow_pointer, read_record
 from slam_asr.steps import OWN_IMAGE
 from slam_asr.storage import walk
 from tests.engine import BUILD_OPTIONS, NoEngine, install

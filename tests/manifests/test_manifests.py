@@ -197,7 +197,7 @@ def test_names_match_the_cluster_profile(name):
 
 def test_job_that_copies_models_runs_an_existing_command():
     from slam_asr.cli import COMMANDS
-    from slam_asr.recipe import shipped_recipes
+    from slam_asr.config.recipe import shipped_recipes
 
     [job] = of_kind(render("several-nodes"), "Job")
     program, command, *options = job["spec"]["template"]["spec"]["containers"][0]["command"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, GenerationConfig
 
-from slam_asr.models import beam_cache
-from slam_asr.models import beam_search as search_module
-from slam_asr.models.beam_cache import SharedLayer, expand_for_beams
-from slam_asr.models.beam_search import beam_search, penalties, without_penalties
+from slam_asr.generation import beam_cache
+from slam_asr.generation import beam_search as search_module
+from slam_asr.generation.beam_cache import SharedLayer, expand_for_beams
+from slam_asr.generation.beam_search import beam_search, penalties, without_penalties
 from tests.models.test_llm_families import FAMILIES, SIZES
 
 VOCABULARY, WIDTH = 60, 32

@@ -2,10 +2,10 @@
 
 import pytest
 
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.models.copy_to_bucket import copy_models
-from slam_asr.models.pretrained import locate_model, weights_sha256
-from slam_asr.recipe import load_recipe
+from slam_asr.pretrained.copy_to_bucket import copy_models
+from slam_asr.pretrained.locate import locate_model, weights_sha256
 from slam_asr.storage import walk
 
 
@@ -32,7 +32,7 @@ def test_an_interrupted_copy_is_repeated(bucket, tiny_recipe):
 
 def test_names_on_the_hub_keep_their_owner(bucket, monkeypatch, tiny_models, tmp_path):
     monkeypatch.setattr(
-        "slam_asr.models.copy_to_bucket.locate_model", lambda name: tmp_path.__class__(tiny_models["llm"])
+        "slam_asr.pretrained.copy_to_bucket.locate_model", lambda name: tmp_path.__class__(tiny_models["llm"])
     )
     assert copy_models("s3://bucket/models", models=["lmsys/vicuna-7b-v1.5"]) == [
         "s3://bucket/models/lmsys/vicuna-7b-v1.5"

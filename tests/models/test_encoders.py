@@ -16,9 +16,9 @@ from transformers import (
     WhisperModel,
 )
 
+from slam_asr.config.recipe import Encoder
 from slam_asr.errors import UserError
-from slam_asr.models.encoder import describe_encoder
-from slam_asr.recipe import Encoder
+from slam_asr.models.encoders.registry import describe_encoder
 from tests.damage import damage
 
 SMALL = {

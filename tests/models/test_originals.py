@@ -20,11 +20,11 @@ from transformers import (
     WhisperModel,
 )
 
-from slam_asr.conversion.convert import convert_checkpoint
+from slam_asr.config.recipe import Encoder
 from slam_asr.errors import UserError
-from slam_asr.models.encoder import describe_encoder
-from slam_asr.models.originals import convert_original, map_tensors, recognise
-from slam_asr.recipe import Encoder
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.pretrained.original_checkpoints import convert_original, map_tensors, recognise
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 LAYOUT = "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2"

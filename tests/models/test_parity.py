@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from slam_asr.artifacts.manifest import read_manifest
+from slam_asr.artifacts.model_folder import projector_from_weights
 from slam_asr.audio import load_audio
-from slam_asr.conversion.model import projector_from_weights
+from slam_asr.config.recipe import Decoding, Encoder, Llm, Projector
 from slam_asr.conversion.slam_llm import from_slam_llm
-from slam_asr.manifest import read_manifest
-from slam_asr.models.encoder import describe_encoder
+from slam_asr.models.answer_loss import score_answers
+from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import load_llm, load_tokenizer
-from slam_asr.models.pickles import read_pickle
 from slam_asr.models.projector import build_projector, positions_of
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.search import Searcher
+from slam_asr.models.searcher import Searcher
 from slam_asr.models.slam import IGNORED, Row, Slam, collate
-from slam_asr.recipe import Decoding, Encoder, Llm, Projector
-from slam_asr.training.objective import score_answers
+from slam_asr.pretrained.unpickle import read_pickle
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 
@@ -84,7 +84,7 @@ def reference(request, tmp_path_factory):
         patch.setenv("SLAM_ASR_CACHE", str(tmp_path_factory.mktemp("cache")))
         source = str(REFERENCE / f"{kind}.pt")
         if converted:
-            from slam_asr.conversion.convert import convert_checkpoint
+            from slam_asr.stages.convert_checkpoint import convert_checkpoint
 
             source = convert_checkpoint(source, str(tmp_path_factory.mktemp("converted") / kind)).folder
         yield Reference(kind, source)

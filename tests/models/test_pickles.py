@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slam_asr.errors import UserError
-from slam_asr.models.pickles import plain, read_pickle
+from slam_asr.pretrained.unpickle import plain, read_pickle
 
 
 class Harm:

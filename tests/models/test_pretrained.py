@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError
 
 from slam_asr.errors import UserError
-from slam_asr.models import pretrained
-from slam_asr.models.ctranslate2 import convert_whisper, read_variables
-from slam_asr.models.pretrained import WheelModel, locate_model, weights_sha256
-from slam_asr.models.smollm2 import convert_smollm2
+from slam_asr.pretrained import locate as pretrained
+from slam_asr.pretrained.ctranslate2 import convert_whisper, read_variables
+from slam_asr.pretrained.locate import WheelModel, locate_model, weights_sha256
+from slam_asr.pretrained.smollm2 import convert_smollm2
 
 TINY_TOKENS = [
     "<|endoftext|>",
@@ -557,7 +557,7 @@ def fetch_from(endpoint: str, name: str) -> subprocess.CompletedProcess:
         "HF_HUB_CACHE": os.environ["SLAM_ASR_CACHE"] + "/hub",
         "NO_PROXY": "127.0.0.1",
     }
-    command = [sys.executable, "-m", "slam_asr.models.pretrained", name]
+    command = [sys.executable, "-m", "slam_asr.pretrained.locate", name]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from slam_asr.config.recipe import Projector
 from slam_asr.models.projector import PROJECTORS, build_projector, positions_of
-from slam_asr.recipe import Projector
 
 LENGTHS = (5, 23, 4, 50)
 

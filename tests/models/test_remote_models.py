@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from slam_asr.config.recipe import Encoder
 from slam_asr.errors import UserError
-from slam_asr.models.encoder import describe_encoder
-from slam_asr.models.pretrained import locate_model
-from slam_asr.recipe import Encoder
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.pretrained.locate import locate_model
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 

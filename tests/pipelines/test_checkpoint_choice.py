@@ -6,9 +6,9 @@ import pytest
 
 from components.convert_checkpoint.component import convert_checkpoint
 from pipelines import single
-from slam_asr.conversion import convert
-from slam_asr.recipe import dump_recipe, load_recipe
-from slam_asr.stage import Record
+from slam_asr.artifacts.stage_record import Record
+from slam_asr.config.recipe import dump_recipe, load_recipe
+from slam_asr.stages import convert_checkpoint as convert
 
 
 @pytest.mark.parametrize("which", ["latest", "best"])
@@ -21,7 +21,7 @@ def test_step_converts_the_checkpoint_that_the_recipe_selects(which, tmp_path, m
 
     monkeypatch.setattr(convert, "convert_checkpoint", run)
     for name in ("follow_pointer", "write_pointer"):
-        monkeypatch.setattr(f"slam_asr.stage.{name}", lambda *_: str(tmp_path))
+        monkeypatch.setattr(f"slam_asr.artifacts.stage_record.{name}", lambda *_: str(tmp_path))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(load_recipe("demo", {"decoding.checkpoint": which, "decoding.parts": 2})))
     artifact = SimpleNamespace(path=str(recipe), log_metric=lambda *_: None)
@@ -44,7 +44,7 @@ def test_single_stage_converts_the_checkpoint_that_the_recipe_selects(tmp_path, 
 
 
 def test_selected_checkpoint_does_not_change_the_decoding_options():
-    from slam_asr.scoring.score import options_that_change_texts
+    from slam_asr.stages.score import options_that_change_texts
 
     latest, best = (
         options_that_change_texts(load_recipe("demo", {"decoding.checkpoint": which}).decoding)

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines import cli, local
 from pipelines import run as run_command
-from slam_asr.recipe import load_recipe
+from slam_asr.config.recipe import load_recipe
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

@@ -25,7 +25,7 @@ from pipelines.compile import compile_package
 from pipelines.package_check import PackageDefect, check_package, read_package
 from pipelines.run_request import RunRequest
 from slam_asr import __version__
-from slam_asr.recipe import load_recipe
+from slam_asr.config.recipe import load_recipe
 from slam_asr.steps import EVALUATION, OWN_IMAGE, STEPS, SWEEP, TRAINING, outputs_of
 from slam_asr.trainjob.placement import Placement
 

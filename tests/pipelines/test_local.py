@@ -17,8 +17,8 @@ import pytest
 from pipelines.local import LocalRun, LocalStep, LogFilter
 from pipelines.run_request import RunRequest
 from pipelines.summary import failure
+from slam_asr.artifacts.stage_record import follow_pointer, read_record
 from slam_asr.errors import UserError
-from slam_asr.stage import follow_pointer, read_record
 from slam_asr.steps import EVALUATION, TRAINING, outputs_of
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from slam_asr.artifacts.manifest import Utterance
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.manifest import Utterance
-from slam_asr.models.encoder import spec_of
+from slam_asr.models.encoders.registry import spec_of
 from slam_asr.models.prompt import TokenizedPrompt
 from slam_asr.planning import memory_fit
 from slam_asr.planning.memory import training_memory
-from slam_asr.planning.memory_fit import Machine, host_memory, loads_of, require_fit
+from slam_asr.planning.memory_fit import loads_of, require_fit
 from slam_asr.planning.shapes import Shapes
-from slam_asr.recipe import load_recipe
+from slam_asr.runtime.machine import Machine, host_memory
 
 
 class Words:

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
+from slam_asr.config.recipe import load_recipe, shipped_recipes
 from slam_asr.errors import UserError
 from slam_asr.planning.memory import Load, training_memory
-from slam_asr.planning.plan import plan
 from slam_asr.planning.shapes import describe, encoder_flops
-from slam_asr.recipe import load_recipe, shipped_recipes
+from slam_asr.stages.plan import plan
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def no_models(monkeypatch, tmp_path):
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("slam_asr.models.pretrained.WHEEL_MODELS", {})
+    monkeypatch.setattr("slam_asr.pretrained.locate.WHEEL_MODELS", {})
 
 
 def shapes(name, **overrides):

@@ -12,12 +12,11 @@ import jiwer
 import numpy as np
 import pytest
 
-from slam_asr.scoring.analysis import analyse
-from slam_asr.scoring.guards import CUT, EMPTY, LOOP, REFUSAL, guards_of
-from slam_asr.scoring.metrics import character_errors, measure
+from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.word_errors import character_errors, measure
+from slam_asr.scoring.analysis import CUT, EMPTY, LOOP, REFUSAL, analyse, guards_of
 from slam_asr.scoring.normalization import whisper_normaliser
 from slam_asr.scoring.statistics import interval, interval_over, matched_pairs
-from slam_asr.scoring.wer import Hypothesis
 
 
 def random_errors(utterances: int, rate: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

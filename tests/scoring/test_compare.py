@@ -9,11 +9,11 @@ import random
 
 import pytest
 
+from slam_asr.artifacts.hypotheses import Hypothesis, write_hypotheses
+from slam_asr.artifacts.word_errors import score
 from slam_asr.cli import run
 from slam_asr.errors import UserError
-from slam_asr.scoring.compare import compare
-from slam_asr.scoring.metrics import score
-from slam_asr.scoring.wer import Hypothesis, write_hypotheses
+from slam_asr.stages.compare import compare
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat", "and", "that", "was", "that"]
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from slam_asr.models.search import plan_batches
+from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.word_errors import score
+from slam_asr.models.searcher import plan_batches
 from slam_asr.scoring.controls import empty_output, shuffled_audio
-from slam_asr.scoring.metrics import score
-from slam_asr.scoring.wer import Hypothesis
 
 ROWS = [Hypothesis(f"k{i}", f"reference {i}", f"said {i}", subset="ab"[i % 2]) for i in range(21)]
 

@@ -11,11 +11,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from slam_asr.artifacts.hypotheses import Hypothesis
 from slam_asr.errors import UserError
 from slam_asr.pages.curves import CURVE_POINTS, thinned
 from slam_asr.scoring import report
 from slam_asr.scoring.report import WORST, write_report
-from slam_asr.scoring.wer import Hypothesis
 
 ROWS = [
     Hypothesis(

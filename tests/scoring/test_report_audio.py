@@ -6,10 +6,10 @@ import io
 import numpy as np
 import soundfile
 
+from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.word_errors import measure
 from slam_asr.audio import SAMPLE_RATE, AudioError
-from slam_asr.scoring.metrics import measure
 from slam_asr.scoring.report_audio import compress, encode_audio, read_audio, worst_first, write_audio
-from slam_asr.scoring.wer import Hypothesis
 from tests.conftest import make_tone
 
 

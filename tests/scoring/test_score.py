@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from slam_asr.conversion.model import CONFIG, ModelConfig
+from slam_asr.artifacts.hypotheses import Hypothesis, read_hypotheses, write_hypotheses
+from slam_asr.artifacts.model_folder import CONFIG, ModelConfig
+from slam_asr.artifacts.stage_record import Outcome, run_stage
+from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.errors import UserError
-from slam_asr.recipe import Recipe, dump_recipe, load_recipe
-from slam_asr.scoring.score import HYPOTHESES, options_that_change_texts, score_parts
-from slam_asr.scoring.wer import Hypothesis, read_hypotheses, write_hypotheses
-from slam_asr.stage import Outcome, run_stage
+from slam_asr.stages.score import HYPOTHESES, options_that_change_texts, score_parts
 
 ROWS = [Hypothesis(f"u{i}", f"the word {i}", f"the word {i % 4}", "test", "", 2.0) for i in range(7)]
 FACTS = {

@@ -11,9 +11,9 @@ from dataclasses import astuple
 import jiwer
 import pytest
 
+from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, align, read_hypotheses, write_hypotheses
+from slam_asr.artifacts.word_errors import groups_of, measure, nothing_written, score
 from slam_asr.errors import UserError
-from slam_asr.scoring.metrics import groups_of, measure, nothing_written, score
-from slam_asr.scoring.wer import Hypothesis, WordErrors, align, read_hypotheses, write_hypotheses
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat", "and", "that", "was", "that"]
 
@@ -80,7 +80,7 @@ def test_confusions_add_up_to_the_errors(monkeypatch):
     assert measured.substituted.total() == errors.substitutions
     assert measured.deleted.total() == errors.deletions
     assert measured.inserted.total() == errors.insertions
-    monkeypatch.setattr("slam_asr.scoring.metrics._AT_ONCE", 7)
+    monkeypatch.setattr("slam_asr.artifacts.word_errors._AT_ONCE", 7)
     again = measure(rows)
     assert (again.counts == measured.counts).all() and again.substituted == measured.substituted
 

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from slam_asr.artifacts.stage_record import (
+    Outcome,
+    follow_pointer,
+    read_record,
+    require_record,
+    run_stage,
+    write_pointer,
+)
 from slam_asr.errors import UserError
-from slam_asr.stage import Outcome, follow_pointer, read_record, require_record, run_stage, write_pointer
 from slam_asr.storage import exists, read_bytes, walk, write_bytes
 from tests.faults import STALL
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
+from slam_asr.artifacts.hypotheses import Hypothesis, write_hypotheses
+from slam_asr.config.variations import Variation
 from slam_asr.errors import UserError
-from slam_asr.scoring.compare import compare
 from slam_asr.scoring.controls import EMPTY, empty_output
 from slam_asr.scoring.report import write_report
-from slam_asr.scoring.wer import Hypothesis, write_hypotheses
-from slam_asr.sweeping.runs import compare_runs
-from slam_asr.sweeping.variations import Variation
+from slam_asr.stages.compare import compare
+from slam_asr.stages.compare_runs import compare_runs
 from tests.scoring.test_report import DECODING, TRAINING, Page
 
 WORDS = ["the", "old", "mill", "stood", "by", "the", "river", "and", "turned"]

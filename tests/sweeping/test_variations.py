@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from slam_asr.errors import UserError
-from slam_asr.recipe import load_recipe
-from slam_asr.sweeping.variations import (
+from slam_asr.config.recipe import load_recipe
+from slam_asr.config.variations import (
     Variation,
     read_variations,
     require_distinct_trainings,
@@ -14,6 +13,7 @@ from slam_asr.sweeping.variations import (
     variation_of,
     varied,
 )
+from slam_asr.errors import UserError
 
 RECIPE = load_recipe("demo")
 ONE = {"training.learning_rate": 1e-3}

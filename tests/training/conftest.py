@@ -2,9 +2,9 @@
 
 import pytest
 
-from slam_asr.corpora.build import build_manifest
-from slam_asr.features.extract import extract_features
-from slam_asr.recipe import load_recipe
+from slam_asr.config.recipe import load_recipe
+from slam_asr.stages.build_manifest import build_manifest
+from slam_asr.stages.extract_features import extract_features
 
 
 @pytest.fixture(scope="session")

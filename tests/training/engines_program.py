@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from slam_asr.recipe import Training
+from slam_asr.config.recipe import Training
 from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.engines.engine import Engine
 from tests.ranks import leave_answer

@@ -12,8 +12,8 @@ from pathlib import Path
 import deepspeed  # noqa: F401 - imported first, so that its own memory is not counted
 import torch
 
-from slam_asr.processes import leave_group
-from slam_asr.recipe import Llm
+from slam_asr.config.recipe import Llm
+from slam_asr.runtime.worker import leave_group
 from slam_asr.training.engines.choose import start_process_group
 from tests.memory import peak_of_anonymous_memory
 from tests.training.engines_program import DEVICE

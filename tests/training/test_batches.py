@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from slam_asr.recipe import Training
+from slam_asr.config.recipe import Training
 from slam_asr.training.batches import (
     Budget,
     TrainingPlan,

@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 import torch
 
+from slam_asr.config.recipe import Training, load_recipe
 from slam_asr.errors import UserError
 from slam_asr.planning import memory_fit
-from slam_asr.recipe import Training, load_recipe
+from slam_asr.stages import train as stage
 from slam_asr.training import kernels
-from slam_asr.training import train as stage
 
 
 class Started(Exception):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.recipe import load_recipe
+from slam_asr.stages.train import train
 from slam_asr.training.live import read_curve
-from slam_asr.training.train import train
 
 SETTINGS = {
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}},

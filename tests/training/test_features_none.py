@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from slam_asr.conversion.convert import convert_checkpoint
-from slam_asr.corpora.build import build_manifest
-from slam_asr.decoding.decode import decode
-from slam_asr.features.extract import extract_features
-from slam_asr.recipe import load_recipe
+from slam_asr.config.recipe import load_recipe
+from slam_asr.stages.build_manifest import build_manifest
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
+from slam_asr.stages.decode import decode
+from slam_asr.stages.extract_features import extract_features
+from slam_asr.stages.train import train
 from slam_asr.training.live import read_curve
-from slam_asr.training.train import train
 from tests.conftest import write_librispeech
 
 OPTIONS = {

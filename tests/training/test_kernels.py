@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from slam_asr.config.recipe import Projector, load_recipe
+from slam_asr.models.answer_loss import score_in_chunks
 from slam_asr.models.llm import checkpoint_layers
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.projector import build_projector
 from slam_asr.models.slam import Row, Slam, collate, pack
-from slam_asr.recipe import Projector, load_recipe
+from slam_asr.stages.train import _settings_that_affect_weights
 from slam_asr.training.kernels import compile_layers, use_liger
-from slam_asr.training.objective import score_in_chunks
-from slam_asr.training.train import _settings_that_affect_weights
 from tests.ranks import run_on_ranks
 from tests.training import kernels_program
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.recipe import load_recipe
 from slam_asr.training import live, trackers
 from slam_asr.training.live import read_curve, write_page
 from slam_asr.training.monitor import Monitor, StepNumbers

@@ -13,11 +13,11 @@ import time
 
 import pytest
 
-from slam_asr.conversion.convert import convert_checkpoint
-from slam_asr.corpora.build import build_manifest
+from slam_asr.artifacts.stage_record import read_record
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.recipe import load_recipe
-from slam_asr.stage import read_record
+from slam_asr.stages.build_manifest import build_manifest
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.storage import read_bytes, walk
 from slam_asr.training.live import read_curve
 from slam_asr.training.nodes import Nodes, nodes_from_environment

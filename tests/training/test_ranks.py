@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from slam_asr.corpora.build import build_manifest
+from slam_asr.artifacts.manifest import read_manifest, write_manifest
+from slam_asr.artifacts.stage_record import read_record
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.features.extract import extract_features
-from slam_asr.manifest import read_manifest, write_manifest
-from slam_asr.recipe import load_recipe
-from slam_asr.stage import read_record
+from slam_asr.stages.build_manifest import build_manifest
+from slam_asr.stages.extract_features import extract_features
+from slam_asr.stages.train import train
 from slam_asr.training.live import read_curve
-from slam_asr.training.train import train
 
 REAL = {
     "training.precision": "fp32",
@@ -105,7 +105,7 @@ def test_fp16_on_a_cpu_is_refused_before_anything_is_read(tiny_recipe, tmp_path)
 
 
 def test_settings_that_affect_weights_exclude_all_others(tiny_recipe):
-    from slam_asr.training.train import _settings_that_affect_weights
+    from slam_asr.stages.train import _settings_that_affect_weights
 
     plain = _settings_that_affect_weights(load_recipe(str(tiny_recipe)))
     assert plain == _settings_that_affect_weights(

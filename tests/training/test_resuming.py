@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slam_asr.conversion.convert import convert_checkpoint
+from slam_asr.artifacts import checkpoint
+from slam_asr.artifacts.stage_record import read_record
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.recipe import load_recipe
-from slam_asr.stage import read_record
-from slam_asr.training import checkpoint
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
+from slam_asr.stages.train import require_same_training, train
 from slam_asr.training.live import read_curve
-from slam_asr.training.train import require_same_training, train
 from tests.faults import FaultyProxy
 
 STEPS = 120
@@ -397,8 +397,8 @@ def test_training_ends_early_if_the_dev_loss_no_longer_falls(prepared, tmp_path)
 def test_dev_utterances_that_are_also_in_train_are_counted_and_an_empty_set_is_refused(
     prepared, tmp_path, capsys
 ):
-    from slam_asr.manifest import read_manifest
-    from slam_asr.training.train import _check_utterances
+    from slam_asr.artifacts.manifest import read_manifest
+    from slam_asr.stages.train import _check_utterances
 
     _, manifests, _ = prepared
     trained, dev = read_manifest(f"{manifests}/train.jsonl"), read_manifest(f"{manifests}/dev.jsonl")

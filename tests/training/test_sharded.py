@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slam_asr.errors import UserError
 from slam_asr.models.llm import load_llm
-from slam_asr.models.sharded import NotLazilyLoadable, describe_lazy_llm
+from slam_asr.pretrained.meta_llm import NotLazilyLoadable, describe_lazy_llm
 from tests.damage import damage
 from tests.ranks import run_on_ranks
 from tests.training import memory_program, sharded_program

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slam_asr.conversion.convert import convert_checkpoint
-from slam_asr.conversion.model import read_adapter, read_config, read_projector
-from slam_asr.corpora.build import build_manifest
-from slam_asr.decoding.decode import decode
+from slam_asr.artifacts import checkpoint
+from slam_asr.artifacts.model_folder import read_adapter, read_config, read_projector
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.features.extract import extract_features
-from slam_asr.recipe import load_recipe
-from slam_asr.training import checkpoint
-from slam_asr.training.train import train
+from slam_asr.stages.build_manifest import build_manifest
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
+from slam_asr.stages.decode import decode
+from slam_asr.stages.extract_features import extract_features
+from slam_asr.stages.train import train
 
 KINDS = {
     "lora": {"llm.tuning": "lora", "llm.learning_rate": 5e-4, "training.zero_stage": 2},

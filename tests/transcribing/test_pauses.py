@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 from slam_asr.audio import SAMPLE_RATE
-from slam_asr.transcribing.pauses import MARGIN, divide
+from slam_asr.decoding.pauses import MARGIN, divide
 
 
 def recording(lengths, pauses, seed=0):

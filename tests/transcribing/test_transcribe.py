@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from slam_asr.artifacts.hypotheses import read_hypotheses
 from slam_asr.audio import load_audio
 from slam_asr.cli import main
-from slam_asr.decoding.decode import decode
+from slam_asr.config.recipe import load_recipe
 from slam_asr.decoding.model import open_model
-from slam_asr.models.search import Searcher
-from slam_asr.recipe import load_recipe
-from slam_asr.scoring.wer import read_hypotheses
-from slam_asr.transcribing import load_transcriber
-from slam_asr.transcribing.transcribe import transcribe
+from slam_asr.decoding.transcriber import load_transcriber
+from slam_asr.models.searcher import Searcher
+from slam_asr.stages.decode import decode
+from slam_asr.stages.transcribe import transcribe
 from tests.conftest import make_tone, write_wav
 
 
@@ -45,9 +45,7 @@ def test_the_python_entry_transcribes_one_file_or_several(model, tmp_path, capsy
 
 
 def test_the_python_entry_does_not_import_torch():
-    program = (
-        "import sys; from slam_asr.transcribing import load_transcriber; sys.exit('torch' in sys.modules)"
-    )
+    program = "import sys, slam_asr.decoding.transcriber; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
@@ -170,8 +168,8 @@ def test_the_shipped_model_transcribes_real_speech_of_any_length(libri_mini, tmp
     """Clips and their concatenation: far more words are right than by chance; segments do not overlap."""
     import soundfile
 
-    from slam_asr.scoring.metrics import score
-    from slam_asr.scoring.wer import Hypothesis
+    from slam_asr.artifacts.hypotheses import Hypothesis
+    from slam_asr.artifacts.word_errors import score
 
     clips, spoken = [], []
     for transcript in sorted(libri_mini.glob("train-clean-100/*/*/*.trans.txt"))[:3]:

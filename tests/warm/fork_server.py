@@ -167,7 +167,7 @@ def become(streams: list[int], stand_in: socket.socket) -> None:
     program = request["program"]
     sys.path[1:1] = [f for f in os.environ.get("PYTHONPATH", "").split(os.pathsep) if f and f not in sys.path]
     sys.path[0] = request["folder"] if program[0] == "-m" else os.path.dirname(os.path.abspath(program[0]))
-    from slam_asr import processes
+    from slam_asr.runtime import worker as processes
 
     # The parent of this process is the fork server; the one to end with is the stand-in's.
     processes.die_with_parent = lambda: stand_in.send(b"die with parent")

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from slam_asr.config.recipe import Training
 from slam_asr.models.precision import DTYPES
-from slam_asr.models.sharded import LazyWeight
 from slam_asr.models.slam import Slam
-from slam_asr.recipe import Training
+from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.engines.engine import (
     MOMENTS,
     Engine,

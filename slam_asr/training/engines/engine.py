@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from slam_asr.config.recipe import Training
 from slam_asr.models.slam import Batch, Slam
-from slam_asr.recipe import Training
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state tensors for each weight, by torch's names."""

@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from slam_asr.config.recipe import Training
 from slam_asr.models.precision import DTYPES
-from slam_asr.models.sharded import LazyWeight
 from slam_asr.models.slam import Batch, Slam
-from slam_asr.recipe import Training
+from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.engines.engine import (
     MOMENTS,
     Engine,

@@ -1,0 +1,296 @@
+"""The index of a feature store: which shard holds each utterance's features, and where.
+
+An index is a table of numbers, 68 bytes per utterance, in a safetensors file. A million entries are loaded at
+once and searched without a Python object for each. The file's metadata hold the fingerprint of what computed
+the features, and the list of shards by the SHA-256 of their bytes. An index is written once and never
+changed; `merge` combines several into one.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from slam_asr.errors import InputError
+
+_FORMAT = 1
+_COLUMNS: dict[str, Any] = {
+    "address": np.uint8,  # the audio id; the file format's name for it
+    "shard": np.int32,
+    "begin": np.int64,
+    "scale_begin": np.int64,
+    "frames": np.int32,
+    "span": np.int32,
+    "check": np.int64,
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of features."""
+
+    sha256: str
+    """The digest of the file's bytes, and its name."""
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return f"{self.sha256}.safetensors"
+
+
+@dataclass
+class Entry:
+    """The location of one utterance's features."""
+
+    shard: int
+    """Position in the index's list of shards."""
+    begin: int
+    """Offset in bytes of its frames in the shard's file."""
+    scale_begin: int
+    """Offset in bytes of its frames' scales; -1 for a dtype without scales."""
+    frames: int
+    span: int
+    """Length of the audio in frames, from which LLM positions are computed; see `EncoderSpec.span_of`."""
+    check: int
+    """XXH3 of the frames' bytes followed by the scales', as a signed 64-bit number."""
+
+
+@dataclass
+class Index:
+    """Entries sorted by audio id, and the shards that they refer to.
+
+    An audio id is a SHA-256 that identifies an utterance's audio; see `Utterance.audio_id`. Arrays hold it as
+    32 bytes, everything else as 64 hexadecimal digits.
+    """
+
+    fingerprint: dict[str, Any]
+    """What computed the features."""
+    width: int
+    """Values per frame."""
+    shards: list[Shard] = field(default_factory=list)
+    columns: dict[str, np.ndarray] = field(default_factory=lambda: _empty_columns())
+    """`address`: audio ids [entries, 32] in bytes. One column [entries] for each field of `Entry`."""
+
+    def __post_init__(self) -> None:
+        self._leading = _as_words(self.columns["address"])[:, 0]
+
+    def __len__(self) -> int:
+        return len(self._leading)
+
+    def audio_ids(self) -> list[str]:
+        """All audio ids, in hexadecimal, sorted."""
+        digits = self.columns["address"].tobytes().hex()
+        return [digits[i : i + 64] for i in range(0, len(digits), 64)]
+
+    def find(self, audio_id: str) -> int:
+        """Position of the entry with this audio id, or -1."""
+        target = bytes.fromhex(audio_id)
+        position = int(np.searchsorted(self._leading, int.from_bytes(target[:8], "big")))
+        # Two digests hardly ever share their first 8 bytes, but the other 24 must be compared too.
+        while position < len(self) and self.columns["address"][position].tobytes() < target:
+            position += 1
+        exists = position < len(self) and self.columns["address"][position].tobytes() == target
+        return position if exists else -1
+
+    def locate(self, audio_ids: np.ndarray) -> np.ndarray:
+        """Positions [n] of the entries with these audio ids [n, 32]; -1 where none exists."""
+        if not len(self):
+            return np.full(len(audio_ids), -1)
+        leading = _as_words(audio_ids)[:, 0]
+        positions = np.minimum(np.searchsorted(self._leading, leading), len(self) - 1)
+        # The search compares only the first 8 bytes. Mismatches are looked up one by one.
+        for i in np.flatnonzero((self.columns["address"][positions] != audio_ids).any(axis=1)):
+            positions[i] = self.find(audio_ids[i].tobytes().hex())
+        return positions
+
+    def entry(self, position: int) -> Entry:
+        """The entry at a position that `find` or `locate` returned."""
+        return Entry(**{name: int(self.columns[name][position]) for name in _COLUMNS if name != "address"})
+
+    def select(self, mask: np.ndarray) -> "Index":
+        """The entries for which `mask` [entries] is true, and only the shards that they refer to."""
+        columns = {name: column[mask] for name, column in self.columns.items()}
+        used, columns["shard"] = np.unique(columns["shard"], return_inverse=True)
+        columns["shard"] = columns["shard"].astype(np.int32)
+        return Index(self.fingerprint, self.width, [self.shards[i] for i in used], columns)
+
+    def to_bytes(self) -> bytes:
+        """The content of the index's file. The same entries always give the same bytes."""
+        metadata = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "width": self.width,
+            "shards": [[s.sha256, s.bytes] for s in self.shards],
+        }
+        columns = {name: np.ascontiguousarray(column) for name, column in self.columns.items()}
+        return save(columns, metadata={"slam_asr_features": json.dumps(metadata, sort_keys=True)})
+
+    @classmethod
+    def from_bytes(cls, content: bytes, path: str) -> "Index":
+        """Read the content of an index's file.
+
+        Args:
+            content: of the file.
+            path: of the file, for error messages.
+
+        Raises:
+            InputError: it is damaged, of another format, or not an index at all.
+        """
+        try:
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            metadata = json.loads(header["__metadata__"]["slam_asr_features"])
+            if metadata["format"] != _FORMAT:
+                raise InputError(
+                    f"{path} has format {metadata['format']}, but this version reads format {_FORMAT}: "
+                    "extract features again."
+                )
+            columns = load(content)
+            shards = [Shard(sha256, size) for sha256, size in metadata["shards"]]
+            index = cls(
+                metadata["fingerprint"],
+                metadata["width"],
+                shards,
+                {name: columns[name].astype(t, copy=False) for name, t in _COLUMNS.items()},
+            )
+            if len({len(c) for c in index.columns.values()}) > 1 or (
+                len(index) and index.columns["shard"].max() >= len(shards)
+            ):
+                raise ValueError("the columns do not match each other")
+            return index
+        except (ValueError, TypeError, KeyError, IndexError, SafetensorError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{path} is not a feature store's index, or is damaged: "
+                "remove it and run `slam-asr extract-features` again."
+            ) from error
+
+
+def build(fingerprint: dict[str, Any], width: int, shard: Shard, entries: dict[str, Entry]) -> Index:
+    """Build the index of one shard.
+
+    Args:
+        fingerprint: of what computed the features.
+        width: values per frame.
+        shard: the file that holds all entries.
+        entries: by audio id; their field `shard` is ignored.
+    """
+    audio_ids = sorted(entries)
+    columns = {
+        name: np.array([getattr(entries[a], name) for a in audio_ids], kind)
+        for name, kind in _COLUMNS.items()
+        if name != "address"
+    }
+    columns["shard"][:] = 0
+    columns["address"] = to_array(audio_ids)
+    return Index(fingerprint, width, [shard], columns)
+
+
+def merge(
+    fingerprint: dict[str, Any], width: int, indexes: Iterable[Index], audio_ids: np.ndarray | None = None
+) -> Index:
+    """Merge several indexes into one. Where several have the same audio id, the entry of the first is used.
+
+    Args:
+        fingerprint: of all of them.
+        width: of all of them.
+        indexes: in a reproducible order, such as that of their names.
+        audio_ids: [n, 32] sorted; only their entries are included. All entries if not given.
+    """
+    positions: dict[Shard, int] = {}
+    tables: list[dict[str, np.ndarray]] = []
+    for index in indexes:
+        if audio_ids is not None:
+            index = index.select(isin_sorted(index.columns["address"], audio_ids))
+        renumbered = np.array([positions.setdefault(s, len(positions)) for s in index.shards], np.int32)
+        shard = index.columns["shard"]
+        tables.append(index.columns | {"shard": renumbered[shard] if len(index) else shard})
+    joined = (
+        {name: np.concatenate([t[name] for t in tables]) for name in _COLUMNS} if tables else _empty_columns()
+    )
+    first, _ = unique_audio_ids(joined["address"])
+    merged = Index(
+        fingerprint, width, list(positions), {name: column[first] for name, column in joined.items()}
+    )
+    # Drop the shards that only duplicates referred to.
+    merged = merged.select(np.ones(len(merged), bool))
+    # Sort shards by name: the same entries then give the same bytes, whatever indexes they came from.
+    order = sorted(range(len(merged.shards)), key=lambda i: merged.shards[i].sha256)
+    rank = np.argsort(np.array(order, int)) if order else np.zeros(0, int)
+    merged.columns["shard"] = rank[merged.columns["shard"]].astype(np.int32)
+    merged.shards = [merged.shards[i] for i in order]
+    return merged
+
+
+def to_array(audio_ids: Sequence[str]) -> np.ndarray:
+    """Audio ids in hexadecimal as bytes [n, 32]."""
+    return np.frombuffer(bytes.fromhex("".join(audio_ids)), np.uint8).reshape(-1, 32)
+
+
+def _as_words(audio_ids: np.ndarray) -> np.ndarray:
+    """Audio ids [n, 32] as numbers [n, 4] of 8 bytes that sort in the same order."""
+    return np.ascontiguousarray(audio_ids).view(">u8").astype(np.uint64)
+
+
+def argsort_audio_ids(audio_ids: np.ndarray) -> np.ndarray:
+    """Positions [n] that sort audio ids [n, 32]; equal ones stay in their order."""
+    # np.lexsort is stable, and its last key is the primary one.
+    return np.lexsort(_as_words(audio_ids).T[::-1])
+
+
+def unique_audio_ids(audio_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the distinct audio ids, as `np.unique` does for numbers.
+
+    Args:
+        audio_ids: [n, 32].
+
+    Returns:
+        Positions [distinct] of the first occurrence of each distinct audio id, sorted by audio id; and [n]
+        for each audio id its position in that list.
+    """
+    words, order = _as_words(audio_ids), argsort_audio_ids(audio_ids)
+    is_first = np.ones(len(words), bool)
+    is_first[1:] = (words[order][1:] != words[order][:-1]).any(axis=1)
+    inverse = np.empty(len(words), np.int64)
+    inverse[order] = np.cumsum(is_first) - 1
+    return order[is_first], inverse
+
+
+def isin_sorted(audio_ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
+    """Whether each of `audio_ids` [n, 32] is one of the sorted `sorted_ids` [m, 32], as bool [n]."""
+    if not len(sorted_ids) or not len(audio_ids):
+        return np.zeros(len(audio_ids), bool)
+    ours, theirs = _as_words(audio_ids), _as_words(sorted_ids)
+    positions = np.minimum(np.searchsorted(theirs[:, 0], ours[:, 0]), len(theirs) - 1)
+    return (theirs[positions] == ours).all(axis=1)
+
+
+def _empty_columns() -> dict[str, np.ndarray]:
+    return {name: np.zeros((0, 32) if name == "address" else 0, kind) for name, kind in _COLUMNS.items()}
+
+
+def plan_shards(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Divide entries, in their order, into shards of at most `limit` bytes.
+
+    An entry that is larger gets its own shard.
+
+    Args:
+        sizes: of the entries in bytes.
+        limit: in bytes.
+
+    Returns:
+        For each shard, the slice of its entries.
+    """
+    shards: list[slice] = []
+    begin, capacity = 0, limit
+    for i, size in enumerate(sizes):
+        if i > begin and size > capacity:
+            shards.append(slice(begin, i))
+            begin, capacity = i, limit
+        capacity -= size
+    if len(sizes):
+        shards.append(slice(begin, len(sizes)))
+    return shards

@@ -1,0 +1,232 @@
+"""The feature store: encoder outputs addressed by content, in a folder or in object storage.
+
+    STORE/
+        <fingerprint>/                  a namespace: features of one encoder, preprocessing and dtype
+            fingerprint.json            the fingerprint in readable form
+            shards/<sha256>.safetensors features of many utterances, named by the file's SHA-256
+            indexes/<plan>-1-of-1.safetensors
+                                        where the features of each utterance of a manifest, or of a
+                                        work shard of it, are
+            runs/<digest>/stage.json    the record of an extraction
+            plans/, unfinished/         what an interrupted extraction needs to resume
+
+Features are looked up by the SHA-256 of the audio (`Utterance.audio_id`), not by the utterance's key. The
+same audio in two manifests is therefore saved once, and replaced audio is never mistaken for the old. No file
+is ever changed: a new manifest adds shards for its new audio, and an index. Indexes are written last; a store
+without one counts as absent.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import save
+
+from slam_asr.artifacts.feature_store.index import Entry, Index, Shard, build, merge
+from slam_asr.artifacts.stage_record import RECORD
+from slam_asr.errors import InputError
+from slam_asr.models.feature_dtype import QuantizedFrames
+from slam_asr.storage import digest, exists, join, parent_of, read_bytes, sha256_of_bytes, walk, write_bytes
+from slam_asr.storage.paths import folders_in
+
+FINGERPRINT_FILE = "fingerprint.json"
+_PARALLEL_READS = 8
+
+
+@dataclass(frozen=True)
+class FeatureNamespace:
+    """The part of a store that belongs to one fingerprint, and the paths of its files."""
+
+    root: str
+
+    @classmethod
+    def of(cls, store: str, fingerprint: dict[str, Any]) -> "FeatureNamespace":
+        """The namespace of a fingerprint in a store."""
+        return cls(join(store, digest(fingerprint)[:16]))
+
+    def shard_path(self, name: str) -> str:
+        """Path of the shard with this file name."""
+        return join(self.root, "shards", name)
+
+    def index_path(self, name: str) -> str:
+        """Path of the index with this name."""
+        return join(self.root, "indexes", f"{name}.safetensors")
+
+    def shard_sizes(self) -> dict[str, int]:
+        """Size in bytes of each existing shard, by file name."""
+        return {f.name: f.bytes for f in walk(join(self.root, "shards"))}
+
+    def index_names(self) -> list[str]:
+        """Sorted names of the published indexes."""
+        return [
+            f.name.removesuffix(".safetensors")
+            for f in walk(join(self.root, "indexes"))
+            if f.name.endswith(".safetensors")
+        ]
+
+    def read_index(self, path: str) -> Index:
+        """Read an index or a receipt of this namespace.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        return Index.from_bytes(read_bytes(path), path)
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """The fingerprint of what computed these features, or None if this namespace does not exist.
+
+        Raises:
+            InputError: its file is damaged.
+        """
+        path = join(self.root, FINGERPRINT_FILE)
+        if not exists(path):
+            return None
+        try:
+            return dict(json.loads(read_bytes(path))["fingerprint"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path} is damaged: remove it and run `slam-asr extract-features` again."
+            ) from error
+
+    def write_fingerprint(self, fingerprint: dict[str, Any], width: int) -> None:
+        """Write the fingerprint's file, unless it exists."""
+        content = {"fingerprint": fingerprint, "width": width}
+        write_bytes(
+            join(self.root, FINGERPRINT_FILE),
+            json.dumps(content, indent=2, sort_keys=True) + "\n",
+            replace=False,
+        )
+
+    def merged_index(self, audio_ids: np.ndarray | None = None) -> Index | None:
+        """All published indexes merged into one, or None if none exists.
+
+        Args:
+            audio_ids: [n, 32] sorted; only their entries are loaded. All entries if not given.
+        """
+        paths = [self.index_path(name) for name in self.index_names()]
+        if not paths:
+            return None
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            indexes = list(pool.map(self.read_index, paths))
+        return merge(indexes[0].fingerprint, indexes[0].width, indexes, audio_ids)
+
+
+def namespaces_in(store: str) -> list[FeatureNamespace]:
+    """All namespaces of a store."""
+    return [
+        namespace
+        for namespace in (FeatureNamespace(join(store, name)) for name in folders_in(store))
+        if exists(join(namespace.root, FINGERPRINT_FILE))
+    ]
+
+
+def pack(
+    features: dict[str, QuantizedFrames], fingerprint: dict[str, Any], spans: dict[str, int]
+) -> tuple[bytes, Index]:
+    """Serialise features into a shard. The same features always give the same bytes.
+
+    Args:
+        features: by audio id, each with frames [frames, width].
+        fingerprint: of what computed them.
+        spans: by audio id, the length of the audio in frames; see `EncoderSpec.span_of`.
+
+    Returns:
+        The bytes of the shard's file, and its index.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for audio_id, quantized in features.items():
+        tensors[audio_id] = quantized.frames.contiguous()
+        if quantized.scales is not None:
+            tensors[_scales_name(audio_id)] = quantized.scales.contiguous()
+    content = save(tensors)
+    view = memoryview(content)
+    # safetensors: 8 bytes with the header's length, the JSON header, then the tensors, where offsets begin.
+    header_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_bytes])
+    data_begin = 8 + header_bytes
+    entries = {}
+    for audio_id, quantized in features.items():
+        ranges = [
+            header[name]["data_offsets"] for name in (audio_id, _scales_name(audio_id)) if name in header
+        ]
+        begins = [data_begin + begin for begin, _ in ranges] + [-1]  # -1: a dtype without scales
+        check = checksum(*(view[data_begin + begin : data_begin + end] for begin, end in ranges))
+        entries[audio_id] = Entry(0, begins[0], begins[1], len(quantized.frames), spans[audio_id], check)
+    width = next(iter(features.values())).frames.shape[1]
+    return content, build(fingerprint, width, Shard(sha256_of_bytes(content), len(content)), entries)
+
+
+def _scales_name(audio_id: str) -> str:
+    return f"{audio_id}.scales"
+
+
+def checksum(*chunks: memoryview | bytes | bytearray) -> int:
+    """XXH3 of the concatenated chunks, as a signed 64-bit number."""
+    hashed = xxhash.xxh3_64()
+    for chunk in chunks:
+        hashed.update(chunk)
+    return int.from_bytes(hashed.digest(), "little", signed=True)
+
+
+def find_namespace(path: str, expected: dict[str, Any] | None, dtype: str | None) -> FeatureNamespace:
+    """The namespace that a path refers to.
+
+    Args:
+        path: a store, a namespace's folder, or the folder of an extraction's record.
+        expected: the fingerprint's values that the namespace must have; any if not given.
+        dtype: which namespace to prefer if several match.
+
+    Raises:
+        InputError: no namespace matches, or several do and `dtype` does not decide.
+    """
+    if exists(join(path, FINGERPRINT_FILE)):
+        candidates = [FeatureNamespace(path)]
+    elif exists(join(path, RECORD)):
+        # STORE/<fingerprint>/runs/<digest>
+        candidates = [FeatureNamespace(parent_of(parent_of(path)))]
+    else:
+        candidates = namespaces_in(path)
+    fingerprints = {
+        namespace: fingerprint
+        for namespace in candidates
+        if (fingerprint := namespace.fingerprint()) is not None
+    }
+    if not fingerprints:
+        raise InputError(
+            f"{path} holds no feature store: run `slam-asr extract-features` first, or check the path."
+        )
+    if expected is not None:
+        matching = {
+            namespace: fingerprint
+            for namespace, fingerprint in fingerprints.items()
+            if all(fingerprint.get(key) == value for key, value in expected.items())
+        }
+        if not matching:
+            raise InputError(_mismatch_message(path, list(fingerprints.values()), expected))
+        fingerprints = matching
+    chosen = [n for n, fingerprint in fingerprints.items() if fingerprint["dtype"] == dtype]
+    chosen = chosen or list(fingerprints)
+    if len(chosen) > 1:
+        names = ", ".join(f"{n.root} ({fingerprints[n]['dtype']})" for n in chosen)
+        raise InputError(f"{path} holds features of several kinds ({names}): name one of these folders.")
+    return chosen[0]
+
+
+def _mismatch_message(path: str, fingerprints: list[dict[str, Any]], expected: dict[str, Any]) -> str:
+    """Describe how the most similar namespace differs from the expected fingerprint."""
+
+    def differing_keys(fingerprint: dict[str, Any]) -> list[str]:
+        return sorted(key for key in expected if fingerprint.get(key) != expected[key])
+
+    nearest = min(fingerprints, key=lambda fingerprint: len(differing_keys(fingerprint)))
+    detail = "; ".join(
+        f"{key}: store {nearest.get(key)}, model {expected[key]}" for key in differing_keys(nearest)
+    )
+    return (
+        f"The features in {path} were computed by another encoder or preprocessing ({detail}): "
+        "extract features with this recipe, or give the store that belongs to it."
+    )

@@ -1,0 +1,255 @@
+"""Reading a feature store in a folder or in object storage; `namespace` describes its layout."""
+
+import mmap
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slam_asr.artifacts.feature_store.index import Entry, to_array
+from slam_asr.artifacts.feature_store.namespace import checksum, find_namespace
+from slam_asr.errors import InputError, StorageError
+from slam_asr.models.feature_dtype import DTYPES, QuantizedFrames, dequantize
+from slam_asr.storage import is_s3, local_path, s3
+from slam_asr.storage.cache import CacheFull, DiskCache, HeldFile, cache_folder
+
+_MAX_MAPPED = 64
+"""Shards mapped into memory at once; a training window needs fewer."""
+_PARALLEL_FETCHES = 3
+"""Shards fetched at once. Each is itself fetched in parallel pieces."""
+
+
+class FeatureStore:
+    """Reads features. Shards are memory-mapped; those of a remote store are first fetched to local disk.
+
+    Checksums are compared when an entry is first read and, for a fetched shard, when it arrives.
+
+    Args:
+        path: a store, or the folder of an extraction's record in it.
+        expected: the fingerprint of the encoder that the reader's model is built on.
+        dtype: which features to read if the store has them in several dtypes.
+        audio_ids: the only ones that will be read. Without them, the index of the complete store is loaded,
+            which takes memory if it has millions of entries.
+        cache_bytes: maximum size of fetched shards on local disk.
+
+    Raises:
+        InputError: no store exists there, it is damaged, or another encoder computed its features.
+        StorageError: object storage cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        expected: dict[str, Any] | None = None,
+        dtype: str | None = None,
+        audio_ids: Sequence[str] | None = None,
+        cache_bytes: int = 50 * 10**9,
+    ) -> None:
+        self.path = str(path)
+        self.namespace = find_namespace(self.path, expected, dtype)
+        self.fingerprint = self.namespace.fingerprint() or {}
+        self.dtype: str = self.fingerprint["dtype"]
+        index = self.namespace.merged_index(
+            to_array(sorted(set(audio_ids))) if audio_ids is not None else None
+        )
+        if index is None:
+            raise InputError(
+                f"{self.path} holds no finished feature store (no index): "
+                "run `slam-asr extract-features` first, or again."
+            )
+        self.index = index
+        self._require_shards()
+        self.remote = is_s3(self.namespace.root)
+        self._cache = DiskCache(cache_folder() / "features", cache_bytes) if self.remote else None
+        self._verified = np.zeros(len(index), bool)
+        self._mapped: OrderedDict[int, tuple[mmap.mmap, HeldFile | None]] = OrderedDict()
+        """Mapped shards by number, least recently used first."""
+        self._lock = threading.Lock()
+        self._fetching: dict[int, Future[HeldFile | None]] = {}
+        self._pool = ThreadPoolExecutor(_PARALLEL_FETCHES, "fetch-features") if self.remote else None
+
+    def _require_shards(self) -> None:
+        sizes = self.namespace.shard_sizes()
+        for shard in self.index.shards:
+            if sizes.get(shard.name) != shard.bytes:
+                state = "missing" if shard.name not in sizes else "cut short"
+                raise InputError(
+                    f"{self.namespace.shard_path(shard.name)} is {state}: "
+                    "run `slam-asr extract-features` again over the same manifests to compute it again."
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a feature store cannot be pickled: open it again in each process")
+
+    def find(self, audio_id: str) -> int:
+        """Position of this audio's entry in the index.
+
+        Raises:
+            InputError: the store has no features of this audio.
+        """
+        position = self.index.find(audio_id)
+        if position < 0:
+            raise InputError(
+                f"The feature store {self.path} lacks audio {audio_id[:16]}…: "
+                "run `slam-asr extract-features` over this manifest."
+            )
+        return position
+
+    def entry(self, audio_id: str) -> Entry:
+        """This audio's entry in the index.
+
+        Raises:
+            InputError: the store has no features of this audio.
+        """
+        return self.index.entry(self.find(audio_id))
+
+    def span(self, audio_id: str) -> int:
+        """Length of this audio in frames.
+
+        Raises:
+            InputError: the store has no features of this audio.
+        """
+        return int(self.index.columns["span"][self.find(audio_id)])
+
+    def shard_of(self, audio_id: str) -> int:
+        """Number of the shard that holds this audio's features: its position in the index's list.
+
+        Raises:
+            InputError: the store has no features of this audio.
+        """
+        return int(self.index.columns["shard"][self.find(audio_id)])
+
+    def read(self, audio_id: str) -> torch.Tensor:
+        """Features of this audio [frames, width] in the store's dtype; fp8 is dequantized to bf16.
+
+        Raises:
+            InputError: the store has no features of this audio, or they are damaged.
+            StorageError: object storage cannot be read.
+        """
+        position = self.find(audio_id)
+        entry = self.index.entry(position)
+        size = entry.frames * self.index.width * DTYPES[self.dtype].itemsize
+        ranges = [(entry.begin, size)]
+        if entry.scale_begin >= 0:
+            ranges.append((entry.scale_begin, 4 * entry.frames))  # one fp32 scale per frame
+        source = self._map_shard(entry.shard)
+        chunks: list[memoryview | bytearray]
+        if source is None:
+            path = self._path(entry.shard)
+            chunks = [bytearray(s3.read(path, begin, begin + n)) if n else bytearray() for begin, n in ranges]
+        else:
+            chunks = [memoryview(source)[begin : begin + n] for begin, n in ranges]
+        if source is None or not self._verified[position]:
+            if checksum(*chunks) != entry.check:
+                raise InputError(
+                    f"{self._path(entry.shard)} is damaged (the checksum of audio {audio_id[:16]}… differs): "
+                    f"run `slam-asr features verify {self.path} --repair true`, "
+                    "then `slam-asr extract-features` again over the same manifests."
+                )
+            self._verified[position] = True
+        if not entry.frames:
+            # torch.frombuffer refuses empty buffers.
+            return dequantize(
+                QuantizedFrames(
+                    torch.zeros(0, self.index.width, dtype=DTYPES[self.dtype]),
+                    torch.zeros(0) if len(chunks) > 1 else None,
+                )
+            )
+        frames = torch.frombuffer(chunks[0], dtype=DTYPES[self.dtype]).view(entry.frames, self.index.width)
+        scales = torch.frombuffer(chunks[1], dtype=torch.float32) if len(chunks) > 1 else None
+        return dequantize(QuantizedFrames(frames, scales))
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Prefetch these shards, in this order, if the store is remote; release all others.
+
+        Args:
+            shards: numbers of the shards that are needed now and next.
+        """
+        ahead = list(dict.fromkeys(shards))
+        with self._lock:
+            for number in [n for n in self._mapped if n not in set(ahead)]:
+                self._unmap(number)
+            if self._pool is None:
+                return
+            for number in [n for n in self._fetching if n not in set(ahead)]:
+                self._fetching.pop(number).add_done_callback(_release)
+            for number in ahead:
+                if number not in self._mapped and number not in self._fetching:
+                    self._fetching[number] = self._pool.submit(self._fetch, number)
+
+    def _path(self, shard: int) -> str:
+        return self.namespace.shard_path(self.index.shards[shard].name)
+
+    def _map_shard(self, shard: int) -> mmap.mmap | None:
+        """A shard mapped into memory, or None if local disk has no space for it."""
+        with self._lock:
+            if shard in self._mapped:
+                self._mapped.move_to_end(shard)
+                return self._mapped[shard][0]
+            fetching = self._fetching.pop(shard, None)
+        held = None
+        if self.remote:
+            held = (fetching.result() if fetching else None) or self._fetch(shard, urgent=True)
+            if held is None:
+                return None
+        with self._lock:
+            self._mapped[shard] = (_map(held.path if held else local_path(self._path(shard))), held)
+            while len(self._mapped) > _MAX_MAPPED:
+                self._unmap(next(iter(self._mapped)))
+            return self._mapped[shard][0]
+
+    def _fetch(self, number: int, urgent: bool = False) -> HeldFile | None:
+        """Fetch a shard to local disk.
+
+        Args:
+            number: of the shard.
+            urgent: release this process's other shards if that is needed to make space.
+
+        Returns:
+            The file, or None if local disk has no space for it.
+        """
+        assert self._cache is not None  # only shards of a remote store are fetched
+        shard = self.index.shards[number]
+        while True:
+            try:
+                return self._cache.hold(
+                    shard.name,
+                    shard.bytes,
+                    lambda file: s3.download(self._path(number), file, shard.sha256),
+                )
+            except CacheFull:
+                # If nothing can be released either, the caller reads single utterances, without the disk.
+                with self._lock:
+                    if not urgent or not self._mapped:
+                        return None
+                    self._unmap(next(iter(self._mapped)))
+
+    def _unmap(self, shard: int) -> None:
+        _, held = self._mapped.pop(shard)
+        # Tensors that are views of the mapping keep it alive until the last of them is freed.
+        if held is not None:
+            held.release()
+
+
+def _release(fetched: Future[HeldFile | None]) -> None:
+    if fetched.cancelled() or fetched.exception() is not None:
+        return
+    held = fetched.result()
+    if held is not None:
+        held.release()
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            # Copy on write: torch warns about buffers that it may not write to.
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{path} cannot be read: run `slam-asr extract-features` again over the same manifests."
+        ) from error

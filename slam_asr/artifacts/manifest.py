@@ -1,0 +1,397 @@
+"""Manifests: lists of utterances, each with its audio file and its transcript.
+
+A manifest is a file of JSON lines, one utterance per line. `key`, `source` and `target` have the same names
+as in SLAM-LLM, so SLAM-LLM's files can be read without conversion. `build-manifest` adds `duration`,
+`sample_rate` and `sha256`. `start` makes the utterance a segment of a longer file. Any other field is passed
+through unchanged:
+
+    {"key": "1001-134707-0000", "source": "/data/x.flac", "target": "…", "duration": 12.3, "subset": "test"}
+
+A manifest may have millions of lines and may be in object storage. It is read line by line, every line is
+checked, and sorting uses local disk, so memory does not grow with the length of the lines.
+"""
+
+import hashlib
+import json
+import math
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+
+from slam_asr.audio import audio_sha256
+from slam_asr.errors import InputError
+from slam_asr.runtime.external_sort import ExternalSort
+from slam_asr.storage import exists, fetch, is_s3, local_path, name_of, parent_of, resolve, upload
+from slam_asr.storage.cache import cache_folder
+
+
+@dataclass
+class Utterance:
+    """A stretch of speech and its transcript."""
+
+    key: str
+    """Unique in the manifest."""
+    source: str
+    """The audio file: an absolute local path, or a URI."""
+    target: str
+    """The transcript."""
+    start: float | None = field(default=None, kw_only=True)
+    """Where a segment begins in the file, in seconds; None if the utterance is the complete file."""
+    duration: float | None = None
+    """Length in seconds of the segment, or of the file if `start` is None: samples at 16 kHz / 16 000."""
+    sample_rate: int | None = None
+    """The file's own rate in Hz; `audio.load_audio` always resamples to 16 kHz."""
+    sha256: str | None = None
+    """SHA-256 of the audio file's bytes, for a segment too."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """All other fields of the line, unchanged."""
+
+    @property
+    def subset(self) -> str:
+        """The part of the corpus that the utterance comes from, such as `test-other`; empty if unknown."""
+        return str(self.extra.get("subset", ""))
+
+    @property
+    def speaker(self) -> str:
+        """The speaker's name or number; empty if unknown."""
+        return str(self.extra.get("speaker", ""))
+
+    @property
+    def audio_id(self) -> str:
+        """Identifier of the audio's content, 64 hexadecimal digits: the key of its features in a store.
+
+        For a complete file this is the SHA-256 of the file's bytes. For a segment it is a digest of that
+        SHA-256 and the segment's start and duration. The file is read if the manifest has no `sha256`.
+
+        Raises:
+            AudioError: the manifest has no `sha256`, and the file is missing.
+        """
+        sha256 = self.sha256 or audio_sha256(self.source)
+        if self.start is None:
+            return sha256
+        return hashlib.sha256(f"{sha256}/{self.start:.6f}/{self.duration:.6f}".encode()).hexdigest()
+
+
+class Manifest(Sequence[Utterance]):
+    """The utterances of a manifest, in file order, each parsed on access.
+
+    Memory holds the offset of each line (8 bytes per utterance), not its content. Threads and forked
+    processes may share an instance. It can be pickled; the file must then be accessible to the process that
+    unpickles it. Use `read_manifest` to create one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offsets: np.ndarray) -> None:
+        self.path = _absolute(path)
+        self._offsets = offsets
+        """int64 [utterances + 1]: the offset in bytes of each line, and the end of the last line."""
+        self._file: BinaryIO | None = None
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Utterance: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Utterance]: ...
+    def __getitem__(self, index: int | slice) -> Utterance | list[Utterance]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        file = self._file
+        if file is None:
+            # Two threads may both open the file here. The local variable keeps each one's own open until it
+            # has read.
+            file = self._file = open(fetch(self.path), "rb", buffering=0)  # noqa: SIM115 - closed with the object
+        start, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        # pread rather than seek and read, because threads and forked processes share the file's position.
+        line = os.pread(file.fileno(), end - start, start)
+        return _utterance(line, parent_of(self.path), self._location(i))
+
+    def __iter__(self) -> Iterator[Utterance]:
+        folder = parent_of(self.path)
+        lines = _lines(fetch(self.path))
+        for i, (_, _, line) in zip(range(len(self)), lines, strict=False):
+            yield _utterance(line, folder, self._location(i))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # the usual way to make a class unhashable
+
+    def __repr__(self) -> str:
+        return f"Manifest({self.path!r}, {len(self)} utterances)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_file": None}
+
+    def _location(self, i: int) -> "Location":
+        return lambda: f"{self.path}, utterance {i + 1} (changed since it was first read)"
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Open a manifest and check every line of it.
+
+    Args:
+        path: a local path or s3:// URI.
+
+    Raises:
+        InputError: the file is missing or has no utterances, a line is not an utterance, or a key is
+            repeated.
+    """
+    file = _manifest_file(path)
+    offsets, hashes = array("q"), array("q")
+    for number, offset, line in _lines(file):
+        key = _checked_fields(line, _location(path, number))["key"]
+        offsets.append(offset)
+        hashes.append(hash(key))
+    if not offsets:
+        raise InputError(
+            f"{path} holds no utterance: each line must be a JSON object with key, source and target."
+        )
+    _refuse_repeated_keys(path, file, np.frombuffer(hashes, np.int64))
+    offsets.append(os.path.getsize(file))
+    return Manifest(path, np.frombuffer(offsets, np.int64))
+
+
+def iterate_manifest(path: str | os.PathLike[str]) -> Iterator[tuple[int, Utterance]]:
+    """Read a manifest line by line; yield line numbers (from 1) and utterances.
+
+    Blank lines are skipped. Keys are not checked for repetition, which would need memory for all of them.
+
+    Raises:
+        InputError: the file is missing, or a line is not an utterance.
+    """
+    file = _manifest_file(path)
+    folder = parent_of(_absolute(path))
+    for number, _, line in _lines(file):
+        yield number, _utterance(line, folder, _location(path, number))
+
+
+def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]) -> None:
+    """Write a manifest sorted by key, atomically; the same utterances always give the same bytes.
+
+    Args:
+        path: a local path or s3:// URI.
+        utterances: in any order; if they exceed `ExternalSort`'s memory limit, they are sorted through local
+            disk.
+    """
+    with ExternalSort(_temporary_folder(path)) as ordered:
+        for utterance in utterances:
+            ordered.add(utterance.key.encode("utf-8", "backslashreplace"), manifest_line(utterance))
+        write_lines(path, (line for _, line in ordered))
+
+
+def manifest_line(utterance: Utterance) -> bytes:
+    """Format an utterance as a line of a manifest, newline included."""
+    return json_line(_fields(utterance))
+
+
+def parse_line(line: bytes) -> Utterance:
+    """Parse a line that `manifest_line` wrote, without checks and without resolving a relative source."""
+    extra = json.loads(line)
+    return Utterance(**{name: extra.pop(name) for name in _TYPES if name in extra}, extra=extra)
+
+
+def write_json_lines(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line, atomically."""
+    write_lines(path, map(json_line, rows))
+
+
+def json_line(row: dict[str, Any]) -> bytes:
+    """Format a JSON object as one line.
+
+    A file name that is not UTF-8 (Python holds it with lone surrogates) is escaped and reads back as the same
+    name.
+    """
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def write_lines(path: str | os.PathLike[str], lines: Iterable[bytes]) -> None:
+    """Write lines to a local file or an object as they arrive; nothing is visible until all are written."""
+    remote = is_s3(path)
+    name = name_of(path)[:200]
+    partial = _temporary_folder(path) / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.writelines(lines)
+            file.flush()
+            if not remote:
+                os.fsync(file.fileno())
+        if remote:
+            upload(partial, path)
+        else:
+            os.replace(partial, local_path(path))
+    except OSError as error:
+        if error.filename not in (None, str(partial)):
+            raise
+        # Name the file that the user knows, not the temporary one.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _temporary_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder for unfinished files: that of a local file, or one in the cache for an object."""
+    folder = cache_folder() / "work" if is_s3(path) else local_path(path).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return os.fspath(path) if is_s3(path) else str(local_path(path).absolute())
+
+
+def _manifest_file(path: str | os.PathLike[str]) -> Path:
+    """The manifest on local disk, fetched first if it is in object storage."""
+    remedy = "check the path, or write one with `slam-asr build-manifest`."
+    if is_s3(path):
+        if not exists(path):
+            raise InputError(f"There is no manifest {path}: {remedy}")
+        return fetch(path)
+    file = local_path(path)
+    if file.is_dir():
+        raise InputError(
+            f"{path} is a folder, not a manifest: give a .jsonl file in it, such as {file / 'train.jsonl'}."
+        )
+    if not file.is_file():
+        raise InputError(f"There is no manifest {path}: {remedy}")
+    return file
+
+
+def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the number (from 1), offset in bytes and content of each line that is not blank."""
+    offset = 0
+    with open(file, "rb", buffering=2**20) as lines:
+        # Bytes, because offsets count them; str.splitlines would also split inside a transcript, as at
+        # U+2028.
+        for number, line in enumerate(lines, start=1):
+            if not line.isspace():
+                yield number, offset, line
+            offset += len(line)
+
+
+def _refuse_repeated_keys(path: str | os.PathLike[str], file: Path, hashes: np.ndarray) -> None:
+    """Raise if two lines have the same key.
+
+    Keys are compared by hash first, which needs 8 bytes per utterance. Only lines whose hashes collide are
+    read again.
+
+    Args:
+        path: the manifest's name for messages.
+        file: the manifest on local disk.
+        hashes: int64 [utterances], the hash of each line's key.
+    """
+    ordered = np.sort(hashes)
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not suspects:
+        return
+    first_lines: dict[str, int] = {}
+    for (number, _, line), value in zip(_lines(file), hashes.tolist(), strict=True):
+        if value not in suspects:
+            continue
+        key = _checked_fields(line, _location(path, number))["key"]
+        first = first_lines.setdefault(key, number)
+        if first != number:
+            raise InputError(
+                f"{path}, line {number}: key {key} is already used in line {first}: keys must be unique."
+            )
+
+
+def _fields(utterance: Utterance) -> dict[str, Any]:
+    known = {name: getattr(utterance, name) for name in _TYPES}
+    return {name: value for name, value in known.items() if value is not None} | utterance.extra
+
+
+_TYPES = {
+    "key": str,
+    "source": str,
+    "target": str,
+    "start": float,
+    "duration": float,
+    "sample_rate": int,
+    "sha256": str,
+}
+_REQUIRED = ("key", "source", "target")
+_OPTIONAL = tuple(name for name in _TYPES if name not in _REQUIRED)
+_RULES = {
+    "start": "a number of seconds, 0 or more",
+    "duration": "a number of seconds above 0",
+    "sample_rate": "a whole number of Hz above 0",
+}
+
+Location = Callable[[], str]
+"""Describes a file and line for a message. A function, so that the text is formatted only for a bad line."""
+
+
+def _location(path: str | os.PathLike[str], number: int) -> Location:
+    return lambda: f"{path}, line {number}"
+
+
+def _utterance(line: bytes, folder: str, where: Location) -> Utterance:
+    extra = _checked_fields(line, where)
+    known = {name: extra.pop(name) for name in _TYPES if name in extra}
+    known["source"] = resolve(known["source"], folder)
+    return Utterance(**known, extra=extra)
+
+
+def _checked_fields(line: bytes, where: Location) -> dict[str, Any]:
+    """The fields of a line, after a check of those that this project knows."""
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where()} is not JSON ({error}): each line must be one JSON object.") from error
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{where()} is of type {type(values).__name__}: it must be an object with key, source and target."
+        )
+    missing = [name for name in _REQUIRED if name not in values]
+    if missing:
+        raise InputError(
+            f"{where()} has no {' and no '.join(missing)}: each line needs key, source and target."
+        )
+    for name in _REQUIRED:
+        _check_text(name, values[name], where)
+    for name in _OPTIONAL:
+        if values.get(name) is not None:
+            _check_optional(name, values[name], where)
+    if values.get("start") is not None and values.get("duration") is None:
+        raise InputError(f"{where()} has a start but no duration: a segment of a file needs both.")
+    return values
+
+
+def _check_text(name: str, value: Any, where: Location) -> None:
+    if not isinstance(value, str) or not (name == "target" or value.strip()):
+        raise InputError(f"{where()}: {name} must be text, not {json.dumps(value)[:60]}.")
+    if name in ("key", "target") and not _is_unicode(value):
+        raise InputError(
+            f"{where()}: {name} contains half a character (a lone surrogate): write it as UTF-8."
+        )
+
+
+def _check_optional(name: str, value: Any, where: Location) -> None:
+    if _TYPES[name] is str:
+        _check_text(name, value, where)
+        return
+    kinds = int if name == "sample_rate" else (int, float)
+    # JSON's true and false are ints in Python.
+    valid = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not valid or (value == 0 and name != "start"):
+        raise InputError(f"{where()}: {name} must be {_RULES[name]}, not {json.dumps(value)[:60]}.")
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

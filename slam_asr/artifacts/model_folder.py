@@ -1,0 +1,325 @@
+"""The model folder: `projector.safetensors`, `config.json`, and everything else that was trained.
+
+Apart from the folder, decoding needs only the two base models, which config.json names together with the
+SHA-256 of their weights. If the recipe trained more than the projector, the folder contains that in common
+formats: `adapter/` as peft writes it, `llm/` and `encoder/` as transformers writes them.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from slam_asr.config.recipe import Encoder, Projector, Recipe, load_recipe
+from slam_asr.errors import ModelError
+from slam_asr.models.projector import SpeechProjector, build_projector
+from slam_asr.pretrained.lazy_tensors import is_finite
+from slam_asr.pretrained.unpickle import read_pickle
+from slam_asr.storage import fetch_folder, local_path, sha256_of_file, write_atomically, write_json
+
+WEIGHTS = "projector.safetensors"
+CONFIG = "config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"
+LLM, ENCODER = "llm", "encoder"
+FORMAT = 2
+"""Version of config.json. Version 1 supported only the linear projector, and can still be read."""
+
+_PEFT = "base_model.model."
+"""Prefix of every name in an adapter's file."""
+
+
+SHIPPED = Path(__file__).parents[1] / "projectors"
+"""Trained projectors that come with the package, each a model folder with its model card (README.md)."""
+
+
+@dataclass
+class ModelConfig:
+    """The content of `config.json`."""
+
+    recipe: str
+    """The resolved recipe as YAML: encoder, LLM, projector, prompt, and how it was trained."""
+    encoder: dict[str, Any]
+    """Fingerprint of the base encoder: weights' sha256, preprocessing."""
+    llm_sha256: str
+    """Digest of the base LLM's weights, from `weights_sha256`."""
+    encoder_width: int
+    """Values per encoder frame."""
+    llm_width: int
+    """Values per LLM position."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Facts about the training, for reports."""
+    format: int = FORMAT
+
+    @property
+    def typed_recipe(self) -> Recipe:
+        """The parsed and validated recipe."""
+        return load_recipe(self.recipe)
+
+
+def write_model(
+    folder: Path, projector: Mapping[str, torch.Tensor], config: ModelConfig, half: bool = False
+) -> None:
+    """Write a model's projector and configuration.
+
+    The configuration is written last, so a folder with an interrupted write is no model.
+
+    Args:
+        folder: of the model.
+        projector: its weights, by their names in `SpeechProjector`.
+        config: for config.json.
+        half: save the projector in fp16 instead of fp32.
+    """
+    (folder / CONFIG).unlink(missing_ok=True)
+    write_atomically(
+        folder / WEIGHTS,
+        save(
+            {
+                name: t.to(torch.float16 if half else torch.float32).contiguous()
+                for name, t in projector.items()
+            }
+        ),
+    )
+    write_json(folder / CONFIG, vars(config))
+
+
+def read_config(model: str | Path) -> ModelConfig:
+    """Read a model's configuration.
+
+    Args:
+        model: folder or s3:// prefix of a model, or the name of a shipped one.
+
+    Raises:
+        ModelError: the folder is no model, or has a newer format.
+    """
+    path = fetch_model(model) / CONFIG
+    if not path.is_file():
+        raise ModelError(
+            f"{model} holds no model (no {CONFIG}): give the folder that convert-checkpoint wrote."
+        )
+    try:
+        values = json.loads(path.read_text())
+        if values.get("format", 0) > FORMAT:
+            raise ModelError(
+                f"{path} has format {values['format']}, which is newer than this program: update slam-asr."
+            )
+        return ModelConfig(**values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a model's configuration: convert the checkpoint again.") from error
+
+
+def model_digests(model: str | Path) -> dict[str, str]:
+    """The SHA-256 of each file of a model that influences its output, by path in the folder."""
+    folder = local_path(model)
+    files = [folder / CONFIG, folder / WEIGHTS]
+    files += [
+        f
+        for part in (ADAPTER, LLM, ENCODER)
+        for f in sorted((folder / part).glob("*"))
+        if f.suffix in (".json", ".safetensors")
+    ]
+    return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if not f.name.startswith(".")}
+
+
+def encoder_of(model: str | Path, base: Encoder) -> Encoder:
+    """The recipe's section with the model's own trained encoder, if it has one, as the encoder's name."""
+    own = local_path(model) / ENCODER
+    return replace(base, name=str(own)) if own.is_dir() else base
+
+
+def read_projector(model: str | Path, config: ModelConfig) -> SpeechProjector:
+    """Load the trained projector in float32.
+
+    Raises:
+        ModelError: the weights are missing, damaged or not finite, or contradict the configuration.
+    """
+    path = local_path(model) / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: convert the checkpoint again.") from error
+    return projector_from_weights(
+        weights, config.typed_recipe.projector, config.encoder_width, config.llm_width, str(path)
+    )
+
+
+def projector_from_weights(
+    weights: Mapping[str, torch.Tensor], options: Projector, encoder_width: int, llm_width: int, where: str
+) -> SpeechProjector:
+    """Build a frozen float32 projector from its weights.
+
+    Args:
+        weights: by their names in `SpeechProjector`, of any dtype.
+        options: the recipe's section `projector`.
+        encoder_width: values per encoder frame.
+        llm_width: values per LLM position.
+        where: where the weights come from, for error messages.
+
+    Raises:
+        ModelError: the weights are not finite, or do not fit the options and widths.
+    """
+    with torch.device("meta"):
+        projector = build_projector(options, encoder_width, llm_width)
+    expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
+    actual = {name: tuple(t.shape) for name, t in weights.items()}
+    if expected != actual:
+        wrong = [n for n in expected | actual if expected.get(n) != actual.get(n)]
+        name = wrong[0]
+        raise ModelError(
+            f"{where} does not fit a {options.kind} projector with k = {options.downsampling} from encoder "
+            f"width {encoder_width} to LLM width {llm_width}: {name} is {actual.get(name, 'missing')}, "
+            f"not {expected.get(name, 'expected')}"
+            f"{f', and {len(wrong) - 1} more differ' * (len(wrong) > 1)}. "
+            "Name the encoder, LLM and projector that it was trained with."
+        )
+    for name, tensor in weights.items():
+        if not is_finite(tensor):
+            raise ModelError(
+                f"{where}: {name} holds values that are not finite, because the training diverged: "
+                "use an earlier checkpoint."
+            )
+    projector.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
+    return projector.eval().requires_grad_(False)
+
+
+def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
+    """Write a LoRA adapter as peft does.
+
+    Args:
+        folder: of the model; the adapter is written to `adapter/` in it.
+        weights: by their names in the LLM, such as `…q_proj.lora_A.default.weight`.
+        recipe: rank, alpha, targets, and the LLM's name.
+    """
+    from slam_asr.models.llm import lora_config
+
+    config = lora_config(recipe.llm.lora)
+    config.base_model_name_or_path, config.task_type, config.inference_mode = (
+        recipe.llm.name,
+        "CAUSAL_LM",
+        True,
+    )
+    tensors = {_PEFT + n.replace(".default.", "."): t.float().contiguous() for n, t in weights.items()}
+    (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder / ADAPTER))
+    write_atomically(folder / ADAPTER / ADAPTER_WEIGHTS, save(tensors))
+
+
+def read_adapter(model: str | Path) -> dict[str, torch.Tensor]:
+    """Read the adapter's weights, by their names in the LLM; empty if the model has no adapter.
+
+    Raises:
+        ModelError: its file is damaged or missing.
+    """
+    folder = local_path(model) / ADAPTER
+    return read_peft(folder) if folder.is_dir() else {}
+
+
+def adapter_file(folder: Path) -> Path:
+    """Find the file with the weights in a folder that peft wrote.
+
+    Raises:
+        ModelError: the folder has no such file.
+    """
+    for name in (ADAPTER_WEIGHTS, "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ModelError(
+        f"{folder} holds no LoRA adapter (no {ADAPTER_WEIGHTS}, no adapter_model.bin): "
+        "give the folder that peft wrote."
+    )
+
+
+def read_peft(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the weights in a folder that peft wrote, by their names in the LLM.
+
+    Raises:
+        ModelError: its file is damaged or missing.
+    """
+    file = adapter_file(folder)
+    if file.suffix == ".bin":
+        weights = read_pickle(file)
+    else:
+        try:
+            weights = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{file} cannot be read: copy it again, or convert the checkpoint again."
+            ) from error
+    return {_with_adapter_name(n.removeprefix(_PEFT)): t for n, t in weights.items()}
+
+
+def _with_adapter_name(name: str) -> str:
+    """`….lora_A.weight` → `….lora_A.default.weight`: peft's files omit the adapter's name."""
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.default.{last}"
+
+
+def require_matching_weights(
+    module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
+) -> None:
+    """Check that weights fit a module.
+
+    Args:
+        module: it may be on the meta device.
+        weights: by their names in the module.
+        where: the checkpoint, for error messages.
+        trained: names that `weights` must contain.
+
+    Raises:
+        ModelError: a weight is missing, unknown, of another shape, or not finite.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False))
+    missing = [n for n in trained if n not in weights]
+    if missing:
+        raise ModelError(
+            f"{where} lacks {len(missing)} weights, such as {missing[0]}: it belongs to another recipe."
+        )
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            shape = tuple(own[name].shape) if name in own else None
+            raise ModelError(
+                f"{where}: {name} is {tuple(tensor.shape)}, but this LLM or encoder "
+                f"{f'has {shape} there' if shape else 'has no such weight'}: it belongs to another model."
+            )
+        if not is_finite(tensor):
+            raise ModelError(
+                f"{where}: {name} holds values that are not finite, because the training diverged: "
+                "use an earlier checkpoint."
+            )
+
+
+def replace_weights(
+    module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
+) -> None:
+    """Check with `require_matching_weights`, then replace these weights of the module.
+
+    Raises:
+        ModelError: they do not fit.
+    """
+    require_matching_weights(module, weights, where, trained)
+    module.load_state_dict(weights, strict=False)
+
+
+def shipped_models() -> dict[str, Path]:
+    """The folder of each shipped model, by name."""
+    return (
+        {folder.name: folder for folder in sorted(SHIPPED.iterdir()) if folder.is_dir()}
+        if SHIPPED.is_dir()
+        else {}
+    )
+
+
+def fetch_model(model: str | os.PathLike) -> Path:
+    """The local folder of a model: a shipped one by its name, any other by its path or s3:// prefix.
+
+    Raises:
+        OSError: the disk is full, or fails.
+        StorageError: the prefix holds no objects, or cannot be read.
+    """
+    return shipped_models().get(str(model)) or fetch_folder(model)

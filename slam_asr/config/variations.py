@@ -1,0 +1,233 @@
+"""The variations of a sweep: the changes that each makes to the recipe, all checked before anything runs.
+
+They are written as a list, where each entry gives its changes by full key:
+
+    - {training.learning_rate: 1e-4}
+    - {name: two layers, projector.hidden: 4096}
+
+or as a grid, whose combinations are all tried:
+
+    training.learning_rate: [1e-4, 3e-4]
+    projector.downsampling: [5, 10]
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slam_asr.config.recipe import Recipe, as_int, load_recipe, recipe_keys
+from slam_asr.errors import ConfigurationError, StorageError, UserError
+from slam_asr.storage import is_s3, read_bytes
+
+SHARED = ("name", "data", "encoder", "features", "training.nodes")
+"""Keys that no variation may change.
+
+All variations share one manifest and one feature store, and the pipeline is compiled for one number of nodes.
+"""
+MIN_VARIATIONS = 2
+MAX_VARIATIONS = 100
+"""Maximum number of variations in one sweep; more usually means a grid that became too large by mistake."""
+
+_EXAMPLE = (
+    "write a list such as `- {training.learning_rate: 1e-4}`, "
+    "or a grid such as `training.learning_rate: [1e-4, 3e-4]`"
+)
+_NAME = re.compile(r"[^\x00-\x1f/]{1,80}")
+
+
+@dataclass
+class Variation:
+    """One training of a sweep."""
+
+    name: str
+    overrides: dict[str, Any]
+    """Values by full key, such as {"training.learning_rate": 0.0001}, sorted by key."""
+
+    def __post_init__(self) -> None:
+        # A pipeline's parameter preserves neither the order of keys nor integers.
+        self.overrides = {key: as_int(value) for key, value in sorted(self.overrides.items())}
+
+    def as_json(self) -> str:
+        """The variation as JSON, which the pipeline's steps pass on and `variation_of` reads."""
+        return json.dumps({"name": self.name, **self.overrides}, ensure_ascii=False)
+
+    def describe(self) -> str:
+        """The changes in words: `training.learning_rate 0.0001, projector.layers 2`."""
+        return (
+            ", ".join(f"{key} {_shown(value)}" for key, value in self.overrides.items())
+            or "the recipe unchanged"
+        )
+
+
+def read_variations(path: str) -> list[dict[str, Any]]:
+    """Read the variations from a file, with all combinations of a grid. `resolve` checks them.
+
+    Args:
+        path: YAML, on disk or in object storage.
+
+    Returns:
+        Mappings of full keys to values, each optionally with a `name`.
+
+    Raises:
+        UserError: the file cannot be read, or contains neither a list nor a grid.
+    """
+    try:
+        text = read_bytes(path) if is_s3(path) else Path(path).read_bytes()
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise StorageError(
+            f"The variations {path} cannot be read ({error.strerror}): check --sweep."
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(
+            f"The variations {path} are not valid YAML ({' '.join(str(error).split())}): {_EXAMPLE}."
+        ) from None
+    if isinstance(values, dict) and values:
+        return _grid(values, path)
+    if isinstance(values, list) and all(isinstance(entry, dict) for entry in values):
+        return values
+    raise ConfigurationError(f"The variations {path} are neither a list of mappings nor a grid: {_EXAMPLE}.")
+
+
+def _grid(values: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    not_lists = [key for key, choices in values.items() if not isinstance(choices, list) or not choices]
+    if not_lists:
+        raise ConfigurationError(f"The variations {path} give {not_lists[0]} no list of values: {_EXAMPLE}.")
+    return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
+
+
+def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
+    """Name each variation, and check that it can be applied to the recipe.
+
+    Args:
+        recipe: the recipe to vary.
+        entries: mappings of full keys to values, each optionally with a `name`.
+
+    Raises:
+        UserError: too few or too many variations, a key that all variations share, an unknown key, a value
+            that is not valid, or two variations with the same name or the same recipe.
+    """
+    if not MIN_VARIATIONS <= len(entries) <= MAX_VARIATIONS:
+        raise ConfigurationError(
+            f"A sweep has {MIN_VARIATIONS} to {MAX_VARIATIONS} variations, not {len(entries)}: {_EXAMPLE}."
+        )
+    variations: list[Variation] = []
+    seen: dict[str, str] = {}
+    for number, entry in enumerate(entries, start=1):
+        where = f"Variation {number} of the sweep"
+        if not isinstance(entry, dict):
+            raise ConfigurationError(f"{where} is {json.dumps(entry)}, not a mapping: {_EXAMPLE}.")
+        overrides = {str(key): as_int(value) for key, value in entry.items() if key != "name"}
+        for key in overrides:
+            _require_variable(key, where)
+        name = str(entry.get("name") or _default_name(overrides))
+        if not _NAME.fullmatch(name):
+            raise ConfigurationError(
+                f"{where} is named {name!r}: a name has 1 to 80 characters, without line breaks and slashes; "
+                "give it one with `name: …`."
+            )
+        if name in (variation.name for variation in variations):
+            raise ConfigurationError(
+                f"Two variations of the sweep are named {name}: give each a name of its own."
+            )
+        variation = Variation(name, overrides)
+        try:
+            resolved = json.dumps(asdict(replace(varied(recipe, variation), name="")), sort_keys=True)
+        except UserError as error:
+            raise ConfigurationError(f"{where} ({name}): {error}") from None
+        if resolved in seen:
+            raise ConfigurationError(
+                f"The variations {seen[resolved]} and {name} result in the same recipe: leave one out."
+            )
+        seen[resolved] = name
+        variations.append(variation)
+    return variations
+
+
+def variation_of(text: str) -> Variation:
+    """Parse a variation as the pipeline's steps pass it on: JSON of its name and its overrides.
+
+    Raises:
+        ConfigurationError: the text is not a variation.
+    """
+    try:
+        values = json.loads(text)
+        name = values.pop("name")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ConfigurationError(
+            f"{text} is not a variation of a sweep: write JSON of a name and overrides, "
+            'such as {"name": "slow", "training.learning_rate": 0.0001}.'
+        ) from None
+    return Variation(name, values)
+
+
+def varied(recipe: Recipe, variation: Variation) -> Recipe:
+    """The recipe of one variation, named after the variation.
+
+    Raises:
+        UserError: an unknown key or a value that is not valid.
+    """
+    return load_recipe(json.dumps(asdict(recipe)), variation.overrides | {"name": variation.name})
+
+
+def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) -> None:
+    """Refuse two variations with the same training, if they run at the same time.
+
+    Both would write the same checkpoints.
+
+    Raises:
+        ConfigurationError: two variations have the same training; names both.
+    """
+    seen: dict[str, str] = {}
+    for variation in variations:
+        sections = asdict(varied(recipe, variation))
+        training = json.dumps(
+            {
+                key: value
+                for key, value in sections.items()
+                if key not in ("name", "decoding", "published_wer")
+            },
+            sort_keys=True,
+        )
+        if training in seen:
+            raise ConfigurationError(
+                f"The variations {seen[training]} and {variation.name} differ only in decoding, so both "
+                "would train the same model at the same time: add --parallel 1, so that the second uses the "
+                "first one's model, or train once and measure the model with --model."
+            )
+        seen[training] = variation.name
+
+
+def _require_variable(key: str, where: str) -> None:
+    for shared in SHARED:
+        if key == shared or key.startswith(f"{shared}."):
+            raise ConfigurationError(
+                f"{where} changes {key}, but all variations share {', '.join(SHARED[1:-1])} and "
+                f"{SHARED[-1]}: change it for all of them with --{key}, or run the recipe by itself."
+            )
+    if key not in recipe_keys():
+        from slam_asr.config.schema import nearest
+
+        raise ConfigurationError(
+            f"{where} changes {key}, which is not a key of a recipe{nearest(key, recipe_keys()) or '.'}"
+        )
+
+
+def _default_name(overrides: dict[str, Any]) -> str:
+    """`learning_rate=0.0001 downsampling=10`; full keys if their last parts are not unique."""
+    last = [key.rpartition(".")[2] for key in overrides]
+    keys = last if len(set(last)) == len(last) else list(overrides)
+    return (
+        " ".join(f"{key}={_shown(value)}" for key, value in zip(keys, overrides.values(), strict=True))
+        or "unchanged"
+    )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,200 @@
+"""A loaded model that transcribes recordings of any length: the entry for Python programs.
+
+Each recording is divided at pauses (`pauses.py`). The segments of several recordings are decoded in common
+batches.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples, load_audio
+from slam_asr.config.recipe import Recipe
+from slam_asr.decoding.pauses import divide
+from slam_asr.decoding.subtitles import Segment, Transcript
+from slam_asr.progress import Meter
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from slam_asr.decoding.model import Model
+
+MAX_SECONDS_IN_MEMORY = 3600.0
+"""Seconds of audio in memory at a time; exceeded only by a single longer file."""
+
+
+def load_transcriber(
+    model: str, recipe: Recipe | None = None, max_segment_seconds: float = 20.0
+) -> "Transcriber":
+    """Load a model for transcription.
+
+    ```python
+    from slam_asr.decoding.transcriber import load_transcriber
+
+    transcriber = load_transcriber("whisper-tiny.en-smollm2-135m")
+    print(transcriber.transcribe("recording.flac").text)
+    ```
+
+    Args:
+        model: name of a shipped model, or a folder or s3:// prefix that convert-checkpoint wrote.
+        recipe: how to decode (its section `decoding`); by default, the recipe that the model was trained
+            with.
+        max_segment_seconds: length of the segments that recordings are divided into, in seconds at most. The
+            encoder's window limits it further.
+
+    Raises:
+        ModelError: a base model is not the one that the model was trained with, or weights are damaged.
+        UserError: the model or a base model does not exist, or this machine cannot compute in the recipe's
+            precision.
+    """
+    from slam_asr.decoding.model import open_model
+
+    opened = open_model(model)
+    return Transcriber(opened, recipe or opened.trained, max_segment_seconds)
+
+
+class Transcriber:
+    """A loaded model that transcribes recordings; `load_transcriber` builds it.
+
+    Args:
+        model: a located model; its weights are loaded here.
+        recipe: how to decode (its section `decoding`).
+        max_segment_seconds: as for `load_transcriber`.
+
+    Raises:
+        ModelError: weights are missing or damaged.
+        ConfigurationError: this machine cannot compute in the recipe's precision, or a segment of maximum
+            length leaves too few LLM positions for its answer.
+    """
+
+    def __init__(self, model: "Model", recipe: Recipe, max_segment_seconds: float) -> None:
+        from slam_asr.decoding.model import require_capacity
+        from slam_asr.models.precision import explain_precision, pick_device
+        from slam_asr.models.searcher import Searcher
+
+        self.model, self.options = model, recipe.decoding
+        explain_precision(self.options.precision, pick_device())  # raises if it cannot be used
+        window = model.spec.window_samples
+        self.max_segment_seconds = (
+            min(max_segment_seconds, window / SAMPLE_RATE) if window else max_segment_seconds
+        )
+        prompt = model.prompt()
+        self._prompt_positions = len(prompt.main.before) + len(prompt.main.ids)
+        longest = model.positions(model.spec.span_of(round(self.max_segment_seconds * SAMPLE_RATE)))
+        require_capacity(
+            [longest + self._prompt_positions],
+            lambda _: f"Audio of {self.max_segment_seconds:g} s",
+            self.options.max_new_tokens,
+            model.llm_folder,
+        )
+        self._searcher = Searcher(model.load(self.options, with_encoder=True), prompt, self.options)
+        self._prepare = model.spec.preparer()
+
+    def transcribe(self, file: str) -> Transcript:
+        """Transcribe one audio file.
+
+        Args:
+            file: wav, flac, ogg, opus or mp3, local or s3://, of any length and sample rate.
+
+        Raises:
+            InputError: the file does not exist, is no audio or is damaged.
+        """
+        (transcript,) = self.transcribe_files([file])
+        return transcript
+
+    def transcribe_files(
+        self,
+        files: Sequence[str],
+        seconds: Sequence[float] | None = None,
+        meter: Meter | None = None,
+        on_error: Callable[[str, AudioError], None] | None = None,
+    ) -> Iterator[Transcript]:
+        """Transcribe audio files; faster than one after the other, because their segments share batches.
+
+        Args:
+            files: as for `transcribe`.
+            seconds: duration of each file, if known; otherwise read from the files' headers.
+            meter: counts seconds of audio.
+            on_error: called with a damaged file and its error; the file is then skipped. Without it, the
+                error is raised.
+
+        Yields:
+            A transcript per file, in the order of `files`.
+
+        Raises:
+            InputError: a file does not exist or is no audio (before any is transcribed), or is damaged.
+        """
+        if seconds is None:
+            seconds = [count_samples(file) / SAMPLE_RATE for file in files]
+        for group in _groups(seconds):
+            recordings = []
+            for file in (files[index] for index in group):
+                try:
+                    recordings.append((file, load_audio(file)))
+                except AudioError as error:
+                    if on_error is None:
+                        raise
+                    on_error(file, error)
+            yield from self.transcribe_recordings(recordings, meter)
+
+    def transcribe_recordings(
+        self, recordings: "Sequence[tuple[str, np.ndarray]]", meter: Meter | None = None
+    ) -> Iterator[Transcript]:
+        """Transcribe audio in memory.
+
+        Args:
+            recordings: name and samples of each: [samples] at 16 kHz, full scale 1.
+            meter: counts seconds of audio.
+
+        Yields:
+            A transcript per recording, in the same order.
+        """
+        from slam_asr.models.searcher import plan_batches
+
+        stretches = [
+            (number, stretch)
+            for number, (_, samples) in enumerate(recordings)
+            for stretch in divide(samples, self.max_segment_seconds)
+        ]
+        audio_positions = [
+            self.model.positions(self.model.spec.span_of(stretch.end - stretch.start))
+            for _, stretch in stretches
+        ]
+        segments: dict[int, Segment] = {}
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "prepare-audio") as pool:
+            for batch in plan_batches(
+                [positions + self._prompt_positions for positions in audio_positions],
+                self.options.max_new_tokens,
+                self.options.beams,
+                self.options.positions_per_batch,
+            ):
+                samples_of_batch = [
+                    recordings[number][1][stretch.start : stretch.end]
+                    for number, stretch in (stretches[i] for i in batch)
+                ]
+                inputs = list(pool.map(self._prepare, samples_of_batch))
+                answers = self._searcher.decode(inputs, [audio_positions[i] for i in batch])
+                for i, answer in zip(batch, answers, strict=True):
+                    segments[i] = Segment(*stretches[i][1].seconds, answer.text, answer.cut)
+                if meter is not None:
+                    # Once per batch: all of its segments are finished at the same time.
+                    meter.update(round(sum(map(len, samples_of_batch)) / SAMPLE_RATE))
+        for number, (name, samples) in enumerate(recordings):
+            yield Transcript(
+                name,
+                len(samples) / SAMPLE_RATE,
+                [segments[i] for i, (recording, _) in enumerate(stretches) if recording == number],
+            )
+
+
+def _groups(seconds: Sequence[float]) -> Iterator[list[int]]:
+    """Yield the indices of files that are in memory together."""
+    group: list[int] = []
+    for index in range(len(seconds)):
+        if group and sum(seconds[i] for i in group) + seconds[index] > MAX_SECONDS_IN_MEMORY:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group

@@ -1,0 +1,228 @@
+"""An extraction: which shards are missing, who computes them, and the indexes that are published at its end.
+
+The shards to compute are planned from the manifests. An interrupted run finds the shards that were finished
+and resumes with the others. Several processes, on one machine or on many, each take every n-th shard; the
+store's bytes do not depend on how many there are. With several GPUs, each gets a process:
+`python -m slam_asr.features.extraction JOB`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slam_asr.artifacts.feature_store.index import isin_sorted
+from slam_asr.artifacts.feature_store.namespace import FeatureNamespace
+from slam_asr.artifacts.manifest import read_manifest
+from slam_asr.artifacts.stage_record import Outcome, Record
+from slam_asr.artifacts.utterances import fit_to_window, samples_of
+from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
+from slam_asr.features.plan import Audio, ExtractionPlan, PlannedShard, distinct_audio
+from slam_asr.progress import log_line
+from slam_asr.runtime.launch import Job, processes_of
+from slam_asr.runtime.work_split import WorkShard
+from slam_asr.runtime.worker import die_with_parent, failures_written_to
+from slam_asr.storage import is_s3, local_path
+from slam_asr.storage.local import remove_abandoned
+
+if TYPE_CHECKING:
+    import torch
+
+    from slam_asr.models.encoders.base import EncoderSpec
+
+STAGE = "extract-features"
+
+
+@dataclass(kw_only=True)
+class ExtractionJob(Job):
+    """The instructions for one of several processes."""
+
+    recipe: str
+    """The resolved recipe, as YAML."""
+    files: list[str]
+    """Manifests."""
+    output: str
+    """The store."""
+    work_shard: dict[str, int]
+    """Fields of the `WorkShard` that all the processes compute together."""
+
+
+class Extraction:
+    """The work of one extraction and its progress.
+
+    Args:
+        recipe: the recipe.
+        spec: its encoder.
+        files: manifests; audio that several of them have is computed for the first.
+        output: the store.
+        work_shard: which of the shards this extraction computes.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        spec: "EncoderSpec",
+        files: Sequence[str],
+        output: str,
+        work_shard: WorkShard,
+    ) -> None:
+        self.recipe, self.spec, self.files = recipe, spec, list(files)
+        self.output, self.work_shard = output, work_shard
+        self.fingerprint = fingerprint_of(recipe, spec)
+        self.namespace = FeatureNamespace.of(output, self.fingerprint)
+        self.audio = self._distinct_audio()
+
+    def _distinct_audio(self) -> list[Audio]:
+        """The audio of each manifest that no earlier manifest has."""
+        distinct: list[Audio] = []
+        for file in self.files:
+            audio = distinct_audio(fit_to_window(read_manifest(file), self.spec), samples_of)
+            for earlier in distinct:
+                audio = audio.select(~isin_sorted(audio.audio_ids, earlier.audio_ids))
+            distinct.append(audio)
+        return distinct
+
+    def plans(self) -> list[ExtractionPlan]:
+        """One plan for each manifest, for the store in its present state."""
+        options = self.recipe.features
+        return [
+            ExtractionPlan(audio, self.namespace, self.fingerprint, self.spec, options, self.work_shard)
+            for audio in self.audio
+        ]
+
+    @staticmethod
+    def missing(plans: list[ExtractionPlan], process: int = 0, processes: int = 1) -> list[PlannedShard]:
+        """The shards that one of several processes must compute.
+
+        Shards are assigned to processes before those that exist are left out, so the assignment does not
+        depend on the progress of the other processes.
+
+        Args:
+            plans: of all manifests.
+            process: number of the process, from 0.
+            processes: how many share the work.
+        """
+        own = [(plan, shard) for plan in plans for shard in plan.own_shards]
+        return [shard for plan, shard in own[process::processes] if plan.is_missing(shard)]
+
+    def is_intact(self, record: Record) -> bool:
+        """Whether the indexes and shards that a finished extraction recorded still exist."""
+        sizes = self.namespace.shard_sizes()
+        names = set(self.namespace.index_names())
+        for name in record.facts.get("indexes", []):
+            path = self.namespace.index_path(name)
+            if name not in names or any(
+                sizes.get(s.name) != s.bytes for s in self.namespace.read_index(path).shards
+            ):
+                log_line(f"{STAGE}: the store has lost some of its files; they are computed again")
+                return False
+        return True
+
+    def run(self) -> Outcome:
+        """Compute what is missing and publish the indexes."""
+        from slam_asr.models.precision import pick_device, processes_here
+
+        self.namespace.write_fingerprint(self.fingerprint, self.spec.width)
+        self._remove_abandoned_files()
+        plans = self.plans()
+        missing = self.missing(plans)
+        utterances = sum(len(plan.audio) for plan in plans)
+        new = sum(len(shard.audio) for shard in missing)
+        hours = sum(shard.audio.seconds() for shard in missing) / 3600
+        frames = f", frames: {self.recipe.encoder.frames}" if self.spec.window_samples else ""
+        own = (
+            f" (work shard {self.work_shard.number} of {self.work_shard.of})"
+            if self.work_shard.of > 1
+            else ""
+        )
+        log_line(
+            f"encoder: {self.recipe.encoder.name}{frames}; {utterances} utterances, "
+            f"{new} of them to compute here{own}, {hours:.2f} h"
+        )
+        processes = processes_here("features.processes", self.recipe.features.processes)
+        device = pick_device()
+        if missing and processes > 1:
+            self._encode_on_several(processes)
+        elif missing:
+            self.encode(missing, device)
+        published = [plan.publish() for plan in plans]
+        shards = {shard for _, index in published for shard in index.shards}
+        size = sum(shard.bytes for shard in shards)
+        entries = sum(len(index) for _, index in published)
+        return Outcome(
+            summary=f"{entries} utterances, {size / 1e6:.1f} MB in {len(shards)} "
+            f"shard{'s' * (len(shards) != 1)}, {new} of them new",
+            metrics={
+                "utterances": entries,
+                "new utterances": new,
+                "audio_hours": round(sum(plan.own_seconds() for plan in plans) / 3600, 4),
+                "megabytes": round(size / 1e6, 2),
+            },
+            facts={
+                "device": device.type,
+                "indexes": [name for name, _ in published],
+                "fingerprint": self.fingerprint,
+            },
+        )
+
+    def encode(self, shards: list[PlannedShard], device: "torch.device") -> None:
+        """Compute shards on one device and publish each."""
+        from slam_asr.features.encode import EncodingTask, encode_shards
+
+        encode_shards(EncodingTask(self.recipe, self.spec, self.namespace, self.fingerprint), shards, device)
+
+    def _encode_on_several(self, processes: int) -> None:
+        """Divide the missing shards among several processes, and wait for all of them."""
+        job = ExtractionJob(
+            recipe=dump_recipe(self.recipe),
+            files=self.files,
+            output=self.output,
+            work_shard=asdict(self.work_shard),
+        )
+        remedy = "encoder.batch_seconds or features.processes"
+        with processes_of("slam_asr.features.extraction", job, processes, remedy) as running:
+            while any(process.poll() is None for process in running) and not any(
+                process.poll() for process in running
+            ):
+                time.sleep(0.1)
+
+    def _remove_abandoned_files(self) -> None:
+        """Remove what a killed extraction left half-written on a local disk.
+
+        A running extraction locks the files that it writes, so those are not removed.
+        """
+        if not is_s3(self.namespace.root):
+            remove_abandoned(local_path(self.namespace.root))
+
+
+def fingerprint_of(recipe: Recipe, spec: "EncoderSpec") -> dict[str, Any]:
+    """Everything that determines the values in a store: encoder weights, preprocessing and dtype."""
+    return {**spec.fingerprint(), "dtype": recipe.features.dtype}
+
+
+def main() -> None:
+    """Entry point of one of several processes on a machine."""
+    import torch
+
+    from slam_asr.models.encoders.registry import describe_encoder
+    from slam_asr.models.precision import pick_device
+
+    die_with_parent()
+    job = ExtractionJob(**json.loads(Path(sys.argv[1]).read_text()))
+    with failures_written_to(Path(job.folder)):
+        recipe = load_recipe(job.recipe)
+        extraction = Extraction(
+            recipe, describe_encoder(recipe.encoder), job.files, job.output, WorkShard(**job.work_shard)
+        )
+        device = pick_device()
+        if device.type == "cuda":
+            device = torch.device("cuda", job.process)
+            torch.cuda.set_device(device)
+        extraction.encode(extraction.missing(extraction.plans(), job.process, job.processes), device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The supported speech encoders: which class reads which checkpoint."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from slam_asr.config.recipe import Encoder
+from slam_asr.config.schema import one_sentence
+from slam_asr.errors import ModelError
+from slam_asr.models.encoders.base import EncoderSpec
+from slam_asr.models.encoders.waveform import WAVEFORM_MODELS, WaveformSpec
+from slam_asr.models.encoders.whisper import WhisperSpec
+from slam_asr.pretrained.locate import locate_model
+
+
+def describe_encoder(options: Encoder) -> EncoderSpec:
+    """Read an encoder's configuration without its weights.
+
+    Raises:
+        ModelError: the model cannot be found, or is not a supported encoder.
+    """
+    folder = locate_model(options.name)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{options.name} ({folder}) has no readable config.json: {one_sentence(error)}"
+        ) from error
+    return spec_of(folder, config, options)
+
+
+def spec_of(folder: Path, config: PretrainedConfig, options: Encoder) -> EncoderSpec:
+    """Build an encoder's description from its configuration.
+
+    Raises:
+        ModelError: it is not a supported encoder.
+    """
+    if config.model_type == "whisper":
+        return WhisperSpec(folder, config, options)
+    if config.model_type in WAVEFORM_MODELS:
+        return WaveformSpec(folder, config, options)
+    raise ModelError(
+        f"encoder.name is {options.name}, a model of type {config.model_type}; "
+        f"supported encoders: whisper, {', '.join(WAVEFORM_MODELS)}. Give one of these."
+    )

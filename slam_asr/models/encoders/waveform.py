@@ -1,0 +1,144 @@
+"""WavLM, HuBERT and wav2vec 2.0: encoders whose input is the waveform itself.
+
+In a batch of unequal lengths each utterance gets the same frames as when it is encoded alone. For this,
+padding is masked in the attention. The base models also normalise their first convolution's output over
+time, so padding must not enter those statistics: otherwise the error would be as large as the output itself.
+"""
+
+import json
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from slam_asr.errors import ModelError
+from slam_asr.models.encoders.base import SAMPLES_PER_FRAME, EncoderSpec, SpeechEncoder
+from slam_asr.models.encoders.frontend import Prepared, Waveform
+
+# transformers' WavLM passes two masks of different dtypes to torch, which warns; users cannot change that.
+warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+
+WAVEFORM_MODELS = ("wavlm", "hubert", "wav2vec2")
+"""Supported values of `model_type` in transformers' configurations."""
+
+
+class WaveformSpec(EncoderSpec):
+    """A WavLM, HuBERT or wav2vec 2.0 checkpoint; a CTC head on it is dropped."""
+
+    def frames_of(self, samples: int) -> int:
+        """Output length of the unpadded convolutions: one frame for 400 samples, and one per 320 more."""
+        for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
+            samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
+        return samples
+
+    def span_of(self, samples: int) -> int:
+        """samples // 320: one more than `frames_of` if the last frame would reach beyond the end."""
+        return samples // SAMPLES_PER_FRAME
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the checkpoint was trained on waveforms that are layer-normalised over their samples.
+
+        Raises:
+            ModelError: preprocessor_config.json does not state it.
+        """
+        path = self.folder / "preprocessor_config.json"
+        try:
+            return bool(json.loads(path.read_text())["do_normalize"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{path} does not state whether the encoder needs normalised waveforms (do_normalize): "
+                "fetch the model again."
+            ) from error
+
+    def encoder_of(self, model: PreTrainedModel) -> nn.Module:
+        """The complete model, with the augmentations of its own pretraining disabled."""
+        # In training mode transformers would mask frames and drop layers at random.
+        model.config.apply_spec_augment, model.config.layerdrop = False, 0.0
+        return model
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Whether waveforms are normalised."""
+        return {"normalize": self.normalize}
+
+    def preparer(self) -> Waveform:
+        """The function that prepares waveforms, with normalisation if the checkpoint needs it."""
+        return Waveform(self.normalize)
+
+    def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "WaveformEncoder":
+        """Load the encoder with frozen weights."""
+        return WaveformEncoder(self, dtype, device)
+
+
+class WaveformEncoder(SpeechEncoder):
+    """Encodes waveforms."""
+
+    spec: WaveformSpec
+
+    def __init__(self, spec: WaveformSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        super().__init__(spec, dtype, device)
+        first = self._first_convolution()
+        if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
+            first.layer_norm = MaskedGroupNorm(first.layer_norm)
+
+    def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
+        """Pad the waveforms with zeros to the longest, mask the padding, and encode them in one batch.
+
+        Returns:
+            A tensor [frames, width] per utterance; no frames for one that is shorter than 400 samples.
+        """
+        frames = [self.spec.frames_of(u.samples) for u in utterances]
+        encodable = [u for u, n in zip(utterances, frames, strict=True) if n > 0]
+        if not encodable:
+            return [torch.zeros(0, self.spec.width, dtype=self.dtype, device=self.device) for u in utterances]
+        lengths = torch.tensor([u.samples for u in encodable], device=self.device)
+        waveforms = pad_sequence([u.inputs[0] for u in encodable], batch_first=True).to(
+            self.device, self.dtype
+        )
+        mask = None
+        if len(set(lengths.tolist())) > 1:
+            mask = (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None]).long()
+        self._set_group_norm_lengths(None if mask is None else lengths)
+        outputs = iter(self.model(waveforms, attention_mask=mask).last_hidden_state)
+        return [next(outputs)[:n] if n else waveforms.new_zeros(0, self.spec.width) for n in frames]
+
+    def _first_convolution(self) -> Any:
+        """The first layer of the feature extractor, whose class differs between the models."""
+        model: Any = self.model
+        return model.feature_extractor.conv_layers[0]
+
+    def _set_group_norm_lengths(self, lengths: torch.Tensor | None) -> None:
+        """Pass the utterances' lengths to the first convolution's norm, if that is over time.
+
+        Args:
+            lengths: [utterances] in samples; None if the batch has no padding.
+        """
+        first = self._first_convolution()
+        norm = getattr(first, "layer_norm", None)
+        if isinstance(norm, MaskedGroupNorm):
+            kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
+            norm.lengths = None if lengths is None else (lengths - kernel) // stride + 1
+
+
+class MaskedGroupNorm(nn.Module):
+    """A group norm with one channel per group whose statistics exclude padding."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.lengths: torch.Tensor | None = None
+        """[utterances]: frames of each utterance without padding; None if the batch has no padding."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise [utterances, channels, frames] over the frames; the shape is unchanged."""
+        if self.lengths is None:
+            return functional.group_norm(hidden, hidden.shape[1], self.weight, self.bias, self.eps)
+        x, count = hidden.float(), self.lengths[:, None, None]
+        valid = torch.arange(x.shape[2], device=x.device) < count
+        centred = (x - (x * valid).sum(2, keepdim=True) / count) * valid
+        scaled = centred * torch.rsqrt((centred**2).sum(2, keepdim=True) / count + self.eps)
+        return (scaled * self.weight.float()[:, None] + self.bias.float()[:, None]).to(hidden.dtype)

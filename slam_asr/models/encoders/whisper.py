@@ -1,0 +1,99 @@
+"""Whisper's encoder, whose input is the log-mel spectrogram of a 30-second window.
+
+The window is always padded with silence to its full length, because published results depend on it. The
+option `encoder.frames` determines how many of the output frames are used. The number of mel bins (80, or 128
+from large-v3 on) comes from the checkpoint.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from slam_asr.audio import SAMPLE_RATE
+from slam_asr.models.encoders.base import SAMPLES_PER_FRAME, EncoderSpec, SpeechEncoder
+from slam_asr.models.encoders.frontend import COLUMN_SAMPLES, LogMel, Prepared
+
+
+class WhisperSpec(EncoderSpec):
+    """The encoder of a Whisper checkpoint."""
+
+    @property
+    def width(self) -> int:
+        """d_enc: number of values per frame."""
+        return self.config.d_model
+
+    @property
+    def window_frames(self) -> int:
+        """Frames of a full window: 1500 for 30 s."""
+        return self.config.max_source_positions
+
+    @property
+    def window_samples(self) -> int:
+        """Samples at 16 kHz in the window: 480 000 for 30 s."""
+        return self.window_frames * SAMPLES_PER_FRAME
+
+    def windows_of(self, samples: int) -> int:
+        """Number of windows of an utterance: one, unless long audio is split."""
+        return self.preparer().windows_of(samples)
+
+    def preparer(self) -> LogMel:
+        """The function that computes spectrograms; config.json has the mel bins that the weights need."""
+        return LogMel(self.config.num_mel_bins, self.window_samples, self.options.long_audio == "split")
+
+    def seconds_of(self, samples: int) -> float:
+        """Seconds of all windows: 30 for an utterance in one."""
+        return self.windows_of(samples) * self.window_samples / SAMPLE_RATE
+
+    def frames_of(self, samples: int) -> int:
+        """All frames of all windows, or with `frames: speech` only ceil(samples / 320)."""
+        total = self.windows_of(samples) * self.window_frames
+        return total if self.options.frames == "all" else min(math.ceil(samples / SAMPLES_PER_FRAME), total)
+
+    def encoder_of(self, model: PreTrainedModel) -> nn.Module:
+        """The encoder; the decoder is dropped."""
+        return model.get_encoder()
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Window, mel bins, which frames are used, and what happens to long audio."""
+        return {
+            "window_frames": self.window_frames,
+            "mel_bins": self.config.num_mel_bins,
+            "frames": self.options.frames,
+            "long_audio": "split" if self.options.long_audio == "split" else "cut",
+        }
+
+    def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "WhisperEncoder":
+        """Load the encoder with frozen weights."""
+        return WhisperEncoder(self, dtype, device)
+
+
+class WhisperEncoder(SpeechEncoder):
+    """Encodes log-mel spectrograms."""
+
+    spec: WhisperSpec
+
+    def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
+        """Encode all windows of all utterances in one batch, and join the windows of each utterance.
+
+        Returns:
+            A tensor [frames, width] per utterance.
+        """
+        columns = self.spec.window_samples // COLUMN_SAMPLES
+        # Spectrograms end with one column of silence; repeating it fills the window.
+        padded = [
+            functional.pad(w[None], (0, columns - w.shape[1]), mode="replicate")[0]
+            for u in utterances
+            for w in u.inputs
+        ]
+        windows = torch.stack(padded).to(
+            self.device, self.dtype, non_blocking=True
+        )  # [windows, bins, columns]
+        hidden = self.model(windows).last_hidden_state  # [windows, frames, width]
+        parts = hidden.split([len(u.inputs) for u in utterances])
+        return [
+            p.flatten(0, 1)[: self.spec.frames_of(u.samples)] for p, u in zip(parts, utterances, strict=True)
+        ]

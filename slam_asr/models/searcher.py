@@ -1,0 +1,165 @@
+"""Decode batches of audio to transcripts, by greedy or beam search through the LLM."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+
+from slam_asr.config.recipe import Decoding
+from slam_asr.generation.beam_search import NEARLY_TIED, Answers
+from slam_asr.models.encoders.frontend import Prepared
+from slam_asr.models.prompt import Prompt
+from slam_asr.models.slam import Row, Slam, collate
+
+
+@dataclass
+class Choice:
+    """One entry of an n-best list."""
+
+    text: str
+    score: float
+    """Log probability of the text and its end token after the repetition penalty, divided by
+    tokens ** `decoding.length_penalty`; higher is better."""
+
+
+@dataclass
+class Answer:
+    """The transcript that the LLM generated for one utterance."""
+
+    text: str
+    cut: bool
+    """Whether `max_new_tokens` was reached before the answer ended."""
+    ids: list[int]
+    """Token ids as generated, including the end token and the padding after it."""
+    close: bool | None = False
+    """Whether rounding may have decided the text: at some step the two best choices were less than
+    `NEARLY_TIED` apart. None if not known."""
+    choices: list[Choice] = field(default_factory=list)
+    """The n-best list, this answer first; empty for `decoding.nbest` 1."""
+
+
+class CloseCalls(LogitsProcessor):
+    """Record steps of transformers' greedy search at which the two best tokens are nearly tied.
+
+    Args:
+        stops: [stops], tokens that end an answer.
+    """
+
+    def __init__(self, stops: torch.Tensor) -> None:
+        self.stops = stops
+        self.close: torch.Tensor | None = None
+        """[utterances] bool; None before the first step."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return `scores` [utterances, vocabulary] unchanged; `input_ids` are [utterances, tokens so far]."""
+        first, second = scores.topk(2).values.unbind(1)
+        # What follows the end of an answer does not count.
+        nearly_tied = (first - second < NEARLY_TIED) & ~torch.isin(input_ids, self.stops).any(1)
+        self.close = nearly_tied if self.close is None else self.close | nearly_tied
+        return scores
+
+
+class Searcher:
+    """Decodes batches of utterances with a loaded model.
+
+    Args:
+        model: on one device.
+        prompt: the prompts; decoding uses `prompt.main`.
+        options: beams, penalties and limits.
+        inference_only: False if the model is being trained. Then its tensors must stay usable for gradients,
+            and processes that share its weights must run the LLM equally often.
+    """
+
+    def __init__(self, model: Slam, prompt: Prompt, options: Decoding, inference_only: bool = True) -> None:
+        self.model, self.prompt, self.inference_only = model, prompt, inference_only
+        # A new configuration: sampling options in the LLM's own generation_config.json must not affect a
+        # measurement.
+        self.generation = GenerationConfig(
+            num_beams=options.beams,
+            num_return_sequences=options.nbest,
+            do_sample=False,
+            max_new_tokens=options.max_new_tokens,
+            repetition_penalty=options.repetition_penalty,
+            length_penalty=options.length_penalty,
+            eos_token_id=prompt.stops,
+            pad_token_id=prompt.end,
+        )
+        model.llm.generation_config = self.generation
+
+    def decode(self, audio: Sequence[torch.Tensor | Prepared], positions: Sequence[int]) -> list[Answer]:
+        """Decode a batch without recording gradients.
+
+        Args:
+            audio: features, each [frames, encoder width], or the inputs of the model's encoder.
+            positions: LLM positions of each utterance.
+
+        Returns:
+            One answer per utterance, in the same order.
+        """
+        prompt = self.prompt.main
+        rows = [Row(a, n, prompt.before, prompt.ids, []) for a, n in zip(audio, positions, strict=True)]
+        batch = collate(rows).to(self.model.llm.device)
+        # Sharded weights that are gathered in inference mode could not be used for training afterwards.
+        with torch.inference_mode() if self.inference_only else torch.no_grad():
+            # In training, processes with sharded weights must all run the LLM equally often, even if their
+            # answers end at different steps. transformers' `generate` ensures that; our greedy search does
+            # not.
+            if self.inference_only or self.generation.num_beams > 1:
+                found = self.model.search(batch, self.generation)
+                if found is not None:
+                    return self._from_search(found)
+            watch = self._watch()
+            answers = [
+                self._answer(ids) for ids in self.model.generate(batch, self.generation, watch).tolist()
+            ]
+            if watch is not None and watch.close is not None:
+                for answer, close in zip(answers, watch.close.tolist(), strict=True):
+                    answer.close = close
+        return answers
+
+    def _from_search(self, found: Answers) -> list[Answer]:
+        answers = []
+        nearly_tied: Sequence[bool | None] = found.nearly_tied or [None] * len(found.ids)
+        for ids, scores, close in zip(found.ids.tolist(), found.scores.tolist(), nearly_tied, strict=True):
+            answer = self._answer(ids[0])
+            answer.close = close
+            if len(ids) > 1:
+                answer.choices = [
+                    Choice(self.prompt.answer_of(row), score) for row, score in zip(ids, scores, strict=True)
+                ]
+            answers.append(answer)
+        return answers
+
+    def _watch(self) -> CloseCalls | None:
+        if not self.inference_only:
+            return None
+        return CloseCalls(torch.tensor(self.prompt.stops, device=self.model.llm.device))
+
+    def _answer(self, ids: list[int]) -> Answer:
+        cut = not set(self.prompt.stops) & set(ids) and len(ids) >= self.generation.max_new_tokens
+        return Answer(self.prompt.answer_of(ids), cut, ids)
+
+
+def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: int) -> Iterator[list[int]]:
+    """Group utterances of similar length, longest first, into batches of at most `budget` LLM positions.
+
+    Args:
+        positions: LLM positions of audio and prompt, for each utterance.
+        max_new_tokens: positions reserved for the answer.
+        beams: hypotheses per utterance.
+        budget: positions of a batch, including padding; exceeded only by an utterance that is longer by
+            itself.
+
+    Yields:
+        Indices of each batch's utterances.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(positions)), key=lambda i: (-positions[i], i)):
+        longest = positions[batch[0] if batch else index] + max_new_tokens
+        if batch and longest * beams * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

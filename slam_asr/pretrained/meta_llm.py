@@ -1,0 +1,259 @@
+"""An LLM whose weights are read one by one, so that no process ever holds the complete model.
+
+The LLM is first built on the meta device, which gives every weight a name, shape and dtype but no memory.
+Each weight is read from its safetensors file only when there is a place for it, for example the rows that one
+process owns under FSDP2. transformers checks the files against the model as it does in an ordinary load; only
+the values are not read. Where it would rename, merge or transpose weights while loading, this module raises
+`NotLazilyLoadable`, and the caller loads the complete model with transformers instead.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from slam_asr.pretrained.load_weights import load_errors_as_model_errors, load_weights, require_finite_weight
+
+
+class NotLazilyLoadable(Exception):
+    """The tensors in the files do not correspond one to one to the model's weights.
+
+    Only transformers knows how to convert them. The message is a clause that gives the reason, such as
+    "it is quantised".
+    """
+
+
+@dataclass
+class LazyWeight:
+    """A weight of the LLM that is on the meta device until its values are read.
+
+    Adding adapters and sharding with FSDP2 leave it valid: both keep the modules that own the weights.
+    """
+
+    name: str
+    """Its name in the LLM."""
+    places: list[tuple[nn.Module, str]]
+    """The modules that own it, each with the attribute's name: several if the weight is tied."""
+    folder: Path
+    file: Path
+    key: str
+    """Its name in the file."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that its modules have now."""
+        module, name = self.places[0]
+        return getattr(module, name)
+
+    def read_into(self, target: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        """Fill a tensor with the weight's values, or with some of its rows.
+
+        Args:
+            target: `[rows, …]`, with up to as many rows as the weight, of any device and dtype. Nothing else
+                of the file stays in memory.
+            first_row: the weight's row that becomes row 0 of `target`.
+
+        Returns:
+            `target`.
+
+        Raises:
+            ModelError: the values cannot be read, or are not finite.
+        """
+        if target.numel():
+            with (
+                load_errors_as_model_errors(self.folder, "LLM"),
+                safe_open(self.file, framework="pt") as file,
+            ):
+                # The file is memory-mapped: only the pages of the copied rows are read from disk.
+                target.copy_(
+                    file.get_slice(self.key)[first_row : first_row + len(target)]
+                    if target.dim()
+                    else file.get_tensor(self.key)
+                )
+            require_finite_weight(self.name, target, f"The LLM in {self.folder}")
+        return target
+
+    def put(self, values: torch.Tensor) -> nn.Parameter:
+        """Replace the parameter, in all modules that own it, by one with these values."""
+        parameter = nn.Parameter(values, requires_grad=self.parameter.requires_grad)
+        for module, name in self.places:
+            setattr(module, name, parameter)
+        return parameter
+
+
+def describe_lazy_llm(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, list[LazyWeight]]:
+    """Build a causal LM as `load_llm` does, but leave its weights on the meta device.
+
+    Args:
+        folder: with transformers' files.
+        dtype: of the weights.
+
+    Returns:
+        The LLM, whose buffers have their values on the CPU, and one entry per weight that says where to read
+        it; a tied weight has a single entry.
+
+    Raises:
+        NotLazilyLoadable: load the complete LLM instead.
+        ModelError: the folder holds no causal LM that transformers can load, or weights are missing or
+            damaged.
+    """
+    files = _safetensors_files(folder)
+    with load_errors_as_model_errors(folder, "LLM"):
+        if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None):
+            raise NotLazilyLoadable("it is quantised")
+    llm = load_weights(AutoModelForCausalLM, folder, dtype, "LLM", values=False)
+    # transformers leaves this list on a model whose weights it renames, merges or splits while it loads them.
+    if getattr(llm, "_weight_conversions", None):
+        raise NotLazilyLoadable("its files have other names than the model")
+    # keep_vars: with the parameters themselves, not detached copies, tied weights are the same object.
+    state = llm.state_dict(keep_vars=True)
+    # If the files hold both copies of a tied weight, transformers ties them only if their values are equal.
+    # On the meta device it cannot compare them, and leaves them untied.
+    for tied, other in llm.all_tied_weights_keys.items():
+        if state[tied] is not state[other]:
+            raise NotLazilyLoadable("weights that it ties are in its files twice")
+    lazy = _match_files(llm, state, folder, files)
+    _fill_buffers(llm, {weight.name: weight for weight in lazy})
+    return llm, [weight for weight in lazy if isinstance(state[weight.name], nn.Parameter)]
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would load: the single file first, else those of the index."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        raise NotLazilyLoadable("it is not saved as safetensors")
+    with load_errors_as_model_errors(folder, "LLM"):
+        return [
+            folder / name
+            for name in sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+        ]
+
+
+def _match_files(
+    llm: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path, files: list[Path]
+) -> list[LazyWeight]:
+    """Find the file and the key of every tensor in the model's state.
+
+    Args:
+        llm: on the meta device.
+        state: its parameters and persistent buffers, by name.
+        folder: of the files, for messages.
+        files: from `_safetensors_files`.
+
+    Raises:
+        NotLazilyLoadable: a tensor is in no file, or has another shape there.
+        ModelError: a file is damaged.
+    """
+    # By identity: a tied weight has several names and several owners, but is one tensor.
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in llm.modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                places.setdefault(id(tensor), []).append((module, leaf))
+    matched: dict[int, LazyWeight] = {}
+    prefix = llm.base_model_prefix + "."
+    for path in files:
+        with load_errors_as_model_errors(folder, "LLM"), safe_open(path, framework="pt") as file:
+            for key in sorted(file.keys()):
+                # Files written from the base model, without the output layer, lack the prefix that the base
+                # model has inside the causal LM. transformers accepts both spellings, and so do we.
+                name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in state), None)
+                if name is None or id(state[name]) in matched:
+                    continue
+                if list(state[name].shape) != file.get_slice(key).get_shape():
+                    raise NotLazilyLoadable("its files have other shapes than the model")
+                matched[id(state[name])] = LazyWeight(name, places[id(state[name])], folder, path, key)
+    if any(id(tensor) not in matched for tensor in state.values()):
+        raise NotLazilyLoadable("its files have other names than the model")
+    return list(matched.values())
+
+
+def _fill_buffers(llm: PreTrainedModel, lazy: dict[str, LazyWeight]) -> None:
+    """Give the buffers their values: from the files, or else computed as transformers does after loading.
+
+    Buffers such as the frequencies of rotary embeddings are in no file. `_init_weights` of the model computes
+    them, but not every model implements that for every buffer, and nothing reports the ones it leaves out.
+    So the buffers are computed twice, from memory filled with 0 and with 1: a buffer that differs was not
+    computed, and its values cannot be known here.
+    """
+    names = {name for name, _ in llm.named_buffers(remove_duplicate=False)}
+    from_files = {
+        name: lazy[name].read_into(torch.empty_like(buffer, device="cpu"))
+        for name, buffer in llm.named_buffers(remove_duplicate=False)
+        if name in lazy
+    }
+    first, second = (_computed_buffers(llm, names, from_files, fill) for fill in (0, 1))
+    if not all(torch.equal(first[name], second[name]) for name in names):
+        raise NotLazilyLoadable("it does not define how its buffers are computed")
+
+
+def _computed_buffers(
+    llm: PreTrainedModel, names: set[str], from_files: dict[str, torch.Tensor], fill: int
+) -> dict[str, torch.Tensor]:
+    """Put buffers on the CPU into the LLM and let transformers compute those that are in no file.
+
+    Args:
+        llm: its weights stay on the meta device, where initialising them costs nothing.
+        names: of all buffers, each alias included.
+        from_files: buffers that were read, by name.
+        fill: value of every other buffer before transformers computes it.
+
+    Returns:
+        All buffers of the LLM, by name.
+    """
+    # One tensor per shared buffer, so that aliases in several modules stay aliases.
+    replacements: dict[int, torch.Tensor] = {}
+    for name in sorted(names):
+        path, _, leaf = name.rpartition(".")
+        module = llm.get_submodule(path)
+        buffer = module._buffers[leaf]
+        assert buffer is not None  # `named_buffers` leaves out empty entries
+        replacement = replacements.setdefault(
+            id(buffer),
+            from_files[name] if name in from_files else torch.full_like(buffer, fill, device="cpu"),
+        )
+        # transformers' init functions skip tensors with this mark, which torch's types do not know; without
+        # it they would overwrite what was read from the files.
+        replacement._is_hf_initialized = name in from_files  # type: ignore[attr-defined]
+        module._buffers[leaf] = replacement
+    # `from_pretrained` has marked every module as initialised, and `initialize_weights` skips those.
+    for module in llm.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    # Initialising draws random numbers for the weights: keep the caller's random state unchanged.
+    with torch.random.fork_rng(devices=[]):
+        llm.initialize_weights()
+    return dict(llm.named_buffers(remove_duplicate=False))
+
+
+@contextlib.contextmanager
+def zero_placeholders(model: nn.Module) -> Iterator[None]:
+    """Replace weights on the meta device by zeros on the CPU, for code that inspects weights.
+
+    peft, for one, places an adapter on the device of the weight that it adapts. The zeros have the right
+    shape and dtype but share a single element, so they take no memory. The meta weights return at the end.
+    """
+    on_meta = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+    for module, name, parameter in on_meta:
+        zero = torch.zeros((), dtype=parameter.dtype)
+        setattr(
+            module, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
+        )
+    try:
+        yield
+    finally:
+        for module, name, parameter in on_meta:
+            setattr(module, name, parameter)

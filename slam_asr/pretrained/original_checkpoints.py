@@ -1,0 +1,469 @@
+"""Converts the original checkpoint files of speech encoders to folders that transformers loads.
+
+It knows OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0; the last two pretrained
+or fine-tuned with CTC. Neither fairseq nor any code from the file is needed. The model's sizes come from the
+configuration in the file, so a missing layer is noticed; sizes that are not in it come from the tensors.
+Every tensor is accounted for: it is mapped, or dropped because its name is on a list, or causes an error.
+"""
+
+import ast
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save
+from transformers import AutoModel, HubertConfig, PretrainedConfig, Wav2Vec2Config, WavLMConfig, WhisperConfig
+
+from slam_asr.config.schema import one_sentence
+from slam_asr.errors import ModelError
+from slam_asr.pretrained.unpickle import plain, read_pickle
+from slam_asr.storage import write_atomically, write_json
+
+TensorDict = dict[str, torch.Tensor]
+
+_WHISPER = [
+    (r"positional_embedding", "embed_positions.weight"),
+    (r"token_embedding", "embed_tokens"),
+    (
+        r"ln_post|decoder\.ln(?=\.)",
+        lambda m: m[0].replace("ln_post", "layer_norm").replace("decoder.ln", "decoder.layer_norm"),
+    ),
+    (r"blocks\.", "layers."),
+    (r"\.attn_ln\.", ".self_attn_layer_norm."),
+    (r"cross_attn_ln", "encoder_attn_layer_norm"),
+    (r"\.mlp_ln\.", ".final_layer_norm."),
+    (r"\.mlp\.0\.", ".fc1."),
+    (r"\.mlp\.2\.", ".fc2."),
+    (r"\.attn\.", ".self_attn."),
+    (r"cross_attn\.", "encoder_attn."),
+    (r"\.query\.", ".q_proj."),
+    (r"\.key\.", ".k_proj."),
+    (r"\.value\.", ".v_proj."),
+    (r"\.out\.", ".out_proj."),
+]
+"""OpenAI's names and transformers', as patterns and replacements that are applied one after the other."""
+_WAVEFORM = [
+    (r"^mask_emb$", "masked_spec_embed"),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.0\.", r"\1.conv."),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.2\.(?:1\.)?", r"\1.layer_norm."),
+    (r"^post_extract_proj\.", "feature_projection.projection."),
+    (r"^layer_norm\.", "feature_projection.layer_norm."),
+    (r"^encoder\.pos_conv\.0\.weight_g$", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
+    (r"^encoder\.pos_conv\.0\.weight_v$", "encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
+    (r"^encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.conv."),
+    (r"\.self_attn_layer_norm\.", ".layer_norm."),
+    (r"\.self_attn\.", ".attention."),
+    (r"\.fc1\.", ".feed_forward.intermediate_dense."),
+    (r"\.fc2\.", ".feed_forward.output_dense."),
+    (r"\.grep_a$", ".gru_rel_pos_const"),
+    (r"\.grep_linear\.", ".gru_rel_pos_linear."),
+    (r"\.relative_attention_bias\.", ".rel_attn_embed."),
+]
+"""The same for fairseq's names, which WavLM uses too, and transformers'."""
+
+_TUNED = "w2v_encoder.w2v_model."
+"""Prefix of the encoder's names in a model that fairseq fine-tuned."""
+_HEADS = re.compile(
+    r"w2v_encoder\.proj\..*|label_embs_concat|final_proj\..*|quantizer\..*|project_q\..*|project_hid\..*|target_glu\..*"
+    r"|layer_norm_for_extract\..*|proj\..*"
+)
+"""Tensors that only pretraining or CTC uses: they are dropped."""
+
+_NORMS = {"default": "group", "layer_norm": "layer"}
+"""fairseq's `extractor_mode` → transformers' `feat_extract_norm`."""
+_ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
+"""fairseq's `activation_fn` → transformers' `hidden_act`, for the feed-forward layers."""
+_MAX_CONVOLUTIONS, _MAX_LAYOUT_LENGTH = 100, 1000
+"""Limits on the text that describes the convolutions: a malicious file could exhaust memory with it."""
+
+
+@dataclass
+class Original:
+    """An original checkpoint of a known kind."""
+
+    config: PretrainedConfig
+    """The configuration that transformers uses for it."""
+    tensors: TensorDict
+    """The encoder's tensors by their original names."""
+    rules: list
+    """Patterns and replacements that turn the names into transformers'."""
+    normalize: bool | None = None
+    """Whether the encoder needs normalised waveforms; None for Whisper, which takes no waveforms."""
+    dropped: list[str] = field(default_factory=list)
+    """Names of the tensors that are not converted."""
+
+
+class _OptionReader(Protocol):
+    """Look up an option of fairseq's configuration."""
+
+    def __call__(self, name: str, default: Any = None, /) -> Any:
+        """Return the option, or the default; raise if there is neither."""
+
+
+def convert_original(source: Path, folder: Path) -> str:
+    """Convert an original file to config.json, model.safetensors and preprocessor_config.json.
+
+    Args:
+        source: the `.pt` file.
+        folder: for the result. config.json is written last, so an interrupted conversion leaves none.
+
+    Returns:
+        The kind and size of the model, in a line.
+
+    Raises:
+        ModelError: the file is damaged or of another kind, or one of its tensors is missing, unexpected, of
+            another shape or not finite; the message names the tensor.
+    """
+    original = recognise(read_pickle(source), str(source))
+    weights = map_tensors(original, str(source))
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"{source} holds values that are not finite (NaN or infinite) in the tensor that becomes "
+                f"{name}: fetch it again."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    write_atomically(
+        folder / "model.safetensors", save({n: t.contiguous() for n, t in weights.items()}, {"format": "pt"})
+    )
+    write_json(folder / "preprocessor_config.json", _preprocessor(original))
+    original.config.architectures = [type(_skeleton(original.config)).__name__]
+    original.config.dtype = next(iter(weights.values())).dtype
+    original.config.save_pretrained(folder)
+    count = sum(t.numel() for t in weights.values())
+    without = f", without {len(original.dropped)} tensors of its head" if original.dropped else ""
+    return f"{original.config.model_type} of {count:,} parameters in transformers' files{without}"
+
+
+def recognise(content: Any, where: str) -> Original:
+    """Recognise the kind of an original checkpoint, and derive its configuration.
+
+    Args:
+        content: from `read_pickle`; its tensors may be on the meta device.
+        where: the file's name, for error messages.
+
+    Raises:
+        ModelError: it is none of the known kinds.
+    """
+    match content:
+        case {"dims": dict(dims), "model_state_dict": dict(tensors)}:
+            _require_tensors(tensors, where)
+            return _whisper(dims, tensors, where)
+        case {"model": dict(tensors)} if any(
+            "feature_extractor.conv_layers.0.0.weight" in str(name) for name in tensors
+        ):
+            # Older versions of fairseq write `args`, newer ones `cfg`; some files have both, one of them
+            # None.
+            for options in (plain(content.get("cfg")), plain(content.get("args"))):
+                if isinstance(options, dict):
+                    _require_tensors(tensors, where)
+                    return _waveform(options, tensors, where)
+    raise ModelError(
+        f"{where} is not a checkpoint of a known kind: neither OpenAI's Whisper (dims, model_state_dict), "
+        "nor WavLM or fairseq's HuBERT or wav2vec 2.0 (cfg or args, model), nor SLAM-LLM's model.pt "
+        "(encoder_projector.…)."
+    )
+
+
+def map_tensors(original: Original, where: str) -> TensorDict:
+    """Rename the tensors, and check that they are exactly those of transformers' model.
+
+    Args:
+        original: from `recognise`.
+        where: the file's name, for error messages.
+
+    Returns:
+        The tensors by transformers' names.
+
+    Raises:
+        ModelError: a tensor is missing, unexpected, or of another shape.
+    """
+    try:
+        expected = _skeleton(original.config).state_dict()
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{where}: no model has the sizes in its configuration; fetch it again: {one_sentence(error)}"
+        ) from error
+    mapped: TensorDict = {}
+    for name, tensor in original.tensors.items():
+        target = name
+        for pattern, replacement in original.rules:
+            target = re.sub(pattern, replacement, target)
+        if target not in expected:
+            raise ModelError(f"{where} holds an unknown tensor, {name}: it cannot be converted without loss.")
+        if tensor.shape != expected[target].shape:
+            raise ModelError(
+                f"{where}: {name} is {tuple(tensor.shape)}, but by its configuration it should be "
+                f"{tuple(expected[target].shape)}: fetch it again."
+            )
+        mapped[target] = tensor
+    missing = [name for name in expected if name not in mapped]
+    if missing:
+        raise ModelError(
+            f"{where} lacks {len(missing)} tensors, such as the one that becomes {missing[0]}: "
+            "fetch it again."
+        )
+    return mapped
+
+
+def _require_tensors(tensors: dict[Any, Any], where: str) -> None:
+    for name, tensor in tensors.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, torch.Tensor)
+            or not tensor.is_floating_point()
+        ):
+            raise ModelError(
+                f"{where} holds {name!r} among its weights, which is not a tensor of floats: "
+                "it cannot be converted."
+            )
+
+
+def _skeleton(config: PretrainedConfig) -> torch.nn.Module:
+    """transformers' model on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
+    try:
+        width, text_width = dims["n_audio_state"], dims["n_text_state"]
+        if width != text_width:
+            raise ModelError(
+                f"{where} has an encoder of width {width} and a decoder of width {text_width}: "
+                "transformers has no such Whisper."
+            )
+        config = WhisperConfig(
+            num_mel_bins=dims["n_mels"],
+            max_source_positions=dims["n_audio_ctx"],
+            d_model=width,
+            encoder_layers=dims["n_audio_layer"],
+            encoder_attention_heads=dims["n_audio_head"],
+            encoder_ffn_dim=4 * width,
+            vocab_size=dims["n_vocab"],
+            max_target_positions=dims["n_text_ctx"],
+            decoder_layers=dims["n_text_layer"],
+            decoder_attention_heads=dims["n_text_head"],
+            decoder_ffn_dim=4 * text_width,
+            # Only the decoder uses these; transformers requires that they are within the vocabulary.
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            decoder_start_token_id=0,
+        )
+    except KeyError as error:
+        raise ModelError(
+            f"{where}: its dims lack {error.args[0]}: it is not a checkpoint of OpenAI's Whisper."
+        ) from error
+    except (TypeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"{where}: its dims are not sizes, so it is not a checkpoint of OpenAI's Whisper; "
+            f"give another: {one_sentence(error)}"
+        ) from error
+    return Original(config, tensors, _WHISPER)
+
+
+def _waveform(options: dict[str, Any], tensors: TensorDict, where: str) -> Original:
+    """Read a checkpoint of WavLM, HuBERT or wav2vec 2.0.
+
+    Args:
+        options: the configuration in the file, as nested dicts.
+        tensors: all tensors of the file, by fairseq's names.
+        where: the file's name, for error messages.
+    """
+    tuned = any(name.startswith(_TUNED) for name in tensors)
+    encoder = {
+        name.removeprefix(_TUNED): t
+        for name, t in tensors.items()
+        if not _HEADS.fullmatch(name.removeprefix(_TUNED))
+    }
+    dropped = [name for name in tensors if _HEADS.fullmatch(name.removeprefix(_TUNED))]
+    sections = _sections(options, tuned)
+
+    def option(name: str, default: Any = None, /) -> Any:
+        for section in sections:
+            if section.get(name) is not None:
+                return section[name]
+        if default is None:
+            raise ModelError(f"{where}: its configuration lacks {name}: it cannot be converted.")
+        return default
+
+    pretrained = _dict(_dict(options, "model"), "w2v_args") or _dict(options, "w2v_args")
+    candidates = (
+        _dict(options, "task"),
+        _dict(options, "model"),
+        options,
+        _dict(pretrained, "task"),
+        *sections,
+    )
+    # A string here is a reference of omegaconf's, such as ${task.normalize}: the value is in another section.
+    normalize = [s["normalize"] for s in candidates if isinstance(s.get("normalize"), int)]
+    if not normalize:
+        raise ModelError(
+            f"{where}: its configuration does not define whether waveforms are normalised (normalize): "
+            "it cannot be converted."
+        )
+    try:
+        config = _config(encoder, tensors, sections, option)
+    except (
+        LookupError,
+        ValueError,
+        SyntaxError,
+        TypeError,
+        ZeroDivisionError,
+        MemoryError,
+        RecursionError,
+        StrictDataclassError,
+    ) as error:
+        raise ModelError(
+            f"{where} lacks a part of an encoder, or describes one wrongly; fetch it again: "
+            f"{one_sentence(error)}"
+        ) from error
+    return Original(config, encoder, _WAVEFORM, bool(normalize[0]), dropped)
+
+
+def _config(
+    encoder: TensorDict, tensors: TensorDict, sections: list[dict[str, Any]], option: _OptionReader
+) -> PretrainedConfig:
+    """Choose transformers' configuration and fill it in.
+
+    Args:
+        encoder: the encoder's tensors.
+        tensors: all tensors of the file.
+        sections: of fairseq's configuration.
+        option: looks up an option in them.
+    """
+    sizes = _sizes(encoder, option)
+    # Only WavLM has relative positions.
+    bias = encoder.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
+    if bias is not None:
+        return WavLMConfig(
+            **sizes,
+            num_buckets=option("num_buckets", bias.shape[0]),
+            max_bucket_distance=option("max_distance"),
+        )
+    # A pretrained HuBERT has embeddings of its targets, which wav2vec 2.0 lacks. Fine-tuning removes them,
+    # and then only the name in the configuration distinguishes the two.
+    names = str([s.get("_name", s.get("arch", "")) for s in sections]).lower()
+    hubert = "label_embs_concat" in tensors or "hubert" in names
+    return (HubertConfig if hubert else Wav2Vec2Config)(**sizes)
+
+
+def _sections(options: dict[str, Any], tuned: bool) -> list[dict[str, Any]]:
+    """List the sections that may contain the encoder's options, the most specific first.
+
+    A fine-tuned model has its pretrained model's options nested in `w2v_args`.
+    """
+    inner = _dict(_dict(options, "model"), "w2v_args") or _dict(options, "w2v_args")
+    nested = [_dict(inner, "model"), inner] if tuned else []
+    return [s for s in (*nested, _dict(options, "model"), options) if s]
+
+
+def _dict(section: dict[str, Any], key: str) -> dict[str, Any]:
+    """A subsection, or an empty one."""
+    value = section.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _sizes(tensors: TensorDict, option: _OptionReader) -> dict[str, Any]:
+    """The arguments that transformers' three configurations have in common.
+
+    Raises:
+        ValueError, LookupError, TypeError, SyntaxError: configuration and tensors contradict each other, or
+            something is missing.
+    """
+    convolutions = sorted(
+        (n for n in tensors if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.0\.weight", n)),
+        key=lambda n: int(n.split(".")[2]),
+    )
+    shapes = [tuple(tensors[n].shape) for n in convolutions]
+    layout = _convolutions(option("conv_feature_layers"))
+    if [(s[0], s[2]) for s in shapes] != [(dim, kernel) for dim, kernel, _ in layout]:
+        raise ValueError(f"conv_feature_layers is {layout}, its convolutions are {shapes}")
+    # [width, width / groups, kernel]
+    position = tensors["encoder.pos_conv.0.weight_v"].shape
+    width = position[0]
+    grep = tensors.get("encoder.layers.0.self_attn.grep_a")
+    mode = option(
+        "extractor_mode",
+        "layer_norm" if "feature_extractor.conv_layers.0.2.1.weight" in tensors else "default",
+    )
+    layers = option(
+        "encoder_layers", len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")})
+    )
+    # A huge number would exhaust memory when the model is built, even without values.
+    if layers > len(tensors):
+        raise ValueError(f"encoder_layers is {layers}, its tensors are {len(tensors)}")
+    return {
+        "hidden_size": option("encoder_embed_dim", width),
+        "num_hidden_layers": layers,
+        "num_attention_heads": option("encoder_attention_heads", grep.shape[1] if grep is not None else None),
+        "intermediate_size": option("encoder_ffn_embed_dim", tensors["encoder.layers.0.fc1.weight"].shape[0]),
+        "hidden_act": _ACTIVATIONS[option("activation_fn", "gelu")],
+        "conv_dim": [dim for dim, _, _ in layout],
+        "conv_kernel": [kernel for _, kernel, _ in layout],
+        "conv_stride": [stride for _, _, stride in layout],
+        "num_feat_extract_layers": len(layout),
+        "conv_bias": option("conv_bias", "feature_extractor.conv_layers.0.0.bias" in tensors),
+        "feat_extract_norm": _NORMS[mode],
+        "do_stable_layer_norm": bool(option("layer_norm_first")),
+        "num_conv_pos_embeddings": option("conv_pos", position[2]),
+        "num_conv_pos_embedding_groups": option("conv_pos_groups", width // position[1]),
+    }
+
+
+def _convolutions(text: Any) -> list[tuple[int, int, int]]:
+    """Parse fairseq's description of the convolutions, which is Python code, without running it.
+
+    Args:
+        text: such as `[(512,10,5)] + [(512,3,2)] * 4`; or a list that is parsed already.
+
+    Returns:
+        (channels, kernel, stride) of each convolution, the last two in samples of its input.
+
+    Raises:
+        ValueError, TypeError, SyntaxError: it contains anything but lists, sums and multiples.
+    """
+    if not isinstance(text, str):
+        return [tuple(layer) for layer in text]
+
+    def value(node: ast.AST) -> Any:
+        match node:
+            case ast.BinOp(left, ast.Add(), right):
+                return value(left) + value(right)
+            case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))):
+                repeated = value(left)
+                if not 0 <= times * len(repeated) <= _MAX_CONVOLUTIONS:
+                    raise ValueError(f"{times} times {len(repeated)} convolutions")
+                return repeated * times
+        return ast.literal_eval(node)
+
+    if len(text) > _MAX_LAYOUT_LENGTH:
+        raise ValueError(f"conv_feature_layers has {len(text)} characters")
+    layers = [tuple(layer) for layer in value(ast.parse(text.strip(), mode="eval").body)]
+    if not all(len(layer) == 3 and all(isinstance(n, int) for n in layer) for layer in layers):
+        raise ValueError(f"conv_feature_layers is {text}")
+    return layers
+
+
+def _preprocessor(original: Original) -> dict[str, Any]:
+    """The content of preprocessor_config.json."""
+    if original.normalize is None:
+        return {
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": original.config.num_mel_bins,
+            "sampling_rate": 16000,
+        }
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": original.normalize,
+        "feature_size": 1,
+        "sampling_rate": 16000,
+        "padding_value": 0.0,
+        # fairseq masks padding only in the models whose convolutions use layer norm.
+        "return_attention_mask": original.config.feat_extract_norm == "layer",
+    }

@@ -1,0 +1,88 @@
+"""Several processes of one machine that share a stage's work, each with a GPU of its own.
+
+Each process runs a module of this package, gets its job as a JSON file, and ends with the stage: when one
+fails, or when the stage is interrupted, the others are terminated.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from slam_asr.errors import UserError
+from slam_asr.runtime.worker import FAILURE
+from slam_asr.storage import write_json
+
+
+@dataclass
+class Job:
+    """What a process is told. Each module adds its own fields."""
+
+    process: int = 0
+    """Number of the process, and of its GPU, from 0."""
+    processes: int = 1
+    """How many share the work."""
+    folder: str = ""
+    """Local folder in which the process writes the message of a failure."""
+
+
+class ProcessEnded(Exception):
+    """A process ended before its work was done. `processes_of` turns it into the sentence for the user."""
+
+
+@contextlib.contextmanager
+def processes_of(
+    module: str, job: Job, number: int, remedy: str, piped: bool = False
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start processes, and end them with the block.
+
+    Args:
+        module: run as `python -m module JOB`.
+        job: what they have in common; each gets its own number.
+        number: how many.
+        remedy: the options to lower if memory runs out, for the message of a process that was killed.
+        piped: whether to write to their standard input and read from their standard output.
+
+    Raises:
+        UserError: a process failed; with its own message if it left one.
+    """
+    # Each process' share of the cores; PyTorch would otherwise take all of them in each.
+    threads = str(max(1, (os.cpu_count() or 1) // number))
+    pipe = subprocess.PIPE if piped else None
+    with TemporaryDirectory(prefix="slam-asr-") as folder:
+        running: list[subprocess.Popen[str]] = []
+        ended, code = False, 0
+        try:
+            for index in range(number):
+                path = Path(folder) / f"job-{index}.json"
+                write_json(path, asdict(replace(job, process=index, processes=number, folder=folder)))
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, "-u", "-m", module, str(path)],
+                        env=os.environ | {"OMP_NUM_THREADS": threads},
+                        stdin=pipe,
+                        stdout=pipe,
+                        encoding="utf-8",
+                    )
+                )
+            try:
+                yield running
+            except ProcessEnded:
+                ended = True
+            code = next((process.returncode for process in running if process.poll()), 0)
+        finally:
+            for process in running:
+                process.terminate()
+                process.wait()
+        failure = Path(folder) / FAILURE
+        if failure.is_file():
+            raise UserError(failure.read_text())
+    if ended or code:
+        raise UserError(
+            f"A process of {module} ended with code {code}; see its own message above. "
+            f"Code -9 usually means that memory ran out: lower {remedy}."
+        )

@@ -1,0 +1,73 @@
+"""The machine that a stage runs on: how many processes share it, and how much memory it has."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files with a container's memory limit, for cgroups version 2 and 1."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine on which a training is about to run."""
+
+    processes: int
+    """Processes of the training on all machines."""
+    local_processes: int
+    """Processes on this machine."""
+    on_gpu: bool
+    memory: float | None
+    """Bytes of the smallest GPU; without GPUs, of this host. None if unknown."""
+    host: float | None
+    """Bytes of this host. None if unknown."""
+
+    @property
+    def capacity(self) -> float | None:
+        """Bytes for one process. None if unknown."""
+        return self.memory if self.memory is None or self.on_gpu else self.memory / self.local_processes
+
+
+def machine_of(device: torch.device, local_processes: int, nodes: int) -> Machine:
+    """Describe this machine.
+
+    Args:
+        device: the device that trains.
+        local_processes: processes on this machine.
+        nodes: number of machines, each with as many processes.
+    """
+    host = host_memory()
+    on_gpu = device.type == "cuda"
+    memory = gpu_memory(local_processes) if on_gpu else host
+    return Machine(local_processes * nodes, local_processes, on_gpu, memory, host)
+
+
+def gpu_memory(count: int) -> float | None:
+    """Bytes of the smallest of the first `count` GPUs.
+
+    The total and not the free memory: a process that asks for free memory must create a CUDA context, which
+    takes memory itself.
+    """
+    try:
+        return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(count)))
+    except (RuntimeError, AssertionError, ValueError):
+        return None
+
+
+def host_memory() -> float | None:
+    """Available bytes of this host, or of the container in which this runs. None if unknown."""
+    known = [_number(path) for path in CGROUP_LIMITS]
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        known.append(1024.0 * int(lines["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        pass
+    return min((n for n in known if n is not None), default=None)
+
+
+def _number(path: str) -> float | None:
+    try:
+        return float(int(Path(path).read_text()))
+    except (OSError, ValueError):
+        return None  # `max`, where there is no limit

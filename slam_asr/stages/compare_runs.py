@@ -1,0 +1,230 @@
+"""`slam-asr compare-runs`: the results of several trainings, side by side on one page."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.stage_record import Outcome, Record, run_stage
+from slam_asr.config.variations import Variation, variation_of
+from slam_asr.errors import InputError
+from slam_asr.pages.curves import RUN_MARKERS, draw_runs, is_number, thinned
+from slam_asr.pages.render import grouped, render
+from slam_asr.progress import clock
+from slam_asr.scoring.outputs import read_output
+from slam_asr.scoring.report import NUMBERS, interval_text, plain, rate_text
+from slam_asr.stages.compare import Compared, compare_outputs, probability_text
+from slam_asr.stages.score import HYPOTHESES
+from slam_asr.storage import exists, fetch, join, sha256_of_file, write_atomically, write_json
+
+STAGE = "compare-runs"
+PAGE, MARKDOWN, RUNS = "runs.html", "runs.md", "runs.json"
+
+_LAST_ON_DEV = ("loss", "accuracy", "wer")
+
+
+@dataclass
+class Run:
+    """One decoded training."""
+
+    name: str
+    folder: str
+    changes: str
+    """Its changes to the recipe, in words; empty if unknown."""
+    numbers: dict[str, Any]
+    """Its wer.json."""
+    rows: list[Hypothesis]
+    against_best: Compared | None = None
+    """The best run (first) compared with this one (second); None for the best, and after different tests."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Facts about its training, from its report."""
+        return self.numbers.get("training") or {}
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of its row in the table: rates in percent, time in seconds."""
+        total = self.numbers["all"]
+        dev = (self.training.get("validation") or [{}])[-1]
+        shuffled = self.numbers["controls"].get("shuffled audio")
+        comparison = self.against_best
+        return {
+            "name": self.name,
+            "changes": self.changes,
+            "folder": self.folder,
+            "wer": total["wer"],
+            "interval": total["interval"],
+            "normalised": total["normalised"],
+            "cer": total["cer"],
+            "shuffled": shuffled["all"]["wer"] if shuffled else None,
+            "subsets": {name: counts["wer"] for name, counts in self.numbers["subsets"].items() if name},
+            "dev": {key: dev[key] for key in _LAST_ON_DEV if is_number(dev.get(key))},
+            "steps": self.training.get("steps"),
+            "seconds": self.training.get("seconds"),
+            "worse_by": comparison.second - comparison.first if comparison else None,
+            "p": comparison.p if comparison else None,
+        }
+
+
+def compare_runs(
+    runs: list[str],
+    output: str,
+    title: str = "",
+    variations: list[str] | None = None,
+    overwrite: bool = False,
+) -> Record:
+    """Compare the results of several trainings, best word error rate first, with their curves in one figure.
+
+    Args:
+        runs: folders that decode or score wrote, each with a report.
+        output: folder for the page; {fingerprint} in it is replaced by a digest of the inputs.
+        title: the page's heading, such as the recipe's name.
+        variations: the changes that each run makes to the recipe, as JSON with the title of the run's report:
+            {"name": …, "training.learning_rate": 0.0001}.
+        overwrite: replace results of other inputs instead of refusing.
+
+    Returns:
+        The stage's record; its folder contains runs.html, runs.md and runs.json.
+
+    Raises:
+        UserError: fewer than two runs, a run without a report, or one that is named twice.
+    """
+    if len(runs) < 2:
+        raise InputError(
+            f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} "
+            "of decode or score; give two or more."
+        )
+    repeated = sorted({folder for folder in runs if runs.count(folder) > 1})
+    if repeated:
+        raise InputError(f"--runs names {repeated[0]} twice: give each run once.")
+    for folder in runs:
+        if not exists(join(folder, NUMBERS)):
+            raise InputError(
+                f"{folder} contains no {NUMBERS}, so there is no report to compare: "
+                "give folders that score, or decode without --work-shard, wrote."
+            )
+    known = [variation_of(text) for text in variations or []]
+    files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}
+    # By content and sorted, because the pipeline's loop may pass on its results in any order.
+    inputs = {
+        "runs": sorted([sha256_of_file(file) for file in pair] for pair in files.values()),
+        "title": title,
+        "variations": [{"name": variation.name, **variation.overrides} for variation in known],
+    }
+
+    def work(folder: Path) -> Outcome:
+        ranked = _read(files, {variation.name: variation for variation in known})
+        _write(folder, title or ranked[0].numbers["title"], ranked)
+        best, worst = ranked[0], ranked[-1]
+        metrics = {"best wer": best.numbers["all"]["wer"]} | {
+            f"wer {run.name}": run.numbers["all"]["wer"] for run in ranked
+        }
+        return Outcome(
+            f"{len(ranked)} runs: best {best.name}, WER {best.numbers['all']['wer']:.2f} %; "
+            f"worst {worst.name}, {worst.numbers['all']['wer']:.2f} %",
+            metrics,
+            {"order": [run.name for run in ranked]},
+        )
+
+    return run_stage(STAGE, output, inputs, work, overwrite)
+
+
+def _read(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) -> list[Run]:
+    """Read the runs, sort them by word error rate, and compare each with the best."""
+    numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}
+    titles = [values["title"] for values in numbers.values()]
+    runs = []
+    for folder, values in numbers.items():
+        title = values["title"]
+        name = title if titles.count(title) == 1 else f"{title} ({folder.rstrip('/').rpartition('/')[2]})"
+        changes = known[title].describe() if title in known else ""
+        runs.append(Run(name, folder, changes, values, read_output(folder, HYPOTHESES)))
+    runs.sort(key=lambda run: (run.numbers["all"]["wer"], run.name))
+    best = runs[0]
+    for run in runs[1:]:
+        if _same_test(best.rows, run.rows):
+            run.against_best = compare_outputs((best.name, best.rows), (run.name, run.rows))[-1]
+    return runs
+
+
+def _same_test(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> bool:
+    def references(rows: Sequence[Hypothesis]) -> dict[tuple[str, str], str]:
+        return {(row.key, row.subset): row.reference for row in rows}
+
+    return references(first) == references(second)
+
+
+def _write(folder: Path, title: str, runs: Sequence[Run]) -> None:
+    rows = [run.summary() for run in runs]
+    trainings = {
+        run.name: {key: thinned(run.training.get(key) or []) for key in ("curve", "validation")}
+        for run in runs
+    }
+    # Runs that decode one model with different options share one training, so there is nothing to compare.
+    same_training = len({json.dumps(training) for training in trainings.values()}) == 1
+    subsets = (
+        sorted({name for row in rows for name in row["subsets"]})
+        if any(len(row["subsets"]) > 1 for row in rows)
+        else []
+    )
+    dev = [key for key in _LAST_ON_DEV if any(key in row["dev"] for row in rows)]
+    page = render(
+        PAGE,
+        filters={"rate": rate_text, "interval": interval_text, "clock": clock, "probability": _probability},
+        title=title,
+        rows=rows,
+        subsets=subsets,
+        dev=dev,
+        markers=RUN_MARKERS,
+        curves=[] if same_training else draw_runs(trainings),
+        alike=all(run.against_best for run in runs[1:]),
+    )
+    write_atomically(folder / PAGE, page)
+    write_atomically(folder / MARKDOWN, _markdown(title, rows, subsets))
+    write_json(folder / RUNS, {"title": title, "unit": "percent", "runs": rows})
+
+
+def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]) -> str:
+    head = [
+        "Run",
+        "Changes",
+        "WER, %",
+        "95 % interval",
+        *(f"{plain(name)}, %" for name in subsets),
+        "Worse by",
+        "p",
+        "CER, %",
+        "Steps",
+        "Training",
+    ]
+    lines = [
+        f"# {plain(title)}: {len(rows)} runs",
+        "",
+        f"| {' | '.join(head)} |",
+        f"| --- | --- |{' ---: |' * (len(head) - 2)}",
+    ]
+    for row in rows:
+        cells = [
+            plain(row["name"]),
+            plain(row["changes"]),
+            rate_text(row["wer"]),
+            interval_text(row["interval"]),
+        ]
+        cells += [rate_text(row["subsets"].get(name)) for name in subsets]
+        cells += [
+            "–" if row["worse_by"] is None else f"{row['worse_by']:.2f}",
+            _probability(row["p"]),
+            rate_text(row["cer"]),
+        ]
+        cells += [
+            "–" if row["steps"] is None else grouped(row["steps"]),
+            "–" if row["seconds"] is None else clock(row["seconds"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _probability(p: float | None) -> str:
+    return "–" if p is None else probability_text(p)

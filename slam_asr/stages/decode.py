@@ -1,0 +1,215 @@
+"""The stage `decode`: transcribes test utterances with a model, scores the texts, and writes the report."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slam_asr import __version__
+from slam_asr.artifacts.hypotheses import Hypothesis, write_hypotheses
+from slam_asr.artifacts.manifest import Utterance, write_json_lines
+from slam_asr.artifacts.model_folder import model_digests
+from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
+from slam_asr.artifacts.utterances import load_utterance, manifest_files
+from slam_asr.artifacts.word_errors import measure
+from slam_asr.config.recipe import Recipe
+from slam_asr.decoding.decoder import Decoder, decode_on_several
+from slam_asr.decoding.model import open_model
+from slam_asr.progress import Meter, log_line
+from slam_asr.runtime.work_split import WorkShard, parse_work_shard
+from slam_asr.scoring.report import WORST
+from slam_asr.scoring.report_audio import Name, encode_audio, worst_first, write_audio
+from slam_asr.stages.score import (
+    HYPOTHESES,
+    NBEST,
+    control_options,
+    options_that_change_texts,
+    rates,
+    report,
+)
+from slam_asr.storage import digest, fetch, is_s3, sha256_of_file
+
+if TYPE_CHECKING:
+    from slam_asr.decoding.journal import DecodeJournal
+    from slam_asr.models.searcher import Answer
+
+
+def decode(
+    recipe: Recipe,
+    model: str,
+    manifests: list[str],
+    output: str,
+    feature_store: str | None = None,
+    overwrite: bool = False,
+    work_shard: str | None = None,
+) -> Record:
+    """Transcribe test utterances, score them, and write the report.
+
+    Args:
+        recipe: how to decode (its section `decoding`) and the published word error rates to show; on the
+            command line, the recipe that the model was trained with, unless another is named.
+        model: folder that convert-checkpoint wrote, or the name of a shipped model.
+        manifests: test utterances (JSON lines); for a folder that build-manifest wrote, its test.jsonl is
+            read.
+        output: folder for hypotheses and report; {fingerprint} in it is replaced by a digest of the inputs.
+        feature_store: written by extract-features; without it, audio is encoded on the fly.
+        overwrite: replace the results of other inputs.
+        work_shard: i/n: transcribe only the i-th of n work shards. The texts are the same as without;
+            `slam-asr score` joins the work shards and writes the report.
+
+    Returns:
+        The stage's record. Its folder holds hypotheses.jsonl and, unless `work_shard` is given, wer.json,
+        report.html and report.md.
+
+    Raises:
+        ModelError: a base model is not the one that the model was trained with.
+        UserError: the model or a base model does not exist, or the features are another encoder's.
+    """
+    from slam_asr.decoding.journal import DecodeJournal
+    from slam_asr.models.precision import explain_precision, pick_device, processes_here
+
+    shard = parse_work_shard(work_shard) if work_shard else None
+    # Raises if this machine cannot compute in the requested precision.
+    explain_precision(recipe.decoding.precision, pick_device())
+    processes = processes_here("decoding.processes", recipe.decoding.processes)
+    opened = open_model(model)
+    decoder = Decoder(recipe, opened, manifest_files(manifests, ("test.jsonl",)), feature_store)
+    utterances, store = decoder.utterances, decoder.store
+    inputs = {
+        "model": model_digests(opened.folder),
+        "manifests": [sha256_of_file(fetch(file)) for file in decoder.files],
+        "audio": digest(decoder.audio_ids),
+        "features": store.fingerprint if store else None,
+        "decoding": options_that_change_texts(recipe.decoding),
+        **({"audio of the worst": recipe.decoding.report_audio} if recipe.decoding.report_audio else {}),
+        **(
+            {"part": str(shard)}
+            if shard
+            else {
+                "title": recipe.name,
+                "published": recipe.published_wer,
+                "controls": control_options(recipe.decoding),
+            }
+        ),
+    }
+
+    # What only affects the report does not affect the texts: a journal may be resumed for another report.
+    decoding_digest = digest(
+        {"version": __version__}
+        | {
+            key: value
+            for key, value in inputs.items()
+            if key not in ("title", "published", "controls", "audio of the worst")
+        }
+    )
+    folder_or_prefix = output.replace(FINGERPRINT, digest(inputs)[:16])
+
+    def work(folder: Path) -> Outcome:
+        remote = folder_or_prefix if is_s3(folder_or_prefix) else None
+        with DecodeJournal(folder, decoding_digest, remote) as journal:
+            decoded, facts = _decode(decoder, shard or WorkShard(), journal, processes)
+        rows = [row for row, _ in decoded]
+        write_hypotheses(folder / HYPOTHESES, rows)
+        if recipe.decoding.nbest > 1:
+            write_json_lines(
+                folder / NBEST,
+                [
+                    {"key": row.key, "subset": row.subset, "choices": [asdict(c) for c in answer.choices]}
+                    for row, answer in decoded
+                ],
+            )
+        audio = _audio_of_the_worst(recipe, rows, utterances)
+        if shard:
+            if audio:
+                write_audio(folder, audio)
+            outcome = Outcome(
+                f"{len(rows)} of {len(utterances)} utterances, work shard {shard}", rates(facts), facts
+            )
+        else:
+            outcome = report(folder, recipe, rows, opened.config.training, facts, audio)
+        journal.close()
+        return outcome
+
+    return run_stage("decode", output, inputs, work, overwrite)
+
+
+def _decode(
+    decoder: Decoder, shard: WorkShard, journal: "DecodeJournal", processes: int
+) -> tuple[list[tuple[Hypothesis, "Answer"]], dict[str, Any]]:
+    """Transcribe a work shard's utterances, except those in the journal.
+
+    Returns:
+        Hypothesis and answer of each utterance, and facts for the record: counts, hours and seconds.
+    """
+    from slam_asr.models.precision import explain_precision, pick_device
+
+    options, trained, utterances = decoder.recipe.decoding, decoder.model.trained, decoder.utterances
+    log_line(
+        f"models: {trained.encoder.name} + projector + {trained.llm.name}; "
+        f"{explain_precision(options.precision, pick_device())}"
+    )
+    # Batches are planned over all utterances. So each utterance is decoded with the same others, and rounds
+    # alike, whatever the number of work shards and processes.
+    batches = [batch for number, batch in enumerate(decoder.batches) if shard.takes(number)]
+    in_shard = sorted(index for batch in batches for index in batch)
+    hours = sum(utterances[i].duration or 0.0 for i in in_shard) / 3600
+    remaining = [batch for batch in batches if not journal.answers.keys() >= set(batch)]
+    processes = min(processes, len(remaining))
+    log_line(
+        f"decoding {len(in_shard)} utterances, {hours:.2f} h, "
+        f"with {options.beams} beam{'s' * (options.beams > 1)}"
+        f"{f' and {processes} processes' * (processes > 1)}"
+    )
+    if processes == 1:
+        # Before the clock starts, so that the reported speed is that of decoding alone.
+        decoder.load()
+    started = time.monotonic()
+    with Meter("decode", total=sum(map(len, remaining)), unit="utt") as meter:
+
+        def take(answers: "dict[int, Answer]") -> None:
+            journal.add(answers)
+            meter.update(len(answers))
+
+        if processes > 1:
+            decode_on_several(decoder, remaining, processes, take)
+        else:
+            for batch in remaining:
+                take(decoder.decode(batch))
+    seconds = time.monotonic() - started
+
+    answers = journal.answers
+    decoded = [
+        (
+            Hypothesis(
+                u.key, u.target, answers[i].text, u.subset, u.speaker, u.duration or 0.0, answers[i].cut
+            ),
+            answers[i],
+        )
+        for i, u in ((i, utterances[i]) for i in in_shard)
+    ]
+    newly_decoded = [i for batch in remaining for i in batch]
+    facts = {
+        "beams": options.beams,
+        "seconds": round(seconds, 1),
+        "audio_hours": round(hours, 4),
+        "utterances": len(decoded),
+        "hours_decoded": round(sum(utterances[i].duration or 0.0 for i in newly_decoded) / 3600, 4),
+        "answers_cut": sum(a.cut for _, a in decoded),
+        "empty_answers": sum(not a.text for _, a in decoded),
+    }
+    close_calls = [a.close for _, a in decoded if a.close is not None]
+    if len(close_calls) == len(decoded):
+        facts["close_calls"] = sum(close_calls)
+    return decoded, facts
+
+
+def _audio_of_the_worst(
+    recipe: Recipe, rows: Sequence[Hypothesis], utterances: Sequence[Utterance]
+) -> dict[Name, str]:
+    """Return the audio of as many of the worst utterances as `decoding.report_audio` allows, in MB."""
+    if not recipe.decoding.report_audio:
+        return {}
+    by_name = {(u.key, u.subset): u for u in utterances}
+    names = ((rows[i].key, rows[i].subset) for i in worst_first(measure(rows))[:WORST])
+    return encode_audio(names, lambda name: load_utterance(by_name[name]), recipe.decoding.report_audio)

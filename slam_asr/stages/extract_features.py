@@ -1,0 +1,55 @@
+"""The stage `extract-features`: runs every utterance of the manifests through the frozen encoder, once."""
+
+from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
+from slam_asr.artifacts.utterances import manifest_files
+from slam_asr.config.recipe import Recipe
+from slam_asr.features.extraction import STAGE, Extraction
+from slam_asr.runtime.work_split import parse_work_shard
+from slam_asr.storage import join
+
+
+def extract_features(recipe: Recipe, manifests: list[str], output: str, work_shard: str = "1/1") -> Record:
+    """Encode every utterance once and save the result in a feature store.
+
+    Features that the store already has, from whatever manifest, are not computed again. If the recipe trains
+    the encoder too, or has `features.cache: none`, nothing is saved.
+
+    Args:
+        recipe: which encoder, how many of its frames, saved in which dtype.
+        manifests: manifests (JSON lines), or folders that build-manifest wrote.
+        output: the store, a folder or s3://bucket/prefix; many recipes and manifests can share one.
+        work_shard: i/n: do the i-th of n equal parts; n machines that do one each fill the store together.
+
+    Returns:
+        The stage's record. Its folder is in the store and can be given wherever a store is expected.
+
+    Raises:
+        UserError: a manifest, the encoder or an audio file cannot be used.
+    """
+    from slam_asr.models.encoders.registry import describe_encoder
+
+    own = parse_work_shard(work_shard)
+    files = manifest_files(manifests)
+    spec = describe_encoder(recipe.encoder)
+    if not recipe.caches_features:
+        why = "the encoder is trained too" if recipe.encoder.tuning != "frozen" else "features: none"
+        return run_stage(
+            STAGE,
+            join(output, "uncached", FINGERPRINT),
+            {"why": why, "part": str(own)},
+            lambda _: Outcome(f"nothing to cache: {why}", {"utterances": 0}),
+        )
+    extraction = Extraction(recipe, spec, files, output, own)
+    inputs = {
+        "audio": [audio.digest() for audio in extraction.audio],
+        "fingerprint": extraction.fingerprint,
+        "shard_megabytes": recipe.features.shard_megabytes,
+        "part": str(own),
+    }
+    return run_stage(
+        STAGE,
+        join(extraction.namespace.root, "runs", FINGERPRINT),
+        inputs,
+        lambda _: extraction.run(),
+        intact=extraction.is_intact,
+    )

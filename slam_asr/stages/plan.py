@@ -1,0 +1,129 @@
+"""`slam-asr plan`: estimate whether a training fits, what it takes, and which options to set.
+
+Nothing is loaded.
+"""
+
+from slam_asr.config.recipe import Recipe
+from slam_asr.errors import ConfigurationError
+from slam_asr.planning.plan import ENCODING, TRAINING, USABLE, Plan, estimate
+from slam_asr.planning.shapes import Shapes, describe
+from slam_asr.progress import clock, log_line
+
+
+def plan(
+    recipe: Recipe,
+    gpus: int = 1,
+    gpu_memory: float = 80.0,
+    hours: float = 960.9,
+    utterance_seconds: float = 12.3,
+    test_hours: float = 10.5,
+    gpu_tflops: float = 989.0,
+    gpu_bandwidth: float = 3.35,
+) -> Plan:
+    """Estimate what a recipe takes on given GPUs: memory by part, storage, FLOPs and hours by stage.
+
+    Args:
+        recipe: models and hyper-parameters.
+        gpus: number of GPUs to train on; 0 for one process on a CPU.
+        gpu_memory: memory of each GPU in GB (10^9 bytes).
+        hours: hours of audio to train on; LibriSpeech has 960.9.
+        utterance_seconds: mean length of an utterance in seconds; 12.3 in LibriSpeech.
+        test_hours: hours of audio to decode; both test sets of LibriSpeech together have 10.5.
+        gpu_tflops: peak TFLOP/s of each GPU, dense, in the recipe's precision; an H100 has 989 in bf16.
+        gpu_bandwidth: memory bandwidth of each GPU in TB/s; an H100 has 3.35.
+
+    Returns:
+        The plan, which is also printed.
+
+    Raises:
+        UserError: a model's configuration cannot be found, or a number is not above 0.
+    """
+    if gpus < 0:
+        raise ConfigurationError(f"--gpus is {gpus} but must be at least 0.")
+    for name, value in (
+        ("gpu-memory", gpu_memory),
+        ("hours", hours),
+        ("utterance-seconds", utterance_seconds),
+        ("test-hours", test_hours),
+        ("gpu-tflops", gpu_tflops),
+        ("gpu-bandwidth", gpu_bandwidth),
+    ):
+        if not value > 0:
+            raise ConfigurationError(f"--{name} is {value} but must be above 0.")
+    shapes = describe(recipe)
+    result = estimate(
+        shapes,
+        gpus,
+        gpu_memory,
+        hours,
+        utterance_seconds,
+        test_hours,
+        peak=gpu_tflops * 1e12,
+        bandwidth=gpu_bandwidth * 1e12,
+    )
+    _print(result, shapes, gpus, gpu_memory, gpu_tflops, hours)
+    return result
+
+
+def _print(
+    result: Plan, shapes: Shapes, gpus: int, gpu_memory: float, gpu_tflops: float, hours: float
+) -> None:
+    recipe, memory = shapes.recipe, result.memory
+    log_line(f"{recipe.name}: {recipe.encoder.name} + {recipe.projector.kind} projector + {recipe.llm.name}")
+    for note in shapes.notes:
+        log_line(f"  {note}")
+    log_line(
+        f"parameters: encoder {shapes.encoder_parameters:,}, projector {shapes.projector_parameters:,}, LLM "
+        f"{shapes.llm_parameters:,} (of which trained {shapes.llm_trained:,})"
+    )
+    engine = recipe.training.engine
+    sharding = (
+        f"ZeRO stage {recipe.training.zero_stage}"
+        if engine == "deepspeed"
+        else {"ddp": "DDP", "fsdp": "FSDP2"}[engine]
+    )
+    where = f"each of {gpus} GPU{'s' * (gpus > 1)}" if gpus else "a process on a CPU, beyond an idle one,"
+    log_line(f"\nmemory of {where} in training, {sharding}, GB:")
+    load = result.load
+    rows = {
+        "frozen weights": memory.frozen,
+        "trained weights and gradients": memory.trained,
+        "optimiser": memory.optimizer,
+        f"activations ({load.rows:.1f} utterances of {load.length} positions)": memory.activations,
+        f"logits ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})": memory.logits,
+        "CUDA and NCCL, about": memory.overhead,
+    }
+    for name, size in rows.items():
+        if size:
+            log_line(f"  {name:<52}{size / 1e9:8.2f}")
+    verdict = "fits" if result.fits else "DOES NOT FIT"
+    log_line(
+        f"  {'total':<52}{memory.total / 1e9:8.2f}  {verdict} into {gpu_memory:g} GB ({USABLE:.0%} of them "
+        "usable)"
+    )
+    if recipe.training.offload_optimizer:
+        log_line(
+            "  "
+            f"{'optimiser in host memory, all hosts together':<52}{12 * shapes.trained_parameters / 1e9:8.2f}"
+        )
+    if result.cache_bytes:
+        log_line(f"\nfeature cache: {result.cache_bytes / 1e9:,.1f} GB for {hours:g} h")
+    log_line(
+        f"\nwork, at {gpu_tflops:g} TFLOP/s each, of which {ENCODING:.0%} encoding and {TRAINING:.0%} "
+        f"training, in {result.steps:,} steps:"
+    )
+    for name, stage in result.stages.items():
+        log_line(
+            f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {stage.gpus} "
+            f"{'GPU' if gpus else 'CPU'}{'s' * (stage.gpus > 1)}"
+        )
+    total = sum(s.seconds * s.gpus for s in result.stages.values()) / 3600
+    log_line(f"  {'GPU-hours' if gpus else 'hours':<18}{total:12,.1f}")
+    if result.proposal:
+        command = " ".join(f"--{name} {str(value).lower()}" for name, value in result.proposal.items())
+        log_line(f"\nproposed: {command}")
+    else:
+        log_line(
+            "\nno combination of options fits: take more GPUs or larger ones, or a smaller LLM, or "
+            "llm.tuning lora"
+        )

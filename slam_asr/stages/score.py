@@ -1,0 +1,187 @@
+"""`slam-asr score`: join the work shards of a decoding into one word error rate and one report."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slam_asr.artifacts.hypotheses import Hypothesis, read_hypotheses, write_for_slam_llm, write_hypotheses
+from slam_asr.artifacts.model_folder import read_config
+from slam_asr.artifacts.stage_record import Outcome, Record, require_record, run_stage
+from slam_asr.config.recipe import Decoding, Recipe
+from slam_asr.errors import InputError
+from slam_asr.scoring.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
+from slam_asr.scoring.report import write_report
+from slam_asr.scoring.report_audio import AUDIO, Name, read_audio
+from slam_asr.storage import exists, fetch_folder, join, sha256_of_file, write_atomically
+
+STAGE = "score"
+HYPOTHESES, NBEST = "hypotheses.jsonl", "nbest.jsonl"
+
+_SUMMED = (
+    "seconds",
+    "audio_hours",
+    "hours_decoded",
+    "utterances",
+    "answers_cut",
+    "empty_answers",
+    "close_calls",
+)
+
+
+def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: bool = False) -> Record:
+    """Join the parts of a decoding, score them, and write the report.
+
+    Args:
+        recipe: published word error rates to show, and which controls to score;
+            on the command line, the recipe that the model was trained with unless another is named.
+        model: folder that convert-checkpoint wrote; the report shows how it was trained.
+        parts: folders that `decode --work-shard i/n` wrote, all n of them.
+        output: folder for the report; {fingerprint} in it is replaced by a digest of the inputs.
+        overwrite: replace results of other inputs instead of refusing.
+
+    Returns:
+        The stage's record; its folder contains hypotheses.jsonl, wer.json, report.html and report.md.
+
+    Raises:
+        InputError: parts that are missing, or that come from different models, manifests or options.
+    """
+    config = read_config(str(fetch_folder(model)))
+    records = _complete_parts([require_record(part, "decode") for part in parts])
+    files = [record.file(HYPOTHESES) for record in records]
+    inputs = {
+        "parts": [sha256_of_file(file) for file in files],
+        "title": recipe.name,
+        "training": config.training,
+        "published": recipe.published_wer,
+        "controls": control_options(recipe.decoding),
+    }
+
+    def work(folder: Path) -> Outcome:
+        rows = [row for file in files for row in read_hypotheses(file)]
+        write_hypotheses(folder / HYPOTHESES, rows)
+        if choices := _files_named(records, NBEST):
+            write_atomically(
+                folder / NBEST,
+                "".join(
+                    sorted(line for file in choices for line in file.read_text().splitlines(keepends=True))
+                ),
+            )
+        return report(
+            folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))
+        )
+
+    return run_stage(STAGE, output, inputs, work, overwrite)
+
+
+def _files_named(records: Sequence[Record], name: str) -> list[Path]:
+    """The file of that name in each part that has one."""
+    return [record.file(name) for record in records if exists(join(record.folder, name))]
+
+
+def report(
+    folder: Path,
+    recipe: Recipe,
+    rows: Sequence[Hypothesis],
+    training: dict[str, Any],
+    facts: dict[str, Any],
+    audio: dict[Name, str] | None = None,
+) -> Outcome:
+    """Write the report of all utterances with its controls.
+
+    Args:
+        folder: output folder.
+        recipe: provides the title, the published rates and the choice of controls.
+        rows: the hypotheses, in any order.
+        training: facts about the model's training, from its config.json.
+        facts: facts about the decoding.
+        audio: audio of some of the utterances, to embed in the page.
+
+    Returns:
+        The stage's outcome: a summary, and word error rates in percent.
+    """
+    rows = sorted(rows, key=lambda row: (row.key, row.subset))
+    controls = {EMPTY: empty_output(rows)}
+    if recipe.decoding.shuffled_control and (shuffled := shuffled_audio(rows, recipe.decoding.seed)):
+        controls = {SHUFFLED: shuffled, **controls}
+    metrics = write_report(folder, recipe.name, rows, controls, training, recipe.published_wer, facts, audio)
+    write_for_slam_llm(folder, rows)
+    return Outcome(f"WER {metrics['wer']:.2f} % on {len(rows)} utterances", metrics, facts)
+
+
+def control_options(decoding: Decoding) -> dict[str, Any]:
+    """The options that determine which controls are scored."""
+    return {"shuffled": decoding.shuffled_control, "seed": decoding.seed}
+
+
+def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
+    """The options that can change the transcripts."""
+    return {
+        key: value
+        for key, value in asdict(decoding).items()
+        if key not in ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")
+    }
+
+
+def rates(facts: dict[str, Any]) -> dict[str, float]:
+    """A work shard's numbers for the dashboard: how much was decoded, and how fast."""
+    hours, seconds = facts["hours_decoded"], facts["seconds"]
+    return {
+        "utterances": facts["utterances"],
+        "answers cut": facts["answers_cut"],
+        "empty answers": facts["empty_answers"],
+        "times real time": round(hours * 3600 / seconds, 2) if seconds else math.inf,
+    }
+
+
+def _joined(records: Sequence[Record]) -> dict[str, Any]:
+    """The facts of all parts together: sums where that makes sense, else the first part's."""
+    facts = dict(records[0].facts)
+    return facts | {
+        key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED if key in facts
+    }
+
+
+def _complete_parts(records: list[Record]) -> list[Record]:
+    """Check that the parts make up one complete decoding, and sort them by number.
+
+    Raises:
+        InputError: no part, a missing or repeated one, or parts of different decodings.
+    """
+    if not records:
+        raise InputError(
+            "There is nothing to score: --parts names no folder of `slam-asr decode --work-shard i/n`."
+        )
+    by_number: dict[int, Record] = {}
+    for record in records:
+        if "part" not in record.inputs:
+            raise InputError(
+                f"{record.folder} contains a complete decoding, which already has a report: "
+                "give the folders of `decode --work-shard i/n`."
+            )
+        number, of = (int(n) for n in record.inputs["part"].split("-of-"))
+        if number in by_number:
+            raise InputError(
+                f"{record.folder} and {by_number[number].folder} are both part {record.inputs['part']}: "
+                "give each part once."
+            )
+        by_number[number] = record
+        other = records[0]
+        changed = sorted(
+            k
+            for k in record.inputs | other.inputs
+            if k != "part" and record.inputs.get(k) != other.inputs.get(k)
+        )
+        if changed or of != int(other.inputs["part"].split("-of-")[1]):
+            raise InputError(
+                f"{record.folder} and {other.folder} are parts of different decodings "
+                f"({', '.join(changed) or 'number of parts'} differ): decode all with the same inputs."
+            )
+    missing = [f"{number}/{of}" for number in range(1, of + 1) if number not in by_number]
+    if missing:
+        raise InputError(
+            f"The decoding lacks {len(missing)} of {of} parts, first {missing[0]}: "
+            f"run `slam-asr decode --work-shard {missing[0]}` with the same other options."
+        )
+    return [by_number[number] for number in sorted(by_number)]

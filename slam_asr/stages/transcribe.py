@@ -1,0 +1,110 @@
+"""`slam-asr transcribe MODEL FILES…`: transcribes recordings of any length to text, JSON or subtitles."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Literal
+
+from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples
+from slam_asr.config.recipe import Recipe
+from slam_asr.decoding.subtitles import FORMATS, SUFFIXES, Transcript
+from slam_asr.decoding.transcriber import Transcriber
+from slam_asr.errors import ConfigurationError, InputError
+from slam_asr.progress import Meter, log_line
+from slam_asr.storage import join, name_of, write_bytes
+
+
+def transcribe(
+    recipe: Recipe,
+    model: str,
+    files: list[str],
+    format: Literal["text", "json", "srt"] = "text",
+    output: str | None = None,
+    longest: float = 20.0,
+) -> list[Transcript]:
+    """Transcribe audio files; long ones are divided at pauses.
+
+    Args:
+        recipe: how to decode (its section `decoding`); by default, the recipe that the model was trained
+            with.
+        model: folder that convert-checkpoint wrote, or the name of a shipped model.
+        files: wav, flac, ogg, opus or mp3, local or s3://, of any length and sample rate.
+        format: a line of text, a line of JSON with the times of segments, or SubRip subtitles.
+        output: folder for one transcript file per recording, named after it; without it, transcripts are
+            printed.
+        longest: maximum length of a segment in seconds. Longer segments give the LLM more context, but models
+            are at their best on lengths they were trained on; the encoder's window limits it further.
+
+    Returns:
+        The transcripts, in the order of the files.
+
+    Raises:
+        InputError: a file does not exist or is no audio (before anything is loaded), or is damaged (after all
+            others are transcribed).
+        ConfigurationError: options contradict each other, or two transcripts would have one name.
+        ModelError: a base model is not the one that the model was trained with.
+    """
+    from slam_asr.decoding.model import open_model
+    from slam_asr.models.precision import explain_precision, pick_device
+
+    if not files:
+        raise ConfigurationError(
+            "No file to transcribe is given: name one, such as `slam-asr transcribe MODEL recording.wav`."
+        )
+    if longest < 1:
+        raise ConfigurationError(f"--longest is {longest:g} s but must be at least 1.")
+    if format == "srt" and output is None and len(files) > 1:
+        raise ConfigurationError(
+            f"Subtitles of {len(files)} files cannot be printed one after the other: "
+            "name a folder with --output."
+        )
+    paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
+    seconds = [count_samples(file) / SAMPLE_RATE for file in files]
+    printed = sys.stdout
+    transcripts: list[Transcript] = []
+    damaged: list[str] = []
+
+    def skip(file: str, error: AudioError) -> None:
+        log_line(f"error: {error}")
+        damaged.append(file)
+
+    # Standard output carries transcripts only: logs go to standard error.
+    with contextlib.redirect_stdout(sys.stderr):
+        opened = open_model(model)
+        log_line(
+            f"models: {opened.trained.encoder.name} + projector + {opened.trained.llm.name}; "
+            f"{explain_precision(recipe.decoding.precision, pick_device())}"
+        )
+        transcriber = Transcriber(opened, recipe, longest)
+        with Meter("transcribe", total=round(sum(seconds)), unit="s") as meter:
+            for transcript in transcriber.transcribe_files(files, seconds, meter, skip):
+                transcripts.append(transcript)
+                text = FORMATS[format](transcript)
+                if output:
+                    write_bytes(paths[transcript.file], text)
+                else:
+                    print(text, end="", file=printed, flush=True)
+    if damaged:
+        raise InputError(
+            f"{len(damaged)} of {len(files)} files could not be read, first {damaged[0]}; "
+            "the others are transcribed."
+        )
+    return transcripts
+
+
+def _output_paths(files: list[str], output: str, suffix: str) -> dict[str, str]:
+    """Return the path of each file's transcript.
+
+    Raises:
+        ConfigurationError: two files would have the same one.
+    """
+    paths: dict[str, str] = {}
+    for file in files:
+        path = join(output, Path(name_of(file)).stem + suffix)
+        if path in paths.values():
+            raise ConfigurationError(
+                f"Two files would be written to {path}: transcribe them one after the other, "
+                "with another --output."
+            )
+        paths[file] = path
+    return paths

@@ -1,1 +1,0 @@
-"""Sweeps: train variations of a recipe on one manifest and feature store, and compare them on one page."""
