@@ -122,7 +122,7 @@ def load_checked(
     Args:
         path: the audio file.
         sha256: the file's expected SHA-256, or None for no check.
-        start: where the segment begins, in seconds; None for the whole file.
+        start: where the segment begins, in seconds; None for the complete file.
         duration: length of the segment in seconds.
 
     Returns:

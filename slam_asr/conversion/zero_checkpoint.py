@@ -13,7 +13,8 @@ master
 
 The files are read by `slam_asr.pretrained.unpickle`: the few classes of DeepSpeed that they contain are
 replaced by inert stand-ins, and any other class is refused. So no code from the file ever runs, and
-DeepSpeed need not be installed. The files are memory-mapped, and each tensor is assembled when it is accessed.
+DeepSpeed need not be installed. The files are memory-mapped, and each tensor is assembled when it is
+accessed.
 """
 
 import math

@@ -20,7 +20,7 @@ from slam_asr.storage import write_json
 
 @dataclass
 class Job:
-    """What a process is told. Each module adds its own fields."""
+    """The instructions for one process. Each module adds its own fields."""
 
     process: int = 0
     """Number of the process, and of its GPU, from 0."""

@@ -12,10 +12,10 @@ from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
 from slam_asr.models.encoders.registry import spec_of
 from slam_asr.models.prompt import TokenizedPrompt
-from slam_asr.planning import memory_fit
 from slam_asr.planning.memory import training_memory
 from slam_asr.planning.memory_fit import loads_of, require_fit
 from slam_asr.planning.shapes import Shapes
+from slam_asr.runtime import machine
 from slam_asr.runtime.machine import Machine, host_memory
 
 
@@ -171,7 +171,7 @@ def test_an_offloaded_optimiser_must_fit_into_host_memory():
 
 def test_a_containers_limit_takes_precedence_over_the_hosts_memory(tmp_path, monkeypatch):
     limits = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
-    monkeypatch.setattr(memory_fit, "CGROUP_LIMITS", [str(path) for path in limits])
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", [str(path) for path in limits])
     assert host_memory() > 1e8
     limits[0].write_text("max\n")
     assert host_memory() > 1e8

@@ -7,7 +7,7 @@ import torch
 
 from slam_asr.config.recipe import Training, load_recipe
 from slam_asr.errors import UserError
-from slam_asr.planning import memory_fit
+from slam_asr.runtime import machine
 from slam_asr.stages import train as stage
 from slam_asr.training import kernels
 
@@ -36,7 +36,7 @@ def start_training(prepared, monkeypatch, tmp_path):
 def test_too_little_memory(start_training, monkeypatch):
     with pytest.raises(Started):
         start_training()
-    monkeypatch.setattr(memory_fit, "host_memory", lambda: 1e5)
+    monkeypatch.setattr(machine, "host_memory", lambda: 1e5)
     with pytest.raises(
         UserError, match=r"^This training takes about .+ and this host has 0\.0001 GB available: [^\n]+$"
     ):

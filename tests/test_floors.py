@@ -1,0 +1,154 @@
+"""The floors of `slam_asr`: a folder imports only from floors below its own, and trades never from each other.
+
+Imports inside functions count too. CONTRIBUTING.md explains the floors.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "slam_asr"
+TRADES = {
+    "corpora",
+    "features",
+    "training",
+    "conversion",
+    "decoding",
+    "scoring",
+    "planning",
+    "trainjob",
+}
+FLOORS = (
+    {"cli", "__main__", "steps"},
+    {"stages"},
+    TRADES,
+    {"artifacts"},
+    {"models", "generation", "pretrained"},
+    {"config", "storage", "runtime", "pages", "audio", "progress", "errors", "version", "__init__"},
+)
+"""From the top down. What is in no folder is a room of its own."""
+
+Imports = Mapping[str, set[str]]
+"""The modules that each module imports."""
+
+
+def imports_of(package: Path) -> Imports:
+    """Read all imports of a package's own modules."""
+    files = {_module(file, package): file for file in package.rglob("*.py")}
+    return {module: set(_imported(file, files.keys())) - {module} for module, file in files.items()}
+
+
+def _module(file: Path, package: Path) -> str:
+    parts = file.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported(file: Path, modules: set[str]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in modules else node.module
+
+
+def room_of(module: str) -> str:
+    """`slam_asr.training.loop` → `training`."""
+    return ([*module.split("."), "__init__"])[1]
+
+
+def floor_of(room: str) -> int:
+    """Number of a room's floor, from 0 at the top."""
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def wrong_arrows(imports: Imports) -> list[str]:
+    """Imports that lead up, or from one trade to another."""
+    wrong = []
+    for module, imported in imports.items():
+        for other in imported:
+            here, there = room_of(module), room_of(other)
+            if here != there and (floor_of(there) < floor_of(here) or (here in TRADES and there in TRADES)):
+                wrong.append(f"{module} → {other}")
+    return sorted(wrong)
+
+
+def circles(graph: Imports) -> list[list[str]]:
+    """The sets of nodes that reach each other (Tarjan's strongly connected components of more than one)."""
+    found: list[list[str]] = []
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    path: list[str] = []
+
+    def visit(node: str) -> None:
+        order[node] = lowest[node] = len(order)
+        path.append(node)
+        for other in graph.get(node, ()):
+            if other not in order:
+                visit(other)
+            if other in path:
+                lowest[node] = min(lowest[node], lowest[other])
+        if lowest[node] == order[node]:
+            members = path[path.index(node) :]
+            del path[path.index(node) :]
+            if len(members) > 1:
+                found.append(sorted(members))
+
+    for node in graph:
+        if node not in order:
+            visit(node)
+    return found
+
+
+def between_rooms(imports: Imports) -> dict[str, set[str]]:
+    """The rooms that each room imports from."""
+    rooms: dict[str, set[str]] = {}
+    for module, imported in imports.items():
+        rooms.setdefault(room_of(module), set()).update(map(room_of, imported))
+    return {room: others - {room} for room, others in rooms.items()}
+
+
+def test_every_room_has_a_floor():
+    for module in imports_of(PACKAGE):
+        floor_of(room_of(module))
+
+
+def test_imports_only_lead_down_and_trades_do_not_import_each_other():
+    assert wrong_arrows(imports_of(PACKAGE)) == []
+
+
+def test_no_files_and_no_rooms_import_each_other_in_a_circle():
+    imports = imports_of(PACKAGE)
+    assert circles(imports) == []
+    assert circles(between_rooms(imports)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "problem"),
+    [
+        ("models/llm.py", "from slam_asr.stages import train", "slam_asr.models.llm → slam_asr.stages.train"),
+        ("stages/score.py", "import slam_asr.cli", "slam_asr.stages.score → slam_asr.cli"),
+        (
+            "training/batches.py",
+            "from slam_asr.decoding.model import Model",
+            "slam_asr.training.batches → slam_asr.decoding.model",
+        ),
+    ],
+)
+def test_a_wrong_import_inside_a_function_is_found(tmp_path, file, line, problem):
+    copy = tmp_path / "slam_asr"
+    for source in PACKAGE.rglob("*.py"):
+        target = copy / source.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    with open(copy / file, "a") as text:
+        text.write(f"\n\ndef late() -> None:\n    {line}\n")
+    assert wrong_arrows(imports_of(copy)) == [problem]
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
