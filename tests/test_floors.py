@@ -1,4 +1,4 @@
-"""The floors of `slam_asr`: a folder imports only from floors below its own, and trades never from each other.
+"""The floors of `slam_asr`: a folder imports only from floors below its own, and no trade from another.
 
 Imports inside functions count too. CONTRIBUTING.md explains the floors.
 """
