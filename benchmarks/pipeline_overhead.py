@@ -64,6 +64,17 @@ def by_hand(recipe: str, corpus: str, output: Path) -> None:
             "--output",
             str(output / "decoded"),
         ],
+        [
+            "score",
+            "--recipe",
+            recipe,
+            "--model",
+            model,
+            "--parts",
+            str(output / "decoded"),
+            "--output",
+            str(output / "scored"),
+        ],
     ]
     for program in programs:
         _run("-m", "slam_asr", *program)

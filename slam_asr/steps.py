@@ -153,7 +153,7 @@ STEPS = {
             "compute word error rates and write the report",
             output="scores",
             pipelines=EVERY_PIPELINE,
-            function="slam_asr.stages.score:score_parts",
+            function="slam_asr.stages.score:score",
             image="decode",
             options={
                 "recipe": "{recipe}",

@@ -35,7 +35,7 @@ def score(
 
         from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
         from slam_asr.config.recipe import load_recipe
-        from slam_asr.stages.score import score_parts as run
+        from slam_asr.stages.score import score as run
 
         record = run(
             load_recipe(recipe.path),

@@ -17,6 +17,9 @@ import jiwer
 from slam_asr.errors import InputError
 from slam_asr.storage import write_atomically
 
+HYPOTHESES, NBEST = "hypotheses.jsonl", "nbest.jsonl"
+"""Files of transcripts and of n-best lists in the folders of decode and score."""
+
 
 @dataclass
 class Hypothesis:

@@ -1,1 +1,1 @@
-"""Where pretrained weights come from: located, downloaded, converted and loaded."""
+"""Pretrained models: finding, downloading, converting and loading them."""

@@ -1,6 +1,6 @@
-"""Converts a Whisper in CTranslate2's format to a folder that transformers loads.
+"""Converts a Whisper model in CTranslate2's format to a folder that transformers can load.
 
-`model.bin` is a little-endian file: a header, then the name, shape, type and data of each tensor. The names
+`model.bin` is a little-endian file: a header, then the name, shape, dtype and data of each tensor. The names
 are CTranslate2's own, and the projections of queries, keys and values are stacked in one matrix.
 """
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 _VERSION = 6
 _ENGLISH_VOCABULARY = 51864
-"""Multilingual Whispers have more tokens."""
+"""Number of tokens of an English-only Whisper. Multilingual ones have more."""
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+# Patterns in CTranslate2's names and their replacements. They are applied one after the other, so the block
+# `self_attention` is already renamed when the pattern for `attention` is tried.
 _NAMES = [
     (r"position_encodings/encodings$", "embed_positions.weight"),
     (r"^decoder/embeddings/weight$", "decoder/embed_tokens.weight"),
@@ -40,14 +42,22 @@ _STACKED = {
     ("attention", 1): ("encoder_attn", ("k_proj", "v_proj")),
     ("attention", 2): ("encoder_attn", ("out_proj",)),
 }
-"""(CTranslate2's block, number of its linear) → transformers' block and the matrices stacked on axis 0."""
+"""(CTranslate2's block, number of the linear layer in it) → transformers' block, and the names of the matrices
+that this layer stacks on axis 0."""
 
 
 def read_variables(path: Path) -> dict[str, np.ndarray]:
-    """Read all tensors of a CTranslate2 Whisper, by CTranslate2's names.
+    """Read all tensors of a Whisper in CTranslate2's format.
+
+    Args:
+        path: `model.bin`.
+
+    Returns:
+        For each of CTranslate2's names, a read-only array in the shape and dtype of the file. Options such as
+        the number of attention heads are arrays without dimensions.
 
     Raises:
-        ModelError: the file is truncated, or is not a Whisper of format version 6.
+        ModelError: the file is truncated, or is not a Whisper in format version 6.
     """
     with open(path, "rb") as file:
 
@@ -61,6 +71,7 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
             return data
 
         def string() -> str:
+            # The length in the file includes the zero byte that ends the text.
             return exactly(number("H"))[:-1].decode(errors="replace")
 
         version = number("I")
@@ -69,6 +80,7 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
             raise ModelError(
                 f"{path} is not a Whisper in CTranslate2's format version {_VERSION}: give another file."
             )
+        # The revision of WhisperSpec. Nothing here depends on it, but its bytes must be read to get past it.
         number("I")
         variables = {}
         for _ in range(number("I")):
@@ -76,18 +88,27 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
             shape = [number("I") for _ in range(number("B"))]
             dtype = _DTYPES[number("B")]
             variables[name] = np.frombuffer(exactly(number("I")), dtype).reshape(shape)
+        # Aliases of tensors follow. Nothing is read from them: `whisper_state` ties the output layer itself.
         return variables
 
 
 def whisper_state(variables: dict[str, np.ndarray]) -> "dict[str, torch.Tensor]":
-    """Rename and unstack the tensors for transformers' WhisperForConditionalGeneration; dtypes are unchanged.
+    """Rename and unstack the tensors for transformers' WhisperForConditionalGeneration.
 
-    Whisper's keys have no bias: CTranslate2 saves zeros for it, transformers has no such weight.
+    Whisper's key projections have no bias. CTranslate2 saves zeros in its place; transformers has no such
+    weight, so they are dropped.
+
+    Args:
+        variables: by CTranslate2's names, from `read_variables`.
+
+    Returns:
+        The weights on the CPU by transformers' names, each in the dtype that it has in the file.
     """
     import torch
 
     state = {}
     for name, value in variables.items():
+        # Arrays without dimensions are options, not weights.
         if value.ndim == 0:
             continue
         stacked = re.fullmatch(
@@ -104,18 +125,22 @@ def whisper_state(variables: dict[str, np.ndarray]) -> "dict[str, torch.Tensor]"
             name = re.sub(pattern, replacement, name)
         state["model." + name.replace("/", ".")] = value
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
+    # Copied, because torch warns about arrays that cannot be written, such as these views of the file's bytes.
     return {name: torch.from_numpy(value.copy()) for name, value in state.items()}
 
 
 def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -> None:
-    """Write a folder with transformers' files for a CTranslate2 Whisper.
+    """Write transformers' files for a Whisper in CTranslate2's format. The weights' dtypes do not change.
 
     Args:
-        weights: `model.bin`.
-        tokenizer: its `tokenizer.json`.
-        hints: CTranslate2's `config.json`: tokens that are never generated, and attention heads that align
-            words with time.
-        folder: an existing folder for the result. The weights' dtypes are unchanged.
+        weights: CTranslate2's `model.bin`.
+        tokenizer: the `tokenizer.json` that belongs to it.
+        hints: CTranslate2's `config.json`, which lists the tokens that are never generated and the attention
+            heads that align words with time.
+        folder: an existing folder for the result.
+
+    Raises:
+        ModelError: the weights are truncated, or are not a Whisper in format version 6.
     """
     import torch
     from transformers import (
@@ -130,6 +155,7 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
     generation = json.loads(hints.read_text())
     ids = {token["content"]: token["id"] for token in json.loads(tokenizer.read_text())["added_tokens"]}
     end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
+    # `decoder/layer_norm/gamma`, the final norm, also begins like a layer's tensor, but has only two slashes.
     layers = len({n.split("/")[1] for n in variables if n.startswith("decoder/layer_") and n.count("/") > 2})
     width, bins, _ = variables["encoder/conv1/weight"].shape
     heads, feed_forward = int(variables["encoder/num_heads"]), 4 * width
@@ -148,6 +174,8 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
         max_target_positions=len(variables["decoder/position_encodings/encodings"]),
         **special,
     )
+    # On the meta device the model has no weights of its own, so `assign` puts in those of the file, in their
+    # dtypes. The output layer and the embeddings are then two tensors, which `tie_weights` makes one again.
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
     model.load_state_dict(state, strict=True, assign=True)

@@ -1,10 +1,10 @@
-"""An LLM whose weights are read one by one, so that no process ever holds the complete model.
+"""Loads an LLM weight by weight, so that no process ever holds the complete model.
 
-The LLM is first built on the meta device, which gives every weight a name, shape and dtype but no memory.
-Each weight is read from its safetensors file only when there is a place for it, for example the rows that one
-process owns under FSDP2. transformers checks the files against the model as it does in an ordinary load; only
-the values are not read. Where it would rename, merge or transpose weights while loading, this module raises
-`NotLazilyLoadable`, and the caller loads the complete model with transformers instead.
+The LLM is first built on the meta device, which gives every weight a name, shape and dtype but no memory. A
+weight is read from its safetensors file only when memory for it has been allocated, for example for the rows
+that one process owns under FSDP2. transformers checks the files against the model as in an ordinary load, but
+does not read the values. If transformers would have to rename, merge or transpose weights while loading, this
+module raises `NotLazilyLoadable`, and the caller loads the complete model with transformers instead.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from slam_asr.pretrained.load_weights import load_errors_as_model_errors, load_w
 class NotLazilyLoadable(Exception):
     """The tensors in the files do not correspond one to one to the model's weights.
 
-    Only transformers knows how to convert them. The message is a clause that gives the reason, such as
-    "it is quantised".
+    Only transformers knows how to convert them. The message is a clause that states the reason, such as "it is
+    quantised".
     """
 
 
@@ -34,13 +34,14 @@ class NotLazilyLoadable(Exception):
 class LazyWeight:
     """A weight of the LLM that is on the meta device until its values are read.
 
-    Adding adapters and sharding with FSDP2 leave it valid: both keep the modules that own the weights.
+    It stays valid when adapters are added or FSDP2 shards the LLM, because neither replaces the modules that
+    own the weights.
     """
 
     name: str
     """Its name in the LLM."""
     places: list[tuple[nn.Module, str]]
-    """The modules that own it, each with the attribute's name: several if the weight is tied."""
+    """Each module that owns it, with the attribute's name in that module. A tied weight has several owners."""
     folder: Path
     file: Path
     key: str
@@ -48,7 +49,7 @@ class LazyWeight:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter that its modules have now."""
+        """The parameter that the owning modules hold now; `put` replaces it."""
         module, name = self.places[0]
         return getattr(module, name)
 
@@ -56,12 +57,12 @@ class LazyWeight:
         """Fill a tensor with the weight's values, or with some of its rows.
 
         Args:
-            target: `[rows, …]`, with up to as many rows as the weight, of any device and dtype. Nothing else
-                of the file stays in memory.
+            target: `[rows, …]`, on any device and of any dtype, with at most as many rows as the weight. Only
+                these rows of the file are read.
             first_row: the weight's row that becomes row 0 of `target`.
 
         Returns:
-            `target`.
+            `target` itself, filled.
 
         Raises:
             ModelError: the values cannot be read, or are not finite.
@@ -81,7 +82,14 @@ class LazyWeight:
         return target
 
     def put(self, values: torch.Tensor) -> nn.Parameter:
-        """Replace the parameter, in all modules that own it, by one with these values."""
+        """Replace the parameter by one with these values, in every module that owns it.
+
+        Args:
+            values: of any shape, device and dtype; they are not copied.
+
+        Returns:
+            The new parameter. It requires a gradient if the old one did.
+        """
         parameter = nn.Parameter(values, requires_grad=self.parameter.requires_grad)
         for module, name in self.places:
             setattr(module, name, parameter)
@@ -92,15 +100,15 @@ def describe_lazy_llm(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel
     """Build a causal LM as `load_llm` does, but leave its weights on the meta device.
 
     Args:
-        folder: with transformers' files.
+        folder: a folder with transformers' files.
         dtype: of the weights.
 
     Returns:
-        The LLM, whose buffers have their values on the CPU, and one entry per weight that says where to read
-        it; a tied weight has a single entry.
+        The LLM, whose weights are on the meta device and whose buffers are on the CPU with their values; and
+        one entry per weight, from which its values can be read. A tied weight has a single entry.
 
     Raises:
-        NotLazilyLoadable: load the complete LLM instead.
+        NotLazilyLoadable: the LLM must be loaded completely instead.
         ModelError: the folder holds no causal LM that transformers can load, or weights are missing or
             damaged.
     """
@@ -112,20 +120,26 @@ def describe_lazy_llm(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel
     # transformers leaves this list on a model whose weights it renames, merges or splits while it loads them.
     if getattr(llm, "_weight_conversions", None):
         raise NotLazilyLoadable("its files have other names than the model")
-    # keep_vars: with the parameters themselves, not detached copies, tied weights are the same object.
+    # keep_vars returns the parameters themselves instead of detached copies, so tied weights are one object.
     state = llm.state_dict(keep_vars=True)
-    # If the files hold both copies of a tied weight, transformers ties them only if their values are equal.
-    # On the meta device it cannot compare them, and leaves them untied.
+    # If the files contain both copies of a tied weight, transformers ties them only if their values are equal.
+    # On the meta device it cannot compare them, so it leaves them untied.
     for tied, other in llm.all_tied_weights_keys.items():
         if state[tied] is not state[other]:
             raise NotLazilyLoadable("weights that it ties are in its files twice")
     lazy = _match_files(llm, state, folder, files)
     _fill_buffers(llm, {weight.name: weight for weight in lazy})
+    # The files may also contain buffers. `_fill_buffers` has already read those.
     return llm, [weight for weight in lazy if isinstance(state[weight.name], nn.Parameter)]
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would load: the single file first, else those of the index."""
+    """List the safetensors files that transformers would load: the single file, or else those of the index.
+
+    Raises:
+        NotLazilyLoadable: the folder has neither.
+        ModelError: the index is damaged.
+    """
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -145,15 +159,18 @@ def _match_files(
 
     Args:
         llm: on the meta device.
-        state: its parameters and persistent buffers, by name.
-        folder: of the files, for messages.
+        state: the LLM's parameters and persistent buffers, by name.
+        folder: the files' folder, for error messages.
         files: from `_safetensors_files`.
+
+    Returns:
+        One entry per tensor; a tied weight has a single entry.
 
     Raises:
         NotLazilyLoadable: a tensor is in no file, or has another shape there.
         ModelError: a file is damaged.
     """
-    # By identity: a tied weight has several names and several owners, but is one tensor.
+    # Tensors are compared by identity, because a tied weight is one tensor with several names and owners.
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in llm.modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -164,8 +181,8 @@ def _match_files(
     for path in files:
         with load_errors_as_model_errors(folder, "LLM"), safe_open(path, framework="pt") as file:
             for key in sorted(file.keys()):
-                # Files written from the base model, without the output layer, lack the prefix that the base
-                # model has inside the causal LM. transformers accepts both spellings, and so do we.
+                # Files that were written from the base model, without the output layer, lack the prefix that
+                # the base model has inside the causal LM. transformers accepts names with and without it.
                 name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in state), None)
                 if name is None or id(state[name]) in matched:
                     continue
@@ -178,12 +195,16 @@ def _match_files(
 
 
 def _fill_buffers(llm: PreTrainedModel, lazy: dict[str, LazyWeight]) -> None:
-    """Give the buffers their values: from the files, or else computed as transformers does after loading.
+    """Read the buffers from the files, and compute the others as transformers does after loading.
 
-    Buffers such as the frequencies of rotary embeddings are in no file. `_init_weights` of the model computes
-    them, but not every model implements that for every buffer, and nothing reports the ones it leaves out.
-    So the buffers are computed twice, from memory filled with 0 and with 1: a buffer that differs was not
-    computed, and its values cannot be known here.
+    Some buffers, such as the frequencies of rotary embeddings, are in no file. The model's `_init_weights`
+    computes them, but not every model does so for every buffer, and nothing reports those that it leaves out.
+    The buffers are therefore computed twice, in memory that was filled with 0 and then with 1. A buffer with
+    two different results was never computed, so its values are unknown.
+
+    Raises:
+        NotLazilyLoadable: the model does not compute one of its buffers.
+        ModelError: a buffer cannot be read, or is not finite.
     """
     names = {name for name, _ in llm.named_buffers(remove_duplicate=False)}
     from_files = {
@@ -202,15 +223,15 @@ def _computed_buffers(
     """Put buffers on the CPU into the LLM and let transformers compute those that are in no file.
 
     Args:
-        llm: its weights stay on the meta device, where initialising them costs nothing.
-        names: of all buffers, each alias included.
-        from_files: buffers that were read, by name.
-        fill: value of every other buffer before transformers computes it.
+        llm: the LLM. Its weights stay on the meta device, where initialising them costs nothing.
+        names: names of all buffers, including each alias of a shared one.
+        from_files: the buffers that were read, by name.
+        fill: the value of every other buffer before transformers computes it.
 
     Returns:
         All buffers of the LLM, by name.
     """
-    # One tensor per shared buffer, so that aliases in several modules stay aliases.
+    # A shared buffer gets one replacement, so that its aliases in several modules stay aliases.
     replacements: dict[int, torch.Tensor] = {}
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
@@ -221,14 +242,14 @@ def _computed_buffers(
             id(buffer),
             from_files[name] if name in from_files else torch.full_like(buffer, fill, device="cpu"),
         )
-        # transformers' init functions skip tensors with this mark, which torch's types do not know; without
-        # it they would overwrite what was read from the files.
+        # transformers' init functions skip tensors with this mark. Without it they would overwrite the values
+        # that were read from the files. torch's type annotations do not know the mark.
         replacement._is_hf_initialized = name in from_files  # type: ignore[attr-defined]
         module._buffers[leaf] = replacement
-    # `from_pretrained` has marked every module as initialised, and `initialize_weights` skips those.
+    # `from_pretrained` has marked every module as initialised, and `initialize_weights` skips such modules.
     for module in llm.modules():
         module._is_hf_initialized = False  # type: ignore[assignment]
-    # Initialising draws random numbers for the weights: keep the caller's random state unchanged.
+    # Initialising draws random numbers for the weights. The fork leaves the caller's random state unchanged.
     with torch.random.fork_rng(devices=[]):
         llm.initialize_weights()
     return dict(llm.named_buffers(remove_duplicate=False))
@@ -236,10 +257,11 @@ def _computed_buffers(
 
 @contextlib.contextmanager
 def zero_placeholders(model: nn.Module) -> Iterator[None]:
-    """Replace weights on the meta device by zeros on the CPU, for code that inspects weights.
+    """Temporarily replace weights on the meta device by zeros on the CPU, for code that inspects weights.
 
-    peft, for one, places an adapter on the device of the weight that it adapts. The zeros have the right
-    shape and dtype but share a single element, so they take no memory. The meta weights return at the end.
+    peft, for example, places an adapter on the device of the weight that it adapts. The zeros have the right
+    shape and dtype but share a single element, so they take almost no memory. The meta weights are restored
+    at the end.
     """
     on_meta = [
         (module, name, parameter)

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from slam_asr.artifacts.hypotheses import Hypothesis, normalise
+from slam_asr.artifacts.hypotheses import HYPOTHESES, Hypothesis, normalise
 from slam_asr.artifacts.word_errors import Measured, groups_of, measure
 from slam_asr.errors import InputError
 from slam_asr.progress import log_line
 from slam_asr.scoring.analysis import percent
 from slam_asr.scoring.outputs import read_output
 from slam_asr.scoring.statistics import matched_pairs
-from slam_asr.stages.score import HYPOTHESES
 from slam_asr.storage import write_json
 
 ALL = "all"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.hypotheses import HYPOTHESES, Hypothesis
 from slam_asr.artifacts.stage_record import Outcome, Record, run_stage
 from slam_asr.config.variations import Variation, variation_of
 from slam_asr.errors import InputError
@@ -16,7 +16,6 @@ from slam_asr.progress import clock
 from slam_asr.scoring.outputs import read_output
 from slam_asr.scoring.report import NUMBERS, interval_text, plain, rate_text
 from slam_asr.stages.compare import Compared, compare_outputs, probability_text
-from slam_asr.stages.score import HYPOTHESES
 from slam_asr.storage import exists, fetch, join, sha256_of_file, write_atomically, write_json
 
 STAGE = "compare-runs"

@@ -1,5 +1,6 @@
-"""The stage `decode`: transcribes test utterances with a model, scores the texts, and writes the report."""
+"""The stage `decode`: transcribes test utterances, or one work shard of them; `score` scores them."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,27 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slam_asr import __version__
-from slam_asr.artifacts.hypotheses import Hypothesis, write_hypotheses
+from slam_asr.artifacts.hypotheses import HYPOTHESES, NBEST, Hypothesis, write_hypotheses
 from slam_asr.artifacts.manifest import Utterance, write_json_lines
 from slam_asr.artifacts.model_folder import model_digests
 from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
 from slam_asr.artifacts.utterances import load_utterance, manifest_files
 from slam_asr.artifacts.word_errors import measure
-from slam_asr.config.recipe import Recipe
+from slam_asr.config.recipe import Decoding, Recipe
 from slam_asr.decoding.decoder import Decoder, decode_on_several
 from slam_asr.decoding.model import open_model
 from slam_asr.progress import Meter, log_line
 from slam_asr.runtime.work_split import WorkShard, parse_work_shard
 from slam_asr.scoring.report import WORST
 from slam_asr.scoring.report_audio import Name, encode_audio, worst_first, write_audio
-from slam_asr.stages.score import (
-    HYPOTHESES,
-    NBEST,
-    control_options,
-    options_that_change_texts,
-    rates,
-    report,
-)
 from slam_asr.storage import digest, fetch, is_s3, sha256_of_file
 
 if TYPE_CHECKING:
@@ -42,25 +35,24 @@ def decode(
     output: str,
     feature_store: str | None = None,
     overwrite: bool = False,
-    work_shard: str | None = None,
+    work_shard: str = "1/1",
 ) -> Record:
-    """Transcribe test utterances, score them, and write the report.
+    """Transcribe test utterances; `slam-asr score` then computes the word error rate and writes the report.
 
     Args:
-        recipe: how to decode (its section `decoding`) and the published word error rates to show; on the
-            command line, the recipe that the model was trained with, unless another is named.
+        recipe: how to decode (its section `decoding`); on the command line, the recipe that the model was
+            trained with, unless another is named.
         model: folder that convert-checkpoint wrote, or the name of a shipped model.
         manifests: test utterances (JSON lines); for a folder that build-manifest wrote, its test.jsonl is
             read.
-        output: folder for hypotheses and report; {fingerprint} in it is replaced by a digest of the inputs.
+        output: folder for the transcripts; {fingerprint} in it is replaced by a digest of the inputs.
         feature_store: written by extract-features; without it, audio is encoded on the fly.
         overwrite: replace the results of other inputs.
-        work_shard: i/n: transcribe only the i-th of n work shards. The texts are the same as without;
-            `slam-asr score` joins the work shards and writes the report.
+        work_shard: i/n: transcribe only the i-th of n equal parts, which may run on n machines. The texts
+            are the same as without.
 
     Returns:
-        The stage's record. Its folder holds hypotheses.jsonl and, unless `work_shard` is given, wer.json,
-        report.html and report.md.
+        The stage's record. Its folder holds hypotheses.jsonl, which `slam-asr score --parts` takes.
 
     Raises:
         ModelError: a base model is not the one that the model was trained with.
@@ -69,7 +61,7 @@ def decode(
     from slam_asr.decoding.journal import DecodeJournal
     from slam_asr.models.precision import explain_precision, pick_device, processes_here
 
-    shard = parse_work_shard(work_shard) if work_shard else None
+    shard = parse_work_shard(work_shard)
     # Raises if this machine cannot compute in the requested precision.
     explain_precision(recipe.decoding.precision, pick_device())
     processes = processes_here("decoding.processes", recipe.decoding.processes)
@@ -83,32 +75,19 @@ def decode(
         "features": store.fingerprint if store else None,
         "decoding": options_that_change_texts(recipe.decoding),
         **({"audio of the worst": recipe.decoding.report_audio} if recipe.decoding.report_audio else {}),
-        **(
-            {"part": str(shard)}
-            if shard
-            else {
-                "title": recipe.name,
-                "published": recipe.published_wer,
-                "controls": control_options(recipe.decoding),
-            }
-        ),
+        "part": str(shard),
     }
-
-    # What only affects the report does not affect the texts: a journal may be resumed for another report.
+    # The audio only affects the report: a journal may be resumed with or without it.
     decoding_digest = digest(
         {"version": __version__}
-        | {
-            key: value
-            for key, value in inputs.items()
-            if key not in ("title", "published", "controls", "audio of the worst")
-        }
+        | {key: value for key, value in inputs.items() if key != "audio of the worst"}
     )
     folder_or_prefix = output.replace(FINGERPRINT, digest(inputs)[:16])
 
     def work(folder: Path) -> Outcome:
         remote = folder_or_prefix if is_s3(folder_or_prefix) else None
         with DecodeJournal(folder, decoding_digest, remote) as journal:
-            decoded, facts = _decode(decoder, shard or WorkShard(), journal, processes)
+            decoded, facts = _decode(decoder, shard, journal, processes)
         rows = [row for row, _ in decoded]
         write_hypotheses(folder / HYPOTHESES, rows)
         if recipe.decoding.nbest > 1:
@@ -120,16 +99,12 @@ def decode(
                 ],
             )
         audio = _audio_of_the_worst(recipe, rows, utterances)
-        if shard:
-            if audio:
-                write_audio(folder, audio)
-            outcome = Outcome(
-                f"{len(rows)} of {len(utterances)} utterances, work shard {shard}", rates(facts), facts
-            )
-        else:
-            outcome = report(folder, recipe, rows, opened.config.training, facts, audio)
+        if audio:
+            write_audio(folder, audio)
         journal.close()
-        return outcome
+        of_all = f"{len(rows)} of {len(utterances)} utterances, work shard {shard}"
+        summary = of_all if shard.of > 1 else f"{len(rows)} utterances"
+        return Outcome(summary, _rates(facts), facts)
 
     return run_stage("decode", output, inputs, work, overwrite)
 
@@ -213,3 +188,23 @@ def _audio_of_the_worst(
     by_name = {(u.key, u.subset): u for u in utterances}
     names = ((rows[i].key, rows[i].subset) for i in worst_first(measure(rows))[:WORST])
     return encode_audio(names, lambda name: load_utterance(by_name[name]), recipe.decoding.report_audio)
+
+
+def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
+    """The options that can change the transcripts."""
+    return {
+        key: value
+        for key, value in asdict(decoding).items()
+        if key not in ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")
+    }
+
+
+def _rates(facts: dict[str, Any]) -> dict[str, float]:
+    """The numbers for the dashboard: how much was decoded, and how fast."""
+    hours, seconds = facts["hours_decoded"], facts["seconds"]
+    return {
+        "utterances": facts["utterances"],
+        "answers cut": facts["answers_cut"],
+        "empty answers": facts["empty_answers"],
+        "times real time": round(hours * 3600 / seconds, 2) if seconds else math.inf,
+    }

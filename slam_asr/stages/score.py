@@ -1,12 +1,17 @@
-"""`slam-asr score`: join the work shards of a decoding into one word error rate and one report."""
+"""The stage `score`: joins the work shards of a decoding into one word error rate and one report."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slam_asr.artifacts.hypotheses import Hypothesis, read_hypotheses, write_for_slam_llm, write_hypotheses
+from slam_asr.artifacts.hypotheses import (
+    HYPOTHESES,
+    NBEST,
+    Hypothesis,
+    read_hypotheses,
+    write_for_slam_llm,
+    write_hypotheses,
+)
 from slam_asr.artifacts.model_folder import read_config
 from slam_asr.artifacts.stage_record import Outcome, Record, require_record, run_stage
 from slam_asr.config.recipe import Decoding, Recipe
@@ -17,7 +22,6 @@ from slam_asr.scoring.report_audio import AUDIO, Name, read_audio
 from slam_asr.storage import exists, fetch_folder, join, sha256_of_file, write_atomically
 
 STAGE = "score"
-HYPOTHESES, NBEST = "hypotheses.jsonl", "nbest.jsonl"
 
 _SUMMED = (
     "seconds",
@@ -30,14 +34,14 @@ _SUMMED = (
 )
 
 
-def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: bool = False) -> Record:
-    """Join the parts of a decoding, score them, and write the report.
+def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: bool = False) -> Record:
+    """Join the work shards of a decoding, compute the word error rate, and write the report.
 
     Args:
         recipe: published word error rates to show, and which controls to score;
             on the command line, the recipe that the model was trained with unless another is named.
         model: folder that convert-checkpoint wrote; the report shows how it was trained.
-        parts: folders that `decode --work-shard i/n` wrote, all n of them.
+        parts: folder that decode wrote; for `decode --work-shard i/n`, all n of them.
         output: folder for the report; {fingerprint} in it is replaced by a digest of the inputs.
         overwrite: replace results of other inputs instead of refusing.
 
@@ -55,7 +59,7 @@ def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overw
         "title": recipe.name,
         "training": config.training,
         "published": recipe.published_wer,
-        "controls": control_options(recipe.decoding),
+        "controls": _control_options(recipe.decoding),
     }
 
     def work(folder: Path) -> Outcome:
@@ -68,7 +72,7 @@ def score_parts(recipe: Recipe, model: str, parts: list[str], output: str, overw
                     sorted(line for file in choices for line in file.read_text().splitlines(keepends=True))
                 ),
             )
-        return report(
+        return _report(
             folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))
         )
 
@@ -80,7 +84,7 @@ def _files_named(records: Sequence[Record], name: str) -> list[Path]:
     return [record.file(name) for record in records if exists(join(record.folder, name))]
 
 
-def report(
+def _report(
     folder: Path,
     recipe: Recipe,
     rows: Sequence[Hypothesis],
@@ -110,29 +114,9 @@ def report(
     return Outcome(f"WER {metrics['wer']:.2f} % on {len(rows)} utterances", metrics, facts)
 
 
-def control_options(decoding: Decoding) -> dict[str, Any]:
+def _control_options(decoding: Decoding) -> dict[str, Any]:
     """The options that determine which controls are scored."""
     return {"shuffled": decoding.shuffled_control, "seed": decoding.seed}
-
-
-def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
-    """The options that can change the transcripts."""
-    return {
-        key: value
-        for key, value in asdict(decoding).items()
-        if key not in ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")
-    }
-
-
-def rates(facts: dict[str, Any]) -> dict[str, float]:
-    """A work shard's numbers for the dashboard: how much was decoded, and how fast."""
-    hours, seconds = facts["hours_decoded"], facts["seconds"]
-    return {
-        "utterances": facts["utterances"],
-        "answers cut": facts["answers_cut"],
-        "empty answers": facts["empty_answers"],
-        "times real time": round(hours * 3600 / seconds, 2) if seconds else math.inf,
-    }
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:
@@ -150,30 +134,23 @@ def _complete_parts(records: list[Record]) -> list[Record]:
         InputError: no part, a missing or repeated one, or parts of different decodings.
     """
     if not records:
-        raise InputError(
-            "There is nothing to score: --parts names no folder of `slam-asr decode --work-shard i/n`."
-        )
+        raise InputError("There is nothing to score: --parts names no folder that `slam-asr decode` wrote.")
     by_number: dict[int, Record] = {}
     for record in records:
-        if "part" not in record.inputs:
-            raise InputError(
-                f"{record.folder} contains a complete decoding, which already has a report: "
-                "give the folders of `decode --work-shard i/n`."
-            )
-        number, of = (int(n) for n in record.inputs["part"].split("-of-"))
+        number, of = _numbers(record)
         if number in by_number:
             raise InputError(
-                f"{record.folder} and {by_number[number].folder} are both part {record.inputs['part']}: "
+                f"{record.folder} and {by_number[number].folder} are both work shard {number}/{of}: "
                 "give each part once."
             )
         by_number[number] = record
         other = records[0]
         changed = sorted(
-            k
-            for k in record.inputs | other.inputs
-            if k != "part" and record.inputs.get(k) != other.inputs.get(k)
+            key
+            for key in record.inputs | other.inputs
+            if key != "part" and record.inputs.get(key) != other.inputs.get(key)
         )
-        if changed or of != int(other.inputs["part"].split("-of-")[1]):
+        if changed or of != _numbers(other)[1]:
             raise InputError(
                 f"{record.folder} and {other.folder} are parts of different decodings "
                 f"({', '.join(changed) or 'number of parts'} differ): decode all with the same inputs."
@@ -185,3 +162,9 @@ def _complete_parts(records: list[Record]) -> list[Record]:
             f"run `slam-asr decode --work-shard {missing[0]}` with the same other options."
         )
     return [by_number[number] for number in sorted(by_number)]
+
+
+def _numbers(record: Record) -> tuple[int, int]:
+    """A record's work shard i/n as (i, n). Version 0.1.0 decoded without one if it was not requested."""
+    number, of = record.inputs.get("part", "1-of-1").split("-of-")
+    return int(number), int(of)

@@ -44,7 +44,7 @@ def test_single_stage_converts_the_checkpoint_that_the_recipe_selects(tmp_path, 
 
 
 def test_selected_checkpoint_does_not_change_the_decoding_options():
-    from slam_asr.stages.score import options_that_change_texts
+    from slam_asr.stages.decode import options_that_change_texts
 
     latest, best = (
         options_that_change_texts(load_recipe("demo", {"decoding.checkpoint": which}).decoding)

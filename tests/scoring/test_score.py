@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from slam_asr.artifacts.hypotheses import Hypothesis, read_hypotheses, write_hypotheses
+from slam_asr.artifacts.hypotheses import HYPOTHESES, Hypothesis, read_hypotheses, write_hypotheses
 from slam_asr.artifacts.model_folder import CONFIG, ModelConfig
 from slam_asr.artifacts.stage_record import Outcome, run_stage
 from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.errors import UserError
-from slam_asr.stages.score import HYPOTHESES, options_that_change_texts, score_parts
+from slam_asr.stages.decode import options_that_change_texts
+from slam_asr.stages.score import score
 
 ROWS = [Hypothesis(f"u{i}", f"the word {i}", f"the word {i % 4}", "test", "", 2.0) for i in range(7)]
 FACTS = {
@@ -56,9 +57,9 @@ def part_of(tmp_path):
 
 def test_joined_parts_equal_an_undivided_decoding(tmp_path, model, part_of):
     recipe = load_recipe("demo")
-    undivided = score_parts(recipe, model, [part_of(1, 1, ROWS)], str(tmp_path / "undivided"))
+    undivided = score(recipe, model, [part_of(1, 1, ROWS)], str(tmp_path / "undivided"))
     parts = [part_of(2, 3, ROWS[1::3]), part_of(3, 3, ROWS[2::3]), part_of(1, 3, ROWS[::3])]
-    joined = score_parts(recipe, model, parts, str(tmp_path / "joined"))
+    joined = score(recipe, model, parts, str(tmp_path / "joined"))
     assert joined.metrics == undivided.metrics and joined.metrics["wer"] > 0
     assert read_hypotheses(joined.file(HYPOTHESES)) == ROWS
     assert joined.file("report.md").is_file() and joined.file("report.html").is_file()
@@ -69,8 +70,14 @@ def test_joined_parts_equal_an_undivided_decoding(tmp_path, model, part_of):
     )
 
 
+def test_a_decoding_of_version_0_1_without_a_work_shard_is_scored(tmp_path, model, part_of):
+    recipe = load_recipe("demo")
+    old = score(recipe, model, [part_of(1, None, ROWS)], str(tmp_path / "old"))
+    assert old.metrics == score(recipe, model, [part_of(1, 1, ROWS)], str(tmp_path / "new")).metrics
+
+
 def test_a_part_without_utterances_changes_nothing(tmp_path, model, part_of):
-    joined = score_parts(
+    joined = score(
         load_recipe("demo"), model, [part_of(1, 2, ROWS), part_of(2, 2, [])], str(tmp_path / "joined")
     )
     assert len(read_hypotheses(joined.file(HYPOTHESES))) == len(ROWS)
@@ -84,22 +91,22 @@ def test_a_part_without_utterances_changes_nothing(tmp_path, model, part_of):
             [(1, 3), (3, 3)],
             r"The decoding lacks 1 of 3 parts, first 2/3: run `slam-asr decode --work-shard 2/3`",
         ),
-        ([(1, 2), (1, 2, "again")], "are both part 1-of-2: give each part once"),
+        ([(1, 2), (1, 2, "again")], "are both work shard 1/2: give each part once"),
         ([(1, 2), (2, 3)], r"are parts of different decodings \(number of parts differ\)"),
-        ([(1, None)], "contains a complete decoding, which already has a report"),
+        ([(1, None), (1, 1, "again")], "are both work shard 1/1: give each part once"),
     ],
 )
 def test_parts_that_do_not_make_up_a_decoding_are_refused(tmp_path, model, part_of, parts, sentence):
     folders = [part_of(number, of, ROWS[:2], *name) for number, of, *name in parts]
     with pytest.raises(UserError, match=sentence):
-        score_parts(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
+        score(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
     assert not (tmp_path / "scored").exists()
 
 
 def test_parts_of_two_models_are_refused(tmp_path, model, part_of):
     folders = [part_of(1, 2, ROWS[:2], model="a"), part_of(2, 2, ROWS[2:], model="b")]
     with pytest.raises(UserError, match=r"parts of different decodings \(model differ\)"):
-        score_parts(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
+        score(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
 
 
 def test_number_of_parts_and_controls_do_not_change_texts():

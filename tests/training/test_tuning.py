@@ -15,6 +15,7 @@ from slam_asr.stages.build_manifest import build_manifest
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.stages.decode import decode
 from slam_asr.stages.extract_features import extract_features
+from slam_asr.stages.score import score
 from slam_asr.stages.train import train
 
 KINDS = {
@@ -68,11 +69,12 @@ def test_everything_trained_reaches_decoding(tiny_recipe, tiny_corpus, tmp_path,
         assert own.keys() == base.keys()
         assert any(not torch.equal(own[n].float(), base[n].float()) for n in own)
     decoded = decode(recipe, model.folder, [built.folder], str(tmp_path / "d"), features.folder)
-    assert decoded.metrics["wer"] > 0
+    scored = score(recipe, model.folder, [decoded.folder], str(tmp_path / "s"))
+    assert scored.metrics["wer"] > 0
     if recipe.encoder.tuning == "frozen":
-        from_audio = decode(recipe, model.folder, [built.folder], str(tmp_path / "a"))
+        decode(recipe, model.folder, [built.folder], str(tmp_path / "a"))
         texts = [(tmp_path / d / "hypotheses.jsonl").read_text() for d in ("d", "a")]
-        assert texts[0] == texts[1] and from_audio.metrics["wer"] == decoded.metrics["wer"]
+        assert texts[0] == texts[1]
 
     if expected == {"projector"} or recipe.llm.tuning == "lora":
         theirs = convert_checkpoint(model.folder, str(tmp_path / "slam-llm"), to="slam-llm")
