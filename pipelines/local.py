@@ -6,7 +6,6 @@ an interrupted run ends all its processes, and the exit code of a failed step is
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -33,6 +32,7 @@ from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.progress import BAR_COLUMNS
 from slam_asr.steps import EVALUATION, STEPS, SWEEP, TRAINING
 from slam_asr.storage import is_s3, local_path
+from slam_asr.storage.locks import exclusive_if_free
 
 KFP_LOG = "kfp.log"
 _EXECUTOR_PREFIX = "[KFP Executor "
@@ -280,11 +280,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
         raise ConfigurationError(
             f"The folder {folder} cannot be created ({error.strerror}): choose another --output."
         ) from error
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another run is working in {folder}: wait for it, or choose another --output."
-            ) from None
+    with exclusive_if_free(folder / ".lock") as held:
+        if not held:
+            raise UserError(f"Another run is working in {folder}: wait for it, or choose another --output.")
         yield

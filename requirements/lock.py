@@ -20,11 +20,12 @@ import tempfile
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
-from imports import third_party
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from slam_asr.steps import OWN_IMAGE, STEPS
+
+from imports import third_party
 
 HERE = Path(__file__).parent
 LAYERS = {

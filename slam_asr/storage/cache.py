@@ -8,38 +8,17 @@ import contextlib
 import errno
 import fcntl
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from slam_asr.errors import StorageError
 from slam_asr.storage.local import PARTIAL, local_path
+from slam_asr.storage.locks import exclusive, exclusive_if_free
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CAPACITY_LOCK = "room"
 """Name of the lock for changes to the cache's total size. The locks of objects end in `.lock`."""
-
-_open_locks: set[IO[str]] = set()
-"""Lock files that threads of this process hold or wait for."""
-_opening = threading.Lock()
-
-
-def _close_inherited_locks() -> None:
-    """Close the lock files of the parent process after a fork.
-
-    flock belongs to the open file, which a forked process shares: it would hold the locks of its parent's
-    threads for as long as it lives.
-    """
-    for lock in _open_locks:
-        lock.close()
-    _open_locks.clear()
-    _opening.release()
-
-
-os.register_at_fork(
-    before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_close_inherited_locks
-)
 
 
 def cache_folder() -> Path:
@@ -163,7 +142,7 @@ class DiskCache:
         """Remove a file that no process holds, or that a killed process left half-fetched."""
         if file.name.endswith(PARTIAL):
             # A process that is fetching the object holds the object's lock.
-            with self._locked(f"{file.name[1 : -len(PARTIAL)]}.lock", wait=False) as free:
+            with exclusive_if_free(self._locks / f"{file.name[1 : -len(PARTIAL)]}.lock") as free:
                 if free:
                     file.unlink(missing_ok=True)
                 return free
@@ -178,37 +157,15 @@ class DiskCache:
         return True
 
     @contextlib.contextmanager
-    def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold a lock; yields whether it was acquired, which is always true with `wait`."""
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold a lock."""
         path = self._locks / name
-        while True:
-            with _opened(path) as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except BlockingIOError:
-                    yield False
-                    return
-                # The previous owner removes the lock file, so a third process may have locked a new one.
-                if not _is_same(lock, path):
-                    continue
-                try:
-                    yield True
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    with _opening:
-        lock = open(path, "w")  # noqa: SIM115 - closed below, or in a forked process
-        _open_locks.add(lock)
-    try:
-        yield lock
-    finally:
-        with _opening:
-            lock.close()
-            _open_locks.discard(lock)
+        with exclusive(path):
+            try:
+                yield
+            finally:
+                # Whoever waits for the removed file notices, and locks a new one.
+                path.unlink(missing_ok=True)
 
 
 def _is_same(file: IO[str] | BinaryIO, path: Path) -> bool:

@@ -1,7 +1,6 @@
 """File operations that work the same for local paths and for `s3://bucket/key`."""
 
 import contextlib
-import fcntl
 import io
 import os
 import posixpath
@@ -17,6 +16,7 @@ from slam_asr.storage import s3
 from slam_asr.storage.address import PathOrUri, is_s3
 from slam_asr.storage.cache import cache_folder
 from slam_asr.storage.local import PARTIAL, digest, local_path, temporary_path, write_atomically
+from slam_asr.storage.locks import exclusive
 
 _PARALLEL_FILES = 8
 _STREAM_BUFFER_BYTES = 8 * 2**20
@@ -291,8 +291,7 @@ def _cached_path(identity: list[object], path: str) -> Path:
 def _exclusive(target: Path) -> Iterator[None]:
     """Let one process or thread fetch while the others wait."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(target.parent / ".lock"):
         yield
 
 

@@ -14,10 +14,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 LISTS = CHECKOUT / "requirements" / "images"
 sys.path[:0] = [str(CHECKOUT / "requirements"), str(CHECKOUT / "images")]
 
+import build  # noqa: E402 - images/ is not a package
 import lock  # noqa: E402 - requirements/ is not a package
 from imports import third_party  # noqa: E402
-
-import build  # noqa: E402 - images/ is not a package
 
 WITHOUT_TORCH = "build-manifest"
 

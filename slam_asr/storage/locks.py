@@ -1,0 +1,46 @@
+"""Locks between processes (filelock). The kernel releases a lock when its process ends, however it ends."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from slam_asr.progress import log_line
+
+
+@contextlib.contextmanager
+def exclusive(file: Path, while_waiting: str = "") -> Iterator[None]:
+    """Hold a lock in the block; while another process or thread holds it, wait.
+
+    Args:
+        file: the lock's file, which is created; its folder must exist.
+        while_waiting: line for the log if another one holds the lock.
+    """
+    # A lock of its own for each call, so that threads wait for each other too.
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if while_waiting:
+            log_line(while_waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def exclusive_if_free(file: Path) -> Iterator[bool]:
+    """Hold a lock in the block if nobody else holds it; yields whether it is held."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
