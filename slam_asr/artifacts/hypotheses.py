@@ -1,8 +1,8 @@
 """Word error rate: how many words of the references a recogniser got wrong.
 
-WER = (substitutions + deletions + insertions) / words in the references, over all utterances together, with
-the alignment that has the fewest errors (jiwer). In an utterance without a hypothesis all words count as
-deletions; no utterance is left out. Insertions can raise the rate above 1.
+WER = (substitutions + deletions + insertions) / words in the references. Each of these is summed over all
+utterances before dividing. jiwer finds the alignment with the fewest errors. If an utterance has no hypothesis,
+all its words count as deletions; no utterance is left out. Insertions can raise the rate above 1.
 """
 
 import json
@@ -23,25 +23,25 @@ HYPOTHESES, NBEST = "hypotheses.jsonl", "nbest.jsonl"
 
 @dataclass
 class Hypothesis:
-    """One utterance: its reference transcript, and what the recogniser wrote."""
+    """The reference transcript of one utterance, and the transcript that the recogniser wrote."""
 
     key: str
-    """The utterance's name in its manifest."""
+    """The utterance's key in its manifest."""
     reference: str
     hypothesis: str
     """Empty if the recogniser wrote nothing."""
     subset: str = ""
-    """Test subset, such as `test-other`."""
+    """The part of the corpus that the utterance comes from, such as `test-other`; empty if unknown."""
     speaker: str = ""
     duration: float = 0.0
-    """Seconds; 0 if unknown."""
+    """Length of the audio in seconds; 0 if unknown."""
     cut: bool = False
-    """Whether the answer reached the maximum number of tokens and was cut there."""
+    """Whether the LLM's answer reached the maximum number of tokens and was cut there."""
 
 
 @dataclass
 class WordErrors:
-    """Counts over a set of utterances: hits + substitutions + deletions = words."""
+    """Sums over a set of utterances. Hits, substitutions and deletions add up to `words`."""
 
     utterances: int = 0
     words: int = 0
@@ -61,7 +61,7 @@ class WordErrors:
         """Errors per reference word, as a fraction: 0.05 means 5 %.
 
         Raises:
-            InputError: the references contain no words, so there is no rate.
+            InputError: the references contain no words, so the rate is undefined.
         """
         if not self.words:
             raise InputError(
@@ -72,7 +72,7 @@ class WordErrors:
 
 
 class AlignedWords(NamedTuple):
-    """A stretch of an alignment. In a substitution both sides have the same number of words."""
+    """A stretch of an alignment. In a substitution, both sides have the same number of words."""
 
     kind: str
     """`equal`, `substitute`, `delete` or `insert`."""
@@ -83,12 +83,12 @@ class AlignedWords(NamedTuple):
 
 
 def normalise(text: str) -> str:
-    """The text as it is scored: runs of white space become one space; case and punctuation count."""
+    """Return a text as it is scored. Runs of white space become one space; case and punctuation count."""
     return " ".join(text.split())
 
 
 def align(row: Hypothesis) -> list[AlignedWords]:
-    """Align the words of reference and hypothesis, from left to right."""
+    """Align the words of reference and hypothesis; return the stretches from left to right."""
     output = _process([row])
     reference, hypothesis = output.references[0], output.hypotheses[0]
     return [
@@ -102,7 +102,7 @@ def align(row: Hypothesis) -> list[AlignedWords]:
 
 
 def write_hypotheses(path: str | Path, rows: Iterable[Hypothesis]) -> None:
-    """Write utterances as JSON lines, sorted by key, atomically."""
+    """Write utterances as JSON lines, sorted by key. The file appears only when it is complete."""
     ordered = sorted(rows, key=lambda row: (row.key, row.subset))
     write_atomically(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in ordered))
 
@@ -110,7 +110,8 @@ def write_hypotheses(path: str | Path, rows: Iterable[Hypothesis]) -> None:
 def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
     """Write `decode_log_pred` and `decode_log_gt` in SLAM-LLM's format, for tools that read it.
 
-    Their lines are key, tab, text.
+    `decode_log_pred` contains the hypotheses and `decode_log_gt` the references. Each line is a key, a tab and
+    a text.
     """
     ordered = sorted(rows, key=lambda row: (row.key, row.subset))
     for name, texts in (
@@ -124,7 +125,7 @@ def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
 
 
 def read_hypotheses(path: str | Path) -> list[Hypothesis]:
-    """Read what `write_hypotheses` wrote. Unknown fields are ignored.
+    """Read a file that `write_hypotheses` wrote. Unknown fields are ignored.
 
     Raises:
         InputError: the file does not exist, or a line is not an utterance.
@@ -160,12 +161,13 @@ def _parse(line: str, where: str) -> Hypothesis:
                 f"{where}: {field.name!r} is missing; each utterance needs key, reference and hypothesis."
             )
         if value is not None:
-            assert isinstance(field.type, type)  # text only where annotations are postponed
+            assert isinstance(field.type, type)  # it would be text if annotations were postponed
             known[field.name] = _checked(field.name, value, field.type, where)
     return Hypothesis(**known)
 
 
 def _checked(name: str, value: object, kind: type, where: str) -> object:
+    # JSON's true and false are ints in Python, but not numbers of seconds.
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(value) and value >= 0:
             return float(value)

@@ -1,6 +1,7 @@
-"""Word errors per utterance, from which the errors of any group are summed, and confusions between words.
+"""Counts of word errors per utterance, and of confusions between words.
 
-Every utterance is aligned once (jiwer). Totals, groups, intervals and comparisons are sums over these counts.
+Every utterance is aligned only once, by jiwer. Totals, groups of utterances, confidence intervals and
+comparisons are all computed from sums of these counts.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, normalise
 
 HITS, SUBSTITUTIONS, DELETIONS, INSERTIONS = range(4)
 _AT_ONCE = 5000
-"""Utterances aligned at once: their alignments are in memory at the same time."""
+"""Number of utterances that are aligned in one call, because all alignments of a call are in memory."""
 
 
 @dataclass
@@ -24,24 +25,29 @@ class Measured:
 
     rows: Sequence[Hypothesis]
     counts: np.ndarray
-    """[utterances, 4]: numbers of hits, substitutions, deletions and insertions."""
+    """int64 [utterances, 4]: numbers of hits, substitutions, deletions and insertions."""
     substituted: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Counts of (spoken word, written word)."""
+    """Counts of pairs (word of the reference, word of the hypothesis)."""
     deleted: Counter[str] = field(default_factory=Counter)
     inserted: Counter[str] = field(default_factory=Counter)
 
     @property
     def words(self) -> np.ndarray:
-        """[utterances]: words in the references."""
+        """int64 [utterances]: number of words in each reference."""
         return self.counts[:, :INSERTIONS].sum(1)
 
     @property
     def errors(self) -> np.ndarray:
-        """[utterances]: substitutions, deletions and insertions together."""
+        """int64 [utterances]: number of substitutions, deletions and insertions together."""
         return self.counts[:, SUBSTITUTIONS:].sum(1)
 
     def total(self, indices: np.ndarray | None = None) -> WordErrors:
-        """The word errors of all utterances together, or of those with the given indices."""
+        """Sum the word errors of all utterances, or of some.
+
+        Args:
+            indices: int [n], positions of the utterances to sum; all if not given. A repeated position counts
+                each time.
+        """
         counts = self.counts if indices is None else self.counts[indices]
         hits, substitutions, deletions, insertions = (int(n) for n in counts.sum(0))
         return WordErrors(
@@ -50,7 +56,7 @@ class Measured:
 
 
 def measure(rows: Sequence[Hypothesis]) -> Measured:
-    """Align every utterance."""
+    """Align every utterance and count its word errors."""
     measured = Measured(rows, np.zeros((len(rows), 4), dtype=np.int64))
     for start in range(0, len(rows), _AT_ONCE):
         batch = rows[start : start + _AT_ONCE]
@@ -66,7 +72,7 @@ def measure(rows: Sequence[Hypothesis]) -> Measured:
 
 
 def score(rows: Sequence[Hypothesis]) -> WordErrors:
-    """The word errors of all utterances together."""
+    """Align every utterance and return the word errors of all together."""
     return measure(rows).total()
 
 
@@ -90,25 +96,38 @@ def _count(
 
 
 def nothing_written(measured: Measured) -> Measured:
-    """The same references scored against empty hypotheses: all deletions, without an alignment."""
+    """Score the same references against empty hypotheses, in which every word is a deletion.
+
+    This needs no alignment. The counters of single words stay empty.
+    """
     counts = np.zeros_like(measured.counts)
     counts[:, DELETIONS] = measured.words
     return Measured(measured.rows, counts)
 
 
 def character_errors(rows: Sequence[Hypothesis]) -> np.ndarray:
-    """Character errors, and characters of the reference: [utterances, 2].
+    """Count character errors. Spaces between words count as characters, as in jiwer's CER.
 
-    Spaces between words count as characters, as in jiwer's CER.
+    Returns:
+        int64 [utterances, 2]: number of errors, and number of characters in the reference.
     """
     pairs = ((normalise(r.reference), normalise(r.hypothesis)) for r in rows)
+    # The reshape gives the result two columns even if it has no rows.
     return np.array(
         [(Levenshtein.distance(spoken, written), len(spoken)) for spoken, written in pairs], dtype=np.int64
     ).reshape(-1, 2)
 
 
 def groups_of(rows: Iterable[Hypothesis], key: Callable[[Hypothesis], str]) -> dict[str, np.ndarray]:
-    """Indices of the utterances of each group, sorted by the group's name."""
+    """Divide utterances into groups.
+
+    Args:
+        rows: the utterances.
+        key: returns the name of an utterance's group.
+
+    Returns:
+        For each group, sorted by name, the positions of its utterances: int64 [n], ascending.
+    """
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(key(row), []).append(i)

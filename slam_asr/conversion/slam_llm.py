@@ -17,7 +17,7 @@ _PROJECTOR, _LORA = "encoder_projector.", "llm.base_model.model."
 
 
 def is_slam_llm(content: object) -> bool:
-    """Whether a `.pt` file's content is such a dictionary."""
+    """Return whether the content of a `.pt` file is a dictionary with the weights of SLAM-LLM's projector."""
     return isinstance(content, Mapping) and any(
         isinstance(n, str) and n.startswith(_PROJECTOR) for n in content
     )
@@ -27,8 +27,11 @@ def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> LazyTensor
     """Rename the weights to this project's names, `projector.…` and `llm.…`.
 
     Args:
-        content: of the file.
+        content: the weights by SLAM-LLM's names, as the file contains them.
         where: the file's name, for error messages.
+
+    Returns:
+        The same tensors by their new names; shapes and dtypes do not change.
 
     Raises:
         ModelError: a weight belongs neither to the projector nor to LoRA.
@@ -50,7 +53,13 @@ def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> LazyTensor
 def write_slam_llm(
     folder: Path, projector: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write `model.pt` as SLAM-LLM does: under a temporary name, renamed when it is complete."""
+    """Write `model.pt` in SLAM-LLM's format. The file gets this name only when it is complete.
+
+    Args:
+        folder: where the file is written; it must exist.
+        projector: the projector's weights, by their names in `SpeechProjector`.
+        adapter: LoRA's weights, by their names in the LLM; empty if the LLM has no adapter.
+    """
     content = {_PROJECTOR + n: t for n, t in projector.items()} | {_LORA + n: t for n, t in adapter.items()}
     temporary = folder / f".{FILE}.partial"
     try:

@@ -42,6 +42,7 @@ def adopt_trained_model(recipe: Recipe, model: str, output: str) -> Record:
     """
     require_test_only(recipe)
     require_same_features(recipe, model, read_config(model))
+    # The name of a shipped model is not a path, so no record may be looked for under it.
     if model not in shipped_models() and (done := read_record(model)) is not None:
         return done
     folder = fetch_model(model)
@@ -54,7 +55,7 @@ def adopt_trained_model(recipe: Recipe, model: str, output: str) -> Record:
 
 
 def require_test_only(recipe: Recipe) -> None:
-    """Refuse a recipe with training data, which would be read and encoded for nothing.
+    """Refuse a recipe that names training data: it would be read and encoded for nothing.
 
     Raises:
         ConfigurationError: `data.train` or `data.dev` is not empty.
@@ -72,7 +73,8 @@ def require_same_features(recipe: Recipe, model: str, config: ModelConfig) -> No
     Only the encoder's name is compared here, without its folder; its weights are compared when it is loaded.
 
     Raises:
-        ConfigurationError: with the keys that differ, and the options that correct them.
+        ConfigurationError: the features differ; the message names the keys that differ and the options that
+            correct them.
     """
     trained = config.typed_recipe
     differing = [key for key in SAME if _comparable(recipe, key) != _comparable(trained, key)]

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 SPLITS = ("train", "dev", "test")
 
 SPLIT_NAMES = {**dict(zip(SPLITS, SPLITS, strict=True)), "validation": "dev", "valid": "dev", "val": "dev"}
-"""Names of subsets that are splits themselves, whatever the recipe's patterns, with their splits."""
+"""Subset names that denote a split by themselves, regardless of the recipe's patterns, and that split."""
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
-"""In order of preference, if one utterance has several files."""
+"""File suffixes of audio, in order of preference if one utterance has several files."""
 
 AUDIO_FOLDER = "audio"
-"""Subfolder of the stage's output for audio that was unpacked from archives and tables."""
+"""Subfolder of the stage's output that holds audio unpacked from archives and tables."""
 
 NO_AUDIO = "transcript without audio"
 NO_TRANSCRIPT = "audio without transcript"
@@ -35,7 +35,7 @@ class Candidate:
 
     key: str
     source: str
-    """The audio file: an absolute path or an s3:// URI. With `content`, only a name for messages."""
+    """The audio file: an absolute path or an s3:// URI. If `content` is set, only a name for messages."""
     text: str
     """The transcript, unchanged."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -43,11 +43,11 @@ class Candidate:
     start: float | None = None
     """Where a segment begins in the file, in seconds; None for the complete file."""
     duration: float | None = None
-    """Length of the segment in seconds; None for all up to the file's end."""
+    """Length of the segment in seconds; None if it extends to the end of the file."""
     content: bytes | None = None
-    """The audio file's bytes, if they come from a table rather than a file."""
+    """The audio file's bytes, if the audio is embedded in a table."""
     manifest_source: str | None = None
-    """The manifest's `source` if it differs from `source`: a path relative to the manifest."""
+    """The `source` to write to the manifest, if it differs from `source`: a path relative to the manifest."""
     split: str = ""
     """The split that the utterance belongs to; empty until `splits.read_splits` sets it."""
 
@@ -59,14 +59,16 @@ class Rejection:
     key: str
     source: str
     reason: str
-    """One of a small set of constants, for statistics."""
+    """One of the constants above or of `slam_asr.audio`; statistics count rejections by it."""
     detail: str = ""
     """A sentence for the user."""
 
 
 Stamp = tuple[str, int, str]
-"""A file's name, size in bytes, and time of change or etag. A changed stamp reveals a changed corpus without
-reading it."""
+"""A file's name, its size in bytes, and its modification time or etag.
+
+A corpus whose stamps are unchanged need not be read again.
+"""
 
 
 class CorpusReader(Protocol):
@@ -78,13 +80,13 @@ class CorpusReader(Protocol):
     """The corpus's absolute path or URI."""
 
     def subsets(self) -> list[str]:
-        """The names that the recipe's patterns are matched against."""
+        """Return the names that the recipe's patterns are matched against."""
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        """Yield the files that a subset depends on, in a fixed order, without opening audio."""
+        """Yield the stamp of each file that a subset depends on, in a fixed order, without opening audio."""
 
     def prepare(self, folder: Path, subsets: list[str]) -> None:
-        """Unpack archives of these subsets into the stage's folder. Called before `read`."""
+        """Unpack the archives of these subsets into the stage's folder. This is called before `read`."""
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
         """Yield a subset's utterances in a fixed order, and a rejection for each that is incomplete."""

@@ -1,9 +1,9 @@
 """Reader for LibriSpeech's original archives, such as train-clean-100.tar.gz, on disk or in object storage.
 
 Archives are unpacked as a stream into `audio/` of the stage's folder and then read by `librispeech`. An
-archive with an original name holds the subset of that name, and is not opened if no pattern of the recipe
-matches it. Any other archive is read once to find its subsets. An archive that was unpacked completely is not
-unpacked again.
+archive with an original name is taken to hold the subset of that name, and is not opened if no pattern of the
+recipe matches it. Any other archive is read once to find its subsets. An archive that was unpacked completely
+is not unpacked again.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _ORIGINAL_NAME = re.compile(r"((?:train|dev|test)-(?:clean|other)(?:-\d+)?)\.(?:
 
 
 class Archives:
-    """The reader of one archive, or of a folder of them."""
+    """The reader of one archive, or of a folder of archives."""
 
     kind = "LibriSpeech archives"
 
@@ -95,7 +95,7 @@ class Archives:
 
 
 def _subsets_in(file: str) -> list[str]:
-    """The subsets that an archive holds, by its name or else by its content."""
+    """The subsets that an archive holds, inferred from its name or, failing that, from its content."""
     if original := _ORIGINAL_NAME.fullmatch(name_of(file).lower()):
         return [original[1]]
     with _members(file) as members:
@@ -109,12 +109,13 @@ def _subsets_in(file: str) -> list[str]:
 
 
 def _unpack_once(file: str, target: Path, subsets: list[str]) -> None:
-    """Unpack an archive, unless this was done before. A marker file, written last, holds its stamp."""
+    """Unpack an archive, unless a marker file shows that this version of it was unpacked before."""
     archive_info = info(file)
     state = digest([file, archive_info.bytes, archive_info.stamp]) if archive_info else ""
     marker = target / f".{digest(file)[:16]}.unpacked"
     if marker.is_file() and read_bytes(marker).decode() == state:
         return
+    # The marker is removed first and written last, so an interrupted run leaves none for partial content.
     marker.unlink(missing_ok=True)
     for subset in subsets:
         shutil.rmtree(target / OUTER / subset, ignore_errors=True)
@@ -133,11 +134,13 @@ def _unpack_once(file: str, target: Path, subsets: list[str]) -> None:
 
 @contextlib.contextmanager
 def _members(file: str) -> Iterator[Iterator[tuple[tarfile.TarFile, PurePosixPath, tarfile.TarInfo]]]:
-    """Stream through an archive: an iterator over the files of its LibriSpeech tree.
+    """Open an archive as a stream, and give an iterator over the files of its LibriSpeech tree.
 
     Each item is the open archive, the path to unpack to (LibriSpeech/<subset>/<speaker>/<chapter>/<file>) and
     the member. Links, devices and paths that lead out of the target folder are left out.
     """
+    # Mode `r|*` never seeks, so an archive can come from object storage and needs no local copy. In return, a
+    # member can be read only before the iterator advances to the next one.
     try:
         with open_stream(file) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
             yield ((archive, path, member) for member in archive if (path := _path_of(member)))
@@ -150,6 +153,7 @@ def _path_of(member: tarfile.TarInfo) -> PurePosixPath | None:
     """The path to unpack a member to, relative to the target folder; None if it is not part of a tree."""
     parts = [part for part in PurePosixPath(member.name).parts if part != "."]
     parts = parts[1:] if parts[:1] == [OUTER] else parts
+    # A leading dot covers `..` and hidden files. A leading slash is the first part of an absolute path.
     if (
         len(parts) != 4
         or not member.isreg()

@@ -1,4 +1,4 @@
-"""The check of a corpus's audio: threads decode every file once, a bounded number of files ahead."""
+"""Check of a corpus's audio: threads decode every file once, and stay a bounded number of files ahead."""
 
 import os
 import threading
@@ -17,12 +17,12 @@ from slam_asr.progress import Meter
 from slam_asr.storage import name_of
 
 _CHUNK = 8
-"""Files per task of a thread. More reduces overhead, but updates the progress display less often."""
+"""Files per task of a thread. A larger number reduces overhead, but progress is shown less often."""
 _MIN_REMOTE_THREADS = 16
-"""Threads for audio in object storage, at least: they spend most of their time waiting for the network."""
+"""Minimum number of threads for audio in object storage, where they mostly wait for the network."""
 _CHUNKS_AHEAD = 3
-"""Chunks per thread that are in progress or queued; limits the memory for audio that is embedded in
-tables."""
+"""Chunks per thread that are in progress or queued. It limits the memory that audio embedded in tables
+takes."""
 
 
 @dataclass
@@ -31,12 +31,12 @@ class Checked:
 
     utterance: Utterance
     channels: int
-    """Channels of the audio file, before they were averaged."""
+    """Number of channels of the audio file, before they are averaged."""
     split: str = ""
 
 
 def default_threads() -> int:
-    """One thread per core."""
+    """Return the number of threads for local audio: one per core."""
     return os.cpu_count() or 1
 
 
@@ -54,10 +54,10 @@ def check_all(
     work in a notebook, in a script without a main guard, and in a daemon.
 
     Args:
-        items: consumed only a bounded number ahead of the results.
-        data: the recipe's `data` section, for the limits on the duration.
+        items: candidates and rejections. They are read only a bounded number ahead of the results.
+        data: the recipe's `data` section, which limits the duration.
         label: text of the progress display.
-        folder: the stage's folder, to which audio embedded in tables is written. Needed if an item has
+        folder: the stage's folder, to which audio embedded in tables is written. Required if an item has
             `content`.
         total: number of items, for the progress display.
         remote: whether the audio is in object storage.
@@ -77,6 +77,7 @@ def check_all(
             while pending:
                 yield from _next_results(pending, meter)
     finally:
+        # After an error or an interrupt, the files that are still queued are not decoded.
         pool.shutdown(cancel_futures=True)
 
 
@@ -125,7 +126,8 @@ def _write_embedded(content: bytes, sha256: str, name: str, folder: Path) -> str
     file = folder / path
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        # No fsync: for many small files it would take most of the time, and the SHA-256 reveals damage.
+        # No fsync: for many small files it would take most of the time, and the SHA-256 reveals damage. The
+        # partial file's name contains the thread, because two threads may write the same audio at once.
         partial = file.with_name(f".{sha256}.{os.getpid()}.{threading.get_ident()}.partial")
         partial.write_bytes(content)
         os.replace(partial, file)
@@ -133,7 +135,7 @@ def _write_embedded(content: bytes, sha256: str, name: str, folder: Path) -> str
 
 
 def _suffix_of(content: bytes, name: str) -> str:
-    """The file suffix by the format's first bytes, or else by the name that the table has for the audio."""
+    """The suffix that the content's first bytes indicate, or else that of the name in the table."""
     for magic, suffix in ((b"fLaC", ".flac"), (b"RIFF", ".wav"), (b"OggS", ".ogg"), (b"ID3", ".mp3")):
         if content.startswith(magic):
             return suffix

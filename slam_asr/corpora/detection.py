@@ -26,7 +26,7 @@ READERS = {
     "huggingface": (huggingface.HuggingFace,),
     "folder": (folder.Folder,),
 }
-"""Readers of each `data.kind`."""
+"""The readers for each value of `data.kind`, in the order in which they are tried."""
 _LAYOUTS = {
     "librispeech": f"{librispeech.LAYOUT}, or {archives.LAYOUT}",
     "kaldi": kaldi.LAYOUT,
@@ -47,7 +47,10 @@ _ORDER = (
     huggingface.HuggingFace,
     folder.Folder,
 )
-"""Readers in the order in which `auto` tries them: those with unmistakable file names come first."""
+"""Readers in the order in which `auto` tries them: those with unmistakable file names come first.
+
+For example, `metadata.jsonl` of a Hugging Face dataset would otherwise be read as JSON lines of utterances.
+"""
 _UNSUPPORTED_ARCHIVES = (".zip", ".gz", ".bz2", ".xz", ".rar", ".7z")
 
 
@@ -59,7 +62,7 @@ def open_corpus(corpus: str, data: Data | None = None) -> CorpusReader:
         data: the recipe's `data` section; its `kind` limits the choice to one kind of corpus.
 
     Raises:
-        InputError: the path does not exist, is empty, or no reader recognises it.
+        InputError: the path does not exist, it is empty, or no reader recognises it.
         ConfigurationError: the corpus is not of the kind that `data.kind` names.
     """
     data = data or Data()
@@ -88,6 +91,7 @@ def _unrecognised(root: str) -> InputError:
                 f"The corpus {root} is an archive of an unsupported kind: unpack it, and give the folder."
             )
         return InputError(f"The corpus {root} is a file of an unknown kind: {known}.")
+    # A sample is enough for a message, and a corpus may have millions of files.
     names = [f.name for f, _ in zip(visible_files(root), range(1000), strict=False)]
     if not names:
         return InputError(f"The corpus {root} is empty, without audio and transcripts: {known}.")

@@ -1,7 +1,7 @@
 """Reader for a folder of audio files with a text file next to each: a/b.txt is the transcript of a/b.flac.
 
-An utterance's subset is the top-level subfolder that it is in, or the corpus folder itself for files directly
-in it. Its key is its path without the suffix, relative to the corpus folder.
+An utterance's subset is named after its top-level subfolder, or after the corpus folder for files directly in
+that. Its key is its path relative to the corpus folder, without the suffix.
 """
 
 import os
@@ -26,7 +26,7 @@ from slam_asr.storage import join, name_of, read_bytes
 LAYOUT = "audio files with a .txt file next to each"
 _TEXT = ".txt"
 _MAX_CHECKED = 200
-"""Audio files that are checked for a text file before the folder is taken for another kind of corpus."""
+"""Number of audio files without a text file after which a folder is taken for another kind of corpus."""
 
 
 class Folder(Unpacked):
@@ -42,7 +42,7 @@ class Folder(Unpacked):
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Folder | None":
-        """Open a folder; None if no audio file in it has a text file."""
+        """Open a folder; None if none of the first audio files in it has a text file."""
         root = os.fspath(root)
         if not is_folder(root):
             return None
@@ -61,7 +61,7 @@ class Folder(Unpacked):
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
         with ExternalSort() as files:
-            # Files of one utterance need not be neighbours by name: `a.flac`, `a.b.flac`, `a.txt`.
+            # Files of another utterance may be listed between those of one: `a.flac`, `a.m.flac`, `a.txt`.
             for name, _, _ in self._files(subset):
                 stem, suffix = os.path.splitext(name)
                 files.add(os.fsencode(stem), suffix.encode())
@@ -91,6 +91,7 @@ class Folder(Unpacked):
         in_subfolder = visible_files(join(self.root, subset)) if subset in self._subfolders else ()
         for prefix, files in (("", in_root), (f"{subset}/", in_subfolder)):
             for file in files:
+                # The root lists files at any depth, but those in its subfolders belong to other subsets.
                 if file.name.lower().endswith((_TEXT, *AUDIO_SUFFIXES)) and (prefix or "/" not in file.name):
                     yield prefix + file.name, file.bytes, file.stamp
 

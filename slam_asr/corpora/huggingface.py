@@ -1,8 +1,10 @@
 """Reader for Hugging Face datasets on disk, without the `datasets` library. Three layouts are read:
 
-1. The output of `save_to_disk`: dataset_dict.json, and <split>/data-*.arrow with state.json; or one split.
+1. The output of `save_to_disk`: dataset_dict.json, and data-*.arrow with state.json in a folder per split; or
+   the folder of a single split.
 2. Parquet files as on the hub: data/train-00000-of-00004.parquet, or <split>/0000.parquet.
-3. An `audiofolder`: metadata.csv or .jsonl with a column file_name, in the folder or in one per split.
+3. An `audiofolder`: metadata.csv or metadata.jsonl with a column file_name, in the dataset's folder or in a
+   subfolder per split.
 
 Audio that is embedded in a table (a column of {bytes, path}) is written to files in the stage's folder.
 """
@@ -43,7 +45,7 @@ class HuggingFace(Table):
 
 
 class Saved(HuggingFace):
-    """A dataset with files that only Hugging Face datasets have: layouts 1 and 3."""
+    """The reader of a dataset with files that only Hugging Face datasets have: layouts 1 and 3."""
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Saved | None":
@@ -54,7 +56,7 @@ class Saved(HuggingFace):
 
 
 def _saved(root: str) -> dict[str, str]:
-    """Arrow files of layout 1, each with its split; also those of the `datasets` library's cache."""
+    """The arrow files of layout 1 or of the `datasets` library's cache, each with its split."""
     if is_file(join(root, _STATE)):
         return _saved_split(root, name_of(root))
     if is_file(join(root, "dataset_dict.json")):
@@ -63,6 +65,7 @@ def _saved(root: str) -> dict[str, str]:
             file: split for name in splits for file, split in _saved_split(join(root, name), name).items()
         }
     if is_file(join(root, "dataset_info.json")):
+        # In the cache, files named cache-… hold the results of `map` and `filter`, not the dataset itself.
         return {
             file: _split_in_cache(file)
             for file in files_in(root, (".arrow",))
@@ -88,13 +91,14 @@ def _saved_split(folder: str, split: str) -> dict[str, str]:
             "call `flatten_indices()` and save it again."
         )
     for name in names:
+        # A name with a folder in it could refer to a file outside the dataset.
         if name != os.path.basename(name) or not is_file(join(folder, name)):
             raise InputError(f"{folder} lacks {name}, which its {_STATE} names: copy the complete folder.")
     return {join(folder, name): split for name in names}
 
 
 def _split_in_cache(file: str) -> str:
-    """`librispeech_asr-train.clean.100-00000-of-00010.arrow` → `train.clean.100`."""
+    """The split in a cached file's name: `asr-train.clean.100-00000-of-00010.arrow` → `train.clean.100`."""
     stem = split_of(file)
     return stem.partition("-")[2] or stem
 
@@ -114,7 +118,7 @@ def _described(root: str) -> dict[str, str]:
 
 
 def _parquet(root: str) -> dict[str, str]:
-    """Parquet files at any depth (layout 2), each with its split, by its own name or its folder's."""
+    """Parquet files at any depth (layout 2), each with its split, from its own name or else its folder's."""
     files = {}
     for file in visible_files(root):
         if file.name.lower().endswith(".parquet"):

@@ -1,11 +1,11 @@
 """Reader for JSON lines in SLAM-LLM's format: a folder of .jsonl files, or one file.
 
-The first of these rules that applies decides a line's subset:
+A line's subset is decided by the first of these rules that applies:
 
-1. In a folder, the files train.jsonl, dev.jsonl and test.jsonl are those splits, whatever the recipe's
-   patterns. The lines' own `subset` then serves only for reports.
-2. The line's own `subset`.
-3. The file's name, such as train-clean-100.jsonl.
+1. In a folder, the files train.jsonl, dev.jsonl and test.jsonl are the splits of those names, regardless of
+   the recipe's patterns. The field `subset` of their lines is then used only in reports.
+2. A line that has the field `subset` belongs to that subset.
+3. All other lines belong to the subset that the file is named after, such as train-clean-100.jsonl.
 """
 
 import os
@@ -29,11 +29,11 @@ from slam_asr.errors import InputError
 SUFFIX = ".jsonl"
 LAYOUT = ".jsonl files with key, source and target on each line"
 _REJECTIONS = "rejected.jsonl"
-"""Written by `build-manifest`, whose output folder may be the corpus; not a list of utterances."""
+"""File of `build-manifest` that lists no utterances. Its output folder may serve as a corpus."""
 
 
 class JsonLines(Unpacked):
-    """The reader of a .jsonl file, or of a folder of them."""
+    """The reader of a .jsonl file, or of a folder of such files."""
 
     kind = "JSON lines"
 
@@ -43,7 +43,7 @@ class JsonLines(Unpacked):
 
     @classmethod
     def find(cls, root: str | os.PathLike, data: Data | None = None) -> "JsonLines | None":
-        """Open the .jsonl files at a path; None if there are none. All are read, for the names of subsets.
+        """Open the .jsonl files at a path; None if there are none. All are read for the names of subsets.
 
         Raises:
             InputError: a line is not an utterance.
@@ -73,7 +73,7 @@ class JsonLines(Unpacked):
                     yield candidate
 
     def _lines(self, file: str) -> Iterator[tuple[str, Candidate]]:
-        """Yield the utterances of a file, each after its subset."""
+        """Yield each utterance of a file as a pair (subset, candidate)."""
         stem = stem_of(file)
         file_is_split = self.root != file and stem in SPLITS
         for number, utterance in iterate_manifest(file):
@@ -81,6 +81,7 @@ class JsonLines(Unpacked):
             if own is not None and not (isinstance(own, str) and own):
                 raise InputError(f"{file}, line {number}: subset must be text, not {own!r}.")
             subset = stem if file_is_split else own or stem
+            # Only a segment's duration is used. A complete file is measured again when its audio is checked.
             yield (
                 subset,
                 Candidate(

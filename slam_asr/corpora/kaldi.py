@@ -31,7 +31,7 @@ _LISTS = ("wav.scp", "text", "segments", "utt2spk")
 
 
 class Kaldi(Unpacked):
-    """The reader of a data folder, or of a folder of them."""
+    """The reader of a data folder, or of a folder that contains data folders."""
 
     kind = "Kaldi data folder"
 
@@ -66,10 +66,10 @@ class Kaldi(Unpacked):
                 yield from _joined(key.decode(), [json.loads(field) for _, field in group], subset, folder)
 
     def _fields(self, folder: str) -> Iterator[tuple[str, list[Any]]]:
-        """Yield the fields of utterances, list by list.
+        """Yield the fields of all utterances, first from one list, then from the next.
 
-        Each is an utterance and ["audio", source, start, duration], ["text", transcript] or ["speaker",
-        name], with times in seconds.
+        Each item is an utterance's key and one field: ["audio", source, start, duration] with times in
+        seconds, ["text", transcript] or ["speaker", name].
         """
         if is_file(join(folder, "segments")):
             yield from self._segments(folder)
@@ -83,17 +83,17 @@ class Kaldi(Unpacked):
                 yield utterance, ["speaker", speaker]
 
     def _segments(self, folder: str) -> Iterator[tuple[str, list[Any]]]:
-        """Join `segments` with `wav.scp` on the recording; yield utterances with their "audio" fields."""
+        """Join `segments` with `wav.scp` by recording, and yield utterances with their "audio" fields."""
         path = join(folder, "segments")
         with ExternalSort() as records:
-            # The sort is stable: added first, a recording comes before its segments.
+            # Recordings are added before segments. The sort is stable, so each comes before its own segments.
             for recording, source in self._recordings(folder):
                 records.add(recording.encode(), json.dumps(["", source, None, None]).encode())
             for number, utterance, rest in _lines(path):
                 recording, start, duration = _segment(rest, f"{path}, line {number}")
                 records.add(recording.encode(), json.dumps([utterance, recording, start, duration]).encode())
             for _, group in groupby(records, key=itemgetter(0)):
-                source = ""
+                source = ""  # a segment of an unknown recording, which `_joined` rejects
                 for _, record in group:
                     utterance, recording_or_source, start, duration = json.loads(record)
                     if utterance:
@@ -129,7 +129,15 @@ def _lines(path: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _segment(rest: str, where: str) -> tuple[str, float, float | None]:
-    """Recording, start and duration in seconds; None if the end is -1, which means the recording's end."""
+    """Parse a line of `segments` without its first word.
+
+    Returns:
+        The recording, and the segment's start and duration in seconds. The duration is None if the end is -1,
+        which stands for the recording's end.
+
+    Raises:
+        InputError: the line has another form, or its times are invalid.
+    """
     try:
         recording, begin, end = rest.split()[:3]
         start, stop = float(begin), float(end)
@@ -166,7 +174,7 @@ def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iter
 
 
 def audio_file(entry: str, where: str) -> str:
-    """The audio file that an entry of wav.scp names, or that its command decodes. No command is run.
+    """The audio file that an entry of wav.scp names or that its command decodes. No command is run.
 
     Raises:
         InputError: the entry is a command that does more than decode a file, or an offset in an archive.
@@ -196,12 +204,16 @@ _SOX_OUTPUT = {
     "-b": {"16"},
     "-e": {"signed", "signed-integer"},
 }
-"""Output options of sox that do not change the audio, or only convert it as `slam_asr.audio` does anyway."""
+"""Output options of sox, with the values that are accepted.
+
+They leave the audio unchanged, or convert it as `slam_asr.audio` does anyway.
+"""
 
 
 def _decoded_file(command: str) -> str | None:
-    """The file that a command decodes; None unless the command certainly does that and nothing else."""
+    """The file that a command decodes; None if the command may do anything besides decoding one file."""
     line = command[:-1]
+    # A command with shell syntax may do anything, whatever its program is.
     if any(character in line for character in "|;&<>$`\n"):
         return None
     try:
@@ -215,6 +227,7 @@ def _decoded_file(command: str) -> str | None:
         options = [w for w in words if w in _FLAC_OPTIONS]
         short = "".join(w for w in options if not w.startswith("--"))
         decodes = ("d" in short or "--decode" in options) and ("c" in short or "--stdout" in options)
+        # An unknown option remains among the files, so that the last line rejects the command.
         files = [w for w in words if w not in options] if decodes else []
     elif program == "sph2pipe":
         files = words[2:] if words[:2] == ["-f", "wav"] else words

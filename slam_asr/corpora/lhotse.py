@@ -25,11 +25,11 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 LAYOUT = ".jsonl or .jsonl.gz files of Lhotse cuts"
 _KINDS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
 _TOLERANCE = 1e-3
-"""Seconds by which a cut may differ from its recording and still count as the complete recording."""
+"""Maximum difference in seconds between a cut and its recording for it to count as the complete recording."""
 
 
 class Lhotse(Unpacked):
-    """The reader of a file of cuts, or of a folder of them."""
+    """The reader of a file of cuts, or of a folder of such files."""
 
     kind = "Lhotse cuts"
 
@@ -69,7 +69,7 @@ class Lhotse(Unpacked):
                     ) from error
 
     def _utterances(self, cut: dict[str, Any], subset: str, file: str) -> Iterator[Candidate | Rejection]:
-        """Yield an utterance for each supervision of a cut, or a rejection."""
+        """Yield an utterance for each supervision of a cut; a rejection if the cut cannot be used."""
         if problem := _unsupported(cut):
             yield Rejection(str(cut["id"]), "", UNSUPPORTED, f"The cut {cut['id']} {problem}.")
             return
@@ -87,7 +87,8 @@ class Lhotse(Unpacked):
             # A supervision's start is relative to its cut, in seconds.
             start = float(cut["start"]) + (0.0 if only else float(supervision["start"]))
             duration = float(cut["duration"] if only else supervision["duration"])
-            # A supervision may begin a little before its cut, and so before the recording.
+            # A supervision may begin slightly before its cut, and thus before the recording. The part before
+            # the recording is removed from the duration too.
             start, duration = max(start, 0.0), duration + min(start, 0.0)
             complete = start < _TOLERANCE and abs(duration - float(recording["duration"])) < _TOLERANCE
             extra = {"subset": subset} | {
@@ -103,7 +104,7 @@ class Lhotse(Unpacked):
 
 
 def _unsupported(cut: dict[str, Any]) -> str:
-    """Why a cut is not a segment of one channel of one file; empty if it is."""
+    """The reason why a cut is not a segment of one channel of one file; empty if it is one."""
     if cut.get("type", "MonoCut") != "MonoCut":
         return f"is a {cut['type']}"
     recording = cut.get("recording") or {}

@@ -1,7 +1,7 @@
 """Reader for a LibriSpeech tree, as unpacked from the archives (Panayotov et al., 2015; openslr.org/12).
 
-LibriSpeech/                      optional; may itself be the corpus folder
-    train-clean-100/              subset; may itself be the corpus folder
+LibriSpeech/                      optional; or the corpus folder itself
+    train-clean-100/              subset; or the corpus folder itself
         19/198/                   speaker and chapter
             19-198.trans.txt      `19-198-0000 NORTHANGER ABBEY`, one utterance per line
             19-198-0000.flac      or wav, ogg, opus, mp3
@@ -21,7 +21,7 @@ TRANSCRIPTS = ".trans.txt"
 OUTER = "LibriSpeech"
 LAYOUT = "<subset>/<speaker>/<chapter>/ with .trans.txt and audio files"
 _MAX_CHECKED = 5000
-"""Number of files (about a hundred chapters) that are checked to decide whether a folder is a subset."""
+"""Maximum number of files, about a hundred chapters, that are checked to recognise a subset's folder."""
 
 
 class LibriSpeech(Unpacked):
@@ -29,7 +29,7 @@ class LibriSpeech(Unpacked):
 
     Args:
         root: the corpus folder or URI.
-        folders: the subsets' folders by name.
+        folders: the folder of each subset, by the subset's name.
     """
 
     kind = "LibriSpeech tree"
@@ -53,6 +53,8 @@ class LibriSpeech(Unpacked):
                 for name, folder in tree.items()
                 if _has_chapter_files(folder, (TRANSCRIPTS, *AUDIO_SUFFIXES))
             }
+            # One subset with transcripts identifies the layout. Those that have only audio are included too,
+            # so that `read` reports what they lack.
             if any(_has_chapter_files(folder, (TRANSCRIPTS,)) for folder in folders.values()):
                 return cls(root, folders)
         return None
@@ -89,18 +91,19 @@ class LibriSpeech(Unpacked):
                 yield Rejection(key, audio[key], NO_TRANSCRIPT, detail)
 
     def _chapters(self, subset: str) -> Iterator[tuple[str, str, list[Info]]]:
-        """Yield the speaker, chapter, and transcript and audio files of each chapter, all sorted by name."""
+        """Yield each chapter as (speaker, chapter, its transcript and audio files), all sorted by name."""
         relevant = (
             f
             for f in _chapter_files(self.folders[subset])
             if f.name.lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES))
         )
+        # `walk` lists files sorted by name, so all files of a chapter are adjacent.
         for folder, files in groupby(relevant, key=lambda f: f.name.rpartition("/")[0]):
             speaker, chapter = folder.split("/")
             yield speaker, chapter, list(files)
 
     def _preferred_audio(self, subset: str, files: list[Info]) -> dict[str, str]:
-        """Return the audio file of each key; if a key has several, the one with the preferred suffix."""
+        """Return the audio file of each key; for a key with several, the one whose suffix is preferred."""
         preferred: dict[str, tuple[int, str]] = {}
         for file in files:
             key, suffix = os.path.splitext(name_of(file.name))
@@ -111,7 +114,7 @@ class LibriSpeech(Unpacked):
 
 
 def _chapter_files(subset: str) -> Iterator[Info]:
-    """Return the files of all chapters: those two folders below the subset."""
+    """Return the files of all chapters, which are exactly two folders below the subset."""
     return (f for f in visible_files(subset) if f.name.count("/") == 2)
 
 

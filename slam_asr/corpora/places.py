@@ -1,4 +1,4 @@
-"""File listings and path handling for corpus readers, alike for folders and prefixes in object storage."""
+"""File listings and paths for corpus readers, the same for local folders and for object storage."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from slam_asr.storage.paths import folders_in, names_in
 
 
 class Unpacked:
-    """Base of readers whose corpora need no unpacking."""
+    """Base class of readers whose corpora need no unpacking."""
 
     def prepare(self, folder: Path, subsets: list[str]) -> None:
         """Do nothing."""
@@ -23,7 +23,7 @@ def absolute(path: str | os.PathLike) -> str:
 
 
 def is_folder(path: str) -> bool:
-    """Whether a folder exists, or any object under a prefix."""
+    """Whether a local folder exists, or a prefix with at least one object."""
     return any(True for _ in walk(path)) if is_s3(path) else os.path.isdir(path)
 
 
@@ -33,19 +33,19 @@ def is_file(path: str) -> bool:
 
 
 def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
-    """Full paths of the files directly in a folder with these suffixes, without hidden files, sorted."""
+    """Sorted paths of the files directly in a folder that have one of these suffixes and are not hidden."""
     return [
         join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")
     ]
 
 
 def visible_folders(folder: str) -> list[str]:
-    """Names of the folders directly in a folder, without hidden ones, sorted."""
+    """Sorted names of the folders directly in a folder that are not hidden."""
     return [name for name in folders_in(folder) if not name.startswith(".")]
 
 
 def visible_files(folder: str) -> Iterator[Info]:
-    """Yield all files at any depth below a folder, without hidden files and hidden folders.
+    """Yield all files at any depth below a folder, except hidden files and those in hidden folders.
 
     Other programs create hidden files: macOS leaves a `._x.flac` next to each x.flac.
     """
@@ -68,11 +68,11 @@ def audio_path(source: str, list_file: str, audio_root: str) -> str:
 
     Args:
         source: the path or URI in the list; `file://` is removed.
-        list_file: the list, against whose folder a relative path is resolved.
-        audio_root: the recipe's `data.audio_root`, used instead of that folder unless empty.
+        list_file: path of the list. Relative paths are resolved against its folder.
+        audio_root: the recipe's `data.audio_root`. Unless empty, it takes the place of that folder.
 
     Raises:
-        InputError: `source` is a URI of another scheme than s3:// and file://.
+        InputError: `source` is a URI with a scheme other than s3:// or file://.
     """
     folder = parent_of(list_file)
     resolved = resolve(source, resolve(audio_root, folder) if audio_root else folder)
@@ -85,14 +85,14 @@ def audio_path(source: str, list_file: str, audio_root: str) -> str:
 
 
 def if_present(candidate: Candidate) -> Candidate | Rejection:
-    """Return the candidate, or a rejection if its local file is missing. Objects are checked when read."""
+    """Return the candidate, or a rejection if its local file is missing. Objects are not checked."""
     if candidate.content is not None or is_s3(candidate.source) or os.path.isfile(candidate.source):
         return candidate
     return Rejection(candidate.key, candidate.source, NO_AUDIO, f"There is no audio file {candidate.source}.")
 
 
 def stamps_of(lists: Iterable[str], sources: Iterable[str], root: str) -> Iterator[Stamp]:
-    """Yield stamps of the files that list utterances, and of the audio files that they name.
+    """Yield the stamps of files that list utterances, and of the audio files that those name.
 
     Local audio files are examined one by one. If the corpus is in object storage, all objects below its
     folder are listed instead, which takes far fewer requests; objects elsewhere contribute only their names.
@@ -117,5 +117,6 @@ def stamps_of(lists: Iterable[str], sources: Iterable[str], root: str) -> Iterat
         try:
             local = os.stat(source) if not is_s3(source) else None
         except OSError:
+            # A missing file has no stamp, so the stamps change when it appears.
             continue
         yield (source, local.st_size, str(local.st_mtime_ns)) if local else (source, 0, "")

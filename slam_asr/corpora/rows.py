@@ -19,13 +19,16 @@ TEXT_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
 _ROWS_WITH_AUDIO, _ROWS_WITHOUT_AUDIO = 32, 4096
-"""Rows decoded at once, by whether their cells may contain audio. More is faster, but needs more memory."""
+"""Number of rows decoded at once, if their cells may or cannot contain audio.
+
+A larger number is faster but needs more memory.
+"""
 _BUFFER = 2**20
 """Bytes read ahead of a parquet column. Without a buffer, pyarrow would read complete row groups into
 memory."""
 
 Row = tuple[int, dict[str, Any]]
-"""A row's number in the file, from 1 (in text files, its line), and its cells by column."""
+"""A row's number in the file, from 1, and its cells by column. In text files the number is that of a line."""
 
 
 def columns_of(path: str) -> list[str]:
@@ -47,8 +50,8 @@ def rows(path: str, columns: list[str] | None = None) -> Iterator[Row]:
     """Yield the rows of a table on local disk or in object storage, in order.
 
     Args:
-        path: the table; its suffix decides the format.
-        columns: columns to read; None for all. Text formats always give all columns.
+        path: path or URI of the table; its suffix decides the format.
+        columns: columns to read; None for all. Text formats and JSON lines always give all columns.
 
     Raises:
         InputError: a row cannot be read.
@@ -68,13 +71,14 @@ def _suffix(path: str) -> str:
 
 
 def _header(path: str) -> tuple[list[str], dict[str, Any]]:
-    """A table's columns, and the arguments with which `csv.reader` reads its rows."""
+    """The columns of a csv or tsv file, and the arguments with which `csv.reader` reads its rows."""
     with _text_errors_as_input_error(path, 1), _text(path) as file:
         line = file.readline()
         if _suffix(path) == "tsv":
-            # Many tsv files are not written by a csv library: a quote may be part of the text.
+            # Many tsv files are not written by a csv library, so a quote may be part of the text.
             dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         else:
+            # Without `strict`, csv would read a quote that is never closed as a cell up to the file's end.
             dialect = {"delimiter": ";" if ";" in line and "," not in line else ",", "strict": True}
         return [name.strip() for name in next(csv.reader([line], **dialect), [])], dialect
 
@@ -113,7 +117,7 @@ def _text_errors_as_input_error(path: str, line: int) -> Iterator[None]:
 
 
 def _unquoted(cell: str) -> str:
-    """The text of a tsv cell, without the quotes of a csv library if the cell is quoted properly."""
+    """The text of a tsv cell. If a csv library quoted the cell, its quotes are removed."""
     return cell[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', cell) else cell
 
 
@@ -142,8 +146,8 @@ def _arrow_errors_as_input_error(path: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        # An OSError with a number comes from the disk; pyarrow raises one without a number for a damaged
-        # file.
+        # An OSError with an error number comes from the disk. For a damaged file, pyarrow raises one without
+        # a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())[:120]
@@ -172,6 +176,7 @@ def _arrow_rows(path: str, columns: list[str] | None) -> Iterator[Row]:
         batch_rows = _ROWS_WITH_AUDIO if may_have_audio else _ROWS_WITHOUT_AUDIO
         number = 0
         for batch in _batches(fetch(path), names, batch_rows):
+            # An arrow file's batches have any size, and `to_pylist` copies all audio of its rows at once.
             for start in range(0, batch.num_rows, batch_rows):
                 for cells in batch.slice(start, batch_rows).to_pylist():
                     number += 1
@@ -185,11 +190,11 @@ def _is_binary(column_type: "pyarrow.DataType") -> bool:
 
 
 def _batches(file: Path, columns: list[str], batch_rows: int) -> Iterator["pyarrow.RecordBatch"]:
-    """Yield record batches with these columns; `batch_rows` limits those of parquet, not those of arrow."""
+    """Yield record batches of these columns. `batch_rows` limits those of parquet, but not those of arrow."""
     if file.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
-        # With pre_buffer, pyarrow would retain in memory all that it has read.
+        # With pre_buffer, pyarrow would retain everything that it has read in memory.
         with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
             yield from table.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False)
         return
@@ -199,7 +204,7 @@ def _batches(file: Path, columns: list[str], batch_rows: int) -> Iterator["pyarr
 
 
 class _Batches(Protocol):
-    """What `pyarrow.ipc.RecordBatchStreamReader` and `_FileBatches` have in common."""
+    """The interface that `pyarrow.ipc.RecordBatchStreamReader` and `_FileBatches` have in common."""
 
     @property
     def schema(self) -> "pyarrow.Schema": ...
@@ -209,7 +214,10 @@ class _Batches(Protocol):
 
 
 def _open_arrow(file: Path) -> _Batches:
-    """Open an arrow file of either format: the datasets library writes streams, other programs files."""
+    """Open an arrow file of either format.
+
+    The datasets library writes streams; other programs write files.
+    """
     import pyarrow
 
     source = pyarrow.memory_map(str(file))
@@ -220,7 +228,7 @@ def _open_arrow(file: Path) -> _Batches:
 
 
 class _FileBatches:
-    """An arrow file in the file format, with the interface of a stream."""
+    """An arrow file in the file format, read through the interface of a stream."""
 
     def __init__(self, file: "pyarrow.ipc.RecordBatchFileReader") -> None:
         self._file, self.schema = file, file.schema

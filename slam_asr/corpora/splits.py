@@ -1,4 +1,4 @@
-"""Assignment of utterances to train, dev and test: by subset, or for dev by a hash of the key."""
+"""Assignment of utterances to train, dev and test by subset; dev may be held out of train by keys' hashes."""
 
 import functools
 import hashlib
@@ -25,17 +25,17 @@ from slam_asr.corpora import (
 from slam_asr.errors import ConfigurationError, InputError
 
 _MAX_LISTED = 12
-"""Subsets that a message lists."""
+"""Maximum number of subsets that a message lists."""
 
 
 def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
     """Match subsets against the recipe's patterns, and return their names by split.
 
-    A subset named train, dev (or validation) or test belongs to that split, whatever the patterns. `dev` may
-    have none; a share of train is then held out for it.
+    A subset named train, dev (or validation) or test belongs to that split, regardless of the patterns. `dev`
+    may have no subset; part of train is then held out for it.
 
     Raises:
-        ConfigurationError: train or test has no subset, or a subset is in two splits.
+        ConfigurationError: train or test is required but has no subset, or a subset is in two splits.
     """
     available = reader.subsets()
     subsets: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -65,7 +65,7 @@ def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
 
 
 def required_splits(data: Data) -> tuple[str, ...]:
-    """The splits that need utterances: all, or if the recipe has no train data, those with patterns."""
+    """The splits that need utterances: all of them, or only those with patterns if train has none."""
     return tuple(split for split in SPLITS if data.train or getattr(data, split))
 
 
@@ -77,14 +77,14 @@ class Survey:
     rejected: Counter[str] = field(default_factory=Counter)
     """Rejections by reason."""
     repeated: set[int] = field(default_factory=set)
-    """Hashes of keys that occur more than once. By collision, other keys may rarely have the same hash."""
+    """Hashes of the keys that occur more than once. In rare cases another key has the same hash."""
 
 
 def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
-    """Count the candidates and find repeated keys, in a few bytes of memory per candidate.
+    """Count the candidates and find repeated keys, with a few bytes of memory per candidate.
 
     Raises:
-        InputError: an utterance is in two splits, or all audio or all transcripts are missing.
+        InputError: a key is in two splits, or all audio or all transcripts are missing.
     """
     counts = Survey()
     hashes, splits = array("q"), array("b")
@@ -99,7 +99,8 @@ def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
     counts.candidates = len(hashes)
     if not hashes and first is not None:
         _refuse_missing_half(reader, counts.rejected, first)
-    # Sorting makes equal hashes neighbours; if several splits have one, some neighbours differ in split.
+    # After sorting, equal hashes are adjacent. If a hash occurs in several splits, at least one adjacent pair
+    # has different splits.
     order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable")
     sorted_hashes = np.frombuffer(hashes, np.int64)[order]
     sorted_splits = np.frombuffer(splits, np.int8)[order]
@@ -114,12 +115,12 @@ def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
 def read_splits(
     reader: CorpusReader, subsets: dict[str, list[str]], data: Data, repeated: set[int]
 ) -> Iterator[Candidate | Rejection]:
-    """Yield candidates with their splits and normalised transcripts, and rejections.
+    """Yield rejections, and candidates with their splits and normalised transcripts.
 
     Args:
         reader: the corpus.
         subsets: names of subsets by split.
-        data: the recipe's `data` section, for the form of transcripts.
+        data: the recipe's `data` section, which defines the form of transcripts.
         repeated: hashes of the keys that occur more than once. The first utterance of such a key is used, and
             the others are rejected.
     """
@@ -128,6 +129,7 @@ def read_splits(
     for split, item in _items(reader, subsets):
         if isinstance(item, Candidate):
             item.split, item.text = split, normaliser(item.text)
+            # Only keys that may repeat are remembered, so memory does not grow with the corpus.
             if hash(item.key) in repeated:
                 if item.key in seen:
                     detail = f"{item.extra.get('subset', split)} has {item.key} a second time."
@@ -149,7 +151,7 @@ def _items(
 
 
 def transcript_normaliser(text: str) -> Callable[[str], str]:
-    """The function that converts transcripts to the form of `data.text`, with single spaces."""
+    """Return the function that converts a transcript to the form of `data.text`, with single spaces."""
     if text == "whisper":
         # Imported here because it takes a second.
         from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
@@ -160,13 +162,13 @@ def transcript_normaliser(text: str) -> Callable[[str], str]:
 
 
 def normalise(text: str, case: str) -> str:
-    """Convert a transcript to the given case (`lower`, `upper` or `as-is`) and to single spaces."""
+    """Convert a transcript to a case (`lower`, `upper` or `as-is`), with single spaces."""
     text = " ".join(text.split())
     return text.lower() if case == "lower" else text.upper() if case == "upper" else text
 
 
 def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rejection) -> None:
-    """Raise if a corpus has only transcripts or only audio, given the reasons for its rejections."""
+    """Raise if the reasons for rejections show that a corpus has only transcripts or only audio."""
     if set(reasons) == {NO_AUDIO}:
         raise InputError(
             f"{reader.root} holds transcripts but no audio ({reasons[NO_AUDIO]} files are missing, the first "
@@ -180,7 +182,10 @@ def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rej
 
 
 def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], across: set[int]) -> None:
-    """Raise for the first key in two splits; `across` has the hashes of such keys, and rarely of others."""
+    """Raise for the first key that is in two splits.
+
+    `across` contains the hashes of such keys, but in rare cases only a collision of two keys' hashes.
+    """
     split_of: dict[str, str] = {}
     for split, item in _items(reader, subsets):
         if isinstance(item, Rejection) or hash(item.key) not in across:
@@ -196,7 +201,7 @@ def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], acro
 def held_out(keys: Iterable[str], fraction: float) -> set[str]:
     """Select about `fraction` of the keys, at least one.
 
-    The choice depends on each key's own hash, so an utterance stays in its split when others are added or
+    Each key is selected by its own hash, so an utterance stays in its split when others are added or
     removed.
     """
     selected: set[str] = set()

@@ -1,4 +1,4 @@
-"""Statistics of a corpus by split and subset, counted while its manifests are written."""
+"""Statistics of a corpus by split and subset, collected while its manifests are written."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict
@@ -11,18 +11,18 @@ from slam_asr.corpora import Rejection
 BIN_SECONDS = 1
 """Width of a bin of the histogram of durations, in seconds; the first bin begins at 0."""
 EXAMPLES = 5
-"""Rejections per reason that are saved as examples."""
+"""Maximum number of rejections per reason that are saved as examples."""
 
 
 class Measures:
-    """Counts over a set of utterances. All sums are of integers, so they do not depend on the order."""
+    """Counts over a set of utterances. All are integers, so they do not depend on the utterances' order."""
 
     def __init__(self) -> None:
         self.utterances = self.samples = self.words = self.characters = 0
         self.shortest, self.longest = 0, 0
         """Durations in samples at 16 kHz."""
         self._speakers: set[int] = set()
-        """Hashes, because names may be long."""
+        """Hashes of the speakers' names, which may be long."""
         self._bins: Counter[int] = Counter()
 
     def add(self, utterance: Utterance) -> None:
@@ -39,7 +39,10 @@ class Measures:
             self._speakers.add(hash(utterance.speaker))
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts, hours, durations in seconds, and the histogram: utterances of [0, 1) s, [1, 2) s, …"""
+        """Return the counts, with all durations in seconds.
+
+        `durations` is a histogram: numbers of utterances of [0, 1) s, [1, 2) s and so on.
+        """
         seconds = self.samples / SAMPLE_RATE
         return {
             "utterances": self.utterances,
@@ -64,7 +67,7 @@ class CorpusStatistics:
         self._reasons: Counter[str] = Counter()
         self._examples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
         self.resampled = self.downmixed = 0
-        """Utterances whose files have a rate other than 16 kHz, and those with more than one channel."""
+        """Numbers of utterances whose files have a rate other than 16 kHz, or more than one channel."""
 
     def add(self, split: str, utterance: Utterance) -> None:
         """Count an utterance of a manifest."""
@@ -86,14 +89,14 @@ class CorpusStatistics:
         return self._splits[split].utterances if split in self._splits else 0
 
     def reasons(self) -> list[tuple[str, int]]:
-        """Reasons with their numbers of rejections, the most frequent first."""
+        """Return the reasons for rejections and how often each occurred, the most frequent first."""
         return self._reasons.most_common()
 
     def as_dict(self, held_out: bool) -> dict[str, Any]:
-        """All statistics, JSON-serialisable.
+        """Return all statistics in a form that can be written as JSON.
 
         Args:
-            held_out: whether dev was held out of train.
+            held_out: whether dev consists of utterances held out of train.
         """
         return {
             "splits": {

@@ -1,8 +1,8 @@
 """Reader for tables (csv, tsv or parquet) with one utterance per row.
 
-The recipe's `data.columns` names the columns; those it leaves empty are recognised by their usual names. A
-split column names each utterance's subset. Without one, the subset is named after the file: train.tsv,
-dev.tsv, test.tsv. Relative audio paths are resolved against the table's folder, or against `data.audio_root`.
+The recipe's `data.columns` names the columns. A column that it does not name is recognised by its usual name.
+A split column names each utterance's subset. Without one, the subset is named after the file, such as
+train.tsv. Relative audio paths are resolved against the table's folder, or against `data.audio_root`.
 Other columns are copied to the manifest.
 """
 
@@ -40,9 +40,9 @@ _USUAL = {
     "split": ("split", "subset", "partition"),
     "speaker": ("speaker", "speaker_id", "client_id", "spk", "spk_id"),
 }
-"""Column names that are recognised, in any case of letters, if the recipe does not name a column."""
+"""Names by which a role's column is recognised, in upper or lower case, if the recipe does not name it."""
 _FILE_NUMBER = re.compile(r"(?:^|[-_.])\d{4,5}(?:-of-\d{4,5})?$")
-"""The number at the end of a file's name, in data sets that are divided into several files."""
+"""Matches the number at the end of a file's name, in data sets that are divided into several files."""
 _MANIFEST_FIELDS = (
     "key",
     "source",
@@ -54,7 +54,7 @@ _MANIFEST_FIELDS = (
     "subset",
     "speaker",
 )
-"""Columns with these names are not copied, because the manifest has fields of its own with these names."""
+"""Names of columns that are not copied, because the manifest has its own fields of these names."""
 
 
 class Table(Unpacked):
@@ -62,7 +62,7 @@ class Table(Unpacked):
 
     Args:
         root: the corpus's absolute path or URI.
-        files: table files, each with the subset for rows whose split column is empty or missing.
+        files: the subset of each table file, for rows whose split column is empty or missing.
         data: the recipe's `data` section.
     """
 
@@ -95,6 +95,7 @@ class Table(Unpacked):
         return sorted(set().union(*self._subsets.values()))
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
+        # Embedded audio changes with its table, so such a table is not read for the names of audio files.
         files = [file for file in self.files if not self._has_embedded_audio(file)]
         sources = (
             item.source
@@ -117,7 +118,7 @@ class Table(Unpacked):
         return str(cell).strip() if cell is not None and str(cell).strip() else self.files[file]
 
     def _has_embedded_audio(self, file: str) -> bool:
-        """Whether the first row of a table contains audio rather than the path of a file."""
+        """Whether the first row of a table contains audio itself rather than the path of a file."""
         first = next(rows(file), None)
         return first is not None and _audio(first[1][self._columns[file].audio], file)[1] is not None
 
@@ -132,6 +133,7 @@ class Table(Unpacked):
         path, content = _audio(cells[columns.audio], f"{where}: the column {columns.audio}")
         start = _seconds(cells, columns.start, where)
         duration = None if start is None else _seconds(cells, columns.duration, where)
+        # Audio that is embedded without a name gives no key, so a row without one is numbered.
         key = (
             _key(cells.get(columns.key), path, start, where)
             if columns.key or path
@@ -152,15 +154,19 @@ class Table(Unpacked):
 
 
 def split_of(file: str) -> str:
-    """The split in a file's name: `train-00000-of-00004.parquet` → `train`; empty for `0000.parquet`."""
+    """The part of a file's name before its number: `train-00000-of-00004.parquet` → `train`.
+
+    It is empty for a name that is only a number, such as `0000.parquet`.
+    """
     return _FILE_NUMBER.sub("", stem_of(file))
 
 
 def named_columns(file: str, columns: Columns) -> Columns:
-    """Add the recognised columns of a table to those that the recipe names; a role without a column is empty.
+    """Find the column of each role, from the recipe or by a usual name. A role without a column is empty.
 
     Raises:
-        ConfigurationError: a named or necessary column is missing, or several columns may have the same role.
+        ConfigurationError: a named or required column is missing, several columns may have one role, or one
+            column has several.
     """
     available = columns_of(file)
     names = {}
@@ -182,7 +188,7 @@ def named_columns(file: str, columns: Columns) -> Columns:
 
 
 def _usual(file: str, role: str, available: list[str]) -> str:
-    """The column with a usual name for a role; empty if none has and the role is optional."""
+    """The column with a usual name for a role; empty if an optional role has no such column."""
     names = [name for name in available if name.lower() in _USUAL.get(role, ())]
     if len(names) > 1 and role != "speaker":
         raise ConfigurationError(
@@ -203,7 +209,10 @@ def _listed(columns: list[str]) -> str:
 
 
 def _audio(cell: Any, where: str) -> tuple[str, bytes | None]:
-    """Path and bytes in a cell: either of them, or both in a dictionary, as Hugging Face's Audio writes."""
+    """Return the audio's path and its bytes, if any.
+
+    A cell is one of the two, or a dictionary of both, as Hugging Face's Audio writes.
+    """
     path, content = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else (cell, None)
     if isinstance(path, bytes):
         path, content = None, path
@@ -216,7 +225,7 @@ def _audio(cell: Any, where: str) -> tuple[str, bytes | None]:
 
 
 def _key(cell: Any, path: str, start: float | None, where: str) -> str:
-    """The key in a cell, or one derived from the audio's path and the segment's start."""
+    """The key in a cell; if the cell is empty, a key made from the audio's path and the segment's start."""
     if cell is not None and str(cell).strip():
         return str(cell).strip()
     if not path:
@@ -238,7 +247,7 @@ def _seconds(cells: dict[str, Any], column: str, where: str) -> float | None:
 
 
 def _other_columns(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """Cells to copy to the manifest: texts and finite numbers in columns that have no role."""
+    """The cells to copy to the manifest: texts and finite numbers in columns that have no role."""
     excluded = {*vars(columns).values(), *_MANIFEST_FIELDS}
     return {
         name: value
@@ -246,6 +255,6 @@ def _other_columns(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
         if name not in excluded
         and value not in (None, "")
         and isinstance(value, str | int | float)
-        and value == value
+        and value == value  # not NaN
         and value not in (math.inf, -math.inf)
     }

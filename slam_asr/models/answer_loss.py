@@ -1,8 +1,8 @@
-"""The training loss and the next-token accuracy, from all logits at once or in chunks.
+"""The training loss and the next-token accuracy, computed from all logits at once or in chunks.
 
 The logits of a batch are large: 2,000 target tokens of an LLM with 128,000 vocabulary entries take 1 GB in
-fp32, and the gradient as much again. `score_in_chunks` computes loss and gradient together for a few targets
-at a time.
+fp32, and their gradient takes as much again. `score_in_chunks` computes loss and gradient together for a few
+targets at a time.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from slam_asr.models.slam import IGNORED
 
 CHUNK = 2**25
-"""Logits in memory at a time: 128 MiB in fp32. Fewer save memory but make matrix products smaller."""
+"""Number of logits in memory at a time: 128 MiB in fp32. A smaller number saves memory, but makes the matrix
+products smaller."""
 
 
 @dataclass
@@ -26,19 +27,23 @@ class AnswerScores:
     loss: torch.Tensor
     """Scalar: summed cross entropy in float32, with a gradient."""
     sums: torch.Tensor
-    """[3] float64, detached: loss, correct next tokens, target tokens; may be added over batches."""
+    """[3] float64, detached: loss, number of correct next tokens, number of target tokens. Sums of several
+    batches may be added."""
 
 
 def score_answers(logits: torch.Tensor, labels: torch.Tensor) -> AnswerScores:
-    """Cross entropy and next-token accuracy on the answers.
+    """Compute the cross entropy and the next-token accuracy on the answers.
 
     Args:
         logits: [targets, vocabulary], in the order of the targets in `labels`, as `Slam` returns them.
-        labels: [utterances, answer columns], `IGNORED` except at targets.
+        labels: [rows, columns] int64 as in `Batch`: token ids at targets, `IGNORED` elsewhere.
+
+    Returns:
+        The sums over all targets.
     """
     logits, targets = logits.float(), labels[labels != IGNORED]
-    # Without targets the sum is zero with a zero gradient, so a process without work still takes part in the
-    # step.
+    # Without targets, the sum is zero and has a zero gradient, so a process without work still takes part in
+    # the step.
     loss = functional.cross_entropy(logits, targets, reduction="sum")
     correct = (logits.argmax(-1) == targets).sum()
     return AnswerScores(loss, _sums(loss, correct, targets))
@@ -47,17 +52,15 @@ def score_answers(logits: torch.Tensor, labels: torch.Tensor) -> AnswerScores:
 def score_in_chunks(
     rows: torch.Tensor, head: nn.Module, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the fields of `AnswerScores` from the output layer's inputs; a `Scorer`.
+    """Compute the fields of `AnswerScores` from the output layer's inputs. This function is a `Scorer`.
 
-    Only `CHUNK` logits are in memory at a time.
-
-    The output layer is frozen, so only its inputs need a gradient. That gradient is computed along with the
-    loss, and no logits are saved for the backward pass.
+    Only `CHUNK` logits are in memory at a time. The output layer is frozen, so only its inputs need a
+    gradient. That gradient is computed along with the loss, and no logits are saved for the backward pass.
 
     Args:
-        rows: [targets, LLM width] inputs of the output layer.
+        rows: [targets, LLM width], inputs of the output layer in its dtype.
         head: the output layer; the LLM must not change its logits any further (see `allows_chunks`).
-        targets: [targets] token ids.
+        targets: [targets] int64, token ids.
 
     Returns:
         Loss (scalar, float32, with a gradient) and sums ([3], float64), as in `AnswerScores`.
@@ -91,7 +94,8 @@ class _ChunkedLoss(torch.autograd.Function):
             total = logits.logsumexp(-1, keepdim=True)
             loss += (total - logits.gather(-1, chunk)).sum()
             if gradient is not None:
-                # d(loss)/d(logits) of the cross entropy is softmax(logits), minus 1 at the target.
+                # d(loss)/d(logits) of the cross entropy is softmax(logits), minus 1 at the target. It
+                # overwrites the logits, which nothing needs any more, so that no second chunk is allocated.
                 probabilities = logits.sub_(total).exp_()
                 probabilities.scatter_add_(-1, chunk, torch.full_like(chunk, -1, dtype=probabilities.dtype))
                 torch.mm(probabilities.to(weight.dtype), weight, out=gradient[start : start + size])
@@ -107,14 +111,15 @@ class _ChunkedLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def allows_chunks(llm: PreTrainedModel) -> bool:
-    """Whether `score_in_chunks` may be used with an LLM.
+    """Return whether `score_in_chunks` may be used with an LLM.
 
-    It may if the output layer is frozen and the LLM's logits are exactly that layer's outputs: some LLMs
-    scale or cap them. It may not in fp16: the gradient is computed before the loss is scaled, and could
-    underflow.
+    The output layer must be frozen, and the LLM's logits must be exactly that layer's outputs: some LLMs
+    scale or cap them. The output layer must not be in fp16, because the gradient is computed before the loss
+    is scaled and could underflow.
 
     Args:
-        llm: with all its weights on this process.
+        llm: an LLM that can be called; if its weights are sharded, within `Slam.try_llm`. It may be left in
+            evaluation mode.
     """
     head = llm.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.requires_grad or head.weight.dtype == torch.float16:

@@ -1,7 +1,8 @@
 """Dtypes of saved features: bf16, fp16, fp32, or fp8 with a scale per frame.
 
-fp8 is e4m3 (Micikevicius et al., 2022): 3 bits of mantissa, values up to 448. Each frame is scaled so that
-its largest value becomes 448, and the scale is saved in fp32: half the size of bf16, plus 4 bytes per frame.
+fp8 is e4m3 (Micikevicius et al., 2022): 3 bits of mantissa, values up to 448. Each frame is divided by
+a scale of its own, so that its largest absolute value becomes 448. The scale is saved in fp32. A frame in fp8
+therefore takes half the size of bf16, plus 4 bytes.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,8 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 READ_DTYPES = DTYPES | {"fp8": torch.bfloat16}
-"""Dtypes that a reader returns. fp8 becomes bf16, whose rounding is small compared with that of fp8."""
+"""Dtype that a reader returns for each saved dtype. fp8 becomes bf16, whose rounding error is small compared
+with that of fp8."""
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -24,29 +26,42 @@ class QuantizedFrames(NamedTuple):
 
 
 def quantize(frames: torch.Tensor, dtype: str) -> QuantizedFrames:
-    """Convert frames [frames, width] of any dtype to a store's dtype: bf16, fp16, fp32 or fp8."""
+    """Convert frames to the dtype of a feature store.
+
+    Args:
+        frames: [frames, width] in any floating-point dtype.
+        dtype: bf16, fp16, fp32 or fp8.
+
+    Returns:
+        The frames [frames, width] in that dtype; for fp8 also the scales [frames] in fp32.
+    """
     if dtype != "fp8":
         return QuantizedFrames(frames.to(DTYPES[dtype]), None)
     frames = frames.float()
+    # The lower bound prevents 0 / 0 = NaN for a frame of zeros.
     scales = (frames.abs().amax(dim=1) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     return QuantizedFrames((frames / scales[:, None]).to(DTYPES[dtype]), scales)
 
 
 def dequantize(values: QuantizedFrames) -> torch.Tensor:
-    """Convert to [frames, width] in the dtype that a reader returns."""
+    """Convert the result of `quantize` to [frames, width] in the dtype that a reader returns."""
     if values.scales is None:
         return values.frames
     return (values.frames.float() * values.scales[:, None]).to(READ_DTYPES["fp8"])
 
 
 def bytes_per_frame(width: int, dtype: str) -> int:
-    """Size of a saved frame in bytes, its scale included."""
+    """Return the size of a saved frame in bytes, including its scale."""
     return width * DTYPES[dtype].itemsize + (4 if dtype == "fp8" else 0)
 
 
 def round_trip(frames: torch.Tensor, dtype: str) -> torch.Tensor:
     """Round frames [frames, width] as saving and reading them would.
 
-    Audio that is encoded during training is rounded like this, so that it equals features from a store.
+    Audio that is encoded during training gets its features rounded by this function, so that they equal
+    features from a store.
+
+    Returns:
+        [frames, width] in the dtype that a reader returns.
     """
     return dequantize(quantize(frames, dtype))

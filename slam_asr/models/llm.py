@@ -1,7 +1,7 @@
 """The language model: any causal LM of transformers, frozen unless the recipe says otherwise.
 
-No table of LLM families exists. Where families differ (embedding and output layers, names of linear layers,
-number of positions), the loaded model or its configuration is asked.
+The code has no table of LLM families. Where families differ (embedding and output layers, names of linear
+layers, number of positions), it asks the loaded model or its configuration.
 """
 
 import functools
@@ -30,7 +30,7 @@ from slam_asr.pretrained.meta_llm import zero_placeholders
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# transformers' progress bars for the loading of weights would break up the lines of the stage's log.
+# transformers' progress bars for loading weights would break up the lines of the stage's log.
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -38,9 +38,9 @@ def load_llm(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu
     """Load a causal LM, frozen and in evaluation mode.
 
     Args:
-        folder: with transformers' files.
-        dtype: of the weights.
-        device: where the weights go.
+        folder: contains the LLM's files in transformers' format.
+        dtype: dtype of the weights.
+        device: device that the weights are moved to.
 
     Raises:
         ModelError: the folder has no causal LM that transformers can read, or weights are missing or damaged.
@@ -69,7 +69,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the LLM's tokenizer.
 
     Raises:
-        ModelError: the folder has none that can be read.
+        ModelError: the folder has no readable tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -79,7 +79,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"The LLM in {folder} has no tokenizer that can be read (tokenizer.json, tokenizer_config.json): "
             f"{one_sentence(error)}"
         ) from error
-    # Without its files, some classes give a tokenizer that has special tokens only, rather than raise.
+    # If files are missing, some classes do not raise, but return a tokenizer with special tokens only.
     if len(tokenizer) == len(tokenizer.all_special_ids) or not tokenizer.encode(
         "a", add_special_tokens=False
     ):
@@ -91,7 +91,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def llm_positions(folder: Path) -> int | None:
-    """Return the most positions that the LLM's configuration allows, or None if it names no limit.
+    """Return the maximum number of positions that the LLM's configuration allows; None if it sets no limit.
 
     Raises:
         ModelError: the folder has no readable config.json.
@@ -111,6 +111,7 @@ def llm_width(llm: PreTrainedModel) -> int:
 
 def set_tuning(llm: PreTrainedModel, options: Llm, seed: int) -> None:
     """Freeze the LLM, add adapters to it, or make all of it trainable, according to `options.tuning`."""
+    # This call must come before adapters are added: it would freeze them too.
     llm.requires_grad_(options.tuning == "full")
     if options.tuning == "lora":
         add_lora(llm, options.lora, seed)
@@ -119,12 +120,12 @@ def set_tuning(llm: PreTrainedModel, options: Llm, seed: int) -> None:
 def add_lora(llm: PreTrainedModel, options: Lora, seed: int) -> None:
     """Add trainable low-rank adapters to the linear layers named in `options`.
 
-    LoRA: Hu et al., 2021, arXiv:2106.09685.
-    All other weights are frozen. The adapters' initial weights depend on nothing but the seed, and are real
-    even where the LLM's own weights are not on this process.
+    The method is LoRA (Hu et al., 2021, arXiv:2106.09685). All other weights are frozen. The adapters'
+    initial weights depend only on the seed. They are real even if the LLM's own weights are not in this
+    process.
 
     Raises:
-        ConfigurationError: the LLM has no layer of such a name.
+        ConfigurationError: the LLM has no linear layer of a name in `options`.
     """
     from peft import inject_adapter_in_model
 
@@ -135,7 +136,7 @@ def add_lora(llm: PreTrainedModel, options: Lora, seed: int) -> None:
 
 
 def lora_config(options: Lora) -> "LoraConfig":
-    """Translate the recipe's section `llm.lora` to peft's configuration."""
+    """Translate the recipe's section `llm.lora` into peft's configuration."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -148,10 +149,12 @@ def lora_config(options: Lora) -> "LoraConfig":
 
 
 def require_targets(llm: PreTrainedModel, options: Lora) -> None:
-    """Check that the LLM, with or without its weights, has the layers that adapters go to.
+    """Check that the LLM has the linear layers that the recipe adds adapters to.
+
+    The check works with and without the LLM's weights.
 
     Raises:
-        ConfigurationError: it has no linear layer of such a name.
+        ConfigurationError: the LLM has no linear layer of a name in `options`.
     """
     linear = sorted(
         {
@@ -177,10 +180,10 @@ def _linear_layers() -> tuple[type, ...]:
 def checkpoint_layers(model: nn.Module) -> None:
     """Save only each layer's input in the forward pass, and recompute the layer in the backward pass.
 
-    transformers' own switch works in training mode only, and there a frozen LLM would apply dropout.
+    transformers' own switch has an effect only in training mode, in which a frozen LLM would apply dropout.
 
     Raises:
-        ConfigurationError: the model has no layers that allow it.
+        ConfigurationError: none of the model's layers supports this.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
@@ -189,4 +192,5 @@ def checkpoint_layers(model: nn.Module) -> None:
             ": set it to false."
         )
     for layer in layers:
+        # The re-entrant variant rejects keyword arguments, and transformers calls its layers with some.
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

@@ -1,14 +1,15 @@
 """Packing: several utterances in one row, each attending only to itself, without any padding.
 
-A packed row [1, positions] needs two things that differ from a plain one. Position ids start at 0 again with
-every utterance. And the attention mask is block-diagonal: causal within an utterance, nothing across
-utterances. The mask is never built. transformers' models look their attention function up by name; ours cuts
-the row at the utterances' bounds and gives each piece to torch's own causal attention, or gives all of them
-to torch's variable-length kernel on a GPU. All other layers work position by position and need no change.
+A packed row [1, positions] differs from a plain row in two ways. Its position ids start at 0 again with every
+utterance. And its attention mask is block-diagonal: causal within an utterance, and closed across utterances.
+This mask is never built. transformers' models look up their attention function by name, and this module
+registers one. It cuts the row at the utterances' bounds and gives each piece to a causal attention; on a GPU,
+it gives all pieces to torch's variable-length kernel together. All other layers work position by position and
+need no change.
 
 Not every model passes on what the function needs, and some compute attention in a way of their own.
-`allow_packing` finds out by a trial: two short texts in one row must get the logits that each gets alone. A
-model that fails it gets padded batches.
+`allow_packing` therefore runs a trial: two short texts in one row must get the logits that each gets alone. A
+model that fails the trial gets padded batches.
 """
 
 from collections.abc import Sequence
@@ -30,14 +31,14 @@ except ImportError:  # older versions of torch
     varlen = None  # type: ignore[assignment]
 
 NAME = "slam_asr_packed"
-"""Name of the attention function among transformers' own."""
+"""Name under which the attention function is registered with transformers."""
 
 
 class Lengths:
-    """The number of positions of each utterance in a row, as one opaque object.
+    """The number of positions of each utterance in a row, in an opaque object.
 
-    torch.compile specialises on the contents of lists: given a plain list, it would compile again for every
-    other number of utterances.
+    torch.compile specialises on the contents of lists. Given a plain list, it would compile the layers again
+    for every new number of utterances.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -48,34 +49,35 @@ def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, 
     """Return the arguments of an LLM's forward pass that a packed row needs along with its embeddings.
 
     Args:
-        lengths: positions of each utterance, in order.
+        lengths: number of positions of each utterance, in order.
         device: device of the row.
 
     Returns:
-        position_ids [1, positions], lengths, and a placeholder attention_mask [1, 1, 1, 1].
+        position_ids [1, positions] int64, lengths, and a placeholder attention_mask [1, 1, 1, 1].
     """
     return {
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
         "lengths": Lengths(lengths),
-        # transformers leaves a four-dimensional mask unchanged, and so builds none of [positions, positions].
-        # The attention function ignores it.
+        # transformers uses a four-dimensional mask as it is, rather than build one of [positions, positions].
+        # The attention function ignores the placeholder.
         "attention_mask": torch.zeros((1, 1, 1, 1), device=device),
     }
 
 
 def allow_packing(llm: PreTrainedModel) -> bool:
-    """Give an LLM the packing attention function if its results do not change.
+    """Switch an LLM to the packing attention function, unless that changes the LLM's results.
 
     Args:
-        llm: with all of its weights loaded and not sharded. It is left in evaluation mode.
+        llm: an LLM that can be called; if its weights are sharded, within `Slam.try_llm`. It may be left in
+            evaluation mode.
 
     Returns:
-        Whether packed rows may be used; if not, the LLM has its former attention.
+        Whether packed rows may be used. If not, the LLM has its former attention function.
     """
     former = llm.config._attn_implementation
     if former != "sdpa":
         return False
-    llm.eval()  # adapters have dropout
+    llm.eval()  # dropout, such as that of adapters, would make the trial's results differ
     llm.set_attn_implementation(NAME)
     if llm.config._attn_implementation == NAME and _passes_trial(llm):
         return True
@@ -85,11 +87,10 @@ def allow_packing(llm: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _passes_trial(llm: PreTrainedModel) -> bool:
-    """Return whether two short texts in one row have the logits that each has alone."""
+    """Return whether two short texts in one row get the logits that each gets alone."""
     embed = llm.get_input_embeddings()
     assert isinstance(embed.num_embeddings, int)
-    # Different lengths and different tokens, so that neither mixed-up positions nor mixed-up texts go
-    # unnoticed.
+    # The texts differ in length and in tokens, so that the trial detects mixed-up positions and texts.
     texts = [(torch.arange(n, device=llm.device) * 7 + n) % embed.num_embeddings for n in (6, 9)]
     try:
         packed = llm(
@@ -103,9 +104,9 @@ def _passes_trial(llm: PreTrainedModel) -> bool:
     pairs = list(zip(packed.float().split([6, 9], dim=1), (logits.float() for logits in alone), strict=True))
     if packed.dtype == torch.float32:
         return all((ours - theirs).abs().max() <= 1e-3 * theirs.abs().max() for ours, theirs in pairs)
-    # In half precision any change of rounding may move single positions far: the first ones of a text, where
-    # models have huge activations. Attending to the other text would move most logits of the second, hence
-    # the median.
+    # In half precision, a different rounding may change the logits of single positions a lot: those of a
+    # text's first positions, where models have huge activations. The median ignores these. It does not ignore
+    # an attention to the other text, which would change most logits of the second text.
     return all((ours - theirs).abs().median() <= 0.1 * theirs.std() for ours, theirs in pairs)
 
 
@@ -120,25 +121,27 @@ def _attention(
     lengths: Lengths | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention as transformers calls it; each utterance of a packed row attends only to itself.
+    """Compute attention with the signature that transformers expects, for packed and other batches.
+
+    In a packed row, each utterance attends only to itself.
 
     Args:
         module: the LLM's attention layer.
         query: [1, heads, positions, head width].
         key: [1, key heads, positions, head width]; heads is a multiple of key heads.
-        value: as `key`.
-        attention_mask: used only for rows that are not packed.
+        value: same shape as `key`.
+        attention_mask: used only for batches that are not packed.
         dropout: probability that an attention weight is dropped.
         scaling: factor of the scores; 1 / √(head width) if None.
-        lengths: positions of each utterance; None where the batch is not packed.
-        kwargs: whatever else the LLM passes, `sliding_window` among it.
+        lengths: number of positions of each utterance; None if the batch is not packed.
+        kwargs: other arguments that the LLM passes, such as `sliding_window`.
 
     Returns:
         [1, positions, heads, head width], and None in place of the probabilities.
 
     Raises:
-        ValueError: the LLM changes its scores in a way that torch's attention does not know; the trial
-            catches it.
+        ValueError: the LLM changes the scores in a way that torch's attention does not support. The trial
+            catches this error.
     """
     if lengths is None:
         return sdpa_attention_forward(
@@ -148,7 +151,7 @@ def _attention(
         raise ValueError("this attention changes its scores and cannot be packed")
     window = kwargs.get("sliding_window")
     bounds = [0, *accumulate(lengths.values)]
-    # The variable-length kernel has neither fp32 nor dropout.
+    # The variable-length kernel supports neither fp32 nor dropout.
     if not dropout and query.is_cuda and query.dtype != torch.float32 and varlen is not None:
         return _variable_length(query, key, value, bounds, max(lengths.values), scaling, window), None
     outputs = [
@@ -170,9 +173,10 @@ def _one_utterance(
 ) -> torch.Tensor:
     """Return the causal attention [1, heads, positions, head width] of one utterance.
 
-    Dropout occurs only where all of the LLM is trained.
+    `dropout` is not 0 only if the complete LLM is trained.
     """
     positions = query.shape[2]
+    # Within the window's length, a sliding window is plain causal attention, for which faster kernels exist.
     band = _band(positions, window, query.device) if window and window < positions else None
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and band is None and not dropout:
         return causal_attention(query[0], key[0], value[0], scaling)[None]
@@ -189,7 +193,7 @@ def _one_utterance(
 
 
 def _band(positions: int, window: int, device: torch.device) -> torch.Tensor:
-    """[positions, positions] bool: each position sees itself and the `window` - 1 before it."""
+    """Return a mask [positions, positions] bool: each position sees itself and the `window` - 1 before it."""
     index = torch.arange(positions, device=device)
     distance = index[:, None] - index[None]
     return (distance >= 0) & (distance < window)
@@ -204,9 +208,9 @@ def _variable_length(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Return the attention [1, positions, heads, head width] of all utterances by one kernel.
+    """Compute the attention [1, positions, heads, head width] of all utterances with one kernel call.
 
-    `bounds` are the utterances' first positions and the end of the row.
+    `bounds` are the utterances' first positions, followed by the end of the row.
     """
     starts = torch.tensor(bounds, dtype=torch.int32, device=query.device)
     # The kernel takes [positions, heads, head width].
@@ -220,7 +224,7 @@ def _variable_length(
         longest,
         longest,
         scale=scaling,
-        # Positions seen to the left and to the right; -1 is no limit.
+        # Number of positions that are seen to the left and to the right. -1 means no limit.
         window_size=(window - 1 if window else -1, 0),
         enable_gqa=True,
     )
@@ -231,11 +235,12 @@ def _variable_length(
 def exclude_from_compilation() -> None:
     """Exclude the attention function from torch.compile.
 
-    What it does depends on the lengths of each batch's utterances, so it would be compiled again and again.
+    The function's operations depend on the utterances' lengths, so it would be compiled again for many
+    batches.
     """
     AttentionInterface.register(NAME, torch.compiler.disable(_attention))
 
 
 AttentionInterface.register(NAME, _attention)
-# For batches that are not packed, masks are those of the usual attention.
+# Batches that are not packed get the masks that transformers builds for torch's attention.
 AttentionMaskInterface.register(NAME, sdpa_mask)

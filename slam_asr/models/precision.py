@@ -1,4 +1,4 @@
-"""Devices and number formats: which of them this machine has, and which one a computation should use."""
+"""Devices and number formats: which ones this machine has, and which ones a computation should use."""
 
 import re
 
@@ -15,14 +15,14 @@ def pick_device() -> torch.device:
 
 
 def processes_here(key: str, requested: int) -> int:
-    """Return the number of processes for this machine: as requested, or one per GPU.
+    """Return the number of processes for this machine: the requested number, or one per GPU.
 
     Args:
-        key: the recipe's key, for the error message.
-        requested: its value; 0 requests one process per GPU, or a single one without a GPU.
+        key: key of the number in the recipe, for the error message.
+        requested: the number; 0 requests one process per GPU, or a single one without a GPU.
 
     Raises:
-        ConfigurationError: more processes than GPUs.
+        ConfigurationError: more processes are requested than this machine has GPUs.
     """
     gpus = torch.cuda.device_count()
     if gpus and requested > gpus:
@@ -34,7 +34,7 @@ def processes_here(key: str, requested: int) -> int:
 
 
 def explain_precision(precision: str, device: torch.device) -> str:
-    """Return the precision, the device and why it is used, for the log at start-up.
+    """Describe the precision, the device and the reason for the precision, for the log at start-up.
 
     Raises:
         ConfigurationError: the device cannot compute in this precision.
@@ -58,8 +58,8 @@ def explain_precision(precision: str, device: torch.device) -> str:
 def encoder_precision(feature_dtype: str, on_gpu: bool) -> str:
     """Return the precision in which a frozen encoder computes features that are saved as `feature_dtype`.
 
-    On a CPU that is always fp32, which is also faster there: for one window, Whisper tiny took 0.35 s of one
-    core in fp32 and 0.55 s in bf16 (AVX-512 with bf16 instructions).
+    On a CPU the precision is always fp32, which is also faster there: on one core with AVX-512 and bf16
+    instructions, Whisper tiny took 0.35 s per window in fp32 and 0.55 s in bf16.
     """
     if not on_gpu or feature_dtype == "fp32":
         return "fp32"
@@ -78,12 +78,16 @@ PEAKS = {
     "V100": 125,
     "T4": 65,
 }
-"""Dense TFLOP/s of GPUs in half precision from NVIDIA's data sheets, by a word of the device's name."""
+"""Dense TFLOP/s of GPUs in half precision, from NVIDIA's data sheets.
+
+A key is a word of the device's name.
+"""
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Return a GPU's nominal floating-point operations per second in half precision, or None if not known."""
     if device.type != "cuda":
         return None
+    # Complete words, because L4 is also a part of L40S, and A10 of A100.
     words = re.split(r"[^A-Za-z0-9]+", torch.cuda.get_device_name(device))
     return next((1e12 * PEAKS[word] for word in words if word in PEAKS), None)

@@ -1,4 +1,4 @@
-"""The projectors: the trained part, which turns encoder frames into LLM positions.
+"""The projectors: trained modules that turn encoder frames into LLM positions.
 
 All kinds follow SLAM-LLM's definitions and parameter names, so that its checkpoints can be loaded.
 """
@@ -15,7 +15,7 @@ from slam_asr.config.recipe import Projector
 
 
 def positions_of(options: Projector, span: int) -> int:
-    """Return the LLM positions that an utterance of `span` encoder frames takes."""
+    """Return the number of LLM positions that an utterance of `span` encoder frames takes."""
     return options.queries if options.kind == "q-former" else span // options.downsampling
 
 
@@ -24,18 +24,19 @@ class SpeechProjector(nn.Module, ABC):
 
     @abstractmethod
     def project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Project features, each [frames, encoder width], to [positions, LLM width] each."""
+        """Project the features of each utterance [frames, encoder width] to [positions, LLM width]."""
 
     def forward(self, utterances: list[torch.Tensor], positions: list[int] | None = None) -> torch.Tensor:
         """Project utterances of unequal lengths.
 
         Args:
-            utterances: features, each [frames, encoder width], in any precision.
-            positions: LLM positions reserved for each utterance. If the encoder's frames do not fill the last
-                one, it becomes a zero vector, as in the reference; surplus positions are dropped.
+            utterances: features, each [frames, encoder width], in any floating-point dtype.
+            positions: number of LLM positions reserved for each utterance. Reserved positions that the frames
+                do not fill become zero vectors, as in the reference; surplus outputs are dropped. If None,
+                each utterance takes as many positions as its frames fill.
 
         Returns:
-            [sum of positions, LLM width] in the weights' precision, utterance after utterance.
+            [sum of positions, LLM width] in the weights' dtype, one utterance after another.
         """
         dtype = next(self.parameters()).dtype
         outputs = self.project([u.to(dtype) for u in utterances])
@@ -48,10 +49,11 @@ class SpeechProjector(nn.Module, ABC):
 
 
 class LinearProjector(SpeechProjector):
-    """`linear`: k neighbouring frames concatenated, then Linear, ReLU, Linear; both with bias.
+    """`linear`: concatenates every k neighbouring frames, then applies Linear, ReLU and Linear, with biases.
 
-    A tail of fewer than k frames is dropped, so T frames give T // k positions. It has 18 880 512 parameters
-    for encoder width 1024, LLM width 4096, k = 5 and hidden width 2048 (Ma et al., 2024, arXiv:2402.08846).
+    A tail of fewer than k frames is dropped, so T frames give T // k positions. The projector has 18 880 512
+    parameters for encoder width 1024, LLM width 4096, k = 5 and hidden width 2048 (Ma et al., 2024,
+    arXiv:2402.08846).
     """
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
@@ -67,9 +69,9 @@ class LinearProjector(SpeechProjector):
 
 
 class ConvolutionProjector(SpeechProjector):
-    """`cov1d-linear`: a convolution over k frames with stride k, ReLU, Linear, ReLU, Linear.
+    """`cov1d-linear`: applies a convolution over k frames with stride k, then ReLU, Linear, ReLU and Linear.
 
-    As in SLAM-LLM (EncoderProjectorCov1d).
+    SLAM-LLM calls it EncoderProjectorCov1d.
     """
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
@@ -88,16 +90,18 @@ class ConvolutionProjector(SpeechProjector):
         therefore be convolved together without padding.
         """
         joined, counts = join_frames(utterances, self.downsampling)
+        # [sum of positions, encoder width, k]: every position is a batch row of the convolution.
         windows = joined.unflatten(1, (self.downsampling, -1)).transpose(1, 2)
         hidden = torch.relu(self.conv1d(windows).squeeze(2))
         return list(self.linear2(torch.relu(self.linear1(hidden))).split(counts))
 
 
 class QFormerProjector(SpeechProjector):
-    """`q-former`: a fixed number of learnt queries that attend to the encoder's frames.
+    """`q-former`: lets a fixed number of learnt queries attend to the encoder's frames.
 
-    BLIP-2's Q-Former in its default sizes, then Linear and LayerNorm, as in SLAM-LLM
-    (EncoderProjectorQFormer). Its dropout is active in training.
+    It consists of BLIP-2's Q-Former in its default sizes, a Linear and a LayerNorm, as in SLAM-LLM
+    (EncoderProjectorQFormer). The Q-Former's dropout is active in training. Each query gives one position,
+    however long the utterance is.
     """
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
@@ -111,7 +115,7 @@ class QFormerProjector(SpeechProjector):
         self.norm = nn.LayerNorm(llm_width, eps=1e-5)
 
     def project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Project all utterances at once, padded to the longest; padding is masked."""
+        """Project all utterances at once. They are padded to the longest one, and the padding is masked."""
         lengths = torch.tensor([len(u) for u in utterances], device=utterances[0].device)
         frames = pad_sequence(utterances, batch_first=True)
         mask = (torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]).long()
@@ -131,14 +135,14 @@ PROJECTORS: dict[str, Callable[[Projector, int, int], SpeechProjector]] = {
 
 
 def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, list[int]]:
-    """Concatenate each k neighbouring frames; a tail of fewer than k is dropped.
+    """Concatenate every k neighbouring frames; a tail of fewer than k is dropped.
 
     Args:
         utterances: features, each [frames, width].
         k: frames per position.
 
     Returns:
-        [sum of positions, k · width], utterance after utterance, and the number of positions of each.
+        [sum of positions, k · width], one utterance after another; and each utterance's number of positions.
     """
     counts = [len(u) // k for u in utterances]
     return torch.cat(
@@ -147,7 +151,7 @@ def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, l
 
 
 def build_projector(options: Projector, encoder_width: int, llm_width: int, seed: int = 0) -> SpeechProjector:
-    """Build a projector in float32, with random weights that depend on nothing but the seed."""
+    """Build a projector in float32, with random weights that depend only on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PROJECTORS[options.kind](options, encoder_width, llm_width)

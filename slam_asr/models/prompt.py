@@ -1,11 +1,12 @@
 """The prompt's token ids, and which tokens are targets of the loss.
 
 By default the layout is the reference's. `USER: {}\\n ASSISTANT:` and the answer, without a space between
-them, are tokenised as one string; the prompt's length is that of the prompt tokenised alone; the rest, plus
-eos, are the targets. If the tokenizer adds bos, it comes first in that text, which is after the audio.
+them, are tokenised as one string. The first ids are the prompt: as many as the prompt has when it is
+tokenised alone. The other ids, followed by eos, are the targets. The text comes after the audio. If the
+tokenizer adds bos, it is the text's first token.
 
-A template of the user's may place the audio elsewhere. With the model's own chat template, the audio is at
-the start of the user's turn, and an answer ends with the token by which the template ends a turn.
+A user's template may place the audio elsewhere. With the model's own chat template, the audio is at the start
+of the user's turn, and an answer ends with the token by which the template ends a turn.
 """
 
 import random
@@ -20,13 +21,13 @@ from slam_asr.errors import ModelError
 
 AUDIO = "{audio}"
 _MARK = "\u241eaudio\u241e"
-"""Placeholder for the audio while a chat template is filled in: no template contains, strips or escapes
-it."""
+"""Placeholder, for the audio or the answer, while a chat template is filled in. No template contains, strips
+or escapes it."""
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """One prompt's text and token ids."""
+    """Text and token ids of one prompt."""
 
     text: str
     """The text after the audio."""
@@ -40,8 +41,8 @@ class Prompt:
     """A recipe's prompts, tokenised for one LLM.
 
     Args:
-        tokenizer: the LLM's.
-        options: prompt, template, and the prompts drawn in training.
+        tokenizer: the LLM's tokenizer.
+        options: the prompt, the template, and the prompts that training draws from.
 
     Raises:
         ModelError: the tokenizer has no eos token, or has no usable chat template although the recipe
@@ -58,7 +59,7 @@ class Prompt:
         self._adds_eos = tokenizer.encode("a")[-1] == tokenizer.eos_token_id
         self.chat = options.template == "chat"
         self.end = _end_of_turn(tokenizer) if self.chat else tokenizer.eos_token_id
-        """Token that ends a target."""
+        """Id of the token that ends a target."""
         self.main = self._tokenize(options.prompt, options.template)
         """The prompt for decoding and validation."""
         self.drawn = [self._tokenize(p, options.template) for p in options.training_prompts] or [self.main]
@@ -66,7 +67,7 @@ class Prompt:
 
     @property
     def stops(self) -> list[int]:
-        """Tokens at which decoding stops."""
+        """Ids of the tokens at which decoding stops, in ascending order."""
         return sorted({self.end, self.tokenizer.eos_token_id})
 
     def draw(self, seed: int, epoch: int, key: str) -> int:
@@ -77,13 +78,14 @@ class Prompt:
         return random.Random(f"{seed}/{epoch}/{key}").randrange(len(self.drawn)) if len(self.drawn) > 1 else 0
 
     def with_answer(self, prompt: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
-        """Tokenise prompt and answer together.
+        """Tokenise prompt and answer together, and divide the ids between the two.
 
-        They are divided where the prompt tokenised alone ends, even if a token spans that place: the
-        reference's rule.
+        The prompt gets as many ids as it has when it is tokenised alone, even if one token contains both the
+        end of the prompt and the start of the answer. This is the reference's rule.
 
         Returns:
-            Token ids of the text after the audio, and the targets: token ids of the answer and the end token.
+            Token ids of the prompt's text after the audio; and the targets, which are the token ids of the
+            answer and the end token.
         """
         ids = self._encode(prompt.text + answer, start=not prompt.before)
         prompt_length = len(prompt.ids)
@@ -109,15 +111,18 @@ class Prompt:
         return TokenizedPrompt(text, before_ids, self._encode(text, start=not before_ids))
 
     def _encode(self, text: str, start: bool) -> list[int]:
-        """Return token ids: at the start of all text with the tokenizer's bos, if any; never with eos."""
-        # A chat template contains its special tokens as text.
+        """Return the token ids of a text, without eos.
+
+        With `start`, they begin with the tokenizer's bos, if any.
+        """
+        # A chat template writes its special tokens, bos included, as text.
         special = start and not self.chat
         ids = self.tokenizer.encode(text, add_special_tokens=special)
         return ids[:-1] if special and self._adds_eos else ids
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_answer: bool) -> str:
-    """Fill in the chat template; with `open_answer`, up to the start of the assistant's turn."""
+    """Fill in the chat template. With `open_answer`, the text ends where the assistant's answer starts."""
     if not tokenizer.chat_template:
         raise ModelError(
             f"llm.template is chat, but the tokenizer of {tokenizer.name_or_path} has no chat template: "
@@ -141,7 +146,8 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the special token by which the chat template ends an answer, or eos if it ends it by none."""
+    """Return the id of the special token with which the chat template ends an answer; eos if it has none."""
+    # `tail` is the text that the template adds after an answer. Its first special token ends the turn.
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     tail = _chat(tokenizer, turns, False).partition(_MARK)[2]
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []

@@ -19,8 +19,8 @@ class Choice:
 
     text: str
     score: float
-    """Log probability of the text and its end token after the repetition penalty, divided by
-    tokens ** `decoding.length_penalty`; higher is better."""
+    """Log probability of the text and its end token, computed after the repetition penalty and divided by
+    tokens ** `decoding.length_penalty`. Higher is better."""
 
 
 @dataclass
@@ -33,28 +33,30 @@ class Answer:
     ids: list[int]
     """Token ids as generated, including the end token and the padding after it."""
     close: bool | None = False
-    """Whether rounding may have decided the text: at some step the two best choices were less than
-    `NEARLY_TIED` apart. None if not known."""
+    """Whether rounding may have decided the text, because the scores of competing choices differed by less
+    than `NEARLY_TIED` at some step. None if not known."""
     choices: list[Choice] = field(default_factory=list)
-    """The n-best list, this answer first; empty for `decoding.nbest` 1."""
+    """The n-best list, which starts with this answer; empty if `decoding.nbest` is 1."""
 
 
 class CloseCalls(LogitsProcessor):
-    """Record steps of transformers' greedy search at which the two best tokens are nearly tied.
+    """Record in which utterances transformers' greedy search met two nearly tied best tokens.
 
     Args:
-        stops: [stops], tokens that end an answer.
+        stops: [stops] int64, ids of the tokens that end an answer.
     """
 
     def __init__(self, stops: torch.Tensor) -> None:
         self.stops = stops
         self.close: torch.Tensor | None = None
-        """[utterances] bool; None before the first step."""
+        """[utterances] bool: True if the best tokens were nearly tied at any step so far. None before the
+        first step."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return `scores` [utterances, vocabulary] unchanged; `input_ids` are [utterances, tokens so far]."""
+        # Logits serve as well as log probabilities: both have the same differences.
         first, second = scores.topk(2).values.unbind(1)
-        # What follows the end of an answer does not count.
+        # Steps after the end of an answer do not count.
         nearly_tied = (first - second < NEARLY_TIED) & ~torch.isin(input_ids, self.stops).any(1)
         self.close = nearly_tied if self.close is None else self.close | nearly_tied
         return scores
@@ -73,8 +75,8 @@ class Searcher:
 
     def __init__(self, model: Slam, prompt: Prompt, options: Decoding, inference_only: bool = True) -> None:
         self.model, self.prompt, self.inference_only = model, prompt, inference_only
-        # A new configuration: sampling options in the LLM's own generation_config.json must not affect a
-        # measurement.
+        # This configuration also replaces the LLM's own, from which `generate` would fill in unset options:
+        # sampling options in the LLM's generation_config.json must not affect a measurement.
         self.generation = GenerationConfig(
             num_beams=options.beams,
             num_return_sequences=options.nbest,
@@ -92,7 +94,7 @@ class Searcher:
 
         Args:
             audio: features, each [frames, encoder width], or the inputs of the model's encoder.
-            positions: LLM positions of each utterance.
+            positions: number of LLM positions of each utterance's audio.
 
         Returns:
             One answer per utterance, in the same order.
@@ -103,8 +105,8 @@ class Searcher:
         # Sharded weights that are gathered in inference mode could not be used for training afterwards.
         with torch.inference_mode() if self.inference_only else torch.no_grad():
             # In training, processes with sharded weights must all run the LLM equally often, even if their
-            # answers end at different steps. transformers' `generate` ensures that; our greedy search does
-            # not.
+            # answers end at different steps. transformers' `generate` ensures this; our search does not.
+            # Samples during training are decoded greedily.
             if self.inference_only or self.generation.num_beams > 1:
                 found = self.model.search(batch, self.generation)
                 if found is not None:
@@ -145,17 +147,18 @@ def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: 
     """Group utterances of similar length, longest first, into batches of at most `budget` LLM positions.
 
     Args:
-        positions: LLM positions of audio and prompt, for each utterance.
+        positions: number of LLM positions of each utterance's audio and prompt.
         max_new_tokens: positions reserved for the answer.
         beams: hypotheses per utterance.
-        budget: positions of a batch, including padding; exceeded only by an utterance that is longer by
-            itself.
+        budget: maximum number of positions of a batch, including padding. Only a single utterance that is
+            longer by itself may exceed it.
 
     Yields:
         Indices of each batch's utterances.
     """
     batch: list[int] = []
     for index in sorted(range(len(positions)), key=lambda i: (-positions[i], i)):
+        # Longest first, so a batch's first utterance determines the padded length.
         longest = positions[batch[0] if batch else index] + max_new_tokens
         if batch and longest * beams * (len(batch) + 1) > budget:
             yield batch

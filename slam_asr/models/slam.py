@@ -1,8 +1,9 @@
 """The joined model: audio, prompt and answer run through the LLM as one sequence.
 
-A batch is either padded, on the left to the longest audio and prompt and on the right to the longest answer,
-so that all answers start in one column; or packed into a single row without padding. Logits are computed only
-at positions that predict an answer token.
+A batch is either padded or packed. A padded batch has one row per utterance. Its rows are padded on the left
+to the longest audio and prompt, and on the right to the longest answer, so that all answers start in the same
+column. A packed batch is a single row without padding. Logits are computed only at positions that predict an
+answer token.
 """
 
 from collections.abc import Callable
@@ -30,10 +31,9 @@ class Row:
     """One utterance, ready to be collated into a batch."""
 
     audio: torch.Tensor | Prepared
-    """Features [frames, encoder width]; or the encoder's input, where the encoder runs as part of the
-    model."""
+    """Features [frames, encoder width]; or the encoder's input, if the encoder runs as part of the model."""
     positions: int
-    """LLM positions of the audio."""
+    """Number of LLM positions that the audio takes."""
     before: list[int]
     """Token ids before the audio; empty in the reference's layout."""
     prompt: list[int]
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def head(self) -> int:
-        """LLM positions before the answer."""
+        """Number of LLM positions before the answer."""
         return len(self.before) + self.positions + len(self.prompt)
 
 
@@ -51,28 +51,28 @@ class Row:
 class Batch:
     """Collated utterances.
 
-    Padded, each utterance is a row of `L` columns: padding, `before`, audio, prompt; from `answer_start` on
-    the answer with its end token, padding. Packed, all utterances are in one row of `L` columns and
-    `answer_start` is 1.
+    In a padded batch, each utterance is a row of `L` columns: padding, `before`, audio and prompt; then, from
+    column `answer_start` on, the answer with its end token, and padding. In a packed batch, all utterances
+    are in one row of `L` columns, and `answer_start` is 1.
     """
 
     audio: list[torch.Tensor | Prepared]
     """One per utterance, as in `Row`; all of one kind."""
     positions: list[int]
-    """LLM positions of each utterance's audio."""
+    """Number of LLM positions of each utterance's audio."""
     token_ids: torch.Tensor
-    """[rows, L]; arbitrary at audio and padding."""
+    """[rows, L] int64; the values at audio and padding have no meaning."""
     is_audio: torch.Tensor
-    """[rows, L] bool: positions that are filled with the projector's output."""
+    """[rows, L] bool: True at positions that are filled with the projector's output."""
     mask: torch.Tensor
-    """[rows, L] int: 0 on padding."""
+    """[rows, L] int64: 0 on padding, else 1."""
     labels: torch.Tensor
-    """[rows, L - answer_start]: the targets, `IGNORED` elsewhere."""
+    """[rows, L - answer_start] int64: token ids at targets, `IGNORED` elsewhere."""
     answer_start: int
     padded: bool
     """Whether `mask` contains a 0."""
     lengths: list[int] | None = None
-    """Positions of each utterance of a packed row; None for a padded batch."""
+    """Number of positions of each utterance in a packed row; None for a padded batch."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
@@ -118,7 +118,10 @@ def collate(rows: list[Row]) -> Batch:
 
 
 def pack(rows: list[Row]) -> Batch:
-    """Build a batch of a single row without padding, for an LLM with `packed_attention.allow_packing`."""
+    """Build a batch of a single row without padding.
+
+    The LLM must be one that `packed_attention.allow_packing` accepts.
+    """
     ids, is_audio, labels = [], [], []
     for row in rows:
         ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]
@@ -141,20 +144,20 @@ def pack(rows: list[Row]) -> Batch:
 
 
 Scorer = Callable[[torch.Tensor, nn.Module, torch.Tensor], tuple[torch.Tensor, ...]]
-"""(inputs of the output layer [targets, LLM width], that layer, target tokens [targets]) → any tensors, such
-as a loss."""
+"""A function from the inputs of the output layer [targets, LLM width], the layer itself, and the target token
+ids [targets] to any tensors, such as a loss."""
 
 
 class Slam(nn.Module):
-    """Projector, LLM and, where audio does not come as features, encoder.
+    """The projector, the LLM and, if audio is not given as features, the encoder, joined into one model.
 
     Args:
-        projector: the trained part.
+        projector: always trained.
         llm: frozen, or with weights that require a gradient.
-        encoder: needed where audio is encoded on the fly. A frozen encoder is not registered as a submodule:
+        encoder: needed if audio is encoded on the fly. A frozen encoder is not registered as a submodule:
             it has its own precision, and no optimiser, checkpoint or sharding must include it.
-        feature_dtype: dtype of the feature store whose rounding a frozen encoder's outputs get, so that
-            features are the same whether they are cached or not.
+        feature_dtype: dtype of saved features. A frozen encoder's outputs are rounded to it, so that features
+            are the same whether or not they come from a feature store.
 
     Raises:
         ModelError: the LLM has no output layer of its own.
@@ -173,51 +176,53 @@ class Slam(nn.Module):
         if encoder is not None and any(p.requires_grad for p in encoder.parameters()):
             self.encoder = encoder
         else:
-            # Past nn.Module's own __setattr__, which would register it.
+            # nn.Module's own __setattr__ would register the encoder as a submodule.
             object.__setattr__(self, "encoder", encoder)
         self.feature_dtype = feature_dtype
         self.scorer: Scorer | None = None
-        """If set, `forward` returns what it computes from the output layer's inputs, instead of logits."""
+        """If set, `forward` returns this function's result instead of logits."""
         self._is_target: torch.Tensor | None = None
-        """[rows, L - answer_start] bool, during `forward` only."""
+        """[rows, L - answer_start] bool: True at targets. Set during `forward` only."""
         self._target_inputs: torch.Tensor | None = None
-        """[targets, LLM width], inputs of the output layer, during `forward` only."""
+        """[targets, LLM width]: inputs of the output layer. Set during `forward` only."""
         output_layer = llm.get_output_embeddings()
         if output_layer is None:
             raise ModelError(
                 f"{type(llm).__name__} has no output layer that predicts tokens: choose a causal LM."
             )
-        # A hook on the output layer, and not a call of it, so that whatever the LLM's own forward pass does
-        # to logits afterwards (scaling, capping) still happens. Selecting rows first also is ten times faster
-        # on a CPU than multiplying a slice row by row.
+        # The hook only selects the layer's inputs. The LLM's own forward pass still calls the layer, so that
+        # whatever it does to the logits afterwards (scaling, capping) still happens. On a CPU, selecting rows
+        # first is also ten times faster than multiplying a slice row by row.
         output_layer.register_forward_pre_hook(self._select_targets)
 
     def _select_targets(
         self, _: nn.Module, inputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...] | None:
-        if self._is_target is None:
+        if self._is_target is None:  # not called by `forward`, so the LLM's inputs stay as they are
             return None
-        # A token is predicted at the position before it.
+        # Labels cover the last columns of the batch, and a token is predicted at the position before it.
         self._target_inputs = inputs[0][:, -self._is_target.shape[1] - 1 : -1][self._is_target]
-        # A scorer applies the output layer itself; the LLM's own forward pass then gets no rows.
+        # A scorer applies the output layer itself, so the LLM's own forward pass gets no rows.
         return (self._target_inputs if self.scorer is None else self._target_inputs[:0],)
 
     def train(self, mode: bool = True) -> "Slam":
-        """Set training mode for the trained parts only: dropout in frozen weights would be noise."""
+        """Set training mode for the trained parts only: dropout in frozen parts would only add noise."""
         super().train(mode)
         for part in (self.llm, self._modules.get("encoder")):
             if mode and part is not None and not all(p.requires_grad for p in part.parameters()):
                 part.eval()
+                # An LLM with adapters is frozen except for these, whose dropout must be active in training.
                 for name, module in part.named_modules():
                     if "lora_dropout" in name:
                         module.train()
         return self
 
     def encode(self, audio: list[torch.Tensor | Prepared]) -> list[torch.Tensor]:
-        """Encode utterances, unless they are features already.
+        """Encode utterances; features are returned unchanged.
 
         Args:
-            audio: features [frames, encoder width], or the encoder's inputs; all of one kind.
+            audio: one entry per utterance, features [frames, encoder width] or the encoder's input; all of
+                one kind.
 
         Returns:
             Features, each [frames, encoder width], in the same order.
@@ -227,18 +232,19 @@ class Slam(nn.Module):
         prepared = cast(list[Prepared], audio)
         spec = self.encoder.spec
         groups = batches_of([spec.seconds_of(a.samples) for a in prepared], spec.options.batch_seconds)
+        # A registered encoder is trained: its outputs need gradients and are never saved as features.
         encode = self.encoder if "encoder" in self._modules else self._encode_frozen
         return [features for group in groups for features in encode([prepared[i] for i in group])]
 
     def _encode_frozen(self, audio: list[Prepared]) -> list[torch.Tensor]:
-        """Return the features [frames, encoder width] that a feature store would give."""
+        """Return features, each [frames, encoder width], that equal those read from a feature store."""
         assert self.encoder is not None, "checked by encode"
         with torch.no_grad():
             return [round_trip(frames, self.feature_dtype) for frames in self.encoder(audio)]
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Return the LLM's input [rows, L, LLM width]: token embeddings and projected audio."""
-        # Some LLMs scale embeddings inside this layer (Gemma). Audio is filled in afterwards and is not
+        # Some LLMs scale embeddings inside this layer (Gemma). Audio is inserted afterwards, so it is not
         # scaled.
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
         audio = self.projector(self.encode(batch.audio), batch.positions).to(embeddings.dtype)
@@ -247,7 +253,7 @@ class Slam(nn.Module):
     def generate(
         self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None
     ) -> torch.Tensor:
-        """Decode a batch by transformers' `generate`.
+        """Decode a batch with transformers' `generate`.
 
         Args:
             batch: padded, without answers.
@@ -255,19 +261,20 @@ class Slam(nn.Module):
             watch: called with the scores of each step, after the penalties.
 
         Returns:
-            Token ids [utterances · answers each, tokens], filled up after the end.
+            Token ids [utterances · answers per utterance, tokens], padded after the end of each answer.
         """
         return self._generate(batch, generation, watch).sequences
 
     def search(self, batch: Batch, generation: GenerationConfig) -> Answers | None:
-        """Decode a batch by our own search, or by transformers' beam search for an LLM that it cannot run.
+        """Decode a batch with our own search, or with transformers' beam search if ours cannot run the LLM.
 
         Args:
             batch: padded, without answers.
             generation: beams, penalties and limits.
 
         Returns:
-            The best answers with their scores; or None for a greedy search that only `generate` can run.
+            The best answers with their scores; None if the search is greedy and ours cannot run the LLM. Then
+            call `generate`.
         """
         answers = beam_search(self.llm, self.embed(batch), batch.mask, generation)
         if answers is None and generation.num_beams > 1:
@@ -300,8 +307,8 @@ class Slam(nn.Module):
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         """Return `trial(llm)`.
 
-        It is a method of the model because engines that shard weights gather them around calls of its
-        methods.
+        This is a method of the model because engines that shard weights can gather them around a call of a
+        method.
         """
         return trial(self.llm)
 
@@ -320,7 +327,8 @@ class Slam(nn.Module):
         if batch.lengths is not None:
             arguments = packed_arguments(batch.lengths, batch.token_ids.device)
         elif batch.padded:
-            # Positions count from each utterance's own start, for LLMs with absolute positions.
+            # Position ids start at 0 with each utterance, for LLMs with absolute positions. Padding before
+            # it would get -1, which is no valid index of an embedding.
             arguments = {
                 "attention_mask": batch.mask,
                 "position_ids": (batch.mask.cumsum(1) - 1).clamp(min=0),
@@ -335,4 +343,5 @@ class Slam(nn.Module):
                 self._target_inputs, self.llm.get_output_embeddings(), batch.labels[self._is_target]
             )
         finally:
+            # A later `generate` must not have its inputs selected.
             self._is_target = self._target_inputs = None

@@ -1,4 +1,4 @@
-"""`slam-asr copy-models`: copies the frozen models into a bucket, for clusters that cannot reach the hub."""
+"""`slam-asr copy-models`: copies pretrained models into a bucket, for clusters that cannot reach the hub."""
 
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
@@ -7,23 +7,25 @@ from slam_asr.progress import log_line
 from slam_asr.storage import exists, is_s3, join, publish_folder
 
 LAST = "config.json"
-"""A folder without this file is no model, so it is copied after all other files."""
+"""The file that is copied last. A folder without it is not a model, so an interrupted copy is never used."""
 
 
 def copy_models(to: str, recipe: Recipe | None = None, models: list[str] | None = None) -> list[str]:
     """Copy models to object storage.
 
     Args:
-        to: s3:// prefix; each model is copied below it, under its name on the hub.
-        recipe: its encoder and LLM are copied.
-        models: names on the hub or folders.
+        to: an s3:// prefix. A model from the hub is copied below it under its name on the hub, and a folder
+            under the last component of its path.
+        recipe: a recipe whose encoder and LLM are copied.
+        models: names on the hub, or folders. Models that are already in object storage are not copied.
 
     Returns:
         The address of each copy, which a recipe can use as the model's name (`llm.name: s3://…`).
 
     Raises:
-        ConfigurationError: no model is named, or `to` is no s3:// prefix.
+        ConfigurationError: no model is named, or `to` is not an s3:// prefix.
         ModelError: a model cannot be found.
+        StorageError: object storage cannot be read or written.
     """
     names = [*([recipe.encoder.name, recipe.llm.name] if recipe else []), *(models or [])]
     if not is_s3(to):
@@ -35,6 +37,7 @@ def copy_models(to: str, recipe: Recipe | None = None, models: list[str] | None 
 
 def _copy(name: str, to: str) -> str:
     parts = name.strip("/").split("/")
+    # Two components count as a name on the hub, such as `team/model`. Other paths keep only the last one.
     target = join(to, *(parts if len(parts) == 2 and not name.startswith(("/", ".")) else parts[-1:]))
     if exists(join(target, LAST)):
         log_line(f"{name}: there already ({target})")

@@ -21,8 +21,7 @@ _VERSION = 6
 _ENGLISH_VOCABULARY = 51864
 """Number of tokens of an English-only Whisper. Multilingual ones have more."""
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
-# Patterns in CTranslate2's names and their replacements. They are applied one after the other, so the block
-# `self_attention` is already renamed when the pattern for `attention` is tried.
+# Patterns in CTranslate2's names and their replacements, which are applied one after the other.
 _NAMES = [
     (r"position_encodings/encodings$", "embed_positions.weight"),
     (r"^decoder/embeddings/weight$", "decoder/embed_tokens.weight"),
@@ -42,8 +41,8 @@ _STACKED = {
     ("attention", 1): ("encoder_attn", ("k_proj", "v_proj")),
     ("attention", 2): ("encoder_attn", ("out_proj",)),
 }
-"""(CTranslate2's block, number of the linear layer in it) → transformers' block, and the names of the matrices
-that this layer stacks on axis 0."""
+"""(CTranslate2's block, number of its linear layer) → transformers' block, and the names of the matrices that
+this layer stacks on axis 0."""
 
 
 def read_variables(path: Path) -> dict[str, np.ndarray]:
@@ -125,7 +124,7 @@ def whisper_state(variables: dict[str, np.ndarray]) -> "dict[str, torch.Tensor]"
             name = re.sub(pattern, replacement, name)
         state["model." + name.replace("/", ".")] = value
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-    # Copied, because torch warns about arrays that cannot be written, such as these views of the file's bytes.
+    # Copied, because these views of the file's bytes are read-only, and torch warns about read-only arrays.
     return {name: torch.from_numpy(value.copy()) for name, value in state.items()}
 
 

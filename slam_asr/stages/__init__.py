@@ -1,1 +1,4 @@
-"""The stages, one file each: check inputs, compute their digest, call the trades, write the record."""
+"""The stages of a pipeline, one file each.
+
+A stage checks its inputs, computes their digest, has the work done, and writes a record of the result.
+"""

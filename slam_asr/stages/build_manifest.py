@@ -1,4 +1,4 @@
-"""The stage `build-manifest`: check a corpus and write manifests of its usable utterances.
+"""The stage `build-manifest`: checks a corpus and writes manifests of its usable utterances.
 
 Every audio file is decoded once here, so that no later stage finds a damaged one after hours of work.
 Utterances that cannot be used are rejected with a reason; if there are too many of them, the stage fails.
@@ -78,7 +78,7 @@ def _is_corpus_folder(output: str, root: str) -> bool:
 
 
 def _listing(reader: CorpusReader, subsets: dict[str, list[str]]) -> str:
-    """A digest of the names, sizes and times of all files that the subsets depend on."""
+    """Return a digest of the names, sizes and times of all files that the subsets depend on."""
     listing = hashlib.sha256()
     for subset in sorted(subset for names in subsets.values() for subset in names):
         for line in ([subset], *reader.stamps(subset)):
@@ -106,6 +106,8 @@ def _build(folder: Path, reader: CorpusReader, subsets: dict[str, list[str]], re
             splits[result.split].add(_bytes(result.utterance.key), manifest_line(result.utterance))
             statistics.resampled += result.utterance.sample_rate != SAMPLE_RATE
             statistics.downmixed += result.channels != 1
+        # The list is written before the check: the check's message refers to it, and quotes the counts that
+        # writing it collects.
         write_lines(folder / REJECTED, _count_rejections(rejected, statistics))
         _refuse_too_many(rejected, statistics, total, recipe.data.max_rejected, folder / REJECTED)
         without_dev = bool(recipe.data.train) and not subsets["dev"]
@@ -119,6 +121,7 @@ def _build(folder: Path, reader: CorpusReader, subsets: dict[str, list[str]], re
 
 
 def _bytes(text: str) -> bytes:
+    # Python represents a file name that is not UTF-8 with lone surrogates, which plain `encode` refuses.
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -181,6 +184,8 @@ def _write_manifests(
     """
     shared = _SharedAudio()
     lines: dict[str, Iterable[tuple[bytes, bytes]]] = dict(splits)
+    # Both generators iterate over the same sort, which allows only one iteration at a time: the manifests are
+    # written one after the other.
     if dev_keys:
         lines["train"] = ((key, line) for key, line in splits["train"] if key.decode() not in dev_keys)
         lines["dev"] = ((key, line) for key, line in splits["train"] if key.decode() in dev_keys)
@@ -216,6 +221,7 @@ class _SharedAudio:
 
     def add(self, split: str, utterance: Utterance) -> None:
         """Add an utterance. All of train must be added before the first of another split."""
+        # Hashes of text differ between Python processes, but these never leave this one.
         audio = hash((utterance.sha256, utterance.start, utterance.start and utterance.duration))
         if split == "train":
             self._train.append(audio)

@@ -1,4 +1,7 @@
-"""`slam-asr compare A B`: which of two recognisers is better, and whether the difference is significant."""
+"""The command `slam-asr compare A B`: finds which of two recognisers is better.
+
+It also tests whether the difference is significant, so that chance is not taken for progress.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,8 +35,9 @@ class Compared:
     """First minus second, in percentage points: below 0 if the first is better."""
     low: float
     high: float
-    """Limits of the difference's 95 % bootstrap interval."""
+    """Limits of the difference's 95 % bootstrap interval, in percentage points."""
     p: float
+    """Probability of a difference at least this large by chance alone."""
     differing: int
     """Utterances for which the two made different numbers of errors."""
 
@@ -51,18 +55,20 @@ def compare(
     """Compare the word error rates of two recognisers on the same utterances, by matched pairs.
 
     Args:
-        first: folder that decode or score wrote, its hypotheses.jsonl, or SLAM-LLM's `…_pred` with its `…_gt`
-            next to it.
-        second: the same for the other recogniser.
+        first: output of the first recogniser: the folder that decode or score wrote, the hypotheses.jsonl in
+            it, or SLAM-LLM's `…_pred` with its `…_gt` next to it.
+        second: output of the second recogniser, in any of the same forms.
         output: a JSON file to write the numbers to.
-        common: compare only the utterances that both have, if one has more; the others are counted.
+        common: compare only the utterances that both outputs have, and count the others. By default, an
+            utterance that only one output has is an error.
         seed: seed of the resampling and of the random exchanges.
 
     Returns:
-        One comparison per test subset that both have, and one over all utterances.
+        One comparison per test subset, if the utterances come from several, and a last one over all of them.
 
     Raises:
-        InputError: utterances that only one of them has, or whose references differ.
+        InputError: an utterance is in only one output or has different references in the two, or no
+            reference contains a word.
     """
     outputs = [(path, read_output(path, HYPOTHESES)) for path in (first, second)]
     pairs, left_out = _paired(outputs[0], outputs[1], common)
@@ -89,8 +95,11 @@ def compare_outputs(
 
     Args:
         first: the first recogniser's name, for error messages, and its utterances.
-        second: the same for the second one.
+        second: the same for the second recogniser.
         seed: seed of the resampling and of the random exchanges.
+
+    Returns:
+        As from `compare`.
 
     Raises:
         InputError: as for `compare`.
@@ -106,6 +115,7 @@ def _by_subset(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, seed:
             "so there is no rate to compare."
         )
     subsets = groups_of(a.rows, lambda row: row.subset)
+    # A single subset would repeat the row of all utterances, and a subset without words has no rate.
     comparable = (
         {name: indices for name, indices in subsets.items() if name and a.words[indices].sum()}
         if len(subsets) > 1
@@ -120,8 +130,8 @@ def _by_subset(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, seed:
 def _paired(
     first: tuple[str, Sequence[Hypothesis]], second: tuple[str, Sequence[Hypothesis]], common: bool
 ) -> tuple[list[tuple[Hypothesis, Hypothesis]], dict[str, int]]:
-    """Pair the utterances of both, and count those that only one of them has, by its name."""
-    # SLAM-LLM's files have no subsets, so utterances are paired by key alone if one side lacks them.
+    """Pair the utterances that both outputs have, and count those that only one has, by that one's path."""
+    # SLAM-LLM's files name no subsets. If any utterance lacks its subset, all are paired by key alone.
     with_subset = all(row.subset for _, rows in (first, second) for row in rows)
     sides = [(path, _by_name(path, rows, with_subset)) for path, rows in (first, second)]
     left_out = {}
@@ -201,5 +211,5 @@ def _print(rows: Sequence[Compared], first: str, second: str, left_out: dict[str
 
 
 def probability_text(p: float) -> str:
-    """`0.0004` → `< 0.001`."""
+    """Format a p-value with three decimals; values below 0.001 become `< 0.001`."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

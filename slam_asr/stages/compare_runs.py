@@ -1,4 +1,4 @@
-"""`slam-asr compare-runs`: the results of several trainings, side by side on one page."""
+"""The command `slam-asr compare-runs`: shows the results of several trainings side by side on one page."""
 
 import json
 from collections.abc import Sequence
@@ -31,20 +31,26 @@ class Run:
     name: str
     folder: str
     changes: str
-    """Its changes to the recipe, in words; empty if unknown."""
+    """What this run changed in the recipe, in words; empty if unknown."""
     numbers: dict[str, Any]
-    """Its wer.json."""
+    """The content of its wer.json."""
     rows: list[Hypothesis]
     against_best: Compared | None = None
-    """The best run (first) compared with this one (second); None for the best, and after different tests."""
+    """The best run (first) compared with this one (second).
+
+    None for the best run itself, and for a run that was decoded on another test set.
+    """
 
     @property
     def training(self) -> dict[str, Any]:
-        """Facts about its training, from its report."""
+        """Facts about the training of this run, from its report."""
         return self.numbers.get("training") or {}
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of its row in the table: rates in percent, time in seconds."""
+        """Return the numbers of this run's row in the table.
+
+        Rates are in percent, except that those on the dev set are fractions; time is in seconds.
+        """
         total = self.numbers["all"]
         dev = (self.training.get("validation") or [{}])[-1]
         shuffled = self.numbers["controls"].get("shuffled audio")
@@ -80,15 +86,15 @@ def compare_runs(
         runs: folders that decode or score wrote, each with a report.
         output: folder for the page; {fingerprint} in it is replaced by a digest of the inputs.
         title: the page's heading, such as the recipe's name.
-        variations: the changes that each run makes to the recipe, as JSON with the title of the run's report:
-            {"name": …, "training.learning_rate": 0.0001}.
+        variations: what each run changed in the recipe, as JSON whose `name` is the title of the run's
+            report: {"name": …, "training.learning_rate": 0.0001}.
         overwrite: replace results of other inputs instead of refusing.
 
     Returns:
         The stage's record; its folder contains runs.html, runs.md and runs.json.
 
     Raises:
-        UserError: fewer than two runs, a run without a report, or one that is named twice.
+        UserError: fewer than two runs are given, a run has no report, or a run is named twice.
     """
     if len(runs) < 2:
         raise InputError(
@@ -106,7 +112,8 @@ def compare_runs(
             )
     known = [variation_of(text) for text in variations or []]
     files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}
-    # By content and sorted, because the pipeline's loop may pass on its results in any order.
+    # Runs count by their content, in sorted order: the pipeline's loop may pass its results on in any order,
+    # which must not change the fingerprint.
     inputs = {
         "runs": sorted([sha256_of_file(file) for file in pair] for pair in files.values()),
         "title": title,
@@ -137,6 +144,7 @@ def _read(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) -> l
     runs = []
     for folder, values in numbers.items():
         title = values["title"]
+        # Runs with the same title are distinguished by the names of their folders.
         name = title if titles.count(title) == 1 else f"{title} ({folder.rstrip('/').rpartition('/')[2]})"
         changes = known[title].describe() if title in known else ""
         runs.append(Run(name, folder, changes, values, read_output(folder, HYPOTHESES)))
@@ -149,6 +157,8 @@ def _read(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) -> l
 
 
 def _same_test(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> bool:
+    """Return whether two runs decoded the same utterances and have the same references for them."""
+
     def references(rows: Sequence[Hypothesis]) -> dict[tuple[str, str], str]:
         return {(row.key, row.subset): row.reference for row in rows}
 
@@ -161,7 +171,7 @@ def _write(folder: Path, title: str, runs: Sequence[Run]) -> None:
         run.name: {key: thinned(run.training.get(key) or []) for key in ("curve", "validation")}
         for run in runs
     }
-    # Runs that decode one model with different options share one training, so there is nothing to compare.
+    # Runs that decode one model with different options share its training, so their curves are the same.
     same_training = len({json.dumps(training) for training in trainings.values()}) == 1
     subsets = (
         sorted({name for row in rows for name in row["subsets"]})

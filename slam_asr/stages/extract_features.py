@@ -15,10 +15,11 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, work_sha
     the encoder too, or has `features.cache: none`, nothing is saved.
 
     Args:
-        recipe: which encoder, how many of its frames, saved in which dtype.
+        recipe: names the encoder, which of its frames to save, and their dtype.
         manifests: manifests (JSON lines), or folders that build-manifest wrote.
         output: the store, a folder or s3://bucket/prefix; many recipes and manifests can share one.
-        work_shard: i/n: do the i-th of n equal parts; n machines that do one each fill the store together.
+        work_shard: i/n: do only the i-th of n equal parts of the work. If n machines do one part each, they
+            fill the store together.
 
     Returns:
         The stage's record. Its folder is in the store and can be given wherever a store is expected.
@@ -46,6 +47,7 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, work_sha
         "shard_megabytes": recipe.features.shard_megabytes,
         "part": str(own),
     }
+    # The features are outside the record's own folder: a record alone does not prove that they still exist.
     return run_stage(
         STAGE,
         join(extraction.namespace.root, "runs", FINGERPRINT),

@@ -1,6 +1,6 @@
-"""`slam-asr plan`: estimate whether a training fits, what it takes, and which options to set.
+"""The command `slam-asr plan`: estimates whether a training fits into memory, and which options make it fit.
 
-Nothing is loaded.
+It also estimates the training's storage and time. No weights are loaded.
 """
 
 from slam_asr.config.recipe import Recipe
@@ -20,7 +20,7 @@ def plan(
     gpu_tflops: float = 989.0,
     gpu_bandwidth: float = 3.35,
 ) -> Plan:
-    """Estimate what a recipe takes on given GPUs: memory by part, storage, FLOPs and hours by stage.
+    """Estimate what a recipe takes on given GPUs: memory of each part, storage, FLOPs and time of each stage.
 
     Args:
         recipe: models and hyper-parameters.
@@ -36,7 +36,7 @@ def plan(
         The plan, which is also printed.
 
     Raises:
-        UserError: a model's configuration cannot be found, or a number is not above 0.
+        UserError: a model's configuration cannot be found, or a number is too small.
     """
     if gpus < 0:
         raise ConfigurationError(f"--gpus is {gpus} but must be at least 0.")
@@ -102,6 +102,7 @@ def _print(
         "usable)"
     )
     if recipe.training.offload_optimizer:
+        # 12 bytes for each trained weight: an fp32 master and Adam's two fp32 moments.
         log_line(
             "  "
             f"{'optimiser in host memory, all hosts together':<52}{12 * shapes.trained_parameters / 1e9:8.2f}"

@@ -1,4 +1,4 @@
-"""The steps of a sweep before any training: check the variations, and write the recipe of each."""
+"""The steps of a sweep that come before any training: checking the variations, and writing their recipes."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,7 +26,7 @@ def plan_sweep(recipe: Recipe, entries: Sequence[Any], output: str) -> tuple[Rec
         The stage's record, and the variations with their names.
 
     Raises:
-        UserError: a variation that is not valid; see `resolve`.
+        UserError: a variation is not valid; see `resolve`.
     """
     variations = resolve(recipe, entries)
     values = [{"name": variation.name, **variation.overrides} for variation in variations]
@@ -50,7 +50,7 @@ def vary_recipe(recipe: Recipe, variation: Variation, output: str) -> Record:
         The stage's record.
 
     Raises:
-        UserError: an unknown key or a value that is not valid.
+        UserError: a key is unknown, or a value is not valid.
     """
     text = dump_recipe(varied(recipe, variation))
 

@@ -1,4 +1,4 @@
-"""`slam-asr transcribe MODEL FILES…`: transcribes recordings of any length to text, JSON or subtitles."""
+"""The command `slam-asr transcribe MODEL FILES…`: turns recordings into text, JSON or subtitles."""
 
 import contextlib
 import sys
@@ -30,18 +30,18 @@ def transcribe(
         model: folder that convert-checkpoint wrote, or the name of a shipped model.
         files: wav, flac, ogg, opus or mp3, local or s3://, of any length and sample rate.
         format: a line of text, a line of JSON with the times of segments, or SubRip subtitles.
-        output: folder for one transcript file per recording, named after it; without it, transcripts are
+        output: folder for the transcripts, one file per recording and named after it. If not given, they are
             printed.
         longest: maximum length of a segment in seconds. Longer segments give the LLM more context, but models
-            are at their best on lengths they were trained on; the encoder's window limits it further.
+            work best at the lengths that they were trained on. The encoder's window may set a lower limit.
 
     Returns:
         The transcripts, in the order of the files.
 
     Raises:
-        InputError: a file does not exist or is no audio (before anything is loaded), or is damaged (after all
-            others are transcribed).
-        ConfigurationError: options contradict each other, or two transcripts would have one name.
+        InputError: a file does not exist or is not audio (raised before anything is loaded), or is damaged
+            (raised after all others are transcribed).
+        ConfigurationError: options contradict each other, or two transcripts would have the same path.
         ModelError: a base model is not the one that the model was trained with.
     """
     from slam_asr.decoding.model import open_model
@@ -59,6 +59,7 @@ def transcribe(
             "name a folder with --output."
         )
     paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
+    # Reads the header of every file before a model is loaded, so that a missing file is reported at once.
     seconds = [count_samples(file) / SAMPLE_RATE for file in files]
     printed = sys.stdout
     transcripts: list[Transcript] = []
@@ -96,7 +97,7 @@ def _output_paths(files: list[str], output: str, suffix: str) -> dict[str, str]:
     """Return the path of each file's transcript.
 
     Raises:
-        ConfigurationError: two files would have the same one.
+        ConfigurationError: two transcripts would have the same path.
     """
     paths: dict[str, str] = {}
     for file in files:

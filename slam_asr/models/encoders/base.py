@@ -1,7 +1,8 @@
-"""Speech encoders: they turn each utterance's waveform into a tensor [frames, width].
+"""The base classes of speech encoders, which turn each utterance's waveform into a tensor [frames, width].
 
 All supported encoders compute 50 frames per second: one frame per 320 samples at 16 kHz. This module contains
-what they share; the modules `whisper` and `waveform` contain the two families, and `registry` selects one.
+the code that they share. The modules `whisper` and `waveform` contain the two families of encoders, and
+`registry` selects one.
 """
 
 from abc import ABC, abstractmethod
@@ -21,8 +22,8 @@ from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.locate import weights_sha256
 
 SAMPLES_PER_FRAME = 320
-"""Samples at 16 kHz per frame. Whisper: the spectrogram's hop of 160 times a convolution's stride of 2.
-The others: the product of their convolutions' strides."""
+"""Number of samples per frame at 16 kHz. For Whisper, this is the spectrogram's hop of 160 times a
+convolution's stride of 2; for the other encoders, the product of their convolutions' strides."""
 
 
 @dataclass
@@ -35,32 +36,32 @@ class EncoderSpec(ABC):
 
     @property
     def width(self) -> int:
-        """d_enc: number of values per frame."""
+        """Number of values per frame (d_enc)."""
         return self.config.hidden_size
 
     @property
     def window_samples(self) -> int | None:
-        """Length in samples at 16 kHz of the fixed input window, or None if the encoder has none."""
+        """Length of the fixed input window in samples at 16 kHz, or None if the encoder has no such window."""
         return None
 
     @abstractmethod
     def frames_of(self, samples: int) -> int:
-        """Number of frames of an utterance of `samples` samples at 16 kHz."""
+        """Return the number of frames of an utterance of `samples` samples at 16 kHz."""
 
     def span_of(self, samples: int) -> int:
-        """Length of an utterance in frames, from which its number of LLM positions is computed.
+        """Return an utterance's length in frames, from which its number of LLM positions is computed.
 
-        It equals `frames_of`, or is one more if the encoder's last frame would need samples beyond the end:
-        the reference implementation reserves that frame's position anyway.
+        The length equals `frames_of`, or is one more if the encoder's last frame would need samples beyond
+        the end: the reference implementation counts this frame when it reserves positions.
         """
         return self.frames_of(samples)
 
     def seconds_of(self, samples: int) -> float:
-        """Seconds of input that the encoder processes for an utterance, including the padding of windows."""
+        """Return the seconds of input that the encoder processes for an utterance, with the windows' padding."""
         return samples / SAMPLE_RATE
 
     def is_too_long(self, samples: int) -> bool:
-        """Whether an utterance of `samples` samples at 16 kHz is longer than the window."""
+        """Return whether an utterance of `samples` samples at 16 kHz is longer than the window."""
         return self.window_samples is not None and samples > self.window_samples
 
     def count_parameters(self) -> int:
@@ -69,20 +70,20 @@ class EncoderSpec(ABC):
             return sum(p.numel() for p in self.encoder_of(AutoModel.from_config(self.config)).parameters())
 
     def encoder_of(self, model: PreTrainedModel) -> nn.Module:
-        """The part of the checkpoint's model that encodes speech."""
+        """Return the part of the checkpoint's model that encodes speech."""
         return model
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that determines the output: weights, preprocessing, and which frames are used."""
+        """Return everything that determines the output: the weights, preprocessing, and which frames are used."""
         return {"weights_sha256": weights_sha256(self.folder), **self.preprocessing()}
 
     @abstractmethod
     def preprocessing(self) -> dict[str, Any]:
-        """Options outside the weights that change the output."""
+        """Return the options that change the output, in addition to the weights."""
 
     @abstractmethod
     def preparer(self) -> Preparer:
-        """A picklable function from a waveform to the encoder's input, for use in other processes."""
+        """Return a picklable function from a waveform to the encoder's input, for use in other processes."""
 
     @abstractmethod
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "SpeechEncoder":
@@ -97,9 +98,9 @@ class SpeechEncoder(nn.Module, ABC):
     """An encoder with its weights.
 
     Args:
-        spec: from `describe_encoder`.
-        dtype: of weights and activations.
-        device: where it runs.
+        spec: description of the encoder, from `describe_encoder`.
+        dtype: dtype of weights and activations.
+        device: device on which the encoder runs.
     """
 
     def __init__(self, spec: EncoderSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -119,15 +120,16 @@ class SpeechEncoder(nn.Module, ABC):
         """Encode a batch of utterances of any lengths.
 
         Args:
-            utterances: from `prepare`.
+            utterances: the utterances as `prepare` returns them.
 
         Returns:
-            A tensor [frames, width] per utterance, with the values that it has when it is encoded alone.
+            A tensor [frames, width] per utterance, in the weights' dtype. The other utterances of the batch do
+            not affect its values.
         """
 
     @torch.inference_mode()
     def encode(self, utterances: list[Prepared]) -> list[torch.Tensor]:
-        """Call `forward` without gradients: one [frames, width] tensor per utterance."""
+        """Call `forward` without gradients. Returns one tensor [frames, width] per utterance."""
         return self(utterances)
 
     @property
@@ -140,9 +142,9 @@ def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:
     """Group utterances into batches for an encoder, without reordering them.
 
     Args:
-        seconds: of input that the encoder processes for each utterance.
-        budget: maximum seconds per batch. Because of padding every utterance counts as long as the batch's
-            longest one. Only a single utterance that is longer by itself may exceed the budget.
+        seconds: seconds of input that the encoder processes for each utterance.
+        budget: maximum seconds per batch. Because of padding, every utterance counts as much as the longest
+            one of its batch. Only a single utterance that is longer by itself may exceed the budget.
 
     Returns:
         The utterances' indices in each batch.

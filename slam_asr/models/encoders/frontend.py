@@ -1,6 +1,6 @@
-"""Turns waveforms into encoder inputs. This needs no weights, so any process can do it.
+"""Functions that turn waveforms into encoder inputs. They need no weights, so any process can run them.
 
-Worker processes import only this module and torch, not transformers, so that they start fast.
+Worker processes import this module and torch, but not transformers, so that they start fast.
 """
 
 import math
@@ -13,18 +13,19 @@ from torch.nn import functional
 from slam_asr.audio import SAMPLE_RATE
 
 COLUMN_SAMPLES, _FFT = 160, 400
-"""Hop and window of Whisper's spectrogram in samples at 16 kHz: 10 ms and 25 ms."""
+"""Hop and window length of Whisper's spectrogram in samples at 16 kHz: 10 ms and 25 ms."""
 
 
 @dataclass
 class Prepared:
-    """An utterance as input of an encoder."""
+    """One utterance, ready to be encoded."""
 
     inputs: list[torch.Tensor]
-    """Whisper: a log-mel spectrogram [mel bins, columns] per window; if it has fewer columns than the window,
-    its last column is repeated up to the end. The other encoders: one waveform [samples]."""
+    """For Whisper: a float32 log-mel spectrogram [mel bins, columns] per window. If it has fewer columns than
+    the window, the encoder repeats its last column up to the window's end. For the other encoders: one
+    float32 waveform [samples]."""
     samples: int
-    """Length of the utterance at 16 kHz."""
+    """Length of the utterance in samples at 16 kHz."""
 
     def to(self, device: torch.device | str) -> "Prepared":
         """Copy the inputs to a device."""
@@ -33,32 +34,41 @@ class Prepared:
 
 @dataclass(frozen=True)
 class LogMel:
-    """Whisper's log-mel spectrograms, as transformers' `WhisperFeatureExtractor` computes them.
+    """Computes Whisper's log-mel spectrograms as transformers' `WhisperFeatureExtractor` does.
 
-    Only one column of the silence after the audio is computed, because all columns of silence are equal.
+    Of the silence after the audio, only one column is computed, because all columns of silence are equal.
     """
 
     mel_bins: int
     window_samples: int
     split: bool
-    """Whether audio that is longer than the window is split into several windows, rather than cut."""
+    """Whether audio that is longer than the window is split into several windows; if not, it is cut."""
 
     def windows_of(self, samples: int) -> int:
-        """Number of windows of an utterance of `samples` samples."""
+        """Return the number of windows of an utterance of `samples` samples at 16 kHz."""
         return max(1, math.ceil(samples / self.window_samples)) if self.split else 1
 
     def __call__(self, waveform: np.ndarray) -> Prepared:
-        """Waveform [samples] at 16 kHz in float32 → a float32 spectrogram [mel bins, columns] per window."""
+        """Compute an utterance's spectrograms.
+
+        Args:
+            waveform: [samples] float32 at 16 kHz.
+
+        Returns:
+            One float32 spectrogram [mel bins, columns] per window.
+        """
         size = self.window_samples
         windows = [waveform[size * i : size * (i + 1)] for i in range(self.windows_of(len(waveform)))]
         return Prepared([self._spectrogram(w) for w in windows], len(waveform))
 
     def _spectrogram(self, waveform: np.ndarray) -> torch.Tensor:
         columns = self.window_samples // COLUMN_SAMPLES
-        # A column covers 200 samples to either side of its centre. All columns after the last one that
-        # overlaps the audio are silence: one of them is computed.
+        # A column covers 200 samples on either side of its centre. All columns after the last one that
+        # overlaps the audio are silence, and one of them is computed.
         with_audio = min(columns, (len(waveform) + _FFT // 2) // COLUMN_SAMPLES + 1)
         computed = min(columns, with_audio + 1)
+        # The spectrogram's ends are mirrored, as in Whisper. If columns are omitted, the extra zeros prevent
+        # the right mirror image from reaching a computed column.
         padded = torch.zeros(self.window_samples if computed == columns else computed * COLUMN_SAMPLES + _FFT)
         padded[: len(waveform)] = torch.from_numpy(np.ascontiguousarray(waveform))
         centred = functional.pad(padded[None], (_FFT // 2, _FFT // 2), mode="reflect")[0]
@@ -66,21 +76,28 @@ class LogMel:
             centred, _FFT, COLUMN_SAMPLES, window=torch.hann_window(_FFT), center=False, return_complex=True
         )
         mel = _mel_filters(self.mel_bins).T @ spectrum[:, :computed].abs() ** 2
-        # Whisper's scaling: log10, cut 8 below the maximum (80 dB), shifted and divided by 4.
+        # Whisper's scaling: the log10 is limited to 8 (80 dB) below its maximum, shifted, and divided by 4.
         log = torch.clamp(mel, min=1e-10).log10()
         return (torch.maximum(log, log.max() - 8.0) + 4.0) / 4.0
 
 
 @dataclass(frozen=True)
 class Waveform:
-    """The waveform itself, layer-normalised over its samples if the checkpoint needs it."""
+    """Returns the waveform itself, layer-normalised over its samples if the checkpoint needs that."""
 
     normalize: bool
 
     def __call__(self, waveform: np.ndarray) -> Prepared:
-        """Waveform [samples] at 16 kHz in float32 → the same shape, normalised if required."""
+        """Prepare an utterance.
+
+        Args:
+            waveform: [samples] float32 at 16 kHz.
+
+        Returns:
+            One float32 waveform [samples], normalised if required.
+        """
         samples = torch.from_numpy(np.ascontiguousarray(waveform))
-        # fairseq normalises with an epsilon of 1e-5, transformers with 1e-7: that matters for quiet audio.
+        # The default epsilon is fairseq's, 1e-5. transformers' is 1e-7, which differs for quiet audio.
         return Prepared(
             [functional.layer_norm(samples, samples.shape) if self.normalize else samples], len(samples)
         )
@@ -93,19 +110,20 @@ _FILTERS: dict[int, torch.Tensor] = {}
 
 
 def _mel_filters(bins: int) -> torch.Tensor:
-    """Filters [201 frequencies, bins]: triangles of unit area on Slaney's mel scale, as in librosa."""
+    """Return filters [201 frequencies, bins]: triangles of unit area on Slaney's mel scale, as in librosa."""
     if bins not in _FILTERS:
         frequencies = np.linspace(0, SAMPLE_RATE / 2, _FFT // 2 + 1)
         corners = _hertz(np.linspace(0.0, _mel(SAMPLE_RATE / 2), bins + 2))
         slopes = corners[None, :] - frequencies[:, None]
         widths = np.diff(corners)
         rising, falling = -slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]
+        # Each filter rises from its left corner to its centre and falls to its right corner; 0 elsewhere.
         triangles = np.maximum(0.0, np.minimum(rising, falling))
         _FILTERS[bins] = torch.from_numpy(triangles * (2.0 / (corners[2:] - corners[:-2]))).float()
     return _FILTERS[bins]
 
 
-# Slaney's mel scale: linear up to 1 kHz (15 mel), then logarithmic with 27 mel per factor of 6.4.
+# Slaney's mel scale is linear up to 1 kHz (15 mel). Above, it is logarithmic: 27 mel per factor of 6.4.
 def _mel(hertz: float) -> float:
     return 3.0 * hertz / 200.0 if hertz < 1000.0 else 15.0 + math.log(hertz / 1000.0) * 27.0 / math.log(6.4)
 

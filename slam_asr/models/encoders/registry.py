@@ -1,4 +1,4 @@
-"""The supported speech encoders: which class reads which checkpoint."""
+"""Selects the class that reads an encoder's checkpoint, by the checkpoint's model type."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def spec_of(folder: Path, config: PretrainedConfig, options: Encoder) -> Encoder
     """Build an encoder's description from its configuration.
 
     Raises:
-        ModelError: it is not a supported encoder.
+        ModelError: the configuration is not that of a supported encoder.
     """
     if config.model_type == "whisper":
         return WhisperSpec(folder, config, options)

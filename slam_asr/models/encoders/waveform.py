@@ -1,8 +1,8 @@
 """WavLM, HuBERT and wav2vec 2.0: encoders whose input is the waveform itself.
 
-In a batch of unequal lengths each utterance gets the same frames as when it is encoded alone. For this,
-padding is masked in the attention. The base models also normalise their first convolution's output over
-time, so padding must not enter those statistics: otherwise the error would be as large as the output itself.
+In a batch of unequal lengths, each utterance gets the same frames as when it is encoded alone. To achieve
+this, padding is masked in the attention. The base models also normalise their first convolution's output over
+time, and padding must not enter the statistics: otherwise the error would be as large as the output itself.
 """
 
 import json
@@ -19,7 +19,7 @@ from slam_asr.errors import ModelError
 from slam_asr.models.encoders.base import SAMPLES_PER_FRAME, EncoderSpec, SpeechEncoder
 from slam_asr.models.encoders.frontend import Prepared, Waveform
 
-# transformers' WavLM passes two masks of different dtypes to torch, which warns; users cannot change that.
+# transformers' WavLM passes two masks of different dtypes to torch, which warns. Users cannot change this.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
 
 WAVEFORM_MODELS = ("wavlm", "hubert", "wav2vec2")
@@ -27,16 +27,16 @@ WAVEFORM_MODELS = ("wavlm", "hubert", "wav2vec2")
 
 
 class WaveformSpec(EncoderSpec):
-    """A WavLM, HuBERT or wav2vec 2.0 checkpoint; a CTC head on it is dropped."""
+    """Describes a WavLM, HuBERT or wav2vec 2.0 checkpoint. If it has a CTC head, the head is dropped."""
 
     def frames_of(self, samples: int) -> int:
-        """Output length of the unpadded convolutions: one frame for 400 samples, and one per 320 more."""
+        """Return the output length of the unpadded convolutions: 1 for 400 samples, and 1 more per 320 samples."""
         for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
         return samples
 
     def span_of(self, samples: int) -> int:
-        """samples // 320: one more than `frames_of` if the last frame would reach beyond the end."""
+        """Return samples // 320: one more than `frames_of` if the last frame would reach beyond the end."""
         return samples // SAMPLES_PER_FRAME
 
     @property
@@ -56,17 +56,17 @@ class WaveformSpec(EncoderSpec):
             ) from error
 
     def encoder_of(self, model: PreTrainedModel) -> nn.Module:
-        """The complete model, with the augmentations of its own pretraining disabled."""
-        # In training mode transformers would mask frames and drop layers at random.
+        """Return the complete model, with the augmentations of its own pretraining disabled."""
+        # In training mode, transformers would mask frames and drop layers at random.
         model.config.apply_spec_augment, model.config.layerdrop = False, 0.0
         return model
 
     def preprocessing(self) -> dict[str, Any]:
-        """Whether waveforms are normalised."""
+        """Return whether waveforms are normalised."""
         return {"normalize": self.normalize}
 
     def preparer(self) -> Waveform:
-        """The function that prepares waveforms, with normalisation if the checkpoint needs it."""
+        """Return the function that prepares waveforms, with normalisation if the checkpoint needs it."""
         return Waveform(self.normalize)
 
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "WaveformEncoder":
@@ -89,7 +89,8 @@ class WaveformEncoder(SpeechEncoder):
         """Pad the waveforms with zeros to the longest, mask the padding, and encode them in one batch.
 
         Returns:
-            A tensor [frames, width] per utterance; no frames for one that is shorter than 400 samples.
+            A tensor [frames, width] per utterance. It has 0 frames if the utterance has fewer than 400
+            samples.
         """
         frames = [self.spec.frames_of(u.samples) for u in utterances]
         encodable = [u for u, n in zip(utterances, frames, strict=True) if n > 0]
@@ -107,15 +108,15 @@ class WaveformEncoder(SpeechEncoder):
         return [next(outputs)[:n] if n else waveforms.new_zeros(0, self.spec.width) for n in frames]
 
     def _first_convolution(self) -> Any:
-        """The first layer of the feature extractor, whose class differs between the models."""
+        """Return the first layer of the feature extractor. Its class differs between the models."""
         model: Any = self.model
         return model.feature_extractor.conv_layers[0]
 
     def _set_group_norm_lengths(self, lengths: torch.Tensor | None) -> None:
-        """Pass the utterances' lengths to the first convolution's norm, if that is over time.
+        """Pass the utterances' lengths to the first convolution's norm, if this norm is computed over time.
 
         Args:
-            lengths: [utterances] in samples; None if the batch has no padding.
+            lengths: [utterances] int64, in samples; None if the batch has no padding.
         """
         first = self._first_convolution()
         norm = getattr(first, "layer_norm", None)
@@ -131,12 +132,15 @@ class MaskedGroupNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.lengths: torch.Tensor | None = None
-        """[utterances]: frames of each utterance without padding; None if the batch has no padding."""
+        """[utterances] int64: number of each utterance's frames after the first convolution, without padding. None
+        if the batch has no padding."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise [utterances, channels, frames] over the frames; the shape is unchanged."""
         if self.lengths is None:
             return functional.group_norm(hidden, hidden.shape[1], self.weight, self.bias, self.eps)
+        # In fp32, because sums over thousands of frames would be inexact in half precision. Padding is set to
+        # 0 after the mean is subtracted, so that it adds nothing to the variance.
         x, count = hidden.float(), self.lengths[:, None, None]
         valid = torch.arange(x.shape[2], device=x.device) < count
         centred = (x - (x * valid).sum(2, keepdim=True) / count) * valid

@@ -1,8 +1,8 @@
 """Whisper's encoder, whose input is the log-mel spectrogram of a 30-second window.
 
-The window is always padded with silence to its full length, because published results depend on it. The
-option `encoder.frames` determines how many of the output frames are used. The number of mel bins (80, or 128
-from large-v3 on) comes from the checkpoint.
+Audio is always padded with silence to the full window, because published results depend on this. The option
+`encoder.frames` determines how many of the output frames are used. The number of mel bins (80, or 128 from
+large-v3 on) comes from the checkpoint.
 """
 
 import math
@@ -19,50 +19,51 @@ from slam_asr.models.encoders.frontend import COLUMN_SAMPLES, LogMel, Prepared
 
 
 class WhisperSpec(EncoderSpec):
-    """The encoder of a Whisper checkpoint."""
+    """Describes the encoder of a Whisper checkpoint."""
 
     @property
     def width(self) -> int:
-        """d_enc: number of values per frame."""
+        """Number of values per frame (d_enc)."""
         return self.config.d_model
 
     @property
     def window_frames(self) -> int:
-        """Frames of a full window: 1500 for 30 s."""
+        """Number of frames of a full window: 1500 for 30 s."""
         return self.config.max_source_positions
 
     @property
     def window_samples(self) -> int:
-        """Samples at 16 kHz in the window: 480 000 for 30 s."""
+        """Number of samples of a full window at 16 kHz: 480 000 for 30 s."""
         return self.window_frames * SAMPLES_PER_FRAME
 
     def windows_of(self, samples: int) -> int:
-        """Number of windows of an utterance: one, unless long audio is split."""
+        """Return the number of windows of an utterance: one, unless long audio is split."""
         return self.preparer().windows_of(samples)
 
     def preparer(self) -> LogMel:
-        """The function that computes spectrograms; config.json has the mel bins that the weights need."""
+        """Return the function that computes spectrograms, with as many mel bins as the weights need."""
         return LogMel(self.config.num_mel_bins, self.window_samples, self.options.long_audio == "split")
 
     def seconds_of(self, samples: int) -> float:
-        """Seconds of all windows: 30 for an utterance in one."""
+        """Return the total length of the utterance's windows in seconds: 30 for one window."""
         return self.windows_of(samples) * self.window_samples / SAMPLE_RATE
 
     def frames_of(self, samples: int) -> int:
-        """All frames of all windows, or with `frames: speech` only ceil(samples / 320)."""
+        """Return the number of frames in all windows; with `frames: speech`, only ceil(samples / 320) of them."""
         total = self.windows_of(samples) * self.window_frames
         return total if self.options.frames == "all" else min(math.ceil(samples / SAMPLES_PER_FRAME), total)
 
     def encoder_of(self, model: PreTrainedModel) -> nn.Module:
-        """The encoder; the decoder is dropped."""
+        """Return the encoder. The decoder is dropped."""
         return model.get_encoder()
 
     def preprocessing(self) -> dict[str, Any]:
-        """Window, mel bins, which frames are used, and what happens to long audio."""
+        """Return the window, the mel bins, which frames are used, and what happens to long audio."""
         return {
             "window_frames": self.window_frames,
             "mel_bins": self.config.num_mel_bins,
             "frames": self.options.frames,
+            # `set-aside` only excludes utterances: the frames of all others are the same as with `cut`.
             "long_audio": "split" if self.options.long_audio == "split" else "cut",
         }
 
@@ -83,7 +84,8 @@ class WhisperEncoder(SpeechEncoder):
             A tensor [frames, width] per utterance.
         """
         columns = self.spec.window_samples // COLUMN_SAMPLES
-        # Spectrograms end with one column of silence; repeating it fills the window.
+        # A spectrogram that is shorter than the window ends with a column of silence. Repeating it fills the
+        # window.
         padded = [
             functional.pad(w[None], (0, columns - w.shape[1]), mode="replicate")[0]
             for u in utterances
