@@ -1,4 +1,4 @@
-"""Measure the speed-up by `training.compile` for a forward and backward pass through an LLM's layers.
+"""Measure how much `training.compile` speeds up a forward and backward pass through an LLM's layers.
 
     python benchmarks/compiling.py                              # a Llama with SmolLM2-135M's widths, 4 layers
     python benchmarks/compiling.py --layers 30 --utterances 16
@@ -75,7 +75,12 @@ def main() -> None:
 
 
 def _step(llm: LlamaForCausalLM, lengths: list[int]) -> float:
-    """Seconds of a forward and backward pass over a batch of utterances with these numbers of positions."""
+    """Return the seconds of a forward and backward pass over one packed batch.
+
+    Args:
+        llm: the LLM, of which only the layers run.
+        lengths: number of positions of each utterance.
+    """
     embeddings = torch.randn(1, sum(lengths), 576, device=llm.device, dtype=llm.dtype).requires_grad_()
     clock = time.perf_counter if embeddings.is_cuda else time.process_time
     started = clock()

@@ -1,6 +1,6 @@
 """Compare the speed of decoding with the reference's method, on the same encoder frames.
 
-MODEL is a model folder or a shipped model's name, MANIFEST is a test.jsonl by build-manifest:
+MODEL is a model folder or the name of a shipped model. MANIFEST is a test.jsonl that build-manifest wrote:
 
     python benchmarks/decoding.py MODEL MANIFEST
     python benchmarks/decoding.py MODEL MANIFEST --utterances 10 --repeats 2 --beams 4 1
@@ -77,7 +77,7 @@ def main() -> None:
 
     def decode(precision: str, beams: int, budget: int) -> tuple[list[str], float]:
         """Decode all utterances, one at a time if `budget` is 0; return the texts and the seconds."""
-        # Without this project's beam search, transformers' own runs, as in the reference.
+        # If this project's beam search returns None, transformers' own runs, as in the reference.
         slam.beam_search = ours if budget else lambda *_: None
         searcher = Searcher(models[precision], prompt, replace(decoding, beams=beams))
         batches = (

@@ -70,6 +70,7 @@ def build(
         with torch.device(device):
             return AutoModel.from_config(config).to(precision).eval().requires_grad_(False)
 
+    # This replaces the function with which encoders read published weights.
     encoders.load_weights = random_weights
     return spec_of(folder, config, Encoder(name=name)).load(dtype, device)
 
@@ -99,10 +100,12 @@ def main() -> None:
                     started = time.perf_counter()
                     features = [feature_dtype.quantize(f, options.dtype) for f in encoder.encode(prepared)]
                     encoded = _copy_to_host(AudioBatch(None, [], [], True), features)
+                    # The previous batch's copy is awaited only now, so that it overlaps with this batch.
                     if previous is not None:
                         previous.wait()
                     previous = encoded
                     times.append(time.perf_counter() - started)
+                # The first two rounds are warm-ups.
                 median = statistics.median(times[2:])
                 flops = count * encoder_flops(encoder.spec, samples)
                 audio = count * options.utterance

@@ -3,9 +3,9 @@
     python benchmarks/extraction.py CORPUS              # a LibriSpeech tree; Whisper tiny.en
     python benchmarks/extraction.py --synthetic         # noise; needs no corpus and no network
 
-Both alternate in one process: the same utterances through the encoder alone, in prepared batches of the same
-composition, and through all of `extract-features` (reading, decoding, spectrograms, encoder, writing,
-checksums). Prints the utterances per second of both and their ratio.
+Two methods alternate in one process, on the same utterances. One runs only the encoder, on prepared batches
+of the same composition. The other runs all of `extract-features` (reading, decoding, spectrograms, encoder,
+writing, checksums). Prints the utterances per second of both and their ratio.
 """
 
 import argparse
@@ -97,6 +97,7 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             encoder_seconds = time.perf_counter() - started
+            # Each repeat has a store of its own, because extraction skips shards that exist.
             extraction = Extraction(
                 recipe, spec, [str(manifest)], str(folder / f"store-{repeat}"), WorkShard()
             )

@@ -3,9 +3,9 @@
     python -m benchmarks.manifests                       # one million lines
     python -m benchmarks.manifests --utterances 100000 --build
 
-Each step runs in its own process. Its peak resident memory is measured by the kernel and includes Python and
-its packages. `--build` also runs the complete stage `build-manifest` on a table with as many rows, all with
-the same short audio file, which measures everything except decoding.
+Each step runs in its own process. The kernel measures the process's peak resident memory, which includes
+Python and its packages. `--build` also runs the complete stage `build-manifest` on a table with as many rows.
+All rows have the same short audio file, so decoding takes hardly any time.
 """
 
 import argparse
@@ -112,6 +112,7 @@ def build(folder: Path, count: int) -> None:
             f"{u.key},a.wav,{u.target},{'test' if i % 100 == 0 else 'train'}\n"
             for i, u in enumerate(utterances(count))
         )
+    # The parent process parses standard output, which must not contain the stage's own lines.
     sys.stdout = sys.stderr
     build_manifest(load_recipe("demo"), str(folder / "table.csv"), str(folder / "out"))
     sys.stdout = sys.__stdout__

@@ -1,4 +1,4 @@
-"""Measure the overhead of the local pipeline over calling the five programs directly.
+"""Measure the overhead of the local pipeline over calling the programs of its steps directly.
 
     python benchmarks/pipeline_overhead.py                      # the demo: minutes
     python benchmarks/pipeline_overhead.py my.yaml --corpus /data/x --repeats 5
@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def by_hand(recipe: str, corpus: str, output: Path) -> None:
-    """Run the five programs one after another."""
+    """Run the programs of all steps one after another."""
     manifests, features, checkpoint, model = (
         str(output / n) for n in ("manifests", "features", "checkpoint", "model")
     )
@@ -98,7 +98,7 @@ def _run(*arguments: str) -> None:
 
 
 def seconds(method: Callable[[str, str, Path], None], *arguments) -> float:
-    """The seconds that one call takes."""
+    """Return the seconds that one call takes."""
     started = time.monotonic()
     method(*arguments)
     return time.monotonic() - started

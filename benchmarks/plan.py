@@ -1,12 +1,13 @@
 """Compare the memory that `slam-asr plan` predicts for training with the memory that a process really needs.
 
     python benchmarks/plan.py                     # several sizes, on this machine's CPU or GPU
-    python benchmarks/plan.py --only 2 --json     # one of them, as a line of JSON
+    python benchmarks/plan.py --only 2 --json     # a single case, as a line of JSON
 
-Each case is an LLM with random weights and a batch of random features, packed and scored as in training, for
-two optimiser steps in a separate process. On a CPU, the measurement is the peak resident memory less that of
-the same process before a model is loaded (torch, transformers and DeepSpeed imported, process group started).
-On a GPU, it is torch's peak of allocated memory. Without DeepSpeed installed, DDP is measured.
+Each case trains an LLM with random weights for two optimiser steps, in a separate process. The features are
+random, and their batches are packed and scored as in training. On a CPU, the measurement is the peak resident
+memory less that of the same process before a model is loaded (torch, transformers and DeepSpeed imported,
+process group started). On a GPU, it is torch's peak of allocated memory. If DeepSpeed is not installed, DDP
+is measured.
 """
 
 import argparse
@@ -203,7 +204,12 @@ def _recipe(options: dict):
 
 
 def measure(case: tuple, llm_folder: Path) -> int:
-    """The peak memory of training in this process, in bytes."""
+    """Return the peak memory of training in this process, in bytes.
+
+    Args:
+        case: one of `CASES`.
+        llm_folder: folder of the case's LLM.
+    """
     import torch
 
     from slam_asr.models.answer_loss import AnswerScores, allows_chunks, score_answers, score_in_chunks
@@ -239,7 +245,9 @@ def measure(case: tuple, llm_folder: Path) -> int:
         model.scorer = score_in_chunks
     engine = make_engine(model, recipe.training, device, {})
     engine.module.train()
+    # The first step creates the optimiser's state, so only the second needs all of the memory.
     for _ in range(2):
+        # The recipe's projector makes one position of 5 frames.
         features = [torch.randn(audio * 5, ENCODER["d_model"]).to(dtype) for _ in range(rows)]
         prompt = [1] * (length - audio - targets)
         batch = make_batch([Row(f, audio, [], prompt, [1] * targets) for f in features]).to(device)
@@ -249,7 +257,7 @@ def measure(case: tuple, llm_folder: Path) -> int:
 
 
 def _resident(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Return a field of /proc/self/status, such as VmRSS, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -3,8 +3,8 @@
     python benchmarks/precision.py [--threads N]
 
 Both precisions alternate within one run, so that a change in the machine's speed affects both; only the ratio
-counts. The published figure is for two cores of an Intel Xeon with AVX-512 and its bf16 instructions but
-without AMX, where fp32 is faster.
+is meaningful. The published figure is for two cores of an Intel Xeon with AVX-512 and its bf16 instructions
+but without AMX. On that machine, fp32 is faster.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from slam_asr.models.precision import DTYPES, pick_device
 from slam_asr.pretrained.locate import locate_model
 
 UTTERANCES, POSITIONS, ANSWER = 8, 55, 12
-"""A micro-batch as large as in the demo."""
+"""Utterances, LLM positions per utterance and positions of its answer, as in a micro-batch of the demo."""
 
 
 def main() -> None:
@@ -47,7 +47,10 @@ def main() -> None:
 
 
 def llm_pass(folder, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """A function that runs forward to the answer's logits and backward to the input, as in training."""
+    """Return a function that runs forward to the answer's logits and backward to the input.
+
+    Training runs the same passes.
+    """
     llm = load_llm(folder, dtype, device)
     embeddings = torch.randn(
         UTTERANCES, POSITIONS, llm.config.hidden_size, dtype=dtype, device=device, requires_grad=True
@@ -61,7 +64,7 @@ def llm_pass(folder, dtype: torch.dtype, device: torch.device) -> Callable[[], N
 
 
 def encoder_pass(spec, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """A function that encodes three seconds of audio (in one Whisper window), already prepared."""
+    """Return a function that encodes three seconds of prepared audio, which Whisper pads to one window."""
     encoder = spec.load(dtype, device)
     prepared = encoder.prepare(np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32))
     return lambda: encoder.encode([prepared]) and None

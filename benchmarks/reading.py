@@ -57,7 +57,7 @@ def epoch_of(store: FeatureStore, window: int) -> tuple[list[list[str]], list[li
     """Return the audio ids of each window of an epoch, in training order, and each window's shard numbers."""
     audio_ids = store.index.audio_ids()
     assert (argsort_audio_ids(store.index.columns["address"]) == np.arange(len(audio_ids))).all()
-    # An LLM position for every 5 frames, and 40 positions of text.
+    # The plan assumes one LLM position for every 5 frames, and 40 positions of text.
     positions = (store.index.columns["span"] // 5 + 40).tolist()
     windows = list(plan_epoch(positions, store.index.columns["shard"], window, 6000, 0, 0))
     return [[audio_ids[i] for step in w.steps for i in step] for w in windows], [w.shards for w in windows]
@@ -68,6 +68,7 @@ def read_epoch(store: FeatureStore, windows: list[list[str]], shards: list[list[
     target = torch.empty(1000 * store.index.width, dtype=torch.bfloat16)
     started = time.perf_counter()
     for number, audio_ids in enumerate(windows):
+        # As in training, the shards of the next window are fetched while this window is read.
         store.expect([*shards[number], *(shards[number + 1] if number + 1 < len(shards) else [])])
         for audio_id in audio_ids:
             frames = store.read(audio_id)

@@ -3,9 +3,9 @@
     python benchmarks/repeating.py TRANSCRIPTS --llm HuggingFaceTB/SmolLM2-135M-Instruct
 
 TRANSCRIPTS has lines `<key> TEXT`. The text's own token embeddings replace the audio, with line breaks after
-some of them, because a projector gives more positions per second than a text has tokens. Prints the share of
-the answer's tokens that are the LLM's first choice, by template and by line breaks per token. This helps to
-choose `llm.template` and `projector.downsampling`.
+some of them, because a projector makes more positions of an utterance than its text has tokens. Prints the
+share of the answer's tokens that are the LLM's first choice, by template and by line breaks per token. These
+figures help to choose `llm.template` and `projector.downsampling`.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def repeated(llm: torch.nn.Module, prompt: Prompt, texts: list[str], pause: int, breaks: float) -> float:
-    """The share of the answers' tokens that the LLM ranks first.
+    """Return the share of the answers' tokens that the LLM ranks first.
 
     Args:
         llm: the frozen LLM.
@@ -67,9 +67,11 @@ def repeated(llm: torch.nn.Module, prompt: Prompt, texts: list[str], pause: int,
     for text in texts:
         audio_ids: list[int] = []
         for token in prompt.tokenizer.encode(" " + text, add_special_tokens=False):
+            # The fractional part of `breaks` is the probability of one line break more than its integer part.
             audio_ids += [token] + [pause] * (int(breaks) + (rng.random() < breaks % 1))
         after_audio, answer = prompt.with_answer(prompt.main, text)
         ids = [*prompt.main.before, *audio_ids, *after_audio, *answer]
+        # The logits at a position are those of the next token.
         predicted = llm(torch.tensor([ids])).logits[0].argmax(-1)[len(ids) - len(answer) - 1 : -1].tolist()
         correct += sum(a == b for a, b in zip(predicted, answer, strict=True))
         total += len(answer)

@@ -1,4 +1,4 @@
-"""Measure the time to score many utterances and write their report, and the size of the page.
+"""Measure the time to score many utterances and to write their report, and the report's size.
 
     python benchmarks/report.py --utterances 100000
 
@@ -30,7 +30,7 @@ VOCABULARY, WORDS, ERROR_RATE = 20_000, (2, 35), 0.05
 
 
 def utterances(count: int) -> list[Hypothesis]:
-    """Random utterances whose word frequencies follow Zipf's law, as in natural language."""
+    """Return random utterances whose word frequencies follow Zipf's law, as in natural language."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(VOCABULARY)]
     weights = [1 / (n + 1) for n in range(VOCABULARY)]

@@ -1,10 +1,10 @@
-"""Compare this project's verified transfers with bare boto3, with a server on this machine.
+"""Compare the speed of this project's verified transfers with that of bare boto3, on a local server.
 
     python benchmarks/storage.py                         # 8 objects of 64 MB, 5 repeats: some minutes
     python benchmarks/storage.py --objects 4 --megabytes 16 --repeats 3
 
-Both alternate with the same server (moto's, in a separate process); only the ratios within one run are
-meaningful. This project compares checksums. boto3's `download_file` with its default TransferConfig compares
+Both alternate on the same server (moto's, in a separate process); only the ratios within one run are
+meaningful. This project verifies checksums. boto3's `download_file` with its default TransferConfig verifies
 none if it transfers an object in several parts. Files are written to /dev/shm if it exists, so that the disk
 is not measured.
 """
@@ -50,10 +50,10 @@ def start_server() -> subprocess.Popen:
 
 
 def measure(methods: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each method in each repeat. The methods alternate, after a warm-up round."""
+    """Return the seconds of each method in each repeat. The methods alternate, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats + 1):
-        # The first of a round warms caches for the second, so the order changes with each round.
+        # The first method of a round warms caches for the second, so the order changes with each round.
         for name in sorted(methods, reverse=bool(repeat % 2)):
             started = time.perf_counter()
             methods[name]()

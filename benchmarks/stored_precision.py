@@ -2,10 +2,10 @@
 
     python benchmarks/stored_precision.py MODEL MANIFEST
 
-MODEL is a folder by convert-checkpoint. MANIFEST has utterances that it was not trained on. The encoder runs
-once, in fp32. Its outputs are rounded to each `features.dtype`, and projector and LLM run on them in fp32.
-Prints bytes per frame, the features' relative error (root mean square), the mean loss over all target tokens,
-and its difference from fp32.
+MODEL is a folder that convert-checkpoint wrote. MANIFEST has utterances that the model was not trained on.
+The encoder runs once, in fp32. Its outputs are rounded to each `features.dtype`, and projector and LLM run on
+them in fp32. Prints bytes per frame, the features' relative error (root mean square), the mean loss over all
+target tokens, and its difference from fp32.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     ]
 
     def loss(dtype: str) -> tuple[float, float]:
-        """Mean loss per target token, and the features' relative error, with features rounded to `dtype`."""
+        """Return the mean loss per target token and the relative error of features rounded to `dtype`."""
         total = targets = error = power = 0.0
         for utterance, frames in zip(utterances, encoded, strict=True):
             rounded = round_trip(frames, dtype).float()

@@ -3,13 +3,19 @@
     python benchmarks/training.py MANIFEST                     # train.jsonl by build-manifest
     python benchmarks/training.py MANIFEST --utterances 96 --repeats 3 --precisions fp32 bf16
 
-One process trains a linear projector between Whisper tiny.en and SmolLM2-135M. The reference's method: fp32,
-the encoder runs on each utterance's full 30-s window in every step, batches of 4 are padded to the longest,
-and logits and cross entropy are computed at every position. This project's method: cached features, batches
-by positions, packed, logits only where they predict an answer, in chunks; with `frames: all` (as many audio
-positions as the reference) and `frames: speech`; with --compile, also with `training.compile`. Every method
-trains on the same utterances: forward, backward and AdamW. The methods alternate, so that a change in the
-machine's load affects all of them. Prints utterances per second, and the ratio to the reference.
+One process trains a linear projector between Whisper tiny.en and SmolLM2-135M.
+
+The reference's method computes in fp32. In every step, it runs the encoder on each utterance's full 30-s
+window. It pads batches of 4 to the longest utterance, and computes logits and cross entropy at every
+position.
+
+This project's method reads cached features, and packs utterances into batches up to a number of positions. It
+computes logits only where they predict an answer, in chunks. It is measured with `frames: all` (as many audio
+positions as the reference) and with `frames: speech`; with --compile, each also with `training.compile`.
+
+Every method trains on the same utterances: forward, backward and AdamW. The methods alternate, so that a
+change in the machine's load affects all of them. Prints utterances per second, and the ratio to the
+reference.
 """
 
 import argparse
@@ -41,7 +47,14 @@ BATCH = 4
 
 
 class Method(ABC):
-    """A method of training: a model, and the steps of an epoch."""
+    """A method of training: a model, and the steps of an epoch.
+
+    Args:
+        name: the label in the output.
+        recipe: the recipe.
+        precision: precision of the LLM and the projector, `fp32` or `bf16`.
+        utterances: the utterances of an epoch.
+    """
 
     def __init__(self, name: str, recipe: Recipe, precision: str, utterances: list[Utterance]) -> None:
         self.name, self.recipe, self.utterances = name, recipe, utterances
@@ -57,7 +70,12 @@ class Method(ABC):
         self.optimizer = torch.optim.AdamW(self.model.projector.parameters(), lr=1e-4)
 
     def row(self, utterance: Utterance, frames: torch.Tensor) -> Row:
-        """The LLM's input and target for an utterance with these encoder outputs, [frames, width]."""
+        """Return the LLM's input and target for an utterance.
+
+        Args:
+            utterance: the utterance.
+            frames: the encoder's outputs, [frames, width].
+        """
         positions = positions_of(self.recipe.projector, len(frames))
         return Row(
             frames,
@@ -68,7 +86,7 @@ class Method(ABC):
 
     @abstractmethod
     def steps(self) -> Iterator[Callable[[], torch.Tensor]]:
-        """Yield a function for each step, which computes the step's loss."""
+        """Yield a function for each step, which computes the step's loss, a scalar."""
 
     def epoch(self) -> float:
         """Train on all utterances once, and return the seconds."""
@@ -81,7 +99,7 @@ class Method(ABC):
 
 
 class Reference(Method):
-    """The encoder runs in every step; batches are of fixed size; logits are computed everywhere."""
+    """The encoder runs in every step, batches have a fixed size, and every position gets logits."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -98,20 +116,21 @@ class Reference(Method):
         logits = self.model.llm(
             inputs_embeds=self.model.embed(batch), attention_mask=batch.mask, use_cache=False
         ).logits
+        # `batch.labels` begin where the answers do; no position before that is a target.
         labels = torch.full(batch.token_ids.shape, IGNORED)
         labels[:, batch.answer_start :] = batch.labels
         return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
 class Ours(Method):
-    """Cached features, batches by positions, packed; logits of answers only, in chunks.
+    """Features are cached, batches are packed up to a number of positions, and only answers get logits.
 
     Args:
         name: the label in the output.
         recipe: the recipe.
-        precision: that of the LLM and the projector, `fp32` or `bf16`.
+        precision: precision of the LLM and the projector, `fp32` or `bf16`.
         utterances: the utterances of an epoch.
-        budget: LLM positions per batch, at most.
+        budget: maximum number of LLM positions per batch.
         compiled: whether to compile the LLM's layers.
     """
 
@@ -147,6 +166,7 @@ class Ours(Method):
             yield lambda group=group: self._loss(pack(group) if self.packing else collate(group))
 
     def _loss(self, batch: Batch) -> torch.Tensor:
+        # The third sum is the number of target tokens.
         loss, sums = self.model(batch)
         return loss / sums[2]
 

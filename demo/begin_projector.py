@@ -6,11 +6,11 @@ With random weights, a projector in front of a frozen LLM learns nothing for tho
 has to discover which position of the audio belongs to which word of the answer. Connectionist temporal
 classification (CTC; Graves et al., 2006) learns this alignment at a hundredth of the cost. The logits for CTC
 are negative squared distances between the projector's outputs and the LLM's embeddings of the tokens that
-occur in the transcripts. CTC's blank is the embedding of a line break. Of the vectors that could be between
-words, it disturbs the LLM least: with one between any two tokens of a text, SmolLM2-135M still repeats 0.58
-of them, but 0.21 with zeros and 0.51 with commas.
+occur in the transcripts. CTC's blank is the embedding of a line break. Among the vectors that could be
+between words, this one disturbs the LLM least: with a line break between any two tokens of a text,
+SmolLM2-135M still repeats 0.58 of the tokens, but only 0.21 with zeros and 0.51 with commas.
 
-CTC alone only needs outputs to be closer to the right token than to others; they may be anywhere, also where
+CTC alone only needs outputs to be closer to the right token than to others; they may be anywhere, even where
 the LLM has never seen an embedding. A second loss therefore draws each output to its expected embedding, the
 mean weighted by the token probabilities. The LLM then sees outputs that resemble the transcript's own tokens,
 and `slam-asr train` can continue from there with the LLM's own loss.
@@ -44,9 +44,9 @@ BLANK_TEXT = "\n"
 BLANK = 0
 """Index of the blank among the tokens."""
 BATCH_POSITIONS = 1500
-"""LLM positions per batch, padding included, at most."""
+"""Maximum number of LLM positions per batch, including padding."""
 INITIAL_SHARPNESS = 20.0
-"""Factor of the logits at the start: a distance of one embedding's length costs half of it."""
+"""Initial factor of the logits: a distance of one embedding's length lowers a logit by half of the factor."""
 DISTANCE_WEIGHT = 1.0
 """Final weight of an output's squared distance from its expected embedding, in units of an embedding's
 length. The weight grows from zero, because an output that is drawn to a wrong token early stays there."""
@@ -85,6 +85,7 @@ class Speller(nn.Module):
             products = outputs @ embeddings.T
             # -|output - embedding|² / 2, without |output|², which is the same for all tokens.
             logits = (products.float() - embeddings.square().sum(1) / 2) * self.log_sharpness.exp()
+            # Without a gradient, outputs are drawn to their expected embedding, but not the other way round.
             with torch.no_grad():
                 expected = logits.softmax(1) @ embeddings
         return logits, (outputs.float() - expected.float()).square().sum(1)
@@ -93,24 +94,25 @@ class Speller(nn.Module):
 def loss_of(
     speller: Speller, frames: list[torch.Tensor], targets: list[torch.Tensor], distance_weight: float
 ) -> torch.Tensor:
-    """The CTC loss per target token, plus the weighted mean squared distance from the expected embeddings.
+    """Return the CTC loss per target token, plus the weighted mean squared distance, as a scalar.
 
     Args:
         speller: the projector with the token embeddings.
         frames: the encoder's outputs for each utterance, [frames, width].
         targets: the tokens of each utterance, [tokens], as indices of the speller's embeddings.
-        distance_weight: the weight of the distance.
+        distance_weight: the weight of the mean squared distance from the expected embeddings.
     """
     positions = [len(f) // speller.projector.downsampling for f in frames]
     logits, distances = speller(frames)
     # CTC needs only the columns of an utterance's own tokens: about a hundred instead of ten thousand.
+    # `total` normalises them over all tokens, so the loss is the same.
     scores, indices = [], []
     for rows, total, target in zip(
         logits.split(positions), logits.logsumexp(1, keepdim=True).split(positions), targets, strict=True
     ):
         own_tokens, index = torch.unique(target, return_inverse=True)
         scores.append((rows[:, torch.cat([torch.tensor([BLANK]), own_tokens])] - total).T)
-        indices.append(index + 1)
+        indices.append(index + 1)  # column 0 is the blank's
     padded = nn.utils.rnn.pad_sequence(
         [functional.pad(s, (0, max(positions) - s.shape[1])) for s in scores], batch_first=True
     )
@@ -127,7 +129,7 @@ def loss_of(
 
 
 def best_path(speller: Speller, frames: torch.Tensor) -> list[int]:
-    """CTC's best path for frames [frames, width]: token indices, with repetitions and blanks removed."""
+    """Return CTC's best path for frames [frames, width]: token indices, without repetitions and blanks."""
     best = speller([frames])[0].argmax(1)
     return [int(t) for t in torch.unique_consecutive(best) if t != BLANK]
 
@@ -194,6 +196,7 @@ def main() -> None:
         groups = batches(train, lengths, rng)
         for number, group in enumerate(groups):
             minutes = (time.monotonic() - started) / 60
+            # The limit that is reached first ends the training; by then, the learning rate is nearly zero.
             progress = max((epoch + number / len(groups)) / args.epochs, minutes / args.minutes)
             if progress >= 1:
                 break

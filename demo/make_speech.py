@@ -79,7 +79,7 @@ class Speaker:
     pitch: int | None = None
 
     def command(self, text: str, wav: Path) -> list[str]:
-        """The command line that speaks `text` into the file `wav`."""
+        """Return the command line that speaks `text` into the file `wav`."""
         if self.engine == "flite":
             return [
                 "flite",
@@ -190,7 +190,7 @@ def write_subset(folder: Path, speakers: tuple[Speaker, ...], texts: list[str], 
 
 
 def words_of(texts: list[str]) -> set[str]:
-    """The vocabulary of the texts."""
+    """Return the vocabulary of the texts."""
     return {word for text in texts for word in text.split()}
 
 
@@ -209,6 +209,7 @@ def main() -> None:
     args = parser.parse_args()
 
     random_sentences = sentences(random.Random(args.seed))
+    # Subsets take their sentences in this order, so the order is part of what a seed determines.
     plan = {
         "dev-demo": (KNOWN_VOICES, args.dev),
         "test-demo-known-voices": (KNOWN_VOICES, args.test),

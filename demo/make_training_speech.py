@@ -4,7 +4,7 @@
 
 `transcripts.txt` has lines `<key> TEXT IN CAPITALS`, like LibriSpeech's transcripts. Excerpts of its lines, 3
 to 32 words long, are spoken by espeak-ng and flite with random accents, variants, pitches and paces, and
-joined to utterances of up to 20 s. Utterances of `--real`, a folder in LibriSpeech's layout, are written
+joined into utterances of up to 20 s. Utterances of `--real`, a folder in LibriSpeech's layout, are written
 unchanged and in `--copies` copies at other speeds, which change pace and pitch. Echo and noise are added to
 most synthetic utterances and most copies, but never to the unchanged ones. Every twentieth chapter of the
 real speech is held out for validation.
@@ -69,12 +69,14 @@ VARIANTS = (
 FLITE = ("kal16", "awb", "rms", "slt")
 """Voices of flite; three of them were built from recordings of people."""
 VOICES, EACH = 600, 15
-"""Synthetic speakers per seed, and the number of excerpts that each speaks."""
+"""Number of synthetic speakers per seed, and the number of excerpts that each of them speaks."""
 PAUSE = (0.1, 0.5)
 """Shortest and longest pause between joined excerpts, in seconds."""
 JOINED = (1.5, 20.0)
-"""Range of durations in seconds to which excerpts are joined. Long ones are encoded more efficiently: Whisper
-needs as much time for one second as for thirty."""
+"""Range of the durations of joined excerpts, in seconds.
+
+Long utterances are encoded more efficiently, because Whisper needs as much time for one second as for thirty.
+"""
 FLITE_SHARE = 0.4
 """Share of synthetic speakers with a voice of flite."""
 WORDS = (3, 32)
@@ -107,7 +109,7 @@ def draw_excerpt(words: list[str], rng: random.Random) -> list[str]:
 
 
 def at_speed(samples: np.ndarray, speed: float) -> np.ndarray:
-    """Change the speed and with it the pitch of float32 [samples] at 16 kHz; 2 halves the duration."""
+    """Change the speed, and with it the pitch, of float32 [samples] at 16 kHz; 2 halves the duration."""
     return soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE)
 
 
@@ -126,10 +128,13 @@ def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         times = np.arange(round(decay * SAMPLE_RATE)) / SAMPLE_RATE
         echo = rng.standard_normal(len(times)) * 10 ** (-3 * times / decay) * rng.uniform(0.02, 0.15)
         echo[0] = 1.0
+        # The FFT convolves in a circle: with this size, the end of the echo does not return to the start.
         size = len(samples) + len(echo)
         samples = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(echo, size), size)[: len(samples)]
     if rng.random() < 0.75:
         spectrum = np.fft.rfft(rng.standard_normal(len(samples)))
+        # The amplitude falls with the frequency to a random power, from white noise (0) to brown noise (1).
+        # Below 20 Hz, 1/400 of the spectrum's 8 kHz, the divisor is constant.
         spectrum /= np.maximum(np.arange(len(spectrum)), len(spectrum) / 400) ** rng.uniform(0.0, 1.0)
         noise = np.fft.irfft(spectrum, len(samples))
         level = np.sqrt(np.mean(samples**2) / max(np.mean(noise**2), 1e-12))
@@ -159,7 +164,7 @@ def write(folder: Path, speaker: str, chapter: int, utterances: Iterable[tuple[s
 
 
 def synthesise(task: tuple[Path, int, list[list[str]], tuple[float, float], int]) -> float:
-    """Synthesise all excerpts of a speaker, joined to utterances; return the seconds of speech.
+    """Synthesise all excerpts of a speaker, joined into utterances, and return the seconds of speech.
 
     Args:
         task: the subset's folder, the speaker's number, the excerpts, the range of durations in seconds, and
@@ -182,7 +187,7 @@ def synthesise(task: tuple[Path, int, list[list[str]], tuple[float, float], int]
 def join(
     speech: list[np.ndarray], texts: list[str], durations: tuple[float, float], rng: random.Random
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Join consecutive excerpts, with pauses, to utterances of random durations.
+    """Join consecutive excerpts, with pauses, into utterances of random durations.
 
     Args:
         speech: the audio of each excerpt, float32 [samples] at 16 kHz.
@@ -209,7 +214,7 @@ def join(
 
 
 def copy_chapter(task: tuple[Path, Path, int, int]) -> float:
-    """Write a chapter of real speech, unchanged or augmented; return its seconds of speech.
+    """Write a chapter of real speech, unchanged or augmented, and return its seconds of speech.
 
     Args:
         task: the subset's folder, the chapter's .trans.txt, the number of the copy (0: unchanged), and the
@@ -229,7 +234,7 @@ def copy_chapter(task: tuple[Path, Path, int, int]) -> float:
 
 
 def in_parallel(work: Callable, tasks: list, name: str) -> None:
-    """Call `work` for each task, on all cores; print the number of chapters and their hours of speech."""
+    """Call `work` for each task, on all cores, and print the number of chapters and their hours of speech."""
     with multiprocessing.Pool() as pool:
         seconds = sum(pool.imap_unordered(work, tasks))
     print(f"{name:16} {len(tasks):6} chapters {seconds / 3600:7.2f} h", flush=True)
@@ -293,6 +298,7 @@ def main() -> None:
     ]
     if not lines:
         parser.error(f"{args.text} has no line `<key> TEXT` with {WORDS[0]} words or more")
+    # Excerpts are drawn for all `VOICES`, so that those of a speaker do not depend on --voices.
     excerpts = [draw_excerpt(rng.choice(lines), rng) for _ in range(VOICES * args.each)]
     args.out.mkdir(parents=True)
     tasks = [

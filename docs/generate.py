@@ -63,7 +63,7 @@ def pages() -> dict[str, str]:
 
 
 def stale_pages(texts: Mapping[str, str]) -> list[str]:
-    """Return the paths of the pages whose file is missing or has another text."""
+    """Return the paths of the pages whose file is missing or has a different text."""
     return [
         path
         for path, text in texts.items()
@@ -72,7 +72,7 @@ def stale_pages(texts: Mapping[str, str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the pages, or with --check compare them → the exit code."""
+    """Write the pages, or compare them if --check is given, and return the exit code."""
     parser = argparse.ArgumentParser(description="Generate the reference pages.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     options = parser.parse_args(arguments)
@@ -321,7 +321,7 @@ def _describe_command(function: Callable[..., Any], command: str) -> Iterator[st
 
 
 class _ParserBuilt(Exception):
-    """Carries a command's parser out of the command before it parses anything."""
+    """Raised to carry a command's parser out of the command before it parses anything."""
 
 
 def _pipeline_options(command: str) -> Iterator[tuple[str, str, str]]:
@@ -344,13 +344,13 @@ def _pipeline_options(command: str) -> Iterator[tuple[str, str, str]]:
     of_recipe = {key.partition(".")[0] for key in recipe_keys()} | {"help", "recipe"}
     for action in parser._actions:  # argparse has no public list of a parser's options
         if action.dest.partition(".")[0] not in of_recipe and action.option_strings:
-            # A default that the help names is computed later.
+            # If the help names a default, the command computes it later, and the parser's default is empty.
             default = "" if "default:" in action.help else _default(action.default)
             yield f"`{action.option_strings[0]}`", default, _sentence(action.help)
 
 
 def _usage(command: str, parameters: Mapping[str, inspect.Parameter]) -> str:
-    """Return the required options, those that may be positional first and without their names."""
+    """Return the required options. Those that may be positional come first, without their names."""
     positional = POSITIONAL.get(command, ())
     words = [_placeholder(name, parameters[name].annotation) for name in positional]
     for name, parameter in parameters.items():
@@ -361,7 +361,7 @@ def _usage(command: str, parameters: Mapping[str, inspect.Parameter]) -> str:
 
 
 def _is_optional_recipe(name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """A model folder contains its recipe, so a command that takes a model needs no other."""
+    """Return whether a parameter is a recipe that may be omitted, because a model folder contains its own."""
     return name == "recipe" and "model" in parameters
 
 
@@ -396,6 +396,7 @@ def _sections(top: type) -> Iterator[str]:
 
 
 def _dataclasses_in(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Yield (prefix, class) of each section that has keys of its own, and not only further sections."""
     if any(not dataclasses.is_dataclass(field.type) for field in dataclasses.fields(section)):
         yield prefix, section
     for field in dataclasses.fields(section):
@@ -462,11 +463,11 @@ def _returns(document: Docstring) -> str:
 
 
 def _sentence(text: str | None) -> str:
-    """Begin with a capital and end with a full stop, on one line."""
+    """Return a text on one line, with a capital at the start and a full stop at the end."""
     text = re.sub(r"\s+", " ", text or "").strip()
     if text and text[-1] not in ".!?…`":
         text += "."
-    # A name in the code's spelling is not capitalised.
+    # A name that is spelled as in code is not capitalised.
     return text if re.match(r"[a-z]\w*[./_:(]", text) else text[:1].upper() + text[1:]
 
 

@@ -24,7 +24,7 @@ IMAGE_LIST = ROOT / "build" / "images.yaml"
 
 
 class BuildError(Exception):
-    """One sentence for the user: what is wrong, and what to do."""
+    """An error that the user can fix. Its message is one sentence: what is wrong, and what to do."""
 
 
 def main() -> int:
@@ -85,7 +85,10 @@ def _stages(names: str) -> list[str]:
 
 
 def _require_index(stages: list[str], options: argparse.Namespace) -> None:
-    """Check that pip can find torch's CPU builds, which would otherwise fail only in the fourth image."""
+    """Check that pip gets an index with torch's CPU builds, if they are needed.
+
+    Without one, the build would fail only in the fourth image.
+    """
     without_cuda = [stage for stage in stages if _torch_of(stage, options) == "cpu"]
     if without_cuda and not options.pip_args and not options.base_image:
         raise BuildError(
@@ -139,7 +142,8 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
         *shlex.split(options.build_args),
         ".",
     ]
-    # The legacy builder, since every engine has it; BuildKit is an optional plugin.
+    # The legacy builder is the default because every engine has it; BuildKit is an optional plugin. The
+    # user's environment comes last, so it can select BuildKit.
     environment = {"DOCKER_BUILDKIT": "0", **os.environ}
     build = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -178,7 +182,7 @@ def _push(name: str) -> str:
             text=True,
         ).stdout
     )
-    # Docker omits the name of its own registry.
+    # Docker omits the name of its own registry in the digests that it reports.
     repository = name.rpartition(":")[0].removeprefix("docker.io/").removeprefix("library/")
     digest = next((d.partition("@")[2] for d in digests if d.partition("@")[0] == repository), None)
     if digest is None:
@@ -198,7 +202,7 @@ def _size(name: str) -> str:
 
 
 def _write_list(references: dict[str, str]) -> None:
-    """Update build/images.yaml; stages that were not built now keep their lines."""
+    """Update build/images.yaml; the lines of stages that were not built this time stay unchanged."""
     before = {}
     if IMAGE_LIST.is_file():
         before = dict(
@@ -222,6 +226,7 @@ def _write_list(references: dict[str, str]) -> None:
 
 def _commit() -> str:
     """Return the checkout's commit, with a + if files differ from it; empty without git."""
+    # All tags are excluded, so that the result is a commit and never the name of a tag.
     described = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"],
         capture_output=True,

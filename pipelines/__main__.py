@@ -29,6 +29,7 @@ if __name__ == "__main__":
     complaint = _complaint()
     if complaint:
         sys.exit(f"slam-asr: error: {complaint}")
+    # The import comes after the check, which explains a missing package better than an ImportError does.
     from pipelines.cli import main
 
     sys.exit(main())

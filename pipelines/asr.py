@@ -25,7 +25,8 @@ def build_pipeline(
     """Build the training pipeline.
 
     Args:
-        place: called with each step's name and task; assigns the cluster's resources to the task.
+        place: function that is called with each step's name and task, and assigns the cluster's resources to
+            the task.
         trainjob: placement of the nodes of multi-node training (JSON); if empty, the step's own pod trains.
     """
 
@@ -43,8 +44,8 @@ def build_pipeline(
             recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
         )
         resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
-        # kfp's local runner can only loop over the single return value of a step. Each list of work shards
-        # is therefore returned by the step before the loop.
+        # kfp's local runner can only loop over the single return value of a step, which kfp names `Output`.
+        # Each list of work shards is therefore returned by the step before the loop.
         with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as shard:
             extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=shard)
         features = dsl.Collected(extraction.outputs["features"])
@@ -64,8 +65,8 @@ def build_pipeline(
             hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
         )
         for task in (manifest, extraction, training, conversion, decoding, scoring):
-            # Kubeflow's cache knows neither the corpus' content nor a half-done training, and would return
-            # pointers to folders that were deleted since. Each stage checks the store for results itself.
+            # Kubeflow's cache knows neither the corpus' content nor an unfinished training, and would return
+            # pointers to folders that have been deleted. Each stage checks the store for results itself.
             task.set_caching_options(False)
             place(task.name, task)
 

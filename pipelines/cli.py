@@ -19,9 +19,10 @@ COMMANDS = {
     "resume": "pipelines.kubeflow.commands:resume",
     "doctor": "pipelines.kubeflow.doctor:doctor",
 }
-"""The function of each command. It takes the arguments after the command's name and returns the exit code.
+"""The function of each command, as `module:function`.
 
-Imported only when called, so that `--help` does not wait for kfp.
+It takes the arguments after the command's name and returns the exit code. Its module is imported only when
+the command runs, so that `--help` does not wait for kfp.
 """
 
 _VARIANT = "[--model MODEL | --sweep FILE [--parallel N]]"
@@ -62,7 +63,14 @@ python -m pipelines run RECIPE --help   all options, with the recipe's values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Exit codes: 0 success, 1 failure, 2 an error that the user can fix, 130 interrupted."""
+    """Run a command and return its exit code.
+
+    Args:
+        argv: the command's name and its arguments; None for those of this process.
+
+    Returns:
+        0 for success, 1 for a failure, 2 for an error that the user can fix, 130 if interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -76,11 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_parser(command: str, description: str) -> ArgumentParser:
-    """Return a parser for the options of `command`, with its synopsis as usage line."""
+    """Return a parser for the options of `command`, whose usage line is the command's synopsis."""
     return ArgumentParser(
         prog=f"python -m pipelines {command}",
         usage=f"python -m pipelines {command} {SYNOPSES[command]}",
         description=description,
+        # Errors are raised, so that `parse_options` can turn each of them into one sentence.
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -1,7 +1,7 @@
-"""Cluster profiles: what compiling, submitting and `doctor` need to know about a cluster.
+"""Cluster profiles describe what compiling, submitting and `doctor` need to know about a cluster.
 
-A profile is a small YAML file. The shipped ones are in `pipelines/clusters/` and are selected by name;
-any other is selected by its path. Keys are checked like those of a recipe. A profile contains no
+A profile is a small YAML file. The shipped profiles are in `pipelines/clusters/` and are selected by name;
+any other profile is selected by its path. Keys are checked like those of a recipe. A profile contains no
 credentials: it names the Kubernetes secrets that contain them.
 """
 
@@ -123,7 +123,10 @@ T = TypeVar("T")
 
 
 def _with_a_field_for_each_step(kind: type[T]) -> type[T]:
-    """Make a class a dataclass with a field for each step that has settings of its own."""
+    """Turn a class into a dataclass with a field for each step that has settings of its own.
+
+    The fields come from the table of steps, so that a new step gets its settings without a change here.
+    """
     keys = [_key(name) for name, step in STEPS.items() if not step.settings_of]
     kind.__annotations__ = dict.fromkeys(keys, StepSettings)
     for key in keys:
@@ -271,7 +274,10 @@ def size_in_bytes(size: str) -> float:
     """Convert a size in Kubernetes notation to bytes: `16Gi` → 17179869184.
 
     Args:
-        size: one that the check of the profile accepts.
+        size: a size that the profile's check accepts, such as `16Gi`, `500M` or `1024`.
+
+    Returns:
+        The size in bytes.
     """
     number = size.rstrip("kKMGTi")
     unit = size.removeprefix(number)
@@ -279,7 +285,7 @@ def size_in_bytes(size: str) -> float:
 
 
 def shipped_clusters() -> dict[str, Path]:
-    """Return the shipped profiles: name → file."""
+    """Return the file of each shipped profile, by the profile's name."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
@@ -290,8 +296,9 @@ def load_cluster(source: str) -> Cluster:
         source: name of a shipped profile, or path of a YAML file.
 
     Raises:
-        ConfigurationError: no such profile, or values that are out of bounds or contradict each other.
-        UserError: an unknown key or a wrong type.
+        ConfigurationError: the profile does not exist, or its values are out of bounds or contradict each
+            other.
+        UserError: a key is unknown, or a value has the wrong type.
     """
     shipped = shipped_clusters()
     if source not in shipped and not os.path.isfile(source):

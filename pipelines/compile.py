@@ -37,7 +37,7 @@ DEFAULT_CLUSTER = "one-gpu-node"
 
 
 def compile_command(arguments: list[str]) -> int:
-    """Run the command `compile`: print the files that were written, and return the exit code."""
+    """Run the command `compile`, print the paths of the files that it wrote, and return the exit code."""
     named = bool(arguments) and not arguments[0].startswith("-")
     parser = command_parser(
         "compile", "Write the pipeline and each component as YAML. The same source gives the same bytes."
@@ -69,7 +69,7 @@ def compile_command(arguments: list[str]) -> int:
 
 
 def add_cluster_options(parser: ArgumentParser) -> None:
-    """Add the options for compiling to a parser."""
+    """Add to a parser the options that compiling and submitting need."""
     parser.add_argument(
         "--cluster",
         default=DEFAULT_CLUSTER,
@@ -94,7 +94,7 @@ def add_cluster_options(parser: ArgumentParser) -> None:
 def location_parameters(
     cluster: Cluster, corpus: str | None, store: str | None, model: str | None = None
 ) -> dict[str, Any]:
-    """Return the pipeline parameters `corpus`, `store` and `model` that options or profile define.
+    """Return the pipeline parameters `corpus`, `store` and `model`, if the options or the profile name them.
 
     Raises:
         ConfigurationError: one of them is a path on this machine, which pods cannot read.
@@ -113,7 +113,7 @@ def check_recipe(request: RunRequest, cluster: Cluster) -> None:
     """Check that the recipe and all its variations fit the profile.
 
     Raises:
-        ConfigurationError: a step has more processes than GPUs.
+        ConfigurationError: the recipe gives a step more processes than the profile gives it GPUs.
     """
     recipe = request.resolved_recipe
     for variant in (recipe, *(varied(recipe, variation) for variation in request.variations)):
@@ -133,6 +133,7 @@ def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
         ("decoding.processes", "decode", True),
     ):
         processes, gpus = value_of(recipe, key), cluster.steps[step].gpus
+        # On CPUs, the number of processes has no such limit.
         if is_used and processes > (gpus or math.inf):
             raise ConfigurationError(
                 f"Recipe {recipe.name}: {key} is {processes}, but the cluster {cluster.name} gives {step} "
@@ -145,8 +146,8 @@ def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:
     """Return the pipeline parameters that reproduce a recipe.
 
     Args:
-        source: name of a shipped recipe, which is passed by name with overrides, or path of a file, which
-            is passed as text.
+        source: name of a shipped recipe, or path of a file. A shipped recipe is passed by name, with
+            overrides; a file is passed as text.
         recipe: the resolved recipe, with the changes of the command line.
     """
     if source in shipped_recipes():
@@ -156,11 +157,13 @@ def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:
             for key in recipe_keys()
             if value_of(recipe, key) != value_of(shipped, key)
         }
+        # recipe_keys() lists sections as well as their keys. The keys suffice as overrides.
         return {
             "recipe": source,
             "recipe_overrides": {key: value for key, value in changed.items() if not is_dataclass(value)},
         }
-    # On one line: kfp repeats default values in a YAML comment, and does not escape line breaks there.
+    # The text is on one line, because kfp repeats default values in a YAML comment, and does not escape line
+    # breaks there.
     return {"recipe": json.dumps(asdict(recipe), ensure_ascii=False), "recipe_overrides": {}}
 
 
@@ -202,9 +205,9 @@ def compile_all(
     defaults: dict[str, Any] | None = None,
     request: RunRequest | None = None,
 ) -> list[Path]:
-    """Write the pipeline, the pipeline as Kubernetes resources, and each component to the folder `output`.
+    """Write the pipeline, the same pipeline as Kubernetes resources, and each component to `output`.
 
-    If `output` is a `.yaml` file, only the pipeline is written. For the arguments see `compile_package`.
+    If `output` is a `.yaml` file, only the pipeline is written. The arguments are those of `compile_package`.
 
     Returns:
         The files written: `slam-asr.yaml`, `slam-asr.resources.yaml` and `components/*.yaml`. The files of
@@ -242,7 +245,7 @@ def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> 
 
 
 def images_source(cluster: Cluster, images: str | None) -> str:
-    """Return the template or file of image names: from the option, the environment or the profile."""
+    """Return the template or file of image names from the option, else the environment, else the profile."""
     return images or os.environ.get(IMAGES_VARIABLE) or cluster.images.names or DEFAULT_IMAGES
 
 
@@ -274,9 +277,10 @@ def _write(
 
 
 _DEFAULT_IN_COMMENT = re.compile(r"(?m)^(# +\w+: (?:dict|list) \[Default: )([{\[].*[}\]])\]$")
-"""A default value in the comment that kfp writes.
+"""Matches a default value in the comment that kfp writes.
 
-kfp writes its keys in the order of protobuf's maps, which changes from run to run.
+kfp writes the value's keys in the order of protobuf's maps, which changes from run to run, so `_write` sorts
+them.
 """
 
 
@@ -294,6 +298,7 @@ def _write_component(stage: str, image: str, path: Path) -> Path:
     """Write a single component, for use in other pipelines."""
     from kfp.compiler import Compiler
 
+    # A copy, because its image is changed and the pipelines use the same component.
     component = copy.deepcopy(component_of(stage))
     container = component.component_spec.implementation.container
     assert container is not None, "every step is a container component"

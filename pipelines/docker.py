@@ -2,7 +2,7 @@
 
 kfp's Docker runner lets the engine remove a container when it ends, and treats a missing container as a
 success, so a failed step occasionally counts as finished. Here a container exists until its exit code has
-been read; then this module removes it, also after errors and interruptions.
+been read. This module then removes it, even after an error or an interruption.
 """
 
 import codecs
@@ -34,9 +34,11 @@ GRACE = 15
 _KILLED = 137
 """Exit code of a container that was killed: 128 plus SIGKILL."""
 _PASSED_ON = ("AWS_", "HF_", "NCCL_", "OMP_", "SLAM_ASR_S3_")
+"""Prefixes of the environment variables that containers get from this process."""
 _FILES = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CA_BUNDLE")
 """Environment variables that name a file, which is mounted into the container."""
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
+"""Environment variables that containers also get, in upper or lower case."""
 
 
 @dataclass
@@ -44,9 +46,12 @@ class Settings:
     """Options of the command line for containers."""
 
     network: str = "host"
-    """Network of the engine: host, none, or a name. With host, services of this machine are at localhost."""
+    """Name of one of the engine's networks, such as host or none.
+
+    On host, containers reach this machine's services at localhost.
+    """
     gpus: str = "auto"
-    """all, none, or a number; auto uses all if the engine has NVIDIA's runtime."""
+    """all, none, or the number of GPUs; auto uses all of them if the engine supports NVIDIA's GPUs."""
     shared_memory: str = "8g"
     """Size of /dev/shm."""
     mounts: list[str] = field(default_factory=list)
@@ -61,8 +66,8 @@ class Containers:
 
         Args:
             settings: options of the command line.
-            run: identifies the containers of this run; entering the context removes those that an earlier,
-                killed run with the same name left.
+            run: the run's name, with which its containers are labelled. Entering the context removes the
+                containers that an earlier, killed run with the same name left.
             writable: folders for results.
             readable: files and folders that the steps read.
 
@@ -88,8 +93,8 @@ class Containers:
         self._guard = threading.Lock()
 
     def __enter__(self) -> "Containers":
-        # Only after all checks, so that a rejected run creates nothing. And not by the engine, which would
-        # create the folders as root.
+        # The folders are created after all checks, so that a rejected run creates nothing, and before they
+        # are mounted, because the engine would create a missing one as root.
         for folder in self.writable:
             folder.mkdir(parents=True, exist_ok=True)
         for container in self._containers_of_run():
@@ -101,6 +106,8 @@ class Containers:
     ) -> None:
         # Another thread may be about to start a step: `run` checks this flag first.
         self._ending = True
+        # A copy is made because stopping takes up to `GRACE` seconds, and the threads that wait for the steps
+        # need the lock to finish.
         with self._guard:
             running = list(self._running.values())
         for container in running:
@@ -145,14 +152,17 @@ class Containers:
         """Run `command` in a container and return its exit code.
 
         Args:
-            stage: the stage; some get GPUs.
+            stage: name of the stage; those in `WITH_GPUS` get the GPUs.
             image: the stage's image.
             command: program and arguments; the image's entrypoint is not used.
             on_line: called with each line of output.
             environment: additional environment variables.
 
+        Returns:
+            The exit code; 137, as for a killed container, if another thread has ended the run.
+
         Raises:
-            ClusterError: the engine refuses the container.
+            ClusterError: the engine refuses or cannot start the container.
         """
         if self._ending:
             return _KILLED
@@ -163,12 +173,15 @@ class Containers:
                 entrypoint=[],
                 environment=_environment() | (environment or {}),
                 volumes=self.volumes,
+                # Results must belong to this user, not to root.
                 user=f"{os.getuid()}:{os.getgid()}",
                 network=self.settings.network,
                 shm_size=self.settings.shared_memory,
                 device_requests=self.gpus if stage in WITH_GPUS else [],
                 labels={LABEL: self.run_name},
+                # An init process passes SIGTERM on; a program with process id 1 ignores it by default.
                 init=True,
+                # The user may be unknown to the image, so the step starts where everybody may write.
                 working_dir="/tmp",
             )
         except APIError as error:
@@ -195,6 +208,7 @@ class Containers:
         try:
             yield
         except BaseException:
+            # After Ctrl-C, the step gets time to end by itself: `_remove` would kill it at once.
             with contextlib.suppress(APIError):
                 container.stop(timeout=GRACE)
             raise
@@ -216,13 +230,20 @@ class Containers:
 
 
 def _volumes(writable: list[Path], readable: list[Path]) -> dict[str, dict[str, str]]:
-    """Return all mounts. Each path is mounted at the same path, so command lines work unchanged."""
+    """Return all mounts, by their path on this machine.
+
+    Results and inputs are mounted at the same path as here, so that command lines work unchanged.
+
+    Raises:
+        ConfigurationError: a path in `readable` does not exist.
+    """
     for path in readable:
         if not path.exists():
             raise ConfigurationError(
                 f"{path} does not exist and cannot be mounted: check the path, or --mounts."
             )
     volumes = {str(path): {"bind": str(path), "mode": "ro"} for path in readable}
+    # The writable ones come second: a path in both lists must be writable.
     volumes |= {str(path): {"bind": str(path), "mode": "rw"} for path in writable}
     volumes[str(cache_folder())] = {"bind": CACHE, "mode": "rw"}
     for source, target in _credential_files().items():
@@ -253,6 +274,7 @@ def _environment() -> dict[str, str]:
     for name in _FILES:
         if name in passed and os.path.exists(passed[name]):
             passed[name] = f"/run/aws/{name}"
+    # The values are paths on this machine. They are replaced by the paths in the container, or removed.
     targets = _credential_files().values()
     for name, target in (
         ("AWS_SHARED_CREDENTIALS_FILE", "/run/aws/credentials"),
@@ -262,7 +284,7 @@ def _environment() -> dict[str, str]:
         passed.pop(name, None)
         if target in targets:
             passed[name] = target
-    # Models are in our own cache, which is mounted; the hub's cache folders are not.
+    # The hub's cache folders are not mounted. Models are in this project's own cache, which is.
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         passed.pop(name, None)
     return passed | {"PYTHONUNBUFFERED": "1"}
@@ -283,11 +305,13 @@ def _gpus(requested: str, info: dict[str, Any]) -> list[docker.types.DeviceReque
             f"--gpus is {requested}, but the Docker engine has no GPU: install NVIDIA's container toolkit, "
             "or leave --gpus out."
         )
+    # To the engine, -1 means all GPUs.
     count = int(requested) if requested.isdigit() else -1
     return [docker.types.DeviceRequest(count=count, capabilities=[["gpu"]])]
 
 
 def _has_registry(image: str) -> bool:
+    # Docker's own rule: the first part of a name is a registry if it looks like a host or has a port.
     first, slash, _ = image.partition("/")
     return bool(slash) and ("." in first or ":" in first or first == "localhost")
 

@@ -21,7 +21,8 @@ def build_pipeline(
     """Build the evaluation pipeline.
 
     Args:
-        place: called with each step's name and task; assigns the cluster's resources to the task.
+        place: function that is called with each step's name and task, and assigns the cluster's resources to
+            the task.
     """
 
     @dsl.pipeline(name=EVALUATION, display_name="SLAM-ASR: evaluate", description=DESCRIPTION)
@@ -42,7 +43,7 @@ def build_pipeline(
             recipe_overrides: Changes to single keys of the recipe. data.train and data.dev must be empty.
         """
         opened = open_model(recipe=recipe, recipe_overrides=recipe_overrides, model=model, store=store)
-        # Open the model first, so that one which does not fit the recipe fails before any audio is read.
+        # The model is opened first: if it does not fit the recipe, the run fails before any audio is read.
         manifest = build_manifest(
             recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
         ).after(opened)
@@ -53,6 +54,7 @@ def build_pipeline(
             decoding = decode(
                 store=store, recipe=resolved, manifests=manifests, model=opened.outputs["opened"], shard=shard
             )
+            # `decode` reads the features from the store, so kfp sees no dependency on the extraction.
             decoding.after(extraction)
         scoring = score(
             store=store,
@@ -61,7 +63,7 @@ def build_pipeline(
             hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
         )
         for task in (opened, manifest, extraction, decoding, scoring):
-            # As in the training pipeline: each stage checks the store for results itself.
+            # As in the training pipeline, each stage checks the store for results itself.
             task.set_caching_options(False)
             place(task.name, task)
 

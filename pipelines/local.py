@@ -35,6 +35,7 @@ from slam_asr.storage import is_s3, local_path
 from slam_asr.storage.locks import exclusive_if_free
 
 KFP_LOG = "kfp.log"
+"""File in the run's folder with kfp's own log lines."""
 _EXECUTOR_PREFIX = "[KFP Executor "
 
 
@@ -74,7 +75,7 @@ class LocalRun:
         output: the run's folder.
         terminal: stream for the lines of the steps; default: stdout.
         store: folder or s3:// prefix for results.
-        containers: runs the steps in containers; default: as processes.
+        containers: runs the steps in containers; if None, they run as processes.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class LocalRun:
             local.init(runner, pipeline_root=str(self.output / "steps"))
             try:
                 self._run_pipeline(request, corpus)
+            # kfp raises a RuntimeError without the exit code, which `_run_step` has recorded.
             except RuntimeError:
                 if failed := next((step for step in self.steps if step.exit_code), None):
                     raise StepFailed(failed) from None
@@ -174,7 +176,7 @@ class LocalRun:
         """
 
         def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-            # kfp's launcher never removes its temporary folder: it is removed along with ours.
+            # kfp's launcher never removes its temporary folder, so it gets one that `execute` removes.
             env = self._environment({"TMPDIR": temporary} | (env_vars or {}))
             return self._run_step(
                 full_command, log, lambda step, on_line: processes.run(full_command, on_line, env)
@@ -183,6 +185,7 @@ class LocalRun:
         def run_container(
             client: object, image: str, command: list[str], volumes: object, **options: Any
         ) -> int:
+            # kfp's volumes are not needed: they are in the run's folder, which `containers` mounts.
             environment, containers = options.get("environment"), self.containers
             assert containers is not None, "kfp starts containers only with its Docker runner"
             return self._run_step(
@@ -198,7 +201,8 @@ class LocalRun:
             contextlib.redirect_stdout(log),
             warnings.catch_warnings(),
         ):
-            # kfp judges by an image's name whether it contains Python, and warns about ours, which do.
+            # kfp guesses from an image's name whether it contains Python, and warns about this project's
+            # images, although they do.
             warnings.filterwarnings("ignore", message=".*non-Python base image", category=RuntimeWarning)
             yield
 
@@ -238,7 +242,7 @@ class LogFilter:
         target = self.terminal if ours else self.log
         target.write(line)
         target.flush()
-        # "Got executor_input:" is followed by indented JSON; its last line is a brace alone.
+        # "Got executor_input:" is followed by indented JSON, whose last line is a single brace.
         if self.in_dump:
             self.in_dump = line.rstrip("\n") != "}"
         elif not ours:
@@ -246,7 +250,7 @@ class LogFilter:
 
 
 def _use_this_python(full_command: list[str], new_executable: str) -> list[str]:
-    """Replace `python3` by this interpreter, but only in the launcher's script.
+    """Replace `python3` with this interpreter, but only in the launcher's script.
 
     kfp's own version replaces it in all arguments, which breaks paths that contain `python3`.
     """
@@ -262,7 +266,7 @@ def _artifact_folder(command: list[str]) -> Path:
 
 @contextlib.contextmanager
 def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Replace `module.name` by `function` within the block."""
+    """Replace `module.name` with `function` within the block."""
     original = getattr(module, name)
     setattr(module, name, function)
     try:
@@ -273,7 +277,14 @@ def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> It
 
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Create `folder` and lock it: two runs would overwrite each other's unfinished results."""
+    """Create `folder` and lock it, because two runs would overwrite each other's unfinished results.
+
+    The lock ends with the process, even if it is killed.
+
+    Raises:
+        ConfigurationError: the folder cannot be created.
+        UserError: another run has locked it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -30,8 +30,9 @@ def read_package(
     """Read a compiled pipeline: its specification, and the Kubernetes settings by executor label.
 
     Raises:
-        PackageDefect: an unknown key, or a value of the wrong type.
+        PackageDefect: a key is unknown, or a value has the wrong type.
     """
+    # kfp writes the second document only if there are Kubernetes settings.
     documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     platforms = documents[1]["platforms"] if len(documents) > 1 else {}
     executors = platforms.get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
@@ -110,6 +111,7 @@ def _dag_defects(
                 optional = definition.is_optional or (
                     kind == "parameters" and definition.HasField("default_value")
                 )
+                # A loop itself provides its item, so the task does not list it among its inputs.
                 if key not in inputs and not optional and key != task.parameter_iterator.item_input:
                     yield f"{where} lacks its input {key}"
             for key, source in inputs.items():
@@ -138,6 +140,7 @@ def _source_defects(
 ) -> Iterator[str]:
     """Check the source of one input of a task: another task's output, or an input of the graph."""
     single = kind.removesuffix("s")
+    # Protobuf returns an empty message, not None, for a field that is not set: its producer is "".
     produced = getattr(source, f"task_output_{single}", None)
     if produced is not None and produced.producer_task:
         yield from _output_defects(

@@ -1,8 +1,9 @@
 """Apply the settings of a cluster profile to the tasks of a pipeline.
 
-kfp itself sets image, CPU, memory, GPUs, environment and retries; kfp-kubernetes sets everything
-else. Of a pod's security context, kfp-kubernetes only supports user, group and non-root. Capabilities,
-seccomp and privilege escalation are left to Kubeflow's backend and the namespace's pod security labels.
+kfp itself sets image, CPU, memory, GPUs, environment and retries; kfp-kubernetes sets everything else.
+kfp-kubernetes supports only three settings of a pod's security context: user, group and non-root.
+Capabilities, seccomp and privilege escalation are left to Kubeflow's backend and the namespace's pod security
+labels.
 """
 
 import json
@@ -34,7 +35,7 @@ def place(
         images: image of each step.
         stage: name of the step.
         task: the step's task; changed in place.
-        over_nodes: whether a TrainJob does the step's work, so that its own pod needs no GPU.
+        over_nodes: whether a TrainJob does the step's work, so that the step's own pod needs no GPU.
     """
     step = cluster.steps[stage]
     task.set_container_image(images[stage])
@@ -71,7 +72,14 @@ def place(
 
 
 def placement(cluster: Cluster, image: str) -> str:
-    """Return the `Placement` of a multi-node training's nodes as JSON: the input `trainjob` of `train`."""
+    """Return the `Placement` for the nodes of a multi-node training, as JSON.
+
+    It is the input `trainjob` of the step `train`.
+
+    Args:
+        cluster: the profile.
+        image: image of the step `train`.
+    """
     step = cluster.steps["train"]
     resources = {
         "cpu": step.cpu,
@@ -118,7 +126,7 @@ def environment(cluster: Cluster) -> dict[str, str]:
 
 
 def labels(cluster: Cluster, stage: str, queued: bool) -> dict[str, str]:
-    """Return the labels of a step's pods; those of Kueue only if `queued`."""
+    """Return the labels of a step's pods, including those for Kueue only if `queued`."""
     return {
         "app.kubernetes.io/part-of": "slam-asr",
         "app.kubernetes.io/component": stage,
@@ -144,7 +152,8 @@ def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
     if cluster.models.claim:
         kubernetes.mount_pvc(task, cluster.models.claim, f"{CACHE}/models")
     if cluster.storage.secret:
-        # As files: a running step sees a rotated secret, and it never appears in the environment.
+        # The secret is mounted as files, so that a running step sees a rotated secret, and so that it never
+        # appears in the environment.
         kubernetes.use_secret_as_volume(task, cluster.storage.secret, SECRET_FOLDER)
     if cluster.models.token_secret:
         kubernetes.use_secret_as_env(task, cluster.models.token_secret, {"HF_TOKEN": "HF_TOKEN"})

@@ -1,4 +1,4 @@
-"""Run a step as a process: pass on its output line by line, and end all its processes with the run."""
+"""Run a step as a process, pass on its output line by line, and end all its processes with the run."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ GRACE = 15.0
 def interruptible() -> Iterator[None]:
     """Handle SIGTERM (from a supervisor) and SIGHUP (from a closing terminal) like Ctrl-C.
 
-    By default they would end Python at once, without ending the running step. A signal that the caller
+    By default, these signals would end Python at once and leave the step running. A signal that the caller
     ignores (nohup, a background job) stays ignored.
     """
 
@@ -45,8 +45,8 @@ def run(command: list[str], on_line: Callable[[str], None], env: dict[str, str] 
         on_line: called with each line of stdout and stderr, and with each redrawn progress bar.
         env: environment of the command; default: this process's.
     """
-    # In a session of its own: on Ctrl-C the terminal signals its foreground group only, so the step
-    # is interrupted by us, once, and we decide what is still printed.
+    # The step gets a session of its own. On Ctrl-C, the terminal signals only its foreground group, so only
+    # `_end` interrupts the step, once, and this process decides what is still printed.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -70,7 +70,8 @@ def run(command: list[str], on_line: Callable[[str], None], env: dict[str, str] 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Interrupt the step's processes, wait up to `GRACE` seconds, and kill those that remain."""
-    # torchrun starts its workers in sessions of their own, which a signal to the group does not reach.
+    # torchrun starts its workers in sessions of their own, which a signal to the group does not reach. They
+    # are listed before the signal, because they cannot be found once their parent has ended.
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)

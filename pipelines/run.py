@@ -63,6 +63,7 @@ def run(arguments: list[str]) -> int:
             local_run.execute(request, corpus)
         except StepFailed as error:
             print(f"slam-asr: {failure(error.step, output)}", file=sys.stderr)
+            # The code for a mistake that the user can fix is passed on; any other code means a failure.
             return EXIT_CODE if error.step.exit_code == EXIT_CODE else 1
     print("\n" + summary(local_run.steps, time.monotonic() - started))
     return 0
@@ -85,7 +86,7 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
     """Connect to the Docker engine, mount every folder that the steps read, and check that all images exist.
 
     Raises:
-        UserError: no engine, no image, or a folder does not exist.
+        UserError: the engine does not answer, an image is missing, or a folder does not exist.
     """
     from pipelines.docker import Containers, Settings
 
@@ -101,7 +102,7 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
     audio_root = request.resolved_recipe.data.audio_root
     inputs = [corpus, audio_root, request.model, *itertools.chain(*request.base_models())]
     local = [Path(name).absolute() for name in inputs if name and not is_s3(name) and os.path.exists(name)]
-    # A corpus may be a list of audio files with paths relative to its own folder: mount that folder.
+    # A corpus may be a file that lists audio files relative to its own folder, so that folder is mounted.
     readable = [path if path.is_dir() else path.parent for path in local]
     containers = Containers(settings, str(output), writable, readable)
     stages = [options["only"]] if options["only"] else request.results
@@ -172,7 +173,7 @@ def _options(arguments: list[str]) -> dict[str, Any]:
 
 
 def _fetch_models(request: RunRequest) -> int:
-    """Download all frozen models before the first step: a misspelt name fails now, not hours later.
+    """Download all frozen models before the first step, so that a misspelt name fails now, not hours later.
 
     Returns:
         The exit code of the download.
@@ -180,7 +181,7 @@ def _fetch_models(request: RunRequest) -> int:
     (encoder,), llms = request.base_models()
     command = [sys.executable, "-m", "slam_asr.pretrained.locate", encoder, *llms]
     if sys.stdout.isatty():
-        # Through a pipe, the download could not draw its progress bars.
+        # The download gets the terminal itself: through a pipe, it could not draw its progress bars.
         return subprocess.call(command)
     return processes.run(command, lambda line: print(line, end="", flush=True))
 
@@ -188,7 +189,7 @@ def _fetch_models(request: RunRequest) -> int:
 def _corpus(recipe: str, path: str | None) -> Path | str:
     """Return the corpus as an absolute path, after checking that it exists.
 
-    One in object storage is returned unchanged, and checked by the step that reads it.
+    A corpus in object storage is returned unchanged; the step that reads it checks it.
     """
     if path and is_s3(path):
         return path

@@ -28,7 +28,7 @@ class RunRequest:
 
     @property
     def resolved_recipe(self) -> Recipe:
-        """The recipe; every request has one, unless it only compiles."""
+        """The recipe. Only a request to compile a pipeline may have none."""
         assert self.recipe is not None, "only `compile` works without a recipe"
         return self.recipe
 
@@ -76,7 +76,7 @@ class RunRequest:
 
 
 def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:
-    """Add the options that select the pipeline to a parser."""
+    """Add to a parser the options that select the pipeline."""
     places = "an s3:// prefix" if in_a_cluster else "a folder, an s3:// prefix"
     parser.add_argument(
         "--model",
@@ -136,6 +136,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
         if sweep is None:
             return RunRequest(recipe)
         variations = resolve(recipe, read_variations(sweep))
+        # Variations that differ only in decoding would write the same checkpoints at the same time.
         if in_a_cluster and parallel != 1:
             require_distinct_trainings(recipe, variations)
         return RunRequest(recipe, variations=variations, parallel=parallel)

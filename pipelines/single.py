@@ -22,7 +22,7 @@ RUN_ALONE = tuple(name for name, step in STEPS.items() if step.options)
 """Stages that `--only` can run."""
 
 _NAME = re.compile(r"\{([a-z-]+)(\*?)\}")
-"""A name in braces in the text of an option, see `Step.options`."""
+"""Matches a name in braces, with or without a star, in the text of an option: see `Step.options`."""
 
 
 def command_of_stage(
@@ -39,7 +39,7 @@ def command_of_stage(
     Args:
         stage: one of `RUN_ALONE`.
         output: the run's folder.
-        store: folder or s3:// prefix for results.
+        store: folder or s3:// prefix for the results of all stages.
         recipe_file: file with the resolved recipe.
         corpus: corpus that build-manifest reads.
         recipe: the content of `recipe_file`.
@@ -52,6 +52,7 @@ def command_of_stage(
     def result(earlier: str) -> str:
         return follow_pointer(_latest_pointer(output, earlier, stage))
 
+    # These are functions because a result is looked up only if the stage uses it: a missing one raises.
     values: dict[str, Callable[[], list[str]]] = {
         "recipe": lambda: [str(recipe_file)],
         "corpus": lambda: [corpus],
@@ -116,7 +117,11 @@ def pointer_of(output: Path, stage: str) -> Path:
 
 
 def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
-    """Return the newest pointer to a result of `earlier`, which `stage` reads."""
+    """Return the newest pointer to a result of `earlier`, which `stage` reads.
+
+    Raises:
+        InputError: the run's folder contains none.
+    """
     of_pipelines = (output / "steps").glob(f"**/{earlier}/{STEPS[earlier].output}")
     candidates = [pointer_of(output, earlier), *of_pipelines]
     pointers = [path for path in candidates if path.is_file()]

@@ -9,9 +9,9 @@ from slam_asr.errors import EXIT_CODE
 from slam_asr.progress import clock
 
 WER_METRICS = ("wer", "wer shuffled audio", "wer empty output")
-"""The word error rate and two controls, which it must be far below.
+"""The word error rate of a run, and those of two controls, which must be far higher.
 
-The controls decode with another utterance's audio, and score an empty output.
+One control scores the hypotheses for another utterance's audio, the other an empty output.
 """
 
 
@@ -32,6 +32,7 @@ def summary(steps: list[LocalStep], seconds: float) -> str:
 
 
 def _time(step: LocalStep, record: Record) -> str:
+    # A record that is older than this run's step belongs to a result that the step has reused.
     cached = record.finished < step.started
     return f"(cached) {clock(record.seconds)}" if cached else clock(record.seconds)
 
@@ -54,8 +55,11 @@ def _result(last: Record) -> list[str]:
 def failure(step: LocalStep, output: Path) -> str:
     """Format one line about a failed step, to follow the step's own error message."""
     code = step.exit_code or 0
+    if code < 0:  # subprocess reports death by signal n as -n
+        code = 128 - code
     if code == EXIT_CODE:
         why = "stopped at the error above: fix it and run the same command again"
+    # Shells and container engines report death by signal n as exit code 128 + n.
     elif code > 128:
         why = f"was killed by signal {code - 128}{_likely_reason(code - 128)}"
     else:

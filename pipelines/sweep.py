@@ -32,9 +32,10 @@ def build_pipeline(
     """Build the sweep pipeline.
 
     Args:
-        place: called with each step's name and task; assigns the cluster's resources to the task.
+        place: function that is called with each step's name and task, and assigns the cluster's resources to
+            the task.
         trainjob: placement of the nodes of multi-node training (JSON); if empty, each step's own pod trains.
-        parallel: variations that run at the same time; 0 for all.
+        parallel: number of variations that run at the same time; 0 for all.
     """
 
     @dsl.pipeline(name=SWEEP, display_name="SLAM-ASR: sweep", description=DESCRIPTION)
@@ -60,8 +61,8 @@ def build_pipeline(
         with dsl.ParallelFor(
             planned.outputs["Output"], name="variations", parallelism=parallel or None
         ) as variation:
-            # kfp cannot pass what one loop collected to the steps of another loop. `train` reads the features
-            # from the store instead, so the loop has to wait until all of them are extracted.
+            # kfp cannot pass the collected outputs of one loop to the steps of another. `train` therefore
+            # reads the features from the store, and this loop waits until all of them are extracted.
             varied = vary_recipe(store=store, recipe=resolved, variation=variation).after(extraction)
             variation_recipe = varied.outputs["resolved_recipe"]
             training = train(store=store, recipe=variation_recipe, manifests=manifests, trainjob=trainjob)
@@ -96,7 +97,7 @@ def build_pipeline(
             scoring,
             comparison,
         ):
-            # As in the training pipeline: each stage checks the store for results itself.
+            # As in the training pipeline, each stage checks the store for results itself.
             task.set_caching_options(False)
             place(task.name, task)
 

@@ -1,7 +1,7 @@
 """Find the third-party packages that a stage imports, by reading its source without running it.
 
-Starting at the stage's own module, every import of `slam_asr` is followed, including those in functions,
-but not those for type checkers. The command line is not included, since it imports only what it calls.
+The search starts at the stage's own module and follows every import of `slam_asr`, including imports in
+functions, but not those for type checkers. It leaves out the command line, which imports only what it calls.
 """
 
 import ast
@@ -19,7 +19,7 @@ def third_party(modules: list[str]) -> dict[str, set[str]]:
         modules: modules such as `slam_asr.stages.train`, or files of the checkout.
 
     Returns:
-        The importing modules by package.
+        The modules that import each package, by the package's name.
     """
     seen: set[str] = set()
     importers: dict[str, set[str]] = {}
@@ -32,6 +32,7 @@ def third_party(modules: list[str]) -> dict[str, set[str]]:
         for name in _imports(path):
             top = name.partition(".")[0]
             if top == PACKAGE:
+                # Importing a module also runs every package that contains it.
                 parts = name.split(".")
                 pending += [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
             elif top not in sys.stdlib_module_names:
@@ -59,5 +60,6 @@ def _imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
+            # An imported name may itself be a module. If it is not, `_file` finds no file for it.
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names

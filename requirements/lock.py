@@ -1,4 +1,4 @@
-"""Write the lock files: every package that slam-asr needs, in the version installed here.
+"""Write the lock files: they list every package that slam-asr needs, in the version installed here.
 
     pip install -e '.[pipelines,small-models,test]' 'torch==2.13.0' 'kfp==2.17.0'
     python requirements/lock.py
@@ -7,7 +7,7 @@ Run it in an environment with all of these, in which the tests have passed. It u
 2.17.3, which has the same code but requires a certifi version that not every index has yet. torch's local
 version (`+cpu`) is dropped, so that one lock file serves CPU and GPU builds.
 
-The images have lists of their own, with hashes: what each stage imports, and the dependencies of that.
+The images have separate lists, with hashes: the packages that each stage imports, and their dependencies.
 torch has two lists, since its builds for CPU and CUDA are different files, and only the latter needs
 NVIDIA's libraries. The hashes are those of the files for Linux on x86-64 and this Python's version. pip's
 resolver provides them from the index, without downloading wheels.
@@ -52,7 +52,7 @@ STAGES = {
 """The modules with which the code in each image begins."""
 
 COMMAND_LINE = {"jsonargparse", "docstring-parser", "setuptools"}
-"""What every image needs in addition: the command line's parsers, and setuptools to install the package."""
+"""Packages that every image also needs: the command line's parsers, and setuptools to install slam-asr."""
 
 OURS = {"components", "pipelines", "slam_asr"}
 """Packages of this project, which are not locked."""
@@ -68,12 +68,16 @@ def closure(requirement: Requirement, seen: set[tuple[str, str]]) -> None:
         for text in distribution(requirement.name).requires or []:
             inner = Requirement(text)
             applies = inner.marker is None or inner.marker.evaluate({"extra": extra})
+            # The requirements without an extra were added in the first round, for "".
             if applies and (extra == "" or "extra" in str(inner.marker)):
                 closure(inner, seen)
 
 
 def needed(names: set[str]) -> set[str]:
-    """Return distributions with their dependencies, except kfp's: a step only runs its executor."""
+    """Return distributions with their dependencies.
+
+    kfp is included without its dependencies, because a step only runs kfp's executor.
+    """
     seen: set[tuple[str, str]] = set()
     for name in names - {"kfp"}:
         closure(Requirement(name), seen)
@@ -81,7 +85,7 @@ def needed(names: set[str]) -> set[str]:
 
 
 def of_stage(stage: str) -> set[str]:
-    """Return the distributions in a stage's image, with torch as installed here."""
+    """Return the distributions in a stage's image, with the dependencies of the torch installed here."""
     known = packages_distributions()
     imported = {canonicalize_name(known[package][0]) for package in third_party(STAGES[stage]).keys() - OURS}
     return needed(imported | COMMAND_LINE)
@@ -93,7 +97,7 @@ def pinned(name: str) -> str:
 
 
 def resolve(requirements: list[str], *options: str) -> dict[str, tuple[str, str]]:
-    """Return version and SHA-256 of the file that pip would install, by name."""
+    """Return the version and the SHA-256 of each file that pip would install, by the package's name."""
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         command = [
             sys.executable,
@@ -117,12 +121,12 @@ def resolve(requirements: list[str], *options: str) -> dict[str, tuple[str, str]
 
 
 def hashed(names: set[str], wheels: dict[str, tuple[str, str]]) -> list[str]:
-    """Return the lines of a list with hashes, sorted by name."""
+    """Return a line with version and hash for each package, sorted by name."""
     return [f"{name}=={wheels[name][0]} --hash=sha256:{wheels[name][1]}" for name in sorted(names)]
 
 
 def write(file: str, purpose: str, lines: list[str]) -> None:
-    """Write one lock file."""
+    """Write one lock file; its first line says what it is for."""
     (HERE / file).parent.mkdir(exist_ok=True)
     (HERE / file).write_text(
         "\n".join([f"# {purpose} Written by requirements/lock.py; do not edit.", *lines]) + "\n"
@@ -140,7 +144,8 @@ def write_images() -> None:
     )
     torch = pinned("torch")
     cpu = resolve([torch], "--no-deps")
-    # Without pip's configuration on this machine, which may select an index without CUDA builds.
+    # `--isolated` ignores pip's configuration on this machine, which may select an index without CUDA builds.
+    # Dependencies are included here, because only this build depends on NVIDIA's libraries.
     cuda = resolve([torch], "--isolated")
     write(
         "images/common.txt",

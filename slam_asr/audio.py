@@ -1,8 +1,8 @@
 """Audio decoding: any file that libsndfile reads becomes float32 mono samples at 16 kHz, in [-1, 1].
 
-Truncated and damaged files raise `AudioError` instead of being trained on. libsndfile alone does not detect
-truncated wav and Ogg files and returns the samples that remain. Files may be in object storage, and an
-utterance may be a segment of a file.
+Truncated and damaged files raise `AudioError`, so that no model is trained on them. libsndfile alone does not
+detect that a wav or Ogg file is truncated, and returns the samples that remain. Files may be in object
+storage, and an utterance may be a segment of a file.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from slam_asr.storage import (
 )
 
 SAMPLE_RATE = 16_000
-"""In Hz; every supported encoder was trained at this rate."""
+"""Hz. Every supported encoder was trained at this rate."""
 
 MISSING = "missing audio"
 UNREADABLE = "unreadable audio"
@@ -43,7 +43,7 @@ TOO_LONG = "too long"
 BEYOND_END = "segment beyond the file's end"
 
 _MIN_SAMPLE_RATE = 4000
-"""In Hz. A header with a lower rate is damaged, and resampling from it would exhaust memory."""
+"""Hz. A header with a lower rate is damaged, and resampling from that rate would exhaust memory."""
 _MP3_SHORTFALL = 0.05
 """Fraction of an mp3's announced samples that may be missing. Without a Xing header, libsndfile estimates the
 length from the bit rate of the first frames."""
@@ -93,7 +93,7 @@ class Clip:
 
     @property
     def duration(self) -> float:
-        """In seconds. A multiple of 1/16000, so `round(duration * SAMPLE_RATE)` is the number of samples."""
+        """Seconds, a multiple of 1/16000: `round(duration * SAMPLE_RATE)` is the number of samples."""
         return len(self.samples) / SAMPLE_RATE
 
 
@@ -117,13 +117,14 @@ def load_checked(
 ) -> np.ndarray:
     """Decode a file or a segment, after a check that the file is the one that its manifest was built from.
 
-    The file is read once for both. A file with many segments is hashed once for all of them.
+    A complete file is read only once for both the check and the decoding. A file with many segments is hashed
+    once for all of them.
 
     Args:
         path: the audio file.
         sha256: the file's expected SHA-256, or None for no check.
         start: where the segment begins, in seconds; None for the complete file.
-        duration: length of the segment in seconds.
+        duration: length of the segment in seconds; None if it ends with the file.
 
     Returns:
         float32 [samples], mono at 16 kHz.
@@ -157,11 +158,11 @@ def read_clip(
 
     Args:
         path: the audio file.
-        max_duration: limit in seconds on the length that the header announces, or on that of the segment.
-            A longer one raises before it is decoded into memory.
+        max_duration: limit in seconds on the length that the header announces, or on the segment's length.
+            Longer audio raises before it is decoded into memory.
         start: where the segment begins in the file, in seconds. Nothing before it is decoded, unless the
             format has no exact seek (mp3).
-        duration: length of the segment in seconds; None for all up to the file's end.
+        duration: length of the segment in seconds; None if it ends with the file.
         content: the file's bytes, if they are already in memory; `path` is then only its name in messages.
 
     Raises:
@@ -180,7 +181,7 @@ def read_clip(
 
 
 def count_samples(path: str | os.PathLike) -> int:
-    """The number of samples at 16 kHz that a file's header announces; nothing is decoded.
+    """The number of samples, after resampling to 16 kHz, that a file's header announces; nothing is decoded.
 
     Raises:
         AudioError: the file is missing or is not audio.
@@ -259,8 +260,8 @@ def _clip(
         if _is_truncated(stream):
             raise AudioError(f"{path} ends too early: it was truncated when it was written or copied.")
         stream.seek(0)
-        # libsndfile opens a name faster than it reads a Python stream. As bytes, because a name that is not
-        # UTF-8 cannot be passed to soundfile as str.
+        # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as
+        # bytes, because soundfile cannot encode a str with a name that is not UTF-8.
         name_or_stream = stream if isinstance(file, bytes) else os.fsencode(file)
         samples, sample_rate = _decode(name_or_stream, path, start, duration, max_duration)
     channels = samples.shape[1]
@@ -285,10 +286,10 @@ def _decode(
 
     Args:
         file: the file's name, or a stream of its bytes.
-        path: its name in messages.
+        path: the file's name in messages.
         start: where the segment begins, in seconds; None for the complete file.
-        duration: length of the segment in seconds; None for all up to the file's end.
-        max_duration: limit in seconds.
+        duration: length of the segment in seconds; None if it ends with the file.
+        max_duration: limit in seconds; None for no limit.
 
     Returns:
         Samples as float32 [samples, channels], and their rate in Hz.
@@ -315,7 +316,8 @@ def _decode(
                 TOO_LONG,
             )
         is_mp3 = sound.format in ("MP3", "MPEG")
-        # After a seek, an mp3 does not decode to the same samples: decode from its start, then discard.
+        # After a seek, an mp3 does not decode to the same samples, because a frame may use bits of earlier
+        # ones: decode it from its start, and discard the samples before the segment.
         discarded = first if is_mp3 else 0
         try:
             if first > discarded:
@@ -370,7 +372,11 @@ def _is_truncated(stream: BinaryIO) -> bool:
 
 
 def _ends_with_last_page(tail: bytes) -> bool:
-    """Whether the last Ogg page in `tail` is complete and is marked as the last (RFC 3533, section 6)."""
+    """Whether the last Ogg page in `tail` is complete and is marked as the last (RFC 3533, section 6).
+
+    A page has a header of 27 bytes, whose last byte is the number of segments; then, for each segment, a byte
+    with its size; then the segments.
+    """
     page = tail[tail.rfind(b"OggS") :]
     if len(page) < 27 or not page[5] & 0x04:  # byte 5 holds the flags, 0x04 is "end of stream"
         return False

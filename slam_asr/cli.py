@@ -1,7 +1,7 @@
 """`slam-asr COMMAND …`: one command per stage and a few others, each built from its own function.
 
 The options are the function's parameters, spelled with dashes; their help is the function's docstring.
-Where a stage takes a recipe, `--recipe` names it and every key of it is an option too, spelled as in the
+If a stage takes a recipe, `--recipe` names it, and each key of the recipe is an option too, spelled as in the
 YAML file: `--training.max_steps 200`.
 """
 
@@ -31,11 +31,11 @@ class Command:
 
     name: str
     arguments: str
-    """What follows its name in its simplest form, for the usage text."""
+    """The arguments after the name in the simplest call, for the usage text."""
     summary: str
-    """What it does, in half a line."""
+    """What the command does, in half a line."""
     function: str
-    """`module:function` that it runs."""
+    """`module:function` that the command runs."""
 
 
 STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.function}
@@ -85,10 +85,10 @@ OTHER_COMMANDS = (
     ),
 )
 COMMANDS = STEP_FUNCTIONS | {command.name: command.function for command in OTHER_COMMANDS}
-"""The function of each command, imported only when it is called."""
+"""`module:function` of each command. The module is imported only when the command runs."""
 
 RENAMED_OPTIONS = {"--shard": "--work-shard"}
-"""Options that had another name before. The old name still works, with a note on stderr."""
+"""New names of renamed options, by old name. An old name still works, with a note on stderr."""
 
 
 def usage() -> str:
@@ -113,7 +113,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one stage from the command line; a user's mistake ends with one sentence and exit code 2."""
+    """Run one command from the command line. A user's mistake ends it with one sentence and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
@@ -143,7 +143,7 @@ def run(stage: str, arguments: list[str]) -> Any:
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     recipe_parameter = inspect.signature(function).parameters.get("recipe")
     recipe = _recipe_named(arguments) if recipe_parameter else None
-    # Where the recipe is optional and none is named, its keys are not options either.
+    # If the recipe is optional and none is named, its keys are not options either.
     takes_recipe = recipe_parameter is not None and (
         recipe_parameter.default is inspect.Parameter.empty or recipe is not None
     )
@@ -215,7 +215,7 @@ def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def with_recipe_option(arguments: list[str]) -> list[str]:
-    """`RECIPE --hours 80` → `--recipe RECIPE --hours 80`, where the first argument is a recipe."""
+    """`RECIPE --hours 80` → `--recipe RECIPE --hours 80`, if the first argument is a recipe."""
     if arguments and (arguments[0] in shipped_recipes() or arguments[0].endswith((".yaml", ".yml"))):
         return ["--recipe", *arguments]
     return arguments
@@ -224,7 +224,7 @@ def with_recipe_option(arguments: list[str]) -> list[str]:
 def add_stage_options(parser: ArgumentParser, function: Callable[..., Any]) -> None:
     """Add an option to a parser for each parameter of a stage's function, except its recipe.
 
-    jsonargparse's `add_function_arguments` would spell the options with underscores.
+    jsonargparse's own `add_function_arguments` would spell the options with underscores.
     """
     docstring = docstring_parser.parse(inspect.getdoc(function) or "")
     help_texts = {entry.arg_name: entry.description or "" for entry in docstring.params}
@@ -247,10 +247,10 @@ def option_name(parameter: str) -> str:
 
 
 def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:
-    """Add `--recipe` to a parser, and an option for each key; the named recipe's values are the defaults.
+    """Add `--recipe` to a parser, and an option for each key. The named recipe's values are the defaults.
 
     Raises:
-        UserError: there is no such recipe, or it is wrong.
+        UserError: there is no such recipe, or it is not valid.
     """
     shipped = ", ".join(shipped_recipes())
     parser.add_argument("--recipe", default=recipe, help=f"a shipped recipe ({shipped}) or a YAML file")
@@ -279,7 +279,7 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str,
     A list may be given as `--x a b`, as `--x a --x b`, or as `--x '[a, b]'`.
 
     Raises:
-        UserError: an option that is unknown (with the nearest valid one), missing, or of the wrong type.
+        UserError: an option is unknown (the message suggests the nearest one), missing, or of the wrong type.
     """
     # argparse offers no public way to list a parser's options.
     known = parser._option_string_actions
@@ -299,7 +299,11 @@ _OPTION = re.compile(r"(--[\w.-]+)(\+?(?:=.*)?)", re.DOTALL)
 
 
 def _canonical_spelling(arguments: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The same arguments with every option as the parser knows it, and a note for each outdated spelling."""
+    """Spell every option as the parser does.
+
+    Returns:
+        The arguments with these spellings, and a note for each outdated spelling.
+    """
     spelled, notes = [], {}
     for argument in arguments:
         match = _OPTION.fullmatch(argument)
@@ -319,6 +323,7 @@ def _known_name(name: str, known: Mapping[str, Any]) -> str:
     # Change only the part that is a key of the recipe. The rest may be the user's:
     # `--published_wer.test-clean`.
     parts = name.removeprefix("--").split(".")
+    # The longest key first: `--training` is an option too, so it would match `--training.max_steps`.
     for count in range(len(parts), 0, -1):
         key = "--" + ".".join(parts[:count]).replace("-", "_")
         if key in known:
@@ -335,7 +340,7 @@ def _is_list(option: str, known: Mapping[str, Any]) -> bool:
 
 
 def _show_lists(known: Mapping[str, Any]) -> None:
-    """Have `--help` show lists as `--manifests MANIFESTS …` rather than `--manifests [ITEM,...]`."""
+    """Make `--help` show lists as `--manifests MANIFESTS …` rather than `--manifests [ITEM,...]`."""
     for option, action in known.items():
         if _is_list(option, known):
             action.metavar = f"{action.dest.rpartition('.')[2].upper()} …"
@@ -343,11 +348,11 @@ def _show_lists(known: Mapping[str, Any]) -> None:
 
 
 def _expand_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> list[str]:
-    """`--x a b` → `--x=[] --x+=a --x+=b`, which is how jsonargparse takes a list's values one by one.
+    """`--x a b` → `--x=[] --x+=a --x+=b`, the form in which jsonargparse accepts a list's values one by one.
 
     The empty list replaces the option's default, so it precedes only the first occurrence. jsonargparse
     also reads YAML, so `--x+=[a, b]` appends two values. A shell splits an unquoted `[a, b]` at the space,
-    so the pieces are joined first.
+    so the pieces are joined again first.
     """
     expanded: list[str] = []
     begun: set[str] = set()
@@ -374,9 +379,10 @@ def _expand_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> list[st
 
 
 def _complaint(parser: ArgumentParser, error: Exception) -> str:
-    """A library's complaint about the options as one sentence that names the option and the remedy.
+    """Turn a library's complaint about the options into one sentence that names the option and the remedy.
 
-    By text: jsonargparse wraps argparse's errors in new ones, whose `argument_name` is empty.
+    The text is searched, because jsonargparse wraps argparse's errors in new ones, whose `argument_name` is
+    empty.
     """
     text = str(error)
     options = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
@@ -386,6 +392,7 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
         known = [option.removeprefix("--") for option in options.values()]
         hint = nearest(unknown[1], known).replace("did you mean ", "did you mean --")
         return f"Unknown option --{unknown[1]}{hint or help_hint}"
+    # This pattern also matches unknown options, so it comes second.
     stray = re.search(r"unrecognized arguments: (\S+)", text)
     if stray and stray[1].startswith("-"):
         return f"Unknown option {stray[1]}{help_hint}"
@@ -404,9 +411,9 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
 
 
 def _recipe_named(arguments: list[str]) -> str | None:
-    """The value of `--recipe`, which is needed first because it provides the other options' defaults.
+    """The value of `--recipe`, which is read before the other options because it provides their defaults.
 
-    Without `--recipe`, the recipe saved in the model is used: `decode --model FOLDER`.
+    Without `--recipe`, it is the recipe saved in the model folder that `--model` names.
     """
     recipe = _value_of("--recipe", arguments)
     model = _value_of("--model", arguments)

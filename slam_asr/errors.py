@@ -67,9 +67,11 @@ def from_os_error(error: OSError) -> StorageError | None:
 class Stopped(KeyboardInterrupt):
     """A signal ended the program, and its progress is saved.
 
+    As a `KeyboardInterrupt`, it passes through `except Exception`.
+
     Args:
         message: how much is done, and how to resume.
-        code: to exit with: 128 plus the signal's number.
+        code: the exit code: 128 plus the signal's number.
     """
 
     def __init__(self, message: str, code: int) -> None:
@@ -79,7 +81,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError`, a full disk or a missing permission into one line on stderr and exit code 2."""
+    """Exit with one line on stderr, instead of a traceback, after an error that the user can resolve.
+
+    The exit code is 2 after a `UserError` and after the errors that `from_os_error` explains. After `Stopped`
+    it is that exception's code, and after Ctrl-C it is 130.
+    """
     try:
         yield
     except UserError as error:

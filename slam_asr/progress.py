@@ -7,10 +7,10 @@ import time
 from tqdm import tqdm
 
 PLAIN_INTERVAL = 15.0
-"""Seconds between two plain lines: shows progress often enough, and a day's log remains readable."""
+"""Seconds between two plain lines: often enough to show progress, but a day's log remains readable."""
 
 BAR_COLUMNS = "SLAM_ASR_BAR_COLUMNS"
-"""Environment variable with a terminal's width, for a process whose output reaches it through a pipe."""
+"""Environment variable: a terminal's width in columns, for a process that writes to it through a pipe."""
 
 
 def log_line(line: str) -> None:
@@ -29,7 +29,7 @@ class Meter:
         label: what is in progress.
         total: number of items; unknown if not given.
         unit: of the items, such as `utt`.
-        plain_lines: whether to print those lines; false for callers that print their own.
+        plain_lines: whether to print lines outside a terminal; false for callers that print their own.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Meter:
         self.bar = _bar(label, total, unit)
 
     def update(self, amount: int = 1, note: str = "") -> None:
-        """Count `amount` more items as done; `note`, such as losses, is shown after the counts."""
+        """Count `amount` more items as done. A `note`, such as losses, is shown after the counts."""
         self.done += amount
         self.note = note or self.note
         if self.bar is not None:
@@ -82,7 +82,7 @@ class Meter:
 
 
 def _bar(label: str, total: int | None, unit: str) -> tqdm | None:
-    """tqdm's bar if a terminal will show it, else None."""
+    """tqdm's bar if the output reaches a terminal, else None."""
     columns = os.environ.get(BAR_COLUMNS)
     if not columns and not sys.stderr.isatty():
         return None
@@ -91,7 +91,7 @@ def _bar(label: str, total: int | None, unit: str) -> tqdm | None:
 
 
 def clock(seconds: float) -> str:
-    """Format seconds as a clock does: 75 as `1:15`, 4000 as `1:06:40`."""
+    """Format seconds as on a clock: 75 as `1:15`, 4000 as `1:06:40`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,10 +1,11 @@
-"""The table of all steps: the only list of them.
+"""The table of all steps of the pipelines. No other module lists them.
 
 The command line, the Kubeflow components, the pipelines, the cluster profiles, the image builder and the
-documentation read it. A new step is one row here, one folder in `components/`, and its place in a pipeline:
-see docs/how-to/extending.md.
+documentation read this table. A new step needs one row here, one folder in `components/`, and a place in a
+pipeline: see docs/how-to/extending.md.
 
-It needs no package beyond Python's own, because `images/build.py` runs before anything is installed.
+This module imports only Python's standard library, because `images/build.py` reads it before anything is
+installed.
 """
 
 from dataclasses import dataclass, field
@@ -24,22 +25,22 @@ class Step:
     summary: str
     """What the step does, in half a line."""
     output: str
-    """The Kubeflow output that points to its result."""
+    """The Kubeflow output that points to the step's result."""
     pipelines: tuple[str, ...]
     """The pipelines that contain the step."""
     function: str = ""
     """`module:function` that the step runs. Empty if it has no command of its own."""
     image: str = ""
-    """The step whose image it runs in. Empty if it has an image of its own."""
+    """The step in whose image this one runs. Empty if it has an image of its own."""
     torch: str = "none"
-    """The build of torch in its own image: `cuda`, `cpu` or `none`. A container with `cuda` gets the GPUs."""
+    """The build of torch in the step's own image: `cuda`, `cpu` or `none`. Steps with `cuda` get the GPUs."""
     settings_of: str = ""
-    """The step whose settings in the cluster profile its pod shares. Empty if it has its own."""
+    """The step whose settings in the cluster profile also apply to this one. Empty if it has its own."""
     options: dict[str, str] = field(default_factory=dict)
-    """The options of its command when it runs alone, with `--only`. Empty if it cannot.
+    """The options of its command when it runs alone, with `--only`. Empty if it cannot run alone.
 
-    A name in braces is replaced. That of an earlier step becomes the folder of its newest result, or with a
-    star the folders of all its work shards. The other names are
+    A name in braces is replaced. The name of an earlier step becomes the folder of that step's newest result;
+    with a star, it becomes the folders of all its work shards. The other names are
 
     - `recipe`, `corpus` and `store`: those of the run,
     - `which`: the recipe's `decoding.checkpoint`,
@@ -179,5 +180,5 @@ OWN_IMAGE = tuple(name for name, step in STEPS.items() if not step.image)
 
 
 def outputs_of(pipeline: str) -> dict[str, str]:
-    """Return a pipeline's steps in their order, each with the output that points to its result."""
+    """The steps of a pipeline in their order, each with the output that points to its result."""
     return {name: step.output for name, step in STEPS.items() if pipeline in step.pipelines}

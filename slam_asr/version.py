@@ -8,7 +8,7 @@ from pathlib import Path
 from slam_asr import __version__
 
 COMMIT = "SLAM_ASR_COMMIT"
-"""Environment variable of the container images: the commit they were built from, with + if files differed."""
+"""Environment variable of the images: the commit that they were built from, with a + if files differed."""
 
 
 def describe_version() -> str:
@@ -28,6 +28,7 @@ def _commit_of_checkout() -> str:
     if not (checkout / ".git").exists():
         return ""
     try:
+        # --exclude: describe the commit by its hash alone, never by a tag.
         command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=+", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:

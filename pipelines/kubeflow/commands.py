@@ -1,4 +1,4 @@
-"""`python -m pipelines submit | status | logs | resume`."""
+"""The commands `submit`, `status`, `logs` and `resume` of `python -m pipelines`."""
 
 import sys
 import tempfile
@@ -61,6 +61,7 @@ def submit(arguments: list[str]) -> int:
         if name not in parameters:
             raise ConfigurationError(f"The run has no {name}: give {option}.")
 
+    # These import kfp, which is slow, so a mistake in the options is reported first.
     from pipelines.kubeflow.doctor import require_trainer
     from pipelines.kubeflow.runs import follow, run_name, start
 
@@ -182,7 +183,8 @@ def _add_wait(parser: ArgumentParser) -> None:
 
 
 def _flags(arguments: list[str]) -> list[str]:
-    """Give flags without a value one, since the parser requires it: `--wait` → `--wait=true`."""
+    """Add the value that the parser requires to flags without one: `--wait` → `--wait=true`."""
+    # The last argument has no follower, so a flag there must count as one without a value.
     followers = [*arguments[1:], "--"]
     return [
         f"{argument}=true" if argument in ("--wait", "--follow") and following.startswith("--") else argument
@@ -191,10 +193,18 @@ def _flags(arguments: list[str]) -> list[str]:
 
 
 def _positional(arguments: list[str], missing: str) -> tuple[str, list[str]]:
-    """Split off the required first argument; `--help` instead of it gets a placeholder, so that it parses.
+    """Split off the required first argument.
+
+    Args:
+        arguments: all arguments after the command's name.
+        missing: the error message if there is none, without its full stop.
+
+    Returns:
+        The first argument, and the others. If the first one is `--help`, a shipped recipe takes its place,
+        because the parser that prints the help cannot be built without a recipe.
 
     Raises:
-        ConfigurationError: the argument is missing; the message is `missing`.
+        ConfigurationError: the argument is missing.
     """
     if arguments and arguments[0] == "--help":
         return next(iter(shipped_recipes())), arguments

@@ -20,15 +20,15 @@ from pipelines.cluster import Cluster
 from slam_asr.errors import ClusterError, ConfigurationError
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
-"""Environment variable: address of Kubeflow Pipelines."""
+"""Environment variable with the address of Kubeflow Pipelines."""
 TOKEN = "KFP_EXISTING_TOKEN"
-"""Environment variable: a token; the same that kfp's own command line reads."""
+"""Environment variable with a token; kfp's own command line reads it too."""
 TOKEN_FILE = "KF_PIPELINES_SA_TOKEN_PATH"
-"""Environment variable: a file with a token."""
+"""Environment variable with the path of a file that contains a token."""
 MOUNTED_TOKEN = "/var/run/secrets/kubeflow/pipelines/token"
-"""Where Kubeflow mounts a token into its notebooks and steps."""
+"""File in which Kubeflow mounts a token into its notebooks and steps."""
 PATIENCE = "SLAM_ASR_KFP_PATIENCE"
-"""Environment variable: seconds of retries while the endpoint does not answer (default 60)."""
+"""Environment variable with the seconds of retries while the endpoint does not answer (default 60)."""
 
 T = TypeVar("T")
 
@@ -49,8 +49,9 @@ class Connection:
             certificates: file with the certificates of a private authority.
 
         Raises:
-            ConfigurationError: the address is no http address.
-            ClusterError: nothing answers, something else answers, or the token is refused.
+            ConfigurationError: the address does not begin with http:// or https://, or the file that should
+                contain the token does not exist.
+            ClusterError: nothing or something other than Kubeflow Pipelines answers, or the token is refused.
         """
         self.endpoint, self.namespace = endpoint.rstrip("/"), namespace
         if not self.endpoint.startswith(("http://", "https://")):
@@ -72,12 +73,12 @@ class Connection:
         Args:
             what: the request as a verb and its object, for messages.
             request: sends the request.
-            once: never retry. For requests that create something: if the answer is lost, the object may
-                exist already.
+            once: never retry. Set it for requests that create something: if the answer is lost, the object
+                may already exist.
 
         Raises:
             NotFound: the requested object does not exist.
-            ClusterError: the API refuses the request, or temporary failures lasted for `patience` seconds.
+            ClusterError: the API refuses the request, or temporary failures lasted for `patience()` seconds.
         """
         deadline, pause = time.monotonic() + patience(), 0.2
         while True:
@@ -90,7 +91,7 @@ class Connection:
                     raise ClusterError(self._refusal(what, error)) from None
                 reason = f"{error.status} {error.reason}"
             except (urllib3.exceptions.HTTPError, ValueError, TypeError, AttributeError) as error:
-                # A truncated answer is no valid JSON, or lacks fields that the API's classes require.
+                # A truncated answer is not valid JSON, or lacks fields that the API's classes require.
                 reason = _plain(error)
             if once:
                 raise ClusterError(
@@ -111,7 +112,7 @@ class Connection:
         return f"{page.rstrip('/')}/#/runs/details/{run_id}"
 
     def _check_health(self, certificates: str | None) -> bool:
-        """Send the health check; return whether Kubeflow has several users."""
+        """Send the health check, and return whether Kubeflow is installed for several users."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         pool = urllib3.PoolManager(
             ca_certs=certificates, timeout=urllib3.Timeout(connect=5, read=20), retries=False
@@ -119,6 +120,7 @@ class Connection:
         deadline = time.monotonic() + patience()
         while True:
             try:
+                # Redirects are not followed: they most likely lead to a login page, which is reported below.
                 answer = pool.request(
                     "GET", f"{self.endpoint}/apis/v2beta1/healthz", headers=headers, redirect=False
                 )
@@ -130,7 +132,7 @@ class Connection:
                 urllib3.exceptions.NameResolutionError,
                 urllib3.exceptions.NewConnectionError,
             ) as error:
-                # A wrong address does not become right by retrying.
+                # Retrying does not help if the address is wrong.
                 raise ClusterError(
                     f"Nothing answers at {self.endpoint} ({_plain(error)}): "
                     "check --endpoint, or the port-forward to it."
@@ -185,7 +187,7 @@ class Connection:
 
 
 def add_connection_options(parser: ArgumentParser) -> None:
-    """Add the options that locate Kubeflow Pipelines to a parser."""
+    """Add to a parser the options that locate Kubeflow Pipelines."""
     parser.add_argument(
         "--endpoint",
         type=str,
@@ -196,7 +198,7 @@ def add_connection_options(parser: ArgumentParser) -> None:
 
 
 def connect(options: dict[str, Any], cluster: Cluster) -> Connection:
-    """Connect to the endpoint from the options, the environment or the profile.
+    """Connect to the endpoint that the options, the environment or the profile name, in this order.
 
     Raises:
         ConfigurationError: no endpoint is named.

@@ -26,7 +26,7 @@ from slam_asr.storage import delete, join, write_bytes
 from slam_asr.storage.s3 import CredentialsMissing
 
 SECRET_KEYS = ({"accesskey", "secretkey"}, {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
-"""The two sets of keys that the storage secret may have."""
+"""Sets of keys; the storage secret must contain one of them."""
 
 
 def doctor(arguments: list[str]) -> int:
@@ -58,7 +58,14 @@ def doctor(arguments: list[str]) -> int:
 def examine(
     cluster: Cluster, namespace: str, images: str, connected: Callable[[], Connection]
 ) -> Iterator[Finding]:
-    """Run all checks, and yield their findings as they come."""
+    """Run all checks, and yield each finding as soon as it is known.
+
+    Args:
+        cluster: the profile.
+        namespace: namespace of the runs.
+        images: template or file of image names.
+        connected: connects to Kubeflow Pipelines; a `UserError` that it raises becomes a finding.
+    """
     yield from _check_pipelines(namespace, connected)
     yield from _check_store(cluster)
     yield from _check_images(images)
@@ -119,6 +126,7 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
     if not store:
         yield Finding(UNKNOWN, "store", "the profile names none, so each run has to")
         return
+    # The storage client reads these variables. The user's own take precedence over the profile's.
     before = {name: os.environ.get(name) for name in ("AWS_ENDPOINT_URL", "AWS_REGION")}
     for name, value in (
         ("AWS_ENDPOINT_URL", cluster.storage.endpoint),
@@ -233,7 +241,8 @@ def _check_queue(cluster: Cluster, namespace: str) -> Finding:
     except kubernetes.ApiException as error:
         if error.status != 404:
             raise
-        # Kueue before 0.15 only has v1beta1. If that fails too, the queue does not exist.
+        # Kueue before 0.15 has only v1beta1. If that request is answered with 404 too, the queue does not
+        # exist, and `_finding_of` reports it.
         queues.get_namespaced_custom_object(
             "kueue.x-k8s.io", "v1beta1", namespace, "localqueues", cluster.queue.name
         )
@@ -255,7 +264,7 @@ def has_runtime(cluster: Cluster) -> bool:
     """Return whether the cluster has Kubeflow Trainer and the profile's runtime.
 
     Raises:
-        kubernetes.ApiException: no permission to read it.
+        kubernetes.ApiException: the API refuses the request, for example because a permission is missing.
     """
     try:
         kubernetes.CustomObjectsApi().get_cluster_custom_object(
@@ -269,7 +278,7 @@ def has_runtime(cluster: Cluster) -> bool:
 
 
 def require_trainer(cluster: Cluster) -> None:
-    """Check that the cluster supports multi-node training; if that cannot be checked from here, accept it.
+    """Check that the cluster supports multi-node training; accept it if this cannot be checked from here.
 
     Raises:
         ClusterError: the cluster lacks Kubeflow Trainer or the profile's runtime.
@@ -311,7 +320,9 @@ def _gpus(node: Any, step: StepSettings) -> int:
 
 
 def _fits(node: Any, step: StepSettings) -> bool:
+    """Return whether a node could run a step's pod if no other pod used its GPUs."""
     labels = node.metadata.labels or {}
+    # PreferNoSchedule, the third effect, does not exclude a node.
     taints = [taint for taint in node.spec.taints or [] if taint.effect in ("NoSchedule", "NoExecute")]
     return (
         _gpus(node, step) >= step.gpus
@@ -321,6 +332,8 @@ def _fits(node: Any, step: StepSettings) -> bool:
 
 
 def _tolerates(toleration: dict[str, str], taint: Any) -> bool:
+    # By the rules of Kubernetes, a missing effect matches every effect, and with Exists, a missing key
+    # matches every key.
     if toleration.get("effect", taint.effect) != taint.effect:
         return False
     if toleration.get("operator", "Equal") == "Exists":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 GOOD, BAD, UNKNOWN = "✓", "✗", "–"
-"""Signs of a finding: passed, failed, could not be checked from here."""
+"""Signs of a finding: the check passed, it failed, or it could not be made from here."""
 
 
 @dataclass

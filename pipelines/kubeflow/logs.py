@@ -1,4 +1,4 @@
-"""Logs of a run's steps, from the Kubernetes API: the API of Kubeflow Pipelines provides none."""
+"""Read the logs of a run's steps from the Kubernetes API: the API of Kubeflow Pipelines provides none."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,8 +11,11 @@ from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.steps import STEPS
 
 RUN_LABEL = "pipeline/runid"
+"""Label of a pod with the id of its run; Kubeflow sets it."""
 STEP_LABEL = "app.kubernetes.io/component"
+"""Label of a pod with the name of its step; `pipelines.placement.labels` sets it."""
 CONTAINER = "main"
+"""Container of a pod that runs the step."""
 
 
 def core_api() -> kubernetes.CoreV1Api:
@@ -49,13 +52,14 @@ def show(
         api: client of the cluster.
         namespace: namespace of the run.
         run_id: id of the run.
-        step: only this step; default: all.
-        follow: wait for more lines until a pod has ended.
+        step: name of the only step to print; None for all steps.
+        follow: wait for more lines until each pod has ended.
         on_line: called with each line.
 
     Raises:
         ConfigurationError: there is no such step.
-        ClusterError: permission is missing, or the run has no pods (any more).
+        ClusterError: permission is missing, the API does not answer, or the run has no pods, perhaps because
+            they were deleted.
     """
     if step is not None and step not in STEPS:
         raise ConfigurationError(f"There is no step {step}: --step may be {', '.join(STEPS)}.")
@@ -73,6 +77,7 @@ def show(
             f"There are no pods {which}of the run {run_id} in {namespace}: they have not started yet, or "
             "were deleted; the dashboard may still have their logs."
         )
+    # Pods without a creation time come last: the first item avoids a comparison of None with a time.
     for pod in sorted(
         selected,
         key=lambda p: (p.metadata.creation_timestamp is None, p.metadata.creation_timestamp, p.metadata.name),
@@ -88,6 +93,7 @@ def show(
 
 def _open_log(api: kubernetes.CoreV1Api, namespace: str, pod: str, follow: bool) -> Any:
     def request() -> Any:
+        # Without preloading, the client returns a stream instead of waiting for the complete log.
         return api.read_namespaced_pod_log(
             pod, namespace, container=CONTAINER, follow=follow, _preload_content=False
         )
@@ -101,7 +107,7 @@ def call_kubernetes(namespace: str, what: str, request: Callable[[], Any]) -> An
     Args:
         namespace: namespace of the request, for messages.
         what: the request as a verb and its object, for messages.
-        request: sends it.
+        request: sends the request.
 
     Raises:
         ClusterError: the API refuses the request, or does not answer.
@@ -132,6 +138,7 @@ def _reason_to_wait(pod: Any) -> str:
 
 
 def _lines(answer: Any) -> Iterator[str]:
+    # A chunk may end within a line, or within a UTF-8 character, so only complete lines are decoded.
     rest = b""
     for chunk in answer.stream(8192):
         *complete, rest = (rest + chunk).split(b"\n")

@@ -15,6 +15,7 @@ _MANIFESTS = ", ".join(
         "application/vnd.docker.distribution.manifest.v2+json",
     )
 )
+"""Accepted kinds of manifests. A registry may answer 404 for an image of a kind that is not accepted."""
 
 
 _LOGIN_REQUIRED = (
@@ -24,7 +25,12 @@ _LOGIN_REQUIRED = (
 
 
 def check_image(stage: str, image: str) -> Finding:
-    """Check that a stage's image exists, without pulling it."""
+    """Check that a stage's image exists, without pulling it.
+
+    Args:
+        stage: name of the stage, for the message.
+        image: name of the image, with a tag or a digest; without either, the tag is `latest`.
+    """
     subject = f"image {image}"
     registry, slash, rest = image.partition("/")
     if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
@@ -35,6 +41,7 @@ def check_image(stage: str, image: str) -> Finding:
             "push it (`make images REGISTRY=… PUSH=1`) and name it with its registry.",
         )
     name, _, reference = rest.partition("@") if "@" in rest else rest.rpartition(":")
+    # If the name has neither a tag nor a digest, rpartition returns all of it as the last part.
     if not name:
         name, reference = rest, "latest"
     scheme = "http" if re.match(r"(localhost|127\.)", registry) else "https"
@@ -71,7 +78,12 @@ def check_image(stage: str, image: str) -> Finding:
 
 
 def _anonymous_token(pool: urllib3.PoolManager, challenge: str) -> str | None:
-    """Return the token that the registry gives to anonymous users, or None."""
+    """Return the token that the registry gives to anonymous users, or None if it gives none.
+
+    Args:
+        pool: sends the request.
+        challenge: the header WWW-Authenticate of the registry's answer 401, which names the token server.
+    """
     fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
     if not challenge.lower().startswith("bearer") or "realm" not in fields:
         return None

@@ -34,15 +34,17 @@ class RunStep:
     """One step of a run in Kubeflow; a step in a loop has one `RunStep` per iteration."""
 
     key: str
+    """Id of the task in Kubeflow, which differs between the iterations of a loop."""
     name: str
     state: str
+    """State in Kubeflow, such as RUNNING; PENDING if it has none yet."""
     started: datetime | None
     ended: datetime | None
     error: str
 
     @property
     def seconds(self) -> float:
-        """Duration so far; 0 before the start."""
+        """Duration so far, in seconds; 0 before the start."""
         if self.started is None:
             return 0.0
         return max(0.0, ((self.ended or datetime.now(UTC)) - self.started).total_seconds())
@@ -55,9 +57,14 @@ class RunStep:
 
 
 def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> tuple[str, str, str]:
-    """Upload a package as a version of its pipeline, unless this content was uploaded before.
+    """Upload a package as a version of its pipeline, unless the same content was uploaded before.
 
-    The version's name contains a digest of the package, so that the version can be found again.
+    The version's name contains a digest of the package, by which an earlier upload is recognised.
+
+    Args:
+        connection: the connection to Kubeflow Pipelines.
+        package: the compiled pipeline.
+        pipeline: name of the pipeline.
 
     Returns:
         The ids of the pipeline and the version, and the name of the version.
@@ -112,7 +119,7 @@ def start(
     """Upload a package and start a run of it.
 
     Args:
-        connection: the API.
+        connection: the connection to Kubeflow Pipelines.
         package: the compiled pipeline.
         name: display name of the run.
         experiment: name of the experiment that groups the runs.
@@ -129,6 +136,7 @@ def start(
     client = connection.client
     pipeline_id, version_id, _ = upload(connection, package, pipeline)
     namespace = connection.namespace if connection.multi_user else None
+    # The client returns an existing experiment of that name, so this request may be retried.
     group = connection.call(
         "create the experiment", lambda: client.create_experiment(experiment, namespace=namespace)
     )
@@ -213,7 +221,7 @@ def follow(connection: Connection, run_id: str, log_line: Callable[[str], None],
     """Log each change of a step's state until the run has ended.
 
     Args:
-        connection: the API.
+        connection: the connection to Kubeflow Pipelines.
         run_id: id of the run.
         log_line: called with each line.
         interval: seconds between two requests.
@@ -222,7 +230,7 @@ def follow(connection: Connection, run_id: str, log_line: Callable[[str], None],
         The exit code: 0 if the run succeeded, else 1.
 
     Raises:
-        ClusterError: temporary failures lasted for `patience` seconds (see `Connection.call`).
+        ClusterError: temporary failures lasted for `patience()` seconds (see `Connection.call`).
     """
     logged: dict[str, str] = {}
     while True:
@@ -263,13 +271,17 @@ def retry(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:
 
 
 def _complete(run: Any) -> kfp_server_api.V2beta1Run:
-    """Raise ValueError if the response is truncated (it has no id), so that the request is retried."""
+    """Return a run, but raise ValueError if it has no id, so that `Connection.call` repeats the request.
+
+    A response that was truncated may still be valid JSON.
+    """
     if not getattr(run, "run_id", None):
         raise ValueError("the response was truncated")
     return run
 
 
 def _pages(connection: Connection, what: str, page: Callable[[str], Any], field: str) -> list[Any]:
+    """Return the items of all pages of a list: the `field` of each answer to `page(token)`."""
     items: list[Any] = []
     token = ""
     while True:

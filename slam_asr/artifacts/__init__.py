@@ -1,1 +1,1 @@
-"""The contracts between stages: what lies on disk or in the bucket, how it is written, read and checked."""
+"""The contracts between stages: files on disk or in a bucket, and how they are written, read and checked."""

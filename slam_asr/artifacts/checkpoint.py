@@ -1,16 +1,17 @@
-"""Checkpoints: everything a training needs to resume as if it had never been interrupted.
+"""Checkpoints: everything that a training needs to resume as if it had never been interrupted.
 
-A folder `step-N` holds the trained weights, and none of the frozen ones:
+A folder `step-N` contains the trained weights, but none of the frozen ones:
 
-- `weights-R-of-W.safetensors` and `moments-R-of-W.safetensors`, one of each per process R of W: complete
-  tensors in fp32 (weights by name; moments as `exp_avg/NAME` and `exp_avg_sq/NAME`). Any engine on any number
-  of processes can resume from them, and no pickle is ever read;
+- `weights-R-of-W.safetensors` and `moments-R-of-W.safetensors`, written by process R of W: tensors in fp32,
+  each complete (weights by name; Adam's moments as `exp_avg/NAME` and `exp_avg_sq/NAME`). Any engine can
+  resume from them with any number of processes, and no pickle is ever read;
 - `random-R-of-W.safetensors`: the state of process R's random number generators;
-- `curve.jsonl`: the curve up to this step;
-- `checkpoint.json`: the step, the loop's counts, the inputs of the training, and size and SHA-256 of every
-  file. It is written last; a folder without it is incomplete and ignored.
+- `curve.jsonl`: the training curve up to this step;
+- `checkpoint.json`: the step, the loop's counts, the inputs of the training, and the size and SHA-256 of
+  every file. It is written last. A folder without it is incomplete and ignored.
 
-Next to these folders, the files `latest` and `best` each contain the name of one. They are updated last.
+Next to these folders are two pointers, the files `latest` and `best`, each with the name of a folder. They
+are updated after the folder is complete.
 """
 
 import json
@@ -43,31 +44,31 @@ class Checkpoint:
     """The content of `checkpoint.json`."""
 
     step: int
-    """Optimiser steps done."""
+    """Number of optimiser steps before this checkpoint."""
     epoch: int
     updates: int
-    """Updates that Adam has made: fewer than steps if some were skipped."""
+    """Number of updates that Adam has made. It is less than `step` if some updates were skipped."""
     engine: str
     processes: int
     inputs: dict[str, Any]
-    """What the training depends on: models, data, and the part of the recipe that affects the weights."""
+    """Everything that the weights depend on: models, data, and the part of the recipe that affects them."""
     counts: dict[str, Any] = field(default_factory=dict)
-    """State of the training loop: the fields of `loop.Counts`."""
+    """State of the training loop: the fields of `training.resumer.Counts`."""
     loss_scale: dict[str, float] = field(default_factory=dict)
     dev_loss: float | None = None
-    """Dev loss after this step; None if it was not measured."""
+    """Loss on the dev set after this step; None if it was not measured."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Size in bytes and SHA-256 of each file, by name."""
+    """For each file, by name, its size in bytes and its SHA-256."""
     folder: str = ""
-    """Folder that the description was read from; not part of the file."""
+    """The folder that this description was read from. It is not saved in the file."""
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """The name of the checkpoint's folder."""
         return folder_name(self.step)
 
     def file(self, name: str) -> str:
-        """Return a local path of one of its files, after comparing its SHA-256.
+        """Return a local path of one of the checkpoint's files, after checking its SHA-256.
 
         Raises:
             ModelError: the file is missing, or differs from what was written.
@@ -87,17 +88,27 @@ class Checkpoint:
         return str(local)
 
     def tensors(self, kind: str) -> LazyTensors:
-        """Tensors of all files of one kind (`weights` or `moments`), by name; each is read on first use."""
+        """Open the tensors in all files of one kind, without reading them yet.
+
+        Args:
+            kind: `weights` or `moments`.
+
+        Returns:
+            The tensors of all processes by name, in fp32 on the CPU. Each is read on every access.
+
+        Raises:
+            ModelError: a file is missing or damaged.
+        """
         return lazy_tensors(self.file(name) for name in sorted(self.files) if name.startswith(f"{kind}-"))
 
 
 def folder_name(step: int) -> str:
-    """Name of the folder of a step's checkpoint; names sort as steps do."""
+    """Return the name of the folder of a step's checkpoint. The names sort in the order of the steps."""
     return f"step-{step:08d}"
 
 
 def file_name(kind: str, rank: int, processes: int) -> str:
-    """Name of the file of one kind that one process writes."""
+    """Return the name of the file of one kind that process `rank` of `processes` writes."""
     return f"{kind}-{rank:05d}-of-{processes:05d}.safetensors"
 
 
@@ -105,14 +116,14 @@ def find(folder: str, pointer: str = LATEST) -> Checkpoint | None:
     """Read the description of the checkpoint that a pointer names.
 
     Args:
-        folder: of all checkpoints.
+        folder: the folder that contains all checkpoints.
         pointer: `latest` or `best`.
 
     Returns:
         The checkpoint, or None if the pointer does not exist.
 
     Raises:
-        ModelError: the checkpoint is missing or incomplete.
+        ModelError: the checkpoint is missing or incomplete, or its description is damaged.
     """
     path = join(folder, pointer)
     if not exists(path):
@@ -138,11 +149,11 @@ def _read(folder: str, name: str) -> Checkpoint:
 
 
 def require(folder: str, pointer: str = LATEST) -> Checkpoint:
-    """Read the description of the checkpoint that a pointer names, which must exist.
+    """Read the description of the checkpoint that a pointer names, as `find` does; the pointer must exist.
 
     Raises:
         InputError: the folder holds no checkpoint.
-        ModelError: the checkpoint is missing or incomplete.
+        ModelError: the checkpoint is missing or incomplete, or its description is damaged.
     """
     checkpoint = find(folder, pointer)
     if checkpoint is None:
@@ -158,7 +169,7 @@ def all_complete(folder: str) -> list[Checkpoint]:
 
     Raises:
         InputError: the folder holds no checkpoint.
-        ModelError: the latest one is missing or incomplete.
+        ModelError: the latest one is missing or incomplete, or a description is damaged.
     """
     latest = require(folder)
     names = sorted(
@@ -174,12 +185,12 @@ def all_complete(folder: str) -> list[Checkpoint]:
 def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
     """Publish a checkpoint whose other files are complete, and prune older ones.
 
-    Writes the description and then the pointers: readers cannot see the checkpoint before that.
+    The description is written before the pointers, so readers never find an incomplete checkpoint.
 
     Args:
-        folder: of all checkpoints.
-        checkpoint: the newest.
-        keep: number of the newest checkpoints to retain; the best one is always retained.
+        folder: the folder that contains all checkpoints.
+        checkpoint: the newest checkpoint.
+        keep: how many of the newest checkpoints to retain. The best one is always retained.
     """
     content = asdict(checkpoint)
     del content["folder"]
@@ -196,13 +207,14 @@ def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
 def prune(folder: str, keep: int) -> None:
     """Remove checkpoints before the latest, except the newest `keep` complete ones and the best one.
 
-    Folders after the latest are not touched: other processes may already be writing the next checkpoint.
+    Folders of later steps are not touched, because other processes may already write the next checkpoint.
     """
     latest, *best = [
         read_bytes(join(folder, p)).decode().strip() for p in (LATEST, BEST) if exists(join(folder, p))
     ]
     files = [f.name for f in walk(folder) if "/" in f.name]
     complete = sorted({name.partition("/")[0] for name in files if name.endswith(f"/{DESCRIPTION}")})
+    # Names sort as steps do, so comparing names compares steps.
     retained = {latest, *best, *[name for name in complete if name <= latest][-keep:]}
     _remove(
         folder,
@@ -215,7 +227,7 @@ def prune(folder: str, keep: int) -> None:
 
 
 def discard_newer_than_latest(folder: str) -> None:
-    """Remove what an interrupted attempt left: checkpoints after the latest, and temporary files.
+    """Remove what an interrupted attempt left: checkpoints newer than the latest, and temporary files.
 
     Call it only while no process writes to the folder.
     """
@@ -232,14 +244,14 @@ def discard_newer_than_latest(folder: str) -> None:
 
 
 def _remove(folder: str, files: list[str]) -> None:
-    # The description goes first, so that a half-removed checkpoint does not look complete.
+    # The description is removed first, so that a half-removed checkpoint does not look complete.
     for name in sorted(files, key=lambda n: not n.endswith(f"/{DESCRIPTION}")):
         delete(join(folder, name))
     _remove_empty(folder)
 
 
 def clear(folder: str) -> None:
-    """Remove all checkpoints; the pointers go first, so that they never name a removed one."""
+    """Remove all checkpoints, the pointers first, so that they never name a removed checkpoint."""
     for name in (LATEST, BEST):
         delete(join(folder, name))
     for file in list(walk(folder)):
@@ -248,6 +260,7 @@ def clear(folder: str) -> None:
 
 
 def _remove_empty(folder: str) -> None:
+    # Object storage has no folders.
     if not is_s3(folder) and local_path(folder).is_dir():
         for inner in local_path(folder).iterdir():
             if inner.is_dir() and not any(inner.iterdir()):

@@ -1,8 +1,8 @@
 """Word error rate: how many words of the references a recogniser got wrong.
 
 WER = (substitutions + deletions + insertions) / words in the references. Each of these is summed over all
-utterances before dividing. jiwer finds the alignment with the fewest errors. If an utterance has no hypothesis,
-all its words count as deletions; no utterance is left out. Insertions can raise the rate above 1.
+utterances before dividing. jiwer finds the alignment with the fewest errors. If an utterance has no
+hypothesis, all its words count as deletions; no utterance is left out. Insertions can raise the rate above 1.
 """
 
 import json
@@ -110,8 +110,8 @@ def write_hypotheses(path: str | Path, rows: Iterable[Hypothesis]) -> None:
 def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
     """Write `decode_log_pred` and `decode_log_gt` in SLAM-LLM's format, for tools that read it.
 
-    `decode_log_pred` contains the hypotheses and `decode_log_gt` the references. Each line is a key, a tab and
-    a text.
+    `decode_log_pred` contains the hypotheses and `decode_log_gt` the references. Each line is a key, a tab
+    and a text.
     """
     ordered = sorted(rows, key=lambda row: (row.key, row.subset))
     for name, texts in (

@@ -1,14 +1,14 @@
 """Manifests: lists of utterances, each with its audio file and its transcript.
 
-A manifest is a file of JSON lines, one utterance per line. `key`, `source` and `target` have the same names
-as in SLAM-LLM, so SLAM-LLM's files can be read without conversion. `build-manifest` adds `duration`,
-`sample_rate` and `sha256`. `start` makes the utterance a segment of a longer file. Any other field is passed
-through unchanged:
+A manifest is a file of JSON lines, with one utterance per line. `key`, `source` and `target` have the same
+names as in SLAM-LLM, so SLAM-LLM's files can be read without conversion. `build-manifest` adds `duration`,
+`sample_rate` and `sha256`. With `start`, the utterance is a segment of a longer file. Any other field is
+passed through unchanged. An example:
 
     {"key": "1001-134707-0000", "source": "/data/x.flac", "target": "…", "duration": 12.3, "subset": "test"}
 
 A manifest may have millions of lines and may be in object storage. It is read line by line, every line is
-checked, and sorting uses local disk, so memory does not grow with the length of the lines.
+checked, and sorting uses local disk. Memory therefore does not grow with the length of the lines.
 """
 
 import hashlib
@@ -42,13 +42,13 @@ class Utterance:
     target: str
     """The transcript."""
     start: float | None = field(default=None, kw_only=True)
-    """Where a segment begins in the file, in seconds; None if the utterance is the complete file."""
+    """Where the segment begins in the file, in seconds. None if the utterance is the complete file."""
     duration: float | None = None
-    """Length in seconds of the segment, or of the file if `start` is None: samples at 16 kHz / 16 000."""
+    """Length in seconds of the segment, or of the file if `start` is None: samples at 16 kHz / 16,000."""
     sample_rate: int | None = None
     """The file's own rate in Hz; `audio.load_audio` always resamples to 16 kHz."""
     sha256: str | None = None
-    """SHA-256 of the audio file's bytes, for a segment too."""
+    """SHA-256 of the bytes of the complete audio file, even if the utterance is a segment of it."""
     extra: dict[str, Any] = field(default_factory=dict)
     """All other fields of the line, unchanged."""
 
@@ -64,10 +64,10 @@ class Utterance:
 
     @property
     def audio_id(self) -> str:
-        """Identifier of the audio's content, 64 hexadecimal digits: the key of its features in a store.
+        """Identifier of the audio's content in 64 hexadecimal digits. Feature stores use it as the key.
 
-        For a complete file this is the SHA-256 of the file's bytes. For a segment it is a digest of that
-        SHA-256 and the segment's start and duration. The file is read if the manifest has no `sha256`.
+        For a complete file, this is the SHA-256 of the file's bytes. For a segment, it is a digest of that
+        SHA-256 and of the segment's start and duration. The file is read if the manifest has no `sha256`.
 
         Raises:
             AudioError: the manifest has no `sha256`, and the file is missing.
@@ -79,17 +79,17 @@ class Utterance:
 
 
 class Manifest(Sequence[Utterance]):
-    """The utterances of a manifest, in file order, each parsed on access.
+    """The utterances of a manifest in file order. Each is parsed when it is accessed.
 
-    Memory holds the offset of each line (8 bytes per utterance), not its content. Threads and forked
-    processes may share an instance. It can be pickled; the file must then be accessible to the process that
-    unpickles it. Use `read_manifest` to create one.
+    Memory holds the offset of each line (8 bytes per utterance) instead of its content. Threads and forked
+    processes may share an instance. It can be pickled if the process that unpickles it can access the file.
+    `read_manifest` creates instances.
     """
 
     def __init__(self, path: str | os.PathLike[str], offsets: np.ndarray) -> None:
         self.path = _absolute(path)
         self._offsets = offsets
-        """int64 [utterances + 1]: the offset in bytes of each line, and the end of the last line."""
+        """int64 [utterances + 1]: where each utterance's line begins, in bytes; and the size of the file."""
         self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
@@ -105,17 +105,19 @@ class Manifest(Sequence[Utterance]):
         i = range(len(self))[index]
         file = self._file
         if file is None:
-            # Two threads may both open the file here. The local variable keeps each one's own open until it
-            # has read.
+            # Two threads may both open the file here, and the attribute then refers to only one of the two.
+            # The local variable keeps a thread's own file open until the thread has read from it.
             file = self._file = open(fetch(self.path), "rb", buffering=0)  # noqa: SIM115 - closed with the object
+        # Blank lines before the next utterance are read too. JSON ignores them.
         start, end = int(self._offsets[i]), int(self._offsets[i + 1])
-        # pread rather than seek and read, because threads and forked processes share the file's position.
+        # pread instead of seek and read, because threads and forked processes share the file's position.
         line = os.pread(file.fileno(), end - start, start)
         return _utterance(line, parent_of(self.path), self._location(i))
 
     def __iter__(self) -> Iterator[Utterance]:
         folder = parent_of(self.path)
         lines = _lines(fetch(self.path))
+        # Not strict: lines that were appended since the manifest was opened are not part of it.
         for i, (_, _, line) in zip(range(len(self)), lines, strict=False):
             yield _utterance(line, folder, self._location(i))
 
@@ -140,10 +142,10 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Open a manifest and check every line of it.
 
     Args:
-        path: a local path or s3:// URI.
+        path: a local path or an s3:// URI.
 
     Raises:
-        InputError: the file is missing or has no utterances, a line is not an utterance, or a key is
+        InputError: the file is missing or contains no utterances, a line is not an utterance, or a key is
             repeated.
     """
     file = _manifest_file(path)
@@ -162,9 +164,9 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def iterate_manifest(path: str | os.PathLike[str]) -> Iterator[tuple[int, Utterance]]:
-    """Read a manifest line by line; yield line numbers (from 1) and utterances.
+    """Read a manifest line by line; yield the line number (from 1) and the utterance of each line.
 
-    Blank lines are skipped. Keys are not checked for repetition, which would need memory for all of them.
+    Blank lines are skipped. Repeated keys are not noticed, because that would need memory for all keys.
 
     Raises:
         InputError: the file is missing, or a line is not an utterance.
@@ -176,12 +178,12 @@ def iterate_manifest(path: str | os.PathLike[str]) -> Iterator[tuple[int, Uttera
 
 
 def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]) -> None:
-    """Write a manifest sorted by key, atomically; the same utterances always give the same bytes.
+    """Write a manifest atomically, sorted by key. The same utterances always give the same bytes.
 
     Args:
-        path: a local path or s3:// URI.
-        utterances: in any order; if they exceed `ExternalSort`'s memory limit, they are sorted through local
-            disk.
+        path: a local path or an s3:// URI.
+        utterances: the utterances in any order. If they exceed the memory limit of `ExternalSort`, they are
+            sorted on local disk.
     """
     with ExternalSort(_temporary_folder(path)) as ordered:
         for utterance in utterances:
@@ -190,7 +192,7 @@ def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]
 
 
 def manifest_line(utterance: Utterance) -> bytes:
-    """Format an utterance as a line of a manifest, newline included."""
+    """Format an utterance as a line of a manifest, including the newline."""
     return json_line(_fields(utterance))
 
 
@@ -208,15 +210,16 @@ def write_json_lines(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]
 def json_line(row: dict[str, Any]) -> bytes:
     """Format a JSON object as one line.
 
-    A file name that is not UTF-8 (Python holds it with lone surrogates) is escaped and reads back as the same
-    name.
+    A file name that is not UTF-8, which Python represents with lone surrogates, is escaped. It is read back
+    as the same name.
     """
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[bytes]) -> None:
-    """Write lines to a local file or an object as they arrive; nothing is visible until all are written."""
+    """Write lines to a local file or an object as they arrive. It becomes visible when all are written."""
     remote = is_s3(path)
+    # Shortened, because file systems limit names to 255 bytes, and the temporary name is longer.
     name = name_of(path)[:200]
     partial = _temporary_folder(path) / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
     try:
@@ -232,14 +235,14 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[bytes]) -> None:
     except OSError as error:
         if error.filename not in (None, str(partial)):
             raise
-        # Name the file that the user knows, not the temporary one.
+        # The message names the file that the user knows instead of the temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _temporary_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder for unfinished files: that of a local file, or one in the cache for an object."""
+    """Return the folder for unfinished files: next to a local file, or in the cache for an object."""
     folder = cache_folder() / "work" if is_s3(path) else local_path(path).absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -250,7 +253,7 @@ def _absolute(path: str | os.PathLike[str]) -> str:
 
 
 def _manifest_file(path: str | os.PathLike[str]) -> Path:
-    """The manifest on local disk, fetched first if it is in object storage."""
+    """Return a manifest's path on local disk, after fetching it if it is in object storage."""
     remedy = "check the path, or write one with `slam-asr build-manifest`."
     if is_s3(path):
         if not exists(path):
@@ -270,8 +273,8 @@ def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
     """Yield the number (from 1), offset in bytes and content of each line that is not blank."""
     offset = 0
     with open(file, "rb", buffering=2**20) as lines:
-        # Bytes, because offsets count them; str.splitlines would also split inside a transcript, as at
-        # U+2028.
+        # The file is read as bytes, because offsets count bytes. In addition, str.splitlines would also split
+        # inside a transcript, for example at U+2028.
         for number, line in enumerate(lines, start=1):
             if not line.isspace():
                 yield number, offset, line
@@ -281,11 +284,11 @@ def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
 def _refuse_repeated_keys(path: str | os.PathLike[str], file: Path, hashes: np.ndarray) -> None:
     """Raise if two lines have the same key.
 
-    Keys are compared by hash first, which needs 8 bytes per utterance. Only lines whose hashes collide are
-    read again.
+    Keys are first compared by their hashes, which need 8 bytes per utterance. Only lines whose hashes are
+    equal are parsed again.
 
     Args:
-        path: the manifest's name for messages.
+        path: the manifest's name, for error messages.
         file: the manifest on local disk.
         hashes: int64 [utterances], the hash of each line's key.
     """
@@ -328,7 +331,7 @@ _RULES = {
 }
 
 Location = Callable[[], str]
-"""Describes a file and line for a message. A function, so that the text is formatted only for a bad line."""
+"""Returns a text with file and line for a message. A function, so that only bad lines cost the formatting."""
 
 
 def _location(path: str | os.PathLike[str], number: int) -> Location:
@@ -343,8 +346,9 @@ def _utterance(line: bytes, folder: str, where: Location) -> Utterance:
 
 
 def _checked_fields(line: bytes, where: Location) -> dict[str, Any]:
-    """The fields of a line, after a check of those that this project knows."""
+    """Parse a line and check the fields that this project knows; return all fields."""
     try:
+        # utf-8-sig removes the byte order mark with which some programs begin a file.
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where()} is not JSON ({error}): each line must be one JSON object.") from error
@@ -381,7 +385,7 @@ def _check_optional(name: str, value: Any, where: Location) -> None:
         _check_text(name, value, where)
         return
     kinds = int if name == "sample_rate" else (int, float)
-    # JSON's true and false are ints in Python.
+    # JSON's true and false are ints in Python, so they must be excluded.
     valid = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
     if not valid or (value == 0 and name != "start"):
         raise InputError(f"{where()}: {name} must be {_RULES[name]}, not {json.dumps(value)[:60]}.")

@@ -1,8 +1,8 @@
 """The model folder: `projector.safetensors`, `config.json`, and everything else that was trained.
 
-Apart from the folder, decoding needs only the two base models, which config.json names together with the
-SHA-256 of their weights. If the recipe trained more than the projector, the folder contains that in common
-formats: `adapter/` as peft writes it, `llm/` and `encoder/` as transformers writes them.
+Apart from the folder, decoding needs only the two base models. config.json names them, together with the
+SHA-256 of their weights. Whatever the recipe trained besides the projector is in the folder in common
+formats: `adapter/` as peft writes it, and `llm/` and `encoder/` as transformers writes them.
 """
 
 import json
@@ -44,9 +44,9 @@ class ModelConfig:
     """The content of `config.json`."""
 
     recipe: str
-    """The resolved recipe as YAML: encoder, LLM, projector, prompt, and how it was trained."""
+    """The resolved recipe as YAML: encoder, LLM, projector, prompt, and the settings of the training."""
     encoder: dict[str, Any]
-    """Fingerprint of the base encoder: weights' sha256, preprocessing."""
+    """Fingerprint of the base encoder: the digest of its weights, and its preprocessing."""
     llm_sha256: str
     """Digest of the base LLM's weights, from `weights_sha256`."""
     encoder_width: int
@@ -68,14 +68,15 @@ def write_model(
 ) -> None:
     """Write a model's projector and configuration.
 
-    The configuration is written last, so a folder with an interrupted write is no model.
+    The configuration is written last, so a folder in which writing was interrupted is not a model.
 
     Args:
-        folder: of the model.
-        projector: its weights, by their names in `SpeechProjector`.
-        config: for config.json.
-        half: save the projector in fp16 instead of fp32.
+        folder: the model's folder.
+        projector: the projector's weights on the CPU, by their names in `SpeechProjector`, of any dtype.
+        config: the content of config.json.
+        half: whether to save the projector in fp16 instead of fp32.
     """
+    # An old configuration must not vouch for new weights if the writing is interrupted.
     (folder / CONFIG).unlink(missing_ok=True)
     write_atomically(
         folder / WEIGHTS,
@@ -93,10 +94,11 @@ def read_config(model: str | Path) -> ModelConfig:
     """Read a model's configuration.
 
     Args:
-        model: folder or s3:// prefix of a model, or the name of a shipped one.
+        model: a model's folder or s3:// prefix, or the name of a shipped model.
 
     Raises:
-        ModelError: the folder is no model, or has a newer format.
+        ModelError: the folder is not a model, or has a newer format.
+        StorageError: the prefix holds no objects, or cannot be read.
     """
     path = fetch_model(model) / CONFIG
     if not path.is_file():
@@ -115,7 +117,7 @@ def read_config(model: str | Path) -> ModelConfig:
 
 
 def model_digests(model: str | Path) -> dict[str, str]:
-    """The SHA-256 of each file of a model that influences its output, by path in the folder."""
+    """Compute the SHA-256 of each file that influences a model's output, by path in the model's folder."""
     folder = local_path(model)
     files = [folder / CONFIG, folder / WEIGHTS]
     files += [
@@ -124,17 +126,23 @@ def model_digests(model: str | Path) -> dict[str, str]:
         for f in sorted((folder / part).glob("*"))
         if f.suffix in (".json", ".safetensors")
     ]
+    # Hidden files do not influence the output. One of them only caches the digest of the weights.
     return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if not f.name.startswith(".")}
 
 
 def encoder_of(model: str | Path, base: Encoder) -> Encoder:
-    """The recipe's section with the model's own trained encoder, if it has one, as the encoder's name."""
+    """Return a recipe's section `encoder` in which a model's own trained encoder replaces the base encoder.
+
+    Args:
+        model: the model's local folder.
+        base: the section that names the base encoder. It is returned unchanged if the model has no encoder.
+    """
     own = local_path(model) / ENCODER
     return replace(base, name=str(own)) if own.is_dir() else base
 
 
 def read_projector(model: str | Path, config: ModelConfig) -> SpeechProjector:
-    """Load the trained projector in float32.
+    """Load a model's trained projector in float32, frozen, on the CPU.
 
     Raises:
         ModelError: the weights are missing, damaged or not finite, or contradict the configuration.
@@ -155,15 +163,16 @@ def projector_from_weights(
     """Build a frozen float32 projector from its weights.
 
     Args:
-        weights: by their names in `SpeechProjector`, of any dtype.
+        weights: the weights by their names in `SpeechProjector`, of any floating-point dtype.
         options: the recipe's section `projector`.
         encoder_width: values per encoder frame.
         llm_width: values per LLM position.
-        where: where the weights come from, for error messages.
+        where: the origin of the weights, for error messages.
 
     Raises:
         ModelError: the weights are not finite, or do not fit the options and widths.
     """
+    # On the meta device shapes are compared without allocating weights that would be replaced anyway.
     with torch.device("meta"):
         projector = build_projector(options, encoder_width, llm_width)
     expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
@@ -189,12 +198,12 @@ def projector_from_weights(
 
 
 def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
-    """Write a LoRA adapter as peft does.
+    """Write a LoRA adapter in peft's format, in float32.
 
     Args:
-        folder: of the model; the adapter is written to `adapter/` in it.
-        weights: by their names in the LLM, such as `…q_proj.lora_A.default.weight`.
-        recipe: rank, alpha, targets, and the LLM's name.
+        folder: the model's folder. The adapter is written to `adapter/` in it.
+        weights: the adapter's weights by their names in the LLM, such as `…q_proj.lora_A.default.weight`.
+        recipe: contains rank, alpha, target modules, and the LLM's name.
     """
     from slam_asr.models.llm import lora_config
 
@@ -211,17 +220,23 @@ def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Rec
 
 
 def read_adapter(model: str | Path) -> dict[str, torch.Tensor]:
-    """Read the adapter's weights, by their names in the LLM; empty if the model has no adapter.
+    """Read a model's LoRA adapter.
+
+    Args:
+        model: the model's local folder.
+
+    Returns:
+        The adapter's weights on the CPU by their names in the LLM. Empty if the model has no adapter.
 
     Raises:
-        ModelError: its file is damaged or missing.
+        ModelError: the adapter's file is damaged or missing.
     """
     folder = local_path(model) / ADAPTER
     return read_peft(folder) if folder.is_dir() else {}
 
 
 def adapter_file(folder: Path) -> Path:
-    """Find the file with the weights in a folder that peft wrote.
+    """Find the file with the weights in a folder that peft wrote: safetensors, or else a pickle.
 
     Raises:
         ModelError: the folder has no such file.
@@ -236,10 +251,13 @@ def adapter_file(folder: Path) -> Path:
 
 
 def read_peft(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights in a folder that peft wrote, by their names in the LLM.
+    """Read the weights in a folder that peft wrote.
+
+    Returns:
+        The adapter's weights on the CPU by their names in the LLM.
 
     Raises:
-        ModelError: its file is damaged or missing.
+        ModelError: the adapter's file is damaged or missing.
     """
     file = adapter_file(folder)
     if file.suffix == ".bin":
@@ -255,7 +273,7 @@ def read_peft(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _with_adapter_name(name: str) -> str:
-    """`….lora_A.weight` → `….lora_A.default.weight`: peft's files omit the adapter's name."""
+    """Insert the adapter's name, which peft's files omit: `….lora_A.weight` → `….lora_A.default.weight`."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.default.{last}"
 
@@ -266,14 +284,15 @@ def require_matching_weights(
     """Check that weights fit a module.
 
     Args:
-        module: it may be on the meta device.
-        weights: by their names in the module.
-        where: the checkpoint, for error messages.
-        trained: names that `weights` must contain.
+        module: the module, which may be on the meta device.
+        weights: the weights by their names in the module.
+        where: the checkpoint's path, for error messages.
+        trained: the names that `weights` must contain. It may contain others, but only names in the module.
 
     Raises:
         ModelError: a weight is missing, unknown, of another shape, or not finite.
     """
+    # Duplicates are included, so that every name of a tied weight is known.
     own = dict(module.named_parameters(remove_duplicate=False))
     missing = [n for n in trained if n not in weights]
     if missing:
@@ -297,17 +316,19 @@ def require_matching_weights(
 def replace_weights(
     module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
 ) -> None:
-    """Check with `require_matching_weights`, then replace these weights of the module.
+    """Check weights with `require_matching_weights`, then copy them into the module.
+
+    The module's other weights remain unchanged. The arguments are those of `require_matching_weights`.
 
     Raises:
-        ModelError: they do not fit.
+        ModelError: the weights do not fit.
     """
     require_matching_weights(module, weights, where, trained)
     module.load_state_dict(weights, strict=False)
 
 
 def shipped_models() -> dict[str, Path]:
-    """The folder of each shipped model, by name."""
+    """Return the folder of each model that comes with the package, by name."""
     return (
         {folder.name: folder for folder in sorted(SHIPPED.iterdir()) if folder.is_dir()}
         if SHIPPED.is_dir()
@@ -316,7 +337,10 @@ def shipped_models() -> dict[str, Path]:
 
 
 def fetch_model(model: str | os.PathLike) -> Path:
-    """The local folder of a model: a shipped one by its name, any other by its path or s3:// prefix.
+    """Return the local folder of a model, fetching it first if it is in object storage.
+
+    Args:
+        model: the name of a shipped model, or the path or s3:// prefix of any other.
 
     Raises:
         OSError: the disk is full, or fails.

@@ -1,15 +1,15 @@
-"""What all stages share: an output folder that is either complete or ignored.
+"""The output folder of a stage, which is either complete or ignored.
 
 A stage writes its results into a folder and, last of all, `stage.json`: a record of the stage's inputs, its
 results and its run time. A stage that runs again with the same inputs finds this record and does nothing. A
 stage that is killed leaves no record, so its work is repeated. In an output path, `{fingerprint}` is replaced
 by the digest of the inputs, so one store can hold the results of many recipes.
 
-The steps of a pipeline hand such a folder on by a pointer: a small JSON file {uri, sha256, bytes} that names
-the folder. The next program opens the folder itself.
+A step of a pipeline passes its folder to the next step as a pointer: a small JSON file with the folder's
+address (`uri`), the SHA-256 of its record, and its size. The next program opens the folder itself.
 
-A folder may be in object storage. The work is then done on local disk and uploaded when it is finished, the
-record last.
+A folder may be in object storage. The work is then done on local disk and uploaded when it is finished, with
+the record as the last file.
 """
 
 import contextlib
@@ -54,26 +54,26 @@ class Outcome:
     summary: str
     """One line for people: what the stage produced."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Numbers for the dashboard."""
+    """Numbers for the pipeline's dashboard."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Details that later stages or the report need."""
 
 
 @dataclass
 class Record(Outcome):
-    """A finished stage, as saved in `stage.json`."""
+    """The content of `stage.json`, which describes a finished stage."""
 
     stage: str = ""
     folder: str = ""
     inputs: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    """Wall time of the run that did the work."""
+    """Wall time in seconds of the run that did the work."""
     finished: float = 0.0
     """Unix time at the end of that run, by the clock of its machine."""
     version: str = __version__
 
     def file(self, name: str) -> Path:
-        """A file of the stage's folder on local disk, fetched first if the folder is in object storage."""
+        """Return the local path of a file in the stage's folder, fetching it if it is in object storage."""
         return fetch(join(self.folder, name))
 
 
@@ -90,20 +90,25 @@ def run_stage(
     Args:
         stage: the stage's name, as on the command line.
         output: the output folder; `{fingerprint}` in it is replaced by the digest of the inputs.
-        inputs: everything that the result depends on, JSON-serialisable.
-        work: called with a local folder, into which it writes the results.
-        overwrite: replace results of other inputs instead of refusing.
-        intact: whether the results that a record describes still exist, for results outside its folder.
+        inputs: everything on which the result depends. It must be JSON-serialisable.
+        work: a function that writes the results into the local folder that it is given.
+        overwrite: whether to replace results of other inputs instead of refusing.
+        intact: a function that returns whether the results of a record still exist, for stages with results
+            outside the folder.
+
+    Returns:
+        The record of this run, or of the earlier run with the same inputs.
 
     Raises:
-        ConfigurationError: the folder holds results of other inputs.
+        ConfigurationError: the folder holds results of other inputs, and `overwrite` is false.
+        InputError: the folder's `stage.json` is damaged.
     """
     output = output.replace(FINGERPRINT, digest(inputs)[:16])
     remote = is_s3(output)
     folder = output.rstrip("/") if remote else str(local_path(output).absolute())
     locked_folder = cache_folder() / "work" / digest(folder)[:24] if remote else Path(folder)
-    # One work folder per set of inputs: an earlier, unfinished run with other inputs may have left files,
-    # which must not be uploaded along with these results.
+    # Each set of inputs has its own work folder. An unfinished run with other inputs may have left files,
+    # which must not be uploaded with these results.
     work_folder = locked_folder / digest(inputs)[:24] if remote else locked_folder
     with _exclusive(locked_folder):
         done = read_record(folder)
@@ -112,6 +117,7 @@ def run_stage(
             return done
         if done is not None and done.inputs != inputs:
             require_permission_to_replace(folder, done, inputs, overwrite)
+            # Without this, an interruption of the work below would leave the old record with new results.
             delete(join(folder, RECORD))
         work_folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
@@ -142,7 +148,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 
 def require_permission_to_replace(folder: str, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:
-    """Refuse to replace results of other inputs, unless the user asked for it with `overwrite`.
+    """Refuse to replace results of other inputs, unless `overwrite` is true.
 
     Raises:
         ConfigurationError: the folder holds results of other inputs and `overwrite` is false.
@@ -156,7 +162,7 @@ def require_permission_to_replace(folder: str, done: Record, inputs: dict[str, A
 
 
 def read_record(folder: str | Path) -> Record | None:
-    """The record of a finished stage, or None if the folder is missing or incomplete.
+    """Read the record of a finished stage; return None if the folder is missing or incomplete.
 
     Raises:
         InputError: the folder's `stage.json` is damaged.
@@ -170,15 +176,16 @@ def read_record(folder: str | Path) -> Record | None:
         raise InputError(
             f"{path} is not a stage's record: remove that folder and run the stage again."
         ) from error
+    # The record names the folder in which it was written. The folder may have been copied since.
     record.folder = str(folder).rstrip("/") if is_s3(folder) else str(local_path(folder))
     return record
 
 
 def require_record(folder: str | Path, stage: str) -> Record:
-    """The record of a finished `stage`.
+    """Read the record of a finished stage, which must exist.
 
     Raises:
-        InputError: the folder has no record, or that of another stage.
+        InputError: the folder has no record, or the record of another stage than `stage`.
     """
     record = read_record(folder)
     if record is None:
@@ -193,7 +200,7 @@ def require_record(folder: str | Path, stage: str) -> Record:
 
 
 def write_pointer(record: Record, path: str | Path) -> None:
-    """Write the small artifact that names a stage's folder to the next step."""
+    """Write a pointer: the small artifact from which the next step learns the address of a stage's folder."""
     pointer = {
         "uri": record.folder,
         "sha256": sha256_of_bytes(read_bytes(join(record.folder, RECORD))),
@@ -214,10 +221,10 @@ def log_metrics(record: Record, log: Callable[[str, Any], None]) -> None:
 
 
 def follow_pointer(path: str | Path) -> str:
-    """The folder that a pointer names, after checking that its record is unchanged.
+    """Return the folder that a pointer names, after checking that its record is unchanged.
 
     Raises:
-        InputError: the pointer is damaged, or the folder is gone or its record was replaced.
+        InputError: the pointer is damaged, the folder is missing, or its record was replaced.
     """
     try:
         pointer = json.loads(read_bytes(path))
@@ -234,10 +241,10 @@ def follow_pointer(path: str | Path) -> str:
 
 
 def follow_parts(paths: Iterable[str]) -> str:
-    """The folder of the first of several work shards that share one store, after checking each pointer.
+    """Check the pointers of several work shards that share one store; return the folder of the first.
 
     Raises:
-        InputError: a pointer is damaged, or its folder is gone or was replaced.
+        InputError: a pointer is damaged, its folder is missing, or its record was replaced.
     """
     first, *_ = [follow_pointer(path) for path in paths]
     return first

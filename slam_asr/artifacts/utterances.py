@@ -1,4 +1,4 @@
-"""The utterances that a stage takes: from which manifests, their audio, and the encoder's window."""
+"""Selects the utterances of a stage: finds manifests, loads audio, and skips audio that is too long."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, overload
@@ -21,18 +21,24 @@ _LONG_AUDIO = {
     "split": "are split into windows",
     "set-aside": "are skipped",
 }
-"""What happens to long audio, by the recipe's `encoder.long_audio`."""
+"""The recipe's `encoder.long_audio` → what the log says about utterances longer than the window."""
 
 
 def samples_of(utterance: Utterance) -> int:
-    """Length in samples at 16 kHz, from the manifest or else from the file's header."""
+    """Return the length of an utterance in samples at 16 kHz.
+
+    It comes from the manifest or, if that has no duration, from the header of the audio file.
+
+    Raises:
+        AudioError: the manifest has no duration, and the file is missing or is not audio.
+    """
     if utterance.duration is None:
         return count_samples(utterance.source)
     return round(utterance.duration * SAMPLE_RATE)
 
 
 def load_utterance(utterance: Utterance) -> np.ndarray:
-    """Decode an utterance's audio, after a check that the file is the one that its manifest was built from.
+    """Decode an utterance's audio, after checking that its file is the one from which the manifest was built.
 
     Returns:
         float32 [samples], mono at 16 kHz.
@@ -45,17 +51,18 @@ def load_utterance(utterance: Utterance) -> np.ndarray:
 
 
 def manifest_files(paths: Iterable[str], names: Sequence[str] = MANIFESTS) -> list[str]:
-    """Paths of manifests, where the folder of a finished build-manifest stands for the manifests in it.
+    """Return the paths of manifests, replacing each folder of build-manifest by the manifests in it.
 
     Args:
-        paths: manifests, or folders of build-manifest.
-        names: which manifests of such a folder are meant; empty ones are omitted.
+        paths: manifests, or folders that build-manifest wrote.
+        names: the manifests to use from such a folder. Manifests without utterances are omitted.
 
     Raises:
-        InputError: a folder that build-manifest did not finish.
+        InputError: build-manifest did not finish one of the folders.
     """
     files: list[str] = []
     for path in paths:
+        # A file that does not exist counts as a manifest: the error message of its reader fits better.
         if (
             exists(path)
             or (is_s3(path) and path.endswith(".jsonl"))
@@ -64,7 +71,7 @@ def manifest_files(paths: Iterable[str], names: Sequence[str] = MANIFESTS) -> li
             files.append(path)
         else:
             record = require_record(path, "build-manifest")
-            # A corpus that is only used for evaluation has no training utterances.
+            # For example, a corpus that is only used for evaluation has no training utterances.
             counts = record.facts.get("utterances", {})
             files += [
                 join(record.folder, name)
@@ -75,11 +82,11 @@ def manifest_files(paths: Iterable[str], names: Sequence[str] = MANIFESTS) -> li
 
 
 class ManifestSubset(Sequence[Utterance]):
-    """Some of a manifest's utterances, each read when it is accessed.
+    """Some of a manifest's utterances. Each is read when it is accessed.
 
     Args:
         manifest: all utterances.
-        rows: [utterances] positions of these in the manifest.
+        rows: int [utterances], the positions in `manifest` of the utterances to include.
     """
 
     def __init__(self, manifest: Sequence[Utterance], rows: np.ndarray) -> None:
@@ -99,10 +106,17 @@ class ManifestSubset(Sequence[Utterance]):
 
 
 def fit_to_window(utterances: Sequence[Utterance], spec: "EncoderSpec") -> Sequence[Utterance]:
-    """The utterances that the encoder takes; logs how many are longer than its window.
+    """Log how many utterances are longer than the encoder's window, and skip them if the recipe says so.
+
+    Args:
+        utterances: the utterances of a manifest.
+        spec: the encoder's description, with the recipe's choice for long audio.
+
+    Returns:
+        The utterances that the encoder takes, in the same order.
 
     Raises:
-        ConfigurationError: all are too long, and the recipe skips those.
+        ConfigurationError: all utterances are too long, and the recipe skips such utterances.
     """
     if not spec.window_samples:
         return utterances

@@ -1,10 +1,10 @@
 """Accepts DeepSpeed's own JSON as part of a recipe (`training.deepspeed`).
 
 Settings for which a recipe has keys (ZeRO stage, precision, offload, clipping, learning rate, batch) are
-moved into those keys; if the recipe sets them differently, both are named and the recipe is refused. Settings
-without a key in a recipe are passed on to DeepSpeed unchanged. Keys that DeepSpeed does not know are refused,
-because DeepSpeed would silently ignore them; settings for things that this training does in its own way
-are refused too.
+moved into those keys. If the recipe sets such a key to another value, it is refused with a message that names
+both. Settings without a key in a recipe are passed on to DeepSpeed unchanged. Keys that DeepSpeed does not
+know are refused, because DeepSpeed would silently ignore them. Settings for things that this training does in
+its own way are refused too.
 
 The names are those of DeepSpeed 0.19.8.
 """
@@ -150,6 +150,7 @@ REFUSED = {
 
 
 def _offload(device: object) -> bool:
+    """Whether an offload device of DeepSpeed is the CPU rather than none."""
     if device not in ("cpu", "none", None):
         raise ValueError(f"must be cpu or none, not {device!r}")
     return device == "cpu"
@@ -164,14 +165,15 @@ DECIDES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "train_micro_batch_size_per_gpu": ("utterances_per_batch", int),
     "gradient_accumulation_steps": ("accumulation", int),
 }
-"""DeepSpeed's keys with a counterpart in the recipe's section `training`: its name, and the conversion."""
+"""DeepSpeed's keys that have a counterpart in a recipe's section `training`: its name and the conversion."""
 
 
 def adopt(values: dict[str, Any], where: str) -> None:
-    """Divide the JSON in `training.deepspeed` (its keys, or a file's name) between recipe and DeepSpeed.
+    """Divide the settings in `training.deepspeed` between the recipe and DeepSpeed.
 
     Args:
-        values: of a recipe, before their types are checked; changed in place.
+        values: a recipe's values before their types are checked, changed in place. `training.deepspeed` holds
+            DeepSpeed's keys and values, or the name of a JSON file of them.
         where: name of the recipe, for error messages.
 
     Raises:
@@ -190,6 +192,7 @@ def adopt(values: dict[str, Any], where: str) -> None:
         raise ConfigurationError(
             f"{named} must contain DeepSpeed's keys and values, or name a JSON file of them."
         )
+    # `auto` leaves a value to the program that calls DeepSpeed: here, to the recipe.
     settings = {key: _numbers(value) for key, value in settings.items() if value != "auto"}
     _refuse_unknown(settings, named)
     for key, (ours, convert) in DECIDES.items():
@@ -205,7 +208,10 @@ def adopt(values: dict[str, Any], where: str) -> None:
 
 
 def _numbers(value: Any) -> Any:
-    """Copy a value, with numbers where YAML 1.1 reads text, such as `1e-8` (it requires `1.0e-8`)."""
+    """Copy a value, and turn texts such as `1e-8` into numbers.
+
+    YAML 1.1 reads `1e-8` as text, because it requires a point in the number: `1.0e-8`.
+    """
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -257,7 +263,7 @@ def _refuse_unknown_within(section: str, value: object, named: str) -> None:
 
 
 def _pop(settings: dict[str, Any], key: str) -> Any:
-    """Remove a key, given with its sections (`fp16.enabled`), and return its value; None if it is not set."""
+    """Remove a key, given with its sections (`fp16.enabled`). Return its value, or None if it is not set."""
     *sections, last = key.split(".")
     for section in sections:
         settings = settings.get(section, {})
@@ -312,6 +318,7 @@ def _take_optimizer(settings: dict[str, Any], named: str) -> None:
             f"{named}: optimizer.type is {optimizer['type']}, but this training's optimiser is AdamW: "
             "choose Adam or AdamW, or leave it out."
         )
+    # `lr` and `weight_decay` are no longer among these: they have been moved into the recipe's keys.
     params = {k: v for k, v in optimizer.get("params", {}).items() if v != "auto"}
     for switch in ("adam_w_mode", "bias_correction"):
         if params.pop(switch, True) is not True:
@@ -319,6 +326,6 @@ def _take_optimizer(settings: dict[str, Any], named: str) -> None:
                 f"{named}: optimizer.params.{switch} is false, but this training's AdamW always has it on: "
                 "leave it out."
             )
-    params.pop("torch_adam", None)
+    params.pop("torch_adam", None)  # chooses torch's AdamW, which is used here in any case
     if params:
         settings["optimizer"] = {"params": params}

@@ -3,7 +3,7 @@
 A recipe is a YAML file. The ones that ship are in `slam_asr/recipes/` and are named by their file name
 without `.yaml`; any other is named by its path. The dataclasses below are the schema, and the docstring
 below each field is its help text. An unknown key, a value of the wrong type and a combination that
-cannot work are refused before anything is loaded, in a sentence that names the key. The command line
+cannot work are refused before any data or model is loaded, in a sentence that names the key. The command line
 can override every key: `--training.max_steps 200`.
 """
 
@@ -55,8 +55,8 @@ class Data:
     )
     """Layout of the corpus; `auto` detects it from the files."""
     train: list[str] = field(default_factory=lambda: ["train-*"])
-    """Subsets of the corpus to train on; shell patterns are allowed. `[]`: none, to measure a model that is
-    already trained."""
+    """Subsets of the corpus to train on; shell patterns are allowed. `[]`: none, if only a trained model is
+    measured."""
     dev: list[str] = field(default_factory=lambda: ["dev-other"])
     """Subsets to validate on during training. If the corpus has none of them, `dev_fraction` of the train
     utterances is held out instead."""
@@ -87,22 +87,22 @@ class Encoder:
     """The speech encoder."""
 
     name: str = "openai/whisper-tiny.en"
-    """A Whisper, WavLM, HuBERT or wav2vec 2.0: a name on the model hub, a folder or s3:// prefix with
-    transformers' files, or an original checkpoint file (OpenAI's Whisper, Microsoft's WavLM, fairseq's HuBERT
-    and wav2vec 2.0)."""
+    """A Whisper, WavLM, HuBERT or wav2vec 2.0 encoder: a name on the model hub, a folder or s3:// prefix
+    with transformers' files, or an original checkpoint file (OpenAI's Whisper, Microsoft's WavLM, fairseq's
+    HuBERT and wav2vec 2.0)."""
     frames: Literal["all", "speech"] = "all"
-    """How much of Whisper's output is used. `all`: its complete 30-s window, as the published models were
-    trained; 300 audio positions. `speech`: the first ceil(samples / 320) frames, 10 positions per second,
-    which trains several times faster. The other encoders have no window; their output is as long as the
-    audio."""
+    """How much of Whisper's output is used. `all`: its complete 30-s window, as in the training of the
+    published models; at projector.downsampling 5, that is 300 audio positions. `speech`: only the frames of
+    the audio itself, ceil(samples / 320), which trains several times faster. The other encoders have no
+    window; their output is as long as the audio."""
     long_audio: Literal["cut", "split", "set-aside"] = "cut"
     """What happens to audio longer than Whisper's window, if `data.max_duration` allows it. `cut`: the audio
     is cut there but its transcript is not, as in the reference implementation. `split`: it is split into
     windows whose frames are joined. `set-aside`: it is excluded from training and decoding, and counted."""
     batch_seconds: float = 240.0
-    """Seconds of audio in one batch of the encoder, including padding: every utterance counts as long as the
-    batch's longest, and with Whisper as complete windows of 30 s. More uses a GPU better but takes more
-    memory."""
+    """Seconds of audio in one batch of the encoder, including padding: every utterance counts as if it were
+    as long as the longest of its batch, and with Whisper as complete windows of 30 s. More uses a GPU better
+    but takes more memory."""
     tuning: Literal["frozen", "full"] = "frozen"
     """`full` trains the encoder too. Its outputs then change at every step, so they cannot be cached and each
     step encodes its audio."""
@@ -125,14 +125,14 @@ class Features:
     """Maximum size of a shard. Smaller shards lose less work when extraction is interrupted; larger ones mean
     fewer objects in the store."""
     window_shards: int = 8
-    """Shards whose utterances are shuffled together in training. More mixes the utterances better but takes
-    more local disk, which must hold two such windows at once."""
+    """Shards whose utterances are shuffled together in training: a window. More shards mix the utterances
+    better but take more local disk, which must hold two windows at once."""
     cache_gigabytes: float = 50.0
     """Local disk on each machine for shards fetched from object storage; the least recently used are deleted
     first."""
     parts: int = 1
-    """Work shards that the pipeline divides extraction into, each a step that can run on any node. At most
-    the number of feature shards is useful."""
+    """Work shards that the pipeline divides extraction into. Each is a step that can run on any node. More
+    work shards than feature shards have no use."""
     processes: int = 0
     """Processes that extract on one machine, one per GPU. 0: as many as there are GPUs, or one on a CPU."""
     workers: int = 0
@@ -215,8 +215,8 @@ class Training:
     """DeepSpeed's ZeRO stage. 0 is fastest if the LLM fits on one GPU; 3 shards the frozen LLM too. The other
     engines ignore it."""
     deepspeed: dict[str, Any] | str = field(default_factory=dict)
-    """DeepSpeed's own JSON, or a path to it. Values that have a recipe key are moved to that key, the rest
-    goes to DeepSpeed; contradictions are refused."""
+    """DeepSpeed's own JSON, or a path to it. Values that have a recipe key are moved to that key, and all
+    others are passed on to DeepSpeed; contradictions are refused."""
     offload_optimizer: bool = False
     """Keep the optimiser's state (12 bytes per trained weight) in host memory and step there, which saves GPU
     memory but is slower. Needs ZeRO stage 1, 2 or 3."""
@@ -225,7 +225,7 @@ class Training:
     memory, but a third more time."""
     compile: bool = False
     """Let torch.compile fuse the operations of each LLM layer. Needs a C++ compiler on the training machine,
-    and the first steps wait for compilation. Not with ZeRO stage 3."""
+    and the first steps wait for compilation. Does not work with ZeRO stage 3."""
     liger: bool = False
     """Use Liger's kernels for the LLM's norms, rotary embeddings and feed-forward layers. Needs a GPU and the
     package liger-kernel."""
@@ -240,12 +240,12 @@ class Training:
     """LLM positions that one process puts through the LLM at once. Fewer take less memory; gradients are
     accumulated until the step is complete."""
     packing: bool = True
-    """Put the utterances of a batch one after another in one row, if the LLM can keep them apart, so nothing
-    is padded. `false`, or an LLM that cannot: side by side, padded to the longest."""
+    """Put the utterances of a batch one after another in one row, so that nothing is padded, if the LLM can
+    keep them apart. With `false`, or if the LLM cannot, each utterance gets a row, padded to the longest."""
     utterances_per_batch: int = 0
     """Utterances that one process puts through the LLM at once, as in the reference implementation, instead
-    of batches by positions. A step then has utterances_per_batch × `accumulation` × processes, so it depends
-    on the number of processes. 0: batches by positions."""
+    of batches by positions. A step then has utterances_per_batch × `accumulation` × processes utterances, so
+    it depends on the number of processes. 0: batches by positions."""
     accumulation: int = 1
     """Batches of `utterances_per_batch` whose gradients each process accumulates in one step."""
     learning_rate: float = 1e-4
@@ -261,16 +261,16 @@ class Training:
     validate_every: int = 1000
     """Steps between validations on dev. Training always ends with one."""
     samples: int = 8
-    """Dev utterances that each validation transcribes (greedily), always the same ones: an early word error
-    rate, and texts to look at. 0: none."""
+    """Dev utterances that each validation transcribes (greedily), always the same ones. They give an early
+    word error rate, and texts to look at. 0: none."""
     trackers: list[str] = field(default_factory=list)
-    """Also send the numbers to mlflow or wandb, in addition to the log, curve.jsonl and TensorBoard's files.
-    You provide their packages and accounts."""
+    """Trackers that the numbers are sent to (mlflow, wandb), in addition to the log, curve.jsonl and
+    TensorBoard's files. You provide their packages and accounts."""
     patience: int = 0
     """Validations without a lower dev loss after which training ends early; 0: never."""
     nonfinite_steps: int = 3
-    """Consecutive steps with a loss or gradient that is not finite before training stops. Each such step is
-    skipped, and its utterances are written to nonfinite.jsonl."""
+    """Training stops after this many consecutive steps with a loss or gradient that is not finite. Each such
+    step is skipped, and its utterances are written to nonfinite.jsonl."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; 0: by time alone. Training also saves one at its end and at each validation
     with the lowest dev loss so far."""
@@ -294,8 +294,8 @@ class Decoding:
     """Which of a training's checkpoints the pipeline turns into a model: the one of the last step, the one
     with the lowest dev loss, or the mean of all retained ones (training.checkpoints)."""
     beams: int = 4
-    """Hypotheses that beam search retains at each token; 1 is greedy search and fastest. More can find better
-    answers but takes more memory and time."""
+    """Hypotheses that beam search retains at each token; 1 is greedy search, the fastest. More beams can find
+    better answers but take more memory and time."""
     nbest: int = 1
     """Answers per utterance that are written to nbest.jsonl with their scores, best first. Must not exceed
     beams."""
@@ -311,7 +311,7 @@ class Decoding:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Number format of decoding."""
     parts: int = 1
-    """Work shards that the pipeline divides decoding into, each a step that can run on any node. The
+    """Work shards that the pipeline divides decoding into. Each is a step that can run on any node. The
     transcripts are the same for any number."""
     processes: int = 0
     """Processes that decode on one machine, one per GPU. 0: as many as there are GPUs, or one on a CPU. The
@@ -331,7 +331,7 @@ class Recipe:
     """A model, how it is trained, and how it is measured."""
 
     name: str = "custom"
-    """Shown in the report and in the dashboard."""
+    """Name of the recipe, shown in the report and in the dashboard."""
     description: str = ""
     """What the recipe is for, in a sentence or two."""
     published_wer: dict[str, float] = field(default_factory=dict)
@@ -352,6 +352,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for key, low in _LOWER_BOUNDS.items():
             value = value_of(self, key)
+            # `not >=` rather than `<`, because NaN must be refused too.
             if not value >= low:
                 raise ConfigurationError(f"Recipe {self.name}: {key} is {value} but must be at least {low}.")
         for key, high in _UPPER_BOUNDS.items():
@@ -389,8 +390,8 @@ class Recipe:
                 "for the prompt, and {audio} at most once; or be `chat`."
             )
         if self.training.deepspeed:
-            # load_recipe() has moved the JSON's values to other keys for files and overrides. An option on
-            # the command line arrives here directly, after the other keys already have their values.
+            # For files and overrides, load_recipe() has already moved the JSON's values to other keys. An
+            # option on the command line arrives here directly, when the other keys already have their values.
             remaining: dict[str, Any] = {"deepspeed": self.training.deepspeed}
             adopt({"training": remaining}, f"Recipe {self.name}")
             if remaining != {"deepspeed": self.training.deepspeed}:
@@ -463,7 +464,7 @@ class Recipe:
             )
 
 
-# Bounds include the value itself.
+# A value may be equal to its bound.
 _LOWER_BOUNDS = {
     "data.dev_fraction": 0.0,
     "data.min_duration": 0.0,
@@ -514,9 +515,9 @@ _UPPER_BOUNDS = {"data.dev_fraction": 0.5, "data.max_rejected": 1.0, "llm.lora.d
 
 
 def as_int(value: Any) -> Any:
-    """`2.0` → `2`, also within lists; anything else unchanged.
+    """`2.0` → `2`, also within lists; anything else is returned unchanged.
 
-    Kubeflow passes a pipeline's parameter of several keys as JSON whose numbers are all floats.
+    Kubeflow passes a pipeline's parameter that is a mapping as JSON, in which all numbers are floats.
     """
     if isinstance(value, list):
         return [as_int(v) for v in value]
@@ -540,8 +541,8 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Load a recipe by shipped name, file, or YAML text, with overrides applied.
 
     Args:
-        source: `demo`, `path/to/recipe.yaml`, `s3://bucket/recipe.yaml`, or the YAML itself (anything with a
-            line break, or in braces).
+        source: `demo`, `path/to/recipe.yaml`, `s3://bucket/recipe.yaml`, or the YAML itself (any text with a
+            line break or that begins with a brace).
         overrides: values by full key, such as `{"training.max_steps": 200}`.
 
     Raises:
@@ -563,7 +564,7 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
 
 
 def recipe_values(source: str) -> dict[str, Any]:
-    """A recipe's values as nested dictionaries, checked: the defaults of a command line."""
+    """A recipe's values as nested dictionaries, after all checks; a command line has them as its defaults."""
     return asdict(load_recipe(source))
 
 
@@ -594,6 +595,7 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
             f"No recipe named {source}, and no such file{hint} Shipped recipes: {', '.join(shipped)}."
         )
     values = parse_yaml(text, where, "encoder:")
+    # `...` is for a recipe without the key, because `features:` without a value is None.
     if values.get("features", ...) in (None, "none"):
         values["features"] = {"cache": "none"}
     return values, where

@@ -1,4 +1,4 @@
-"""YAML files with typed, documented keys: what recipes and cluster profiles share.
+"""YAML files with typed, documented keys: recipes and cluster profiles are such files.
 
 A dataclass is the schema: its fields are the file's keys, and nested dataclasses are its sections. An
 unknown key and a value of the wrong type are refused in a sentence that gives the key's full name.
@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from slam_asr.errors import ConfigurationError, UserError
 
-# The docstring below a field is its help text.
+# Show the docstring below a field as its help text.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
         where: the file's name in error messages.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, or what the dataclass itself refuses.
+        UserError: an unknown key, a value of the wrong type, or a value that the dataclass itself refuses.
     """
     _refuse_unknown_keys(values, kind, "", where, keys_of(kind))
     parser = _parser_of(kind)  # type: ignore[arg-type]  # mypy takes a class for unhashable here
@@ -66,7 +66,7 @@ def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
 
 @functools.cache
 def _parser_of(kind: type) -> ArgumentParser:
-    """Make the parser of a dataclass, once: jsonargparse reads all docstrings, for a quarter of a second."""
+    """Make the parser of a dataclass only once: reading all docstrings takes a quarter of a second."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, None)
     return parser
@@ -88,6 +88,7 @@ def nearest(word: str, known: list[str]) -> str:
     An abbreviation by initials counts as close (`lr` for `learning_rate`), and so does a correct name
     without its section (`max_steps` for `training.max_steps`).
     """
+    # Initials first, because difflib finds too little similarity between `lr` and `learning_rate`.
     section, _, last = word.rpartition(".")
     for candidate in known:
         candidate_section, _, candidate_last = candidate.rpartition(".")
@@ -96,6 +97,7 @@ def nearest(word: str, known: list[str]) -> str:
             return f"; did you mean {candidate}?"
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not close:
+        # Reversed, so that of several keys with the same last part, the first one known remains.
         by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
         close = [by_last[c] for c in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)]
     return f"; did you mean {close[0]}?" if close else ""
@@ -119,7 +121,7 @@ def _refuse_unknown_keys(
 def one_sentence(error: Exception) -> str:
     """A library's complaint about a value, in one line and in plain words.
 
-    By text, because jsonargparse's errors carry neither the expected type nor the value as attributes.
+    The text is rewritten, because jsonargparse's errors have no attributes for expected type and value.
     """
     text = " ".join(str(error).split())
     union = re.search(

@@ -1,6 +1,6 @@
-"""The variations of a sweep: the changes that each makes to the recipe, all checked before anything runs.
+"""The variations of a sweep: sets of changes to a recipe, all of which are checked before anything runs.
 
-They are written as a list, where each entry gives its changes by full key:
+They are written as a list, in which each entry gives its changes by full key:
 
     - {training.learning_rate: 1e-4}
     - {name: two layers, projector.hidden: 4096}
@@ -50,7 +50,7 @@ class Variation:
     """Values by full key, such as {"training.learning_rate": 0.0001}, sorted by key."""
 
     def __post_init__(self) -> None:
-        # A pipeline's parameter preserves neither the order of keys nor integers.
+        # As a pipeline's parameter, a mapping loses the order of its keys, and its integers become floats.
         self.overrides = {key: as_int(value) for key, value in sorted(self.overrides.items())}
 
     def as_json(self) -> str:
@@ -66,7 +66,7 @@ class Variation:
 
 
 def read_variations(path: str) -> list[dict[str, Any]]:
-    """Read the variations from a file, with all combinations of a grid. `resolve` checks them.
+    """Read the variations from a file: a list, or all combinations of a grid. `resolve` checks them.
 
     Args:
         path: YAML, on disk or in object storage.
@@ -138,6 +138,7 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
             )
         variation = Variation(name, overrides)
         try:
+            # The name is part of a recipe but does not make two of them different.
             resolved = json.dumps(asdict(replace(varied(recipe, variation), name="")), sort_keys=True)
         except UserError as error:
             raise ConfigurationError(f"{where} ({name}): {error}") from None
@@ -151,7 +152,7 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
 
 
 def variation_of(text: str) -> Variation:
-    """Parse a variation as the pipeline's steps pass it on: JSON of its name and its overrides.
+    """Parse a variation from the JSON in which the pipeline's steps pass it on, see `Variation.as_json`.
 
     Raises:
         ConfigurationError: the text is not a variation.
@@ -177,12 +178,12 @@ def varied(recipe: Recipe, variation: Variation) -> Recipe:
 
 
 def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) -> None:
-    """Refuse two variations with the same training, if they run at the same time.
+    """Refuse variations that have the same training but would run at the same time.
 
-    Both would write the same checkpoints.
+    They would write the same checkpoints.
 
     Raises:
-        ConfigurationError: two variations have the same training; names both.
+        ConfigurationError: two variations have the same training. The message names both.
     """
     seen: dict[str, str] = {}
     for variation in variations:
@@ -220,7 +221,10 @@ def _require_variable(key: str, where: str) -> None:
 
 
 def _default_name(overrides: dict[str, Any]) -> str:
-    """`learning_rate=0.0001 downsampling=10`; full keys if their last parts are not unique."""
+    """Name a variation after its values: `learning_rate=0.0001 downsampling=10`.
+
+    The keys are given in full if their last parts are not unique.
+    """
     last = [key.rpartition(".")[2] for key in overrides]
     keys = last if len(set(last)) == len(last) else list(overrides)
     return (

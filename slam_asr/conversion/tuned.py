@@ -23,7 +23,7 @@ from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe
 
 
 class _AdaptedLayer(Protocol):
-    """The methods used here of peft's layers, whose types peft does not declare."""
+    """The methods of peft's adapted layers that this module calls; peft does not declare their types."""
 
     def merge(self) -> None: ...
 
@@ -34,6 +34,11 @@ class _AdaptedLayer(Protocol):
 
 def check_adapter(weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str) -> None:
     """Check that a LoRA adapter fits the recipe's LLM, without loading the LLM's weights.
+
+    Args:
+        weights: the adapter's weights, by their names in the LLM.
+        recipe: names the LLM, and the rank and the targets of the adapter.
+        where: the checkpoint, for error messages.
 
     Raises:
         ModelError: weights are missing, unknown, of another shape, or not finite.
@@ -93,7 +98,9 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
         # transformers wraps `to` in a decorator that loses its signature.
         llm.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
     else:
+        # `_adapted` adds peft's layers to `llm`, so a second description gives the names for the file.
         written, _ = describe_lazy_llm(base, dtype)
+        # By identity: inside peft's layer a weight has another name, but is the same object.
         layers = {
             id(layer.get_base_layer().weight): layer for layer in _adapted(llm, adapter, recipe).values()
         }
@@ -109,6 +116,7 @@ def _adapted(
 ) -> dict[str, _AdaptedLayer]:
     """Add an adapter to an LLM; return the layers that it adapts, by name."""
     add_lora(llm, recipe.llm.lora, seed=0)
+    # Not strict, because the LLM has many other weights; `check_adapter` finds wrong or missing ones.
     llm.load_state_dict(adapter, strict=False)
     return {
         name: cast(_AdaptedLayer, module)
@@ -119,7 +127,7 @@ def _adapted(
 
 @torch.no_grad()
 def _merged(weight: LazyWeight, layer: _AdaptedLayer | None) -> torch.Tensor:
-    """Read a weight of the LLM in fp32 and add the product of its layer's adapter, if it has one."""
+    """Read a weight of the LLM in fp32, and add the change that its layer's adapter makes, if it has one."""
     values = weight.read_into(torch.empty(weight.parameter.shape))
     return values if layer is None else values.add_(layer.get_delta_weight("default"))
 
@@ -130,14 +138,15 @@ def _write_llm(folder: Path, llm: PreTrainedModel, weights: Mapping[str, torch.T
     Args:
         folder: for config.json and model.safetensors.
         llm: on the meta device, in the dtype of the file.
-        weights: by their names in it; a tied weight under its first name.
+        weights: the values, by their names in the LLM; a tied weight under its first name, which is also the
+            only one that `named_parameters` lists.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # ChainMap only reads its second mapping, so an immutable one will do.
-    # `named_parameters` lists a tied weight only under its first name.
+    # Unlike the weights, the buffers that a file needs already have their values.
     buffers = {name: buffer for name, buffer in llm.state_dict().items() if not buffer.is_meta}
     write_one_by_one(
         folder / SAFE_WEIGHTS_NAME,
+        # ChainMap only reads its second mapping, so an immutable one will do.
         ChainMap(buffers, cast(MutableMapping[str, torch.Tensor], weights)),
         dict(llm.named_parameters()) | buffers,
     )
@@ -154,7 +163,7 @@ def write_tuned_encoder(
 
     Args:
         folder: of the model; the encoder is written to `encoder/` in it.
-        weights: the encoder's, by their names in `SpeechEncoder`.
+        weights: the encoder's weights, by their names in `SpeechEncoder`.
         recipe: of the training.
         where: the checkpoint, for error messages.
 

@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 UTTERANCES = ((110, "the first of three utterances"), (61, "a second one"), (85, "and the last of them"))
-"""The probe: number of encoder frames, and answer, of each utterance."""
+"""The utterances of the probe: for each, its number of encoder frames and its answer."""
 PROBE = "on random audio"
 """Marks the loss in summaries: random audio has a far higher loss than speech has in training."""
 FP32_LLM_BYTES = 2e9
-"""Size of an LLM up to which the loss is computed in fp32; larger ones are computed in bf16."""
+"""Bytes of an LLM's weight files below which its loss is computed in fp32; for larger LLMs, in bf16."""
 MERGED_TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
 """Relative change of the loss that rounding a merged LLM to its precision may cause. The value for bf16 also
 applies to a large LLM, whatever its precision, because its loss is computed in bf16."""
 MEMORY_SHARE = 0.6
-"""Share of this machine's memory that the LLM may take; for a larger LLM no loss is computed."""
+"""Share of this machine's available memory that the LLM may take; for a larger LLM no loss is computed."""
 
 
 @dataclass
@@ -57,8 +57,8 @@ class TrainedWeights:
     projector: SpeechProjector
     """In float32."""
     llm: Mapping[str, torch.Tensor]
-    """The weights of LoRA's adapter, or all weights of a fully trained LLM, by their names in the LLM; empty
-    if the LLM is frozen."""
+    """LoRA's weights, or all weights of a fully trained LLM, by their names in the LLM; empty if the LLM is
+    frozen."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def compare_written_loss(
     after: Callable[[], TrainedWeights],
     where: str,
 ) -> str:
-    """Require that the written weights, and the loss with them, are bit for bit those of the checkpoint.
+    """Require that the written weights, and the loss that they give, equal the checkpoint's bit for bit.
 
     Args:
         recipe: of the training.
@@ -102,8 +102,8 @@ def compare_written_loss(
     """
     written = after()
     lora = recipe.llm.tuning == "lora"
-    # A fully trained LLM is written in the training's precision, and each tied weight once, while the
-    # checkpoint has fp32 weights under every name.
+    # A fully trained LLM is written in the training's precision, with each tied weight once. The checkpoint
+    # has fp32 weights, under every name.
     llm = (
         before.llm
         if lora
@@ -117,6 +117,7 @@ def compare_written_loss(
     )
     _require_equal(before.projector.state_dict(), written.projector.state_dict(), where)
     _require_equal(llm, written.llm, where)
+    # A machine whose memory is not known is assumed to have enough.
     if _weight_bytes(llm_folder) > MEMORY_SHARE * (host_memory() or float("inf")):
         return (
             "same weights before and after; no loss was compared, because the LLM does not fit into this "
@@ -187,6 +188,9 @@ def _probe_losses(
         llm_folder: of the LLM without the trained weights.
         encoder_width: values per frame.
         models: the trained weights.
+
+    Returns:
+        One loss for each of `models`, in the same order.
     """
     from slam_asr.models.answer_loss import score_answers
     from slam_asr.models.llm import add_lora, load_llm, load_tokenizer
@@ -212,6 +216,7 @@ def _probe_losses(
     batch = collate(rows)
     losses = []
     for model in models:
+        # All models have the same names in the LLM, so nothing of the previous one is left in it.
         _overwrite(llm, model.llm)
         scores = score_answers(Slam(model.projector.to(llm.dtype), llm).eval()(batch), batch.labels)
         losses.append(ProbeLoss(float(scores.loss), int(scores.sums[2])))
@@ -222,6 +227,7 @@ def _probe_losses(
 
 def _overwrite(llm: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> None:
     """Replace some of the LLM's weights in place."""
+    # The tensors of `state_dict` share their memory with the LLM's weights.
     llm_weights = llm.state_dict()
     unknown = weights.keys() - llm_weights.keys()
     if unknown:
@@ -243,7 +249,7 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
         to: the format: `model` or `slam-llm`.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: the result cannot be read.
     """
     if to == "slam-llm":
         weights = from_slam_llm(read_pickle(folder / FILE), str(folder / FILE))
@@ -254,6 +260,7 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
         return TrainedWeights(
             projector_from_weights(projector, recipe.projector, *widths, str(folder / FILE)), llm
         )
+    # Without an adapter, `llm/` holds a fully trained LLM; if it does not exist either, the LLM is frozen.
     return TrainedWeights(
         read_projector(folder, read_config(folder)),
         read_adapter(folder) or lazy_tensors(sorted((folder / LLM).glob("*.safetensors"))),
@@ -265,11 +272,11 @@ def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
 
     Args:
         folder: of the written model.
-        weights: the checkpoint's, by their names in `SpeechEncoder`.
+        weights: the checkpoint's weights of the encoder, by their names in `SpeechEncoder`.
         recipe: of the training.
 
     Raises:
-        ModelError: they differ.
+        ModelError: a weight differs, or only one of the two has it.
     """
     from slam_asr.models.encoders.registry import describe_encoder
 
@@ -298,5 +305,5 @@ def _require_equal(
 
 
 def _weight_bytes(folder: Path) -> int:
-    """Size of an LLM's weights, whichever format their files have."""
+    """Return the size of an LLM's weight files in bytes, in whichever format they are."""
     return sum(f.stat().st_size for kind in ("*.safetensors", "*.bin") for f in folder.glob(kind))

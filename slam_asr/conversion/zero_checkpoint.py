@@ -3,8 +3,7 @@
 The layout, as DeepSpeed 0.19 writes it below `global_stepN/`:
 
 - Stage 0: `mp_rank_00_model_states.pt` contains the weights. In half precision it also contains the fp32
-master
-  weights, in `optimizer.fp32_groups`, in the order of the trainable weights.
+  master weights, in `optimizer.fp32_groups`, in the order of the trainable weights.
 - Stages 1 and 2: the master weights of each parameter group are flattened and concatenated, and each rank's
   `*zero_pp_rank_R_*_optim_states.pt` contains a slice of the result. `param_shapes` in the model file gives
   the order and shapes of the weights.
@@ -12,9 +11,8 @@ master
   concatenation of its slices of all weights.
 
 The files are read by `slam_asr.pretrained.unpickle`: the few classes of DeepSpeed that they contain are
-replaced by inert stand-ins, and any other class is refused. So no code from the file ever runs, and
-DeepSpeed need not be installed. The files are memory-mapped, and each tensor is assembled when it is
-accessed.
+replaced by inert stand-ins, and any other class is refused. No code from a file ever runs, and DeepSpeed
+need not be installed. The files are memory-mapped, and each tensor is assembled when it is accessed.
 """
 
 import math
@@ -44,6 +42,9 @@ def fp32_weights(folder: Path) -> LazyTensors:
     Args:
         folder: `…/global_stepN`.
 
+    Returns:
+        The complete tensors, float32, each in the shape of its weight.
+
     Raises:
         ModelError: files are missing or damaged, do not belong together, or contain classes that are not
             DeepSpeed's.
@@ -66,6 +67,7 @@ def fp32_weights(folder: Path) -> LazyTensors:
     _require_agreement(optimisers, states)
     shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
     needed = sum(math.prod(shape) for group in shapes for shape in group.values())
+    # Padding may add values, but a complete checkpoint never has fewer than its weights.
     if sum(part.numel() for state in states for part in _flat(state[_slices_of(state)])) < needed:
         raise ModelError(
             f"{folder} holds fewer values than the {needed:,} of its weights: it is incomplete; "
@@ -80,11 +82,11 @@ def find_zero_folder(folder: Path) -> Path | None:
     """Find the folder `global_stepN` of a checkpoint.
 
     Args:
-        folder: a folder `global_stepN`, or the folder of a training that contains such folders; then the one
-            that DeepSpeed's file `latest` names is used.
+        folder: a folder `global_stepN`, or the folder of a training that contains such folders. Of several,
+            the one that DeepSpeed's file `latest` names is used.
 
     Returns:
-        The folder, or None if there is no checkpoint of DeepSpeed.
+        The folder, or None if `folder` contains no checkpoint of DeepSpeed.
 
     Raises:
         ModelError: `latest` names a missing folder, or the choice between several folders is ambiguous.
@@ -110,7 +112,7 @@ def find_zero_folder(folder: Path) -> Path | None:
 
 
 def _optimiser_of(path: Path) -> dict[str, Any]:
-    """Read the optimiser's state from the file of a rank; refuse a file without one."""
+    """Read the optimiser's state from one rank's file; refuse a file that contains none."""
     content = load_pickle(path)
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or _slices_of(state) not in state:
@@ -122,12 +124,12 @@ def _optimiser_of(path: Path) -> dict[str, Any]:
 
 
 def _slices_of(state: dict[str, Any]) -> str:
-    """The key of the slices: stage 3 uses another than stages 1 and 2."""
+    """Return the key of the fp32 slices in an optimiser's state: stage 3 has its own key."""
     return "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
 
 
 def _flat(slices: Any) -> list[torch.Tensor]:
-    """The tensors in nested lists: how deep they are nested depends on the stage."""
+    """Return the tensors in nested lists. How deep the lists are nested depends on the stage."""
     return (
         [slices]
         if isinstance(slices, torch.Tensor)
@@ -177,7 +179,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
-    """Files sorted by the rank in their names, as numbers: rank 10 comes after rank 9."""
+    """List the files that match, sorted by the rank in their names: rank 10 comes after rank 9."""
 
     def rank(path: Path) -> int:
         match = re.search(r"pp_rank_(\d+)", path.name)
@@ -220,13 +222,13 @@ def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> LazyTensors:
 
 
 def _of_slices(slices: list[torch.Tensor], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """A weight that begins at `offset` in the concatenated slices; it may cross ranks."""
+    """Assemble a weight that begins at `offset` in the concatenated slices; it may extend over several."""
     return torch.cat(_pieces(slices, offset, math.prod(shape))).view(shape)
 
 
 def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
     # A rank's slices of all parameter groups are concatenated in order. Each weight takes the same number of
-    # values on every rank: its size divided by the number of ranks, rounded up.
+    # values on every rank: its size divided by the number of ranks, rounded up (`-(-a // b)` rounds up).
     per_rank = [_flat(state["fp32_flat_groups"]) for state in states]
     makers, offset = {}, 0
     for name, shape in (item for group in shapes for item in group.items()):
@@ -236,7 +238,7 @@ def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
 
 
 def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """A weight whose slices begin at `offset` on each rank; the padding at its end is removed."""
+    """Assemble a weight whose slices begin at `offset` on each rank, and remove the padding at its end."""
     size = math.prod(shape)
     slice_size = -(-size // len(per_rank))
     return torch.cat([piece for slices in per_rank for piece in _pieces(slices, offset, slice_size)])[
@@ -245,8 +247,10 @@ def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int,
 
 
 def _pieces(slices: Sequence[torch.Tensor], start: int, size: int) -> list[torch.Tensor]:
-    """Views of `size` values from `start` on in the concatenation of flat tensors."""
+    """Return views of `size` values from `start` on, counted through all tensors as if concatenated."""
     pieces, end = [], start + size
+    # `start` and `end` count from the beginning of the current tensor. A negative `start` means that the
+    # values began in an earlier one.
     for part in slices:
         if start < part.numel() and end > 0:
             pieces.append(part.flatten()[max(start, 0) : end])

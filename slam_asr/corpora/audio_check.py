@@ -1,4 +1,4 @@
-"""Check of a corpus's audio: threads decode every file once, and stay a bounded number of files ahead."""
+"""Check of a corpus's audio: threads decode every file once, a few chunks ahead of the results."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ from slam_asr.storage import name_of
 _CHUNK = 8
 """Files per task of a thread. A larger number reduces overhead, but progress is shown less often."""
 _MIN_REMOTE_THREADS = 16
-"""Minimum number of threads for audio in object storage, where they mostly wait for the network."""
+"""Minimum number of threads for audio in object storage: they mostly wait for the network."""
 _CHUNKS_AHEAD = 3
 """Chunks per thread that are in progress or queued. It limits the memory that audio embedded in tables
 takes."""

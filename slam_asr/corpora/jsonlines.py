@@ -29,7 +29,7 @@ from slam_asr.errors import InputError
 SUFFIX = ".jsonl"
 LAYOUT = ".jsonl files with key, source and target on each line"
 _REJECTIONS = "rejected.jsonl"
-"""File of `build-manifest` that lists no utterances. Its output folder may serve as a corpus."""
+"""File in the output folder of `build-manifest`, which may serve as a corpus. It lists no utterances."""
 
 
 class JsonLines(Unpacked):

@@ -19,7 +19,7 @@ TEXT_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
 _ROWS_WITH_AUDIO, _ROWS_WITHOUT_AUDIO = 32, 4096
-"""Number of rows decoded at once, if their cells may or cannot contain audio.
+"""Number of rows decoded at once, with and without cells that may contain audio.
 
 A larger number is faster but needs more memory.
 """
@@ -194,7 +194,7 @@ def _batches(file: Path, columns: list[str], batch_rows: int) -> Iterator["pyarr
     if file.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
-        # With pre_buffer, pyarrow would retain everything that it has read in memory.
+        # With pre_buffer, pyarrow would retain in memory everything that it has read.
         with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
             yield from table.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False)
         return

@@ -129,7 +129,7 @@ def read_splits(
     for split, item in _items(reader, subsets):
         if isinstance(item, Candidate):
             item.split, item.text = split, normaliser(item.text)
-            # Only keys that may repeat are remembered, so memory does not grow with the corpus.
+            # Only keys that may repeat are remembered, because memory may not hold all keys of a corpus.
             if hash(item.key) in repeated:
                 if item.key in seen:
                     detail = f"{item.extra.get('subset', split)} has {item.key} a second time."

@@ -39,7 +39,7 @@ class Measures:
             self._speakers.add(hash(utterance.speaker))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counts, with all durations in seconds.
+        """Return the counts, the hours of audio, and the mean and extreme durations in seconds.
 
         `durations` is a histogram: numbers of utterances of [0, 1) s, [1, 2) s and so on.
         """

@@ -154,7 +154,7 @@ class Table(Unpacked):
 
 
 def split_of(file: str) -> str:
-    """The part of a file's name before its number: `train-00000-of-00004.parquet` → `train`.
+    """The name of a file without its suffix and number: `train-00000-of-00004.parquet` → `train`.
 
     It is empty for a name that is only a number, such as `0000.parquet`.
     """

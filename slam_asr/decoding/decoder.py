@@ -1,6 +1,6 @@
-"""The decoder: runs test utterances through a model, in the same batches however the work is divided.
+"""Run test utterances through a model, in batches that do not depend on the number of processes.
 
-With several GPUs, each has a process: `python -m slam_asr.decoding.decoder JOB`. It reads batches from
+With several GPUs, each GPU has a process: `python -m slam_asr.decoding.decoder JOB`. It reads batches from
 standard input and writes answers to standard output, one JSON line each.
 """
 
@@ -42,14 +42,15 @@ class Decoder:
     Args:
         recipe: how to decode, and whether from cached features.
         model: a located model.
-        files: manifests.
-        feature_store: written by extract-features; without it, audio is encoded on the fly.
+        files: paths of the manifests.
+        feature_store: feature store that extract-features wrote; without one, audio is encoded on the fly.
     """
 
     def __init__(self, recipe: Recipe, model: Model, files: list[str], feature_store: str | None) -> None:
         self.recipe, self.model, self.files = recipe, model, files
         self.utterances = fit_to_window([u for file in files for u in read_manifest(file)], model.spec)
         self.audio_ids = [u.audio_id for u in self.utterances]
+        # The store has outputs of the frozen encoder. An encoder that was trained as well has different ones.
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
             feature_store = None
         self.feature_store = feature_store
@@ -145,7 +146,7 @@ class DecodingJob(Job):
 def decode_on_several(
     decoder: Decoder, batches: list[list[int]], number: int, take: "Callable[[dict[int, Answer]], None]"
 ) -> None:
-    """Decode batches on several processes; each gets its next batch when it is done with the last one.
+    """Decode batches on several processes; each gets its next batch when it has finished the previous one.
 
     Args:
         decoder: holds recipe, model and utterances; it decodes nothing itself.
@@ -154,7 +155,7 @@ def decode_on_several(
         take: called with each batch's answers, never by two threads at once.
 
     Raises:
-        UserError: with the message of the process that failed first; the others are terminated.
+        UserError: a process failed; the message is that of the first one to fail. The others are terminated.
     """
     remaining, lock = iter(batches), threading.Lock()
     job = DecodingJob(
@@ -164,6 +165,8 @@ def decode_on_several(
         feature_store=decoder.feature_store,
     )
     remedy = "decoding.positions_per_batch or decoding.processes"
+    # The pool is entered first, so it is left last: a thread that waits for an answer ends only when its
+    # process is terminated.
     with (
         ThreadPoolExecutor(number, "give-batches") as pool,
         processes_of("slam_asr.decoding.decoder", job, number, remedy, piped=True) as running,
@@ -198,6 +201,8 @@ def _serve(
             line = process.stdout.readline()
         except OSError as error:
             raise ProcessEnded from error
+        # A process that was killed leaves an empty or incomplete line. Waiting for it provides its exit code,
+        # which `processes_of` reports.
         if not line.endswith("\n"):
             process.wait()
             raise ProcessEnded
@@ -206,7 +211,10 @@ def _serve(
 
 
 def main() -> None:
-    """Run one of several processes: read batches from standard input, write answers; a JSON line each."""
+    """Run one of several processes: read batches from standard input, and write answers to standard output.
+
+    Each line is JSON: one batch, or the answers to it.
+    """
     import torch
 
     die_with_parent()

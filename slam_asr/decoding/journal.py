@@ -1,4 +1,4 @@
-"""The journal of a decoding: the answers so far, so that an interrupted decoding can be resumed.
+"""The journal of a decoding saves the answers so far, so that an interrupted decoding can be resumed.
 
 Each batch's answers are appended to a file in the stage's folder as soon as they are known. If the results go
 to object storage, the file is uploaded there every minute, so that another machine can resume. The file's
@@ -19,12 +19,15 @@ from slam_asr.progress import log_line
 from slam_asr.storage import delete, exists, fetch, join, upload, write_atomically
 
 FILE = "unfinished.jsonl"
+"""Name of the journal in the stage's folder."""
 UPLOADED_EVERY = 60.0
 """Seconds between two uploads of the journal."""
 
 
 class DecodeJournal:
-    """The answers of one decoding, by the utterance's index. A context manager that closes the file.
+    """The journal of one decoding, with its `answers` by utterance index.
+
+    It is a context manager that closes the journal's file.
 
     Args:
         folder: the stage's folder on local disk.
@@ -41,7 +44,7 @@ class DecodeJournal:
             lines = self._lines(fetch(self.remote), head)
         for line in lines:
             self.answers |= answers_in(line)
-        # Rewritten, because the last line of a killed process may be incomplete.
+        # The file is rewritten, because the last line that a killed process wrote may be incomplete.
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in (head, *lines)))
         self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if self.answers:
@@ -54,10 +57,11 @@ class DecodeJournal:
         self._file.write(json.dumps({index: asdict(answer) for index, answer in answers.items()}) + "\n")
         self._file.flush()
         if self.remote and time.monotonic() - self._uploaded > UPLOADED_EVERY:
+            # The time is set before the upload, so that a failing one is retried after the same interval.
             self._uploaded = time.monotonic()
             try:
                 upload(self.path, self.remote)
-            # The decoding itself does not need the upload.
+            # The decoding itself does not need the upload, so it continues.
             except UserError as error:
                 log_line(
                     "warning: could not save the answers so far in object storage; if this decoding is "
@@ -65,7 +69,7 @@ class DecodeJournal:
                 )
 
     def close(self) -> None:
-        """Delete the journal: the stage's results are complete."""
+        """Delete the journal, because the stage's results are complete."""
         self._file.close()
         self.path.unlink()
         if self.remote and exists(self.remote):
@@ -79,7 +83,7 @@ class DecodeJournal:
 
     @staticmethod
     def _lines(path: Path, head: dict[str, str]) -> list[dict[str, Any]]:
-        """Return the complete lines after the first, or none if that is another decoding's."""
+        """Return the complete lines after the first, or none if the first belongs to another decoding."""
         if not path.exists():
             return []
         lines = list(_parse_complete(path.read_text(encoding="utf-8").split("\n")))

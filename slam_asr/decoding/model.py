@@ -1,6 +1,6 @@
-"""A trained model: located, checked against the base models that it needs, and loaded.
+"""Locate a trained model, check it against the base models that it needs, and load it.
 
-Only `Model.load` reads weights, so everything that can be refused is refused before.
+Only `Model.load` loads weights into memory, so a model that does not fit is refused before that.
 """
 
 from collections.abc import Callable
@@ -37,10 +37,10 @@ class Model:
     folder: Path
     config: ModelConfig
     trained: Recipe
-    """The recipe that it was trained with."""
+    """The recipe that the model was trained with."""
     spec: "EncoderSpec"
     llm_folder: Path
-    """Folder of the base LLM, or of the model's own LLM if all of that was trained."""
+    """Folder of the base LLM, or of the model's own LLM if all weights of the LLM were trained."""
 
     def prompt(self) -> "Prompt":
         """Load the tokenizer and tokenise the prompt."""
@@ -50,7 +50,7 @@ class Model:
         return Prompt(load_tokenizer(self.llm_folder), self.trained.llm)
 
     def positions(self, span: int) -> int:
-        """Return the LLM positions of audio that is `span` encoder frames long."""
+        """Return the number of LLM positions for audio that is `span` encoder frames long."""
         from slam_asr.models.projector import positions_of
 
         return positions_of(self.trained.projector, span)
@@ -59,7 +59,7 @@ class Model:
         """Load projector and LLM, including trained adapters, on this machine's device, in evaluation mode.
 
         Args:
-            options: its `precision` is that of projector and LLM.
+            options: decoding options; their `precision` is that of projector and LLM.
             with_encoder: whether the encoder is loaded as well, to encode audio on the fly.
 
         Raises:
@@ -74,6 +74,7 @@ class Model:
         adapter = read_adapter(self.folder)
         llm = load_llm(self.llm_folder, DTYPES[precision])
         if adapter:
+            # The seed does not matter, because the trained weights replace the initial ones.
             add_lora(llm, self.trained.llm.lora, seed=0)
             replace_weights(
                 llm,
@@ -82,7 +83,8 @@ class Model:
                 [n for n, _ in llm.named_parameters() if ".lora_" in n],
             )
         # The projector was trained on features rounded to the feature store's dtype, so decoding rounds them
-        # alike. fp32 features are not rounded; then the encoder may compute in the requested precision.
+        # in the same way. fp32 features are not rounded; then the encoder may compute in the requested
+        # precision.
         feature_dtype = self.trained.features.dtype if self.trained.encoder.tuning == "frozen" else "fp32"
         computed = encoder_precision(
             precision if feature_dtype == "fp32" else feature_dtype, device.type == "cuda"
@@ -134,13 +136,13 @@ def require_capacity(
     """Refuse audio that is so long that the LLM has too few positions left for the answer.
 
     Args:
-        positions: LLM positions of each utterance's audio and prompt.
-        name_of: returns what to call the i-th utterance in the error message.
+        positions: number of LLM positions of each utterance's audio and prompt.
+        name_of: returns the name of the i-th utterance for the error message.
         max_new_tokens: positions that the answer may take.
-        llm_folder: its config.json has the LLM's limit.
+        llm_folder: folder of the LLM, whose config.json contains the limit.
 
     Raises:
-        ConfigurationError: naming the longest utterance.
+        ConfigurationError: the longest utterance does not fit; the message names it.
     """
     from slam_asr.models.llm import llm_positions
 

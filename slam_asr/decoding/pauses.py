@@ -1,8 +1,8 @@
-"""Division of a recording into segments, at its longest and quietest pauses.
+"""Divide a recording into segments, at its longest and quietest pauses.
 
-An encoder such as Whisper's takes at most half a minute, and a model is at its best on lengths that it was
-trained on. Loudness is measured every 10 ms and smoothed over 300 ms, so that a pause between sentences
-outweighs the closure of a consonant.
+An encoder such as Whisper's takes at most half a minute of audio, and a model is most accurate at the lengths
+that it was trained on. Loudness is measured every 10 ms and smoothed over 300 ms, so that a pause between
+sentences outweighs the closure of a consonant.
 """
 
 from collections.abc import Iterator
@@ -15,24 +15,26 @@ from slam_asr.audio import SAMPLE_RATE
 HOP = SAMPLE_RATE // 100
 """Samples per measurement of loudness."""
 SMOOTHING = 30
-"""Measurements that are averaged in the search for a pause."""
+"""Number of measurements that are averaged in the search for a pause."""
 FLOOR = 1e-4
 """Root mean square, at full scale 1, below which audio counts as silence: -80 dB."""
 QUIET = 0.05
-"""Loudness relative to the recording's loud parts (its 95th percentile) below which audio is not speech: -26
-dB."""
+"""Loudness below which audio is not speech: -26 dB relative to the recording's loud parts.
+
+Their loudness is the 95th percentile of all measurements.
+"""
 MARGIN = 0.2
 """Seconds of quiet that a segment retains before and after speech."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of a recording, by its samples at 16 kHz."""
+    """A part of a recording, given by the indices of its samples at 16 kHz."""
 
     start: int
-    """The first sample."""
+    """Index of the first sample."""
     end: int
-    """The sample after the last one."""
+    """Index after the last sample."""
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -41,14 +43,14 @@ class Stretch:
 
 
 def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
-    """Divide a recording at pauses; quiet at both ends of a part is removed.
+    """Divide a recording at pauses, and remove the quiet at both ends of each part.
 
     Args:
-        samples: [samples] at 16 kHz, full scale 1.
+        samples: [samples] at 16 kHz, of any float type, full scale 1.
         longest: maximum length of a part, in seconds.
 
     Returns:
-        Parts in order, without overlap; an empty list for silence.
+        The parts in order, without overlap; an empty list for silence.
     """
     loudness = _loudness(samples)
     if len(loudness) == 0 or loudness.max() < FLOOR:
@@ -57,21 +59,30 @@ def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
     smooth = np.convolve(loudness, np.ones(SMOOTHING) / SMOOTHING, mode="same")
     parts = []
     for first, last in _cuts(smooth, max(2, round(longest * SAMPLE_RATE) // HOP), quiet):
+        # The ends of speech are found in the unsmoothed loudness, because averaging would blur them.
         loud = np.flatnonzero(loudness[first:last] > quiet)
         if len(loud):
             margin = round(MARGIN * SAMPLE_RATE)
             start = max(first * HOP, (first + int(loud[0])) * HOP - margin)
+            # The last measurement may include padding, so the end is limited to the recording's.
             end = min(last * HOP, (first + int(loud[-1]) + 1) * HOP + margin, len(samples))
             parts.append(Stretch(start, end))
     return parts
 
 
 def _cuts(smooth: np.ndarray, longest: int, quiet: float) -> Iterator[tuple[int, int]]:
-    """Yield parts of at most `longest` measurements as (first, end), divided where it is quietest."""
+    """Yield parts of at most `longest` measurements as (first, end), divided where `smooth` is lowest.
+
+    Args:
+        smooth: float [measurements], the smoothed loudness.
+        longest: maximum number of measurements in a part.
+        quiet: loudness at or below which there is a pause.
+    """
     first = 0
     while len(smooth) - first > longest:
-        # Preferably in the second half, since short parts give the LLM little context. Without a pause there,
-        # before it; and without any pause, in the second half all the same, perhaps within a word.
+        # A cut is preferred in the second half, because short parts give the LLM little context. If only the
+        # first half has a pause, the cut is there. If neither has one, the cut is in the second half, perhaps
+        # within a word.
         late, early = (first + longest // 2, first + longest), (first + longest // 10, first + longest // 2)
         start, end = next(
             (span for span in (late, early) if smooth[slice(*span)].min(initial=np.inf) <= quiet), late
@@ -83,6 +94,10 @@ def _cuts(smooth: np.ndarray, longest: int, quiet: float) -> Iterator[tuple[int,
 
 
 def _loudness(samples: np.ndarray) -> np.ndarray:
-    """Return [measurements], the root mean square of every `HOP` samples; the end is padded with zeros."""
+    """Return the root mean square of every `HOP` samples, float32 [measurements]; zeros pad the end.
+
+    Args:
+        samples: [samples] at 16 kHz, full scale 1.
+    """
     padded = np.pad(samples.astype(np.float32), (0, -len(samples) % HOP))
     return np.sqrt((padded.reshape(-1, HOP) ** 2).mean(axis=1))

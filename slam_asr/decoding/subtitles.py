@@ -1,11 +1,11 @@
-"""Transcripts, and how they are written: as text, JSON or SubRip subtitles."""
+"""Transcripts, and their formats: text, JSON and SubRip subtitles."""
 
 import json
 import textwrap
 from dataclasses import asdict, dataclass, field
 
 COLUMNS, LINES = 42, 2
-"""Maximum size of a subtitle: what players show in full."""
+"""Maximum number of characters in a subtitle's line, and of lines, so that players show all of it."""
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Transcript:
     file: str
     """The recording's file name as given."""
     duration: float
-    """Seconds."""
+    """Duration in seconds."""
     segments: list[Segment] = field(default_factory=list)
-    """In order of time, without overlap; empty for silence."""
+    """The segments in order of time, without overlap; empty for silence."""
 
     @property
     def text(self) -> str:
@@ -67,6 +67,7 @@ def as_srt(transcript: Transcript) -> str:
         characters = sum(map(len, shown))
         start = segment.start
         for text in shown:
+            # Rounding errors must not let the last subtitle end after its segment.
             end = min(segment.end, start + (segment.end - segment.start) * len(text) / characters)
             blocks.append(f"{len(blocks) + 1}\n{_clock(start)} --> {_clock(end)}\n{text}\n")
             start = end

@@ -1,4 +1,4 @@
-"""A loaded model that transcribes recordings of any length: the entry for Python programs.
+"""Transcribe recordings of any length with a loaded model: the entry point for Python programs.
 
 Each recording is divided at pauses (`pauses.py`). The segments of several recordings are decoded in common
 batches.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from slam_asr.decoding.model import Model
 
 MAX_SECONDS_IN_MEMORY = 3600.0
-"""Seconds of audio in memory at a time; exceeded only by a single longer file."""
+"""Maximum seconds of audio in memory at a time. Only a single longer file exceeds it."""
 
 
 def load_transcriber(
@@ -40,7 +40,7 @@ def load_transcriber(
         model: name of a shipped model, or a folder or s3:// prefix that convert-checkpoint wrote.
         recipe: how to decode (its section `decoding`); by default, the recipe that the model was trained
             with.
-        max_segment_seconds: length of the segments that recordings are divided into, in seconds at most. The
+        max_segment_seconds: maximum length in seconds of the segments that recordings are divided into. The
             encoder's window limits it further.
 
     Raises:
@@ -98,7 +98,7 @@ class Transcriber:
             file: wav, flac, ogg, opus or mp3, local or s3://, of any length and sample rate.
 
         Raises:
-            InputError: the file does not exist, is no audio or is damaged.
+            InputError: the file does not exist, is not audio or is damaged.
         """
         (transcript,) = self.transcribe_files([file])
         return transcript
@@ -110,11 +110,11 @@ class Transcriber:
         meter: Meter | None = None,
         on_error: Callable[[str, AudioError], None] | None = None,
     ) -> Iterator[Transcript]:
-        """Transcribe audio files; faster than one after the other, because their segments share batches.
+        """Transcribe audio files; faster than one file at a time, because their segments share batches.
 
         Args:
             files: as for `transcribe`.
-            seconds: duration of each file, if known; otherwise read from the files' headers.
+            seconds: duration of each file, if known; by default, it is read from the files' headers.
             meter: counts seconds of audio.
             on_error: called with a damaged file and its error; the file is then skipped. Without it, the
                 error is raised.
@@ -123,7 +123,8 @@ class Transcriber:
             A transcript per file, in the order of `files`.
 
         Raises:
-            InputError: a file does not exist or is no audio (before any is transcribed), or is damaged.
+            InputError: a file does not exist or is not audio (raised before any is transcribed if `seconds`
+                is None), or is damaged.
         """
         if seconds is None:
             seconds = [count_samples(file) / SAMPLE_RATE for file in files]
@@ -144,7 +145,8 @@ class Transcriber:
         """Transcribe audio in memory.
 
         Args:
-            recordings: name and samples of each: [samples] at 16 kHz, full scale 1.
+            recordings: name and audio of each recording; the audio is float32 [samples] at 16 kHz, with full
+                scale 1.
             meter: counts seconds of audio.
 
         Yields:
@@ -161,6 +163,7 @@ class Transcriber:
             self.model.positions(self.model.spec.span_of(stretch.end - stretch.start))
             for _, stretch in stretches
         ]
+        # Batches contain segments of similar length, so the segments of a recording are not decoded in order.
         segments: dict[int, Segment] = {}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "prepare-audio") as pool:
             for batch in plan_batches(
@@ -189,7 +192,7 @@ class Transcriber:
 
 
 def _groups(seconds: Sequence[float]) -> Iterator[list[int]]:
-    """Yield the indices of files that are in memory together."""
+    """Yield the indices of the files that are in memory at the same time, given each file's seconds."""
     group: list[int] = []
     for index in range(len(seconds)):
         if group and sum(seconds[i] for i in group) + seconds[index] > MAX_SECONDS_IN_MEMORY:

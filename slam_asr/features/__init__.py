@@ -1,1 +1,1 @@
-"""The cache of encoder outputs: computed once per utterance, shared by every run."""
+"""Extraction and maintenance of features: each utterance is encoded once, and every run uses the result."""

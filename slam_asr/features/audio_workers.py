@@ -26,25 +26,26 @@ from slam_asr.models.encoders.frontend import Prepared, Preparer
 
 Tag = TypeVar("Tag")
 _Arrays = tuple[list[np.ndarray], int]
-"""The inputs and samples of a `Prepared`, as arrays: tensors would be sent through shared memory."""
+"""`inputs` and `samples` of a `Prepared`, as float32 arrays: tensors would be sent through shared memory."""
 
 
 def default_workers(processes: int, on_gpu: bool) -> int:
-    """Number of workers per extraction process, where the recipe does not set it.
+    """Number of workers per extraction process, for a recipe that does not set it.
 
-    An encoder on a GPU leaves the CPU cores to the workers. An encoder on the CPU needs the cores itself, and
-    one worker keeps up with it.
+    If the encoder runs on a GPU, the CPU cores are free for workers. If it runs on the CPU, it needs the
+    cores itself, and a single worker is fast enough for it.
 
     Args:
-        processes: of the extraction on this machine.
+        processes: number of processes of the extraction on this machine.
         on_gpu: whether the encoder runs on a GPU.
     """
     cores = len(os.sched_getaffinity(0))
+    # One core of each process' share is left for the process itself, which runs the encoder.
     return max(1, min(16, cores // processes - 1)) if on_gpu else 1
 
 
 class AudioLoader:
-    """Reads and prepares utterances in worker processes, which end with this one.
+    """Reads and prepares utterances in worker processes, which end when this process ends.
 
     Args:
         preparer: turns a waveform into the encoder's input.
@@ -65,20 +66,24 @@ class AudioLoader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def prepare(self, batches: Iterable[tuple[Tag, list[Utterance]]]) -> Iterator[tuple[Tag, list[Prepared]]]:
-        """Prepare batches, in order, while the workers stay ahead of the caller.
+        """Prepare batches in order, while the workers stay ahead of the caller.
 
-        Before a batch is returned, the batches after it hold at least as many utterances as it does, and at
-        least two per worker (unless there are no more).
+        A batch is returned only when the utterances of later batches that are already submitted number at
+        least as many as its own, and at least two per worker, or when no batches remain. Workers therefore
+        have work while the caller encodes the batch.
 
         Args:
-            batches: utterances, each list with a tag that is returned with it.
+            batches: pairs of a tag, which is returned unchanged, and a list of utterances.
+
+        Yields:
+            Each batch's tag and its prepared utterances, in the order of the batch.
 
         Raises:
             AudioError: audio that cannot be used.
             ConfigurationError: a worker was killed.
         """
         pending: deque[tuple[Tag, list[Future[_Arrays]]]] = deque()
-        ahead = 0  # utterances of all pending batches but the first
+        ahead = 0  # number of utterances in all pending batches except the first
         try:
             for tag, utterances in batches:
                 pending.append((tag, [self._pool.submit(_prepare, u) for u in utterances]))
@@ -103,15 +108,16 @@ class AudioLoader:
 
 
 _preparer: Preparer | None = None
-"""The worker's own, set once when it starts rather than sent with each utterance."""
+"""The preparer of this worker process, set when it starts so that it is not sent with each utterance."""
 
 
 def _start_worker(preparer: Preparer) -> None:
     global _preparer
     _preparer = preparer
-    # `die_with_parent` would not work here: the parent is the fork server, not the owner of the pool.
+    # `die_with_parent` would not work here, because the kernel's parent is the fork server. The parent that
+    # multiprocessing reports is the owner of the pool.
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the owner too, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the owner, which ends its workers
     torch.set_num_threads(1)
 
 

@@ -1,7 +1,7 @@
-"""Encodes planned shards on one device, and publishes each as soon as it is complete.
+"""Encoding of planned shards on one device. Each shard is published as soon as it is complete.
 
-While the encoder works on one batch, worker processes prepare the next ones and a thread writes the previous
-shard.
+While the encoder works on one batch, worker processes prepare the next batches, and a thread writes the
+previous shard.
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ from slam_asr.storage import exists, info, write_bytes
 
 @dataclass(frozen=True)
 class EncodingTask:
-    """What all shards of an extraction have in common."""
+    """The settings that all shards of an extraction have in common."""
 
     recipe: Recipe
     spec: EncoderSpec
     namespace: FeatureNamespace
-    """Where shards are written."""
+    """The part of the store to which shards are written."""
     fingerprint: dict[str, Any]
     """Everything that determines the features."""
 
@@ -42,9 +42,9 @@ class AudioBatch:
     shard: PlannedShard
     utterances: list[Utterance]
     spans: list[int]
-    """[utterances] lengths in frames."""
+    """[utterances]: length of each in frames; see `EncoderSpec.span_of`."""
     is_last: bool
-    """Whether it is the last batch of its shard."""
+    """Whether this is the last batch of its shard."""
 
 
 @dataclass
@@ -53,7 +53,9 @@ class EncodedBatch:
 
     batch: AudioBatch
     features: list[feature_dtype.QuantizedFrames]
+    """Per utterance, frames [frames, encoder width] in the store's dtype, and scales [frames] for fp8."""
     copied: torch.cuda.Event | None = None
+    """Marks the end of the copies on the GPU; None if the features were computed on the CPU."""
 
     def wait(self) -> None:
         """Wait until the copies are complete."""
@@ -62,11 +64,11 @@ class EncodedBatch:
 
 
 class ShardWriter:
-    """Collects batches until their shard is complete, and writes it while the next one is computed.
+    """Collects batches until their shard is complete, then writes it while the next shard is computed.
 
     Args:
-        namespace: where shards are written.
-        fingerprint: of what computes them.
+        namespace: the part of the store to which shards are written.
+        fingerprint: everything that determines the features, for the shards' indexes.
     """
 
     def __init__(self, namespace: FeatureNamespace, fingerprint: dict[str, Any]) -> None:
@@ -77,7 +79,7 @@ class ShardWriter:
         self._writing: Future[None] | None = None
 
     def add(self, encoded: EncodedBatch) -> None:
-        """Add a batch; batches of one shard must follow each other.
+        """Add a batch. All batches of a shard must be added before any batch of the next.
 
         Raises:
             OSError: the disk is full.
@@ -88,7 +90,7 @@ class ShardWriter:
         self._features |= zip(audio_ids, encoded.features, strict=True)
         self._spans |= zip(audio_ids, encoded.batch.spans, strict=True)
         if encoded.batch.is_last:
-            self.finish()  # at most one shard waits in memory to be written
+            self.finish()  # so that at most one complete shard is queued
             self._writing = self._thread.submit(
                 self._publish, encoded.batch.shard, self._features, self._spans
             )
@@ -111,8 +113,10 @@ class ShardWriter:
         content, index = pack(features, self.fingerprint, spans)
         path = self.namespace.shard_path(index.shards[0].name)
         existing = info(path)
+        # A shard is named by the SHA-256 of its content, so an existing one of the same size is the same.
         if existing is None or existing.bytes != len(content):
             write_bytes(path, content)
+        # Last, because a resumed extraction does not compute a shard that has a receipt.
         write_bytes(shard.receipt, index.to_bytes())
 
 
@@ -120,9 +124,9 @@ def encode_shards(task: EncodingTask, shards: list[PlannedShard], device: torch.
     """Load the encoder, compute shards and publish each with its receipt.
 
     Args:
-        task: what the shards have in common.
-        shards: to compute, in this order.
-        device: of the encoder.
+        task: the settings that the shards have in common.
+        shards: the shards to compute, in this order.
+        device: the device of the encoder.
 
     Raises:
         OSError: the disk is full.
@@ -157,7 +161,8 @@ def run_shards(
             encoded = _copy_to_host(
                 batch, [feature_dtype.quantize(f, recipe.features.dtype) for f in encoder.encode(inputs)]
             )
-            # The writer waits for the previous batch only now, when the GPU already has this one to compute.
+            # Adding a batch waits until its copy is complete. The previous batch is added only now, when the
+            # GPU already has this one to compute.
             if previous is not None:
                 writer.add(previous)
             previous = encoded
@@ -170,12 +175,12 @@ def run_shards(
 def plan_batches(
     shards: list[PlannedShard], spec: EncoderSpec, budget: float, meter: Meter
 ) -> Iterator[AudioBatch]:
-    """Divide shards into batches of utterances of similar lengths, since all are padded to the longest.
+    """Divide shards into batches of utterances of similar lengths, because a batch is padded to its longest.
 
     Args:
-        shards: to divide; one that another extraction has finished meanwhile is skipped.
+        shards: the shards to divide. A shard that another extraction has finished meanwhile is skipped.
         spec: the encoder.
-        budget: audio per batch in seconds, padding included.
+        budget: maximum audio per batch in seconds, padding included.
         meter: counts the utterances of skipped shards as done.
     """
     for shard in shards:

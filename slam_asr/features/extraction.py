@@ -1,8 +1,8 @@
-"""An extraction: which shards are missing, who computes them, and the indexes that are published at its end.
+"""An extraction: it finds the missing shards, divides them among processes, and publishes the indexes.
 
-The shards to compute are planned from the manifests. An interrupted run finds the shards that were finished
-and resumes with the others. Several processes, on one machine or on many, each take every n-th shard; the
-store's bytes do not depend on how many there are. With several GPUs, each gets a process:
+The shards to compute are planned from the manifests. A run after an interruption finds the finished shards
+and computes only the others. If n processes share the work, on one machine or on many, each takes every n-th
+shard; the store's bytes do not depend on n. On a machine with several GPUs, each GPU gets a process,
 `python -m slam_asr.features.extraction JOB`.
 """
 
@@ -43,11 +43,11 @@ class ExtractionJob(Job):
     recipe: str
     """The resolved recipe, as YAML."""
     files: list[str]
-    """Manifests."""
+    """Paths of the manifests."""
     output: str
-    """The store."""
+    """Path or URI of the store."""
     work_shard: dict[str, int]
-    """Fields of the `WorkShard` that all the processes compute together."""
+    """The fields of the `WorkShard` that all processes of this machine compute together."""
 
 
 class Extraction:
@@ -55,10 +55,10 @@ class Extraction:
 
     Args:
         recipe: the recipe.
-        spec: its encoder.
-        files: manifests; audio that several of them have is computed for the first.
-        output: the store.
-        work_shard: which of the shards this extraction computes.
+        spec: the recipe's encoder.
+        files: paths of the manifests. Audio that is in several of them is computed for the first.
+        output: path or URI of the store.
+        work_shard: which of the planned shards this extraction computes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Extraction:
         self.audio = self._distinct_audio()
 
     def _distinct_audio(self) -> list[Audio]:
-        """The audio of each manifest that no earlier manifest has."""
+        """For each manifest, the audio that is in no earlier manifest."""
         distinct: list[Audio] = []
         for file in self.files:
             audio = distinct_audio(fit_to_window(read_manifest(file), self.spec), samples_of)
@@ -86,7 +86,7 @@ class Extraction:
         return distinct
 
     def plans(self) -> list[ExtractionPlan]:
-        """One plan for each manifest, for the store in its present state."""
+        """Plan the extraction of each manifest, given the present state of the store."""
         options = self.recipe.features
         return [
             ExtractionPlan(audio, self.namespace, self.fingerprint, self.spec, options, self.work_shard)
@@ -97,19 +97,19 @@ class Extraction:
     def missing(plans: list[ExtractionPlan], process: int = 0, processes: int = 1) -> list[PlannedShard]:
         """The shards that one of several processes must compute.
 
-        Shards are assigned to processes before those that exist are left out, so the assignment does not
-        depend on the progress of the other processes.
+        All shards are assigned to processes before existing ones are left out. The assignment therefore does
+        not depend on the progress of the other processes.
 
         Args:
-            plans: of all manifests.
+            plans: the plans of all manifests.
             process: number of the process, from 0.
-            processes: how many share the work.
+            processes: number of processes that share the work.
         """
         own = [(plan, shard) for plan in plans for shard in plan.own_shards]
         return [shard for plan, shard in own[process::processes] if plan.is_missing(shard)]
 
     def is_intact(self, record: Record) -> bool:
-        """Whether the indexes and shards that a finished extraction recorded still exist."""
+        """Whether the indexes that a finished extraction recorded, and their shards, still exist."""
         sizes = self.namespace.shard_sizes()
         names = set(self.namespace.index_names())
         for name in record.facts.get("indexes", []):
@@ -122,7 +122,7 @@ class Extraction:
         return True
 
     def run(self) -> Outcome:
-        """Compute what is missing and publish the indexes."""
+        """Compute the missing shards and publish the indexes."""
         from slam_asr.models.precision import pick_device, processes_here
 
         self.namespace.write_fingerprint(self.fingerprint, self.spec.width)
@@ -184,15 +184,16 @@ class Extraction:
         )
         remedy = "encoder.batch_seconds or features.processes"
         with processes_of("slam_asr.features.extraction", job, processes, remedy) as running:
+            # Leave as soon as any process fails: `processes_of` then ends the others and raises.
             while any(process.poll() is None for process in running) and not any(
                 process.poll() for process in running
             ):
                 time.sleep(0.1)
 
     def _remove_abandoned_files(self) -> None:
-        """Remove what a killed extraction left half-written on a local disk.
+        """Remove the incomplete files that a killed extraction left on a local disk.
 
-        A running extraction locks the files that it writes, so those are not removed.
+        A running extraction locks the files that it is writing, so its files are not removed.
         """
         if not is_s3(self.namespace.root):
             remove_abandoned(local_path(self.namespace.root))

@@ -1,4 +1,4 @@
-"""Maintenance of a feature store: list what it holds, verify it, and remove what is not needed."""
+"""Maintenance of a feature store: list its contents, verify them, and remove files that are not needed."""
 
 import hashlib
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from slam_asr.progress import Meter, log_line
 from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, write_bytes
 
 _FRAMES_PER_SECOND = 50
-"""All supported encoders give one frame per 20 ms."""
+"""Frames per second of audio: all supported encoders give one frame per 20 ms."""
 _PARALLEL_READS = 4
 _CHUNK_BYTES = 8 * 2**20
 
@@ -31,7 +31,7 @@ class Contents:
     shard_sizes: dict[str, int]
     """Size in bytes of each existing shard, by file name."""
     receipts: list[str] = field(default_factory=list)
-    """Paths of the receipts of extractions that are running or were interrupted."""
+    """Paths of the receipts that running and interrupted extractions have written."""
 
     @property
     def orphans(self) -> list[str]:
@@ -43,7 +43,7 @@ class Contents:
 
     @property
     def lost(self) -> list[Shard]:
-        """Shards that an index refers to, but that are missing or cut short."""
+        """Shards that are missing or cut short although an index refers to them."""
         return [s for s in self.index.shards if self.shard_sizes.get(s.name) != s.bytes] if self.index else []
 
 
@@ -64,7 +64,7 @@ def _require_namespaces(store: str) -> list[FeatureNamespace]:
 
 
 def list_store(store: str) -> None:
-    """Print what a feature store holds: encoders, utterances, hours, megabytes, unfinished and lost shards.
+    """Print a feature store's contents: encoders, utterances, hours, megabytes, unfinished and lost shards.
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.
@@ -165,10 +165,10 @@ def prune_store(
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.
-        keep: manifests, or folders of build-manifest: also remove shards without any of their audio.
+        keep: manifests, or folders of build-manifest. Shards that hold none of their audio are also removed.
         drop: names of encoders' folders in the store, as `features ls` shows them, to remove completely.
         unfinished: also remove the shards of unfinished extractions.
-        yes: remove the files.
+        yes: remove the files, rather than only report them.
 
     Raises:
         InputError: no store exists there, or it has no folder of that name.
@@ -189,13 +189,14 @@ def prune_store(
         size = sum(f.bytes for f in walk(namespace.root) if join(namespace.root, f.name) in set(files))
         log_line(f"{name_of(namespace.root)}: {len(files)} files, {size / 1e6:,.1f} MB, {verb}")
         if yes:
-            # Indexes and receipts before the shards that they vouch for.
+            # Remove indexes and receipts before the shards that they vouch for. Then none of them refers to a
+            # removed shard, even after an interruption.
             for file in sorted(files, key=lambda f: "/shards/" in f):
                 delete(file)
 
 
 def _audio_ids_of(manifests: Iterable[str]) -> np.ndarray:
-    """Sorted audio ids [n, 32] of all utterances."""
+    """Sorted audio ids, uint8 [n, 32], of all utterances in the manifests."""
     audio_ids = {u.audio_id for file in manifest_files(list(manifests)) for _, u in iterate_manifest(file)}
     return to_array(sorted(audio_ids))
 
@@ -203,13 +204,14 @@ def _audio_ids_of(manifests: Iterable[str]) -> np.ndarray:
 def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, yes: bool) -> list[str]:
     """Paths of the files that can be removed.
 
-    If shards are removed that indexes refer to, all indexes are replaced by one of the remaining shards.
+    If an index refers to a shard that is removed, all indexes are replaced by a single index of the remaining
+    shards.
 
     Args:
-        contents: of a namespace.
-        needed: sorted audio ids [n, 32] whose features must remain; all if not given.
-        unfinished: include the shards of unfinished extractions.
-        yes: write that one index now, before the caller removes the others.
+        contents: the files of a namespace.
+        needed: sorted audio ids, uint8 [n, 32], whose features must remain; all if not given.
+        unfinished: whether to include the shards of unfinished extractions.
+        yes: whether to write the single index now, before the caller removes the others.
     """
     namespace, index = contents.namespace, contents.index
     files = [namespace.shard_path(name) for name in contents.orphans]
@@ -219,6 +221,7 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
         removable = (noted - indexed) & contents.shard_sizes.keys()
         files += contents.receipts + [namespace.shard_path(name) for name in sorted(removable)]
     if needed is not None and index is not None:
+        # A shard remains if any of its audio is needed: shards are never changed, only removed.
         remains = np.zeros(len(index.shards), bool)
         remains[index.columns["shard"][isin_sorted(index.columns["address"], needed)]] = True
         if not remains.all():
@@ -230,7 +233,7 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
             files += [namespace.index_path(name) for name in namespace.index_names()]
             remaining = merge(index.fingerprint, index.width, [index.select(remains[index.columns["shard"]])])
             name = f"remaining-{digest(remaining.audio_ids())[:16]}"
-            # An earlier pruning may have written this very index.
+            # An earlier pruning may have written the same index, under this name. It must not be removed.
             files = [f for f in files if f != namespace.index_path(name)]
             if yes:
                 write_bytes(namespace.index_path(name), remaining.to_bytes())

@@ -1,7 +1,7 @@
-"""The plan of an extraction: which shards to compute, decided from manifests alone.
+"""The plan of an extraction: which shards to compute, and which utterances each of them holds.
 
 Utterances are sorted by audio id. Audio ids are digests, so every shard holds a random mixture of the
-manifest, and the plan depends on nothing but the audio.
+manifest's utterances. The order does not depend on that of the manifest.
 """
 
 import hashlib
@@ -39,21 +39,21 @@ class Audio:
 
     manifest: Sequence[Utterance]
     rows: np.ndarray
-    """[utterances] positions in the manifest, one for each audio id."""
+    """[utterances] int: position in the manifest of an utterance with each audio id."""
     audio_ids: np.ndarray
-    """[utterances, 32] in bytes."""
+    """[utterances, 32] uint8: the audio ids, sorted."""
     samples: np.ndarray
-    """[utterances] at 16 kHz."""
+    """[utterances] int64: length of each in samples at 16 kHz."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, selection: np.ndarray | slice) -> "Audio":
-        """The part that a mask, positions or a slice select."""
+        """The part of the audio that a mask [utterances], positions [n] or a slice selects."""
         return Audio(self.manifest, self.rows[selection], self.audio_ids[selection], self.samples[selection])
 
     def digest(self) -> str:
-        """The SHA-256 of all audio ids."""
+        """The SHA-256 of all audio ids, in hexadecimal."""
         return hashlib.sha256(self.audio_ids.tobytes()).hexdigest()
 
     def seconds(self) -> float:
@@ -62,10 +62,10 @@ class Audio:
 
 
 def distinct_audio(manifest: Sequence[Utterance], samples_of: Callable[[Utterance], int]) -> Audio:
-    """The audio of a manifest, each once even if several utterances share it.
+    """The audio of a manifest. Audio that several utterances share is included once.
 
     Args:
-        manifest: utterances.
+        manifest: the utterances.
         samples_of: returns an utterance's length in samples at 16 kHz.
     """
     digests, samples = bytearray(), []
@@ -79,28 +79,29 @@ def distinct_audio(manifest: Sequence[Utterance], samples_of: Callable[[Utteranc
 
 @dataclass
 class PlannedShard:
-    """A shard to compute, and the audio that it will hold."""
+    """A shard to compute, with the audio that it will hold."""
 
     number: int
+    """Position in the plan, from 0, which decides the work shard that the shard belongs to."""
     audio: Audio
     receipt: str
-    """Path of a small index that is written when the shard is finished, for an interrupted run to find."""
+    """Path of the shard's own small index, written when it is finished so that a resumed run finds it."""
 
 
 class ExtractionPlan:
     """The shards that hold a manifest's audio.
 
-    Audio that the store's indexes already had when the extraction first started is not computed again. A file
-    in the store names those indexes, so an interrupted extraction resumes with the same plan. Shards that
-    were lost since then are computed again.
+    Audio that was already in the store's indexes when the extraction first started is not computed again. A
+    file in the store names those indexes, so an interrupted extraction resumes with the same plan. Shards
+    that were lost since then are computed again.
 
     Args:
-        audio: of a manifest.
-        namespace: where features are written.
-        fingerprint: of the namespace.
+        audio: the distinct audio of a manifest.
+        namespace: the part of the store to which features are written.
+        fingerprint: the fingerprint of the namespace.
         spec: the encoder.
-        features: options: the size of shards and the dtype.
-        work_shard: which of the shards this extraction computes.
+        features: the recipe's options, of which the size of shards and the dtype are used.
+        work_shard: which of the planned shards this extraction computes.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class ExtractionPlan:
         self.audio, self.namespace, self.fingerprint = audio, namespace, fingerprint
         self.spec, self.work_shard = spec, work_shard
         limit = features.shard_megabytes * 1_000_000
+        # The name is the same for all work shards and after an interruption, so that they share one plan.
         self.name = digest([audio.digest(), limit])[:16]
         self._shard_sizes = namespace.shard_sizes()
         unfinished = join(namespace.root, "unfinished", self.name)
@@ -128,7 +130,8 @@ class ExtractionPlan:
         self.reused = audio.select(was_indexed & ~lost)
         frame_bytes = bytes_per_frame(spec.width, features.dtype)
         self.shards: list[PlannedShard] = []
-        # Lost audio gets shards of its own, after the others: it must not change what those hold.
+        # Lost audio gets its own shards, after the others, so that the content and numbers of those do not
+        # change.
         for missing in (audio.select(~was_indexed), audio.select(lost)):
             sizes = [spec.frames_of(int(n)) * frame_bytes for n in missing.samples]
             for entries in plan_shards(sizes, limit):
@@ -138,9 +141,11 @@ class ExtractionPlan:
         self.own_shards = [shard for shard in self.shards if work_shard.takes(shard.number)]
 
     def _initial_indexes(self, names: list[str]) -> list[str]:
-        """The indexes that existed when any process first started this extraction."""
+        """Names of the indexes that existed when the first process started this extraction."""
         path = join(self.namespace.root, "plans", f"{self.name}.json")
+        # Indexes of this plan itself come from its own work shards, which must not change it.
         others = [name for name in names if not name.startswith(self.name)]
+        # Without `replace`, the file of the first process remains, and all others read that.
         write_bytes(path, json.dumps(others) + "\n", replace=False)
         try:
             return list(json.loads(read_bytes(path)))
@@ -161,25 +166,27 @@ class ExtractionPlan:
         return index.select(complete[index.columns["shard"]] if len(index) else np.zeros(0, bool))
 
     def is_missing(self, shard: PlannedShard) -> bool:
-        """Whether a shard must be computed: neither an index nor a receipt vouches for it, or it is lost."""
+        """Whether a shard must be computed: no index or receipt vouches for it, or the shard is lost."""
         if isin_sorted(shard.audio.audio_ids, self.indexed.columns["address"]).all():
             return False
+        # The listing of receipts saves a request to the store for each shard that has none.
         receipt = self._read_receipt(shard) if shard.receipt in self._receipts else None
         if receipt is None:
             return True
         if len(self._with_existing_shards(receipt)) == len(shard.audio):
             return False
+        # The shard was lost after it was finished. With its receipt, `encode.plan_batches` would skip it.
         delete(shard.receipt)
         return True
 
     def _read_receipt(self, shard: PlannedShard) -> Index | None:
-        """The index of a finished shard, or None if it has no receipt, which publishing removes."""
+        """The receipt of a shard; None if the shard is not finished or its index was already published."""
         if not exists(shard.receipt):
             return None
         try:
             return self.namespace.read_index(shard.receipt)
         except (FileNotFoundError, InputError, StorageError):
-            # Another extraction of the same audio may have removed the receipt between the two calls.
+            # Another extraction of the same audio may have removed the receipt after the check above.
             if exists(shard.receipt):
                 raise
             return None
@@ -188,13 +195,14 @@ class ExtractionPlan:
         """Write the index of this work shard's utterances.
 
         Returns:
-            The index's name, and the index.
+            The name of the index, and the index itself.
 
         Raises:
             InputError: features were removed while the extraction ran.
         """
         receipts = [index for shard in self.own_shards if (index := self._read_receipt(shard))]
-        # Another extraction of the same audio may already have published its index and removed the receipts.
+        # Another extraction of the same audio may have published its index and then removed the receipts. The
+        # indexes are listed after the receipts are read, so such an index is found here.
         published = map(self._read_index, self.namespace.index_names())
         self._shard_sizes = self.namespace.shard_sizes()
         audio_ids = np.concatenate(
@@ -209,6 +217,7 @@ class ExtractionPlan:
             )
         name = f"{self.name}-{self.work_shard}"
         write_bytes(self.namespace.index_path(name), index.to_bytes())
+        # Receipts are removed only now, when an index vouches for their shards.
         for shard in self.own_shards:
             delete(shard.receipt)
         return name, index
@@ -218,5 +227,5 @@ class ExtractionPlan:
         return self.reused.select(slice(self.work_shard.number - 1, None, self.work_shard.of))
 
     def own_seconds(self) -> float:
-        """Duration in seconds of this work shard's audio, computed or reused."""
+        """Total duration in seconds of this work shard's audio, whether computed or reused."""
         return sum(shard.audio.seconds() for shard in self.own_shards) + self._own_reused().seconds()

@@ -1,12 +1,12 @@
 """The key-value cache of a beam search, whose beams share the keys and values of audio and prompt.
 
-transformers' own cache holds audio and prompt once per beam. It copies the complete cache at every token, to
-append to it, and copies it again whenever beams are reordered. But the beams of one utterance differ only in
-the tokens that they generated. `SharedLayer` therefore caches the *prefix* (audio and prompt) once per
-utterance, and `attend` reads it once for all beams of that utterance. `attend` has to be registered with
-transformers as an attention implementation, because no implementation that transformers ships can take keys
-from two tensors with different numbers of rows. An LLM that does not use the registered implementations gets
-`BeamLayer`: one row per beam, in a buffer that is allocated once.
+transformers' own cache contains audio and prompt once per beam. It copies all keys and values to append a
+token, and copies them again whenever beams are reordered. But the beams of one utterance differ only in the
+tokens that they generated. `SharedLayer` therefore caches the *prefix* (audio and prompt) once per utterance,
+and `attend` reads it once for all beams of that utterance. `attend` is registered with transformers as an
+attention implementation, because none of transformers' own implementations can take keys from two tensors
+with different numbers of rows. For an LLM that does not use registered implementations, `BeamLayer` has one
+row per beam, in a buffer that is allocated once.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 ATTENTION = "slam_asr_shared_prefix"
-"""Name of `attend` among transformers' attention implementations."""
+"""Name under which `attend` is registered with transformers."""
 
 
 class CannotShare(Exception):
@@ -32,7 +32,8 @@ class CannotShare(Exception):
 def is_plain(cache: object) -> bool:
     """Return whether every layer caches the keys and values of all positions.
 
-    Sliding windows drop positions, and recurrent layers have none: neither can be taken apart by position.
+    Layers with sliding windows drop positions, and recurrent layers have none. Neither kind of cache can be
+    split by position.
     """
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
@@ -43,12 +44,12 @@ def expand_for_beams(
     """Turn a cache with one row per utterance into one that serves `beams` rows per utterance.
 
     Args:
-        cache: keys and values of audio and prompt, one row per utterance. Its layers are replaced, and their
-            tensors released.
-        beams: rows that each utterance gets; they are adjacent.
+        cache: keys and values of audio and prompt, one row per utterance. Its layers are replaced, and the
+            replaced layers' tensors are released.
+        beams: number of adjacent rows that each utterance gets.
         max_new_tokens: capacity for generated tokens, in positions.
-        mask: [utterances, positions], 0 on padding, if the beams are to share the prefix; None for one copy
-            of the prefix per beam.
+        mask: [utterances, positions] int64, 0 on padding, if the beams share the prefix; None for one copy of
+            the prefix per beam.
 
     Returns:
         The same cache object.
@@ -76,7 +77,7 @@ def expand_for_beams(
 
 
 def _repeated(layer: DynamicLayer, beams: int) -> DynamicLayer:
-    """Repeat the rows of a layer of another kind (a sliding window, say), which manages its own memory."""
+    """Repeat the rows of another kind of layer, such as a sliding window, which manages its own memory."""
     layer.batch_repeat_interleave(beams)
     return layer
 
@@ -84,13 +85,13 @@ def _repeated(layer: DynamicLayer, beams: int) -> DynamicLayer:
 class BeamLayer(DynamicLayer):
     """The keys and values of one LLM layer, with one row per beam.
 
-    `keys` and `values` are views [utterances · beams, key heads, positions, head width] of buffers that
-    already have capacity for all new tokens, so that appending a token copies that token only.
+    `keys` and `values` are views [utterances · beams, key heads, positions, head width] of buffers. The
+    buffers have capacity for all new tokens from the start, so that appending a token copies only that token.
 
     Args:
-        layer: one row per utterance; its tensors are released.
-        beams: rows that each utterance gets.
-        max_new_tokens: positions that may be appended.
+        layer: a layer with one row per utterance; its tensors are released.
+        beams: number of rows that each utterance gets.
+        max_new_tokens: maximum number of positions that can be appended.
     """
 
     is_croppable = False
@@ -104,6 +105,7 @@ class BeamLayer(DynamicLayer):
         self._keys, self._values = (
             _with_capacity(tensor, beams, max_new_tokens) for tensor in (layer.keys, layer.values)
         )
+        # Otherwise the prefix would be in memory twice until all layers are converted.
         layer.keys = layer.values = None
         self.dtype, self.device, self.is_initialized = self._keys.dtype, self._keys.device, True
         self._set_end(self.prefix_length)
@@ -115,12 +117,13 @@ class BeamLayer(DynamicLayer):
 
         Args:
             key_states: [utterances · beams, key heads, new positions, head width].
-            value_states: as `key_states`.
+            value_states: same shape as `key_states`.
             args: not used.
             kwargs: not used.
 
         Returns:
-            Keys and values of all positions so far.
+            Keys and values of all positions so far, each [utterances · beams, key heads, positions, head
+            width].
         """
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
@@ -129,12 +132,12 @@ class BeamLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let each row continue another beam of the same utterance.
+        """Let each row continue any beam of the same utterance.
 
-        Only the generated positions are copied: the prefix is the same in all beams of an utterance.
+        Only the generated positions are copied, because all beams of an utterance have the same prefix.
 
         Args:
-            beam_idx: [utterances · beams], for each row the row whose hypothesis it continues.
+            beam_idx: [utterances · beams] int64: for each row, the row whose hypothesis it continues.
         """
         end = self.keys.shape[-2]
         for buffer in (self._keys, self._values):
@@ -143,10 +146,11 @@ class BeamLayer(DynamicLayer):
             )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Retain the rows `indices` [rows], in ascending order; the others belong to finished utterances."""
+        """Retain the rows `indices` [rows] int64, in ascending order. Others are of settled utterances."""
         end = self.keys.shape[-2]
         for buffer in (self._keys, self._values):
-            # Moved within the buffer, so that no second one is allocated; unused capacity is not copied.
+            # Rows are moved within the buffer, so that no new one is allocated. The temporary copy on the
+            # right has only the retained rows, without unused capacity.
             buffer[: len(indices), :, :end] = buffer[indices, :, :end]
         self._keys, self._values = self._keys[: len(indices)], self._values[: len(indices)]
         self._set_end(end)
@@ -165,14 +169,14 @@ def _with_capacity(tensor: torch.Tensor, beams: int, max_new_tokens: int) -> tor
 
 
 class SharedLayer(BeamLayer):
-    """A `BeamLayer` of the generated tokens only, with the prefix cached once per utterance.
+    """A `BeamLayer` for the generated tokens only, with the prefix cached once per utterance.
 
     Args:
-        layer: one row per utterance.
-        beams: rows that each utterance gets.
-        max_new_tokens: positions that may be appended.
-        padding_bias: [utterances, 1, 1, positions], added to the attention scores of the prefix: the dtype's
-            lowest number on padding, else 0.
+        layer: a layer with one row per utterance; its tensors become the prefix.
+        beams: number of rows that each utterance gets.
+        max_new_tokens: maximum number of positions that can be appended.
+        padding_bias: [utterances, 1, 1, positions] in the keys' dtype, added to the attention scores of the
+            prefix: the dtype's lowest finite number on padding, else 0.
     """
 
     def __init__(
@@ -180,11 +184,12 @@ class SharedLayer(BeamLayer):
     ) -> None:
         assert layer.keys is not None and layer.values is not None, "the prefix has been read"
         self.prefix_keys, self.prefix_values = layer.keys, layer.values
-        """[utterances, key heads, positions, head width]"""
+        """Keys and values of audio and prompt, each [utterances, key heads, positions, head width]."""
         self.padding_bias, self.beams = padding_bias, beams
         self.attend_calls = 0
-        """How often `attend` has read this layer: the search checks that the LLM's attention really is
+        """How often `attend` has read this layer. By this number, the search checks that the LLM really uses
         `attend`."""
+        # Without positions, the buffers of `BeamLayer` get capacity for the generated tokens only.
         layer.keys, layer.values = (tensor[:, :, :0] for tensor in (layer.keys, layer.values))
         super().__init__(layer, beams, max_new_tokens)
 
@@ -194,18 +199,19 @@ class SharedLayer(BeamLayer):
         """Append as in `BeamLayer`, and return the keys and values of the generated tokens only."""
         keys, values = super().update(key_states, value_states)
         keys = keys.view_as(keys)
-        # transformers passes only keys and values from the cache to the attention. A fresh view carries the
-        # layer along, by which `attend` finds the prefix.
+        # From the cache, transformers passes only keys and values to the attention. The layer is therefore an
+        # attribute of a new view of the keys, where `attend` finds the layer and with it the prefix.
         keys.cache_layer = self  # type: ignore[attr-defined]
         return keys, values
 
     def get_seq_length(self, *args: object) -> int:
-        """Return the positions so far, including the prefix."""
+        """Return the number of positions so far, including the prefix."""
         return self.prefix_keys.shape[-2] + self.keys.shape[-2]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Retain the rows `indices` [rows]: all beams of the utterances that are still searched."""
+        """Retain the rows `indices` [rows] int64: all beams of the utterances that are still searched."""
         super().batch_select_indices(indices)
+        # An utterance's rows are adjacent, so the first row of each gives its number.
         utterances = indices[:: self.beams] // self.beams
         self.prefix_keys, self.prefix_values, self.padding_bias = (
             tensor[utterances] for tensor in (self.prefix_keys, self.prefix_values, self.padding_bias)
@@ -222,27 +228,28 @@ def attend(
     dropout: float = 0.0,
     **more: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one new position per beam to a shared prefix and to the beam's own tokens.
+    """Compute the attention of one new position per beam to a shared prefix and to the beam's own tokens.
 
-    The signature is the one by which transformers calls an attention implementation.
+    The signature is the one with which transformers calls an attention implementation.
 
     Args:
         module: the LLM's attention layer; not used.
         query: [utterances · beams, heads, 1, head width].
-        key: keys of the generated tokens, from a `SharedLayer`: [utterances · beams, key heads, positions,
+        key: keys of the generated tokens from a `SharedLayer`, [utterances · beams, key heads, positions,
             head width].
-        value: as `key`.
-        attention_mask: always None, since no mask function is registered under this name; padding is masked
-            by the layer's `padding_bias`.
+        value: same shape as `key`.
+        attention_mask: None, unless the LLM builds a mask of its own. transformers builds none, because no
+            mask function is registered under this name. The layer's `padding_bias` masks padding.
         scaling: factor of the scores; 1 / √(head width) if None.
-        dropout: ignored; a search has none.
-        more: whatever else an LLM passes to its attention.
+        dropout: ignored, since a search has no dropout.
+        more: other arguments that an LLM passes to its attention.
 
     Returns:
         [utterances · beams, 1, heads, head width], and None in place of the probabilities.
 
     Raises:
-        CannotShare: the LLM asks for a mask, for several positions at once, or for a change of the scores.
+        CannotShare: the keys come from another kind of layer, or the LLM requires a mask, several positions
+            at once, or a change of the scores.
     """
     layer = getattr(key, "cache_layer", None)
     if (
@@ -256,14 +263,14 @@ def attend(
     rows, heads, _, width = query.shape
     key_heads, beams, prefix = key.shape[1], layer.beams, layer.prefix_keys.shape[-2]
 
-    # A key head of an utterance meets the queries of all beams, and of all heads that share it, as the rows
-    # of one matrix. So the prefix is read from memory once per utterance, in one product.
+    # For each key head of an utterance, the queries of all beams and of all heads that share the key head are
+    # the rows of one matrix. One product of this matrix reads the prefix from memory only once.
     def by_utterance(tensor: torch.Tensor) -> torch.Tensor:
         """[utterances · beams, key heads, n, …] → [utterances, key heads, beams · n, …]"""
         return tensor.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
 
     def by_beam(tensor: torch.Tensor) -> torch.Tensor:
-        """The inverse of `by_utterance`."""
+        """Invert `by_utterance`."""
         return tensor.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
 
     query = (query * (width**-0.5 if scaling is None else scaling)).view(
@@ -271,7 +278,7 @@ def attend(
     )
     prefix_scores = by_utterance(query) @ layer.prefix_keys.transpose(-1, -2) + layer.padding_bias
     token_scores = by_utterance(query @ key.transpose(-1, -2))
-    # One softmax over both, as if the keys were one tensor.
+    # One softmax covers prefix and generated tokens, as if their keys were one tensor.
     probabilities = (
         torch.cat([prefix_scores, token_scores], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
     )
@@ -283,7 +290,7 @@ def attend(
 
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mask")
-"""Arguments by which some LLMs have their attention change the scores or hide positions; `attend` does
+"""Arguments with which some LLMs make their attention change the scores or hide positions. `attend` does
 neither."""
 AttentionInterface.register(ATTENTION, attend)
 
@@ -291,7 +298,8 @@ AttentionInterface.register(ATTENTION, attend)
 @contextlib.contextmanager
 def shared_prefix_attention(llm: PreTrainedModel) -> Iterator[None]:
     """Make an LLM use `attend` within the context."""
-    # Parts of an LLM may have configurations of their own, and each layer looks its attention up in its own.
+    # Parts of an LLM may have their own configurations, and each layer looks up its attention in the one that
+    # it has. A dictionary by id visits each of them once.
     configs = {
         id(config): config
         for module in llm.modules()

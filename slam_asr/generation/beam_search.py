@@ -1,15 +1,15 @@
 """Greedy and beam search that make the same choices as transformers, with less computation.
 
-Hypotheses are extended, finished and dropped by the scores of `GenerationMixin._beam_search` (transformers 5
-with `early_stopping=False`). Three things are computed differently:
+Hypotheses are extended, finished and dropped by the same scores as in `GenerationMixin._beam_search`
+(transformers 5 with `early_stopping=False`). Three things are computed differently:
 
-- Audio and prompt are run through the LLM once per utterance, not once per beam, in groups of similar length.
+- Audio and prompt run through the LLM once per utterance, not once per beam, in groups of similar length.
 - The beams of an utterance share the keys and values of audio and prompt (`beam_cache.py`).
 - An utterance leaves the batch as soon as it is settled, so one runaway answer does not hold up the others.
-  It is settled when transformers would stop, or earlier, when no continuation can reach the requested answers
-  any more.
+  It is settled when transformers would stop, or earlier, as soon as no continuation can become one of the
+  requested answers.
 
-The search also reports, per utterance, whether rounding may have decided a choice.
+For each utterance, the search also reports whether rounding may have decided a choice.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ from slam_asr.generation.beam_cache import (
 NEARLY_TIED = 1e-4
 """Difference in log probability below which rounding may decide between two hypotheses."""
 _NEVER = -1.0e9
-"""Score of a hypothesis that must not be chosen; the same number as in transformers."""
+"""Score of a hypothesis that must not be chosen. transformers uses the same number."""
 _WORTH_SHRINKING = 8
-"""The batch shrinks once one in so many of its utterances is settled, because shrinking copies the cache of
-the others."""
+"""The batch shrinks only when at least one in this many of its utterances is settled, because shrinking
+copies the cache of all others."""
 _PREFILL_POSITIONS = 4096
-"""Positions of audio and prompt in one forward pass: enough to occupy a GPU, few enough that groups have
-similar lengths."""
+"""Maximum number of positions of audio and prompt in one forward pass. It is large enough to occupy a GPU,
+and small enough that the utterances of a group have similar lengths."""
 
 
 @dataclass
@@ -53,17 +53,18 @@ class Answers:
     """The answers to a batch."""
 
     ids: torch.Tensor
-    """[utterances, answers each, tokens]: token ids, best answer first, filled up after the end."""
+    """[utterances, answers per utterance, tokens] int64: token ids, best answer first, padded at the end."""
     scores: torch.Tensor
-    """[utterances, answers each]: log probability after penalties, divided by tokens ** length penalty."""
+    """[utterances, answers per utterance] float32: log probability after penalties, divided by
+    tokens ** length penalty."""
     nearly_tied: list[bool] | None
-    """For each utterance, whether two hypotheses at a decision differed by less than `NEARLY_TIED`; None if
-    not known."""
+    """For each utterance, whether any decision was between two hypotheses whose scores differed by less than
+    `NEARLY_TIED`. None if not known."""
 
 
 @dataclass
 class _SearchState:
-    """The utterances that are still searched: their running beams, and the answers that are finished."""
+    """The utterances that are still searched, with their running beams and their finished answers."""
 
     utterances: torch.Tensor
     """[utterances]: indices in the batch."""
@@ -74,39 +75,40 @@ class _SearchState:
     finished_ids: torch.Tensor
     """[utterances, beams, max_new_tokens]: tokens of the best finished answers, best first."""
     finished_scores: torch.Tensor
-    """[utterances, beams]: as `Answers.scores`; `_NEVER` where no answer is finished yet."""
+    """[utterances, beams]: same as `Answers.scores`; `_NEVER` where no answer is finished yet."""
     finished_lengths: torch.Tensor
     """[utterances, beams]: tokens of each finished answer, including the one that ends it."""
     is_finished: torch.Tensor
-    """[utterances, beams] bool: whether that place holds a finished answer."""
+    """[utterances, beams] bool: whether there is a finished answer at this place of `finished_ids`."""
     improvable: torch.Tensor
     """[utterances] bool: whether a running beam may still improve on the finished answers; False means
     settled."""
     nearly_tied: torch.Tensor
-    """[utterances] bool: as in `Answers`."""
+    """[utterances] bool: same as `Answers.nearly_tied`."""
 
     def select(self, rows: torch.Tensor) -> "_SearchState":
-        """Return the state of some utterances only."""
+        """Return the state of the utterances at `rows` [n] only."""
         return _SearchState(**{name: tensor[rows] for name, tensor in vars(self).items()})
 
 
 def beam_search(
     llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig
 ) -> Answers | None:
-    """Decode a batch by beam search; with one beam, greedily.
+    """Decode a batch by beam search, or by greedy search if there is one beam.
 
     Args:
         llm: any causal LM.
-        embeddings: [utterances, positions, LLM width] of audio and prompt, padded on the left.
-        mask: [utterances, positions], 0 on padding.
+        embeddings: [utterances, positions, LLM width], audio and prompt in the LLM's dtype, padded on the
+            left.
+        mask: [utterances, positions] int64, 0 on padding and else 1.
         generation: number of beams and answers, penalties, max_new_tokens, and the tokens that end and pad an
             answer.
 
     Returns:
-        The answers, or None for an LLM whose cache does not hold keys and values per position (Mamba, say).
+        The answers; None if the LLM's cache does not consist of keys and values per position, as in Mamba.
     """
     # An LLM may accept a registered attention and still ask it for something that `attend` does not compute.
-    # That shows at the first generated token, so starting over costs little.
+    # This is noticed at the first generated token, so starting over costs little.
     if getattr(llm, "_supports_attention_backend", False):
         with contextlib.suppress(CannotShare):
             return _search(llm, embeddings, mask, generation, share=True)
@@ -120,10 +122,10 @@ def _search(
     generation: GenerationConfig,
     share: bool,
 ) -> Answers | None:
-    """Search with the prefix shared among beams or not; see `beam_search`.
+    """Search with or without a prefix that the beams share; see `beam_search`.
 
     Raises:
-        CannotShare: only with `share`.
+        CannotShare: `share` is true, but the LLM's attention cannot share a prefix.
     """
     utterances, width = embeddings.shape[:2]
     beams, max_new_tokens = generation.num_beams, generation.max_new_tokens
@@ -160,6 +162,7 @@ def _search(
             getattr(result, name)[newly_settled] = getattr(state, name)[settled]
         if bool(settled.all()):
             break
+        # Reorder before shrinking: `continued_rows` counts the rows of all utterances in the cache.
         cache.reorder_cache(cast(torch.LongTensor, continued_rows))
         if int(settled.sum()) * _WORTH_SHRINKING >= len(settled):
             remaining = (~settled).nonzero()[:, 0]
@@ -169,7 +172,7 @@ def _search(
         with shared_prefix_attention(llm) if share else contextlib.nullcontext():
             logits, _ = _forward(
                 llm,
-                # Positions count from each utterance's own start: padding on the left takes none.
+                # Position ids start at 0 with each utterance, so padding on the left is not counted.
                 (lengths + step).repeat_interleave(beams)[:, None],
                 mask[:, : width + step + 1],
                 input_ids=state.ids[:, :, step].reshape(-1, 1),
@@ -182,6 +185,7 @@ def _search(
     answers = generation.num_return_sequences
     longest = int(result.finished_lengths[:, :answers].max())
     nearly_tied = result.nearly_tied
+    # Rounding may also decide which of two finished answers is the best one.
     if beams > 1:
         nearly_tied |= (result.finished_scores[:, 0] - result.finished_scores[:, 1]) < NEARLY_TIED
     return Answers(
@@ -201,16 +205,16 @@ def _forward(
 
     Args:
         llm: any causal LM.
-        positions: [rows, new positions], for LLMs that accept position ids.
-        mask: [rows, all positions], 0 on padding.
-        inputs_embeds: [rows, new positions, LLM width], at the start.
-        input_ids: [rows, new positions], afterwards.
-        past_key_values: the cache; None at the start.
+        positions: [rows, new positions] int64, position ids; used if the LLM accepts them.
+        mask: [rows, all positions] int64, 0 on padding and else 1.
+        inputs_embeds: [rows, new positions, LLM width], for the prefill.
+        input_ids: [rows, new positions] int64, for each generated token.
+        past_key_values: the cache; None for the prefill.
 
     Returns:
         Logits [rows, vocabulary] of the last position in fp32, and the cache.
     """
-    # Not every family accepts these two.
+    # Not every family accepts `position_ids` and `logits_to_keep`.
     accepted = inspect.signature(llm.forward).parameters
     optional: dict[str, object] = {"position_ids": positions, "logits_to_keep": 1}
     inputs = {"inputs_embeds": inputs_embeds, "input_ids": input_ids, "past_key_values": past_key_values}
@@ -228,13 +232,13 @@ def _prefill(
 ) -> tuple[torch.Tensor, object]:
     """Run audio and prompt through the LLM.
 
-    A large batch is run in groups of similar length, longest first: within a group, padding is trimmed to its
-    longest utterance. The groups' keys and values are then gathered in one cache, aligned on the right.
+    A large batch is divided into groups of similar length, longest first. Each group is padded only to its
+    own longest utterance. The groups' keys and values are then gathered in one cache, aligned on the right.
 
     Args:
         llm: any causal LM.
         embeddings: [utterances, positions, LLM width], padded on the left.
-        mask: [utterances, positions], 0 on padding.
+        mask: [utterances, positions] int64, 0 on padding and else 1.
 
     Returns:
         Logits [utterances, vocabulary] of the first generated token, and the cache of all utterances.
@@ -262,7 +266,7 @@ def _prefill(
         rows = order[start : start + max(1, _PREFILL_POSITIONS // longest)]
         group_logits, cache = run_group(rows, longest)
         if not is_plain(cache):
-            # Sliding windows cannot be gathered by position: run the batch in one pass.
+            # Layers with sliding windows cannot be gathered by position, so the batch runs in one pass.
             return run_group(slice(None), width)
         group = cast(DynamicCache, cache)
         layers = cast(list[DynamicLayer], group.layers)
@@ -273,6 +277,7 @@ def _prefill(
             keys, values = layer.keys, layer.values
             assert keys is not None and values is not None, "the forward pass has filled the cache"
             if start == 0:
+                # Zeros, because masked positions still enter products: a NaN there would reach the output.
                 all_rows.keys, all_rows.values = (
                     t.new_zeros(utterances, t.shape[1], width, t.shape[3]) for t in (keys, values)
                 )
@@ -281,25 +286,26 @@ def _prefill(
             all_rows.values[rows, :, width - longest :] = values
         logits.append(group_logits)
         start += len(rows)
+    # Logits were collected in the groups' order; `argsort` inverts it. The cache was filled by row index.
     return torch.cat(logits)[order.argsort()], complete
 
 
 def penalties(generation: GenerationConfig) -> LogitsProcessorList:
-    """Build the processors that penalise tokens which an answer already contains.
+    """Build the processors that penalise tokens that an answer already contains.
 
-    transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it exempts as
-    many of an answer's first tokens as the utterance has padding on the left, so an answer would depend on
-    the utterances it is batched with.
+    transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it would not
+    penalise as many of an answer's first tokens as there is padding to the left of the utterance. An answer
+    would therefore depend on the other utterances of the batch.
     """
     penalty = generation.repetition_penalty
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
 
 
 def without_penalties(generation: GenerationConfig, scores: bool = False) -> GenerationConfig:
-    """Copy a configuration for transformers' `generate`, which gets the `penalties` separately.
+    """Copy a configuration for transformers' `generate`, which receives the `penalties` separately.
 
     Args:
-        generation: as for `beam_search`.
+        generation: same configuration as for `beam_search`.
         scores: whether `generate` returns the answers' scores along with their ids.
     """
     generation = copy.copy(generation)
@@ -315,7 +321,8 @@ def _start(
     """Return the state before the first token."""
     ids = torch.full((utterances, beams, max_new_tokens), fill_token, device=device)
     scores = torch.zeros(utterances, beams, device=device)
-    # All beams still are equal. Only the first may be continued, or every beam would continue alike.
+    # All beams are equal before the first token. Only one of them may be continued, or else all beams would
+    # continue in the same way.
     scores[:, 1:] = _NEVER
     nothing_finished = torch.zeros(utterances, beams, dtype=torch.bool, device=device)
     return _SearchState(
@@ -341,20 +348,20 @@ def _choose(
     """Extend each utterance's beams by their best next tokens.
 
     Args:
-        state: before the token; of settled utterances, the finished answers no longer change.
-        log_probabilities: [utterances, beams, vocabulary] of the next token, after penalties.
-        step: tokens generated so far.
-        stops: [stops], tokens that end an answer.
+        state: the state before the token. The finished answers of settled utterances no longer change.
+        log_probabilities: [utterances, beams, vocabulary] float32, of the next token, after penalties.
+        step: number of tokens generated so far.
+        stops: [stops] int64, ids of the tokens that end an answer.
         generation: max_new_tokens, number of requested answers, and length penalty.
 
     Returns:
-        The state after the token, and [utterances · beams], the row that each beam continues.
+        The state after the token; and for each beam the row that it continues, [utterances · beams] int64.
     """
     max_new_tokens, length_penalty = generation.max_new_tokens, generation.length_penalty
     is_last = step + 1 == max_new_tokens
     utterances, beams, vocabulary = log_probabilities.shape
-    # `beams` hypotheses must remain running. Each beam can end in as many ways as there are stop tokens, so
-    # at most stops · beams candidates end; (1 + stops) · beams of them always include enough that do not.
+    # `beams` hypotheses must continue. Each beam can end in as many ways as there are stop tokens, so at most
+    # stops · beams candidates end. Among (1 + stops) · beams candidates, at least `beams` therefore do not.
     candidates = max(2, 1 + len(stops)) * beams
     scores, indices = (log_probabilities + state.scores[:, :, None]).flatten(1).topk(candidates)
     beam, token = indices // vocabulary, indices % vocabulary
@@ -362,17 +369,19 @@ def _choose(
     ids[:, :, step] = token
     ends = torch.isin(token, stops) | is_last
 
-    # Running beams: the best candidates that do not end. The next best one only serves to detect near ties.
+    # The best candidates that do not end become the running beams. One more candidate is selected, but only
+    # to detect near ties.
     running_scores = scores + ends * _NEVER
     best, order = running_scores.topk(beams + 1)
+    # Two choices can be close: which candidates are among the `beams` best of all, and so may end an answer;
+    # and which ones continue.
     nearly_tied = state.nearly_tied | _is_near(scores[:, beams - 1], scores[:, beams])
     if beams > 1:
         nearly_tied |= _is_near(best[:, beams - 1], best[:, beams])
     order = order[:, :beams]
     running_scores = running_scores.gather(1, order)
 
-    # Finished answers: as in transformers, a candidate may only end an answer if it is among the `beams` best
-    # of all.
+    # As in transformers, a candidate becomes a finished answer only if it is among the `beams` best of all.
     among_best = torch.arange(candidates, device=scores.device) < beams
     ending = ends & among_best
     ending_scores = scores / (step + 1) ** length_penalty
@@ -381,25 +390,26 @@ def _choose(
     is_finished = torch.cat([state.is_finished, ending], 1).gather(1, places)
     lengths = torch.cat([state.finished_lengths, torch.full_like(indices, step + 1)], 1).gather(1, places)
 
-    # First stop rule, that of transformers with early_stopping=False: stop when the best running beam, scored
-    # as if it ended here, is no better than the worst finished answer. (A place without an answer counts as
-    # `_NEVER`.)
+    # The first stop rule is that of transformers with early_stopping=False: stop when the best running beam,
+    # scored as if it ended here, is no better than the worst finished answer. A place without an answer
+    # counts as `_NEVER`.
     score_now = running_scores[:, :1] / (step + 1) ** length_penalty
     worst_finished = torch.where(is_finished, finished_scores.min(1, keepdim=True).values, _NEVER)
     improvable = state.improvable & (score_now > worst_finished).any(1)
-    # Second stop rule, ours: stop when no continuation can enter the requested answers. A sum S of log
-    # probabilities is at most 0 and never rises, so a continuation of n tokens scores at most S /
-    # n**length_penalty. For a positive penalty that bound grows with n and is highest at max_new_tokens;
-    # otherwise it is highest at the smallest n, one more token. The margin keeps hypotheses running that
-    # rounding might still let in.
+    # The second stop rule is ours: stop when no continuation can become one of the requested answers. A sum S
+    # of log probabilities is at most 0 and never rises, so a hypothesis that ends with n tokens in total
+    # scores at most S / n**length_penalty. For a positive penalty, this bound grows with n and is highest at
+    # max_new_tokens. Otherwise it is highest at the smallest n, which is one token more than now. The margin
+    # allows for rounding errors in the scores.
     longest_or_next = max_new_tokens if length_penalty > 0 else step + 2
     bound = running_scores[:, 0] / longest_or_next**length_penalty
     improvable &= bound > finished_scores[:, generation.num_return_sequences - 1] - NEARLY_TIED
     if beams == 1:
         # Greedy search stops at the first end.
         improvable &= ~is_finished[:, 0]
-    # Utterances that were settled before this token ignore it, so it cannot have brought a near tie.
+    # Utterances that were settled before this token ignore it, so it cannot cause a near tie in them.
     nearly_tied = torch.where(state.improvable, nearly_tied, state.nearly_tied)
+    # A beam's number within its utterance, converted to the row in the cache.
     rows = beam.gather(1, order) + torch.arange(utterances, device=beam.device)[:, None] * beams
     extended = _SearchState(
         utterances=state.utterances,
@@ -421,5 +431,8 @@ def _gather_rows(ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def _is_near(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    """Return where two scores [utterances] are nearly tied; a score near `_NEVER` is no alternative."""
+    """Return for which utterances two scores [utterances] are nearly tied.
+
+    A hypothesis with a score near `_NEVER` must not be chosen, so it cannot tie with another one.
+    """
     return ((better - worse) < NEARLY_TIED) & (worse > _NEVER / 2)

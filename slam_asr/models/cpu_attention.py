@@ -22,7 +22,7 @@ def causal_attention(
     """Compute the attention of each position to itself and to all positions before it.
 
     Args:
-        query: [heads, positions, head width], like `key` and `value` in bf16.
+        query: [heads, positions, head width], in the same dtype as `key` and `value`.
         key: [key heads, positions, head width]; heads is a multiple of key heads.
         value: same shape as `key`.
         scale: factor of the scores; 1 / √(head width) if None.
@@ -75,7 +75,8 @@ class _CausalAttention(torch.autograd.Function):
             # A key head's rows are the queries of all heads that share it, so the product sums over them.
             value_gradient[:, :end] += torch.bmm(probabilities.transpose(1, 2), output_gradient)
             probability_gradient = torch.bmm(output_gradient, values[:, :, :end])
-            # p · (g - Σ p · g) along each row. It is 0 where p is, so masked scores need no mask here.
+            # The gradient of a softmax is p · (g - Σ p · g) in each row. It is 0 where p is 0, so no mask is
+            # needed here.
             score_gradient = torch._softmax_backward_data(
                 probability_gradient, probabilities, -1, probabilities.dtype
             )

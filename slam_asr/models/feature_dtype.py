@@ -58,8 +58,8 @@ def bytes_per_frame(width: int, dtype: str) -> int:
 def round_trip(frames: torch.Tensor, dtype: str) -> torch.Tensor:
     """Round frames [frames, width] as saving and reading them would.
 
-    Audio that is encoded during training gets its features rounded by this function, so that they equal
-    features from a store.
+    If audio is encoded during training, this function rounds its features, so that they equal features from a
+    store.
 
     Returns:
         [frames, width] in the dtype that a reader returns.

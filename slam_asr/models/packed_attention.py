@@ -58,7 +58,7 @@ def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, 
     return {
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
         "lengths": Lengths(lengths),
-        # transformers uses a four-dimensional mask as it is, rather than build one of [positions, positions].
+        # transformers uses a four-dimensional mask as it is, instead of building [positions, positions].
         # The attention function ignores the placeholder.
         "attention_mask": torch.zeros((1, 1, 1, 1), device=device),
     }
@@ -173,7 +173,7 @@ def _one_utterance(
 ) -> torch.Tensor:
     """Return the causal attention [1, heads, positions, head width] of one utterance.
 
-    `dropout` is not 0 only if the complete LLM is trained.
+    `dropout` exceeds 0 only if all of the LLM is trained.
     """
     positions = query.shape[2]
     # Within the window's length, a sliding window is plain causal attention, for which faster kernels exist.

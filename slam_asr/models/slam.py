@@ -198,7 +198,7 @@ class Slam(nn.Module):
     def _select_targets(
         self, _: nn.Module, inputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...] | None:
-        if self._is_target is None:  # not called by `forward`, so the LLM's inputs stay as they are
+        if self._is_target is None:  # `forward` is not running, so the layer gets all of its inputs
             return None
         # Labels cover the last columns of the batch, and a token is predicted at the position before it.
         self._target_inputs = inputs[0][:, -self._is_target.shape[1] - 1 : -1][self._is_target]

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: style, script and drawings are in the file; pages fetch and save nothing.
+"""Self-contained HTML pages. Style, script and drawings are in the file; a page fetches and saves nothing.
 
-They open from disk and in a sandboxed frame of the dashboard.
+The pages open from disk and in a sandboxed frame of the dashboard.
 """

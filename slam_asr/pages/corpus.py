@@ -1,4 +1,4 @@
-"""The page of a corpus: hours, durations, characters, and what was rejected and why."""
+"""The page about a corpus: hours, durations, characters, and the rejected utterances with the reasons."""
 
 import math
 import unicodedata
@@ -11,13 +11,13 @@ from slam_asr.pages.render import grouped, render
 from slam_asr.storage import write_atomically
 
 MAX_BARS = 60
-"""Maximum number of bars in the histogram; long utterances make the bars wider instead."""
+"""Maximum number of bars in the histogram. If there are long utterances, each bar covers more seconds."""
 MAX_CHARACTERS = 200
 """Maximum number of different characters on the page."""
 _MAX_EXAMPLE = 160
 """Maximum length of a sentence or key on the page, in characters; rejected.jsonl has the full text."""
 
-# In units of the drawing.
+# Size and margins of the histogram, in units of the drawing.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 960, 250, 64, 16, 34, 8
 
 
@@ -52,14 +52,14 @@ def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statis
 
 
 def hours(value: float) -> str:
-    """`0.5` → `30.0 min`, `960.7` → `960.7 h`, with narrow spaces that do not break."""
+    """Format hours: `0.5` → `30.0 min`, `960.7` → `960.7 h`, with narrow no-break spaces."""
     if value < 1:
         return f"{value * 60:.1f}\u202fmin"
     return f"{grouped(round(value, 1 if value < 10_000 else None))}\u202fh"
 
 
 def share(part: float, total: float) -> str:
-    """`3, 100` → `3.0 %`."""
+    """Format a share of a total in percent: `3, 100` → `3.0 %`."""
     percent = 100 * part / total if total else 0
     return "< 0.1\u202f%" if 0 < percent < 0.1 else f"{percent:.1f}\u202f%"
 
@@ -71,13 +71,20 @@ class Bar:
     x: float
     width: float
     parts: list[tuple[str, float, float]]
-    """Split, top and height of each part, from the lowest to the highest."""
+    """(split, top, height) of each part, from the lowest to the highest, in units of the drawing."""
     label: str
     """Shown when the pointer is over the bar."""
 
 
 def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Draw the durations of all splits as a histogram: bars and axes, in units of the drawing."""
+    """Draw the durations of all splits as a histogram.
+
+    Args:
+        splits: for each split, `durations`: the number of utterances of [0, 1) s, [1, 2) s and so on.
+
+    Returns:
+        Bars, ticks of the axes and sizes in units of the drawing, by their names in the page's template.
+    """
     longest = max(len(m["durations"]) for m in splits.values())
     width = math.ceil(longest / MAX_BARS)
     counts = [
@@ -91,7 +98,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         parts, base = [], _HEIGHT - _BOTTOM
         for split, number in count.items():
             if number:
-                height = number * up
+                height = number * up  # y grows downwards, so a taller bar has a smaller top
                 base -= height
                 parts.append((split, round(base, 2), round(height, 2)))
         numbers = ", ".join(f"{grouped(n)} {split}" for split, n in count.items() if n) or "none"
@@ -112,7 +119,10 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _scale(highest: int) -> tuple[int, int]:
-    """A round step of the axis, and its upper end."""
+    """The distance between an axis's ticks, which is a round number, and the axis's upper end.
+
+    The distance is the smallest of 1, 2, 5, 10, 20 and so on that takes at most four steps to `highest`.
+    """
     raw = max(highest, 1) / 4
     power = 10 ** math.floor(math.log10(raw)) if raw >= 1 else 1
     step = next(int(f * power) for f in (1, 2, 5, 10) if f * power >= raw)
@@ -120,10 +130,17 @@ def _scale(highest: int) -> tuple[int, int]:
 
 
 def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
-    """Characters from the most to the least frequent. Invisible ones, such as spaces, are shown by name."""
+    """The first `MAX_CHARACTERS` characters of an alphabet, for the page.
+
+    An invisible character, such as a space, has an empty `shape`, and the page shows its name instead.
+
+    Args:
+        alphabet: number of occurrences by character, most frequent first.
+    """
     total = sum(alphabet.values())
     return [
         {
+            # Unicode's categories C (controls) and Z (separators) have nothing to show.
             "shape": char if unicodedata.category(char)[0] not in "CZ" else "",
             "count": count,
             "name": unicodedata.name(char, f"U+{ord(char):04X}").lower(),
@@ -150,5 +167,6 @@ def _reasons(statistics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _short(text: str) -> str:
+    # A lone surrogate, from a name that is not UTF-8, could not be written to the page.
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _MAX_EXAMPLE else f"{text[: _MAX_EXAMPLE - 40]} … {text[-36:]}"

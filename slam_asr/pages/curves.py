@@ -15,7 +15,7 @@ from slam_asr.pages.render import grouped, render
 from slam_asr.storage import write_atomically
 
 RUN_MARKERS = "●■▲◆▼★"
-"""Markers of the first lines of `draw_runs`. Their colours are --run-1, --run-2 … in the style sheet."""
+"""Markers of the first lines in `draw_runs`. Their colours are --run-1, --run-2 … in the style sheet."""
 CURVE_POINTS = 400
 """Maximum number of points per curve: more are indistinguishable on a screen and make the page large."""
 
@@ -27,8 +27,8 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
         path: the page's file.
         title: its heading.
         facts: (name, value) pairs shown above the curves.
-        training: `curve` and `validation`, lists of {step, loss, accuracy}, the latter optionally with wer;
-            and `samples`, the transcripts of the last validation with key, reference and hypothesis.
+        training: `curve` and `validation`, lists of {step, loss, accuracy}, those of `validation` optionally
+            with wer; and `samples`, a list of {key, reference, hypothesis} from the last validation.
     """
     points = {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     samples = training.get("samples") or []
@@ -38,7 +38,10 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
 
 
 def thinned(points: Sequence[dict[str, Any]], max_points: int = CURVE_POINTS) -> list[dict[str, Any]]:
-    """At most `max_points` points, each the mean of equally many neighbours, at the step of the last one."""
+    """Reduce a curve to at most `max_points` points.
+
+    Each point is the mean of equally many neighbours, and fewer at the end; its step is that of the last one.
+    """
     if len(points) <= max_points:
         return list(points)
     width = math.ceil(len(points) / max_points)
@@ -62,6 +65,9 @@ def is_number(value: Any) -> bool:
 def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
     """Draw the figures of one training, from its values in training and on dev.
 
+    Args:
+        training: `curve` and `validation`, as for `write_curves`.
+
     Returns:
         For each quantity, a dictionary with `heading`, `summary` and `svg`.
     """
@@ -80,11 +86,11 @@ def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
 def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Draw the figures of several trainings: their values on dev, or in training if none has values on dev.
 
-    The first lines have colours and markers of their own, see `RUN_MARKERS`; the others are drawn alike. The
+    The first lines have colours and markers of their own (see `RUN_MARKERS`); all others look alike. The
     figures have no legend, because the page shows the markers next to the names.
 
     Args:
-        trainings: trainings by name, each as for `draw_curves`.
+        trainings: trainings by name, each as for `draw_curves`, but both lists may be missing.
 
     Returns:
         Figures as from `draw_curves`.
@@ -135,7 +141,7 @@ _QUANTITIES = (
     ("accuracy", "Next-token accuracy, %", 100),
     ("wer", "Word error rate of some dev utterances, greedy, %", 100),
 )
-"""Key, heading and scale of each quantity that is drawn."""
+"""Key, heading and factor of each quantity that is drawn."""
 
 
 def _points(rows: Sequence[dict[str, Any]], quantity: str, scale: int) -> list[tuple[int, float]]:
@@ -172,7 +178,8 @@ def _summary(
     return " ".join(sentences)
 
 
-# Placeholders that matplotlib draws with. The page's style sheet has the colours, for light and dark pages.
+# Colours that matplotlib draws with. `_inline` replaces them by those of the page's style sheet, which differ
+# between light and dark pages.
 _INK, _GRID, _TRAINING, _VALIDATION, _QUIET = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 _RUNS = [f"#1011{number:02x}" for number in range(1, 7)]
 _COLOURS = {
@@ -190,7 +197,7 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 
 def _style_of_run(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes, because not everyone can distinguish lines by colour alone."""
+    """Colour, marker and dashes of a run's line: not everyone can distinguish lines by colour alone."""
     if index >= len(_RUNS):
         return {"color": _QUIET, "alpha": 0.6}
     return {
@@ -209,7 +216,9 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     style: dict[Any, Any] = {
+        # Text remains text, in the page's font; the default draws each letter as a path.
         "svg.fonttype": "none",
+        # Without a fixed salt, ids would be random, and pages of the same training would differ.
         "svg.hashsalt": quantity,
         "font.size": 10,
         "text.color": _INK,
@@ -255,12 +264,12 @@ def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 
 def _inline(svg: str, name: str, title: str, description: str) -> str:
-    """Turn matplotlib's file into part of a page: add title and description, and use the page's colours."""
+    """Turn matplotlib's SVG file into part of a page, with title, description and the page's colours."""
     body = svg[svg.index("<svg") :]
     view_box = re.search(r'viewBox="[^"]+"', body)
     assert view_box is not None  # matplotlib always writes one
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body[body.index(">") + 1 :], flags=re.DOTALL)
-    # matplotlib numbers its groups from 1 in each figure, so two figures on a page would share ids.
+    # matplotlib numbers the groups of each figure from 1, so two figures on a page would share ids.
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     for placeholder, colour in _COLOURS.items():
         body = body.replace(placeholder, colour)

@@ -1,4 +1,4 @@
-"""Fill in the templates of this folder. All values are escaped unless they are marked as safe."""
+"""Renders the templates of this folder. All values are escaped unless they are marked as safe."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,8 @@ def render(template: str, filters: dict[str, Callable[..., str]] | None = None, 
 
     Args:
         template: file name in this folder.
-        filters: filters in addition to `grouped` and `capital`.
-        values: values of the template's variables; a missing one is an error.
+        filters: filters by name, in addition to `grouped` and `capital`.
+        values: values of the template's variables. If a value is missing, jinja2 raises `UndefinedError`.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("slam_asr.pages", ""),
@@ -26,12 +26,15 @@ def render(template: str, filters: dict[str, Callable[..., str]] | None = None, 
 
 
 def capital(text: str) -> str:
-    """`shuffled audio` → `Shuffled audio`."""
+    """Capitalise the first letter: `shuffled audio` → `Shuffled audio`."""
     return text[:1].upper() + text[1:]
 
 
 def grouped(number: float) -> str:
-    """`18880512` → `18 880 512`, with narrow no-break spaces; `2.50` → `2.5`."""
+    """Format a number with narrow no-break spaces between thousands: `18880512` → `18 880 512`.
+
+    Numbers below 1000 that are not integers have four significant digits at most: `2.50` → `2.5`.
+    """
     text = (
         f"{number:,}"
         if isinstance(number, int)

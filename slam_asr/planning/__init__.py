@@ -1,1 +1,1 @@
-"""Estimate the memory, time and storage that a recipe takes, from its models' configurations alone."""
+"""Estimates of the memory, time and storage that a recipe needs, from its models' configurations alone."""

@@ -1,4 +1,4 @@
-"""Memory of one training process, by part: weights, optimiser, activations, logits, overhead."""
+"""Memory of one training process by part: weights, optimiser, activations, logits, overhead."""
 
 from dataclasses import dataclass
 
@@ -11,33 +11,33 @@ from slam_asr.planning.shapes import Shapes
 LOGIT_BYTES = 12
 """Bytes per logit at the peak if all logits exist at once.
 
-Log-probabilities, and two gradients of them in the backward pass, all in fp32.
+In the backward pass, each has its log-probability and two gradients, all in fp32.
 """
 CHUNKED_LOGIT_BYTES = 8
-"""Bytes per logit of a chunk: the logit, and its exponential while they are summed, in fp32."""
+"""Bytes per logit of a chunk: the logit, and its exponential while the exponentials are summed, in fp32."""
 GATHERED = 1e9
-"""Weights that ZeRO-3 retains unsharded on every process until the backward pass has used them.
+"""Maximum number of weights that ZeRO-3 retains unsharded until the backward pass has used them.
 
-DeepSpeed's default of stage3_max_live_parameters.
+It is DeepSpeed's default for stage3_max_live_parameters, and applies to each process.
 """
 CUDA_OVERHEAD = 1.5e9
-"""Bytes of CUDA's context, its libraries' workspaces and NCCL's buffers on a GPU; a rule of thumb."""
+"""Bytes of CUDA's context, its libraries' workspaces and NCCL's buffers on a GPU: a rule of thumb."""
 FRAGMENTATION = 1.05
-"""Memory that the allocator takes for activations, relative to what is requested; a rule of thumb."""
+"""Ratio of the memory that the allocator takes for activations to the memory requested: a rule of thumb."""
 
 
 @dataclass
 class Load:
-    """One micro-batch."""
+    """The size of one micro-batch."""
 
     rows: float
-    """Utterances; a fraction if rows are packed."""
+    """Number of utterances; it may be a fraction if utterances are packed."""
     length: int
-    """LLM positions of each, padding included."""
+    """LLM positions of each utterance, padding included."""
     audio: int
-    """Audio positions among them."""
+    """Number of those positions that hold audio."""
     targets: int
-    """Target tokens among them."""
+    """Number of those positions that hold target tokens."""
 
 
 @dataclass
@@ -45,15 +45,15 @@ class Memory:
     """Memory of one process in bytes, by part."""
 
     frozen: float
-    """Frozen weights, weights that are gathered at the peak, and an encoder that runs on the fly."""
+    """Frozen weights, weights that are gathered at the peak, and a frozen encoder that runs on the fly."""
     trained: float
     """Trained weights and their gradients."""
     optimizer: float
-    """fp32 master weights, if the precision is bf16 or fp16, and Adam's two moments."""
+    """Adam's two moments; if the precision is bf16 or fp16, also fp32 master weights and fp32 gradients."""
     activations: float
-    """What layers save for the backward pass, and the temporary tensors of the widest layer."""
+    """Tensors that layers save for the backward pass, and the temporary tensors of the widest layer."""
     logits: float
-    """The logits that exist at one time, and what is computed from them."""
+    """The logits that exist at one time, and the tensors that are computed from them."""
     overhead: float
     """Memory of CUDA and NCCL."""
 
@@ -64,19 +64,20 @@ class Memory:
 
 
 def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = True) -> Memory:
-    """Memory of one of `processes` processes at the peak of a step, in bytes.
+    """Compute the memory of one process at the peak of a step, in bytes.
 
     Args:
-        shapes: the models.
+        shapes: sizes of the models, and the recipe.
         load: the process' largest micro-batch.
         processes: number of processes over which ZeRO shards.
-        on_gpu: whether to count the memory of a GPU's software.
+        on_gpu: whether the process has a GPU: its software takes memory, but an offloaded optimiser does not.
     """
     options = shapes.recipe.training
     size = DTYPES[options.precision].itemsize
     # FSDP2 shards what ZeRO-3 shards; DDP shards nothing. The recipe refuses a ZeRO stage with either.
     zero_stage = 3 if options.engine == "fsdp" else options.zero_stage
-    # shards[n]: the number of shards of what ZeRO stage n shards: 1 optimiser, 2 gradients, 3 weights.
+    # shards[n]: number of processes that share what ZeRO shards from stage n on. Stage 1 shards the state of
+    # the optimiser, stage 2 also gradients, stage 3 also weights.
     shards = [1 if zero_stage < stage else processes for stage in range(4)]
     trained = shapes.trained_parameters
     frozen = (shapes.llm_parameters - shapes.llm_trained) * size / shards[3] + _gathered(shapes) * size
@@ -87,17 +88,20 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
             * DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)].itemsize
         )
     weights_and_gradients = trained * size / shards[3] + trained * size / shards[2]
-    # Adam's two moments are 8 bytes per weight. Weights in bf16 or fp16 have fp32 masters and, during a step,
-    # fp32 gradients in addition. On a CPU, offloading saves nothing: host memory is the process' memory.
+    # Adam's two moments take 8 bytes per weight. In bf16 or fp16, fp32 masters take 4 more, and so do fp32
+    # gradients during a step. On a CPU, offloading saves nothing: the process' memory is host memory anyway.
     optimizer = (
         0.0 if options.offload_optimizer and on_gpu else trained * (8 if size == 4 else 16) / shards[1]
     )
     saved = shapes.saved_bytes(load.rows, load.length)
     if options.gradient_checkpointing:
+        # The backward pass recomputes one layer at a time, which then saves all its tensors.
         saved += shapes.saved_bytes_of_a_layer(load.rows, load.length)
+    # The encoder's frames exist twice: one tensor per utterance, and the projector's joined input.
     inputs = (
         load.rows * load.audio * shapes.recipe.projector.downsampling * shapes.encoder.width * (size + size)
     )
+    # The projector's hidden layer before and after its activation function, and its output.
     hidden = load.rows * load.audio * (2 * shapes.recipe.projector.hidden + shapes.width) * size
     embedded = 3 * load.rows * load.length * shapes.width * size
     activations = saved + inputs + hidden + embedded + _transient(shapes, load, size)
@@ -112,25 +116,26 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
 
 
 def _gathered(shapes: Shapes) -> float:
-    """Weights of the LLM that are gathered at the peak if each process holds a shard of them."""
+    """Number of the LLM's weights that are gathered at the peak, if each process holds a shard of them."""
     options = shapes.recipe.training
     if options.engine == "fsdp":
-        # Two layers, and the embedding and output layers, which FSDP2 does not gather layer by layer.
+        # FSDP2 gathers layers in turn, of which two are counted here. It does not do that with the embedding
+        # and output layers, so they count completely.
         return shapes.layer_parameters * 2 / shapes.layers + (shapes.llm_parameters - shapes.layer_parameters)
     if options.zero_stage < 3:
         return 0.0
-    # The backward pass does not need the input embedding, unless it is the output layer too.
+    # The backward pass does not need the input embedding, unless that is also the output layer.
     head = sum(p.numel() for p in shapes.llm.get_output_embeddings().parameters())
     return min(GATHERED, shapes.layer_parameters + head)
 
 
 def _logits(shapes: Shapes, load: Load, size: int) -> float:
-    """Bytes of the logits and of what is computed from them, by how the loop scores them."""
+    """Bytes of the logits and of the tensors computed from them, scored all at once or in chunks."""
     targets = load.rows * load.targets
     if not shapes.scores_in_chunks:
         return targets * shapes.vocabulary * LOGIT_BYTES
     at_once = min(targets, max(1, CHUNK // shapes.vocabulary))
-    # In addition to the chunk, the output layer's inputs and their gradient are retained.
+    # In addition to the chunk, the output layer's inputs and their gradient are in memory.
     return at_once * shapes.vocabulary * CHUNKED_LOGIT_BYTES + 2 * targets * shapes.width * size
 
 

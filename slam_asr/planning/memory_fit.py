@@ -1,8 +1,8 @@
-"""Check that a training fits into memory before anything is loaded.
+"""Check whether a training fits into memory before anything is loaded.
 
-The prediction is within 15 % of what a process takes, so a training is refused only if it cannot fit even at
-the lower end. If no prediction is possible, because the model is unknown or the machine does not report its
-memory, the training starts without a check.
+The prediction is within 15 % of the memory that a process takes. A training is therefore refused only if it
+would not fit even if the prediction were 15 % too high. If no prediction is possible, because the model is
+unknown or the machine does not report its memory, the training starts without a check.
 """
 
 import heapq
@@ -21,11 +21,11 @@ from slam_asr.progress import log_line
 from slam_asr.runtime.machine import Machine
 
 MAX_OVERESTIMATE = 1.15
-"""Maximum ratio of predicted to actual memory."""
+"""Maximum ratio of the predicted to the actual memory."""
 LONGEST, SAMPLE = 8, 64
-"""Numbers of utterances that are tokenized to find the longest one and the mean length.
+"""Numbers of utterances that are tokenized: candidates for the longest one, and a sample for the mean length.
 
-Tokenizing all of them would take a minute for a thousand hours.
+Tokenizing the utterances of a thousand hours would take a minute.
 """
 PARTS = {
     "frozen": "frozen weights",
@@ -47,7 +47,8 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
         machine: the machine to train on.
 
     Raises:
-        ConfigurationError: the training takes more memory than the machine has; names the options to change.
+        ConfigurationError: the training takes more memory than the machine has. The message names the options
+            to change.
     """
     capacity = machine.capacity
     if capacity is None:
@@ -55,7 +56,7 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
     try:
         longest, load = loads_of(shapes, prompt, utterances, machine.processes)
         memory = training_memory(shapes, load, machine.processes, machine.on_gpu)
-    except Exception:  # an LLM that cannot be measured without its weights may still train
+    except Exception:  # an LLM whose size cannot be computed without its weights may still train
         return
     if memory.total / MAX_OVERESTIMATE > capacity:
         raise ConfigurationError(f"{_too_much(memory, machine)}: {_remedy(shapes, longest, machine)}.")
@@ -70,10 +71,12 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
 def loads_of(
     shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], processes: int
 ) -> tuple[Load, Load]:
-    """The longest utterance by itself, and the largest micro-batch of one of `processes` processes."""
+    """Return the longest utterance by itself, and the largest micro-batch of one of `processes` processes."""
     options = shapes.recipe.training
     lengths = [u.duration or 0.0 for u in utterances]
     texts = [len(u.target) for u in utterances]
+    # An utterance takes positions for audio and for text, so the longest one is likely to be among those with
+    # the longest audio or the longest text.
     candidates = {
         i
         for sizes in (lengths, texts)
@@ -87,7 +90,7 @@ def loads_of(
         for i in range(0, len(utterances), max(1, len(utterances) // SAMPLE))
     ]
     mean = sum(load.length for load in sample) / len(sample)
-    # A process' share of a step, which cannot exceed its share of all utterances.
+    # A micro-batch cannot exceed the process' share of a step, nor its share of all utterances.
     budget = min(
         options.positions_per_batch,
         options.positions_per_step / processes,
@@ -96,15 +99,15 @@ def loads_of(
     rows = max(1.0, budget / longest.length)
     if not options.packing:
         return longest, replace(longest, rows=float(int(rows)))
-    # Utterances of all lengths share a packed row, so its share of targets is the mean one, not the
-    # longest's.
+    # A packed row holds utterances of all lengths, so its share of targets is that of the sample, not that of
+    # the longest utterance.
     targets = sum(load.targets for load in sample) / sum(load.length for load in sample) * longest.length
     return longest, longest if rows == 1 else replace(longest, rows=rows, targets=round(targets))
 
 
 def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(samples_of(utterance)))
-    # The longest of the prompts that training draws from.
+    # Training draws one of several prompts; this takes the longest.
     before, (after, answer) = max(
         ((p.before, prompt.with_answer(p, utterance.target)) for p in prompt.drawn),
         key=lambda tokens: len(tokens[0]) + sum(map(len, tokens[1])),
@@ -113,7 +116,7 @@ def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
 
 
 def _too_much(memory: Memory, machine: Machine) -> str:
-    """What the training takes, with its two largest parts, and what the machine has."""
+    """Describe the memory that the training takes, its two largest parts, and the memory of the machine."""
     assert machine.memory is not None  # `require_fit` has checked it
     parts = sorted(((size, PARTS[name]) for name, size in vars(memory).items()), reverse=True)[:2]
     shown = " and ".join(f"{size / 1e9:.3g} GB {name}" for size, name in parts)
@@ -126,7 +129,7 @@ def _too_much(memory: Memory, machine: Machine) -> str:
 
 
 def _remedy(shapes: Shapes, longest: Load, machine: Machine) -> str:
-    """Options that make the training fit, or else what to take instead."""
+    """Describe the options that make the training fit or, if none do, what else would help."""
     assert machine.capacity is not None  # `require_fit` has checked it
     options = shapes.recipe.training
     proposal = propose(shapes, longest, machine.processes, USABLE * machine.capacity, machine.on_gpu)
@@ -146,10 +149,10 @@ def _remedy(shapes: Shapes, longest: Load, machine: Machine) -> str:
 
 
 def _require_host(shapes: Shapes, machine: Machine) -> None:
-    """Refuse an optimiser that is offloaded to host memory and does not fit there."""
+    """Refuse to offload an optimiser to host memory that it does not fit into."""
     if not (machine.on_gpu and shapes.recipe.training.offload_optimizer) or machine.host is None:
         return
-    # fp32 masters and Adam's two moments, sharded over all processes.
+    # fp32 masters and Adam's two moments take 12 bytes per weight, and are sharded over all processes.
     takes = 12 * shapes.trained_parameters * machine.local_processes / machine.processes
     if takes / MAX_OVERESTIMATE > machine.host:
         raise ConfigurationError(

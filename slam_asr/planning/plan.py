@@ -1,4 +1,4 @@
-"""What a training takes in memory, time and storage, and which options make it fit: estimates."""
+"""Estimates of the memory, time and storage that a training takes, and the options that make it fit."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,21 +11,21 @@ from slam_asr.planning.memory import Load, Memory, training_memory
 from slam_asr.planning.shapes import Shapes, encoder_flops
 
 PROMPT_POSITIONS = 18
-"""Approximate length of the reference's prompt with Llama's tokenizer; other prompts are similar."""
+"""Approximate length of the reference's prompt in tokens of Llama's tokenizer; other prompts are similar."""
 TOKENS_A_SECOND = 3.7
 """Tokens of transcript per second of audio.
 
 LibriSpeech has 2.7 words per second, and Llama's tokenizer about 1.35 tokens per lower-case word.
 """
 USABLE = 0.92
-"""Share of a GPU's memory that the plan uses, because batches vary in size and memory fragments."""
+"""Share of a GPU's memory that a plan may use. The rest allows for larger batches and for fragmentation."""
 ENCODING, TRAINING = 0.30, 0.40
-"""Typical shares of peak FLOP/s of an encoder and a training; the reference trains at 0.09 to 0.20."""
+"""Typical shares of peak FLOP/s that an encoder and a training reach; the reference reaches 0.09 to 0.20."""
 
 
 @dataclass
 class Stage:
-    """Estimated work and time of one stage."""
+    """Estimated work, time in seconds and number of GPUs of one stage."""
 
     flops: float
     seconds: float
@@ -34,17 +34,21 @@ class Stage:
 
 @dataclass
 class Plan:
-    """Estimate of what a recipe takes."""
+    """The estimates for a recipe."""
 
     load: Load
     memory: Memory
-    """Memory of one GPU, in bytes."""
+    """Memory of one process, in bytes, on a GPU if there are any."""
     fits: bool
+    """Whether the memory is within the usable share of a GPU's."""
     cache_bytes: float
+    """Size of the feature store for the training audio; 0 if the recipe caches no features."""
     stages: dict[str, Stage]
+    """The stages by name: `extract-features`, `train` and `decode`."""
     steps: int
+    """Number of optimiser steps."""
     proposal: dict[str, object] = field(default_factory=dict)
-    """Options that make it fit or use the memory better; empty if no combination that was tried fits."""
+    """Options with which the recipe fits, or uses memory better; empty if none that were tried fit."""
 
 
 def estimate(
@@ -57,7 +61,7 @@ def estimate(
     peak: float,
     bandwidth: float,
 ) -> Plan:
-    """Estimate what a training takes.
+    """Estimate the memory, time and storage that a training takes.
 
     Args:
         shapes: sizes of the models, and the recipe.
@@ -71,7 +75,7 @@ def estimate(
     """
     recipe = shapes.recipe
     utterances = max(1, round(hours * 3600 / utterance_seconds))
-    # A micro-batch cannot exceed the process' share of a step.
+    # A micro-batch cannot exceed a process' share of a step.
     processes = max(1, gpus)
     share = recipe.training.positions_per_step // processes
     load = mean_load(shapes, utterance_seconds, min(recipe.training.positions_per_batch, share))
@@ -106,7 +110,7 @@ def estimate(
 
 
 def mean_load(shapes: Shapes, seconds: float, budget: int) -> Load:
-    """The micro-batch of utterances of mean length, at least one, that fills a budget of LLM positions."""
+    """Fill a budget of LLM positions with utterances that last `seconds` each; at least one is taken."""
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(round(seconds * 16_000)))
     targets = round(seconds * TOKENS_A_SECOND) + 1
     length = audio + PROMPT_POSITIONS + targets
@@ -118,14 +122,15 @@ def propose(
 ) -> dict[str, object]:
     """Find the smallest ZeRO stage with which the recipe fits, and the largest batch that fits with it.
 
-    If no stage is enough, gradient checkpointing is tried, and then offloading the optimiser in addition.
+    If no stage is enough, gradient checkpointing is added. If that is not enough either, the optimiser is
+    offloaded too.
 
     Args:
         shapes: sizes of the models.
-        one: a batch of a single utterance.
+        one: a micro-batch of a single utterance.
         processes: number of processes that train.
-        capacity: bytes for each process.
-        on_gpu: whether it trains on GPUs.
+        capacity: bytes of memory for each process.
+        on_gpu: whether the training runs on GPUs.
 
     Returns:
         Keys of the recipe and their values; empty if no combination that was tried fits.
@@ -134,6 +139,7 @@ def propose(
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True}
     offloading = {**checkpointing, "offload_optimizer": True}
     for more in ({}, checkpointing, offloading) if on_gpu else ({}, checkpointing):
+        # A single process shards nothing, but offloading is possible only from stage 1 on.
         for stage in (0, 1, 2, 3) if processes > 1 else (0, 2):
             if more.get("offload_optimizer") and stage == 0:
                 continue
@@ -146,6 +152,8 @@ def propose(
             )
             if first > capacity:
                 continue
+            # Memory is linear in the number of utterances, except that logits in chunks stop growing when a
+            # chunk is full. Extrapolation from 1 and 2 utterances therefore never predicts too little.
             rows = int((capacity - first) // (second - first)) + 1
             return {
                 f"training.{name}": value
@@ -155,7 +163,7 @@ def propose(
 
 
 def _budget(recipe: Recipe, length: int, rows: int, processes: int) -> dict[str, int]:
-    """The key for the size of a micro-batch, with a value that does not exceed a step."""
+    """The option for the size of a micro-batch, with a value that fits into a process' share of a step."""
     options = recipe.training
     if options.utterances_per_batch:
         return {"utterances_per_batch": min(rows, options.utterances_per_batch)}
@@ -180,14 +188,18 @@ def _work(
     steps = min(options.max_steps, steps_an_epoch * options.epochs)
     seen = utterances * steps / steps_an_epoch
     width, layers = shapes.width, shapes.layers
-    # Forward, and gradients of activations, are two FLOPs each a weight and position; gradients of weights as
-    # many again.
+    # FLOPs per weight and position: 2 for the forward pass, 2 for the gradients of activations, and 2 more if
+    # checkpointing repeats the forward pass. Gradients of weights take another 2, for trained weights only.
     passes = 2 + 2 + (2 if options.gradient_checkpointing else 0)
     text = load.length * (passes * shapes.layer_parameters + 2 * shapes.llm_trained)
+    # Causal attention multiplies half of all pairs of positions, twice: 2 · length² · width FLOPs in the
+    # forward pass. The backward pass takes twice as many: both factors of each product need a gradient.
     attention = (passes + 2) * load.length * load.length * width * layers
+    # The output layer runs only at targets: forward, and gradients of its inputs.
     output = 4 * load.targets * shapes.vocabulary * width
     projected = 6 * load.audio * shapes.projector_parameters
     on_the_fly = 0 if recipe.caches_features else encode
+    # A trained encoder also has a backward pass, which takes twice the FLOPs of the forward pass.
     encoding = 3 * on_the_fly if recipe.encoder.tuning == "full" else on_the_fly
     train = seen * (text + attention + output + projected + encoding)
     extract = utterances * encode if recipe.caches_features else 0
@@ -198,8 +210,8 @@ def _work(
         1, recipe.decoding.positions_per_batch // ((load.length + recipe.decoding.max_new_tokens) * beams)
     )
     decode = prefill + tested * 2 * shapes.llm_parameters * load.targets * beams
-    # Each decoding step reads all weights once, and a batch lasts as long as its longest answer: about 1.5
-    # times the mean.
+    # Each decoding step reads all weights once. A batch takes as many steps as its longest answer has tokens,
+    # which is about 1.5 times the mean.
     reading = (
         tested
         / rows

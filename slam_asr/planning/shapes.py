@@ -1,4 +1,4 @@
-"""Sizes of encoder and LLM from their configurations, on torch's meta device, so nothing is allocated."""
+"""Sizes of encoder and LLM from their configurations, computed on torch's meta device without memory."""
 
 from dataclasses import dataclass, field
 from importlib import resources
@@ -30,7 +30,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         output = torch.empty_like(query)
-        # The logarithm of the sum of exponentials: one number per head and position, in fp32.
+        # The last tensor stands for the logarithm of the sum of exponentials, of which fused kernels save one
+        # number in fp32 per head and position.
         context.save_for_backward(
             query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
         )
@@ -62,13 +63,13 @@ class Shapes:
     encoder: EncoderSpec
     llm_config: PretrainedConfig
     notes: list[str]
-    """Sources of the configurations that are not from the models themselves."""
+    """A sentence for each configuration that does not come from the model itself."""
     _cache: dict[Any, Any] = field(default_factory=dict)
-    """Results so far. Copies by `dataclasses.replace`, with other training options, share them."""
+    """Results so far. Copies by `dataclasses.replace`, with other training options, share this dictionary."""
 
     @property
     def llm(self) -> "PreTrainedModel":
-        """The LLM on the meta device; its trained weights require gradients."""
+        """The LLM on the meta device, in the training's precision. Its trained weights require gradients."""
         return self._llm(checkpointed=False)
 
     def _llm(self, checkpointed: bool) -> "PreTrainedModel":
@@ -84,38 +85,40 @@ class Shapes:
 
     @property
     def encoder_parameters(self) -> int:
-        """Parameters of the encoder, without a decoder."""
+        """Number of parameters of the encoder, without a decoder."""
         return self.encoder.count_parameters()
 
     @property
     def projector_parameters(self) -> int:
-        """Parameters of the projector, which is always trained."""
+        """Number of parameters of the projector, all of which are trained."""
         with torch.device("meta"):
             projector = build_projector(self.recipe.projector, self.encoder.width, llm_width(self.llm))
         return sum(p.numel() for p in projector.parameters())
 
     @property
     def llm_parameters(self) -> int:
-        """All parameters of the LLM, including adapters."""
+        """Number of parameters of the LLM, including adapters."""
         return sum(p.numel() for p in self.llm.parameters())
 
     @property
     def llm_trained(self) -> int:
-        """Trained parameters of the LLM."""
+        """Number of trained parameters of the LLM."""
         return sum(p.numel() for p in self.llm.parameters() if p.requires_grad)
 
     @property
     def trained_parameters(self) -> int:
-        """Trained parameters of projector, LLM and encoder."""
+        """Number of trained parameters of projector, LLM and encoder together."""
         tuned = self.encoder_parameters if self.recipe.encoder.tuning == "full" else 0
         return self.projector_parameters + self.llm_trained + tuned
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of the LLM's layers.
+        """Number of parameters of the LLM's layers.
 
-        Without the embedding, which takes no FLOPs, and the output layer, which runs only on answers.
+        The embedding is not counted because it takes no FLOPs, nor is the output layer because it runs only
+        on answers.
         """
+        # An embedding that is tied to the output layer is the same parameter. By its id, it counts only once.
         tables = {
             id(p): p.numel()
             for m in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings())
@@ -132,7 +135,7 @@ class Shapes:
     def scores_in_chunks(self) -> bool:
         """Whether training computes logits one chunk at a time.
 
-        `allows_chunks` decides the same for an LLM with its weights.
+        `answer_loss.allows_chunks` makes the same decision for an LLM with its weights.
         """
         head, options = self.llm.get_output_embeddings(), self.recipe.training
         if (
@@ -157,16 +160,16 @@ class Shapes:
         return self.llm_config.get_text_config().num_hidden_layers
 
     def saved_bytes(self, rows: float, length: int) -> float:
-        """Bytes that the LLM saves for the backward pass, without weights.
+        """Bytes of the tensors, other than weights, that the LLM saves for the backward pass.
 
         Args:
             rows: number of utterances.
-            length: LLM positions of each.
+            length: LLM positions of each utterance.
         """
         return rows * self._saved_bytes_of_a_row(length, self.recipe.training.gradient_checkpointing)
 
     def saved_bytes_of_a_layer(self, rows: float, length: int) -> float:
-        """Bytes that one layer saves without gradient checkpointing, as it does while it is recomputed."""
+        """Bytes that one layer saves without gradient checkpointing, or with it while it is recomputed."""
         return rows * self._saved_bytes_of_a_row(length, False) / self.layers
 
     def _saved_bytes_of_a_row(self, length: int, checkpointed: bool) -> int:
@@ -177,6 +180,8 @@ class Shapes:
 
 
 def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
+    # Meta tensors have no data pointer, so a storage is identified by the address of its C++ object. `saved`
+    # retains one tensor per storage: views count once, and no address is used again for another storage.
     weights = {p.untyped_storage()._cdata for p in llm.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -194,7 +199,7 @@ def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
 
 @torch.no_grad()
 def _gives_bare_logits(llm: "PreTrainedModel") -> bool:
-    """Whether an LLM returns the output layer's logits unchanged."""
+    """Whether an LLM returns its output layer's logits unchanged, without scaling or capping them."""
     outputs: list[torch.Tensor] = []
     head = llm.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
@@ -232,14 +237,16 @@ def _config(name: str, notes: list[str]) -> PretrainedConfig:
 
 
 def encoder_flops(spec: EncoderSpec, samples: int) -> float:
-    """FLOPs of encoding one utterance of `samples` samples at 16 kHz, 2 per multiply-add.
+    """Estimate the FLOPs that encode one utterance of `samples` samples at 16 kHz, 2 per multiply-add.
 
-    Linear layers and convolutions count by their weights, attention by its two products over all frames.
+    Linear layers and convolutions are counted by their weights, and attention by its two products over all
+    pairs of frames.
     """
     config = spec.config
     if spec.window_samples:
         frames = spec.window_samples // 320
         width, layers = config.d_model, config.encoder_layers
+        # Two convolutions of kernel 3, the first at two columns of the spectrogram per frame.
         total = 2 * 2 * frames * 3 * config.num_mel_bins * width + 2 * frames * 3 * width * width
         feed_forward = config.encoder_ffn_dim
     else:
@@ -249,9 +256,11 @@ def encoder_flops(spec: EncoderSpec, samples: int) -> float:
             frames = max(0, (frames - kernel) // stride + 1)
             total += 2 * frames * kernel * channels * dim
             channels = dim
+        # The projection to the encoder's width, and then the convolution for position embeddings.
         total += 2 * frames * channels * width
         total += (
             2 * frames * config.num_conv_pos_embeddings * width * width / config.num_conv_pos_embedding_groups
         )
+    # Four projections of attention, two layers of the feed-forward network, and the products of attention.
     per_layer = 2 * frames * (4 * width * width + 2 * width * feed_forward) + 4 * frames * frames * width
     return total + layers * per_layer

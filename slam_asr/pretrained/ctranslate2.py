@@ -79,7 +79,7 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
             raise ModelError(
                 f"{path} is not a Whisper in CTranslate2's format version {_VERSION}: give another file."
             )
-        # The revision of WhisperSpec. Nothing here depends on it, but its bytes must be read to get past it.
+        # This skips the revision of WhisperSpec.
         number("I")
         variables = {}
         for _ in range(number("I")):
@@ -87,7 +87,7 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
             shape = [number("I") for _ in range(number("B"))]
             dtype = _DTYPES[number("B")]
             variables[name] = np.frombuffer(exactly(number("I")), dtype).reshape(shape)
-        # Aliases of tensors follow. Nothing is read from them: `whisper_state` ties the output layer itself.
+        # The aliases at the end of the file are not needed: `whisper_state` ties the output layer itself.
         return variables
 
 

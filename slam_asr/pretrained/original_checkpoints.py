@@ -298,6 +298,7 @@ def _waveform(options: dict[str, Any], tensors: TensorDict, where: str) -> Origi
     sections = _sections(options, tuned)
 
     def option(name: str, default: Any = None, /) -> Any:
+        # An option that is None counts as missing, so that a less specific section can supply it.
         for section in sections:
             if section.get(name) is not None:
                 return section[name]

@@ -104,6 +104,7 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
             is_zip = file.read(len(_ZIP)) == _ZIP
             file.seek(0)
             foreign = sorted(name for name in _globals_of(file, is_zip) if not _TORCHS_OWN.fullmatch(name))
+        # All names are checked before torch builds the first object.
         for name in foreign:
             if not any(re.fullmatch(pattern, name) for pattern in patterns):
                 raise _refusal(path, name)

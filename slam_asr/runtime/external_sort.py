@@ -21,12 +21,13 @@ _RECORD_BYTES = 100
 _MAX_RUNS = 200
 """Limits the open files of a merge: when so many runs exist, they are first merged into one."""
 _HEAD = struct.Struct("<II")
+"""The lengths of a record's key and payload in bytes, written before them."""
 
 
 class ExternalSort:
     """Sorts records by key; records with equal keys remain in the order in which they were added.
 
-    A context manager: it removes its temporary files at the end.
+    It is a context manager that removes its temporary files at the end.
 
     Args:
         folder: where runs are written, if the records exceed `run_bytes`; the system's folder for
@@ -61,10 +62,16 @@ class ExternalSort:
             self._spill()
 
     def __iter__(self) -> Iterator[Record]:
-        """All records sorted by key. May be repeated, but only one iteration can be active at a time."""
+        """All records, sorted by key.
+
+        The iteration may be repeated, but only one can be active at a time, because all of them share the
+        position in each run's file.
+        """
         self._records.sort(key=itemgetter(0))
         if not self._runs:
             return iter(self._records)
+        # Records with equal keys come from the earlier iterable first. They remain in order because the runs
+        # are in the order in which they were written.
         return heapq.merge(*map(_read_run, self._runs), self._records, key=itemgetter(0))
 
     def _spill(self) -> None:

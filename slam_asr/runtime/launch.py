@@ -1,7 +1,7 @@
 """Several processes of one machine that share a stage's work, each with a GPU of its own.
 
-Each process runs a module of this package, gets its job as a JSON file, and ends with the stage: when one
-fails, or when the stage is interrupted, the others are terminated.
+Each process runs a module of this package, gets its job as a JSON file, and ends with the stage. When one
+process fails, or when the stage is interrupted, the others are terminated.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Job:
     process: int = 0
     """Number of the process, and of its GPU, from 0."""
     processes: int = 1
-    """How many share the work."""
+    """Number of processes that share the work."""
     folder: str = ""
     """Local folder in which the process writes the message of a failure."""
 
@@ -38,19 +38,22 @@ class ProcessEnded(Exception):
 def processes_of(
     module: str, job: Job, number: int, remedy: str, piped: bool = False
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start processes, and end them with the block.
+    """Start processes, and terminate them when the block ends.
 
     Args:
         module: run as `python -m module JOB`.
-        job: what they have in common; each gets its own number.
-        number: how many.
-        remedy: the options to lower if memory runs out, for the message of a process that was killed.
-        piped: whether to write to their standard input and read from their standard output.
+        job: the fields that the processes have in common; each process gets its own number.
+        number: number of processes.
+        remedy: the options to lower if memory runs out, for the message about a process that was killed.
+        piped: whether the block writes to their standard input and reads from their standard output.
+
+    Yields:
+        The running processes, in the order of their numbers.
 
     Raises:
-        UserError: a process failed; with its own message if it left one.
+        UserError: a process failed. The message is the process's own if it left one.
     """
-    # Each process' share of the cores; PyTorch would otherwise take all of them in each.
+    # Each process gets its share of the cores; otherwise PyTorch would use all of them in each process.
     threads = str(max(1, (os.cpu_count() or 1) // number))
     pipe = subprocess.PIPE if piped else None
     with TemporaryDirectory(prefix="slam-asr-") as folder:
@@ -73,6 +76,7 @@ def processes_of(
                 yield running
             except ProcessEnded:
                 ended = True
+            # Read now, because the processes that are terminated below get a code too.
             code = next((process.returncode for process in running if process.poll()), 0)
         finally:
             for process in running:

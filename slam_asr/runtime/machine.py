@@ -19,13 +19,16 @@ class Machine:
     """Processes on this machine."""
     on_gpu: bool
     memory: float | None
-    """Bytes of the smallest GPU; without GPUs, of this host. None if unknown."""
+    """Memory of the smallest GPU in bytes; without GPUs, that of this host. None if unknown."""
     host: float | None
-    """Bytes of this host. None if unknown."""
+    """Memory of this host in bytes. None if unknown."""
 
     @property
     def capacity(self) -> float | None:
-        """Bytes for one process. None if unknown."""
+        """Memory for one process in bytes. None if unknown.
+
+        Each process has a GPU of its own, but the processes on a host share its memory.
+        """
         return self.memory if self.memory is None or self.on_gpu else self.memory / self.local_processes
 
 
@@ -34,8 +37,8 @@ def machine_of(device: torch.device, local_processes: int, nodes: int) -> Machin
 
     Args:
         device: the device that trains.
-        local_processes: processes on this machine.
-        nodes: number of machines, each with as many processes.
+        local_processes: number of processes on this machine.
+        nodes: number of machines, each with as many processes as this one.
     """
     host = host_memory()
     on_gpu = device.type == "cuda"
@@ -44,10 +47,10 @@ def machine_of(device: torch.device, local_processes: int, nodes: int) -> Machin
 
 
 def gpu_memory(count: int) -> float | None:
-    """Bytes of the smallest of the first `count` GPUs.
+    """Total memory of the smallest of the first `count` GPUs in bytes. None if unknown.
 
-    The total and not the free memory: a process that asks for free memory must create a CUDA context, which
-    takes memory itself.
+    The free memory is not used, because a process that asks for it must create a CUDA context, which takes
+    memory itself.
     """
     try:
         return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(count)))
@@ -56,10 +59,11 @@ def gpu_memory(count: int) -> float | None:
 
 
 def host_memory() -> float | None:
-    """Available bytes of this host, or of the container in which this runs. None if unknown."""
+    """Memory available on this host, or the container's limit if that is lower, in bytes. None if unknown."""
     known = [_number(path) for path in CGROUP_LIMITS]
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        # /proc/meminfo counts in KiB.
         known.append(1024.0 * int(lines["MemAvailable"].split()[0]))
     except (OSError, KeyError, ValueError):
         pass
@@ -70,4 +74,4 @@ def _number(path: str) -> float | None:
     try:
         return float(int(Path(path).read_text()))
     except (OSError, ValueError):
-        return None  # `max`, where there is no limit
+        return None  # `max` if there is no limit

@@ -11,9 +11,9 @@ class WorkShard:
     """One machine's share of a plan."""
 
     number: int = 1
-    """Counted from 1."""
+    """Number of this work shard, counted from 1."""
     of: int = 1
-    """How many work shards the plan is divided into."""
+    """Number of work shards that the plan is divided into."""
 
     def __str__(self) -> str:
         return f"{self.number}-of-{self.of}"

@@ -1,4 +1,4 @@
-"""Processes that a stage starts: they end when it ends, and write the message of a user's error to a file."""
+"""Processes that a stage starts. They end with it, and write a `UserError`'s message to a file."""
 
 import atexit
 import contextlib
@@ -14,7 +14,7 @@ from slam_asr.errors import EXIT_CODE, ConfigurationError, UserError, from_os_er
 from slam_asr.storage import write_atomically
 
 FAILURE = "failure.txt"
-"""Name of the file to which a process writes its message."""
+"""Name of the file to which a process writes the message of its failure."""
 
 
 def die_with_parent() -> None:
@@ -38,7 +38,7 @@ def leave_group(code: int = 0) -> NoReturn:
 
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # os._exit does not run these functions
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -49,7 +49,9 @@ def failures_written_to(
     folder: Path,
     remedy: str = "lower training.positions_per_batch or encoder.batch_seconds, or raise training.zero_stage",
 ) -> Iterator[None]:
-    """On a user's error, write its message to a file for the parent process, and exit.
+    """After a `UserError` in the block, write its message to a file for the parent process, and exit.
+
+    A full GPU, and an error of the operating system that the user can resolve, count as a `UserError`.
 
     Args:
         folder: folder of the file.

@@ -1,1 +1,1 @@
-"""Score hypotheses against references: word error rates, and the report that shows them."""
+"""Scores of hypotheses against references: word error rates, and the report that shows them."""

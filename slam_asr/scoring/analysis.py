@@ -1,4 +1,4 @@
-"""What a test shows beyond its word error rate: confidence, rates by speaker and length, typical errors."""
+"""Results of a test besides its word error rate: confidence, rates by speaker and length, typical errors."""
 
 import re
 from collections import Counter
@@ -14,9 +14,9 @@ from slam_asr.scoring.normalization import whisper_normaliser
 from slam_asr.scoring.statistics import interval, interval_over
 
 DURATIONS = (5, 10, 15, 20, 30)
-"""Upper limits, in seconds, of the groups of utterances by length."""
+"""Upper limits in seconds, inclusive, of the groups of utterances by length. The last group has no limit."""
 CONFUSIONS = 30
-"""Maximum number of confusions listed, of each kind."""
+"""Maximum number of confusions of each kind that are listed."""
 NORMALISED = "whisper"
 
 LOOP, CUT, EMPTY, REFUSAL = "loop", "cut at the limit", "empty answer", "refusal"
@@ -28,6 +28,7 @@ GUARDS = {
 }
 """Explanation of each guard, shown in the report."""
 
+# One to eight words, followed by the same words at least three more times.
 _LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,7}?)(?: \1){3,}(?!\S)")
 _REFUSAL = re.compile(
     r"^\W*(?:(?:i'?m|i am|we are) (?:so |very |really )?(?:sorry|unable|not able)\b|"
@@ -41,10 +42,13 @@ _REFUSAL = re.compile(
 def analyse(measured: Measured) -> dict[str, Any]:
     """Compute all numbers of a test. Rates are in percent, or None if there are no words to count.
 
+    Args:
+        measured: the utterances of the test, aligned.
+
     Returns:
-        `all` and `subsets` (by name): counts, hours, `wer`, its 95 % `interval` over utterances and
-        `speaker_interval`, `cer`, and `normalised`, the rate after Whisper's normaliser;
-        `durations` and `speakers`: counts of each group;
+        `all` and `subsets` (by name): counts, hours, `wer`, its 95 % `interval` over utterances, the
+        `speaker_interval` over speakers, `cer`, and `normalised`, the rate after Whisper's normaliser;
+        `durations` and `speakers`: counts, hours and `wer` of each group;
         `confusions`: the most frequent substitutions, deletions and insertions;
         `guards`: number of utterances that each guard flags;
         `empty_references`: number of utterances without speech, and the words written for them.
@@ -87,7 +91,15 @@ def analyse(measured: Measured) -> dict[str, Any]:
 
 
 def counts_of(measured: Measured, indices: np.ndarray | None = None) -> dict[str, Any]:
-    """The word errors of a group of utterances, its hours and its rate in percent; of all without indices."""
+    """Sum the word errors and hours of a group of utterances, and compute its rate.
+
+    Args:
+        measured: all utterances.
+        indices: int [n], those of the group; all utterances if not given.
+
+    Returns:
+        The fields of `WordErrors`, `errors`, `hours`, and `wer` in percent.
+    """
     errors = measured.total(indices)
     rows = measured.rows if indices is None else [measured.rows[i] for i in indices]
     return asdict(errors) | {
@@ -98,12 +110,12 @@ def counts_of(measured: Measured, indices: np.ndarray | None = None) -> dict[str
 
 
 def percent(errors: WordErrors) -> float | None:
-    """The word error rate in percent, to two decimals, or None without reference words."""
+    """The word error rate in percent, to two decimals; None if there are no reference words."""
     return round(100 * errors.wer, 2) if errors.words else None
 
 
 def normalised_rows(rows: Sequence[Hypothesis]) -> list[Hypothesis]:
-    """The utterances with both texts after Whisper's normaliser for English."""
+    """The utterances, with both of their texts normalised by Whisper's normaliser for English."""
     normalise = whisper_normaliser()
     return [
         replace(row, reference=normalise(row.reference), hypothesis=normalise(row.hypothesis)) for row in rows
@@ -115,7 +127,7 @@ def _percents(ends: tuple[float, float] | None) -> list[float] | None:
 
 
 def _speaker_interval(measured: Measured, indices: np.ndarray) -> list[float] | None:
-    """The 95 % interval over speakers, or None unless all speakers are known."""
+    """The 95 % interval over speakers in percent; None if any speaker is unknown."""
     speakers = groups_of((measured.rows[i] for i in indices), lambda row: row.speaker)
     if "" in speakers:
         return None
@@ -123,7 +135,7 @@ def _speaker_interval(measured: Measured, indices: np.ndarray) -> list[float] | 
 
 
 def _by_duration(measured: Measured) -> list[dict[str, Any]]:
-    """Counts of utterances grouped by length in seconds; those of unknown length are in no group."""
+    """Counts of the utterances in each group by length. Utterances of unknown length are in no group."""
     seconds = np.array([row.duration for row in measured.rows])
     groups = []
     for low, high in zip((0, *DURATIONS), (*DURATIONS, None), strict=True):
@@ -134,7 +146,7 @@ def _by_duration(measured: Measured) -> list[dict[str, Any]]:
 
 
 def _most_frequent(counter: Counter[Any]) -> list[tuple[Any, int]]:
-    """The most frequent entries with their counts; equally frequent ones by name."""
+    """The most frequent entries with their counts. Equally frequent entries are sorted by name."""
     return sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]
 
 
@@ -149,7 +161,7 @@ def _empty_references(measured: Measured) -> dict[str, int]:
 
 
 def guards_of(row: Hypothesis) -> list[str]:
-    """The `GUARDS` that flag an answer. A loop or refusal that is also in the reference is not flagged."""
+    """The `GUARDS` that flag an answer. A loop or refusal is not flagged if the reference has one too."""
     spoken, written = normalise(row.reference).lower(), normalise(row.hypothesis).lower()
     flagged = []
     if loops(written) and not loops(spoken):
@@ -165,6 +177,7 @@ def guards_of(row: Hypothesis) -> list[str]:
 
 def loops(text: str) -> bool:
     """Whether the text repeats a sequence of up to eight words four or more times in a row."""
-    # A loop needs a word that occurs four times. The search takes quadratic time, so skip it without one.
+    # In a loop, some word occurs at least four times, so at least three words are repetitions. The search
+    # takes quadratic time and is skipped if there are fewer.
     words = text.split()
     return len(words) - len(set(words)) >= 3 and _LOOP.search(text) is not None

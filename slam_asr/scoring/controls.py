@@ -1,4 +1,4 @@
-"""Controls that put a word error rate into perspective: the same score for output that ignores the audio."""
+"""Controls that put a word error rate into perspective: the rates of output that ignores the audio."""
 
 import random
 from collections.abc import Sequence
@@ -13,15 +13,17 @@ EMPTY = "empty output"
 def shuffled_audio(rows: Sequence[Hypothesis], seed: int) -> list[Hypothesis]:
     """Pair each utterance with the hypothesis for another utterance's audio.
 
-    The model's only input from an utterance is its audio, so its output for another utterance's audio is
-    the hypothesis of that other utterance: nothing needs to be decoded again. Hypotheses move along one
-    cycle within each test subset, so no utterance retains its own. A subset of one utterance is left out.
+    The audio is the only part of an utterance that the model receives. Its output for another utterance's
+    audio is therefore that utterance's hypothesis, and nothing needs to be decoded again. Hypotheses move
+    along one cycle within each test subset, so no utterance retains its own. A subset of one utterance is
+    left out.
     """
     subsets: dict[str, list[Hypothesis]] = {}
     for row in rows:
         subsets.setdefault(row.subset, []).append(row)
     shuffled = []
     for subset in sorted(subsets):
+        # Sorted first, so that the result does not depend on the order of the rows.
         order = sorted(subsets[subset], key=lambda row: row.key)
         random.Random(f"{seed}/{subset}").shuffle(order)
         if len(order) < 2:
@@ -34,5 +36,5 @@ def shuffled_audio(rows: Sequence[Hypothesis], seed: int) -> list[Hypothesis]:
 
 
 def empty_output(rows: Sequence[Hypothesis]) -> list[Hypothesis]:
-    """Pair each utterance with an empty hypothesis: every word is a deletion."""
+    """Pair each utterance with an empty hypothesis, so that every reference word is a deletion."""
     return [replace(row, hypothesis="") for row in rows]

@@ -2,9 +2,10 @@
 
 The normaliser (Radford et al., 2022, appendix C; as in transformers, without its list of British spellings)
 removes case, punctuation, hesitations and text in brackets, expands contractions and writes numbers as
-digits. It applies some fifty regular expressions to each text, which takes a third of a millisecond. Most
-words pass through it unchanged: it changes only contractions, titles, hesitations and numbers, and none of
-these depends on more than its neighbours. So only such stretches of words go through it, each of them once.
+digits. It applies some fifty regular expressions to each text, which takes a third of a millisecond. In plain
+lower-case text, however, it changes only contractions, titles, hesitations and numbers, and none of these
+depends on more than the words next to it. This module therefore normalises only stretches of such words, and
+caches the results.
 """
 
 import functools
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable
 
 _PLAIN = re.compile(r"[a-z' ]*")
+"""Matches text whose words can be normalised separately: it has no punctuation, digits or brackets."""
 _ALTERED = frozenset(
     [
         "hmm",
@@ -51,7 +53,7 @@ _ALTERED = frozenset(
         "half",
     ]
 )
-"""Plain words that the normaliser replaces, in addition to all words that may be part of a number.
+"""Plain words that the normaliser replaces, besides all words that may be part of a number.
 
 `half` is among them because the normaliser looks for `and a half`.
 """
@@ -59,7 +61,7 @@ _ALTERED = frozenset(
 
 @functools.cache
 def whisper_normaliser() -> Callable[[str], str]:
-    """Build the normaliser: text → text with single spaces, the same as transformers' own but faster."""
+    """Build the normaliser, a faster equivalent of transformers' own: text → text with single spaces."""
     # Imported here because the import takes a second.
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
@@ -70,19 +72,20 @@ def whisper_normaliser() -> Callable[[str], str]:
         try:
             return " ".join(original(text).split())
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
-            # transformers' normaliser fails on some sequences of numbers ("zero and a half million").
+            # transformers' normaliser raises on some sequences of numbers, such as "zero and a half million".
             return " ".join(re.sub(r"[^\w']+", " ", text.lower()).split())
 
     @functools.lru_cache(maxsize=200_000)
     def normalise_stretch(words: tuple[str, ...], at_start: bool) -> str:
-        # `and a half` depends on the word before it, so a stretch within a text gets a word before it too.
-        # Any word that is not part of a number will do.
+        # `and a half` depends on the word before it, so a stretch within a text also gets a word before it.
+        # Any word that is not part of a number will do; `[2:]` removes it with its space.
         return (
             normalise_slowly(" ".join(words)) if at_start else normalise_slowly(" ".join(("x", *words)))[2:]
         )
 
     def normalise(text: str) -> str:
         text = text.lower()
+        # The normaliser removes a space before an apostrophe, which would join two of the words below.
         if not _PLAIN.fullmatch(text) or " '" in text:
             return normalise_slowly(text)
         words = text.split()
@@ -102,12 +105,12 @@ def whisper_normaliser() -> Callable[[str], str]:
 
 
 def _end_of_stretch(words: list[str], start: int, altered: frozenset[str]) -> int:
-    """The end of a run of altered words with at most one plain word between two of them."""
+    """The end (exclusive) of a run of altered words, with at most one plain word between any two of them."""
     last = start
     for i in range(start + 1, len(words)):
         if "'" in words[i] or words[i] in altered:
             last = i
         elif i > last + 1:
             break
-    # Patterns such as `'s been` include the word after a contraction.
+    # Some patterns of the normaliser include the word after a contraction, such as `'s been`.
     return min(last + 2, len(words)) if "'" in words[last] else last + 1

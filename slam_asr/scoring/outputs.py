@@ -1,4 +1,4 @@
-"""Read the output of recognisers: this project's hypotheses, or the files of SLAM-LLM and tools like it."""
+"""Readers of recognisers' output: this project's hypotheses, or files in the format of SLAM-LLM."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ def read_output(path: str, hypotheses: str) -> list[Hypothesis]:
     """Read the utterances of a recogniser's output.
 
     Args:
-        path: a folder that decode or score wrote; its hypotheses; or SLAM-LLM's `…_pred` with its `…_gt` next
-            to it, in lines of key, tab, text. Local or s3://.
-        hypotheses: name of the file in such a folder.
+        path: local path or s3:// URI of a folder that decode or score wrote, of the hypotheses in it, or of
+            SLAM-LLM's `…_pred`, with its `…_gt` next to it. Each line of the last two is key, tab, text.
+        hypotheses: name of the file of hypotheses in such a folder.
 
     Raises:
-        InputError: the path does not exist, or its content has none of these forms.
+        InputError: the path does not exist, or its content is in none of these formats.
     """
     if path.endswith(PREDICTED):
         return _read_pair(path)

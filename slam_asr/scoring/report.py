@@ -1,7 +1,7 @@
-"""The report of a test: one page for people, a short table for the dashboard, numbers for programs.
+"""The report of a test: a page for people, a short table for the dashboard, and numbers for programs.
 
-`report.html` is self-contained: style, script and curves are in the file, it fetches and saves nothing, and
-it works in a sandboxed frame. The model's word error rate is shown next to its controls, the same score for
+`report.html` is self-contained: style, script and curves are in the file. The page fetches and saves nothing,
+and it works in a sandboxed frame. The model's word error rate is shown next to its controls, the rates of
 output that ignores the audio: a rate means little if silence or guessing comes close to it.
 """
 
@@ -29,9 +29,9 @@ MARKDOWN = "report.md"
 NUMBERS = "wer.json"
 
 WORST = 200
-"""Utterances shown with their alignments: enough to see typical errors, on a page of about 200 KB."""
+"""Maximum number of utterances shown with their alignments: they show typical errors on about 200 KB."""
 SPEAKERS = 100
-"""Maximum number of speakers shown with a rate of their own; wer.json contains all of them."""
+"""Maximum number of speakers whose rates are shown; wer.json contains those of all speakers."""
 NO_SUBSET = "(no subset)"
 
 _CONTROL_NOTES = {
@@ -58,19 +58,20 @@ def write_report(
         folder: output folder; created if missing.
         title: the page's heading, such as the recipe's name.
         rows: the model's hypotheses.
-        controls: other hypotheses for the same utterances by name, `shuffled audio` and `empty output`.
-        training: how the model was trained: recipe, encoder, llm, projector_parameters, all_parameters,
-            precision, device, processes, steps, epochs, seconds, train_utterances, train_hours,
-            curve (list of {step, loss, accuracy, learning_rate}) and validation (list of {step, loss,
-            accuracy}), with accuracies as fractions. Keys that are absent are not shown.
-        published: published WER in percent by subset.
-        decoding: how it was decoded: beams, seconds, audio_hours, utterances, answers_cut,
-            empty_answers, or other facts, which are shown under their own names.
+        controls: other hypotheses for the same utterances, by the names `shuffled audio` and `empty output`.
+        training: how the model was trained: recipe, encoder, llm, trained_parameters (or, if that is absent,
+            projector_parameters), all_parameters, precision, device, processes, steps, epochs, seconds,
+            train_utterances, train_hours, curve (list of {step, loss, accuracy, learning_rate}) and
+            validation (list of {step, loss, accuracy}), with accuracies as fractions. Keys that are absent
+            are not shown.
+        published: published WER in percent, by subset.
+        decoding: how the test was decoded: beams, seconds, audio_hours, utterances, answers_cut,
+            empty_answers. Any other facts are shown under their own names.
         audio: audio of some of the worst utterances, as MP3 in base64, to be played on the page.
 
     Returns:
-        WER in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`; the limits of its 95 %
-        interval; WER after Whisper's normaliser; CER.
+        Rates in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`; the limits of the 95 %
+        interval of `wer`; WER after Whisper's normaliser; CER.
 
     Raises:
         InputError: no utterance was decoded, or no reference contains a word.
@@ -80,7 +81,7 @@ def write_report(
             "There is nothing to report, because no utterance was decoded: check the test manifest."
         )
     measured = measure(rows)
-    _ = measured.total().wer  # Raises before anything is written if the references contain no words.
+    _ = measured.total().wer  # If the references contain no words, this raises before anything is written.
     training = training | {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     numbers = {
         "title": title,
@@ -151,7 +152,7 @@ def _has_published(numbers: dict[str, Any]) -> bool:
 
 
 def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per subset, and a row for the total if there are several."""
+    """One row per subset, and a row for the total if there are several subsets."""
     table = []
     for name, counts in numbers["subsets"].items():
         controls = [control["subsets"].get(name, {}).get("wer") for control in numbers["controls"].values()]
@@ -166,7 +167,7 @@ def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _worst(measured: Measured, audio: dict[Name, str]) -> list[dict[str, Any]]:
-    """The utterances with the most word errors, worst first: they contribute most to the total rate."""
+    """The utterances with the most word errors, which contribute most to the total rate; worst first."""
     rows, errors, words = measured.rows, measured.errors.tolist(), measured.words.tolist()
     return [
         asdict(rows[i])
@@ -183,7 +184,7 @@ def _worst(measured: Measured, audio: dict[Name, str]) -> list[dict[str, Any]]:
 
 
 def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tables of the rate by length of the audio, and by speaker if there are several."""
+    """Tables of the rate by length of the audio and by speaker, each if there are several groups."""
     durations = [
         (f"{group['from']} to {group['to']} s" if group["to"] else f"above {group['from']} s", group)
         for group in numbers["durations"]
@@ -214,7 +215,7 @@ def _group_table(
 
 
 def _pieces(row: Hypothesis) -> list[tuple[str, str, str]]:
-    """The alignment as (kind, spoken, written), with one piece per substituted word."""
+    """The alignment as pieces (kind, spoken, written), in which each substituted word is its own piece."""
     pieces = []
     for kind, spoken, written in align(row):
         if kind == "substitute":
@@ -261,7 +262,7 @@ def _decoding_facts(decoding: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 class _Facts:
-    """Labels and values as text, in the order in which they are added."""
+    """Collects labels and values as text, in the order in which they are added."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = {
@@ -348,7 +349,7 @@ def plain(text: str) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The value with None in place of NaN and infinities, which JSON cannot represent."""
+    """Replace NaN and infinities, which JSON cannot represent, by None."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Audio of the worst utterances, compressed so that the report's page can embed it."""
+"""Audio of the worst utterances, compressed to be embedded in the report's page."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from slam_asr.storage import write_atomically
 
 AUDIO = "audio.jsonl"
 MAX_SECONDS = 60.0
-"""Maximum seconds of audio per utterance on the page."""
+"""Maximum length of an utterance's audio on the page, in seconds; the rest is cut off."""
 
 Name = tuple[str, str]
 """Key and subset of an utterance."""
@@ -29,7 +29,7 @@ def worst_first(measured: Measured) -> list[int]:
 
 
 def compress(samples: np.ndarray) -> bytes:
-    """Encode samples [n] at 16 kHz as MP3, which every browser plays: about 3 kB per second."""
+    """Encode float32 samples [n] at 16 kHz as MP3, which every browser plays; a second takes about 3 kB."""
     content = io.BytesIO()
     soundfile.write(
         content,
@@ -49,10 +49,13 @@ def encode_audio(
     """Encode the audio of as many utterances as fit on the page, as MP3 in base64.
 
     Args:
-        names: utterances in order of importance.
-        load: reads the samples of one utterance; if it raises AudioError, the utterance is skipped with a
-            warning.
-        megabytes: maximum size of all audio together.
+        names: utterances, in order of importance.
+        load: reads the float32 samples [n] of one utterance at 16 kHz. If it raises AudioError, the utterance
+            is skipped with a warning.
+        megabytes: maximum size of all audio together, in MB of base64.
+
+    Returns:
+        The audio of each utterance that fits, as MP3 in base64.
     """
     encoded: dict[Name, str] = {}
     remaining = megabytes * 1e6
@@ -70,7 +73,7 @@ def encode_audio(
 
 
 def write_audio(folder: Path, encoded: dict[Name, str]) -> None:
-    """Save audio for the report of a decoding that is divided into work shards."""
+    """Save a work shard's audio for the report of the complete decoding."""
     write_atomically(
         folder / AUDIO,
         "".join(

@@ -1,9 +1,9 @@
-"""How much of a word error rate may be chance: bootstrap intervals, and matched pairs of two recognisers.
+"""Uncertainty of word error rates: bootstrap intervals, and a test of two recognisers by matched pairs.
 
-The interval estimates which rates the same recogniser would have on other test sets of this size from the
+The interval estimates the rates that the same recogniser would have on other test sets of this size from the
 same source (Bisani and Ney, 2004, "Bootstrap estimates for confidence intervals in ASR performance
-evaluation"). Utterances of one speaker are alike, so with enough speakers the interval over speakers is wider
-and more honest.
+evaluation"). Utterances of one speaker are alike and therefore not independent, so with enough speakers the
+interval over speakers is wider and more honest.
 """
 
 import math
@@ -12,25 +12,28 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 1000
+"""Number of samples of a bootstrap interval."""
 FLIPS, _AT_ONCE = 10_000, 500
+"""Number of random exchanges of a randomisation test, and how many of them are in memory at once."""
 MANY = 5000
 """Number of differing utterances above which the normal approximation replaces the randomisation test.
 
-With that many, both give the same result.
+With so many utterances, both give the same result.
 """
 _LEVEL = (2.5, 97.5)
+"""Percentiles that limit a 95 % interval."""
 
 
 def interval(errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """95 % bootstrap interval of errors per word, as fractions.
+    """Compute the 95 % bootstrap interval of errors per word.
 
     Args:
-        errors: [units] word errors of each unit, which is an utterance or a speaker.
-        words: [units] reference words of each unit.
+        errors: int [units], word errors of each unit, which is an utterance or a speaker.
+        words: int [units], reference words of each unit.
         seed: seed of the resampling.
 
     Returns:
-        Its lower and upper limit, or None with fewer than two units or no words.
+        The lower and upper limit as fractions; None if there are fewer than two units or no words.
     """
     if len(errors) < 2 or not words.sum():
         return None
@@ -38,6 +41,7 @@ def interval(errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[floa
     rates = []
     for _ in range(RESAMPLES):
         sample = rng.integers(len(errors), size=len(errors))
+        # A sample may consist of units without words only, which have no rate.
         spoken = words[sample].sum()
         if spoken:
             rates.append(errors[sample].sum() / spoken)
@@ -48,16 +52,16 @@ def interval(errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[floa
 def interval_over(
     groups: dict[str, np.ndarray], errors: np.ndarray, words: np.ndarray, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95 % bootstrap interval over groups of utterances, such as speakers, which are drawn as units.
+    """Compute the 95 % bootstrap interval over groups of utterances, such as speakers, drawn as units.
 
     Args:
-        groups: indices of each group's utterances.
-        errors: [utterances] word errors.
-        words: [utterances] reference words.
+        groups: int [n], the indices of each group's utterances, by the group's name.
+        errors: int [utterances], word errors.
+        words: int [utterances], reference words.
         seed: seed of the resampling.
 
     Returns:
-        Its lower and upper limit as fractions, or None with fewer than two groups or no words.
+        The lower and upper limit as fractions; None if there are fewer than two groups or no words.
     """
     sums = [(errors[indices].sum(), words[indices].sum()) for indices in groups.values()]
     if not sums:
@@ -71,15 +75,16 @@ class Difference:
     """The difference between two recognisers on the same utterances: first minus second."""
 
     difference: float
-    """Difference of the word error rates, as a fraction: below 0 if the first is better."""
+    """Difference of the word error rates, as a fraction; negative if the first recogniser is better."""
     low: float
+    """Lower limit of the difference's 95 % bootstrap interval; NaN if there is only one utterance."""
     high: float
-    """Limits of its 95 % bootstrap interval."""
+    """Upper limit of that interval."""
     p: float
-    """Probability of a difference at least as large if the two were equally good."""
+    """Probability of a difference at least as large, in either direction, if both were equally good."""
     utterances: int
     differing: int
-    """Utterances for which the two made different numbers of errors. The others do not affect p."""
+    """Number of utterances with different numbers of errors. All others have no effect on p."""
 
 
 def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed: int = 0) -> Difference:
@@ -87,12 +92,13 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
 
     If both were equally good, the two outputs for any utterance could be exchanged. The two-sided p-value is
     the share of random exchanges that give a difference at least as large (approximate randomisation, Noreen,
-    1989). Above `MANY` utterances that differ, it is the normal approximation (Gillick and Cox, 1989).
+    1989). If more than `MANY` utterances differ, the normal approximation is used instead (Gillick and Cox,
+    1989).
 
     Args:
-        first: [utterances] word errors of the first recogniser.
-        second: [utterances] word errors of the second recogniser.
-        words: [utterances] reference words; their sum must be above 0.
+        first: int [utterances], word errors of the first recogniser.
+        second: int [utterances], word errors of the second recogniser.
+        words: int [utterances], reference words; their sum must be above 0.
         seed: seed of the resampling and of the random exchanges.
     """
     differences = first - second
@@ -102,11 +108,12 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
     if not len(nonzero):
         p = 1.0
     elif len(nonzero) > MANY:
+        # With random signs, the sum of the differences has mean 0 and the sum of their squares as variance.
         p = math.erfc(observed / math.sqrt(2 * float((nonzero.astype(float) ** 2).sum())))
     else:
         rng = np.random.default_rng(seed)
         signs = (2 * rng.integers(2, size=(_AT_ONCE, len(nonzero))) - 1 for _ in range(FLIPS // _AT_ONCE))
         as_large = sum(int((np.abs(batch @ nonzero) >= observed).sum()) for batch in signs)
-        # Plus one: the observed assignment is one of the possible exchanges.
+        # Plus one, because the observed assignment is itself one of the possible exchanges.
         p = (as_large + 1) / (FLIPS + 1)
     return Difference(float(differences.sum() / words.sum()), low, high, p, len(words), len(nonzero))

@@ -40,21 +40,21 @@ def convert_checkpoint(
     """Convert a checkpoint to projector.safetensors and config.json, or to another format.
 
     Args:
-        checkpoint: folder that train wrote; or SLAM-LLM's model.pt or DeepSpeed's folder, together with the
-            recipe of the training; or the original file of Whisper, WavLM, HuBERT or wav2vec 2.0; or a model
-            folder, or a shipped model's name.
-        output: folder of the model; {fingerprint} in it becomes a digest of the inputs.
+        checkpoint: folder that train wrote; or SLAM-LLM's model.pt or DeepSpeed's folder, both of which need
+            `recipe`; or the original file of Whisper, WavLM, HuBERT or wav2vec 2.0; or a model folder; or a
+            shipped model's name.
+        output: folder of the model; {fingerprint} in it is replaced by a digest of the inputs.
         to: `model` writes this project's model folder; `slam-llm` writes SLAM-LLM's model.pt; `llm` writes
             only the trained LLM, as transformers does, with LoRA merged into it.
         recipe: defines encoder, LLM, projector and prompt for checkpoints that do not name them: SLAM-LLM's
             model.pt and DeepSpeed's folders.
-        which: checkpoint of a training: the one of the last step, the one with the lowest dev loss, or the
-            mean of all saved checkpoints.
+        which: which checkpoint of a training to convert: the latest, the best (the one with the lowest dev
+            loss), or the average (the mean of all saved checkpoints).
         half: save the projector in fp16, which halves its size; computations use the recipe's precision
             anyway.
-        adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), if the checkpoint does not
-            contain the adapter.
-        verify: before publishing the result, compare it with the checkpoint: all weights, and the loss on a
+        adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), for a checkpoint that does
+            not contain its adapter.
+        verify: compare the result with the checkpoint before publishing it: all weights, and the loss on a
             probe of a few utterances with random audio.
         overwrite: replace a model that was made from another checkpoint.
 
@@ -94,7 +94,7 @@ def convert_checkpoint(
 
 @dataclass(frozen=True)
 class TargetFormat:
-    """How the result is written: the options of `convert_checkpoint` of the same names."""
+    """How the result is written. Each field is the option of `convert_checkpoint` with the same name."""
 
     to: str
     half: bool
@@ -137,7 +137,7 @@ def _convert_training(
 
 
 def _mean(sources: "Sequence[Checkpoint]") -> "Mapping[str, torch.Tensor]":
-    """The mean of the checkpoints' weights in fp32, computed for one tensor at a time."""
+    """Return the mean of the checkpoints' fp32 weights; each tensor is computed when it is accessed."""
     from slam_asr.pretrained.lazy_tensors import LazyTensors
 
     first, *others = (source.tensors("weights") for source in sources)
@@ -219,7 +219,7 @@ def _convert_foreign(
     """Convert a checkpoint that does not name its encoder and LLM.
 
     Args:
-        read: returns its weights, by this project's names.
+        read: function that returns the checkpoint's weights, by this project's names.
         where: the checkpoint, for error messages.
         inputs: digests of its files, for the stage's fingerprint.
         output: folder of the model.
@@ -332,6 +332,7 @@ def _write(
     names: dict[str, dict[str, str]] = {"projector": {}, "llm": {}, "encoder": {}}
     for name in weights:
         part, _, rest = name.partition(".")
+        # A weight of any other part is ignored: its name goes into a dictionary that nothing refers to.
         names.get(part, {})[rest] = name
     parts: dict[str, Mapping[str, torch.Tensor]] = {
         part: rename_tensors(weights, own) for part, own in names.items()
@@ -401,7 +402,7 @@ def _verify(
     where: str,
     target: TargetFormat,
 ) -> str:
-    """Compare the written files with the weights that were read; if they differ, unpublish them.
+    """Compare the written files with the weights that were read; if they differ, invalidate the result.
 
     Args:
         folder: of the result.
@@ -415,7 +416,7 @@ def _verify(
         A clause for the summary that states what was compared.
 
     Raises:
-        ModelError: something differs.
+        ModelError: a weight or a loss differs.
     """
     from slam_asr.artifacts.model_folder import CONFIG, projector_from_weights
     from slam_asr.conversion.slam_llm import FILE
@@ -444,6 +445,7 @@ def _verify(
             str(folder),
         )
     except BaseException:
-        # Without this file the folder is no model.
+        # Without this file, nothing recognises the folder as a model. For `llm`, it is transformers' own
+        # config.json, which has the same name.
         (folder / (FILE if target.to == "slam-llm" else CONFIG)).unlink(missing_ok=True)
         raise

@@ -59,8 +59,9 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
 """Makes glibc allocate each block above 4 MiB in pages of its own.
 
-Such a block is returned to the system when it is freed. By default glibc raises this threshold to 32 MiB, and
-activations leave holes in the heap: training on a CPU then took 1.5 times the memory, in the same time.
+Such a block is returned to the system when it is freed. By default glibc raises this threshold to as much as
+32 MiB, and activations then leave holes in the heap: training on a CPU took 1.5 times the memory, in the same
+time.
 """
 
 
@@ -72,15 +73,15 @@ def train(
     dev_manifest: str | None = None,
     overwrite: bool = False,
 ) -> Record:
-    """Train the projector, and whatever else the recipe tunes, on one or more processes and machines.
+    """Train the projector, and whatever else the recipe tunes, with one or more processes and machines.
 
     Args:
         recipe: models and hyper-parameters.
         train_manifest: utterances to train on (JSON lines).
         output: folder for checkpoints and curves; {fingerprint} in it is replaced by a digest of the inputs.
-        feature_store: store written by extract-features. Without one, or if the encoder is trained too,
-            audio is encoded on the fly.
-        dev_manifest: utterances to validate on.
+        feature_store: store written by extract-features. Without one, or if the recipe trains the encoder too
+            or has `features.cache: none`, audio is encoded on the fly.
+        dev_manifest: utterances to validate on (JSON lines).
         overwrite: replace results of other inputs instead of refusing.
 
     Returns:
@@ -136,6 +137,7 @@ def train(
         # With this option the size of a step depends on the number of processes.
         inputs["processes"] = nodes.number * (recipe.training.processes or _devices())
     hours = sum(u.duration or 0.0 for u in utterances["train"]) / 3600
+    # Computed as `run_stage` does it: worker nodes do not call that function, but must find the same folder.
     published = output.replace(FINGERPRINT, digest(inputs)[:16]).rstrip("/")
     published = published if is_s3(published) else str(local_path(published).absolute())
 
@@ -149,6 +151,7 @@ def train(
         processes = recipe.training.processes or _devices()
         shapes = Shapes(recipe, encoder, AutoConfig.from_pretrained(llm_folder), [])
         require_fit(shapes, prompt, fitting["train"], machine_of(device, processes, nodes.number))
+        # An earlier attempt may have left these files; they must not be taken for results of this one.
         for leftover in (FACTS, FAILURE):
             _remove(folder / leftover)
         write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
@@ -225,7 +228,7 @@ def _train_as_worker_node(
         overwrite: whether results of other inputs may be replaced.
 
     Raises:
-        UserError: the first node has written no record within `WAIT_FOR_RECORD`.
+        UserError: this node's training failed, or the first node wrote no record within `WAIT_FOR_RECORD`.
     """
     done = read_record(folder)
     if done is not None and done.inputs == inputs:
@@ -254,10 +257,11 @@ def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) 
     Args:
         folder: folder of the checkpoints.
         inputs: inputs of this training.
-        overwrite: whether to remove the checkpoints of another training instead of refusing.
+        overwrite: whether to remove another training's checkpoints instead of refusing.
 
     Raises:
-        ConfigurationError: the checkpoints are another training's; the message names the keys that differ.
+        ConfigurationError: the checkpoints belong to another training; the message names the keys that
+            differ.
     """
     from slam_asr.artifacts import checkpoint
 
@@ -300,7 +304,7 @@ def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """Text of a value for a message, cut to 12 characters if it is long, such as a SHA-256."""
+    """Return a value as text for a message; a long text, such as a SHA-256, is cut to 12 characters."""
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 20 else text[:12] + "…"
 
@@ -344,7 +348,7 @@ def require_features(
         manifests: the utterances of each set.
 
     Raises:
-        UserError: the store does not exist, is another encoder's, or lacks utterances.
+        UserError: the store does not exist, was written with another encoder, or lacks utterances.
     """
     audio_ids = [u.audio_id for utterances in manifests for u in utterances]
     store = FeatureStore(path, expected, recipe.features.dtype, audio_ids)
@@ -365,7 +369,7 @@ def initial_projector(
     """Fetch the model that `projector.init_from` names, and check that its projector fits.
 
     Args:
-        recipe: its section `projector`.
+        recipe: its section `projector` is read.
         encoder: encoder of this training.
         llm_folder: folder of this training's LLM.
         base: fingerprints of encoder and LLM.
@@ -418,15 +422,15 @@ def check_llm(recipe: Recipe, folder: Path) -> "Prompt":
     """Check that an LLM suits the recipe, from its configuration and tokenizer alone.
 
     Args:
-        recipe: its sections `llm` and `decoding`.
+        recipe: its sections `llm` and `decoding` are read.
         folder: folder of the LLM.
 
     Returns:
         The recipe's prompts, tokenised.
 
     Raises:
-        UserError: the folder has no causal LM or no tokenizer, the prompt's template or the layers for
-            adapters do not exist, or prompt and answer leave no positions for audio.
+        UserError: the folder has no causal LM or no tokenizer; the prompt's template or the layers for
+            adapters do not exist; or prompt and answer leave no positions for audio.
     """
     from slam_asr.models.llm import describe_llm, llm_positions, load_tokenizer, require_targets
     from slam_asr.models.prompt import Prompt
@@ -446,7 +450,10 @@ def check_llm(recipe: Recipe, folder: Path) -> "Prompt":
 
 
 def _settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe without settings that change nothing but rounding, such as the engine."""
+    """Return the recipe's settings that the trained weights depend on by more than rounding.
+
+    The engine, for example, is left out: all engines give the same weights up to rounding.
+    """
     values = asdict(recipe)
     for key in (
         "nodes",
@@ -475,7 +482,8 @@ def _settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
     del values["encoder"]["batch_seconds"]
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
-    # Size and mixing of shards determine the order of the utterances.
+    # Of the store's settings only these matter: the dtype rounds the features, and the size and the mixing
+    # of shards determine the order of the utterances.
     values["features"] = {
         key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
     }
@@ -483,7 +491,7 @@ def _settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
 
 
 def _devices() -> int:
-    """Number of GPUs on this machine, or 1 for the CPU."""
+    """Return the number of GPUs on this machine, or 1 if it has none and trains on the CPU."""
     import torch
 
     return max(1, torch.cuda.device_count())
@@ -493,9 +501,9 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
     """Run the training loop in `processes` processes under torchrun's launcher, on this and all other nodes.
 
     Args:
-        processes: on this machine.
+        processes: number of processes on this machine.
         folder: contains `job.json`; a failing process writes its message there.
-        nodes: this machine's rank, and where the machines meet.
+        nodes: this machine's rank, and the address at which the machines meet.
         checkpoints: folder of the checkpoints, for the message after a stop.
 
     Raises:
@@ -511,6 +519,7 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
     # Each process uses its share of the cores; by default each would start threads for all of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Use an address, not a name: resolving `localhost` may need a resolver that a container does not have.
+    # With port 0 the system picks a free port.
     single_node = {
         "run_id": f"slam-asr-{os.getpid()}",
         "rdzv_backend": "c10d",
@@ -541,8 +550,8 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
         failure = folder / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text()) from error
-        # Processes that lost a peer end with code 1. A process killed by a signal has a negative code, which
-        # is therefore the minimum.
+        # When one process fails, those that lose it as a peer end with code 1. The code of a process that a
+        # signal killed is negative, so the minimum is the code of the cause.
         code = min(failed.exitcode for failed in error.failures.values())
         if code - 128 in STOPPING:
             raise Stopped(_stopped_message(signal.Signals(code - 128).name, checkpoints), code) from error
@@ -555,7 +564,7 @@ def _torchrun(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> N
 
 
 def _stopped_message(signal_name: str, checkpoints: str) -> str:
-    """Build the message of a stopped training: it names the latest checkpoint and how to resume."""
+    """Build the message of a stopped training, with its latest checkpoint and how to resume."""
     from slam_asr.artifacts import checkpoint
 
     latest = checkpoint.find(checkpoints)

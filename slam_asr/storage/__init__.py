@@ -1,8 +1,8 @@
 """Files on local disk or in object storage at `s3://bucket/key`.
 
-`paths` has the operations that programs use, and they work on both. `local` writes local files atomically and
-computes the digests that name things. `s3` is object storage through boto3. `cache` is a bounded cache of
-fetched objects on local disk.
+`paths` has the operations that programs use; they work the same way on both. `local` writes local files
+atomically and computes SHA-256 digests. `s3` accesses object storage through boto3. `cache` is a bounded
+cache of fetched objects on local disk.
 """
 
 from slam_asr.storage.address import PathOrUri, is_s3

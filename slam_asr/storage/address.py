@@ -20,11 +20,11 @@ def split_uri(uri: str) -> tuple[str, str]:
     """Split `s3://bucket/some/key` into bucket and key.
 
     Raises:
-        StorageError: it holds credentials, has no bucket, or has a key that no object can have.
+        StorageError: the address holds credentials, has no bucket, or has a key that no object can have.
     """
     authority = uri.removeprefix(SCHEME).partition("/")[0]
-    # A secret key may contain a slash, so `name:secret/key@bucket` shows only as a colon here. The message
-    # does not repeat the address, which holds a password.
+    # A secret key may contain a slash: of `name:secret/key@bucket`, the authority is then only `name:secret`,
+    # without the @. The message does not repeat the address, which holds a password.
     if "@" in authority or ":" in authority:
         raise StorageError(
             "An s3:// address holds a name or password before its bucket: "
@@ -46,5 +46,9 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def folder_prefix(prefix: str) -> str:
-    """The prefix of all keys below a folder: with a slash, so that `a` does not include `a-b/x`."""
+    """The prefix of all keys below a folder.
+
+    It ends with a slash, so that the folder `a` does not include `a-b/x`. An empty prefix, which is the
+    complete bucket, remains empty.
+    """
     return prefix.rstrip("/") + "/" if prefix else ""

@@ -18,7 +18,7 @@ from slam_asr.storage.locks import exclusive, exclusive_if_free
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CAPACITY_LOCK = "room"
-"""Name of the lock for changes to the cache's total size. The locks of objects end in `.lock`."""
+"""Name of the lock for changes to the cache's total size. The names of objects' locks end in `.lock`."""
 
 
 def cache_folder() -> Path:
@@ -47,16 +47,19 @@ class DiskCache:
         self._locks.mkdir(parents=True, exist_ok=True)
 
     def hold(self, name: str, size: int, fill: Callable[[BinaryIO], None]) -> "HeldFile":
-        """Return a file of this name, fetching it if the cache does not have it. It remains until released.
+        """Hold the file of this name, which is fetched first if the cache does not have it.
 
         Args:
-            name: of the file; must identify its content. Contains no slash and does not begin with a dot.
-            size: in bytes.
+            name: name of the file. It must identify the content, contain no slash and not begin with a dot.
+            size: size of the file in bytes.
             fill: writes the content to a file opened for reading and writing, or raises. It must not ask the
                 cache for the same file, which would deadlock.
 
+        Returns:
+            The file, which is not removed until its `release` is called.
+
         Raises:
-            CacheFull: it does not fit.
+            CacheFull: the file does not fit.
             OSError: the disk fails.
             StorageError: `fill` wrote a file of another size.
         """
@@ -67,9 +70,10 @@ class DiskCache:
                     held.release()
                     self._fill(held.path, size, fill)
                     held = HeldFile(held.path)
-            # Another process may have removed the file between its renaming and our holding it.
+            # Another process may have removed the file after it was renamed and before it was held: removing
+            # a complete file does not require the object's lock.
             if held.is_valid(size):
-                os.utime(held.path)
+                os.utime(held.path)  # the modification time is the time of the last use
                 return held
             held.release()
 
@@ -88,7 +92,7 @@ class DiskCache:
                     )
                 # Once renamed, the content is trusted, even after a crash of the machine.
                 os.fsync(file.fileno())
-            # Locked, because a process that adds up sizes meanwhile could miss the file under both names.
+            # Without the lock, a process that adds up sizes meanwhile could miss the file under both names.
             with self._locked(_CAPACITY_LOCK):
                 os.replace(temporary, path)
         except OSError as error:
@@ -108,6 +112,7 @@ class DiskCache:
                         files[file] = file.stat()
             used = sum(s.st_size for s in files.values())
             oldest_first = iter(sorted(files.items(), key=lambda item: item[1].st_mtime_ns))
+            # `oldest_first` is an iterator: every file is tried only once, so the loop ends.
             while not (used + size <= self.limit and self._allocate(temporary, size)):
                 for file, status in oldest_first:
                     if self._remove_if_unused(file):
@@ -139,9 +144,14 @@ class DiskCache:
             return False
 
     def _remove_if_unused(self, file: Path) -> bool:
-        """Remove a file that no process holds, or that a killed process left half-fetched."""
+        """Remove a file that no process holds, or that a killed process left half-fetched.
+
+        Returns:
+            Whether the file is gone; false if it is in use.
+        """
         if file.name.endswith(PARTIAL):
-            # A process that is fetching the object holds the object's lock.
+            # A process that is fetching the object holds the object's lock, and may be waiting for the
+            # capacity lock, which this process holds. Waiting for the object's lock would thus deadlock.
             with exclusive_if_free(self._locks / f"{file.name[1 : -len(PARTIAL)]}.lock") as free:
                 if free:
                     file.unlink(missing_ok=True)
@@ -158,13 +168,13 @@ class DiskCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Hold a lock."""
+        """Hold the lock of this name during the block, and remove its file at the end."""
         path = self._locks / name
         with exclusive(path):
             try:
                 yield
             finally:
-                # Whoever waits for the removed file notices, and locks a new one.
+                # filelock notices that the file for which it waited is removed, and locks a new one.
                 path.unlink(missing_ok=True)
 
 

@@ -1,8 +1,9 @@
 """boto3's client: where credentials, region and endpoint come from, and how long a request may take.
 
-They come from where AWS tools look for them (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID` and so on, configuration
-files, the role of the machine or pod), or from a Kubernetes secret that is mounted as a folder; see `SECRET`.
-They are looked up for each call, so that a running program uses a secret that has changed.
+Credentials, region and endpoint come from the places in which AWS tools look for them (`AWS_ENDPOINT_URL`,
+`AWS_ACCESS_KEY_ID` and so on, configuration files, the role of the machine or pod), or from a Kubernetes
+secret that is mounted as a folder (see `SECRET`). They are looked up for each call, so that a running program
+uses a secret that has changed.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ SECRET = "SLAM_ASR_S3_SECRET"
 SECRET_FOLDER = "/var/run/secrets/slam-asr/s3"
 
 _FileNames = dict[str, tuple[str, ...]]
-"""For an argument of boto3's client, the files of a secret that may hold it: AWS's names, or those of the
-secret that Kubeflow Pipelines creates (`accesskey`, `secretkey`)."""
+"""Arguments of boto3's client, each with the files of a secret that may hold its value. The files have AWS's
+names, or those in the secret that Kubeflow Pipelines creates (`accesskey`, `secretkey`)."""
 _CREDENTIALS: _FileNames = {
     "aws_access_key_id": ("AWS_ACCESS_KEY_ID", "accesskey"),
     "aws_secret_access_key": ("AWS_SECRET_ACCESS_KEY", "secretkey"),
@@ -32,7 +33,7 @@ _LOCATION: _FileNames = {
 }
 
 TIMEOUT = "SLAM_ASR_S3_TIMEOUT"
-"""Environment variable: seconds without an answer after which a request has failed."""
+"""Environment variable: seconds without an answer after which a request fails."""
 DEFAULT_TIMEOUT = 30.0
 _CONNECT_TIMEOUT = 5.0
 _MAX_CONNECTIONS = 64
@@ -42,7 +43,11 @@ _clients_lock = threading.Lock()
 
 
 def _reset_after_fork() -> None:
-    """A forked process must not share its parent's connections, nor a lock that another thread held."""
+    """Give a forked process connections and a lock of its own.
+
+    It must not share its parent's connections. A lock that another thread of the parent held at the fork
+    would never be released.
+    """
     global _clients_lock
     _clients_lock = threading.Lock()
     _clients.clear()
@@ -52,7 +57,7 @@ os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 def seconds_from_environment(variable: str, default: float) -> float:
-    """A number of seconds from an environment variable.
+    """Read a number of seconds from an environment variable, or return the default if it is not set.
 
     Raises:
         ConfigurationError: the variable is not a number, or is negative.
@@ -68,14 +73,16 @@ def seconds_from_environment(variable: str, default: float) -> float:
 
 
 def client() -> Any:
-    """The client for the present credentials; threads share it.
+    """The client for the current credentials. Threads share it.
 
     Raises:
         ConfigurationError: the mounted secret or the endpoint's address is not valid.
     """
     arguments = _mounted_secret() | _region()
+    # urllib3 refuses a time-out of 0.
     timeout = max(seconds_from_environment(TIMEOUT, DEFAULT_TIMEOUT), 0.001)
     environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") or k == "HOME"))
+    # boto3 reads these only when a client is created, so a client is valid for these values alone.
     key = (environment, _credentials_file(), timeout, tuple(sorted(arguments.items())))
     with _clients_lock:
         if key not in _clients:
@@ -105,7 +112,7 @@ def _create(arguments: dict[str, str], timeout: float) -> Any:
         new = boto3.session.Session().client("s3", config=config, **arguments)
         has_credentials = "@" in urlsplit(new.meta.endpoint_url).netloc
     except ValueError as error:
-        if isinstance(error, BotoCoreError):
+        if isinstance(error, BotoCoreError):  # InvalidRegionError is a ValueError too; `retry` explains it
             raise
         # boto3's message repeats the address, which may hold a password.
         raise ConfigurationError(
@@ -127,7 +134,7 @@ def _region() -> dict[str, str]:
 
 
 def _credentials_file() -> tuple[str, int]:
-    """Path and modification time of AWS's credentials file, which a client reads only once."""
+    """Path and modification time (ns) of AWS's credentials file, which a client reads only once."""
     path = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials")
     try:
         return str(path), path.expanduser().stat().st_mtime_ns
@@ -149,7 +156,7 @@ def _mounted_secret() -> dict[str, str]:
         for argument, names in _LOCATION.items()
         if not any(os.environ.get(n) for n in names if n.startswith("AWS_"))
     }
-    # Access key, secret key and token belong together: never combine those of two sources.
+    # Access key, secret key and token belong together: never combine values from two sources.
     if not any(os.environ.get(n) for n in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")):
         to_read |= _CREDENTIALS
     arguments = _read_secret(folder, to_read)
@@ -164,7 +171,7 @@ def _mounted_secret() -> dict[str, str]:
 
 
 def _read_secret(folder: Path, to_read: _FileNames) -> dict[str, str]:
-    """Read files of one version of a secret; tries again if the secret changes meanwhile."""
+    """Read the files of one version of a secret, and try again if the secret changes meanwhile."""
     for _ in range(3):
         # Kubernetes changes all files of a secret at once, by pointing the link ..data to another folder.
         data = folder / "..data"
@@ -177,6 +184,7 @@ def _read_secret(folder: Path, to_read: _FileNames) -> dict[str, str]:
                     if content:
                         arguments[argument] = content
                         break
+        # Without a link ..data, the folder is not Kubernetes' and has a single version.
         if version == folder or data.resolve() == version:
             break
     return arguments

@@ -1,4 +1,4 @@
-"""Downloads: objects are fetched in parallel pieces, each retried by itself, and their checksum compared."""
+"""Downloads of objects in parallel pieces. Each piece is retried by itself, and the checksum is compared."""
 
 import contextlib
 import hashlib
@@ -44,7 +44,7 @@ def download(
         sha256: the expected checksum; if not given, the one that the object carries.
         report: called by several threads with the number of bytes of each piece that arrived, and with a
             negative number for bytes that must be downloaded again.
-        known: the object's metadata, which saves a request.
+        known: the object's metadata, if the caller has it; saves a request.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -83,30 +83,36 @@ class _Download:
         """Download the object that is known to exist.
 
         Raises:
-            ChecksumMismatch: its checksum differs.
-            _Replaced: its etag differs.
+            ChecksumMismatch: the bytes differ from the object's checksum.
+            _Replaced: the object's etag is no longer that of `known`.
         """
         with self._naming_the_file():
             self.file.seek(0)
             self.file.truncate(known.bytes)
+        # An empty object has one piece too, because a thread pool needs at least one thread.
         starts = range(0, max(known.bytes, 1), pieces.PART_BYTES)
         hashed, carried = hashlib.sha256(), known.sha256
         with parallel(len(starts)) as (pool, stop):
             ranges = [(start, min(start + pieces.PART_BYTES, known.bytes)) for start in starts]
             futures = [pool.submit(self._fetch_piece, known, start, end, stop) for start, end in ranges]
             for (start, end), piece in zip(ranges, futures, strict=True):
+                # `known` may come from a listing, which has no checksum; the answer to each piece has it.
                 carried = piece.result()
                 # Hash the piece from the page cache while later pieces arrive.
                 for position in range(start, end, _CHUNK_BYTES):
                     hashed.update(os.pread(self.descriptor, min(_CHUNK_BYTES, end - position), position))
         expected = self.expected or carried
         if expected and hashed.hexdigest() != expected:
-            self.report(-known.bytes)
+            self.report(-known.bytes)  # the caller downloads all bytes again
             raise ChecksumMismatch
         self.file.seek(known.bytes)
 
     def _fetch_piece(self, known: Object, start: int, end: int, stop: threading.Event) -> str | None:
-        """Write bytes [start, end) to the file; returns the checksum of all bytes that the object carries."""
+        """Write bytes [start, end) to the file.
+
+        Returns:
+            The SHA-256 of the complete object, from its metadata; None if the metadata has none.
+        """
         byte_range = {} if (start, end) == (0, known.bytes) else {"Range": f"bytes={start}-{end - 1}"}
 
         def attempt() -> str | None:
@@ -154,7 +160,7 @@ class _Download:
 
     @contextlib.contextmanager
     def _naming_the_file(self) -> Iterator[None]:
-        """Add the file's name to an error of the disk, for its message."""
+        """Add the file's name to an error of the disk, so that the message contains it."""
         try:
             yield
         except OSError as error:

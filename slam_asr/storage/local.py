@@ -15,14 +15,14 @@ from slam_asr.errors import StorageError
 from slam_asr.storage.address import PathOrUri
 
 PARTIAL = ".partial"
-"""How the names of temporary files end."""
+"""Suffix of the names of temporary files."""
 
 
 def local_path(path: PathOrUri) -> Path:
     """The local path that the user's input denotes: `file://` is removed and `~` expanded.
 
     Raises:
-        StorageError: it is a URI of another scheme, or names an unknown user's home folder.
+        StorageError: the path is a URI of another scheme, or names an unknown user's home folder.
     """
     text = os.fspath(path)
     # The part before an @ may hold a password.
@@ -57,7 +57,7 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
         replace: whether to replace an existing file.
 
     Returns:
-        Whether it was written. Without `replace`, the first of several writers wins.
+        Whether the file was written. Without `replace`, the first of several writers wins.
 
     Raises:
         OSError: the disk is full, or the folder is not writable.
@@ -74,6 +74,7 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
             if replace:
                 os.replace(temporary, path)
                 return True
+            # Unlike a rename, a link fails if the name exists.
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)
                 return True
@@ -88,7 +89,7 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
 def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files that killed processes left below a folder.
 
-    Files that are being written are locked, and are not removed.
+    Files that are still being written are locked, so they are not removed.
     """
     for temporary in folder.rglob(f".*{PARTIAL}"):
         with contextlib.suppress(OSError), open(temporary, "rb") as file:
@@ -116,5 +117,6 @@ def sha256_of_bytes(content: bytes | memoryview) -> str:
 
 def digest(value: Any) -> str:
     """The SHA-256 of a JSON-serialisable value, independent of the order of its keys."""
+    # Python represents a file name that is not UTF-8 with lone surrogates, which strict UTF-8 refuses.
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()

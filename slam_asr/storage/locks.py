@@ -11,13 +11,13 @@ from slam_asr.progress import log_line
 
 @contextlib.contextmanager
 def exclusive(file: Path, while_waiting: str = "") -> Iterator[None]:
-    """Hold a lock in the block; while another process or thread holds it, wait.
+    """Hold a lock during the block, after waiting for any other process or thread that holds it.
 
     Args:
         file: the lock's file, which is created; its folder must exist.
-        while_waiting: line for the log if another one holds the lock.
+        while_waiting: line for the log if another process or thread holds the lock.
     """
-    # A lock of its own for each call, so that threads wait for each other too.
+    # Each call makes a lock of its own, so that threads wait for each other too.
     lock = FileLock(file)
     try:
         lock.acquire(blocking=False)
@@ -33,7 +33,7 @@ def exclusive(file: Path, while_waiting: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive_if_free(file: Path) -> Iterator[bool]:
-    """Hold a lock in the block if nobody else holds it; yields whether it is held."""
+    """Hold a lock during the block if no other process or thread holds it. Yields whether it is held."""
     lock = FileLock(file)
     try:
         lock.acquire(blocking=False)

@@ -48,7 +48,7 @@ class Object:
 
 
 def list_objects(uri: str) -> Iterator[Object]:
-    """The object with this address and all objects below it as a folder, sorted by key.
+    """The object at this address, and all objects in the folder of the same name, sorted by key.
 
     Raises:
         StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
@@ -57,6 +57,7 @@ def list_objects(uri: str) -> Iterator[Object]:
     folder = folder_prefix(prefix)
     for page in _pages(uri, Prefix=prefix):
         for item in page.get("Contents", []):
+            # The prefix `a` also matches `a-b/x`, which is not in the folder `a`.
             if item["Key"] == prefix or item["Key"].startswith(folder):
                 yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
 
@@ -90,7 +91,7 @@ def list_files(uri: str) -> Iterator[Object]:
 def _pages(uri: str, **arguments: str) -> Iterator[dict[str, Any]]:
     arguments["Bucket"] = split_uri(uri)[0]
     while True:
-        # Some servers send IsTruncated after the names: if it is missing, the page may be truncated.
+        # Some servers send IsTruncated after the names. An answer without it may have been cut short.
         page = _require(
             uri, "listed", lambda: require_fields(client().list_objects_v2(**arguments), "IsTruncated")
         )
@@ -125,13 +126,14 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     """An object's bytes, or those in [start, end).
 
     Raises:
-        StorageError: it does not exist, is damaged or ends before `end`; access is denied, or the server
-            cannot be reached.
+        StorageError: the object does not exist, is damaged or ends before `end`; access is denied, or the
+            server cannot be reached.
     """
     return _read(uri, start, end)
 
 
 def _read(uri: str, start: int | None = None, end: int | None = None, etag: str | None = None) -> bytes:
+    """Read bytes as `read` does, but with `etag` only from the version of the object that has this etag."""
     bucket, key = split_uri(uri)
     if not key:
         raise StorageError(f"{uri} is a bucket, not an object: check the address.")
@@ -180,9 +182,10 @@ def differs(answer: dict[str, Any], content: bytes) -> bool:
 
 
 def _compared_by_boto3(answer: dict[str, Any], expected: str) -> bool:
-    """Whether boto3 has already compared the bytes with this checksum, so that this need not repeat it."""
+    """Whether boto3 has already compared the bytes with this checksum, which is then not computed again."""
     from botocore.httpchecksum import StreamingChecksumBody
 
+    # boto3 compares only one of the checksums in an answer, so this one must be the only one.
     sums = [
         h
         for h in answer["ResponseMetadata"]["HTTPHeaders"]
@@ -216,8 +219,8 @@ def remove(uri: str) -> None:
 class ObjectStream(io.RawIOBase):
     """An object read from start to end in ranges, each of which is retried by itself.
 
-    The last read raises an error if the checksum of all bytes differs. The bytes returned until then must
-    not be used.
+    If the checksum of all bytes differs, the last read raises an error. The bytes that were returned before
+    must then not be used.
 
     Raises:
         StorageError: the object does not exist, is damaged or is replaced while it is read; or the server
@@ -232,7 +235,7 @@ class ObjectStream(io.RawIOBase):
         self.size, self._known = known.bytes, known
         self._hash = hashlib.sha256()
         self._content: bytes | None = None
-        """All bytes of a small object."""
+        """All bytes of an object of at most `_STREAM_BYTES`; None until the first read."""
 
     def readable(self) -> bool:
         return True
@@ -254,7 +257,8 @@ class ObjectStream(io.RawIOBase):
         end = min(self.position + size, self.size)
         if self.size <= _STREAM_BYTES:
             if self._content is None:
-                # A single request, whose checksum is compared, and which is retried if it differs.
+                # A single request: its checksum is compared, and the request is retried if it differs. It has
+                # no etag, so the object may have been replaced, with another size, since `head`.
                 self._content = read(self.uri)
                 self.size = len(self._content)
                 end = min(self.position + size, self.size)

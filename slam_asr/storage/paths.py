@@ -21,7 +21,7 @@ from slam_asr.storage.locks import exclusive
 _PARALLEL_FILES = 8
 _STREAM_BUFFER_BYTES = 8 * 2**20
 _MAX_CACHED_NAME_BYTES = 200
-"""File names have at most 255 bytes, and a temporary file's name is longer than the file's."""
+"""Less than the 255 bytes that a file name may have, because a temporary file has a longer name."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Info:
 
 
 def join(base: PathOrUri, *names: str) -> str:
-    """A path below another one."""
+    """The path or URI of `names` below a base path or URI."""
     base = os.fspath(base)
     if is_s3(base):
         return "/".join([base.rstrip("/"), *(name.strip("/") for name in names)])
@@ -57,7 +57,7 @@ def name_of(path: PathOrUri) -> str:
 
 
 def resolve(path: PathOrUri, folder: str) -> str:
-    """An absolute path or URI, where a relative path is relative to `folder`.
+    """Make a path an absolute path or URI. A relative path is relative to `folder`, a path or URI.
 
     In object storage, `..` is resolved and never leaves the bucket.
     """
@@ -229,7 +229,7 @@ def delete(path: PathOrUri) -> None:
 def fetch(path: PathOrUri) -> Path:
     """A local file with the content of a file or object.
 
-    An object is fetched once, and again when it changes.
+    An object is fetched into the cache once, and again when it changes. A local file is not copied.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -244,6 +244,7 @@ def fetch(path: PathOrUri) -> Path:
     target = _cached_path([path, known.etag], path)
     if not target.is_file():
         with _exclusive(target):
+            # Another process may have fetched it while this one waited.
             if not target.is_file():
                 temporary = target.with_name(f".{target.name}{PARTIAL}")
                 _download(path, temporary, known)
@@ -254,11 +255,12 @@ def fetch(path: PathOrUri) -> Path:
 def fetch_folder(path: PathOrUri) -> Path:
     """A local folder with all files below a folder or prefix.
 
-    A prefix is fetched once, and again when any of its objects changes.
+    A prefix is fetched into the cache once, and again when any of its objects changes. A local folder is not
+    copied.
 
     Raises:
         OSError: the disk is full, or fails.
-        StorageError: nothing exists below that prefix, or it cannot be read.
+        StorageError: nothing exists below the prefix, or an object cannot be read.
     """
     path = os.fspath(path)
     if not is_s3(path):
@@ -277,12 +279,13 @@ def fetch_folder(path: PathOrUri) -> Path:
 
 
 def _cached_path(identity: list[object], path: str) -> Path:
-    """Where a fetched file or folder is cached.
+    """The path at which a fetched file or folder is cached.
 
     Args:
-        identity: address and version of the content; the parent folder is named by its digest.
+        identity: address and version of the content; its digest is the name of the parent folder.
         path: its last part becomes the name, for people and for libraries that look at the suffix.
     """
+    # A name that is too long loses its beginning, so that it retains its suffix.
     name = os.fsencode(name_of(path))[-_MAX_CACHED_NAME_BYTES:].decode(errors="ignore")
     return cache_folder() / "objects" / digest(identity)[:24] / name
 
@@ -296,7 +299,7 @@ def _exclusive(target: Path) -> Iterator[None]:
 
 
 def _download(uri: str, temporary: Path, known: s3.Object | None = None) -> None:
-    """Fetch an object into a temporary file, which a failure removes."""
+    """Fetch an object into a temporary file, which is removed on failure."""
     try:
         with open(temporary, "w+b") as file:
             s3.download(uri, file, known=known)
@@ -308,7 +311,7 @@ def _download(uri: str, temporary: Path, known: s3.Object | None = None) -> None
 
 
 def _download_folder(path: str, files: list[Info], temporary: Path) -> None:
-    """Fetch files below a prefix into a temporary folder, which a failure removes."""
+    """Fetch files below a prefix into a temporary folder, which is removed on failure."""
     shutil.rmtree(temporary, ignore_errors=True)
     prefix = s3.split_uri(path)[1].rstrip("/")
     for file in files:
@@ -320,8 +323,8 @@ def _download_folder(path: str, files: list[Info], temporary: Path) -> None:
 
     def fetch_one(file: Info) -> None:
         (temporary / file.name).parent.mkdir(parents=True, exist_ok=True)
-        # The listing's metadata saves a request for each object. If one was replaced since, its etag does not
-        # match, and the download asks for its metadata after all.
+        # The listing's metadata saves a request for each object. If an object has been replaced since, its
+        # etag does not match, and the download requests the metadata after all.
         known = s3.Object(f"{prefix}/{file.name}".lstrip("/"), file.bytes, file.stamp)
         _download(join(path, file.name), temporary / file.name, known)
 
@@ -340,6 +343,10 @@ def publish_folder(folder: Path, path: str, last: str) -> None:
         folder: local.
         path: the prefix.
         last: name of the file that is uploaded after all others, because it vouches for them.
+
+    Raises:
+        OSError: a file cannot be read.
+        StorageError: object storage cannot be written.
     """
     files = [f.name for f in walk(folder) if f.name != last and not name_of(f.name).startswith(".")]
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:

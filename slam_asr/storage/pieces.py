@@ -16,7 +16,10 @@ class Cancelled(Exception):
 
 @contextlib.contextmanager
 def parallel(pieces: int) -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
-    """Threads for this many pieces, and an event that makes them give up, set when any of them fails."""
+    """Provide threads for this many pieces, and an event that is set when the block fails.
+
+    Threads that see the event raise `Cancelled` instead of retrying for a transfer that has already failed.
+    """
     stop = threading.Event()
     pool = ThreadPoolExecutor(min(PARALLEL, pieces))
     try:

@@ -25,15 +25,16 @@ PATIENCE = "SLAM_ASR_S3_PATIENCE"
 """Environment variable: seconds for which temporary failures are retried."""
 DEFAULT_PATIENCE = 120.0
 _FIRST_PAUSE, _MAX_PAUSE = 0.1, 10.0
+"""Seconds."""
 _SILENT_SECONDS = 5.0
 """Seconds of retries before the first log line; most temporary failures are over by then."""
 _MAX_CHECKSUM_FAILURES = 3
-"""A single failure may be the network's; after this many, the object itself must be damaged."""
+"""The network may cause a single failure; after this many, the object itself counts as damaged."""
 CHECKSUM_DIFFERS = "its checksum differs"
 
 
 class TemporaryFailure(Exception):
-    """A failure that another attempt may not meet."""
+    """A failure that another attempt may avoid."""
 
 
 class ObjectMissing(Exception):
@@ -58,7 +59,7 @@ def patience() -> float:
 
 
 def call_with_retries(uri: str, action: str, call: Callable[[], T]) -> T:
-    """Call until it succeeds, fails permanently, or has failed for `patience` seconds.
+    """Repeat a call until it succeeds, fails permanently, or has failed for `patience()` seconds.
 
     Args:
         uri: of the object or bucket, for the message.
@@ -96,6 +97,7 @@ def call_with_retries(uri: str, action: str, call: Callable[[], T]) -> T:
                 f"{uri} could not be {action} in {elapsed:.0f} s of trying ({reason}): check the network "
                 f"and AWS_ENDPOINT_URL, and run the same command again; {PATIENCE} sets the time limit."
             )
+        # The exponent is limited, because after a thousand attempts the power would exceed a float.
         pause = min(_FIRST_PAUSE * 2 ** min(attempt, 10), _MAX_PAUSE, limit - elapsed)
         attempt += 1
         if elapsed > _SILENT_SECONDS:
@@ -105,10 +107,10 @@ def call_with_retries(uri: str, action: str, call: Callable[[], T]) -> T:
 
 
 def require_fields(answer: dict[str, Any], *fields: str) -> dict[str, Any]:
-    """An answer, after checking that it was not truncated before these fields.
+    """Return an answer, after checking that it has these fields: a truncated answer may lack some.
 
     Raises:
-        TemporaryFailure: one of them is missing.
+        TemporaryFailure: a field is missing.
     """
     if any(answer.get(field) is None for field in fields):
         raise TemporaryFailure("the answer was cut short")
@@ -128,7 +130,10 @@ def http_status(error: Any) -> int:
 
 
 def _reason_to_retry(error: Exception, uri: str, action: str) -> str:
-    """Classify an error of boto3: describe a temporary failure, or raise a permanent one as a message.
+    """Classify an error of boto3.
+
+    Returns:
+        The reason of a temporary failure, in words.
 
     Raises:
         ObjectMissing: the object does not exist.
@@ -140,6 +145,7 @@ def _reason_to_retry(error: Exception, uri: str, action: str) -> str:
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
+    # The order matters: most of botocore's errors are subclasses of BotoCoreError, which is checked last.
     if isinstance(error, TemporaryFailure):
         return str(error)
     if isinstance(error, ChecksumMismatch | boto.FlexibleChecksumError | boto.ChecksumError):
@@ -200,7 +206,7 @@ def _reason_to_retry(error: Exception, uri: str, action: str) -> str:
 
 
 def _reason_of_server(error: Any, uri: str, action: str) -> str:
-    """Classify an error that the server answered, as `_reason_to_retry` does."""
+    """Classify an error from the server's answer, as `_reason_to_retry` does."""
     code = error_code(error)
     if code in _CHECKSUM_CODES:
         return CHECKSUM_DIFFERS
@@ -227,7 +233,7 @@ def _is_permanent_tls_failure(error: Any) -> bool:
     if isinstance(cause, ssl.SSLError):
         reason = getattr(cause, "reason", None) or ""  # OpenSSL's name, such as CERTIFICATE_VERIFY_FAILED
         return "CERTIFICATE" in reason or reason == "WRONG_VERSION_NUMBER"
-    # FileNotFoundError: the file that AWS_CA_BUNDLE names.
+    # FileNotFoundError: the file that AWS_CA_BUNDLE names does not exist.
     return isinstance(cause, CertificateError | FileNotFoundError)
 
 

@@ -1,8 +1,8 @@
 """Objects at `s3://bucket/key`, through boto3: AWS, MinIO, SeaweedFS, Ceph and others.
 
-This module collects the public names of the others: `address` parses URIs, `client` finds credentials and
-endpoint, `retry` decides what is retried and words the errors, `objects` makes single requests, `downloads`
-and `uploads` parallel ones.
+This module collects the public names of the modules that implement it. `address` parses URIs, `client` finds
+credentials and endpoint, `retry` decides what is retried and words the errors, `objects` makes single
+requests, and `downloads` and `uploads` make parallel ones.
 """
 
 from slam_asr.storage.address import SCHEME, is_s3, split_uri

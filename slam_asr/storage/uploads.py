@@ -1,7 +1,8 @@
-"""Uploads: objects are sent from disk or memory, large ones in parallel pieces; visible only when complete.
+"""Uploads from disk or memory; large objects are sent in parallel pieces. Only complete objects are visible.
 
-The server compares the SHA-256 that is sent with each piece, and this module compares the checksum in the
-server's answer. With servers that do not support SHA-256, it compares the MD5 that is an object's etag.
+The server compares the bytes of each piece with the SHA-256 that is sent along, and this module compares that
+SHA-256 with the one in the server's answer. If a server does not support SHA-256, this module compares the
+MD5 that the server returns as the etag.
 
 The unfinished upload of a killed program is invisible but takes space: let the bucket's lifecycle rules
 remove it.
@@ -53,7 +54,7 @@ class _PieceLimit:
 
     def __init__(self) -> None:
         self._reset()
-        # The threads that hold a slot do not exist in a forked process.
+        # In a forked process, the threads that held a slot do not exist and would never release it.
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
@@ -81,7 +82,7 @@ def upload(
     split_uri(uri)
     sha256 = sha256 or _sha256_of(file)
     size = file.seek(0, os.SEEK_END)
-    reading = threading.Lock()
+    reading = threading.Lock()  # the threads share the file's position
 
     def content(start: int, end: int) -> bytes:
         with reading:
@@ -173,13 +174,18 @@ class _Upload:
     def _send_part(
         self, target: dict[str, Any], content: Callable[[], bytes], stop: threading.Event
     ) -> dict[str, Any]:
-        """Send one part; returns what identifies it when the upload is completed."""
+        """Send one part.
+
+        Returns:
+            The part's number, etag and checksum, by which the request that completes the upload names it.
+        """
 
         def attempt() -> dict[str, Any]:
             if stop.is_set():
                 raise Cancelled
             return self._send("upload_part", piece, target)
 
+        # Only now are the bytes read, so that parts that wait for a slot take no memory.
         with _piece_limit.slot:
             piece = content()
             answer = self._call(attempt)
@@ -197,6 +203,7 @@ class _Upload:
             # An earlier attempt may have completed the upload, and only its answer was lost.
             if error_code(error) != "NoSuchUpload" or not self._is_complete():
                 raise
+        # An object with another checksum is not an error: another writer has replaced this one since.
         known = head(self.uri)
         if known is not None and known.sha256 == self.sha256 and known.bytes != size:
             raise StorageError(
@@ -211,7 +218,7 @@ class _Upload:
         """Write the object if it does not exist.
 
         Raises:
-            ObjectExists: it does.
+            ObjectExists: the object exists.
         """
         from botocore.exceptions import ClientError
 
@@ -230,6 +237,7 @@ class _Upload:
                     if existing is None:
                         raise TemporaryFailure("it was removed meanwhile") from None
                     raise ObjectExists(self.uri) from None
+                # Servers without conditional writes answer with one of these codes.
                 if code not in ("NotImplemented", "501", "InvalidArgument", "InvalidRequest"):
                     raise
                 self._write_unconditionally(content, arguments, writer)
@@ -237,7 +245,7 @@ class _Upload:
         self._call(attempt)
 
     def _write_unconditionally(self, content: bytes, arguments: dict[str, Any], writer: str) -> None:
-        """Write to a server without conditional writes: of simultaneous writers, the last one wins."""
+        """Write to a server without conditional writes. If several write at once, the last one wins."""
         if self._writer() not in (None, writer):
             raise ObjectExists(self.uri)
         self._send("put_object", content, arguments)
@@ -245,7 +253,7 @@ class _Upload:
             raise ObjectExists(self.uri)
 
     def _writer(self) -> str | None:
-        """The writer of the existing object: "" if it carries none, None if the object does not exist."""
+        """The writer of the existing object: "" if it names none, None if the object does not exist."""
         try:
             answer = call_with_retries(
                 self.uri,
@@ -284,7 +292,7 @@ class _Upload:
 
 
 def _is_md5(etag: str, answer: dict[str, Any]) -> bool:
-    # With encryption by AWS's key management service, an etag only looks like an MD5.
+    # With encryption by AWS's key management service, an etag looks like an MD5 but is not one.
     return bool(re.fullmatch("[0-9a-f]{32}", etag)) and not str(
         answer.get("ServerSideEncryption", "")
     ).startswith("aws:kms")

@@ -1,17 +1,18 @@
 """Plans which utterances make up each optimiser step, and which process computes which of them.
 
-The recipe fixes the number of LLM positions per optimiser step. Order and grouping of utterances depend only
-on the seed and the epoch. Only the division of a step among processes depends on how many there are, so the
-same seed gives the same steps on any number of GPUs. In each step all processes get the same number of
-micro-batches, so that none waits for another that has more of them.
+The recipe fixes the number of LLM positions per optimiser step. The order and the grouping of utterances
+depend only on the seed and the epoch. Only the division of a step among processes depends on the number of
+processes, so the same seed gives the same steps on any number of GPUs. (With `training.utterances_per_batch`
+this does not hold: a step then has a number of utterances per process.) In each step all processes get the
+same number of micro-batches, so that none waits for another that has more of them.
 
 An epoch is planned in three levels:
 
-- *Windows.* The shards of the feature store are shuffled and taken a few at a time; their utterances are
-  shuffled together. A reader then needs only the shards of this window and the next, and each shard once per
-  epoch.
+- *Windows.* The shards of the feature store are shuffled and taken a few at a time. The utterances of these
+  few are shuffled together. A reader then needs only the shards of the current window and the next one, and
+  fetches each shard once per epoch.
 - *Pools.* The shuffled utterances of a window are cut into pools of about `STEPS_PER_POOL` steps, and each
-  pool is sorted by length. Utterances of similar length in a step need little padding.
+  pool is sorted by length: if the utterances of a step have similar lengths, they need little padding.
 - *Steps.* Each sorted pool is cut into steps, and the steps of a window are shuffled, so that lengths still
   come in random order.
 """
@@ -36,7 +37,10 @@ from slam_asr.models.prompt import Prompt, TokenizedPrompt
 from slam_asr.models.slam import IGNORED, Batch, Row, collate, pack
 
 STEPS_PER_POOL = 16
-"""Steps whose utterances are sorted by length together. More reduce padding, but mix utterances less."""
+"""Number of steps whose utterances are sorted by length together.
+
+More steps reduce the padding, but mix the utterances less.
+"""
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Examples:
         projector: determines how many LLM positions the audio takes.
         prompt: the recipe's prompts, tokenised.
         prompts: those of them that may be drawn for an utterance.
-        limit: LLM positions that the LLM can hold, or None.
+        limit: maximum number of LLM positions, or None if the LLM has no limit.
 
     Raises:
         InputError: an utterance has no features, or does not fit the LLM.
@@ -85,12 +89,12 @@ class Examples:
         self.utterances, self.prompt, self.prompts = utterances, prompt, prompts
         count = len(utterances)
         self.audio_positions = np.zeros(count, np.int32)
-        """[utterances] LLM positions of the audio."""
+        """[utterances] int32: LLM positions of the audio."""
         self.targets = np.zeros((count, len(prompts)), np.int32)
-        """[utterances, prompts] target tokens."""
+        """[utterances, prompts] int32: number of target tokens."""
         self.positions: list[int] = []
-        """LLM positions of audio and text with the longest prompt, so that a batch fits whichever is drawn.
-        """
+        """[utterances] LLM positions of audio and text with the longest of `prompts`: a batch then fits,
+        whichever prompt is drawn."""
         self.hours = 0.0
         audio_ids, samples = bytearray(), []
         for index, utterance in enumerate(utterances):
@@ -113,7 +117,8 @@ class Examples:
         self.shards, self.reader_shards = _in_canonical_order(
             reader.shards_of(columns, np.array(samples, np.int64)), columns
         )
-        """[utterances] canonical shard number of each utterance; and the reader's number for each shard."""
+        """`shards`: [utterances] int32, the canonical shard number of each utterance. `reader_shards`: the
+        reader's number for each canonical one."""
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -134,12 +139,13 @@ def _in_canonical_order(numbers: np.ndarray, audio_ids: np.ndarray) -> tuple[np.
     fly.
 
     Args:
-        numbers: [utterances] shards as the reader numbers them.
-        audio_ids: [utterances, 32] bytes.
+        numbers: [utterances] integers: shards as the reader numbers them.
+        audio_ids: [utterances, 32] uint8.
 
     Returns:
-        [utterances] canonical shard numbers; and the reader's number for each of these.
+        The canonical shard numbers, [utterances] int32; and the reader's number for each canonical one.
     """
+    # In the order of audio ids, a shard occurs first at its smallest audio id.
     by_audio_id = argsort_audio_ids(audio_ids)
     shards, first = np.unique(numbers[by_audio_id], return_index=True)
     ranked = shards[np.argsort(first)]
@@ -172,21 +178,25 @@ def plan_epoch(
 
     Args:
         positions: [utterances] LLM positions.
-        shards: [utterances] number of the shard that holds each one's audio.
+        shards: [utterances] integers: number of the shard that contains each utterance's audio.
         window_shards: shards whose utterances are shuffled together.
-        budget: LLM positions per step; only an utterance that is longer by itself exceeds it.
+        budget: maximum of each step, in LLM positions or in the unit of `sizes`; only a single utterance that
+            takes more exceeds it.
         seed: seed of the order.
         epoch: number of the epoch; each epoch has its own order.
-        sizes: [utterances] what each takes of the budget. If given, each step is filled up to the budget; if
-            not, utterances take their positions, and steps are cut to about equal sums.
+        sizes: [utterances] how much of the budget each utterance takes. If given, each step is filled up to
+            the budget. If not, utterances take their positions, and steps have about equal sums.
 
     Yields:
         Windows; every shard is in exactly one, and every index occurs exactly once.
     """
-    # Python hashes a text seed with SHA-512: the same order on every machine and in every Python version.
+    # `Random` hashes a text seed with SHA-512, so the order is the same on every machine and in every version
+    # of Python.
     generator = random.Random(f"{seed}/{epoch}")
     cut = _cut_evenly if sizes is None else _cut_at_budget
     sizes = positions if sizes is None else sizes
+    # `by_shard` lists the utterances of shard 0, then those of shard 1 and so on; those of shard s end before
+    # index `ends[s]`.
     by_shard = np.argsort(shards, kind="stable")
     ends = np.searchsorted(
         shards[by_shard], np.arange(int(shards.max(initial=-1)) + 1), side="right"
@@ -199,6 +209,7 @@ def plan_epoch(
         generator.shuffle(shuffled)
         steps: list[list[int]] = []
         for pool in cut(shuffled, sizes, STEPS_PER_POOL * budget):
+            # The index breaks ties, so the result does not depend on the order before.
             pool.sort(key=lambda i: (positions[i], i))
             steps += cut(pool, sizes, budget)
         generator.shuffle(steps)
@@ -220,7 +231,7 @@ class Budget:
 
 
 def budget_for(options: Training, processes: int) -> Budget:
-    """The recipe's budget on a number of processes."""
+    """Return the recipe's budget for a number of processes."""
     utterances = options.utterances_per_batch
     if utterances:
         return Budget(utterances * options.accumulation * processes, utterances, fixed=True)
@@ -230,7 +241,7 @@ def budget_for(options: Training, processes: int) -> Budget:
 class TrainingPlan:
     """All optimiser steps of a training.
 
-    Steps are not held in memory: each iteration plans the epochs again, with the same result.
+    Steps do not remain in memory: each iteration plans the epochs again, with the same result.
 
     Args:
         examples: to train on.
@@ -245,7 +256,7 @@ class TrainingPlan:
         self, examples: Examples, budget: Budget, window_shards: int, seed: int, epochs: int, max_steps: int
     ) -> None:
         self.examples, self.max_steps = examples, max_steps
-        # `plan_epoch` fills each step up to the budget when it is given sizes.
+        # Sizes are always given, so `plan_epoch` fills each step up to the budget instead of cutting evenly.
         sizes = budget.sizes(examples.positions)
         self._plan = lambda epoch: plan_epoch(
             examples.positions, examples.shards, window_shards, budget.step, seed, epoch, sizes
@@ -261,7 +272,7 @@ class TrainingPlan:
         return self.after(0)
 
     def after(self, done: int) -> Iterator[tuple[Window, Window | None, list[int]]]:
-        """Yield the same tuples as `__iter__`, without the first `done` steps."""
+        """Yield the same tuples as `__iter__`, but skip the first `done` steps."""
         windows = (window for epoch in range(self._epochs) for window in self._plan(epoch))
         pairs = itertools.pairwise(itertools.chain(windows, [None]))
         steps = (
@@ -276,13 +287,17 @@ class TrainingPlan:
 def _cut_evenly(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
     """Cut a list into runs of about equal sums, each within the budget if possible.
 
-    The number of runs is the least that the budget allows. Filling each run to the budget would leave a small
-    remainder for the last one: an optimiser step over few utterances, with a noisy gradient.
+    The aim is the least number of runs that the budget allows. If each run were filled up to the budget, a
+    small remainder would be left for the last one: an optimiser step over few utterances, with a noisy
+    gradient.
 
     Args:
-        indices: into `sizes`; their order does not change.
-        sizes: what each index takes of the budget.
-        budget: of a run; only an index that takes more by itself exceeds it.
+        indices: indices into `sizes`; their order does not change.
+        sizes: how much of the budget each index takes.
+        budget: maximum sum of a run; only a single index that takes more exceeds it.
+
+    Returns:
+        The runs, in the order of `indices`.
     """
     rest = sum(sizes[i] for i in indices)
     runs: list[list[int]] = []
@@ -306,11 +321,12 @@ def _cut_evenly(indices: list[int], sizes: Sequence[int], budget: int) -> list[l
 
 
 def _cut_at_budget(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut a list into runs that are as full as the budget allows; the last one has the remainder.
+    """Cut a list into runs that are as full as the budget allows; the last run gets the remainder.
 
     Args and result are those of `_cut_evenly`.
     """
     runs: list[list[int]] = []
+    # A run that counts as full, so that the first index begins a new one.
     size = budget
     for index in indices:
         if size + sizes[index] > budget:
@@ -327,16 +343,16 @@ def split_step(
     """Divide a step's utterances among processes and their padded micro-batches.
 
     Utterances are taken from the longest to the shortest, and each micro-batch is filled up before the next
-    begins: utterances of similar length share a micro-batch and need little padding. Then micro-batches with
-    the most utterances are halved until all processes have the same number.
+    begins: utterances of similar length share a micro-batch and need little padding. Then the micro-batches
+    with the most utterances are halved, until all processes can have the same number of micro-batches.
 
     Args:
         step: indices of the step's utterances.
         positions: LLM positions of each utterance.
-        processes: how many share the step.
-        budget: LLM positions, padding included, of a micro-batch; only an utterance that is longer by itself
-            exceeds it.
-        sizes: what each utterance takes of the budget, if not its positions.
+        processes: number of processes that share the step.
+        budget: maximum of a micro-batch in LLM positions, padding included, or in the unit of `sizes`; only a
+            single utterance that takes more exceeds it.
+        sizes: how much of the budget each utterance takes; by default, its positions.
 
     Returns:
         [process][micro-batch] → indices. All processes have the same number of micro-batches; some of these
@@ -346,7 +362,7 @@ def split_step(
     longest_first = sorted(step, key=lambda i: (-positions[i], i))
     groups: list[list[int]] = []
     for index in longest_first:
-        # The first of a group is its longest, to which all others are padded.
+        # The first utterance of a group is its longest, to which all others are padded.
         if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(index)
         else:
@@ -358,6 +374,8 @@ def split_step(
         else:
             group = groups[largest]
             groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    # Neighbouring groups, whose utterances have similar lengths, are computed by different processes at the
+    # same time: no process then waits long for another.
     return [groups[rank::processes] for rank in range(processes)]
 
 
@@ -374,8 +392,8 @@ def split_packed(
     Args:
         step: indices of the step's utterances.
         positions: LLM positions of each utterance.
-        processes: how many share the step.
-        budget: LLM positions of a micro-batch; only an utterance that is longer by itself exceeds it.
+        processes: number of processes that share the step.
+        budget: maximum LLM positions of a micro-batch; only a single utterance that is longer exceeds it.
 
     Returns:
         [process][micro-batch] → indices, as from `split_step`.
@@ -393,7 +411,7 @@ def split_packed(
         if all(size <= budget or len(groups[number]) == 1 for size, number in fill):
             break
         rounds += 1
-    # Sort empty groups last: then either all processes have work in a round, or it is the last round.
+    # With empty groups last, all processes have work in every round of micro-batches but the last ones.
     groups.sort(key=lambda group: not group)
     return [groups[rank::processes] for rank in range(processes)]
 
@@ -404,7 +422,7 @@ class BatchReader:
     Args:
         examples: the utterances.
         reader: reads their audio.
-        draw: (epoch, key) → index of the prompt that an example gets.
+        draw: (epoch, key) → index in `examples.prompts` of the prompt that an utterance gets.
         threads: number of threads that read a batch's audio.
         packs: whether a batch's utterances are packed into one row, instead of padded to the longest.
     """
@@ -424,8 +442,8 @@ class BatchReader:
         """Read utterances and collate or pack them.
 
         Args:
-            indices: of the utterances. An empty list gives one utterance without targets: a process without
-                work in a micro-batch still takes part in its communication, and adds nothing to the loss.
+            indices: of the utterances. An empty list gives a batch of one utterance without targets: with
+                it, a process without work takes part in the communication but adds nothing to the loss.
             epoch: decides which prompts are drawn.
         """
         utterances = [self.examples.utterances[i] for i in indices or [0]]
@@ -450,13 +468,14 @@ class BatchReader:
     def targets(self, indices: Iterable[int], epoch: int = 0) -> int:
         """Count the target tokens of utterances, with the prompts drawn in an epoch."""
         utterances, targets = self.examples.utterances, self.examples.targets
+        # Drawing hashes the key, so it is skipped if the result can only be 0.
         several = targets.shape[1] > 1
         return sum(int(targets[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
 
     def enter(self, window: Window, next_window: Window | None) -> None:
-        """Prepare the reader for a window: its shards are needed now, those of the next one soon.
+        """Prepare the reader for a window: its shards are needed now, and those of the next window soon.
 
-        The reader may fetch these shards ahead and evict all others.
+        The reader may fetch these shards in advance and evict all others.
         """
         shards = [*window.shards, *(next_window.shards if next_window else [])]
         self.reader.expect([self.examples.reader_shards[s] for s in shards])

@@ -32,7 +32,7 @@ class Snapshot:
 
     checkpoint: Checkpoint
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """By kind of file (`weights`, `moments`, `random`), then by name; complete tensors on the CPU."""
+    """Complete tensors on the CPU, by kind of file (`weights`, `moments`, `random`) and then by name."""
     curve: bytes = b""
     """Content of `curve.jsonl`; on the first process only."""
 
@@ -42,7 +42,7 @@ def take_snapshot(engine: Engine, about: Checkpoint, curve: bytes) -> Snapshot:
 
     Args:
         engine: engine whose state is copied.
-        about: the description, without `files`.
+        about: the checkpoint's description, in which `files` is still empty.
         curve: content of `curve.jsonl`; empty except on the first process.
     """
     weights, moments = {}, {}
@@ -62,14 +62,14 @@ class CheckpointWriter:
 
     Args:
         folder: of all checkpoints; local, or in object storage.
-        scratch: local folder for files to be uploaded.
+        scratch: local folder for files that are to be uploaded.
         keep: number of the newest checkpoints to retain.
     """
 
     def __init__(self, folder: str, scratch: Path, keep: int) -> None:
         self.folder, self.scratch, self.keep = folder, scratch, keep
         self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        # The writing threads have their own group: their messages must not mix with those of training.
+        # The writing threads have a process group of their own: their messages must not mix with training's.
         self.group = torch.distributed.new_group(backend="gloo") if self.processes > 1 else None
         self.failure: str | None = None
         """Why the last checkpoint could not be written."""
@@ -131,6 +131,7 @@ class CheckpointWriter:
                 "disk full, or no permission?"
             )
         if self.group is not None:
+            # Take part even after a failure: the other processes are waiting for this one's result.
             results: list[tuple[dict[str, dict[str, Any]], str | None]] = [({}, None)] * self.processes
             try:
                 torch.distributed.all_gather_object(results, (files, failure), group=self.group)
@@ -154,7 +155,7 @@ class CheckpointWriter:
         return failure
 
     def _write_share(self, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-        """Write this process's files; returns size and SHA-256 of each, by name."""
+        """Write this process's files, and return the size in bytes and the SHA-256 of each, by name."""
         name = snapshot.checkpoint.name
         files: dict[str, dict[str, Any]] = {}
         for kind, tensors in snapshot.tensors.items():
@@ -192,11 +193,11 @@ class CheckpointWriter:
 def restore(engine: Engine, saved: Checkpoint) -> None:
     """Restore an engine's state from a checkpoint. All processes must call it together.
 
-    Random number generators are restored only if the number of processes is the same: their state is per
-    process.
+    Random number generators are restored only if the number of processes is the same, because each process
+    has its own state.
 
     Raises:
-        ModelError: the checkpoint is damaged, or holds other weights than this training has.
+        ModelError: the checkpoint is damaged, or its weights are not those that this training has.
     """
     expected = set(engine.groups.weights)
     restored = set()
@@ -230,6 +231,7 @@ def restore(engine: Engine, saved: Checkpoint) -> None:
 
 
 def complete_shape(engine: Engine, name: str) -> torch.Size:
-    """Shape of a complete trained weight, however the engine shards it (ZeRO-3 leaves an empty parameter)."""
+    """Return the shape of a complete trained weight, however the engine shards it."""
+    # ZeRO-3 leaves an empty parameter, and saves the complete shape in this attribute.
     parameter = engine.groups.weights[name]
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -17,6 +17,7 @@ class TrainingJob:
     """Resolved recipe, as YAML."""
     train_manifest: str
     dev_manifest: str | None
+    """None if the training has no validation."""
     feature_store: str | None
     """None if audio is encoded on the fly."""
     llm_folder: str
@@ -27,7 +28,7 @@ class TrainingJob:
     published: str
     """The stage's output folder, perhaps in object storage.
 
-    Checkpoints are written there at once, results at the end.
+    Checkpoints are written there during the training, the other results at its end.
     """
     init_from: str | None = None
     """Local folder of the model whose projector the training starts from."""

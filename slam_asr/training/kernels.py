@@ -28,7 +28,7 @@ def require_kernels(options: Training, device: torch.device) -> None:
     """Check that this machine can run the kernels that a recipe asks for, before anything is loaded.
 
     Raises:
-        ConfigurationError: the GPU, the package or the compiler is missing.
+        ConfigurationError: the GPU, the package, the compiler or Python's headers are missing.
     """
     if options.liger and device.type != "cuda":
         raise ConfigurationError("training.liger needs a GPU, and this machine has none: leave it out.")
@@ -91,10 +91,10 @@ def compile_layers(llm: PreTrainedModel) -> None:
 def use_liger(llm: PreTrainedModel) -> None:
     """Replace an LLM's norms, rotary embeddings and feed-forward layers with Liger's kernels.
 
-    The loss is not replaced: `objective` has its own. An LLM that Liger does not support is left unchanged,
-    with a log line.
+    The loss is not replaced: `slam_asr.models.answer_loss` computes it. An LLM that Liger does not support is
+    left unchanged, and a line is logged.
     """
-    # Not an import statement: images contain every imported package, but this one is optional.
+    # Not an import statement: images contain every package that one names, but this package is optional.
     monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
     kind = llm.config.model_type
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:

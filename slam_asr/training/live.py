@@ -18,14 +18,14 @@ from slam_asr.training.trackers import EVENTS
 
 PAGE = "curves.html"
 REFRESH = 60.0
-"""Seconds between two versions of the page."""
+"""Least number of seconds between two versions of the page."""
 
 
 class LivePage:
-    """Draws the page every `REFRESH` seconds in a thread, and publishes it.
+    """Draws the page in a thread, at most every `REFRESH` seconds, and publishes it.
 
     Args:
-        folder: of the training, with its curve.
+        folder: of the training; contains its curve.
         recipe: of the training.
         published: folder in object storage for the page; None if `folder` is the output itself.
     """
@@ -63,10 +63,10 @@ class LivePage:
 
 
 def publish(folder: Path, to: str) -> None:
-    """Upload page, curve and TensorBoard's files of a running training.
+    """Upload the page, the curve and TensorBoard's files of a running training.
 
     Args:
-        folder: local, of the training.
+        folder: the training's local folder.
         to: folder in object storage.
     """
     events = sorted((folder / EVENTS).glob("*")) if (folder / EVENTS).is_dir() else []
@@ -84,7 +84,7 @@ def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> di
         facts: (label, text) rows to show in addition to models and steps.
 
     Returns:
-        What the page shows: `curve` and `validation`, thinned, and `samples`.
+        The content of the page: `curve` and `validation`, both thinned, and `samples`.
     """
     training, validation = read_curve(folder / CURVE)
     shown = {

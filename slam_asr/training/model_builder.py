@@ -1,4 +1,4 @@
-"""Builds what a training needs from its job: prompts, batch readers, and the model."""
+"""Builds from a job what its training needs: prompts, batch readers, and the model."""
 
 import functools
 import os
@@ -36,7 +36,7 @@ from slam_asr.training.job import TrainingJob
 
 
 def build_prompt(job: TrainingJob, recipe: Recipe) -> Prompt:
-    """The recipe's prompts, tokenised by the LLM's tokenizer."""
+    """Return the recipe's prompts, tokenised by the LLM's tokenizer."""
     return Prompt(load_tokenizer(Path(job.llm_folder)), recipe.llm)
 
 
@@ -46,8 +46,9 @@ def build_readers(job: TrainingJob, recipe: Recipe, prompt: Prompt, processes: i
     Args:
         job: names manifests and feature store.
         recipe: of the training.
-        prompt: training utterances get a prompt drawn for each epoch, dev utterances always the main one.
-        processes: on this machine, which share its CPU cores for reading audio.
+        prompt: the prompts. In each epoch one of them is drawn for each train utterance; dev utterances
+            always get the main one.
+        processes: number of processes on this machine, which share its CPU cores for reading audio.
 
     Raises:
         UserError: a manifest or the feature store cannot be read, or an utterance does not fit the LLM.
@@ -79,7 +80,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, prompt: Prompt, processes: i
 def _source(
     store: str | None, spec: EncoderSpec, recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
 ) -> FeatureReader:
-    """A reader of the feature store, or of the audio files if there is none."""
+    """Return a reader of the feature store or, without a store, of the audio files."""
     if store is None:
         return AudioReader(spec, recipe.features)
     audio_ids = [u.audio_id for utterances in manifests for u in utterances]
@@ -95,11 +96,11 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     Args:
         job: names the LLM's folder, the feature store, and the model to start from.
         recipe: of the training.
-        device: for a frozen encoder; the engine moves the rest.
+        device: where a frozen encoder is placed; the engine moves the other parts.
 
     Returns:
-        The model; and the LLM's weights that the engine has to read, on the meta device. These are none if
-        the LLM is already loaded.
+        The model, and those of the LLM's weights that are still on the meta device, for the engine to read.
+        The list is empty if the LLM is already loaded.
     """
     options = recipe.training
     spec = describe_encoder(recipe.encoder)
@@ -139,7 +140,10 @@ def count_parameters(model: Slam, encoder: int) -> dict[str, tuple[int, int]]:
 
     Args:
         model: not sharded yet.
-        encoder: parameters of the encoder, used if it is not part of the model.
+        encoder: number of the encoder's parameters, used if the encoder is not part of the model.
+
+    Returns:
+        (all, trained) for each of `projector`, `llm` and `encoder`.
     """
     counts = {
         name: (

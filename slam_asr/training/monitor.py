@@ -21,7 +21,7 @@ from slam_asr.training.samples import Samples
 from slam_asr.training.trackers import make_trackers
 
 SHOWN = 3
-"""Number of transcripts of a validation that are logged; the page shows all of them."""
+"""Number of a validation's transcripts that are logged; the page shows all of them."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class StepNumbers:
     """Share of the target tokens to which the model gives the highest probability."""
     learning_rate: float
     gradient_norm: float | None
-    """2-norm before clipping; None if the engine does not compute it, or it was not finite."""
+    """2-norm of the gradient before clipping; None if it was not finite, or is not known."""
     padding: float
     """Share of the LLM positions that is padding."""
     positions: int
@@ -50,9 +50,9 @@ class Monitor:
     Args:
         folder: contains the curve, which is appended to.
         recipe: of the training.
-        total_steps: of the training.
-        done: steps done before, according to the checkpoint.
-        device: its memory use is reported.
+        total_steps: optimiser steps of the training.
+        done: steps done before, according to the checkpoint; 0 for a new training.
+        device: the device whose peak memory is reported.
         work: floating-point operations per LLM position, and the nominal peak per second of all devices
             together, if known.
         published: folder in object storage where the live page is published; None if `folder` is the output
@@ -75,6 +75,7 @@ class Monitor:
         self.total, self.first = total_steps, done + 1
         self.interval = _Interval(work)
         self.plateau = Plateau()
+        # A resumed training may be on a plateau already: replay the steps before the checkpoint.
         for row in read_curve(folder / CURVE)[0]:
             self.plateau.update(row["step"], row["accuracy"])
         name = f"{recipe.name}-{digest([str(folder), published])[:8]}"
@@ -109,7 +110,7 @@ class Monitor:
         self.page.refresh()
 
     def memory(self) -> int:
-        """Peak memory of this process so far, in bytes: of the GPU, or of the host if it trains on a CPU."""
+        """Return this process's peak memory so far in bytes: on the GPU, or on the host if it has no GPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         # Linux reports kibibytes.
@@ -150,7 +151,7 @@ class Monitor:
             tracker.log(step, finite)
 
     def _write(self, row: dict[str, Any]) -> None:
-        # JSON has no NaN.
+        # JSON has neither NaN nor infinity.
         self.file.write(
             json.dumps(
                 {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -178,11 +179,15 @@ class _Interval:
 
     def add(self, numbers: StepNumbers) -> None:
         self.positions += numbers.positions
+        # Padding is 1 - positions / cells, where cells are positions with padding.
         self.cells += numbers.positions / (1 - numbers.padding)
         self.audio += numbers.audio_seconds
 
     def rates(self) -> dict[str, float]:
-        """Return the rates since the last line, by the names that trackers receive."""
+        """Return the rates since the last line of the log, by the names that trackers receive.
+
+        `tflops` is in 10^12 operations per second; `padding` and `share_of_peak` are fractions.
+        """
         seconds = time.monotonic() - self.started
         flops = self.operations_per_position * self.positions / seconds
         return {

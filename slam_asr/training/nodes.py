@@ -1,6 +1,7 @@
-"""Training on several machines (nodes): this machine's rank, from torchrun's environment variables.
+"""Training on several machines (nodes): reads this machine's rank from torchrun's environment variables.
 
-Kubeflow Trainer sets these variables in each node's pod. Without it, set them by hand on each machine.
+Kubeflow Trainer sets these variables in each node's pod. Without Kubeflow Trainer, set them by hand on each
+machine.
 """
 
 import os
@@ -13,14 +14,15 @@ NUMBER, RANK, ADDRESS, PORT = "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a training, and which of them this one is."""
+    """The machines of a training, and the rank of this one."""
 
     number: int = 1
     rank: int = 0
-    """From 0."""
+    """Number of this machine, from 0."""
     address: str = "127.0.0.1"
-    """Address of the first machine, where the others meet it."""
+    """Address of the first machine, to which the others connect."""
     port: int = 0
+    """Port at that address."""
 
     @property
     def is_coordinator(self) -> bool:

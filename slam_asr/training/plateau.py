@@ -1,8 +1,8 @@
 """Detects the plateau on which SLAM-ASR trainings often stay for a long time, so that the log can explain it.
 
-First the loss falls, and the accuracy rises to what the LLM can guess without the audio. Both then stay there
-for hundreds or thousands of steps, until the projector's outputs begin to resemble token embeddings and both
-improve at once.
+First the loss falls, and the accuracy rises to what the LLM can guess without the audio. Both then hardly
+change for hundreds or thousands of steps. Only when the projector's outputs begin to resemble token
+embeddings do both improve, and suddenly.
 """
 
 import math
@@ -30,7 +30,7 @@ class Plateau:
         """Add a step.
 
         Args:
-            step: from 1.
+            step: number of the step, from 1.
             accuracy: share of the target tokens to which the model gives the highest probability.
 
         Returns:
@@ -43,6 +43,7 @@ class Plateau:
         self.mean += share * (accuracy - self.mean)
         self.weight += share * (1 - self.weight)
         smooth = self.mean / self.weight
+        # The first steps cannot count as a plateau: their average is still too noisy.
         if smooth > self.best + RISE or step <= SMOOTHING:
             self.best, self.since, self.reported = max(smooth, self.best), step, 0
             return None

@@ -13,7 +13,7 @@ _END = object()
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     """Yield the same items, produced by a thread that keeps up to `depth` of them ready.
 
-    An exception while producing an item is raised in the item's place.
+    If producing an item raises an exception, the consumer gets the exception in place of the item.
     """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()

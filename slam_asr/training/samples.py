@@ -17,7 +17,7 @@ from slam_asr.training.batches import BatchReader
 
 @dataclass
 class Samples:
-    """Transcripts of one validation."""
+    """The transcripts of one validation."""
 
     wer: float | None
     """Word error rate of greedy decoding, as a fraction; None if the references contain no words."""
@@ -28,7 +28,8 @@ class Samples:
 class SampleTranscriber:
     """Transcribes the same dev utterances at each validation.
 
-    All processes do the same work, because gathering sharded weights is a collective operation.
+    All processes transcribe all of them: gathering sharded weights is a collective operation, in which every
+    process must take part equally often.
 
     Args:
         reader: reader of the dev set.

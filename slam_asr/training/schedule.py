@@ -17,9 +17,13 @@ def learning_rate_schedule(
         peak: highest learning rate.
         warmup_steps: steps of the linear rise.
         total_steps: steps of the training.
+
+    Returns:
+        A function from step to learning rate.
     """
 
     def rate(step: int) -> float:
+        # With 0 warm-up steps this is never true, because steps begin at 1; so nothing is divided by 0.
         if step <= warmup_steps:
             return peak * step / warmup_steps
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

@@ -1,7 +1,7 @@
 """Stops training at the end of a step when a signal asks for it.
 
-Kubernetes sends SIGTERM to a preempted pod and kills it after a grace period, 30 seconds by default: enough
-for a last checkpoint.
+Kubernetes sends SIGTERM to a preempted pod and kills it after a grace period of 30 seconds by default. That
+is enough for a last checkpoint.
 """
 
 import signal

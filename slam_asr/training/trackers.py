@@ -1,8 +1,8 @@
 """Sends the numbers of a training to TensorBoard, MLflow and Weights & Biases.
 
-TensorBoard's files are always written; the others on request (`training.trackers`). MLflow and W&B are not
-dependencies: run `pip install mlflow-skinny` or `pip install wandb` to use them. Both read the
-server and account from their own environment variables.
+TensorBoard's files are always written; the others are used on request (`training.trackers`). MLflow and W&B
+(Weights & Biases) are not dependencies: run `pip install mlflow-skinny` or `pip install wandb` to use them.
+Both read the server and the account from their own environment variables.
 """
 
 import importlib
@@ -24,7 +24,7 @@ class Tracker(Protocol):
     """Receives the numbers of a training."""
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Record numbers after `step`, by name; all are finite."""
+        """Record the numbers after `step`, by name; all are finite."""
 
     def text(self, step: int, name: str, text: str) -> None:
         """Record a text after `step`."""
@@ -70,8 +70,8 @@ class _TensorBoard:
     def __init__(self, folder: Path, done: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # `purge_step` hides what an earlier attempt wrote after its checkpoint. The suffix keeps file names
-        # distinct: otherwise they differ only by the second in which they were created.
+        # `purge_step` hides what an earlier attempt wrote after its last checkpoint. Without the suffix, the
+        # file names of two attempts would differ only by the second in which they were created.
         self.writer = SummaryWriter(
             str(folder), purge_step=done + 1 if done else None, filename_suffix=f".from-{done}"
         )
@@ -114,6 +114,7 @@ class _Wandb:
     def __init__(self, folder: Path, run: str, recipe: dict[str, Any]) -> None:
         self.wandb = wandb = importlib.import_module("wandb")
         identity = run.rpartition("/")[2][:60]
+        # With `resume="allow"` and the id of an earlier attempt, W&B continues that attempt's run.
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "slam-asr"),
             name=run,
@@ -135,7 +136,7 @@ class _Wandb:
 
 
 class _Guarded:
-    """A remote tracker whose failure is logged once and does not stop the training."""
+    """A remote tracker. Its first failure is logged and ends its use, but does not stop the training."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self.name = name

@@ -1,1 +1,4 @@
-"""Trains on several nodes with Kubeflow Trainer: the step `train` creates, follows and deletes a TrainJob."""
+"""Training on several nodes with Kubeflow Trainer.
+
+The step `train` creates, follows and deletes a TrainJob.
+"""

@@ -1,4 +1,4 @@
-"""Follows a TrainJob from creation to end: logs its output and states, explains a failure, and deletes it."""
+"""Follow a TrainJob from creation to end: log its output and states, explain a failure, and delete it."""
 
 import contextlib
 import itertools
@@ -14,11 +14,16 @@ from slam_asr.trainjob.request import NODE, TrainJobClient, cause_of, status_of
 POLL = 5.0
 """Seconds between two requests for the job's state."""
 _ERROR = "slam-asr: error: "
-"""How a node's error message begins in its log (`errors.exit_on_user_error`)."""
+"""The text before a node's error message in its log, as `errors.exit_on_user_error` prints it."""
 
 
 class FollowedTrainJob:
-    """One TrainJob, from its creation to its end."""
+    """One TrainJob, from its creation to its end.
+
+    Args:
+        trainer: client that creates the job.
+        name: name of the job.
+    """
 
     def __init__(self, trainer: TrainJobClient, name: str) -> None:
         self.trainer, self.name, self.client = trainer, name, trainer.client
@@ -26,9 +31,9 @@ class FollowedTrainJob:
         self._events_logged: set[str] = set()
 
     def find_or_create(self, nodes: int, command: list[str]) -> bool:
-        """Find the job of an earlier attempt of this step, or create one; returns whether it is new.
+        """Find the job of an earlier attempt of this step, or create a job; return whether it is new.
 
-        A failed job is deleted first, so that the step can be retried.
+        An earlier job that failed is deleted first, so that the step can be retried.
         """
         try:
             existing = self.client.get_job(self.name)
@@ -51,7 +56,8 @@ class FollowedTrainJob:
             seconds: time limit in seconds; 0 means no limit.
 
         Raises:
-            ClusterError: the job was deleted by somebody else, takes too long, or Kubernetes does not answer.
+            ClusterError: somebody else deleted the job, it takes too long, or Kubernetes has not answered for
+                10 minutes.
             UserError: the job failed; the message is that of the failed node.
         """
         started, state, unreachable_since = time.monotonic(), "", 0.0
@@ -64,7 +70,7 @@ class FollowedTrainJob:
                     raise ClusterError(
                         f"TrainJob {self.name} was deleted while it ran: start the step again."
                     ) from None
-                # The API server may be unreachable for a while; the job continues meanwhile.
+                # The API server may be unreachable for a while; the job continues in the meantime.
                 unreachable_since = unreachable_since or time.monotonic()
                 if time.monotonic() - unreachable_since > 600:
                     raise ClusterError(
@@ -91,6 +97,7 @@ class FollowedTrainJob:
             if state in ("Complete", "Failed"):
                 if log_thread is not None:
                     log_thread.join(timeout=10)
+                # The thread may have lost its connection before the last lines, so those are read here.
                 self._log_output(follow=False)
                 if state == "Failed":
                     raise UserError(self._failure())
@@ -128,7 +135,8 @@ class FollowedTrainJob:
 
     def _log_output(self, follow: bool) -> None:
         with contextlib.suppress(RuntimeError):
-            # The SDK drops empty lines only while following: drop them always, so that counts of lines agree.
+            # The SDK drops empty lines only while it follows a log. Here they are always dropped, so that
+            # `_lines_logged` counts the same lines in both cases.
             lines = (
                 line
                 for line in self.client.get_job_logs(self.name, follow=follow, step=f"{NODE}-0")
@@ -139,6 +147,7 @@ class FollowedTrainJob:
                 log_line(line.rstrip("\n"))
 
     def _log_events(self) -> None:
+        # Events only explain why the job waits, so a failure to read them must not stop the step.
         with contextlib.suppress(Exception):
             for event in self.client.get_job_events(self.name):
                 text = " ".join(event.message.split())
@@ -150,7 +159,10 @@ class FollowedTrainJob:
                     log_line(f"TrainJob {self.name} waits: {event.reason}: {text}")
 
     def _failure(self) -> str:
-        """Find the error message of the node that failed; logs the other nodes' last lines."""
+        """Return the error message of the node that failed, and log the last lines of the other nodes.
+
+        The first node's output is logged already.
+        """
         message = None
         nodes = [step for step in self.client.get_job(self.name).steps if step.name.startswith(f"{NODE}-")]
         for step in sorted(nodes, key=lambda step: step.name):
@@ -175,12 +187,13 @@ class FollowedTrainJob:
 def deleted_when_interrupted(job: FollowedTrainJob) -> Iterator[None]:
     """Delete the job when Kubernetes ends this pod by SIGTERM.
 
-    Otherwise the job would keep its GPUs although nobody follows it.
+    Otherwise, the job would continue to occupy its GPUs although nobody follows it.
     """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    # Python allows signal handlers only in the main thread.
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, interrupt) if in_main_thread else None
     try:

@@ -1,6 +1,6 @@
 """Settings for the pods of a TrainJob's nodes.
 
-The cluster's profile sets them; they are part of the compiled pipeline.
+They come from the cluster's profile, and are part of the compiled pipeline.
 """
 
 from dataclasses import dataclass, field

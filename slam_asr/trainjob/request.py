@@ -1,4 +1,4 @@
-"""Requests a TrainJob through Kubeflow Trainer's SDK, and explains refusals in one sentence."""
+"""Request a TrainJob through Kubeflow Trainer's SDK, and explain a refusal in one sentence."""
 
 import contextlib
 import json
@@ -19,7 +19,11 @@ NODE = "node"
 
 
 class TrainJobClient:
-    """Kubeflow Trainer in one namespace, through its SDK."""
+    """A client of Kubeflow Trainer in one namespace, through its SDK.
+
+    Args:
+        placement: settings for each node's pod; they include the namespace.
+    """
 
     def __init__(self, placement: Placement) -> None:
         from kubeflow.common.types import KubernetesBackendConfig
@@ -34,7 +38,7 @@ class TrainJobClient:
         """Create a TrainJob.
 
         Args:
-            name: of the job.
+            name: name of the job.
             nodes: number of pods.
             command: program and arguments that each node runs.
         """
@@ -140,7 +144,14 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
 
 @contextlib.contextmanager
 def explained_refusals(placement: Placement) -> Iterator[None]:
-    """Turn exceptions of the SDK into a `ClusterError` that says what to do."""
+    """Turn exceptions of the SDK into a `ClusterError` whose message says what to do.
+
+    Args:
+        placement: names the account, the namespace and the runtime for the message.
+
+    Raises:
+        ClusterError: the SDK raised an exception.
+    """
     from kubernetes.config import ConfigException
 
     try:
@@ -153,6 +164,7 @@ def explained_refusals(placement: Placement) -> Iterator[None]:
     except TimeoutError as error:
         raise ClusterError(f"The Kubernetes API does not answer ({error}): try again.") from None
     except (RuntimeError, ValueError) as error:
+        # The SDK wraps the exceptions of its Kubernetes client, so the cause is found only in the chain.
         if any(isinstance(link, HTTPError) for link in _chain(error)):
             raise ClusterError(
                 f"The Kubernetes API does not answer ({cause_of(error)}): try again."
@@ -173,13 +185,13 @@ def explained_refusals(placement: Placement) -> Iterator[None]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that caused an error of the SDK, or None."""
+    """Return the HTTP status that caused an error of the SDK, or None."""
     statuses = (getattr(link, "status", None) for link in _chain(error))
     return next((status for status in statuses if isinstance(status, int)), None)
 
 
 def cause_of(error: BaseException) -> str:
-    """The first cause of an error of the SDK, as one line of at most 300 characters."""
+    """Return the first cause of an error of the SDK, as one line of at most 300 characters."""
     *_, inner = _chain(error)
     reason = getattr(inner, "reason", None) or str(inner)
     # Kubernetes explains a refusal in the JSON body of its answer.
@@ -190,7 +202,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, the one it was raised from, and so on."""
+    """Yield an error, the error that caused it, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

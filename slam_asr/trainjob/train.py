@@ -1,9 +1,9 @@
-"""Runs the step `train` on several nodes, as a TrainJob.
+"""Run the step `train` on several nodes, as a TrainJob.
 
-The step's own pod needs no GPU. It creates the TrainJob, whose pods each run the same command as a training
-on a single node does. It logs the first node's output and the job's state, reports a failure as its own, and
-always deletes the job at the end. A step that is started again finds its job by name and continues to follow
-it.
+The step's own pod needs no GPU. It creates the TrainJob, and each of the job's pods runs the same command as
+a training on a single node. The step logs the first node's output and the job's state, reports a failure as
+its own, and always deletes the job at the end. A step that is started again finds its job by name and
+continues to follow it.
 """
 
 import json
@@ -32,17 +32,18 @@ def train_on_nodes(
     Args:
         recipe: models and hyper-parameters.
         placement: settings for each node's pod.
-        train_manifest: utterances to train on.
-        store: folder of all stages' results, in object storage.
-        feature_store: written by extract-features.
-        dev_manifest: utterances to validate on.
+        train_manifest: manifest of the utterances to train on.
+        store: s3:// prefix for the results of all stages.
+        feature_store: feature store that extract-features wrote, if any.
+        dev_manifest: manifest of the utterances to validate on, if any.
 
     Returns:
         The record of `train`, written by the first node.
 
     Raises:
         ConfigurationError: the store is not in object storage.
-        ClusterError: Trainer is not installed, or refuses or loses the job.
+        ClusterError: Kubeflow Trainer is not installed or refuses the job, or the job was deleted or takes
+            too long.
         UserError: training failed; the message is that of the failed node.
     """
     if not is_s3(store):
@@ -51,6 +52,7 @@ def train_on_nodes(
             "storage, which all of them can reach."
         )
     command = node_command(recipe, train_manifest, store, feature_store, dev_manifest)
+    # The name depends on all that the job does, so that a restarted step finds its own job and no other.
     name = f"slam-asr-train-{digest([command, asdict(placement)])[:12]}"
     pointer = join(store, "train", "jobs", f"{name}.json")
     command += ["--pointer", pointer]

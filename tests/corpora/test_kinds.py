@@ -775,7 +775,10 @@ def test_different_segments_of_a_recording_in_train_and_test_cause_no_warning(tm
     columns = {"columns__start": "s", "columns__duration": "d"}
     build_manifest(recipe(**columns), table(tmp_path / "t.csv", *rows), str(tmp_path / "out"))
     assert "same audio" not in capsys.readouterr().out
-    rows[2]["s"] = 0.5
+    rows[2] |= {"s": 0.0, "d": 1.0}  # begins as the first segment does, but is longer
+    build_manifest(recipe(**columns), table(tmp_path / "t.csv", *rows), str(tmp_path / "longer"))
+    assert "same audio" not in capsys.readouterr().out
+    rows[2] |= {"s": 0.5, "d": 0.5}
     build_manifest(recipe(**columns), table(tmp_path / "t.csv", *rows), str(tmp_path / "two"))
     assert "1 dev and test utterances have the same audio as train utterances" in capsys.readouterr().out
 

@@ -313,6 +313,7 @@ def test_log_filter_separates_the_executor_from_the_step():
         (1, "failed with exit code 1; its own output is above, kfp's is in"),
         (137, "killed by signal 9 (often: out of memory)"),
         (143, "killed by signal 15;"),
+        (-9, "killed by signal 9 (often: out of memory)"),
     ],
 )
 def test_failure_names_the_step_and_the_likely_reason(tmp_path, code, words):

@@ -1,1 +1,1 @@
-"""The feature store: shards of encoder outputs, and the indexes that make them findable."""
+"""The feature store: shards of encoder outputs, and indexes with which they are found."""

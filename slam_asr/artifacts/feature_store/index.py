@@ -1,9 +1,9 @@
 """The index of a feature store: which shard holds each utterance's features, and where.
 
-An index is a table of numbers, 68 bytes per utterance, in a safetensors file. A million entries are loaded at
-once and searched without a Python object for each. The file's metadata hold the fingerprint of what computed
-the features, and the list of shards by the SHA-256 of their bytes. An index is written once and never
-changed; `merge` combines several into one.
+An index is a table of numbers in a safetensors file, with 68 bytes per utterance. A million entries can be
+loaded and searched without a Python object for each. The file's metadata contain the fingerprint of the
+encoder that computed the features, and the list of shards by the SHA-256 of their bytes. An index is written
+once and never changed; `merge` combines several indexes into one.
 """
 
 import json
@@ -31,10 +31,10 @@ _COLUMNS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of features."""
+    """A file with the features of many utterances."""
 
     sha256: str
-    """The digest of the file's bytes, and its name."""
+    """The SHA-256 of the file's bytes, from which its name is made."""
     bytes: int
 
     @property
@@ -48,47 +48,48 @@ class Entry:
     """The location of one utterance's features."""
 
     shard: int
-    """Position in the index's list of shards."""
+    """The shard's position in the index's list of shards."""
     begin: int
-    """Offset in bytes of its frames in the shard's file."""
+    """Where the frames begin in the shard's file, in bytes."""
     scale_begin: int
-    """Offset in bytes of its frames' scales; -1 for a dtype without scales."""
+    """Where the scales of the frames begin in the shard's file, in bytes; -1 for a dtype without scales."""
     frames: int
     span: int
-    """Length of the audio in frames, from which LLM positions are computed; see `EncoderSpec.span_of`."""
+    """Length of the audio in frames, which gives the number of LLM positions; see `EncoderSpec.span_of`."""
     check: int
-    """XXH3 of the frames' bytes followed by the scales', as a signed 64-bit number."""
+    """XXH3 of the bytes of the frames followed by those of the scales, as a signed 64-bit number."""
 
 
 @dataclass
 class Index:
     """Entries sorted by audio id, and the shards that they refer to.
 
-    An audio id is a SHA-256 that identifies an utterance's audio; see `Utterance.audio_id`. Arrays hold it as
-    32 bytes, everything else as 64 hexadecimal digits.
+    An audio id is a SHA-256 that identifies an utterance's audio; see `Utterance.audio_id`. In arrays it has
+    32 bytes; everywhere else it is a string of 64 hexadecimal digits.
     """
 
     fingerprint: dict[str, Any]
-    """What computed the features."""
+    """The fingerprint of the encoder that computed the features."""
     width: int
     """Values per frame."""
     shards: list[Shard] = field(default_factory=list)
     columns: dict[str, np.ndarray] = field(default_factory=lambda: _empty_columns())
-    """`address`: audio ids [entries, 32] in bytes. One column [entries] for each field of `Entry`."""
+    """`address`: the audio ids, uint8 [entries, 32]; and for each field of `Entry` a column [entries]."""
 
     def __post_init__(self) -> None:
+        # The first 8 bytes of each audio id as a number, because np.searchsorted needs one number per entry.
         self._leading = _as_words(self.columns["address"])[:, 0]
 
     def __len__(self) -> int:
         return len(self._leading)
 
     def audio_ids(self) -> list[str]:
-        """All audio ids, in hexadecimal, sorted."""
+        """Return all audio ids in hexadecimal, sorted."""
         digits = self.columns["address"].tobytes().hex()
         return [digits[i : i + 64] for i in range(0, len(digits), 64)]
 
     def find(self, audio_id: str) -> int:
-        """Position of the entry with this audio id, or -1."""
+        """Return the position of the entry with this audio id, or -1 if none exists."""
         target = bytes.fromhex(audio_id)
         position = int(np.searchsorted(self._leading, int.from_bytes(target[:8], "big")))
         # Two digests hardly ever share their first 8 bytes, but the other 24 must be compared too.
@@ -98,29 +99,36 @@ class Index:
         return position if exists else -1
 
     def locate(self, audio_ids: np.ndarray) -> np.ndarray:
-        """Positions [n] of the entries with these audio ids [n, 32]; -1 where none exists."""
+        """Find many entries at once.
+
+        Args:
+            audio_ids: uint8 [n, 32], in any order.
+
+        Returns:
+            int64 [n], the position of the entry with each audio id, or -1 where none exists.
+        """
         if not len(self):
             return np.full(len(audio_ids), -1)
         leading = _as_words(audio_ids)[:, 0]
         positions = np.minimum(np.searchsorted(self._leading, leading), len(self) - 1)
-        # The search compares only the first 8 bytes. Mismatches are looked up one by one.
+        # The search compares only the first 8 bytes. Entries that differ in others are looked up one by one.
         for i in np.flatnonzero((self.columns["address"][positions] != audio_ids).any(axis=1)):
             positions[i] = self.find(audio_ids[i].tobytes().hex())
         return positions
 
     def entry(self, position: int) -> Entry:
-        """The entry at a position that `find` or `locate` returned."""
+        """Return the entry at a position that `find` or `locate` returned."""
         return Entry(**{name: int(self.columns[name][position]) for name in _COLUMNS if name != "address"})
 
     def select(self, mask: np.ndarray) -> "Index":
-        """The entries for which `mask` [entries] is true, and only the shards that they refer to."""
+        """Return the entries for which `mask`, bool [entries], is true, and the shards that they refer to."""
         columns = {name: column[mask] for name, column in self.columns.items()}
         used, columns["shard"] = np.unique(columns["shard"], return_inverse=True)
         columns["shard"] = columns["shard"].astype(np.int32)
         return Index(self.fingerprint, self.width, [self.shards[i] for i in used], columns)
 
     def to_bytes(self) -> bytes:
-        """The content of the index's file. The same entries always give the same bytes."""
+        """Return the content of the index's file. The same entries always give the same bytes."""
         metadata = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
@@ -135,11 +143,11 @@ class Index:
         """Read the content of an index's file.
 
         Args:
-            content: of the file.
-            path: of the file, for error messages.
+            content: the file's content.
+            path: the file's path, for error messages.
 
         Raises:
-            InputError: it is damaged, of another format, or not an index at all.
+            InputError: the file is damaged, has another format, or is not an index.
         """
         try:
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -173,10 +181,10 @@ def build(fingerprint: dict[str, Any], width: int, shard: Shard, entries: dict[s
     """Build the index of one shard.
 
     Args:
-        fingerprint: of what computed the features.
+        fingerprint: the fingerprint of the encoder that computed the features.
         width: values per frame.
-        shard: the file that holds all entries.
-        entries: by audio id; their field `shard` is ignored.
+        shard: the file that contains the features of all entries.
+        entries: the entries by audio id. Their field `shard` is ignored.
     """
     audio_ids = sorted(entries)
     columns = {
@@ -192,19 +200,20 @@ def build(fingerprint: dict[str, Any], width: int, shard: Shard, entries: dict[s
 def merge(
     fingerprint: dict[str, Any], width: int, indexes: Iterable[Index], audio_ids: np.ndarray | None = None
 ) -> Index:
-    """Merge several indexes into one. Where several have the same audio id, the entry of the first is used.
+    """Merge several indexes into one. If several have the same audio id, the first one's entry is used.
 
     Args:
-        fingerprint: of all of them.
-        width: of all of them.
-        indexes: in a reproducible order, such as that of their names.
-        audio_ids: [n, 32] sorted; only their entries are included. All entries if not given.
+        fingerprint: the fingerprint that all indexes have.
+        width: values per frame, the same in all indexes.
+        indexes: the indexes in a reproducible order, such as that of their names.
+        audio_ids: uint8 [n, 32], sorted. Only their entries are included; all entries if not given.
     """
     positions: dict[Shard, int] = {}
     tables: list[dict[str, np.ndarray]] = []
     for index in indexes:
         if audio_ids is not None:
             index = index.select(isin_sorted(index.columns["address"], audio_ids))
+        # Each index counts its own shards from 0; a shard that several indexes have gets one common number.
         renumbered = np.array([positions.setdefault(s, len(positions)) for s in index.shards], np.int32)
         shard = index.columns["shard"]
         tables.append(index.columns | {"shard": renumbered[shard] if len(index) else shard})
@@ -215,10 +224,11 @@ def merge(
     merged = Index(
         fingerprint, width, list(positions), {name: column[first] for name, column in joined.items()}
     )
-    # Drop the shards that only duplicates referred to.
+    # This drops the shards to which only the dropped duplicates referred.
     merged = merged.select(np.ones(len(merged), bool))
-    # Sort shards by name: the same entries then give the same bytes, whatever indexes they came from.
+    # Shards are sorted by name, so that the same entries give the same bytes from whatever indexes.
     order = sorted(range(len(merged.shards)), key=lambda i: merged.shards[i].sha256)
+    # The argsort of a permutation is its inverse: the new number of each old one.
     rank = np.argsort(np.array(order, int)) if order else np.zeros(0, int)
     merged.columns["shard"] = rank[merged.columns["shard"]].astype(np.int32)
     merged.shards = [merged.shards[i] for i in order]
@@ -226,17 +236,18 @@ def merge(
 
 
 def to_array(audio_ids: Sequence[str]) -> np.ndarray:
-    """Audio ids in hexadecimal as bytes [n, 32]."""
+    """Convert n audio ids in hexadecimal to uint8 [n, 32]."""
     return np.frombuffer(bytes.fromhex("".join(audio_ids)), np.uint8).reshape(-1, 32)
 
 
 def _as_words(audio_ids: np.ndarray) -> np.ndarray:
-    """Audio ids [n, 32] as numbers [n, 4] of 8 bytes that sort in the same order."""
+    """Convert audio ids, uint8 [n, 32], to uint64 [n, 4] whose rows sort in the same order."""
+    # Big-endian, because the first byte of an audio id is the most significant one when it is sorted.
     return np.ascontiguousarray(audio_ids).view(">u8").astype(np.uint64)
 
 
 def argsort_audio_ids(audio_ids: np.ndarray) -> np.ndarray:
-    """Positions [n] that sort audio ids [n, 32]; equal ones stay in their order."""
+    """Return the positions, int64 [n], that sort audio ids, uint8 [n, 32]; equal ones stay in their order."""
     # np.lexsort is stable, and its last key is the primary one.
     return np.lexsort(_as_words(audio_ids).T[::-1])
 
@@ -245,13 +256,14 @@ def unique_audio_ids(audio_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find the distinct audio ids, as `np.unique` does for numbers.
 
     Args:
-        audio_ids: [n, 32].
+        audio_ids: uint8 [n, 32], in any order.
 
     Returns:
-        Positions [distinct] of the first occurrence of each distinct audio id, sorted by audio id; and [n]
-        for each audio id its position in that list.
+        int64 [distinct], the position of the first occurrence of each distinct audio id, sorted by audio id;
+        and int64 [n], for each of `audio_ids` its position among the distinct ones.
     """
     words, order = _as_words(audio_ids), argsort_audio_ids(audio_ids)
+    # Equal ids are neighbours after sorting, and the stable order puts the first occurrence first.
     is_first = np.ones(len(words), bool)
     is_first[1:] = (words[order][1:] != words[order][:-1]).any(axis=1)
     inverse = np.empty(len(words), np.int64)
@@ -260,10 +272,20 @@ def unique_audio_ids(audio_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def isin_sorted(audio_ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
-    """Whether each of `audio_ids` [n, 32] is one of the sorted `sorted_ids` [m, 32], as bool [n]."""
+    """Compute which audio ids are in a sorted list.
+
+    Args:
+        audio_ids: uint8 [n, 32], in any order.
+        sorted_ids: uint8 [m, 32], sorted.
+
+    Returns:
+        bool [n].
+    """
     if not len(sorted_ids) or not len(audio_ids):
         return np.zeros(len(audio_ids), bool)
     ours, theirs = _as_words(audio_ids), _as_words(sorted_ids)
+    # Only the first candidate with the same 8 bytes is compared. A second one would be missed, but different
+    # digests hardly ever share their first 8 bytes.
     positions = np.minimum(np.searchsorted(theirs[:, 0], ours[:, 0]), len(theirs) - 1)
     return (theirs[positions] == ours).all(axis=1)
 
@@ -275,14 +297,14 @@ def _empty_columns() -> dict[str, np.ndarray]:
 def plan_shards(sizes: Sequence[int], limit: int) -> list[slice]:
     """Divide entries, in their order, into shards of at most `limit` bytes.
 
-    An entry that is larger gets its own shard.
+    An entry that is larger than the limit gets its own shard.
 
     Args:
-        sizes: of the entries in bytes.
-        limit: in bytes.
+        sizes: size of each entry in bytes.
+        limit: maximum size of a shard in bytes.
 
     Returns:
-        For each shard, the slice of its entries.
+        For each shard, the slice of the entries in it.
     """
     shards: list[slice] = []
     begin, capacity = 0, limit

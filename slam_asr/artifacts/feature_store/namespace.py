@@ -10,10 +10,10 @@
             runs/<digest>/stage.json    the record of an extraction
             plans/, unfinished/         what an interrupted extraction needs to resume
 
-Features are looked up by the SHA-256 of the audio (`Utterance.audio_id`), not by the utterance's key. The
-same audio in two manifests is therefore saved once, and replaced audio is never mistaken for the old. No file
-is ever changed: a new manifest adds shards for its new audio, and an index. Indexes are written last; a store
-without one counts as absent.
+Features are looked up by the SHA-256 of the audio (`Utterance.audio_id`), not by the utterance's key. Audio
+that is in two manifests is therefore saved once, and features of replaced audio are never used for the new
+audio. Files are never changed: a new manifest adds an index, and shards for its new audio. An index is
+written after its shards, and a store without an index is treated as missing.
 """
 
 import json
@@ -39,29 +39,29 @@ _PARALLEL_READS = 8
 
 @dataclass(frozen=True)
 class FeatureNamespace:
-    """The part of a store that belongs to one fingerprint, and the paths of its files."""
+    """The part of a store that belongs to one fingerprint. Its methods give the paths of its files."""
 
     root: str
 
     @classmethod
     def of(cls, store: str, fingerprint: dict[str, Any]) -> "FeatureNamespace":
-        """The namespace of a fingerprint in a store."""
+        """Return the namespace of a fingerprint in a store, whether or not it exists yet."""
         return cls(join(store, digest(fingerprint)[:16]))
 
     def shard_path(self, name: str) -> str:
-        """Path of the shard with this file name."""
+        """Return the path of the shard with this file name."""
         return join(self.root, "shards", name)
 
     def index_path(self, name: str) -> str:
-        """Path of the index with this name."""
+        """Return the path of the index with this name."""
         return join(self.root, "indexes", f"{name}.safetensors")
 
     def shard_sizes(self) -> dict[str, int]:
-        """Size in bytes of each existing shard, by file name."""
+        """Return the size in bytes of each existing shard, by file name."""
         return {f.name: f.bytes for f in walk(join(self.root, "shards"))}
 
     def index_names(self) -> list[str]:
-        """Sorted names of the published indexes."""
+        """Return the sorted names of the published indexes."""
         return [
             f.name.removesuffix(".safetensors")
             for f in walk(join(self.root, "indexes"))
@@ -72,15 +72,15 @@ class FeatureNamespace:
         """Read an index or a receipt of this namespace.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the file is damaged.
         """
         return Index.from_bytes(read_bytes(path), path)
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """The fingerprint of what computed these features, or None if this namespace does not exist.
+        """Return the fingerprint of the encoder that computed these features; None if no namespace is here.
 
         Raises:
-            InputError: its file is damaged.
+            InputError: the fingerprint's file is damaged.
         """
         path = join(self.root, FINGERPRINT_FILE)
         if not exists(path):
@@ -93,7 +93,12 @@ class FeatureNamespace:
             ) from error
 
     def write_fingerprint(self, fingerprint: dict[str, Any], width: int) -> None:
-        """Write the fingerprint's file, unless it exists."""
+        """Write the fingerprint's file, unless it exists.
+
+        Args:
+            fingerprint: the fingerprint of the encoder, its preprocessing and the dtype.
+            width: values per frame.
+        """
         content = {"fingerprint": fingerprint, "width": width}
         write_bytes(
             join(self.root, FINGERPRINT_FILE),
@@ -102,10 +107,13 @@ class FeatureNamespace:
         )
 
     def merged_index(self, audio_ids: np.ndarray | None = None) -> Index | None:
-        """All published indexes merged into one, or None if none exists.
+        """Read all published indexes and merge them into one; return None if none exists.
 
         Args:
-            audio_ids: [n, 32] sorted; only their entries are loaded. All entries if not given.
+            audio_ids: uint8 [n, 32], sorted. Only their entries are included; all entries if not given.
+
+        Raises:
+            InputError: an index is damaged.
         """
         paths = [self.index_path(name) for name in self.index_names()]
         if not paths:
@@ -116,7 +124,7 @@ class FeatureNamespace:
 
 
 def namespaces_in(store: str) -> list[FeatureNamespace]:
-    """All namespaces of a store."""
+    """Return all namespaces of a store."""
     return [
         namespace
         for namespace in (FeatureNamespace(join(store, name)) for name in folders_in(store))
@@ -130,12 +138,12 @@ def pack(
     """Serialise features into a shard. The same features always give the same bytes.
 
     Args:
-        features: by audio id, each with frames [frames, width].
-        fingerprint: of what computed them.
-        spans: by audio id, the length of the audio in frames; see `EncoderSpec.span_of`.
+        features: features by audio id, with frames [frames, width] in the store's dtype. At least one.
+        fingerprint: the fingerprint of the encoder that computed the features.
+        spans: for each audio id, the length of the audio in frames; see `EncoderSpec.span_of`.
 
     Returns:
-        The bytes of the shard's file, and its index.
+        The bytes of the shard's file, and the shard's index.
     """
     tensors: dict[str, torch.Tensor] = {}
     for audio_id, quantized in features.items():
@@ -144,7 +152,9 @@ def pack(
             tensors[_scales_name(audio_id)] = quantized.scales.contiguous()
     content = save(tensors)
     view = memoryview(content)
-    # safetensors: 8 bytes with the header's length, the JSON header, then the tensors, where offsets begin.
+    # A safetensors file has 8 bytes with the header's length, the header in JSON, and the tensors. Offsets in
+    # the header count from the first tensor. Those of an entry count from the beginning of the file, so that
+    # readers do not need the header.
     header_bytes = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + header_bytes])
     data_begin = 8 + header_bytes
@@ -165,7 +175,7 @@ def _scales_name(audio_id: str) -> str:
 
 
 def checksum(*chunks: memoryview | bytes | bytearray) -> int:
-    """XXH3 of the concatenated chunks, as a signed 64-bit number."""
+    """Return XXH3 of the concatenated chunks, as a signed 64-bit number."""
     hashed = xxhash.xxh3_64()
     for chunk in chunks:
         hashed.update(chunk)
@@ -173,15 +183,15 @@ def checksum(*chunks: memoryview | bytes | bytearray) -> int:
 
 
 def find_namespace(path: str, expected: dict[str, Any] | None, dtype: str | None) -> FeatureNamespace:
-    """The namespace that a path refers to.
+    """Find the namespace that a path refers to.
 
     Args:
         path: a store, a namespace's folder, or the folder of an extraction's record.
-        expected: the fingerprint's values that the namespace must have; any if not given.
-        dtype: which namespace to prefer if several match.
+        expected: values that the namespace's fingerprint must have; any values if not given.
+        dtype: the dtype to prefer if several namespaces match.
 
     Raises:
-        InputError: no namespace matches, or several do and `dtype` does not decide.
+        InputError: no namespace matches, or several match and `dtype` does not decide between them.
     """
     if exists(join(path, FINGERPRINT_FILE)):
         candidates = [FeatureNamespace(path)]

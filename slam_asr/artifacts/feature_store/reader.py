@@ -1,9 +1,9 @@
-"""Where a model's audio comes from: a feature store, or the audio files themselves.
+"""Two sources of a model's audio: a feature store, or the audio files themselves.
 
-Before an utterance is read, both readers know its length, so that batches can be planned, and its shard, so
-that each shard is fetched once per epoch. Both return what `Slam` takes as input. With `AudioReader`, the
-encoder runs as part of the model, and utterances are grouped into the shards that a store of the same
-manifest would have. Training therefore takes utterances in the same order with either reader.
+Both readers know the length of an utterance before it is read, so that batches can be planned. They also know
+its shard, so that each shard is fetched only once per epoch. Both return what `Slam` takes as input. With
+`AudioReader`, the encoder runs as part of the model, and utterances are grouped into the shards that a store
+of the same manifest would have. Training therefore takes utterances in the same order with either reader.
 """
 
 from collections.abc import Iterable
@@ -29,46 +29,54 @@ class FeatureReader(Protocol):
     """A source of audio for training and decoding."""
 
     def span(self, utterance: Utterance) -> int:
-        """Length in encoder frames, from which LLM positions are computed."""
+        """Return the length in encoder frames, from which the number of LLM positions is computed."""
 
     def read(self, utterance: Utterance) -> "torch.Tensor | Prepared":
-        """Encoder output [frames, width], or the encoder's input."""
+        """Return the encoder's output [frames, width] in the store's dtype, or else the encoder's input."""
 
     def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """The shard that holds each utterance.
+        """Return the number of the shard that contains each utterance.
 
         Args:
-            audio_ids: [utterances, 32] in bytes.
-            samples: [utterances] lengths in samples at 16 kHz.
+            audio_ids: uint8 [utterances, 32], the audio ids as bytes.
+            samples: int [utterances], lengths in samples at 16 kHz.
 
         Returns:
-            [utterances] shard numbers.
+            int32 [utterances].
         """
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Prepare to read these shards, which are needed now or next; all others may be released."""
+        """Prepare to read these shards, which are needed now or next. All others may be released."""
 
 
 class StoreReader:
-    """Reads a feature store."""
+    """Reads features from a store."""
 
     def __init__(self, store: "FeatureStore") -> None:
         self.store = store
 
     def span(self, utterance: Utterance) -> int:
-        """Length in encoder frames."""
+        """Return the length in encoder frames."""
         return self.store.span(utterance.audio_id)
 
     def read(self, utterance: Utterance) -> "torch.Tensor":
-        """Encoder output [frames, width]."""
+        """Return the encoder's output [frames, width] in the store's dtype; fp8 is dequantized to bf16."""
         return self.store.read(utterance.audio_id)
 
     def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """[utterances] number of the shard that holds each utterance's features."""
+        """Return the number of the shard that contains each utterance's features.
+
+        Args:
+            audio_ids: uint8 [utterances, 32]; the store must have features of all of them.
+            samples: ignored, because the index contains the shards.
+
+        Returns:
+            int32 [utterances].
+        """
         return self.store.index.columns["shard"][self.store.index.locate(audio_ids)]
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Prefetch these shards if the store is remote; release all others."""
+        """Prefetch these shards if the store is in object storage; release all others."""
         self.store.expect(shards)
 
 
@@ -76,8 +84,8 @@ class AudioReader:
     """Reads audio files.
 
     Args:
-        spec: the encoder.
-        options: settings of the feature store that the same manifest would have.
+        spec: the description of the encoder.
+        options: settings of the feature store that the manifest would have.
     """
 
     def __init__(self, spec: "EncoderSpec", options: "Features") -> None:
@@ -85,15 +93,24 @@ class AudioReader:
         self._prepare = spec.preparer()
 
     def span(self, utterance: Utterance) -> int:
-        """Length in encoder frames."""
+        """Return the length in encoder frames."""
         return self.spec.span_of(samples_of(utterance))
 
     def read(self, utterance: Utterance) -> "Prepared":
-        """The audio as the encoder's input."""
+        """Decode the audio and prepare it as the encoder's input."""
         return self._prepare(load_utterance(utterance))
 
     def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """[utterances] number of the shard that would hold each utterance's features."""
+        """Return the number of the shard that would contain each utterance's features in a store.
+
+        Args:
+            audio_ids: uint8 [utterances, 32].
+            samples: int [utterances], lengths in samples at 16 kHz, from which sizes of features follow.
+
+        Returns:
+            int32 [utterances].
+        """
+        # As in an extraction, features are sorted by audio id, and equal audio is saved only once.
         first, inverse = unique_audio_ids(audio_ids)
         frame_bytes = bytes_per_frame(self.spec.width, self.options.dtype)
         sizes = [self.spec.frames_of(int(n)) * frame_bytes for n in samples[first]]
@@ -103,4 +120,4 @@ class AudioReader:
         return numbers[inverse]
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Do nothing: audio files are read in place."""
+        """Do nothing, because audio files are not prefetched."""

@@ -1,4 +1,4 @@
-"""Reading a feature store in a folder or in object storage; `namespace` describes its layout."""
+"""Reads a feature store in a folder or in object storage. The module `namespace` describes its layout."""
 
 import mmap
 import threading
@@ -19,26 +19,27 @@ from slam_asr.storage import is_s3, local_path, s3
 from slam_asr.storage.cache import CacheFull, DiskCache, HeldFile, cache_folder
 
 _MAX_MAPPED = 64
-"""Shards mapped into memory at once; a training window needs fewer."""
+"""Maximum number of shards mapped into memory at once. A training window needs fewer."""
 _PARALLEL_FETCHES = 3
-"""Shards fetched at once. Each is itself fetched in parallel pieces."""
+"""Number of shards fetched at once. Each of them is fetched in parallel pieces."""
 
 
 class FeatureStore:
     """Reads features. Shards are memory-mapped; those of a remote store are first fetched to local disk.
 
-    Checksums are compared when an entry is first read and, for a fetched shard, when it arrives.
+    The checksum of an entry is compared when the entry is first read, and that of a fetched shard when the
+    shard arrives.
 
     Args:
         path: a store, or the folder of an extraction's record in it.
-        expected: the fingerprint of the encoder that the reader's model is built on.
-        dtype: which features to read if the store has them in several dtypes.
-        audio_ids: the only ones that will be read. Without them, the index of the complete store is loaded,
-            which takes memory if it has millions of entries.
-        cache_bytes: maximum size of fetched shards on local disk.
+        expected: the fingerprint of the encoder on which the reader's model is built.
+        dtype: the dtype to read if the store has features in several dtypes.
+        audio_ids: the only audio ids that will be read. If not given, the index of the complete store is
+            loaded, which takes much memory if it has millions of entries.
+        cache_bytes: maximum total size in bytes of fetched shards on local disk.
 
     Raises:
-        InputError: no store exists there, it is damaged, or another encoder computed its features.
+        InputError: the path holds no store, the store is damaged, or another encoder computed its features.
         StorageError: object storage cannot be read.
     """
 
@@ -68,12 +69,13 @@ class FeatureStore:
         self._cache = DiskCache(cache_folder() / "features", cache_bytes) if self.remote else None
         self._verified = np.zeros(len(index), bool)
         self._mapped: OrderedDict[int, tuple[mmap.mmap, HeldFile | None]] = OrderedDict()
-        """Mapped shards by number, least recently used first."""
+        """Mapped shards by number, the least recently used first, each with the file that is held for it."""
         self._lock = threading.Lock()
         self._fetching: dict[int, Future[HeldFile | None]] = {}
         self._pool = ThreadPoolExecutor(_PARALLEL_FETCHES, "fetch-features") if self.remote else None
 
     def _require_shards(self) -> None:
+        # Checked when the store is opened, so that a missing shard is noticed before any is read.
         sizes = self.namespace.shard_sizes()
         for shard in self.index.shards:
             if sizes.get(shard.name) != shard.bytes:
@@ -87,7 +89,7 @@ class FeatureStore:
         raise TypeError("a feature store cannot be pickled: open it again in each process")
 
     def find(self, audio_id: str) -> int:
-        """Position of this audio's entry in the index.
+        """Return the position of this audio's entry in the index.
 
         Raises:
             InputError: the store has no features of this audio.
@@ -101,7 +103,7 @@ class FeatureStore:
         return position
 
     def entry(self, audio_id: str) -> Entry:
-        """This audio's entry in the index.
+        """Return this audio's entry in the index.
 
         Raises:
             InputError: the store has no features of this audio.
@@ -109,7 +111,7 @@ class FeatureStore:
         return self.index.entry(self.find(audio_id))
 
     def span(self, audio_id: str) -> int:
-        """Length of this audio in frames.
+        """Return the length of this audio in encoder frames.
 
         Raises:
             InputError: the store has no features of this audio.
@@ -117,7 +119,7 @@ class FeatureStore:
         return int(self.index.columns["span"][self.find(audio_id)])
 
     def shard_of(self, audio_id: str) -> int:
-        """Number of the shard that holds this audio's features: its position in the index's list.
+        """Return the number of the shard with this audio's features: its position in the index's list.
 
         Raises:
             InputError: the store has no features of this audio.
@@ -125,7 +127,11 @@ class FeatureStore:
         return int(self.index.columns["shard"][self.find(audio_id)])
 
     def read(self, audio_id: str) -> torch.Tensor:
-        """Features of this audio [frames, width] in the store's dtype; fp8 is dequantized to bf16.
+        """Read the features of this audio.
+
+        Returns:
+            [frames, width] on the CPU in the store's dtype; fp8 is dequantized to bf16. It may be a view of
+            the mapped shard.
 
         Raises:
             InputError: the store has no features of this audio, or they are damaged.
@@ -141,9 +147,11 @@ class FeatureStore:
         chunks: list[memoryview | bytearray]
         if source is None:
             path = self._path(entry.shard)
+            # An empty range cannot be requested over HTTP.
             chunks = [bytearray(s3.read(path, begin, begin + n)) if n else bytearray() for begin, n in ranges]
         else:
             chunks = [memoryview(source)[begin : begin + n] for begin, n in ranges]
+        # A mapped entry is verified once, but one that was read from object storage each time.
         if source is None or not self._verified[position]:
             if checksum(*chunks) != entry.check:
                 raise InputError(
@@ -165,10 +173,10 @@ class FeatureStore:
         return dequantize(QuantizedFrames(frames, scales))
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Prefetch these shards, in this order, if the store is remote; release all others.
+        """Prefetch these shards, in this order, if the store is in object storage; release all others.
 
         Args:
-            shards: numbers of the shards that are needed now and next.
+            shards: numbers of the shards that are needed now or next.
         """
         ahead = list(dict.fromkeys(shards))
         with self._lock:
@@ -177,6 +185,7 @@ class FeatureStore:
             if self._pool is None:
                 return
             for number in [n for n in self._fetching if n not in set(ahead)]:
+                # A fetch that is running cannot be stopped. Its file is released as soon as it is complete.
                 self._fetching.pop(number).add_done_callback(_release)
             for number in ahead:
                 if number not in self._mapped and number not in self._fetching:
@@ -186,12 +195,13 @@ class FeatureStore:
         return self.namespace.shard_path(self.index.shards[shard].name)
 
     def _map_shard(self, shard: int) -> mmap.mmap | None:
-        """A shard mapped into memory, or None if local disk has no space for it."""
+        """Map a shard into memory, fetching it first if needed; return None if local disk has no space."""
         with self._lock:
             if shard in self._mapped:
                 self._mapped.move_to_end(shard)
                 return self._mapped[shard][0]
             fetching = self._fetching.pop(shard, None)
+        # The lock is not held while waiting for a fetch, which takes the same lock in `_fetch`.
         held = None
         if self.remote:
             held = (fetching.result() if fetching else None) or self._fetch(shard, urgent=True)
@@ -207,8 +217,8 @@ class FeatureStore:
         """Fetch a shard to local disk.
 
         Args:
-            number: of the shard.
-            urgent: release this process's other shards if that is needed to make space.
+            number: the shard's number.
+            urgent: whether to release this process's other shards if that is needed to make space.
 
         Returns:
             The file, or None if local disk has no space for it.
@@ -223,7 +233,7 @@ class FeatureStore:
                     lambda file: s3.download(self._path(number), file, shard.sha256),
                 )
             except CacheFull:
-                # If nothing can be released either, the caller reads single utterances, without the disk.
+                # If no shard can be released, the caller reads single utterances without using the disk.
                 with self._lock:
                     if not urgent or not self._mapped:
                         return None
@@ -231,7 +241,7 @@ class FeatureStore:
 
     def _unmap(self, shard: int) -> None:
         _, held = self._mapped.pop(shard)
-        # Tensors that are views of the mapping keep it alive until the last of them is freed.
+        # The mapping is not closed: tensors that are views of it keep it alive until the last is freed.
         if held is not None:
             held.release()
 
@@ -247,7 +257,7 @@ def _release(fetched: Future[HeldFile | None]) -> None:
 def _map(path: Path) -> mmap.mmap:
     try:
         with open(path, "rb") as file:
-            # Copy on write: torch warns about buffers that it may not write to.
+            # Mapped copy-on-write, because torch warns about buffers that it must not write to.
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         raise StorageError(

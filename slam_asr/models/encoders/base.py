@@ -41,7 +41,7 @@ class EncoderSpec(ABC):
 
     @property
     def window_samples(self) -> int | None:
-        """Length of the fixed input window in samples at 16 kHz, or None if the encoder has no such window."""
+        """Length of the fixed input window in samples at 16 kHz; None if the encoder has no such window."""
         return None
 
     @abstractmethod
@@ -57,7 +57,7 @@ class EncoderSpec(ABC):
         return self.frames_of(samples)
 
     def seconds_of(self, samples: int) -> float:
-        """Return the seconds of input that the encoder processes for an utterance, with the windows' padding."""
+        """Return the seconds of input, with padded windows, that the encoder processes for an utterance."""
         return samples / SAMPLE_RATE
 
     def is_too_long(self, samples: int) -> bool:
@@ -74,7 +74,7 @@ class EncoderSpec(ABC):
         return model
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return everything that determines the output: the weights, preprocessing, and which frames are used."""
+        """Return everything that determines the output: weights, preprocessing, and which frames are used."""
         return {"weights_sha256": weights_sha256(self.folder), **self.preprocessing()}
 
     @abstractmethod
@@ -123,8 +123,8 @@ class SpeechEncoder(nn.Module, ABC):
             utterances: the utterances as `prepare` returns them.
 
         Returns:
-            A tensor [frames, width] per utterance, in the weights' dtype. The other utterances of the batch do
-            not affect its values.
+            A tensor [frames, width] per utterance, in the weights' dtype. The other utterances of the batch
+            do not affect its values.
         """
 
     @torch.inference_mode()

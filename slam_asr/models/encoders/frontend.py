@@ -67,8 +67,8 @@ class LogMel:
         # overlaps the audio are silence, and one of them is computed.
         with_audio = min(columns, (len(waveform) + _FFT // 2) // COLUMN_SAMPLES + 1)
         computed = min(columns, with_audio + 1)
-        # The spectrogram's ends are mirrored, as in Whisper. If columns are omitted, the extra zeros prevent
-        # the right mirror image from reaching a computed column.
+        # As in Whisper, the window is extended by its mirror image at both ends. If columns are omitted, the
+        # extra zeros prevent the mirror image on the right from reaching a computed column.
         padded = torch.zeros(self.window_samples if computed == columns else computed * COLUMN_SAMPLES + _FFT)
         padded[: len(waveform)] = torch.from_numpy(np.ascontiguousarray(waveform))
         centred = functional.pad(padded[None], (_FFT // 2, _FFT // 2), mode="reflect")[0]
@@ -97,7 +97,7 @@ class Waveform:
             One float32 waveform [samples], normalised if required.
         """
         samples = torch.from_numpy(np.ascontiguousarray(waveform))
-        # The default epsilon is fairseq's, 1e-5. transformers' is 1e-7, which differs for quiet audio.
+        # The default epsilon is fairseq's, 1e-5. transformers uses 1e-7: the results differ for quiet audio.
         return Prepared(
             [functional.layer_norm(samples, samples.shape) if self.normalize else samples], len(samples)
         )

@@ -30,7 +30,7 @@ class WaveformSpec(EncoderSpec):
     """Describes a WavLM, HuBERT or wav2vec 2.0 checkpoint. If it has a CTC head, the head is dropped."""
 
     def frames_of(self, samples: int) -> int:
-        """Return the output length of the unpadded convolutions: 1 for 400 samples, and 1 more per 320 samples."""
+        """Return the output length of the unpadded convolutions: 1 for 400 samples, then 1 more per 320."""
         for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
         return samples
@@ -132,8 +132,8 @@ class MaskedGroupNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.lengths: torch.Tensor | None = None
-        """[utterances] int64: number of each utterance's frames after the first convolution, without padding. None
-        if the batch has no padding."""
+        """[utterances] int64: number of each utterance's frames after the first convolution, without padding.
+        None if the batch has no padding."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise [utterances, channels, frames] over the frames; the shape is unchanged."""

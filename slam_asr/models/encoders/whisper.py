@@ -49,7 +49,7 @@ class WhisperSpec(EncoderSpec):
         return self.windows_of(samples) * self.window_samples / SAMPLE_RATE
 
     def frames_of(self, samples: int) -> int:
-        """Return the number of frames in all windows; with `frames: speech`, only ceil(samples / 320) of them."""
+        """Return the number of frames that are used: all, or ceil(samples / 320) with `frames: speech`."""
         total = self.windows_of(samples) * self.window_frames
         return total if self.options.frames == "all" else min(math.ceil(samples / SAMPLES_PER_FRAME), total)
 

@@ -1,8 +1,8 @@
 """DeepSpeed as an engine: ZeRO stages 0 to 3, with or without offload of the optimiser.
 
 Each stage holds fp32 masters and Adam's state in a different place, and creates them at a different time. The
-methods below hide this from the training loop, because checkpoints hold complete tensors and not DeepSpeed's
-own files.
+methods below hide these differences from the training loop, because checkpoints hold complete tensors instead
+of DeepSpeed's own files.
 """
 
 import os
@@ -72,21 +72,24 @@ class DeepSpeedEngine(Engine):
         self.half, self.scales = options.precision != "fp32", options.precision == "fp16"
         self.stage = options.zero_stage
         if self.stage in (1, 2):
-            # By default these stages check gradients in fp16 only. A NaN would ruin the weights for good.
+            # By default these stages check gradients in half precision only. In fp32, a single NaN would ruin
+            # the weights for good.
             self.optimizer.check_grad_overflow = True
         self._has_state = False
         self._reset_step_count()
 
     def _reset_step_count(self) -> None:
         # DeepSpeed's half-precision optimiser of stage 0 creates Adam's state by a step over zero gradients.
-        # That leaves Adam's bias correction one step ahead: the first real update would be a quarter too
-        # small.
+        # That leaves Adam's bias correction one step ahead. With Adam's default betas the first real update
+        # would be 0.1/0.19 / √(0.001/0.002) = 0.74 of its size: a quarter too small.
         for state in self.adam.state.values():
             if "step" in state:
                 state["step"].zero_()
 
     def backward(self, loss_sum: torch.Tensor, step_targets: int, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)
+        # The loss is already divided by the targets of the complete step, so DeepSpeed must not divide it by
+        # the number of micro-batches.
         self.module.backward(loss_sum * (self.processes / step_targets), scale_wrt_gas=False)
         if not last:
             # Away from the boundary DeepSpeed's `step` only counts the micro-batch.
@@ -96,6 +99,7 @@ class DeepSpeedEngine(Engine):
         self.groups.set_rates(self.adam.param_groups, learning_rate)
         norm: float | None
         if self.stage == 0:
+            # Read before the step, which clears the gradients.
             gradients = [p.grad for p in self.groups.weights.values() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale().get("cur_scale", 1.0)
             if not self.half and not is_finite(norm):
@@ -113,7 +117,7 @@ class DeepSpeedEngine(Engine):
     def get_state(self, name: str, which: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        # A checkpoint may be written before the first update.
+        # A checkpoint may be written before the first update, which would otherwise create the state.
         self._create_state()
         parameter = self.groups.weights[name]
         if self.stage == 0:
@@ -177,8 +181,8 @@ class DeepSpeedEngine(Engine):
                     **{m: torch.zeros_like(master) for m in MOMENTS},
                 }
         if self.stage in (1, 2):
-            # DeepSpeed links state to weights once, at its first step. Only the first group has state by
-            # then, so the link is made again here, for all groups.
+            # DeepSpeed links state to weights once, at its first step, when only the first group has state.
+            # So the link is made again here, for all groups.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -211,7 +215,7 @@ class DeepSpeedEngine(Engine):
 
     @property
     def _scaler(self) -> Any:
-        """The object with the attributes `_SCALE`: a scaler of its own from ZeRO stage 1 on."""
+        """The object that has the attributes `_SCALE`; stage 0 has it under another name than the others."""
         return getattr(self.optimizer, "loss_scaler", None) or getattr(
             self.optimizer, "loss_scale_config", None
         )
@@ -234,8 +238,8 @@ def read_and_partition(
     """
     import deepspeed
 
-    # All weights pass through one buffer, as large as the largest: the allocator does not always give back
-    # memory that is freed in pieces of many sizes.
+    # All weights pass through one buffer of the size of the largest weight: the allocator does not always
+    # give memory back that is freed in pieces of many sizes.
     largest = max((weight.parameter for weight in lazy_weights), key=torch.numel)
     buffer = torch.empty(largest.numel(), dtype=largest.dtype, device=device)
     converted: Any = None
@@ -307,6 +311,6 @@ def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def name_accelerator(device: torch.device) -> None:
-    """Name the accelerator before DeepSpeed is imported: without a GPU it would guess, with a warning."""
+    """Name the accelerator before DeepSpeed is imported: without a GPU, DeepSpeed would guess and warn."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

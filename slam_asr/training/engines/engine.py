@@ -3,7 +3,8 @@
 The loss of an optimiser step is the mean over its target tokens on all processes. Engines average gradients
 over processes as if each had the same number of targets, but the numbers differ. Each process therefore
 multiplies the loss summed over its own targets by `processes / targets of the step`. The average over
-processes, summed over micro-batches, is then exactly the gradient of that mean.
+processes, summed over micro-batches, is then exactly the gradient of that mean: with P processes, T targets
+and the summed loss L_p of process p, 1/P · Σ P/T · L_p = Σ L_p / T.
 """
 
 import math
@@ -83,7 +84,7 @@ class Engine(ABC):
     """
 
     module: nn.Module
-    """The wrapped model, called with a batch. Validation calls it directly."""
+    """The wrapped model, which takes a batch. Validation calls it directly, training through `forward`."""
     model: Slam
     """The model without its wrapper. All processes must call its methods together."""
     groups: ParameterGroups
@@ -96,7 +97,7 @@ class Engine(ABC):
             last: whether the optimiser steps after this micro-batch.
 
         Returns:
-            What the model returns: logits [targets, vocabulary], or the output of its scorer.
+            The model's output: logits [targets, vocabulary], or what its scorer returns.
         """
         return self.module(batch)
 
@@ -104,7 +105,7 @@ class Engine(ABC):
         """Run a trial on the LLM, with all its weights available. All processes must call it together.
 
         Args:
-            trial: takes the LLM, which it may call, and returns its finding.
+            trial: function that takes the LLM, may call it, and returns whether the trial succeeded.
 
         Returns:
             The result of `trial`.
@@ -145,12 +146,12 @@ class Engine(ABC):
     def set_state(self, name: str, which: str, value: torch.Tensor) -> None:
         """Overwrite one tensor of the optimiser's state; each process takes its part of `value`.
 
-        Call `finish_restoring` after the last one.
+        Call `finish_restoring` when all tensors are set.
 
         Args:
             name: of a trained weight.
             which: `weight` for its master, or one of `MOMENTS`.
-            value: the complete tensor, in the shape of the complete weight.
+            value: the complete tensor in fp32, in the shape of the complete weight.
         """
 
     @abstractmethod

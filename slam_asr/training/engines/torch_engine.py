@@ -1,7 +1,7 @@
 """PyTorch's own engines: DDP (each process holds the complete model) and FSDP2 (each holds a shard).
 
 The model computes in the recipe's precision; AdamW updates fp32 masters of the trained weights, as DeepSpeed
-does. Without masters small updates would be lost: bf16 has 8 bits of mantissa, so a relative change of 1e-4
+does. Without masters, small updates would be lost: bf16 has 8 significant bits, so a relative change of 1e-4
 rounds to no change at all.
 """
 
@@ -75,6 +75,7 @@ class TorchEngine(Engine):
             buffer_options: dict[str, Any] = {_BUFFERS: False}
             self.module = DistributedDataParallel(model, **buffer_options)
         self.model = model
+        # Only now: sharding and reading have replaced the parameters by new objects.
         self.groups = ParameterGroups(model, options, learning_rates or {})
         self.processes = torch.distributed.get_world_size()
         self.clipping = options.gradient_clipping
@@ -105,8 +106,8 @@ class TorchEngine(Engine):
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         result = super().try_llm(trial)
         if isinstance(self.module, FSDPModule):
-            # FSDP2 leaves the root's weights gathered after a call. They would be used for the next forward
-            # pass, even if a checkpoint overwrites the shards in between.
+            # FSDP2 leaves the root's weights gathered after a call. The next forward pass would use them,
+            # even if a checkpoint overwrites the shards in between.
             self.module.reshard()
         return result
 
@@ -119,6 +120,7 @@ class TorchEngine(Engine):
         weights = self.groups.weights
         for name, parameter in weights.items():
             if parameter.grad is not None:
+                # Cast to fp32 before dividing by the loss scale: in fp16 small gradients would underflow.
                 master = self.masters[name]
                 master.grad = parameter.grad.to(master.dtype)
                 if self.scales:
@@ -204,7 +206,7 @@ class TorchEngine(Engine):
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard a model's weights over all processes with FSDP2: each LLM layer as a unit, the rest as another.
+    """Shard a model's weights over all processes with FSDP2: each layer as one unit, the rest as another.
 
     FSDP2 gathers a layer's weights just before the layer runs and frees them afterwards. With prefetching, at
     most two layers are complete at a time.
@@ -224,6 +226,9 @@ def read_local_rows(weight: LazyWeight, device: torch.device) -> None:
     """Read this process's rows of a weight that FSDP2 sharded on the meta device.
 
     No process ever holds the complete weight.
+
+    Raises:
+        ModelError: the rows cannot be read, or are not finite.
     """
     sharded = weight.parameter
     assert isinstance(sharded, DTensor)

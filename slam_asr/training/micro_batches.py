@@ -1,0 +1,74 @@
+"""The micro-batches of one process: its share of each step, read ahead of the model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from slam_asr.models.answer_loss import AnswerScores, score_answers
+from slam_asr.models.slam import Batch
+from slam_asr.training.batches import BatchReader, split_packed, split_step
+from slam_asr.training.builder import Parts
+
+
+@dataclass
+class MicroBatch:
+    """The utterances that one process passes through the model at once."""
+
+    number: int
+    """Number of its optimiser step, from 1."""
+    epoch: int
+    step: list[int]
+    """Indices of the step's utterances, on all processes."""
+    batch: Batch
+    targets: int
+    """Target tokens of the step, on all processes."""
+    is_last: bool
+    """Whether this is the last micro-batch of its step on this process."""
+    filled: int
+    """LLM positions without padding."""
+    cells: int
+    """LLM positions with padding."""
+
+
+def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
+    """Yield this process's micro-batches of all steps after the first `done` ones."""
+    reader = parts.readers["train"]
+    current = None
+    for number, (window, next_window, step) in enumerate(parts.plan.after(done), start=done + 1):
+        if window is not current:
+            reader.enter(window, next_window)
+            current = window
+        mine = own_share(parts, step, reader)
+        targets = reader.targets(step, window.epoch)
+        for i, indices in enumerate(mine, start=1):
+            batch = reader.batch(indices, window.epoch)
+            yield MicroBatch(
+                number=number,
+                epoch=window.epoch,
+                step=step,
+                batch=batch,
+                targets=targets,
+                is_last=i == len(mine),
+                filled=int(batch.mask.sum()) if indices else 0,
+                cells=batch.mask.numel(),
+            )
+
+
+def own_share(parts: Parts, step: list[int], reader: BatchReader) -> list[list[int]]:
+    """Return the indices of this process's share of a step, one list per micro-batch."""
+    positions, budget = reader.examples.positions, parts.budget
+    if reader.packs and not budget.fixed:
+        return split_packed(step, positions, parts.processes, budget.batch)[parts.rank]
+    return split_step(step, positions, parts.processes, budget.batch, budget.sizes(positions))[parts.rank]
+
+
+def scores_of(output: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch) -> AnswerScores:
+    """Score a micro-batch's target tokens.
+
+    Args:
+        output: what the model returns: the scores, if it computes them in chunks, or else the logits
+            [utterances, positions, vocabulary].
+        batch: the micro-batch.
+    """
+    return AnswerScores(*output) if isinstance(output, tuple) else score_answers(output, batch.labels)

@@ -1,0 +1,159 @@
+"""Where a training stands: resumed from the latest checkpoint, and saved in the next ones."""
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from slam_asr.artifacts import checkpoint
+from slam_asr.artifacts.checkpoint import CURVE, Checkpoint
+from slam_asr.errors import ConfigurationError
+from slam_asr.progress import log_line
+from slam_asr.storage import join, write_atomically
+from slam_asr.training.builder import Parts
+from slam_asr.training.checkpoint_writer import CheckpointWriter, restore, take_snapshot
+from slam_asr.training.job import CHECKPOINTS
+
+
+@dataclass
+class Counts:
+    """State of the loop that lasts from step to step, and is saved with a checkpoint."""
+
+    nonfinite: int = 0
+    """Steps in a row that were skipped."""
+    best_dev_loss: float = math.inf
+    stale: int = 0
+    """Validations since the best one."""
+    validated: int = 0
+    """Step of the last validation."""
+    seconds: float = 0.0
+    """Time spent on this training, earlier attempts included."""
+
+
+@dataclass
+class Progress:
+    """Where a training stands."""
+
+    done: int = 0
+    """Optimiser steps done."""
+    epoch: int = 0
+    counts: Counts = field(default_factory=Counts)
+    saved: int = 0
+    """Step of the last checkpoint."""
+    started: float = field(default_factory=time.monotonic)
+    earlier: float = 0.0
+    """Seconds that earlier attempts took."""
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this training, earlier attempts included."""
+        return self.earlier + time.monotonic() - self.started
+
+    def compare(self, loss: float) -> None:
+        """Record a validation, and compare its dev loss with the best one so far."""
+        self.counts.validated = self.done
+        if loss < self.counts.best_dev_loss:
+            self.counts.best_dev_loss, self.counts.stale = loss, 0
+        else:
+            self.counts.stale += 1
+
+
+class Resumer:
+    """Reads and writes the checkpoints of a training. All processes must call each method together.
+
+    Args:
+        parts: of the training.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.options = parts, parts.recipe.training
+        self.writer = CheckpointWriter(
+            join(parts.job.published, CHECKPOINTS), parts.folder, self.options.checkpoints
+        )
+
+    def resume(self) -> Progress:
+        """Restore the latest checkpoint, if one exists, and write the curve as it was then.
+
+        Raises:
+            ConfigurationError: the checkpoint is beyond the steps of this training.
+            ModelError: the checkpoint is damaged or incomplete, or holds other weights.
+        """
+        parts, steps = self.parts, self.parts.plan.steps
+        progress = Progress()
+        # Only the first process looks, and broadcasts its finding: otherwise processes could see different
+        # pointers.
+        candidates: list[Checkpoint | None] = [None]
+        if parts.rank == 0:
+            candidates = [checkpoint.find(self.writer.folder)]
+            checkpoint.discard_newer_than_latest(self.writer.folder)
+        torch.distributed.broadcast_object_list(candidates)
+        latest = candidates[0]
+        curve = b""
+        if latest is not None:
+            if latest.step > steps:
+                raise ConfigurationError(
+                    f"{latest.folder} is beyond the {steps} steps of this training: raise "
+                    "training.max_steps or training.epochs, or choose another --output."
+                )
+            restore(parts.engine, latest)
+            counts = Counts(**latest.counts)
+            progress = Progress(latest.step, latest.epoch, counts, saved=latest.step, earlier=counts.seconds)
+            if parts.rank == 0:
+                curve = Path(latest.file(CURVE)).read_bytes()
+                log_line(f"resuming after step {latest.step} of {steps}, from {latest.folder}")
+        if parts.rank == 0:
+            # The steps after the checkpoint are repeated, and so are their lines in the curve.
+            write_atomically(parts.folder / CURVE, curve)
+        return progress
+
+    def minutes_have_passed(self) -> bool:
+        """Whether `training.checkpoint_minutes` have passed since the last checkpoint."""
+        minutes = self.options.checkpoint_minutes
+        return bool(minutes) and time.monotonic() - self.writer.last > 60 * minutes
+
+    def save_if_due(
+        self, progress: Progress, due: bool, pending: float, dev_loss: float | None, forced: bool
+    ) -> None:
+        """Hand a checkpoint to the writer, if one is due and the writer is idle.
+
+        Training does not wait for slow storage: while a checkpoint is being written, the next one is
+        postponed.
+
+        Args:
+            progress: where the training stands after this step.
+            due: whether `training.checkpoint_minutes` have passed, on the first process.
+            pending: checkpoints still being written: the mean over the processes.
+            dev_loss: dev loss of the validation after this step; None if there was none.
+            forced: whether training ends here, so that the checkpoint must be written in any case.
+        """
+        improved = dev_loss is not None and progress.counts.stale == 0
+        if progress.saved == progress.done and dev_loss is None:
+            return
+        if forced:
+            self.writer.wait()
+        # The best checkpoint so far may queue while one other is written. No more may queue: each holds a
+        # copy of the state in memory.
+        elif not (improved and pending <= 1) and (pending or not (due or self._steps_have_passed(progress))):
+            return
+        parts, counts = self.parts, progress.counts
+        counts.seconds = round(progress.seconds, 1)
+        about = Checkpoint(
+            step=progress.done,
+            epoch=progress.epoch,
+            updates=parts.engine.updates(),
+            engine=self.options.engine,
+            processes=parts.processes,
+            inputs=parts.job.inputs,
+            counts=asdict(counts),
+            loss_scale=parts.engine.loss_scale(),
+            dev_loss=dev_loss,
+        )
+        curve = (parts.folder / CURVE).read_bytes() if parts.rank == 0 else b""
+        self.writer.save(take_snapshot(parts.engine, about, curve))
+        progress.saved = progress.done
+
+    def _steps_have_passed(self, progress: Progress) -> bool:
+        every = self.options.checkpoint_every
+        return bool(every) and progress.done - progress.saved >= every
