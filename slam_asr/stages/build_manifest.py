@@ -222,7 +222,7 @@ class _SharedAudio:
     def add(self, split: str, utterance: Utterance) -> None:
         """Add an utterance. All of train must be added before the first of another split."""
         # Hashes of text differ between Python processes, but these never leave this one.
-        # The duration distinguishes segments only: of a complete file it may be missing, or rounded otherwise.
+        # The duration distinguishes segments only: for a complete file it may be missing or rounded.
         is_segment = utterance.start is not None
         audio = hash((utterance.sha256, utterance.start, utterance.duration if is_segment else None))
         if split == "train":
