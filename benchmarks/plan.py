@@ -163,7 +163,7 @@ def compare(number: int, case: tuple) -> dict:
     from slam_asr.models.precision import DTYPES
     from slam_asr.planning.memory import Load, training_memory
     from slam_asr.planning.shapes import Shapes
-    from slam_asr.stages.train import ALLOCATION
+    from slam_asr.training.launch import ALLOCATION
 
     llm_sizes, options, rows, length, audio, targets = case
     recipe = _recipe(options)

@@ -9,7 +9,7 @@ from slam_asr.config.recipe import Training, load_recipe
 from slam_asr.errors import UserError
 from slam_asr.runtime import machine
 from slam_asr.stages import train as stage
-from slam_asr.training import kernels
+from slam_asr.training import kernels, launch
 
 
 class Started(Exception):
@@ -24,7 +24,7 @@ def start_training(prepared, monkeypatch, tmp_path):
     def start(*_) -> None:
         raise Started
 
-    monkeypatch.setattr(stage, "_torchrun", start)
+    monkeypatch.setattr(launch, "launch_training", start)
 
     def run(**options) -> None:
         changed = load_recipe(recipe, {f"training.{key}": value for key, value in options.items()})
@@ -46,7 +46,7 @@ def test_too_little_memory(start_training, monkeypatch):
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """Pretend that the machine has no GPU."""
-    monkeypatch.setattr("slam_asr.models.precision.pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("slam_asr.training.inputs.pick_device", lambda: torch.device("cpu"))
 
 
 def test_compiling_without_a_compiler(start_training, on_a_cpu, monkeypatch, tmp_path):

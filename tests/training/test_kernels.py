@@ -17,7 +17,7 @@ from slam_asr.models.llm import checkpoint_layers
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.projector import build_projector
 from slam_asr.models.slam import Row, Slam, collate, pack
-from slam_asr.stages.train import _settings_that_affect_weights
+from slam_asr.training.inputs import settings_that_affect_weights
 from slam_asr.training.kernels import compile_layers, use_liger
 from tests.ranks import run_on_ranks
 from tests.training import kernels_program
@@ -119,12 +119,12 @@ def test_every_engine_takes_the_same_steps_with_compiled_layers(tmp_path):
         assert len(set(uncompiled)) == 4 and compiled == pytest.approx(uncompiled, rel=1e-5), kind
 
 
-def test_kernels_do_not_count_as_settings_that_affect_weights():
+def test_kernels_do_not_count_assettings_that_affect_weights():
     plain = load_recipe("demo")
     for key in ("compile", "liger"):
-        assert _settings_that_affect_weights(
+        assert settings_that_affect_weights(
             load_recipe("demo", {f"training.{key}": True})
-        ) == _settings_that_affect_weights(plain)
+        ) == settings_that_affect_weights(plain)
 
 
 @pytest.fixture

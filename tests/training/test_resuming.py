@@ -18,7 +18,8 @@ from slam_asr.artifacts.stage_record import read_record
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
-from slam_asr.stages.train import require_same_training, train
+from slam_asr.stages.train import train
+from slam_asr.training.launch import require_same_training
 from slam_asr.training.live import read_curve
 from tests.faults import FaultyProxy
 
@@ -398,16 +399,16 @@ def test_dev_utterances_that_are_also_in_train_are_counted_and_an_empty_set_is_r
     prepared, tmp_path, capsys
 ):
     from slam_asr.artifacts.manifest import read_manifest
-    from slam_asr.stages.train import _check_utterances
+    from slam_asr.training.inputs import check_utterances
 
     _, manifests, _ = prepared
     trained, dev = read_manifest(f"{manifests}/train.jsonl"), read_manifest(f"{manifests}/dev.jsonl")
-    _check_utterances({"train": trained, "dev": dev})
+    check_utterances({"train": trained, "dev": dev})
     assert capsys.readouterr().out == ""
-    _check_utterances({"train": trained, "dev": [*dev, *trained[:2]]})
+    check_utterances({"train": trained, "dev": [*dev, *trained[:2]]})
     assert (
         f"warning: 2 of {len(dev) + 2} dev utterances are also in train (first {trained[0].key})"
         in capsys.readouterr().out
     )
     with pytest.raises(UserError, match="The dev manifest has no usable utterance"):
-        _check_utterances({"train": trained, "dev": []})
+        check_utterances({"train": trained, "dev": []})

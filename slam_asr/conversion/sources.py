@@ -1,0 +1,209 @@
+"""The kinds of checkpoints that can be converted: recognised by their content, and read to one form."""
+
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from slam_asr.artifacts.checkpoint import Checkpoint, all_complete, require
+from slam_asr.artifacts.model_folder import (
+    ENCODER,
+    LLM,
+    WEIGHTS,
+    adapter_file,
+    fetch_model,
+    model_digests,
+    read_adapter,
+    read_config,
+    read_peft,
+    read_projector,
+    shipped_models,
+)
+from slam_asr.artifacts.stage_record import RECORD, Record, require_record
+from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
+from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
+from slam_asr.conversion.zero_checkpoint import find_zero_folder, fp32_weights
+from slam_asr.errors import ConfigurationError, ModelError
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.pretrained.lazy_tensors import LazyTensors
+from slam_asr.pretrained.locate import locate_model, weights_sha256
+from slam_asr.pretrained.unpickle import read_pickle
+from slam_asr.progress import log_line
+from slam_asr.storage import exists, fetch, fetch_folder, is_s3, join, local_path, sha256_of_file
+
+
+@dataclass
+class Content:
+    """What a checkpoint of any kind contains."""
+
+    weights: Mapping[str, torch.Tensor]
+    """The names begin with `projector.`, `llm.` or `encoder.`; a tensor may be read when it is accessed."""
+    recipe: Recipe
+    """How it was trained."""
+    bases: dict[str, Any]
+    """Fingerprint of the encoder and digest of the LLM, for config.json."""
+    facts: dict[str, Any]
+    """About the training, for config.json."""
+    where: str
+    """The checkpoint, for messages."""
+
+
+@dataclass
+class Source:
+    """A checkpoint of a known kind."""
+
+    inputs: dict[str, Any]
+    """What identifies its content, for the stage's fingerprint."""
+    read: Callable[[], Content]
+
+
+@dataclass
+class OriginalEncoder:
+    """The original file of a speech encoder, which becomes a folder for `encoder.name`."""
+
+    file: Path
+
+
+def find_source(
+    checkpoint: str, which: str, recipe: Recipe | None, adapter: str | None
+) -> Source | OriginalEncoder:
+    """Recognise a checkpoint by its content.
+
+    Args:
+        checkpoint: as for `convert_checkpoint`, and so are the others.
+        which: checkpoint of a training to take: `latest`, `best` or `average`.
+        recipe: for checkpoints that do not name their encoder and LLM.
+        adapter: folder of a LoRA adapter that is not in the checkpoint.
+
+    Raises:
+        ModelError: the checkpoint is missing, incomplete or damaged.
+        ConfigurationError: the options contradict the checkpoint's kind.
+    """
+    if checkpoint.endswith("model_states.pt"):
+        # DeepSpeed's file of the weights; the optimiser's files are in the same folder.
+        checkpoint = checkpoint.rpartition("/")[0] or "."
+    elif exists(checkpoint):
+        return _from_file(fetch(checkpoint), recipe, adapter)
+    if adapter and exists(join(checkpoint, RECORD)):
+        raise ConfigurationError(
+            f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} contains its adapter itself, if it has "
+            "one: leave it out."
+        )
+    if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
+        return _from_model(fetch_model(checkpoint))
+    if not exists(join(checkpoint, RECORD)):
+        local = fetch_folder(checkpoint) if is_s3(checkpoint) else local_path(checkpoint)
+        if (folder := find_zero_folder(local)) is not None:
+            return _from_deepspeed(folder, recipe, adapter)
+    return _from_training(require_record(checkpoint, "train"), which)
+
+
+def _from_training(trained: Record, which: str) -> Source:
+    place = join(trained.folder, "checkpoints")
+    sources = all_complete(place) if which == "average" else [require(place, which)]
+    files = [{name: facts["sha256"] for name, facts in source.files.items()} for source in sources]
+
+    def read() -> Content:
+        recipe = load_recipe(trained.file("recipe.yaml").read_text())
+        facts = {**trained.facts, "steps": sources[-1].step}
+        if which == "average":
+            facts["averaged_steps"] = ", ".join(str(source.step) for source in sources)
+            log_line(f"mean of {len(sources)} checkpoints, of steps {facts['averaged_steps']}")
+        bases = {"encoder": facts.pop("encoder_fingerprint"), "llm_sha256": facts.pop("llm_sha256")}
+        return Content(_mean(sources), recipe, bases, facts, sources[-1].folder)
+
+    return Source({"training": trained.inputs, "files": files if which == "average" else files[0]}, read)
+
+
+def _mean(sources: Sequence[Checkpoint]) -> Mapping[str, torch.Tensor]:
+    """Return the mean of the checkpoints' fp32 weights; each tensor is computed when it is accessed."""
+    first, *others = (source.tensors("weights") for source in sources)
+
+    def mean(name: str) -> torch.Tensor:
+        # A running mean needs two tensors in memory, however many checkpoints there are.
+        running = first[name]
+        for count, other in enumerate(others, start=2):
+            running = running + (other[name] - running) / count
+        return running
+
+    return LazyTensors({name: partial(mean, name) for name in first})
+
+
+def _from_file(path: Path, recipe: Recipe | None, adapter: str | None) -> Source | OriginalEncoder:
+    content = read_pickle(path)
+    if not is_slam_llm(content):
+        return OriginalEncoder(path)
+    read = partial(from_slam_llm, content, str(path))
+    return _of_slam_llm(read, str(path), {"file": sha256_of_file(path)}, recipe, adapter)
+
+
+def _from_deepspeed(folder: Path, recipe: Recipe | None, adapter: str | None) -> Source:
+    def weights() -> Mapping[str, torch.Tensor]:
+        tensors = fp32_weights(folder)
+        return from_slam_llm(tensors, str(folder)) if is_slam_llm(tensors) else tensors
+
+    files = {path.name: sha256_of_file(path) for path in sorted(folder.glob("*.pt"))}
+    return _of_slam_llm(weights, str(folder), {"files": files}, recipe, adapter)
+
+
+def _of_slam_llm(
+    read: Callable[[], Mapping[str, torch.Tensor]],
+    where: str,
+    inputs: dict[str, Any],
+    recipe: Recipe | None,
+    adapter: str | None,
+) -> Source:
+    """A checkpoint that does not name its encoder and LLM.
+
+    Args:
+        read: returns the checkpoint's weights, by this project's names.
+        where: the checkpoint, for messages.
+        inputs: digests of its files.
+        recipe: names encoder and LLM.
+        adapter: folder of a LoRA adapter that is not in the checkpoint.
+    """
+    if recipe is None:
+        raise ConfigurationError(
+            f"{where} does not state which encoder and LLM it belongs to: name them with --recipe."
+        )
+    # SLAM-LLM trains on the encoder's outputs directly, not on features that were rounded for a store.
+    recipe = replace(recipe, features=replace(recipe.features, dtype="fp32"))
+    weights = read()
+    if adapter:
+        folder = fetch_folder(adapter) if is_s3(adapter) else local_path(adapter)
+        inputs = {**inputs, "adapter": sha256_of_file(adapter_file(folder))}
+        # ChainMap only reads its second mapping, so an immutable one will do.
+        weights = ChainMap(
+            {f"llm.{name}": tensor for name, tensor in read_peft(folder).items()},
+            cast("MutableMapping[str, torch.Tensor]", weights),
+        )
+    bases = {
+        "encoder": describe_encoder(recipe.encoder).fingerprint(),
+        "llm_sha256": weights_sha256(locate_model(recipe.llm.name)),
+    }
+    facts = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}
+    content = Content(weights, recipe, bases, facts, where)
+    return Source({**inputs, "recipe": dump_recipe(recipe), **bases}, lambda: content)
+
+
+def _from_model(model: Path) -> Source:
+    complete = [part for part in (LLM, ENCODER) if (model / part).is_dir()]
+    if complete:
+        raise ModelError(
+            f"{model} holds a completely trained {complete[0]}. It is in the folder {complete[0]}/, in "
+            "transformers' format: copy that, or convert the training's checkpoint."
+        )
+    config = read_config(model)
+
+    def read() -> Content:
+        projector = read_projector(model, config).state_dict()
+        weights = {f"projector.{name}": tensor for name, tensor in projector.items()}
+        weights |= {f"llm.{name}": tensor for name, tensor in read_adapter(model).items()}
+        bases = {"encoder": config.encoder, "llm_sha256": config.llm_sha256}
+        return Content(weights, config.typed_recipe, bases, config.training, str(model))
+
+    return Source({"model": model_digests(model)}, read)

@@ -1,0 +1,212 @@
+"""The formats that a checkpoint can be written in: model folder, SLAM-LLM's model.pt, and a trained LLM."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slam_asr.artifacts.model_folder import (
+    CONFIG,
+    LLM,
+    ModelConfig,
+    projector_from_weights,
+    write_adapter,
+    write_model,
+)
+from slam_asr.artifacts.stage_record import Outcome
+from slam_asr.config.recipe import Recipe, dump_recipe
+from slam_asr.conversion.slam_llm import FILE, write_slam_llm
+from slam_asr.conversion.sources import Content
+from slam_asr.conversion.tuned import check_adapter, write_merged_llm, write_tuned_encoder, write_tuned_llm
+from slam_asr.conversion.verification import (
+    TrainedWeights,
+    compare_merged_loss,
+    compare_written_loss,
+    read_back,
+    require_encoder,
+)
+from slam_asr.errors import ConfigurationError, ModelError
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.models.llm import describe_llm, llm_width
+from slam_asr.pretrained.lazy_tensors import rename_tensors
+from slam_asr.pretrained.locate import locate_model
+from slam_asr.progress import log_line
+
+
+@dataclass(frozen=True)
+class TargetFormat:
+    """How the result is written. Each field is the option of `convert_checkpoint` with the same name."""
+
+    to: str
+    half: bool
+    verify: bool
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The stage's inputs that describe these options.
+
+        `half` and `verify` are left out if they have their default values: models converted before these
+        options existed still have the same fingerprint.
+        """
+        return {
+            "to": self.to,
+            **({"half": True} if self.half else {}),
+            **({} if self.verify else {"verified": False}),
+        }
+
+
+@dataclass
+class Parts:
+    """The weights of a checkpoint, divided and checked against their encoder and LLM."""
+
+    content: Content
+    projector: Mapping[str, torch.Tensor]
+    llm: Mapping[str, torch.Tensor]
+    """Empty if the LLM was not trained."""
+    encoder: Mapping[str, torch.Tensor]
+    """Empty if the encoder was not trained."""
+    widths: tuple[int, int]
+    """Values of encoder frames and of LLM positions."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it was trained."""
+        return self.content.recipe
+
+    @property
+    def where(self) -> str:
+        """The checkpoint, for messages."""
+        return self.content.where
+
+    @property
+    def adapter(self) -> Mapping[str, torch.Tensor]:
+        """LoRA's weights; empty without LoRA."""
+        return self.llm if self.recipe.llm.tuning == "lora" else {}
+
+
+def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
+    """Check the weights, write them part by part, and verify the result.
+
+    Args:
+        folder: for the result.
+        content: of the checkpoint; its tensors are read one after the other.
+        target: how to write it.
+
+    Raises:
+        ModelError: the weights do not fit encoder or LLM, or the written ones differ from those read.
+        ConfigurationError: the format cannot hold what was trained.
+    """
+    parts = _divide(content)
+    {"llm": _write_llm, "slam-llm": _write_for_slam_llm, "model": _write_model}[target.to](
+        folder, parts, target
+    )
+    checked = _verify(folder, parts, target) if target.verify else "not compared with the checkpoint"
+    trained = {"projector": parts.projector, "llm": parts.llm, "encoder": parts.encoder}
+    counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in trained.items() if tensors}
+    summary = " and ".join(f"{part} of {count:,} parameters" for part, count in counts.items())
+    megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".safetensors", ".pt")) / 1e6
+    return Outcome(f"{summary}, {megabytes:.1f} MB, {checked}", {"parameters": sum(counts.values())})
+
+
+def _divide(content: Content) -> Parts:
+    """Divide the weights by part, and check that they fit the encoder, the LLM and the recipe."""
+    recipe, where = content.recipe, content.where
+    names: dict[str, dict[str, str]] = {"projector": {}, "llm": {}, "encoder": {}}
+    for name in content.weights:
+        part, _, rest = name.partition(".")
+        # A weight of any other part is ignored: its name goes into a dictionary that nothing refers to.
+        names.get(part, {})[rest] = name
+    tensors = {part: rename_tensors(content.weights, own) for part, own in names.items()}
+    if not tensors["projector"]:
+        raise ModelError(f"{where} holds no projector: it is not a checkpoint of slam-asr train.")
+    widths = describe_encoder(recipe.encoder).width, llm_width(describe_llm(locate_model(recipe.llm.name)))
+    projector_from_weights(tensors["projector"], recipe.projector, *widths, where)
+    parts = Parts(content, **tensors, widths=widths)
+    if bool(parts.adapter) != any(".lora_" in name for name in parts.llm):
+        raise ConfigurationError(
+            f"{where} and the recipe {recipe.name}, whose llm.tuning is {recipe.llm.tuning}, do not agree on "
+            "whether the LLM has a LoRA adapter: give the recipe of the training."
+        )
+    if parts.adapter:
+        check_adapter(parts.adapter, recipe, where)
+    return parts
+
+
+def _write_llm(folder: Path, parts: Parts, target: TargetFormat) -> None:
+    """Write the trained LLM as transformers does, with LoRA merged into it."""
+    if not parts.llm:
+        raise ConfigurationError(
+            f"{parts.where} leaves the LLM {parts.recipe.llm.name} unchanged, so it has no trained LLM to "
+            "write: leave out --to."
+        )
+    if parts.adapter:
+        write_merged_llm(folder, parts.adapter, parts.recipe)
+    else:
+        write_tuned_llm(folder, parts.llm, parts.recipe, parts.where)
+    log_line(f"{folder}: use it as llm.name, or in any program that loads transformers' models")
+
+
+def _write_for_slam_llm(folder: Path, parts: Parts, target: TargetFormat) -> None:
+    """Write SLAM-LLM's model.pt."""
+    if parts.encoder or (parts.llm and not parts.adapter):
+        raise ConfigurationError(
+            f"{parts.where} contains a completely trained LLM or encoder, which SLAM-LLM's model.pt cannot "
+            "hold: leave out --to."
+        )
+    projector = projector_from_weights(parts.projector, parts.recipe.projector, *parts.widths, parts.where)
+    write_slam_llm(folder, projector.state_dict(), parts.adapter)
+    log_line(f"{folder / FILE}: pass it to SLAM-LLM as ckpt_path")
+
+
+def _write_model(folder: Path, parts: Parts, target: TargetFormat) -> None:
+    """Write a model folder; its config.json, which makes it one, comes last."""
+    if parts.adapter:
+        write_adapter(folder, parts.adapter, parts.recipe)
+    elif parts.llm:
+        write_tuned_llm(folder / LLM, parts.llm, parts.recipe, parts.where)
+    if parts.encoder:
+        write_tuned_encoder(folder, parts.encoder, parts.recipe, parts.where)
+    config = ModelConfig(
+        dump_recipe(parts.recipe),
+        **parts.content.bases,
+        encoder_width=parts.widths[0],
+        llm_width=parts.widths[1],
+        training=parts.content.facts,
+    )
+    write_model(folder, parts.projector, config, target.half)
+
+
+def _verify(folder: Path, parts: Parts, target: TargetFormat) -> str:
+    """Compare the written files with the weights that were read; if they differ, invalidate the result.
+
+    Returns:
+        A clause for the summary that states what was compared.
+
+    Raises:
+        ModelError: a weight or a loss differs.
+    """
+    recipe, widths = parts.recipe, parts.widths
+    rounded = {name: t.half().float() if target.half else t.float() for name, t in parts.projector.items()}
+    projector = projector_from_weights(rounded, recipe.projector, *widths, parts.where)
+    before = TrainedWeights(projector, parts.llm)
+    llm_folder = locate_model(recipe.llm.name)
+    try:
+        if target.to == "llm":
+            return compare_merged_loss(recipe, llm_folder, widths[0], before, folder)
+        if parts.encoder:
+            require_encoder(folder, parts.encoder, recipe)
+        return compare_written_loss(
+            recipe,
+            llm_folder,
+            widths[0],
+            before,
+            lambda: read_back(folder, recipe, widths, target.to),
+            str(folder),
+        )
+    except BaseException:
+        # Without this file, nothing recognises the folder as a model. For `llm`, it is transformers' own
+        # config.json, which has the same name.
+        (folder / (FILE if target.to == "slam-llm" else CONFIG)).unlink(missing_ok=True)
+        raise

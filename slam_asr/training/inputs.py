@@ -1,0 +1,304 @@
+"""Checks a training's inputs before any weight is loaded, and lists those that the weights depend on."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slam_asr.artifacts.feature_store.index import to_array
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import Utterance, read_manifest
+from slam_asr.artifacts.model_folder import (
+    WEIGHTS,
+    fetch_model,
+    projector_from_weights,
+    read_config,
+    read_projector,
+)
+from slam_asr.artifacts.utterances import fit_to_window
+from slam_asr.config.recipe import Recipe
+from slam_asr.errors import ConfigurationError, InputError
+from slam_asr.models.encoders.base import EncoderSpec
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.models.llm import describe_llm, llm_positions, llm_width, load_tokenizer, require_targets
+from slam_asr.models.precision import explain_precision, pick_device
+from slam_asr.models.prompt import Prompt
+from slam_asr.pretrained.locate import locate_model, weights_sha256
+from slam_asr.progress import log_line
+from slam_asr.storage import fetch, join, sha256_of_file
+from slam_asr.training.kernels import require_kernels
+from slam_asr.training.nodes import Nodes, nodes_from_environment
+from slam_asr.training.trackers import require_trackers
+
+
+@dataclass
+class CheckedInputs:
+    """The inputs of a training that has passed all checks."""
+
+    device: torch.device
+    nodes: Nodes
+    """The machines of the training, and which of them this one is."""
+    processes: int
+    """Training processes on this machine."""
+    encoder: EncoderSpec
+    llm_folder: Path
+    prompt: Prompt
+    utterances: Mapping[str, Sequence[Utterance]]
+    """All utterances, by set (`train`, `dev`)."""
+    fitting: Mapping[str, Sequence[Utterance]]
+    """Those that fit the encoder's window."""
+    feature_store: str | None
+    """None if audio is encoded on the fly."""
+    init_from: Path | None
+    """Local folder of the model whose projector the training starts from."""
+    base: dict[str, Any]
+    """Fingerprint of the encoder and digest of the LLM's weights."""
+    inputs: dict[str, Any]
+    """Everything that the trained weights depend on by more than rounding."""
+
+    @property
+    def hours(self) -> float:
+        """Hours of audio to train on."""
+        return sum(u.duration or 0.0 for u in self.utterances["train"]) / 3600
+
+
+def check_inputs(
+    recipe: Recipe, train_manifest: str, dev_manifest: str | None, feature_store: str | None
+) -> CheckedInputs:
+    """Check that this machine can train the recipe on these inputs.
+
+    Args:
+        recipe: models and hyper-parameters.
+        train_manifest: utterances to train on (JSON lines).
+        dev_manifest: utterances to validate on.
+        feature_store: store of the encoder's outputs; ignored if the recipe caches none.
+
+    Raises:
+        UserError: inputs do not fit each other, or this machine cannot train the recipe.
+    """
+    nodes = nodes_from_environment(recipe.training.nodes)
+    require_trackers(recipe.training.trackers)
+    device = pick_device()
+    require_kernels(recipe.training, device)
+    for precision in (recipe.training.precision, recipe.decoding.precision):
+        explain_precision(precision, device)
+    devices = max(1, torch.cuda.device_count())  # without a GPU, one process trains on the CPU
+    if device.type == "cuda" and recipe.training.processes > devices:
+        raise ConfigurationError(
+            f"training.processes is {recipe.training.processes} but this machine has {devices} GPUs: "
+            "lower it, or leave it at 0 to use them all."
+        )
+    processes = recipe.training.processes or devices
+    manifests = {"train": train_manifest, **({"dev": dev_manifest} if dev_manifest else {})}
+    utterances = {name: read_manifest(path) for name, path in manifests.items()}
+    encoder = describe_encoder(recipe.encoder)
+    fingerprint = encoder.fingerprint()
+    if not recipe.caches_features:
+        feature_store = None
+    fitting = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
+    check_utterances(fitting)
+    features = (
+        require_features(feature_store, fingerprint, recipe, fitting.values()) if feature_store else None
+    )
+    llm_folder = locate_model(recipe.llm.name)
+    prompt = check_llm(recipe, llm_folder)
+    base = {"encoder_fingerprint": fingerprint, "llm_sha256": weights_sha256(llm_folder)}
+    inputs: dict[str, Any] = {
+        "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
+        "features": features,
+        **base,
+        "recipe": settings_that_affect_weights(recipe),
+    }
+    init_from = initial_projector(recipe, encoder, llm_folder, base)
+    if init_from is not None:
+        inputs["init_from"] = sha256_of_file(init_from / WEIGHTS)
+    if recipe.training.utterances_per_batch:
+        # With this option the size of a step depends on the number of processes.
+        inputs["processes"] = nodes.number * processes
+    return CheckedInputs(
+        device=device,
+        nodes=nodes,
+        processes=processes,
+        encoder=encoder,
+        llm_folder=llm_folder,
+        prompt=prompt,
+        utterances=utterances,
+        fitting=fitting,
+        feature_store=feature_store,
+        init_from=init_from,
+        base=base,
+        inputs=inputs,
+    )
+
+
+def check_utterances(fitting: Mapping[str, Sequence[Utterance]]) -> None:
+    """Refuse an empty set, and warn if dev utterances are also in train.
+
+    Validation on utterances that were trained on does not measure generalisation.
+
+    Args:
+        fitting: utterances that fit the encoder's window, by set (`train`, `dev`).
+
+    Raises:
+        InputError: no utterance is left to train on, or to validate on.
+    """
+    for name, utterances in fitting.items():
+        if not utterances:
+            raise InputError(
+                f"The {name} manifest has no usable utterance: it is empty, or all are longer than the "
+                "encoder's window (encoder.long_audio is set-aside)."
+            )
+    trained = {u.audio_id for u in fitting["train"]}
+    shared = [u.key for u in fitting.get("dev", ()) if u.audio_id in trained]
+    if shared:
+        log_line(
+            f"warning: {len(shared)} of {len(fitting['dev'])} dev utterances are also in train (first "
+            f"{shared[0]}): the dev loss will be lower than on speech that was not trained on, and neither "
+            "early stopping nor the best checkpoint can be trusted"
+        )
+
+
+def require_features(
+    path: str, expected: dict[str, Any], recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
+) -> dict[str, Any]:
+    """Check that a feature store has every utterance, and return its fingerprint.
+
+    Args:
+        path: path of the store.
+        expected: fingerprint of the encoder.
+        recipe: names the dtype of the features.
+        manifests: the utterances of each set.
+
+    Raises:
+        UserError: the store does not exist, was written with another encoder, or lacks utterances.
+    """
+    audio_ids = [u.audio_id for utterances in manifests for u in utterances]
+    store = FeatureStore(path, expected, recipe.features.dtype, audio_ids)
+    missing = np.flatnonzero(store.index.locate(to_array(audio_ids)) < 0)
+    if len(missing):
+        key = next(itertools.islice(itertools.chain.from_iterable(manifests), int(missing[0]), None)).key
+        raise InputError(
+            f"The feature store {path} lacks {len(missing)} of {len(audio_ids)} utterances, first {key} "
+            f"(audio {audio_ids[missing[0]][:16]}…): run `slam-asr extract-features` over this manifest, "
+            "all of its parts if it was divided."
+        )
+    return store.fingerprint
+
+
+def initial_projector(
+    recipe: Recipe, encoder: EncoderSpec, llm_folder: Path, base: dict[str, Any]
+) -> Path | None:
+    """Fetch the model that `projector.init_from` names, and check that its projector fits.
+
+    Args:
+        recipe: its section `projector` is read.
+        encoder: encoder of this training.
+        llm_folder: folder of this training's LLM.
+        base: fingerprints of encoder and LLM.
+
+    Returns:
+        The model's local folder; None if `projector.init_from` is empty.
+
+    Raises:
+        UserError: the model does not exist, or its projector has another kind or size.
+    """
+    name = recipe.projector.init_from
+    if not name:
+        return None
+    folder = fetch_model(name)
+    config = read_config(folder)
+    weights = read_projector(folder, config).state_dict()
+    projector_from_weights(
+        weights,
+        recipe.projector,
+        encoder.width,
+        llm_width(describe_llm(llm_folder)),
+        f"projector.init_from: {join(folder, WEIGHTS)}",
+    )
+    others = [
+        part
+        for part, here, there in (
+            ("encoder", base["encoder_fingerprint"], config.encoder),
+            ("LLM", base["llm_sha256"], config.llm_sha256),
+        )
+        if here != there
+    ]
+    if others:
+        log_line(
+            f"warning: the projector of {name} was trained with another {' and '.join(others)}: it may be "
+            "of little use as a starting point"
+        )
+    return folder
+
+
+def check_llm(recipe: Recipe, folder: Path) -> Prompt:
+    """Check that an LLM suits the recipe, from its configuration and tokenizer alone.
+
+    Args:
+        recipe: its sections `llm` and `decoding` are read.
+        folder: folder of the LLM.
+
+    Returns:
+        The recipe's prompts, tokenised.
+
+    Raises:
+        UserError: the folder has no causal LM or no tokenizer; the prompt's template or the layers for
+            adapters do not exist; or prompt and answer leave no positions for audio.
+    """
+    prompt = Prompt(load_tokenizer(folder), recipe.llm)
+    longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.drawn))
+    limit = llm_positions(folder)
+    if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:
+        raise ConfigurationError(
+            f"The prompt takes {longest} LLM positions and decoding.max_new_tokens "
+            f"{recipe.decoding.max_new_tokens}, which leaves none for audio in the {limit} that "
+            f"{recipe.llm.name} holds: shorten one of them."
+        )
+    if recipe.llm.tuning == "lora":
+        require_targets(describe_llm(folder), recipe.llm.lora)
+    return prompt
+
+
+def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's settings that the trained weights depend on by more than rounding.
+
+    The engine, for example, is left out: all engines give the same weights up to rounding.
+    """
+    values = asdict(recipe)
+    for key in (
+        "nodes",
+        "processes",
+        "engine",
+        "zero_stage",
+        "log_every",
+        "positions_per_batch",
+        "offload_optimizer",
+        "deepspeed",
+        "packing",
+        "gradient_checkpointing",
+        "compile",
+        "liger",
+        "nonfinite_steps",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "checkpoints",
+        "samples",
+        "trackers",
+    ):
+        del values["training"][key]
+    assert isinstance(recipe.training.deepspeed, dict)  # loading the recipe has read a file that it named
+    optimizer = recipe.training.deepspeed.get("optimizer")
+    if optimizer:
+        values["training"]["deepspeed"] = {"optimizer": optimizer}
+    del values["encoder"]["batch_seconds"]
+    del values["projector"]["init_from"]  # the digest of its weights is an input of its own
+    # Of the store's settings only these matter: the dtype rounds the features, and the size and the mixing
+    # of shards determine the order of the utterances.
+    values["features"] = {
+        key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
+    }
+    return {section: values[section] for section in ("encoder", "features", "projector", "llm", "training")}

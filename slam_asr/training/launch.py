@@ -1,0 +1,201 @@
+"""Starts or resumes a training: its processes run under torchrun, on this machine or on several."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slam_asr.artifacts import checkpoint
+from slam_asr.artifacts.stage_record import Record, read_record, require_permission_to_replace
+from slam_asr.errors import ConfigurationError, Stopped, UserError
+from slam_asr.progress import log_line
+from slam_asr.runtime.worker import FAILURE
+from slam_asr.storage import digest
+from slam_asr.storage.cache import cache_folder
+from slam_asr.training.nodes import Nodes
+
+WAIT_FOR_RECORD = 600.0
+"""Seconds that other nodes wait for the first node's record after training."""
+RENDEZVOUS = 1800
+"""Seconds that a node waits for the others, which may still be pulling images or downloading models."""
+
+LAST_CHECKPOINT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+"""Seconds allowed for the last checkpoint after a signal; a cluster's grace period is usually shorter."""
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
+"""Makes glibc allocate each block above 4 MiB in pages of its own.
+
+Such a block is returned to the system when it is freed. By default glibc raises this threshold to as much as
+32 MiB, and activations then leave holes in the heap: training on a CPU took 1.5 times the memory, in the same
+time.
+"""
+
+
+def train_as_worker_node(
+    folder: str, inputs: dict[str, Any], nodes: Nodes, train_here: Callable[[Path], None], overwrite: bool
+) -> Record:
+    """Train on a machine other than the first, and wait for the record that the first one writes.
+
+    Args:
+        folder: the stage's results, perhaps in object storage.
+        inputs: inputs of this training.
+        nodes: this machine's rank.
+        train_here: function that trains, with results in a local folder.
+        overwrite: whether results of other inputs may be replaced.
+
+    Raises:
+        UserError: this node's training failed, or the first node wrote no record within `WAIT_FOR_RECORD`.
+    """
+    done = read_record(folder)
+    if done is not None and done.inputs == inputs:
+        log_line(f"train: already there, nothing to do: {done.summary} ({folder})")
+        return done
+    if done is not None:
+        require_permission_to_replace(folder, done, inputs, overwrite)
+    work_folder = cache_folder() / "work" / f"{digest(folder)[:24]}-node-{nodes.rank}"
+    work_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        train_here(work_folder)
+    finally:
+        shutil.rmtree(work_folder, ignore_errors=True)
+    deadline = time.monotonic() + WAIT_FOR_RECORD
+    while (done := read_record(folder)) is None or done.inputs != inputs:
+        if time.monotonic() > deadline:
+            raise UserError(f"The first node has written no record in {folder}: see its log for the reason.")
+        time.sleep(1.0)
+    log_line(f"train: node {nodes.rank} of {nodes.number} is done; the first node wrote {folder}")
+    return done
+
+
+def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> None:
+    """Run the training loop in `processes` processes under torchrun's launcher, on this and all other nodes.
+
+    Args:
+        processes: number of processes on this machine.
+        folder: contains `job.json`; a failing process writes its message there.
+        nodes: this machine's rank, and the address at which the machines meet.
+        checkpoints: folder of the checkpoints, for the message after a stop.
+
+    Raises:
+        Stopped: a signal stopped the training.
+        UserError: a process failed; the message is that of the process that failed first, if it wrote one.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault(*ALLOCATION)
+    os.environ.setdefault(*LAST_CHECKPOINT)
+    # Each process uses its share of the cores; by default each would start threads for all of them.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # Use an address, not a name: resolving `localhost` may need a resolver that a container does not have.
+    # With port 0 the system picks a free port.
+    single_node = {
+        "run_id": f"slam-asr-{os.getpid()}",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "127.0.0.1:0",
+        "local_addr": "127.0.0.1",
+    }
+    several_nodes = {
+        "run_id": "slam-asr",
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{nodes.address}:{nodes.port}",
+        "rdzv_configs": {"rank": nodes.rank, "timeout": RENDEZVOUS},
+    }
+    config = LaunchConfig(
+        min_nodes=nodes.number,
+        max_nodes=nodes.number,
+        nproc_per_node=processes,
+        max_restarts=0,
+        monitor_interval=0.2,
+        **(several_nodes if nodes.number > 1 else single_node),
+    )
+    here = f" on node {nodes.rank} of {nodes.number}" if nodes.number > 1 else ""
+    log_line(f"starting {processes} training process{'es' * (processes > 1)}{here}")
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
+    except SignalException as error:
+        raise Stopped(_stopped_message(error.sigval.name, checkpoints), 128 + error.sigval.value) from error
+    except ChildFailedError as error:
+        failure = folder / FAILURE
+        if failure.is_file():
+            raise UserError(failure.read_text()) from error
+        # When one process fails, those that lose it as a peer end with code 1. The code of a process that a
+        # signal killed is negative, so the minimum is the code of the cause.
+        code = min(failed.exitcode for failed in error.failures.values())
+        if code - 128 in STOPPING:
+            raise Stopped(_stopped_message(signal.Signals(code - 128).name, checkpoints), code) from error
+        if code == -9:
+            raise UserError(
+                "A training process was killed (signal 9), usually because the machine ran out of memory: "
+                "lower training.positions_per_batch or training.processes."
+            ) from error
+        raise UserError(f"A training process ended with code {code}; its own message is above.") from error
+
+
+def _stopped_message(signal_name: str, checkpoints: str) -> str:
+    """Build the message of a stopped training, with its latest checkpoint and how to resume."""
+    latest = checkpoint.find(checkpoints)
+    state = f"after step {latest.step}, saved in {latest.folder}" if latest else "before the first checkpoint"
+    return f"stopped by {signal_name} {state}; run the same command again to resume"
+
+
+def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) -> None:
+    """Check that checkpoints of an earlier attempt belong to this training, so that it may resume from them.
+
+    Args:
+        folder: folder of the checkpoints.
+        inputs: inputs of this training.
+        overwrite: whether to remove another training's checkpoints instead of refusing.
+
+    Raises:
+        ConfigurationError: the checkpoints belong to another training; the message names the keys that
+            differ.
+    """
+    latest = checkpoint.find(folder)
+    if latest is None:
+        return
+    differing = _differences(latest.inputs, inputs)
+    if differing and not overwrite:
+        shown = ", ".join(f"{key} {before} → {now}" for key, before, now in differing[:5])
+        more = ", …" if len(differing) > 5 else ""
+        raise ConfigurationError(
+            f"{latest.folder} is a checkpoint of another training ({len(differing)} keys differ: "
+            f"{shown}{more}): choose another --output, or add --overwrite true to start again."
+        )
+    if differing:
+        checkpoint.clear(folder)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """List (key, before, now) of the inputs that differ, except those that a resumed training may change."""
+    flat_before, flat_now = _flat(before), _flat(now)
+    harmless = {"recipe.training.validate_every", "recipe.training.patience"}
+    if flat_before.get("recipe.training.schedule") == flat_now.get("recipe.training.schedule") == "constant":
+        # With a constant rate, the total number of steps does not affect the steps done so far.
+        harmless |= {"recipe.training.max_steps", "recipe.training.epochs"}
+    keys = sorted(
+        k for k in flat_before | flat_now if flat_before.get(k) != flat_now.get(k) and k not in harmless
+    )
+    return [
+        (key.removeprefix("recipe."), _shown(flat_before.get(key)), _shown(flat_now.get(key))) for key in keys
+    ]
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries; keys are joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return flat
+
+
+def _shown(value: object) -> str:
+    """Return a value as text for a message; a long text, such as a SHA-256, is cut to 12 characters."""
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 20 else text[:12] + "…"
