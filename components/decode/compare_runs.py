@@ -35,7 +35,7 @@ def compare_runs(
 
         from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
         from slam_asr.config.recipe import load_recipe
-        from slam_asr.stages.compare_runs import MARKDOWN, PAGE
+        from slam_asr.scoring.runs import MARKDOWN, PAGE
         from slam_asr.stages.compare_runs import compare_runs as run
 
         folders = [follow_pointer(part.path) for part in scores]

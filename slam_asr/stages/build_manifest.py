@@ -2,40 +2,22 @@
 
 Every audio file is decoded once here, so that no later stage finds a damaged one after hours of work.
 Utterances that cannot be used are rejected with a reason; if there are too many of them, the stage fails.
-Utterances are processed one at a time and sorted through local disk, so memory grows by only a few bytes per
-utterance.
 """
 
-import contextlib
 import hashlib
 import json
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from slam_asr.artifacts.manifest import Utterance, json_line, manifest_line, parse_line, write_lines
 from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
-from slam_asr.audio import SAMPLE_RATE
-from slam_asr.config.recipe import Data, Recipe, dump_recipe
-from slam_asr.corpora import SPLITS, CorpusReader, Rejection
-from slam_asr.corpora.audio_check import check_all
+from slam_asr.config.recipe import Recipe
+from slam_asr.corpora import CorpusReader
 from slam_asr.corpora.detection import open_corpus
+from slam_asr.corpora.manifests import STAGE, write_manifests
 from slam_asr.corpora.places import is_folder
-from slam_asr.corpora.splits import choose_subsets, held_out, read_splits, required_splits, survey
-from slam_asr.corpora.statistics import CorpusStatistics
-from slam_asr.errors import ConfigurationError, InputError
-from slam_asr.pages.corpus import write_corpus_page
-from slam_asr.progress import log_line
-from slam_asr.runtime.external_sort import ExternalSort
-from slam_asr.storage import is_s3, local_path, parent_of, write_atomically, write_json
-
-STAGE = "build-manifest"
-REJECTED = "rejected.jsonl"
-STATISTICS_PAGE = "statistics.html"
+from slam_asr.corpora.splits import choose_subsets
+from slam_asr.errors import ConfigurationError
+from slam_asr.storage import is_s3, local_path, parent_of
 
 
 def build_manifest(recipe: Recipe, corpus: str, output: str, overwrite: bool = False) -> Record:
@@ -67,7 +49,11 @@ def build_manifest(recipe: Recipe, corpus: str, output: str, overwrite: bool = F
         )
     subsets = choose_subsets(reader, recipe.data)
     inputs = {"corpus": reader.root, "listing": _listing(reader, subsets), "data": asdict(recipe.data)}
-    return run_stage(STAGE, output, inputs, lambda folder: _build(folder, reader, subsets, recipe), overwrite)
+
+    def work(folder: Path) -> Outcome:
+        return write_manifests(folder, reader, subsets, recipe)
+
+    return run_stage(STAGE, output, inputs, work, overwrite)
 
 
 def _is_corpus_folder(output: str, root: str) -> bool:
@@ -84,203 +70,3 @@ def _listing(reader: CorpusReader, subsets: dict[str, list[str]]) -> str:
         for line in ([subset], *reader.stamps(subset)):
             listing.update(json.dumps(line).encode() + b"\n")
     return listing.hexdigest()
-
-
-def _build(folder: Path, reader: CorpusReader, subsets: dict[str, list[str]], recipe: Recipe) -> Outcome:
-    _clear(folder)
-    _log_subsets(reader, subsets)
-    reader.prepare(folder, [subset for names in subsets.values() for subset in names])
-    overview = survey(reader, subsets)
-    statistics = CorpusStatistics()
-    with contextlib.ExitStack() as stack:
-        splits = {split: stack.enter_context(ExternalSort(folder)) for split in SPLITS}
-        rejected = stack.enter_context(ExternalSort(folder))
-        items = read_splits(reader, subsets, recipe.data, overview.repeated)
-        total = overview.candidates + overview.rejected.total()
-        for result in check_all(items, recipe.data, STAGE, folder, total, is_s3(reader.root)):
-            if isinstance(result, Rejection):
-                rejected.add(
-                    _bytes("\0".join((result.key, result.source, result.reason))), json_line(asdict(result))
-                )
-                continue
-            splits[result.split].add(_bytes(result.utterance.key), manifest_line(result.utterance))
-            statistics.resampled += result.utterance.sample_rate != SAMPLE_RATE
-            statistics.downmixed += result.channels != 1
-        # The list is written before the check: the check's message refers to it, and quotes the counts that
-        # writing it collects.
-        write_lines(folder / REJECTED, _count_rejections(rejected, statistics))
-        _refuse_too_many(rejected, statistics, total, recipe.data.max_rejected, folder / REJECTED)
-        without_dev = bool(recipe.data.train) and not subsets["dev"]
-        dev_keys = _dev_keys(splits["train"], recipe.data) if without_dev else set()
-        _write_manifests(folder, splits, dev_keys, statistics, required_splits(recipe.data))
-    numbers = statistics.as_dict(without_dev)
-    write_json(folder / "statistics.json", numbers)
-    write_corpus_page(folder / STATISTICS_PAGE, reader.root, reader.kind, recipe, numbers)
-    write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
-    return _outcome(numbers)
-
-
-def _bytes(text: str) -> bytes:
-    # Python represents a file name that is not UTF-8 with lone surrogates, which plain `encode` refuses.
-    return text.encode("utf-8", "backslashreplace")
-
-
-def _clear(folder: Path) -> None:
-    """Remove the manifests of an earlier run, so that none remains if this run fails."""
-    manifests = [file for split in SPLITS if (file := folder / f"{split}.jsonl").exists()]
-    if manifests and not (folder / REJECTED).exists():
-        raise ConfigurationError(
-            f"{manifests[0]} was not written by {STAGE} and would be replaced: choose another --output."
-        )
-    for file in (
-        *manifests,
-        *(folder / name for name in ("statistics.json", STATISTICS_PAGE, "recipe.yaml")),
-    ):
-        file.unlink(missing_ok=True)
-
-
-def _log_subsets(reader: CorpusReader, subsets: dict[str, list[str]]) -> None:
-    used = [f"{split} from {', '.join(names)}" for split, names in subsets.items() if names]
-    log_line(f"{STAGE}: {reader.kind} {reader.root}: {'; '.join(used)}")
-    matched = {name for names in subsets.values() for name in names}
-    if unused := [subset for subset in reader.subsets() if subset not in matched]:
-        log_line(f"{STAGE}: unused subsets, which match no pattern of the recipe: {', '.join(unused)}")
-
-
-def _count_rejections(rejected: ExternalSort, statistics: CorpusStatistics) -> Iterator[bytes]:
-    """Yield the lines of rejected.jsonl and count them."""
-    for _, line in rejected:
-        statistics.add_rejection(Rejection(**json.loads(line)))
-        yield line
-
-
-def _dev_keys(train: ExternalSort, data: Data) -> set[str]:
-    """Choose the train utterances that are held out for dev, by key."""
-    keys = held_out((key.decode() for key, _ in train), data.dev_fraction)
-    patterns = ", ".join(data.dev) or "none requested"
-    count = f"{len(keys)} of {len(train)} train utterances are held out instead"
-    log_line(f"{STAGE}: the corpus has no subset for dev ({patterns}); {count}")
-    return keys
-
-
-def _write_manifests(
-    folder: Path,
-    splits: dict[str, ExternalSort],
-    dev_keys: set[str],
-    statistics: CorpusStatistics,
-    required: Sequence[str],
-) -> None:
-    """Write the three manifests and count their utterances.
-
-    Args:
-        folder: the stage's output folder.
-        splits: keys and lines of each split.
-        dev_keys: train utterances that are written to dev instead.
-        statistics: the counts to update.
-        required: splits that must not be empty.
-
-    Raises:
-        InputError: a required split is empty.
-    """
-    shared = _SharedAudio()
-    lines: dict[str, Iterable[tuple[bytes, bytes]]] = dict(splits)
-    # Both generators iterate over the same sort, which allows only one iteration at a time: the manifests are
-    # written one after the other.
-    if dev_keys:
-        lines["train"] = ((key, line) for key, line in splits["train"] if key.decode() not in dev_keys)
-        lines["dev"] = ((key, line) for key, line in splits["train"] if key.decode() in dev_keys)
-    sizes = {split: len(records) for split, records in splits.items()}
-    if dev_keys:
-        sizes |= {"train": sizes["train"] - len(dev_keys), "dev": len(dev_keys)}
-    _require_every_split({split: sizes[split] for split in required}, statistics, folder / REJECTED)
-    for split in SPLITS:
-        write_lines(folder / f"{split}.jsonl", _count_lines(split, lines[split], statistics, shared))
-    shared.warn()
-
-
-def _count_lines(
-    split: str, lines: Iterable[tuple[bytes, bytes]], statistics: CorpusStatistics, shared: "_SharedAudio"
-) -> Iterator[bytes]:
-    """Yield the lines of a manifest and count their utterances."""
-    for _, line in lines:
-        utterance = parse_line(line)
-        statistics.add(split, utterance)
-        shared.add(split, utterance)
-        yield line
-
-
-class _SharedAudio:
-    """Finds dev and test utterances whose audio is also in train, perhaps under another key."""
-
-    def __init__(self) -> None:
-        self._train = array("q")
-        """Hashes of train audio: 8 bytes per utterance."""
-        self._sorted_train: np.ndarray | None = None
-        self._keys: list[str] = []
-        self._count = 0
-
-    def add(self, split: str, utterance: Utterance) -> None:
-        """Add an utterance. All of train must be added before the first of another split."""
-        # Hashes of text differ between Python processes, but these never leave this one.
-        # The duration distinguishes segments only: for a complete file it may be missing or rounded.
-        is_segment = utterance.start is not None
-        audio = hash((utterance.sha256, utterance.start, utterance.duration if is_segment else None))
-        if split == "train":
-            self._train.append(audio)
-            return
-        if self._sorted_train is None:
-            self._sorted_train = np.sort(np.frombuffer(self._train, np.int64))
-        i = int(np.searchsorted(self._sorted_train, audio))
-        if i < len(self._sorted_train) and self._sorted_train[i] == audio:
-            self._count += 1
-            if len(self._keys) < 3:
-                self._keys.append(utterance.key)
-
-    def warn(self) -> None:
-        if self._count:
-            text = f"{self._count} dev and test utterances have the same audio as train utterances"
-            log_line(f"{STAGE}: warning: {text}: {', '.join(self._keys)}")
-
-
-def _refuse_too_many(
-    rejected: ExternalSort, statistics: CorpusStatistics, total: int, max_share: float, list_file: Path
-) -> None:
-    if len(rejected) <= max_share * total:
-        return
-    reasons = ", ".join(f"{count} {reason}" for reason, count in statistics.reasons())
-    first = [json.loads(line)["key"] for _, (_, line) in zip(range(3), rejected, strict=False)]
-    names = ", ".join(first) + (", …" if len(rejected) > 3 else "")
-    raise InputError(
-        f"{len(rejected)} of {total} utterances cannot be used ({reasons}; {names}), more than the "
-        f"{max_share:.1%} allowed: correct those listed in {list_file}, or raise --data.max_rejected."
-    )
-
-
-def _require_every_split(sizes: dict[str, int], statistics: CorpusStatistics, list_file: Path) -> None:
-    for split, size in sizes.items():
-        if not size:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in statistics.reasons())
-            reasons = reasons or "too few to hold any out"
-            raise InputError(
-                f"No utterance is left for {split} ({reasons}; see {list_file}): "
-                f"correct the corpus, or choose other subsets with --data.train, --data.dev and --data.test."
-            )
-
-
-def _outcome(statistics: dict[str, Any]) -> Outcome:
-    splits, rejected = statistics["splits"], statistics["rejected"]["total"]
-    counts = {split: measures["utterances"] for split, measures in splits.items()}
-    hours = {split: measures["hours"] for split, measures in splits.items()}
-    utterances = ", ".join(f"{counts[split]} {split}" for split in SPLITS if split in counts)
-    metrics = {f"{split}_{name}": splits[split][name] for split in splits for name in ("utterances", "hours")}
-    return Outcome(
-        summary=f"{utterances} utterances, {sum(hours.values()):.2f} h; {rejected} rejected",
-        metrics=metrics | {"rejected": rejected},
-        facts={
-            "hours": hours,
-            "utterances": counts,
-            "subsets": {split: list(measures["subsets"]) for split, measures in splits.items()},
-            "rejected": statistics["rejected"],
-            "dev_held_out_of_train": statistics["dev_held_out_of_train"],
-        },
-    )

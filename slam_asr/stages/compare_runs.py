@@ -1,76 +1,16 @@
 """The command `slam-asr compare-runs`: shows the results of several trainings side by side on one page."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from slam_asr.artifacts.hypotheses import HYPOTHESES, Hypothesis
+from slam_asr.artifacts.hypotheses import HYPOTHESES
 from slam_asr.artifacts.stage_record import Outcome, Record, run_stage
-from slam_asr.config.variations import Variation, variation_of
+from slam_asr.config.variations import variation_of
 from slam_asr.errors import InputError
-from slam_asr.pages.curves import RUN_MARKERS, draw_runs, is_number, thinned
-from slam_asr.pages.render import grouped, render
-from slam_asr.progress import clock
-from slam_asr.scoring.outputs import read_output
-from slam_asr.scoring.report import NUMBERS, interval_text, plain, rate_text
-from slam_asr.stages.compare import Compared, compare_outputs, probability_text
-from slam_asr.storage import exists, fetch, join, sha256_of_file, write_atomically, write_json
+from slam_asr.scoring.report import NUMBERS
+from slam_asr.scoring.runs import read_runs, write_comparison
+from slam_asr.storage import exists, fetch, join, sha256_of_file
 
 STAGE = "compare-runs"
-PAGE, MARKDOWN, RUNS = "runs.html", "runs.md", "runs.json"
-
-_LAST_ON_DEV = ("loss", "accuracy", "wer")
-
-
-@dataclass
-class Run:
-    """One decoded training."""
-
-    name: str
-    folder: str
-    changes: str
-    """What this run changed in the recipe, in words; empty if unknown."""
-    numbers: dict[str, Any]
-    """The content of its wer.json."""
-    rows: list[Hypothesis]
-    against_best: Compared | None = None
-    """The best run (first) compared with this one (second).
-
-    None for the best run itself, and for a run that was decoded on another test set.
-    """
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """Facts about the training of this run, from its report."""
-        return self.numbers.get("training") or {}
-
-    def summary(self) -> dict[str, Any]:
-        """Return the numbers of this run's row in the table.
-
-        Rates are in percent, except that those on the dev set are fractions; time is in seconds.
-        """
-        total = self.numbers["all"]
-        dev = (self.training.get("validation") or [{}])[-1]
-        shuffled = self.numbers["controls"].get("shuffled audio")
-        comparison = self.against_best
-        return {
-            "name": self.name,
-            "changes": self.changes,
-            "folder": self.folder,
-            "wer": total["wer"],
-            "interval": total["interval"],
-            "normalised": total["normalised"],
-            "cer": total["cer"],
-            "shuffled": shuffled["all"]["wer"] if shuffled else None,
-            "subsets": {name: counts["wer"] for name, counts in self.numbers["subsets"].items() if name},
-            "dev": {key: dev[key] for key in _LAST_ON_DEV if is_number(dev.get(key))},
-            "steps": self.training.get("steps"),
-            "seconds": self.training.get("seconds"),
-            "worse_by": comparison.second - comparison.first if comparison else None,
-            "p": comparison.p if comparison else None,
-        }
 
 
 def compare_runs(
@@ -83,7 +23,7 @@ def compare_runs(
     """Compare the results of several trainings, best word error rate first, with their curves in one figure.
 
     Args:
-        runs: folders that decode or score wrote, each with a report.
+        runs: folders that score wrote.
         output: folder for the page; {fingerprint} in it is replaced by a digest of the inputs.
         title: the page's heading, such as the recipe's name.
         variations: what each run changed in the recipe, as JSON whose `name` is the title of the run's
@@ -99,7 +39,7 @@ def compare_runs(
     if len(runs) < 2:
         raise InputError(
             f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} "
-            "of decode or score; give two or more."
+            "of score; give two or more."
         )
     repeated = sorted({folder for folder in runs if runs.count(folder) > 1})
     if repeated:
@@ -108,7 +48,7 @@ def compare_runs(
         if not exists(join(folder, NUMBERS)):
             raise InputError(
                 f"{folder} contains no {NUMBERS}, so there is no report to compare: "
-                "give folders that score, or decode without --work-shard, wrote."
+                "give folders that score wrote."
             )
     known = [variation_of(text) for text in variations or []]
     files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}
@@ -121,8 +61,8 @@ def compare_runs(
     }
 
     def work(folder: Path) -> Outcome:
-        ranked = _read(files, {variation.name: variation for variation in known})
-        _write(folder, title or ranked[0].numbers["title"], ranked)
+        ranked = read_runs(files, {variation.name: variation for variation in known})
+        write_comparison(folder, title or ranked[0].numbers["title"], ranked)
         best, worst = ranked[0], ranked[-1]
         metrics = {"best wer": best.numbers["all"]["wer"]} | {
             f"wer {run.name}": run.numbers["all"]["wer"] for run in ranked
@@ -135,105 +75,3 @@ def compare_runs(
         )
 
     return run_stage(STAGE, output, inputs, work, overwrite)
-
-
-def _read(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) -> list[Run]:
-    """Read the runs, sort them by word error rate, and compare each with the best."""
-    numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}
-    titles = [values["title"] for values in numbers.values()]
-    runs = []
-    for folder, values in numbers.items():
-        title = values["title"]
-        # Runs with the same title are distinguished by the names of their folders.
-        name = title if titles.count(title) == 1 else f"{title} ({folder.rstrip('/').rpartition('/')[2]})"
-        changes = known[title].describe() if title in known else ""
-        runs.append(Run(name, folder, changes, values, read_output(folder, HYPOTHESES)))
-    runs.sort(key=lambda run: (run.numbers["all"]["wer"], run.name))
-    best = runs[0]
-    for run in runs[1:]:
-        if _same_test(best.rows, run.rows):
-            run.against_best = compare_outputs((best.name, best.rows), (run.name, run.rows))[-1]
-    return runs
-
-
-def _same_test(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> bool:
-    """Return whether two runs decoded the same utterances and have the same references for them."""
-
-    def references(rows: Sequence[Hypothesis]) -> dict[tuple[str, str], str]:
-        return {(row.key, row.subset): row.reference for row in rows}
-
-    return references(first) == references(second)
-
-
-def _write(folder: Path, title: str, runs: Sequence[Run]) -> None:
-    rows = [run.summary() for run in runs]
-    trainings = {
-        run.name: {key: thinned(run.training.get(key) or []) for key in ("curve", "validation")}
-        for run in runs
-    }
-    # Runs that decode one model with different options share its training, so their curves are the same.
-    same_training = len({json.dumps(training) for training in trainings.values()}) == 1
-    subsets = (
-        sorted({name for row in rows for name in row["subsets"]})
-        if any(len(row["subsets"]) > 1 for row in rows)
-        else []
-    )
-    dev = [key for key in _LAST_ON_DEV if any(key in row["dev"] for row in rows)]
-    page = render(
-        PAGE,
-        filters={"rate": rate_text, "interval": interval_text, "clock": clock, "probability": _probability},
-        title=title,
-        rows=rows,
-        subsets=subsets,
-        dev=dev,
-        markers=RUN_MARKERS,
-        curves=[] if same_training else draw_runs(trainings),
-        alike=all(run.against_best for run in runs[1:]),
-    )
-    write_atomically(folder / PAGE, page)
-    write_atomically(folder / MARKDOWN, _markdown(title, rows, subsets))
-    write_json(folder / RUNS, {"title": title, "unit": "percent", "runs": rows})
-
-
-def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]) -> str:
-    head = [
-        "Run",
-        "Changes",
-        "WER, %",
-        "95 % interval",
-        *(f"{plain(name)}, %" for name in subsets),
-        "Worse by",
-        "p",
-        "CER, %",
-        "Steps",
-        "Training",
-    ]
-    lines = [
-        f"# {plain(title)}: {len(rows)} runs",
-        "",
-        f"| {' | '.join(head)} |",
-        f"| --- | --- |{' ---: |' * (len(head) - 2)}",
-    ]
-    for row in rows:
-        cells = [
-            plain(row["name"]),
-            plain(row["changes"]),
-            rate_text(row["wer"]),
-            interval_text(row["interval"]),
-        ]
-        cells += [rate_text(row["subsets"].get(name)) for name in subsets]
-        cells += [
-            "–" if row["worse_by"] is None else f"{row['worse_by']:.2f}",
-            _probability(row["p"]),
-            rate_text(row["cer"]),
-        ]
-        cells += [
-            "–" if row["steps"] is None else grouped(row["steps"]),
-            "–" if row["seconds"] is None else clock(row["seconds"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _probability(p: float | None) -> str:
-    return "–" if p is None else probability_text(p)

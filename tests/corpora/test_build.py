@@ -137,7 +137,7 @@ def test_the_page_shows_rejected_utterances_and_escapes_their_text(corpus, tmp_p
 def test_sorting_through_disk_gives_the_same_bytes(corpus, tmp_path, monkeypatch):
     build_manifest(recipe(), str(corpus), str(tmp_path / "memory"))
     monkeypatch.setattr(
-        "slam_asr.stages.build_manifest.ExternalSort", functools.partial(ExternalSort, run_bytes=1000)
+        "slam_asr.corpora.manifests.ExternalSort", functools.partial(ExternalSort, run_bytes=1000)
     )
     build_manifest(recipe(), str(corpus), str(tmp_path / "disk"))
     for name in (n for n in FILES if n != "stage.json"):
