@@ -159,3 +159,14 @@ def test_a_wrong_import_inside_a_function_is_found(tmp_path, file, line, problem
 def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_importing_changes_no_global_state():
+    """What a module registers or filters, it does in the function that needs it."""
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+            if is_call and file.name != "__main__.py":
+                found.append(f"{file.relative_to(PACKAGE)}: {ast.unparse(node)}")
+    assert found == []

@@ -292,12 +292,12 @@ def attend(
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mask")
 """Arguments with which some LLMs make their attention change the scores or hide positions. `attend` does
 neither."""
-AttentionInterface.register(ATTENTION, attend)
 
 
 @contextlib.contextmanager
 def shared_prefix_attention(llm: PreTrainedModel) -> Iterator[None]:
     """Make an LLM use `attend` within the context."""
+    AttentionInterface.register(ATTENTION, attend)
     # Parts of an LLM may have their own configurations, and each layer looks up its attention in the one that
     # it has. A dictionary by id visits each of them once.
     configs = {

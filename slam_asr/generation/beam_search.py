@@ -144,32 +144,32 @@ def _search(
     state = _start(utterances, beams, max_new_tokens, fill_token, device)
     # Collects the finished answers of all utterances, including those that have left `state`.
     result = _start(utterances, beams, max_new_tokens, fill_token, device)
-    for step in range(max_new_tokens):
-        is_last = step + 1 == max_new_tokens
-        generated = cast(torch.LongTensor, state.ids[:, :, :step].flatten(0, 1))
-        # As in transformers: greedy search penalises logits, beam search penalises log probabilities.
-        log_probabilities = (
-            processors(generated, logits.log_softmax(-1))
-            if beams > 1
-            else processors(generated, logits).log_softmax(-1)
-        )
-        state, continued_rows = _choose(
-            state, log_probabilities.unflatten(0, (-1, beams)), step, stops, generation
-        )
-        settled = ~state.improvable if not is_last else torch.ones_like(state.improvable)
-        newly_settled = state.utterances[settled]
-        for name in ("finished_ids", "finished_scores", "finished_lengths", "nearly_tied"):
-            getattr(result, name)[newly_settled] = getattr(state, name)[settled]
-        if bool(settled.all()):
-            break
-        # Reorder before shrinking: `continued_rows` counts the rows of all utterances in the cache.
-        cache.reorder_cache(cast(torch.LongTensor, continued_rows))
-        if int(settled.sum()) * _WORTH_SHRINKING >= len(settled):
-            remaining = (~settled).nonzero()[:, 0]
-            rows = (remaining[:, None] * beams + torch.arange(beams, device=device)).flatten()
-            cache.batch_select_indices(rows)
-            state, mask, lengths = state.select(remaining), mask[rows], lengths[remaining]
-        with shared_prefix_attention(llm) if share else contextlib.nullcontext():
+    with shared_prefix_attention(llm) if share else contextlib.nullcontext():
+        for step in range(max_new_tokens):
+            is_last = step + 1 == max_new_tokens
+            generated = cast(torch.LongTensor, state.ids[:, :, :step].flatten(0, 1))
+            # As in transformers: greedy search penalises logits, beam search penalises log probabilities.
+            log_probabilities = (
+                processors(generated, logits.log_softmax(-1))
+                if beams > 1
+                else processors(generated, logits).log_softmax(-1)
+            )
+            state, continued_rows = _choose(
+                state, log_probabilities.unflatten(0, (-1, beams)), step, stops, generation
+            )
+            settled = ~state.improvable if not is_last else torch.ones_like(state.improvable)
+            newly_settled = state.utterances[settled]
+            for name in ("finished_ids", "finished_scores", "finished_lengths", "nearly_tied"):
+                getattr(result, name)[newly_settled] = getattr(state, name)[settled]
+            if bool(settled.all()):
+                break
+            # Reorder before shrinking: `continued_rows` counts the rows of all utterances in the cache.
+            cache.reorder_cache(cast(torch.LongTensor, continued_rows))
+            if int(settled.sum()) * _WORTH_SHRINKING >= len(settled):
+                remaining = (~settled).nonzero()[:, 0]
+                rows = (remaining[:, None] * beams + torch.arange(beams, device=device)).flatten()
+                cache.batch_select_indices(rows)
+                state, mask, lengths = state.select(remaining), mask[rows], lengths[remaining]
             logits, _ = _forward(
                 llm,
                 # Position ids start at 0 with each utterance, so padding on the left is not counted.
@@ -178,10 +178,10 @@ def _search(
                 input_ids=state.ids[:, :, step].reshape(-1, 1),
                 past_key_values=cache,
             )
-        # An LLM that ignored the registered attention would have seen the generated tokens without the
-        # prefix.
-        if share and any(cast(SharedLayer, layer).attend_calls != step + 1 for layer in cache.layers):
-            raise CannotShare
+            # An LLM that ignored the registered attention would have seen the generated tokens without the
+            # prefix.
+            if share and any(cast(SharedLayer, layer).attend_calls != step + 1 for layer in cache.layers):
+                raise CannotShare
     answers = generation.num_return_sequences
     longest = int(result.finished_lengths[:, :answers].max())
     nearly_tied = result.nearly_tied

@@ -30,9 +30,6 @@ from slam_asr.pretrained.meta_llm import zero_placeholders
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# transformers' progress bars for loading weights would break up the lines of the stage's log.
-transformers.utils.logging.disable_progress_bar()
-
 
 def load_llm(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a causal LM, frozen and in evaluation mode.

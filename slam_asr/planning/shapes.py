@@ -52,9 +52,6 @@ def _attention(
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("counted", _attention)
-
-
 @dataclass
 class Shapes:
     """The models of a recipe, without weights."""
@@ -75,6 +72,7 @@ class Shapes:
     def _llm(self, checkpointed: bool) -> "PreTrainedModel":
         key = ("llm", self.recipe.training.precision, checkpointed)
         if key not in self._cache:
+            AttentionInterface.register("counted", _attention)
             with torch.device("meta"):
                 llm = AutoModelForCausalLM.from_config(self.llm_config, attn_implementation="counted")
             set_tuning(llm.to(DTYPES[self.recipe.training.precision]), self.recipe.llm, seed=0)

@@ -7,6 +7,7 @@ uses a secret that has changed.
 """
 
 import contextlib
+import functools
 import os
 import threading
 from pathlib import Path
@@ -53,7 +54,10 @@ def _reset_after_fork() -> None:
     _clients.clear()
 
 
-os.register_at_fork(after_in_child=_reset_after_fork)
+@functools.cache
+def _watch_forks() -> None:
+    """Have forked processes reset their clients; called with the first client."""
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 def seconds_from_environment(variable: str, default: float) -> float:
@@ -84,6 +88,7 @@ def client() -> Any:
     environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") or k == "HOME"))
     # boto3 reads these only when a client is created, so a client is valid for these values alone.
     key = (environment, _credentials_file(), timeout, tuple(sorted(arguments.items())))
+    _watch_forks()
     with _clients_lock:
         if key not in _clients:
             new = _create(arguments, timeout)

@@ -49,19 +49,17 @@ class ObjectExists(Exception):
     """A conditional write failed because another writer was first."""
 
 
-class _PieceLimit:
-    """Limits how many pieces this process holds in memory at once, over all files."""
+@functools.cache
+def _piece_slots(process: int) -> threading.BoundedSemaphore:
+    """Return the semaphore that limits how many pieces a process holds in memory at once, over all files.
 
-    def __init__(self) -> None:
-        self._reset()
-        # In a forked process, the threads that held a slot do not exist and would never release it.
-        os.register_at_fork(after_in_child=self._reset)
+    Each process has its own: in a forked one, the threads that held a slot do not exist and would never
+    release it.
 
-    def _reset(self) -> None:
-        self.slot = threading.BoundedSemaphore(pieces.PARALLEL)
-
-
-_piece_limit = _PieceLimit()
+    Args:
+        process: id of this process.
+    """
+    return threading.BoundedSemaphore(pieces.PARALLEL)
 
 
 def upload(
@@ -186,7 +184,7 @@ class _Upload:
             return self._send("upload_part", piece, target)
 
         # Only now are the bytes read, so that parts that wait for a slot take no memory.
-        with _piece_limit.slot:
+        with _piece_slots(os.getpid()):
             piece = content()
             answer = self._call(attempt)
             self.report(len(piece))

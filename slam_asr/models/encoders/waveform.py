@@ -19,9 +19,6 @@ from slam_asr.errors import ModelError
 from slam_asr.models.encoders.base import SAMPLES_PER_FRAME, EncoderSpec, SpeechEncoder
 from slam_asr.models.encoders.frontend import Prepared, Waveform
 
-# transformers' WavLM passes two masks of different dtypes to torch, which warns. Users cannot change this.
-warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
-
 WAVEFORM_MODELS = ("wavlm", "hubert", "wav2vec2")
 """Supported values of `model_type` in transformers' configurations."""
 
@@ -71,6 +68,9 @@ class WaveformSpec(EncoderSpec):
 
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "WaveformEncoder":
         """Load the encoder with frozen weights."""
+        # transformers' WavLM passes two masks of different dtypes to torch, which warns. Users cannot change
+        # this.
+        warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
         return WaveformEncoder(self, dtype, device)
 
 
