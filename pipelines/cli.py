@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from pipelines import processes
-from slam_asr.config.schema import nearest
+from slam_asr.config.schema import nearest, new_parser
 from slam_asr.errors import UserError, exit_on_user_error
 
 COMMANDS = {
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command_parser(command: str, description: str) -> ArgumentParser:
     """Return a parser for the options of `command`, whose usage line is the command's synopsis."""
-    return ArgumentParser(
+    return new_parser(
         prog=f"python -m pipelines {command}",
         usage=f"python -m pipelines {command} {SYNOPSES[command]}",
         description=description,

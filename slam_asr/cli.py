@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 
 from slam_asr.artifacts.stage_record import write_pointer
 from slam_asr.config.recipe import Recipe, recipe_values, shipped_recipes
-from slam_asr.config.schema import nearest, one_sentence
+from slam_asr.config.schema import nearest, new_parser, one_sentence
 from slam_asr.errors import ConfigurationError, UserError, exit_on_user_error
 from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
@@ -147,7 +147,7 @@ def run(stage: str, arguments: list[str]) -> Any:
     takes_recipe = recipe_parameter is not None and (
         recipe_parameter.default is inspect.Parameter.empty or recipe is not None
     )
-    parser = ArgumentParser(
+    parser = new_parser(
         prog=f"slam-asr {stage}",
         description=(inspect.getdoc(function) or "").split("\n")[0],
         exit_on_error=False,

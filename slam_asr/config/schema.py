@@ -15,10 +15,17 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from slam_asr.errors import ConfigurationError, UserError
 
-# Show the docstring below a field as its help text.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 T = TypeVar("T")
+
+
+def new_parser(**options: Any) -> ArgumentParser:
+    """Create a parser that shows the docstring below a field as the help of its option.
+
+    Args:
+        options: of jsonargparse's `ArgumentParser`.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(**options)
 
 
 def parse_yaml(text: str | bytes, where: str, example: str) -> dict[str, Any]:
@@ -67,7 +74,7 @@ def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
 @functools.cache
 def _parser_of(kind: type) -> ArgumentParser:
     """Make the parser of a dataclass only once: reading all docstrings takes a quarter of a second."""
-    parser = ArgumentParser(exit_on_error=False)
+    parser = new_parser(exit_on_error=False)
     parser.add_class_arguments(kind, None)
     return parser
 

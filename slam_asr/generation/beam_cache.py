@@ -10,6 +10,7 @@ row per beam, in a buffer that is allocated once.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import cast
 
@@ -294,10 +295,16 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mas
 neither."""
 
 
+@functools.cache
+def register_attention() -> None:
+    """Make `attend` known to transformers under the name `ATTENTION`, once."""
+    AttentionInterface.register(ATTENTION, attend)
+
+
 @contextlib.contextmanager
 def shared_prefix_attention(llm: PreTrainedModel) -> Iterator[None]:
     """Make an LLM use `attend` within the context."""
-    AttentionInterface.register(ATTENTION, attend)
+    register_attention()
     # Parts of an LLM may have their own configurations, and each layer looks up its attention in the one that
     # it has. A dictionary by id visits each of them once.
     configs = {

@@ -196,6 +196,7 @@ def test_beams_share_the_prefix(family, monkeypatch):
 @contextlib.contextmanager
 def registered_attention(function):
     """Register another function in place of `attend`."""
+    beam_cache.register_attention()  # a later first use would replace the function
     AttentionInterface.register(beam_cache.ATTENTION, function)
     try:
         yield
