@@ -1,6 +1,7 @@
 """Selects the utterances of a stage: finds manifests, loads audio, and skips audio that is too long."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -105,12 +106,15 @@ class ManifestSubset(Sequence[Utterance]):
         return self.manifest[int(self.rows[index])]
 
 
-def fit_to_window(utterances: Sequence[Utterance], spec: "EncoderSpec") -> Sequence[Utterance]:
+def fit_to_window(
+    utterances: Sequence[Utterance], spec: "EncoderSpec", quiet: bool = False
+) -> Sequence[Utterance]:
     """Log how many utterances are longer than the encoder's window, and skip them if the recipe says so.
 
     Args:
         utterances: the utterances of a manifest.
         spec: the encoder's description, with the recipe's choice for long audio.
+        quiet: log nothing, because the stage that started this process has already done so.
 
     Returns:
         The utterances that the encoder takes, in the same order.
@@ -125,11 +129,12 @@ def fit_to_window(utterances: Sequence[Utterance], spec: "EncoderSpec") -> Seque
     if not too_long:
         return utterances
     choice = spec.options.long_audio
-    log_line(
-        f"{too_long} of {len(utterances)} utterances are longer than the encoder's "
-        f"{spec.window_samples / SAMPLE_RATE:g}-s window and {_LONG_AUDIO[choice]} "
-        f"(encoder.long_audio: {choice})"
-    )
+    if not quiet:
+        log_line(
+            f"{too_long} of {len(utterances)} utterances are longer than the encoder's "
+            f"{spec.window_samples / SAMPLE_RATE:g}-s window and {_LONG_AUDIO[choice]} "
+            f"(encoder.long_audio: {choice})"
+        )
     if choice != "set-aside":
         return utterances
     if too_long == len(utterances):
@@ -138,3 +143,20 @@ def fit_to_window(utterances: Sequence[Utterance], spec: "EncoderSpec") -> Seque
             "and encoder.long_audio skips them: choose cut or split, or divide the audio."
         )
     return ManifestSubset(utterances, np.flatnonzero(fits))
+
+
+def save_rows(file: Path, utterances: Sequence[Utterance]) -> str | None:
+    """Write which rows of a manifest are used, for other processes.
+
+    Returns:
+        The file's path; None if all rows are used, and nothing was written.
+    """
+    if not isinstance(utterances, ManifestSubset):
+        return None
+    np.save(file, utterances.rows)
+    return str(file)
+
+
+def read_rows(manifest: Sequence[Utterance], file: str | None) -> Sequence[Utterance]:
+    """Return the utterances that `save_rows` was given; `file` is what it returned."""
+    return manifest if file is None else ManifestSubset(manifest, np.load(file))

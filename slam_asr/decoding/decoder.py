@@ -44,11 +44,15 @@ class Decoder:
         model: a located model.
         files: paths of the manifests.
         feature_store: feature store that extract-features wrote; without one, audio is encoded on the fly.
+        quiet: log nothing, because the stage that started this process has already done so.
     """
 
-    def __init__(self, recipe: Recipe, model: Model, files: list[str], feature_store: str | None) -> None:
+    def __init__(
+        self, recipe: Recipe, model: Model, files: list[str], feature_store: str | None, quiet: bool = False
+    ) -> None:
         self.recipe, self.model, self.files = recipe, model, files
-        self.utterances = fit_to_window([u for file in files for u in read_manifest(file)], model.spec)
+        in_manifests = [u for file in files for u in read_manifest(file)]
+        self.utterances = fit_to_window(in_manifests, model.spec, quiet)
         self.audio_ids = [u.audio_id for u in self.utterances]
         # The store has outputs of the frozen encoder. An encoder that was trained as well has different ones.
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
@@ -227,7 +231,9 @@ def main() -> None:
     ):
         if torch.cuda.is_available():
             torch.cuda.set_device(job.process)
-        decoder = Decoder(load_recipe(job.recipe), open_model(job.model), job.files, job.feature_store)
+        decoder = Decoder(
+            load_recipe(job.recipe), open_model(job.model), job.files, job.feature_store, quiet=True
+        )
         for line in sys.stdin:
             answers = decoder.decode(json.loads(line))
             values = {index: asdict(answer) for index, answer in answers.items()}

@@ -59,6 +59,7 @@ class Extraction:
         files: paths of the manifests. Audio that is in several of them is computed for the first.
         output: path or URI of the store.
         work_shard: which of the planned shards this extraction computes.
+        quiet: log nothing, because the stage that started this process has already done so.
     """
 
     def __init__(
@@ -68,18 +69,19 @@ class Extraction:
         files: Sequence[str],
         output: str,
         work_shard: WorkShard,
+        quiet: bool = False,
     ) -> None:
         self.recipe, self.spec, self.files = recipe, spec, list(files)
         self.output, self.work_shard = output, work_shard
         self.fingerprint = fingerprint_of(recipe, spec)
         self.namespace = FeatureNamespace.of(output, self.fingerprint)
-        self.audio = self._distinct_audio()
+        self.audio = self._distinct_audio(quiet)
 
-    def _distinct_audio(self) -> list[Audio]:
+    def _distinct_audio(self, quiet: bool) -> list[Audio]:
         """For each manifest, the audio that is in no earlier manifest."""
         distinct: list[Audio] = []
         for file in self.files:
-            audio = distinct_audio(fit_to_window(read_manifest(file), self.spec), samples_of)
+            audio = distinct_audio(fit_to_window(read_manifest(file), self.spec, quiet), samples_of)
             for earlier in distinct:
                 audio = audio.select(~isin_sorted(audio.audio_ids, earlier.audio_ids))
             distinct.append(audio)
@@ -216,7 +218,12 @@ def main() -> None:
     with failures_written_to(Path(job.folder)):
         recipe = load_recipe(job.recipe)
         extraction = Extraction(
-            recipe, describe_encoder(recipe.encoder), job.files, job.output, WorkShard(**job.work_shard)
+            recipe,
+            describe_encoder(recipe.encoder),
+            job.files,
+            job.output,
+            WorkShard(**job.work_shard),
+            quiet=True,
         )
         device = pick_device()
         if device.type == "cuda":

@@ -74,6 +74,7 @@ def _train_in(
     """Train on this machine, with results in a local folder."""
     from transformers import AutoConfig
 
+    from slam_asr.artifacts.utterances import save_rows
     from slam_asr.planning.memory_fit import require_fit
     from slam_asr.planning.shapes import Shapes
     from slam_asr.runtime.machine import machine_of
@@ -95,6 +96,7 @@ def _train_in(
         encoder_parameters=checked.encoder.count_parameters(),
         folder=str(folder),
         published=published,
+        rows={name: save_rows(folder / f"rows-{name}.npy", us) for name, us in checked.fitting.items()},
         init_from=str(checked.init_from) if checked.init_from else None,
         inputs=checked.inputs,
     )

@@ -30,6 +30,8 @@ class TrainingJob:
 
     Checkpoints are written there during the training, the other results at its end.
     """
+    rows: dict[str, str | None] = field(default_factory=dict)
+    """For each set (`train`, `dev`) the file with the rows that fit the encoder; None if all do."""
     init_from: str | None = None
     """Local folder of the model whose projector the training starts from."""
     inputs: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader, 
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.model_folder import read_config, read_projector
-from slam_asr.artifacts.utterances import fit_to_window
+from slam_asr.artifacts.utterances import read_rows
 from slam_asr.config.recipe import Recipe, Training
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
@@ -55,7 +55,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, prompt: Prompt, processes: i
     """
     spec = describe_encoder(recipe.encoder)
     manifests = {"train": job.train_manifest, **({"dev": job.dev_manifest} if job.dev_manifest else {})}
-    utterances = {name: fit_to_window(read_manifest(path), spec) for name, path in manifests.items()}
+    utterances = {name: read_rows(read_manifest(path), job.rows[name]) for name, path in manifests.items()}
     source = _source(job.feature_store, spec, recipe, utterances.values())
     limit = llm_positions(Path(job.llm_folder))
     threads = 1 if job.feature_store else max(1, len(os.sched_getaffinity(0)) // processes)

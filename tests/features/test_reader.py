@@ -8,7 +8,7 @@ from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, write_manifest
-from slam_asr.artifacts.utterances import fit_to_window, samples_of
+from slam_asr.artifacts.utterances import fit_to_window, read_rows, samples_of, save_rows
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
 from slam_asr.models.encoders.registry import describe_encoder
@@ -117,3 +117,15 @@ def test_without_durations_lengths_come_from_the_files(utterances, tiny_models):
         samples = samples_of(utterance)
         utterance.duration = None
         assert samples_of(utterance) == samples
+
+
+def test_other_processes_get_the_rows_and_repeat_no_warning(utterances, tiny_models, tmp_path, capsys):
+    spec = describe_encoder(recipe(tiny_models, "set-aside").encoder)
+    fitting = fit_to_window(utterances, spec)
+    assert capsys.readouterr().out.count("longer than the encoder's") == 1
+    elsewhere = read_rows(utterances, save_rows(tmp_path / "rows.npy", fitting))
+    assert list(elsewhere) == list(fitting) == utterances[:2]
+    assert list(fit_to_window(utterances, spec, quiet=True)) == list(fitting)
+    assert capsys.readouterr().out == ""
+    all_fit = fit_to_window(utterances[:2], spec)
+    assert save_rows(tmp_path / "none.npy", all_fit) is None and read_rows(all_fit, None) is all_fit
