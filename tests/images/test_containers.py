@@ -111,7 +111,7 @@ def test_complete_pipeline_on_real_speech_with_object_storage_on_the_host(
 @pytest.mark.slow
 def test_single_stages_on_local_paths_without_a_network(offline, tiny_recipe, tiny_corpus, tmp_path):
     common = [tiny_recipe, "--output", tmp_path / "run", "--network", "none", "--shared-memory", "256m"]
-    for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode"):
+    for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode", "score"):
         corpus = ["--corpus", tiny_corpus] if stage == "build-manifest" else []
         done = subprocess.run(
             command(*common, *corpus, "--only", stage), cwd=CHECKOUT, capture_output=True, text=True
@@ -129,7 +129,7 @@ def test_single_stages_on_local_paths_without_a_network(offline, tiny_recipe, ti
     ]
     done = subprocess.run(rest, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("already there, nothing to do") == 4
+    assert done.stdout.count("already there, nothing to do") == 6
 
 
 @pytest.mark.slow

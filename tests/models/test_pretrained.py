@@ -437,7 +437,7 @@ def test_a_full_disk_while_converting_is_an_os_error_and_nothing_stays(
 PROCESS = """
 import os, sys, time
 from pathlib import Path
-from slam_asr.models import pretrained
+from slam_asr.pretrained import locate as pretrained
 
 def convert(weights, inside, folder):
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -463,9 +463,10 @@ def start(mark: Path, seconds: float) -> subprocess.Popen:
     )
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
+        assert process.poll() is None, process.returncode
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -473,7 +474,7 @@ def wait_for(path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_conversion_publishes_nothing_and_the_next_run_succeeds(cache, tmp_path):
     killed = start(tmp_path / "mark", 600)
-    wait_for(tmp_path / "mark")
+    wait_for(tmp_path / "mark", killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     with pytest.raises(UserError):
@@ -487,7 +488,7 @@ def test_a_killed_conversion_publishes_nothing_and_the_next_run_succeeds(cache, 
 @pytest.mark.slow
 def test_two_processes_at_once_convert_once(cache, tmp_path):
     first = start(tmp_path / "first", 3)
-    wait_for(tmp_path / "first")
+    wait_for(tmp_path / "first", first)
     second = start(tmp_path / "second", 0)
     assert "waiting for another process that is fetching team/slow" in second.communicate(timeout=120)[0]
     assert first.communicate(timeout=120)[0].splitlines()[-1] == str(cache / "team--slow")
