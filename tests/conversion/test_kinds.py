@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from slam_asr.artifacts.checkpoint import DESCRIPTION, LATEST, all_complete, file_name, folder_name
 from slam_asr.artifacts.model_folder import read_config, read_projector
 from slam_asr.config.recipe import load_recipe
-from slam_asr.conversion import tuned
+from slam_asr.conversion import writers
 from slam_asr.conversion.zero_checkpoint import find_zero_folder
 from slam_asr.errors import UserError
 from slam_asr.models.llm import add_lora, load_llm
@@ -236,9 +236,9 @@ def test_an_adapter_in_a_folder_of_its_own_is_the_one_in_the_file(tiny_recipe, t
 
 def test_an_llm_merged_wrongly_is_not_published(tiny_recipe, tmp_path, monkeypatch):
     recipe, _, file, _ = with_lora(tiny_recipe, tmp_path, "fp32")
-    write = tuned.write_merged_llm
+    write = writers.write_merged_llm
     monkeypatch.setattr(
-        tuned,
+        writers,
         "write_merged_llm",
         lambda folder, adapter, recipe: write(folder, {n: 0 * t for n, t in adapter.items()}, recipe),
     )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from slam_asr.artifacts import model_folder as folders
 from slam_asr.config.recipe import load_recipe
-from slam_asr.conversion import slam_llm
+from slam_asr.conversion import writers
 from slam_asr.errors import UserError
 from slam_asr.models.projector import build_projector
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
@@ -50,7 +50,7 @@ def test_a_single_wrong_weight_publishes_nothing(checkpoint, tiny_recipe, tmp_pa
         weights["linear2.bias"][3] += 1e-3
         save_file(weights, folder / folders.WEIGHTS)
 
-    monkeypatch.setattr(folders, "write_model", write_wrong_bias)
+    monkeypatch.setattr(writers, "write_model", write_wrong_bias)
     with pytest.raises(
         UserError, match=r"is not what the checkpoint holds: 1 of 4 weights differ, first linear2.bias"
     ):
@@ -63,9 +63,9 @@ def test_a_single_wrong_weight_publishes_nothing(checkpoint, tiny_recipe, tmp_pa
 def test_slam_llms_file_is_verified_too(checkpoint, tiny_recipe, tmp_path, monkeypatch):
     recipe = load_recipe(str(tiny_recipe))
     convert_checkpoint(checkpoint, str(tmp_path / "right"), to="slam-llm", recipe=recipe)
-    write = slam_llm.write_slam_llm
+    write = writers.write_slam_llm
     monkeypatch.setattr(
-        slam_llm,
+        writers,
         "write_slam_llm",
         lambda folder, projector, adapter: write(
             folder, {n: t.roll(1) for n, t in projector.items()}, adapter
