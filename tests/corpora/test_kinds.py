@@ -769,16 +769,16 @@ def test_segments_have_their_own_durations_and_are_loaded_with_them(tmp_path):
 def test_different_segments_of_a_recording_in_train_and_test_cause_no_warning(tmp_path, capsys):
     write_wav(tmp_path / "long.wav", make_tone(4.0))
     rows = [
-        {"id": f"u{i}", "path": "long.wav", "text": "x", "split": split, "s": 0.5 * i, "d": 0.5}
-        for i, split in enumerate(("train", "train", "test"))
+        {"id": f"u{i}", "path": "long.wav", "text": "x", "split": split, "s": start, "d": 0.5}
+        for i, (split, start) in enumerate((("train", 0.5), ("train", 0.0), ("test", 1.0)))
     ]
     columns = {"columns__start": "s", "columns__duration": "d"}
     build_manifest(recipe(**columns), table(tmp_path / "t.csv", *rows), str(tmp_path / "out"))
     assert "same audio" not in capsys.readouterr().out
-    rows[2] |= {"s": 0.0, "d": 1.0}  # begins as the first segment does, but is longer
+    rows[2] |= {"s": 0.0, "d": 1.0}  # begins as u1 does, but is longer; u0 is held out for dev
     build_manifest(recipe(**columns), table(tmp_path / "t.csv", *rows), str(tmp_path / "longer"))
     assert "same audio" not in capsys.readouterr().out
-    rows[2] |= {"s": 0.5, "d": 0.5}
+    rows[2] |= {"s": 0.0, "d": 0.5}
     build_manifest(recipe(**columns), table(tmp_path / "t.csv", *rows), str(tmp_path / "two"))
     assert "1 dev and test utterances have the same audio as train utterances" in capsys.readouterr().out
 
