@@ -17,6 +17,9 @@ COMMANDS = {
     "status": "pipelines.kubeflow.commands:status",
     "logs": "pipelines.kubeflow.commands:logs",
     "resume": "pipelines.kubeflow.commands:resume",
+    "stop": "pipelines.kubeflow.commands:stop",
+    "open": "pipelines.kubeflow.commands:open_page",
+    "runs": "pipelines.kubeflow.commands:runs",
     "doctor": "pipelines.kubeflow.doctor:doctor",
 }
 """The function of each command, as `module:function`.
@@ -35,8 +38,11 @@ SYNOPSES = {
     "submit": f"RECIPE --corpus s3://… {_VARIANT} {_CONNECTION} [--images TEMPLATE|FILE] "
     "[--store s3://…] [--experiment NAME] [--run-name NAME] [--wait] [--SECTION.KEY VALUE ...]",
     "status": f"[RUN] [--wait] {_CONNECTION}",
-    "logs": f"RUN [--step STEP] [--follow] {_CONNECTION}",
+    "logs": f"RUN [--step STEP] [--follow] [--all] {_CONNECTION}",
     "resume": f"RUN [--wait] {_CONNECTION}",
+    "stop": f"RUN {_CONNECTION}",
+    "open": f"RUN {_CONNECTION}",
+    "runs": f"[--mine] [--recipe RECIPE] [--count N] {_CONNECTION}",
     "doctor": f"{_CONNECTION} [--images TEMPLATE|FILE]",
 }
 """The arguments of each command, for its usage line."""
@@ -53,6 +59,9 @@ USAGE = (
   status    show the steps of a run, or list the latest runs
   logs      show the logs of a run's steps
   resume    restart a failed run from the steps that failed
+  stop      stop a run
+  open      open a run's page in the dashboard
+  runs      list the latest runs, your own or those of a recipe
   doctor    check that a cluster has everything that a run needs
 
 --model MODEL trains nothing, and evaluates the model on the recipe's test sets.

@@ -162,7 +162,9 @@ class Cluster:
     `--endpoint` and KF_PIPELINES_ENDPOINT override it.
     """
     namespace: str = "slam-asr"
-    """Namespace of the runs: in a multi-user Kubeflow, the user's profile namespace."""
+    """Namespace of the runs in a multi-user Kubeflow: the user's profile namespace."""
+    kubeflow_namespace: str = "kubeflow"
+    """Namespace of Kubeflow itself. A single-user Kubeflow runs everything there."""
     service_account: str = "slam-asr-runner"
     """Service account of the steps' pods."""
     run_as_user: int = 1000
@@ -180,7 +182,7 @@ class Cluster:
     steps: Steps = field(default_factory=Steps)
 
     def __post_init__(self) -> None:
-        for key in ("namespace", "service_account"):
+        for key in ("namespace", "kubeflow_namespace", "service_account"):
             _require(
                 re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", getattr(self, key)),
                 self,
