@@ -108,11 +108,15 @@ class StepSettings:
     tolerations: list[dict[str, str]] = field(default_factory=list)
     """Node taints that the step tolerates: {key, operator, value, effect}."""
     retries: int = 3
-    """Maximum number of restarts after a failure, a preemption or a lost node; each resumes the work."""
+    """Maximum number of restarts of a step; each resumes the work.
+
+    Kubeflow's own Argo configuration decides which failures are retried. Since 2.17.0 these are lost, drained
+    and preempted pods (OnError); before, exit codes, lack of memory and evictions (OnFailure).
+    """
     retry_after: str = "30s"
-    """Wait before the first retry; it doubles with each retry, up to an hour."""
+    """Wait before the first retry; it doubles with each retry."""
     timeout_hours: float = 24.0
-    """Hours after which a running step is stopped. 0: never."""
+    """Hours after which an attempt at the step is stopped. 0: never."""
     labels: dict[str, str] = field(default_factory=dict)
     """Additional labels of the pod."""
     annotations: dict[str, str] = field(default_factory=dict)

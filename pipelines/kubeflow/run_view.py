@@ -78,7 +78,7 @@ def was_stopped(run: kfp_server_api.V2beta1Run) -> bool:
 
 
 def why_failed(run: kfp_server_api.V2beta1Run, workflow: Workflow | None, steps: list[RunStep]) -> str:
-    """Say why a run failed, without a full stop; empty if nothing tells it."""
+    """Return why a run failed, without a full stop; empty if nothing says it."""
     if was_stopped(run):
         return "somebody stopped it"
     for step in steps:
@@ -213,7 +213,7 @@ def _steps_of_nodes(
         steps.append(_step_of_attempts(run, workflow, place, nodes, waiting_pods, most))
     reached = {step.name for step in steps}
     state = "never reached" if run.state in ENDED else "not started"
-    # The workflow has no nodes of a loop's steps before the loop starts, so the pipeline tells the names.
+    # The workflow has no nodes of a loop's steps before the loop starts: their names come from the pipeline.
     names = list(outputs_of(workflow.pipeline)) or sorted(workflow.omitted())
     return steps + [RunStep(name, name, state) for name in names if name not in reached]
 

@@ -155,7 +155,7 @@ def submitter() -> str:
 def run_name(recipe: Recipe) -> str:
     """Return the default display name of a run: recipe, a digest of its values, and local time.
 
-    The dashboard's list cuts names after about 30 characters, so what tells runs apart comes first.
+    The dashboard's list cuts names after about 30 characters, so the distinctive part comes first.
     """
     values = asdict(recipe)
     return f"{recipe.name} {digest(values)[:6]} {datetime.now().strftime('%m-%d %H:%M')}"

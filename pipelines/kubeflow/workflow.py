@@ -59,7 +59,7 @@ class Node:
     @property
     def place(self) -> str:
         """Identifies the step among its attempts: the path up to the step, without the attempts' numbers."""
-        # An iteration of a loop is `(index:item)`, an attempt `(number)`; only the first tells steps apart.
+        # An iteration of a loop is `(index:item)`, an attempt `(number)`; only the first distinguishes steps.
         return re.sub(r"\(\d+\)", "", self.name).removesuffix(".executor")
 
     @property

@@ -39,7 +39,7 @@ def error_of(monkeypatch, capsys):
         (
             ["rum", "demo"],
             "Unknown command rum; did you mean run? "
-            "Commands: run, compile, submit, status, logs, resume, doctor.",
+            "Commands: run, compile, submit, status, logs, resume, stop, open, runs, doctor.",
         ),
         (["run", "demi"], "No recipe named demi, and no such file; did you mean demo?"),
         (

@@ -121,7 +121,7 @@ def test_status_says_what_happened_and_what_to_do(recording, program, name, line
         ),
     ],
 )
-def test_kubernetes_tells_what_the_workflow_does_not(
+def test_kubernetes_explains_what_the_workflow_does_not(
     recording, kubernetes_at, program, fake_pods, pod, detail
 ):
     fake_pods(json.loads((RECORDINGS / f"{pod}.json").read_text()))
