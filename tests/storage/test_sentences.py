@@ -12,9 +12,9 @@ from slam_asr.storage import (
     fetch,
     fetch_folder,
     info,
+    objects,
     open_stream,
     read_bytes,
-    s3,
     upload,
     walk,
     write_bytes,
@@ -138,10 +138,10 @@ def test_a_time_limit_that_is_not_a_number_is_reported_in_one_sentence(bucket, m
 def test_a_range_beyond_the_end_is_reported_in_one_sentence(faulty_s3):
     faulty_s3.share = 0
     write_bytes("s3://bucket/x", b"0123456789")
-    assert s3.read("s3://bucket/x", 8) == b"89" and s3.read("s3://bucket/x", 3, 3) == b""
+    assert objects.read("s3://bucket/x", 8) == b"89" and objects.read("s3://bucket/x", 3, 3) == b""
     faulty_s3.clear()
     for start, end in ((5, 11), (10, 12), (20, 30)):
-        message_of(lambda uri, start=start, end=end: s3.read(uri, start, end), "s3://bucket/x")
+        message_of(lambda uri, start=start, end=end: objects.read(uri, start, end), "s3://bucket/x")
     assert len(faulty_s3.requests) == 3
 
 
