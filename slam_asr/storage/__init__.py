@@ -19,8 +19,8 @@ from slam_asr.storage.local import (
     write_json,
 )
 from slam_asr.storage.local_copies import fetch, fetch_folder
+from slam_asr.storage.objects import Info
 from slam_asr.storage.paths import (
-    Info,
     delete,
     exists,
     info,

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from slam_asr.errors import StorageError
 from slam_asr.storage import pieces
 from slam_asr.storage.failures import ChecksumMismatch, ObjectMissing, TemporaryFailure
-from slam_asr.storage.objects import SHA256, Object, Replaced, get, require_object
+from slam_asr.storage.objects import SHA256, Info, Replaced, get, require_object
 from slam_asr.storage.pieces import in_parallel, no_report
 from slam_asr.storage.retry import call_with_retries
 
@@ -23,7 +23,7 @@ def download(
     file: BinaryIO,
     sha256: str | None = None,
     report: Callable[[int], object] = no_report,
-    known: Object | None = None,
+    known: Info | None = None,
 ) -> None:
     """Download an object, and compare its checksum.
 
@@ -73,7 +73,7 @@ def download(
 
 
 def _fetch_piece(
-    uri: str, known: Object, file: BinaryIO, start: int, end: int, cancelled: threading.Event
+    uri: str, known: Info, file: BinaryIO, start: int, end: int, cancelled: threading.Event
 ) -> str | None:
     """Write bytes [start, end) to the file.
 
@@ -83,7 +83,7 @@ def _fetch_piece(
     is_complete = (start, end) == (0, known.bytes)
 
     def attempt() -> str | None:
-        answer = get(uri, None, None, known.etag) if is_complete else get(uri, start, end, known.etag)
+        answer = get(uri, None, None, known.stamp) if is_complete else get(uri, start, end, known.stamp)
         if not is_complete and "ContentRange" not in answer:
             raise StorageError(
                 f"{uri} cannot be read in fetched: the server at AWS_ENDPOINT_URL does not support ranges."

@@ -69,14 +69,14 @@ def reason_to_retry(error: Exception, uri: str, action: str) -> str:
     """
     if isinstance(error, TemporaryFailure):
         return str(error)
-    name = type(error).__name__
     # The most specific known class decides. Classes are known by name, because boto3 is imported only when it
     # is used.
-    kind = next((c.__name__ for c in type(error).__mro__ if c.__name__ in _KINDS), None)
+    names = [c.__name__ for c in type(error).__mro__]
+    if "ClientError" in names:
+        return _reason_of_server(error, uri, action)
+    kind = next((name for name in names if name in _KINDS), None)
     if kind is None:
         raise error
-    if kind == "ClientError":
-        return _reason_of_server(error, uri, action)
     if kind == "SSLError" and _is_permanent_tls_failure(error):
         raise StorageError(
             f"{uri} cannot be reached: no secure connection to the server is possible, because its "
@@ -84,9 +84,9 @@ def reason_to_retry(error: Exception, uri: str, action: str) -> str:
         ) from None
     known = _KINDS[kind]
     if isinstance(known, str):
-        return known.format(name=name)
+        return known.format(name=names[0])
     error_class, message = known
-    raise error_class(message.format(uri=uri, name=name)) from None
+    raise error_class(message.format(uri=uri, name=names[0])) from None
 
 
 def _reason_of_server(error: Any, uri: str, action: str) -> str:
@@ -127,7 +127,6 @@ def _by_name(names: dict[T, str]) -> dict[str, T]:
 _Kind = str | tuple[type[UserError], str]
 _KINDS: dict[str, _Kind] = _by_name(
     {
-        "decided by its code": "ClientError",
         CHECKSUM_DIFFERS: "ChecksumMismatch FlexibleChecksumError ChecksumError",
         "no connection": "EndpointConnectionError",
         "no connection in time": "ConnectTimeoutError",

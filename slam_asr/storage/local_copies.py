@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from slam_asr.errors import StorageError
-from slam_asr.storage.address import PathOrUri, is_s3, split_uri
+from slam_asr.storage.address import PathOrUri, is_s3
 from slam_asr.storage.cache import cache_folder
 from slam_asr.storage.downloads import download
 from slam_asr.storage.local import PARTIAL, digest, local_path
 from slam_asr.storage.locks import exclusive
-from slam_asr.storage.objects import Object, require_object
-from slam_asr.storage.paths import PARALLEL_FILES, Info, join, name_of, walk
+from slam_asr.storage.objects import Info, require_object
+from slam_asr.storage.paths import PARALLEL_FILES, join, name_of, walk
 
 _MAX_NAME_BYTES = 200
 """Less than the 255 bytes that a file name may have, because a temporary file has a longer name."""
@@ -32,7 +32,7 @@ def fetch(path: PathOrUri) -> Path:
     if not is_s3(path):
         return local_path(path)
     known = require_object(path)
-    return _cached(path, [path, known.etag], lambda temporary: _download(path, temporary, known))
+    return _cached(path, [path, known.stamp], lambda temporary: _download(path, temporary, known))
 
 
 def fetch_folder(path: PathOrUri) -> Path:
@@ -90,7 +90,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _download(uri: str, target: Path, known: Object) -> None:
+def _download(uri: str, target: Path, known: Info) -> None:
     with open(target, "w+b") as file:
         download(uri, file, known=known)
         # Once renamed, the content is trusted, even after a crash of the machine.
@@ -107,11 +107,11 @@ def _download_folder(path: str, files: list[Info], folder: Path) -> None:
             )
 
     def fetch_one(file: Info) -> None:
-        uri, target = join(path, file.name), folder / file.name
+        target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         # The listing's metadata saves a request for each object. If an object has been replaced since, its
         # etag does not match, and the download requests the metadata after all.
-        _download(uri, target, Object(split_uri(uri)[1], file.bytes, file.stamp))
+        _download(join(path, file.name), target, file)
 
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
         list(pool.map(fetch_one, files))

@@ -7,8 +7,8 @@ completely.
 import base64
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from slam_asr.errors import StorageError
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SHA256 = "sha256"
-"""Key of an object's metadata that holds its checksum."""
+SHA256, WRITER = "sha256", "writer"
+"""Keys of an object's metadata: its checksum, and which of several conditional writers wrote it."""
 _STREAM_BYTES = 8 * 2**20
 """Bytes per request of a stream. The checksum of smaller objects is compared before any byte is returned."""
 
@@ -40,35 +40,30 @@ class Replaced(StorageError):
 
 
 @dataclass(frozen=True)
-class Object:
-    """An object in a bucket."""
+class Info:
+    """The size and version of a file or object."""
 
-    key: str
+    name: str
+    """Path below the folder that was walked, with slashes; for a single file, the last part of its path."""
     bytes: int
-    etag: str
-    """Changes with the content."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """Empty in listings."""
-
-    @property
-    def sha256(self) -> str | None:
-        """The digest of the content; None for objects that this project did not write, and in listings."""
-        return self.metadata.get(SHA256)
+    stamp: str
+    """Changes with the content: the modification time in ns, or the object's etag."""
+    sha256: str | None = None
+    """The digest of an object's content; None for those that this project did not write, and in listings."""
+    writer: str | None = None
+    """Identifies which of several conditional writers wrote an object."""
 
 
-def list_objects(uri: str) -> Iterator[Object]:
-    """The object at this address, and all objects in the folder of the same name, sorted by key.
+def list_objects(uri: str) -> Iterator[Info]:
+    """All objects below a prefix, sorted by key.
 
     Raises:
         StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
-    prefix = split_uri(uri)[1]
-    folder = folder_prefix(prefix)
-    for page in _pages(uri, Prefix=prefix):
-        for item in page.get("Contents", []):
-            # The prefix `a` also matches `a-b/x`, which is not in the folder `a`.
-            if item["Key"] == prefix or item["Key"].startswith(folder):
-                yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
+    for item in _list(uri, "Contents"):
+        name = item["Key"].removeprefix(folder_prefix(split_uri(uri)[1])).lstrip("/")
+        if name and not name.endswith("/"):
+            yield Info(name, item["Size"], item["ETag"].strip('"'))
 
 
 def list_names(uri: str, folders: bool) -> list[str]:
@@ -78,26 +73,27 @@ def list_names(uri: str, folders: bool) -> list[str]:
         StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
     prefix = folder_prefix(split_uri(uri)[1])
-    group, field = ("CommonPrefixes", "Prefix") if folders else ("Contents", "Key")
-    pages = _pages(uri, Prefix=prefix, Delimiter="/")
-    paths = [item[field] for page in pages for item in page.get(group, [])]
-    return sorted(p.removeprefix(prefix).rstrip("/") for p in paths if p != prefix)
+    group, key = ("CommonPrefixes", "Prefix") if folders else ("Contents", "Key")
+    names = [item[key].removeprefix(prefix).rstrip("/") for item in _list(uri, group, Delimiter="/")]
+    return sorted(filter(None, names))
 
 
-def _pages(uri: str, **arguments: str) -> Iterator[dict[str, Any]]:
-    arguments["Bucket"] = split_uri(uri)[0]
+def _list(uri: str, group: str, **arguments: str) -> Iterator[dict[str, Any]]:
+    """The items of a group in the server's answers to requests for the names below a prefix."""
+    bucket, prefix = split_uri(uri)
+    arguments |= {"Bucket": bucket, "Prefix": folder_prefix(prefix)}
     while True:
         # Some servers send IsTruncated after the names. An answer without it may have been cut short.
         page = _require(
             uri, "listed", lambda: require_fields(client().list_objects_v2(**arguments), "IsTruncated")
         )
-        yield page
+        yield from page.get(group, [])
         if not page["IsTruncated"]:
             return
         arguments["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def head(uri: str) -> Object | None:
+def head(uri: str) -> Info | None:
     """The size and metadata of an object, or None if it does not exist.
 
     Raises:
@@ -107,10 +103,16 @@ def head(uri: str) -> Object | None:
     if not key:
         return None
 
-    def attempt() -> Object:
+    def attempt() -> Info:
         answer = client().head_object(Bucket=bucket, Key=key)
-        require_fields(answer, "ContentLength", "ETag", "Metadata")
-        return Object(key, answer["ContentLength"], answer["ETag"].strip('"'), answer["Metadata"])
+        metadata = require_fields(answer, "ContentLength", "ETag", "Metadata")["Metadata"]
+        return Info(
+            name=key.rstrip("/").rpartition("/")[2],
+            bytes=answer["ContentLength"],
+            stamp=answer["ETag"].strip('"'),
+            sha256=metadata.get(SHA256),
+            writer=metadata.get(WRITER),
+        )
 
     try:
         return call_with_retries(uri, "read", attempt)
@@ -118,7 +120,7 @@ def head(uri: str) -> Object | None:
         return None
 
 
-def require_object(uri: str) -> Object:
+def require_object(uri: str) -> Info:
     """The size and metadata of an object.
 
     Raises:
@@ -209,14 +211,10 @@ def _compared_by_boto3(answer: dict[str, Any], expected: str) -> bool:
     from botocore.httpchecksum import StreamingChecksumBody
 
     # boto3 compares only one of the checksums in an answer, so this one must be the only one.
-    sums = [
-        h
-        for h in answer["ResponseMetadata"]["HTTPHeaders"]
-        if h.startswith("x-amz-checksum-") and h != "x-amz-checksum-type"
-    ]
+    sums = [name for name in answer if name.startswith("Checksum") and name != "ChecksumType"]
     return (
         isinstance(answer["Body"], StreamingChecksumBody)
-        and sums == ["x-amz-checksum-sha256"]
+        and sums == ["ChecksumSHA256"]
         and base64.b64decode(answer["ChecksumSHA256"]).hex() == expected
     )
 
@@ -281,7 +279,7 @@ class ObjectStream(io.RawIOBase):
                 end = min(self.position + size, self.size)
             content = self._content[self.position : end]
         else:
-            content = read(self.uri, self.position, end, self._known.etag)
+            content = read(self.uri, self.position, end, self._known.stamp)
             self._hash.update(content)
             if content and end == self.size and self._known.sha256 not in (None, self._hash.hexdigest()):
                 raise StorageError(

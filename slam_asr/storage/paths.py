@@ -6,27 +6,16 @@ import posixpath
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from slam_asr.storage import objects, uploads
 from slam_asr.storage.address import PathOrUri, is_s3, split_uri
 from slam_asr.storage.local import local_path, temporary_path, write_atomically
+from slam_asr.storage.objects import Info
 
 PARALLEL_FILES = 8
 _STREAM_BUFFER_BYTES = 8 * 2**20
-
-
-@dataclass(frozen=True)
-class Info:
-    """The metadata of a file."""
-
-    name: str
-    """Path below the folder that was walked, with slashes; for a single file, the last part of its path."""
-    bytes: int
-    stamp: str
-    """Changes with the content: the modification time in ns, or the object's etag."""
 
 
 def join(base: PathOrUri, *names: str) -> str:
@@ -73,8 +62,7 @@ def info(path: PathOrUri) -> Info | None:
     """
     path = os.fspath(path)
     if is_s3(path):
-        known = objects.head(path)
-        return Info(name_of(path), known.bytes, known.etag) if known else None
+        return objects.head(path)
     file = local_path(path)
     try:
         status = file.stat()
@@ -98,11 +86,7 @@ def walk(root: PathOrUri) -> Iterator[Info]:
     """
     root = os.fspath(root)
     if is_s3(root):
-        prefix = split_uri(root)[1].rstrip("/")
-        for item in objects.list_objects(root):
-            name = item.key.removeprefix(prefix).lstrip("/")
-            if name and not name.endswith("/"):
-                yield Info(name, item.bytes, item.etag)
+        yield from objects.list_objects(root)
     elif local_path(root).is_dir():
         yield from _walk_folder(local_path(root), "")
 

@@ -1,6 +1,9 @@
 """Parallel transfers: large objects are sent and fetched in several pieces at once.
 
-s3transfer, boto3's own, is not used: MEASURED
+boto3's own s3transfer is not used. With a new TransferManager for all files, and only the checksum of the
+complete object compared afterwards, it took 1.1 to 1.2 times as long for an object of 200 MB and 1.0 to 1.3
+times for 500 of 16 KB, with up to 1.6 times the processor time. It would also not log or limit its retries by
+time, or retry a piece that arrives damaged.
 """
 
 import threading

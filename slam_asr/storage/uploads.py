@@ -32,7 +32,7 @@ from slam_asr.storage.failures import (
     require_fields,
 )
 from slam_asr.storage.local import sha256_of_bytes, sha256_of_file
-from slam_asr.storage.objects import SHA256, Object, head
+from slam_asr.storage.objects import SHA256, WRITER, Info, head
 from slam_asr.storage.pieces import in_parallel, no_report
 from slam_asr.storage.retry import call_with_retries
 
@@ -40,8 +40,6 @@ T = TypeVar("T")
 
 _MAX_PARTS = 10_000
 """S3's limit; objects that would need more parts get larger ones."""
-_WRITER = "writer"
-"""Key of the metadata that identifies which of several conditional writers wrote an object."""
 
 
 class ObjectExists(Exception):
@@ -171,7 +169,7 @@ class _Upload:
         from botocore.exceptions import ClientError
 
         writer = uuid.uuid4().hex
-        arguments = self.target | {"Metadata": {SHA256: self.sha256, _WRITER: writer}}
+        arguments = self.target | {"Metadata": {SHA256: self.sha256, WRITER: writer}}
 
         def attempt() -> None:
             try:
@@ -195,8 +193,8 @@ class _Upload:
 
         self._call(attempt)
 
-    def _require_writer(self, existing: Object | None, writer: str) -> None:
-        if existing is None or existing.metadata.get(_WRITER) != writer:
+    def _require_writer(self, existing: Info | None, writer: str) -> None:
+        if existing is None or existing.writer != writer:
             raise ObjectExists(self.uri)
 
     def _call(self, call: Callable[[], T], cancelled: threading.Event | None = None) -> T:
