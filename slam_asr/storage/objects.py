@@ -269,14 +269,13 @@ class ObjectStream(io.RawIOBase):
         return b"".join(iter(lambda: self._next(_STREAM_BYTES), b""))
 
     def _next(self, size: int) -> bytes:
+        if self.size <= _STREAM_BYTES and self._content is None:
+            # A single request: its checksum is compared, and the request is retried if it differs. It has no
+            # etag, so the object may have been replaced, with another size, since `head`.
+            self._content = read(self.uri)
+            self.size = len(self._content)
         end = min(self.position + size, self.size)
-        if self.size <= _STREAM_BYTES:
-            if self._content is None:
-                # A single request: its checksum is compared, and the request is retried if it differs. It has
-                # no etag, so the object may have been replaced, with another size, since `head`.
-                self._content = read(self.uri)
-                self.size = len(self._content)
-                end = min(self.position + size, self.size)
+        if self._content is not None:
             content = self._content[self.position : end]
         else:
             content = read(self.uri, self.position, end, self._known.stamp)

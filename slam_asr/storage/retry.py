@@ -1,8 +1,8 @@
 """Retries of requests to object storage.
 
 Failures that may be temporary (5xx, throttling, time-outs, resets, truncated answers) are retried with
-growing pauses for `PATIENCE` seconds. Permanent ones (403, 404) are raised at once; `failures` tells them
-apart.
+growing pauses for `PATIENCE` seconds. Permanent ones (403, 404) are raised at once; `failures`
+distinguishes them.
 
 This loop is the project's own. botocore's retry modes count attempts, give up together once a client's shared
 quota is used up, and do not retry an answer that breaks off while its body is read. tenacity leaves every

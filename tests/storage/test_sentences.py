@@ -157,6 +157,27 @@ def test_an_impossible_tls_connection_is_reported_at_once(
     assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize("kind", ["fetch", "upload"])
+def test_a_permanent_failure_of_one_piece_ends_the_retries_of_the_others(
+    faulty_s3, small_pieces, tmp_path, kind
+):
+    faulty_s3.share = 0
+    (tmp_path / "file").write_bytes(b"n" * 350_000)
+    upload(tmp_path / "file", "s3://bucket/x")
+
+    def rule(request):
+        piece = request.target + request.headers.get("range", "")
+        if "partNumber=1" in piece or "bytes=0-" in piece:
+            return 503, "SlowDown"
+        return (403, "AccessDenied") if "partNumber=3" in piece or "bytes=200000-" in piece else None
+
+    faulty_s3.rule = rule
+    calls = {"fetch": fetch, "upload": lambda uri: upload(tmp_path / "file", uri)}
+    started = time.monotonic()
+    assert "access is denied" in message_of(calls[kind], "s3://bucket/x")
+    assert time.monotonic() - started < 10  # the first piece alone is retried for 30 s
+
+
 @pytest.mark.parametrize("size", [10, 250_000])
 def test_a_failed_upload_leaves_the_previous_object(faulty_s3, small_pieces, tmp_path, size):
     (tmp_path / "file").write_bytes(b"n" * size)
