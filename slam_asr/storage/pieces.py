@@ -1,10 +1,9 @@
 """Parallel transfers: large objects are sent and fetched in several pieces at once.
 
-boto3's own s3transfer is not used. With one TransferManager for all files, and the checksum of each
-complete file compared afterwards, it took 1.1 to 1.2 times as long for an object of 200 MB; for 500 of 16
-KB as long to upload, and 1.4 times as long to download; and always 1.2 to 1.5 times the processor time (see
-also `benchmarks/storage.py`). Its retries are limited by number instead of time, are not logged, and do not
-include pieces that arrive damaged.
+boto3's own s3transfer is not used. With one TransferManager for all files, and the checksum of each complete
+file compared afterwards, it took 1.1 to 1.2 times as long for an object of 200 MB and 1.0 to 1.4 times for
+500 objects of 16 KB, with up to 1.5 times the processor time; `benchmarks/storage.py` compares downloads. Its
+retries are limited by number instead of time, are not logged, and do not include pieces that arrive damaged.
 """
 
 import threading
