@@ -23,7 +23,7 @@ from slam_asr.cli import parse_options
 from slam_asr.errors import ClusterError, UserError
 from slam_asr.steps import OWN_IMAGE, STEPS
 from slam_asr.storage import delete, join, write_bytes
-from slam_asr.storage.s3 import CredentialsMissing
+from slam_asr.storage.failures import CredentialsMissing
 
 SECRET_KEYS = ({"accesskey", "secretkey"}, {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
 """Sets of keys; the storage secret must contain one of them."""

@@ -35,18 +35,19 @@ from slam_asr.pretrained.ctranslate2 import convert_whisper
 from slam_asr.pretrained.smollm2 import convert_smollm2, require_gguf
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import (
-    Info,
     digest,
+    info,
     is_s3,
     join,
     local_path,
     name_of,
-    s3,
     sha256_of_file,
     walk,
     write_json,
 )
+from slam_asr.storage.address import SCHEME
 from slam_asr.storage.cache import cache_folder
+from slam_asr.storage.downloads import download
 from slam_asr.storage.locks import exclusive
 
 UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
@@ -218,12 +219,12 @@ def _from_object_storage(uri: str) -> Path:
         StorageError: object storage cannot be read.
     """
     uri = uri.rstrip("/")
-    single = s3.head(uri)
-    files = [Info(name_of(uri), single.bytes, single.etag)] if single else list(walk(uri))
+    single = info(uri)
+    files = [single] if single else list(walk(uri))
     if not files:
         raise ModelError(f"There is nothing at {uri}: check the bucket and the prefix.")
     state = digest([[f.name, f.bytes, f.stamp] for f in files])[:16]
-    cached = cache_folder() / "models" / f"{uri.removeprefix(s3.SCHEME).replace('/', '--')}-{state}"
+    cached = cache_folder() / "models" / f"{uri.removeprefix(SCHEME).replace('/', '--')}-{state}"
     weights = _SAFETENSORS if any(fnmatch(f.name, _SAFETENSORS) for f in files) else _PICKLES
     # Only the top level, as on the hub; and pickles only if the model has no safetensors.
     needed = [
@@ -242,9 +243,7 @@ def _from_object_storage(uri: str) -> Path:
             ) as meter:
                 for file in needed:
                     with open(temporary / file.name, "w+b") as target:
-                        s3.download(
-                            uri if single else join(uri, file.name), target, report=_by_megabytes(meter)
-                        )
+                        download(uri if single else join(uri, file.name), target, report=_by_megabytes(meter))
             if not single and not is_complete(temporary):
                 raise ModelError(
                     f"{uri} holds no complete model (config.json, weights, and tokenizer or preprocessor "

@@ -15,8 +15,10 @@ from slam_asr.artifacts.feature_store.index import Entry, to_array
 from slam_asr.artifacts.feature_store.namespace import checksum, find_namespace
 from slam_asr.errors import InputError, StorageError
 from slam_asr.models.feature_dtype import DTYPES, QuantizedFrames, dequantize
-from slam_asr.storage import is_s3, local_path, s3
+from slam_asr.storage import is_s3, local_path
 from slam_asr.storage.cache import CacheFull, DiskCache, HeldFile, cache_folder
+from slam_asr.storage.downloads import download
+from slam_asr.storage.objects import read
 
 _MAX_MAPPED = 64
 """Maximum number of shards mapped into memory at once. A training window needs fewer."""
@@ -118,14 +120,6 @@ class FeatureStore:
         """
         return int(self.index.columns["span"][self.find(audio_id)])
 
-    def shard_of(self, audio_id: str) -> int:
-        """Return the number of the shard with this audio's features: its position in the index's list.
-
-        Raises:
-            InputError: the store has no features of this audio.
-        """
-        return int(self.index.columns["shard"][self.find(audio_id)])
-
     def read(self, audio_id: str) -> torch.Tensor:
         """Read the features of this audio.
 
@@ -148,7 +142,7 @@ class FeatureStore:
         if source is None:
             path = self._path(entry.shard)
             # An empty range cannot be requested over HTTP.
-            chunks = [bytearray(s3.read(path, begin, begin + n)) if n else bytearray() for begin, n in ranges]
+            chunks = [bytearray(read(path, begin, begin + n)) if n else bytearray() for begin, n in ranges]
         else:
             chunks = [memoryview(source)[begin : begin + n] for begin, n in ranges]
         # A mapped entry is verified once, but one that was read from object storage each time.
@@ -230,7 +224,7 @@ class FeatureStore:
                 return self._cache.hold(
                     shard.name,
                     shard.bytes,
-                    lambda file: s3.download(self._path(number), file, shard.sha256),
+                    lambda file: download(self._path(number), file, shard.sha256),
                 )
             except CacheFull:
                 # If no shard can be released, the caller reads single utterances without using the disk.
