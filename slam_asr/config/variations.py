@@ -16,14 +16,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from slam_asr.config.recipe import Recipe, as_int, load_recipe, recipe_keys
+from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys
+from slam_asr.config.schema import as_int, nearest, read_yaml
 from slam_asr.errors import ConfigurationError, StorageError, UserError
-from slam_asr.storage import is_s3, read_bytes
+from slam_asr.storage import read_bytes
 
 SHARED = ("name", "data", "encoder", "features", "training.nodes")
 """Keys that no variation may change.
@@ -78,8 +78,7 @@ def read_variations(path: str) -> list[dict[str, Any]]:
         UserError: the file cannot be read, or contains neither a list nor a grid.
     """
     try:
-        text = read_bytes(path) if is_s3(path) else Path(path).read_bytes()
-        values = yaml.safe_load(text)
+        values = read_yaml(read_bytes(path), f"The variations {path}")
     except OSError as error:
         raise StorageError(
             f"The variations {path} cannot be read ({error.strerror}): check --sweep."
@@ -213,8 +212,6 @@ def _require_variable(key: str, where: str) -> None:
                 f"{SHARED[-1]}: change it for all of them with --{key}, or run the recipe by itself."
             )
     if key not in recipe_keys():
-        from slam_asr.config.schema import nearest
-
         raise ConfigurationError(
             f"{where} changes {key}, which is not a key of a recipe{nearest(key, recipe_keys()) or '.'}"
         )
