@@ -19,38 +19,17 @@ import yaml
 
 from slam_asr.config.deepspeed import adopt
 from slam_asr.config.schema import as_int, keys_of, nearest, parse_yaml, problems, typed
-from slam_asr.config.sections import (
-    Columns,
-    Data,
-    Decoding,
-    Encoder,
-    Features,
-    Llm,
-    Lora,
-    Projector,
-)
-from slam_asr.config.training import Training
+from slam_asr.config.sections import Columns as Columns
+from slam_asr.config.sections import Data as Data
+from slam_asr.config.sections import Decoding as Decoding
+from slam_asr.config.sections import Encoder as Encoder
+from slam_asr.config.sections import Features as Features
+from slam_asr.config.sections import Llm as Llm
+from slam_asr.config.sections import Lora as Lora
+from slam_asr.config.sections import Projector as Projector
+from slam_asr.config.training import Training as Training
 from slam_asr.errors import ConfigurationError
 from slam_asr.storage import is_s3, read_bytes
-
-__all__ = [
-    "Columns",
-    "Data",
-    "Decoding",
-    "Encoder",
-    "Features",
-    "Llm",
-    "Lora",
-    "Projector",
-    "Recipe",
-    "Training",
-    "dump_recipe",
-    "load_recipe",
-    "recipe_keys",
-    "recipe_values",
-    "shipped_recipes",
-    "value_of",
-]
 
 _FRAMES_PER_SECOND = 50
 """The rate of every encoder."""
