@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from slam_asr.artifacts.manifest import Utterance, json_line, manifest_line, parse_line, write_lines
+from slam_asr.artifacts.json_lines import json_line, write_lines
+from slam_asr.artifacts.manifest import Utterance, manifest_line, parse_line
 from slam_asr.artifacts.stage_record import Outcome
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.config.recipe import Data, Recipe, dump_recipe

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from slam_asr import __version__
 from slam_asr.artifacts.hypotheses import HYPOTHESES, NBEST, Hypothesis, write_hypotheses
-from slam_asr.artifacts.manifest import Utterance, write_json_lines
+from slam_asr.artifacts.json_lines import write_json_lines
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.model_folder import model_digests
 from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
 from slam_asr.artifacts.utterances import load_utterance, manifest_files
