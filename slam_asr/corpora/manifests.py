@@ -211,7 +211,8 @@ def _refuse_too_many(
     names = ", ".join(first) + (", …" if len(rejected) > 3 else "")
     raise InputError(
         f"{len(rejected)} of {total} utterances cannot be used ({statistics.reasons()}; {names}), "
-        f"more than the {max_share:.1%} allowed: correct those listed in {list_file}, or raise --data.max_rejected."
+        f"more than the {max_share:.1%} allowed: correct those listed in {list_file}, or raise "
+        "--data.max_rejected."
     )
 
 

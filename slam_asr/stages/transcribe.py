@@ -47,17 +47,7 @@ def transcribe(
     from slam_asr.decoding.model import open_model
     from slam_asr.models.precision import explain_precision, pick_device
 
-    if not files:
-        raise ConfigurationError(
-            "No file to transcribe is given: name one, such as `slam-asr transcribe MODEL recording.wav`."
-        )
-    if longest < 1:
-        raise ConfigurationError(f"--longest is {longest:g} s but must be at least 1.")
-    if format == "srt" and output is None and len(files) > 1:
-        raise ConfigurationError(
-            f"Subtitles of {len(files)} files cannot be printed one after the other: "
-            "name a folder with --output."
-        )
+    _check(files, format, output, longest)
     paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
     # Reads the header of every file before a model is loaded, so that a missing file is reported at once.
     seconds = [count_samples(file) / SAMPLE_RATE for file in files]
@@ -91,6 +81,25 @@ def transcribe(
             "the others are transcribed."
         )
     return transcripts
+
+
+def _check(files: list[str], format: str, output: str | None, longest: float) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        ConfigurationError: no file is given, segments would be too short, or subtitles would be mixed.
+    """
+    if not files:
+        raise ConfigurationError(
+            "No file to transcribe is given: name one, such as `slam-asr transcribe MODEL recording.wav`."
+        )
+    if longest < 1:
+        raise ConfigurationError(f"--longest is {longest:g} s but must be at least 1.")
+    if format == "srt" and output is None and len(files) > 1:
+        raise ConfigurationError(
+            f"Subtitles of {len(files)} files cannot be printed one after the other: "
+            "name a folder with --output."
+        )
 
 
 def _output_paths(files: list[str], output: str, suffix: str) -> dict[str, str]:
