@@ -67,17 +67,8 @@ def decode(
     # Raises if this machine cannot compute in the requested precision.
     explain_precision(recipe.decoding.precision, pick_device())
     processes = processes_here("decoding.processes", recipe.decoding.processes)
-    opened = open_model(model)
-    decoder = Decoder(recipe, opened, manifest_files(manifests, ("test.jsonl",)), feature_store)
-    utterances, store = decoder.utterances, decoder.store
-    inputs = {
-        "model": model_digests(opened.folder),
-        "manifests": [sha256_of_file(fetch(file)) for file in decoder.files],
-        "audio": digest(decoder.audio_ids),
-        "features": store.fingerprint if store else None,
-        "decoding": options_that_change_texts(recipe.decoding),
-        "part": str(shard),
-    }
+    decoder = Decoder(recipe, open_model(model), manifest_files(manifests, ("test.jsonl",)), feature_store)
+    inputs = _inputs(decoder, shard)
     # A journal may be resumed with or without the audio, which only affects the report.
     decoding_digest = digest({"version": __version__} | inputs)
     if recipe.decoding.report_audio:
@@ -88,12 +79,26 @@ def decode(
         remote = folder_or_prefix if is_s3(folder_or_prefix) else None
         with DecodeJournal(folder, decoding_digest, remote) as journal:
             decoded, facts = _decode(decoder, shard, journal, processes)
-        _write(folder, recipe.decoding, decoded, utterances)
+        _write(folder, recipe.decoding, decoded, decoder.utterances)
         journal.close()
-        of_all = f" of {len(utterances)} utterances, work shard {shard}" if shard.of > 1 else " utterances"
-        return Outcome(f"{len(decoded)}{of_all}", _rates(facts), facts)
+        summary = f"{len(decoded)} utterances"
+        if shard.of > 1:
+            summary = f"{len(decoded)} of {len(decoder.utterances)} utterances, work shard {shard}"
+        return Outcome(summary, _rates(facts), facts)
 
     return run_stage("decode", output, inputs, work, overwrite)
+
+
+def _inputs(decoder: Decoder, shard: WorkShard) -> dict[str, Any]:
+    """What decides the texts."""
+    return {
+        "model": model_digests(decoder.model.folder),
+        "manifests": [sha256_of_file(fetch(file)) for file in decoder.files],
+        "audio": digest(decoder.audio_ids),
+        "features": decoder.store.fingerprint if decoder.store else None,
+        "decoding": options_that_change_texts(decoder.recipe.decoding),
+        "part": str(shard),
+    }
 
 
 def _decode(

@@ -44,9 +44,6 @@ def transcribe(
         ConfigurationError: options contradict each other, or two transcripts would have the same path.
         ModelError: a base model is not the one that the model was trained with.
     """
-    from slam_asr.decoding.model import open_model
-    from slam_asr.models.precision import explain_precision, pick_device
-
     _check(files, format, output, longest)
     paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
     # Reads the header of every file before a model is loaded, so that a missing file is reported at once.
@@ -61,12 +58,7 @@ def transcribe(
 
     # Standard output carries transcripts only: logs go to standard error.
     with contextlib.redirect_stdout(sys.stderr):
-        opened = open_model(model)
-        log_line(
-            f"models: {opened.trained.encoder.name} + projector + {opened.trained.llm.name}; "
-            f"{explain_precision(recipe.decoding.precision, pick_device())}"
-        )
-        transcriber = Transcriber(opened, recipe, longest)
+        transcriber = _open(model, recipe, longest)
         with Meter("transcribe", total=round(sum(seconds)), unit="s") as meter:
             for transcript in transcriber.transcribe_files(files, seconds, meter, skip):
                 transcripts.append(transcript)
@@ -81,6 +73,18 @@ def transcribe(
             "the others are transcribed."
         )
     return transcripts
+
+
+def _open(model: str, recipe: Recipe, longest: float) -> Transcriber:
+    from slam_asr.decoding.model import open_model
+    from slam_asr.models.precision import explain_precision, pick_device
+
+    opened = open_model(model)
+    log_line(
+        f"models: {opened.trained.encoder.name} + projector + {opened.trained.llm.name}; "
+        f"{explain_precision(recipe.decoding.precision, pick_device())}"
+    )
+    return Transcriber(opened, recipe, longest)
 
 
 def _check(files: list[str], format: str, output: str | None, longest: float) -> None:

@@ -118,14 +118,6 @@ class FeatureStore:
         """
         return int(self.index.columns["span"][self.find(audio_id)])
 
-    def shard_of(self, audio_id: str) -> int:
-        """Return the number of the shard with this audio's features: its position in the index's list.
-
-        Raises:
-            InputError: the store has no features of this audio.
-        """
-        return int(self.index.columns["shard"][self.find(audio_id)])
-
     def read(self, audio_id: str) -> torch.Tensor:
         """Read the features of this audio.
 
