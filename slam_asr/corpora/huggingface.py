@@ -11,6 +11,7 @@ Audio that is embedded in a table (a column of {bytes, path}) is written to file
 
 import json
 import os
+from collections.abc import Callable
 from typing import ClassVar
 
 from slam_asr.config.recipe import Data
@@ -101,7 +102,7 @@ class Saved(Table):
 
     kind = "Hugging Face dataset"
     layout = "the output of save_to_disk, parquet files, or metadata.csv with a column file_name"
-    _layouts: ClassVar = (_saved, _described)
+    _layouts: ClassVar[tuple[Callable[[str], dict[str, str]], ...]] = (_saved, _described)
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Saved | None":
@@ -119,4 +120,4 @@ class Saved(Table):
 class HuggingFace(Saved):
     """The reader of a dataset in any of the three layouts."""
 
-    _layouts: ClassVar = (_saved, _described, _parquet)
+    _layouts = (_saved, _described, _parquet)
