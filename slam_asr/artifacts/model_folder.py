@@ -10,19 +10,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
 
 from slam_asr.config.recipe import Encoder, Projector, Recipe, load_recipe
 from slam_asr.errors import ModelError
-from slam_asr.models.projector import SpeechProjector, build_projector
-from slam_asr.pretrained.lazy_tensors import is_finite
-from slam_asr.pretrained.unpickle import read_pickle
 from slam_asr.storage import fetch_folder, local_path, sha256_of_file, write_atomically, write_json
+
+# torch takes seconds to import, and `score` and the command line read only config.json: the functions that
+# handle weights import it.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from slam_asr.models.projector import SpeechProjector
 
 WEIGHTS = "projector.safetensors"
 CONFIG = "config.json"
@@ -64,7 +66,7 @@ class ModelConfig:
 
 
 def write_model(
-    folder: Path, projector: Mapping[str, torch.Tensor], config: ModelConfig, half: bool = False
+    folder: Path, projector: Mapping[str, "torch.Tensor"], config: ModelConfig, half: bool = False
 ) -> None:
     """Write a model's projector and configuration.
 
@@ -76,6 +78,9 @@ def write_model(
         config: the content of config.json.
         half: whether to save the projector in fp16 instead of fp32.
     """
+    import torch
+    from safetensors.torch import save
+
     # An old configuration must not vouch for new weights if the writing is interrupted.
     (folder / CONFIG).unlink(missing_ok=True)
     write_atomically(
@@ -141,12 +146,14 @@ def encoder_of(model: str | Path, base: Encoder) -> Encoder:
     return replace(base, name=str(own)) if own.is_dir() else base
 
 
-def read_projector(model: str | Path, config: ModelConfig) -> SpeechProjector:
+def read_projector(model: str | Path, config: ModelConfig) -> "SpeechProjector":
     """Load a model's trained projector in float32, frozen, on the CPU.
 
     Raises:
         ModelError: the weights are missing, damaged or not finite, or contradict the configuration.
     """
+    from safetensors.torch import load_file
+
     path = local_path(model) / WEIGHTS
     try:
         weights = load_file(path)
@@ -158,8 +165,8 @@ def read_projector(model: str | Path, config: ModelConfig) -> SpeechProjector:
 
 
 def projector_from_weights(
-    weights: Mapping[str, torch.Tensor], options: Projector, encoder_width: int, llm_width: int, where: str
-) -> SpeechProjector:
+    weights: Mapping[str, "torch.Tensor"], options: Projector, encoder_width: int, llm_width: int, where: str
+) -> "SpeechProjector":
     """Build a frozen float32 projector from its weights.
 
     Args:
@@ -172,6 +179,11 @@ def projector_from_weights(
     Raises:
         ModelError: the weights are not finite, or do not fit the options and widths.
     """
+    import torch
+
+    from slam_asr.models.projector import build_projector
+    from slam_asr.pretrained.lazy_tensors import is_finite
+
     # On the meta device shapes are compared without allocating weights that would be replaced anyway.
     with torch.device("meta"):
         projector = build_projector(options, encoder_width, llm_width)
@@ -197,7 +209,7 @@ def projector_from_weights(
     return projector.eval().requires_grad_(False)
 
 
-def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
+def write_adapter(folder: Path, weights: Mapping[str, "torch.Tensor"], recipe: Recipe) -> None:
     """Write a LoRA adapter in peft's format, in float32.
 
     Args:
@@ -205,6 +217,8 @@ def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Rec
         weights: the adapter's weights by their names in the LLM, such as `…q_proj.lora_A.default.weight`.
         recipe: contains rank, alpha, target modules, and the LLM's name.
     """
+    from safetensors.torch import save
+
     from slam_asr.models.llm import lora_config
 
     config = lora_config(recipe.llm.lora)
@@ -219,7 +233,7 @@ def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Rec
     write_atomically(folder / ADAPTER / ADAPTER_WEIGHTS, save(tensors))
 
 
-def read_adapter(model: str | Path) -> dict[str, torch.Tensor]:
+def read_adapter(model: str | Path) -> dict[str, "torch.Tensor"]:
     """Read a model's LoRA adapter.
 
     Args:
@@ -250,7 +264,7 @@ def adapter_file(folder: Path) -> Path:
     )
 
 
-def read_peft(folder: Path) -> dict[str, torch.Tensor]:
+def read_peft(folder: Path) -> dict[str, "torch.Tensor"]:
     """Read the weights in a folder that peft wrote.
 
     Returns:
@@ -259,6 +273,10 @@ def read_peft(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: the adapter's file is damaged or missing.
     """
+    from safetensors.torch import load_file
+
+    from slam_asr.pretrained.unpickle import read_pickle
+
     file = adapter_file(folder)
     if file.suffix == ".bin":
         weights = read_pickle(file)
@@ -279,7 +297,7 @@ def _with_adapter_name(name: str) -> str:
 
 
 def require_matching_weights(
-    module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
+    module: "nn.Module", weights: Mapping[str, "torch.Tensor"], where: str, trained: list[str]
 ) -> None:
     """Check that weights fit a module.
 
@@ -292,6 +310,8 @@ def require_matching_weights(
     Raises:
         ModelError: a weight is missing, unknown, of another shape, or not finite.
     """
+    from slam_asr.pretrained.lazy_tensors import is_finite
+
     # Duplicates are included, so that every name of a tied weight is known.
     own = dict(module.named_parameters(remove_duplicate=False))
     missing = [n for n in trained if n not in weights]
@@ -314,7 +334,7 @@ def require_matching_weights(
 
 
 def replace_weights(
-    module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
+    module: "nn.Module", weights: Mapping[str, "torch.Tensor"], where: str, trained: list[str]
 ) -> None:
     """Check weights with `require_matching_weights`, then copy them into the module.
 

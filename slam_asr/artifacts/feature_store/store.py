@@ -154,16 +154,8 @@ class FeatureStore:
                     "then `slam-asr extract-features` again over the same manifests."
                 )
             self._verified[position] = True
-        if not entry.frames:
-            # torch.frombuffer refuses empty buffers.
-            return dequantize(
-                QuantizedFrames(
-                    torch.zeros(0, self.index.width, dtype=DTYPES[self.dtype]),
-                    torch.zeros(0) if len(chunks) > 1 else None,
-                )
-            )
-        frames = torch.frombuffer(chunks[0], dtype=DTYPES[self.dtype]).view(entry.frames, self.index.width)
-        scales = torch.frombuffer(chunks[1], dtype=torch.float32) if len(chunks) > 1 else None
+        frames = _tensor(chunks[0], DTYPES[self.dtype]).view(entry.frames, self.index.width)
+        scales = _tensor(chunks[1], torch.float32) if len(chunks) > 1 else None
         return dequantize(QuantizedFrames(frames, scales))
 
     def expect(self, shards: Iterable[int]) -> None:
@@ -246,6 +238,11 @@ def _release(fetched: Future[HeldFile | None]) -> None:
     held = fetched.result()
     if held is not None:
         held.release()
+
+
+def _tensor(content: memoryview | bytearray, dtype: torch.dtype) -> torch.Tensor:
+    # torch.frombuffer refuses empty buffers.
+    return torch.frombuffer(content, dtype=dtype) if len(content) else torch.zeros(0, dtype=dtype)
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -500,7 +500,7 @@ import sys
 sys.path.insert(0, {checkout!r})
 import kubernetes.config.kube_config as kube
 kube.KUBE_CONFIG_DEFAULT_LOCATION = {kubeconfig!r}
-from tests.test_trainjob import start
+from tests.trainjob.test_trainjob import start
 start()
 """
 
@@ -509,7 +509,7 @@ def test_sigterm_deletes_the_job(cluster):
     """Kubernetes ends a pod by SIGTERM; then nobody would follow the nodes any more."""
     cluster.states = ["Running"]
     code = INTERRUPTED.format(
-        checkout=str(Path(__file__).resolve().parents[1]), kubeconfig=cluster.kubeconfig
+        checkout=str(Path(__file__).resolve().parents[2]), kubeconfig=cluster.kubeconfig
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
