@@ -156,7 +156,12 @@ def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
     tokenizer = (source / "tokenizer.json").read_bytes()
     ids = {token["content"]: token["id"] for token in json.loads(tokenizer)["added_tokens"]}
     end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
-    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    special: dict[str, Any] = {
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "decoder_start_token_id": start,
+    }
     config = _config(variables, special)
     # On the meta device the model has no weights of its own, so `assign` puts in those of the file, in their
     # dtypes. The output layer and the embeddings are then two tensors, which `tie_weights` makes one again.
@@ -179,26 +184,24 @@ def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def _config(variables: dict[str, np.ndarray], special: dict[str, int]) -> "WhisperConfig":
+def _config(variables: dict[str, np.ndarray], special: dict[str, Any]) -> "WhisperConfig":
     """Derive the model's sizes from the tensors; `special` are the ids of the special tokens."""
     from transformers import WhisperConfig
 
     # `decoder/layer_norm/gamma`, the final norm, also begins like a layer's tensor, but has only two slashes.
     layers = len({n.split("/")[1] for n in variables if n.startswith("decoder/layer_") and n.count("/") > 2})
     width, bins, _ = variables["encoder/conv1/weight"].shape
+    heads = int(variables["encoder/num_heads"])
     return WhisperConfig(
         vocab_size=len(variables["decoder/embeddings/weight"]),
         num_mel_bins=bins,
         d_model=width,
-        **{
-            f"{side}_{name}": value
-            for side in ("encoder", "decoder")
-            for name, value in (
-                ("layers", layers),
-                ("attention_heads", int(variables["encoder/num_heads"])),
-                ("ffn_dim", 4 * width),
-            )
-        },
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
         max_source_positions=len(variables["encoder/position_encodings/encodings"]),
         max_target_positions=len(variables["decoder/position_encodings/encodings"]),
         **special,
@@ -206,7 +209,7 @@ def _config(variables: dict[str, np.ndarray], special: dict[str, int]) -> "Whisp
 
 
 def _generation_config(
-    config: "WhisperConfig", special: dict[str, int], ids: dict[str, int], hints: dict[str, Any]
+    config: "WhisperConfig", special: dict[str, Any], ids: dict[str, int], hints: dict[str, Any]
 ) -> "GenerationConfig":
     """Translate CTranslate2's hints for decoding.
 

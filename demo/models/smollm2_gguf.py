@@ -100,7 +100,7 @@ def _state(reader: "GGUFReader", fields: dict[str, Any]) -> "dict[str, torch.Ten
     return state
 
 
-def _config(fields: dict[str, Any], special: dict[str, int], tied: bool) -> "LlamaConfig":
+def _config(fields: dict[str, Any], special: dict[str, Any], tied: bool) -> "LlamaConfig":
     """Translate the sizes.
 
     Args:
@@ -151,7 +151,7 @@ def _halves(rows: "np.ndarray", heads: int) -> "np.ndarray":
     return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _tokenizer(fields: dict[str, Any], special: dict[str, int]) -> "PreTrainedTokenizerFast":
+def _tokenizer(fields: dict[str, Any], special: dict[str, Any]) -> "PreTrainedTokenizerFast":
     """Build SmolLM2's byte-level BPE. Every digit is its own token; no special token is added to a text.
 
     Args:

@@ -74,7 +74,7 @@ def test_its_card_describes_data_training_and_results(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_models())
-def test_it_fits_the_base_models_that_are_fetched(name):
+def test_it_fits_the_base_models_that_are_fetched(demo_models, name):
     config = read_config(fetch_model(name))
     recipe = config.typed_recipe
     spec, llm = describe_encoder(recipe.encoder), locate_model(recipe.llm.name)
