@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import soundfile
 import torch
 from safetensors import SafetensorError
+from setuptools import find_packages
 
 from demo.models import add_wheels, wheels
 from demo.models.ctranslate2 import convert_whisper
@@ -71,6 +73,12 @@ def wheel_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
 
 def leftovers(cache: Path) -> list[str]:
     return sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock"))
+
+
+def test_the_package_contains_nothing_of_the_demo():
+    checkout = Path(__file__).resolve().parents[2]
+    options = tomllib.loads((checkout / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {name.partition(".")[0] for name in find_packages(checkout, **options["find"])} == {"slam_asr"}
 
 
 def test_the_library_knows_the_names_of_all_models_that_wheels_have():
