@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import save
 from transformers import AutoModel, PretrainedConfig, WhisperConfig
 
 from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError
 from slam_asr.pretrained.fairseq_config import FairseqOptions, TensorDict, waveform_config
-from slam_asr.pretrained.lazy_tensors import is_finite
+from slam_asr.pretrained.lazy_tensors import is_finite, write_one_by_one
 from slam_asr.pretrained.unpickle import plain, read_pickle
-from slam_asr.storage import write_atomically, write_json
+from slam_asr.storage import write_json
 
 _WHISPER = [
     (r"positional_embedding", "embed_positions.weight"),
@@ -115,9 +114,7 @@ def convert_original(source: Path, folder: Path) -> str:
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    write_atomically(
-        folder / "model.safetensors", save({n: t.contiguous() for n, t in weights.items()}, {"format": "pt"})
-    )
+    write_one_by_one(folder / "model.safetensors", weights, like=weights)
     write_json(folder / "preprocessor_config.json", _preprocessor(original))
     original.config.architectures = [type(_skeleton(original.config)).__name__]
     original.config.dtype = next(iter(weights.values())).dtype
