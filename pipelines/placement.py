@@ -163,8 +163,8 @@ def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
 def _retry_seconds(step: StepSettings) -> int:
     """The seconds from a step's first start after which Argo no longer retries it.
 
-    kfp calls this bound `backoff_max_duration`, but it is not the longest wait: Argo compares it with the time
-    since the first attempt began. So it must allow for every attempt and every wait.
+    kfp calls this bound `backoff_max_duration`, but it is not the longest wait: Argo compares it with the
+    time since the first attempt began. So it must allow for every attempt and every wait.
     """
     if not step.timeout_hours:
         return _NO_LIMIT

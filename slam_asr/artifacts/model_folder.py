@@ -83,15 +83,9 @@ def write_model(
 
     # An old configuration must not vouch for new weights if the writing is interrupted.
     (folder / CONFIG).unlink(missing_ok=True)
-    write_atomically(
-        folder / WEIGHTS,
-        save(
-            {
-                name: t.to(torch.float16 if half else torch.float32).contiguous()
-                for name, t in projector.items()
-            }
-        ),
-    )
+    dtype = torch.float16 if half else torch.float32
+    tensors = {name: t.to(dtype).contiguous() for name, t in projector.items()}
+    write_atomically(folder / WEIGHTS, save(tensors))
     write_json(folder / CONFIG, vars(config))
 
 
@@ -124,13 +118,8 @@ def read_config(model: str | Path) -> ModelConfig:
 def model_digests(model: str | Path) -> dict[str, str]:
     """Compute the SHA-256 of each file that influences a model's output, by path in the model's folder."""
     folder = local_path(model)
-    files = [folder / CONFIG, folder / WEIGHTS]
-    files += [
-        f
-        for part in (ADAPTER, LLM, ENCODER)
-        for f in sorted((folder / part).glob("*"))
-        if f.suffix in (".json", ".safetensors")
-    ]
+    parts = [f for part in (ADAPTER, LLM, ENCODER) for f in sorted((folder / part).glob("*"))]
+    files = [folder / CONFIG, folder / WEIGHTS, *(f for f in parts if f.suffix in (".json", ".safetensors"))]
     # Hidden files do not influence the output. One of them only caches the digest of the weights.
     return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if not f.name.startswith(".")}
 
@@ -152,16 +141,21 @@ def read_projector(model: str | Path, config: ModelConfig) -> "SpeechProjector":
     Raises:
         ModelError: the weights are missing, damaged or not finite, or contradict the configuration.
     """
-    from safetensors.torch import load_file
 
     path = local_path(model) / WEIGHTS
+    weights = _load(path, "convert the checkpoint again")
+    options = config.typed_recipe.projector
+    return projector_from_weights(weights, options, config.encoder_width, config.llm_width, str(path))
+
+
+def _load(path: Path, remedy: str) -> dict[str, torch.Tensor]:
+    """Read a safetensors file; if it is damaged or missing, raise a `ModelError` that names the remedy."""
+    from safetensors.torch import load_file
+
     try:
-        weights = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: convert the checkpoint again.") from error
-    return projector_from_weights(
-        weights, config.typed_recipe.projector, config.encoder_width, config.llm_width, str(path)
-    )
+        raise ModelError(f"{path} cannot be read: {remedy}.") from error
 
 
 def projector_from_weights(
@@ -182,7 +176,6 @@ def projector_from_weights(
     import torch
 
     from slam_asr.models.projector import build_projector
-    from slam_asr.pretrained.lazy_tensors import is_finite
 
     # On the meta device shapes are compared without allocating weights that would be replaced anyway.
     with torch.device("meta"):
@@ -190,21 +183,16 @@ def projector_from_weights(
     expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
     actual = {name: tuple(t.shape) for name, t in weights.items()}
     if expected != actual:
-        wrong = [n for n in expected | actual if expected.get(n) != actual.get(n)]
-        name = wrong[0]
+        name, *others = [n for n in expected | actual if expected.get(n) != actual.get(n)]
         raise ModelError(
             f"{where} does not fit a {options.kind} projector with k = {options.downsampling} from encoder "
             f"width {encoder_width} to LLM width {llm_width}: {name} is {actual.get(name, 'missing')}, "
             f"not {expected.get(name, 'expected')}"
-            f"{f', and {len(wrong) - 1} more differ' * (len(wrong) > 1)}. "
+            f"{f', and {len(others)} more differ' if others else ''}. "
             "Name the encoder, LLM and projector that it was trained with."
         )
     for name, tensor in weights.items():
-        if not is_finite(tensor):
-            raise ModelError(
-                f"{where}: {name} holds values that are not finite, because the training diverged: "
-                "use an earlier checkpoint."
-            )
+        _require_finite(name, tensor, where)
     projector.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
     return projector.eval().requires_grad_(False)
 
@@ -222,11 +210,8 @@ def write_adapter(folder: Path, weights: Mapping[str, "torch.Tensor"], recipe: R
     from slam_asr.models.llm import lora_config
 
     config = lora_config(recipe.llm.lora)
-    config.base_model_name_or_path, config.task_type, config.inference_mode = (
-        recipe.llm.name,
-        "CAUSAL_LM",
-        True,
-    )
+    config.base_model_name_or_path, config.task_type = recipe.llm.name, "CAUSAL_LM"
+    config.inference_mode = True
     tensors = {_PEFT + n.replace(".default.", "."): t.float().contiguous() for n, t in weights.items()}
     (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder / ADAPTER))
@@ -273,20 +258,12 @@ def read_peft(folder: Path) -> dict[str, "torch.Tensor"]:
     Raises:
         ModelError: the adapter's file is damaged or missing.
     """
-    from safetensors.torch import load_file
 
     from slam_asr.pretrained.unpickle import read_pickle
 
     file = adapter_file(folder)
-    if file.suffix == ".bin":
-        weights = read_pickle(file)
-    else:
-        try:
-            weights = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file} cannot be read: copy it again, or convert the checkpoint again."
-            ) from error
+    remedy = "copy it again, or convert the checkpoint again"
+    weights = read_pickle(file) if file.suffix == ".bin" else _load(file, remedy)
     return {_with_adapter_name(n.removeprefix(_PEFT)): t for n, t in weights.items()}
 
 
@@ -310,7 +287,6 @@ def require_matching_weights(
     Raises:
         ModelError: a weight is missing, unknown, of another shape, or not finite.
     """
-    from slam_asr.pretrained.lazy_tensors import is_finite
 
     # Duplicates are included, so that every name of a tied weight is known.
     own = dict(module.named_parameters(remove_duplicate=False))
@@ -326,11 +302,17 @@ def require_matching_weights(
                 f"{where}: {name} is {tuple(tensor.shape)}, but this LLM or encoder "
                 f"{f'has {shape} there' if shape else 'has no such weight'}: it belongs to another model."
             )
-        if not is_finite(tensor):
-            raise ModelError(
-                f"{where}: {name} holds values that are not finite, because the training diverged: "
-                "use an earlier checkpoint."
-            )
+        _require_finite(name, tensor, where)
+
+
+def _require_finite(name: str, tensor: torch.Tensor, where: str) -> None:
+    from slam_asr.pretrained.lazy_tensors import is_finite
+
+    if not is_finite(tensor):
+        raise ModelError(
+            f"{where}: {name} holds values that are not finite, because the training diverged: "
+            "use an earlier checkpoint."
+        )
 
 
 def replace_weights(
@@ -349,11 +331,7 @@ def replace_weights(
 
 def shipped_models() -> dict[str, Path]:
     """Return the folder of each model that comes with the package, by name."""
-    return (
-        {folder.name: folder for folder in sorted(SHIPPED.iterdir()) if folder.is_dir()}
-        if SHIPPED.is_dir()
-        else {}
-    )
+    return {folder.name: folder for folder in sorted(SHIPPED.glob("*")) if folder.is_dir()}
 
 
 def fetch_model(model: str | os.PathLike) -> Path:

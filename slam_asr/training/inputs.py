@@ -27,7 +27,8 @@ from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import describe_llm, llm_positions, llm_width, load_tokenizer, require_targets
 from slam_asr.models.precision import explain_precision, pick_device
 from slam_asr.models.prompt import Prompt
-from slam_asr.pretrained.locate import locate_model, weights_sha256
+from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.progress import log_line
 from slam_asr.storage import fetch, join, sha256_of_file
 from slam_asr.training.kernels import require_kernels
