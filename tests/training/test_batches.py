@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 
 from slam_asr.config.recipe import Training
-from slam_asr.training.batches import (
-    Budget,
-    TrainingPlan,
-    _in_canonical_order,
-    budget_for,
-    split_packed,
-    split_step,
-)
-from slam_asr.training.batches import plan_epoch as plan_windows
+from slam_asr.training.batches import _in_canonical_order
 from slam_asr.training.prefetch import prefetch
+from slam_asr.training.step_plan import Budget, TrainingPlan, budget_for, split_packed, split_step
+from slam_asr.training.step_plan import plan_epoch as plan_windows
 
 CHANCE = random.Random(3)
 LENGTHS = [CHANCE.randint(30, 330) for _ in range(500)]
