@@ -244,7 +244,7 @@ def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
     """List (key, before, now) of the inputs that differ, except those that a resumed training may change."""
-    flat_before, flat_now = flat(before), flat(now)
+    flat_before, flat_now = flattened(before), flattened(now)
     harmless = {"recipe.training.validate_every", "recipe.training.patience"}
     if flat_before.get("recipe.training.schedule") == flat_now.get("recipe.training.schedule") == "constant":
         # With a constant rate, the total number of steps does not affect the steps done so far.
@@ -257,11 +257,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
     ]
 
 
-def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Flatten nested dictionaries; keys are joined with dots."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+        flat |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
     return flat
 
 

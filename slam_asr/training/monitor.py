@@ -15,7 +15,7 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.pages.curves import is_number
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import digest
-from slam_asr.training.launch import flat
+from slam_asr.training.launch import flattened
 from slam_asr.training.live import LivePage, read_curve
 from slam_asr.training.trackers import make_trackers
 from slam_asr.training.validator import Samples
@@ -87,7 +87,7 @@ class Monitor:
         for row in read_curve(folder / CURVE)[0]:
             self.plateau.update(row["step"], row["accuracy"])
         name = f"{recipe.name}-{digest([str(folder), published])[:8]}"
-        self.trackers = make_trackers(recipe.training.trackers, folder, name, flat(asdict(recipe)), done)
+        self.trackers = make_trackers(recipe.training.trackers, folder, name, flattened(asdict(recipe)), done)
         self.page = LivePage(folder, recipe, published)
 
     def step(self, numbers: StepNumbers) -> None:
