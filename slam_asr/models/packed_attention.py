@@ -24,8 +24,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from slam_asr.models.cpu_attention import causal_attention
-
 try:
     from torch.nn.attention import varlen
 except ImportError:  # older versions of torch
@@ -176,8 +174,6 @@ def _one_utterance(
     positions = query.shape[2]
     # Within the window's length, a sliding window is plain causal attention, for which faster kernels exist.
     band = _band(positions, window, query.device) if window and window < positions else None
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and band is None and not dropout:
-        return causal_attention(query[0], key[0], value[0], scaling)[None]
     return functional.scaled_dot_product_attention(
         query,
         key,
