@@ -21,7 +21,7 @@ from kubeflow_trainer_api import models
 from slam_asr.artifacts.stage_record import Outcome, run_stage, write_pointer
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.training.nodes import nodes_from_environment
+from slam_asr.training.launch import nodes_from_environment
 from slam_asr.trainjob import follow
 from slam_asr.trainjob.placement import Placement
 from slam_asr.trainjob.train import node_command, train_on_nodes
