@@ -148,7 +148,7 @@ def read_projector(model: str | Path, config: ModelConfig) -> "SpeechProjector":
     return projector_from_weights(weights, options, config.encoder_width, config.llm_width, str(path))
 
 
-def _load(path: Path, remedy: str) -> dict[str, torch.Tensor]:
+def _load(path: Path, remedy: str) -> dict[str, "torch.Tensor"]:
     """Read a safetensors file; if it is damaged or missing, raise a `ModelError` that names the remedy."""
     from safetensors.torch import load_file
 
@@ -305,7 +305,7 @@ def require_matching_weights(
         _require_finite(name, tensor, where)
 
 
-def _require_finite(name: str, tensor: torch.Tensor, where: str) -> None:
+def _require_finite(name: str, tensor: "torch.Tensor", where: str) -> None:
     from slam_asr.pretrained.lazy_tensors import is_finite
 
     if not is_finite(tensor):
