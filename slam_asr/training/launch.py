@@ -14,7 +14,7 @@ from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.stage_record import Record, read_record, require_permission_to_replace
 from slam_asr.errors import ConfigurationError, Stopped, UserError
 from slam_asr.progress import log_line
-from slam_asr.runtime.worker import FAILURE
+from slam_asr.runtime.worker import FAILURE, PARENT
 from slam_asr.storage import digest
 from slam_asr.storage.cache import cache_folder
 
@@ -159,6 +159,8 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
     here = f" on node {nodes.rank} of {nodes.number}" if nodes.number > 1 else ""
     log_line(f"starting {processes} training process{'es' * (processes > 1)}{here}")
     launch = elastic_launch(_launch_config(processes, nodes), sys.executable)
+    # torchrun starts the processes from this one, with this environment.
+    os.environ[PARENT] = str(os.getpid())
     try:
         launch("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
     except SignalException as error:
@@ -178,6 +180,8 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
                 "lower training.positions_per_batch or training.processes."
             ) from error
         raise UserError(f"A training process ended with code {code}; its own message is above.") from error
+    finally:
+        del os.environ[PARENT]
 
 
 def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":
