@@ -12,7 +12,7 @@ from slam_asr.config.schema import bounded
 
 @dataclass
 class Columns:
-    """Names of a table's columns. A column left empty is looked up by its usual names."""
+    """Names of a table's columns. If a field is empty, its column is found by the usual names."""
 
     audio: str = ""
     """The audio file, or the audio itself. Usual names: audio, path, file, wav, file_name and similar."""
@@ -22,8 +22,8 @@ class Columns:
     """A unique name for each utterance. Usual names: id, key, utt_id; without such a column, the audio file's
     path."""
     split: str = ""
-    """The subset, which the patterns of train, dev and test are matched against. Usual names: split, subset;
-    without such a column, the table's file name."""
+    """The subset's name. The patterns in `data.train`, `data.dev` and `data.test` are matched against it.
+    Usual names: split, subset; without such a column, the table's file name."""
     speaker: str = ""
     """The speaker. Usual names: speaker, speaker_id, client_id."""
     start: str = ""
@@ -42,8 +42,8 @@ class Data:
     )
     """Layout of the corpus; `auto` detects it from the files."""
     train: list[str] = field(default_factory=lambda: ["train-*"])
-    """Subsets of the corpus to train on; shell patterns are allowed. `[]`: none, if only a trained model is
-    measured."""
+    """Subsets of the corpus to train on; shell patterns are allowed. `[]` if you only measure a model that is
+    already trained."""
     dev: list[str] = field(default_factory=lambda: ["dev-other"])
     """Subsets to validate on during training. If the corpus has none of them, `dev_fraction` of the train
     utterances is held out instead."""
@@ -54,22 +54,22 @@ class Data:
     key decides, so the same utterances are held out every time."""
     columns: Columns = field(default_factory=Columns)
     audio_root: str = ""
-    """Folder or s3:// prefix that relative audio paths in a table, list or cuts file start from. Default: the
-    folder of that file."""
+    """Folder or s3:// prefix to which relative audio paths are resolved. Default: the folder of the file
+    (table, list or cuts) that contains the paths."""
     text: Literal["lower", "upper", "as-is", "whisper"] = "lower"
-    """How transcripts are written: in lower or upper case, unchanged, or after Whisper's normaliser for
-    English, which expands contractions and removes punctuation. LLMs need fewer tokens for lower case. A
-    model and its test set must agree."""
+    """How transcripts are written: in lower or upper case, unchanged, or normalised by Whisper's English
+    normaliser, which expands contractions and removes punctuation. LLMs need fewer tokens for lower case.
+    Train and test a model with the same setting."""
     min_duration: float = bounded(0.1, at_least=0.0)
     """Seconds; shorter utterances are rejected."""
     max_duration: float = 30.0
     """Seconds; longer utterances are rejected. Whisper's window is 30 s."""
     max_rejected: float = bounded(0.05, at_least=0.0, at_most=1.0)
-    """Share of rejected utterances (unreadable, too short, without text …) above which the stage fails,
-    because the corpus or the recipe is then probably wrong."""
+    """Maximum share of rejected utterances (unreadable, too short, without text …). Above it the stage fails,
+    because the corpus or the recipe is probably wrong."""
 
     def contradictions(self) -> Iterator[str]:
-        """Yield a sentence for each pair of values that cannot go together."""
+        """Yield a sentence for each value, or pair of values, that cannot work."""
         if self.max_duration <= self.min_duration:
             yield (
                 f"data.max_duration ({self.max_duration}) must be above "
@@ -88,23 +88,24 @@ class Encoder:
     with transformers' files, or an original checkpoint file (OpenAI's Whisper, Microsoft's WavLM, fairseq's
     HuBERT and wav2vec 2.0)."""
     frames: Literal["all", "speech"] = "all"
-    """How much of Whisper's output is used. `all`: its complete 30-s window, as in the training of the
-    published models; at projector.downsampling 5, that is 300 audio positions. `speech`: only the frames of
+    """How much of Whisper's output the LLM receives. `all`: the complete 30 s window, as the published models
+    were trained; with projector.downsampling 5, that is 300 LLM positions. `speech`: only the frames of
     the audio itself, ceil(samples / 320), which trains several times faster. The other encoders have no
     window; their output is as long as the audio."""
     long_audio: Literal["cut", "split", "set-aside"] = "cut"
-    """What happens to audio longer than Whisper's window, if `data.max_duration` allows it. `cut`: the audio
-    is cut there but its transcript is not, as in the reference implementation. `split`: it is split into
-    windows whose frames are joined. `set-aside`: it is excluded from training and decoding, and counted."""
+    """What happens to audio longer than Whisper's 30 s window, if `data.max_duration` allows such audio.
+    `cut`: only the first window is encoded, but the transcript is unchanged, as in the reference
+    implementation. `split`: the audio is split into windows whose frames are concatenated. `set-aside`: the
+    utterance is excluded from training and decoding, and counted."""
     batch_seconds: float = bounded(240.0, at_least=1)
-    """Seconds of audio in one batch of the encoder, including padding: every utterance counts as if it were
-    as long as the longest of its batch, and with Whisper as complete windows of 30 s. More uses a GPU better
-    but takes more memory."""
+    """Maximum seconds of audio in one encoder batch, including padding. Every utterance counts as long as the
+    longest one in its batch; with Whisper, it counts as complete windows of 30 s. Larger batches use the GPU
+    better but need more memory."""
     tuning: Literal["frozen", "full"] = "frozen"
     """`full` trains the encoder too. Its outputs then change at every step, so they cannot be cached and each
     step encodes its audio."""
     learning_rate: float | None = bounded(None, above=0)
-    """Peak of the encoder's own learning rate if it is trained. Default: training.learning_rate."""
+    """Peak learning rate of the encoder, if it is trained. Default: training.learning_rate."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if a learning rate is set that nothing uses."""
@@ -117,27 +118,28 @@ class Features:
 
     cache: Literal["store", "none"] = "store"
     """`store` computes the frozen encoder's outputs once and caches them. `none` (or `features: none` for the
-    complete section) encodes on the fly in training and decoding: the same numbers and no storage, but the
-    encoder runs again in every epoch."""
+    complete section) encodes on the fly in training and decoding. This gives the same numbers and needs no
+    storage, but the encoder runs again in every epoch."""
     dtype: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"
-    """Number format of cached features. bf16 takes half of fp32's space, and training computes in bf16
-    anyway; fp8, with one scale per frame, halves it again."""
+    """Number format of cached features. bf16 needs half the space of fp32, and training computes in bf16
+    anyway. fp8, with one scale per frame, needs about half of that."""
     shard_megabytes: int = bounded(512, at_least=1)
     """Maximum size of a shard. Smaller shards lose less work when extraction is interrupted; larger ones mean
     fewer objects in the store."""
     window_shards: int = bounded(8, at_least=1)
-    """Shards whose utterances are shuffled together in training: a window. More shards mix the utterances
-    better but take more local disk, which must hold two windows at once."""
+    """Number of shards whose utterances are shuffled together in training (a window of shards). More shards
+    mix the utterances better but need more local disk, which must hold two such windows at once."""
     cache_gigabytes: float = bounded(50.0, at_least=0.0)
     """Local disk on each machine for shards fetched from object storage; the least recently used are deleted
     first."""
     parts: int = bounded(1, at_least=1)
-    """Work shards that the pipeline divides extraction into. Each is a step that can run on any node. More
-    work shards than feature shards have no use."""
+    """Number of work shards into which the pipeline divides extraction. Each is a step that can run on any
+    node. More work shards than feature shards bring no benefit."""
     processes: int = bounded(0, at_least=0)
     """Processes that extract on one machine, one per GPU. 0: as many as there are GPUs, or one on a CPU."""
     workers: int = bounded(0, at_least=0)
-    """Processes per extracting process that read and prepare audio. 0: the free cores, 16 at most."""
+    """Worker processes that read and prepare audio, for each extraction process. 0: one per free core, at
+    most 16."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if the local disk cannot hold two windows."""
@@ -177,7 +179,7 @@ class Lora:
     """Low-rank adapters on the LLM, used if `llm.tuning` is `lora`."""
 
     rank: int = bounded(8, at_least=1)
-    """r: width of the bottleneck. More can learn more but takes more memory."""
+    """r: rank of the adapter's matrices. A higher rank can learn more but needs more memory."""
     alpha: float = bounded(32, at_least=0.0)
     """Scale: the adapter's output is multiplied by alpha / rank."""
     dropout: float = bounded(0.05, at_least=0.0, at_most=0.9)
@@ -198,12 +200,13 @@ class Llm:
     """Prompts drawn at random in training, one per utterance and epoch; validation and decoding use `prompt`.
     Empty: always `prompt`."""
     template: str = "USER: {}\n ASSISTANT:"
-    """The text around the prompt, which replaces `{}`. The audio comes before all of it, or replaces
-    `{audio}`. `chat`: the model's own chat template, with the audio at the start of the user's turn."""
+    """Template of the LLM's input. The prompt replaces `{}`. The audio replaces `{audio}`; without `{audio}`,
+    it comes before the text. `chat`: the model's own chat template, with the audio at the start of the user's
+    turn."""
     tuning: Literal["frozen", "lora", "full"] = "frozen"
     """Which of the LLM's weights are trained: none, low-rank adapters, or all."""
     learning_rate: float | None = bounded(None, above=0)
-    """Peak of the LLM's own learning rate if it is trained. Default: training.learning_rate."""
+    """Peak learning rate of the LLM, if it is trained. Default: training.learning_rate."""
     lora: Lora = field(default_factory=Lora)
 
     def contradictions(self) -> Iterator[str]:
@@ -223,39 +226,39 @@ class Decoding:
     """How test utterances are transcribed and scored."""
 
     checkpoint: Literal["latest", "best", "average"] = "latest"
-    """Which of a training's checkpoints the pipeline turns into a model: the one of the last step, the one
-    with the lowest dev loss, or the mean of all retained ones (training.checkpoints)."""
+    """Checkpoint that the pipeline converts to a model: the last (`latest`), the one with the lowest dev loss
+    (`best`), or the mean of all retained checkpoints (`average`; see training.checkpoints)."""
     beams: int = bounded(4, at_least=1)
     """Hypotheses that beam search retains at each token; 1 is greedy search, the fastest. More beams can find
-    better answers but take more memory and time."""
+    better hypotheses but take more memory and time."""
     nbest: int = bounded(1, at_least=1)
-    """Answers per utterance that are written to nbest.jsonl with their scores, best first. Must not exceed
+    """Hypotheses per utterance that are written to nbest.jsonl with their scores, best first. Must not exceed
     beams."""
     max_new_tokens: int = bounded(200, at_least=1)
-    """Maximum number of tokens in an answer; longer answers are cut."""
+    """Maximum number of tokens in a hypothesis; longer ones are cut."""
     repetition_penalty: float = bounded(1.0, at_least=1e-06)
-    """Above 1, tokens that the answer already contains become less likely, which prevents loops."""
+    """Above 1, tokens that the hypothesis already contains become less likely, which prevents loops."""
     length_penalty: float = 1.0
-    """Exponent of the length in a beam's score; above 1 favours longer answers."""
+    """Exponent of the length in a beam's score; above 1 favours longer hypotheses."""
     positions_per_batch: int = bounded(20_000, at_least=1)
-    """LLM positions (audio, prompt and max_new_tokens, times beams) decoded at once. More uses a GPU better
-    but takes more memory."""
+    """Maximum number of LLM positions in one decoding batch. An utterance counts its audio, its prompt and
+    max_new_tokens, multiplied by beams. Larger batches use the GPU better but need more memory."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Number format of decoding."""
     parts: int = bounded(1, at_least=1)
-    """Work shards that the pipeline divides decoding into. Each is a step that can run on any node. The
-    transcripts are the same for any number."""
+    """Number of work shards into which the pipeline divides decoding. Each is a step that can run on any
+    node. The transcripts are the same for any number."""
     processes: int = bounded(0, at_least=0)
     """Processes that decode on one machine, one per GPU. 0: as many as there are GPUs, or one on a CPU. The
     transcripts are the same for any number."""
     shuffled_control: bool = False
-    """Also score every utterance with the hypothesis for another utterance's audio. A model that listens does
-    far worse on this control; one that only guesses does not."""
+    """Also score every utterance with the hypothesis for another utterance's audio. A model that uses the
+    audio scores far worse on this control; a model that ignores it does not."""
     seed: int = 0
     """Seed of that shuffle."""
     report_audio: float = bounded(0.0, at_least=0.0)
-    """Megabytes of audio of the worst utterances that the report embeds, to be played on the page; 0: none.
-    """
+    """Maximum megabytes of audio in the report, so that the worst utterances can be played on the page. 0: no
+    audio."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if more answers are requested than the search finds."""

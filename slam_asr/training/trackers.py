@@ -136,7 +136,7 @@ class _Wandb:
 
 
 class _Guarded:
-    """A remote tracker. Its first failure is logged and ends its use, but does not stop the training."""
+    """A remote tracker. When a call fails, the failure is logged and the tracker is no longer used."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self.name = name
