@@ -113,7 +113,8 @@ class _Mlflow:
 class _Wandb:
     def __init__(self, folder: Path, run: str, recipe: dict[str, Any]) -> None:
         self.wandb = wandb = importlib.import_module("wandb")
-        identity = run.rpartition("/")[2][:60]
+        # The end of the name, because it contains the digits that distinguish trainings.
+        identity = run.rpartition("/")[2][-60:]
         # With `resume="allow"` and the id of an earlier attempt, W&B continues that attempt's run.
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "slam-asr"),
