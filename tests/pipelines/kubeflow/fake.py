@@ -247,8 +247,8 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
         if self.server.forbidden:
             return self._send(403, json.dumps({"kind": "Status", "message": "forbidden"}).encode())
         assert self.path == "/apis/authorization.k8s.io/v1/subjectaccessreviews"
-        wanted = request["spec"]["resourceAttributes"]
-        right = " ".join(filter(None, (wanted["verb"], wanted["resource"], wanted.get("name"))))
+        asked = request["spec"]["resourceAttributes"]
+        right = " ".join(filter(None, (asked["verb"], asked["resource"], asked.get("name"))))
         denied = self.server.objects.get("denied", ())
         self.server.objects.setdefault("reviews", []).append((request["spec"]["user"], right))
         request["status"] = {"allowed": right not in denied}
