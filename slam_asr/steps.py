@@ -83,10 +83,7 @@ STEPS = {
             output="manifests",
             pipelines=EVERY_PIPELINE,
             function="slam_asr.stages.build_manifest:build_manifest",
-            options={
-                "recipe": "{recipe}",
-                "corpus": "{corpus}",
-            },
+            options={"recipe": "{recipe}", "corpus": "{corpus}"},
         ),
         Step(
             "extract-features",
@@ -95,11 +92,7 @@ STEPS = {
             pipelines=EVERY_PIPELINE,
             function="slam_asr.stages.extract_features:extract_features",
             torch="cuda",
-            options={
-                "recipe": "{recipe}",
-                "manifests": "{build-manifest}",
-                "output": "{store}/features",
-            },
+            options={"recipe": "{recipe}", "manifests": "{build-manifest}", "output": "{store}/features"},
         ),
         Step(
             "vary-recipe",
@@ -130,10 +123,7 @@ STEPS = {
             pipelines=(TRAINING, SWEEP),
             function="slam_asr.stages.convert_checkpoint:convert_checkpoint",
             torch="cpu",
-            options={
-                "checkpoint": "{train}",
-                "which": "{which}",
-            },
+            options={"checkpoint": "{train}", "which": "{which}"},
         ),
         Step(
             "decode",
@@ -156,11 +146,7 @@ STEPS = {
             pipelines=EVERY_PIPELINE,
             function="slam_asr.stages.score:score",
             image="decode",
-            options={
-                "recipe": "{recipe}",
-                "model": "{model}",
-                "parts": "{decode*}",
-            },
+            options={"recipe": "{recipe}", "model": "{model}", "parts": "{decode*}"},
         ),
         Step(
             "compare-runs",

@@ -67,7 +67,7 @@ def submit(arguments: list[str]) -> int:
             raise ConfigurationError(f"The run has no {name}: give {option}.")
 
     # These import kfp, which is slow, so a mistake in the options is reported first.
-    from pipelines.kubeflow.doctor import require_trainer
+    from pipelines.kubeflow.backend import require_trainer
     from pipelines.kubeflow.run_view import follow
     from pipelines.kubeflow.runs import run_name, start
 

@@ -1,4 +1,4 @@
-"""The Argo workflow of a run, which alone says why a step waits or failed.
+"""Reads a run's Argo workflow, the only source of the reason why a step is waiting or failed.
 
 Kubeflow's API v2beta1 gives no reasons: `error` stays empty, and a step counts as RUNNING while its pod waits
 for a node. The deprecated v1beta1 API of the same server returns the workflow itself, whose nodes have the
@@ -21,7 +21,7 @@ _CONSEQUENCES = ("No more retries left", "retry exceeded workflow deadline", "om
 
 @dataclass(frozen=True)
 class Node:
-    """One node of the workflow: a pod, or what Argo groups pods by."""
+    """One node of the workflow: a pod, or a group of pods."""
 
     id: str
     name: str
@@ -45,7 +45,7 @@ class Node:
 
     @property
     def task(self) -> str:
-        """The task whose pod this is: of an executor its step, of a driver the task that it prepares."""
+        """The task of this pod: the step that an executor runs, or the task that a driver prepares."""
         *parents, last = self.path
         name = parents[-1] if last == "executor" and parents else last.removesuffix("-driver")
         # kfp numbers the tasks that use a component a second time: `decode-2`.
@@ -58,7 +58,7 @@ class Node:
 
     @property
     def place(self) -> str:
-        """Identifies the step among its attempts: the path up to the step, without the attempts' numbers."""
+        """Path of the step without attempt numbers. All attempts at one step share it."""
         # An iteration of a loop is `(index:item)`, an attempt `(number)`; only the first distinguishes steps.
         return re.sub(r"\(\d+\)", "", self.name).removesuffix(".executor")
 
@@ -104,6 +104,7 @@ class Workflow:
     @property
     def pipeline(self) -> str:
         """The name of the pipeline; the name of a workflow begins with it."""
+        # The longest match, because the name of one pipeline may begin with another's.
         matching = [name for name in EVERY_PIPELINE if self.name.startswith(f"{name}-")]
         return max(matching, key=len, default="")
 
@@ -125,11 +126,11 @@ class Workflow:
         return found
 
     def omitted(self) -> set[str]:
-        """Names of steps that were never reached, because a step in front of them failed."""
+        """Names of steps that were never reached, because an earlier step failed."""
         return {node.task for node in self.nodes if node.phase == "Omitted" and node.task in STEPS}
 
     def max_attempts(self, place: str) -> int | None:
-        """The maximum number of attempts at the step at this place; None if the workflow does not say it."""
+        """The maximum number of attempts at the step at this place; None if the workflow lacks it."""
         for node in self.nodes:
             if node.kind == "Retry" and node.place == place and "retry-max-count" in node.parameters:
                 return int(node.parameters["retry-max-count"]) + 1
@@ -140,10 +141,8 @@ def read_workflow(connection: Connection, run_id: str) -> Workflow | None:
     """Read the workflow of a run.
 
     Returns:
-        The workflow; None if this server no longer has the API v1beta1, or does not show workflows there.
-
-    Raises:
-        ClusterError: temporary failures lasted for `patience()` seconds (see `Connection.call`).
+        The workflow; None if it cannot be read: the server has no API v1beta1 or returns no workflows there,
+        it refuses the request, or temporary failures lasted for `patience()` seconds (see `Connection.call`).
     """
     api = connection.runs.api_client
 
@@ -160,7 +159,7 @@ def read_workflow(connection: Connection, run_id: str) -> Workflow | None:
     try:
         answer = connection.call("read the run's workflow", request)
     except (NotFound, ClusterError):
-        # The states of v2beta1 remain. A reason that cannot be read is no reason to fail.
+        # Callers still have the states of v2beta1. An unreadable reason must not fail them.
         return None
     manifest = (answer.get("pipeline_runtime") or {}).get("workflow_manifest")
     return None if manifest is None else parse_workflow(manifest)
@@ -207,4 +206,5 @@ def _time(text: str | None) -> datetime | None:
 
 
 def _order(node: Node) -> tuple[datetime, str]:
+    # Nodes that have not started sort last.
     return node.started or datetime.max.replace(tzinfo=UTC), node.name

@@ -241,6 +241,19 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def do_POST(self) -> None:
+        """Answer whether an account has a right: all but those in `server.objects["denied"]`."""
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.server.forbidden:
+            return self._send(403, json.dumps({"kind": "Status", "message": "forbidden"}).encode())
+        assert self.path == "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+        asked = request["spec"]["resourceAttributes"]
+        right = " ".join(filter(None, (asked["verb"], asked["resource"], asked.get("name"))))
+        denied = self.server.objects.get("denied", ())
+        self.server.objects.setdefault("reviews", []).append((request["spec"]["user"], right))
+        request["status"] = {"allowed": right not in denied}
+        self._send(201, json.dumps(request).encode())
+
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         options = dict(urllib.parse.parse_qsl(query))
