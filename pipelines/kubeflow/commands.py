@@ -116,11 +116,12 @@ def runs(arguments: list[str]) -> int:
 def stop(arguments: list[str]) -> int:
     """Stop a run, and return the exit code."""
     run_key, options = _parse_run("stop", "Stop a run; `resume` continues it later.", arguments)
+    run_key = _required(run_key, "stop")
     from pipelines.kubeflow.runs import find
     from pipelines.kubeflow.runs import stop as stop_run
 
     connection = connect(options, load_cluster(options["cluster"]))
-    run = find(connection, _required(run_key, "stop"))
+    run = find(connection, run_key)
     stop_run(connection, run)
     print(f"{run.display_name} is being stopped; `python -m pipelines resume {run.run_id}` continues it")
     return 0
@@ -129,10 +130,11 @@ def stop(arguments: list[str]) -> int:
 def open_page(arguments: list[str]) -> int:
     """Print the address of a run's page, open it in a browser if there is one, and return the exit code."""
     run_key, options = _parse_run("open", "Open a run's page in the dashboard.", arguments)
+    run_key = _required(run_key, "open")
     from pipelines.kubeflow.runs import find
 
     connection = connect(options, load_cluster(options["cluster"]))
-    link = connection.link(find(connection, _required(run_key, "open")).run_id)
+    link = connection.link(find(connection, run_key).run_id)
     print(link, flush=True)
     # In a terminal without a display, webbrowser may start a text browser, which takes over the terminal.
     if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.get("DISPLAY")):

@@ -188,16 +188,13 @@ def test_our_own_pods_are_restricted(rendered):
         assert not [volume for volume in pod.get("volumes", []) if "hostPath" in volume]
     for namespace in of_kind(rendered, "Namespace"):
         labels = namespace["metadata"]["labels"]
-    if namespace_of(rendered) == "kubeflow":
-        return
-    assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("warn", "audit")} == {"restricted"}
-    assert labels["pod-security.kubernetes.io/enforce"] == "baseline"
+        assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("warn", "audit")} == {"restricted"}
+        assert labels["pod-security.kubernetes.io/enforce"] == "baseline"
 
 
-def test_no_traffic_from_outside_reaches_a_step(rendered):
-    if namespace_of(rendered) == "kubeflow":
-        pytest.skip("Kubeflow's own namespace has no policy of ours")
-    [policy] = of_kind(rendered, "NetworkPolicy")
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "standalone"])
+def test_no_traffic_from_outside_reaches_a_step(overlay):
+    [policy] = of_kind(render(overlay), "NetworkPolicy")
     assert policy["spec"]["podSelector"] == {} and set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
     kubeflow = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}}
     # The dashboard reads pages from an object storage in the namespace, and reaches nothing else.

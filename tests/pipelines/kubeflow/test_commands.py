@@ -236,6 +236,8 @@ def test_expired_token_and_wrong_address_are_one_sentence(kubeflow, program, mon
             "Recipe demo: training.processes is 9, but",
         ),
         (["resume"], "RUN is missing: python -m pipelines resume RUN"),
+        (["stop"], "RUN is missing: python -m pipelines stop RUN"),
+        (["open"], "RUN is missing: python -m pipelines open RUN"),
         (["logs"], "RUN is missing: python -m pipelines logs RUN"),
     ],
 )
