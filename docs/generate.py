@@ -324,8 +324,8 @@ def _pipeline_options(command: str) -> Iterator[tuple[str, str, str]]:
     def stop(parser: ArgumentParser, *_: Any, **__: Any) -> None:
         raise _ParserBuilt(parser)
 
-    module, name = COMMANDS[command].split(":")
-    takes_recipe = command in ("run", "compile", "submit")
+    module, name = COMMANDS[command].function.split(":")
+    takes_recipe = "RECIPE" in COMMANDS[command].words
     with mock.patch.object(ArgumentParser, "parse_args", stop):
         try:
             getattr(importlib.import_module(module), name)(["demo"] if takes_recipe else ["RUN"])

@@ -20,9 +20,8 @@ from components import DEFAULT_IMAGES, IMAGES_VARIABLE, component_of
 from components import images as images_of
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
-from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
+from pipelines.run_request import RunRequest, add_pipeline_options, parse_with_recipe, request_from_options
 from slam_asr.artifacts.model_folder import shipped_models
-from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.config.variations import varied
 from slam_asr.errors import ConfigurationError
@@ -38,7 +37,6 @@ DEFAULT_CLUSTER = "one-gpu-node"
 
 def compile_command(arguments: list[str]) -> int:
     """Run the command `compile`, print the paths of the files that it wrote, and return the exit code."""
-    named = bool(arguments) and not arguments[0].startswith("-")
     parser = command_parser(
         "compile", "Write the pipeline and each component as YAML. The same source gives the same bytes."
     )
@@ -47,17 +45,14 @@ def compile_command(arguments: list[str]) -> int:
         "--output", default="build/kfp", help="folder for all files, or a .yaml file for the pipeline alone"
     )
     add_pipeline_options(parser, in_a_cluster=True)
-    if named:
-        add_recipe_options(parser, arguments[0])
-    options = parse_options(parser, arguments[1:] if named else arguments)
+    options, recipe = parse_with_recipe(parser, arguments, required=False)
     cluster = load_cluster(options["cluster"])
-    source: str = options.get("recipe") or ""
-    request = request_from_options(options, pop_recipe(options) if named else None, in_a_cluster=True)
+    request = request_from_options(options, recipe, in_a_cluster=True)
     defaults = location_parameters(cluster, options["corpus"], options["store"], request.model)
     defaults |= request.parameters
     if request.recipe:
         check_recipe(request, cluster)
-        defaults |= recipe_parameters(source, request.recipe)
+        defaults |= recipe_parameters(options["source"], request.recipe)
     written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, request)
     print(
         f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})",

@@ -10,7 +10,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +18,7 @@ import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from components import CACHE
+from pipelines.run_request import Settings
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.steps import STEPS
 from slam_asr.storage.cache import cache_folder
@@ -39,23 +39,6 @@ _FILES = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CA_BUNDLE")
 """Environment variables that name a file, which is mounted into the container."""
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 """Environment variables that containers also get, in upper or lower case."""
-
-
-@dataclass
-class Settings:
-    """Options of the command line for containers."""
-
-    network: str = "host"
-    """Name of one of the engine's networks, such as host or none.
-
-    On host, containers reach this machine's services at localhost.
-    """
-    gpus: str = "auto"
-    """all, none, or the number of GPUs; auto uses all of them if the engine supports NVIDIA's GPUs."""
-    shared_memory: str = "8g"
-    """Size of /dev/shm."""
-    mounts: list[str] = field(default_factory=list)
-    """Additional folders to mount read-only at the same path, such as those of the audio files in a list."""
 
 
 class Containers:
@@ -87,7 +70,7 @@ class Containers:
         self.gpus = _gpus(settings.gpus, info)
         self._require_network()
         self.writable = [*writable, cache_folder()]
-        self.volumes = _volumes(writable, [*readable, *(Path(m).absolute() for m in settings.mounts)])
+        self.volumes = _volumes(writable, [*readable, *(Path(m).absolute() for m in settings.mounts or [])])
         self._running: dict[str, Any] = {}
         self._ending = False
         self._guard = threading.Lock()

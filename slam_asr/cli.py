@@ -9,8 +9,8 @@ import importlib
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -19,22 +19,9 @@ from slam_asr.artifacts.stage_record import write_pointer
 from slam_asr.config.recipe import Recipe, recipe_values, shipped_recipes
 from slam_asr.config.schema import nearest
 from slam_asr.errors import ConfigurationError, exit_on_user_error
-from slam_asr.options import add_options, command_parser, option_name, parse_options
+from slam_asr.options import Command, add_options, command_parser, list_commands, option_name, parse_options
 from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command that is not a step of a pipeline."""
-
-    function: str
-    """`module:function` that the command runs."""
-    words: str
-    """Parameters that it takes without their option names, in capitals; `…` follows the name of a list."""
-    summary: str
-    """What the command does, in half a line."""
-
 
 STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.function}
 """Steps that are commands. Each writes a folder with a record, to which `--pointer` can write a pointer."""
@@ -86,21 +73,6 @@ def usage() -> str:
         "slam-asr COMMAND --help   the options of a command",
         "slam-asr --version        versions of slam-asr and torch, and the commit",
     )
-
-
-def list_commands(program: str, groups: Mapping[str, Mapping[str, str]], *notes: str) -> str:
-    """Return the help of a program with several commands.
-
-    Args:
-        program: the program's name.
-        groups: by their headings, the commands with their summaries.
-        notes: the last lines.
-    """
-    lines = [f"usage: {program} COMMAND --option value …"]
-    for heading, commands in groups.items():
-        width = max(map(len, commands))
-        lines += ["", f"{heading}:", *(f"  {call:<{width}}   {text}" for call, text in commands.items())]
-    return "\n".join([*lines, "", *notes, ""])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The options of a command: made from a function's signature, and accepted in every usual spelling.
+"""Commands and their options: made from a function's signature, and accepted in every usual spelling.
 
 jsonargparse makes the parser, the help and the typed values. Added here are lists as people write them
 (`--manifests a.jsonl b.jsonl`), outdated and mixed spellings, and errors of one sentence.
@@ -9,9 +9,9 @@ import re
 import sys
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import docstring_parser
 from jsonargparse import ArgumentParser
 
 from slam_asr.config.schema import nearest, new_parser, one_sentence
@@ -19,6 +19,33 @@ from slam_asr.errors import ConfigurationError, UserError
 
 RENAMED_OPTIONS = {"--shard": "--work-shard"}
 """New names of renamed options, by old name. An old name still works, with a note on stderr."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a program."""
+
+    function: str
+    """`module:function` that the command runs."""
+    words: str
+    """Parameters that it takes without their option names, in capitals; `…` follows the name of a list."""
+    summary: str
+    """What the command does, in half a line."""
+
+
+def list_commands(program: str, groups: Mapping[str, Mapping[str, str]], *notes: str) -> str:
+    """Return the help of a program with several commands.
+
+    Args:
+        program: the program's name.
+        groups: by their headings, the commands with their summaries.
+        notes: the last lines.
+    """
+    lines = [f"usage: {program} COMMAND --option value …"]
+    for heading, commands in groups.items():
+        width = max(map(len, commands))
+        lines += ["", f"{heading}:", *(f"  {call:<{width}}   {text}" for call, text in commands.items())]
+    return "\n".join([*lines, "", *notes, ""])
 
 
 def command_parser(program: str, description: str, words: str = "") -> ArgumentParser:
@@ -44,6 +71,9 @@ def add_options(parser: ArgumentParser, described: Callable[..., Any]) -> None:
 
     jsonargparse's own `add_function_arguments` would spell the options with underscores.
     """
+    # Imported here because it is slow, and the list of all commands does without it.
+    import docstring_parser
+
     help_texts = {
         p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(described).params
     }
@@ -97,13 +127,13 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str,
 
 
 def _complete_usage(parser: ArgumentParser) -> None:
-    """Add the options to the usage line, with one placeholder for the keys of the recipe: they fill a screen."""
+    """Add the options to the usage line, but one placeholder for the recipe's keys, which fill a screen."""
     usage = parser.usage or "%(prog)s"
     words = {word.strip("[]…").lower() for word in usage.split()}
-    # jsonargparse puts the keys into groups of their own.
+    # jsonargparse puts the keys into groups of their own. Without a recipe, there may be none yet.
     ungrouped = parser._optionals._group_actions
     options = [action for action in ungrouped if action.dest not in words]
-    if len(ungrouped) < len(parser._actions):
+    if "recipe" in words or len(ungrouped) < len(parser._actions):
         options.append(Action(["--SECTION.KEY"], dest="key", metavar="VALUE …"))
     formatter = parser.formatter_class(prog=usage % {"prog": parser.prog})
     formatter.add_usage(None, options, [], prefix="usage: ")
