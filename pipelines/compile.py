@@ -6,7 +6,6 @@ The output is reproducible: the same source gives the same bytes.
 import ast
 import copy
 import json
-import math
 import os
 import re
 import sys
@@ -116,23 +115,15 @@ def check_recipe(request: RunRequest, cluster: Cluster) -> None:
 
 
 def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
-    gpus = cluster.steps["train"].gpus
-    if gpus and recipe.training.processes > gpus:
-        raise ConfigurationError(
-            f"Recipe {recipe.name}: training.processes is {recipe.training.processes}, but the cluster "
-            f"{cluster.name} gives each node of train {gpus} GPUs (steps.train.gpus): lower it, or "
-            "leave it at 0 to use all GPUs."
-        )
-    for key, step, is_used in (
-        ("features.processes", "extract-features", recipe.caches_features),
-        ("decoding.processes", "decode", True),
-    ):
-        processes, gpus = value_of(recipe, key), cluster.steps[step].gpus
+    for name, step in STEPS.items():
         # On CPUs, the number of processes has no such limit.
-        if is_used and processes > (gpus or math.inf):
+        gpus = cluster.steps[name].gpus if step.processes else 0
+        unused = step.output == "features" and not recipe.caches_features
+        if gpus and not unused and (processes := value_of(recipe, step.processes)) > gpus:
+            pod = f"each node of {name}" if name == "train" else name
             raise ConfigurationError(
-                f"Recipe {recipe.name}: {key} is {processes}, but the cluster {cluster.name} gives {step} "
-                f"{gpus} GPUs (steps.{step.replace('-', '_')}.gpus): lower it, or leave it at 0 "
+                f"Recipe {recipe.name}: {step.processes} is {processes}, but the cluster {cluster.name} gives "
+                f"{pod} {gpus} GPUs (steps.{name.replace('-', '_')}.gpus): lower it, or leave it at 0 "
                 "to use all GPUs."
             )
 

@@ -6,10 +6,16 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from slam_asr.artifacts.model_folder import shipped_models
+from slam_asr.artifacts.model_folder import read_config, shipped_models
 from slam_asr.cli import add_recipe_options, pop_recipe
 from slam_asr.config.recipe import Recipe, shipped_recipes
-from slam_asr.config.variations import Variation, read_variations, require_distinct_trainings, resolve
+from slam_asr.config.variations import (
+    Variation,
+    read_variations,
+    require_distinct_trainings,
+    resolve,
+    varied,
+)
 from slam_asr.errors import ConfigurationError
 from slam_asr.options import parse_options
 from slam_asr.steps import EVALUATION, SWEEP, TRAINING, outputs_of
@@ -66,9 +72,6 @@ class RunRequest:
 
         The LLMs are those of the recipe and its variations, or the one that the model was trained with.
         """
-        from slam_asr.artifacts.model_folder import read_config
-        from slam_asr.config.variations import varied
-
         recipe = self.resolved_recipe
         if self.model:
             llms = [read_config(self.model).typed_recipe.llm.name]
@@ -192,7 +195,6 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
     recipe = replace(recipe, data=replace(recipe.data, train=[], dev=[]))
     if not is_s3(model):
         # Imported here because it imports torch.
-        from slam_asr.artifacts.model_folder import read_config
         from slam_asr.conversion.trained import require_same_features
 
         require_same_features(recipe, model, read_config(model))
