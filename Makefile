@@ -43,8 +43,8 @@ soak: $(VENV)/.test  ## run the long tests, which take hours
 lint: $(VENV)/.test  ## check style, types, words and generated docs, with the hooks of .pre-commit-config.yaml
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(python) -m pre_commit run --all-files
 
-images:  ## build the steps' images: REGISTRY=… TAG=… PUSH=1, and STAGES, BASE_IMAGE, TORCH, PIP_ARGS, BUILD_ARGS
-	$(PYTHON) images/build.py $(if $(REGISTRY),--registry "$(REGISTRY)") $(if $(TAG),--tag "$(TAG)") $(if $(PUSH),--push) \
+images:  ## build the steps' images: REGISTRY=… TAG=… PUSH=1 or LOAD=kind, and STAGES, BASE_IMAGE, TORCH, PIP_ARGS, BUILD_ARGS
+	$(PYTHON) images/build.py $(if $(REGISTRY),--registry "$(REGISTRY)") $(if $(TAG),--tag "$(TAG)") $(if $(PUSH),--push) $(if $(LOAD),--load "$(LOAD)") \
 	  $(if $(STAGES),--stages "$(STAGES)") $(if $(BASE_IMAGE),--base-image "$(BASE_IMAGE)") $(if $(TORCH),--torch "$(TORCH)") \
 	  $(if $(PIP_ARGS),--pip-args="$(PIP_ARGS)") $(if $(BUILD_ARGS),--build-args="$(BUILD_ARGS)")
 

@@ -77,6 +77,8 @@ def compare(what: str, unit: str, amount: int, passes: dict[str, Callable[[], No
         for name, run in passes.items():
             started = time.perf_counter()
             run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # a GPU computes after the call has returned
             if round_number:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - started)
     rates = {name: amount / statistics.median(times) for name, times in seconds.items()}

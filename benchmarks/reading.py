@@ -29,7 +29,7 @@ from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, pack
 from slam_asr.artifacts.feature_store.store import _PARALLEL_FETCHES, FeatureStore
 from slam_asr.models.feature_dtype import QuantizedFrames
 from slam_asr.storage import write_bytes
-from slam_asr.training.batches import plan_epoch
+from slam_asr.training.step_plan import plan_epoch
 
 NOISE_FINGERPRINT = {"weights_sha256": "noise", "dtype": "bf16"}
 

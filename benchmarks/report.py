@@ -22,6 +22,7 @@ from typing import Any
 
 from slam_asr.artifacts.hypotheses import Hypothesis
 from slam_asr.artifacts.word_errors import character_errors, measure
+from slam_asr.config.recipe import Recipe
 from slam_asr.scoring.analysis import normalised_rows
 from slam_asr.scoring.controls import empty_output, shuffled_audio
 from slam_asr.scoring.report import PAGE, write_report
@@ -74,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         controls = {"shuffled audio": shuffled_audio(rows, 0), "empty output": empty_output(rows)}
         timed(
-            "all steps and the report", lambda: write_report(folder, "benchmark", rows, controls, {}, {}, {})
+            "all steps and the report", lambda: write_report(Path(folder), Recipe(), rows, controls, {}, {})
         )
         page = Path(folder) / PAGE
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -95,21 +95,21 @@ def main() -> None:
 def _run(objects: int, megabytes: int, repeats: int) -> None:
     import boto3
 
-    from slam_asr.storage import s3
+    from slam_asr.storage import downloads, objects, uploads
 
     bare = boto3.session.Session().client("s3")
     bare.create_bucket(Bucket=BUCKET)
     names = [f"object-{i}" for i in range(objects)]
     content = os.urandom(2**20) * megabytes
     for name in names:
-        s3.write(f"s3://{BUCKET}/{name}", content)
+        uploads.write(f"s3://{BUCKET}/{name}", content)
     total = objects * megabytes * 2**20 / 1e6
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
 
         def our_download(name: str) -> None:
             with open(f"{folder}/ours-{name}", "w+b") as file:
-                s3.download(f"s3://{BUCKET}/{name}", file)
+                downloads.download(f"s3://{BUCKET}/{name}", file)
             os.unlink(f"{folder}/ours-{name}")
 
         def bare_download(name: str) -> None:
@@ -133,7 +133,7 @@ def _run(objects: int, megabytes: int, repeats: int) -> None:
     compare(
         "read_bytes / get_object().read()",
         {
-            "ours": lambda: [s3.read(f"s3://{BUCKET}/{n}") for n in names],
+            "ours": lambda: [objects.read(f"s3://{BUCKET}/{n}") for n in names],
             "bare": lambda: [bare.get_object(Bucket=BUCKET, Key=n)["Body"].read() for n in names],
         },
         repeats,
@@ -142,7 +142,7 @@ def _run(objects: int, megabytes: int, repeats: int) -> None:
     compare(
         "write / put_object()",
         {
-            "ours": lambda: [s3.write(f"s3://{BUCKET}/{n}", content) for n in names],
+            "ours": lambda: [uploads.write(f"s3://{BUCKET}/{n}", content) for n in names],
             "bare": lambda: [bare.put_object(Bucket=BUCKET, Key=n, Body=content) for n in names],
         },
         max(repeats // 2, 1),

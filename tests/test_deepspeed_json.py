@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from slam_asr.config import deepspeed as deepspeed_json
+from slam_asr.config.deepspeed import known_keys
 from slam_asr.config.recipe import dump_recipe, load_recipe
 from slam_asr.errors import UserError
 from slam_asr.training.engines.deepspeed_engine import deepspeed_config
@@ -72,6 +72,20 @@ def test_settings_without_a_recipe_key_reach_deepspeed_and_the_optimiser():
         and "optimizer" not in config
     )
     assert training.deepspeed["optimizer"] == {"params": {"betas": [0.8, 0.95], "eps": 1e-6}}
+
+
+def test_auto_leaves_every_value_to_the_recipe():
+    settings = {
+        "fp16": {"enabled": "auto", "loss_scale": "auto"},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+    training = recipe_with(settings, precision="fp32").training
+    assert (training.precision, training.zero_stage, training.utterances_per_batch) == ("fp32", 2, 0)
+    assert training.deepspeed == {"fp16": {}, "bf16": {}, "zero_optimization": {}}
+    assert deepspeed_config(training, torch.device("cpu"))["zero_optimization"]["stage"] == 2
 
 
 def test_a_file_is_read_and_the_resolved_recipe_no_longer_needs_it(tmp_path):
@@ -170,7 +184,7 @@ def test_the_key_names_exist_in_the_installed_deepspeed():
     }
     for section, kind in theirs.items():
         names = set(kind.model_fields) | {f.alias for f in kind.model_fields.values() if f.alias}
-        assert set(deepspeed_json.SECTIONS[section]) <= names, section
+        assert set(known_keys()["checked"][section]) <= names, section
 
 
 @pytest.mark.parametrize("form", ["path", "keys"])

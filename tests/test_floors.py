@@ -122,6 +122,15 @@ def test_imports_only_lead_down_and_trades_do_not_import_each_other():
     assert wrong_arrows(imports_of(PACKAGE)) == []
 
 
+def test_the_package_imports_neither_the_pipelines_nor_the_demo():
+    outside = {"components", "pipelines", "demo", "tests", "benchmarks"}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not outside & {name.partition(".")[0] for name in names}, file
+
+
 def test_no_files_and_no_rooms_import_each_other_in_a_circle():
     imports = imports_of(PACKAGE)
     assert circles(imports) == []

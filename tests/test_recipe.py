@@ -6,8 +6,10 @@ from operator import attrgetter
 import pytest
 import yaml
 
+from pipelines.cluster import load_cluster
 from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe, recipe_keys, shipped_recipes
 from slam_asr.config.schema import nearest
+from slam_asr.config.variations import read_variations
 from slam_asr.errors import UserError
 
 VICUNA, TINYLLAMA = "lmsys/vicuna-7b-v1.5", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -138,7 +140,16 @@ def test_recipes_named_after_a_training_method_use_it(name, values):
         ({"data.min_duration": 40}, "data.max_duration (30.0) must be above data.min_duration (40"),
         ({"training.positions_per_batch": 10**6}, "training.positions_per_batch (1000000) must not exceed"),
         ({"data.test": []}, "data.test names no subset"),
-        ({"training.learning_rate": float("nan")}, "training.learning_rate is nan"),
+        ({"training.learning_rate": float("nan")}, "training.learning_rate is nan but must be above 0."),
+        ({"training.learning_rate": float("inf")}, "training.learning_rate is inf but must be above 0."),
+        ({"training.accumulation": 2}, "training.accumulation is 2 without training.utterances_per_batch"),
+        ({"features.cache_gigabytes": 0}, "is too small for two windows of features.window_shards (8)"),
+        ({"training.trackers": ["wandbb"]}, "training.trackers knows mlflow and wandb, not wandbb; did you"),
+        (
+            {"training.engine": "fsdp", "training.zero_stage": 3},
+            "training.zero_stage is DeepSpeed's, but training.engine is fsdp",
+        ),
+        ({"decoding.nbest": 9}, "decoding.nbest is 9 but decoding.beams is"),
         ({"data.max_rejected": float("nan")}, "data.max_rejected is nan"),
         (
             {"projector.downsampling": 100},
@@ -177,6 +188,63 @@ def test_a_wrong_value_is_refused_with_its_full_key(overrides, complaint):
         load_recipe("demo", overrides)
     assert complaint in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "complaint"),
+    [
+        (
+            load_recipe,
+            "name: twice\ntraining: {max_steps: 2, learning_rate: 1.0e-4}\nllm: {name: x/y}\n"
+            "training: {precision: fp32}\n",
+            "Recipe {}, line 4: training is given twice, first in line 2",
+        ),
+        (
+            load_recipe,
+            "llm:\n  lora:\n    rank: 4\n    alpha: 8\n    rank: 4\n",
+            "Recipe {}, line 5: llm.lora.rank is given twice, first in line 3",
+        ),
+        (
+            load_recipe,
+            "name: empty\ntraining:\n  patience:\n",
+            "Recipe {}, line 3: training.patience has no value",
+        ),
+        (load_recipe, "name: empty\ntraining:\n", "Recipe {}, line 2: training has no value"),
+        (load_recipe, "training: {patience: null}\n", "Recipe {}: training.patience has no value"),
+        (
+            read_variations,
+            "- name: first\n- training.max_steps: 1\n  training.max_steps: 2\n",
+            "The variations {}, line 3: training.max_steps is given twice, first in line 2",
+        ),
+        (
+            read_variations,
+            "training.max_steps: [1, 2]\ntraining.seed:\n",
+            "The variations {}, line 2: training.seed has no value",
+        ),
+        (load_cluster, "name: a\n\nname: b\n", "Cluster {}, line 3: name is given twice, first in line 1"),
+        (
+            load_cluster,
+            "steps:\n  train:\n    gpus:\n",
+            "Cluster {}, line 3: steps.train.gpus has no value",
+        ),
+        (load_cluster, "steps: {train: {gpus: ~}}\n", "Cluster {}: steps.train.gpus has no value"),
+    ],
+)
+def test_recipe_yaml_with_a_key_twice_or_without_a_value_is_refused_with_its_line(
+    tmp_path, read, text, complaint
+):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        read(str(tmp_path / "a.yaml"))
+    assert str(refused.value).startswith(complaint.format(tmp_path / "a.yaml"))
+    assert "\n" not in str(refused.value)
+
+
+def test_keys_of_an_anchor_may_be_changed_and_null_is_a_value_where_it_has_a_meaning():
+    text = "llm: {lora: &a {rank: 4, alpha: 8}}\ntraining: {deepspeed: {aio: {<<: *a, alpha: 9}}}\n"
+    assert load_recipe(text).training.deepspeed == {"aio": {"rank": 4, "alpha": 9}}
+    assert load_recipe("encoder: {learning_rate: null}\n").encoder.learning_rate is None
+    assert load_recipe("features: null\n").features.cache == "none"
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):

@@ -1,10 +1,12 @@
-"""The commands `submit`, `status`, `logs` and `resume` of `python -m pipelines`."""
+"""The commands of `python -m pipelines` that deal with runs in a cluster, from `submit` to `stop`."""
 
+import os
 import sys
 import tempfile
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
@@ -24,6 +26,9 @@ from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.config.recipe import shipped_recipes
 from slam_asr.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    import kfp_server_api
+
 POLL = 5.0
 """Default seconds between two requests while following a run."""
 
@@ -41,7 +46,7 @@ def submit(arguments: list[str]) -> int:
     parser.add_argument(
         "--experiment", type=str, default="slam-asr", help="experiment that groups the runs in the dashboard"
     )
-    parser.add_argument("--run-name", type=str, help="name of the run (default: recipe, models and time)")
+    parser.add_argument("--run-name", type=str, help="name of the run (default: recipe, digest and time)")
     _add_wait(parser)
     add_pipeline_options(parser, in_a_cluster=True)
     add_recipe_options(parser, source)
@@ -62,8 +67,9 @@ def submit(arguments: list[str]) -> int:
             raise ConfigurationError(f"The run has no {name}: give {option}.")
 
     # These import kfp, which is slow, so a mistake in the options is reported first.
-    from pipelines.kubeflow.doctor import require_trainer
-    from pipelines.kubeflow.runs import follow, run_name, start
+    from pipelines.kubeflow.backend import require_trainer
+    from pipelines.kubeflow.run_view import follow
+    from pipelines.kubeflow.runs import run_name, start
 
     with tempfile.TemporaryDirectory(prefix="slam-asr-") as folder:
         package = compile_package(cluster, Path(folder) / "slam-asr.yaml", options["images"], request=request)
@@ -81,30 +87,82 @@ def submit(arguments: list[str]) -> int:
             request.pipeline,
         )
     print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
+    if not connection.multi_user and connection.namespace != (options["namespace"] or cluster.namespace):
+        print(
+            "This Kubeflow is for a single user, so the run is in the namespace "
+            f"{connection.namespace}: account, secret and volume must be there"
+        )
     if not options["wait"]:
         print(f"follow it with `python -m pipelines status {run_id} --wait`")
         return 0
-    return _watch(lambda: follow(connection, run_id, _print_line, options["poll"]), run_id)
+    return _watch(lambda: follow(connection, run_id, cluster, _print_line, options["poll"]), run_id)
+
+
+def runs(arguments: list[str]) -> int:
+    """Print the latest runs, and return the exit code."""
+    parser = _run_parser("runs", "List the latest runs.")
+    parser.add_argument("--mine", type=bool, default=False, help="only runs that you submitted")
+    parser.add_argument("--recipe", type=str, default="", help="only runs of this recipe")
+    parser.add_argument("--count", type=int, default=10, help="maximum number of runs")
+    options = parse_options(parser, _flags(arguments))
+    from pipelines.kubeflow.runs import latest
+
+    connection = connect(options, load_cluster(options["cluster"]))
+    for run in latest(connection, options["count"], options["mine"], options["recipe"]):
+        print(_run_line(run))
+    return 0
+
+
+def stop(arguments: list[str]) -> int:
+    """Stop a run, and return the exit code."""
+    run_key, options = _parse_run("stop", "Stop a run; `resume` continues it later.", arguments)
+    run_key = _required(run_key, "stop")
+    from pipelines.kubeflow.runs import find
+    from pipelines.kubeflow.runs import stop as stop_run
+
+    connection = connect(options, load_cluster(options["cluster"]))
+    run = find(connection, run_key)
+    stop_run(connection, run)
+    print(f"{run.display_name} is being stopped; `python -m pipelines resume {run.run_id}` continues it")
+    return 0
+
+
+def open_page(arguments: list[str]) -> int:
+    """Print the address of a run's page, open it in a browser if there is one, and return the exit code."""
+    run_key, options = _parse_run("open", "Open a run's page in the dashboard.", arguments)
+    run_key = _required(run_key, "open")
+    from pipelines.kubeflow.runs import find
+
+    connection = connect(options, load_cluster(options["cluster"]))
+    link = connection.link(find(connection, run_key).run_id)
+    print(link, flush=True)
+    # In a terminal without a display, webbrowser may start a text browser, which takes over the terminal.
+    if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.get("DISPLAY")):
+        webbrowser.open(link)
+    return 0
 
 
 def status(arguments: list[str]) -> int:
     """Print a run's steps, or the latest runs, and return the exit code."""
     run_key, options = _parse_run("status", "Show a run's steps, or the latest runs.", arguments)
-    from pipelines.kubeflow.runs import find, follow, latest, steps_of
+    from pipelines.kubeflow.run_view import follow, view
+    from pipelines.kubeflow.runs import find, latest
 
-    connection = connect(options, load_cluster(options["cluster"]))
+    cluster = load_cluster(options["cluster"])
+    connection = connect(options, cluster)
     if run_key is None:
         for run in latest(connection, 10):
-            print(f"{run.run_id}  {(run.state or 'PENDING').lower():<10} {run.display_name}")
+            print(_run_line(run))
         return 0
-    run = find(connection, run_key)
-    print(
-        f"{run.display_name}: {(run.state or 'PENDING').lower()}\n{connection.link(run.run_id)}", flush=True
-    )
+    run_id = find(connection, run_key).run_id
+    now = view(connection, run_id, cluster)
+    print(f"{now.run.display_name}: {now.state}\n{connection.link(run_id)}", flush=True)
     if options["wait"]:
-        return _watch(lambda: follow(connection, run.run_id, _print_line, options["poll"]), run.run_id)
-    for step in steps_of(run):
+        return _watch(lambda: follow(connection, run_id, cluster, _print_line, options["poll"]), run_id)
+    for step in now.steps:
         print(step.line())
+    if now.ended:
+        print(now.outcome())
     return 0
 
 
@@ -113,6 +171,9 @@ def logs(arguments: list[str]) -> int:
     parser = _run_parser("logs", "Show the logs of a run's steps, from the Kubernetes API.")
     parser.add_argument("--step", type=str, help="only the logs of this step")
     parser.add_argument(
+        "--all", type=bool, default=False, help="also the lines of Kubeflow and Argo, and the drivers' logs"
+    )
+    parser.add_argument(
         "--follow", type=bool, default=False, help="wait for more lines until the step has ended"
     )
     run_key, rest = _positional(
@@ -120,16 +181,16 @@ def logs(arguments: list[str]) -> int:
         "RUN is missing: python -m pipelines logs RUN; `python -m pipelines status` lists the latest",
     )
     options = parse_options(parser, _flags(rest))
-    from pipelines.kubeflow.logs import core_api, show
+    from pipelines.kubeflow.logs import LogReader
     from pipelines.kubeflow.runs import find
 
-    cluster = load_cluster(options["cluster"])
-    api = core_api()
-    connection = connect(options, cluster)
+    connection = connect(options, load_cluster(options["cluster"]))
     run = find(connection, run_key)
 
     def print_logs() -> int:
-        show(api, connection.namespace, run.run_id, options["step"], options["follow"], _print_line)
+        LogReader(connection, run.run_id, everything=options["all"]).show(
+            options["step"], options["follow"], _print_line
+        )
         return 0
 
     return _watch(print_logs, run.run_id)
@@ -138,18 +199,17 @@ def logs(arguments: list[str]) -> int:
 def resume(arguments: list[str]) -> int:
     """Restart a failed run from the steps that failed, and return the exit code."""
     run_key, options = _parse_run("resume", "Restart a failed run from the steps that failed.", arguments)
-    if run_key is None:
-        raise ConfigurationError(
-            "RUN is missing: python -m pipelines resume RUN; `python -m pipelines status` lists the latest."
-        )
-    from pipelines.kubeflow.runs import find, follow, retry
+    run_key = _required(run_key, "resume")
+    from pipelines.kubeflow.run_view import follow
+    from pipelines.kubeflow.runs import find, retry
 
-    connection = connect(options, load_cluster(options["cluster"]))
+    cluster = load_cluster(options["cluster"])
+    connection = connect(options, cluster)
     run = find(connection, run_key)
     retry(connection, run)
     print(f"{run.display_name} was restarted\n{connection.link(run.run_id)}", flush=True)
     return (
-        _watch(lambda: follow(connection, run.run_id, _print_line, options["poll"]), run.run_id)
+        _watch(lambda: follow(connection, run.run_id, cluster, _print_line, options["poll"]), run.run_id)
         if options["wait"]
         else 0
     )
@@ -162,6 +222,29 @@ def _parse_run(command: str, description: str, arguments: list[str]) -> tuple[st
     has_run = bool(arguments) and not arguments[0].startswith("-")
     run_key, rest = (arguments[0], arguments[1:]) if has_run else (None, arguments)
     return run_key, parse_options(parser, _flags(rest))
+
+
+def _required(run_key: str | None, command: str) -> str:
+    """Return the run's id or name.
+
+    Raises:
+        ConfigurationError: none was given.
+    """
+    if run_key is None:
+        raise ConfigurationError(
+            f"RUN is missing: python -m pipelines {command} RUN; `python -m pipelines status` lists the "
+            "latest."
+        )
+    return run_key
+
+
+def _run_line(run: "kfp_server_api.V2beta1Run") -> str:
+    """Format a run for a list: id, state and name."""
+    from pipelines.kubeflow.run_view import ENDED, was_stopped
+
+    stopped = run.state in ENDED and was_stopped(run)
+    state = "stopped" if stopped else (run.state or "PENDING").lower()
+    return f"{run.run_id}  {state:<10} {run.display_name}"
 
 
 def _run_parser(command: str, description: str) -> ArgumentParser:
@@ -187,7 +270,9 @@ def _flags(arguments: list[str]) -> list[str]:
     # The last argument has no follower, so a flag there must count as one without a value.
     followers = [*arguments[1:], "--"]
     return [
-        f"{argument}=true" if argument in ("--wait", "--follow") and following.startswith("--") else argument
+        f"{argument}=true"
+        if argument in ("--wait", "--follow", "--mine", "--all") and following.startswith("--")
+        else argument
         for argument, following in zip(arguments, followers, strict=False)
     ]
 

@@ -4,6 +4,8 @@ kfp's client and its generated API send the requests. The first request is alway
 reveals a login page, an expired token or a wrong address.
 """
 
+import contextlib
+import io
 import json
 import os
 import time
@@ -38,26 +40,43 @@ class NotFound(Exception):
 
 
 class Connection:
-    """Kubeflow Pipelines at one endpoint, in one namespace."""
+    """Kubeflow Pipelines at one endpoint.
 
-    def __init__(self, endpoint: str, namespace: str, certificates: str | None = None) -> None:
+    Attributes:
+        multi_user: whether it is installed for several users.
+        namespace: the namespace in which its runs are.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        namespace: str,
+        certificates: str | None = None,
+        kubeflow_namespace: str = "kubeflow",
+    ) -> None:
         """Connect, and check that Kubeflow Pipelines answers.
 
         Args:
             endpoint: http:// or https:// address.
-            namespace: namespace of the runs.
+            namespace: namespace of the runs in a multi-user Kubeflow.
             certificates: file with the certificates of a private authority.
+            kubeflow_namespace: namespace of Kubeflow itself. A single-user server puts every run there,
+                whatever the request says.
 
         Raises:
             ConfigurationError: the address does not begin with http:// or https://, or the file that should
                 contain the token does not exist.
             ClusterError: nothing or something other than Kubeflow Pipelines answers, or the token is refused.
         """
-        self.endpoint, self.namespace = endpoint.rstrip("/"), namespace
+        self.endpoint = endpoint.rstrip("/")
         if not self.endpoint.startswith(("http://", "https://")):
             raise ConfigurationError(f"The endpoint is {endpoint}: begin it with http:// or https://.")
         self.token = _token()
-        self.multi_user = self._check_health(certificates)
+        self._pool = urllib3.PoolManager(
+            ca_certs=certificates, timeout=urllib3.Timeout(connect=5, read=20), retries=False
+        )
+        self.multi_user = self._check_health()
+        self.namespace = namespace if self.multi_user else kubeflow_namespace
         from kfp.client import Client
 
         with warnings.catch_warnings():
@@ -83,13 +102,17 @@ class Connection:
         deadline, pause = time.monotonic() + patience(), 0.2
         while True:
             try:
-                return request()
+                # kfp's client prints links of its own.
+                with contextlib.redirect_stdout(io.StringIO()):
+                    return request()
             except kfp_server_api.ApiException as error:
                 if error.status == 404:
                     raise NotFound(what) from None
                 if error.status and error.status < 500 and error.status != 429:
                     raise ClusterError(self._refusal(what, error)) from None
                 reason = f"{error.status} {error.reason}"
+                if words := _words(error):
+                    reason = f"{reason}: {words}"
             except (urllib3.exceptions.HTTPError, ValueError, TypeError, AttributeError) as error:
                 # A truncated answer is not valid JSON, or lacks fields that the API's classes require.
                 reason = _plain(error)
@@ -111,17 +134,33 @@ class Connection:
         page = os.environ.get("KF_PIPELINES_UI_ENDPOINT") or self.endpoint
         return f"{page.rstrip('/')}/#/runs/details/{run_id}"
 
-    def _check_health(self, certificates: str | None) -> bool:
+    def artifact(self, bucket: str, key: str) -> bytes | None:
+        """Read an object of the cluster's own store through the dashboard, which has its credentials.
+
+        Returns:
+            The content; None if there is no dashboard at this address, or it cannot read the object.
+        """
+        page = os.environ.get("KF_PIPELINES_UI_ENDPOINT") or self.endpoint
+        fields = {"source": "minio", "namespace": self.namespace, "bucket": bucket, "key": key}
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        try:
+            answer = self._pool.request(
+                "GET", f"{page.rstrip('/')}/artifacts/get", fields=fields, headers=headers, redirect=False
+            )
+        except urllib3.exceptions.HTTPError:
+            return None
+        # Unknown addresses may be answered with the dashboard's own page.
+        is_page = "html" in answer.headers.get("content-type", "")
+        return answer.data if answer.status == 200 and not is_page else None
+
+    def _check_health(self) -> bool:
         """Send the health check, and return whether Kubeflow is installed for several users."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        pool = urllib3.PoolManager(
-            ca_certs=certificates, timeout=urllib3.Timeout(connect=5, read=20), retries=False
-        )
         deadline = time.monotonic() + patience()
         while True:
             try:
                 # Redirects are not followed: they most likely lead to a login page, which is reported below.
-                answer = pool.request(
+                answer = self._pool.request(
                     "GET", f"{self.endpoint}/apis/v2beta1/healthz", headers=headers, redirect=False
                 )
                 if answer.status < 500:
@@ -151,7 +190,7 @@ class Connection:
                 f"{TOKEN_FILE} to a file with one, or use a port-forward to ml-pipeline."
             )
         if answer.status in (401, 403):
-            raise ClusterError(self._token_refused(answer.status))
+            raise ClusterError(self._not_authenticated(answer.status))
         try:
             health = json.loads(answer.data)
         except ValueError:
@@ -163,7 +202,12 @@ class Connection:
             )
         return bool(health.get("multi_user"))
 
-    def _token_refused(self, status: int) -> str:
+    def _not_authenticated(self, status: int) -> str:
+        if not self.token:
+            return (
+                f"{self.endpoint} asks for a token ({status}): put one into {TOKEN}, or its file into "
+                f"{TOKEN_FILE}; `kubectl create token ACCOUNT --audience pipelines.kubeflow.org` makes one."
+            )
         return (
             f"{self.endpoint} refuses the token ({status}): tokens expire; "
             f"put a new one into {TOKEN} or {TOKEN_FILE}."
@@ -171,19 +215,13 @@ class Connection:
 
     def _refusal(self, what: str, error: kfp_server_api.ApiException) -> str:
         if error.status == 401:
-            return self._token_refused(error.status)
+            return self._not_authenticated(error.status)
         if error.status == 403:
             return (
                 f"You may not {what} in the namespace {self.namespace} (403): check --namespace, "
                 "or ask for the role `kubeflow-edit` there."
             )
-        try:
-            answer = json.loads(error.body)
-            message = answer.get("message") or answer.get("error")
-        except (ValueError, TypeError, AttributeError):
-            message = error.reason
-        message = " ".join(str(message).split())[:300].rstrip(".")
-        return f"{self.endpoint} refuses to {what} ({error.status}: {message})."
+        return f"{self.endpoint} refuses to {what} ({error.status}: {_words(error) or error.reason})."
 
 
 def add_connection_options(parser: ArgumentParser) -> None:
@@ -210,7 +248,9 @@ def connect(options: dict[str, Any], cluster: Cluster) -> Connection:
             f"Where is Kubeflow Pipelines? Give --endpoint, set {ENDPOINT}, "
             "or write `endpoint` into the cluster profile."
         )
-    return Connection(endpoint, options["namespace"] or cluster.namespace, options["ca_cert"])
+    return Connection(
+        endpoint, options["namespace"] or cluster.namespace, options["ca_cert"], cluster.kubeflow_namespace
+    )
 
 
 def patience() -> float:
@@ -235,6 +275,16 @@ def _token() -> str | None:
             f"{TOKEN_FILE} is {path}, which is not a file: put a token there, or unset it."
         )
     return None
+
+
+def _words(error: kfp_server_api.ApiException) -> str:
+    """Return the server's own words on one line; empty if its answer has none."""
+    try:
+        answer = json.loads(error.body)
+        message = answer.get("message") or answer.get("error") or ""
+    except (ValueError, TypeError, AttributeError):
+        return ""
+    return " ".join(str(message).split())[:300].rstrip(".")
 
 
 def _plain(error: Exception) -> str:

@@ -15,15 +15,23 @@ from components import images as images_of
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, StepSettings, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER, images_source
+from pipelines.kubeflow.backend import (
+    check_launcher,
+    check_retries,
+    check_rights,
+    check_runtime,
+    check_trainer_version,
+    pipeline_root,
+)
 from pipelines.kubeflow.connection import Connection, add_connection_options, connect
 from pipelines.kubeflow.findings import BAD, GOOD, UNKNOWN, Finding
 from pipelines.kubeflow.logs import core_api
 from pipelines.kubeflow.registry import check_image
 from slam_asr.cli import parse_options
-from slam_asr.errors import ClusterError, UserError
+from slam_asr.errors import UserError
 from slam_asr.steps import OWN_IMAGE, STEPS
 from slam_asr.storage import delete, join, write_bytes
-from slam_asr.storage.s3 import CredentialsMissing
+from slam_asr.storage.failures import CredentialsMissing
 
 SECRET_KEYS = ({"accesskey", "secretkey"}, {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
 """Sets of keys; the storage secret must contain one of them."""
@@ -62,11 +70,15 @@ def examine(
 
     Args:
         cluster: the profile.
-        namespace: namespace of the runs.
+        namespace: namespace of the runs, if Kubeflow Pipelines cannot be asked for it.
         images: template or file of image names.
         connected: connects to Kubeflow Pipelines; a `UserError` that it raises becomes a finding.
     """
-    yield from _check_pipelines(namespace, connected)
+    connection, findings = _check_pipelines(namespace, connected)
+    yield from findings
+    if connection is not None:
+        # A single-user Kubeflow runs everything in its own namespace.
+        namespace = connection.namespace
     yield from _check_store(cluster)
     yield from _check_images(images)
     try:
@@ -86,7 +98,12 @@ def examine(
             if cluster.models.token_secret
             else []
         ),
-        ("launcher configuration", lambda: _check_launcher(api, namespace)),
+        ("launcher configuration", lambda: check_launcher(api, namespace)),
+        (
+            f"rights of {cluster.service_account}",
+            lambda: check_rights(cluster, namespace, not pipeline_root(api, namespace)),
+        ),
+        ("retries", lambda: check_retries(api, cluster)),
         *(
             [(f"model volume {cluster.models.claim}", lambda: _check_claim(api, cluster, namespace))]
             if cluster.models.claim
@@ -98,27 +115,35 @@ def examine(
             else []
         ),
         ("nodes", lambda: _check_nodes(api, cluster)),
-        (f"training runtime {cluster.trainer.runtime}", lambda: _check_runtime(cluster)),
+        (f"training runtime {cluster.trainer.runtime}", lambda: check_runtime(cluster)),
+        ("Kubeflow Trainer", lambda: check_trainer_version(api)),
     ]
     for subject, check in checks:
         yield _finding_of(subject, namespace, check)
 
 
-def _check_pipelines(namespace: str, connected: Callable[[], Connection]) -> Iterator[Finding]:
+def _check_pipelines(
+    namespace: str, connected: Callable[[], Connection]
+) -> tuple[Connection | None, list[Finding]]:
+    """Return the connection, if Kubeflow Pipelines answers, and the findings about it."""
     try:
         connection = connected()
     except UserError as error:
-        yield Finding(BAD, "Kubeflow Pipelines", str(error))
-        return
+        return None, [Finding(BAD, "Kubeflow Pipelines", str(error))]
     users = "several users" if connection.multi_user else "a single user"
-    yield Finding(GOOD, "Kubeflow Pipelines", f"answers at {connection.endpoint}, for {users}")
+    answers = f"answers at {connection.endpoint}, for {users}"
+    if connection.namespace != namespace:
+        answers += f": runs are in {connection.namespace}, not in {namespace}"
+    findings = [Finding(GOOD, "Kubeflow Pipelines", answers)]
+    subject = f"runs in {connection.namespace}"
     try:
         from pipelines.kubeflow.runs import latest
 
         latest(connection, 1)
-        yield Finding(GOOD, f"runs in {namespace}", "you may list them")
+        findings.append(Finding(GOOD, subject, "you may list them"))
     except UserError as error:
-        yield Finding(BAD, f"runs in {namespace}", str(error))
+        findings.append(Finding(BAD, subject, str(error)))
+    return connection, findings
 
 
 def _check_store(cluster: Cluster) -> Iterator[Finding]:
@@ -206,17 +231,6 @@ def _check_token_secret(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: 
     return Finding(BAD, subject, "has no key HF_TOKEN: store the hub's token under that name.")
 
 
-def _check_launcher(api: kubernetes.CoreV1Api, namespace: str) -> Finding:
-    root = (api.read_namespaced_config_map("kfp-launcher", namespace).data or {}).get("defaultPipelineRoot")
-    if root:
-        return Finding(GOOD, "launcher configuration", f"artifacts go to {root}")
-    return Finding(
-        UNKNOWN,
-        "launcher configuration",
-        "kfp-launcher sets no defaultPipelineRoot, so Kubeflow's own default is used",
-    )
-
-
 def _check_claim(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
     claim = api.read_namespaced_persistent_volume_claim(cluster.models.claim, namespace)
     subject = f"model volume {cluster.models.claim}"
@@ -247,53 +261,6 @@ def _check_queue(cluster: Cluster, namespace: str) -> Finding:
             "kueue.x-k8s.io", "v1beta1", namespace, "localqueues", cluster.queue.name
         )
     return Finding(GOOD, subject, "exists")
-
-
-def _check_runtime(cluster: Cluster) -> Finding:
-    subject = f"training runtime {cluster.trainer.runtime}"
-    if has_runtime(cluster):
-        return Finding(GOOD, subject, "exists, for multi-node training")
-    return Finding(
-        UNKNOWN,
-        subject,
-        "does not exist; only multi-node training (training.nodes above 1) needs it and Kubeflow Trainer 2",
-    )
-
-
-def has_runtime(cluster: Cluster) -> bool:
-    """Return whether the cluster has Kubeflow Trainer and the profile's runtime.
-
-    Raises:
-        kubernetes.ApiException: the API refuses the request, for example because a permission is missing.
-    """
-    try:
-        kubernetes.CustomObjectsApi().get_cluster_custom_object(
-            "trainer.kubeflow.org", "v1alpha1", "clustertrainingruntimes", cluster.trainer.runtime
-        )
-    except kubernetes.ApiException as error:
-        if error.status != 404:
-            raise
-        return False
-    return True
-
-
-def require_trainer(cluster: Cluster) -> None:
-    """Check that the cluster supports multi-node training; accept it if this cannot be checked from here.
-
-    Raises:
-        ClusterError: the cluster lacks Kubeflow Trainer or the profile's runtime.
-    """
-    try:
-        core_api()
-        exists = has_runtime(cluster)
-    except (UserError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
-        return
-    if not exists:
-        raise ClusterError(
-            "The recipe trains on several nodes, but the cluster has no training runtime "
-            f"{cluster.trainer.runtime}: install Kubeflow Trainer 2 with its runtimes, correct "
-            "trainer.runtime in the profile, or set training.nodes to 1."
-        )
 
 
 def _check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:

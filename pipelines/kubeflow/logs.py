@@ -1,12 +1,15 @@
-"""Read the logs of a run's steps from the Kubernetes API: the API of Kubeflow Pipelines provides none."""
+"""Read the logs of a run's steps from the Kubernetes API, or from the archive once the pods are gone."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import urllib3
 from kubernetes import client as kubernetes
 from kubernetes import config
 
+from pipelines.kubeflow.connection import Connection
+from pipelines.kubeflow.workflow import read_workflow
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.steps import STEPS
 
@@ -14,8 +17,20 @@ RUN_LABEL = "pipeline/runid"
 """Label of a pod with the id of its run; Kubeflow sets it."""
 STEP_LABEL = "app.kubernetes.io/component"
 """Label of a pod with the name of its step; `pipelines.placement.labels` sets it."""
+_NODE_NAME = "workflows.argoproj.io/node-name"
+"""Annotation of a pod with the name of its node in the workflow; Argo sets it."""
+_QUICK_TIMEOUT = 5.0
+"""Seconds for a request whose answer only adds to a line."""
 CONTAINER = "main"
 """Container of a pod that runs the step."""
+_MAX_FRAMEWORK_LINES = 200
+"""Lines of Kubeflow and Argo that are shown at most if the program never started."""
+_FRAMEWORK_LINE = re.compile(
+    r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.]+:\d+\]"  # Kubeflow's launcher
+    r"|time=\S+ level=\w+ msg=.*\bargo="  # Argo up to 3
+    r"|\{.*\"argo\": ?true"  # Argo 4
+    r"|\[KFP Executor "  # kfp in the step's Python
+)
 
 
 def core_api() -> kubernetes.CoreV1Api:
@@ -38,67 +53,189 @@ def core_api() -> kubernetes.CoreV1Api:
     return kubernetes.CoreV1Api()
 
 
-def show(
-    api: kubernetes.CoreV1Api,
-    namespace: str,
-    run_id: str,
-    step: str | None,
-    follow: bool,
-    on_line: Callable[[str], None],
-) -> None:
-    """Print the logs of a run's steps, one pod after another.
+class LogReader:
+    """Reads the logs of a run: of its pods from the Kubernetes API, of pods that are gone from the archive.
+
+    The API of Kubeflow Pipelines provides no logs.
 
     Args:
-        api: client of the cluster.
+        connection: the connection to Kubeflow Pipelines.
+        run_id: id of the run.
+        everything: show the lines of Kubeflow and Argo as well, and the logs of the drivers.
+    """
+
+    def __init__(self, connection: Connection, run_id: str, everything: bool = False) -> None:
+        self.connection, self.run_id, self.everything = connection, run_id, everything
+        self.namespace = connection.namespace
+
+    def show(self, step: str | None, follow: bool, on_line: Callable[[str], None]) -> None:
+        """Print the logs of the run's steps, one pod after another.
+
+        Args:
+            step: name of the only step to print; None for all steps.
+            follow: wait for more lines until each pod has ended.
+            on_line: called with each line.
+
+        Raises:
+            ConfigurationError: there is no such step.
+            ClusterError: permission is missing, the API does not answer, or the run has no logs yet.
+        """
+        if step is not None and step not in STEPS:
+            raise ConfigurationError(f"There is no step {step}: --step may be {', '.join(STEPS)}.")
+        unavailable = ""
+        shown: set[str] = set()
+        try:
+            api = core_api()
+            for pod in self._pods(api, step):
+                shown.add(pod.metadata.name)
+                self._show_pod(api, pod, follow, on_line)
+        except ClusterError as error:
+            # Whoever may not read pods can still read the archive through the dashboard.
+            unavailable = str(error)
+        if not self._show_archived(step, shown, on_line) and not shown:
+            which = f"of step {step} " if step else ""
+            raise ClusterError(
+                unavailable
+                or f"There are no pods {which}of the run {self.run_id} in {self.namespace}: they have not "
+                "started yet, or were deleted; the dashboard may still have their logs."
+            )
+
+    def _pods(self, api: kubernetes.CoreV1Api, step: str | None) -> list[Any]:
+        """Return the pods of the steps, in the order of their creation."""
+        selector = f"{RUN_LABEL}={self.run_id}"
+        pods = call_kubernetes(
+            self.namespace,
+            "list pods",
+            lambda: api.list_namespaced_pod(self.namespace, label_selector=selector),
+        ).items
+        steps = [step] if step else list(STEPS)
+        selected = [
+            pod
+            for pod in pods
+            if (pod.metadata.labels or {}).get(STEP_LABEL) in steps or (self.everything and not step)
+        ]
+        # Pods without a creation time come last: the first item avoids a comparison of None with a time.
+        return sorted(
+            selected,
+            key=lambda p: (
+                p.metadata.creation_timestamp is None,
+                p.metadata.creation_timestamp,
+                p.metadata.name,
+            ),
+        )
+
+    def _show_pod(
+        self, api: kubernetes.CoreV1Api, pod: Any, follow: bool, on_line: Callable[[str], None]
+    ) -> None:
+        name = pod.metadata.name
+        step = (pod.metadata.labels or {}).get(STEP_LABEL, "driver")
+        on_line(f"── {step} ({name}, {pod.status.phase.lower()})")
+        if pod.status.phase == "Pending":
+            message = waiting_message(pod).removeprefix("Unschedulable: ")
+            on_line(f"waiting: {message or f'`kubectl describe pod {name}` shows why'}")
+            return
+
+        def request() -> Any:
+            # Without preloading, the client returns a stream instead of waiting for the complete log.
+            return api.read_namespaced_pod_log(
+                name, self.namespace, container=CONTAINER, follow=follow, _preload_content=False
+            )
+
+        self._print(_lines(call_kubernetes(self.namespace, "read logs", request).stream(8192)), on_line)
+
+    def _show_archived(self, step: str | None, shown: set[str], on_line: Callable[[str], None]) -> bool:
+        """Print the archived logs of pods that are gone; return whether there were any."""
+        workflow = read_workflow(self.connection, self.run_id)
+        if workflow is None:
+            return False
+        found = False
+        for nodes in workflow.attempts().values():
+            for node in nodes:
+                pod, place = workflow.pod_name(node), workflow.archived_log(node)
+                if pod in shown or place is None or step not in (None, node.task) or node.ended is None:
+                    continue
+                on_line(f"── {node.task} ({pod}, deleted; from Argo's archive)")
+                content = self.connection.artifact(*place)
+                if content is None:
+                    on_line(f"not readable through the dashboard: s3://{'/'.join(place)}")
+                else:
+                    self._print(_lines([content]), on_line)
+                found = True
+        return found
+
+    def _print(self, lines: Iterator[str], on_line: Callable[[str], None]) -> None:
+        """Print the program's own lines; if the program never started, those of Kubeflow and Argo instead."""
+        if self.everything:
+            for line in lines:
+                on_line(line)
+            return
+        others: list[str] = []
+        any_of_program = False
+        for is_of_program, line in _classified(lines):
+            if is_of_program:
+                any_of_program = True
+                on_line(line)
+            elif not any_of_program:
+                others = [*others[-_MAX_FRAMEWORK_LINES:], line]
+        if not any_of_program:
+            for line in others:
+                on_line(line)
+
+
+def _classified(lines: Iterator[str]) -> Iterator[tuple[bool, str]]:
+    """Tell the program's lines from those of Argo, of Kubeflow's launcher and of kfp's executor."""
+    in_json = False
+    for line in lines:
+        if in_json:
+            # The launcher prints its input and output as indented JSON after a line that ends with a brace.
+            in_json = line not in ("}", "} ")
+            yield False, line
+        elif _FRAMEWORK_LINE.match(line):
+            in_json = line.rstrip().endswith("{")
+            yield False, line
+        else:
+            yield True, line
+
+
+def waiting_pods(namespace: str, run_id: str) -> dict[str, str]:
+    """Say why pods of a run have not started, as Kubernetes says it.
+
+    Args:
         namespace: namespace of the run.
         run_id: id of the run.
-        step: name of the only step to print; None for all steps.
-        follow: wait for more lines until each pod has ended.
-        on_line: called with each line.
 
-    Raises:
-        ConfigurationError: there is no such step.
-        ClusterError: permission is missing, the API does not answer, or the run has no pods, perhaps because
-            they were deleted.
+    Returns:
+        A message for each waiting pod, by the name of its node in the workflow. It is empty if Kubernetes
+        cannot be asked from here: what Kubeflow says must do then.
     """
-    if step is not None and step not in STEPS:
-        raise ConfigurationError(f"There is no step {step}: --step may be {', '.join(STEPS)}.")
-    pods = call_kubernetes(
-        namespace,
-        "list pods",
-        lambda: api.list_namespaced_pod(namespace, label_selector=f"{RUN_LABEL}={run_id}"),
-    ).items
-    selected = [
-        pod for pod in pods if (pod.metadata.labels or {}).get(STEP_LABEL) in ([step] if step else STEPS)
-    ]
-    if not selected:
-        which = f"of step {step} " if step else ""
-        raise ClusterError(
-            f"There are no pods {which}of the run {run_id} in {namespace}: they have not started yet, or "
-            "were deleted; the dashboard may still have their logs."
+    try:
+        pods = (
+            core_api()
+            .list_namespaced_pod(
+                namespace, label_selector=f"{RUN_LABEL}={run_id}", _request_timeout=_QUICK_TIMEOUT
+            )
+            .items
         )
-    # Pods without a creation time come last: the first item avoids a comparison of None with a time.
-    for pod in sorted(
-        selected,
-        key=lambda p: (p.metadata.creation_timestamp is None, p.metadata.creation_timestamp, p.metadata.name),
-    ):
-        labels, name = pod.metadata.labels, pod.metadata.name
-        on_line(f"── {labels[STEP_LABEL]} ({name}, {pod.status.phase.lower()})")
-        if pod.status.phase == "Pending":
-            on_line(f"waiting: {_reason_to_wait(pod)}")
-            continue
-        for line in _lines(_open_log(api, namespace, name, follow)):
-            on_line(line)
+    except (ClusterError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
+        return {}
+    return {
+        (pod.metadata.annotations or {}).get(_NODE_NAME, ""): message
+        for pod in pods
+        if pod.status.phase == "Pending" and (message := waiting_message(pod))
+    }
 
 
-def _open_log(api: kubernetes.CoreV1Api, namespace: str, pod: str, follow: bool) -> Any:
-    def request() -> Any:
-        # Without preloading, the client returns a stream instead of waiting for the complete log.
-        return api.read_namespaced_pod_log(
-            pod, namespace, container=CONTAINER, follow=follow, _preload_content=False
-        )
-
-    return call_kubernetes(namespace, "read logs", request)
+def waiting_message(pod: Any) -> str:
+    """Return why a pod has not started: a container's state, else the condition that says so."""
+    statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
+    for status in statuses:
+        waiting = status.state.waiting if status.state else None
+        if waiting and waiting.reason not in (None, "PodInitializing", "ContainerCreating"):
+            return f"{waiting.reason}: {waiting.message or ''}"
+    for condition in pod.status.conditions or []:
+        if condition.status == "False" and condition.type == "PodScheduled":
+            return f"{condition.reason or 'Unschedulable'}: {condition.message or ''}"
+    return "ContainerCreating" if any(s.state and s.state.waiting for s in statuses) else ""
 
 
 def call_kubernetes(namespace: str, what: str, request: Callable[[], Any]) -> Any:
@@ -130,17 +267,10 @@ def call_kubernetes(namespace: str, what: str, request: Callable[[], Any]) -> An
         ) from None
 
 
-def _reason_to_wait(pod: Any) -> str:
-    for condition in pod.status.conditions or []:
-        if condition.status == "False" and condition.message:
-            return condition.message
-    return f"`kubectl describe pod {pod.metadata.name}` shows why"
-
-
-def _lines(answer: Any) -> Iterator[str]:
+def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
     # A chunk may end within a line, or within a UTF-8 character, so only complete lines are decoded.
     rest = b""
-    for chunk in answer.stream(8192):
+    for chunk in chunks:
         *complete, rest = (rest + chunk).split(b"\n")
         yield from (line.decode("utf-8", "replace") for line in complete)
     if rest:

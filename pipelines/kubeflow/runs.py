@@ -1,11 +1,13 @@
-"""Runs in Kubeflow Pipelines: start, find, follow and retry them."""
+"""Runs in Kubeflow Pipelines: start, find, retry and stop them."""
 
 import functools
+import getpass
 import hashlib
-import time
+import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +15,19 @@ import kfp_server_api
 
 from pipelines import asr, evaluate, sweep
 from pipelines.kubeflow.connection import Connection, NotFound
+from pipelines.kubeflow.run_view import ENDED
 from slam_asr import __version__
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
 from slam_asr.errors import ClusterError, ConfigurationError
-from slam_asr.progress import clock
-from slam_asr.steps import EVALUATION, STEPS, SWEEP, TRAINING
+from slam_asr.steps import EVALUATION, SWEEP, TRAINING
+from slam_asr.storage import digest
 
-ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
-"""States of a run that has ended."""
 _DESCRIPTIONS = {
     TRAINING: asr.DESCRIPTION,
     EVALUATION: evaluate.DESCRIPTION,
     SWEEP: sweep.DESCRIPTION,
 }
-
-
-@dataclass
-class RunStep:
-    """One step of a run in Kubeflow; a step in a loop has one `RunStep` per iteration."""
-
-    key: str
-    """Id of the task in Kubeflow, which differs between the iterations of a loop."""
-    name: str
-    state: str
-    """State in Kubeflow, such as RUNNING; PENDING if it has none yet."""
-    started: datetime | None
-    ended: datetime | None
-    error: str
-
-    @property
-    def seconds(self) -> float:
-        """Duration so far, in seconds; 0 before the start."""
-        if self.started is None:
-            return 0.0
-        return max(0.0, ((self.ended or datetime.now(UTC)) - self.started).total_seconds())
-
-    def line(self) -> str:
-        """Format the step for the terminal."""
-        duration = f"  {clock(self.seconds)}" if self.started else ""
-        error = f"  {self.error}" if self.error else ""
-        return f"{self.name:<20} {self.state.lower():<10}{duration}{error}"
 
 
 def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> tuple[str, str, str]:
@@ -75,19 +49,19 @@ def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> t
     client = connection.client
     description = _DESCRIPTIONS[pipeline]
     version = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
-    pipeline_id = connection.call("look up the pipeline", lambda: client.get_pipeline_id(pipeline))
+    namespace = connection.namespace if connection.multi_user else None
+    pipeline_id = _find_pipeline(connection, pipeline, namespace)
     if pipeline_id is None:
-        uploaded = connection.call(
-            "upload the pipeline",
-            lambda: client.upload_pipeline(
-                str(package),
-                pipeline_name=pipeline,
-                description=description,
-                namespace=connection.namespace if connection.multi_user else None,
-            ),
+        # Without a package: a pipeline that is created from one gets a version of its own, besides ours.
+        empty = kfp_server_api.V2beta1Pipeline(
+            display_name=pipeline, name=pipeline, description=description, namespace=namespace
+        )
+        created = connection.call(
+            "create the pipeline",
+            lambda: client._pipelines_api.pipeline_service_create_pipeline(empty),
             once=True,
         )
-        pipeline_id = uploaded.pipeline_id
+        pipeline_id = created.pipeline_id
     versions = _pages(
         connection,
         "list the versions of the pipeline",
@@ -105,6 +79,21 @@ def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> t
         once=True,
     )
     return pipeline_id, created.pipeline_version_id, version
+
+
+def _find_pipeline(connection: Connection, name: str, namespace: str | None) -> str | None:
+    """Return the id of the pipeline of this name, or None.
+
+    kfp's `Client.get_pipeline_id` asks without a namespace, and a multi-user server then looks among the
+    shared pipelines only.
+    """
+    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
+    arguments = {"filter": json.dumps({"predicates": [predicate]})}
+    if namespace:
+        arguments["namespace"] = namespace
+    api = connection.client._pipelines_api
+    answer = connection.call("look up the pipeline", lambda: api.pipeline_service_list_pipelines(**arguments))
+    return next((p.pipeline_id for p in answer.pipelines or [] if p.display_name == name), None)
 
 
 def start(
@@ -140,28 +129,36 @@ def start(
     group = connection.call(
         "create the experiment", lambda: client.create_experiment(experiment, namespace=namespace)
     )
-    run = connection.call(
-        "start the run",
-        lambda: client.run_pipeline(
-            group.experiment_id,
-            name,
-            params=parameters,
-            pipeline_id=pipeline_id,
-            version_id=version_id,
-            enable_caching=False,
-            service_account=account,
+    request = kfp_server_api.V2beta1Run(
+        experiment_id=group.experiment_id,
+        display_name=name,
+        description=submitter(),
+        pipeline_version_reference=kfp_server_api.V2beta1PipelineVersionReference(
+            pipeline_id=pipeline_id, pipeline_version_id=version_id
         ),
-        once=True,
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=parameters),
+        service_account=account,
     )
+    run = connection.call("start the run", lambda: connection.runs.run_service_create_run(request), once=True)
     return run.run_id
 
 
+def submitter() -> str:
+    """Return the description of a run, which names the user who started it: Kubeflow itself does not say."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # the user id of a container may have no name
+        user = f"user {os.getuid()}"
+    return f"submitted by {user}"
+
+
 def run_name(recipe: Recipe) -> str:
-    """Return the default display name of a run: recipe, models and local time."""
-    models = " + ".join(
-        name.rstrip("/").rpartition("/")[2] for name in (recipe.encoder.name, recipe.llm.name)
-    )
-    return f"{recipe.name} · {models} · {datetime.now().strftime('%Y-%m-%d %H:%M')}"
+    """Return the default display name of a run: recipe, a digest of its values, and local time.
+
+    The dashboard's list cuts names after about 30 characters, so the distinctive part comes first.
+    """
+    values = asdict(recipe)
+    return f"{recipe.name} {digest(values)[:6]} {datetime.now().strftime('%m-%d %H:%M')}"
 
 
 def find(connection: Connection, id_or_name: str) -> kfp_server_api.V2beta1Run:
@@ -185,99 +182,68 @@ def find(connection: Connection, id_or_name: str) -> kfp_server_api.V2beta1Run:
     )
 
 
-def latest(connection: Connection, count: int = 50) -> list[kfp_server_api.V2beta1Run]:
-    """Return up to `count` runs, newest first."""
-    client = connection.client
-    namespace = connection.namespace if connection.multi_user else None
-    answer = connection.call(
-        "list the runs",
-        lambda: client.list_runs(page_size=count, sort_by="created_at desc", namespace=namespace),
-    )
-    return answer.runs or []
-
-
-def steps_of(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
-    """Return the pipeline's own steps in pipeline order, without the drivers and loops that Kubeflow adds."""
-    details = (run.run_details.task_details if run.run_details else None) or []
-    order = list(STEPS)
-    steps = [
-        RunStep(
-            d.task_id or d.display_name,
-            d.display_name,
-            d.state or "PENDING",
-            d.start_time,
-            _end(d),
-            _message(d.error),
-        )
-        for d in details
-        if d.display_name in order
-    ]
-    return sorted(
-        steps, key=lambda s: (order.index(s.name), s.started or datetime.max.replace(tzinfo=UTC), s.key)
-    )
-
-
-def follow(connection: Connection, run_id: str, log_line: Callable[[str], None], interval: float) -> int:
-    """Log each change of a step's state until the run has ended.
+def latest(
+    connection: Connection, count: int = 50, mine: bool = False, recipe: str = ""
+) -> list[kfp_server_api.V2beta1Run]:
+    """Return up to `count` runs, newest first.
 
     Args:
         connection: the connection to Kubeflow Pipelines.
-        run_id: id of the run.
-        log_line: called with each line.
-        interval: seconds between two requests.
-
-    Returns:
-        The exit code: 0 if the run succeeded, else 1.
-
-    Raises:
-        ClusterError: temporary failures lasted for `patience()` seconds (see `Connection.call`).
+        count: maximum number of runs.
+        mine: only runs that this user submitted.
+        recipe: only runs of this recipe; empty for all.
     """
-    logged: dict[str, str] = {}
+    client = connection.client
+    namespace = connection.namespace if connection.multi_user else None
+    found: list[kfp_server_api.V2beta1Run] = []
+    token = ""
     while True:
-        run = connection.call("read the run", lambda: _complete(connection.runs.run_service_get_run(run_id)))
-        for step in steps_of(run):
-            if logged.get(step.key) != step.state:
-                logged[step.key] = step.state
-                log_line(step.line())
-        if run.state in ENDED:
-            break
-        time.sleep(interval)
-    if run.state == "SUCCEEDED":
-        log_line("the run succeeded")
-        return 0
-    failed = [step.name for step in steps_of(run) if step.state == "FAILED"]
-    where = f" in {', '.join(dict.fromkeys(failed))}" if failed else ""
-    why = f": {_message(run.error)}" if _message(run.error) else ""
-    log_line(
-        f"the run {run.state.lower()}{where}{why}; `python -m pipelines logs {run_id}` shows its logs, "
-        f"`python -m pipelines resume {run_id}` restarts the steps that did not finish"
-    )
-    return 1
+        answer = connection.call(
+            "list the runs",
+            functools.partial(
+                client.list_runs,
+                page_token=token,
+                page_size=max(count, 50) if mine or recipe else count,
+                sort_by="created_at desc",
+                namespace=namespace,
+            ),
+        )
+        for run in answer.runs or []:
+            parameters = (run.runtime_config.parameters if run.runtime_config else None) or {}
+            is_mine = run.description == submitter()
+            if (is_mine or not mine) and recipe in ("", parameters.get("recipe")):
+                found.append(run)
+        token = answer.next_page_token or ""
+        if not token or len(found) >= count:
+            return found[:count]
 
 
 def retry(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:
     """Restart a run from the steps that failed.
 
     Raises:
-        ConfigurationError: the run has not failed.
+        ConfigurationError: the run has not failed, or its workflow was deleted.
         ClusterError: the API refuses or does not answer.
     """
     if run.state not in ("FAILED", "CANCELED"):
         raise ConfigurationError(
-            f"The run {run.display_name} is {(run.state or 'pending').lower()}, and only a failed run can be "
-            "resumed: `python -m pipelines submit` starts another one, which reuses finished results."
+            f"The run {run.display_name} is {(run.state or 'pending').lower()}, and only a run that failed "
+            "or was stopped can be resumed: `python -m pipelines submit` starts another one, which reuses "
+            "finished results."
         )
     connection.call("restart the run", lambda: connection.runs.run_service_retry_run(run.run_id), once=True)
 
 
-def _complete(run: Any) -> kfp_server_api.V2beta1Run:
-    """Return a run, but raise ValueError if it has no id, so that `Connection.call` repeats the request.
+def stop(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:
+    """Stop a run. Its programs get SIGTERM, and about a second to end.
 
-    A response that was truncated may still be valid JSON.
+    Raises:
+        ConfigurationError: the run has ended.
+        ClusterError: the API refuses or does not answer.
     """
-    if not getattr(run, "run_id", None):
-        raise ValueError("the response was truncated")
-    return run
+    if run.state in ENDED:
+        raise ConfigurationError(f"The run {run.display_name} has ended ({run.state.lower()}).")
+    connection.call("stop the run", lambda: connection.runs.run_service_terminate_run(run.run_id))
 
 
 def _pages(connection: Connection, what: str, page: Callable[[str], Any], field: str) -> list[Any]:
@@ -290,13 +256,3 @@ def _pages(connection: Connection, what: str, page: Callable[[str], Any], field:
         token = answer.next_page_token
         if not token:
             return items
-
-
-def _end(detail: kfp_server_api.V2beta1PipelineTaskDetail) -> datetime | None:
-    # The API returns the year 1 for a step that has not ended.
-    return detail.end_time if detail.end_time and detail.end_time.year > 1 else None
-
-
-def _message(status: Any) -> str:
-    text = getattr(status, "message", None) or ""
-    return " ".join(text.split())[:300]

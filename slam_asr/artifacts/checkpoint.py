@@ -15,6 +15,7 @@ are updated after the folder is complete.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -125,16 +126,21 @@ def find(folder: str, pointer: str = LATEST) -> Checkpoint | None:
     Raises:
         ModelError: the checkpoint is missing or incomplete, or its description is damaged.
     """
-    path = join(folder, pointer)
-    if not exists(path):
+    name = _name_in(folder, pointer)
+    if name is None:
         return None
-    name = read_bytes(path).decode(errors="replace").strip()
     if not exists(join(folder, name, DESCRIPTION)):
         raise ModelError(
-            f"{path} names {name}, which is missing or incomplete: copy the complete folder {folder}, or "
-            "remove it and train again."
+            f"{join(folder, pointer)} names {name}, which is missing or incomplete: copy the complete folder "
+            f"{folder}, or remove it and train again."
         )
     return _read(folder, name)
+
+
+def _name_in(folder: str, pointer: str) -> str | None:
+    """Read the name in a pointer; return None if the pointer does not exist."""
+    path = join(folder, pointer)
+    return read_bytes(path).decode(errors="replace").strip() if exists(path) else None
 
 
 def _read(folder: str, name: str) -> Checkpoint:
@@ -172,13 +178,7 @@ def all_complete(folder: str) -> list[Checkpoint]:
         ModelError: the latest one is missing or incomplete, or a description is damaged.
     """
     latest = require(folder)
-    names = sorted(
-        {
-            name.partition("/")[0]
-            for name in (f.name for f in walk(folder))
-            if name.endswith(f"/{DESCRIPTION}")
-        }
-    )
+    names = _complete(f.name for f in walk(folder))
     return [_read(folder, name) for name in names if name < latest.name] + [latest]
 
 
@@ -209,20 +209,13 @@ def prune(folder: str, keep: int) -> None:
 
     Folders of later steps are not touched, because other processes may already write the next checkpoint.
     """
-    latest, *best = [
-        read_bytes(join(folder, p)).decode().strip() for p in (LATEST, BEST) if exists(join(folder, p))
-    ]
+    latest = _name_in(folder, LATEST) or ""
     files = [f.name for f in walk(folder) if "/" in f.name]
-    complete = sorted({name.partition("/")[0] for name in files if name.endswith(f"/{DESCRIPTION}")})
     # Names sort as steps do, so comparing names compares steps.
-    retained = {latest, *best, *[name for name in complete if name <= latest][-keep:]}
+    newest = [name for name in _complete(files) if name <= latest][-keep:]
+    retained = {latest, _name_in(folder, BEST), *newest}
     _remove(
-        folder,
-        [
-            name
-            for name in files
-            if name.partition("/")[0] < latest and name.partition("/")[0] not in retained
-        ],
+        folder, [name for name in files if _folder_of(name) < latest and _folder_of(name) not in retained]
     )
 
 
@@ -231,35 +224,34 @@ def discard_newer_than_latest(folder: str) -> None:
 
     Call it only while no process writes to the folder.
     """
-    latest = read_bytes(join(folder, LATEST)).decode().strip() if exists(join(folder, LATEST)) else ""
+    latest = _name_in(folder, LATEST) or ""
     names = [f.name for f in walk(folder)]
     _remove(
         folder,
-        [
-            name
-            for name in names
-            if ("/" in name and name.partition("/")[0] > latest) or name.endswith(PARTIAL)
-        ],
+        [name for name in names if ("/" in name and _folder_of(name) > latest) or name.endswith(PARTIAL)],
     )
-
-
-def _remove(folder: str, files: list[str]) -> None:
-    # The description is removed first, so that a half-removed checkpoint does not look complete.
-    for name in sorted(files, key=lambda n: not n.endswith(f"/{DESCRIPTION}")):
-        delete(join(folder, name))
-    _remove_empty(folder)
 
 
 def clear(folder: str) -> None:
     """Remove all checkpoints, the pointers first, so that they never name a removed checkpoint."""
     for name in (LATEST, BEST):
         delete(join(folder, name))
-    for file in list(walk(folder)):
-        delete(join(folder, file.name))
-    _remove_empty(folder)
+    _remove(folder, [f.name for f in walk(folder)])
 
 
-def _remove_empty(folder: str) -> None:
+def _folder_of(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _complete(files: Iterable[str]) -> list[str]:
+    """Return the names of the folders with a description, ordered by step."""
+    return sorted({_folder_of(name) for name in files if name.endswith(f"/{DESCRIPTION}")})
+
+
+def _remove(folder: str, files: list[str]) -> None:
+    # The description is removed first, so that a half-removed checkpoint does not look complete.
+    for name in sorted(files, key=lambda n: not n.endswith(f"/{DESCRIPTION}")):
+        delete(join(folder, name))
     # Object storage has no folders.
     if not is_s3(folder) and local_path(folder).is_dir():
         for inner in local_path(folder).iterdir():

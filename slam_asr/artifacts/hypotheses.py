@@ -7,13 +7,14 @@ hypothesis, all its words count as deletions; no utterance is left out. Insertio
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jiwer
 
+from slam_asr.artifacts.json_lines import write_json_lines
 from slam_asr.errors import InputError
 from slam_asr.storage import write_atomically
 
@@ -89,22 +90,30 @@ def normalise(text: str) -> str:
 
 def align(row: Hypothesis) -> list[AlignedWords]:
     """Align the words of reference and hypothesis; return the stretches from left to right."""
-    output = _process([row])
-    reference, hypothesis = output.references[0], output.hypotheses[0]
-    return [
-        AlignedWords(
-            chunk.type,
-            reference[chunk.ref_start_idx : chunk.ref_end_idx],
-            hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx],
-        )
-        for chunk in output.alignments[0]
-    ]
+    return next(align_all([row]))
+
+
+def align_all(rows: Sequence[Hypothesis]) -> Iterator[list[AlignedWords]]:
+    """Align the words of several utterances in one call of jiwer; yield the stretches of each."""
+    output = jiwer.process_words(
+        [normalise(row.reference) for row in rows], [normalise(row.hypothesis) for row in rows]
+    )
+    for chunks, reference, hypothesis in zip(
+        output.alignments, output.references, output.hypotheses, strict=True
+    ):
+        yield [
+            AlignedWords(
+                chunk.type,
+                reference[chunk.ref_start_idx : chunk.ref_end_idx],
+                hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx],
+            )
+            for chunk in chunks
+        ]
 
 
 def write_hypotheses(path: str | Path, rows: Iterable[Hypothesis]) -> None:
     """Write utterances as JSON lines, sorted by key. The file appears only when it is complete."""
-    ordered = sorted(rows, key=lambda row: (row.key, row.subset))
-    write_atomically(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in ordered))
+    write_json_lines(path, map(asdict, _sorted(rows)))
 
 
 def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
@@ -113,15 +122,16 @@ def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
     `decode_log_pred` contains the hypotheses and `decode_log_gt` the references. Each line is a key, a tab
     and a text.
     """
-    ordered = sorted(rows, key=lambda row: (row.key, row.subset))
-    for name, texts in (
-        ("pred", [row.hypothesis for row in ordered]),
-        ("gt", [row.reference for row in ordered]),
-    ):
+    ordered = _sorted(rows)
+    for name, field in (("pred", "hypothesis"), ("gt", "reference")):
         write_atomically(
             Path(folder) / f"decode_log_{name}",
-            "".join(f"{row.key}\t{normalise(text)}\n" for row, text in zip(ordered, texts, strict=True)),
+            "".join(f"{row.key}\t{normalise(getattr(row, field))}\n" for row in ordered),
         )
+
+
+def _sorted(rows: Iterable[Hypothesis]) -> list[Hypothesis]:
+    return sorted(rows, key=lambda row: (row.key, row.subset))
 
 
 def read_hypotheses(path: str | Path) -> list[Hypothesis]:
@@ -153,20 +163,16 @@ def _parse(line: str, where: str) -> Hypothesis:
         raise InputError(
             f"{where}: expected an object with key, reference and hypothesis, not {line[:40]!r}."
         )
-    known: dict[str, Any] = {}
-    for field in fields(Hypothesis):
-        value = values.get(field.name)
-        if field.name in ("key", "reference", "hypothesis") and value is None:
+    for name in ("key", "reference", "hypothesis"):
+        if values.get(name) is None:
             raise InputError(
-                f"{where}: {field.name!r} is missing; each utterance needs key, reference and hypothesis."
+                f"{where}: {name!r} is missing; each utterance needs key, reference and hypothesis."
             )
-        if value is not None:
-            assert isinstance(field.type, type)  # it would be text if annotations were postponed
-            known[field.name] = _checked(field.name, value, field.type, where)
-    return Hypothesis(**known)
+    known = {f.name: f.type for f in fields(Hypothesis) if values.get(f.name) is not None}
+    return Hypothesis(**{name: _checked(name, values[name], kind, where) for name, kind in known.items()})
 
 
-def _checked(name: str, value: object, kind: type, where: str) -> object:
+def _checked(name: str, value: object, kind: Any, where: str) -> Any:
     # JSON's true and false are ints in Python, but not numbers of seconds.
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(value) and value >= 0:
@@ -175,9 +181,3 @@ def _checked(name: str, value: object, kind: type, where: str) -> object:
         return value
     expected = {str: "text", bool: "true or false"}.get(kind, "a number of seconds")
     raise InputError(f"{where}: {name!r} must be {expected}, not {value!r}.")
-
-
-def _process(rows: Sequence[Hypothesis]) -> jiwer.WordOutput:
-    return jiwer.process_words(
-        [normalise(r.reference) for r in rows], [normalise(r.hypothesis) for r in rows]
-    )

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +23,11 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
+from slam_asr.artifacts.json_lines import json_line, temporary_folder, write_lines
 from slam_asr.audio import audio_sha256
 from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
-from slam_asr.storage import exists, fetch, is_s3, local_path, name_of, parent_of, resolve, upload
-from slam_asr.storage.cache import cache_folder
+from slam_asr.storage import PathOrUri, exists, fetch, is_s3, local_path, parent_of, resolve
 
 
 @dataclass
@@ -86,7 +85,7 @@ class Manifest(Sequence[Utterance]):
     `read_manifest` creates instances.
     """
 
-    def __init__(self, path: str | os.PathLike[str], offsets: np.ndarray) -> None:
+    def __init__(self, path: PathOrUri, offsets: np.ndarray) -> None:
         self.path = _absolute(path)
         self._offsets = offsets
         """int64 [utterances + 1]: where each utterance's line begins, in bytes; and the size of the file."""
@@ -138,7 +137,7 @@ class Manifest(Sequence[Utterance]):
         return lambda: f"{self.path}, utterance {i + 1} (changed since it was first read)"
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+def read_manifest(path: PathOrUri) -> Manifest:
     """Open a manifest and check every line of it.
 
     Args:
@@ -163,7 +162,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     return Manifest(path, np.frombuffer(offsets, np.int64))
 
 
-def iterate_manifest(path: str | os.PathLike[str]) -> Iterator[tuple[int, Utterance]]:
+def iterate_manifest(path: PathOrUri) -> Iterator[tuple[int, Utterance]]:
     """Read a manifest line by line; yield the line number (from 1) and the utterance of each line.
 
     Blank lines are skipped. Repeated keys are not noticed, because that would need memory for all keys.
@@ -177,7 +176,7 @@ def iterate_manifest(path: str | os.PathLike[str]) -> Iterator[tuple[int, Uttera
         yield number, _utterance(line, folder, _location(path, number))
 
 
-def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]) -> None:
+def write_manifest(path: PathOrUri, utterances: Iterable[Utterance]) -> None:
     """Write a manifest atomically, sorted by key. The same utterances always give the same bytes.
 
     Args:
@@ -185,7 +184,7 @@ def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]
         utterances: the utterances in any order. If they exceed the memory limit of `ExternalSort`, they are
             sorted on local disk.
     """
-    with ExternalSort(_temporary_folder(path)) as ordered:
+    with ExternalSort(temporary_folder(path)) as ordered:
         for utterance in utterances:
             ordered.add(utterance.key.encode("utf-8", "backslashreplace"), manifest_line(utterance))
         write_lines(path, (line for _, line in ordered))
@@ -193,80 +192,30 @@ def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]
 
 def manifest_line(utterance: Utterance) -> bytes:
     """Format an utterance as a line of a manifest, including the newline."""
-    return json_line(_fields(utterance))
+    known = {name: getattr(utterance, name) for name in _TYPES}
+    return json_line({name: value for name, value in known.items() if value is not None} | utterance.extra)
 
 
 def parse_line(line: bytes) -> Utterance:
     """Parse a line that `manifest_line` wrote, without checks and without resolving a relative source."""
-    extra = json.loads(line)
-    return Utterance(**{name: extra.pop(name) for name in _TYPES if name in extra}, extra=extra)
+    return _from_fields(json.loads(line))
 
 
-def write_json_lines(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object per line, atomically."""
-    write_lines(path, map(json_line, rows))
-
-
-def json_line(row: dict[str, Any]) -> bytes:
-    """Format a JSON object as one line.
-
-    A file name that is not UTF-8, which Python represents with lone surrogates, is escaped. It is read back
-    as the same name.
-    """
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def write_lines(path: str | os.PathLike[str], lines: Iterable[bytes]) -> None:
-    """Write lines to a local file or an object as they arrive. It becomes visible when all are written."""
-    remote = is_s3(path)
-    # Shortened, because file systems limit names to 255 bytes, and the temporary name is longer.
-    name = name_of(path)[:200]
-    partial = _temporary_folder(path) / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.writelines(lines)
-            file.flush()
-            if not remote:
-                os.fsync(file.fileno())
-        if remote:
-            upload(partial, path)
-        else:
-            os.replace(partial, local_path(path))
-    except OSError as error:
-        if error.filename not in (None, str(partial)):
-            raise
-        # The message names the file that the user knows instead of the temporary one.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _temporary_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the folder for unfinished files: next to a local file, or in the cache for an object."""
-    folder = cache_folder() / "work" if is_s3(path) else local_path(path).absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _absolute(path: str | os.PathLike[str]) -> str:
+def _absolute(path: PathOrUri) -> str:
     return os.fspath(path) if is_s3(path) else str(local_path(path).absolute())
 
 
-def _manifest_file(path: str | os.PathLike[str]) -> Path:
+def _manifest_file(path: PathOrUri) -> Path:
     """Return a manifest's path on local disk, after fetching it if it is in object storage."""
-    remedy = "check the path, or write one with `slam-asr build-manifest`."
-    if is_s3(path):
-        if not exists(path):
-            raise InputError(f"There is no manifest {path}: {remedy}")
-        return fetch(path)
-    file = local_path(path)
-    if file.is_dir():
+    if not is_s3(path) and (folder := local_path(path)).is_dir():
         raise InputError(
-            f"{path} is a folder, not a manifest: give a .jsonl file in it, such as {file / 'train.jsonl'}."
+            f"{path} is a folder, not a manifest: give a .jsonl file in it, such as {folder / 'train.jsonl'}."
         )
-    if not file.is_file():
-        raise InputError(f"There is no manifest {path}: {remedy}")
-    return file
+    if not exists(path):
+        raise InputError(
+            f"There is no manifest {path}: check the path, or write one with `slam-asr build-manifest`."
+        )
+    return fetch(path)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -281,7 +230,7 @@ def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
             offset += len(line)
 
 
-def _refuse_repeated_keys(path: str | os.PathLike[str], file: Path, hashes: np.ndarray) -> None:
+def _refuse_repeated_keys(path: PathOrUri, file: Path, hashes: np.ndarray) -> None:
     """Raise if two lines have the same key.
 
     Keys are first compared by their hashes, which need 8 bytes per utterance. Only lines whose hashes are
@@ -308,11 +257,6 @@ def _refuse_repeated_keys(path: str | os.PathLike[str], file: Path, hashes: np.n
             )
 
 
-def _fields(utterance: Utterance) -> dict[str, Any]:
-    known = {name: getattr(utterance, name) for name in _TYPES}
-    return {name: value for name, value in known.items() if value is not None} | utterance.extra
-
-
 _TYPES = {
     "key": str,
     "source": str,
@@ -323,7 +267,6 @@ _TYPES = {
     "sha256": str,
 }
 _REQUIRED = ("key", "source", "target")
-_OPTIONAL = tuple(name for name in _TYPES if name not in _REQUIRED)
 _RULES = {
     "start": "a number of seconds, 0 or more",
     "duration": "a number of seconds above 0",
@@ -334,15 +277,19 @@ Location = Callable[[], str]
 """Returns a text with file and line for a message. A function, so that only bad lines cost the formatting."""
 
 
-def _location(path: str | os.PathLike[str], number: int) -> Location:
+def _location(path: PathOrUri, number: int) -> Location:
     return lambda: f"{path}, line {number}"
 
 
 def _utterance(line: bytes, folder: str, where: Location) -> Utterance:
-    extra = _checked_fields(line, where)
-    known = {name: extra.pop(name) for name in _TYPES if name in extra}
-    known["source"] = resolve(known["source"], folder)
-    return Utterance(**known, extra=extra)
+    values = _checked_fields(line, where)
+    values["source"] = resolve(values["source"], folder)
+    return _from_fields(values)
+
+
+def _from_fields(values: dict[str, Any]) -> Utterance:
+    known = {name: values.pop(name) for name in _TYPES if name in values}
+    return Utterance(**known, extra=values)
 
 
 def _checked_fields(line: bytes, where: Location) -> dict[str, Any]:
@@ -361,11 +308,14 @@ def _checked_fields(line: bytes, where: Location) -> dict[str, Any]:
         raise InputError(
             f"{where()} has no {' and no '.join(missing)}: each line needs key, source and target."
         )
-    for name in _REQUIRED:
-        _check_text(name, values[name], where)
-    for name in _OPTIONAL:
-        if values.get(name) is not None:
-            _check_optional(name, values[name], where)
+    for name, kind in _TYPES.items():
+        value = values.get(name)
+        if value is None and name not in _REQUIRED:
+            continue
+        if kind is str:
+            _check_text(name, value, where)
+        else:
+            _check_number(name, value, where)
     if values.get("start") is not None and values.get("duration") is None:
         raise InputError(f"{where()} has a start but no duration: a segment of a file needs both.")
     return values
@@ -374,28 +324,18 @@ def _checked_fields(line: bytes, where: Location) -> dict[str, Any]:
 def _check_text(name: str, value: Any, where: Location) -> None:
     if not isinstance(value, str) or not (name == "target" or value.strip()):
         raise InputError(f"{where()}: {name} must be text, not {json.dumps(value)[:60]}.")
-    if name in ("key", "target") and not _is_unicode(value):
-        raise InputError(
-            f"{where()}: {name} contains half a character (a lone surrogate): write it as UTF-8."
-        )
+    if name in ("key", "target"):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{where()}: {name} contains half a character (a lone surrogate): write it as UTF-8."
+            ) from None
 
 
-def _check_optional(name: str, value: Any, where: Location) -> None:
-    if _TYPES[name] is str:
-        _check_text(name, value, where)
-        return
+def _check_number(name: str, value: Any, where: Location) -> None:
     kinds = int if name == "sample_rate" else (int, float)
     # JSON's true and false are ints in Python, so they must be excluded.
     valid = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
     if not valid or (value == 0 and name != "start"):
         raise InputError(f"{where()}: {name} must be {_RULES[name]}, not {json.dumps(value)[:60]}.")
-
-
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -10,19 +10,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
 
 from slam_asr.config.recipe import Encoder, Projector, Recipe, load_recipe
 from slam_asr.errors import ModelError
-from slam_asr.models.projector import SpeechProjector, build_projector
-from slam_asr.pretrained.lazy_tensors import is_finite
-from slam_asr.pretrained.unpickle import read_pickle
 from slam_asr.storage import fetch_folder, local_path, sha256_of_file, write_atomically, write_json
+
+# torch takes seconds to import, and `score` and the command line read only config.json: the functions that
+# handle weights import it.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from slam_asr.models.projector import SpeechProjector
 
 WEIGHTS = "projector.safetensors"
 CONFIG = "config.json"
@@ -64,7 +66,7 @@ class ModelConfig:
 
 
 def write_model(
-    folder: Path, projector: Mapping[str, torch.Tensor], config: ModelConfig, half: bool = False
+    folder: Path, projector: Mapping[str, "torch.Tensor"], config: ModelConfig, half: bool = False
 ) -> None:
     """Write a model's projector and configuration.
 
@@ -76,17 +78,14 @@ def write_model(
         config: the content of config.json.
         half: whether to save the projector in fp16 instead of fp32.
     """
+    import torch
+    from safetensors.torch import save
+
     # An old configuration must not vouch for new weights if the writing is interrupted.
     (folder / CONFIG).unlink(missing_ok=True)
-    write_atomically(
-        folder / WEIGHTS,
-        save(
-            {
-                name: t.to(torch.float16 if half else torch.float32).contiguous()
-                for name, t in projector.items()
-            }
-        ),
-    )
+    dtype = torch.float16 if half else torch.float32
+    tensors = {name: t.to(dtype).contiguous() for name, t in projector.items()}
+    write_atomically(folder / WEIGHTS, save(tensors))
     write_json(folder / CONFIG, vars(config))
 
 
@@ -119,13 +118,8 @@ def read_config(model: str | Path) -> ModelConfig:
 def model_digests(model: str | Path) -> dict[str, str]:
     """Compute the SHA-256 of each file that influences a model's output, by path in the model's folder."""
     folder = local_path(model)
-    files = [folder / CONFIG, folder / WEIGHTS]
-    files += [
-        f
-        for part in (ADAPTER, LLM, ENCODER)
-        for f in sorted((folder / part).glob("*"))
-        if f.suffix in (".json", ".safetensors")
-    ]
+    parts = [f for part in (ADAPTER, LLM, ENCODER) for f in sorted((folder / part).glob("*"))]
+    files = [folder / CONFIG, folder / WEIGHTS, *(f for f in parts if f.suffix in (".json", ".safetensors"))]
     # Hidden files do not influence the output. One of them only caches the digest of the weights.
     return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if not f.name.startswith(".")}
 
@@ -141,25 +135,32 @@ def encoder_of(model: str | Path, base: Encoder) -> Encoder:
     return replace(base, name=str(own)) if own.is_dir() else base
 
 
-def read_projector(model: str | Path, config: ModelConfig) -> SpeechProjector:
+def read_projector(model: str | Path, config: ModelConfig) -> "SpeechProjector":
     """Load a model's trained projector in float32, frozen, on the CPU.
 
     Raises:
         ModelError: the weights are missing, damaged or not finite, or contradict the configuration.
     """
+
     path = local_path(model) / WEIGHTS
+    weights = _load(path, "convert the checkpoint again")
+    options = config.typed_recipe.projector
+    return projector_from_weights(weights, options, config.encoder_width, config.llm_width, str(path))
+
+
+def _load(path: Path, remedy: str) -> dict[str, "torch.Tensor"]:
+    """Read a safetensors file; if it is damaged or missing, raise a `ModelError` that names the remedy."""
+    from safetensors.torch import load_file
+
     try:
-        weights = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: convert the checkpoint again.") from error
-    return projector_from_weights(
-        weights, config.typed_recipe.projector, config.encoder_width, config.llm_width, str(path)
-    )
+        raise ModelError(f"{path} cannot be read: {remedy}.") from error
 
 
 def projector_from_weights(
-    weights: Mapping[str, torch.Tensor], options: Projector, encoder_width: int, llm_width: int, where: str
-) -> SpeechProjector:
+    weights: Mapping[str, "torch.Tensor"], options: Projector, encoder_width: int, llm_width: int, where: str
+) -> "SpeechProjector":
     """Build a frozen float32 projector from its weights.
 
     Args:
@@ -172,32 +173,31 @@ def projector_from_weights(
     Raises:
         ModelError: the weights are not finite, or do not fit the options and widths.
     """
+    import torch
+
+    from slam_asr.models.projector import build_projector
+
     # On the meta device shapes are compared without allocating weights that would be replaced anyway.
     with torch.device("meta"):
         projector = build_projector(options, encoder_width, llm_width)
     expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
     actual = {name: tuple(t.shape) for name, t in weights.items()}
     if expected != actual:
-        wrong = [n for n in expected | actual if expected.get(n) != actual.get(n)]
-        name = wrong[0]
+        name, *others = [n for n in expected | actual if expected.get(n) != actual.get(n)]
         raise ModelError(
             f"{where} does not fit a {options.kind} projector with k = {options.downsampling} from encoder "
             f"width {encoder_width} to LLM width {llm_width}: {name} is {actual.get(name, 'missing')}, "
             f"not {expected.get(name, 'expected')}"
-            f"{f', and {len(wrong) - 1} more differ' * (len(wrong) > 1)}. "
+            f"{f', and {len(others)} more differ' if others else ''}. "
             "Name the encoder, LLM and projector that it was trained with."
         )
     for name, tensor in weights.items():
-        if not is_finite(tensor):
-            raise ModelError(
-                f"{where}: {name} holds values that are not finite, because the training diverged: "
-                "use an earlier checkpoint."
-            )
+        _require_finite(name, tensor, where)
     projector.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
     return projector.eval().requires_grad_(False)
 
 
-def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
+def write_adapter(folder: Path, weights: Mapping[str, "torch.Tensor"], recipe: Recipe) -> None:
     """Write a LoRA adapter in peft's format, in float32.
 
     Args:
@@ -205,21 +205,20 @@ def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Rec
         weights: the adapter's weights by their names in the LLM, such as `…q_proj.lora_A.default.weight`.
         recipe: contains rank, alpha, target modules, and the LLM's name.
     """
+    from safetensors.torch import save
+
     from slam_asr.models.llm import lora_config
 
     config = lora_config(recipe.llm.lora)
-    config.base_model_name_or_path, config.task_type, config.inference_mode = (
-        recipe.llm.name,
-        "CAUSAL_LM",
-        True,
-    )
+    config.base_model_name_or_path, config.task_type = recipe.llm.name, "CAUSAL_LM"
+    config.inference_mode = True
     tensors = {_PEFT + n.replace(".default.", "."): t.float().contiguous() for n, t in weights.items()}
     (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder / ADAPTER))
     write_atomically(folder / ADAPTER / ADAPTER_WEIGHTS, save(tensors))
 
 
-def read_adapter(model: str | Path) -> dict[str, torch.Tensor]:
+def read_adapter(model: str | Path) -> dict[str, "torch.Tensor"]:
     """Read a model's LoRA adapter.
 
     Args:
@@ -250,7 +249,7 @@ def adapter_file(folder: Path) -> Path:
     )
 
 
-def read_peft(folder: Path) -> dict[str, torch.Tensor]:
+def read_peft(folder: Path) -> dict[str, "torch.Tensor"]:
     """Read the weights in a folder that peft wrote.
 
     Returns:
@@ -259,16 +258,12 @@ def read_peft(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: the adapter's file is damaged or missing.
     """
+
+    from slam_asr.pretrained.unpickle import read_pickle
+
     file = adapter_file(folder)
-    if file.suffix == ".bin":
-        weights = read_pickle(file)
-    else:
-        try:
-            weights = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file} cannot be read: copy it again, or convert the checkpoint again."
-            ) from error
+    remedy = "copy it again, or convert the checkpoint again"
+    weights = read_pickle(file) if file.suffix == ".bin" else _load(file, remedy)
     return {_with_adapter_name(n.removeprefix(_PEFT)): t for n, t in weights.items()}
 
 
@@ -279,7 +274,7 @@ def _with_adapter_name(name: str) -> str:
 
 
 def require_matching_weights(
-    module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
+    module: "nn.Module", weights: Mapping[str, "torch.Tensor"], where: str, trained: list[str]
 ) -> None:
     """Check that weights fit a module.
 
@@ -292,6 +287,7 @@ def require_matching_weights(
     Raises:
         ModelError: a weight is missing, unknown, of another shape, or not finite.
     """
+
     # Duplicates are included, so that every name of a tied weight is known.
     own = dict(module.named_parameters(remove_duplicate=False))
     missing = [n for n in trained if n not in weights]
@@ -306,15 +302,21 @@ def require_matching_weights(
                 f"{where}: {name} is {tuple(tensor.shape)}, but this LLM or encoder "
                 f"{f'has {shape} there' if shape else 'has no such weight'}: it belongs to another model."
             )
-        if not is_finite(tensor):
-            raise ModelError(
-                f"{where}: {name} holds values that are not finite, because the training diverged: "
-                "use an earlier checkpoint."
-            )
+        _require_finite(name, tensor, where)
+
+
+def _require_finite(name: str, tensor: "torch.Tensor", where: str) -> None:
+    from slam_asr.pretrained.lazy_tensors import is_finite
+
+    if not is_finite(tensor):
+        raise ModelError(
+            f"{where}: {name} holds values that are not finite, because the training diverged: "
+            "use an earlier checkpoint."
+        )
 
 
 def replace_weights(
-    module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, trained: list[str]
+    module: "nn.Module", weights: Mapping[str, "torch.Tensor"], where: str, trained: list[str]
 ) -> None:
     """Check weights with `require_matching_weights`, then copy them into the module.
 
@@ -329,11 +331,7 @@ def replace_weights(
 
 def shipped_models() -> dict[str, Path]:
     """Return the folder of each model that comes with the package, by name."""
-    return (
-        {folder.name: folder for folder in sorted(SHIPPED.iterdir()) if folder.is_dir()}
-        if SHIPPED.is_dir()
-        else {}
-    )
+    return {folder.name: folder for folder in sorted(SHIPPED.glob("*")) if folder.is_dir()}
 
 
 def fetch_model(model: str | os.PathLike) -> Path:

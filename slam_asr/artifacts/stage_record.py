@@ -12,12 +12,11 @@ A folder may be in object storage. The work is then done on local disk and uploa
 the record as the last file.
 """
 
-import contextlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,11 @@ def run_stage(
     # Each set of inputs has its own work folder. An unfinished run with other inputs may have left files,
     # which must not be uploaded with these results.
     work_folder = locked_folder / digest(inputs)[:24] if remote else locked_folder
-    with _exclusive(locked_folder):
+    locked_folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = locked_folder.parent / f".{locked_folder.name}.lock"
+    # A second process waits, and then usually finds the work done. The kernel releases the lock when its
+    # process ends, for whatever reason.
+    with exclusive(lock, f"waiting for another process that is working in {locked_folder}"):
         done = read_record(folder)
         if done is not None and done.inputs == inputs and intact(done):
             log_line(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
@@ -133,18 +136,6 @@ def run_stage(
             shutil.rmtree(locked_folder)
     log_line(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Lock a folder for one process. A second process waits, and then usually finds the work done.
-
-    The kernel releases the lock when its process ends, for whatever reason.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.parent / f".{folder.name}.lock"
-    with exclusive(lock, f"waiting for another process that is working in {folder}"):
-        yield
 
 
 def require_permission_to_replace(folder: str, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:

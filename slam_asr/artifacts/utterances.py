@@ -63,22 +63,22 @@ def manifest_files(paths: Iterable[str], names: Sequence[str] = MANIFESTS) -> li
     """
     files: list[str] = []
     for path in paths:
-        # A file that does not exist counts as a manifest: the error message of its reader fits better.
-        if (
-            exists(path)
-            or (is_s3(path) and path.endswith(".jsonl"))
-            or not (is_s3(path) or local_path(path).is_dir())
-        ):
-            files.append(path)
+        # What does not exist counts as a manifest: the error message of its reader fits better.
+        if is_s3(path):
+            is_folder = not path.endswith(".jsonl") and not exists(path)
         else:
-            record = require_record(path, "build-manifest")
-            # For example, a corpus that is only used for evaluation has no training utterances.
-            counts = record.facts.get("utterances", {})
-            files += [
-                join(record.folder, name)
-                for name in names
-                if not counts or counts.get(name.removesuffix(".jsonl"))
-            ]
+            is_folder = local_path(path).is_dir()
+        if not is_folder:
+            files.append(path)
+            continue
+        record = require_record(path, "build-manifest")
+        # For example, a corpus that is only used for evaluation has no training utterances.
+        counts = record.facts.get("utterances", {})
+        files += [
+            join(record.folder, name)
+            for name in names
+            if not counts or counts.get(name.removesuffix(".jsonl"))
+        ]
     return files
 
 

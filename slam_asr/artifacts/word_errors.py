@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import jiwer
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, normalise
+from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, align_all, normalise
 
 HITS, SUBSTITUTIONS, DELETIONS, INSERTIONS = range(4)
+_COLUMNS = {"equal": HITS, "substitute": SUBSTITUTIONS, "delete": DELETIONS, "insert": INSERTIONS}
 _AT_ONCE = 5000
 """Number of utterances that are aligned in one call, because all alignments of a call are in memory."""
 
@@ -59,15 +59,9 @@ def measure(rows: Sequence[Hypothesis]) -> Measured:
     """Align every utterance and count its word errors."""
     measured = Measured(rows, np.zeros((len(rows), 4), dtype=np.int64))
     for start in range(0, len(rows), _AT_ONCE):
-        batch = rows[start : start + _AT_ONCE]
-        output = jiwer.process_words(
-            [normalise(r.reference) for r in batch], [normalise(r.hypothesis) for r in batch]
-        )
-        for i, (chunks, spoken, written) in enumerate(
-            zip(output.alignments, output.references, output.hypotheses, strict=True), start=start
-        ):
-            for chunk in chunks:
-                _count(measured, i, chunk, spoken, written)
+        for i, stretches in enumerate(align_all(rows[start : start + _AT_ONCE]), start=start):
+            for stretch in stretches:
+                _count(measured, i, *stretch)
     return measured
 
 
@@ -76,22 +70,14 @@ def score(rows: Sequence[Hypothesis]) -> WordErrors:
     return measure(rows).total()
 
 
-def _count(
-    measured: Measured, i: int, chunk: jiwer.AlignmentChunk, spoken: list[str], written: list[str]
-) -> None:
-    """Add one chunk of the alignment of utterance `i` to the counts."""
-    reference = spoken[chunk.ref_start_idx : chunk.ref_end_idx]
-    hypothesis = written[chunk.hyp_start_idx : chunk.hyp_end_idx]
-    if chunk.type == "equal":
-        measured.counts[i, HITS] += len(reference)
-    elif chunk.type == "substitute":
-        measured.counts[i, SUBSTITUTIONS] += len(reference)
+def _count(measured: Measured, i: int, kind: str, reference: list[str], hypothesis: list[str]) -> None:
+    """Add one stretch of the alignment of utterance `i` to the counts."""
+    measured.counts[i, _COLUMNS[kind]] += len(reference or hypothesis)
+    if kind == "substitute":
         measured.substituted.update(zip(reference, hypothesis, strict=True))
-    elif chunk.type == "delete":
-        measured.counts[i, DELETIONS] += len(reference)
+    elif kind == "delete":
         measured.deleted.update(reference)
-    else:
-        measured.counts[i, INSERTIONS] += len(hypothesis)
+    elif kind == "insert":
         measured.inserted.update(hypothesis)
 
 

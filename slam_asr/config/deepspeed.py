@@ -6,147 +6,29 @@ both. Settings without a key in a recipe are passed on to DeepSpeed unchanged. K
 know are refused, because DeepSpeed would silently ignore them. Settings for things that this training does in
 its own way are refused too.
 
-The names are those of DeepSpeed 0.19.8.
+The names are those of DeepSpeed 0.19.8, in `deepspeed_keys.yaml`.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slam_asr.config.schema import nearest
+from slam_asr.config.schema import as_int, nearest, read_yaml
 from slam_asr.errors import ConfigurationError
-from slam_asr.storage import fetch
+from slam_asr.storage import read_bytes
 
 KEY = "deepspeed"
+AUTO = "auto"
+"""DeepSpeed's word for a value that the calling program chooses: here, the recipe."""
 
-ZERO = (
-    "stage",
-    "contiguous_gradients",
-    "reduce_scatter",
-    "reduce_bucket_size",
-    "use_multi_rank_bucket_allreduce",
-    "allgather_partitions",
-    "allgather_bucket_size",
-    "overlap_comm",
-    "offload_param",
-    "offload_optimizer",
-    "sub_group_size",
-    "prefetch_bucket_size",
-    "param_persistence_threshold",
-    "model_persistence_threshold",
-    "max_live_parameters",
-    "max_reuse_distance",
-    "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params",
-    "allgather_sequential",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_module_granularity_threshold",
-    "stage3_use_all_reduce_for_fetch_params",
-    "stage3_allgather_sequential",
-    "ignore_unused_parameters",
-    "legacy_stage1",
-    "round_robin_gradients",
-    "parameter_alignment",
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-    "memory_efficient_linear",
-    "override_module_apply",
-    "log_trace_cache_warnings",
-    "enable_sanity_checks",
-    "leaf_module",
-    "compute_grad_norm",
-    # The keys below concern DeepSpeed's own checkpoints, which are not used here: they have no effect.
-    "load_from_fp32_weights",
-    "elastic_checkpoint",
-    "pipeline_loading_checkpoint",
-    "gather_16bit_weights_on_model_save",
-    "stage3_gather_16bit_weights_on_model_save",
-    "stage3_gather_fp16_weights_on_model_save",
-)
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "zero_optimization": ZERO,
-    "zero_optimization.offload_optimizer": (
-        "device",
-        "pin_memory",
-        "buffer_count",
-        "ratio",
-        "fast_init",
-        "pipeline_read",
-        "pipeline_write",
-    ),
-    "zero_optimization.offload_param": ("device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"),
-    "fp16": (
-        "enabled",
-        "loss_scale",
-        "initial_scale_power",
-        "loss_scale_window",
-        "hysteresis",
-        "consecutive_hysteresis",
-        "min_loss_scale",
-    ),
-    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow"),
-    "optimizer": ("type", "params"),
-    "optimizer.params": (
-        "lr",
-        "weight_decay",
-        "betas",
-        "eps",
-        "torch_adam",
-        "adam_w_mode",
-        "bias_correction",
-    ),
-}
-"""Sections whose keys are checked, and the keys they may have."""
-PASSED_ON = (
-    "communication_data_type",
-    "seq_parallel_communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "disable_allgather",
-    "steps_per_print",
-    "dump_state",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "flops_profiler",
-    "comms_logger",
-    "aio",
-    "disable_python_gc",
-    "activation_checkpointing",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "fp32_allreduce",
-    "compile",
-)
-"""Sections and keys that are passed on to DeepSpeed unchecked."""
-REFUSED = {
-    "scheduler": "the learning rate follows training.schedule and training.warmup_steps",
-    "amp": "precision is training.precision",
-    "torch_autocast": "precision is training.precision",
-    "curriculum_learning": "the order of the utterances is this training's own",
-    "data_efficiency": "the order of the utterances is this training's own",
-    "elasticity": "a step is fixed by the recipe, whatever the number of processes",
-    "autotuning": "`slam-asr plan` finds settings that fit the memory",
-    "compression_training": "nothing is compressed here",
-    "quantize_training": "nothing is compressed here",
-    "sparse_attention": "the LLM's attention is its own",
-    "sparse_gradients": "no gradient is sparse here",
-    "pipeline": "ZeRO stage 3 shards layers over processes",
-    "checkpoint": "checkpoints are written by training.checkpoint_every",
-    "load_universal_checkpoint": "a training resumes from checkpoints of any number of processes by itself",
-    "data_types": "gradients are accumulated in the recipe's precision",
-    "tensorboard": "TensorBoard's files are always written",
-    "wandb": "set training.trackers: [wandb]",
-    "csv_monitor": "curve.jsonl contains all numbers",
-}
-"""Keys that are refused, and what this training does instead."""
+
+@functools.cache
+def known_keys() -> Any:
+    """DeepSpeed's keys: those that are `checked`, by section, and those that are `passed_on` or `refused`."""
+    return read_yaml(Path(__file__).with_name("deepspeed_keys.yaml").read_bytes(), "DeepSpeed's keys")
 
 
 def _offload(device: object) -> bool:
@@ -182,21 +64,16 @@ def adopt(values: dict[str, Any], where: str) -> None:
     training = values.get("training")
     if not isinstance(training, dict) or not training.get(KEY):
         return
-    source = training[KEY]
-    settings, named = (
-        (_read(source, where), f"{where}: training.{KEY} ({source})")
-        if isinstance(source, str)
-        else (source, f"{where}: training.{KEY}")
-    )
+    settings, named = training[KEY], f"{where}: training.{KEY}"
+    if isinstance(settings, str):
+        settings, named = _read(settings, named), f"{named} ({settings})"
     if not isinstance(settings, dict):
         raise ConfigurationError(
             f"{named} must contain DeepSpeed's keys and values, or name a JSON file of them."
         )
-    # `auto` leaves a value to the program that calls DeepSpeed: here, to the recipe.
-    settings = {key: _numbers(value) for key, value in settings.items() if value != "auto"}
     _refuse_unknown(settings, named)
-    for key, (ours, convert) in DECIDES.items():
-        _take(settings, key, training, ours, convert, named)
+    settings = _plain(settings)
+    _take_counterparts(settings, training, named)
     _take_precision(settings, training, named)
     _take_optimizer(settings, named)
     if settings.pop("train_batch_size", None) is not None and not training.get("utterances_per_batch"):
@@ -207,59 +84,60 @@ def adopt(values: dict[str, Any], where: str) -> None:
     training[KEY] = settings
 
 
-def _numbers(value: Any) -> Any:
-    """Copy a value, and turn texts such as `1e-8` into numbers.
-
-    YAML 1.1 reads `1e-8` as text, because it requires a point in the number: `1.0e-8`.
-    """
-    if isinstance(value, dict):
-        return {key: _numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_numbers(inner) for inner in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        number = float(value)
-        return int(number) if number.is_integer() else number
-    return value
-
-
-def _read(path: str, where: str) -> Any:
+def _read(path: str, named: str) -> Any:
     """Read a JSON file, local or in object storage."""
     try:
-        return json.loads(Path(fetch(path)).read_text())
+        return json.loads(read_bytes(path))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"{where}: training.{KEY} names {path}, which cannot be read as JSON ({error}): name "
+            f"{named} names {path}, which cannot be read as JSON ({error}): name "
             "DeepSpeed's JSON file, or write its keys here."
         ) from error
 
 
 def _refuse_unknown(settings: dict[str, Any], named: str) -> None:
     """Refuse unknown and unsupported keys of the first level, and unknown keys within their sections."""
-    known = [*SECTIONS, *PASSED_ON, *DECIDES, "train_batch_size"]
-    top = sorted({key.partition(".")[0] for key in known})
+    checked, passed_on, refused = known_keys().values()
+    top = sorted({key.partition(".")[0] for key in (*checked, *passed_on, *DECIDES, "train_batch_size")})
     for key, value in settings.items():
-        if key in REFUSED:
-            raise ConfigurationError(f"{named}: {key} is not supported: {REFUSED[key]}. Leave it out.")
+        if value == AUTO:
+            continue
+        if key in refused:
+            raise ConfigurationError(f"{named}: {key} is not supported: {refused[key]}. Leave it out.")
         if key not in top:
             raise ConfigurationError(
-                f"{named}: DeepSpeed has no key {key}{nearest(key, [*top, *REFUSED]) or '.'}"
+                f"{named}: DeepSpeed has no key {key}{nearest(key, [*top, *refused]) or '.'}"
             )
-        _refuse_unknown_within(key, value, named)
+        _refuse_unknown_within(key, value, checked, named)
 
 
-def _refuse_unknown_within(section: str, value: object, named: str) -> None:
+def _refuse_unknown_within(section: str, value: object, checked: dict[str, list[str]], named: str) -> None:
     """Refuse unknown keys within one section and its own sections."""
-    if section not in SECTIONS:
+    if section not in checked:
         return
     if not isinstance(value, dict):
         raise ConfigurationError(f"{named}: {section} must contain keys, not {value!r}.")
     for key, inner in value.items():
-        if key not in SECTIONS[section]:
+        if key not in checked[section]:
             raise ConfigurationError(
                 f"{named}: DeepSpeed, as used here, has no key {section}.{key}"
-                f"{nearest(key, list(SECTIONS[section])) or '.'}"
+                f"{nearest(key, checked[section]) or '.'}"
             )
-        _refuse_unknown_within(f"{section}.{key}", inner, named)
+        _refuse_unknown_within(f"{section}.{key}", inner, checked, named)
+
+
+def _plain(value: Any) -> Any:
+    """Copy a value without keys that are `auto`, and with texts such as `1e-8` as numbers.
+
+    YAML 1.1 reads `1e-8` as text, because it requires a point in the number: `1.0e-8`.
+    """
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items() if inner != AUTO}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return as_int(float(value))
+    return value
 
 
 def _pop(settings: dict[str, Any], key: str) -> Any:
@@ -270,23 +148,17 @@ def _pop(settings: dict[str, Any], key: str) -> Any:
     return settings.pop(last, None)
 
 
-def _take(
-    settings: dict[str, Any],
-    key: str,
-    training: dict[str, Any],
-    ours: str,
-    convert: Callable[[Any], Any],
-    named: str,
-) -> None:
-    """Move one setting into the recipe's key `ours`."""
-    value = _pop(settings, key)
-    if value is None or value == "auto":
-        return
-    try:
-        value = convert(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{named}: {key} is {value!r}: {error}.") from error
-    _agree(training, ours, value, key, named)
+def _take_counterparts(settings: dict[str, Any], training: dict[str, Any], named: str) -> None:
+    """Move the settings that have a counterpart in the recipe into its keys."""
+    for key, (ours, convert) in DECIDES.items():
+        value = _pop(settings, key)
+        if value is None:
+            continue
+        try:
+            value = convert(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"{named}: {key} is {value!r}: {error}.") from error
+        _agree(training, ours, value, key, named)
 
 
 def _agree(training: dict[str, Any], ours: str, value: object, key: str, named: str) -> None:
@@ -319,7 +191,7 @@ def _take_optimizer(settings: dict[str, Any], named: str) -> None:
             "choose Adam or AdamW, or leave it out."
         )
     # `lr` and `weight_decay` are no longer among these: they have been moved into the recipe's keys.
-    params = {k: v for k, v in optimizer.get("params", {}).items() if v != "auto"}
+    params = optimizer.get("params", {})
     for switch in ("adam_w_mode", "bias_correction"):
         if params.pop(switch, True) is not True:
             raise ConfigurationError(

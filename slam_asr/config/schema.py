@@ -1,14 +1,17 @@
 """YAML files with typed, documented keys: recipes and cluster profiles are such files.
 
-A dataclass is the schema: its fields are the file's keys, and nested dataclasses are its sections. An
-unknown key and a value of the wrong type are refused in a sentence that gives the key's full name.
+A dataclass is the schema: its fields are the file's keys, and nested dataclasses are its sections. A number's
+bounds are next to its default, and a section's method `contradictions` names values that cannot go together.
+Whatever is wrong is refused in a sentence that gives the key's full name.
 """
 
 import difflib
 import functools
+import math
 import re
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from dataclasses import Field, field, fields, is_dataclass
+from typing import Any, TypeVar, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -28,6 +31,57 @@ def new_parser(**options: Any) -> ArgumentParser:
     return ArgumentParser(**options)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that is given twice and a key without a value.
+
+    YAML's own loader takes the last of several values without a word, and reads an empty value as null.
+    """
+
+    def __init__(self, text: str | bytes, where: str) -> None:
+        super().__init__(text)
+        self.where = where
+        self.key: list[str] = []
+        """The names from the outermost section to the key whose value is being read."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # PyYAML composes the value of a key with the key's node as `index`; all else has no name.
+        if not isinstance(parent, yaml.MappingNode) or not isinstance(index, yaml.ScalarNode):
+            return super().compose_node(parent, index)
+        self.key.append(index.value)
+        for earlier, _ in parent.value:
+            if (earlier.tag, earlier.value) == (index.tag, index.value):
+                first = earlier.start_mark.line + 1
+                self._refuse(index, f"is given twice, first in line {first}: leave one of them out.")
+        # PyYAML's types only know an `index` that is a number.
+        value = super().compose_node(parent, index)  # type: ignore[arg-type]
+        if isinstance(value, yaml.ScalarNode) and not value.value and value.tag == "tag:yaml.org,2002:null":
+            self._refuse(index, "has no value: give one, or leave the key out.")
+        self.key.pop()
+        return value
+
+    def _refuse(self, key: yaml.Node, problem: str) -> None:
+        line = key.start_mark.line + 1
+        raise ConfigurationError(f"{self.where}, line {line}: {'.'.join(self.key)} {problem}")
+
+
+def read_yaml(text: str | bytes, where: str) -> Any:
+    """Read a YAML text.
+
+    Args:
+        text: the YAML.
+        where: the file's name in error messages: `Recipe demo`.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+        ConfigurationError: a key is given twice, or has no value.
+    """
+    loader = _Loader(text, where)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def parse_yaml(text: str | bytes, where: str, example: str) -> dict[str, Any]:
     """Read the keys and values of a YAML text.
 
@@ -37,10 +91,11 @@ def parse_yaml(text: str | bytes, where: str, example: str) -> dict[str, Any]:
         example: a key that such a file may contain, for error messages.
 
     Raises:
-        ConfigurationError: the text is not YAML, or contains something other than keys and values.
+        ConfigurationError: the text is not YAML, contains something other than keys and values, or has a key
+            twice or without a value.
     """
     try:
-        values = yaml.safe_load(text)
+        values = read_yaml(text, where)
     except (yaml.YAMLError, UnicodeError) as error:
         raise ConfigurationError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
@@ -48,6 +103,56 @@ def parse_yaml(text: str | bytes, where: str, example: str) -> dict[str, Any]:
             f"{where} must contain keys and values, such as `{example}`; it contains {type(values).__name__}."
         )
     return values
+
+
+def bounded(
+    default: T, at_least: float | None = None, at_most: float | None = None, above: float | None = None
+) -> T:
+    """Give a dataclass's number its default and its bounds. NaN is outside of all bounds.
+
+    Args:
+        default: the default value.
+        at_least: the smallest value.
+        at_most: the largest value.
+        above: the value must be larger than this, and finite.
+
+    Returns:
+        The dataclass's field. By its type it is the default, as with `dataclasses.field`.
+    """
+    bounds = {"at least": at_least, "at most": at_most, "above": above}
+    default_and_bounds: Any = field(
+        default=default, metadata={words: limit for words, limit in bounds.items() if limit is not None}
+    )
+    return default_and_bounds
+
+
+def bounds_of(key: Field[Any]) -> str:
+    """A key's bounds in words: `at least 0.0 and at most 0.5`; empty if it has none."""
+    return " and ".join(f"{words} {limit}" for words, limit in key.metadata.items())
+
+
+# `>=` and `<=` rather than their opposites, because each comparison with NaN is false.
+_HOLDS = {
+    "at least": lambda value, limit: value >= limit,
+    "at most": lambda value, limit: value <= limit,
+    "above": lambda value, limit: limit < value < math.inf,
+}
+
+
+def problems(section: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a sentence for each value of a dataclass that is out of bounds or contradicts another one.
+
+    A section's contradictions come after the bounds of all its values, which they may rely on.
+    """
+    for key in fields(section):
+        value, name = getattr(section, key.name), prefix + key.name
+        if is_dataclass(value):
+            yield from problems(value, f"{name}.")
+        for words, limit in key.metadata.items():
+            if value is not None and not _HOLDS[words](value, limit):
+                yield f"{name} is {value} but must be {words} {limit}."
+    if hasattr(section, "contradictions"):
+        yield from section.contradictions()
 
 
 def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
@@ -59,9 +164,10 @@ def typed(values: dict[str, Any], kind: type[T], where: str) -> T:
         where: the file's name in error messages.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, or a value that the dataclass itself refuses.
+        UserError: an unknown key, a key without a value or with one of the wrong type, or a value that the
+            dataclass itself refuses.
     """
-    _refuse_unknown_keys(values, kind, "", where, keys_of(kind))
+    _check_keys(values, kind, "", where, keys_of(kind))
     parser = _parser_of(kind)  # type: ignore[arg-type]  # mypy takes a class for unhashable here
     try:
         return kind(**vars(parser.instantiate(parser.parse_object(values))))
@@ -89,6 +195,16 @@ def keys_of(section: type, prefix: str = "") -> list[str]:
     return keys
 
 
+def as_int(value: Any) -> Any:
+    """`2.0` → `2`, also within lists; anything else is returned unchanged.
+
+    Kubeflow passes a pipeline's parameter that is a mapping as JSON, in which all numbers are floats.
+    """
+    if isinstance(value, list):
+        return [as_int(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def nearest(word: str, known: list[str]) -> str:
     """`; did you mean X?` for the known word closest to a mistyped one, or an empty string.
 
@@ -110,9 +226,8 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _refuse_unknown_keys(
-    values: dict[str, Any], section: type, prefix: str, where: str, all_keys: list[str]
-) -> None:
+def _check_keys(values: dict[str, Any], section: type, prefix: str, where: str, all_keys: list[str]) -> None:
+    """Refuse unknown keys, and values that jsonargparse would let pass: null, or no section for a section."""
     known = {f.name: f for f in fields(section)}
     for key, value in values.items():
         full = f"{prefix}{key}"
@@ -122,7 +237,9 @@ def _refuse_unknown_keys(
         if is_dataclass(inner):
             if not isinstance(value, dict):
                 raise ConfigurationError(f"{where}: {full} must contain keys of its own, not {value!r}.")
-            _refuse_unknown_keys(value, inner, f"{full}.", where, all_keys)
+            _check_keys(value, inner, f"{full}.", where, all_keys)
+        elif value is None and type(None) not in get_args(known[key].type):
+            raise ConfigurationError(f"{where}: {full} has no value: give one, or leave the key out.")
 
 
 def one_sentence(error: Exception) -> str:

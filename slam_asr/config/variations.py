@@ -15,15 +15,15 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
 
-from slam_asr.config.recipe import Recipe, as_int, load_recipe, recipe_keys
+from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys
+from slam_asr.config.schema import as_int, nearest, read_yaml
 from slam_asr.errors import ConfigurationError, StorageError, UserError
-from slam_asr.storage import is_s3, read_bytes
+from slam_asr.storage import read_bytes
 
 SHARED = ("name", "data", "encoder", "features", "training.nodes")
 """Keys that no variation may change.
@@ -78,8 +78,7 @@ def read_variations(path: str) -> list[dict[str, Any]]:
         UserError: the file cannot be read, or contains neither a list nor a grid.
     """
     try:
-        text = read_bytes(path) if is_s3(path) else Path(path).read_bytes()
-        values = yaml.safe_load(text)
+        values = read_yaml(read_bytes(path), f"The variations {path}")
     except OSError as error:
         raise StorageError(
             f"The variations {path} cannot be read ({error.strerror}): check --sweep."
@@ -123,23 +122,22 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
         where = f"Variation {number} of the sweep"
         if not isinstance(entry, dict):
             raise ConfigurationError(f"{where} is {json.dumps(entry)}, not a mapping: {_EXAMPLE}.")
-        overrides = {str(key): as_int(value) for key, value in entry.items() if key != "name"}
+        overrides = {str(key): value for key, value in entry.items() if key != "name"}
         for key in overrides:
             _require_variable(key, where)
-        name = str(entry.get("name") or _default_name(overrides))
+        variation = Variation(str(entry.get("name") or _default_name(overrides)), overrides)
+        name = variation.name
         if not _NAME.fullmatch(name):
             raise ConfigurationError(
                 f"{where} is named {name!r}: a name has 1 to 80 characters, without line breaks and slashes; "
                 "give it one with `name: …`."
             )
-        if name in (variation.name for variation in variations):
+        if name in seen.values():
             raise ConfigurationError(
                 f"Two variations of the sweep are named {name}: give each a name of its own."
             )
-        variation = Variation(name, overrides)
         try:
-            # The name is part of a recipe but does not make two of them different.
-            resolved = json.dumps(asdict(replace(varied(recipe, variation), name="")), sort_keys=True)
+            resolved = _without(varied(recipe, variation), "name")
         except UserError as error:
             raise ConfigurationError(f"{where} ({name}): {error}") from None
         if resolved in seen:
@@ -187,15 +185,7 @@ def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) 
     """
     seen: dict[str, str] = {}
     for variation in variations:
-        sections = asdict(varied(recipe, variation))
-        training = json.dumps(
-            {
-                key: value
-                for key, value in sections.items()
-                if key not in ("name", "decoding", "published_wer")
-            },
-            sort_keys=True,
-        )
+        training = _without(varied(recipe, variation), "name", "decoding", "published_wer")
         if training in seen:
             raise ConfigurationError(
                 f"The variations {seen[training]} and {variation.name} differ only in decoding, so both "
@@ -203,6 +193,12 @@ def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) 
                 "first one's model, or train once and measure the model with --model."
             )
         seen[training] = variation.name
+
+
+def _without(recipe: Recipe, *keys: str) -> str:
+    """A recipe without some of its keys and sections, as text to compare recipes by."""
+    values = asdict(recipe)
+    return json.dumps({key: values[key] for key in values.keys() - set(keys)}, sort_keys=True)
 
 
 def _require_variable(key: str, where: str) -> None:
@@ -213,8 +209,6 @@ def _require_variable(key: str, where: str) -> None:
                 f"{SHARED[-1]}: change it for all of them with --{key}, or run the recipe by itself."
             )
     if key not in recipe_keys():
-        from slam_asr.config.schema import nearest
-
         raise ConfigurationError(
             f"{where} changes {key}, which is not a key of a recipe{nearest(key, recipe_keys()) or '.'}"
         )
@@ -225,12 +219,9 @@ def _default_name(overrides: dict[str, Any]) -> str:
 
     The keys are given in full if their last parts are not unique.
     """
-    last = [key.rpartition(".")[2] for key in overrides]
-    keys = last if len(set(last)) == len(last) else list(overrides)
-    return (
-        " ".join(f"{key}={_shown(value)}" for key, value in zip(keys, overrides.values(), strict=True))
-        or "unchanged"
-    )
+    short = {key.rpartition(".")[2]: value for key, value in overrides.items()}
+    named = short if len(short) == len(overrides) else overrides
+    return " ".join(f"{key}={_shown(as_int(value))}" for key, value in named.items()) or "unchanged"
 
 
 def _shown(value: Any) -> str:

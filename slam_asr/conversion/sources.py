@@ -30,7 +30,8 @@ from slam_asr.conversion.zero_checkpoint import find_zero_folder, fp32_weights
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.pretrained.lazy_tensors import LazyTensors
-from slam_asr.pretrained.locate import locate_model, weights_sha256
+from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.pretrained.unpickle import read_pickle
 from slam_asr.progress import log_line
 from slam_asr.storage import exists, fetch, fetch_folder, is_s3, join, local_path, sha256_of_file

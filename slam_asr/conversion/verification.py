@@ -101,24 +101,15 @@ def compare_written_loss(
         ModelError: weights or losses differ.
     """
     written = after()
-    lora = recipe.llm.tuning == "lora"
     # A fully trained LLM is written in the training's precision, with each tied weight once. The checkpoint
     # has fp32 weights, under every name.
-    llm = (
-        before.llm
-        if lora
-        else LazyTensors(
-            {
-                name: partial(_as_written, before.llm, written.llm, name)
-                for name in before.llm
-                if name in written.llm
-            }
-        )
-    )
+    llm = before.llm
+    if recipe.llm.tuning != "lora":
+        names = [name for name in before.llm if name in written.llm]
+        llm = LazyTensors({name: partial(_as_written, before.llm, written.llm, name) for name in names})
     _require_equal(before.projector.state_dict(), written.projector.state_dict(), where)
     _require_equal(llm, written.llm, where)
-    # A machine whose memory is not known is assumed to have enough.
-    if _weight_bytes(llm_folder) > MEMORY_SHARE * (host_memory() or float("inf")):
+    if not _fits_into_memory(llm_folder):
         return (
             "same weights before and after; no loss was compared, because the LLM does not fit into this "
             "machine's memory"
@@ -150,7 +141,7 @@ def compare_merged_loss(
     Raises:
         ModelError: the losses differ by more than rounding to the written precision can explain.
     """
-    if _weight_bytes(llm_folder) > MEMORY_SHARE * (host_memory() or float("inf")):
+    if not _fits_into_memory(llm_folder):
         return "no loss was compared, because the LLM does not fit into this machine's memory"
     [expected] = _probe_losses(recipe, llm_folder, encoder_width, [before])
     frozen = replace(recipe, llm=replace(recipe.llm, tuning="frozen"))
@@ -302,6 +293,11 @@ def _require_equal(
             f"{where} is not what the checkpoint holds: {len(differing)} of {len(names)} weights differ, "
             f"first {differing[0]}. Nothing is published; please report this."
         )
+
+
+def _fits_into_memory(llm_folder: Path) -> bool:
+    """Return whether the LLM may be loaded. A machine whose memory is not known is assumed to have enough."""
+    return _weight_bytes(llm_folder) <= MEMORY_SHARE * (host_memory() or float("inf"))
 
 
 def _weight_bytes(folder: Path) -> int:

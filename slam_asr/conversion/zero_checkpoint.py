@@ -68,7 +68,7 @@ def fp32_weights(folder: Path) -> LazyTensors:
     shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
     needed = sum(math.prod(shape) for group in shapes for shape in group.values())
     # Padding may add values, but a complete checkpoint never has fewer than its weights.
-    if sum(part.numel() for state in states for part in _flat(state[_slices_of(state)])) < needed:
+    if sum(part.numel() for state in states for part in _tensors_in(state[_slices_of(state)])) < needed:
         raise ModelError(
             f"{folder} holds fewer values than the {needed:,} of its weights: it is incomplete; "
             "copy it again."
@@ -128,13 +128,11 @@ def _slices_of(state: dict[str, Any]) -> str:
     return "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
 
 
-def _flat(slices: Any) -> list[torch.Tensor]:
+def _tensors_in(slices: Any) -> list[torch.Tensor]:
     """Return the tensors in nested lists. How deep the lists are nested depends on the stage."""
-    return (
-        [slices]
-        if isinstance(slices, torch.Tensor)
-        else [tensor for part in slices for tensor in _flat(part)]
-    )
+    if isinstance(slices, torch.Tensor):
+        return [slices]
+    return [tensor for part in slices for tensor in _tensors_in(part)]
 
 
 def _require_agreement(paths: list[Path], states: list[dict[str, Any]]) -> None:
@@ -142,7 +140,7 @@ def _require_agreement(paths: list[Path], states: list[dict[str, Any]]) -> None:
 
     def traits(state: dict[str, Any]) -> dict[str, Any]:
         kind = _slices_of(state)
-        parts = _flat(state[kind])
+        parts = _tensors_in(state[kind])
         # In stages 1 and 2 the last ranks' slices are written without padding, so their sizes may differ.
         sizes = [part.numel() for part in parts] if kind == "fp32_flat_groups" else len(parts)
         return {
@@ -192,16 +190,12 @@ def _stage_0(model: dict[str, Any]) -> LazyTensors:
     weights = model["module"]
     # `module` lists a tied weight under each of its names, and frozen weights too. `trained_weights`, which
     # this project's training adds, lists each trained weight once, in the optimiser's order.
-    trained = model.get("trained_weights")
-    names = (
-        [n for group in trained for n in group]
-        if trained
-        else [n for n in weights if n not in model["buffer_names"]]
-    )
+    names = [n for group in model.get("trained_weights") or [] for n in group]
+    names = names or [n for n in weights if n not in model["buffer_names"]]
     masters = (model["optimizer"] or {}).get("fp32_groups")
     if masters is None:
         return LazyTensors({name: weights[name].float for name in names})
-    flat = [tensor for group in masters for tensor in group]
+    flat = _tensors_in(masters)
     if [tuple(t.shape) for t in flat] != [tuple(weights[n].shape) for n in names]:
         raise ModelError(
             "The checkpoint's fp32 weights do not match its half-precision ones in number or shape: "
@@ -229,7 +223,7 @@ def _of_slices(slices: list[torch.Tensor], offset: int, shape: tuple[int, ...]) 
 def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
     # A rank's slices of all parameter groups are concatenated in order. Each weight takes the same number of
     # values on every rank: its size divided by the number of ranks, rounded up (`-(-a // b)` rounds up).
-    per_rank = [_flat(state["fp32_flat_groups"]) for state in states]
+    per_rank = [_tensors_in(state["fp32_flat_groups"]) for state in states]
     makers, offset = {}, 0
     for name, shape in (item for group in shapes for item in group.items()):
         makers[name] = partial(_of_ranks, per_rank, offset, shape)

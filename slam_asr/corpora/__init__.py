@@ -1,14 +1,17 @@
-"""Readers for the usual kinds of speech corpora, one module per kind, all with the `CorpusReader` interface.
+"""Readers for the usual kinds of speech corpora, one module per kind, all derived from `CorpusReader`.
 
 A reader recognises its kind of corpus by the files in a folder, names the subsets, lists the files that the
 result depends on, and yields candidates. It does not check their audio; `audio_check` does. No reader holds a
 corpus in memory: each call of `read` reads the files again from the start.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
+
+from slam_asr.config.recipe import Data
 
 SPLITS = ("train", "dev", "test")
 
@@ -71,22 +74,43 @@ A corpus whose stamps are unchanged need not be read again.
 """
 
 
-class CorpusReader(Protocol):
+class CorpusReader(ABC):
     """An opened corpus."""
 
-    kind: str
+    kind: ClassVar[str]
     """The kind of corpus, for messages."""
+    layout: ClassVar[str]
+    """The files that such a corpus has, for messages."""
     root: str
     """The corpus's absolute path or URI."""
+    by_subset: Mapping[str, Any]
+    """The folder or the files of each subset."""
+
+    @classmethod
+    @abstractmethod
+    def find(cls, root: str, data: Data) -> "CorpusReader | None":
+        """Open the corpus at an absolute path or URI; None if another kind of corpus is there, or none.
+
+        Args:
+            root: the path or URI.
+            data: the recipe's `data` section.
+
+        Raises:
+            InputError: a file of the corpus is damaged or of the wrong form.
+            ConfigurationError: a column of a table is missing or ambiguous.
+        """
 
     def subsets(self) -> list[str]:
         """Return the names that the recipe's patterns are matched against."""
+        return sorted(self.by_subset)
 
+    @abstractmethod
     def stamps(self, subset: str) -> Iterator[Stamp]:
         """Yield the stamp of each file that a subset depends on, in a fixed order, without opening audio."""
 
-    def prepare(self, folder: Path, subsets: list[str]) -> None:
+    def prepare(self, folder: Path, subsets: list[str]) -> None:  # noqa: B027 - most kinds have nothing to do
         """Unpack the archives of these subsets into the stage's folder. This is called before `read`."""
 
+    @abstractmethod
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
         """Yield a subset's utterances in a fixed order, and a rejection for each that is incomplete."""

@@ -8,7 +8,6 @@ is not unpacked again.
 
 import contextlib
 import lzma
-import os
 import re
 import shutil
 import tarfile
@@ -17,54 +16,50 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, Rejection, Stamp
+from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, CorpusReader, Rejection, Stamp
 from slam_asr.corpora.librispeech import OUTER, TRANSCRIPTS, LibriSpeech
-from slam_asr.corpora.places import files_in, is_file
+from slam_asr.corpora.places import files_at
 from slam_asr.errors import InputError
 from slam_asr.progress import Meter
 from slam_asr.storage import digest, info, name_of, open_stream, read_bytes
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")
-LAYOUT = "LibriSpeech archives (such as train-clean-100.tar.gz)"
 _ORIGINAL_NAME = re.compile(r"((?:train|dev|test)-(?:clean|other)(?:-\d+)?)\.(?:tar\.gz|tgz|tar)")
 
 
-class Archives:
+class Archives(CorpusReader):
     """The reader of one archive, or of a folder of archives."""
 
     kind = "LibriSpeech archives"
+    layout = "LibriSpeech archives (such as train-clean-100.tar.gz)"
 
     def __init__(self, root: str, files: list[str]) -> None:
         self.root = root
-        self.files: dict[str, str] = {}
+        self.by_subset: dict[str, str] = {}
         """The archive of each subset."""
         for file in files:
             for subset in _subsets_in(file):
-                if subset in self.files:
+                if subset in self.by_subset:
                     raise InputError(
-                        f"{self.files[subset]} and {file} both hold the subset {subset}: remove one of them."
+                        f"{self.by_subset[subset]} and {file} both hold the subset {subset}: "
+                        "remove one of them."
                     )
-                self.files[subset] = file
+                self.by_subset[subset] = file
         self._tree: LibriSpeech | None = None
         self._folder = Path()
 
     @classmethod
-    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Archives | None":
+    def find(cls, root: str, data: Data) -> "Archives | None":
         """Open the archives at a path; None if there are none.
 
         Raises:
             InputError: an archive is damaged, or holds no LibriSpeech tree.
         """
-        root = os.fspath(root)
-        is_archive = root.lower().endswith(SUFFIXES) and is_file(root)
-        files = [root] if is_archive else files_in(root, SUFFIXES)
+        files = files_at(root, SUFFIXES)
         return cls(root, files) if files else None
 
-    def subsets(self) -> list[str]:
-        return sorted(self.files)
-
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        archive = info(self.files[subset])
+        archive = info(self.by_subset[subset])
         if archive:
             yield archive.name, archive.bytes, archive.stamp
 
@@ -76,13 +71,13 @@ class Archives:
         """
         self._folder = folder
         target = folder / AUDIO_FOLDER
-        for file in sorted({self.files[subset] for subset in subsets}):
-            _unpack_once(file, target, [subset for subset, other in self.files.items() if other == file])
+        for file in sorted({self.by_subset[subset] for subset in subsets}):
+            _unpack_once(file, target, [subset for subset, other in self.by_subset.items() if other == file])
         self._tree = LibriSpeech(self.root, {subset: str(target / OUTER / subset) for subset in subsets})
         for subset in subsets:
             if not (target / OUTER / subset).is_dir():
                 raise InputError(
-                    f"{self.files[subset]} holds no {OUTER}/{subset}, unlike its name: download it again."
+                    f"{self.by_subset[subset]} holds no {OUTER}/{subset}, unlike its name: download it again."
                 )
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:

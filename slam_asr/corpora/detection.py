@@ -1,52 +1,31 @@
 """Detection of a corpus's kind from the files at its path."""
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import (
-    AUDIO_SUFFIXES,
-    CorpusReader,
-    archives,
-    folder,
-    huggingface,
-    jsonlines,
-    kaldi,
-    lhotse,
-    librispeech,
-    table,
-)
+from slam_asr.corpora import AUDIO_SUFFIXES, CorpusReader
+from slam_asr.corpora.archives import Archives
+from slam_asr.corpora.folder import Folder
+from slam_asr.corpora.huggingface import HuggingFace, Saved
+from slam_asr.corpora.jsonlines import JsonLines
+from slam_asr.corpora.kaldi import Kaldi
+from slam_asr.corpora.lhotse import Lhotse
+from slam_asr.corpora.librispeech import LibriSpeech
 from slam_asr.corpora.places import absolute, is_file, is_folder, visible_files
+from slam_asr.corpora.table import Table
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.storage import name_of
 
-READERS = {
-    "librispeech": (librispeech.LibriSpeech, archives.Archives),
-    "kaldi": (kaldi.Kaldi,),
-    "lhotse": (lhotse.Lhotse,),
-    "jsonlines": (jsonlines.JsonLines,),
-    "table": (table.Table,),
-    "huggingface": (huggingface.HuggingFace,),
-    "folder": (folder.Folder,),
+READERS: dict[str, tuple[type[CorpusReader], ...]] = {
+    "librispeech": (LibriSpeech, Archives),
+    "kaldi": (Kaldi,),
+    "lhotse": (Lhotse,),
+    "jsonlines": (JsonLines,),
+    "table": (Table,),
+    "huggingface": (HuggingFace,),
+    "folder": (Folder,),
 }
 """The readers for each value of `data.kind`, in the order in which they are tried."""
-_LAYOUTS = {
-    "librispeech": f"{librispeech.LAYOUT}, or {archives.LAYOUT}",
-    "kaldi": kaldi.LAYOUT,
-    "lhotse": lhotse.LAYOUT,
-    "jsonlines": jsonlines.LAYOUT,
-    "table": table.LAYOUT,
-    "huggingface": huggingface.LAYOUT,
-    "folder": folder.LAYOUT,
-}
-_ORDER = (
-    librispeech.LibriSpeech,
-    kaldi.Kaldi,
-    huggingface.Saved,
-    lhotse.Lhotse,
-    jsonlines.JsonLines,
-    archives.Archives,
-    table.Table,
-    huggingface.HuggingFace,
-    folder.Folder,
-)
+_LAYOUTS = {kind: ", or ".join(reader.layout for reader in readers) for kind, readers in READERS.items()}
+_ORDER = (LibriSpeech, Kaldi, Saved, Lhotse, JsonLines, Archives, Table, HuggingFace, Folder)
 """Readers in the order in which `auto` tries them: those with unmistakable file names come first.
 
 For example, `metadata.jsonl` of a Hugging Face dataset would otherwise be read as JSON lines of utterances.
@@ -54,7 +33,7 @@ For example, `metadata.jsonl` of a Hugging Face dataset would otherwise be read 
 _UNSUPPORTED_ARCHIVES = (".zip", ".gz", ".bz2", ".xz", ".rar", ".7z")
 
 
-def open_corpus(corpus: str, data: Data | None = None) -> CorpusReader:
+def open_corpus(corpus: str, data: Data) -> CorpusReader:
     """Choose the reader for a corpus and open it.
 
     Args:
@@ -65,7 +44,6 @@ def open_corpus(corpus: str, data: Data | None = None) -> CorpusReader:
         InputError: the path does not exist, it is empty, or no reader recognises it.
         ConfigurationError: the corpus is not of the kind that `data.kind` names.
     """
-    data = data or Data()
     root = absolute(corpus)
     if not is_file(root) and not is_folder(root):
         raise InputError(f"There is no corpus {root}: check --corpus.")

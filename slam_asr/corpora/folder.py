@@ -9,41 +9,51 @@ from collections.abc import Iterator
 from itertools import groupby, islice
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import AUDIO_SUFFIXES, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection, Stamp
+from slam_asr.corpora import (
+    AUDIO_SUFFIXES,
+    NO_AUDIO,
+    NO_TRANSCRIPT,
+    Candidate,
+    CorpusReader,
+    Rejection,
+    Stamp,
+)
 from slam_asr.corpora.places import (
-    Unpacked,
     files_in,
     is_file,
     is_folder,
+    read_text,
     readable,
     visible_files,
     visible_folders,
 )
-from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
-from slam_asr.storage import join, name_of, read_bytes
+from slam_asr.storage import join, name_of
 
-LAYOUT = "audio files with a .txt file next to each"
 _TEXT = ".txt"
 _MAX_CHECKED = 200
 """Number of audio files without a text file after which a folder is taken for another kind of corpus."""
 
 
-class Folder(Unpacked):
+class Folder(CorpusReader):
     """The reader of a folder of audio and text files."""
 
     kind = "folder of audio and text"
+    layout = "audio files with a .txt file next to each"
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._root_name = name_of(root)
-        self._subfolders = [name for name in visible_folders(root) if _has_audio(join(root, name))]
-        self._root_has_audio = bool(files_in(root, AUDIO_SUFFIXES))
+        self.by_subset: dict[str, list[str]] = {}
+        """The folders of each subset, relative to the root with a slash at the end; empty for the root."""
+        if files_in(root, AUDIO_SUFFIXES):
+            self.by_subset[name_of(root)] = [""]
+        for name in visible_folders(root):
+            if any(f.name.lower().endswith(AUDIO_SUFFIXES) for f in visible_files(join(root, name))):
+                self.by_subset.setdefault(name, []).append(f"{name}/")
 
     @classmethod
-    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Folder | None":
+    def find(cls, root: str, data: Data) -> "Folder | None":
         """Open a folder; None if none of the first audio files in it has a text file."""
-        root = os.fspath(root)
         if not is_folder(root):
             return None
         audio = (f.name for f in visible_files(root) if f.name.lower().endswith(AUDIO_SUFFIXES))
@@ -53,16 +63,10 @@ class Folder(Unpacked):
             return cls(root)
         return None
 
-    def subsets(self) -> list[str]:
-        return sorted({*self._subfolders, *([self._root_name] if self._root_has_audio else [])})
-
-    def stamps(self, subset: str) -> Iterator[Stamp]:
-        return ((name, size, stamp) for name, size, stamp in self._files(subset))
-
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
         with ExternalSort() as files:
             # Files of another utterance may be listed between those of one: `a.flac`, `a.m.flac`, `a.txt`.
-            for name, _, _ in self._files(subset):
+            for name, _, _ in self.stamps(subset):
                 stem, suffix = os.path.splitext(name)
                 files.add(os.fsencode(stem), suffix.encode())
             for stem, group in groupby(files, key=lambda record: record[0]):
@@ -82,28 +86,12 @@ class Folder(Unpacked):
         if text is None:
             detail = f"{path}{audio} has no {_TEXT} file next to it."
             return Rejection(key, path + audio, NO_TRANSCRIPT, detail)
-        return Candidate(key, path + audio, _transcript(path + text), {"subset": subset})
+        return Candidate(key, path + audio, read_text(path + text), {"subset": subset})
 
-    def _files(self, subset: str) -> Iterator[Stamp]:
+    def stamps(self, subset: str) -> Iterator[Stamp]:
         """Yield a subset's audio and text files, named relative to the root."""
-        include_root = subset == self._root_name and self._root_has_audio
-        in_root = visible_files(self.root) if include_root else ()
-        in_subfolder = visible_files(join(self.root, subset)) if subset in self._subfolders else ()
-        for prefix, files in (("", in_root), (f"{subset}/", in_subfolder)):
-            for file in files:
+        for prefix in self.by_subset[subset]:
+            for file in visible_files(join(self.root, prefix) if prefix else self.root):
                 # The root lists files at any depth, but those in its subfolders belong to other subsets.
                 if file.name.lower().endswith((_TEXT, *AUDIO_SUFFIXES)) and (prefix or "/" not in file.name):
                     yield prefix + file.name, file.bytes, file.stamp
-
-
-def _has_audio(folder: str) -> bool:
-    return any(f.name.lower().endswith(AUDIO_SUFFIXES) for f in visible_files(folder))
-
-
-def _transcript(file: str) -> str:
-    try:
-        return read_bytes(file).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8."
-        ) from error

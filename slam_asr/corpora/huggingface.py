@@ -11,6 +11,8 @@ Audio that is embedded in a table (a column of {bytes, path}) is written to file
 
 import json
 import os
+from collections.abc import Callable
+from typing import ClassVar
 
 from slam_asr.config.recipe import Data
 from slam_asr.corpora.places import files_in, is_file, is_folder, visible_files, visible_folders
@@ -19,40 +21,8 @@ from slam_asr.corpora.table import Table, split_of
 from slam_asr.errors import InputError
 from slam_asr.storage import join, name_of, parent_of, read_bytes
 
-LAYOUT = "the output of save_to_disk, parquet files, or metadata.csv with a column file_name"
 _STATE = "state.json"
 _METADATA = ("metadata.csv", "metadata.jsonl")
-
-
-class HuggingFace(Table):
-    """The reader of a dataset in any of the three layouts."""
-
-    kind = "Hugging Face dataset"
-
-    @classmethod
-    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "HuggingFace | None":
-        """Open the dataset in a folder; None if the folder has another layout.
-
-        Raises:
-            InputError: the dataset is incomplete or was saved in an unsupported form.
-            ConfigurationError: a column is missing or ambiguous.
-        """
-        root = os.fspath(root)
-        if not is_folder(root):
-            return None
-        files = _saved(root) or _described(root) or _parquet(root)
-        return cls(root, files, data or Data()) if files else None
-
-
-class Saved(HuggingFace):
-    """The reader of a dataset with files that only Hugging Face datasets have: layouts 1 and 3."""
-
-    @classmethod
-    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Saved | None":
-        """Open the dataset in a folder; None if the folder has another layout or only parquet files."""
-        root = os.fspath(root)
-        files = (_saved(root) or _described(root)) if is_folder(root) else {}
-        return cls(root, files, data or Data()) if files else None
 
 
 def _saved(root: str) -> dict[str, str]:
@@ -125,3 +95,29 @@ def _parquet(root: str) -> dict[str, str]:
             path = join(root, file.name)
             files[path] = split_of(file.name) or name_of(parent_of(path))
     return files
+
+
+class Saved(Table):
+    """The reader of a dataset with files that only Hugging Face datasets have: layouts 1 and 3."""
+
+    kind = "Hugging Face dataset"
+    layout = "the output of save_to_disk, parquet files, or metadata.csv with a column file_name"
+    _layouts: ClassVar[tuple[Callable[[str], dict[str, str]], ...]] = (_saved, _described)
+
+    @classmethod
+    def find(cls, root: str, data: Data) -> "Saved | None":
+        """Open the dataset in a folder; None if the folder has another layout.
+
+        Raises:
+            InputError: the dataset is incomplete or was saved in an unsupported form.
+            ConfigurationError: a column is missing or ambiguous.
+        """
+        found = (layout(root) for layout in cls._layouts) if is_folder(root) else ()
+        files = next(filter(None, found), None)
+        return cls(root, files, data) if files else None
+
+
+class HuggingFace(Saved):
+    """The reader of a dataset in any of the three layouts."""
+
+    _layouts = (_saved, _described, _parquet)

@@ -8,66 +8,47 @@ A line's subset is decided by the first of these rules that applies:
 3. All other lines belong to the subset that the file is named after, such as train-clean-100.jsonl.
 """
 
-import os
 from collections.abc import Iterator
 
 from slam_asr.artifacts.manifest import iterate_manifest
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import SPLITS, Candidate, Rejection, Stamp
-from slam_asr.corpora.places import (
-    Unpacked,
-    audio_path,
-    files_in,
-    if_present,
-    is_file,
-    name_of,
-    stamps_of,
-    stem_of,
-)
+from slam_asr.corpora import SPLITS, Candidate
+from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, name_of, stem_of
 from slam_asr.errors import InputError
 
 SUFFIX = ".jsonl"
-LAYOUT = ".jsonl files with key, source and target on each line"
 _REJECTIONS = "rejected.jsonl"
 """File in the output folder of `build-manifest`, which may serve as a corpus. It lists no utterances."""
 
 
-class JsonLines(Unpacked):
+class JsonLines(ListedCorpus):
     """The reader of a .jsonl file, or of a folder of such files."""
 
     kind = "JSON lines"
+    layout = ".jsonl files with key, source and target on each line"
 
-    def __init__(self, root: str | os.PathLike, files: list[str]) -> None:
-        self.root = os.fspath(root)
-        self.files = {file: self._subsets_of(file) for file in files}
+    def __init__(self, root: str, files: list[str]) -> None:
+        self.root, self.files = root, files
+        self.by_subset: dict[str, list[str]] = {}
+        for file in files:
+            for subset in {subset for subset, _ in self._lines(file)}:
+                self.by_subset.setdefault(subset, []).append(file)
 
     @classmethod
-    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "JsonLines | None":
+    def find(cls, root: str, data: Data) -> "JsonLines | None":
         """Open the .jsonl files at a path; None if there are none. All are read for the names of subsets.
 
         Raises:
             InputError: a line is not an utterance.
         """
-        root = os.fspath(root)
-        if root.lower().endswith(SUFFIX) and is_file(root):
-            return cls(root, [root])
-        files = [f for f in files_in(root, (SUFFIX,)) if name_of(f) != _REJECTIONS]
+        files = [file for file in files_at(root, (SUFFIX,)) if file == root or name_of(file) != _REJECTIONS]
         return cls(root, files) if files else None
 
-    def subsets(self) -> list[str]:
-        return sorted(set().union(*self.files.values()))
+    def lists(self, subset: str) -> list[str]:
+        return self.files
 
-    def stamps(self, subset: str) -> Iterator[Stamp]:
-        return stamps_of(self.files, (c.source for c in self._candidates(subset)), self.root)
-
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
-        return map(if_present, self._candidates(subset))
-
-    def _subsets_of(self, file: str) -> set[str]:
-        return {subset for subset, _ in self._lines(file)}
-
-    def _candidates(self, subset: str) -> Iterator[Candidate]:
-        for file in (f for f, subsets in self.files.items() if subset in subsets):
+    def items(self, subset: str) -> Iterator[Candidate]:
+        for file in self.by_subset[subset]:
             for line_subset, candidate in self._lines(file):
                 if line_subset == subset:
                     yield candidate

@@ -20,45 +20,41 @@ from operator import itemgetter
 from typing import Any
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection, Stamp
-from slam_asr.corpora.places import Unpacked, audio_path, if_present, is_file, stamps_of, visible_folders
+from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection
+from slam_asr.corpora.places import ListedCorpus, audio_path, is_file, visible_folders
 from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
 from slam_asr.storage import join, name_of, open_stream
 
-LAYOUT = "wav.scp and text, in the folder or in a subfolder per subset"
 _LISTS = ("wav.scp", "text", "segments", "utt2spk")
 
 
-class Kaldi(Unpacked):
+class Kaldi(ListedCorpus):
     """The reader of a data folder, or of a folder that contains data folders."""
 
     kind = "Kaldi data folder"
+    layout = "wav.scp and text, in the folder or in a subfolder per subset"
 
     def __init__(self, root: str, folders: dict[str, str], data: Data) -> None:
-        self.root, self.folders, self.data = root, folders, data
+        self.root, self.by_subset, self.data = root, folders, data
 
     @classmethod
-    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Kaldi | None":
+    def find(cls, root: str, data: Data) -> "Kaldi | None":
         """Open the data folders at a path; None if there are none."""
-        root = os.fspath(root)
         if _is_data_folder(root):
-            return cls(root, {name_of(root): root}, data or Data())
-        folders = {
-            name: folder for name in visible_folders(root) if _is_data_folder(folder := join(root, name))
-        }
-        return cls(root, folders, data or Data()) if folders else None
+            return cls(root, {name_of(root): root}, data)
+        inner = {name: join(root, name) for name in visible_folders(root)}
+        folders = {name: folder for name, folder in inner.items() if _is_data_folder(folder)}
+        return cls(root, folders, data) if folders else None
 
-    def subsets(self) -> list[str]:
-        return sorted(self.folders)
+    def lists(self, subset: str) -> list[str]:
+        return [join(self.by_subset[subset], name) for name in _LISTS]
 
-    def stamps(self, subset: str) -> Iterator[Stamp]:
-        folder = self.folders[subset]
-        lists = [join(folder, name) for name in _LISTS]
-        return stamps_of(lists, (source for _, source in self._recordings(folder)), self.root)
+    def sources(self, subset: str) -> Iterator[str]:
+        return (source for _, source in self._recordings(self.by_subset[subset]))
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
-        folder = self.folders[subset]
+    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+        folder = self.by_subset[subset]
         with ExternalSort() as records:
             for utterance, field in self._fields(folder):
                 records.add(utterance.encode(), json.dumps(field).encode())
@@ -170,7 +166,7 @@ def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iter
                 key, source, DUPLICATE, f"{folder} has {key} more than once among its {name} lines."
             )
     extra = {"subset": subset} | ({"speaker": values["speaker"][0][0]} if values["speaker"] else {})
-    yield if_present(Candidate(key, source, values["text"][0][0], extra, start, duration))
+    yield Candidate(key, source, values["text"][0][0], extra, start, duration)
 
 
 def audio_file(entry: str, where: str) -> str:

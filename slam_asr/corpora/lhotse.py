@@ -9,56 +9,46 @@ channels, and recordings with transforms.
 import gzip
 import io
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import NO_AUDIO, NO_TRANSCRIPT, UNSUPPORTED, Candidate, Rejection, Stamp
-from slam_asr.corpora.places import Unpacked, audio_path, files_in, if_present, is_file, stamps_of, stem_of
+from slam_asr.corpora import NO_AUDIO, NO_TRANSCRIPT, UNSUPPORTED, Candidate, Rejection
+from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.errors import InputError
 from slam_asr.storage import open_stream
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-LAYOUT = ".jsonl or .jsonl.gz files of Lhotse cuts"
 _KINDS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
 _TOLERANCE = 1e-3
 """Maximum difference in seconds between a cut and its recording for it to count as the complete recording."""
 
 
-class Lhotse(Unpacked):
+class Lhotse(ListedCorpus):
     """The reader of a file of cuts, or of a folder of such files."""
 
     kind = "Lhotse cuts"
+    layout = ".jsonl or .jsonl.gz files of Lhotse cuts"
 
     def __init__(self, root: str, files: list[str], data: Data) -> None:
         self.root, self.data = root, data
-        self.files: dict[str, list[str]] = {}
+        self.by_subset: dict[str, list[str]] = {}
         for file in files:
-            self.files.setdefault(_subset(file), []).append(file)
+            self.by_subset.setdefault(_subset(file), []).append(file)
 
     @classmethod
-    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Lhotse | None":
+    def find(cls, root: str, data: Data) -> "Lhotse | None":
         """Open the files of cuts at a path; None if no file begins with a cut."""
-        root = os.fspath(root)
-        is_list = root.lower().endswith(SUFFIXES) and is_file(root)
-        files = [f for f in ([root] if is_list else files_in(root, SUFFIXES)) if _begins_with_a_cut(f)]
-        return cls(root, files, data or Data()) if files else None
+        files = [file for file in files_at(root, SUFFIXES) if _begins_with_a_cut(file)]
+        return cls(root, files, data) if files else None
 
-    def subsets(self) -> list[str]:
-        return sorted(self.files)
+    def lists(self, subset: str) -> list[str]:
+        return self.by_subset[subset]
 
-    def stamps(self, subset: str) -> Iterator[Stamp]:
-        sources = (item.source for item in self._items(subset) if isinstance(item, Candidate))
-        return stamps_of(self.files[subset], sources, self.root)
-
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
-        return (if_present(item) if isinstance(item, Candidate) else item for item in self._items(subset))
-
-    def _items(self, subset: str) -> Iterator[Candidate | Rejection]:
-        for file in self.files[subset]:
+    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+        for file in self.by_subset[subset]:
             for number, cut in _cuts(file):
                 try:
                     yield from self._utterances(cut, subset, file)

@@ -12,36 +12,42 @@ from collections.abc import Iterator
 from itertools import groupby, islice
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import AUDIO_SUFFIXES, DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection, Stamp
-from slam_asr.corpora.places import Unpacked, is_folder, name_of, visible_files, visible_folders
-from slam_asr.errors import InputError
-from slam_asr.storage import Info, join, read_bytes
+from slam_asr.corpora import (
+    AUDIO_SUFFIXES,
+    DUPLICATE,
+    NO_AUDIO,
+    NO_TRANSCRIPT,
+    Candidate,
+    CorpusReader,
+    Rejection,
+    Stamp,
+)
+from slam_asr.corpora.places import is_folder, name_of, read_text, visible_files, visible_folders
+from slam_asr.storage import Info, join
 
 TRANSCRIPTS = ".trans.txt"
 OUTER = "LibriSpeech"
-LAYOUT = "<subset>/<speaker>/<chapter>/ with .trans.txt and audio files"
 _MAX_CHECKED = 5000
 """Maximum number of files, about a hundred chapters, that are checked to recognise a subset's folder."""
 
 
-class LibriSpeech(Unpacked):
+class LibriSpeech(CorpusReader):
     """The reader of a LibriSpeech tree.
 
     Args:
         root: the corpus folder or URI.
-        folders: the folder of each subset, by the subset's name.
+        by_subset: the folder of each subset, by the subset's name.
     """
 
     kind = "LibriSpeech tree"
+    layout = "<subset>/<speaker>/<chapter>/ with .trans.txt and audio files"
 
-    def __init__(self, root: str | os.PathLike, folders: dict[str, str]) -> None:
-        self.root = os.fspath(root)
-        self.folders = folders
+    def __init__(self, root: str, by_subset: dict[str, str]) -> None:
+        self.root, self.by_subset = root, by_subset
 
     @classmethod
-    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "LibriSpeech | None":
+    def find(cls, root: str, data: Data) -> "LibriSpeech | None":
         """Open the tree in a folder; None if the folder has another layout."""
-        root = os.fspath(root)
         if not is_folder(root):
             return None
         trees = [
@@ -59,9 +65,6 @@ class LibriSpeech(Unpacked):
                 return cls(root, folders)
         return None
 
-    def subsets(self) -> list[str]:
-        return sorted(self.folders)
-
     def stamps(self, subset: str) -> Iterator[Stamp]:
         for _, _, files in self._chapters(subset):
             for file in files:
@@ -72,7 +75,7 @@ class LibriSpeech(Unpacked):
             audio = self._preferred_audio(subset, files)
             with_transcript = set()
             for file in (f for f in files if f.name.lower().endswith(TRANSCRIPTS)):
-                path = join(self.folders[subset], file.name)
+                path = join(self.by_subset[subset], file.name)
                 for number, key, text in _transcripts(path):
                     source = audio.get(key, "")
                     if key in with_transcript:
@@ -94,7 +97,7 @@ class LibriSpeech(Unpacked):
         """Yield each chapter as (speaker, chapter, its transcript and audio files), all sorted by name."""
         relevant = (
             f
-            for f in _chapter_files(self.folders[subset])
+            for f in _chapter_files(self.by_subset[subset])
             if f.name.lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES))
         )
         # `walk` lists files sorted by name, so all files of a chapter are adjacent.
@@ -108,7 +111,7 @@ class LibriSpeech(Unpacked):
         for file in files:
             key, suffix = os.path.splitext(name_of(file.name))
             if suffix.lower() in AUDIO_SUFFIXES:
-                candidate = AUDIO_SUFFIXES.index(suffix.lower()), join(self.folders[subset], file.name)
+                candidate = AUDIO_SUFFIXES.index(suffix.lower()), join(self.by_subset[subset], file.name)
                 preferred[key] = min(preferred.get(key, candidate), candidate)
         return {key: path for key, (_, path) in preferred.items()}
 
@@ -124,12 +127,6 @@ def _has_chapter_files(subset: str, suffixes: tuple[str, ...]) -> bool:
 
 def _transcripts(file: str) -> Iterator[tuple[int, str, str]]:
     """Yield the line number (from 1), key and text of each utterance; the text may be empty."""
-    try:
-        lines = read_bytes(file).decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8."
-        ) from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if words := line.split(maxsplit=1):
             yield number, words[0], " ".join(words[1:])

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from slam_asr.artifacts.manifest import Utterance, json_line, manifest_line, parse_line, write_lines
+from slam_asr.artifacts.json_lines import json_line, write_lines
+from slam_asr.artifacts.manifest import Utterance, manifest_line, parse_line
 from slam_asr.artifacts.stage_record import Outcome
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.config.recipe import Data, Recipe, dump_recipe
@@ -207,20 +208,19 @@ def _refuse_too_many(
 ) -> None:
     if len(rejected) <= max_share * total:
         return
-    reasons = ", ".join(f"{count} {reason}" for reason, count in statistics.reasons())
     first = [json.loads(line)["key"] for _, (_, line) in zip(range(3), rejected, strict=False)]
     names = ", ".join(first) + (", …" if len(rejected) > 3 else "")
     raise InputError(
-        f"{len(rejected)} of {total} utterances cannot be used ({reasons}; {names}), more than the "
-        f"{max_share:.1%} allowed: correct those listed in {list_file}, or raise --data.max_rejected."
+        f"{len(rejected)} of {total} utterances cannot be used ({statistics.reasons()}; {names}), "
+        f"more than the {max_share:.1%} allowed: correct those listed in {list_file}, or raise "
+        "--data.max_rejected."
     )
 
 
 def _require_every_split(sizes: dict[str, int], statistics: CorpusStatistics, list_file: Path) -> None:
     for split, size in sizes.items():
         if not size:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in statistics.reasons())
-            reasons = reasons or "too few to hold any out"
+            reasons = statistics.reasons() or "too few to hold any out"
             raise InputError(
                 f"No utterance is left for {split} ({reasons}; see {list_file}): "
                 f"correct the corpus, or choose other subsets with --data.train, --data.dev and --data.test."

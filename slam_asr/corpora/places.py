@@ -1,20 +1,24 @@
 """File listings and paths for corpus readers, the same for local folders and for object storage."""
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from slam_asr.corpora import NO_AUDIO, Candidate, Rejection, Stamp
+from slam_asr.corpora import NO_AUDIO, Candidate, CorpusReader, Rejection, Stamp
 from slam_asr.errors import InputError, UserError
-from slam_asr.storage import Info, info, is_s3, join, local_path, name_of, parent_of, resolve, walk
+from slam_asr.storage import (
+    Info,
+    info,
+    is_s3,
+    join,
+    local_path,
+    name_of,
+    parent_of,
+    read_bytes,
+    resolve,
+    walk,
+)
 from slam_asr.storage.paths import folders_in, names_in
-
-
-class Unpacked:
-    """Base class of readers whose corpora need no unpacking."""
-
-    def prepare(self, folder: Path, subsets: list[str]) -> None:
-        """Do nothing."""
 
 
 def absolute(path: str | os.PathLike) -> str:
@@ -37,6 +41,11 @@ def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
     return [
         join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")
     ]
+
+
+def files_at(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The file at a path, if it has one of these suffixes, or else all such files directly in the folder."""
+    return [path] if path.lower().endswith(suffixes) and is_file(path) else files_in(path, suffixes)
 
 
 def visible_folders(folder: str) -> list[str]:
@@ -63,6 +72,20 @@ def stem_of(path: str) -> str:
     return os.path.splitext(stem)[0] if suffix in (".gz", ".bz2", ".xz") else stem
 
 
+def read_text(file: str) -> str:
+    """The content of a text file.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        return read_bytes(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8."
+        ) from error
+
+
 def audio_path(source: str, list_file: str, audio_root: str) -> str:
     """The absolute path or URI of an audio file that a list names.
 
@@ -84,11 +107,34 @@ def audio_path(source: str, list_file: str, audio_root: str) -> str:
         raise InputError(f"{list_file}: {error}") from error
 
 
-def if_present(candidate: Candidate) -> Candidate | Rejection:
-    """Return the candidate, or a rejection if its local file is missing. Objects are not checked."""
-    if candidate.content is not None or is_s3(candidate.source) or os.path.isfile(candidate.source):
-        return candidate
-    return Rejection(candidate.key, candidate.source, NO_AUDIO, f"There is no audio file {candidate.source}.")
+class ListedCorpus(CorpusReader):
+    """Base class of readers of lists that name audio files anywhere."""
+
+    @abstractmethod
+    def lists(self, subset: str) -> Iterable[str]:
+        """Return the lists that a subset's utterances are read from."""
+
+    @abstractmethod
+    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+        """Yield a subset's utterances as the lists have them, whether or not their audio files exist."""
+
+    def sources(self, subset: str) -> Iterator[str]:
+        """Yield the paths and URIs of the audio files that a subset's stamps include."""
+        return (item.source for item in self.items(subset) if isinstance(item, Candidate))
+
+    def stamps(self, subset: str) -> Iterator[Stamp]:
+        return stamps_of(self.lists(subset), self.sources(subset), self.root)
+
+    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+        return map(_if_present, self.items(subset))
+
+
+def _if_present(item: Candidate | Rejection) -> Candidate | Rejection:
+    """Return the utterance, or a rejection if its local file is missing. Objects are not checked."""
+    source = item.source
+    if isinstance(item, Rejection) or item.content is not None or is_s3(source) or os.path.isfile(source):
+        return item
+    return Rejection(item.key, source, NO_AUDIO, f"There is no audio file {source}.")
 
 
 def stamps_of(lists: Iterable[str], sources: Iterable[str], root: str) -> Iterator[Stamp]:

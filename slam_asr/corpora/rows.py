@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from slam_asr.errors import InputError
 from slam_asr.storage import fetch, open_stream
@@ -161,8 +161,7 @@ def _schema(path: str) -> "pyarrow.Schema":
         import pyarrow.parquet
 
         return pyarrow.parquet.read_schema(fetch(path))
-    with _open_arrow(fetch(path)) as batches:
-        return batches.schema
+    return _open_arrow(fetch(path))[0]
 
 
 def _arrow_rows(path: str, columns: list[str] | None) -> Iterator[Row]:
@@ -198,23 +197,12 @@ def _batches(file: Path, columns: list[str], batch_rows: int) -> Iterator["pyarr
         with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
             yield from table.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False)
         return
-    with _open_arrow(file) as batches:
-        for batch in batches:
-            yield batch.select(columns)
+    for batch in _open_arrow(file)[1]:
+        yield batch.select(columns)
 
 
-class _Batches(Protocol):
-    """The interface that `pyarrow.ipc.RecordBatchStreamReader` and `_FileBatches` have in common."""
-
-    @property
-    def schema(self) -> "pyarrow.Schema": ...
-    def __enter__(self) -> "_Batches": ...
-    def __exit__(self, *exception: object) -> None: ...
-    def __iter__(self) -> Iterator["pyarrow.RecordBatch"]: ...
-
-
-def _open_arrow(file: Path) -> _Batches:
-    """Open an arrow file of either format.
+def _open_arrow(file: Path) -> tuple["pyarrow.Schema", Iterator["pyarrow.RecordBatch"]]:
+    """Open an arrow file of either format: its columns, and its batches.
 
     The datasets library writes streams; other programs write files.
     """
@@ -222,22 +210,8 @@ def _open_arrow(file: Path) -> _Batches:
 
     source = pyarrow.memory_map(str(file))
     try:
-        return pyarrow.ipc.open_stream(source)
+        stream = pyarrow.ipc.open_stream(source)
+        return stream.schema, iter(stream)
     except pyarrow.ArrowInvalid:
-        return _FileBatches(pyarrow.ipc.open_file(source))
-
-
-class _FileBatches:
-    """An arrow file in the file format, read through the interface of a stream."""
-
-    def __init__(self, file: "pyarrow.ipc.RecordBatchFileReader") -> None:
-        self._file, self.schema = file, file.schema
-
-    def __enter__(self) -> "_FileBatches":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def __iter__(self) -> Iterator["pyarrow.RecordBatch"]:
-        return (self._file.get_batch(i) for i in range(self._file.num_record_batches))
+        batches = pyarrow.ipc.open_file(source)
+        return batches.schema, (batches.get_batch(i) for i in range(batches.num_record_batches))

@@ -81,16 +81,9 @@ class CorpusStatistics:
         if len(self._examples[rejection.reason]) < EXAMPLES:
             self._examples[rejection.reason].append(asdict(rejection))
 
-    @property
-    def rejected(self) -> int:
-        return self._reasons.total()
-
-    def utterances(self, split: str) -> int:
-        return self._splits[split].utterances if split in self._splits else 0
-
-    def reasons(self) -> list[tuple[str, int]]:
-        """Return the reasons for rejections and how often each occurred, the most frequent first."""
-        return self._reasons.most_common()
+    def reasons(self) -> str:
+        """Return how often each reason for rejections occurred, the most frequent first, as text."""
+        return ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())
 
     def as_dict(self, held_out: bool) -> dict[str, Any]:
         """Return all statistics in a form that can be written as JSON.
@@ -105,7 +98,7 @@ class CorpusStatistics:
                 for split, measures in self._splits.items()
             },
             "dev_held_out_of_train": held_out,
-            "rejected": {"total": self.rejected, "by_reason": dict(sorted(self._reasons.items()))},
+            "rejected": {"total": self._reasons.total(), "by_reason": dict(sorted(self._reasons.items()))},
             "examples": {reason: self._examples[reason] for reason in sorted(self._examples)},
             "converted": {"to_16_khz": self.resampled, "to_mono": self.downmixed},
             "alphabet": dict(sorted(self._alphabet.items(), key=lambda pair: (-pair[1], pair[0]))),

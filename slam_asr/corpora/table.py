@@ -14,12 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from slam_asr.config.recipe import Columns, Data
-from slam_asr.corpora import NO_AUDIO, Candidate, Rejection, Stamp
-from slam_asr.corpora.places import Unpacked, audio_path, files_in, if_present, is_file, stamps_of, stem_of
+from slam_asr.corpora import NO_AUDIO, Candidate, Rejection
+from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.corpora.rows import SUFFIXES, columns_of, rows
 from slam_asr.errors import ConfigurationError, InputError
-
-LAYOUT = ".csv, .tsv or .parquet files with a row per utterance"
 
 _USUAL = {
     "audio": (
@@ -57,7 +55,7 @@ _MANIFEST_FIELDS = (
 """Names of columns that are not copied, because the manifest has its own fields of these names."""
 
 
-class Table(Unpacked):
+class Table(ListedCorpus):
     """The reader of one table, or of a folder of tables.
 
     Args:
@@ -67,45 +65,39 @@ class Table(Unpacked):
     """
 
     kind = "table"
+    layout = ".csv, .tsv or .parquet files with a row per utterance"
 
     def __init__(self, root: str, files: dict[str, str], data: Data) -> None:
         self.root, self.files, self.data = root, files, data
         self._columns = {file: named_columns(file, data.columns) for file in files}
-        self._subsets = {file: self._subsets_of(file) for file in files}
+        self.by_subset: dict[str, list[str]] = {}
+        for file in files:
+            for subset in self._subsets_of(file):
+                self.by_subset.setdefault(subset, []).append(file)
 
     @classmethod
-    def find(cls, root: str | os.PathLike, data: Data | None = None) -> "Table | None":
+    def find(cls, root: str, data: Data) -> "Table | None":
         """Open the tables at a path; None if there are none.
 
         Raises:
             InputError: a file cannot be read as a table.
             ConfigurationError: a column is missing or ambiguous.
         """
-        root = os.fspath(root)
-        if root.lower().endswith(SUFFIXES) and is_file(root):
-            return cls(root, {root: split_of(root) or stem_of(root)}, data or Data())
-        files = files_in(root, SUFFIXES)
-        return (
-            cls(root, {file: split_of(file) or stem_of(file) for file in files}, data or Data())
-            if files
-            else None
-        )
+        files = {file: split_of(file) or stem_of(file) for file in files_at(root, SUFFIXES)}
+        return cls(root, files, data) if files else None
 
-    def subsets(self) -> list[str]:
-        return sorted(set().union(*self._subsets.values()))
+    def lists(self, subset: str) -> Iterable[str]:
+        return self.files
 
-    def stamps(self, subset: str) -> Iterator[Stamp]:
+    def sources(self, subset: str) -> Iterator[str]:
         # Embedded audio changes with its table, so such a table is not read for the names of audio files.
-        files = [file for file in self.files if not self._has_embedded_audio(file)]
-        sources = (
-            item.source
-            for item in self._rows(subset, files)
-            if isinstance(item, Candidate) and item.content is None
-        )
-        return stamps_of(self.files, sources, self.root)
+        files = [file for file in self.by_subset[subset] if not self._has_embedded_audio(file)]
+        for item in self._rows(subset, files):
+            if isinstance(item, Candidate) and item.content is None:
+                yield item.source
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
-        return (if_present(item) if isinstance(item, Candidate) else item for item in self._rows(subset))
+    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+        return self._rows(subset, self.by_subset[subset])
 
     def _subsets_of(self, file: str) -> set[str]:
         column = self._columns[file].split
@@ -122,8 +114,8 @@ class Table(Unpacked):
         first = next(rows(file), None)
         return first is not None and _audio(first[1][self._columns[file].audio], file)[1] is not None
 
-    def _rows(self, subset: str, files: Iterable[str] | None = None) -> Iterator[Candidate | Rejection]:
-        for file in (f for f in (self.files if files is None else files) if subset in self._subsets[f]):
+    def _rows(self, subset: str, files: Iterable[str]) -> Iterator[Candidate | Rejection]:
+        for file in files:
             for number, cells in rows(file):
                 if self._subset(file, cells) == subset:
                     yield self._candidate(file, number, cells, subset)

@@ -106,7 +106,8 @@ def open_model(name: str) -> Model:
         UserError: the model or a base model does not exist.
     """
     from slam_asr.models.encoders.registry import describe_encoder
-    from slam_asr.pretrained.locate import locate_model, weights_sha256
+    from slam_asr.pretrained.locate import locate_model
+    from slam_asr.pretrained.model_files import weights_sha256
 
     folder = fetch_model(name)
     config = read_config(folder)

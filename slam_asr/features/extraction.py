@@ -135,11 +135,8 @@ class Extraction:
         new = sum(len(shard.audio) for shard in missing)
         hours = sum(shard.audio.seconds() for shard in missing) / 3600
         frames = f", frames: {self.recipe.encoder.frames}" if self.spec.window_samples else ""
-        own = (
-            f" (work shard {self.work_shard.number} of {self.work_shard.of})"
-            if self.work_shard.of > 1
-            else ""
-        )
+        shard = self.work_shard
+        own = f" (work shard {shard.number} of {shard.of})" * (shard.of > 1)
         log_line(
             f"encoder: {self.recipe.encoder.name}{frames}; {utterances} utterances, "
             f"{new} of them to compute here{own}, {hours:.2f} h"

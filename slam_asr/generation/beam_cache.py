@@ -12,6 +12,7 @@ row per beam, in a buffer that is allocated once.
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import cast
 
 import torch
@@ -21,6 +22,8 @@ from transformers.cache_utils import DynamicLayer
 
 ATTENTION = "slam_asr_shared_prefix"
 """Name under which `attend` is registered with transformers."""
+_UPDATED: ContextVar["SharedLayer | None"] = ContextVar("updated layer", default=None)
+"""The cache's layer that this thread updated last. There `attend` finds the prefix."""
 
 
 class CannotShare(Exception):
@@ -198,12 +201,9 @@ class SharedLayer(BeamLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append as in `BeamLayer`, and return the keys and values of the generated tokens only."""
-        keys, values = super().update(key_states, value_states)
-        keys = keys.view_as(keys)
-        # From the cache, transformers passes only keys and values to the attention. The layer is therefore an
-        # attribute of a new view of the keys, where `attend` finds the layer and with it the prefix.
-        keys.cache_layer = self  # type: ignore[attr-defined]
-        return keys, values
+        # From the cache, transformers passes only keys and values to the attention, which it calls next.
+        _UPDATED.set(self)
+        return super().update(key_states, value_states)
 
     def get_seq_length(self, *args: object) -> int:
         """Return the number of positions so far, including the prefix."""
@@ -252,15 +252,22 @@ def attend(
         CannotShare: the keys come from another kind of layer, or the LLM requires a mask, several positions
             at once, or a change of the scores.
     """
-    layer = getattr(key, "cache_layer", None)
+    layer = _UPDATED.get()
     if (
         layer is None
+        or key is not layer.keys
         or attention_mask is not None
         or query.shape[-2] != 1
         or any(more.get(name) is not None for name in _UNSUPPORTED)
     ):
         raise CannotShare
     layer.attend_calls += 1
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return _attend(layer, query, key, value), None
+
+
+def _attend(layer: SharedLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Compute the output [utterances · beams, 1, heads, head width] of `attend`; `query` is scaled."""
     rows, heads, _, width = query.shape
     key_heads, beams, prefix = key.shape[1], layer.beams, layer.prefix_keys.shape[-2]
 
@@ -274,9 +281,7 @@ def attend(
         """Invert `by_utterance`."""
         return tensor.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
 
-    query = (query * (width**-0.5 if scaling is None else scaling)).view(
-        rows, key_heads, heads // key_heads, width
-    )
+    query = query.view(rows, key_heads, heads // key_heads, width)
     prefix_scores = by_utterance(query) @ layer.prefix_keys.transpose(-1, -2) + layer.padding_bias
     token_scores = by_utterance(query @ key.transpose(-1, -2))
     # One softmax covers prefix and generated tokens, as if their keys were one tensor.
@@ -287,7 +292,7 @@ def attend(
         by_beam(probabilities[..., :prefix] @ layer.prefix_values)
         + by_beam(probabilities[..., prefix:]) @ value
     )
-    return output.reshape(rows, 1, heads, -1), None
+    return output.reshape(rows, 1, heads, -1)
 
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mask")
@@ -320,3 +325,4 @@ def shared_prefix_attention(llm: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, name in zip(configs, usual, strict=True):
             config._attn_implementation = name
+        _UPDATED.set(None)  # the last layer's tensors must not outlive the search

@@ -124,15 +124,24 @@ def allows_chunks(llm: PreTrainedModel) -> bool:
     head = llm.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.requires_grad or head.weight.dtype == torch.float16:
         return False
+    return gives_bare_logits(llm.eval())
+
+
+@torch.no_grad()
+def gives_bare_logits(llm: PreTrainedModel) -> bool:
+    """Return whether an LLM's logits are its output layer's outputs, neither scaled nor capped.
+
+    The LLM may be on the meta device, without values.
+    """
     outputs: list[torch.Tensor] = []
+    head = llm.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         ids = torch.arange(4, device=llm.device)[None]
-        logits = llm.eval()(inputs_embeds=llm.get_input_embeddings()(ids), use_cache=False).logits
+        logits = llm(inputs_embeds=llm.get_input_embeddings()(ids), use_cache=False).logits
     finally:
         hook.remove()
-    return (
-        len(outputs) == 1
-        and outputs[0].shape == logits.shape
-        and torch.equal(outputs[0].float(), logits.float())
-    )
+    if len(outputs) != 1 or outputs[0].shape != logits.shape:
+        return False
+    # Tensors without values can only be the same object. Those with values may also have been cast.
+    return outputs[0] is logits or (not logits.is_meta and torch.equal(outputs[0].float(), logits.float()))

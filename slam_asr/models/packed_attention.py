@@ -24,8 +24,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from slam_asr.models.cpu_attention import causal_attention
-
 try:
     from torch.nn.attention import varlen
 except ImportError:  # older versions of torch
@@ -118,8 +116,6 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     lengths: Lengths | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -133,10 +129,9 @@ def _attention(
         key: [1, key heads, positions, head width]; heads is a multiple of key heads.
         value: same shape as `key`.
         attention_mask: used only for batches that are not packed.
-        dropout: probability that an attention weight is dropped.
-        scaling: factor of the scores; 1 / √(head width) if None.
         lengths: number of positions of each utterance; None if the batch is not packed.
-        kwargs: other arguments that the LLM passes, such as `sliding_window`.
+        kwargs: other arguments that the LLM passes: `dropout`, the probability that an attention weight is
+            dropped; `scaling`, the factor of the scores, 1 / √(head width) if None; `sliding_window`.
 
     Returns:
         [1, positions, heads, head width], and None in place of the probabilities.
@@ -146,11 +141,10 @@ def _attention(
             catches this error.
     """
     if lengths is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("this attention changes its scores and cannot be packed")
+    dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
     window = kwargs.get("sliding_window")
     bounds = [0, *accumulate(lengths.values)]
     # The variable-length kernel supports neither fp32 nor dropout.
@@ -180,8 +174,6 @@ def _one_utterance(
     positions = query.shape[2]
     # Within the window's length, a sliding window is plain causal attention, for which faster kernels exist.
     band = _band(positions, window, query.device) if window and window < positions else None
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and band is None and not dropout:
-        return causal_attention(query[0], key[0], value[0], scaling)[None]
     return functional.scaled_dot_product_attention(
         query,
         key,

@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from slam_asr.config.recipe import Decoding
-from slam_asr.generation.beam_search import NEARLY_TIED, Answers
+from slam_asr.generation.beam_search import Answers
+from slam_asr.generation.search_state import NEARLY_TIED
 from slam_asr.models.encoders.frontend import Prepared
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Row, Slam, collate

@@ -7,7 +7,7 @@ answer token.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -77,14 +77,7 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("token_ids", "is_audio", "mask", "labels")}
-        return Batch(
-            [a.to(device) for a in self.audio],
-            self.positions,
-            **moved,
-            answer_start=self.answer_start,
-            padded=self.padded,
-            lengths=self.lengths,
-        )
+        return replace(self, audio=[a.to(device) for a in self.audio], **moved)
 
 
 def collate(rows: list[Row]) -> Batch:

@@ -190,6 +190,8 @@ _COLOURS = {
     _QUIET: "var(--quiet)",
     **{colour: f"var(--run-{number})" for number, colour in enumerate(_RUNS, start=1)},
 }
+_DASHES = ((), (3, 2), (6, 2), (1, 1.5), (6, 2, 1, 2), (2, 4))
+"""Lengths of dashes and gaps of the first lines in `draw_runs`."""
 _STYLES: dict[str, dict[str, Any]] = {
     "training": {"color": _TRAINING},
     "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))},
@@ -204,9 +206,7 @@ def _style_of_run(index: int) -> dict[str, Any]:
         "color": _RUNS[index],
         "marker": "os^Dv*"[index],
         "markersize": 4,
-        "linestyle": [(0, ()), (0, (3, 2)), (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 4))][
-            index
-        ],
+        "linestyle": (0, _DASHES[index]),
     }
 
 
@@ -238,7 +238,7 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.subplots()
         for line in lines:
-            axes.plot(*_columns(line.points), linewidth=1.3, label=line.name, **line.style)
+            axes.plot(*zip(*line.points, strict=True), linewidth=1.3, label=line.name, **line.style)
         axes.set_xlabel("optimiser step")
         axes.grid(axis="y", linewidth=0.6)
         highest = max(value for line in lines for _, value in line.points)
@@ -257,10 +257,6 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
         text = StringIO()
         figure.savefig(text, format="svg", transparent=True)
     return _inline(text.getvalue(), quantity, title, description)
-
-
-def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
 
 
 def _inline(svg: str, name: str, title: str, description: str) -> str:

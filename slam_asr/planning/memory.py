@@ -63,6 +63,17 @@ class Memory:
         return self.frozen + self.trained + self.optimizer + self.activations + self.logits + self.overhead
 
 
+PARTS = {
+    "frozen": "frozen weights",
+    "trained": "trained weights and gradients",
+    "optimizer": "optimiser",
+    "activations": "activations",
+    "logits": "logits",
+    "overhead": "CUDA and NCCL",
+}
+"""The parts of `Memory`, in words."""
+
+
 def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = True) -> Memory:
     """Compute the memory of one process at the peak of a step, in bytes.
 
@@ -113,6 +124,11 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
         _logits(shapes, load, size),
         CUDA_OVERHEAD if on_gpu else 0.0,
     )
+
+
+def host_optimizer_bytes(shapes: Shapes) -> int:
+    """Bytes of an offloaded optimiser on all hosts together: fp32 masters and Adam's two fp32 moments."""
+    return 12 * shapes.trained_parameters
 
 
 def _gathered(shapes: Shapes) -> float:

@@ -14,7 +14,7 @@ from slam_asr.artifacts.utterances import samples_of
 from slam_asr.errors import ConfigurationError
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt
-from slam_asr.planning.memory import Load, Memory, training_memory
+from slam_asr.planning.memory import PARTS, Load, Memory, host_optimizer_bytes, training_memory
 from slam_asr.planning.plan import USABLE, propose
 from slam_asr.planning.shapes import Shapes
 from slam_asr.progress import log_line
@@ -27,14 +27,6 @@ LONGEST, SAMPLE = 8, 64
 
 Tokenizing the utterances of a thousand hours would take a minute.
 """
-PARTS = {
-    "frozen": "frozen weights",
-    "trained": "trained weights and gradients",
-    "optimizer": "optimiser",
-    "activations": "activations",
-    "logits": "logits",
-    "overhead": "CUDA and NCCL",
-}
 
 
 def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], machine: Machine) -> None:
@@ -152,8 +144,8 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
     """Refuse to offload an optimiser to host memory that it does not fit into."""
     if not (machine.on_gpu and shapes.recipe.training.offload_optimizer) or machine.host is None:
         return
-    # fp32 masters and Adam's two moments take 12 bytes per weight, and are sharded over all processes.
-    takes = 12 * shapes.trained_parameters * machine.local_processes / machine.processes
+    # The optimiser is sharded over all processes.
+    takes = host_optimizer_bytes(shapes) * machine.local_processes / machine.processes
     if takes / MAX_OVERESTIMATE > machine.host:
         raise ConfigurationError(
             f"training.offload_optimizer takes about {takes / 1e9:.3g} GB of this host's memory, "

@@ -23,6 +23,46 @@ ENCODING, TRAINING = 0.30, 0.40
 """Typical shares of peak FLOP/s that an encoder and a training reach; the reference reaches 0.09 to 0.20."""
 
 
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of a plan."""
+
+    number: int
+    """0 for one process on a CPU."""
+    memory: float
+    """Memory of each in bytes."""
+    peak: float
+    """Peak FLOP/s of each."""
+    bandwidth: float
+    """Memory bandwidth of each in bytes per second."""
+
+    @property
+    def processes(self) -> int:
+        return max(1, self.number)
+
+
+@dataclass(frozen=True)
+class Speech:
+    """The audio of a plan."""
+
+    hours: float
+    """Hours to train on."""
+    utterance_seconds: float
+    """Mean length of an utterance."""
+    test_hours: float
+    """Hours to decode."""
+
+    @property
+    def utterances(self) -> int:
+        """Number of utterances to train on."""
+        return max(1, round(self.hours * 3600 / self.utterance_seconds))
+
+    @property
+    def samples(self) -> int:
+        """Length of an utterance in samples at 16 kHz."""
+        return round(self.utterance_seconds * 16_000)
+
+
 @dataclass
 class Stage:
     """Estimated work, time in seconds and number of GPUs of one stage."""
@@ -51,61 +91,32 @@ class Plan:
     """Options with which the recipe fits, or uses memory better; empty if none that were tried fit."""
 
 
-def estimate(
-    shapes: Shapes,
-    gpus: int,
-    gpu_memory: float,
-    hours: float,
-    utterance_seconds: float,
-    test_hours: float,
-    peak: float,
-    bandwidth: float,
-) -> Plan:
+def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
     """Estimate the memory, time and storage that a training takes.
 
     Args:
         shapes: sizes of the models, and the recipe.
-        gpus: number of GPUs to train on; 0 for one process on a CPU.
-        gpu_memory: memory of each GPU in GB (10^9 bytes).
-        hours: hours of audio to train on.
-        utterance_seconds: mean length of an utterance in seconds.
-        test_hours: hours of audio to decode.
-        peak: peak FLOP/s of each GPU.
-        bandwidth: memory bandwidth of each GPU in bytes per second.
+        gpus: the GPUs to train on.
+        speech: the audio to train on and to decode.
     """
-    recipe = shapes.recipe
-    utterances = max(1, round(hours * 3600 / utterance_seconds))
+    recipe, on_gpu = shapes.recipe, gpus.number > 0
     # A micro-batch cannot exceed a process' share of a step.
-    processes = max(1, gpus)
-    share = recipe.training.positions_per_step // processes
-    load = mean_load(shapes, utterance_seconds, min(recipe.training.positions_per_batch, share))
-    memory = training_memory(shapes, load, processes, on_gpu=gpus > 0)
-    capacity = USABLE * gpu_memory * 1e9
-    one = mean_load(shapes, utterance_seconds, 1)
-    stages, steps = _work(
-        shapes,
-        load,
-        utterances,
-        utterance_seconds,
-        test_hours,
-        processes,
-        peak,
-        bandwidth,
-    )
-    frames = shapes.encoder.frames_of(round(utterance_seconds * 16_000))
-    cache = (
-        utterances * frames * bytes_per_frame(shapes.encoder.width, recipe.features.dtype)
-        if recipe.caches_features
-        else 0
-    )
+    share = recipe.training.positions_per_step // gpus.processes
+    load = mean_load(shapes, speech.utterance_seconds, min(recipe.training.positions_per_batch, share))
+    memory = training_memory(shapes, load, gpus.processes, on_gpu)
+    capacity = USABLE * gpus.memory
+    one = mean_load(shapes, speech.utterance_seconds, 1)
+    stages, steps = _work(shapes, load, gpus, speech)
+    frame_bytes = bytes_per_frame(shapes.encoder.width, recipe.features.dtype)
+    cache = speech.utterances * shapes.encoder.frames_of(speech.samples) * frame_bytes
     return Plan(
         load,
         memory,
-        memory.total <= capacity,
-        cache,
-        stages,
-        steps,
-        propose(shapes, one, processes, capacity, gpus > 0),
+        fits=memory.total <= capacity,
+        cache_bytes=cache if recipe.caches_features else 0,
+        stages=stages,
+        steps=steps,
+        proposal=propose(shapes, one, gpus.processes, capacity, on_gpu),
     )
 
 
@@ -170,23 +181,14 @@ def _budget(recipe: Recipe, length: int, rows: int, processes: int) -> dict[str,
     return {"positions_per_batch": min(rows * length, max(length, options.positions_per_step // processes))}
 
 
-def _work(
-    shapes: Shapes,
-    load: Load,
-    utterances: int,
-    seconds: float,
-    test_hours: float,
-    gpus: int,
-    peak: float,
-    bandwidth: float,
-) -> tuple[dict[str, Stage], int]:
-    recipe = shapes.recipe
-    options, samples = recipe.training, round(seconds * 16_000)
-    encode = encoder_flops(shapes.encoder, samples)
-    positions = utterances * load.length
+def _work(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[str, Stage], int]:
+    """The work of each stage, and the number of optimiser steps."""
+    recipe, options = shapes.recipe, shapes.recipe.training
+    encode = encoder_flops(shapes.encoder, speech.samples)
+    positions = speech.utterances * load.length
     steps_an_epoch = max(1, -(-positions // options.positions_per_step))
     steps = min(options.max_steps, steps_an_epoch * options.epochs)
-    seen = utterances * steps / steps_an_epoch
+    seen = speech.utterances * steps / steps_an_epoch
     width, layers = shapes.width, shapes.layers
     # FLOPs per weight and position: 2 for the forward pass, 2 for the gradients of activations, and 2 more if
     # checkpointing repeats the forward pass. Gradients of weights take another 2, for trained weights only.
@@ -202,27 +204,19 @@ def _work(
     # A trained encoder also has a backward pass, which takes twice the FLOPs of the forward pass.
     encoding = 3 * on_the_fly if recipe.encoder.tuning == "full" else on_the_fly
     train = seen * (text + attention + output + projected + encoding)
-    extract = utterances * encode if recipe.caches_features else 0
-    tested = test_hours * 3600 / seconds
+    extract = speech.utterances * encode if recipe.caches_features else 0
+    tested = speech.test_hours * 3600 / speech.utterance_seconds
     prefill = tested * (2 * shapes.layer_parameters * (load.length - load.targets) + on_the_fly)
     beams = recipe.decoding.beams
-    rows = max(
-        1, recipe.decoding.positions_per_batch // ((load.length + recipe.decoding.max_new_tokens) * beams)
-    )
+    positions_of_one = (load.length + recipe.decoding.max_new_tokens) * beams
+    rows = max(1, recipe.decoding.positions_per_batch // positions_of_one)
     decode = prefill + tested * 2 * shapes.llm_parameters * load.targets * beams
     # Each decoding step reads all weights once. A batch takes as many steps as its longest answer has tokens,
     # which is about 1.5 times the mean.
-    reading = (
-        tested
-        / rows
-        * 1.5
-        * load.targets
-        * shapes.llm_parameters
-        * DTYPES[recipe.decoding.precision].itemsize
-        / bandwidth
-    )
+    llm_bytes = shapes.llm_parameters * DTYPES[recipe.decoding.precision].itemsize
+    reading = tested / rows * 1.5 * load.targets * llm_bytes / gpus.bandwidth
     return {
-        "extract-features": Stage(extract, extract / (peak * ENCODING), 1),
-        "train": Stage(train, train / (gpus * peak * TRAINING), gpus),
-        "decode": Stage(decode, decode / (peak * ENCODING) + reading, 1),
+        "extract-features": Stage(extract, extract / (gpus.peak * ENCODING), 1),
+        "train": Stage(train, train / (gpus.processes * gpus.peak * TRAINING), gpus.processes),
+        "decode": Stage(decode, decode / (gpus.peak * ENCODING) + reading, 1),
     }, steps

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError, UserError
+from slam_asr.models.answer_loss import gives_bare_logits
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import spec_of
 from slam_asr.models.llm import checkpoint_layers, llm_width, set_tuning
@@ -144,7 +145,7 @@ class Shapes:
         ):
             return False
         if "bare logits" not in self._cache:
-            self._cache["bare logits"] = _gives_bare_logits(self.llm)
+            self._cache["bare logits"] = gives_bare_logits(self.llm)
         return self._cache["bare logits"]
 
     @property
@@ -193,20 +194,6 @@ def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         llm.base_model(inputs_embeds=embeddings * 1, use_cache=False)
     return sum(t.untyped_storage().nbytes() for t in saved.values())
-
-
-@torch.no_grad()
-def _gives_bare_logits(llm: "PreTrainedModel") -> bool:
-    """Whether an LLM returns its output layer's logits unchanged, without scaling or capping them."""
-    outputs: list[torch.Tensor] = []
-    head = llm.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
-        embeddings = torch.empty(1, 4, llm_width(llm), dtype=next(llm.parameters()).dtype, device="meta")
-        logits = llm(inputs_embeds=embeddings, use_cache=False).logits
-    finally:
-        hook.remove()
-    return len(outputs) == 1 and outputs[0] is logits
 
 
 def describe(recipe: Recipe) -> Shapes:

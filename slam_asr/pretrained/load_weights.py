@@ -3,17 +3,21 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError
 from slam_asr.pretrained.lazy_tensors import is_finite
-from slam_asr.pretrained.locate import UNREADABLE_WEIGHTS
+
+UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
+"""Exceptions that transformers, safetensors and torch raise for weights that are damaged or unsuitable."""
 
 
 def load_weights(

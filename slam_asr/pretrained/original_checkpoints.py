@@ -2,28 +2,25 @@
 
 It supports OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0, the last two either
 pretrained or fine-tuned with CTC. It does not need fairseq, and runs no code from the file. The model's sizes
-come from the configuration in the file, so a missing layer is noticed. Sizes that the configuration lacks
-come from the tensors. Every tensor is accounted for: it is renamed, or dropped because its name is on a list,
-or causes an error.
+come from the configuration in the file, so a missing layer is noticed. Every tensor is accounted for: it is
+renamed, or dropped because its name is on a list, or causes an error.
 """
 
-import ast
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import save
-from transformers import AutoModel, HubertConfig, PretrainedConfig, Wav2Vec2Config, WavLMConfig, WhisperConfig
+from transformers import AutoModel, PretrainedConfig, WhisperConfig
 
 from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError
+from slam_asr.pretrained.fairseq_config import FairseqOptions, TensorDict, waveform_config
+from slam_asr.pretrained.lazy_tensors import is_finite, write_one_by_one
 from slam_asr.pretrained.unpickle import plain, read_pickle
-from slam_asr.storage import write_atomically, write_json
-
-TensorDict = dict[str, torch.Tensor]
+from slam_asr.storage import write_json
 
 _WHISPER = [
     (r"positional_embedding", "embed_positions.weight"),
@@ -75,13 +72,6 @@ _HEADS = re.compile(
 )
 """Names of tensors that only pretraining or CTC uses. They are dropped."""
 
-_NORMS = {"default": "group", "layer_norm": "layer"}
-"""fairseq's `extractor_mode` → transformers' `feat_extract_norm`."""
-_ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
-"""fairseq's `activation_fn` → transformers' `hidden_act`: the activation of the feed-forward layers."""
-_MAX_CONVOLUTIONS, _MAX_LAYOUT_LENGTH = 100, 1000
-"""Limits on the text that describes the convolutions, with which a malicious file could exhaust memory."""
-
 
 @dataclass
 class Original:
@@ -97,13 +87,6 @@ class Original:
     """Whether the encoder needs normalised waveforms; None for Whisper, which takes no waveforms."""
     dropped: list[str] = field(default_factory=list)
     """Names of the tensors that are not converted."""
-
-
-class _OptionReader(Protocol):
-    """A function that looks up an option of fairseq's configuration."""
-
-    def __call__(self, name: str, default: Any = None, /) -> Any:
-        """Return the option or, if it is missing, the default; raise `ModelError` if that is None."""
 
 
 def convert_original(source: Path, folder: Path) -> str:
@@ -124,16 +107,14 @@ def convert_original(source: Path, folder: Path) -> str:
     original = recognise(read_pickle(source), str(source))
     weights = map_tensors(original, str(source))
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ModelError(
                 f"{source} holds values that are not finite (NaN or infinite) in the tensor that becomes "
                 f"{name}: fetch it again."
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    write_atomically(
-        folder / "model.safetensors", save({n: t.contiguous() for n, t in weights.items()}, {"format": "pt"})
-    )
+    write_one_by_one(folder / "model.safetensors", weights, like=weights)
     write_json(folder / "preprocessor_config.json", _preprocessor(original))
     original.config.architectures = [type(_skeleton(original.config)).__name__]
     original.config.dtype = next(iter(weights.values())).dtype
@@ -275,11 +256,11 @@ def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
     return Original(config, tensors, _WHISPER)
 
 
-def _waveform(options: dict[str, Any], tensors: TensorDict, where: str) -> Original:
+def _waveform(content: dict[str, Any], tensors: TensorDict, where: str) -> Original:
     """Read a checkpoint of WavLM, HuBERT or wav2vec 2.0.
 
     Args:
-        options: the configuration in the file, as nested dicts.
+        content: the configuration in the file, as nested dicts.
         tensors: all tensors of the file, by fairseq's names.
         where: the file's name, for error messages.
 
@@ -288,194 +269,12 @@ def _waveform(options: dict[str, Any], tensors: TensorDict, where: str) -> Origi
     """
     # Names are compared without the prefix, so `_HEADS` also covers what pretraining left in a fine-tuned
     # model.
-    tuned = any(name.startswith(_TUNED) for name in tensors)
-    encoder = {
-        name.removeprefix(_TUNED): t
-        for name, t in tensors.items()
-        if not _HEADS.fullmatch(name.removeprefix(_TUNED))
-    }
     dropped = [name for name in tensors if _HEADS.fullmatch(name.removeprefix(_TUNED))]
-    sections = _sections(options, tuned)
-
-    def option(name: str, default: Any = None, /) -> Any:
-        # An option that is None counts as missing, so that a less specific section can supply it.
-        for section in sections:
-            if section.get(name) is not None:
-                return section[name]
-        if default is None:
-            raise ModelError(f"{where}: its configuration lacks {name}: it cannot be converted.")
-        return default
-
-    pretrained = _dict(_dict(options, "model"), "w2v_args") or _dict(options, "w2v_args")
-    candidates = (
-        _dict(options, "task"),
-        _dict(options, "model"),
-        options,
-        _dict(pretrained, "task"),
-        *sections,
-    )
-    # The first section with a value decides: a fine-tuned model's own option comes before that of the
-    # pretrained model. A string is only omegaconf's reference to another section, such as ${task.normalize}.
-    normalize = [s["normalize"] for s in candidates if isinstance(s.get("normalize"), int)]
-    if not normalize:
-        raise ModelError(
-            f"{where}: its configuration does not define whether waveforms are normalised (normalize): "
-            "it cannot be converted."
-        )
-    try:
-        config = _config(encoder, tensors, sections, option)
-    except (
-        LookupError,
-        ValueError,
-        SyntaxError,
-        TypeError,
-        ZeroDivisionError,
-        MemoryError,
-        RecursionError,
-        StrictDataclassError,
-    ) as error:
-        raise ModelError(
-            f"{where} lacks a part of an encoder, or describes one wrongly; fetch it again: "
-            f"{one_sentence(error)}"
-        ) from error
-    return Original(config, encoder, _WAVEFORM, bool(normalize[0]), dropped)
-
-
-def _config(
-    encoder: TensorDict, tensors: TensorDict, sections: list[dict[str, Any]], option: _OptionReader
-) -> PretrainedConfig:
-    """Choose transformers' configuration and fill it in.
-
-    Args:
-        encoder: the encoder's tensors, by fairseq's names.
-        tensors: all tensors of the file.
-        sections: the sections of fairseq's configuration, the most specific first.
-        option: looks up an option in these sections.
-    """
-    sizes = _sizes(encoder, option)
-    # Of the three kinds, only WavLM has relative positions.
-    bias = encoder.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
-    if bias is not None:
-        return WavLMConfig(
-            **sizes,
-            num_buckets=option("num_buckets", bias.shape[0]),
-            max_bucket_distance=option("max_distance"),
-        )
-    # A pretrained HuBERT has embeddings of its targets; wav2vec 2.0 has none. Fine-tuning removes them, so
-    # that only the name in the configuration still distinguishes the two kinds.
-    names = str([s.get("_name", s.get("arch", "")) for s in sections]).lower()
-    hubert = "label_embs_concat" in tensors or "hubert" in names
-    return (HubertConfig if hubert else Wav2Vec2Config)(**sizes)
-
-
-def _sections(options: dict[str, Any], tuned: bool) -> list[dict[str, Any]]:
-    """List the sections that may contain the encoder's options, the most specific first.
-
-    In a fine-tuned model's configuration, the options of its pretrained model are nested in `w2v_args`.
-
-    Args:
-        options: the configuration in the file.
-        tuned: whether the model was fine-tuned. In a pretrained model, `w2v_args` is ignored.
-    """
-    inner = _dict(_dict(options, "model"), "w2v_args") or _dict(options, "w2v_args")
-    nested = [_dict(inner, "model"), inner] if tuned else []
-    return [s for s in (*nested, _dict(options, "model"), options) if s]
-
-
-def _dict(section: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return a subsection, or an empty dict if the section has none of this name."""
-    value = section.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _sizes(tensors: TensorDict, option: _OptionReader) -> dict[str, Any]:
-    """Derive the arguments that transformers' three configurations have in common.
-
-    Args:
-        tensors: the encoder's tensors, by fairseq's names.
-        option: looks up an option of fairseq's configuration. Its default here is the size of a tensor.
-
-    Raises:
-        ValueError, LookupError, TypeError, SyntaxError: the configuration and the tensors contradict each
-            other, or a tensor is missing.
-        ModelError: an option is missing that cannot be derived from the tensors.
-    """
-    convolutions = sorted(
-        (n for n in tensors if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.0\.weight", n)),
-        key=lambda n: int(n.split(".")[2]),
-    )
-    shapes = [tuple(tensors[n].shape) for n in convolutions]
-    layout = _convolutions(option("conv_feature_layers"))
-    if [(s[0], s[2]) for s in shapes] != [(dim, kernel) for dim, kernel, _ in layout]:
-        raise ValueError(f"conv_feature_layers is {layout}, its convolutions are {shapes}")
-    # Shape of the convolution that encodes positions: [width, width / groups, kernel].
-    position = tensors["encoder.pos_conv.0.weight_v"].shape
-    width = position[0]
-    # WavLM's grep_a has the shape [1, heads, 1, 1]. No tensor of the other kinds shows the number of heads.
-    grep = tensors.get("encoder.layers.0.self_attn.grep_a")
-    mode = option(
-        "extractor_mode",
-        "layer_norm" if "feature_extractor.conv_layers.0.2.1.weight" in tensors else "default",
-    )
-    layers = option(
-        "encoder_layers", len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")})
-    )
-    # A huge number of layers would exhaust memory when the model is built, even without values.
-    if layers > len(tensors):
-        raise ValueError(f"encoder_layers is {layers}, its tensors are {len(tensors)}")
-    return {
-        "hidden_size": option("encoder_embed_dim", width),
-        "num_hidden_layers": layers,
-        "num_attention_heads": option("encoder_attention_heads", grep.shape[1] if grep is not None else None),
-        "intermediate_size": option("encoder_ffn_embed_dim", tensors["encoder.layers.0.fc1.weight"].shape[0]),
-        "hidden_act": _ACTIVATIONS[option("activation_fn", "gelu")],
-        "conv_dim": [dim for dim, _, _ in layout],
-        "conv_kernel": [kernel for _, kernel, _ in layout],
-        "conv_stride": [stride for _, _, stride in layout],
-        "num_feat_extract_layers": len(layout),
-        "conv_bias": option("conv_bias", "feature_extractor.conv_layers.0.0.bias" in tensors),
-        "feat_extract_norm": _NORMS[mode],
-        # Where the norms are applied changes no tensor, so this option has no default.
-        "do_stable_layer_norm": bool(option("layer_norm_first")),
-        "num_conv_pos_embeddings": option("conv_pos", position[2]),
-        "num_conv_pos_embedding_groups": option("conv_pos_groups", width // position[1]),
-    }
-
-
-def _convolutions(text: Any) -> list[tuple[int, int, int]]:
-    """Parse fairseq's description of the convolutions, which is Python code, without running it.
-
-    Args:
-        text: a text such as `[(512,10,5)] + [(512,3,2)] * 4`, or a list that is already parsed.
-
-    Returns:
-        For each convolution (channels, kernel, stride), with kernel and stride in time steps of its input.
-
-    Raises:
-        ValueError, TypeError, SyntaxError: the text contains anything but lists, sums and multiples, or
-            exceeds the limits.
-    """
-    if not isinstance(text, str):
-        return [tuple(layer) for layer in text]
-
-    def value(node: ast.AST) -> Any:
-        match node:
-            case ast.BinOp(left, ast.Add(), right):
-                return value(left) + value(right)
-            case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))):
-                repeated = value(left)
-                # Checked before multiplying, because nested multiples grow exponentially.
-                if not 0 <= times * len(repeated) <= _MAX_CONVOLUTIONS:
-                    raise ValueError(f"{times} times {len(repeated)} convolutions")
-                return repeated * times
-        return ast.literal_eval(node)
-
-    if len(text) > _MAX_LAYOUT_LENGTH:
-        raise ValueError(f"conv_feature_layers has {len(text)} characters")
-    layers = [tuple(layer) for layer in value(ast.parse(text.strip(), mode="eval").body)]
-    if not all(len(layer) == 3 and all(isinstance(n, int) for n in layer) for layer in layers):
-        raise ValueError(f"conv_feature_layers is {text}")
-    return layers
+    encoder = {name.removeprefix(_TUNED): t for name, t in tensors.items() if name not in dropped}
+    options = FairseqOptions(content, any(name.startswith(_TUNED) for name in tensors), where)
+    normalize = options.normalizes()
+    config = waveform_config(encoder, "label_embs_concat" in tensors, options)
+    return Original(config, encoder, _WAVEFORM, normalize, dropped)
 
 
 def _preprocessor(original: Original) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from slam_asr.errors import UserError
-from slam_asr.runtime.worker import FAILURE
+from slam_asr.runtime.worker import FAILURE, PARENT
 from slam_asr.storage import write_json
 
 
@@ -66,7 +66,7 @@ def processes_of(
                 running.append(
                     subprocess.Popen(
                         [sys.executable, "-u", "-m", module, str(path)],
-                        env=os.environ | {"OMP_NUM_THREADS": threads},
+                        env=os.environ | {"OMP_NUM_THREADS": threads, PARENT: str(os.getpid())},
                         stdin=pipe,
                         stdout=pipe,
                         encoding="utf-8",

@@ -17,11 +17,22 @@ FAILURE = "failure.txt"
 """Name of the file to which a process writes the message of its failure."""
 
 
+PARENT = "SLAM_ASR_PARENT"
+"""Environment variable: the id of the process that started this one."""
+
+
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, even if the parent was killed."""
+    """Have the kernel kill this process when its parent ends, even if the parent was killed.
+
+    The kernel signals only what happens after this call. A parent that was killed while this process was
+    still importing its modules would leave it waiting for others for ever, so that is checked afterwards.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = os.environ.get(PARENT)
+    if parent and os.getppid() != int(parent):
+        os._exit(EXIT_CODE)
 
 
 def leave_group(code: int = 0) -> NoReturn:

@@ -17,7 +17,6 @@ DURATIONS = (5, 10, 15, 20, 30)
 """Upper limits in seconds, inclusive, of the groups of utterances by length. The last group has no limit."""
 CONFUSIONS = 30
 """Maximum number of confusions of each kind that are listed."""
-NORMALISED = "whisper"
 
 LOOP, CUT, EMPTY, REFUSAL = "loop", "cut at the limit", "empty answer", "refusal"
 GUARDS = {

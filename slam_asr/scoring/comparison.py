@@ -42,26 +42,20 @@ class Compared:
         return "the first is better" if self.difference < 0 else "the second is better"
 
 
-def compare_outputs(
-    first: tuple[str, Sequence[Hypothesis]], second: tuple[str, Sequence[Hypothesis]], seed: int = 0
-) -> list[Compared]:
-    """Compare utterances that are already loaded.
+def compare_pairs(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, seed: int) -> list[Compared]:
+    """Compare the two hypotheses of each utterance.
 
     Args:
-        first: the first recogniser's name, for error messages, and its utterances.
-        second: the same for the second recogniser.
+        pairs: from `pair`.
+        first: the first recogniser's name, for the error message.
         seed: seed of the resampling and of the random exchanges.
 
     Returns:
-        As from `compare`.
+        One comparison per test subset, if the utterances come from several, and a last one over all of them.
 
     Raises:
-        InputError: as for `compare`.
+        InputError: no reference contains a word.
     """
-    return compare_pairs(pair(first, second, common=False)[0], first[0], seed)
-
-
-def compare_pairs(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, seed: int) -> list[Compared]:
     a, b = (measure([pair[side] for pair in pairs]) for side in (0, 1))
     if not a.words.sum():
         raise InputError(
@@ -84,7 +78,16 @@ def compare_pairs(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, se
 def pair(
     first: tuple[str, Sequence[Hypothesis]], second: tuple[str, Sequence[Hypothesis]], common: bool
 ) -> tuple[list[tuple[Hypothesis, Hypothesis]], dict[str, int]]:
-    """Pair the utterances that both outputs have, and count those that only one has, by that one's path."""
+    """Pair the utterances that both outputs have, and count those that only one has, by that one's path.
+
+    Args:
+        first: the first recogniser's name and its utterances.
+        second: the same for the second recogniser.
+        common: leave out the utterances that only one output has, instead of refusing them.
+
+    Raises:
+        InputError: an utterance is in only one output, occurs twice in one, or has different references.
+    """
     # SLAM-LLM's files name no subsets. If any utterance lacks its subset, all are paired by key alone.
     with_subset = all(row.subset for _, rows in (first, second) for row in rows)
     sides = [(path, _by_name(path, rows, with_subset)) for path, rows in (first, second)]

@@ -3,33 +3,33 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from slam_asr.artifacts.hypotheses import Hypothesis, read_hypotheses
+from slam_asr.artifacts.hypotheses import HYPOTHESES, Hypothesis, read_hypotheses
 from slam_asr.errors import InputError
 from slam_asr.storage import exists, fetch, join
 
 PREDICTED, SPOKEN = "_pred", "_gt"
 
 
-def read_output(path: str, hypotheses: str) -> list[Hypothesis]:
+def read_output(path: str) -> list[Hypothesis]:
     """Read the utterances of a recogniser's output.
 
     Args:
         path: local path or s3:// URI of a folder that decode or score wrote, of the hypotheses in it, or of
             SLAM-LLM's `…_pred`, with its `…_gt` next to it. Each line of the last two is key, tab, text.
-        hypotheses: name of the file of hypotheses in such a folder.
 
     Raises:
         InputError: the path does not exist, or its content is in none of these formats.
     """
     if path.endswith(PREDICTED):
         return _read_pair(path)
-    file_in_folder = join(path, hypotheses)
-    if not exists(path) and not exists(file_in_folder):
+    file_in_folder = join(path, HYPOTHESES)
+    file = next(filter(exists, (file_in_folder, path)), None)
+    if file is None:
         raise InputError(
             f"{path} contains no hypotheses: name a folder that decode or score wrote, a hypotheses.jsonl, "
             f"or SLAM-LLM's …{PREDICTED} file."
         )
-    return read_hypotheses(fetch(file_in_folder if exists(file_in_folder) else path))
+    return read_hypotheses(fetch(file))
 
 
 def _read_pair(path: str) -> list[Hypothesis]:

@@ -7,7 +7,7 @@ output that ignores the audio: a rate means little if silence or guessing comes 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 from slam_asr import __version__
 from slam_asr.artifacts.hypotheses import Hypothesis, align
 from slam_asr.artifacts.word_errors import Measured, groups_of, measure, nothing_written
+from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
 from slam_asr.pages.curves import draw_curves, thinned
 from slam_asr.pages.render import capital, grouped, render
-from slam_asr.progress import clock
 from slam_asr.scoring.analysis import GUARDS, analyse, counts_of, guards_of
 from slam_asr.scoring.controls import EMPTY
 from slam_asr.scoring.report_audio import Name, worst_first
+from slam_asr.scoring.report_facts import decoding_facts, training_facts
 from slam_asr.storage import write_atomically, write_json
 
 PAGE = "report.html"
@@ -43,12 +44,11 @@ _CONTROL_NOTES = {
 
 
 def write_report(
-    folder: str | Path,
-    title: str,
+    folder: Path,
+    recipe: Recipe,
     rows: Sequence[Hypothesis],
     controls: dict[str, list[Hypothesis]],
     training: dict[str, Any],
-    published: dict[str, float],
     decoding: dict[str, Any],
     audio: dict[Name, str] | None = None,
 ) -> dict[str, float]:
@@ -56,7 +56,7 @@ def write_report(
 
     Args:
         folder: output folder; created if missing.
-        title: the page's heading, such as the recipe's name.
+        recipe: its name is the page's heading, and its published rates are shown next to the measured ones.
         rows: the model's hypotheses.
         controls: other hypotheses for the same utterances, by the names `shuffled audio` and `empty output`.
         training: how the model was trained: recipe, encoder, llm, trained_parameters (or, if that is absent,
@@ -64,7 +64,6 @@ def write_report(
             train_utterances, train_hours, curve (list of {step, loss, accuracy, learning_rate}) and
             validation (list of {step, loss, accuracy}), with accuracies as fractions. Keys that are absent
             are not shown.
-        published: published WER in percent, by subset.
         decoding: how the test was decoded: beams, seconds, audio_hours, utterances, answers_cut,
             empty_answers. Any other facts are shown under their own names.
         audio: audio of some of the worst utterances, as MP3 in base64, to be played on the page.
@@ -84,19 +83,18 @@ def write_report(
     _ = measured.total().wer  # If the references contain no words, this raises before anything is written.
     training = training | {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     numbers = {
-        "title": title,
+        "title": recipe.name,
         "wer_unit": "percent",
         **analyse(measured),
         "controls": {
             name: _by_subset(nothing_written(measured) if name == EMPTY else measure(control))
             for name, control in controls.items()
         },
-        "published": published,
+        "published": recipe.published_wer,
         "training": training,
         "decoding": decoding,
         "version": __version__,
     }
-    folder = Path(folder)
     write_atomically(folder / PAGE, _page(numbers, measured, audio or {}))
     write_atomically(folder / MARKDOWN, _markdown(numbers))
     write_json(folder / NUMBERS, _finite(numbers))
@@ -138,8 +136,8 @@ def _page(numbers: dict[str, Any], measured: Measured, audio: dict[Name, str]) -
         rows=_table(numbers),
         control_notes=_CONTROL_NOTES,
         has_published=_has_published(numbers),
-        training_facts=_training_facts(numbers["training"]),
-        decoding_facts=_decoding_facts(numbers["decoding"]),
+        training_facts=training_facts(numbers["training"]),
+        decoding_facts=decoding_facts(numbers["decoding"]),
         curves=draw_curves(numbers["training"]),
         guard_notes=GUARDS,
         groups=_groups(numbers),
@@ -225,67 +223,6 @@ def _pieces(row: Hypothesis) -> list[tuple[str, str, str]]:
     return pieces
 
 
-def _training_facts(training: dict[str, Any]) -> list[tuple[str, str]]:
-    values = {"trained_parameters": training.get("projector_parameters"), **training}
-    values.pop("projector_parameters", None)
-    facts = _Facts(values)
-    facts.add("Recipe", "recipe")
-    facts.add("Speech encoder", "encoder")
-    facts.add("Language model", "llm")
-    trained, total = values["trained_parameters"], values.get("all_parameters")
-    share = f" ({100 * trained / total:.2g}\u202f% of all)" if trained and total else ""
-    facts.add("Trained parameters", "trained_parameters", lambda n: f"{grouped(n)}{share}")
-    facts.add("All parameters", "all_parameters")
-    facts.add("Precision", "precision")
-    facts.add("Device", "device")
-    facts.add("Processes", "processes")
-    facts.add("Optimiser steps", "steps")
-    facts.add("Epochs", "epochs")
-    facts.add("Training utterances", "train_utterances")
-    facts.add("Training audio", "train_hours", lambda hours: f"{hours:.2f} h")
-    facts.add("Training time", "seconds", clock)
-    return facts.all_with_the_rest()
-
-
-def _decoding_facts(decoding: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = _Facts(decoding)
-    facts.add("Beams", "beams")
-    facts.add("Utterances", "utterances")
-    hours, seconds = facts.values.pop("hours_decoded", decoding.get("audio_hours")), decoding.get("seconds")
-    speed = f", {hours * 3600 / seconds:.1f} times real time" if hours and seconds else ""
-    facts.add("Audio", "audio_hours", lambda h: f"{h:.2f} h")
-    facts.add("Decoding time", "seconds", lambda s: f"{clock(s)}{speed}")
-    facts.add("Answers cut at the token limit", "answers_cut")
-    facts.add("Empty answers", "empty_answers")
-    facts.add("Close calls, where rounding may decide", "close_calls")
-    return facts.all_with_the_rest()
-
-
-class _Facts:
-    """Collects labels and values as text, in the order in which they are added."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = {
-            key: v for key, v in values.items() if v is not None and not isinstance(v, list | dict)
-        }
-        self.facts: list[tuple[str, str]] = []
-
-    def add(self, label: str, key: str, show: Callable[[Any], str] | None = None) -> None:
-        value = self.values.pop(key, None)
-        if value is not None:
-            self.facts.append((label, (show or _shown)(value)))
-
-    def all_with_the_rest(self) -> list[tuple[str, str]]:
-        rest = [(capital(key.replace("_", " ")), _shown(value)) for key, value in self.values.items()]
-        return self.facts + rest
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return grouped(value) if isinstance(value, int | float) else str(value)
-
-
 def rate_text(percent: float | None) -> str:
     """A rate in percent for a table cell, or a dash for None."""
     return "–" if percent is None else f"{percent:.2f}"
@@ -327,8 +264,8 @@ def _markdown(numbers: dict[str, Any]) -> str:
     if wrong:
         lines += ["", f"Answers that went wrong: {'; '.join(wrong)}."]
     for label, facts in (
-        ("Trained", _training_facts(numbers["training"])),
-        ("Decoded", _decoding_facts(numbers["decoding"])),
+        ("Trained", training_facts(numbers["training"])),
+        ("Decoded", decoding_facts(numbers["decoding"])),
     ):
         if facts:
             lines += [

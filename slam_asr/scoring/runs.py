@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slam_asr.artifacts.hypotheses import HYPOTHESES, Hypothesis
+from slam_asr.artifacts.hypotheses import Hypothesis
 from slam_asr.config.variations import Variation
 from slam_asr.pages.curves import RUN_MARKERS, draw_runs, is_number, thinned
 from slam_asr.pages.render import grouped, render
 from slam_asr.progress import clock
-from slam_asr.scoring.comparison import Compared, compare_outputs, probability_text
+from slam_asr.scoring.comparison import Compared, compare_pairs, pair, probability_text
 from slam_asr.scoring.outputs import read_output
 from slam_asr.scoring.report import interval_text, plain, rate_text
 from slam_asr.storage import write_atomically, write_json
@@ -80,12 +80,13 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
         # Runs with the same title are distinguished by the names of their folders.
         name = title if titles.count(title) == 1 else f"{title} ({folder.rstrip('/').rpartition('/')[2]})"
         changes = known[title].describe() if title in known else ""
-        runs.append(Run(name, folder, changes, values, read_output(folder, HYPOTHESES)))
+        runs.append(Run(name, folder, changes, values, read_output(folder)))
     runs.sort(key=lambda run: (run.numbers["all"]["wer"], run.name))
     best = runs[0]
     for run in runs[1:]:
         if _same_test(best.rows, run.rows):
-            run.against_best = compare_outputs((best.name, best.rows), (run.name, run.rows))[-1]
+            pairs, _ = pair((best.name, best.rows), (run.name, run.rows), common=False)
+            run.against_best = compare_pairs(pairs, best.name, seed=0)[-1]
     return runs
 
 

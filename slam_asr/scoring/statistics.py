@@ -82,7 +82,6 @@ class Difference:
     """Upper limit of that interval."""
     p: float
     """Probability of a difference at least as large, in either direction, if both were equally good."""
-    utterances: int
     differing: int
     """Number of utterances with different numbers of errors. All others have no effect on p."""
 
@@ -116,4 +115,4 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
         as_large = sum(int((np.abs(batch @ nonzero) >= observed).sum()) for batch in signs)
         # Plus one, because the observed assignment is itself one of the possible exchanges.
         p = (as_large + 1) / (FLIPS + 1)
-    return Difference(float(differences.sum() / words.sum()), low, high, p, len(words), len(nonzero))
+    return Difference(float(differences.sum() / words.sum()), low, high, p, len(nonzero))

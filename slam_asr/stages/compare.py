@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from slam_asr.artifacts.hypotheses import HYPOTHESES
 from slam_asr.progress import log_line
 from slam_asr.scoring.comparison import Compared, compare_pairs, pair, probability_text
 from slam_asr.scoring.outputs import read_output
@@ -35,7 +34,7 @@ def compare(
         InputError: an utterance is in only one output or has different references in the two, or no
             reference contains a word.
     """
-    outputs = [(path, read_output(path, HYPOTHESES)) for path in (first, second)]
+    outputs = [(path, read_output(path)) for path in (first, second)]
     pairs, left_out = pair(outputs[0], outputs[1], common)
     rows = compare_pairs(pairs, first, seed)
     _print(rows, first, second, left_out)

@@ -36,20 +36,7 @@ def compare_runs(
     Raises:
         UserError: fewer than two runs are given, a run has no report, or a run is named twice.
     """
-    if len(runs) < 2:
-        raise InputError(
-            f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} "
-            "of score; give two or more."
-        )
-    repeated = sorted({folder for folder in runs if runs.count(folder) > 1})
-    if repeated:
-        raise InputError(f"--runs names {repeated[0]} twice: give each run once.")
-    for folder in runs:
-        if not exists(join(folder, NUMBERS)):
-            raise InputError(
-                f"{folder} contains no {NUMBERS}, so there is no report to compare: "
-                "give folders that score wrote."
-            )
+    _check(runs)
     known = [variation_of(text) for text in variations or []]
     files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}
     # Runs count by their content, in sorted order: the pipeline's loop may pass its results on in any order,
@@ -75,3 +62,21 @@ def compare_runs(
         )
 
     return run_stage(STAGE, output, inputs, work, overwrite)
+
+
+def _check(runs: list[str]) -> None:
+    """Refuse fewer than two runs, a run that is named twice, and one without a report."""
+    if len(runs) < 2:
+        raise InputError(
+            f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} "
+            "of score; give two or more."
+        )
+    repeated = sorted({folder for folder in runs if runs.count(folder) > 1})
+    if repeated:
+        raise InputError(f"--runs names {repeated[0]} twice: give each run once.")
+    for folder in runs:
+        if not exists(join(folder, NUMBERS)):
+            raise InputError(
+                f"{folder} contains no {NUMBERS}, so there is no report to compare: "
+                "give folders that score wrote."
+            )

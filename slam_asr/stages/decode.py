@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from slam_asr import __version__
 from slam_asr.artifacts.hypotheses import HYPOTHESES, NBEST, Hypothesis, write_hypotheses
-from slam_asr.artifacts.manifest import Utterance, write_json_lines
+from slam_asr.artifacts.json_lines import write_json_lines
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.model_folder import model_digests
 from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
 from slam_asr.artifacts.utterances import load_utterance, manifest_files
@@ -20,12 +21,14 @@ from slam_asr.decoding.model import open_model
 from slam_asr.progress import Meter, log_line
 from slam_asr.runtime.work_split import WorkShard, parse_work_shard
 from slam_asr.scoring.report import WORST
-from slam_asr.scoring.report_audio import Name, encode_audio, worst_first, write_audio
+from slam_asr.scoring.report_audio import encode_audio, worst_first, write_audio
 from slam_asr.storage import digest, fetch, is_s3, sha256_of_file
 
 if TYPE_CHECKING:
     from slam_asr.decoding.journal import DecodeJournal
     from slam_asr.models.searcher import Answer
+
+Decoded = tuple[Hypothesis, "Answer"]
 
 
 def decode(
@@ -65,77 +68,56 @@ def decode(
     # Raises if this machine cannot compute in the requested precision.
     explain_precision(recipe.decoding.precision, pick_device())
     processes = processes_here("decoding.processes", recipe.decoding.processes)
-    opened = open_model(model)
-    decoder = Decoder(recipe, opened, manifest_files(manifests, ("test.jsonl",)), feature_store)
-    utterances, store = decoder.utterances, decoder.store
-    inputs = {
-        "model": model_digests(opened.folder),
-        "manifests": [sha256_of_file(fetch(file)) for file in decoder.files],
-        "audio": digest(decoder.audio_ids),
-        "features": store.fingerprint if store else None,
-        "decoding": options_that_change_texts(recipe.decoding),
-        **({"audio of the worst": recipe.decoding.report_audio} if recipe.decoding.report_audio else {}),
-        "part": str(shard),
-    }
-    # The audio only affects the report: a journal may be resumed with or without it.
-    decoding_digest = digest(
-        {"version": __version__}
-        | {key: value for key, value in inputs.items() if key != "audio of the worst"}
-    )
+    decoder = Decoder(recipe, open_model(model), manifest_files(manifests, ("test.jsonl",)), feature_store)
+    inputs = _inputs(decoder, shard)
+    # A journal may be resumed with or without the audio, which only affects the report.
+    decoding_digest = digest({"version": __version__} | inputs)
+    if recipe.decoding.report_audio:
+        inputs["audio of the worst"] = recipe.decoding.report_audio
     folder_or_prefix = output.replace(FINGERPRINT, digest(inputs)[:16])
 
     def work(folder: Path) -> Outcome:
         remote = folder_or_prefix if is_s3(folder_or_prefix) else None
         with DecodeJournal(folder, decoding_digest, remote) as journal:
             decoded, facts = _decode(decoder, shard, journal, processes)
-        rows = [row for row, _ in decoded]
-        write_hypotheses(folder / HYPOTHESES, rows)
-        if recipe.decoding.nbest > 1:
-            write_json_lines(
-                folder / NBEST,
-                [
-                    {"key": row.key, "subset": row.subset, "choices": [asdict(c) for c in answer.choices]}
-                    for row, answer in decoded
-                ],
-            )
-        audio = _audio_of_the_worst(recipe, rows, utterances)
-        if audio:
-            write_audio(folder, audio)
+        _write(folder, recipe.decoding, decoded, decoder.utterances)
         journal.close()
-        of_all = f"{len(rows)} of {len(utterances)} utterances, work shard {shard}"
-        summary = of_all if shard.of > 1 else f"{len(rows)} utterances"
+        summary = f"{len(decoded)} utterances"
+        if shard.of > 1:
+            summary = f"{len(decoded)} of {len(decoder.utterances)} utterances, work shard {shard}"
         return Outcome(summary, _rates(facts), facts)
 
     return run_stage("decode", output, inputs, work, overwrite)
 
 
+def _inputs(decoder: Decoder, shard: WorkShard) -> dict[str, Any]:
+    """What decides the texts."""
+    return {
+        "model": model_digests(decoder.model.folder),
+        "manifests": [sha256_of_file(fetch(file)) for file in decoder.files],
+        "audio": digest(decoder.audio_ids),
+        "features": decoder.store.fingerprint if decoder.store else None,
+        "decoding": options_that_change_texts(decoder.recipe.decoding),
+        "part": str(shard),
+    }
+
+
 def _decode(
     decoder: Decoder, shard: WorkShard, journal: "DecodeJournal", processes: int
-) -> tuple[list[tuple[Hypothesis, "Answer"]], dict[str, Any]]:
+) -> tuple[list[Decoded], dict[str, Any]]:
     """Transcribe a work shard's utterances, except those in the journal.
 
     Returns:
         Hypothesis and answer of each utterance, and facts for the record: counts, hours and seconds.
     """
-    from slam_asr.models.precision import explain_precision, pick_device
-
-    options, trained, utterances = decoder.recipe.decoding, decoder.model.trained, decoder.utterances
-    log_line(
-        f"models: {trained.encoder.name} + projector + {trained.llm.name}; "
-        f"{explain_precision(options.precision, pick_device())}"
-    )
     # Batches are planned over all utterances. So each utterance is decoded with the same others, and rounds
     # alike, whatever the number of work shards and processes.
     batches = [batch for number, batch in enumerate(decoder.batches) if shard.takes(number)]
     in_shard = sorted(index for batch in batches for index in batch)
-    hours = sum(utterances[i].duration or 0.0 for i in in_shard) / 3600
     remaining = [batch for batch in batches if not journal.answers.keys() >= set(batch)]
     processes = min(processes, len(remaining))
-    log_line(
-        f"decoding {len(in_shard)} utterances, {hours:.2f} h, "
-        f"with {options.beams} beam{'s' * (options.beams > 1)}"
-        f"{f' and {processes} processes' * (processes > 1)}"
-    )
+    hours = _hours(decoder, in_shard)
+    _log(decoder, len(in_shard), hours, processes)
     if processes == 1:
         # Before the clock starts, so that the reported speed is that of decoding alone.
         decoder.load()
@@ -152,42 +134,66 @@ def _decode(
             for batch in remaining:
                 take(decoder.decode(batch))
     seconds = time.monotonic() - started
-
-    answers = journal.answers
-    decoded = [
-        (
-            Hypothesis(
-                u.key, u.target, answers[i].text, u.subset, u.speaker, u.duration or 0.0, answers[i].cut
-            ),
-            answers[i],
-        )
-        for i, u in ((i, utterances[i]) for i in in_shard)
-    ]
-    newly_decoded = [i for batch in remaining for i in batch]
+    decoded = [(decoder.utterances[i], journal.answers[i]) for i in in_shard]
     facts = {
-        "beams": options.beams,
+        "beams": decoder.recipe.decoding.beams,
         "seconds": round(seconds, 1),
         "audio_hours": round(hours, 4),
         "utterances": len(decoded),
-        "hours_decoded": round(sum(utterances[i].duration or 0.0 for i in newly_decoded) / 3600, 4),
-        "answers_cut": sum(a.cut for _, a in decoded),
-        "empty_answers": sum(not a.text for _, a in decoded),
+        "hours_decoded": round(_hours(decoder, [i for batch in remaining for i in batch]), 4),
+        "answers_cut": sum(answer.cut for _, answer in decoded),
+        "empty_answers": sum(not answer.text for _, answer in decoded),
     }
-    close_calls = [a.close for _, a in decoded if a.close is not None]
+    close_calls = [answer.close for _, answer in decoded if answer.close is not None]
     if len(close_calls) == len(decoded):
         facts["close_calls"] = sum(close_calls)
-    return decoded, facts
+    return [(_hypothesis(utterance, answer), answer) for utterance, answer in decoded], facts
 
 
-def _audio_of_the_worst(
-    recipe: Recipe, rows: Sequence[Hypothesis], utterances: Sequence[Utterance]
-) -> dict[Name, str]:
-    """Return the audio of as many of the worst utterances as `decoding.report_audio` allows, in MB."""
-    if not recipe.decoding.report_audio:
-        return {}
-    by_name = {(u.key, u.subset): u for u in utterances}
-    names = ((rows[i].key, rows[i].subset) for i in worst_first(measure(rows))[:WORST])
-    return encode_audio(names, lambda name: load_utterance(by_name[name]), recipe.decoding.report_audio)
+def _hypothesis(u: Utterance, answer: "Answer") -> Hypothesis:
+    return Hypothesis(u.key, u.target, answer.text, u.subset, u.speaker, u.duration or 0.0, answer.cut)
+
+
+def _hours(decoder: Decoder, indices: Sequence[int]) -> float:
+    return sum(decoder.utterances[i].duration or 0.0 for i in indices) / 3600
+
+
+def _log(decoder: Decoder, utterances: int, hours: float, processes: int) -> None:
+    """Say what is decoded, with which models, and how."""
+    from slam_asr.models.precision import explain_precision, pick_device
+
+    options, trained = decoder.recipe.decoding, decoder.model.trained
+    log_line(
+        f"models: {trained.encoder.name} + projector + {trained.llm.name}; "
+        f"{explain_precision(options.precision, pick_device())}"
+    )
+    log_line(
+        f"decoding {utterances} utterances, {hours:.2f} h, "
+        f"with {options.beams} beam{'s' * (options.beams > 1)}"
+        f"{f' and {processes} processes' * (processes > 1)}"
+    )
+
+
+def _write(
+    folder: Path, options: Decoding, decoded: Sequence[Decoded], utterances: Sequence[Utterance]
+) -> None:
+    """Write the hypotheses and, if the recipe asks for them, n-best lists and audio of the worst."""
+    rows = [row for row, _ in decoded]
+    write_hypotheses(folder / HYPOTHESES, rows)
+    if options.nbest > 1:
+        write_json_lines(
+            folder / NBEST,
+            [
+                {"key": row.key, "subset": row.subset, "choices": [asdict(c) for c in answer.choices]}
+                for row, answer in decoded
+            ],
+        )
+    if options.report_audio:
+        by_name = {(u.key, u.subset): u for u in utterances}
+        worst = ((rows[i].key, rows[i].subset) for i in worst_first(measure(rows))[:WORST])
+        audio = encode_audio(worst, lambda name: load_utterance(by_name[name]), options.report_audio)
+        if audio:
+            write_audio(folder, audio)
 
 
 def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:

@@ -5,7 +5,8 @@ It also estimates the training's storage and time. No weights are loaded.
 
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
-from slam_asr.planning.plan import ENCODING, TRAINING, USABLE, Plan, estimate
+from slam_asr.planning.memory import PARTS, host_optimizer_bytes
+from slam_asr.planning.plan import ENCODING, TRAINING, USABLE, Gpus, Plan, Speech, estimate
 from slam_asr.planning.shapes import Shapes, describe
 from slam_asr.progress import clock, log_line
 
@@ -51,24 +52,17 @@ def plan(
         if not value > 0:
             raise ConfigurationError(f"--{name} is {value} but must be above 0.")
     shapes = describe(recipe)
-    result = estimate(
-        shapes,
-        gpus,
-        gpu_memory,
-        hours,
-        utterance_seconds,
-        test_hours,
-        peak=gpu_tflops * 1e12,
-        bandwidth=gpu_bandwidth * 1e12,
-    )
-    _print(result, shapes, gpus, gpu_memory, gpu_tflops, hours)
+    hardware = Gpus(gpus, gpu_memory * 1e9, gpu_tflops * 1e12, gpu_bandwidth * 1e12)
+    result = estimate(shapes, hardware, Speech(hours, utterance_seconds, test_hours))
+    _print_memory(result, shapes, hardware)
+    if result.cache_bytes:
+        log_line(f"\nfeature cache: {result.cache_bytes / 1e9:,.1f} GB for {hours:g} h")
+    _print_work(result, hardware)
     return result
 
 
-def _print(
-    result: Plan, shapes: Shapes, gpus: int, gpu_memory: float, gpu_tflops: float, hours: float
-) -> None:
-    recipe, memory = shapes.recipe, result.memory
+def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
+    recipe, load = shapes.recipe, result.load
     log_line(f"{recipe.name}: {recipe.encoder.name} + {recipe.projector.kind} projector + {recipe.llm.name}")
     for note in shapes.notes:
         log_line(f"  {note}")
@@ -76,50 +70,40 @@ def _print(
         f"parameters: encoder {shapes.encoder_parameters:,}, projector {shapes.projector_parameters:,}, LLM "
         f"{shapes.llm_parameters:,} (of which trained {shapes.llm_trained:,})"
     )
-    engine = recipe.training.engine
-    sharding = (
-        f"ZeRO stage {recipe.training.zero_stage}"
-        if engine == "deepspeed"
-        else {"ddp": "DDP", "fsdp": "FSDP2"}[engine]
-    )
-    where = f"each of {gpus} GPU{'s' * (gpus > 1)}" if gpus else "a process on a CPU, beyond an idle one,"
-    log_line(f"\nmemory of {where} in training, {sharding}, GB:")
-    load = result.load
-    rows = {
-        "frozen weights": memory.frozen,
-        "trained weights and gradients": memory.trained,
-        "optimiser": memory.optimizer,
-        f"activations ({load.rows:.1f} utterances of {load.length} positions)": memory.activations,
-        f"logits ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})": memory.logits,
-        "CUDA and NCCL, about": memory.overhead,
+    sharding = {"deepspeed": f"ZeRO stage {recipe.training.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}
+    each = f"each of {gpus.number} GPU{'s' * (gpus.number > 1)}"
+    where = each if gpus.number else "a process on a CPU, beyond an idle one,"
+    log_line(f"\nmemory of {where} in training, {sharding[recipe.training.engine]}, GB:")
+    details = {
+        "activations": f" ({load.rows:.1f} utterances of {load.length} positions)",
+        "logits": f" ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})",
+        "overhead": ", about",
     }
+    rows = {PARTS[part] + details.get(part, ""): size for part, size in vars(result.memory).items() if size}
     for name, size in rows.items():
-        if size:
-            log_line(f"  {name:<52}{size / 1e9:8.2f}")
+        log_line(f"  {name:<52}{size / 1e9:8.2f}")
     verdict = "fits" if result.fits else "DOES NOT FIT"
     log_line(
-        f"  {'total':<52}{memory.total / 1e9:8.2f}  {verdict} into {gpu_memory:g} GB ({USABLE:.0%} of them "
-        "usable)"
+        f"  {'total':<52}{result.memory.total / 1e9:8.2f}  {verdict} into {gpus.memory / 1e9:g} GB "
+        f"({USABLE:.0%} of them usable)"
     )
     if recipe.training.offload_optimizer:
-        # 12 bytes for each trained weight: an fp32 master and Adam's two fp32 moments.
-        log_line(
-            "  "
-            f"{'optimiser in host memory, all hosts together':<52}{12 * shapes.trained_parameters / 1e9:8.2f}"
-        )
-    if result.cache_bytes:
-        log_line(f"\nfeature cache: {result.cache_bytes / 1e9:,.1f} GB for {hours:g} h")
+        name = "optimiser in host memory, all hosts together"
+        log_line(f"  {name:<52}{host_optimizer_bytes(shapes) / 1e9:8.2f}")
+
+
+def _print_work(result: Plan, gpus: Gpus) -> None:
     log_line(
-        f"\nwork, at {gpu_tflops:g} TFLOP/s each, of which {ENCODING:.0%} encoding and {TRAINING:.0%} "
+        f"\nwork, at {gpus.peak / 1e12:g} TFLOP/s each, of which {ENCODING:.0%} encoding and {TRAINING:.0%} "
         f"training, in {result.steps:,} steps:"
     )
     for name, stage in result.stages.items():
         log_line(
             f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {stage.gpus} "
-            f"{'GPU' if gpus else 'CPU'}{'s' * (stage.gpus > 1)}"
+            f"{'GPU' if gpus.number else 'CPU'}{'s' * (stage.gpus > 1)}"
         )
     total = sum(s.seconds * s.gpus for s in result.stages.values()) / 3600
-    log_line(f"  {'GPU-hours' if gpus else 'hours':<18}{total:12,.1f}")
+    log_line(f"  {'GPU-hours' if gpus.number else 'hours':<18}{total:12,.1f}")
     if result.proposal:
         command = " ".join(f"--{name} {str(value).lower()}" for name, value in result.proposal.items())
         log_line(f"\nproposed: {command}")

@@ -14,7 +14,7 @@ from slam_asr.artifacts.hypotheses import (
 )
 from slam_asr.artifacts.model_folder import read_config
 from slam_asr.artifacts.stage_record import Outcome, Record, require_record, run_stage
-from slam_asr.config.recipe import Decoding, Recipe
+from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
 from slam_asr.scoring.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
 from slam_asr.scoring.report import write_report
@@ -59,7 +59,7 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
         "title": recipe.name,
         "training": config.training,
         "published": recipe.published_wer,
-        "controls": _control_options(recipe.decoding),
+        "controls": {"shuffled": recipe.decoding.shuffled_control, "seed": recipe.decoding.seed},
     }
 
     def work(folder: Path) -> Outcome:
@@ -90,33 +90,16 @@ def _report(
     rows: Sequence[Hypothesis],
     training: dict[str, Any],
     facts: dict[str, Any],
-    audio: dict[Name, str] | None = None,
+    audio: dict[Name, str],
 ) -> Outcome:
-    """Write the report of all utterances with its controls.
-
-    Args:
-        folder: output folder.
-        recipe: provides the title, the published rates and the choice of controls.
-        rows: the hypotheses, in any order.
-        training: facts about the model's training, from its config.json.
-        facts: facts about the decoding.
-        audio: audio of some of the utterances, to embed in the page.
-
-    Returns:
-        The stage's outcome: a summary, and word error rates in percent.
-    """
+    """Write the report of all utterances, in any order, with the controls that the recipe asks for."""
     rows = sorted(rows, key=lambda row: (row.key, row.subset))
     controls = {EMPTY: empty_output(rows)}
     if recipe.decoding.shuffled_control and (shuffled := shuffled_audio(rows, recipe.decoding.seed)):
         controls = {SHUFFLED: shuffled, **controls}
-    metrics = write_report(folder, recipe.name, rows, controls, training, recipe.published_wer, facts, audio)
+    metrics = write_report(folder, recipe, rows, controls, training, facts, audio)
     write_for_slam_llm(folder, rows)
     return Outcome(f"WER {metrics['wer']:.2f} % on {len(rows)} utterances", metrics, facts)
-
-
-def _control_options(decoding: Decoding) -> dict[str, Any]:
-    """The options that determine which controls are scored."""
-    return {"shuffled": decoding.shuffled_control, "seed": decoding.seed}
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:

@@ -44,20 +44,7 @@ def transcribe(
         ConfigurationError: options contradict each other, or two transcripts would have the same path.
         ModelError: a base model is not the one that the model was trained with.
     """
-    from slam_asr.decoding.model import open_model
-    from slam_asr.models.precision import explain_precision, pick_device
-
-    if not files:
-        raise ConfigurationError(
-            "No file to transcribe is given: name one, such as `slam-asr transcribe MODEL recording.wav`."
-        )
-    if longest < 1:
-        raise ConfigurationError(f"--longest is {longest:g} s but must be at least 1.")
-    if format == "srt" and output is None and len(files) > 1:
-        raise ConfigurationError(
-            f"Subtitles of {len(files)} files cannot be printed one after the other: "
-            "name a folder with --output."
-        )
+    _check(files, format, output, longest)
     paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
     # Reads the header of every file before a model is loaded, so that a missing file is reported at once.
     seconds = [count_samples(file) / SAMPLE_RATE for file in files]
@@ -71,12 +58,7 @@ def transcribe(
 
     # Standard output carries transcripts only: logs go to standard error.
     with contextlib.redirect_stdout(sys.stderr):
-        opened = open_model(model)
-        log_line(
-            f"models: {opened.trained.encoder.name} + projector + {opened.trained.llm.name}; "
-            f"{explain_precision(recipe.decoding.precision, pick_device())}"
-        )
-        transcriber = Transcriber(opened, recipe, longest)
+        transcriber = _open(model, recipe, longest)
         with Meter("transcribe", total=round(sum(seconds)), unit="s") as meter:
             for transcript in transcriber.transcribe_files(files, seconds, meter, skip):
                 transcripts.append(transcript)
@@ -91,6 +73,37 @@ def transcribe(
             "the others are transcribed."
         )
     return transcripts
+
+
+def _open(model: str, recipe: Recipe, longest: float) -> Transcriber:
+    from slam_asr.decoding.model import open_model
+    from slam_asr.models.precision import explain_precision, pick_device
+
+    opened = open_model(model)
+    log_line(
+        f"models: {opened.trained.encoder.name} + projector + {opened.trained.llm.name}; "
+        f"{explain_precision(recipe.decoding.precision, pick_device())}"
+    )
+    return Transcriber(opened, recipe, longest)
+
+
+def _check(files: list[str], format: str, output: str | None, longest: float) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        ConfigurationError: no file is given, segments would be too short, or subtitles would be mixed.
+    """
+    if not files:
+        raise ConfigurationError(
+            "No file to transcribe is given: name one, such as `slam-asr transcribe MODEL recording.wav`."
+        )
+    if longest < 1:
+        raise ConfigurationError(f"--longest is {longest:g} s but must be at least 1.")
+    if format == "srt" and output is None and len(files) > 1:
+        raise ConfigurationError(
+            f"Subtitles of {len(files)} files cannot be printed one after the other: "
+            "name a folder with --output."
+        )
 
 
 def _output_paths(files: list[str], output: str, suffix: str) -> dict[str, str]:

@@ -1,8 +1,12 @@
-"""Files on local disk or in object storage at `s3://bucket/key`.
+"""Files on local disk or in object storage at `s3://bucket/key`: AWS, MinIO, SeaweedFS, Ceph and others.
 
-`paths` has the operations that programs use; they work the same way on both. `local` writes local files
-atomically and computes SHA-256 digests. `s3` accesses object storage through boto3. `cache` is a bounded
+`paths` has the operations that programs use, and `local_copies` fetches objects; they work the same way on
+both kinds of paths. `local` writes local files atomically and computes SHA-256 digests. `cache` is a bounded
 cache of fetched objects on local disk.
+
+Object storage is accessed through boto3: `address` parses URIs, `client` finds credentials and endpoint,
+`retry` repeats requests, `failures` words their errors, `objects` makes single requests, and `downloads` and
+`uploads` make parallel ones.
 """
 
 from slam_asr.storage.address import PathOrUri, is_s3
@@ -14,12 +18,11 @@ from slam_asr.storage.local import (
     write_atomically,
     write_json,
 )
+from slam_asr.storage.local_copies import fetch, fetch_folder
+from slam_asr.storage.objects import Info
 from slam_asr.storage.paths import (
-    Info,
     delete,
     exists,
-    fetch,
-    fetch_folder,
     info,
     join,
     name_of,

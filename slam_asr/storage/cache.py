@@ -10,7 +10,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 from slam_asr.errors import StorageError
 from slam_asr.storage.local import PARTIAL, local_path
@@ -111,20 +111,18 @@ class DiskCache:
                     if file.is_file() and file != temporary:
                         files[file] = file.stat()
             used = sum(s.st_size for s in files.values())
-            oldest_first = iter(sorted(files.items(), key=lambda item: item[1].st_mtime_ns))
+            oldest_first = iter(sorted(files, key=lambda file: files[file].st_mtime_ns))
             # `oldest_first` is an iterator: every file is tried only once, so the loop ends.
             while not (used + size <= self.limit and self._allocate(temporary, size)):
-                for file, status in oldest_first:
-                    if self._remove_if_unused(file):
-                        used -= status.st_size
-                        break
-                else:
+                removed = next((file for file in oldest_first if self._remove_if_unused(file)), None)
+                if removed is None:
                     if used + size <= self.limit:
                         raise CacheFull(f"{self.folder}: {os.strerror(errno.ENOSPC)}")
                     raise CacheFull(
                         f"{self.folder} holds {used:,} bytes in use, "
                         f"and {size:,} more exceed its limit of {self.limit:,}"
                     )
+                used -= files[removed].st_size
 
     def _allocate(self, temporary: Path, size: int) -> bool:
         """Create a file with all its disk blocks, so that a full disk is noticed now.
@@ -178,14 +176,6 @@ class DiskCache:
                 path.unlink(missing_ok=True)
 
 
-def _is_same(file: IO[str] | BinaryIO, path: Path) -> bool:
-    """Whether a path still refers to this open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 class HeldFile:
     """A file of the cache that is not removed until it is released."""
 
@@ -199,11 +189,13 @@ class HeldFile:
 
     def is_valid(self, size: int) -> bool:
         """Whether the file exists, has this size, and is still the one that its path refers to."""
-        return (
-            self._file is not None
-            and os.fstat(self._file.fileno()).st_size == size
-            and _is_same(self._file, self.path)
-        )
+        if self._file is None:
+            return False
+        status = os.fstat(self._file.fileno())
+        try:
+            return status.st_size == size and os.path.samestat(status, self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Allow the cache to remove the file."""

@@ -20,27 +20,22 @@ def exclusive(file: Path, while_waiting: str = "") -> Iterator[None]:
     # Each call makes a lock of its own, so that threads wait for each other too.
     lock = FileLock(file)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except Timeout:
         if while_waiting:
             log_line(while_waiting)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
 def exclusive_if_free(file: Path) -> Iterator[bool]:
     """Hold a lock during the block if no other process or thread holds it. Yields whether it is held."""
-    lock = FileLock(file)
     try:
-        lock.acquire(blocking=False)
+        held = FileLock(file).acquire(blocking=False)
     except Timeout:
         yield False
         return
-    try:
+    with held:
         yield True
-    finally:
-        lock.release()

@@ -14,95 +14,87 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from slam_asr.errors import StorageError
 from slam_asr.storage.address import folder_prefix, split_uri
 from slam_asr.storage.client import client
-from slam_asr.storage.local import sha256_of_bytes
-from slam_asr.storage.retry import (
+from slam_asr.storage.failures import (
     ChecksumMismatch,
     ObjectMissing,
     TemporaryFailure,
-    call_with_retries,
     http_status,
     require_fields,
 )
+from slam_asr.storage.local import sha256_of_bytes
+from slam_asr.storage.retry import call_with_retries
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 T = TypeVar("T")
 
-SHA256 = "sha256"
-"""Key of an object's metadata that holds its checksum."""
+SHA256, WRITER = "sha256", "writer"
+"""Keys of an object's metadata: its checksum, and which of several conditional writers wrote it."""
 _STREAM_BYTES = 8 * 2**20
 """Bytes per request of a stream. The checksum of smaller objects is compared before any byte is returned."""
 
 
+class Replaced(StorageError):
+    """The object was replaced between two requests for parts of it."""
+
+
 @dataclass(frozen=True)
-class Object:
-    """An object in a bucket."""
+class Info:
+    """The size and version of a file or object."""
 
-    key: str
+    name: str
+    """Path below the folder that was walked, with slashes; for a single file, the last part of its path."""
     bytes: int
-    etag: str
-    """Changes with the content."""
+    stamp: str
+    """Changes with the content: the modification time in ns, or the object's etag."""
     sha256: str | None = None
-    """The digest of the content; None for objects that this project did not write, and in listings."""
+    """The digest of an object's content; None for those that this project did not write, and in listings."""
+    writer: str | None = None
+    """Identifies which of several conditional writers wrote an object."""
 
 
-def list_objects(uri: str) -> Iterator[Object]:
-    """The object at this address, and all objects in the folder of the same name, sorted by key.
-
-    Raises:
-        StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
-    """
-    prefix = split_uri(uri)[1]
-    folder = folder_prefix(prefix)
-    for page in _pages(uri, Prefix=prefix):
-        for item in page.get("Contents", []):
-            # The prefix `a` also matches `a-b/x`, which is not in the folder `a`.
-            if item["Key"] == prefix or item["Key"].startswith(folder):
-                yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
-
-
-def list_folders(uri: str) -> list[str]:
-    """Names of the folders directly below a prefix, sorted.
+def list_objects(uri: str) -> Iterator[Info]:
+    """All objects below a prefix, sorted by key.
 
     Raises:
         StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
-    folder = folder_prefix(split_uri(uri)[1])
-    pages = _pages(uri, Prefix=folder, Delimiter="/")
-    return [
-        p["Prefix"].removeprefix(folder).rstrip("/") for page in pages for p in page.get("CommonPrefixes", [])
-    ]
+    for item in _list(uri, "Contents"):
+        name = item["Key"].removeprefix(folder_prefix(split_uri(uri)[1])).lstrip("/")
+        if name and not name.endswith("/"):
+            yield Info(name, item["Size"], item["ETag"].strip('"'))
 
 
-def list_files(uri: str) -> Iterator[Object]:
-    """The objects directly below a prefix, sorted by key.
+def list_names(uri: str, folders: bool) -> list[str]:
+    """Names of the objects directly below a prefix, or of the folders there, sorted.
 
     Raises:
         StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
-    folder = folder_prefix(split_uri(uri)[1])
-    for page in _pages(uri, Prefix=folder, Delimiter="/"):
-        for item in page.get("Contents", []):
-            if item["Key"] != folder:
-                yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
+    prefix = folder_prefix(split_uri(uri)[1])
+    group, key = ("CommonPrefixes", "Prefix") if folders else ("Contents", "Key")
+    names = [item[key].removeprefix(prefix).rstrip("/") for item in _list(uri, group, Delimiter="/")]
+    return sorted(filter(None, names))
 
 
-def _pages(uri: str, **arguments: str) -> Iterator[dict[str, Any]]:
-    arguments["Bucket"] = split_uri(uri)[0]
+def _list(uri: str, group: str, **arguments: str) -> Iterator[dict[str, Any]]:
+    """The items of a group in the server's answers to requests for the names below a prefix."""
+    bucket, prefix = split_uri(uri)
+    arguments |= {"Bucket": bucket, "Prefix": folder_prefix(prefix)}
     while True:
         # Some servers send IsTruncated after the names. An answer without it may have been cut short.
         page = _require(
             uri, "listed", lambda: require_fields(client().list_objects_v2(**arguments), "IsTruncated")
         )
-        yield page
+        yield from page.get(group, [])
         if not page["IsTruncated"]:
             return
         arguments["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def head(uri: str) -> Object | None:
-    """The metadata of an object, or None if it does not exist.
+def head(uri: str) -> Info | None:
+    """The size and metadata of an object, or None if it does not exist.
 
     Raises:
         StorageError: access is denied, or the server cannot be reached.
@@ -111,69 +103,102 @@ def head(uri: str) -> Object | None:
     if not key:
         return None
 
-    def request() -> dict[str, Any]:
+    def attempt() -> Info:
         answer = client().head_object(Bucket=bucket, Key=key)
-        return require_fields(answer, "ContentLength", "ETag", "Metadata")
+        metadata = require_fields(answer, "ContentLength", "ETag", "Metadata")["Metadata"]
+        return Info(
+            name=key.rstrip("/").rpartition("/")[2],
+            bytes=answer["ContentLength"],
+            stamp=answer["ETag"].strip('"'),
+            sha256=metadata.get(SHA256),
+            writer=metadata.get(WRITER),
+        )
 
     try:
-        answer = call_with_retries(uri, "read", request)
+        return call_with_retries(uri, "read", attempt)
     except ObjectMissing:
         return None
-    return Object(key, answer["ContentLength"], answer["ETag"].strip('"'), answer["Metadata"].get(SHA256))
 
 
-def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """An object's bytes, or those in [start, end).
+def require_object(uri: str) -> Info:
+    """The size and metadata of an object.
 
     Raises:
-        StorageError: the object does not exist, is damaged or ends before `end`; access is denied, or the
-            server cannot be reached.
+        StorageError: the object does not exist, access is denied, or the server cannot be reached.
     """
-    return _read(uri, start, end)
+    known = head(uri)
+    if known is None:
+        raise StorageError(f"There is no object {uri}: check the address.")
+    return known
 
 
-def _read(uri: str, start: int | None = None, end: int | None = None, etag: str | None = None) -> bytes:
-    """Read bytes as `read` does, but with `etag` only from the version of the object that has this etag."""
-    bucket, key = split_uri(uri)
-    if not key:
-        raise StorageError(f"{uri} is a bucket, not an object: check the address.")
-    is_range = start is not None or end is not None
-    begin = start or 0
-    if end is not None and end <= begin:
-        return b""
-    arguments = {"Range": f"bytes={begin}-{'' if end is None else end - 1}"} if is_range else {}
-    if etag is not None:
-        arguments["IfMatch"] = f'"{etag}"'
+def get(
+    uri: str, start: int | None = None, end: int | None = None, etag: str | None = None
+) -> dict[str, Any]:
+    """Make one attempt to open an object, or its bytes in [start, end).
 
-    def get() -> bytes:
-        answer = _get(uri, Bucket=bucket, Key=key, **arguments)
-        content: bytes = answer["Body"].read()
-        if len(content) != answer["ContentLength"]:
-            raise TemporaryFailure("the answer was cut short")
-        if is_range:
-            # A server without support for ranges sends the complete object.
-            content = content if "ContentRange" in answer else content[begin:end]
-            if end is not None and len(content) < end - begin:
-                raise StorageError(f"{uri} is damaged (it ends before byte {end}): write it again.")
-        elif differs(answer, content):
-            raise ChecksumMismatch
-        return content
+    Args:
+        uri: of the object.
+        start: first byte; the first of the object if not given.
+        end: first byte that is not needed; the object's end if not given.
+        etag: of the only version that may be read.
 
-    return _require(uri, "read", get)
+    Returns:
+        boto3's answer: a stream of the bytes as `Body`, and fields that describe them.
 
-
-def _get(uri: str, **arguments: Any) -> dict[str, Any]:
+    Raises:
+        Replaced: the object has another etag.
+        Exception: errors of boto3.
+    """
     from botocore.exceptions import ClientError
 
+    bucket, key = split_uri(uri)
+    arguments = {"Bucket": bucket, "Key": key}
+    if start is not None or end is not None:
+        arguments["Range"] = f"bytes={start or 0}-{'' if end is None else end - 1}"
+    if etag is not None:
+        arguments["IfMatch"] = f'"{etag}"'
     try:
         return require_fields(client().get_object(**arguments), "Body", "ContentLength", "Metadata")
     except ClientError as error:
         if http_status(error) == 412:  # IfMatch did not match
-            raise StorageError(f"{uri} was replaced while it was read: run the same command again.") from None
+            raise Replaced(f"{uri} was replaced while it was read: run the same command again.") from None
         raise
 
 
-def differs(answer: dict[str, Any], content: bytes) -> bool:
+def read(uri: str, start: int | None = None, end: int | None = None, etag: str | None = None) -> bytes:
+    """An object's bytes, or those in [start, end); with `etag` only from the version that has this etag.
+
+    Raises:
+        Replaced: the object has another etag.
+        StorageError: the object does not exist, is damaged or ends before `end`; access is denied, or the
+            server cannot be reached.
+    """
+    if not split_uri(uri)[1]:
+        raise StorageError(f"{uri} is a bucket, not an object: check the address.")
+    begin = start or 0
+    if end is not None and end <= begin:
+        return b""
+
+    def attempt() -> bytes:
+        answer = get(uri, start, end, etag)
+        content: bytes = answer["Body"].read()
+        if len(content) != answer["ContentLength"]:
+            raise TemporaryFailure("the answer was cut short")
+        if start is None and end is None:
+            if _differs(answer, content):
+                raise ChecksumMismatch
+        else:
+            # A server without support for ranges sends the complete object.
+            content = content if "ContentRange" in answer else content[begin:end]
+            if end is not None and len(content) < end - begin:
+                raise StorageError(f"{uri} is damaged (it ends before byte {end}): write it again.")
+        return content
+
+    return _require(uri, "read", attempt)
+
+
+def _differs(answer: dict[str, Any], content: bytes) -> bool:
     """Whether the bytes of a complete object differ from its checksum."""
     expected = answer["Metadata"].get(SHA256)
     if not expected or _compared_by_boto3(answer, expected):
@@ -186,14 +211,10 @@ def _compared_by_boto3(answer: dict[str, Any], expected: str) -> bool:
     from botocore.httpchecksum import StreamingChecksumBody
 
     # boto3 compares only one of the checksums in an answer, so this one must be the only one.
-    sums = [
-        h
-        for h in answer["ResponseMetadata"]["HTTPHeaders"]
-        if h.startswith("x-amz-checksum-") and h != "x-amz-checksum-type"
-    ]
+    sums = [name for name in answer if name.startswith("Checksum") and name != "ChecksumType"]
     return (
         isinstance(answer["Body"], StreamingChecksumBody)
-        and sums == ["x-amz-checksum-sha256"]
+        and sums == ["ChecksumSHA256"]
         and base64.b64decode(answer["ChecksumSHA256"]).hex() == expected
     )
 
@@ -228,11 +249,8 @@ class ObjectStream(io.RawIOBase):
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.position = uri, 0
-        known = head(uri)
-        if known is None:
-            raise StorageError(f"There is no object {uri}: check the address.")
-        self.size, self._known = known.bytes, known
+        self.uri, self.position, self._known = uri, 0, require_object(uri)
+        self.size = self._known.bytes
         self._hash = hashlib.sha256()
         self._content: bytes | None = None
         """All bytes of an object of at most `_STREAM_BYTES`; None until the first read."""
@@ -248,23 +266,19 @@ class ObjectStream(io.RawIOBase):
 
     def readall(self) -> bytes:
         # The base class would make a request for every few KB.
-        chunks = []
-        while chunk := self._next(_STREAM_BYTES):
-            chunks.append(chunk)
-        return b"".join(chunks)
+        return b"".join(iter(lambda: self._next(_STREAM_BYTES), b""))
 
     def _next(self, size: int) -> bytes:
+        if self.size <= _STREAM_BYTES and self._content is None:
+            # A single request: its checksum is compared, and the request is retried if it differs. It has no
+            # etag, so the object may have been replaced, with another size, since `head`.
+            self._content = read(self.uri)
+            self.size = len(self._content)
         end = min(self.position + size, self.size)
-        if self.size <= _STREAM_BYTES:
-            if self._content is None:
-                # A single request: its checksum is compared, and the request is retried if it differs. It has
-                # no etag, so the object may have been replaced, with another size, since `head`.
-                self._content = read(self.uri)
-                self.size = len(self._content)
-                end = min(self.position + size, self.size)
+        if self._content is not None:
             content = self._content[self.position : end]
         else:
-            content = _read(self.uri, self.position, end, self._known.etag)
+            content = read(self.uri, self.position, end, self._known.stamp)
             self._hash.update(content)
             if content and end == self.size and self._known.sha256 not in (None, self._hash.hexdigest()):
                 raise StorageError(

@@ -1,38 +1,21 @@
 """File operations that work the same for local paths and for `s3://bucket/key`."""
 
-import contextlib
 import io
 import os
 import posixpath
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from slam_asr.errors import StorageError
-from slam_asr.storage import s3
-from slam_asr.storage.address import PathOrUri, is_s3
-from slam_asr.storage.cache import cache_folder
-from slam_asr.storage.local import PARTIAL, digest, local_path, temporary_path, write_atomically
-from slam_asr.storage.locks import exclusive
+from slam_asr.storage import objects, uploads
+from slam_asr.storage.address import PathOrUri, is_s3, split_uri
+from slam_asr.storage.local import local_path, temporary_path, write_atomically
+from slam_asr.storage.objects import Info
 
-_PARALLEL_FILES = 8
+PARALLEL_FILES = 8
 _STREAM_BUFFER_BYTES = 8 * 2**20
-_MAX_CACHED_NAME_BYTES = 200
-"""Less than the 255 bytes that a file name may have, because a temporary file has a longer name."""
-
-
-@dataclass(frozen=True)
-class Info:
-    """The metadata of a file."""
-
-    name: str
-    """Path below the folder that was walked, with slashes; for a single file, the last part of its path."""
-    bytes: int
-    stamp: str
-    """Changes with the content: the modification time in ns, or the object's etag."""
 
 
 def join(base: PathOrUri, *names: str) -> str:
@@ -65,7 +48,7 @@ def resolve(path: PathOrUri, folder: str) -> str:
     if "://" in path:
         return path
     if is_s3(folder) and not os.path.isabs(path):
-        bucket, prefix = s3.split_uri(folder)
+        bucket, prefix = split_uri(folder)
         key = posixpath.normpath(posixpath.join("/", prefix, path)).lstrip("/")
         return f"s3://{bucket}/{key}"
     return os.path.normpath(os.path.join("/" if is_s3(folder) else folder, path))
@@ -79,8 +62,7 @@ def info(path: PathOrUri) -> Info | None:
     """
     path = os.fspath(path)
     if is_s3(path):
-        known = s3.head(path)
-        return Info(name_of(path), known.bytes, known.etag) if known else None
+        return objects.head(path)
     file = local_path(path)
     try:
         status = file.stat()
@@ -104,11 +86,7 @@ def walk(root: PathOrUri) -> Iterator[Info]:
     """
     root = os.fspath(root)
     if is_s3(root):
-        prefix = s3.split_uri(root)[1].rstrip("/")
-        for item in s3.list_objects(root):
-            name = item.key.removeprefix(prefix).lstrip("/")
-            if name and not name.endswith("/"):
-                yield Info(name, item.bytes, item.etag)
+        yield from objects.list_objects(root)
     elif local_path(root).is_dir():
         yield from _walk_folder(local_path(root), "")
 
@@ -130,20 +108,21 @@ def _walk_folder(folder: Path, prefix: str) -> Iterator[Info]:
 
 def folders_in(root: PathOrUri) -> list[str]:
     """Names of the folders directly below a folder or prefix, sorted."""
-    root = os.fspath(root)
-    if is_s3(root):
-        return sorted(s3.list_folders(root))
-    folder = local_path(root)
-    return sorted(f.name for f in folder.iterdir() if f.is_dir()) if folder.is_dir() else []
+    return _names_in(os.fspath(root), folders=True)
 
 
 def names_in(root: PathOrUri) -> list[str]:
     """Names of the files directly below a folder or prefix, sorted."""
-    root = os.fspath(root)
+    return _names_in(os.fspath(root), folders=False)
+
+
+def _names_in(root: str, folders: bool) -> list[str]:
     if is_s3(root):
-        return [name_of(item.key) for item in s3.list_files(root)]
+        return objects.list_names(root, folders)
     folder = local_path(root)
-    return sorted(f.name for f in folder.iterdir() if f.is_file()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(f.name for f in folder.iterdir() if (f.is_dir() if folders else f.is_file()))
 
 
 def read_bytes(path: PathOrUri) -> bytes:
@@ -154,7 +133,7 @@ def read_bytes(path: PathOrUri) -> bytes:
         StorageError: the object does not exist, or cannot be read.
     """
     path = os.fspath(path)
-    return s3.read(path) if is_s3(path) else local_path(path).read_bytes()
+    return objects.read(path) if is_s3(path) else local_path(path).read_bytes()
 
 
 def open_stream(path: PathOrUri) -> BinaryIO:
@@ -166,7 +145,7 @@ def open_stream(path: PathOrUri) -> BinaryIO:
     """
     path = os.fspath(path)
     if is_s3(path):
-        return io.BufferedReader(s3.ObjectStream(path), buffer_size=_STREAM_BUFFER_BYTES)
+        return io.BufferedReader(objects.ObjectStream(path), buffer_size=_STREAM_BUFFER_BYTES)
     return open(local_path(path), "rb")
 
 
@@ -189,8 +168,10 @@ def write_bytes(path: PathOrUri, content: bytes | memoryview | str, replace: boo
     if not is_s3(path):
         return write_atomically(local_path(path), content, replace)
     try:
-        s3.write(path, content.encode() if isinstance(content, str) else content, only_if_absent=not replace)
-    except s3.ObjectExists:
+        uploads.write(
+            path, content.encode() if isinstance(content, str) else content, only_if_absent=not replace
+        )
+    except uploads.ObjectExists:
         return False
     return True
 
@@ -204,8 +185,7 @@ def upload(file: PathOrUri, path: PathOrUri) -> None:
     """
     path = os.fspath(path)
     if is_s3(path):
-        with open(file, "rb") as stream:
-            s3.upload(path, stream)
+        uploads.upload(path, file)
         return
     target = local_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -221,119 +201,9 @@ def delete(path: PathOrUri) -> None:
     """Remove a file or object, if it exists."""
     path = os.fspath(path)
     if is_s3(path):
-        s3.remove(path)
+        objects.remove(path)
     else:
         local_path(path).unlink(missing_ok=True)
-
-
-def fetch(path: PathOrUri) -> Path:
-    """A local file with the content of a file or object.
-
-    An object is fetched into the cache once, and again when it changes. A local file is not copied.
-
-    Raises:
-        OSError: the disk is full, or fails.
-        StorageError: the object does not exist, or cannot be read.
-    """
-    path = os.fspath(path)
-    if not is_s3(path):
-        return local_path(path)
-    known = s3.head(path)
-    if known is None:
-        raise StorageError(f"There is no object {path}: check the address.")
-    target = _cached_path([path, known.etag], path)
-    if not target.is_file():
-        with _exclusive(target):
-            # Another process may have fetched it while this one waited.
-            if not target.is_file():
-                temporary = target.with_name(f".{target.name}{PARTIAL}")
-                _download(path, temporary, known)
-                os.replace(temporary, target)
-    return target
-
-
-def fetch_folder(path: PathOrUri) -> Path:
-    """A local folder with all files below a folder or prefix.
-
-    A prefix is fetched into the cache once, and again when any of its objects changes. A local folder is not
-    copied.
-
-    Raises:
-        OSError: the disk is full, or fails.
-        StorageError: nothing exists below the prefix, or an object cannot be read.
-    """
-    path = os.fspath(path)
-    if not is_s3(path):
-        return local_path(path)
-    files = list(walk(path))
-    if not files:
-        raise StorageError(f"There is nothing at {path}: check the bucket and the prefix.")
-    folder = _cached_path([path.rstrip("/"), [[f.name, f.bytes, f.stamp] for f in files]], path)
-    if not folder.is_dir():
-        with _exclusive(folder):
-            if not folder.is_dir():
-                temporary = folder.with_name(f".{folder.name}{PARTIAL}")
-                _download_folder(path, files, temporary)
-                os.rename(temporary, folder)
-    return folder
-
-
-def _cached_path(identity: list[object], path: str) -> Path:
-    """The path at which a fetched file or folder is cached.
-
-    Args:
-        identity: address and version of the content; its digest is the name of the parent folder.
-        path: its last part becomes the name, for people and for libraries that look at the suffix.
-    """
-    # A name that is too long loses its beginning, so that it retains its suffix.
-    name = os.fsencode(name_of(path))[-_MAX_CACHED_NAME_BYTES:].decode(errors="ignore")
-    return cache_folder() / "objects" / digest(identity)[:24] / name
-
-
-@contextlib.contextmanager
-def _exclusive(target: Path) -> Iterator[None]:
-    """Let one process or thread fetch while the others wait."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(target.parent / ".lock"):
-        yield
-
-
-def _download(uri: str, temporary: Path, known: s3.Object | None = None) -> None:
-    """Fetch an object into a temporary file, which is removed on failure."""
-    try:
-        with open(temporary, "w+b") as file:
-            s3.download(uri, file, known=known)
-            # Once renamed, the content is trusted, even after a crash of the machine.
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _download_folder(path: str, files: list[Info], temporary: Path) -> None:
-    """Fetch files below a prefix into a temporary folder, which is removed on failure."""
-    shutil.rmtree(temporary, ignore_errors=True)
-    prefix = s3.split_uri(path)[1].rstrip("/")
-    for file in files:
-        if not (temporary / file.name).resolve().is_relative_to(temporary.resolve()):
-            raise StorageError(
-                f"{path} holds an object whose name points outside its folder, {file.name}: "
-                "it is not fetched."
-            )
-
-    def fetch_one(file: Info) -> None:
-        (temporary / file.name).parent.mkdir(parents=True, exist_ok=True)
-        # The listing's metadata saves a request for each object. If an object has been replaced since, its
-        # etag does not match, and the download requests the metadata after all.
-        known = s3.Object(f"{prefix}/{file.name}".lstrip("/"), file.bytes, file.stamp)
-        _download(join(path, file.name), temporary / file.name, known)
-
-    try:
-        with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
-            list(pool.map(fetch_one, files))
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def publish_folder(folder: Path, path: str, last: str) -> None:
@@ -349,6 +219,6 @@ def publish_folder(folder: Path, path: str, last: str) -> None:
         StorageError: object storage cannot be written.
     """
     files = [f.name for f in walk(folder) if f.name != last and not name_of(f.name).startswith(".")]
-    with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+    with ThreadPoolExecutor(PARALLEL_FILES) as pool:
         list(pool.map(lambda name: upload(folder / name, join(path, name)), files))
     upload(folder / last, join(path, last))

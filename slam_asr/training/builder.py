@@ -1,5 +1,6 @@
 """Builds the parts of a training in one process: device, data, model, engine and plan."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +14,13 @@ from slam_asr.models.answer_loss import allows_chunks, score_in_chunks
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import explain_precision, peak_flops, pick_device
 from slam_asr.progress import log_line
-from slam_asr.training.batches import BatchReader, Budget, TrainingPlan, budget_for
+from slam_asr.training.batches import BatchReader
 from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.engines.engine import Engine
 from slam_asr.training.job import TrainingJob
 from slam_asr.training.kernels import compile_layers, use_liger
-from slam_asr.training.model_builder import build_model, build_prompt, build_readers, count_parameters
-from slam_asr.training.samples import SampleTranscriber
-from slam_asr.training.schedule import learning_rate_schedule
+from slam_asr.training.model_builder import build_model, build_readers, count_parameters
+from slam_asr.training.step_plan import Budget, TrainingPlan, budget_for
 
 
 @dataclass
@@ -36,8 +36,6 @@ class Parts:
     """Number of processes on all machines."""
     readers: dict[str, BatchReader]
     """Batch readers of the sets `train` and, if the job has one, `dev`."""
-    sample_transcriber: SampleTranscriber | None
-    """Transcribes dev utterances at each validation; None if there are none to transcribe."""
     parameters: dict[str, tuple[int, int]]
     """(all, trained) parameters of `projector`, `llm` and `encoder`."""
     budget: Budget
@@ -75,9 +73,7 @@ def build_parts(job: TrainingJob) -> Parts:
     device = _join_processes(options.engine)
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(options.seed + rank)  # for dropout, if any
-    prompt = build_prompt(job, recipe)
-    readers = build_readers(job, recipe, prompt, processes)
-    transcribes = "dev" in readers and options.samples
+    readers = build_readers(job, recipe, processes)
     model, lazy_weights = build_model(job, recipe, device)
     # Counted before the engine shards the model.
     parameters = count_parameters(model, job.encoder_parameters)
@@ -114,7 +110,6 @@ def build_parts(job: TrainingJob) -> Parts:
         rank=rank,
         processes=processes,
         readers=readers,
-        sample_transcriber=SampleTranscriber(readers["dev"], prompt, recipe) if transcribes else None,
         parameters=parameters,
         budget=budget,
         plan=plan,
@@ -124,6 +119,38 @@ def build_parts(job: TrainingJob) -> Parts:
             options.schedule, options.learning_rate, options.warmup_steps, plan.steps
         ),
     )
+
+
+def learning_rate_schedule(
+    kind: str, peak: float, warmup_steps: int, total_steps: int
+) -> Callable[[int], float]:
+    """Create a function from step (the first is 1) to learning rate.
+
+    The rate rises linearly to `peak` over `warmup_steps`. Then it stays there (`constant`, as in the SLAM-ASR
+    paper) or falls to zero at the last step (`linear`, `cosine`).
+
+    Args:
+        kind: `constant`, `linear` or `cosine`.
+        peak: highest learning rate.
+        warmup_steps: steps of the linear rise.
+        total_steps: steps of the training.
+
+    Returns:
+        A function from step to learning rate.
+    """
+
+    def rate(step: int) -> float:
+        # With 0 warm-up steps this is never true, because steps begin at 1; so nothing is divided by 0.
+        if step <= warmup_steps:
+            return peak * step / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        if kind == "linear":
+            return peak * (1 - progress)
+        if kind == "cosine":
+            return peak * (1 + math.cos(math.pi * progress)) / 2
+        return peak
+
+    return rate
 
 
 def _join_processes(engine: str) -> torch.device:

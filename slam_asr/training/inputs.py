@@ -25,13 +25,14 @@ from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import describe_llm, llm_positions, llm_width, load_tokenizer, require_targets
-from slam_asr.models.precision import explain_precision, pick_device
+from slam_asr.models.precision import explain_precision, pick_device, processes_here
 from slam_asr.models.prompt import Prompt
-from slam_asr.pretrained.locate import locate_model, weights_sha256
+from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.progress import log_line
 from slam_asr.storage import fetch, join, sha256_of_file
 from slam_asr.training.kernels import require_kernels
-from slam_asr.training.nodes import Nodes, nodes_from_environment
+from slam_asr.training.launch import Nodes, nodes_from_environment
 from slam_asr.training.trackers import require_trackers
 
 
@@ -81,29 +82,17 @@ def check_inputs(
         UserError: inputs do not fit each other, or this machine cannot train the recipe.
     """
     nodes = nodes_from_environment(recipe.training.nodes)
-    require_trackers(recipe.training.trackers)
     device = pick_device()
-    require_kernels(recipe.training, device)
-    for precision in (recipe.training.precision, recipe.decoding.precision):
-        explain_precision(precision, device)
-    devices = max(1, torch.cuda.device_count())  # without a GPU, one process trains on the CPU
-    if device.type == "cuda" and recipe.training.processes > devices:
-        raise ConfigurationError(
-            f"training.processes is {recipe.training.processes} but this machine has {devices} GPUs: "
-            "lower it, or leave it at 0 to use them all."
-        )
-    processes = recipe.training.processes or devices
+    _require_machine_for(recipe, device)
+    processes = processes_here("training.processes", recipe.training.processes)
     manifests = {"train": train_manifest, **({"dev": dev_manifest} if dev_manifest else {})}
     utterances = {name: read_manifest(path) for name, path in manifests.items()}
     encoder = describe_encoder(recipe.encoder)
     fingerprint = encoder.fingerprint()
-    if not recipe.caches_features:
-        feature_store = None
     fitting = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
     check_utterances(fitting)
-    features = (
-        require_features(feature_store, fingerprint, recipe, fitting.values()) if feature_store else None
-    )
+    feature_store = (feature_store or None) if recipe.caches_features else None
+    features = feature_store and require_features(feature_store, fingerprint, recipe, fitting.values())
     llm_folder = locate_model(recipe.llm.name)
     prompt = check_llm(recipe, llm_folder)
     base = {"encoder_fingerprint": fingerprint, "llm_sha256": weights_sha256(llm_folder)}
@@ -133,6 +122,18 @@ def check_inputs(
         base=base,
         inputs=inputs,
     )
+
+
+def _require_machine_for(recipe: Recipe, device: torch.device) -> None:
+    """Check that this machine has what a recipe's trackers, kernels and precisions need.
+
+    Raises:
+        ConfigurationError: something is missing.
+    """
+    require_trackers(recipe.training.trackers)
+    require_kernels(recipe.training, device)
+    for precision in (recipe.training.precision, recipe.decoding.precision):
+        explain_precision(precision, device)  # raises if it cannot be used
 
 
 def check_utterances(fitting: Mapping[str, Sequence[Utterance]]) -> None:

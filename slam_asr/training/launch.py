@@ -6,17 +6,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.stage_record import Record, read_record, require_permission_to_replace
 from slam_asr.errors import ConfigurationError, Stopped, UserError
 from slam_asr.progress import log_line
-from slam_asr.runtime.worker import FAILURE
+from slam_asr.runtime.worker import FAILURE, PARENT
 from slam_asr.storage import digest
 from slam_asr.storage.cache import cache_folder
-from slam_asr.training.nodes import Nodes
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 WAIT_FOR_RECORD = 600.0
 """Seconds that other nodes wait for the first node's record after training."""
@@ -34,6 +37,66 @@ Such a block is returned to the system when it is freed. By default glibc raises
 32 MiB, and activations then leave holes in the heap: training on a CPU took 1.5 times the memory, in the same
 time.
 """
+
+NUMBER, RANK, ADDRESS, PORT = "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"
+"""torchrun's environment variables, by which each machine (node) knows its rank.
+
+Kubeflow Trainer sets them in each node's pod. Without Kubeflow Trainer, set them by hand on each machine.
+"""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a training, and the rank of this one."""
+
+    number: int = 1
+    rank: int = 0
+    """Number of this machine, from 0."""
+    address: str = "127.0.0.1"
+    """Address of the first machine, to which the others connect."""
+    port: int = 0
+    """Port at that address."""
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this machine writes the results."""
+        return self.rank == 0
+
+
+def nodes_from_environment(expected: int) -> Nodes:
+    """Read this machine's rank among the `expected` machines of the recipe (`training.nodes`).
+
+    Raises:
+        ConfigurationError: the environment contradicts the recipe, or is incomplete.
+    """
+    variables = {name: os.environ.get(name, "") for name in (NUMBER, RANK, ADDRESS, PORT)}
+    number = variables[NUMBER] or "1"
+    if number == "1" and expected == 1:
+        return Nodes()
+    if number != str(expected):
+        raise ConfigurationError(
+            f"The recipe's training.nodes is {expected}, but {NUMBER} is {variables[NUMBER] or 'not set'} "
+            f"here: start `slam-asr train` on {expected} machines with {NUMBER}={expected}, {RANK}, "
+            f"{ADDRESS} and {PORT} set, as Kubeflow Trainer does, or set training.nodes to the number of "
+            "machines."
+        )
+    missing = [name for name, value in variables.items() if not value]
+    if missing:
+        raise ConfigurationError(
+            f"{NUMBER} is {number}, but {' and '.join(missing)} is not set: each machine needs its rank, "
+            "counted from 0, and the address and port of the first machine."
+        )
+    try:
+        nodes = Nodes(expected, int(variables[RANK]), variables[ADDRESS], int(variables[PORT]))
+    except ValueError:
+        raise ConfigurationError(
+            f"{RANK} is {variables[RANK]!r} and {PORT} is {variables[PORT]!r}: both must be integers."
+        ) from None
+    if not 0 <= nodes.rank < expected:
+        raise ConfigurationError(
+            f"{RANK} is {nodes.rank}: with {expected} machines it must be 0 to {expected - 1}."
+        )
+    return nodes
 
 
 def train_as_worker_node(
@@ -87,38 +150,19 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     os.environ.setdefault(*ALLOCATION)
     os.environ.setdefault(*LAST_CHECKPOINT)
     # Each process uses its share of the cores; by default each would start threads for all of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # Use an address, not a name: resolving `localhost` may need a resolver that a container does not have.
-    # With port 0 the system picks a free port.
-    single_node = {
-        "run_id": f"slam-asr-{os.getpid()}",
-        "rdzv_backend": "c10d",
-        "rdzv_endpoint": "127.0.0.1:0",
-        "local_addr": "127.0.0.1",
-    }
-    several_nodes = {
-        "run_id": "slam-asr",
-        "rdzv_backend": "static",
-        "rdzv_endpoint": f"{nodes.address}:{nodes.port}",
-        "rdzv_configs": {"rank": nodes.rank, "timeout": RENDEZVOUS},
-    }
-    config = LaunchConfig(
-        min_nodes=nodes.number,
-        max_nodes=nodes.number,
-        nproc_per_node=processes,
-        max_restarts=0,
-        monitor_interval=0.2,
-        **(several_nodes if nodes.number > 1 else single_node),
-    )
     here = f" on node {nodes.rank} of {nodes.number}" if nodes.number > 1 else ""
     log_line(f"starting {processes} training process{'es' * (processes > 1)}{here}")
+    launch = elastic_launch(_launch_config(processes, nodes), sys.executable)
+    # torchrun starts the processes from this one, with this environment.
+    os.environ[PARENT] = str(os.getpid())
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
+        launch("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
     except SignalException as error:
         raise Stopped(_stopped_message(error.sigval.name, checkpoints), 128 + error.sigval.value) from error
     except ChildFailedError as error:
@@ -136,6 +180,36 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
                 "lower training.positions_per_batch or training.processes."
             ) from error
         raise UserError(f"A training process ended with code {code}; its own message is above.") from error
+    finally:
+        del os.environ[PARENT]
+
+
+def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":
+    """Return torchrun's settings for `processes` processes on each of the nodes."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    # Use an address, not a name: resolving `localhost` may need a resolver that a container does not have.
+    # With port 0 the system picks a free port.
+    single_node: dict[str, Any] = {
+        "run_id": f"slam-asr-{os.getpid()}",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "127.0.0.1:0",
+        "local_addr": "127.0.0.1",
+    }
+    several_nodes: dict[str, Any] = {
+        "run_id": "slam-asr",
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{nodes.address}:{nodes.port}",
+        "rdzv_configs": {"rank": nodes.rank, "timeout": RENDEZVOUS},
+    }
+    return LaunchConfig(
+        min_nodes=nodes.number,
+        max_nodes=nodes.number,
+        nproc_per_node=processes,
+        max_restarts=0,
+        monitor_interval=0.2,
+        **(several_nodes if nodes.number > 1 else single_node),
+    )
 
 
 def _stopped_message(signal_name: str, checkpoints: str) -> str:
@@ -174,7 +248,7 @@ def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
     """List (key, before, now) of the inputs that differ, except those that a resumed training may change."""
-    flat_before, flat_now = _flat(before), _flat(now)
+    flat_before, flat_now = flattened(before), flattened(now)
     harmless = {"recipe.training.validate_every", "recipe.training.patience"}
     if flat_before.get("recipe.training.schedule") == flat_now.get("recipe.training.schedule") == "constant":
         # With a constant rate, the total number of steps does not affect the steps done so far.
@@ -187,11 +261,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
     ]
 
 
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Flatten nested dictionaries; keys are joined with dots."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+        flat |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
     return flat
 
 

@@ -25,8 +25,7 @@ from slam_asr.training.micro_batches import MicroBatch, remaining_micro_batches,
 from slam_asr.training.monitor import Monitor, StepNumbers
 from slam_asr.training.prefetch import prefetch
 from slam_asr.training.resumer import Resumer
-from slam_asr.training.stop_signals import StopRequest
-from slam_asr.training.validator import Validator
+from slam_asr.training.validator import StopRequest, Validator
 
 NONFINITE = "nonfinite.jsonl"
 PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")

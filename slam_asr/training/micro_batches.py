@@ -7,8 +7,9 @@ import torch
 
 from slam_asr.models.answer_loss import AnswerScores, score_answers
 from slam_asr.models.slam import Batch
-from slam_asr.training.batches import BatchReader, split_packed, split_step
+from slam_asr.training.batches import BatchReader
 from slam_asr.training.builder import Parts
+from slam_asr.training.step_plan import split_packed, split_step
 
 
 @dataclass
@@ -37,7 +38,7 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
     current = None
     for number, (window, next_window, step) in enumerate(parts.plan.after(done), start=done + 1):
         if window is not current:
-            reader.enter(window, next_window)
+            reader.expect([*window.shards, *(next_window.shards if next_window else [])])
             current = window
         mine = own_share(parts, step, reader)
         targets = reader.targets(step, window.epoch)

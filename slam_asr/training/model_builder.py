@@ -1,4 +1,4 @@
-"""Builds from a job what its training needs: prompts, batch readers, and the model."""
+"""Builds from a job what its training needs: batch readers, and the model."""
 
 import functools
 import os
@@ -35,25 +35,21 @@ from slam_asr.training.engines.choose import shards_weights
 from slam_asr.training.job import TrainingJob
 
 
-def build_prompt(job: TrainingJob, recipe: Recipe) -> Prompt:
-    """Return the recipe's prompts, tokenised by the LLM's tokenizer."""
-    return Prompt(load_tokenizer(Path(job.llm_folder)), recipe.llm)
-
-
-def build_readers(job: TrainingJob, recipe: Recipe, prompt: Prompt, processes: int) -> dict[str, BatchReader]:
+def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str, BatchReader]:
     """Create the batch readers of the sets `train` and, if the job has one, `dev`.
 
+    In each epoch, one of the recipe's prompts is drawn for each train utterance; dev utterances always get
+    the main one.
+
     Args:
-        job: names manifests and feature store.
+        job: names manifests, feature store and the LLM's folder.
         recipe: of the training.
-        prompt: the prompts. In each epoch one of them is drawn for each train utterance; dev utterances
-            always get the main one.
         processes: number of processes on this machine, which share its CPU cores for reading audio.
 
     Raises:
         UserError: a manifest or the feature store cannot be read, or an utterance does not fit the LLM.
     """
-    spec = describe_encoder(recipe.encoder)
+    spec, prompt = describe_encoder(recipe.encoder), Prompt(load_tokenizer(Path(job.llm_folder)), recipe.llm)
     manifests = {"train": job.train_manifest, **({"dev": job.dev_manifest} if job.dev_manifest else {})}
     utterances = {name: read_rows(read_manifest(path), job.rows[name]) for name, path in manifests.items()}
     source = _source(job.feature_store, spec, recipe, utterances.values())

@@ -15,13 +15,21 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.pages.curves import is_number
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import digest
+from slam_asr.training.launch import flattened
 from slam_asr.training.live import LivePage, read_curve
-from slam_asr.training.plateau import Plateau
-from slam_asr.training.samples import Samples
 from slam_asr.training.trackers import make_trackers
+from slam_asr.training.validator import Samples
 
 SHOWN = 3
 """Number of a validation's transcripts that are logged; the page shows all of them."""
+PLATEAU_SMOOTHING = 100
+"""Approximate number of steps over which the accuracy is averaged."""
+PLATEAU_RISE = 0.02
+"""Smallest increase of the accuracy that counts as progress."""
+PLATEAU_PATIENCE = 1000
+"""Number of steps without progress after which a plateau is reported."""
+SOLVED = 0.6
+"""Accuracy above which the LLM is no longer guessing."""
 
 
 @dataclass
@@ -79,7 +87,7 @@ class Monitor:
         for row in read_curve(folder / CURVE)[0]:
             self.plateau.update(row["step"], row["accuracy"])
         name = f"{recipe.name}-{digest([str(folder), published])[:8]}"
-        self.trackers = make_trackers(recipe.training.trackers, folder, name, _flat(asdict(recipe)), done)
+        self.trackers = make_trackers(recipe.training.trackers, folder, name, flattened(asdict(recipe)), done)
         self.page = LivePage(folder, recipe, published)
 
     def step(self, numbers: StepNumbers) -> None:
@@ -207,9 +215,49 @@ class _Interval:
         )
 
 
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries; keys are joined with dots."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
-    return flat
+class Plateau:
+    """Detects the plateau on which SLAM-ASR trainings often stay long, so that the log can explain it.
+
+    First the loss falls, and the accuracy rises to what the LLM can guess without the audio. Both then hardly
+    change for hundreds or thousands of steps. Only when the projector's outputs begin to resemble token
+    embeddings do both improve, and suddenly.
+    """
+
+    def __init__(self) -> None:
+        self.mean, self.weight = 0.0, 0.0
+        self.best, self.since = 0.0, 0
+        self.reported = 0
+        """Length of the plateau, in steps, when it was last reported."""
+
+    def update(self, step: int, accuracy: float) -> str | None:
+        """Add a step.
+
+        Args:
+            step: number of the step, from 1.
+            accuracy: share of the target tokens to which the model gives the highest probability.
+
+        Returns:
+            A line for the log when a plateau is detected, and again each time its length has doubled.
+        """
+        if not math.isfinite(accuracy):
+            return None
+        share = 1 / PLATEAU_SMOOTHING
+        # An exponential moving average, divided by `weight` to correct its bias towards the initial zero.
+        self.mean += share * (accuracy - self.mean)
+        self.weight += share * (1 - self.weight)
+        smooth = self.mean / self.weight
+        # The first steps cannot count as a plateau: their average is still too noisy.
+        if smooth > self.best + PLATEAU_RISE or step <= PLATEAU_SMOOTHING:
+            self.best, self.since, self.reported = max(smooth, self.best), step, 0
+            return None
+        length = step - self.since
+        if smooth >= SOLVED or length < max(PLATEAU_PATIENCE, 2 * self.reported):
+            return None
+        self.reported, self.best = length, max(self.best, smooth)
+        return (
+            f"plateau: the accuracy has been about {smooth:.2f} for {length:,} steps, as if the LLM guessed "
+            "without the audio. A plateau often ends suddenly, and sooner with a better encoder "
+            "(WavLM-large, HuBERT) and a chat LLM. If it does not, try more data, a longer warm-up or "
+            "another learning rate, encoder.frames: speech with Whisper, or transcripts in lower case; see "
+            "docs/how-to/troubleshooting.md."
+        )

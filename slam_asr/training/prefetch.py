@@ -1,4 +1,9 @@
-"""Prepares the next items in a thread while the current one is used."""
+"""Prepares the next items in a thread while the current one is used.
+
+torch's `DataLoader` would copy every batch from a worker process. On two CPU cores, with one worker and the
+same depth, it took 3.7 to 3.8 s for 120 batches of cached features that this thread prepares in 0.3 to 0.6 s,
+and 1.3 to 2.1 s instead of 1.3 s for 48 utterances read from audio files.
+"""
 
 import queue
 import threading

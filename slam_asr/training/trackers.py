@@ -113,7 +113,8 @@ class _Mlflow:
 class _Wandb:
     def __init__(self, folder: Path, run: str, recipe: dict[str, Any]) -> None:
         self.wandb = wandb = importlib.import_module("wandb")
-        identity = run.rpartition("/")[2][:60]
+        # The end of the name, because it contains the digits that distinguish trainings.
+        identity = run.rpartition("/")[2][-60:]
         # With `resume="allow"` and the id of an earlier attempt, W&B continues that attempt's run.
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "slam-asr"),
@@ -136,7 +137,7 @@ class _Wandb:
 
 
 class _Guarded:
-    """A remote tracker. Its first failure is logged and ends its use, but does not stop the training."""
+    """A remote tracker. When a call fails, the failure is logged and the tracker is no longer used."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self.name = name

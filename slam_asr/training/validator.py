@@ -1,14 +1,95 @@
-"""Scores the dev set after a step, and transcribes a few of its utterances."""
+"""Scores the dev set after a step, and transcribes a few of its utterances.
+
+The loss shows that the model learns; transcripts show what it learns.
+"""
 
 import contextlib
+import random
+import signal
+from dataclasses import dataclass, replace
 
 import torch
 
+from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.word_errors import score
+from slam_asr.config.recipe import Recipe
+from slam_asr.models.searcher import Searcher, plan_batches
+from slam_asr.models.slam import Slam
+from slam_asr.training.batches import BatchReader
 from slam_asr.training.builder import Parts
 from slam_asr.training.micro_batches import own_share, scores_of
 from slam_asr.training.prefetch import prefetch
-from slam_asr.training.samples import Samples
-from slam_asr.training.stop_signals import StopRequest
+
+
+class StopRequest:
+    """Remembers a signal, which the loop checks at the end of each step, and a validation after each batch.
+
+    Kubernetes sends SIGTERM to a preempted pod and kills it after a grace period of 30 seconds by default.
+    That is enough for a last checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        """Number of the last signal, or None."""
+
+    def listen(self) -> None:
+        """Install the handlers: from now on a signal no longer ends this process at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _: object) -> None:
+        self.signal = number
+
+
+@dataclass
+class Samples:
+    """The transcripts of one validation."""
+
+    wer: float | None
+    """Word error rate of greedy decoding, as a fraction; None if the references contain no words."""
+    texts: list[dict[str, str]]
+    """`key`, `reference` and `hypothesis` of each utterance."""
+
+
+class SampleTranscriber:
+    """Transcribes the same dev utterances at each validation.
+
+    All processes transcribe all of them: gathering sharded weights is a collective operation, in which every
+    process must take part equally often.
+
+    Args:
+        reader: reader of the dev set.
+        recipe: sets the number of utterances and the decoding limits.
+    """
+
+    def __init__(self, reader: BatchReader, recipe: Recipe) -> None:
+        self.reader, self.prompt = reader, reader.examples.prompt
+        self.options = replace(recipe.decoding, beams=1)
+        count = len(reader.examples)
+        draw = random.Random(f"{recipe.training.seed}/samples")
+        self.indices = sorted(draw.sample(range(count), min(recipe.training.samples, count)))
+
+    def transcribe(self, model: Slam) -> Samples:
+        """Transcribe the chosen utterances greedily with the current weights."""
+        examples = self.reader.examples
+        searcher = Searcher(model, self.prompt, self.options, inference_only=False)
+        prompt_positions = len(self.prompt.main.before) + len(self.prompt.main.ids)
+        positions = [int(examples.audio_positions[i]) + prompt_positions for i in self.indices]
+        texts_by_index: dict[int, str] = {}
+        for batch in plan_batches(
+            positions, self.options.max_new_tokens, 1, self.options.positions_per_batch
+        ):
+            indices = [self.indices[i] for i in batch]
+            audio = [self.reader.reader.read(examples.utterances[i]) for i in indices]
+            hypotheses = searcher.decode(audio, [int(examples.audio_positions[i]) for i in indices])
+            texts_by_index |= dict(zip(indices, (h.text for h in hypotheses), strict=True))
+        rows = [
+            Hypothesis(examples.utterances[i].key, examples.utterances[i].target, texts_by_index[i])
+            for i in self.indices
+        ]
+        errors = score(rows)
+        texts = [{"key": row.key, "reference": row.reference, "hypothesis": row.hypothesis} for row in rows]
+        return Samples(errors.wer if errors.words else None, texts)
 
 
 class Validator:
@@ -21,6 +102,8 @@ class Validator:
 
     def __init__(self, parts: Parts, stop: StopRequest) -> None:
         self.parts, self.stop = parts, stop
+        transcribes = "dev" in parts.readers and parts.recipe.training.samples
+        self.transcriber = SampleTranscriber(parts.readers["dev"], parts.recipe) if transcribes else None
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float] | None:
@@ -47,8 +130,8 @@ class Validator:
 
     def transcribe(self) -> Samples | None:
         """Transcribe a few dev utterances; None if the training transcribes none."""
-        engine, transcriber = self.parts.engine, self.parts.sample_transcriber
-        if transcriber is None:
+        engine = self.parts.engine
+        if self.transcriber is None:
             return None
         engine.module.eval()
         # Layers are compiled for complete utterances. Decoding takes one token at a time, and would compile
@@ -57,7 +140,7 @@ class Validator:
         uncompiled = torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
         try:
             with uncompiled:
-                return transcriber.transcribe(engine.model)
+                return self.transcriber.transcribe(engine.model)
         finally:
             engine.module.train()
 

@@ -82,19 +82,14 @@ class FollowedTrainJob:
             if job.status != state:
                 state = job.status
                 log_line(f"TrainJob {self.name}: {state.lower()}")
-            running = any(
-                step.name == f"{NODE}-0" and step.status not in (None, "Pending") for step in job.steps
-            )
-            if (
-                running
-                and (log_thread is None or not log_thread.is_alive())
-                and state not in ("Complete", "Failed")
-            ):
-                log_thread = threading.Thread(target=self._follow_output, daemon=True)
-                log_thread.start()
+            ended = state in ("Complete", "Failed")
+            running = any(s.name == f"{NODE}-0" and s.status not in (None, "Pending") for s in job.steps)
             if not running:
                 self._log_events()
-            if state in ("Complete", "Failed"):
+            elif not ended and (log_thread is None or not log_thread.is_alive()):
+                log_thread = threading.Thread(target=self._follow_output, daemon=True)
+                log_thread.start()
+            if ended:
                 if log_thread is not None:
                     log_thread.join(timeout=10)
                 # The thread may have lost its connection before the last lines, so those are read here.

@@ -59,19 +59,18 @@ class TrainJobClient:
             resources_per_node=placement.resources,
             env=dict(placement.environment),
         )
-        options = [
+        options: list[Any] = [
             Name(name),
             TrainerCommand(command[:1]),
             TrainerArgs(command[1:]),
             runtime_patch(placement),
-            *([Labels(dict(placement.labels))] if placement.labels else []),
-            *(
-                [ActiveDeadlineSeconds(round(placement.timeout_hours * 3600))]
-                if placement.timeout_hours
-                else []
-            ),
-            *([Annotations(dict(placement.annotations))] if placement.annotations else []),
         ]
+        if placement.labels:
+            options.append(Labels(dict(placement.labels)))
+        if placement.timeout_hours:
+            options.append(ActiveDeadlineSeconds(round(placement.timeout_hours * 3600)))
+        if placement.annotations:
+            options.append(Annotations(dict(placement.annotations)))
         self.client.train(runtime=self.runtime, trainer=trainer, options=options)
 
 
@@ -90,25 +89,7 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
         TrainingRuntimeSpecPatch,
     )
 
-    volumes: list[tuple[dict[str, Any], str]] = []
-    if placement.shared_memory:
-        volumes.append(
-            (
-                {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": placement.shared_memory}},
-                "/dev/shm",
-            )
-        )
-    if placement.scratch:
-        volumes.append(({"name": "scratch", "emptyDir": {"sizeLimit": placement.scratch}}, placement.cache))
-    if placement.models_claim:
-        volumes.append(
-            (
-                {"name": "models", "persistentVolumeClaim": {"claimName": placement.models_claim}},
-                f"{placement.cache}/models",
-            )
-        )
-    if placement.storage_secret:
-        volumes.append(({"name": "s3", "secret": {"secretName": placement.storage_secret}}, SECRET_FOLDER))
+    volumes = _volumes(placement)
     token = {
         "name": "HF_TOKEN",
         "valueFrom": {"secretKeyRef": {"name": placement.token_secret, "key": "HF_TOKEN"}},
@@ -140,6 +121,27 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
         name=NODE, template=JobTemplatePatch(spec=JobSpecPatch(template=template))
     )
     return RuntimePatch(TrainingRuntimeSpecPatch(JobSetTemplatePatch(spec=JobSetSpecPatch([replicated]))))
+
+
+def _volumes(placement: Placement) -> list[tuple[dict[str, Any], str]]:
+    """The volumes that the settings ask for, each with the path that it is mounted at."""
+    memory = {"medium": "Memory", "sizeLimit": placement.shared_memory}
+    claim, secret = {"claimName": placement.models_claim}, {"secretName": placement.storage_secret}
+    volumes: list[tuple[str, dict[str, Any], str]] = [
+        (placement.shared_memory, {"name": "shm", "emptyDir": memory}, "/dev/shm"),
+        (
+            placement.scratch,
+            {"name": "scratch", "emptyDir": {"sizeLimit": placement.scratch}},
+            placement.cache,
+        ),
+        (
+            placement.models_claim,
+            {"name": "models", "persistentVolumeClaim": claim},
+            f"{placement.cache}/models",
+        ),
+        (placement.storage_secret, {"name": "s3", "secret": secret}, SECRET_FOLDER),
+    ]
+    return [(volume, path) for setting, volume, path in volumes if setting]
 
 
 @contextlib.contextmanager

@@ -83,17 +83,12 @@ def node_command(
     recipe: Recipe, train_manifest: str, store: str, feature_store: str | None, dev_manifest: str | None
 ) -> list[str]:
     """Build the command that each node runs: the same as for a training on a single node."""
-    optional = {"--dev-manifest": dev_manifest, "--feature-store": feature_store}
-    options = [part for option, value in optional.items() if value for part in (option, value)]
-    text = json.dumps(asdict(recipe), ensure_ascii=False, sort_keys=True)
-    return [
-        "slam-asr",
-        "train",
-        "--recipe",
-        text,
-        "--train-manifest",
-        train_manifest,
-        *options,
-        "--output",
-        join(store, "train", FINGERPRINT),
-    ]
+    options = {
+        "--recipe": json.dumps(asdict(recipe), ensure_ascii=False, sort_keys=True),
+        "--train-manifest": train_manifest,
+        "--dev-manifest": dev_manifest,
+        "--feature-store": feature_store,
+        "--output": join(store, "train", FINGERPRINT),
+    }
+    given = {option: value for option, value in options.items() if value}
+    return ["slam-asr", "train", *(part for pair in given.items() for part in pair)]

@@ -10,7 +10,8 @@ from slam_asr.artifacts.model_folder import WEIGHTS, fetch_model, read_config, r
 from slam_asr.config.recipe import load_recipe, shipped_recipes
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import describe_llm, llm_width
-from slam_asr.pretrained.locate import locate_model, weights_sha256
+from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.model_files import weights_sha256
 
 MAX_BYTES = 12e6
 
@@ -73,7 +74,7 @@ def test_its_card_describes_data_training_and_results(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_models())
-def test_it_fits_the_base_models_that_are_fetched(name):
+def test_it_fits_the_base_models_that_are_fetched(demo_models, name):
     config = read_config(fetch_model(name))
     recipe = config.typed_recipe
     spec, llm = describe_encoder(recipe.encoder), locate_model(recipe.llm.name)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from slam_asr.config.recipe import Data
 from slam_asr.corpora import Candidate, Rejection
 from slam_asr.corpora.jsonlines import JsonLines
 from slam_asr.errors import UserError
@@ -29,7 +30,7 @@ def folder(tmp_path):
 def test_a_file_named_after_a_split_is_that_split_whatever_subset_its_lines_name(folder):
     write_lines(folder / "train.jsonl", row("a"), row("b", subset="train-clean-100"))
     write_lines(folder / "test.jsonl", row("c", subset="test-other", speaker="7"))
-    reader = JsonLines.find(folder)
+    reader = JsonLines.find(str(folder), Data())
     assert reader.subsets() == ["test", "train"]
     assert [c.extra["subset"] for c in reader.read("train")] == ["train", "train-clean-100"]
     assert list(reader.read("test")) == [
@@ -40,7 +41,7 @@ def test_a_file_named_after_a_split_is_that_split_whatever_subset_its_lines_name
 def test_files_may_be_named_after_subsets(folder):
     write_lines(folder / "train-clean-100.jsonl", row("a"))
     write_lines(folder / "test-other.jsonl", row("b"))
-    reader = JsonLines.find(folder)
+    reader = JsonLines.find(str(folder), Data())
     assert reader.subsets() == ["test-other", "train-clean-100"]
     assert [c.extra for c in reader.read("test-other")] == [{"subset": "test-other"}]
 
@@ -48,19 +49,19 @@ def test_files_may_be_named_after_subsets(folder):
 @pytest.mark.parametrize("name", ["all.jsonl", "train.jsonl"])
 def test_the_lines_of_one_file_may_name_their_subsets(folder, name):
     path = write_lines(folder / name, row("a", subset="train-x"), row("b", subset="test-x"), row("c"))
-    reader = JsonLines.find(path)
+    reader = JsonLines.find(str(path), Data())
     assert reader.subsets() == sorted(["test-x", "train-x", path.stem])
 
 
 def test_the_rejections_of_an_earlier_build_are_not_read(folder):
     write_lines(folder / "train.jsonl", row("a"))
     write_lines(folder / "rejected.jsonl", {"key": "z", "source": "", "reason": "too short"})
-    assert JsonLines.find(folder).subsets() == ["train"]
+    assert JsonLines.find(str(folder), Data()).subsets() == ["train"]
 
 
 def test_a_line_without_its_audio_is_rejected(folder):
     write_lines(folder / "train.jsonl", row("a"), row("b", source="gone.wav"))
-    _, rejection = JsonLines.find(folder).read("train")
+    _, rejection = JsonLines.find(str(folder), Data()).read("train")
     assert isinstance(rejection, Rejection)
     assert (rejection.key, rejection.source, rejection.reason) == (
         "b",
@@ -72,20 +73,20 @@ def test_a_line_without_its_audio_is_rejected(folder):
 def test_the_error_for_a_bad_line_names_its_file_and_line_number(folder):
     write_lines(folder / "train.jsonl", row("a"), {"key": "b"})
     with pytest.raises(UserError, match=r"train\.jsonl, line 2 has no source and no target"):
-        JsonLines.find(folder)
+        JsonLines.find(str(folder), Data())
 
 
 @pytest.mark.parametrize("subset", [7, "", ["x"]])
 def test_a_subset_that_is_not_text_is_refused(folder, subset):
     write_lines(folder / "all.jsonl", row("a", subset=subset))
     with pytest.raises(UserError, match="line 1: subset must be text"):
-        JsonLines.find(folder)
+        JsonLines.find(str(folder), Data())
 
 
 def test_sources_with_an_unsupported_scheme_are_refused(folder):
     write_lines(folder / "train.jsonl", row("a", source="https://somewhere/x.wav"))
     with pytest.raises(UserError, match=r"train\.jsonl.*https"):
-        JsonLines.find(folder)
+        JsonLines.find(str(folder), Data())
 
 
 def test_segments_and_complete_files_are_read(folder):
@@ -94,7 +95,7 @@ def test_segments_and_complete_files_are_read(folder):
         row("a", start=0.5, duration=0.25, source="s3://bucket/x.wav"),
         row("b", duration=9),
     )
-    segment, complete = JsonLines.find(folder).read("train")
+    segment, complete = JsonLines.find(str(folder), Data()).read("train")
     assert (segment.source, segment.start, segment.duration) == ("s3://bucket/x.wav", 0.5, 0.25)
     assert (complete.start, complete.duration) == (None, None), (
         "the duration of a complete file is measured, not taken from its line"
@@ -102,15 +103,18 @@ def test_segments_and_complete_files_are_read(folder):
 
 
 def test_folders_and_files_without_json_lines_are_not_recognised(folder):
-    assert JsonLines.find(folder) is None
-    assert JsonLines.find(folder / "x.wav") is None
+    assert JsonLines.find(str(folder), Data()) is None
+    assert JsonLines.find(str(folder / "x.wav"), Data()) is None
 
 
 def test_stamps_change_when_the_audio_or_the_lines_change(folder):
     path = write_lines(folder / "train.jsonl", row("a"))
-    before = list(JsonLines.find(folder).stamps("train"))
+    before = list(JsonLines.find(str(folder), Data()).stamps("train"))
     with open(folder / "x.wav", "ab") as file:
         file.write(b"\0")
-    audio_changed = list(JsonLines.find(folder).stamps("train"))
+    audio_changed = list(JsonLines.find(str(folder), Data()).stamps("train"))
     write_lines(path, row("a"), row("b"))
-    assert len({str(before), str(audio_changed), str(list(JsonLines.find(folder).stamps("train")))}) == 3
+    assert (
+        len({str(before), str(audio_changed), str(list(JsonLines.find(str(folder), Data()).stamps("train")))})
+        == 3
+    )

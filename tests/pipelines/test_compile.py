@@ -283,7 +283,8 @@ def test_every_setting_of_the_profile_reaches_the_task(tmp_path):
         "maxRetryCount": 5,
         "backoffDuration": "120s",
         "backoffFactor": 2.0,
-        "backoffMaxDuration": "3600s",
+        # Six attempts of 1.5 hours, and waits of 2, 4, 8, 16 and 32 minutes.
+        "backoffMaxDuration": f"{6 * 5400 + 62 * 60}s",
     }
     assert not task.caching_options.enable_cache
     settings = json_format.MessageToDict(settings["exec-train"])
@@ -542,3 +543,23 @@ def test_default_profile_requests_no_gpus():
 
 if __name__ == "__main__":
     write_golden_files()
+
+
+def test_retries_are_not_cut_off_by_the_bound_on_their_duration(compiled):
+    # Argo gives a step up once this time has passed since its first start, whatever retries remain.
+    specification, platforms = yaml.safe_load_all((compiled / "slam-asr.yaml").read_text())
+    limits = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    components = {"root": specification["root"], **specification["components"]}
+    checked = 0
+    for component in components.values():
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            policy, name = task.get("retryPolicy"), task["componentRef"]["name"]
+            label = components[name].get("executorLabel")
+            if not policy or label is None:
+                continue
+            attempt = int(limits[label]["activeDeadlineSeconds"])
+            retries, wait = policy["maxRetryCount"], int(policy["backoffDuration"][:-1])
+            waits = sum(wait * policy["backoffFactor"] ** n for n in range(retries))
+            assert int(policy["backoffMaxDuration"][:-1]) >= (retries + 1) * attempt + waits, name
+            checked += 1
+    assert checked >= 6

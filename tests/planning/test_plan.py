@@ -17,7 +17,6 @@ def no_models(monkeypatch, tmp_path):
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("slam_asr.pretrained.locate.WHEEL_MODELS", {})
 
 
 def shapes(name, **overrides):

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.config.recipe import Recipe
 from slam_asr.errors import UserError
 from slam_asr.pages.curves import CURVE_POINTS, thinned
 from slam_asr.scoring import report
@@ -97,16 +98,16 @@ class Page(HTMLParser):
         return sum(name == tag for name, _ in self.tags)
 
 
-def full_report(folder, **changes):
+def full_report(folder, title="demo", published=None, **changes):
+    if published is None:
+        published = {"test-other": 6.47, "test-elsewhere": 1.0}
     parts = {
-        "title": "demo",
         "rows": ROWS,
         "controls": {"shuffled audio": SHUFFLED, "empty output": EMPTY},
         "training": TRAINING,
-        "published": {"test-other": 6.47, "test-elsewhere": 1.0},
         "decoding": DECODING,
     }
-    metrics = write_report(folder, **(parts | changes))
+    metrics = write_report(folder, Recipe(name=title, published_wer=published), **(parts | changes))
     return (
         metrics,
         (folder / "report.html").read_text(),

@@ -1,6 +1,8 @@
 """Parts of a decoding are joined only if all exist and belong together."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -107,6 +109,13 @@ def test_parts_of_two_models_are_refused(tmp_path, model, part_of):
     folders = [part_of(1, 2, ROWS[:2], model="a"), part_of(2, 2, ROWS[2:], model="b")]
     with pytest.raises(UserError, match=r"parts of different decodings \(model differ\)"):
         score(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
+
+
+@pytest.mark.cold
+def test_scoring_starts_without_torch():
+    """torch takes seconds to import, and the stage reads only JSON."""
+    loaded = "import sys, slam_asr.stages.score; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", loaded], text=True).strip() == "False"
 
 
 def test_number_of_parts_and_controls_do_not_change_texts():

@@ -13,6 +13,6 @@ def small_pieces(monkeypatch) -> int:
     from slam_asr.storage import objects, pieces
 
     monkeypatch.setattr(models, "S3_UPLOAD_PART_MIN_SIZE", 1)
-    monkeypatch.setattr(pieces, "PART_BYTES", PIECE)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", PIECE)
     monkeypatch.setattr(objects, "_STREAM_BYTES", PIECE)
     return PIECE

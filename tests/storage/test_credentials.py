@@ -224,8 +224,8 @@ def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path
 
 def test_the_logging_of_boto3_is_not_configured(bucket):
     program = (
-        "import logging; from slam_asr.storage import s3\n"
-        "s3.write('s3://bucket/x', b'x'); s3.read('s3://bucket/x')\n"
+        "import logging; from slam_asr.storage import objects, uploads\n"
+        "uploads.write('s3://bucket/x', b'x'); objects.read('s3://bucket/x')\n"
         "for name in ('boto3', 'botocore', 'urllib3', 's3transfer'):\n"
         "    logger = logging.getLogger(name)\n"
         "    assert logger.level in (0, 30), name\n"

@@ -14,15 +14,17 @@ from slam_asr.storage import (
     fetch_folder,
     info,
     join,
+    objects,
     open_stream,
     paths,
     publish_folder,
     read_bytes,
-    s3,
     upload,
+    uploads,
     walk,
     write_bytes,
 )
+from slam_asr.storage.downloads import download
 from tests.faults import BUSY, CUT, FLIP, LOST, RESET, STALL
 
 ROOT = "s3://bucket/store"
@@ -73,7 +75,7 @@ def test_content_of_every_size_survives_faults(faulty_s3, small_pieces, tmp_path
         with open_stream(uri) as stream:
             assert b"".join(iter(lambda: stream.read(33_333), b"")) == content
         for start, end in ((0, size), (size // 3, size // 2), (max(size - 5, 0), size)):
-            assert s3.read(uri, start, end) == content[start:end]
+            assert objects.read(uri, start, end) == content[start:end]
         write_bytes(uri, content[::-1])
         assert read_bytes(uri) == content[::-1]
     assert faulty_s3.faults.total() > 10
@@ -201,7 +203,7 @@ def test_a_damaged_object_is_reported_in_one_sentence(bucket, small_pieces, size
 def test_an_object_that_is_replaced_while_it_is_read_is_never_a_mixture(bucket, small_pieces, faulty_s3):
     old, new = noise(5 * small_pieces, seed=1), noise(5 * small_pieces, seed=2)
     write_bytes(f"{ROOT}/x", old)
-    stream = s3.ObjectStream(f"{ROOT}/x")
+    stream = objects.ObjectStream(f"{ROOT}/x")
     assert stream.read(10) == old[:10]
     bucket.put_object(Key="store/x", Body=new)
     with pytest.raises(UserError, match="was replaced while it was read"):
@@ -228,12 +230,12 @@ def test_progress_counts_each_byte_once(faulty_s3, small_pieces, tmp_path):
     content = noise(7 * small_pieces + 3)
     for uploading in (True, False):
         counted = []
-        with open(tmp_path / "file", "w+b") as file:
-            if uploading:
-                file.write(content)
-                s3.upload(f"{ROOT}/x", file, report=counted.append)
-            else:
-                s3.download(f"{ROOT}/x", file, report=counted.append)
+        if uploading:
+            (tmp_path / "file").write_bytes(content)
+            uploads.upload(f"{ROOT}/x", tmp_path / "file", report=counted.append)
+        else:
+            with open(tmp_path / "file", "w+b") as file:
+                download(f"{ROOT}/x", file, report=counted.append)
         assert sum(counted) == len(content)
     assert (tmp_path / "file").read_bytes() == content
     assert os.path.getsize(tmp_path / "file") == len(content)

@@ -12,9 +12,9 @@ from slam_asr.storage import (
     fetch,
     fetch_folder,
     info,
+    objects,
     open_stream,
     read_bytes,
-    s3,
     upload,
     walk,
     write_bytes,
@@ -138,10 +138,10 @@ def test_a_time_limit_that_is_not_a_number_is_reported_in_one_sentence(bucket, m
 def test_a_range_beyond_the_end_is_reported_in_one_sentence(faulty_s3):
     faulty_s3.share = 0
     write_bytes("s3://bucket/x", b"0123456789")
-    assert s3.read("s3://bucket/x", 8) == b"89" and s3.read("s3://bucket/x", 3, 3) == b""
+    assert objects.read("s3://bucket/x", 8) == b"89" and objects.read("s3://bucket/x", 3, 3) == b""
     faulty_s3.clear()
     for start, end in ((5, 11), (10, 12), (20, 30)):
-        message_of(lambda uri, start=start, end=end: s3.read(uri, start, end), "s3://bucket/x")
+        message_of(lambda uri, start=start, end=end: objects.read(uri, start, end), "s3://bucket/x")
     assert len(faulty_s3.requests) == 3
 
 
@@ -155,6 +155,27 @@ def test_an_impossible_tls_connection_is_reported_at_once(
     started = time.monotonic()
     assert "no secure connection" in message_of(read_bytes, "s3://bucket/x")
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("kind", ["fetch", "upload"])
+def test_a_permanent_failure_of_one_piece_ends_the_retries_of_the_others(
+    faulty_s3, small_pieces, tmp_path, kind
+):
+    faulty_s3.share = 0
+    (tmp_path / "file").write_bytes(b"n" * 350_000)
+    upload(tmp_path / "file", "s3://bucket/x")
+
+    def rule(request):
+        piece = request.target + request.headers.get("range", "")
+        if "partNumber=1" in piece or "bytes=0-" in piece:
+            return 503, "SlowDown"
+        return (403, "AccessDenied") if "partNumber=3" in piece or "bytes=200000-" in piece else None
+
+    faulty_s3.rule = rule
+    calls = {"fetch": fetch, "upload": lambda uri: upload(tmp_path / "file", uri)}
+    started = time.monotonic()
+    assert "access is denied" in message_of(calls[kind], "s3://bucket/x")
+    assert time.monotonic() - started < 10  # the first piece alone is retried for 30 s
 
 
 @pytest.mark.parametrize("size", [10, 250_000])

@@ -12,7 +12,7 @@ from slam_asr.errors import UserError
 from slam_asr.training import live, trackers
 from slam_asr.training.live import read_curve, write_page
 from slam_asr.training.monitor import Monitor, StepNumbers
-from slam_asr.training.samples import Samples
+from slam_asr.training.validator import Samples
 
 
 def numbers(step: int, **changed) -> StepNumbers:

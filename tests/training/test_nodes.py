@@ -19,8 +19,8 @@ from slam_asr.errors import UserError
 from slam_asr.stages.build_manifest import build_manifest
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.storage import read_bytes, walk
+from slam_asr.training.launch import Nodes, nodes_from_environment
 from slam_asr.training.live import read_curve
-from slam_asr.training.nodes import Nodes, nodes_from_environment
 
 VARIABLES = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 

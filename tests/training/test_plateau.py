@@ -2,7 +2,7 @@
 
 import random
 
-from slam_asr.training.plateau import Plateau
+from slam_asr.training.monitor import Plateau
 
 
 def reports(accuracies) -> list[tuple[int, str]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import socket
 
-_MODULES = ("slam_asr", "pipelines", "kfp.dsl.executor_main", "torch.distributed.run")
+_MODULES = ("slam_asr", "pipelines", "demo.models", "kfp.dsl.executor_main", "torch.distributed.run")
 
 
 def _program(words: list[str]) -> list[str] | None:

@@ -92,7 +92,7 @@ class Index:
         """Return the position of the entry with this audio id, or -1 if none exists."""
         target = bytes.fromhex(audio_id)
         position = int(np.searchsorted(self._leading, int.from_bytes(target[:8], "big")))
-        # Two digests hardly ever share their first 8 bytes, but the other 24 must be compared too.
+        # The search compares only the first 8 bytes, which several entries may share.
         while position < len(self) and self.columns["address"][position].tobytes() < target:
             position += 1
         exists = position < len(self) and self.columns["address"][position].tobytes() == target
@@ -224,7 +224,7 @@ def merge(
     merged = Index(
         fingerprint, width, list(positions), {name: column[first] for name, column in joined.items()}
     )
-    # This drops the shards to which only the dropped duplicates referred.
+    # Drop shards that only removed duplicates referred to.
     merged = merged.select(np.ones(len(merged), bool))
     # Shards are sorted by name, so that the same entries give the same bytes from whatever indexes.
     order = sorted(range(len(merged.shards)), key=lambda i: merged.shards[i].sha256)

@@ -15,8 +15,10 @@ from slam_asr.artifacts.feature_store.index import Entry, to_array
 from slam_asr.artifacts.feature_store.namespace import checksum, find_namespace
 from slam_asr.errors import InputError, StorageError
 from slam_asr.models.feature_dtype import DTYPES, QuantizedFrames, dequantize
-from slam_asr.storage import is_s3, local_path, s3
+from slam_asr.storage import is_s3, local_path
 from slam_asr.storage.cache import CacheFull, DiskCache, HeldFile, cache_folder
+from slam_asr.storage.downloads import download
+from slam_asr.storage.objects import read
 
 _MAX_MAPPED = 64
 """Maximum number of shards mapped into memory at once. A training window needs fewer."""
@@ -118,14 +120,6 @@ class FeatureStore:
         """
         return int(self.index.columns["span"][self.find(audio_id)])
 
-    def shard_of(self, audio_id: str) -> int:
-        """Return the number of the shard with this audio's features: its position in the index's list.
-
-        Raises:
-            InputError: the store has no features of this audio.
-        """
-        return int(self.index.columns["shard"][self.find(audio_id)])
-
     def read(self, audio_id: str) -> torch.Tensor:
         """Read the features of this audio.
 
@@ -148,7 +142,7 @@ class FeatureStore:
         if source is None:
             path = self._path(entry.shard)
             # An empty range cannot be requested over HTTP.
-            chunks = [bytearray(s3.read(path, begin, begin + n)) if n else bytearray() for begin, n in ranges]
+            chunks = [bytearray(read(path, begin, begin + n)) if n else bytearray() for begin, n in ranges]
         else:
             chunks = [memoryview(source)[begin : begin + n] for begin, n in ranges]
         # A mapped entry is verified once, but one that was read from object storage each time.
@@ -160,16 +154,8 @@ class FeatureStore:
                     "then `slam-asr extract-features` again over the same manifests."
                 )
             self._verified[position] = True
-        if not entry.frames:
-            # torch.frombuffer refuses empty buffers.
-            return dequantize(
-                QuantizedFrames(
-                    torch.zeros(0, self.index.width, dtype=DTYPES[self.dtype]),
-                    torch.zeros(0) if len(chunks) > 1 else None,
-                )
-            )
-        frames = torch.frombuffer(chunks[0], dtype=DTYPES[self.dtype]).view(entry.frames, self.index.width)
-        scales = torch.frombuffer(chunks[1], dtype=torch.float32) if len(chunks) > 1 else None
+        frames = _tensor(chunks[0], DTYPES[self.dtype]).view(entry.frames, self.index.width)
+        scales = _tensor(chunks[1], torch.float32) if len(chunks) > 1 else None
         return dequantize(QuantizedFrames(frames, scales))
 
     def expect(self, shards: Iterable[int]) -> None:
@@ -230,7 +216,7 @@ class FeatureStore:
                 return self._cache.hold(
                     shard.name,
                     shard.bytes,
-                    lambda file: s3.download(self._path(number), file, shard.sha256),
+                    lambda file: download(self._path(number), file, shard.sha256),
                 )
             except CacheFull:
                 # If no shard can be released, the caller reads single utterances without using the disk.
@@ -252,6 +238,11 @@ def _release(fetched: Future[HeldFile | None]) -> None:
     held = fetched.result()
     if held is not None:
         held.release()
+
+
+def _tensor(content: memoryview | bytearray, dtype: torch.dtype) -> torch.Tensor:
+    # torch.frombuffer refuses empty buffers.
+    return torch.frombuffer(content, dtype=dtype) if len(content) else torch.zeros(0, dtype=dtype)
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -19,7 +19,7 @@ from slam_asr.audio import SAMPLE_RATE
 from slam_asr.config.recipe import Encoder
 from slam_asr.models.encoders.frontend import Prepared, Preparer
 from slam_asr.pretrained.load_weights import load_weights
-from slam_asr.pretrained.locate import weights_sha256
+from slam_asr.pretrained.model_files import weights_sha256
 
 SAMPLES_PER_FRAME = 320
 """Number of samples per frame at 16 kHz. For Whisper, this is the spectrogram's hop of 160 times a

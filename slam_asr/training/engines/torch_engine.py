@@ -70,8 +70,9 @@ class TorchEngine(Engine):
                 read_local_rows(weight, device)
             self.module = model
         else:
-            # Only frozen parts can have buffers that change, such as batch norm statistics, so there is
-            # nothing to synchronise.
+            # Buffers are not synchronised. Of the supported models, only a HuBERT with batch norm in its
+            # positional convolution has buffers that change, and only if the encoder is trained: then each
+            # process has the running statistics of its own utterances, and no checkpoint holds them.
             buffer_options: dict[str, Any] = {_BUFFERS: False}
             self.module = DistributedDataParallel(model, **buffer_options)
         self.model = model

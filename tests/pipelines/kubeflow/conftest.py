@@ -1,5 +1,7 @@
 """Fixtures for the fake servers, and for the environment that points to them."""
 
+import contextlib
+
 import pytest
 import yaml
 
@@ -80,3 +82,19 @@ def cluster(kubernetes_at):
     with serving(KubernetesHandler, pods=pods, objects={}, forbidden=False) as address:
         kubernetes_at(address)
         yield pods
+
+
+@pytest.fixture
+def fake_pods(kubernetes_at):
+    """Serve these pods, as Kubernetes describes them."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(*pods: dict) -> None:
+            content = {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": list(pods)}
+            path = "/api/v1/namespaces/kubeflow/pods"
+            address = stack.enter_context(
+                serving(KubernetesHandler, pods={}, objects={path: (200, content)}, forbidden=False)
+            )
+            kubernetes_at(address)
+
+        yield serve

@@ -34,6 +34,11 @@ class FakeKubeflow:
         self.packages: dict[str, bytes] = {}
         self.experiments: dict[str, kfp.V2beta1Experiment] = {}
         self.runs: dict[str, kfp.V2beta1Run] = {}
+        self.recorded: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        """Recorded runs by id: the answers of v2beta1 and of v1beta1."""
+        self.archive: dict[str, bytes] = {}
+        """Objects that the dashboard can read, by bucket and key."""
+        self.terminated: list[str] = []
         self.created: list[dict[str, Any]] = []
         self.retried: list[str] = []
         self.faults: list[str] = []
@@ -102,6 +107,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fault = fake.faults.pop(0) if fake.faults else "ok"
         if fault == "slow":
             time.sleep(0.6)
+        if path == "/artifacts/get":
+            options = dict(urllib.parse.parse_qsl(query))
+            content = fake.archive.get(f"{options['bucket']}/{options['key']}")
+            return self._send(404, b"no such object") if content is None else self._send(200, content)
         if fault == "html":
             return self._send(200, b"<html><form action=/login></form></html>", "text/html; charset=utf-8")
         if fault in ("503", "401", "403", "500"):
@@ -125,12 +134,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _route(self, method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
         fake: FakeKubeflow = self.server.fake
+        if match := re.fullmatch(r"/apis/v1beta1/runs/([^/]+)", path):
+            if match[1] not in fake.recorded:
+                return 404, {"message": "no such run"}
+            answer = fake.recorded[match[1]][1]
+            manifest = json.dumps(answer["pipeline_runtime"]["workflow_manifest"])
+            return 200, {"run": answer["run"], "pipeline_runtime": {"workflow_manifest": manifest}}
         path = path.removeprefix("/apis/v2beta1")
         if path == "/healthz":
             return 200, kfp.V2beta1GetHealthzResponse(multi_user=fake.multi_user)
-        if path == "/pipelines/upload":
+        if path == "/pipelines" and method == "POST":
+            request = json.loads(body)
+            if any(p.display_name == request["display_name"] for p in fake.pipelines.values()):
+                return 409, {"message": ""}
             created = kfp.V2beta1Pipeline(
-                pipeline_id="pipeline-1", display_name=query["name"], namespace=query.get("namespace")
+                pipeline_id=f"pipeline-{len(fake.pipelines) + 1}",
+                display_name=request["display_name"],
+                namespace=request.get("namespace"),
             )
             fake.pipelines[created.pipeline_id] = created
             return 200, created
@@ -145,7 +165,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             name = re.search(
                 r'"stringValue"\s*:\s*"([^"]+)"|"string_value"\s*:\s*"([^"]+)"', query.get("filter", "")
             )
-            matching = [p for p in fake.pipelines.values() if not name or p.display_name in name.groups()]
+            # Without a namespace, a multi-user server looks among the shared pipelines only.
+            matching = [
+                p
+                for p in fake.pipelines.values()
+                if (not name or p.display_name in name.groups()) and p.namespace == query.get("namespace")
+            ]
             return 200, kfp.V2beta1ListPipelinesResponse(pipelines=matching, total_size=len(matching))
         if match := re.fullmatch(r"/pipelines/([^/]+)/versions", path):
             known = [v for v in fake.versions.values() if v.pipeline_id == match[1]]
@@ -178,6 +203,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             run = kfp.V2beta1Run(
                 run_id=f"run-{len(fake.runs) + 1}",
                 display_name=request["display_name"],
+                description=request.get("description"),
+                runtime_config=request.get("runtime_config"),
                 state="PENDING",
                 created_at=START,
             )
@@ -185,7 +212,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return 200, run
         if path == "/runs":
             return 200, kfp.V2beta1ListRunsResponse(runs=list(reversed(fake.runs.values())))
+        if match := re.fullmatch(r"/runs/([^/:]+):terminate", path):
+            fake.terminated.append(match[1])
+            return 200, {}
         if match := re.fullmatch(r"/runs/([^/:]+)(:retry)?", path):
+            if match[1] in fake.recorded and not match[2]:
+                return 200, fake.recorded[match[1]][0]
             if match[1] not in fake.runs:
                 return 404, {"message": "no such run"}
             if match[2]:
@@ -208,6 +240,19 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def do_POST(self) -> None:
+        """Answer whether an account has a right: all but those in `server.objects["denied"]`."""
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.server.forbidden:
+            return self._send(403, json.dumps({"kind": "Status", "message": "forbidden"}).encode())
+        assert self.path == "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+        asked = request["spec"]["resourceAttributes"]
+        right = " ".join(filter(None, (asked["verb"], asked["resource"], asked.get("name"))))
+        denied = self.server.objects.get("denied", ())
+        self.server.objects.setdefault("reviews", []).append((request["spec"]["user"], right))
+        request["status"] = {"allowed": right not in denied}
+        self._send(201, json.dumps(request).encode())
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,10 +23,10 @@ SUBMIT = ["submit", "demo", "--cluster", "cpu", "--corpus", "s3://b/corpus", "--
 def test_submit_uploads_once_and_starts_a_run_with_the_requested_values(kubeflow, program, tmp_path):
     code, out, _ = program(*SUBMIT)
     assert code == 0
-    assert (
-        f"{kubeflow.address}/#/runs/details/run-1" in out
-        and "demo · whisper-tiny.en + SmolLM2-135M-Instruct · " in out
-    )
+    name = r"run run-1: demo [0-9a-f]{6} \d\d-\d\d \d\d:\d\d\n"
+    assert f"{kubeflow.address}/#/runs/details/run-1" in out and re.match(name, out), out
+    # kfp's own lines about the pipeline, the experiment and the run are not printed.
+    assert len(out.splitlines()) == 3, out
     [run] = kubeflow.created
     assert run["runtime_config"]["parameters"] == {
         "corpus": "s3://b/corpus",
@@ -79,7 +80,7 @@ def test_failed_run_is_reported_and_can_be_resumed(kubeflow, program):
     code, _, err = program("resume", "run-1")
     assert (
         code == 2
-        and "is succeeded, and only a failed run can be resumed" in err
+        and "is succeeded, and only a run that failed or was stopped can be resumed" in err
         and kubeflow.retried == ["run-1"]
     )
 
@@ -94,6 +95,48 @@ def test_latest_runs_and_a_run_by_its_name(kubeflow, program):
     code, _, err = program("status", "frist")
     assert (code, len(err.splitlines())) == (2, 1)
     assert err.startswith("There is no run frist in the namespace slam-asr; did you mean first?")
+
+
+@pytest.mark.slow
+def test_runs_of_mine_and_of_a_recipe(kubeflow, program, monkeypatch):
+    program(*SUBMIT, "--run-name", "first")
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    program(*SUBMIT, "--run-name", "second")
+
+    def names(*options: str) -> list[str]:
+        return [line.split()[-1] for line in program("runs", *options)[1].splitlines()]
+
+    assert names() == ["second", "first"] and names("--mine") == ["second"]
+    assert names("--recipe", "demo", "--count", "1") == ["second"] and names("--recipe", "other") == []
+    monkeypatch.delenv("LOGNAME")
+    assert "second" not in names("--mine")
+
+
+@pytest.mark.slow
+def test_run_is_stopped_and_its_page_named(kubeflow, program):
+    program(*SUBMIT)
+    code, out, _ = program("stop", "run-1")
+    assert code == 0 and kubeflow.terminated == ["run-1"] and "`python -m pipelines resume run-1`" in out
+    assert program("open", "run-1")[:2] == (0, f"{kubeflow.address}/#/runs/details/run-1\n")
+    kubeflow.polls["run-1"] = 9
+    assert program("stop", "run-1")[2].endswith("has ended (succeeded).\n") and len(kubeflow.terminated) == 1
+
+
+@pytest.mark.slow
+def test_single_user_kubeflow_runs_everything_in_its_own_namespace(kubeflow, program):
+    kubeflow.multi_user = False
+    code, out, _ = program(*SUBMIT)
+    assert code == 0 and "so the run is in the namespace kubeflow: account, secret and volume must be" in out
+    assert [p.namespace for p in kubeflow.pipelines.values()] == [None]
+    assert "There is no run other in the namespace kubeflow" in program("status", "other")[2]
+
+
+@pytest.mark.slow
+def test_second_pipeline_of_the_same_name_is_not_created(kubeflow, program):
+    # A shared pipeline of this name does not count: ours is in the namespace.
+    program(*SUBMIT)
+    assert [p.namespace for p in kubeflow.pipelines.values()] == ["slam-asr"]
+    assert program(*SUBMIT)[0] == 0 and len(kubeflow.pipelines) == 1 and len(kubeflow.versions) == 1
 
 
 @pytest.mark.slow
@@ -135,7 +178,7 @@ def test_start_whose_answer_is_lost_is_not_retried(kubeflow, program):
         (["503"] * 40, "did not answer in 3 s of retries (HTTP 503): try again later."),
         (
             ["ok"] + ["503"] * 40,
-            "could not look up the pipeline in 3 s of retries (503 Service Unavailable): try again later.",
+            "could not look up the pipeline in 3 s of retries (503 Service Unavailable: fault 503): try",
         ),
     ],
 )
@@ -149,7 +192,7 @@ def test_refusal_is_one_sentence_and_nothing_is_created(kubeflow, program, fault
 
 def test_expired_token_and_wrong_address_are_one_sentence(kubeflow, program, monkeypatch, tmp_path):
     monkeypatch.delenv("KFP_EXISTING_TOKEN")
-    assert "refuses the token (401)" in program("status")[2]
+    assert "asks for a token (401): put one into KFP_EXISTING_TOKEN" in program("status")[2]
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     assert program("status")[0] == 0
@@ -193,6 +236,8 @@ def test_expired_token_and_wrong_address_are_one_sentence(kubeflow, program, mon
             "Recipe demo: training.processes is 9, but",
         ),
         (["resume"], "RUN is missing: python -m pipelines resume RUN"),
+        (["stop"], "RUN is missing: python -m pipelines stop RUN"),
+        (["open"], "RUN is missing: python -m pipelines open RUN"),
         (["logs"], "RUN is missing: python -m pipelines logs RUN"),
     ],
 )

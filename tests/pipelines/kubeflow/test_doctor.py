@@ -62,6 +62,23 @@ def objects() -> dict:
             200,
             {"metadata": {"name": "torch-distributed"}},
         ),
+        "/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap": (
+            200,
+            {
+                "metadata": {"name": "workflow-controller-configmap"},
+                "data": {
+                    "workflowDefaults": "spec:\n  templateDefaults:\n    retryStrategy:\n      limit: '2'\n"
+                    "      retryPolicy: OnError\n"
+                },
+            },
+        ),
+        "/api/v1/namespaces/kubeflow-system/configmaps/kubeflow-trainer-public": (
+            200,
+            {
+                "metadata": {"name": "kubeflow-trainer-public"},
+                "data": {"kubeflow_trainer_version": "v2.3.0"},
+            },
+        ),
         "/api/v1/nodes": (200, {"items": [node(0, {}, []), node(4, {"disk": "fast"}, [taint])]}),
     }
 
@@ -96,7 +113,9 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     code, out = doctor()
     assert code == 0, out
     lines = out.splitlines()
-    assert len(lines) == 17 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert len(lines) == 20 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
+    assert "Kubeflow Trainer: is v2.3.0" in out
     assert "nodes: 2 accept pods, and each step fits on one of them" in out
     assert list(bucket.objects.all()) == [], "the test object is deleted"
 
@@ -123,6 +142,18 @@ def changed(path, **values):
         ),
         (changed(f"{NAMESPACE}/secrets/hub", data={}), "✗ secret hub: has no key HF_TOKEN"),
         (without(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher configuration: does not exist in team"),
+        (
+            lambda served, manifests: served.update(denied=["get secrets bucket-secret", "get pods"]),
+            "✗ rights of runner: it may not get pods, get secrets bucket-secret in team: "
+            "`kubectl apply -n team -k manifests/runner` grants what runs need.",
+        ),
+        (
+            changed(
+                "/api/v1/namespaces/kubeflow-system/configmaps/kubeflow-trainer-public",
+                data={"kubeflow_trainer_version": "v2.1.0"},
+            ),
+            "✗ Kubeflow Trainer: is v2.1.0, but training on several nodes needs 2.2 or later",
+        ),
         (
             without(f"{NAMESPACE}/persistentvolumeclaims/models"),
             "✗ model volume models: does not exist in team",
@@ -160,9 +191,38 @@ def test_each_problem_is_named(doctor, change, finding):
     )
 
 
+def test_launcher_with_kubeflows_own_storage_needs_its_secret(doctor):
+    secret = f"{NAMESPACE}/secrets/mlpipeline-minio-artifact"
+
+    def without_root(served, manifests):
+        served[f"{NAMESPACE}/configmaps/kfp-launcher"] = (200, {"metadata": {"name": "kfp-launcher"}})
+        served[secret] = (200, {"metadata": {"name": "mlpipeline-minio-artifact"}})
+        served["denied"] = ["get secrets mlpipeline-minio-artifact"]
+
+    code, out = doctor(without_root)
+    assert code == 1 and "artifacts go to Kubeflow's own storage" in out, out
+    assert "✗ rights of runner: it may not get secrets mlpipeline-minio-artifact in team" in out
+    code, out = doctor(lambda *given: (without_root(*given), given[0].pop(secret)))
+    assert code == 1 and "✗ launcher configuration: does not exist in team" in out
+
+
+def test_single_user_kubeflow_is_checked_in_its_own_namespace(doctor, kubeflow):
+    kubeflow.multi_user = False
+
+    def in_kubeflow(served, manifests):
+        for path in [path for path in served if path.startswith(NAMESPACE)]:
+            served[path.replace(NAMESPACE, "/api/v1/namespaces/kubeflow")] = served.pop(path)
+        path = "/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research"
+        served[path.replace("team", "kubeflow")] = served.pop(path)
+
+    code, out = doctor(in_kubeflow)
+    assert code == 0, out
+    assert "for a single user: runs are in kubeflow, not in team" in out
+
+
 def test_what_cannot_be_read_is_unknown(doctor):
     code, out = doctor(forbidden=True)
-    assert code == 0 and out.count("you may not read it (403)") == 8, out
+    assert code == 0 and out.count("you may not read it (403)") == 11, out
     code, out = doctor(lambda served, manifests: manifests.update({"team/decode:7": 403}))
     assert code == 0 and "– image registry/team/decode:7: the registry requires a login" in out
 

@@ -238,7 +238,7 @@ def test_expected_shards_are_fetched_and_others_released(bucket):
     reader = FeatureStore("s3://bucket/f", cache_bytes=2 * size + 10)
     for number in range(6):
         reader.expect([number, number + 1] if number < 5 else [number])
-        in_shard = [a for features in stores for a in features if reader.shard_of(a) == number]
+        in_shard = [a for features in stores for a in features if reader.entry(a).shard == number]
         assert in_shard and all(
             torch.equal(reader.read(a), t)
             for features in stores
@@ -261,7 +261,7 @@ def test_only_expected_shards_are_mapped(root):
             a: (reader.read(a), t)
             for features in stores
             for a, t in features.items()
-            if reader.shard_of(a) == number
+            if reader.entry(a).shard == number
         }
         assert list(reader._mapped) == [number]
     assert len(retained) == 18 and all(torch.equal(read, expected) for read, expected in retained.values()), (

@@ -10,7 +10,9 @@ from slam_asr.errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np
-    from tokenizers import Tokenizer
+    import torch
+    from gguf import GGUFReader
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -44,7 +46,7 @@ def require_gguf() -> None:
         ) from error
 
 
-def convert_smollm2(weights: Path, folder: Path) -> None:
+def convert_smollm2(weights: Path, source: Path, folder: Path) -> None:
     """Write transformers' files for a SmolLM2 model in GGUF.
 
     Weights are saved in float16, whose 11 significant bits round a weight by at most 0.05 %. That is far less
@@ -52,39 +54,69 @@ def convert_smollm2(weights: Path, folder: Path) -> None:
 
     Args:
         weights: the `.gguf` file.
+        source: the folder that it comes from. It is not needed, because a GGUF file contains everything.
         folder: an existing folder for the result.
     """
     import torch
     from gguf import GGUFReader
-    from gguf.quants import dequantize
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, LlamaForCausalLM
 
     reader = GGUFReader(weights)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
     special = {
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
         "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
     }
-    state = {}
-    for tensor in reader.tensors:
-        value = dequantize(tensor.data, tensor.tensor_type)
-        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            value = _halves(value, heads if "attn_q" in tensor.name else kv_heads)
-        # Copied, because `dequantize` returns tensors that are float32 already as views of the memory-mapped
-        # file. They are read-only, and torch warns about read-only arrays.
-        state[_transformers_name(tensor.name)] = torch.from_numpy(value.copy()).half()
+    state = _state(reader, fields)
     tied = "lm_head.weight" not in state
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    config = LlamaConfig(
+    # On the meta device the model has no weights of its own, so `assign` puts in those of the file.
+    with torch.device("meta"):
+        model = LlamaForCausalLM(_config(fields, special, tied))
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig(**special)
+    model.save_pretrained(folder)
+    _tokenizer(fields, special).save_pretrained(folder)
+
+
+def _state(reader: "GGUFReader", fields: dict[str, Any]) -> "dict[str, torch.Tensor]":
+    """Dequantize the weights; return them in float16 by transformers' names, on the CPU."""
+    import torch
+    from gguf.quants import dequantize
+
+    state = {}
+    for tensor in reader.tensors:
+        value = dequantize(tensor.data, tensor.tensor_type)
+        if tensor.name.endswith("attn_q.weight"):
+            value = _halves(value, fields["llama.attention.head_count"])
+        elif tensor.name.endswith("attn_k.weight"):
+            value = _halves(value, fields["llama.attention.head_count_kv"])
+        # Copied, because `dequantize` returns tensors that are float32 already as views of the memory-mapped
+        # file. They are read-only, and torch warns about read-only arrays.
+        state[_transformers_name(tensor.name)] = torch.from_numpy(value.copy()).half()
+    return state
+
+
+def _config(fields: dict[str, Any], special: dict[str, Any], tied: bool) -> "LlamaConfig":
+    """Translate the sizes.
+
+    Args:
+        fields: the header of the GGUF file.
+        special: ids of the special tokens, by transformers' names.
+        tied: whether the output layer and the embeddings are one tensor.
+    """
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=fields["llama.embedding_length"],
         intermediate_size=fields["llama.feed_forward_length"],
         num_hidden_layers=fields["llama.block_count"],
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        num_attention_heads=fields["llama.attention.head_count"],
+        num_key_value_heads=fields["llama.attention.head_count_kv"],
         max_position_embeddings=fields["llama.context_length"],
         # GGUF holds 1e-5 as a float32. Rounding restores the decimal number.
         rms_norm_eps=round(fields["llama.attention.layer_norm_rms_epsilon"], 12),
@@ -92,24 +124,6 @@ def convert_smollm2(weights: Path, folder: Path) -> None:
         tie_word_embeddings=tied,
         **special,
     )
-    # On the meta device the model has no weights of its own, so `assign` puts in those of the file.
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
-    model.generation_config = GenerationConfig(**special)
-    model.save_pretrained(folder)
-    tokens = fields["tokenizer.ggml.tokens"]
-    PreTrainedTokenizerFast(
-        tokenizer_object=_tokenizer(fields),
-        model_max_length=fields["llama.context_length"],
-        bos_token=tokens[special["bos_token_id"]],
-        eos_token=tokens[special["eos_token_id"]],
-        pad_token=tokens[special["pad_token_id"]],
-        unk_token=tokens[fields["tokenizer.ggml.unknown_token_id"]],
-        chat_template=fields.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
 
 
 def _transformers_name(name: str) -> str:
@@ -137,9 +151,15 @@ def _halves(rows: "np.ndarray", heads: int) -> "np.ndarray":
     return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _tokenizer(fields: dict[str, Any]) -> "Tokenizer":
-    """Build SmolLM2's byte-level BPE. Every digit is its own token; no special token is added to a text."""
+def _tokenizer(fields: dict[str, Any], special: dict[str, Any]) -> "PreTrainedTokenizerFast":
+    """Build SmolLM2's byte-level BPE. Every digit is its own token; no special token is added to a text.
+
+    Args:
+        fields: the header of the GGUF file, which contains the vocabulary.
+        special: ids of the special tokens, by transformers' names.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
@@ -155,4 +175,13 @@ def _tokenizer(fields: dict[str, Any]) -> "Tokenizer":
             if kind == _CONTROL
         ]
     )
-    return tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=fields["llama.context_length"],
+        bos_token=tokens[special["bos_token_id"]],
+        eos_token=tokens[special["eos_token_id"]],
+        pad_token=tokens[special["pad_token_id"]],
+        unk_token=tokens[fields["tokenizer.ggml.unknown_token_id"]],
+        chat_template=fields.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+    )

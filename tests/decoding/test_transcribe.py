@@ -164,7 +164,7 @@ SHIPPED = "whisper-tiny.en-smollm2-135m"
 
 
 @pytest.mark.slow
-def test_the_shipped_model_transcribes_real_speech_of_any_length(libri_mini, tmp_path, capsys):
+def test_the_shipped_model_transcribes_real_speech_of_any_length(demo_models, libri_mini, tmp_path, capsys):
     """Clips and their concatenation: far more words are right than by chance; segments do not overlap."""
     import soundfile
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from slam_asr.artifacts.hypotheses import Hypothesis, write_hypotheses
+from slam_asr.config.recipe import Recipe
 from slam_asr.config.variations import Variation
 from slam_asr.errors import UserError
 from slam_asr.scoring.controls import EMPTY, empty_output
@@ -35,11 +36,10 @@ def write_run(folder, title: str, wrong: int, steps: int = 2000, count: int = 40
     curve = [{"step": step, "loss": (wrong + 1) / step, "accuracy": 0.5} for step in range(1, steps + 1)]
     write_report(
         folder,
-        title,
+        Recipe(name=title),
         rows,
         {EMPTY: empty_output(rows)},
         TRAINING | {"steps": steps, "curve": curve},
-        {},
         DECODING,
     )
     write_hypotheses(folder / "hypotheses.jsonl", rows)

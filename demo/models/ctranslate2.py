@@ -8,7 +8,7 @@ import json
 import re
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from slam_asr.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import GenerationConfig, WhisperConfig
 
 _VERSION = 6
 _ENGLISH_VOCABULARY = 51864
@@ -56,7 +57,8 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
         the number of attention heads are arrays without dimensions.
 
     Raises:
-        ModelError: the file is truncated, or is not a Whisper in format version 6.
+        ModelError: the file is truncated, is not a Whisper in format version 6, or has a tensor of another
+            dtype, such as bfloat16.
     """
     with open(path, "rb") as file:
 
@@ -85,8 +87,14 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
         for _ in range(number("I")):
             name = string()
             shape = [number("I") for _ in range(number("B"))]
-            dtype = _DTYPES[number("B")]
-            variables[name] = np.frombuffer(exactly(number("I")), dtype).reshape(shape)
+            code = number("B")
+            if code not in _DTYPES:
+                known = ", ".join(np.dtype(dtype).name for dtype in _DTYPES.values())
+                raise ModelError(
+                    f"{path} holds {name} with the dtype code {code}, which cannot be converted "
+                    f"(only {known} can): give another file."
+                )
+            variables[name] = np.frombuffer(exactly(number("I")), _DTYPES[code]).reshape(shape)
         # The aliases at the end of the file are not needed: `whisper_state` ties the output layer itself.
         return variables
 
@@ -128,38 +136,63 @@ def whisper_state(variables: dict[str, np.ndarray]) -> "dict[str, torch.Tensor]"
     return {name: torch.from_numpy(value.copy()) for name, value in state.items()}
 
 
-def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -> None:
+def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
     """Write transformers' files for a Whisper in CTranslate2's format. The weights' dtypes do not change.
 
     Args:
         weights: CTranslate2's `model.bin`.
-        tokenizer: the `tokenizer.json` that belongs to it.
-        hints: CTranslate2's `config.json`, which lists the tokens that are never generated and the attention
-            heads that align words with time.
+        source: a folder with the `tokenizer.json` that belongs to it, and with CTranslate2's `config.json`,
+            which lists the tokens that are never generated and the attention heads that align words with
+            time.
         folder: an existing folder for the result.
 
     Raises:
         ModelError: the weights are truncated, or are not a Whisper in format version 6.
     """
     import torch
-    from transformers import (
-        GenerationConfig,
-        WhisperConfig,
-        WhisperFeatureExtractor,
-        WhisperForConditionalGeneration,
-    )
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     variables = read_variables(weights)
-    state = whisper_state(variables)
-    generation = json.loads(hints.read_text())
-    ids = {token["content"]: token["id"] for token in json.loads(tokenizer.read_text())["added_tokens"]}
+    tokenizer = (source / "tokenizer.json").read_bytes()
+    ids = {token["content"]: token["id"] for token in json.loads(tokenizer)["added_tokens"]}
     end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
+    special: dict[str, Any] = {
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "decoder_start_token_id": start,
+    }
+    config = _config(variables, special)
+    # On the meta device the model has no weights of its own, so `assign` puts in those of the file, in their
+    # dtypes. The output layer and the embeddings are then two tensors, which `tie_weights` makes one again.
+    with torch.device("meta"):
+        model = WhisperForConditionalGeneration(config)
+    model.load_state_dict(whisper_state(variables), strict=True, assign=True)
+    model.tie_weights()
+    model.generation_config = _generation_config(
+        config, special, ids, json.loads((source / "config.json").read_text())
+    )
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    settings = {
+        "tokenizer_class": "WhisperTokenizer",
+        "model_max_length": 1024,
+        "add_prefix_space": False,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _config(variables: dict[str, np.ndarray], special: dict[str, Any]) -> "WhisperConfig":
+    """Derive the model's sizes from the tensors; `special` are the ids of the special tokens."""
+    from transformers import WhisperConfig
+
     # `decoder/layer_norm/gamma`, the final norm, also begins like a layer's tensor, but has only two slashes.
     layers = len({n.split("/")[1] for n in variables if n.startswith("decoder/layer_") and n.count("/") > 2})
     width, bins, _ = variables["encoder/conv1/weight"].shape
-    heads, feed_forward = int(variables["encoder/num_heads"]), 4 * width
-    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
-    config = WhisperConfig(
+    heads = int(variables["encoder/num_heads"])
+    return WhisperConfig(
         vocab_size=len(variables["decoder/embeddings/weight"]),
         num_mel_bins=bins,
         d_model=width,
@@ -167,52 +200,45 @@ def convert_whisper(weights: Path, tokenizer: Path, hints: Path, folder: Path) -
         decoder_layers=layers,
         encoder_attention_heads=heads,
         decoder_attention_heads=heads,
-        encoder_ffn_dim=feed_forward,
-        decoder_ffn_dim=feed_forward,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
         max_source_positions=len(variables["encoder/position_encodings/encodings"]),
         max_target_positions=len(variables["decoder/position_encodings/encodings"]),
         **special,
     )
-    # On the meta device the model has no weights of its own, so `assign` puts in those of the file, in their
-    # dtypes. The output layer and the embeddings are then two tensors, which `tie_weights` makes one again.
-    with torch.device("meta"):
-        model = WhisperForConditionalGeneration(config)
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
+
+
+def _generation_config(
+    config: "WhisperConfig", special: dict[str, Any], ids: dict[str, int], hints: dict[str, Any]
+) -> "GenerationConfig":
+    """Translate CTranslate2's hints for decoding.
+
+    Args:
+        config: the model's configuration.
+        special: ids of the special tokens, by transformers' names.
+        ids: ids of all added tokens, by text.
+        hints: content of CTranslate2's `config.json`.
+    """
+    from transformers import GenerationConfig
+
     english = config.vocab_size == _ENGLISH_VOCABULARY
-    languages = (
-        {}
-        if english
-        else {
-            "lang_to_id": {token: i for token, i in ids.items() if i in generation["lang_ids"]},
+    languages: dict[str, Any] = {}
+    if not english:
+        languages = {
+            "lang_to_id": {token: i for token, i in ids.items() if i in hints["lang_ids"]},
             "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
             "task": "transcribe",
         }
-    )
-    model.generation_config = GenerationConfig(
+    return GenerationConfig(
         **special,
         **languages,
         is_multilingual=not english,
         max_length=config.max_target_positions,
-        suppress_tokens=generation["suppress_ids"],
-        begin_suppress_tokens=generation["suppress_ids_begin"],
-        alignment_heads=generation["alignment_heads"],
+        suppress_tokens=hints["suppress_ids"],
+        begin_suppress_tokens=hints["suppress_ids_begin"],
+        alignment_heads=hints["alignment_heads"],
         no_timestamps_token_id=ids["<|notimestamps|>"],
         prev_sot_token_id=ids["<|startofprev|>"],
         max_initial_timestamp_index=50,
         return_timestamps=False,
-    )
-    model.save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=bins).save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "WhisperTokenizer",
-                "model_max_length": 1024,
-                "add_prefix_space": False,
-                **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
-            },
-            indent=2,
-        )
     )

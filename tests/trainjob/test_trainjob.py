@@ -21,7 +21,7 @@ from kubeflow_trainer_api import models
 from slam_asr.artifacts.stage_record import Outcome, run_stage, write_pointer
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
-from slam_asr.training.nodes import nodes_from_environment
+from slam_asr.training.launch import nodes_from_environment
 from slam_asr.trainjob import follow
 from slam_asr.trainjob.placement import Placement
 from slam_asr.trainjob.train import node_command, train_on_nodes
@@ -500,7 +500,7 @@ import sys
 sys.path.insert(0, {checkout!r})
 import kubernetes.config.kube_config as kube
 kube.KUBE_CONFIG_DEFAULT_LOCATION = {kubeconfig!r}
-from tests.test_trainjob import start
+from tests.trainjob.test_trainjob import start
 start()
 """
 
@@ -509,7 +509,7 @@ def test_sigterm_deletes_the_job(cluster):
     """Kubernetes ends a pod by SIGTERM; then nobody would follow the nodes any more."""
     cluster.states = ["Running"]
     code = INTERRUPTED.format(
-        checkout=str(Path(__file__).resolve().parents[1]), kubeconfig=cluster.kubeconfig
+        checkout=str(Path(__file__).resolve().parents[2]), kubeconfig=cluster.kubeconfig
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

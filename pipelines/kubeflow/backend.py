@@ -1,0 +1,186 @@
+"""Checks of what Kubeflow, Argo and Trainer are set to do, and of what a run's account may do."""
+
+import re
+from collections.abc import Iterator
+
+import urllib3
+from kubernetes import client as kubernetes
+
+from pipelines.cluster import Cluster
+from pipelines.kubeflow.findings import BAD, GOOD, UNKNOWN, Finding
+from pipelines.kubeflow.logs import core_api
+from slam_asr.errors import ClusterError, UserError
+
+DEFAULT_SECRET = "mlpipeline-minio-artifact"
+"""Secret that the launcher reads if `kfp-launcher` sets no root, and that Argo mounts to archive logs."""
+_TRAINER = (2, 2)
+"""First version of Kubeflow Trainer with `runtimePatches` in its TrainJob."""
+
+
+def check_rights(cluster: Cluster, namespace: str, needs_default_secret: bool) -> Finding:
+    """Check the rights of the runs' account, by asking the cluster what this account may do.
+
+    Args:
+        cluster: the profile.
+        namespace: namespace of the runs.
+        needs_default_secret: whether the launcher reads `DEFAULT_SECRET`.
+
+    Raises:
+        kubernetes.ApiException: you may not ask, or the API does not answer.
+    """
+    subject = f"rights of {cluster.service_account}"
+    missing = [
+        f"{verb} {resource}{f' {name}' if name else ''}"
+        for verb, group, resource, name in _needed_rights(cluster, needs_default_secret)
+        if not _may(cluster.service_account, namespace, verb, group, resource, name)
+    ]
+    if missing:
+        return Finding(
+            BAD,
+            subject,
+            f"it may not {', '.join(missing)} in {namespace}: "
+            f"`kubectl apply -n {namespace} -k manifests/runner` grants what runs need.",
+        )
+    return Finding(GOOD, subject, "it may do what driver, launcher and Argo do in its name")
+
+
+def _needed_rights(cluster: Cluster, needs_default_secret: bool) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (verb, API group, resource, name); an empty name stands for all."""
+    yield "create", "argoproj.io", "workflowtaskresults", ""
+    yield "patch", "argoproj.io", "workflowtaskresults", ""
+    yield "get", "", "configmaps", "kfp-launcher"
+    yield "get", "", "pods", ""
+    if cluster.storage.secret:
+        yield "get", "", "secrets", cluster.storage.secret
+    if needs_default_secret and cluster.storage.secret != DEFAULT_SECRET:
+        yield "get", "", "secrets", DEFAULT_SECRET
+
+
+def _may(account: str, namespace: str, verb: str, group: str, resource: str, name: str) -> bool:
+    attributes = kubernetes.V1ResourceAttributes(
+        namespace=namespace, verb=verb, group=group, resource=resource, name=name or None
+    )
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
+    review = kubernetes.V1SubjectAccessReview(
+        spec=kubernetes.V1SubjectAccessReviewSpec(
+            user=f"system:serviceaccount:{namespace}:{account}", groups=groups, resource_attributes=attributes
+        )
+    )
+    answer = kubernetes.AuthorizationV1Api().create_subject_access_review(review)
+    return bool(answer.status.allowed)
+
+
+def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
+    """Say which failures Argo retries: its own default decides, not the pipeline.
+
+    Raises:
+        kubernetes.ApiException: the configuration cannot be read.
+    """
+    namespace = cluster.kubeflow_namespace
+    settings = api.read_namespaced_config_map("workflow-controller-configmap", namespace).data or {}
+    policy = re.search(r"retryPolicy:\s*\"?(\w+)", "\n".join(settings.values()))
+    explained = {
+        "OnError": "lost, drained and preempted pods, but no exit code and no lack of memory (OnError)",
+        "OnFailure": "exit codes, lack of memory and evictions, but no lost pod (OnFailure)",
+        "Always": "every failure (Always)",
+        "OnTransientError": "only errors that Argo knows as transient (OnTransientError)",
+    }
+    # Without a default of its own, Argo applies OnFailure to steps that ask for retries.
+    name = policy[1] if policy else "OnFailure"
+    return Finding(GOOD, "retries", f"Argo retries {explained.get(name, name)}")
+
+
+def check_trainer_version(api: kubernetes.CoreV1Api) -> Finding:
+    """Check the version of Kubeflow Trainer.
+
+    Raises:
+        kubernetes.ApiException: the version cannot be read.
+    """
+    public = api.read_namespaced_config_map("kubeflow-trainer-public", "kubeflow-system").data or {}
+    version = re.search(r"\bv?(\d+)\.(\d+)(\.\d+)?", "\n".join(public.values()))
+    if version is None:
+        return Finding(UNKNOWN, "Kubeflow Trainer", "does not report its version; 2.2 or later is needed")
+    if (int(version[1]), int(version[2])) < _TRAINER:
+        return Finding(
+            BAD,
+            "Kubeflow Trainer",
+            f"is {version[0]}, but training on several nodes needs 2.2 or later: install a newer one.",
+        )
+    return Finding(GOOD, "Kubeflow Trainer", f"is {version[0]}")
+
+
+def check_launcher(api: kubernetes.CoreV1Api, namespace: str) -> Finding:
+    """Check where Kubeflow's launcher saves artifacts.
+
+    Raises:
+        kubernetes.ApiException: the configuration or Kubeflow's own secret cannot be read.
+    """
+    subject, root = "launcher configuration", pipeline_root(api, namespace)
+    if root:
+        return Finding(GOOD, subject, f"artifacts go to {root}")
+    api.read_namespaced_secret(DEFAULT_SECRET, namespace)
+    return Finding(GOOD, subject, f"artifacts go to Kubeflow's own storage, with its secret {DEFAULT_SECRET}")
+
+
+def pipeline_root(api: kubernetes.CoreV1Api, namespace: str) -> str:
+    """Return where artifacts go; empty for Kubeflow's default, which also applies without `kfp-launcher`."""
+    try:
+        settings = api.read_namespaced_config_map("kfp-launcher", namespace).data or {}
+    except kubernetes.ApiException as error:
+        if error.status != 404:
+            raise
+        return ""
+    root: str = settings.get("defaultPipelineRoot") or ""
+    return root
+
+
+def check_runtime(cluster: Cluster) -> Finding:
+    """Check that the runtime for training on several nodes exists.
+
+    Raises:
+        kubernetes.ApiException: the API refuses the request.
+    """
+    subject = f"training runtime {cluster.trainer.runtime}"
+    if has_runtime(cluster):
+        return Finding(GOOD, subject, "exists, for multi-node training")
+    return Finding(
+        UNKNOWN,
+        subject,
+        "does not exist; only multi-node training (training.nodes above 1) needs it and Kubeflow Trainer 2",
+    )
+
+
+def has_runtime(cluster: Cluster) -> bool:
+    """Return whether the cluster has Kubeflow Trainer and the profile's runtime.
+
+    Raises:
+        kubernetes.ApiException: the API refuses the request, for example because a permission is missing.
+    """
+    try:
+        kubernetes.CustomObjectsApi().get_cluster_custom_object(
+            "trainer.kubeflow.org", "v1alpha1", "clustertrainingruntimes", cluster.trainer.runtime
+        )
+    except kubernetes.ApiException as error:
+        if error.status != 404:
+            raise
+        return False
+    return True
+
+
+def require_trainer(cluster: Cluster) -> None:
+    """Check that the cluster supports multi-node training; accept it if this cannot be checked from here.
+
+    Raises:
+        ClusterError: the cluster lacks Kubeflow Trainer or the profile's runtime.
+    """
+    try:
+        core_api()
+        exists = has_runtime(cluster)
+    except (UserError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
+        return
+    if not exists:
+        raise ClusterError(
+            "The recipe trains on several nodes, but the cluster has no training runtime "
+            f"{cluster.trainer.runtime}: install Kubeflow Trainer 2 with its runtimes, correct "
+            "trainer.runtime in the profile, or set training.nodes to 1."
+        )

@@ -1,0 +1,217 @@
+"""Explains the messages of Kubernetes and Argo: what happened to a step's pod, and what to do about it.
+
+Both give their reasons only as text, so they are recognised by the text. The messages that a real Kubeflow
+Pipelines 2.17.0 gave are in the tests; the others are from the sources of Kubernetes and Argo.
+"""
+
+import re
+from dataclasses import dataclass
+
+from pipelines.kubeflow.workflow import Node
+
+
+@dataclass(frozen=True)
+class _Explanation:
+    """How to explain the messages that a pattern matches."""
+
+    pattern: str
+    sentence: str
+    """What happened, and what to do. Names in braces are the pattern's groups and those of `explain`."""
+    waits: str = ""
+    """For a pod that has not started: what it waits for."""
+
+
+_EXPLANATIONS = (
+    # Pods that Kubernetes refuses to create.
+    _Explanation(
+        r'service ?account "(?P<account>[^"]+)" not found',
+        "the service account {account} does not exist in the namespace {namespace}: apply the manifests to "
+        "that namespace (docs/how-to/cluster-setup.md), or correct service_account in the profile",
+    ),
+    _Explanation(
+        r"exceeded quota: (?P<quota>[^,]+),(?P<numbers>.*)",
+        "the namespace's quota {quota} is used up ({numbers}): wait for other runs to end, raise the quota, "
+        "or lower steps.{key} in the profile",
+    ),
+    _Explanation(
+        r"(?P<limit>(maximum|minimum) \w+ usage per \w+ is [^,.]+)",
+        "the namespace's LimitRange refuses the pod ({limit}): correct steps.{key} in the profile, or the "
+        "LimitRange",
+    ),
+    _Explanation(
+        r"violates PodSecurity \"(?P<level>[^\"]+)\"",
+        "the pod security level {level} of the namespace refuses the pod: use the backend of Kubeflow "
+        "Pipelines 2.16 or later, or enforce `baseline` (docs/how-to/cluster-setup.md)",
+    ),
+    _Explanation(
+        r"admission webhook \"(?P<webhook>[^\"]+)\" denied the request: (?P<words>.*)",
+        "the cluster's admission webhook {webhook} refuses the pod: {words}",
+    ),
+    # Pods that wait for a node.
+    _Explanation(
+        r"persistentvolumeclaim \"(?P<claim>[^\"]+)\" not found",
+        "the volume {claim} does not exist in the namespace {namespace}: apply the manifests, or correct "
+        "models.claim in the profile",
+        waits="for its volume",
+    ),
+    _Explanation(
+        r"unbound immediate PersistentVolumeClaims",
+        "a volume has no storage: check the storage class of the claim in models.claim "
+        "(`kubectl get pvc -n {namespace}`)",
+        waits="for its volume",
+    ),
+    _Explanation(
+        r"Insufficient (?P<resource>[\w.-]+/[\w-]+(\.[\w-]+)*)",
+        "no node has enough free {resource}: wait for other pods to end, or lower steps.{key}.gpus in the "
+        "profile",
+        waits="for a GPU",
+    ),
+    _Explanation(
+        r"Insufficient (?P<resource>cpu|memory|ephemeral-storage|pods)",
+        "no node has enough free {resource}: wait for other pods to end, add a node, or lower steps.{key} in "
+        "the profile",
+        waits="for a node",
+    ),
+    _Explanation(
+        r"untolerated taint(\(s\))? ?(?P<taint>\{[^}]*\})?",
+        "every node that would do has a taint {taint}: name it in steps.{key}.tolerations of the profile",
+        waits="for a node",
+    ),
+    _Explanation(
+        r"didn't match Pod's node affinity/selector",
+        "no node has the labels of steps.{key}.node_selector: correct them in the profile",
+        waits="for a node",
+    ),
+    _Explanation(
+        r"^(SchedulingGated|Scheduling is blocked)",
+        "Kueue has not admitted the pod: `kubectl describe localqueue -n {namespace}` shows the queue",
+        waits="in its Kueue queue",
+    ),
+    _Explanation(
+        r"^Unschedulable",
+        "no node can run the pod: correct steps.{key} in the profile, or add a node",
+        waits="for a node",
+    ),
+    # Pods that cannot start on their node.
+    _Explanation(
+        r"(ImagePullBackOff|ErrImagePull).*(unauthorized|denied|authentication required|403|401)",
+        "the registry refuses the image to the nodes: name a secret with its login in images.pull_secrets of "
+        "the profile",
+        waits="for its image",
+    ),
+    _Explanation(
+        r"(ImagePullBackOff|ErrImagePull|ErrImageNeverPull|InvalidImageName|ImageInspectError)",
+        "its image cannot be pulled: push it (`make images REGISTRY=… PUSH=1`), load it into the nodes, or "
+        "correct images.names in the profile",
+        waits="for its image",
+    ),
+    _Explanation(
+        r"secret \"(?P<secret>[^\"]+)\" not found",
+        "the secret {secret} does not exist in the namespace {namespace}: create it "
+        "(docs/how-to/cluster-setup.md)",
+        waits="for its secret",
+    ),
+    _Explanation(
+        r"configmap \"(?P<name>[^\"]+)\" not found",
+        "the ConfigMap {name} does not exist in the namespace {namespace}: apply the manifests to it",
+        waits="for its configuration",
+    ),
+    _Explanation(
+        r"(MountVolume|AttachVolume|Unable to attach or mount volumes)",
+        "a volume cannot be mounted: `kubectl get events -n {namespace}` shows why",
+        waits="for its volume",
+    ),
+    _Explanation(
+        r"CreateContainer(Config)?Error|RunContainerError|StartError",
+        "its container cannot be created: `kubectl get events -n {namespace}` shows why",
+        waits="for its container",
+    ),
+    _Explanation(
+        r"exec format error",
+        "its image was built for another processor architecture than the node's: build it for that one",
+    ),
+    _Explanation(
+        r"^(ContainerCreating|PodInitializing)", "its containers are being created", waits="to start"
+    ),
+    # Pods that ended.
+    _Explanation(
+        r"OOMKilled|exit code 137",
+        "it needed more memory than its limit (OOMKilled): raise steps.{key}.memory in the profile, or use "
+        "smaller batches; `python -m pipelines plan` estimates what training needs",
+    ),
+    _Explanation(
+        r"(Evicted|node was low on resource:?) ?(?P<resource>[\w-]*)",
+        "its node ran short of {resource} and evicted it: raise steps.{key}.scratch or memory in the profile",
+    ),
+    _Explanation(
+        r"deadline|DeadlineExceeded",
+        "it ran longer than steps.{key}.timeout_hours of the profile permits: raise it",
+    ),
+    _Explanation(r"pod deleted", "its pod was deleted, with its node or by somebody"),
+    _Explanation(r"(?i)preempt", "its pod was preempted by one of higher priority"),
+    _Explanation(
+        r"(?i)node ?(lost|shutdown|is shutting down)|NodeNotReady|Terminated by node",
+        "its node was lost or shut down",
+    ),
+    _Explanation(r"exit code 143", "it was asked to end (SIGTERM), by a node that is drained or by somebody"),
+    _Explanation(
+        r"exit code 2\b",
+        "the program refused its input (exit code 2): `{logs}` shows its sentence",
+    ),
+    _Explanation(r"exit code (?P<code>\d+)", "the program failed (exit code {code}): `{logs}` shows why"),
+)
+
+
+def explain(message: str, step: str, namespace: str, run_id: str) -> str:
+    """Say in half a sentence what a message means, and what to do.
+
+    Args:
+        message: message of a node or pod.
+        step: name of the step, for the keys in the profile.
+        namespace: namespace of the run.
+        run_id: id of the run, for the command that shows its logs.
+
+    Returns:
+        The explanation, without a full stop; the message itself if it is an unusual one.
+    """
+    found = _find(message)
+    if found is None:
+        return _short(message)
+    explanation, groups = found
+    return explanation.sentence.format(
+        namespace=namespace,
+        key=step.replace("-", "_"),
+        logs=f"python -m pipelines logs {run_id} --step {step}",
+        **groups,
+    )
+
+
+def waits_for(message: str) -> str:
+    """Say what a pod with this message waits for, such as `for a node`; empty if the message says nothing."""
+    found = _find(message)
+    return found[0].waits if found else ""
+
+
+def why_driver_failed(node: Node, namespace: str, run_id: str) -> str:
+    """Say why a driver failed: Kubeflow's own pod, which prepares a task."""
+    subject = "the pipeline" if node.task == "root" else f"the step {node.task}"
+    cause = node.reason or "it gave no reason"
+    # Of its own failures a driver says only the exit code, and its log is in the pod.
+    if _find(cause) and not re.search(r"exit code [12]\b", cause):
+        return explain(cause, node.task, namespace, run_id)
+    return (
+        f"Kubeflow's driver could not prepare {subject} ({_short(cause)}): `python -m pipelines doctor` "
+        f"checks what it needs, and `python -m pipelines logs {run_id} --all` shows its log"
+    )
+
+
+def _find(message: str) -> tuple[_Explanation, dict[str, str]] | None:
+    for explanation in _EXPLANATIONS:
+        if match := re.search(explanation.pattern, message):
+            groups = {name: " ".join((text or "").split()) for name, text in match.groupdict().items()}
+            return explanation, groups
+    return None
+
+
+def _short(message: str) -> str:
+    return message[:300].rstrip(". ")

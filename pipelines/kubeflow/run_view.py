@@ -1,0 +1,306 @@
+"""A run as people see it: what each step does, what it waits for, and why it failed."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import kfp_server_api
+
+from pipelines.cluster import Cluster
+from pipelines.kubeflow.connection import Connection
+from pipelines.kubeflow.logs import waiting_pods
+from pipelines.kubeflow.reasons import explain, waits_for, why_driver_failed
+from pipelines.kubeflow.workflow import Node, Workflow, read_workflow
+from slam_asr.progress import clock
+from slam_asr.steps import STEPS, outputs_of
+
+ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+"""States of a run that has ended."""
+
+
+@dataclass
+class RunStep:
+    """One step of a run in Kubeflow; a step in a loop has one `RunStep` per iteration."""
+
+    key: str
+    """Identifies the step in the run, also among the iterations of a loop."""
+    name: str
+    state: str
+    """not started, starting, waiting, running, succeeded, failed, stopped or never reached."""
+    started: datetime | None = None
+    ended: datetime | None = None
+    detail: str = ""
+    """What the step waits for, or why it failed; empty if there is nothing to say."""
+
+    @property
+    def seconds(self) -> float:
+        """Duration so far, in seconds; 0 before the start."""
+        if self.started is None:
+            return 0.0
+        return max(0.0, ((self.ended or datetime.now(UTC)) - self.started).total_seconds())
+
+    def line(self) -> str:
+        """Format the step for the terminal."""
+        duration = f"  {clock(self.seconds)}" if self.started else ""
+        detail = f"  {self.detail}" if self.detail else ""
+        return f"{self.name:<20} {self.state:<10}{duration}{detail}"
+
+
+def steps_of(
+    run: kfp_server_api.V2beta1Run,
+    workflow: Workflow | None = None,
+    waiting_pods: Mapping[str, str] | None = None,
+    attempts: Mapping[str, int] | None = None,
+) -> list[RunStep]:
+    """Return the pipeline's own steps in pipeline order, without the drivers and loops that Kubeflow adds.
+
+    Args:
+        run: the run, from the API v2beta1.
+        workflow: its workflow. Without it, the steps have no reasons.
+        waiting_pods: why pods have not started, by the name of their node in the workflow, as Kubernetes says
+            it. The workflow does not tell that Kueue holds a pod back.
+        attempts: maximum number of attempts at each step, if the workflow does not say it.
+    """
+    if workflow is None or not workflow.nodes:
+        steps = _steps_of_tasks(run)
+    else:
+        steps = _steps_of_nodes(run, workflow, waiting_pods or {}, attempts or {})
+    order = list(STEPS)
+    latest = datetime.max.replace(tzinfo=UTC)
+    return sorted(steps, key=lambda s: (order.index(s.name), s.started or latest, s.key))
+
+
+def was_stopped(run: kfp_server_api.V2beta1Run) -> bool:
+    """Whether somebody stopped the run; Kubeflow then reports it as FAILED."""
+    return any(state.state in ("CANCELING", "CANCELED") for state in run.state_history or [])
+
+
+def why_failed(run: kfp_server_api.V2beta1Run, workflow: Workflow | None, steps: list[RunStep]) -> str:
+    """Return why a run failed, without a full stop; empty if nothing says it."""
+    if was_stopped(run):
+        return "somebody stopped it"
+    for step in steps:
+        if step.state == "failed" and step.detail:
+            return step.detail
+    if workflow is not None:
+        for driver in workflow.failed_drivers():
+            return why_driver_failed(driver, workflow.namespace, run.run_id)
+    return _message(run.error)
+
+
+def is_orphaned(run: kfp_server_api.V2beta1Run, workflow: Workflow | None) -> bool:
+    """Whether somebody deleted the run's workflow from the cluster. Kubeflow shows such a run as unfinished.
+
+    A workflow is saved within seconds of its creation, so only older runs count.
+    """
+    age = (datetime.now(UTC) - run.created_at).total_seconds() if run.created_at else 0
+    return workflow is not None and not workflow.name and run.state not in ENDED and age > 300
+
+
+@dataclass
+class RunView:
+    """A run as it is now: its state, its workflow and its steps."""
+
+    run: kfp_server_api.V2beta1Run
+    workflow: Workflow | None
+    steps: list[RunStep]
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.run.state in ENDED or is_orphaned(self.run, self.workflow)
+
+    @property
+    def state(self) -> str:
+        """The run's state in words."""
+        if is_orphaned(self.run, self.workflow):
+            return "lost"
+        if self.run.state in ENDED and was_stopped(self.run):
+            return "stopped"
+        return (self.run.state or "pending").lower()
+
+    def outcome(self) -> str:
+        """Say how the run ended, why, and what to do."""
+        run_id = self.run.run_id
+        if self.state == "succeeded":
+            return "the run succeeded"
+        if self.state == "lost":
+            return (
+                "the run is lost: its workflow was deleted from the cluster, so Kubeflow shows it as "
+                f"{(self.run.state or 'pending').lower()} for ever; `python -m pipelines submit` starts "
+                "another one, which reuses finished results"
+            )
+        resume = f"`python -m pipelines resume {run_id}` restarts the steps that did not finish"
+        if self.state == "stopped":
+            return f"the run was stopped by somebody; {resume}"
+        failed = [step.name for step in self.steps if step.state == "failed"]
+        where = f" in {', '.join(dict.fromkeys(failed))}" if failed else ""
+        why = why_failed(self.run, self.workflow, self.steps)
+        cause = f": {why}" if why else ""
+        # The reason may already name the command that shows the failed step's log.
+        logs = "" if "pipelines logs" in why else f"`python -m pipelines logs {run_id}` shows its logs, "
+        return f"the run {self.state}{where}{cause}; {logs}{resume}"
+
+
+def view(connection: Connection, run_id: str, cluster: Cluster) -> RunView:
+    """Read a run with its workflow, and ask Kubernetes about pods that wait without a reason.
+
+    Args:
+        connection: the connection to Kubeflow Pipelines.
+        run_id: id of the run.
+        cluster: the profile, for the number of attempts where the workflow does not tell it.
+
+    Raises:
+        NotFound: there is no such run.
+        ClusterError: temporary failures lasted for `patience()` seconds (see `Connection.call`).
+    """
+    run = connection.call("read the run", lambda: _complete(connection.runs.run_service_get_run(run_id)))
+    workflow = read_workflow(connection, run_id)
+    waiting: dict[str, str] = {}
+    if workflow is not None and run.state not in ENDED:
+        pods = [nodes[-1] for nodes in workflow.attempts().values()]
+        if any(pod.phase == "Pending" and not pod.reason for pod in pods):
+            waiting = waiting_pods(workflow.namespace, run_id)
+    attempts = {name: cluster.steps[name].retries + 1 for name in STEPS}
+    return RunView(run, workflow, steps_of(run, workflow, waiting, attempts))
+
+
+def follow(
+    connection: Connection, run_id: str, cluster: Cluster, log_line: Callable[[str], None], interval: float
+) -> int:
+    """Log each change of a step's state or reason until the run has ended.
+
+    Args:
+        connection: the connection to Kubeflow Pipelines.
+        run_id: id of the run.
+        cluster: the profile.
+        log_line: called with each line.
+        interval: seconds between two requests.
+
+    Returns:
+        The exit code: 0 if the run succeeded, else 1.
+
+    Raises:
+        ClusterError: temporary failures lasted for `patience()` seconds (see `Connection.call`).
+    """
+    logged: dict[str, tuple[str, str]] = {}
+    while True:
+        current = view(connection, run_id, cluster)
+        for step in current.steps:
+            now = (step.state, step.detail)
+            if logged.get(step.key) != now:
+                logged[step.key] = now
+                if step.state != "not started":
+                    log_line(step.line())
+        if current.ended:
+            break
+        time.sleep(interval)
+    log_line(current.outcome())
+    return 0 if current.state == "succeeded" else 1
+
+
+def _steps_of_nodes(
+    run: kfp_server_api.V2beta1Run,
+    workflow: Workflow,
+    waiting_pods: Mapping[str, str],
+    attempts: Mapping[str, int],
+) -> list[RunStep]:
+    steps = []
+    for place, nodes in workflow.attempts().items():
+        most = workflow.max_attempts(place) or attempts.get(nodes[-1].task)
+        steps.append(_step_of_attempts(run, workflow, place, nodes, waiting_pods, most))
+    reached = {step.name for step in steps}
+    state = "never reached" if run.state in ENDED else "not started"
+    # The workflow has no nodes of a loop's steps before the loop starts: their names come from the pipeline.
+    names = list(outputs_of(workflow.pipeline)) or sorted(workflow.omitted())
+    return steps + [RunStep(name, name, state) for name in names if name not in reached]
+
+
+def _step_of_attempts(
+    run: kfp_server_api.V2beta1Run,
+    workflow: Workflow,
+    place: str,
+    nodes: list[Node],
+    waiting_pods: Mapping[str, str],
+    max_attempts: int | None,
+) -> RunStep:
+    """Return the state of one step.
+
+    Args:
+        run: the run.
+        workflow: its workflow.
+        place: identifies the step in the workflow.
+        nodes: the pods of its attempts, in the order of their start; at least one.
+        waiting_pods: as for `steps_of`.
+        max_attempts: maximum number of attempts; None if unknown.
+    """
+    last = nodes[-1]
+    step = RunStep(place, last.task, "running", last.started, last.ended)
+
+    def why(node: Node) -> str:
+        return explain(node.reason, node.task, workflow.namespace, run.run_id) if node.reason else ""
+
+    if last.phase == "Succeeded":
+        step.state = "succeeded"
+    elif last.phase == "Pending":
+        message = last.reason or waiting_pods.get(last.name, "")
+        purpose = waits_for(message)
+        step.state = "waiting" if purpose else "starting"
+        if message:
+            own_words = message.removeprefix("Unschedulable: ").split(". ")[0][:200]
+            reason = explain(message, last.task, workflow.namespace, run.run_id)
+            step.detail = f"{purpose}: {reason} ({own_words})" if purpose else reason
+    elif last.phase in ("Failed", "Error"):
+        if was_stopped(run):
+            step.state, step.detail = "stopped", "somebody stopped the run"
+        elif run.state in ENDED:
+            step.state, step.detail = "failed", why(last)
+        else:
+            # Argo waits before the next attempt, or is about to give the step up.
+            step.state, step.ended = "waiting", None
+            step.detail = f"after a failure: {why(last)}" if why(last) else "after a failure"
+    if len(nodes) > 1:
+        of_all = f" of {max_attempts}" if max_attempts else ""
+        cause = why(nodes[-2])
+        retried = f"attempt {len(nodes)}{of_all}" + (f", because {cause}" if cause else "")
+        step.detail = f"{step.detail} ({retried})" if step.detail else f"({retried})"
+    return step
+
+
+def _steps_of_tasks(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
+    """Return the steps by the states of the API v2beta1, which has no reasons."""
+    details = (run.run_details.task_details if run.run_details else None) or []
+    return [
+        RunStep(
+            d.task_id or d.display_name,
+            d.display_name,
+            _STATES.get(d.state or "", (d.state or "not started").lower()),
+            d.start_time,
+            # The API returns the year 1 for a step that has not ended.
+            d.end_time if d.end_time and d.end_time.year > 1 else None,
+            _message(d.error),
+        )
+        for d in details
+        if d.display_name in STEPS
+    ]
+
+
+_STATES = {"PENDING": "not started", "RUNTIME_STATE_UNSPECIFIED": "not started", "CANCELED": "stopped"}
+"""Our words for those states of v2beta1 that read differently."""
+
+
+def _message(status: Any) -> str:
+    text = getattr(status, "message", None) or ""
+    return " ".join(text.split())[:300]
+
+
+def _complete(run: Any) -> kfp_server_api.V2beta1Run:
+    """Return a run, but raise ValueError if it has no id, so that `Connection.call` repeats the request.
+
+    A response that was truncated may still be valid JSON.
+    """
+    if not getattr(run, "run_id", None):
+        raise ValueError("the response was truncated")
+    return run

@@ -1,0 +1,277 @@
+"""The sections of a recipe, except `training`: the data, the models, and decoding.
+
+Each dataclass is a section, and the docstring below each field is its help text.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from slam_asr.config.schema import bounded
+
+
+@dataclass
+class Columns:
+    """Names of a table's columns. If a field is empty, its column is found by the usual names."""
+
+    audio: str = ""
+    """The audio file, or the audio itself. Usual names: audio, path, file, wav, file_name and similar."""
+    text: str = ""
+    """The transcript. Usual names: text, sentence, transcript, transcription, target."""
+    key: str = ""
+    """A unique name for each utterance. Usual names: id, key, utt_id; without such a column, the audio file's
+    path."""
+    split: str = ""
+    """The subset's name. The patterns in `data.train`, `data.dev` and `data.test` are matched against it.
+    Usual names: split, subset; without such a column, the table's file name."""
+    speaker: str = ""
+    """The speaker. Usual names: speaker, speaker_id, client_id."""
+    start: str = ""
+    """Seconds into the file where an utterance begins, for tables whose rows are segments of longer files.
+    Used only if named here."""
+    duration: str = ""
+    """Length of a segment in seconds. If not named, a segment ends with its file."""
+
+
+@dataclass
+class Data:
+    """Which utterances to use, and how to write their transcripts."""
+
+    kind: Literal["auto", "librispeech", "table", "folder", "jsonlines", "kaldi", "lhotse", "huggingface"] = (
+        "auto"
+    )
+    """Layout of the corpus; `auto` detects it from the files."""
+    train: list[str] = field(default_factory=lambda: ["train-*"])
+    """Subsets of the corpus to train on; shell patterns are allowed. `[]` if you only measure a model that is
+    already trained."""
+    dev: list[str] = field(default_factory=lambda: ["dev-other"])
+    """Subsets to validate on during training. If the corpus has none of them, `dev_fraction` of the train
+    utterances is held out instead."""
+    test: list[str] = field(default_factory=lambda: ["test-*"])
+    """Subsets to decode and score, each reported separately."""
+    dev_fraction: float = bounded(0.05, at_least=0.0, at_most=0.5)
+    """Share of the train utterances held out for validation if the corpus has no dev subset. A hash of the
+    key decides, so the same utterances are held out every time."""
+    columns: Columns = field(default_factory=Columns)
+    audio_root: str = ""
+    """Folder or s3:// prefix to which relative audio paths are resolved. Default: the folder of the file
+    (table, list or cuts) that contains the paths."""
+    text: Literal["lower", "upper", "as-is", "whisper"] = "lower"
+    """How transcripts are written: in lower or upper case, unchanged, or normalised by Whisper's English
+    normaliser, which expands contractions and removes punctuation. LLMs need fewer tokens for lower case.
+    Train and test a model with the same setting."""
+    min_duration: float = bounded(0.1, at_least=0.0)
+    """Seconds; shorter utterances are rejected."""
+    max_duration: float = 30.0
+    """Seconds; longer utterances are rejected. Whisper's window is 30 s."""
+    max_rejected: float = bounded(0.05, at_least=0.0, at_most=1.0)
+    """Maximum share of rejected utterances (unreadable, too short, without text …). Above it the stage fails,
+    because the corpus or the recipe is probably wrong."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield a sentence for each value, or pair of values, that cannot work."""
+        if self.max_duration <= self.min_duration:
+            yield (
+                f"data.max_duration ({self.max_duration}) must be above "
+                f"data.min_duration ({self.min_duration})."
+            )
+        if not self.test:
+            yield "data.test names no subset; give at least one, such as [test-*]."
+
+
+@dataclass
+class Encoder:
+    """The speech encoder."""
+
+    name: str = "openai/whisper-tiny.en"
+    """A Whisper, WavLM, HuBERT or wav2vec 2.0 encoder: a name on the model hub, a folder or s3:// prefix
+    with transformers' files, or an original checkpoint file (OpenAI's Whisper, Microsoft's WavLM, fairseq's
+    HuBERT and wav2vec 2.0)."""
+    frames: Literal["all", "speech"] = "all"
+    """How much of Whisper's output the LLM receives. `all`: the complete 30 s window, as the published models
+    were trained; with projector.downsampling 5, that is 300 LLM positions. `speech`: only the frames of
+    the audio itself, ceil(samples / 320), which trains several times faster. The other encoders have no
+    window; their output is as long as the audio."""
+    long_audio: Literal["cut", "split", "set-aside"] = "cut"
+    """What happens to audio longer than Whisper's 30 s window, if `data.max_duration` allows such audio.
+    `cut`: only the first window is encoded, but the transcript is unchanged, as in the reference
+    implementation. `split`: the audio is split into windows whose frames are concatenated. `set-aside`: the
+    utterance is excluded from training and decoding, and counted."""
+    batch_seconds: float = bounded(240.0, at_least=1)
+    """Maximum seconds of audio in one encoder batch, including padding. Every utterance counts as long as the
+    longest one in its batch; with Whisper, it counts as complete windows of 30 s. Larger batches use the GPU
+    better but need more memory."""
+    tuning: Literal["frozen", "full"] = "frozen"
+    """`full` trains the encoder too. Its outputs then change at every step, so they cannot be cached and each
+    step encodes its audio."""
+    learning_rate: float | None = bounded(None, above=0)
+    """Peak learning rate of the encoder, if it is trained. Default: training.learning_rate."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield a sentence if a learning rate is set that nothing uses."""
+        yield from _unused_rate("encoder", self)
+
+
+@dataclass
+class Features:
+    """The cache of encoder outputs."""
+
+    cache: Literal["store", "none"] = "store"
+    """`store` computes the frozen encoder's outputs once and caches them. `none` (or `features: none` for the
+    complete section) encodes on the fly in training and decoding. This gives the same numbers and needs no
+    storage, but the encoder runs again in every epoch."""
+    dtype: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"
+    """Number format of cached features. bf16 needs half the space of fp32, and training computes in bf16
+    anyway. fp8, with one scale per frame, needs about half of that."""
+    shard_megabytes: int = bounded(512, at_least=1)
+    """Maximum size of a shard. Smaller shards lose less work when extraction is interrupted; larger ones mean
+    fewer objects in the store."""
+    window_shards: int = bounded(8, at_least=1)
+    """Number of shards whose utterances are shuffled together in training (a window of shards). More shards
+    mix the utterances better but need more local disk, which must hold two such windows at once."""
+    cache_gigabytes: float = bounded(50.0, at_least=0.0)
+    """Local disk on each machine for shards fetched from object storage; the least recently used are deleted
+    first."""
+    parts: int = bounded(1, at_least=1)
+    """Number of work shards into which the pipeline divides extraction. Each is a step that can run on any
+    node. More work shards than feature shards bring no benefit."""
+    processes: int = bounded(0, at_least=0)
+    """Processes that extract on one machine, one per GPU. 0: as many as there are GPUs, or one on a CPU."""
+    workers: int = bounded(0, at_least=0)
+    """Worker processes that read and prepare audio, for each extraction process. 0: one per free core, at
+    most 16."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield a sentence if the local disk cannot hold two windows."""
+        windows = 2 * self.window_shards * self.shard_megabytes / 1000
+        if self.cache == "store" and self.cache_gigabytes < windows:
+            yield (
+                f"features.cache_gigabytes ({self.cache_gigabytes}) is too small for two windows of "
+                f"features.window_shards ({self.window_shards}) × features.shard_megabytes "
+                f"({self.shard_megabytes}): raise it to {windows:g}, or lower one of the other two."
+            )
+
+
+@dataclass
+class Projector:
+    """The trained part between the encoder and the LLM."""
+
+    kind: Literal["linear", "cov1d-linear", "q-former"] = "linear"
+    """`linear` is the published architecture: k neighbouring frames are concatenated, then Linear, ReLU,
+    Linear. `cov1d-linear` applies a convolution over k frames first. `q-former` turns audio of any length
+    into a fixed number of positions."""
+    downsampling: int = bounded(5, at_least=1)
+    """k: encoder frames joined into one LLM position. 5 gives 10 positions per second; more is faster but
+    blurs short words."""
+    hidden: int = bounded(2048, at_least=1)
+    """Width between the two linear layers. A q-former ignores it."""
+    queries: int = bounded(64, at_least=1)
+    """LLM positions that a q-former outputs, whatever the length of the audio. The other kinds ignore it."""
+    layers: int = bounded(8, at_least=1)
+    """Layers of a q-former. The other kinds ignore it."""
+    init_from: str = ""
+    """A model folder, local or s3://, or the name of a shipped model: training starts from its projector,
+    which must have the same kind and sizes. Empty: random weights, drawn with the seed."""
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters on the LLM, used if `llm.tuning` is `lora`."""
+
+    rank: int = bounded(8, at_least=1)
+    """r: rank of the adapter's matrices. A higher rank can learn more but needs more memory."""
+    alpha: float = bounded(32, at_least=0.0)
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    dropout: float = bounded(0.05, at_least=0.0, at_most=0.9)
+    """Share of the adapter's inputs that is dropped in training."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Names of the linear layers that get an adapter."""
+
+
+@dataclass
+class Llm:
+    """The language model."""
+
+    name: str = "lmsys/vicuna-7b-v1.5"
+    """Any causal LM of transformers: a name on the model hub, or a folder or s3:// prefix with its files."""
+    prompt: str = "Transcribe speech to text. "
+    """The instruction to the LLM. A space at its end is part of it."""
+    training_prompts: list[str] = field(default_factory=list)
+    """Prompts drawn at random in training, one per utterance and epoch; validation and decoding use `prompt`.
+    Empty: always `prompt`."""
+    template: str = "USER: {}\n ASSISTANT:"
+    """Template of the LLM's input. The prompt replaces `{}`. The audio replaces `{audio}`; without `{audio}`,
+    it comes before the text. `chat`: the model's own chat template, with the audio at the start of the user's
+    turn."""
+    tuning: Literal["frozen", "lora", "full"] = "frozen"
+    """Which of the LLM's weights are trained: none, low-rank adapters, or all."""
+    learning_rate: float | None = bounded(None, above=0)
+    """Peak learning rate of the LLM, if it is trained. Default: training.learning_rate."""
+    lora: Lora = field(default_factory=Lora)
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield a sentence for each value that cannot work, or that nothing uses."""
+        yield from _unused_rate("llm", self)
+        if self.tuning == "lora" and not self.lora.targets:
+            yield "llm.lora.targets names no layer; give at least one, such as [q_proj, v_proj]."
+        if self.template != "chat" and (self.template.count("{}") != 1 or self.template.count("{audio}") > 1):
+            yield (
+                f"llm.template is {self.template!r} but must contain {{}} once, "
+                "for the prompt, and {audio} at most once; or be `chat`."
+            )
+
+
+@dataclass
+class Decoding:
+    """How test utterances are transcribed and scored."""
+
+    checkpoint: Literal["latest", "best", "average"] = "latest"
+    """Checkpoint that the pipeline converts to a model: the last (`latest`), the one with the lowest dev loss
+    (`best`), or the mean of all retained checkpoints (`average`; see training.checkpoints)."""
+    beams: int = bounded(4, at_least=1)
+    """Hypotheses that beam search retains at each token; 1 is greedy search, the fastest. More beams can find
+    better hypotheses but take more memory and time."""
+    nbest: int = bounded(1, at_least=1)
+    """Hypotheses per utterance that are written to nbest.jsonl with their scores, best first. Must not exceed
+    beams."""
+    max_new_tokens: int = bounded(200, at_least=1)
+    """Maximum number of tokens in a hypothesis; longer ones are cut."""
+    repetition_penalty: float = bounded(1.0, at_least=1e-06)
+    """Above 1, tokens that the hypothesis already contains become less likely, which prevents loops."""
+    length_penalty: float = 1.0
+    """Exponent of the length in a beam's score; above 1 favours longer hypotheses."""
+    positions_per_batch: int = bounded(20_000, at_least=1)
+    """Maximum number of LLM positions in one decoding batch. An utterance counts its audio, its prompt and
+    max_new_tokens, multiplied by beams. Larger batches use the GPU better but need more memory."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Number format of decoding."""
+    parts: int = bounded(1, at_least=1)
+    """Number of work shards into which the pipeline divides decoding. Each is a step that can run on any
+    node. The transcripts are the same for any number."""
+    processes: int = bounded(0, at_least=0)
+    """Processes that decode on one machine, one per GPU. 0: as many as there are GPUs, or one on a CPU. The
+    transcripts are the same for any number."""
+    shuffled_control: bool = False
+    """Also score every utterance with the hypothesis for another utterance's audio. A model that uses the
+    audio scores far worse on this control; a model that ignores it does not."""
+    seed: int = 0
+    """Seed of that shuffle."""
+    report_audio: float = bounded(0.0, at_least=0.0)
+    """Maximum megabytes of audio in the report, so that the worst utterances can be played on the page. 0: no
+    audio."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield a sentence if more answers are requested than the search finds."""
+        if self.nbest > self.beams:
+            yield (
+                f"decoding.nbest is {self.nbest} but decoding.beams is {self.beams}: a search finds as many "
+                "answers as it has beams; lower nbest or raise beams."
+            )
+
+
+def _unused_rate(name: str, section: Encoder | Llm) -> Iterator[str]:
+    if section.tuning == "frozen" and section.learning_rate is not None:
+        yield (
+            f"{name}.learning_rate is set but {name}.tuning is frozen: "
+            f"set {name}.tuning to what should be trained, or remove the learning rate."
+        )

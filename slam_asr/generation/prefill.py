@@ -1,0 +1,116 @@
+"""Forward passes of the LLM in a search, and the first of them, over audio and prompt."""
+
+import inspect
+from typing import cast
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from slam_asr.generation.beam_cache import is_plain
+
+PREFILL_POSITIONS = 4096
+"""Maximum number of positions of audio and prompt in one forward pass. It is large enough to occupy a GPU,
+and small enough that the utterances of a group have similar lengths."""
+
+
+def forward(
+    llm: PreTrainedModel, positions: torch.Tensor, mask: torch.Tensor, **inputs: torch.Tensor | DynamicCache
+) -> tuple[torch.Tensor, object]:
+    """Run the LLM.
+
+    Args:
+        llm: any causal LM.
+        positions: [rows, new positions] int64, position ids; used if the LLM accepts them.
+        mask: [rows, all positions] int64, 0 on padding and else 1.
+        inputs: for the prefill, `inputs_embeds` [rows, new positions, LLM width]; for each generated token,
+            `input_ids` [rows, new positions] int64, and the cache as `past_key_values`.
+
+    Returns:
+        Logits [rows, vocabulary] of the last position in fp32, and the cache.
+    """
+    # Not every family accepts `position_ids` and `logits_to_keep`.
+    accepted = inspect.signature(llm.forward).parameters
+    optional: dict[str, object] = {"position_ids": positions, "logits_to_keep": 1}
+    output = llm(
+        attention_mask=mask,
+        use_cache=True,
+        **inputs,
+        **{name: value for name, value in optional.items() if name in accepted},
+    )
+    return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
+
+
+def prefill(
+    llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, object]:
+    """Run audio and prompt through the LLM.
+
+    A large batch is divided into groups of similar length, longest first. Each group is padded only to its
+    own longest utterance. The groups' keys and values are then gathered in one cache, aligned on the right.
+
+    Args:
+        llm: any causal LM.
+        embeddings: [utterances, positions, LLM width], padded on the left.
+        mask: [utterances, positions] int64, 0 on padding and else 1.
+
+    Returns:
+        Logits [utterances, vocabulary] of the first generated token, and the cache of all utterances.
+    """
+
+    def run_group(rows: torch.Tensor | slice, longest: int) -> tuple[torch.Tensor, object]:
+        group_mask = mask[rows, width - longest :]
+        group_positions = (group_mask.cumsum(1) - 1).clamp(min=0)
+        return forward(llm, group_positions, group_mask, inputs_embeds=embeddings[rows, width - longest :])
+
+    utterances, width = mask.shape
+    if utterances * width <= PREFILL_POSITIONS:
+        return run_group(slice(None), width)
+    lengths, order = mask.sum(1).sort(descending=True)
+    logits: list[torch.Tensor] = []
+    complete: DynamicCache | None = None
+    start = 0
+    while start < utterances:
+        longest = int(lengths[start])
+        rows = order[start : start + max(1, PREFILL_POSITIONS // longest)]
+        group_logits, cache = run_group(rows, longest)
+        if not is_plain(cache):
+            # Layers with sliding windows cannot be gathered by position, so the batch runs in one pass.
+            return run_group(slice(None), width)
+        complete = _gather(complete, cast(DynamicCache, cache), rows, mask.shape)
+        logits.append(group_logits)
+        start += len(rows)
+    # Logits were collected in the groups' order; `argsort` inverts it. The cache was filled by row index.
+    return torch.cat(logits)[order.argsort()], complete
+
+
+def _gather(
+    complete: DynamicCache | None, group: DynamicCache, rows: torch.Tensor, shape: torch.Size
+) -> DynamicCache:
+    """Copy a group's keys and values to the cache of all utterances, aligned on the right.
+
+    Args:
+        complete: the cache of all utterances; None for the first group, whose cache object becomes it.
+        group: a plain cache of the group, padded to the group's longest utterance.
+        rows: [group's utterances] int64: their rows in the batch.
+        shape: utterances and positions of the batch.
+
+    Returns:
+        The cache of all utterances.
+    """
+    utterances, width = shape
+    first = complete is None
+    complete = group if complete is None else complete
+    for full, part in zip(complete.layers, group.layers, strict=True):
+        assert isinstance(full, DynamicLayer) and isinstance(part, DynamicLayer), "the cache is plain"
+        keys, values = part.keys, part.values
+        assert keys is not None and values is not None, "the forward pass has filled the cache"
+        if first:
+            # Zeros, because masked positions still enter products: a NaN there would reach the output.
+            full.keys, full.values = (
+                t.new_zeros(utterances, t.shape[1], width, t.shape[3]) for t in (keys, values)
+            )
+        assert full.keys is not None and full.values is not None, "allocated by the first group"
+        full.keys[rows, :, width - keys.shape[2] :] = keys
+        full.values[rows, :, width - values.shape[2] :] = values
+    return complete

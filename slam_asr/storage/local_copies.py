@@ -1,0 +1,117 @@
+"""Local copies of objects and of folders of objects, each fetched once into the cache."""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from slam_asr.errors import StorageError
+from slam_asr.storage.address import PathOrUri, is_s3
+from slam_asr.storage.cache import cache_folder
+from slam_asr.storage.downloads import download
+from slam_asr.storage.local import PARTIAL, digest, local_path
+from slam_asr.storage.locks import exclusive
+from slam_asr.storage.objects import Info, require_object
+from slam_asr.storage.paths import PARALLEL_FILES, join, name_of, walk
+
+_MAX_NAME_BYTES = 200
+"""Less than the 255 bytes that a file name may have, because a temporary file has a longer name."""
+
+
+def fetch(path: PathOrUri) -> Path:
+    """A local file with the content of a file or object.
+
+    An object is fetched into the cache once, and again when it changes. A local file is not copied.
+
+    Raises:
+        OSError: the disk is full, or fails.
+        StorageError: the object does not exist, or cannot be read.
+    """
+    path = os.fspath(path)
+    if not is_s3(path):
+        return local_path(path)
+    known = require_object(path)
+    return _cached(path, [path, known.stamp], lambda temporary: _download(path, temporary, known))
+
+
+def fetch_folder(path: PathOrUri) -> Path:
+    """A local folder with all files below a folder or prefix.
+
+    A prefix is fetched into the cache once, and again when any of its objects changes. A local folder is not
+    copied.
+
+    Raises:
+        OSError: the disk is full, or fails.
+        StorageError: nothing exists below the prefix, or an object cannot be read.
+    """
+    path = os.fspath(path)
+    if not is_s3(path):
+        return local_path(path)
+    files = list(walk(path))
+    if not files:
+        raise StorageError(f"There is nothing at {path}: check the bucket and the prefix.")
+    identity: list[object] = [path.rstrip("/"), [[f.name, f.bytes, f.stamp] for f in files]]
+    return _cached(path, identity, lambda temporary: _download_folder(path, files, temporary))
+
+
+def _cached(path: str, identity: list[object], fill: Callable[[Path], None]) -> Path:
+    """The path at which a fetched file or folder is cached. One process or thread fetches it; others wait.
+
+    Args:
+        path: its last part becomes the name, for people and for libraries that look at the suffix.
+        identity: address and version of the content; its digest is the name of the parent folder.
+        fill: fetches the content to a temporary path.
+    """
+    # A name that is too long loses its beginning, so that it retains its suffix.
+    name = os.fsencode(name_of(path))[-_MAX_NAME_BYTES:].decode(errors="ignore")
+    target = cache_folder() / "objects" / digest(identity)[:24] / name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(target.parent / ".lock"):
+        # Another process may have fetched it while this one waited.
+        if not target.exists():
+            temporary = target.with_name(f".{target.name}{PARTIAL}")
+            _remove(temporary)  # a killed process may have left it
+            try:
+                fill(temporary)
+                os.rename(temporary, target)
+            except BaseException:
+                _remove(temporary)
+                raise
+    return target
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _download(uri: str, target: Path, known: Info) -> None:
+    with open(target, "w+b") as file:
+        download(uri, file, known=known)
+        # Once renamed, the content is trusted, even after a crash of the machine.
+        os.fsync(file.fileno())
+
+
+def _download_folder(path: str, files: list[Info], folder: Path) -> None:
+    """Fetch files below a prefix into a folder, which is created."""
+    for file in files:
+        if not (folder / file.name).resolve().is_relative_to(folder.resolve()):
+            raise StorageError(
+                f"{path} holds an object whose name points outside its folder, {file.name}: "
+                "it is not fetched."
+            )
+
+    def fetch_one(file: Info) -> None:
+        target = folder / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The listing's metadata saves a request for each object. If an object has been replaced since, its
+        # etag does not match, and the download requests the metadata after all.
+        _download(join(path, file.name), target, file)
+
+    with ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        list(pool.map(fetch_one, files))

@@ -1,0 +1,264 @@
+"""Plans which utterances make up each optimiser step, and which process computes which of them.
+
+The recipe fixes the number of LLM positions per optimiser step. The order and the grouping of utterances
+depend only on the seed and the epoch. Only the division of a step among processes depends on the number of
+processes, so the same seed gives the same steps on any number of GPUs. (With `training.utterances_per_batch`
+this does not hold: a step then has a number of utterances per process.) In each step all processes get the
+same number of micro-batches, so that none waits for another that has more of them.
+
+An epoch is planned in three levels:
+
+- *Windows.* The shards of the feature store are shuffled and taken a few at a time. The utterances of these
+  few are shuffled together. A reader then needs only the shards of the current window and the next one, and
+  fetches each shard once per epoch.
+- *Pools.* The shuffled utterances of a window are cut into pools of about `STEPS_PER_POOL` steps, and each
+  pool is sorted by length: if the utterances of a step have similar lengths, they need little padding.
+- *Steps.* Each sorted pool is cut into steps, and the steps of a window are shuffled, so that lengths still
+  come in random order.
+"""
+
+import heapq
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slam_asr.config.recipe import Training
+from slam_asr.training.batches import Examples
+
+STEPS_PER_POOL = 16
+"""Number of steps whose utterances are sorted by length together.
+
+More steps reduce the padding, but mix the utterances less.
+"""
+
+
+@dataclass
+class Window:
+    """A few shards, and the optimiser steps over their utterances."""
+
+    epoch: int
+    shards: list[int]
+    """By canonical number."""
+    steps: list[list[int]]
+    """Indices of each step's utterances."""
+
+
+def plan_epoch(
+    positions: Sequence[int],
+    shards: np.ndarray,
+    window_shards: int,
+    budget: int,
+    seed: int,
+    epoch: int,
+    sizes: Sequence[int] | None = None,
+) -> Iterator[Window]:
+    """Group utterances into the optimiser steps of one epoch.
+
+    Args:
+        positions: [utterances] LLM positions.
+        shards: [utterances] integers: number of the shard that contains each utterance's audio.
+        window_shards: shards whose utterances are shuffled together.
+        budget: maximum of each step, in LLM positions or in the unit of `sizes`; only a single utterance that
+            takes more exceeds it.
+        seed: seed of the order.
+        epoch: number of the epoch; each epoch has its own order.
+        sizes: [utterances] how much of the budget each utterance takes; by default, its positions.
+
+    Yields:
+        Windows; every shard is in exactly one, and every index occurs exactly once.
+    """
+    # `Random` hashes a text seed with SHA-512, so the order is the same on every machine and in every version
+    # of Python.
+    generator = random.Random(f"{seed}/{epoch}")
+    sizes = positions if sizes is None else sizes
+    # `by_shard` lists the utterances of shard 0, then those of shard 1 and so on; those of shard s end before
+    # index `ends[s]`.
+    by_shard = np.argsort(shards, kind="stable")
+    ends = np.searchsorted(
+        shards[by_shard], np.arange(int(shards.max(initial=-1)) + 1), side="right"
+    ).tolist()
+    order = list(range(len(ends)))
+    generator.shuffle(order)
+    for begin in range(0, len(order), window_shards):
+        window = order[begin : begin + window_shards]
+        shuffled = [i for s in window for i in by_shard[ends[s - 1] if s else 0 : ends[s]].tolist()]
+        generator.shuffle(shuffled)
+        steps: list[list[int]] = []
+        for pool in _cut_at_budget(shuffled, sizes, STEPS_PER_POOL * budget):
+            # The index breaks ties, so the result does not depend on the order before.
+            pool.sort(key=lambda i: (positions[i], i))
+            steps += _cut_at_budget(pool, sizes, budget)
+        generator.shuffle(steps)
+        yield Window(epoch, window, steps)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The size of an optimiser step, and of one process's micro-batch."""
+
+    step: int
+    batch: int
+    fixed: bool = False
+    """Whether both count utterances, as the reference implementation does, instead of LLM positions."""
+
+    def sizes(self, positions: Sequence[int]) -> Sequence[int]:
+        """Return each utterance's share of the budget [utterances], from its LLM positions [utterances]."""
+        return [1] * len(positions) if self.fixed else positions
+
+
+def budget_for(options: Training, processes: int) -> Budget:
+    """Return the recipe's budget for a number of processes."""
+    utterances = options.utterances_per_batch
+    if utterances:
+        return Budget(utterances * options.accumulation * processes, utterances, fixed=True)
+    return Budget(options.positions_per_step, options.positions_per_batch)
+
+
+class TrainingPlan:
+    """All optimiser steps of a training.
+
+    Steps do not remain in memory: each iteration plans the epochs again, with the same result.
+
+    Args:
+        examples: to train on.
+        budget: of a step.
+        window_shards: shards whose utterances are shuffled together.
+        seed: of the order.
+        epochs: passes over the examples.
+        max_steps: training ends after this many steps, even within an epoch.
+    """
+
+    def __init__(
+        self, examples: Examples, budget: Budget, window_shards: int, seed: int, epochs: int, max_steps: int
+    ) -> None:
+        self.examples, self.max_steps = examples, max_steps
+        sizes = budget.sizes(examples.positions)
+        self._plan = lambda epoch: plan_epoch(
+            examples.positions, examples.shards, window_shards, budget.step, seed, epoch, sizes
+        )
+        self._epochs = epochs
+        self.steps = self.epochs = 0
+        while self.epochs < epochs and self.steps < max_steps:
+            self.steps = min(max_steps, self.steps + sum(len(w.steps) for w in self._plan(self.epochs)))
+            self.epochs += 1
+
+    def __iter__(self) -> Iterator[tuple[Window, Window | None, list[int]]]:
+        """Yield (window, next window or None, indices of the utterances) for each step."""
+        return self.after(0)
+
+    def after(self, done: int) -> Iterator[tuple[Window, Window | None, list[int]]]:
+        """Yield the same tuples as `__iter__`, but skip the first `done` steps."""
+        windows = (window for epoch in range(self._epochs) for window in self._plan(epoch))
+        pairs = itertools.pairwise(itertools.chain(windows, [None]))
+        steps = (
+            (window, next_window, step)
+            for window, next_window in pairs
+            if window is not None  # only the last next window is None
+            for step in window.steps
+        )
+        return itertools.islice(steps, done, self.steps)
+
+
+def _cut_at_budget(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut a list into runs that are as full as the budget allows; the last run gets the remainder.
+
+    Args:
+        indices: indices into `sizes`; their order does not change.
+        sizes: how much of the budget each index takes.
+        budget: maximum sum of a run; only a single index that takes more exceeds it.
+
+    Returns:
+        The runs, in the order of `indices`.
+    """
+    runs: list[list[int]] = []
+    # A run that counts as full, so that the first index begins a new one.
+    size = budget
+    for index in indices:
+        if size + sizes[index] > budget:
+            runs.append([])
+            size = 0
+        runs[-1].append(index)
+        size += sizes[index]
+    return runs
+
+
+def split_step(
+    step: list[int], positions: Sequence[int], processes: int, budget: int, sizes: Sequence[int] | None = None
+) -> list[list[list[int]]]:
+    """Divide a step's utterances among processes and their padded micro-batches.
+
+    Utterances are taken from the longest to the shortest, and each micro-batch is filled up before the next
+    begins: utterances of similar length share a micro-batch and need little padding. Then the micro-batches
+    with the most utterances are halved, until all processes can have the same number of micro-batches.
+
+    Args:
+        step: indices of the step's utterances.
+        positions: LLM positions of each utterance.
+        processes: number of processes that share the step.
+        budget: maximum of a micro-batch in LLM positions, padding included, or in the unit of `sizes`; only a
+            single utterance that takes more exceeds it.
+        sizes: how much of the budget each utterance takes; by default, its positions.
+
+    Returns:
+        [process][micro-batch] → indices. All processes have the same number of micro-batches; some of these
+        are empty if the step has fewer utterances than processes.
+    """
+    sizes = positions if sizes is None else sizes
+    longest_first = sorted(step, key=lambda i: (-positions[i], i))
+    groups: list[list[int]] = []
+    for index in longest_first:
+        # The first utterance of a group is its longest, to which all others are padded.
+        if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    while len(groups) % processes:
+        largest = max(range(len(groups)), key=lambda g: (len(groups[g]), -g), default=None)
+        if largest is None or len(groups[largest]) < 2:
+            groups.append([])
+        else:
+            group = groups[largest]
+            groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    # Neighbouring groups, whose utterances have similar lengths, are computed by different processes at the
+    # same time: no process then waits long for another.
+    return [groups[rank::processes] for rank in range(processes)]
+
+
+def split_packed(
+    step: list[int], positions: Sequence[int], processes: int, budget: int
+) -> list[list[list[int]]]:
+    """Divide a step's utterances among processes and their packed micro-batches.
+
+    Packed micro-batches have no padding, so lengths may be mixed freely. Utterances are dealt out longest
+    first, each to the emptiest micro-batch, so that all are about equally full and no process waits long for
+    another. The number of micro-batches starts at the least that the sum of positions allows, and grows until
+    all are within the budget.
+
+    Args:
+        step: indices of the step's utterances.
+        positions: LLM positions of each utterance.
+        processes: number of processes that share the step.
+        budget: maximum LLM positions of a micro-batch; only a single utterance that is longer exceeds it.
+
+    Returns:
+        [process][micro-batch] → indices, as from `split_step`.
+    """
+    longest_first = sorted(step, key=lambda i: (-positions[i], i))
+    rounds = max(1, -(-sum(positions[i] for i in step) // (budget * processes)))
+    while True:
+        groups: list[list[int]] = [[] for _ in range(rounds * processes)]
+        # A heap of (positions, number) of each group.
+        fill = [(0, number) for number in range(len(groups))]
+        for index in longest_first:
+            size, number = heapq.heappop(fill)
+            groups[number].append(index)
+            heapq.heappush(fill, (size + positions[index], number))
+        if all(size <= budget or len(groups[number]) == 1 for size, number in fill):
+            break
+        rounds += 1
+    # With empty groups last, all processes have work in every round of micro-batches but the last ones.
+    groups.sort(key=lambda group: not group)
+    return [groups[rank::processes] for rank in range(processes)]

@@ -1,0 +1,256 @@
+"""Runs are shown as a real Kubeflow Pipelines 2.17.0 described them: each state, each reason, what to do."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.kubeflow.reasons import explain, waits_for
+from pipelines.kubeflow.workflow import parse_workflow
+
+RECORDINGS = Path(__file__).resolve().parents[4] / "shared" / "recordings"
+recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordings in ../shared")
+
+
+@pytest.fixture
+def recording(kubeflow, kubernetes_at):
+    """Serve a recorded run, and return its id. Kubernetes does not answer."""
+    kubernetes_at("http://127.0.0.1:9")
+
+    def serve(name: str) -> str:
+        v2, v1 = (
+            json.loads((RECORDINGS / f"run-{name}.{api}.json").read_text()) for api in ("v2beta1", "v1beta1")
+        )
+        kubeflow.multi_user = False
+        kubeflow.recorded[v2["run_id"]] = (v2, v1)
+        return v2["run_id"]
+
+    return serve
+
+
+@recorded
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "waiting-no-room",
+            [
+                "build-manifest       waiting     ",
+                "  for a node: no node has enough free cpu: wait for other pods to end, add a node, or lower "
+                "steps.build_manifest in the profile (0/1 nodes are available: 1 Insufficient cpu)",
+                "train                not started",
+            ],
+        ),
+        (
+            "waiting-image-pull",
+            [
+                "build-manifest       waiting     ",
+                "  for its image: its image cannot be pulled: push it",
+                "(ImagePullBackOff: Back-off pulling image",
+            ],
+        ),
+        ("waiting-in-kueue", ["build-manifest       starting    "]),
+        (
+            "running-extraction",
+            ["build-manifest       succeeded   0:13", "extract-features     running     ", "not started"],
+        ),
+        (
+            "oom-killed",
+            [
+                "train                failed      ",
+                "the run failed in train: it needed more memory than its limit (OOMKilled): raise "
+                "steps.train.memory in the profile",
+                "score                never reached",
+            ],
+        ),
+        (
+            "step-failed-exit-1",
+            [
+                "the run failed in build-manifest: the program failed (exit code 1): `python -m ",
+                " --step build-manifest` shows why; `python -m pipelines resume ",
+            ],
+        ),
+        (
+            "no-service-account",
+            [
+                "the run failed: the service account slam-asr-runner does not exist in the namespace "
+                "kubeflow: apply the manifests to that namespace",
+                "build-manifest       never reached",
+            ],
+        ),
+        (
+            "terminated",
+            [
+                ": stopped\n",
+                "extract-features     stopped     ",
+                "  somebody stopped the run",
+                "the run was stopped by somebody; `python -m pipelines resume ",
+            ],
+        ),
+        ("stopped-while-pulling", [": stopped\n", "build-manifest       stopped     "]),
+        (
+            "succeeded-with-a-deleted-pod",
+            [
+                "extract-features     succeeded   ",
+                "(attempt 2 of 4, because its pod was deleted, with its node or by somebody)",
+                "the run succeeded",
+            ],
+        ),
+        (
+            "workflow-gone",
+            [": lost\n", "its workflow was deleted from the cluster", "`python -m pipelines submit` starts"],
+        ),
+    ],
+)
+def test_status_says_what_happened_and_what_to_do(recording, program, name, lines):
+    run_id = recording(name)
+    code, out, _ = program("status", run_id, "--cluster", "cpu")
+    assert code == 0
+    for line in lines:
+        assert line in out, out
+    assert "-driver" not in out and "No more retries left" not in out and "deadline" not in out
+
+
+@recorded
+@pytest.mark.parametrize(
+    ("pod", "detail"),
+    [
+        (
+            "pod-gated-by-kueue",
+            "in its Kueue queue: Kueue has not admitted the pod: `kubectl describe localqueue -n kubeflow`",
+        ),
+    ],
+)
+def test_kubernetes_explains_what_the_workflow_does_not(
+    recording, kubernetes_at, program, fake_pods, pod, detail
+):
+    fake_pods(json.loads((RECORDINGS / f"{pod}.json").read_text()))
+    out = program("status", recording("waiting-in-kueue"), "--cluster", "cpu")[1]
+    assert "build-manifest       waiting     " in out and detail in out, out
+
+
+@recorded
+def test_following_an_ended_run_returns_its_outcome(recording, program):
+    code, out, _ = program("status", recording("oom-killed"), "--wait", "--poll", "0.01")
+    assert code == 1 and "the run failed in train: it needed more memory" in out.splitlines()[-1]
+    code, out, _ = program("status", recording("workflow-gone"), "--wait", "--poll", "0.01")
+    assert code == 1 and "the run is lost" in out
+
+
+@recorded
+def test_server_without_the_old_api_shows_states_alone(recording, kubeflow, program, monkeypatch):
+    run_id = recording("oom-killed")
+    v2, v1 = kubeflow.recorded[run_id]
+    kubeflow.recorded[run_id] = (v2, v1 | {"pipeline_runtime": {"workflow_manifest": "not JSON"}})
+    out = program("status", run_id)[1]
+    assert (
+        "train                failed" in out and f"`python -m pipelines logs {run_id}` shows its logs" in out
+    )
+
+
+@recorded
+def test_archived_logs_are_shown_when_the_pods_are_gone(recording, kubeflow, program):
+    run_id = recording("step-failed-exit-1")
+    workflow = parse_workflow(
+        json.dumps(kubeflow.recorded[run_id][1]["pipeline_runtime"]["workflow_manifest"])
+    )
+    [[node]] = workflow.attempts().values()
+    bucket, key = workflow.archived_log(node)
+    assert (bucket, key) == (
+        "mlpipeline",
+        f"private-artifacts/kubeflow/slam-asr-q2n2k/2026/11/29/{workflow.pod_name(node)}/main.log",
+    )
+    log = (
+        'time="2026-11-29T04:14:00Z" level=info msg="capturing logs" argo=true\n'
+        "I1129 04:14:01.000000      12 launcher_v2.go:190] Executor Input: {\n"
+        '  "inputs": {}\n'
+        "}\n"
+        "[KFP Executor 2026-11-29 04:14:02,000 INFO]: --component_module_path is not specified\n"
+        "building the manifest of s3://b/corpus\n"
+        "slam-asr: error: There is nothing at s3://b/corpus: check the bucket and the prefix.\n"
+    )
+    kubeflow.archive[f"{bucket}/{key}"] = log.encode()
+    code, out, _ = program("logs", run_id)
+    assert code == 0 and out.splitlines() == [
+        f"── build-manifest ({workflow.pod_name(node)}, deleted; from Argo's archive)",
+        "building the manifest of s3://b/corpus",
+        "slam-asr: error: There is nothing at s3://b/corpus: check the bucket and the prefix.",
+    ]
+    assert program("logs", run_id, "--all")[1].splitlines()[1:] == log.splitlines()
+    # The program never started: what Kubeflow and Argo say is all that there is.
+    kubeflow.archive[f"{bucket}/{key}"] = log[: log.index("building")].encode()
+    assert program("logs", run_id)[1].splitlines()[1:] == log[: log.index("building")].splitlines()
+    kubeflow.archive.clear()
+    assert f"not readable through the dashboard: s3://{bucket}/{key}" in program("logs", run_id)[1]
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence", "purpose"),
+    [
+        (
+            "Unschedulable: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu.",
+            "no node has enough free nvidia.com/gpu: wait for other pods to end, or lower steps.train.gpus",
+            "for a GPU",
+        ),
+        (
+            "Unschedulable: 0/2 nodes are available: 2 node(s) had untolerated taint {gpu: present}.",
+            "every node that would do has a taint {gpu: present}: name it in steps.train.tolerations",
+            "for a node",
+        ),
+        (
+            "Unschedulable: 0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector.",
+            "no node has the labels of steps.train.node_selector: correct them in the profile",
+            "for a node",
+        ),
+        (
+            'Unschedulable: persistentvolumeclaim "slam-asr-models" not found',
+            "the volume slam-asr-models does not exist in the namespace team: apply the manifests",
+            "for its volume",
+        ),
+        (
+            'pods "x" is forbidden: exceeded quota: slam-asr, requested: requests.cpu=64, used: '
+            "requests.cpu=8, limited: requests.cpu=64",
+            "the namespace's quota slam-asr is used up (requested: requests.cpu=64, used: requests.cpu=8, "
+            "limited: requests.cpu=64): wait for other runs to end",
+            "",
+        ),
+        (
+            'CreateContainerConfigError: secret "slam-asr-s3" not found',
+            "the secret slam-asr-s3 does not exist in the namespace team: create it",
+            "for its secret",
+        ),
+        (
+            "ErrImagePull: failed to pull: unauthorized: authentication required",
+            "the registry refuses the image to the nodes: name a secret with its login in images.pull_",
+            "for its image",
+        ),
+        (
+            'admission webhook "validator.trainer.kubeflow.org" denied the request: env is not allowed',
+            "the cluster's admission webhook validator.trainer.kubeflow.org refuses the pod: env is not all",
+            "",
+        ),
+        (
+            'pods "x" is forbidden: violates PodSecurity "restricted:latest": seccompProfile',
+            "the pod security level restricted:latest of the namespace refuses the pod",
+            "",
+        ),
+        (
+            "The node was low on resource: ephemeral-storage. Threshold quantity: 1, available: 0.",
+            "its node ran short of ephemeral-storage and evicted it: raise steps.train.scratch",
+            "",
+        ),
+        ("main: Error (exit code 137)", "it needed more memory than its limit (OOMKilled)", ""),
+        ("main: Error (exit code 143)", "it was asked to end (SIGTERM)", ""),
+        (
+            "main: Error (exit code 2)",
+            "the program refused its input (exit code 2): `python -m pipelines logs run-7 --step train`",
+            "",
+        ),
+        ("main: Error (exit code 21)", "the program failed (exit code 21)", ""),
+        ("Step exceeded its deadline", "it ran longer than steps.train.timeout_hours of the profile", ""),
+        ("something that nobody has seen.", "something that nobody has seen", ""),
+    ],
+)
+def test_message_of_kubernetes_is_explained(message, sentence, purpose):
+    assert explain(message, "train", "team", "run-7").startswith(sentence)
+    assert waits_for(message) == purpose
