@@ -192,7 +192,7 @@ class LocalRun:
         else:
             environment = os.environ | {"PYTHONUNBUFFERED": "1"} | environment
             if self.terminal.isatty():
-                # The step itself writes to a pipe, so it is told the width for its progress bars.
+                # The step itself writes to a pipe, so the width for its progress bars is passed on.
                 environment[BAR_COLUMNS] = str(shutil.get_terminal_size().columns)
             step.exit_code = processes.run(command, on_line, environment)
         return step.exit_code
