@@ -5,15 +5,18 @@ any other profile is selected by its path. Keys are checked like those of a reci
 credentials: it names the Kubernetes secrets that contain them.
 """
 
+import operator
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from slam_asr.config.schema import nearest, parse_yaml, typed
 from slam_asr.errors import ConfigurationError
 from slam_asr.steps import STEPS
+from slam_asr.storage import is_s3
 
 FOLDER = Path(__file__).parent / "clusters"
 
@@ -187,26 +190,14 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for key in ("namespace", "kubeflow_namespace", "service_account"):
-            _require(
-                re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", getattr(self, key)),
-                self,
-                key,
-                getattr(self, key),
-                "lower-case letters, digits and dashes",
-            )
-        _require(
-            self.run_as_user > 0, self, "run_as_user", self.run_as_user, "above 0: steps do not run as root"
+            self._require(key, _NAME.fullmatch, "lower-case letters, digits and dashes")
+        self._require("run_as_user", lambda user: user > 0, "above 0: steps do not run as root")
+        self._require("storage.store", lambda store: not store or is_s3(store), "an s3:// prefix")
+        self._require(
+            "storage.endpoint",
+            lambda address: not address or _ADDRESS.fullmatch(address),
+            "http://host:port or https://host, without a name or password in it",
         )
-        store = self.storage.store
-        _require(not store or store.startswith("s3://"), self, "storage.store", store, "an s3:// prefix")
-        if address := self.storage.endpoint:
-            _require(
-                re.fullmatch(r"https?://[^/@\s]+/?", address),
-                self,
-                "storage.endpoint",
-                _without_credentials(address),
-                "http://host:port or https://host, without a name or password in it",
-            )
         for name in self.environment:
             if re.search(r"(SECRET_ACCESS|SECRET_KEY|ACCESS_KEY|PASSWORD|TOKEN)", name.upper()):
                 raise ConfigurationError(
@@ -220,25 +211,15 @@ class Cluster:
 
     def _check_step(self, name: str) -> None:
         step, prefix = self.steps[name], f"steps.{_key(name)}"
-        _require(_CPU.fullmatch(step.cpu), self, f"{prefix}.cpu", step.cpu, "cores such as 2 or 500m")
-        for key in ("memory", "shared_memory", "scratch"):
-            size = getattr(step, key)
-            _require(
-                _SIZE.fullmatch(size) or (not size and key != "memory"),
-                self,
-                f"{prefix}.{key}",
-                size,
-                "a size such as 16Gi",
+        self._require(f"{prefix}.cpu", _CPU.fullmatch, "cores such as 2 or 500m")
+        self._require(f"{prefix}.memory", _SIZE.fullmatch, "a size such as 16Gi")
+        for key in ("shared_memory", "scratch"):
+            self._require(
+                f"{prefix}.{key}", lambda size: not size or _SIZE.fullmatch(size), "a size such as 16Gi"
             )
-        _require(
-            step.retry_after and _DURATION.fullmatch(step.retry_after),
-            self,
-            f"{prefix}.retry_after",
-            step.retry_after,
-            "a time such as 30s, 5m or 1h",
-        )
+        self._require(f"{prefix}.retry_after", _DURATION.fullmatch, "a time such as 30s, 5m or 1h")
         for key in ("gpus", "gpus_per_node", "retries", "timeout_hours"):
-            _require(getattr(step, key) >= 0, self, f"{prefix}.{key}", getattr(step, key), "0 or more")
+            self._require(f"{prefix}.{key}", lambda number: number >= 0, "0 or more")
         if step.gpus_per_node and step.gpus > step.gpus_per_node:
             raise ConfigurationError(
                 f"Cluster {self.name}: {prefix}.gpus is {step.gpus}, but a node has {step.gpus_per_node} "
@@ -257,23 +238,23 @@ class Cluster:
                     f"Cluster {self.name}: {prefix}.tolerations has an unknown key {unknown[0]}{hint}"
                 )
 
+    def _require(self, key: str, holds: Callable[[Any], object], expected: str) -> None:
+        """Refuse the value of a key, such as `storage.store`, unless `holds(value)` is true."""
+        value = operator.attrgetter(key)(self)
+        if not holds(value):
+            # An address may contain a password.
+            shown = re.sub(r"//[^/]*@", "//…@", repr(value))
+            raise ConfigurationError(f"Cluster {self.name}: {key} is {shown} but must be {expected}.")
 
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_ADDRESS = re.compile(r"https?://[^/@\s]+/?")
 _CPU = re.compile(r"\d+(\.\d+)?|\d+m")
 _SIZE = re.compile(r"\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|K|M|G|T)?")
 _DURATION = re.compile(r"\d+[smh]")
 _TOLERATION_KEYS = ["key", "operator", "value", "effect"]
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-    "Ti": 2**40,
-}
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def size_in_bytes(size: str) -> float:
@@ -316,12 +297,3 @@ def load_cluster(source: str) -> Cluster:
     where = f"Cluster {source}"
     values = parse_yaml((shipped.get(source) or Path(source)).read_bytes(), where, "namespace:")
     return typed({"name": Path(source).stem} | values, Cluster, where)
-
-
-def _require(holds: object, cluster: Cluster, key: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ConfigurationError(f"Cluster {cluster.name}: {key} is {value!r} but must be {expected}.")
-
-
-def _without_credentials(address: str) -> str:
-    return re.sub(r"//[^/]*@", "//…@", address)

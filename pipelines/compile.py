@@ -6,7 +6,6 @@ The output is reproducible: the same source gives the same bytes.
 import ast
 import copy
 import json
-import math
 import os
 import re
 import sys
@@ -20,9 +19,8 @@ from components import DEFAULT_IMAGES, IMAGES_VARIABLE, component_of
 from components import images as images_of
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
-from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
+from pipelines.run_request import RunRequest, add_pipeline_options, parse_with_recipe, request_from_options
 from slam_asr.artifacts.model_folder import shipped_models
-from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
 from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.config.variations import varied
 from slam_asr.errors import ConfigurationError
@@ -38,7 +36,6 @@ DEFAULT_CLUSTER = "one-gpu-node"
 
 def compile_command(arguments: list[str]) -> int:
     """Run the command `compile`, print the paths of the files that it wrote, and return the exit code."""
-    named = bool(arguments) and not arguments[0].startswith("-")
     parser = command_parser(
         "compile", "Write the pipeline and each component as YAML. The same source gives the same bytes."
     )
@@ -47,17 +44,14 @@ def compile_command(arguments: list[str]) -> int:
         "--output", default="build/kfp", help="folder for all files, or a .yaml file for the pipeline alone"
     )
     add_pipeline_options(parser, in_a_cluster=True)
-    if named:
-        add_recipe_options(parser, arguments[0])
-    options = parse_options(parser, arguments[1:] if named else arguments)
+    options, recipe = parse_with_recipe(parser, arguments, required=False)
     cluster = load_cluster(options["cluster"])
-    source: str = options.get("recipe") or ""
-    request = request_from_options(options, pop_recipe(options) if named else None, in_a_cluster=True)
+    request = request_from_options(options, recipe, in_a_cluster=True)
     defaults = location_parameters(cluster, options["corpus"], options["store"], request.model)
     defaults |= request.parameters
     if request.recipe:
         check_recipe(request, cluster)
-        defaults |= recipe_parameters(source, request.recipe)
+        defaults |= recipe_parameters(options["source"], request.recipe)
     written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, request)
     print(
         f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})",
@@ -121,24 +115,16 @@ def check_recipe(request: RunRequest, cluster: Cluster) -> None:
 
 
 def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
-    gpus = cluster.steps["train"].gpus
-    if gpus and recipe.training.processes > gpus:
-        raise ConfigurationError(
-            f"Recipe {recipe.name}: training.processes is {recipe.training.processes}, but the cluster "
-            f"{cluster.name} gives each node of train {gpus} GPUs (steps.train.gpus): lower it, or "
-            "leave it at 0 to use all GPUs."
-        )
-    for key, step, is_used in (
-        ("features.processes", "extract-features", recipe.caches_features),
-        ("decoding.processes", "decode", True),
-    ):
-        processes, gpus = value_of(recipe, key), cluster.steps[step].gpus
+    for name, step in STEPS.items():
         # On CPUs, the number of processes has no such limit.
-        if is_used and processes > (gpus or math.inf):
+        gpus = cluster.steps[name].gpus if step.processes else 0
+        unused = step.output == "features" and not recipe.caches_features
+        if gpus and not unused and (processes := value_of(recipe, step.processes)) > gpus:
+            pod = f"each node of {name}" if name == "train" else name
+            key = f"steps.{name.replace('-', '_')}.gpus"
             raise ConfigurationError(
-                f"Recipe {recipe.name}: {key} is {processes}, but the cluster {cluster.name} gives {step} "
-                f"{gpus} GPUs (steps.{step.replace('-', '_')}.gpus): lower it, or leave it at 0 "
-                "to use all GPUs."
+                f"Recipe {recipe.name}: {step.processes} is {processes}, but the cluster {cluster.name} "
+                f"gives {pod} {gpus} GPUs ({key}): lower it, or leave it at 0 to use all GPUs."
             )
 
 

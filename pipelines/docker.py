@@ -10,7 +10,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +18,7 @@ import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from components import CACHE
+from pipelines.run_request import Settings
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.steps import STEPS
 from slam_asr.storage.cache import cache_folder
@@ -35,27 +35,16 @@ _KILLED = 137
 """Exit code of a container that was killed: 128 plus SIGKILL."""
 _PASSED_ON = ("AWS_", "HF_", "NCCL_", "OMP_", "SLAM_ASR_S3_")
 """Prefixes of the environment variables that containers get from this process."""
-_FILES = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CA_BUNDLE")
-"""Environment variables that name a file, which is mounted into the container."""
+_FILES = {
+    "AWS_SHARED_CREDENTIALS_FILE": ("~/.aws/credentials", "/run/aws/credentials"),
+    "AWS_CONFIG_FILE": ("~/.aws/config", "/run/aws/config"),
+    "AWS_WEB_IDENTITY_TOKEN_FILE": ("", "/run/aws/AWS_WEB_IDENTITY_TOKEN_FILE"),
+    "AWS_CA_BUNDLE": ("", "/run/aws/AWS_CA_BUNDLE"),
+    SECRET: (SECRET_FOLDER, SECRET_FOLDER),
+}
+"""Environment variables that name a file or folder: its default here, and its path in containers."""
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 """Environment variables that containers also get, in upper or lower case."""
-
-
-@dataclass
-class Settings:
-    """Options of the command line for containers."""
-
-    network: str = "host"
-    """Name of one of the engine's networks, such as host or none.
-
-    On host, containers reach this machine's services at localhost.
-    """
-    gpus: str = "auto"
-    """all, none, or the number of GPUs; auto uses all of them if the engine supports NVIDIA's GPUs."""
-    shared_memory: str = "8g"
-    """Size of /dev/shm."""
-    mounts: list[str] = field(default_factory=list)
-    """Additional folders to mount read-only at the same path, such as those of the audio files in a list."""
 
 
 class Containers:
@@ -87,7 +76,7 @@ class Containers:
         self.gpus = _gpus(settings.gpus, info)
         self._require_network()
         self.writable = [*writable, cache_folder()]
-        self.volumes = _volumes(writable, [*readable, *(Path(m).absolute() for m in settings.mounts)])
+        self.volumes = _volumes(writable, [*readable, *(Path(m).absolute() for m in settings.mounts or [])])
         self._running: dict[str, Any] = {}
         self._ending = False
         self._guard = threading.Lock()
@@ -254,13 +243,9 @@ def _volumes(writable: list[Path], readable: list[Path]) -> dict[str, dict[str, 
 def _credential_files() -> dict[str, str]:
     """Return the existing credential files of this machine, and where each is mounted in the container."""
     files = {
-        os.path.expanduser(
-            os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
-        ): "/run/aws/credentials",
-        os.path.expanduser(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config"): "/run/aws/config",
-        os.environ.get(SECRET) or SECRET_FOLDER: SECRET_FOLDER,
+        os.path.expanduser(os.environ.get(name) or default): target
+        for name, (default, target) in _FILES.items()
     }
-    files |= {os.environ[name]: f"/run/aws/{name}" for name in _FILES if os.environ.get(name)}
     return {source: target for source, target in files.items() if os.path.exists(source)}
 
 
@@ -271,19 +256,14 @@ def _environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name.startswith(_PASSED_ON) or name.upper() in _PROXIES
     }
-    for name in _FILES:
-        if name in passed and os.path.exists(passed[name]):
-            passed[name] = f"/run/aws/{name}"
-    # The values are paths on this machine. They are replaced by the paths in the container, or removed.
-    targets = _credential_files().values()
-    for name, target in (
-        ("AWS_SHARED_CREDENTIALS_FILE", "/run/aws/credentials"),
-        ("AWS_CONFIG_FILE", "/run/aws/config"),
-        (SECRET, SECRET_FOLDER),
-    ):
-        passed.pop(name, None)
-        if target in targets:
+    # The values are paths on this machine. They are replaced by the paths in the container.
+    mounted = _credential_files().values()
+    for name, (default, target) in _FILES.items():
+        if target in mounted:
             passed[name] = target
+        elif default:
+            # The stages do without it, as they would without the file at its default path.
+            passed.pop(name, None)
     # The hub's cache folders are not mounted. Models are in this project's own cache, which is.
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         passed.pop(name, None)

@@ -73,77 +73,60 @@ class LocalRun:
 
     Args:
         output: the run's folder.
-        terminal: stream for the lines of the steps; default: stdout.
         store: folder or s3:// prefix for results.
         containers: runs the steps in containers; if None, they run as processes.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        terminal: TextIO | None = None,
-        store: str | None = None,
-        containers: Containers | None = None,
-    ) -> None:
+    def __init__(self, output: Path, store: str | None = None, containers: Containers | None = None) -> None:
         self.output = output.absolute()
         self.store = (
             store
             if store and is_s3(store)
             else str(local_path(store).absolute() if store else self.output / "store")
         )
-        self.terminal = terminal or sys.stdout
         self.containers = containers
+        # While kfp runs, `sys.stdout` is its log.
+        self.terminal = sys.stdout
         self.steps: list[LocalStep] = []
-        self.step_names: list[str] = []
 
-    def execute(self, request: RunRequest, corpus: str) -> list[LocalStep]:
-        """Run all steps.
+    def execute(self, request: RunRequest, corpus: str) -> None:
+        """Run all steps; `steps` then lists them in the order in which they ran.
 
         Args:
             request: the pipeline, with its resolved recipe.
             corpus: absolute path or s3:// prefix.
-
-        Returns:
-            The steps, in the order in which they ran.
 
         Raises:
             StepFailed: a step failed.
             UserError: another run is working in the same folder.
         """
         with (
-            _exclusive(self.output),
-            open(self.output / KFP_LOG, "w", encoding="utf-8") as log,
+            self._exclusive() as log,
             tempfile.TemporaryDirectory(prefix="slam-asr-") as temporary,
-            self._hooked_into_kfp(log, temporary),
+            self._hooked_into_kfp(list(request.results), log, temporary),
         ):
             runner = local.DockerRunner() if self.containers else local.SubprocessRunner(use_venv=False)
             local.init(runner, pipeline_root=str(self.output / "steps"))
+            from pipelines.asr import asr
+            from pipelines.evaluate import evaluate
+            from pipelines.sweep import sweep
+
             try:
-                self._run_pipeline(request, corpus)
-            # kfp raises a RuntimeError without the exit code, which `_run_step` has recorded.
+                {TRAINING: asr, EVALUATION: evaluate, SWEEP: sweep}[request.pipeline](
+                    # The resolved recipe contains all overrides already.
+                    recipe=dump_recipe(request.resolved_recipe),
+                    recipe_overrides={},
+                    corpus=corpus,
+                    store=self.store,
+                    **request.parameters,
+                )
+            # kfp raises a RuntimeError without the exit code, which `_start` has recorded.
             except RuntimeError:
                 if failed := next((step for step in self.steps if step.exit_code), None):
                     raise StepFailed(failed) from None
                 raise
-        return self.steps
 
-    def _run_pipeline(self, request: RunRequest, corpus: str) -> None:
-        from pipelines.asr import asr
-        from pipelines.evaluate import evaluate
-        from pipelines.sweep import sweep
-
-        self.step_names = list(request.results)
-        run = {TRAINING: asr, EVALUATION: evaluate, SWEEP: sweep}[request.pipeline]
-        # The resolved recipe contains all overrides already.
-        run(
-            recipe=dump_recipe(request.resolved_recipe),
-            corpus=corpus,
-            store=self.store,
-            recipe_overrides={},
-            **request.parameters,
-        )
-
-    def execute_only(self, stage: str, image: str, prepare: Callable[[], list[str]]) -> LocalStep:
+    def execute_only(self, stage: str, image: str, prepare: Callable[[], list[str]]) -> None:
         """Run the command line of a single stage.
 
         Args:
@@ -155,47 +138,40 @@ class LocalRun:
             StepFailed: the stage failed.
             UserError: another run is working in the same folder.
         """
-        with _exclusive(self.output), open(self.output / KFP_LOG, "w", encoding="utf-8") as log:
-            command = prepare()
+        with self._exclusive() as log:
+            program, *arguments = prepare()
+            words = [program] if self.containers else [sys.executable, "-m", "slam_asr"]
             step = LocalStep(stage, self.output, time.time())
-            on_line = LogFilter(self.terminal, log).write
-            if self.containers:
-                step.exit_code = self.containers.run(stage, image, command, on_line)
-            else:
-                program = [sys.executable, "-m", "slam_asr", *command[1:]]
-                step.exit_code = processes.run(program, on_line, self._environment({}))
-        if step.exit_code:
-            raise StepFailed(step)
-        return step
+            if self._start(step, image, [*words, *arguments], {}, log):
+                raise StepFailed(step)
 
     @contextlib.contextmanager
-    def _hooked_into_kfp(self, log: TextIO, temporary: str) -> Iterator[None]:
-        """Make kfp start steps through `_run_step`, and redirect its own messages to the log.
+    def _hooked_into_kfp(self, step_names: list[str], log: TextIO, temporary: str) -> Iterator[None]:
+        """Make kfp start steps through `_start`, and redirect its own messages to the log.
 
         kfp has no hook for either, so its functions are replaced while the block runs.
         """
 
-        def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
+        def run(command: list[str], image: str, environment: dict[str, str]) -> int:
+            folder = _artifact_folder(command)
+            step = LocalStep(folder.name, folder, time.time())
+            self.steps.append(step)
+            number = step_names.index(step.name) + 1
+            print(f"\n{number}/{len(step_names)} {step.name}", file=self.terminal, flush=True)
+            return self._start(step, image, command, environment, log)
+
+        def run_process(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
             # kfp's launcher never removes its temporary folder, so it gets one that `execute` removes.
-            env = self._environment({"TMPDIR": temporary} | (env_vars or {}))
-            return self._run_step(
-                full_command, log, lambda step, on_line: processes.run(full_command, on_line, env)
-            )
+            return run(full_command, "", {"TMPDIR": temporary} | (env_vars or {}))
 
         def run_container(
             client: object, image: str, command: list[str], volumes: object, **options: Any
         ) -> int:
             # kfp's volumes are not needed: they are in the run's folder, which `containers` mounts.
-            environment, containers = options.get("environment"), self.containers
-            assert containers is not None, "kfp starts containers only with its Docker runner"
-            return self._run_step(
-                command,
-                log,
-                lambda step, on_line: containers.run(step.name, image, command, on_line, environment),
-            )
+            return run(command, image, options.get("environment") or {})
 
         with (
-            _replaced(subprocess_task_handler, "run_local_subprocess", run_step),
+            _replaced(subprocess_task_handler, "run_local_subprocess", run_process),
             _replaced(docker_task_handler, "run_docker_container", run_container),
             _replaced(subprocess_task_handler, "replace_python_executable", _use_this_python),
             contextlib.redirect_stdout(log),
@@ -206,27 +182,45 @@ class LocalRun:
             warnings.filterwarnings("ignore", message=".*non-Python base image", category=RuntimeWarning)
             yield
 
-    def _environment(self, more: dict[str, str]) -> dict[str, str]:
-        """Return a step's environment: this process's, unbuffered, plus `more`.
-
-        On a terminal it also contains the width for progress bars, since the step itself writes to a pipe.
-        """
-        columns = {BAR_COLUMNS: str(shutil.get_terminal_size().columns)} if self.terminal.isatty() else {}
-        return os.environ | {"PYTHONUNBUFFERED": "1"} | columns | more
-
-    def _run_step(
-        self, command: list[str], log: TextIO, start: Callable[["LocalStep", Callable[[str], None]], int]
+    def _start(
+        self, step: LocalStep, image: str, command: list[str], environment: dict[str, str], log: TextIO
     ) -> int:
-        folder = _artifact_folder(command)
-        step = LocalStep(folder.name, folder, time.time())
-        self.steps.append(step)
-        print(
-            f"\n{self.step_names.index(step.name) + 1}/{len(self.step_names)} {step.name}",
-            file=self.terminal,
-            flush=True,
-        )
-        step.exit_code = start(step, LogFilter(self.terminal, log).write)
+        """Run a step's command in a container of `image` or as a process, and record its exit code."""
+        on_line = LogFilter(self.terminal, log).write
+        if self.containers:
+            step.exit_code = self.containers.run(step.name, image, command, on_line, environment)
+        else:
+            environment = os.environ | {"PYTHONUNBUFFERED": "1"} | environment
+            if self.terminal.isatty():
+                # The step itself writes to a pipe, so the width for its progress bars is passed on.
+                environment[BAR_COLUMNS] = str(shutil.get_terminal_size().columns)
+            step.exit_code = processes.run(command, on_line, environment)
         return step.exit_code
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[TextIO]:
+        """Create the run's folder, lock it, and open kfp's log in it.
+
+        Two runs would overwrite each other's unfinished results. The lock ends with the process, even if it
+        is killed.
+
+        Raises:
+            ConfigurationError: the folder cannot be created.
+            UserError: another run has locked it.
+        """
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"The folder {self.output} cannot be created ({error.strerror}): choose another --output."
+            ) from error
+        with exclusive_if_free(self.output / ".lock") as held:
+            if not held:
+                raise UserError(
+                    f"Another run is working in {self.output}: wait for it, or choose another --output."
+                )
+            with open(self.output / KFP_LOG, "w", encoding="utf-8") as log:
+                yield log
 
 
 class LogFilter:
@@ -273,25 +267,3 @@ def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> It
         yield
     finally:
         setattr(module, name, original)
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Create `folder` and lock it, because two runs would overwrite each other's unfinished results.
-
-    The lock ends with the process, even if it is killed.
-
-    Raises:
-        ConfigurationError: the folder cannot be created.
-        UserError: another run has locked it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"The folder {folder} cannot be created ({error.strerror}): choose another --output."
-        ) from error
-    with exclusive_if_free(folder / ".lock") as held:
-        if not held:
-            raise UserError(f"Another run is working in {folder}: wait for it, or choose another --output.")
-        yield

@@ -6,17 +6,24 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from components import IMAGES_VARIABLE, image
 from pipelines import processes
 from pipelines.cli import command_parser
-from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
-from pipelines.single import RUN_ALONE, command_of_stage, corpus_of, require_stage
-from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
-from slam_asr.config.recipe import dump_recipe, shipped_recipes
+from pipelines.run_request import (
+    RunRequest,
+    Settings,
+    add_pipeline_options,
+    parse_with_recipe,
+    request_from_options,
+)
+from pipelines.single import CORPUS_READER, RUN_ALONE, command_of_stage, corpus_of, require_stage
+from slam_asr.config.recipe import dump_recipe
 from slam_asr.errors import EXIT_CODE, ConfigurationError, InputError
+from slam_asr.options import add_options
 from slam_asr.storage import is_s3, local_path, write_atomically
 
 if TYPE_CHECKING:
@@ -27,17 +34,43 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_CORPUS = CHECKOUT / "demo" / "speech"
 
 
+@dataclass
+class Options:
+    """Options of `run`, besides those of the pipeline, the containers and the recipe."""
+
+    corpus: str | None = None
+    """folder or file of the corpus (demo includes its own)"""
+    output: str | None = None
+    """folder for all results (default: runs/RECIPE)"""
+    store: str | None = None
+    """folder or s3://bucket/prefix for the results of all stages; runs may share it
+    (default: OUTPUT/store)"""
+    runner: Literal["process", "docker"] = "process"
+    """run the steps as processes of this Python, or in containers"""
+    images: str | None = None
+    """docker: images of the steps, a template with {stage} and {version} or the file that `make images`
+    writes (default: SLAM_ASR_IMAGES)"""
+
+
 def run(arguments: list[str]) -> int:
     """Run all steps one after another, or a single stage, and return the exit code."""
-    options = _options(arguments)
-    source = options["recipe"]
-    request = request_from_options(options, pop_recipe(options), in_a_cluster=False)
-    only = require_stage(options["only"], request) if options["only"] else None
+    parser = command_parser(
+        "run", "Run the steps on this machine, one after another. Finished steps are reused."
+    )
+    add_options(parser, Options)
+    add_pipeline_options(parser, in_a_cluster=False)
+    parser.add_argument(
+        "--only",
+        type=str,
+        help=f"run only this stage, on the earlier results in OUTPUT: {', '.join(RUN_ALONE)}",
+    )
+    add_options(parser, Settings)
+    options, recipe = parse_with_recipe(parser, arguments, required=True)
+    request = request_from_options(options, recipe, in_a_cluster=False)
+    source, only = options["source"], options["only"] and require_stage(options["only"], request)
     output = local_path(options["output"] or Path("runs") / Path(source).stem).absolute()
     corpus = (
-        str(_corpus(source, options["corpus"]))
-        if only in (None, "build-manifest")
-        else corpus_of(output, only)
+        str(_corpus(source, options["corpus"])) if only in (None, CORPUS_READER) else corpus_of(output, only)
     )
     if options["images"]:
         # Components read this variable when they are imported, which has not happened yet.
@@ -88,17 +121,12 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
     Raises:
         UserError: the engine does not answer, an image is missing, or a folder does not exist.
     """
-    from pipelines.docker import Containers, Settings
+    from pipelines.docker import Containers
 
-    settings = Settings(options["network"], options["gpus"], options["shared_memory"], options["mounts"])
-    writable = [
-        output,
-        *(
-            [local_path(options["store"]).absolute()]
-            if options["store"] and not is_s3(options["store"])
-            else []
-        ),
-    ]
+    settings = Settings(**{f.name: options[f.name] for f in fields(Settings)})
+    writable = [output]
+    if options["store"] and not is_s3(options["store"]):
+        writable.append(local_path(options["store"]).absolute())
     audio_root = request.resolved_recipe.data.audio_root
     inputs = [corpus, audio_root, request.model, *itertools.chain(*request.base_models())]
     local = [Path(name).absolute() for name in inputs if name and not is_s3(name) and os.path.exists(name)]
@@ -108,68 +136,6 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
     stages = [options["only"]] if options["only"] else request.results
     containers.require_images({stage: image(stage) for stage in stages}, lambda line: print(line, flush=True))
     return containers
-
-
-def _options(arguments: list[str]) -> dict[str, Any]:
-    """Parse the options of `run RECIPE …`; the recipe's values are the defaults of its options."""
-    named = bool(arguments) and not arguments[0].startswith("-")
-    parser = command_parser(
-        "run", "Run the steps on this machine, one after another. Finished steps are reused."
-    )
-    parser.add_argument("--corpus", type=str, help="folder or file of the corpus (demo includes its own)")
-    add_pipeline_options(parser, in_a_cluster=False)
-    parser.add_argument("--output", type=str, help="folder for all results (default: runs/RECIPE)")
-    parser.add_argument(
-        "--store",
-        type=str,
-        help="folder or s3://bucket/prefix for the results of all stages; runs may share it "
-        "(default: OUTPUT/store)",
-    )
-    parser.add_argument(
-        "--runner",
-        type=Literal["process", "docker"],
-        default="process",
-        help="run the steps as processes of this Python, or in containers",
-    )
-    parser.add_argument(
-        "--only",
-        type=str,
-        help=f"run only this stage, on the earlier results in OUTPUT: {', '.join(RUN_ALONE)}",
-    )
-    parser.add_argument(
-        "--images",
-        type=str,
-        help=f"docker: images of the steps, a template with {{stage}} and {{version}} or the file that "
-        f"`make images` writes (default: {IMAGES_VARIABLE})",
-    )
-    parser.add_argument(
-        "--network", type=str, default="host", help="docker: host, none, or the name of a network"
-    )
-    parser.add_argument(
-        "--gpus",
-        type=str,
-        default="auto",
-        help="docker: all, none, or a number; auto uses all GPUs that the engine has",
-    )
-    parser.add_argument("--shared-memory", type=str, default="8g", help="docker: size of /dev/shm")
-    parser.add_argument(
-        "--mounts",
-        type=list[str],
-        default=[],
-        help="docker: additional folders to mount, such as those of the audio files in a list",
-    )
-    add_recipe_options(parser, arguments[0] if named else None)
-    options = parse_options(parser, arguments[1:] if named else arguments)
-    if not named:
-        raise ConfigurationError(
-            "RECIPE is missing: python -m pipelines run RECIPE, with a file or one of "
-            f"{', '.join(shipped_recipes())}."
-        )
-    if options["recipe"] != arguments[0]:
-        raise ConfigurationError(
-            f"Two recipes are named, {arguments[0]} and {options['recipe']}: leave out --recipe."
-        )
-    return options
 
 
 def _fetch_models(request: RunRequest) -> int:

@@ -1,14 +1,23 @@
 """The pipeline that a command line requests: a training, an evaluation (`--model`) or a sweep (`--sweep`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from slam_asr.artifacts.model_folder import shipped_models
-from slam_asr.config.recipe import Recipe
-from slam_asr.config.variations import Variation, read_variations, require_distinct_trainings, resolve
+from slam_asr.artifacts.model_folder import read_config, shipped_models
+from slam_asr.cli import add_recipe_options, pop_recipe
+from slam_asr.config.recipe import Recipe, shipped_recipes
+from slam_asr.config.variations import (
+    Variation,
+    read_variations,
+    require_distinct_trainings,
+    resolve,
+    varied,
+)
 from slam_asr.errors import ConfigurationError
+from slam_asr.options import parse_options
 from slam_asr.steps import EVALUATION, SWEEP, TRAINING, outputs_of
 from slam_asr.storage import is_s3, local_path
 
@@ -63,9 +72,6 @@ class RunRequest:
 
         The LLMs are those of the recipe and its variations, or the one that the model was trained with.
         """
-        from slam_asr.artifacts.model_folder import read_config
-        from slam_asr.config.variations import varied
-
         recipe = self.resolved_recipe
         if self.model:
             llms = [read_config(self.model).typed_recipe.llm.name]
@@ -73,6 +79,24 @@ class RunRequest:
             variants = [recipe, *(varied(recipe, variation) for variation in self.variations)]
             llms = [variant.llm.name for variant in variants]
         return [recipe.encoder.name], list(dict.fromkeys(llms))
+
+
+@dataclass
+class Settings:
+    """Options of `run` for containers."""
+
+    network: str = "host"
+    """docker: host, none, or the name of one of the engine's networks.
+
+    On host, containers reach this machine's services at localhost.
+    """
+    gpus: str = "auto"
+    """docker: all, none, or a number; auto uses all GPUs if the engine supports NVIDIA's."""
+    shared_memory: str = "8g"
+    """docker: size of /dev/shm."""
+    mounts: list[str] | None = None
+    """docker: additional folders to mount read-only at the same path, such as those of the audio files in a
+    list."""
 
 
 def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:
@@ -96,6 +120,34 @@ def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:
             default=0,
             help="sweep: number of variations that run at the same time (default: all)",
         )
+
+
+def parse_with_recipe(
+    parser: ArgumentParser, arguments: Sequence[str], required: bool
+) -> tuple[dict[str, Any], Recipe | None]:
+    """Parse `[RECIPE] --option …`.
+
+    Args:
+        parser: parser of the command. The keys of the recipe become options too, with its values as defaults.
+        arguments: all arguments after the command's name.
+        required: whether the command needs a recipe.
+
+    Returns:
+        The values of all other options, with the name or file of the recipe as `source`, and the recipe.
+
+    Raises:
+        UserError: the recipe is missing or not valid, or an option is wrong.
+    """
+    source = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if source or required:
+        add_recipe_options(parser, source)
+    options = parse_options(parser, arguments[1:] if source else arguments)
+    if required and not source:
+        raise ConfigurationError(
+            f"RECIPE is missing: {parser.prog} RECIPE, with a file or one of {', '.join(shipped_recipes())}."
+        )
+    recipe = pop_recipe(options) if source else None
+    return options | {"source": source}, recipe
 
 
 def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cluster: bool) -> RunRequest:
@@ -143,7 +195,6 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
     recipe = replace(recipe, data=replace(recipe.data, train=[], dev=[]))
     if not is_s3(model):
         # Imported here because it imports torch.
-        from slam_asr.artifacts.model_folder import read_config
         from slam_asr.conversion.trained import require_same_features
 
         require_same_features(recipe, model, read_config(model))

@@ -20,6 +20,8 @@ SINGLE_STAGE_RESULTS = "results"
 
 RUN_ALONE = tuple(name for name, step in STEPS.items() if step.options)
 """Stages that `--only` can run."""
+CORPUS_READER = next(name for name, step in STEPS.items() if "{corpus}" in step.options.values())
+"""The stage that reads the corpus; the record of its result names it."""
 
 _NAME = re.compile(r"\{([a-z-]+)(\*?)\}")
 """Matches a name in braces, with or without a star, in the text of an option: see `Step.options`."""
@@ -89,8 +91,8 @@ def corpus_of(output: Path, stage: str) -> str:
     Raises:
         UserError: build-manifest has not run, or its result was deleted.
     """
-    manifests = follow_pointer(_latest_pointer(output, "build-manifest", stage))
-    return require_record(manifests, "build-manifest").inputs["corpus"]
+    manifests = follow_pointer(_latest_pointer(output, CORPUS_READER, stage))
+    return require_record(manifests, CORPUS_READER).inputs["corpus"]
 
 
 def require_stage(name: str, request: RunRequest) -> str:

@@ -7,108 +7,71 @@ YAML file: `--training.max_steps 200`.
 
 import importlib
 import inspect
-import re
+import itertools
 import sys
-from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
-import docstring_parser
 from jsonargparse import ArgumentParser
 
 from slam_asr.artifacts.stage_record import write_pointer
 from slam_asr.config.recipe import Recipe, recipe_values, shipped_recipes
-from slam_asr.config.schema import nearest, new_parser, one_sentence
-from slam_asr.errors import ConfigurationError, UserError, exit_on_user_error
+from slam_asr.config.schema import nearest
+from slam_asr.errors import ConfigurationError, exit_on_user_error
+from slam_asr.options import Command, add_options, command_parser, list_commands, option_name, parse_options
 from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
 
-
-@dataclass(frozen=True)
-class Command:
-    """A command that is not a step of a pipeline."""
-
-    name: str
-    arguments: str
-    """The arguments after the name in the simplest call, for the usage text."""
-    summary: str
-    """What the command does, in half a line."""
-    function: str
-    """`module:function` that the command runs."""
-
-
 STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.function}
 """Steps that are commands. Each writes a folder with a record, to which `--pointer` can write a pointer."""
-OTHER_COMMANDS = (
-    Command(
-        "transcribe",
+OTHER_COMMANDS = {
+    "transcribe": Command(
+        "slam_asr.stages.transcribe:transcribe",
         "MODEL FILES…",
         "transcribe audio files to text, JSON or subtitles",
-        "slam_asr.stages.transcribe:transcribe",
     ),
-    Command(
-        "compare",
-        "A B",
-        "which of two decodings is better, and whether by more than chance",
+    "compare": Command(
         "slam_asr.stages.compare:compare",
+        "FIRST SECOND",
+        "which of two decodings is better, and whether by more than chance",
     ),
-    Command(
-        "plan",
-        "RECIPE",
-        "estimate memory, time and storage before anything is loaded",
-        "slam_asr.stages.plan:plan",
+    "plan": Command(
+        "slam_asr.stages.plan:plan", "RECIPE", "estimate memory, time and storage before anything is loaded"
     ),
-    Command(
-        "copy-models",
+    "copy-models": Command(
+        "slam_asr.pretrained.copy_to_bucket:copy_models",
         "RECIPE",
         "copy the recipe's frozen models to a bucket",
-        "slam_asr.pretrained.copy_to_bucket:copy_models",
     ),
-    Command(
-        "features ls",
-        "STORE",
-        "list what a feature store contains",
-        "slam_asr.features.maintenance:list_store",
+    "features ls": Command(
+        "slam_asr.features.maintenance:list_store", "STORE", "list what a feature store contains"
     ),
-    Command(
-        "features verify",
+    "features verify": Command(
+        "slam_asr.features.maintenance:verify_store",
         "STORE",
         "check that a feature store is complete and undamaged",
-        "slam_asr.features.maintenance:verify_store",
     ),
-    Command(
-        "features prune",
+    "features prune": Command(
+        "slam_asr.features.maintenance:prune_store",
         "STORE",
         "delete what is no longer needed from a feature store",
-        "slam_asr.features.maintenance:prune_store",
     ),
-)
-COMMANDS = STEP_FUNCTIONS | {command.name: command.function for command in OTHER_COMMANDS}
+}
+COMMANDS = STEP_FUNCTIONS | {name: command.function for name, command in OTHER_COMMANDS.items()}
 """`module:function` of each command. The module is imported only when the command runs."""
-
-RENAMED_OPTIONS = {"--shard": "--work-shard"}
-"""New names of renamed options, by old name. An old name still works, with a note on stderr."""
 
 
 def usage() -> str:
     """Return the text that `slam-asr --help` prints: all commands, each with a summary."""
-    stages = [f"  {name:<20} {STEPS[name].summary}" for name in STEP_FUNCTIONS]
-    others = [f"  {f'{c.name} {c.arguments}':<25} {c.summary}" for c in OTHER_COMMANDS]
-    return "\n".join(
-        [
-            "usage: slam-asr COMMAND --option value …",
-            "",
-            "stages, in order:",
-            *stages,
-            "",
-            "other commands:",
-            *others,
-            "",
-            "slam-asr COMMAND --help   the options of a command",
-            "slam-asr --version        versions of slam-asr and torch, and the commit",
-            "",
-        ]
+    return list_commands(
+        "slam-asr",
+        {
+            "stages, in order": {name: STEPS[name].summary for name in STEP_FUNCTIONS},
+            "other commands": {f"{name} {c.words}": c.summary for name, c in OTHER_COMMANDS.items()},
+        },
+        "slam-asr COMMAND --help   the options of a command",
+        "slam-asr --version        versions of slam-asr and torch, and the commit",
     )
 
 
@@ -139,7 +102,6 @@ def run(stage: str, arguments: list[str]) -> Any:
             f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}."
         )
     module, name = COMMANDS[stage].split(":")
-    arguments = with_recipe_option(arguments)
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     recipe_parameter = inspect.signature(function).parameters.get("recipe")
     recipe = _recipe_named(arguments) if recipe_parameter else None
@@ -147,13 +109,10 @@ def run(stage: str, arguments: list[str]) -> Any:
     takes_recipe = recipe_parameter is not None and (
         recipe_parameter.default is inspect.Parameter.empty or recipe is not None
     )
-    parser = new_parser(
-        prog=f"slam-asr {stage}",
-        description=(inspect.getdoc(function) or "").split("\n")[0],
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = command_parser(
+        f"slam-asr {stage}", (inspect.getdoc(function) or "").split("\n")[0], words_of(stage)
     )
-    add_stage_options(parser, function)
+    add_options(parser, function)
     if takes_recipe:
         add_recipe_options(parser, recipe)
     elif recipe_parameter:
@@ -178,72 +137,44 @@ def run(stage: str, arguments: list[str]) -> Any:
     return result
 
 
-def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """Turn the arguments that some commands take by position into options.
+def words_of(command: str) -> str:
+    """Return the parameters that a command takes without their option names, as its usage shows them."""
+    return OTHER_COMMANDS[command].words if command in OTHER_COMMANDS else ""
 
-    `features`, `ls STORE …` becomes `features ls`, `--store STORE …`; `transcribe`, `MODEL FILE FILE …`
-    becomes `--model=MODEL --files+=FILE --files+=FILE …`; `compare`, `A B` becomes `--first=A --second=B`.
+
+def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """Turn the arguments that a command takes by position into options.
+
+    `features`, `ls STORE …` becomes `features ls`, `--store=STORE …`; `transcribe`, `MODEL FILE FILE …`
+    becomes `--model=MODEL --files+=FILE --files+=FILE …`. A recipe may come first in every command.
 
     Raises:
         ConfigurationError: `features` without one of its sub-commands.
     """
-    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    if stage == "transcribe":
-        model, files = arguments[: min(count, 1)], arguments[1:count]
-        return stage, [
-            *(f"--model={name}" for name in model),
-            *(f"--files+={file}" for file in files),
-            *arguments[count:],
-        ]
-    if stage == "compare" and count <= 2:
-        return stage, [
-            *(
-                f"--{side}={folder}"
-                for side, folder in zip(("first", "second"), arguments[:count], strict=False)
-            ),
-            *arguments[count:],
-        ]
-    if stage != "features":
-        return stage, arguments
-    verbs = [command.partition(" ")[2] for command in COMMANDS if command.startswith("features ")]
-    if not arguments or arguments[0] not in verbs:
-        raise ConfigurationError(
-            f"slam-asr features needs one of {', '.join(verbs)}, such as `slam-asr features ls STORE`."
-        )
-    verb, *rest = arguments
-    return f"features {verb}", ["--store", *rest] if rest and not rest[0].startswith("-") else rest
+    if stage == "features":
+        verbs = [command.partition(" ")[2] for command in COMMANDS if command.startswith("features ")]
+        if not arguments or arguments[0] not in verbs:
+            raise ConfigurationError(
+                f"slam-asr features needs one of {', '.join(verbs)}, such as `slam-asr features ls STORE`."
+            )
+        stage, arguments = f"features {arguments[0]}", arguments[1:]
+    words = words_of(stage).split()
+    if not words and arguments and _is_recipe(arguments[0]):
+        words = ["RECIPE"]
+    values = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    options, rest = [], arguments[len(values) :]
+    for word in words:
+        name = option_name(word.rstrip("…").lower())
+        if word.endswith("…"):
+            options += [f"{name}+={value}" for value in values]
+            values = []
+        elif values:
+            options.append(f"{name}={values.pop(0)}")
+    return stage, [*options, *values, *rest]
 
 
-def with_recipe_option(arguments: list[str]) -> list[str]:
-    """`RECIPE --hours 80` → `--recipe RECIPE --hours 80`, if the first argument is a recipe."""
-    if arguments and (arguments[0] in shipped_recipes() or arguments[0].endswith((".yaml", ".yml"))):
-        return ["--recipe", *arguments]
-    return arguments
-
-
-def add_stage_options(parser: ArgumentParser, function: Callable[..., Any]) -> None:
-    """Add an option to a parser for each parameter of a stage's function, except its recipe.
-
-    jsonargparse's own `add_function_arguments` would spell the options with underscores.
-    """
-    docstring = docstring_parser.parse(inspect.getdoc(function) or "")
-    help_texts = {entry.arg_name: entry.description or "" for entry in docstring.params}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name == "recipe":
-            continue
-        required = parameter.default is inspect.Parameter.empty
-        parser.add_argument(
-            option_name(name),
-            type=parameter.annotation,
-            help=" ".join(help_texts.get(name, "").split()),
-            required=required,
-            default=None if required else parameter.default,
-        )
-
-
-def option_name(parameter: str) -> str:
-    """`train_manifest` → `--train-manifest`."""
-    return "--" + parameter.replace("_", "-")
+def _is_recipe(argument: str) -> bool:
+    return argument in shipped_recipes() or argument.endswith((".yaml", ".yml"))
 
 
 def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:
@@ -270,144 +201,6 @@ def pop_recipe(values: dict[str, Any]) -> Recipe:
             f"--recipe is missing: name a shipped recipe ({', '.join(shipped_recipes())}) or a YAML file."
         )
     return Recipe(**{f.name: values.pop(f.name) for f in fields(Recipe)})
-
-
-def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """Parse options into typed values by name.
-
-    Names may mix dashes and underscores. An outdated spelling is noted on stderr, once per command.
-    A list may be given as `--x a b`, as `--x a --x b`, or as `--x '[a, b]'`.
-
-    Raises:
-        UserError: an option is unknown (the message suggests the nearest one), missing, or of the wrong type.
-    """
-    # argparse offers no public way to list a parser's options.
-    known = parser._option_string_actions
-    _show_lists(known)
-    arguments, notes = _canonical_spelling(arguments, known)
-    if notes:
-        print(f"note: {'; '.join(notes)}", file=sys.stderr, flush=True)
-    try:
-        return vars(parser.instantiate(parser.parse_args(_expand_lists(arguments, known))))
-    except UserError:
-        raise
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigurationError(_complaint(parser, error)) from error
-
-
-_OPTION = re.compile(r"(--[\w.-]+)(\+?(?:=.*)?)", re.DOTALL)
-
-
-def _canonical_spelling(arguments: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Spell every option as the parser does.
-
-    Returns:
-        The arguments with these spellings, and a note for each outdated spelling.
-    """
-    spelled, notes = [], {}
-    for argument in arguments:
-        match = _OPTION.fullmatch(argument)
-        if match:
-            name = _known_name(match[1], known)
-            if name != match[1] and (match[1] in RENAMED_OPTIONS or name == option_name(match[1][2:])):
-                notes[match[1]] = f"{match[1]} is now spelled {name}"
-            argument = name + match[2]
-        spelled.append(argument)
-    return spelled, list(notes.values())
-
-
-def _known_name(name: str, known: Mapping[str, Any]) -> str:
-    """The parser's spelling of an option, or the name unchanged if the parser does not know it."""
-    if name in known:
-        return name
-    # Change only the part that is a key of the recipe. The rest may be the user's:
-    # `--published_wer.test-clean`.
-    parts = name.removeprefix("--").split(".")
-    # The longest key first: `--training` is an option too, so it would match `--training.max_steps`.
-    for count in range(len(parts), 0, -1):
-        key = "--" + ".".join(parts[:count]).replace("-", "_")
-        if key in known:
-            return ".".join([key, *parts[count:]])
-    for candidate in (option_name(name.removeprefix("--")), RENAMED_OPTIONS.get(name)):
-        if candidate is not None and candidate in known:
-            return candidate
-    return name
-
-
-def _is_list(option: str, known: Mapping[str, Any]) -> bool:
-    # jsonargparse gives every option that holds a list a second name, which appends: `--files+`.
-    return f"{option}+" in known
-
-
-def _show_lists(known: Mapping[str, Any]) -> None:
-    """Make `--help` show lists as `--manifests MANIFESTS …` rather than `--manifests [ITEM,...]`."""
-    for option, action in known.items():
-        if _is_list(option, known):
-            action.metavar = f"{action.dest.rpartition('.')[2].upper()} …"
-            action.option_strings = [option]
-
-
-def _expand_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> list[str]:
-    """`--x a b` → `--x=[] --x+=a --x+=b`, the form in which jsonargparse accepts a list's values one by one.
-
-    The empty list replaces the option's default, so it precedes only the first occurrence. jsonargparse
-    also reads YAML, so `--x+=[a, b]` appends two values. A shell splits an unquoted `[a, b]` at the space,
-    so the pieces are joined again first.
-    """
-    expanded: list[str] = []
-    begun: set[str] = set()
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        option, equals, value = argument.partition("=")
-        if not _is_list(option, known):
-            expanded.append(argument)
-            continue
-        values = [value] if equals else []
-        while not equals and rest and not rest[0].startswith("-"):
-            values.append(rest.pop(0))
-        if not values:
-            expanded.append(argument)
-            continue
-        if values[0].startswith("[") and values[-1].endswith("]"):
-            values = [" ".join(values)]
-        if option not in begun:
-            expanded.append(f"{option}=[]")
-            begun.add(option)
-        expanded += [f"{option}+={value}" for value in values]
-    return expanded
-
-
-def _complaint(parser: ArgumentParser, error: Exception) -> str:
-    """Turn a library's complaint about the options into one sentence that names the option and the remedy.
-
-    The text is searched, because jsonargparse wraps argparse's errors in new ones, whose `argument_name` is
-    empty.
-    """
-    text = str(error)
-    options = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
-    help_hint = f"; see `{parser.prog} --help`."
-    unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text)
-    if unknown:
-        known = [option.removeprefix("--") for option in options.values()]
-        hint = nearest(unknown[1], known).replace("did you mean ", "did you mean --")
-        return f"Unknown option --{unknown[1]}{hint or help_hint}"
-    # This pattern also matches unknown options, so it comes second.
-    stray = re.search(r"unrecognized arguments: (\S+)", text)
-    if stray and stray[1].startswith("-"):
-        return f"Unknown option {stray[1]}{help_hint}"
-    if stray:
-        return f"{stray[1]} follows no option: each value follows the name of its option{help_hint}"
-    valueless = re.search(r"argument (\S+?),?(?:/\S+)?: expected (?:one|at least one) argument", text)
-    if valueless:
-        return f"{valueless[1]} lacks a value{help_hint}"
-    missing = re.search(r"arguments are required: (.*)", text)
-    if missing:
-        names = [name.strip(" -") for name in missing[1].split(",")]
-        return f"Missing: {', '.join(options.get(name, f'--{name}') for name in names)}{help_hint}"
-    sentence = one_sentence(error)
-    key = sentence.partition(":")[0]
-    return f"Option {options[key]}{sentence.removeprefix(key)}" if key in options else f"Option --{sentence}"
 
 
 def _recipe_named(arguments: list[str]) -> str | None:

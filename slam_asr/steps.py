@@ -34,6 +34,11 @@ class Step:
     """The step in whose image this one runs. Empty if it has an image of its own."""
     torch: str = "none"
     """The build of torch in the step's own image: `cuda`, `cpu` or `none`. Steps with `cuda` get the GPUs."""
+    processes: str = ""
+    """The recipe key with the number of its processes on one machine; each gets a GPU, where there are any.
+
+    Empty if it runs in one process.
+    """
     settings_of: str = ""
     """The step whose settings in the cluster profile also apply to this one. Empty if it has its own."""
     options: dict[str, str] = field(default_factory=dict)
@@ -90,6 +95,7 @@ STEPS = {
             "run the speech encoder once and cache its outputs",
             output="features",
             pipelines=EVERY_PIPELINE,
+            processes="features.processes",
             function="slam_asr.stages.extract_features:extract_features",
             torch="cuda",
             options={"recipe": "{recipe}", "manifests": "{build-manifest}", "output": "{store}/features"},
@@ -107,6 +113,7 @@ STEPS = {
             "train the projector, with DeepSpeed",
             output="checkpoint",
             pipelines=(TRAINING, SWEEP),
+            processes="training.processes",
             function="slam_asr.stages.train:train",
             torch="cuda",
             options={
@@ -130,6 +137,7 @@ STEPS = {
             "transcribe the test sets",
             output="hypotheses",
             pipelines=EVERY_PIPELINE,
+            processes="decoding.processes",
             function="slam_asr.stages.decode:decode",
             torch="cuda",
             options={

@@ -1,9 +1,9 @@
 """Options work in every usual spelling; a mistake gets one line with the nearest word, and exit code 2."""
 
 import pytest
-from jsonargparse import ArgumentParser
 
-from slam_asr.cli import COMMANDS, STEP_FUNCTIONS, add_recipe_options, add_stage_options, main, parse_options
+from slam_asr.cli import COMMANDS, STEP_FUNCTIONS, add_recipe_options, main, resolve_command
+from slam_asr.options import add_options, command_parser, parse_options
 
 
 def exit_of(capsys, *arguments):
@@ -28,8 +28,8 @@ def example_stage(
 
 @pytest.fixture
 def parser():
-    parser = ArgumentParser(prog="slam-asr example", exit_on_error=False, allow_abbrev=False)
-    add_stage_options(parser, example_stage)
+    parser = command_parser("slam-asr example", "An example.")
+    add_options(parser, example_stage)
     add_recipe_options(parser, "demo")
     return parser
 
@@ -56,6 +56,9 @@ def parser():
             "/no/such holds no finished train",
         ),
         (["decode", "--model", "/no/such", "--manifests", "x", "--output", "y"], "/no/such holds no model"),
+        (["plan", "demoo"], "No recipe named demoo, and no such file; did you mean demo?"),
+        (["plan", "demo", "--recipe", "librispeech"], "Two recipes are named, demo and librispeech"),
+        (["compare", "a", "b", "c"], "c follows no option"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(capsys, arguments, answer):
@@ -78,6 +81,38 @@ def test_the_usage_names_every_command(capsys):
     main([])
     usage = capsys.readouterr().out
     assert all(f"\n  {command} " in usage for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("transcribe", "transcribe MODEL FILES… [--format {text,json,srt}] "),
+        ("features ls", "features ls STORE "),
+        ("plan", "plan RECIPE [--gpus GPUS] "),
+        ("score", "score --model MODEL --parts PARTS … --output OUTPUT "),
+    ],
+)
+def test_usage_line_has_every_option_and_one_placeholder_for_the_keys_of_the_recipe(capsys, command, line):
+    _, output = exit_of(capsys, *command.split(), "--help")
+    usage = " ".join(output.out.partition("\n\n")[0].split()) + " "
+    assert usage.startswith(f"usage: slam-asr {line}")
+    assert usage.count("[--SECTION.KEY VALUE …]") == (not command.startswith("features"))
+    assert "--training" not in usage
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (["compare", "a", "b", "--seed", "1"], ["--first=a", "--second=b", "--seed", "1"]),
+        (["transcribe", "m", "x.wav", "[y].wav"], ["--model=m", "--files+=x.wav", "--files+=[y].wav"]),
+        (["plan", "demo"], ["--recipe=demo"]),
+        (["train", "demo", "--output", "o"], ["--recipe=demo", "--output", "o"]),
+        (["features", "ls", "s"], ["--store=s"]),
+        (["features", "ls", "--store", "s"], ["--store", "s"]),
+    ],
+)
+def test_words_without_an_option_become_the_options_that_the_usage_names(given, options):
+    assert resolve_command(given[0], given[1:])[1] == options
 
 
 def test_help_spells_stage_options_with_dashes_and_recipe_keys_as_in_the_file(capsys):

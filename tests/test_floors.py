@@ -21,7 +21,7 @@ TRADES = {
     "trainjob",
 }
 FLOORS = (
-    {"cli", "__main__", "steps"},
+    {"cli", "options", "__main__", "steps"},
     {"stages"},
     TRADES,
     {"artifacts"},

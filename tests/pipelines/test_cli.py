@@ -70,6 +70,19 @@ def error_of(monkeypatch, capsys):
             "Two recipes are named, demo and librispeech: leave out --recipe.",
         ),
         (
+            ["compile", "demo", "--recipe", "librispeech"],
+            "Two recipes are named, demo and librispeech: leave out --recipe.",
+        ),
+        (
+            ["submit", "demo", "--recipe", "librispeech"],
+            "Two recipes are named, demo and librispeech: leave out --recipe.",
+        ),
+        (
+            ["compile", "--recipe", "demo"],
+            "Unknown option --recipe; see `python -m pipelines compile --help`.",
+        ),
+        (["compile", "--training.max_steps", "5"], "Unknown option --training.max_steps; see "),
+        (
             ["run", "demo", "--training.max_steps", "many"],
             "Option --training.max_steps: Expected a whole number. Got value: many.",
         ),
@@ -157,6 +170,19 @@ def test_help_shows_the_values_of_the_recipe_as_defaults(capsys):
         f"Maximum number of optimiser steps. (type: int, default: {load_recipe('demo').training.max_steps})"
         in help_text
     )
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_its_options_and_is_in_the_overview(capsys, command):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([command, "--help"])
+    assert exit_info.value.code == 0
+    call = f"{command} {cli.COMMANDS[command].words}".strip()
+    usage = " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
+    assert usage.startswith(f"usage: python -m pipelines {call} [--")
+    assert usage.endswith("[--SECTION.KEY VALUE …]") == ("RECIPE" in call)
+    assert cli.main([]) == 0
+    assert f"\n  {call} " in capsys.readouterr().out
 
 
 def test_outside_the_checkout_the_error_names_it(tmp_path):

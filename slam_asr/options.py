@@ -1,0 +1,255 @@
+"""Commands and their options: made from a function's signature, and accepted in every usual spelling.
+
+jsonargparse makes the parser, the help and the typed values. Added here are lists as people write them
+(`--manifests a.jsonl b.jsonl`), outdated and mixed spellings, and errors of one sentence.
+"""
+
+import inspect
+import re
+import sys
+from argparse import Action, ArgumentError
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from slam_asr.config.schema import nearest, new_parser, one_sentence
+from slam_asr.errors import ConfigurationError, UserError
+
+RENAMED_OPTIONS = {"--shard": "--work-shard"}
+"""New names of renamed options, by old name. An old name still works, with a note on stderr."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a program."""
+
+    function: str
+    """`module:function` that the command runs."""
+    words: str
+    """Parameters that it takes without their option names, in capitals; `…` follows the name of a list."""
+    summary: str
+    """What the command does, in half a line."""
+
+
+def list_commands(program: str, groups: Mapping[str, Mapping[str, str]], *notes: str) -> str:
+    """Return the help of a program with several commands.
+
+    Args:
+        program: the program's name.
+        groups: by their headings, the commands with their summaries.
+        notes: the last lines.
+    """
+    lines = [f"usage: {program} COMMAND --option value …"]
+    for heading, commands in groups.items():
+        width = max(map(len, commands))
+        lines += ["", f"{heading}:", *(f"  {call:<{width}}   {text}" for call, text in commands.items())]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def command_parser(program: str, description: str, words: str = "") -> ArgumentParser:
+    """Return a parser for the options of a command.
+
+    Args:
+        program: the program and the command: `slam-asr train`.
+        description: what the command does.
+        words: what follows the command without an option name, for the usage line: `MODEL FILES…`.
+    """
+    return new_parser(
+        prog=program,
+        usage=f"%(prog)s {words}".rstrip(),
+        description=description,
+        # Errors are raised, so that `parse_options` can turn each of them into one sentence.
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def add_options(parser: ArgumentParser, described: Callable[..., Any]) -> None:
+    """Add an option to a parser for each parameter of a function or field of a dataclass, except `recipe`.
+
+    jsonargparse's own `add_function_arguments` would spell the options with underscores.
+    """
+    # Imported here because it is slow, and the list of all commands does without it.
+    import docstring_parser
+
+    help_texts = {
+        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(described).params
+    }
+    for name, parameter in inspect.signature(described).parameters.items():
+        if name == "recipe":
+            continue
+        required = parameter.default is inspect.Parameter.empty
+        parser.add_argument(
+            option_name(name),
+            type=parameter.annotation,
+            help=" ".join(help_texts.get(name, "").split()),
+            required=required,
+            default=None if required else parameter.default,
+        )
+
+
+def option_name(parameter: str) -> str:
+    """`train_manifest` → `--train-manifest`."""
+    return "--" + parameter.replace("_", "-")
+
+
+def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """Parse options into typed values by name.
+
+    Names may mix dashes and underscores. An outdated spelling is noted on stderr, once per command.
+    A list may be given as `--x a b`, as `--x a --x b`, or as `--x '[a, b]'`.
+
+    Raises:
+        UserError: an option is unknown (the message suggests the nearest one), missing, or of the wrong type,
+            or `--recipe` names another recipe than the one whose values are the defaults.
+    """
+    # argparse offers no public way to list a parser's options.
+    known = parser._option_string_actions
+    _show_lists(known)
+    _complete_usage(parser)
+    arguments, notes = _canonical_spelling(arguments, known)
+    if notes:
+        print(f"note: {'; '.join(notes)}", file=sys.stderr, flush=True)
+    try:
+        values = vars(parser.instantiate(parser.parse_args(_expand_lists(arguments, known))))
+    except UserError:
+        raise
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigurationError(_complaint(parser, error)) from error
+    named = known["--recipe"].default if "--recipe" in known else None
+    if named and values["recipe"] != named:
+        raise ConfigurationError(
+            f"Two recipes are named, {named} and {values['recipe']}: leave out --recipe."
+        )
+    return values
+
+
+def _complete_usage(parser: ArgumentParser) -> None:
+    """Add the options to the usage line, but one placeholder for the recipe's keys, which fill a screen."""
+    usage = parser.usage or "%(prog)s"
+    words = {word.strip("[]…").lower() for word in usage.split()}
+    # jsonargparse puts the keys into groups of their own. Without a recipe, there may be none yet.
+    ungrouped = parser._optionals._group_actions
+    options = [action for action in ungrouped if action.dest not in words]
+    if "recipe" in words or len(ungrouped) < len(parser._actions):
+        options.append(Action(["--SECTION.KEY"], dest="key", metavar="VALUE …"))
+    formatter = parser.formatter_class(prog=usage % {"prog": parser.prog})
+    formatter.add_usage(None, options, [], prefix="usage: ")
+    parser.usage = formatter.format_help().removeprefix("usage: ").strip()
+
+
+_OPTION = re.compile(r"(--[\w.-]+)(\+?(?:=.*)?)", re.DOTALL)
+
+
+def _canonical_spelling(arguments: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Spell every option as the parser does.
+
+    Returns:
+        The arguments with these spellings, and a note for each outdated spelling.
+    """
+    spelled, notes = [], {}
+    for argument in arguments:
+        match = _OPTION.fullmatch(argument)
+        if match:
+            name = _known_name(match[1], known)
+            if name != match[1] and (match[1] in RENAMED_OPTIONS or name == option_name(match[1][2:])):
+                notes[match[1]] = f"{match[1]} is now spelled {name}"
+            argument = name + match[2]
+        spelled.append(argument)
+    return spelled, list(notes.values())
+
+
+def _known_name(name: str, known: Mapping[str, Any]) -> str:
+    """The parser's spelling of an option, or the name unchanged if the parser does not know it."""
+    if name in known:
+        return name
+    # Change only the part that is a key of the recipe. The rest may be the user's:
+    # `--published_wer.test-clean`.
+    parts = name.removeprefix("--").split(".")
+    # The longest key first: `--training` is an option too, so it would match `--training.max_steps`.
+    for count in range(len(parts), 0, -1):
+        key = "--" + ".".join(parts[:count]).replace("-", "_")
+        if key in known:
+            return ".".join([key, *parts[count:]])
+    for candidate in (option_name(name.removeprefix("--")), RENAMED_OPTIONS.get(name)):
+        if candidate is not None and candidate in known:
+            return candidate
+    return name
+
+
+def _is_list(option: str, known: Mapping[str, Any]) -> bool:
+    # jsonargparse gives every option that holds a list a second name, which appends: `--files+`.
+    return f"{option}+" in known
+
+
+def _show_lists(known: Mapping[str, Any]) -> None:
+    """Make `--help` show lists as `--manifests MANIFESTS …` rather than `--manifests [ITEM,...]`."""
+    for option, action in known.items():
+        if _is_list(option, known):
+            action.metavar = f"{action.dest.rpartition('.')[2].upper()} …"
+            action.option_strings = [option]
+
+
+def _expand_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """`--x a b` → `--x=[] --x+=a --x+=b`, the form in which jsonargparse accepts a list's values one by one.
+
+    The empty list replaces the option's default, so it precedes only the first occurrence. jsonargparse
+    also reads YAML, so `--x+=[a, b]` appends two values. A shell splits an unquoted `[a, b]` at the space,
+    so the pieces are joined again first.
+    """
+    expanded: list[str] = []
+    begun: set[str] = set()
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        option, equals, value = argument.partition("=")
+        if not _is_list(option, known):
+            expanded.append(argument)
+            continue
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("-"):
+            values.append(rest.pop(0))
+        if not values:
+            expanded.append(argument)
+            continue
+        if values[0].startswith("[") and values[-1].endswith("]"):
+            values = [" ".join(values)]
+        if option not in begun:
+            expanded.append(f"{option}=[]")
+            begun.add(option)
+        expanded += [f"{option}+={value}" for value in values]
+    return expanded
+
+
+def _complaint(parser: ArgumentParser, error: Exception) -> str:
+    """Turn a library's complaint about the options into one sentence that names the option and the remedy.
+
+    The text is searched, because jsonargparse wraps argparse's errors in new ones, whose `argument_name` is
+    empty.
+    """
+    text = str(error)
+    options = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    help_hint = f"; see `{parser.prog} --help`."
+    unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text)
+    if unknown:
+        known = [option.removeprefix("--") for option in options.values()]
+        hint = nearest(unknown[1], known).replace("did you mean ", "did you mean --")
+        return f"Unknown option --{unknown[1]}{hint or help_hint}"
+    # This pattern also matches unknown options, so it comes second.
+    stray = re.search(r"unrecognized arguments: (\S+)", text)
+    if stray and stray[1].startswith("-"):
+        return f"Unknown option {stray[1]}{help_hint}"
+    if stray:
+        return f"{stray[1]} follows no option: each value follows the name of its option{help_hint}"
+    valueless = re.search(r"argument (\S+?),?(?:/\S+)?: expected (?:one|at least one) argument", text)
+    if valueless:
+        return f"{valueless[1]} lacks a value{help_hint}"
+    missing = re.search(r"arguments are required: (.*)", text)
+    if missing:
+        names = [name.strip(" -") for name in missing[1].split(",")]
+        return f"Missing: {', '.join(options.get(name, f'--{name}') for name in names)}{help_hint}"
+    sentence = one_sentence(error)
+    key = sentence.partition(":")[0]
+    return f"Option {options[key]}{sentence.removeprefix(key)}" if key in options else f"Option --{sentence}"
