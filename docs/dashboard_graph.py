@@ -141,10 +141,10 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
     bend = min(40.0, (to_y - y) / 2)
     rows = round((end[1] - start[1]) / _ROW)
     # An edge to a task further down passes on the left of what is between.
-    aside = 0 if rows <= 2 else WIDTH * 1.6 + 22 * rows
+    bow = 0 if rows <= 2 else WIDTH * 1.6 + 22 * rows
     bend = bend if rows <= 2 else _ROW
     return (
-        f'<path class="edge" d="M{x:g} {y:g}C{x - aside:g} {y + bend:g} {to_x - aside:g} {to_y - bend:g} '
+        f'<path class="edge" d="M{x:g} {y:g}C{x - bow:g} {y + bend:g} {to_x - bow:g} {to_y - bend:g} '
         f'{to_x:g} {to_y:g}"/>'
     )
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import ComponentSpec, PipelineSpec
 
 from components import images
+from docs.dashboard_graph import draw
 from pipelines import cli
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
 from pipelines.compile import compile_package
@@ -231,8 +233,37 @@ def test_graph_in_the_dashboard_has_the_names_of_the_steps(name):
         assert "metrics" not in artifacts and len(set(artifacts)) == len(artifacts)
 
 
+def test_picture_for_the_docs_shows_every_task_and_artifact():
+    picture = ElementTree.fromstring(draw(GOLDEN / "one-gpu-node.yaml"))
+    labels = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert [label for label in labels if label in STEPS] == list(RESULTS)
+    shown = {
+        "manifests": "train extract-features decode",
+        "statistics": "",
+        "corpus_metrics": "",
+        "features": "train",
+        "checkpoint": "convert-checkpoint",
+        "curves": "",
+        "training_metrics": "",
+        "model": "decode score",
+        "model_metrics": "",
+        "hypotheses": "score",
+        "scores": "",
+        "report": "",
+        "summary": "",
+        "word_error_rates": "",
+    }
+    assert sorted(label for label in labels if label not in STEPS) == sorted(shown)
+    # An edge to each artifact, one from it to each of its readers, and one for each task that another awaits.
+    waits = sum(
+        len(task.dependent_tasks) for task in spec_of(GOLDEN / "one-gpu-node.yaml").root.dag.tasks.values()
+    )
+    edges = [path for path in picture.iter("{http://www.w3.org/2000/svg}path") if path.get("class") == "edge"]
+    assert len(edges) == len(shown) + sum(len(readers.split()) for readers in shown.values()) + waits
+
+
 def test_demo_starts_no_more_than_eleven_drivers(compiled):
-    # Kubeflow starts a driver pod, which takes about ten seconds, for the pipeline, for each task, and for each
+    # Kubeflow starts a driver pod, of about ten seconds, for the pipeline, for each task, and for each
     # iteration of a loop. The demo has one work shard, so each of its loops has one iteration.
     spec = spec_of(compiled / "slam-asr.yaml")
     graphs = graphs_of(spec)
