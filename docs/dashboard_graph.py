@@ -58,7 +58,7 @@ def draw(package: Path) -> str:
             places[key, artifact] = (x, top + _ROW)
             nodes += _artifact_node(task.artifacts[artifact], x, top + _ROW)
     edges = [_edge(places[start], places[end]) for start, end in _edges(tasks)]
-    left = min(x for x, _ in places.values()) - WIDTH / 2 - 110
+    left = min(x for x, _ in places.values()) - WIDTH / 2 - 40
     right = max(x for x, _ in places.values()) + WIDTH / 2 + 30
     bottom = max(y for _, y in places.values()) + HEIGHT + 30
     return "\n".join(

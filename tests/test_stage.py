@@ -105,7 +105,7 @@ def test_a_pointer_is_valid_until_the_folder_changes(tmp_path):
 
 def test_a_pointer_carries_the_recipe_of_the_run(tmp_path):
     record = run_stage("train", str(tmp_path / "out"), {"a": 1}, counting([]))
-    # As JSON, the small numbers are 1e-05 and 1e-08, which YAML reads as text.
+    # JSON writes the small numbers as 1e-05 and 1e-08, which are text in YAML.
     recipe = load_recipe(
         "demo",
         {

@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from slam_asr import __version__
 from slam_asr.config.recipe import Recipe, load_recipe
 from slam_asr.errors import ConfigurationError, InputError
@@ -252,8 +250,7 @@ def recipe_of(pointer: str | Path) -> Recipe:
             f"{pointer} has no recipe, so a single stage or an earlier version wrote it: "
             "run the previous step again, as a step of a pipeline."
         )
-    # As YAML and not as JSON, because YAML reads JSON's 1e-05 as text.
-    return load_recipe(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    return load_recipe(json.dumps(recipe))
 
 
 def _read_pointer(path: str | Path) -> dict[str, Any]:
