@@ -216,7 +216,8 @@ def test_artifacts_between_steps_are_small(finished):
     assert sorted({name.name for name in pointers}) == sorted(RESULTS.values())
     for name in pointers:
         pointer = json.loads((steps / name).read_text())
-        assert set(pointer) == {"uri", "sha256", "bytes", "stage", "summary"}
+        assert set(pointer) == {"uri", "sha256", "bytes", "stage", "summary", "fingerprint", "recipe"}
+        assert files[name] < 4096
 
 
 @pytest.mark.slow
