@@ -17,7 +17,7 @@ pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use
 pytest = $(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test unit slow soak lint lock images compile clean
+.PHONY: help install install-test demo test unit slow soak lint docs lock images compile clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
@@ -42,6 +42,9 @@ soak: $(VENV)/.test  ## run the long tests, which take hours
 
 lint: $(VENV)/.test  ## check style, types, words and generated docs, with the hooks of .pre-commit-config.yaml
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(python) -m pre_commit run --all-files
+
+docs: $(VENV)/.run  ## write the generated pages, and the picture of the pipeline's graph in the dashboard
+	$(python) docs/generate.py
 
 images:  ## build the steps' images: REGISTRY=… TAG=… PUSH=1 or LOAD=kind, and STAGES, BASE_IMAGE, TORCH, PIP_ARGS, BUILD_ARGS
 	$(PYTHON) images/build.py $(if $(REGISTRY),--registry "$(REGISTRY)") $(if $(TAG),--tag "$(TAG)") $(if $(PUSH),--push) $(if $(LOAD),--load "$(LOAD)") \

@@ -1,11 +1,11 @@
-"""Generate docs/reference and the READMEs of the components from signatures and docstrings.
+"""Generate docs/reference, the READMEs of the components and the picture of the dashboard's graph.
 
     python docs/generate.py            write every page
     python docs/generate.py --check    exit with 1 and name the pages that are out of date
 
 The code is the only source: the commands and their options come from the stage functions, the keys
 of recipes and cluster profiles from their dataclasses, the inputs and outputs of the steps from the
-Kubeflow components. `tests/test_reference.py` runs the check.
+Kubeflow components, the picture from the compiled pipeline. `tests/test_reference.py` runs the check.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import inspect
 import json
 import re
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,6 +47,7 @@ def pages() -> dict[str, str]:
         f"{REFERENCE}/pipelines.md": _pipelines(),
         f"{REFERENCE}/recipe.md": _recipe(),
         f"{REFERENCE}/cluster-profile.md": _cluster_profile(),
+        "docs/dashboard-graph.svg": _dashboard_graph(),
     }
     for folder, steps in _steps_by_folder().items():
         written[f"components/{folder}/README.md"] = _component_readme(folder, steps)
@@ -234,6 +236,15 @@ def _cluster_profile() -> str:
             *_sections(Cluster),
         ]
     )
+
+
+def _dashboard_graph() -> str:
+    from docs.dashboard_graph import draw
+    from pipelines.cluster import load_cluster
+    from pipelines.compile import DEFAULT_CLUSTER, compile_package
+
+    with tempfile.TemporaryDirectory() as folder:
+        return draw(compile_package(load_cluster(DEFAULT_CLUSTER), Path(folder) / "pipeline.yaml"))
 
 
 def _component_readme(folder: str, steps: list[str]) -> str:

@@ -43,27 +43,18 @@ def build_pipeline(
         manifest = build_manifest(
             recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
         )
-        resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
+        manifests = manifest.outputs["manifests"]
         # kfp's local runner can only loop over the single return value of a step, which kfp names `Output`.
         # Each list of work shards is therefore returned by the step before the loop.
-        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as shard:
-            extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=shard)
+        with dsl.ParallelFor(manifest.outputs["Output"], name="extract-features") as shard:
+            extraction = extract_features(store=store, manifests=manifests, shard=shard)
         features = dsl.Collected(extraction.outputs["features"])
-        training = train(
-            store=store, recipe=resolved, manifests=manifests, features=features, trainjob=trainjob
-        )
-        conversion = convert_checkpoint(
-            store=store, recipe=resolved, checkpoint=training.outputs["checkpoint"]
-        )
+        training = train(store=store, manifests=manifests, features=features, trainjob=trainjob)
+        conversion = convert_checkpoint(store=store, checkpoint=training.outputs["checkpoint"])
         model = conversion.outputs["model"]
-        with dsl.ParallelFor(conversion.outputs["Output"], name="decoding") as shard:
-            decoding = decode(store=store, recipe=resolved, manifests=manifests, model=model, shard=shard)
-        scoring = score(
-            store=store,
-            recipe=resolved,
-            model=model,
-            hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
-        )
+        with dsl.ParallelFor(conversion.outputs["Output"], name="decode") as shard:
+            decoding = decode(store=store, manifests=manifests, model=model, shard=shard)
+        scoring = score(store=store, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"]))
         for task in (manifest, extraction, training, conversion, decoding, scoring):
             # Kubeflow's cache knows neither the corpus' content nor an unfinished training, and would return
             # pointers to folders that have been deleted. Each stage checks the store for results itself.

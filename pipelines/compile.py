@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 
 DEFAULT_CLUSTER = "one-gpu-node"
 
+OLDEST_BACKEND = "2.16"
+"""The oldest Kubeflow Pipelines that accepts the compiled pipelines.
+
+An earlier one fails to read their Kubernetes settings, with `unknown field "securityContext"`
+(https://github.com/kubeflow/kale/issues/687).
+"""
+
 
 def compile_command(arguments: list[str]) -> int:
     """Run the command `compile`, print the paths of the files that it wrote, and return the exit code."""
@@ -53,6 +60,11 @@ def compile_command(arguments: list[str]) -> int:
         check_recipe(request, cluster)
         defaults |= recipe_parameters(options["source"], request.recipe)
     written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, request)
+    print(
+        f"needs Kubeflow Pipelines {OLDEST_BACKEND} or later: earlier ones do not know the security context "
+        "(user, group, non-root) that every step sets, and refuse the pipeline",
+        file=sys.stderr,
+    )
     print(
         f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})",
         file=sys.stderr,

@@ -47,21 +47,14 @@ def build_pipeline(
         manifest = build_manifest(
             recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
         ).after(opened)
-        resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
-        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as shard:
-            extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=shard)
-        with dsl.ParallelFor(opened.outputs["Output"], name="decoding") as shard:
-            decoding = decode(
-                store=store, recipe=resolved, manifests=manifests, model=opened.outputs["opened"], shard=shard
-            )
+        manifests, trained = manifest.outputs["manifests"], opened.outputs["opened"]
+        with dsl.ParallelFor(manifest.outputs["Output"], name="extract-features") as shard:
+            extraction = extract_features(store=store, manifests=manifests, shard=shard)
+        with dsl.ParallelFor(opened.outputs["Output"], name="decode") as shard:
+            decoding = decode(store=store, manifests=manifests, model=trained, shard=shard)
             # `decode` reads the features from the store, so kfp sees no dependency on the extraction.
             decoding.after(extraction)
-        scoring = score(
-            store=store,
-            recipe=resolved,
-            model=opened.outputs["opened"],
-            hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
-        )
+        scoring = score(store=store, model=trained, hypotheses=dsl.Collected(decoding.outputs["hypotheses"]))
         for task in (opened, manifest, extraction, decoding, scoring):
             # As in the training pipeline, each stage checks the store for results itself.
             task.set_caching_options(False)

@@ -55,34 +55,27 @@ def build_pipeline(
         manifest = build_manifest(
             recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
         ).after(planned)
-        resolved, manifests = manifest.outputs["resolved_recipe"], manifest.outputs["manifests"]
-        with dsl.ParallelFor(manifest.outputs["Output"], name="extraction") as shard:
-            extraction = extract_features(store=store, recipe=resolved, manifests=manifests, shard=shard)
+        manifests = manifest.outputs["manifests"]
+        with dsl.ParallelFor(manifest.outputs["Output"], name="extract-features") as shard:
+            extraction = extract_features(store=store, manifests=manifests, shard=shard)
         with dsl.ParallelFor(
             planned.outputs["Output"], name="variations", parallelism=parallel or None
         ) as variation:
             # kfp cannot pass the collected outputs of one loop to the steps of another. `train` therefore
             # reads the features from the store, and this loop waits until all of them are extracted.
-            varied = vary_recipe(store=store, recipe=resolved, variation=variation).after(extraction)
-            variation_recipe = varied.outputs["resolved_recipe"]
-            training = train(store=store, recipe=variation_recipe, manifests=manifests, trainjob=trainjob)
-            conversion = convert_checkpoint(
-                store=store, recipe=variation_recipe, checkpoint=training.outputs["checkpoint"]
-            )
+            varied = vary_recipe(store=store, manifests=manifests, variation=variation).after(extraction)
+            varied_manifests = varied.outputs["varied_manifests"]
+            training = train(store=store, manifests=varied_manifests, trainjob=trainjob)
+            conversion = convert_checkpoint(store=store, checkpoint=training.outputs["checkpoint"])
             model = conversion.outputs["model"]
-            with dsl.ParallelFor(conversion.outputs["Output"], name="decoding") as shard:
-                decoding = decode(
-                    store=store, recipe=variation_recipe, manifests=manifests, model=model, shard=shard
-                )
+            with dsl.ParallelFor(conversion.outputs["Output"], name="decode") as shard:
+                decoding = decode(store=store, manifests=varied_manifests, model=model, shard=shard)
             scoring = score(
-                store=store,
-                recipe=variation_recipe,
-                model=model,
-                hypotheses=dsl.Collected(decoding.outputs["hypotheses"]),
+                store=store, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"])
             )
         comparison = compare_runs(
             store=store,
-            recipe=resolved,
+            planned=planned.outputs["planned"],
             variations=planned.outputs["Output"],
             scores=dsl.Collected(scoring.outputs["scores"]),
         )

@@ -11,11 +11,13 @@ from slam_asr.artifacts.stage_record import (
     Outcome,
     follow_pointer,
     read_record,
+    recipe_of,
     require_record,
     run_stage,
     write_pointer,
 )
-from slam_asr.errors import UserError
+from slam_asr.config.recipe import load_recipe
+from slam_asr.errors import InputError, UserError
 
 
 def counting(calls):
@@ -99,6 +101,30 @@ def test_a_pointer_is_valid_until_the_folder_changes(tmp_path):
     (tmp_path / "out" / RECORD).write_text("{}")
     with pytest.raises(UserError, match="gone or was replaced"):
         follow_pointer(tmp_path / "pointer")
+
+
+def test_a_pointer_carries_the_recipe_of_the_run(tmp_path):
+    record = run_stage("train", str(tmp_path / "out"), {"a": 1}, counting([]))
+    # JSON writes the small numbers as 1e-05 and 1e-08, which are text in YAML.
+    recipe = load_recipe(
+        "demo",
+        {
+            "name": "größer: 1",
+            "training.learning_rate": 1e-5,
+            "training.deepspeed": {"optimizer": {"params": {"eps": 1e-8}}},
+            "published_wer": {"test-clean": 1.0},
+        },
+    )
+    write_pointer(record, tmp_path / "pointer", recipe)
+    assert recipe_of(tmp_path / "pointer") == recipe
+    assert follow_pointer(tmp_path / "pointer") == record.folder
+
+
+def test_a_pointer_without_a_recipe_is_refused_where_one_is_needed(tmp_path):
+    record = run_stage("train", str(tmp_path / "out"), {"a": 1}, counting([]))
+    write_pointer(record, tmp_path / "pointer")
+    with pytest.raises(InputError, match=r"has no recipe, .* run the previous step again"):
+        recipe_of(tmp_path / "pointer")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"uri": 3}'])

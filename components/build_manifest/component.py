@@ -11,9 +11,8 @@ def build_manifest(
     corpus: str,
     store: str,
     manifests: dsl.Output[dsl.Dataset],
-    resolved_recipe: dsl.Output[dsl.Artifact],
     statistics: dsl.Output[dsl.HTML],
-    metrics: dsl.Output[dsl.Metrics],
+    corpus_metrics: dsl.Output[dsl.Metrics],
     recipe_overrides: dict = {},  # noqa: B006 - kfp needs a literal
 ) -> list[str]:
     """Read a corpus, check its audio, and write the train, dev and test manifests.
@@ -22,10 +21,10 @@ def build_manifest(
         recipe: Name of a shipped recipe, or the YAML text of a recipe.
         corpus: Folder, file or s3:// prefix of the corpus, as seen from the step's container.
         store: Folder or s3:// prefix for the results of all stages; results that exist already are reused.
-        manifests: Pointer to the folder with train.jsonl, dev.jsonl, test.jsonl and statistics.json.
-        resolved_recipe: The recipe with every key spelt out; all later steps read it.
+        manifests: Pointer to the folder with train.jsonl, dev.jsonl, test.jsonl and statistics.json. Like the
+            pointers of all later steps, it contains the resolved recipe, with every key spelt out.
         statistics: Page with hours, durations and characters, and which utterances were rejected and why.
-        metrics: Utterances and hours, accepted and rejected.
+        corpus_metrics: Utterances and hours, accepted and rejected.
         recipe_overrides: Changes to single keys of the recipe, by full name, such as {"training.epochs": 1}.
 
     Returns:
@@ -37,17 +36,13 @@ def build_manifest(
         import shutil
 
         from slam_asr.artifacts.stage_record import log_metrics, write_pointer
-        from slam_asr.config.recipe import dump_recipe, load_recipe
+        from slam_asr.config.recipe import load_recipe
         from slam_asr.runtime.work_split import all_work_shards
         from slam_asr.stages.build_manifest import build_manifest as run
-        from slam_asr.storage import write_atomically
 
         resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, corpus, f"{store}/build-manifest/{{fingerprint}}")
-        write_pointer(record, manifests.path)
-        # Not the folder's recipe.yaml: it belongs to the run that created the folder. A recipe that
-        # differs only in later stages reuses this folder.
-        write_atomically(resolved_recipe.path, dump_recipe(resolved))
+        write_pointer(record, manifests.path, resolved)
         shutil.copyfile(record.file("statistics.html"), statistics.path)
-        log_metrics(record, metrics.log_metric)
+        log_metrics(record, corpus_metrics.log_metric)
         return all_work_shards(resolved.features.parts)

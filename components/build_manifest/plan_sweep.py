@@ -11,7 +11,7 @@ def plan_sweep(
     variations: list,
     store: str,
     planned: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
+    sweep_metrics: dsl.Output[dsl.Metrics],
     recipe_overrides: dict = {},  # noqa: B006 - kfp needs a literal
 ) -> list[str]:
     """Check all variations of a sweep before any of them runs.
@@ -20,8 +20,8 @@ def plan_sweep(
         recipe: Name of a shipped recipe, or the YAML text of a recipe.
         variations: Name and changes of each, such as [{"name": "slow", "training.learning_rate": 0.0001}].
         store: Folder or s3:// prefix for the results of all stages.
-        planned: Pointer to the folder with variations.json.
-        metrics: Number of variations.
+        planned: Pointer to the folder with variations.json, with the recipe that is varied.
+        sweep_metrics: Number of variations.
         recipe_overrides: Changes to single keys of the recipe for all variations, by full name.
 
     Returns:
@@ -34,9 +34,8 @@ def plan_sweep(
         from slam_asr.config.recipe import load_recipe
         from slam_asr.stages.sweep import plan_sweep as run
 
-        record, variation_list = run(
-            load_recipe(recipe, recipe_overrides), variations, f"{store}/plan-sweep/{{fingerprint}}"
-        )
-        write_pointer(record, planned.path)
-        log_metrics(record, metrics.log_metric)
+        resolved = load_recipe(recipe, recipe_overrides)
+        record, variation_list = run(resolved, variations, f"{store}/plan-sweep/{{fingerprint}}")
+        write_pointer(record, planned.path, resolved)
+        log_metrics(record, sweep_metrics.log_metric)
         return [variation.as_json() for variation in variation_list]

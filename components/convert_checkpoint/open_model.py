@@ -11,7 +11,7 @@ def open_model(
     model: str,
     store: str,
     opened: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
+    model_metrics: dsl.Output[dsl.Metrics],
     recipe_overrides: dict = {},  # noqa: B006 - kfp needs a literal
 ) -> list[str]:
     """Open a trained model, and check that it fits the recipe that evaluates it.
@@ -21,7 +21,7 @@ def open_model(
         model: Folder or s3:// prefix of a model, or the name of a shipped one.
         store: Folder or s3:// prefix for the results of all stages.
         opened: Pointer to the model's folder.
-        metrics: Metrics from the model's record.
+        model_metrics: Metrics from the model's record.
         recipe_overrides: Changes to single keys of the recipe, by full name, such as {"data.train": []}.
 
     Returns:
@@ -37,6 +37,6 @@ def open_model(
 
         resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, model, f"{store}/models/{{fingerprint}}")
-        write_pointer(record, opened.path)
-        log_metrics(record, metrics.log_metric)
+        write_pointer(record, opened.path, resolved)
+        log_metrics(record, model_metrics.log_metric)
         return all_work_shards(resolved.decoding.parts)

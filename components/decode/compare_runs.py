@@ -8,33 +8,32 @@ from components import image
 @dsl.component(base_image=image("compare-runs"), install_kfp_package=False)
 def compare_runs(
     store: str,
-    recipe: dsl.Input[dsl.Artifact],
+    planned: dsl.Input[dsl.Artifact],
     variations: list,
     scores: dsl.Input[list[dsl.Dataset]],
     comparison: dsl.Output[dsl.Dataset],
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
-    metrics: dsl.Output[dsl.Metrics],
+    word_error_rates: dsl.Output[dsl.Metrics],
 ) -> None:
     """Compare all variations of a sweep on one page.
 
     Args:
         store: Folder or s3:// prefix for the results of all stages.
-        recipe: The resolved recipe that all variations start from.
+        planned: Pointer to the result folder of plan-sweep, with the recipe that is varied.
         variations: Name and overrides of each variation, the output of plan-sweep.
         scores: Pointers to the result folders of score.
         comparison: Pointer to the folder with runs.html, runs.md and runs.json.
         report: Page with word error rates, differences and training curves of all variations.
         summary: Short version of the report.
-        metrics: Each variation's word error rate in percent.
+        word_error_rates: Each variation's word error rate in percent.
     """
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
         import shutil
 
-        from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
-        from slam_asr.config.recipe import load_recipe
+        from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, recipe_of, write_pointer
         from slam_asr.scoring.runs import MARKDOWN, PAGE
         from slam_asr.stages.compare_runs import compare_runs as run
 
@@ -42,10 +41,10 @@ def compare_runs(
         record = run(
             folders,
             f"{store}/compare-runs/{{fingerprint}}",
-            title=load_recipe(recipe.path).name,
+            title=recipe_of(planned.path).name,
             variations=variations,
         )
         write_pointer(record, comparison.path)
         shutil.copyfile(record.file(PAGE), report.path)
         shutil.copyfile(record.file(MARKDOWN), summary.path)
-        log_metrics(record, metrics.log_metric)
+        log_metrics(record, word_error_rates.log_metric)

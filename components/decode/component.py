@@ -8,38 +8,36 @@ from components import image
 @dsl.component(base_image=image("decode"), install_kfp_package=False)
 def decode(
     store: str,
-    recipe: dsl.Input[dsl.Artifact],
     manifests: dsl.Input[dsl.Dataset],
     model: dsl.Input[dsl.Model],
     shard: str,
     hypotheses: dsl.Output[dsl.Dataset],
-    metrics: dsl.Output[dsl.Metrics],
+    decoding_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Transcribe the test utterances, or one work shard of them.
 
     Args:
         store: Folder or s3:// prefix for the results of all stages.
-        recipe: The resolved recipe.
-        manifests: Pointer to the result folder of build-manifest.
+        manifests: Pointer to the result folder of build-manifest, with the recipe.
         model: Pointer to the result folder of convert-checkpoint.
         shard: The work shard of this step, i/n.
         hypotheses: Pointer to the folder with hypotheses.jsonl.
-        metrics: Number of utterances, and decoding speed.
+        decoding_metrics: Number of utterances, and decoding speed.
     """
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
-        from slam_asr.config.recipe import load_recipe
+        from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, recipe_of, write_pointer
         from slam_asr.stages.decode import decode as run
 
+        recipe = recipe_of(manifests.path)
         record = run(
-            load_recipe(recipe.path),
+            recipe,
             follow_pointer(model.path),
             [f"{follow_pointer(manifests.path)}/test.jsonl"],
             f"{store}/decode/{{fingerprint}}",
             feature_store=f"{store}/features",
             work_shard=shard,
         )
-        write_pointer(record, hypotheses.path)
-        log_metrics(record, metrics.log_metric)
+        write_pointer(record, hypotheses.path, recipe)
+        log_metrics(record, decoding_metrics.log_metric)

@@ -8,11 +8,10 @@ from components import image
 @dsl.component(base_image=image("train"), install_kfp_package=False)
 def train(
     store: str,
-    recipe: dsl.Input[dsl.Artifact],
     manifests: dsl.Input[dsl.Dataset],
     checkpoint: dsl.Output[dsl.Model],
     curves: dsl.Output[dsl.HTML],
-    metrics: dsl.Output[dsl.Metrics],
+    training_metrics: dsl.Output[dsl.Metrics],
     features: dsl.Input[list[dsl.Dataset]] = None,
     trainjob: str = "",
 ) -> None:
@@ -20,11 +19,10 @@ def train(
 
     Args:
         store: Folder or s3:// prefix for the results of all stages; training saves its checkpoints there.
-        recipe: The resolved recipe.
-        manifests: Pointer to the result folder of build-manifest.
+        manifests: Pointer to the result folder of build-manifest, with the recipe.
         checkpoint: Pointer to the folder with the checkpoints.
         curves: Page with loss and accuracy by optimiser step.
-        metrics: Final loss and accuracy, and the number of optimiser steps.
+        training_metrics: Final loss and accuracy, and the number of optimiser steps.
         features: Pointers to the results of extract-features, one per work shard; default: store/features.
         trainjob: Placement of the nodes of multi-node training (JSON); if empty, this pod trains.
     """
@@ -34,14 +32,19 @@ def train(
         import json
         import shutil
 
-        from slam_asr.artifacts.stage_record import follow_parts, follow_pointer, log_metrics, write_pointer
-        from slam_asr.config.recipe import load_recipe
+        from slam_asr.artifacts.stage_record import (
+            follow_parts,
+            follow_pointer,
+            log_metrics,
+            recipe_of,
+            write_pointer,
+        )
         from slam_asr.stages.train import train as run
 
-        folder, resolved = follow_pointer(manifests.path), load_recipe(recipe.path)
+        folder, recipe = follow_pointer(manifests.path), recipe_of(manifests.path)
         train_manifest, dev_manifest = f"{folder}/train.jsonl", f"{folder}/dev.jsonl"
         feature_store = None
-        if resolved.caches_features:
+        if recipe.caches_features:
             feature_store = (
                 follow_parts(artifact.path for artifact in features) if features else f"{store}/features"
             )
@@ -51,7 +54,7 @@ def train(
 
             placement = Placement(**json.loads(trainjob))
             record = train_on_nodes(
-                resolved,
+                recipe,
                 placement,
                 train_manifest=train_manifest,
                 store=store,
@@ -60,12 +63,12 @@ def train(
             )
         else:
             record = run(
-                resolved,
+                recipe,
                 train_manifest=train_manifest,
                 output=f"{store}/train/{{fingerprint}}",
                 feature_store=feature_store,
                 dev_manifest=dev_manifest,
             )
-        write_pointer(record, checkpoint.path)
+        write_pointer(record, checkpoint.path, recipe)
         shutil.copyfile(record.file("curves.html"), curves.path)
-        log_metrics(record, metrics.log_metric)
+        log_metrics(record, training_metrics.log_metric)

@@ -6,7 +6,8 @@ stage that is killed leaves no record, so its work is repeated. In an output pat
 by the digest of the inputs, so one store can hold the results of many recipes.
 
 A step of a pipeline passes its folder to the next step as a pointer: a small JSON file with the folder's
-address (`uri`), the SHA-256 of its record, and its size. The next program opens the folder itself.
+address (`uri`), the SHA-256 of its record, and its size. The next program opens the folder itself. The run's
+recipe travels in the pointer, so that a step of a pipeline needs nothing but the results that it reads.
 
 A folder may be in object storage. The work is then done on local disk and uploaded when it is finished, with
 the record as the last file.
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from slam_asr import __version__
+from slam_asr.config.recipe import Recipe, load_recipe
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import clock, log_line
 from slam_asr.storage import (
@@ -190,15 +192,25 @@ def require_record(folder: str | Path, stage: str) -> Record:
     return record
 
 
-def write_pointer(record: Record, path: str | Path) -> None:
-    """Write a pointer: the small artifact from which the next step learns the address of a stage's folder."""
-    pointer = {
+def write_pointer(record: Record, path: str | Path, recipe: Recipe | None = None) -> None:
+    """Write a pointer: the small artifact from which the next step learns the address of a stage's folder.
+
+    Args:
+        record: the stage's record.
+        path: the pointer's file.
+        recipe: the run's recipe, for the next steps, which read it with `recipe_of`. The folder's own recipe
+            cannot replace it: the folder may be from a run whose recipe differed in later stages.
+    """
+    pointer: dict[str, Any] = {
         "uri": record.folder,
         "sha256": sha256_of_bytes(read_bytes(join(record.folder, RECORD))),
         "bytes": sum(f.bytes for f in walk(record.folder)),
         "stage": record.stage,
         "summary": record.summary,
+        "fingerprint": digest(record.inputs),
     }
+    if recipe is not None:
+        pointer["recipe"] = asdict(recipe)
     write_bytes(path, json.dumps(pointer, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -217,18 +229,40 @@ def follow_pointer(path: str | Path) -> str:
     Raises:
         InputError: the pointer is damaged, the folder is missing, or its record was replaced.
     """
+    pointer = _read_pointer(path)
+    folder, expected = pointer["uri"], pointer["sha256"]
+    record = join(folder, RECORD)
+    if not exists(record) or sha256_of_bytes(read_bytes(record)) != expected:
+        raise InputError(f"{folder}, named by {path}, is gone or was replaced: run the previous step again.")
+    return folder
+
+
+def recipe_of(pointer: str | Path) -> Recipe:
+    """Return the recipe that travels with a pointer.
+
+    Raises:
+        InputError: the pointer is damaged, or was written without a recipe.
+        UserError: the recipe is one of another version, with keys that this one does not know.
+    """
+    recipe = _read_pointer(pointer).get("recipe")
+    if not isinstance(recipe, dict):
+        raise InputError(
+            f"{pointer} has no recipe, so a single stage or an earlier version wrote it: "
+            "run the previous step again, as a step of a pipeline."
+        )
+    return load_recipe(json.dumps(recipe))
+
+
+def _read_pointer(path: str | Path) -> dict[str, Any]:
     try:
-        pointer = json.loads(read_bytes(path))
-        folder, expected = pointer["uri"], pointer["sha256"]
+        pointer: dict[str, Any] = json.loads(read_bytes(path))
+        _ = pointer["uri"], pointer["sha256"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{path} is not a pointer to a stage's folder ({type(error).__name__}): "
             "run the previous step again."
         ) from error
-    record = join(folder, RECORD)
-    if not exists(record) or sha256_of_bytes(read_bytes(record)) != expected:
-        raise InputError(f"{folder}, named by {path}, is gone or was replaced: run the previous step again.")
-    return folder
+    return pointer
 
 
 def follow_parts(paths: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import pytest
 from components import component_of, image
 from slam_asr import __version__
 from slam_asr.artifacts.stage_record import Outcome, run_stage, write_pointer
-from slam_asr.config.recipe import dump_recipe, load_recipe
+from slam_asr.config.recipe import load_recipe
 from slam_asr.steps import STEPS
 
 
@@ -47,20 +47,16 @@ def test_nan_loss_does_not_break_the_step(tmp_path, monkeypatch):
     module = types.ModuleType("slam_asr.stages.train")
     module.train = diverge
     monkeypatch.setitem(sys.modules, "slam_asr.stages.train", module)
-    recipe = tmp_path / "recipe"
-    recipe.write_text(dump_recipe(load_recipe("demo")))
-    write_pointer(
-        run_stage("before", str(tmp_path / "before"), {}, lambda _: Outcome("")), tmp_path / "pointer"
-    )
+    before = run_stage("before", str(tmp_path / "before"), {}, lambda _: Outcome(""))
+    write_pointer(before, tmp_path / "pointer", load_recipe("demo"))
     logged = {}
     component_of("train").python_func(
         store=str(tmp_path),
-        recipe=SimpleNamespace(path=str(recipe)),
         manifests=SimpleNamespace(path=tmp_path / "pointer"),
         features=[SimpleNamespace(path=tmp_path / "pointer")] * 2,
         checkpoint=SimpleNamespace(path=tmp_path / "checkpoint"),
         curves=SimpleNamespace(path=tmp_path / "curves"),
-        metrics=SimpleNamespace(log_metric=logged.__setitem__),
+        training_metrics=SimpleNamespace(log_metric=logged.__setitem__),
     )
     assert logged == {"loss": "nan", "steps": 3}
     assert json.loads(json.dumps(logged, allow_nan=False)) == logged

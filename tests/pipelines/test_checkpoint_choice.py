@@ -6,8 +6,8 @@ import pytest
 
 from components.convert_checkpoint.component import convert_checkpoint
 from pipelines import single
-from slam_asr.artifacts.stage_record import Record
-from slam_asr.config.recipe import dump_recipe, load_recipe
+from slam_asr.artifacts.stage_record import Outcome, Record, run_stage, write_pointer
+from slam_asr.config.recipe import load_recipe
 from slam_asr.stages import convert_checkpoint as convert
 
 
@@ -20,12 +20,12 @@ def test_step_converts_the_checkpoint_that_the_recipe_selects(which, tmp_path, m
         return Record("done", stage="convert-checkpoint", folder=str(tmp_path))
 
     monkeypatch.setattr(convert, "convert_checkpoint", run)
-    for name in ("follow_pointer", "write_pointer"):
-        monkeypatch.setattr(f"slam_asr.artifacts.stage_record.{name}", lambda *_: str(tmp_path))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(dump_recipe(load_recipe("demo", {"decoding.checkpoint": which, "decoding.parts": 2})))
-    artifact = SimpleNamespace(path=str(recipe), log_metric=lambda *_: None)
-    assert convert_checkpoint.python_func("store", artifact, artifact, artifact, artifact) == ["1/2", "2/2"]
+    recipe = load_recipe("demo", {"decoding.checkpoint": which, "decoding.parts": 2})
+    trained = run_stage("train", str(tmp_path / "train"), {}, lambda _: Outcome(""))
+    write_pointer(trained, tmp_path / "checkpoint", recipe)
+    monkeypatch.setattr("slam_asr.artifacts.stage_record.write_pointer", lambda *_: None)
+    artifact = SimpleNamespace(path=str(tmp_path / "checkpoint"), log_metric=lambda *_: None)
+    assert convert_checkpoint.python_func("store", artifact, artifact, artifact) == ["1/2", "2/2"]
     assert calls == [{"which": which}]
 
 

@@ -12,13 +12,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from google.protobuf import json_format
-from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
+from kfp.pipeline_spec.pipeline_spec_pb2 import ComponentSpec, PipelineSpec
 
 from components import images
+from docs.dashboard_graph import draw
 from pipelines import cli
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
 from pipelines.compile import compile_package
@@ -102,7 +104,7 @@ def test_evaluation_pipeline_opens_the_model_first_and_trains_nothing():
         "build-manifest": ["open-model"],
         "for-loop-1": ["build-manifest"],
         "for-loop-2": ["build-manifest", "for-loop-1", "open-model"],
-        "score": ["build-manifest", "for-loop-2", "open-model"],
+        "score": ["for-loop-2", "open-model"],
     }
     defaults = {
         name: json_format.MessageToDict(p.default_value)
@@ -125,14 +127,18 @@ def test_sweep_has_one_manifest_one_extraction_and_a_loop_of_trainings():
         "build-manifest": ["plan-sweep"],
         "for-loop-1": ["build-manifest"],
         "for-loop-2": ["build-manifest", "for-loop-1", "plan-sweep"],
-        "compare-runs": ["build-manifest", "for-loop-2", "plan-sweep"],
+        "compare-runs": ["for-loop-2", "plan-sweep"],
     }
     assert tasks["for-loop-2"].iterator_policy.parallelism_limit == 2
     inside = spec.components["comp-for-loop-2"].dag.tasks
     assert sorted(inside) == ["convert-checkpoint", "for-loop-3", "score", "train", "vary-recipe"]
-    # Steps in the loop read the recipe of their variation.
-    for name in ("train", "convert-checkpoint", "score"):
-        assert inside[name].inputs.artifacts["recipe"].task_output_artifact.producer_task == "vary-recipe"
+    # Steps in the loop get the recipe of their variation, with the manifests.
+    for name, key in (
+        ("train", "manifests"),
+        ("for-loop-3", "pipelinechannel--vary-recipe-varied_manifests"),
+    ):
+        read = inside[name].inputs.artifacts[key].task_output_artifact
+        assert (read.producer_task, read.output_artifact_key) == ("vary-recipe", "varied_manifests")
     variations = json_format.MessageToDict(spec.root.input_definitions.parameters["variations"].default_value)
     assert [variation["name"] for variation in variations] == ["as it is", "slow", "fast"]
 
@@ -168,9 +174,9 @@ def test_steps_of_the_training_pipeline_form_a_chain(compiled):
         "build-manifest": [],
         "for-loop-1": ["build-manifest"],
         "train": ["build-manifest", "for-loop-1"],
-        "convert-checkpoint": ["build-manifest", "train"],
+        "convert-checkpoint": ["train"],
         "for-loop-2": ["build-manifest", "convert-checkpoint"],
-        "score": ["build-manifest", "convert-checkpoint", "for-loop-2"],
+        "score": ["convert-checkpoint", "for-loop-2"],
     }
     loops = {
         "for-loop-1": ("build-manifest", "extract-features"),
@@ -181,6 +187,101 @@ def test_steps_of_the_training_pipeline_form_a_chain(compiled):
         assert list(spec_of(compiled / "slam-asr.yaml").components[f"comp-{loop}"].dag.tasks) == [inside]
         del tasks[loop]
     assert [name for name, task in tasks.items() if task.caching_options.enable_cache] == []
+
+
+def graphs_of(spec: PipelineSpec) -> dict[str, ComponentSpec]:
+    """The layers of a pipeline's graph in the dashboard: the pipeline itself and its loops."""
+    return {"root": spec.root} | {name: c for name, c in spec.components.items() if c.HasField("dag")}
+
+
+def test_build_manifest_hands_on_a_single_artifact(compiled):
+    tasks = spec_of(compiled / "slam-asr.yaml").root.dag.tasks
+    read = {
+        (source.task_output_artifact.producer_task, source.task_output_artifact.output_artifact_key): []
+        for task in tasks.values()
+        for source in task.inputs.artifacts.values()
+    }
+    for name, task in tasks.items():
+        for source in task.inputs.artifacts.values():
+            produced = source.task_output_artifact
+            read[produced.producer_task, produced.output_artifact_key].append(name)
+    assert {pair: sorted(readers) for pair, readers in read.items()} == {
+        ("build-manifest", "manifests"): ["for-loop-1", "for-loop-2", "train"],
+        ("for-loop-1", "pipelinechannel--extract-features-features"): ["train"],
+        ("train", "checkpoint"): ["convert-checkpoint"],
+        ("convert-checkpoint", "model"): ["for-loop-2", "score"],
+        ("for-loop-2", "pipelinechannel--decode-hypotheses"): ["score"],
+    }
+
+
+@pytest.mark.parametrize("name", ["one-gpu-node", "evaluate", "sweep"])
+def test_graph_in_the_dashboard_has_the_names_of_the_steps(name):
+    spec = spec_of(GOLDEN / f"{name}.yaml")
+    for graph in graphs_of(spec).values():
+        artifacts: list[str] = []
+        for key, task in graph.dag.tasks.items():
+            component = spec.components[task.component_ref.name]
+            expected = key
+            if component.HasField("dag"):
+                # A loop around one step has the name of that step.
+                inside = list(component.dag.tasks)
+                expected = inside[0] if len(inside) == 1 else "variations"
+            else:
+                artifacts += component.output_definitions.artifacts
+            assert task.task_info.name == expected
+        # The dashboard labels an artifact with its name alone, so two of one name would look the same.
+        assert "metrics" not in artifacts and len(set(artifacts)) == len(artifacts)
+
+
+def test_picture_for_the_docs_shows_every_task_and_artifact():
+    picture = ElementTree.fromstring(draw(GOLDEN / "one-gpu-node.yaml"))
+    labels = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert [label for label in labels if label in STEPS] == list(RESULTS)
+    shown = {
+        "manifests": "train extract-features decode",
+        "statistics": "",
+        "corpus_metrics": "",
+        "features": "train",
+        "checkpoint": "convert-checkpoint",
+        "curves": "",
+        "training_metrics": "",
+        "model": "decode score",
+        "model_metrics": "",
+        "hypotheses": "score",
+        "scores": "",
+        "report": "",
+        "summary": "",
+        "word_error_rates": "",
+    }
+    assert sorted(label for label in labels if label not in STEPS) == sorted(shown)
+    # An edge to each artifact, one from it to each of its readers, and one for each task that another awaits.
+    waits = sum(
+        len(task.dependent_tasks) for task in spec_of(GOLDEN / "one-gpu-node.yaml").root.dag.tasks.values()
+    )
+    edges = [path for path in picture.iter("{http://www.w3.org/2000/svg}path") if path.get("class") == "edge"]
+    assert len(edges) == len(shown) + sum(len(readers.split()) for readers in shown.values()) + waits
+
+
+def test_demo_starts_no_more_than_eleven_drivers(compiled):
+    # Kubeflow starts a driver pod, of about ten seconds, for the pipeline, for each task, and for each
+    # iteration of a loop. The demo has one work shard, so each of its loops has one iteration.
+    spec = spec_of(compiled / "slam-asr.yaml")
+    graphs = graphs_of(spec)
+    assert sum(len(graph.dag.tasks) + 1 for graph in graphs.values()) == 11
+    steps = {name for graph in graphs.values() for name in graph.dag.tasks if not name.startswith("for-loop")}
+    assert steps == set(RESULTS)
+
+
+def test_compile_first_says_which_backend_the_pipeline_needs(tmp_path, capsys):
+    assert cli.main(["compile", "--output", str(tmp_path / "p.yaml")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith(
+        "needs Kubeflow Pipelines 2.16 or later: earlier ones do not know the security"
+    )
+    # The paths alone are on stdout, for scripts.
+    assert printed.out == f"{tmp_path / 'p.yaml'}\n"
+    executors = read_package(tmp_path / "p.yaml")[1].values()
+    assert all(settings.HasField("security_context") for settings in executors)
 
 
 def test_all_inputs_and_parameters_have_a_description(compiled):

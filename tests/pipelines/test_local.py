@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from components import component_of
 from pipelines.local import LocalRun, LocalStep, LogFilter
 from pipelines.run_request import RunRequest
 from pipelines.summary import failure
@@ -83,7 +84,9 @@ def test_dashboard_gets_pages_and_metrics_of_every_step(finished):
         # The folder of a step in a loop is in a folder of the loop.
         [written] = (f for f in steps.rglob("executor_output.json") if f.parent.name == stage)
         outputs = json.loads(written.read_text())
-        assert outputs["artifacts"]["metrics"]["artifacts"][0]["metadata"], stage
+        outputs_of_step = component_of(stage).component_spec.outputs.items()
+        [metrics] = (name for name, output in outputs_of_step if output.type.startswith("system.Metrics"))
+        assert outputs["artifacts"][metrics]["artifacts"][0]["metadata"], stage
 
 
 @pytest.mark.slow
@@ -213,7 +216,8 @@ def test_artifacts_between_steps_are_small(finished):
     assert sorted({name.name for name in pointers}) == sorted(RESULTS.values())
     for name in pointers:
         pointer = json.loads((steps / name).read_text())
-        assert set(pointer) == {"uri", "sha256", "bytes", "stage", "summary"}
+        assert set(pointer) == {"uri", "sha256", "bytes", "stage", "summary", "fingerprint", "recipe"}
+        assert files[name] < 4096
 
 
 @pytest.mark.slow
