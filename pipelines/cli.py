@@ -39,7 +39,7 @@ SYNOPSES = {
     "[--store s3://…] [--experiment NAME] [--run-name NAME] [--wait] [--SECTION.KEY VALUE ...]",
     "status": f"[RUN] [--wait] {_CONNECTION}",
     "logs": f"RUN [--step STEP] [--follow] [--all] {_CONNECTION}",
-    "resume": f"RUN [--wait] {_CONNECTION}",
+    "resume": f"RUN [--new] [--wait] {_CONNECTION}",
     "stop": f"RUN {_CONNECTION}",
     "open": f"RUN {_CONNECTION}",
     "runs": f"[--mine] [--recipe RECIPE] [--count N] {_CONNECTION}",
@@ -58,7 +58,7 @@ USAGE = (
   submit    compile, upload and start a run in a cluster; --wait follows it
   status    show the steps of a run, or list the latest runs
   logs      show the logs of a run's steps
-  resume    restart a failed run from the steps that failed
+  resume    restart a failed run from the steps that failed; --new starts it anew
   stop      stop a run
   open      open a run's page in the dashboard
   runs      list the latest runs, your own or those of a recipe

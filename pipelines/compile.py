@@ -117,27 +117,22 @@ def check_recipe(request: RunRequest, cluster: Cluster) -> None:
     """
     recipe = request.resolved_recipe
     for variant in (recipe, *(varied(recipe, variation) for variation in request.variations)):
-        _check_recipe(variant, cluster)
+        _check_recipe(variant, cluster, trains=request.model is None)
 
 
-def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
-    gpus = cluster.steps["train"].gpus
-    if gpus and recipe.training.processes > gpus:
-        raise ConfigurationError(
-            f"Recipe {recipe.name}: training.processes is {recipe.training.processes}, but the cluster "
-            f"{cluster.name} gives each node of train {gpus} GPUs (steps.train.gpus): lower it, or "
-            "leave it at 0 to use all GPUs."
-        )
+def _check_recipe(recipe: Recipe, cluster: Cluster, trains: bool) -> None:
     for key, step, is_used in (
+        ("training.processes", "train", trains),
         ("features.processes", "extract-features", recipe.caches_features),
         ("decoding.processes", "decode", True),
     ):
         processes, gpus = value_of(recipe, key), cluster.steps[step].gpus
         # On CPUs, the number of processes has no such limit.
         if is_used and processes > (gpus or math.inf):
+            setting = f"steps.{step.replace('-', '_')}.gpus"
             raise ConfigurationError(
-                f"Recipe {recipe.name}: {key} is {processes}, but the cluster {cluster.name} gives {step} "
-                f"{gpus} GPUs (steps.{step.replace('-', '_')}.gpus): lower it, or leave it at 0 "
+                f"Recipe {recipe.name}: {key} is {processes}, but the cluster {cluster.name} gives each "
+                f"pod of {step} {gpus} GPU{'s' if gpus > 1 else ''} ({setting}): lower it, or leave it at 0 "
                 "to use all GPUs."
             )
 

@@ -464,17 +464,17 @@ def test_unknown_key_is_rejected(compiled, tmp_path, change):
         (
             ["demo", "--training.processes", "9"],
             "Recipe demo: training.processes is 9, "
-            "but the cluster one-gpu-node gives each node of train 8 GPUs",
+            "but the cluster one-gpu-node gives each pod of train 8 GPUs",
         ),
         (
             ["demo", "--features.processes", "9"],
             "Recipe demo: features.processes is 9, "
-            "but the cluster one-gpu-node gives extract-features 8 GPUs (steps.extract_features.gpus)",
+            "but the cluster one-gpu-node gives each pod of extract-features 8 GPUs (steps.extract_features.gpus)",
         ),
         (
             ["demo", "--decoding.processes", "9"],
             "Recipe demo: decoding.processes is 9, "
-            "but the cluster one-gpu-node gives decode 1 GPUs (steps.decode.gpus)",
+            "but the cluster one-gpu-node gives each pod of decode 1 GPU (steps.decode.gpus)",
         ),
         (["demi"], "No recipe named demi, and no such file; did you mean demo?"),
     ],
