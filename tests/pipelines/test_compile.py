@@ -469,7 +469,7 @@ def test_unknown_key_is_rejected(compiled, tmp_path, change):
         (
             ["demo", "--features.processes", "9"],
             "Recipe demo: features.processes is 9, "
-            "but the cluster one-gpu-node gives each pod of extract-features 8 GPUs (steps.extract_features.gpus)",
+            "but the cluster one-gpu-node gives each pod of extract-features 8 GPUs (steps.extract_features",
         ),
         (
             ["demo", "--decoding.processes", "9"],
