@@ -160,7 +160,7 @@ class FollowedTrainJob:
                     continue
                 self._waits_logged.update((node, reason) for node in nodes)
                 log_line(
-                    f"TrainJob {self.name}: {run} of {job.num_nodes} nodes run; {_listed(nodes)} "
+                    f"TrainJob {self.name}: {run} of {job.num_nodes} nodes run; {listed(nodes)} "
                     f"{'waits' if len(nodes) == 1 else 'wait'}: {reason}"
                 )
 
@@ -189,7 +189,7 @@ class FollowedTrainJob:
         )
 
 
-def _listed(nodes: list[str]) -> str:
+def listed(nodes: list[str]) -> str:
     """Join names of nodes; of many, only the first ones."""
     if len(nodes) > 8:
         return f"{', '.join(nodes[:6])} and {len(nodes) - 6} others"

@@ -192,6 +192,16 @@ def test_our_own_pods_are_restricted(rendered):
         assert labels["pod-security.kubernetes.io/enforce"] == "baseline"
 
 
+def test_namespace_sets_no_limit_of_cores(rendered):
+    """A default limit would also apply to a step without one, below what the step requests."""
+    for limits in of_kind(rendered, "LimitRange"):
+        for limit in limits["spec"]["limits"]:
+            assert limit["default"].keys() == {"memory"} and limit["defaultRequest"].keys() == {
+                "cpu",
+                "memory",
+            }
+
+
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "standalone"])
 def test_no_traffic_from_outside_reaches_a_step(overlay):
     [policy] = of_kind(render(overlay), "NetworkPolicy")
