@@ -540,8 +540,8 @@ def test_what_cannot_run_is_rejected_at_compile_time(error_of, tmp_path, argv, s
         ),
         (
             "steps: {train: {cpu: 1500m, cpu_limit: '1'}}",
-            "Cluster mine: steps.train.cpu_limit is '1' but must be none, or cores such as 2 or 500m, not fewer "
-            "than steps.train.cpu (1500m).",
+            "Cluster mine: steps.train.cpu_limit is '1' but must be none, or cores such as 2 or 500m, not "
+            "fewer than steps.train.cpu (1500m).",
         ),
         (
             "steps: {train: {cpu_limit: unlimited}}",

@@ -87,8 +87,8 @@ def test_interrupted_step_may_finish_what_it_prints(monkeypatch):
     assert time.monotonic() - started < processes.GRACE / 2
 
 
-# kfp runs the steps of a loop in threads, and waits for them when the main thread is interrupted. `timeout` sends
-# its signal to the process, and then again to the group that the process is in.
+# kfp runs the steps of a loop in threads, and waits for them when the main thread is interrupted. `timeout`
+# sends its signal to the process, and then again to the group that the process is in.
 STEP_IN_A_THREAD = """
 import os, signal, sys, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -121,7 +121,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("start", [[], ["sh", "-c", 'trap "" INT; exec "$0" "$@"']])
 def test_interruption_ends_the_steps_that_run_in_threads(start):
-    """The step ends by itself, and the next one is not started, also if a shell ignores SIGINT for its jobs."""
+    """The step ends by itself, the next one does not start, also if a shell ignores SIGINT for its jobs."""
     done = subprocess.run([*start, *python(STEP_IN_A_THREAD)], capture_output=True, text=True)
     assert done.stdout == "begun\ninterrupted\n7 KeyboardInterrupt\n", done.stderr
 
