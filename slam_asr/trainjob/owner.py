@@ -58,6 +58,6 @@ def add_owner(custom_api: Any, namespace: str, job: str, owner: dict[str, str]) 
     metadata = custom_api.get_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job)["metadata"]
     owners = metadata.get("ownerReferences") or []
     if owners and owner["uid"] not in [known["uid"] for known in owners]:
-        # A list is sent as a JSON patch; what other clients change at the same time stays.
-        change = [{"op": "add", "path": "/metadata/ownerReferences/-", "value": owner}]
-        custom_api.patch_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job, change)
+        # This client's patch replaces the complete list, so another change since it was read must refuse it.
+        change = {"ownerReferences": [*owners, owner], "resourceVersion": metadata.get("resourceVersion")}
+        custom_api.patch_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job, {"metadata": change})

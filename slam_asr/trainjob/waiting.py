@@ -98,4 +98,4 @@ def _time(event: CoreV1Event) -> datetime:
 
 
 def _sentence(reason: str | None, message: str | None) -> str:
-    return ": ".join(" ".join(part.split()) for part in (reason, message) if part).rstrip(".")
+    return ": ".join(" ".join(part.split()) for part in (reason, message) if part)

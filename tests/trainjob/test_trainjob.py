@@ -28,6 +28,7 @@ from slam_asr.errors import ClusterError, UserError
 from slam_asr.training.launch import nodes_from_environment
 from slam_asr.trainjob import follow, train
 from slam_asr.trainjob.placement import Placement
+from slam_asr.trainjob.request import TrainJobClient, explained_refusals
 from slam_asr.trainjob.train import node_command, train_on_nodes
 from slam_asr.trainjob.waiting import waiting_nodes
 
@@ -101,7 +102,7 @@ class Fake:
         """Other objects by their path, such as the pod of the step itself."""
         self.used_rights: set[tuple[str, str]] = set()
         """Verb and resource of each request."""
-        self.patches: list[list[dict]] = []
+        self.patches: list[dict] = []
         self.when_complete = lambda name: None
         self.requests = 0
         self.now = "Pending"
@@ -209,7 +210,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_PATCH(self) -> None:
         self.note("patch", self.path)
         patch = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        assert self.headers["content-type"] == "application/json-patch+json"
+        assert self.headers["content-type"] == "application/merge-patch+json"
         self.server.fake.patches.append(patch)
         self.send(200, {})
 
@@ -245,19 +246,12 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def cluster(monkeypatch, tmp_path, bucket):
-    """A cluster with Trainer. When a job completes, its first node has written the record and the pointer."""
+def kubernetes(monkeypatch, tmp_path):
+    """A cluster with Trainer."""
     fake = Fake()
     for name in ("KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"):
         monkeypatch.delenv(name, raising=False)
 
-    def finish(name: str) -> None:
-        record = run_stage(
-            "train", f"{STORE}/train/{name}", {"job": name}, lambda folder: Outcome("2 steps", {"steps": 2})
-        )
-        write_pointer(record, f"{STORE}/train/jobs/{name}.json")
-
-    fake.when_complete = finish
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         server.fake = fake
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -279,6 +273,27 @@ def cluster(monkeypatch, tmp_path, bucket):
         fake.kubeconfig = str(tmp_path / "kubeconfig")
         yield fake
         server.shutdown()
+
+
+@pytest.fixture
+def cluster(kubernetes, bucket):
+    """A cluster with Trainer. When a job completes, its first node has written the record and the pointer."""
+
+    def finish(name: str) -> None:
+        record = run_stage(
+            "train", f"{STORE}/train/{name}", {"job": name}, lambda folder: Outcome("2 steps", {"steps": 2})
+        )
+        write_pointer(record, f"{STORE}/train/jobs/{name}.json")
+
+    kubernetes.when_complete = finish
+    return kubernetes
+
+
+def create(**settings) -> bool:
+    """Create a job or find it, and return whether it is new."""
+    placement = replace(PLACEMENT, **settings)
+    with explained_refusals(placement):
+        return follow.FollowedTrainJob(TrainJobClient(placement), "a-job").find_or_create(2, ["slam-asr"])
 
 
 def start(**changes):
@@ -526,14 +541,16 @@ def test_a_refusal_is_one_sentence_and_nothing_is_created(cluster, change, sente
         (422, "spec.x: Required value", "Kubeflow Trainer refuses the TrainJob (spec.x: Required value)."),
     ],
 )
-def test_words_of_an_admission_webhook_are_not_taken_for_missing_rights(cluster, status, message, sentence):
-    cluster.refusal = (status, message)
+def test_words_of_an_admission_webhook_are_not_taken_for_missing_rights(
+    kubernetes, status, message, sentence
+):
+    kubernetes.refusal = (status, message)
     with pytest.raises(ClusterError) as refusal:
-        start()
+        create()
     assert str(refusal.value).startswith(sentence) and "\n" not in str(refusal.value)
     if len(message) > 900:
         assert "must not have envs for the node containers): correct what it names" in str(refusal.value)
-    assert not cluster.created
+    assert not kubernetes.created
 
 
 STEP_POD = {
@@ -561,61 +578,48 @@ WORKFLOW = {
 
 
 @pytest.fixture
-def in_a_pod(cluster, monkeypatch):
+def in_a_pod(kubernetes, monkeypatch):
     """Let the step run in a pod of Kubeflow Pipelines."""
     monkeypatch.setenv("KFP_POD_NAME", "step-pod")
-    cluster.objects["/api/v1/namespaces/team/pods/step-pod"] = STEP_POD
+    kubernetes.objects["/api/v1/namespaces/team/pods/step-pod"] = STEP_POD
 
 
-def test_the_workflow_owns_the_job_and_so_removes_it_for_certain(cluster, in_a_pod):
-    start()
-    [job] = cluster.created
+def test_the_workflow_owns_the_job_and_so_removes_it_for_certain(kubernetes, in_a_pod):
+    assert create()
+    [job] = kubernetes.created
     # Without blockOwnerDeletion, which would need a right to the workflow's finalizers.
     assert job["metadata"]["ownerReferences"] == [WORKFLOW]
     assert json.loads(models.TrainerV1alpha1TrainJob.from_dict(job).to_json()) == job
 
 
-def test_job_of_another_run_gets_this_run_as_an_owner_too(cluster, in_a_pod):
-    start()
-    [job] = cluster.created
-    cluster.patches.clear()
-    for owner, patches in (
-        (
-            {**WORKFLOW, "uid": "another"},
-            [[{"op": "add", "path": "/metadata/ownerReferences/-", "value": WORKFLOW}]],
-        ),
-        (WORKFLOW, []),
-    ):
-        follows = {
-            "namespace": "team",
-            "creationTimestamp": "2026-01-02T03:04:05Z",
-            "ownerReferences": [owner],
-        }
-        cluster.jobs[job["metadata"]["name"]] = job | {"metadata": job["metadata"] | follows}
-        cluster.patches.clear()
-        start()
-        assert cluster.patches == patches
-    assert len(cluster.created) == 1
+@pytest.mark.parametrize("uid", ["of another run", "8bc2e24e"])
+def test_job_of_another_run_gets_this_run_as_an_owner_too(kubernetes, in_a_pod, uid):
+    create()
+    kubernetes.jobs["a-job"]["metadata"] |= {
+        "ownerReferences": [{**WORKFLOW, "uid": uid}],
+        "resourceVersion": "7",
+    }
+    assert not create()
+    both = {"ownerReferences": [{**WORKFLOW, "uid": uid}, WORKFLOW], "resourceVersion": "7"}
+    assert kubernetes.patches == ([] if uid == WORKFLOW["uid"] else [{"metadata": both}])
 
 
-def test_job_without_an_owner_is_created_if_the_pod_cannot_be_read(cluster, monkeypatch, capsys):
+def test_job_without_an_owner_is_created_if_the_pod_cannot_be_read(kubernetes, monkeypatch, capsys):
     monkeypatch.setenv("KFP_POD_NAME", "step-pod")
-    assert start().stage == "train" and "ownerReferences" not in cluster.created[0]["metadata"]
+    assert create() and "ownerReferences" not in kubernetes.created[0]["metadata"]
     assert "the pod step-pod of this step cannot be read (Not Found), so the TrainJob gets no owner" in (
         capsys.readouterr().out
     )
 
 
-def test_the_component_trainer_grants_the_rights_that_the_step_uses(cluster, in_a_pod):
-    start()
-    [job] = cluster.created
-    follows = {
-        "namespace": "team",
-        "creationTimestamp": "2026-01-02T03:04:05Z",
-        "ownerReferences": [{"uid": "x"}],
-    }
-    cluster.jobs[job["metadata"]["name"]] = job | {"metadata": job["metadata"] | follows}
-    start()
+def test_the_component_trainer_grants_the_rights_that_the_step_uses(kubernetes, in_a_pod):
+    create()
+    kubernetes.jobs["a-job"]["metadata"]["ownerReferences"] = [{"uid": "of another run"}]
+    create()
+    job = follow.FollowedTrainJob(TrainJobClient(PLACEMENT), "a-job")
+    kubernetes.pod_status, kubernetes.states = {1: UNSCHEDULABLE}, [*3 * ["Running"], "Complete"]
+    job.follow(0)
+    job.delete()
     granted = {
         (verb, resource)
         for role in yaml.safe_load_all(RIGHTS.read_text())
@@ -624,41 +628,42 @@ def test_the_component_trainer_grants_the_rights_that_the_step_uses(cluster, in_
         for verb in rule["verbs"]
     }
     # The SDK reads Trainer's version too, and does without it.
-    assert cluster.used_rights - granted == {("get", "configmaps")}
-    assert granted - cluster.used_rights == set(), "a right that is not needed"
+    assert kubernetes.used_rights - granted == {("get", "configmaps")}
+    assert granted - kubernetes.used_rights == set(), "a right that is not needed"
 
 
-def test_the_job_is_created_where_the_step_runs(cluster, monkeypatch, tmp_path, capsys):
+def test_the_job_is_created_where_the_step_runs(monkeypatch, tmp_path, capsys):
     (tmp_path / "namespace").write_text("team\n")
     monkeypatch.setattr(train, "NAMESPACE_FILE", tmp_path / "namespace")
-    start(placement=replace(PLACEMENT, namespace="of-the-profile"))
-    assert len(cluster.created) == 1
-    assert (
-        "the TrainJob is created in team, where this step runs, and not in the profile's namespace of-the-"
-        in capsys.readouterr().out
+    assert train.in_this_namespace(replace(PLACEMENT, namespace="of-the-profile")) == PLACEMENT
+    assert capsys.readouterr().out.strip() == (
+        "the TrainJob is created in team, where this step runs, and not in the profile's namespace "
+        "of-the-profile"
     )
-    start()
-    assert "where this step runs" not in capsys.readouterr().out
+    assert train.in_this_namespace(PLACEMENT) == PLACEMENT and capsys.readouterr().out == ""
+    monkeypatch.setattr(train, "NAMESPACE_FILE", tmp_path / "outside-of-a-cluster")
+    other = replace(PLACEMENT, namespace="of-the-profile")
+    assert train.in_this_namespace(other) == other
 
 
-@pytest.mark.parametrize(("limit", "expected"), [("", "8"), ("16", "16"), ("none", None)])
-def test_nodes_may_have_another_limit_of_cores_or_none(cluster, limit, expected):
-    start(placement=replace(PLACEMENT, cpu_limit=limit))
-    resources = cluster.created[0]["spec"]["trainer"]["resourcesPerNode"]
+@pytest.mark.parametrize(("limit", "expected"), [("", {"cpu": "8"}), ("16", {"cpu": "16"}), ("none", {})])
+def test_nodes_may_have_another_limit_of_cores_or_none(kubernetes, limit, expected):
+    create(cpu_limit=limit)
+    resources = kubernetes.created[0]["spec"]["trainer"]["resourcesPerNode"]
     assert resources["requests"] == PLACEMENT.resources
-    expected_limits = PLACEMENT.resources | ({"cpu": expected} if expected else {})
-    if expected is None:
-        del expected_limits["cpu"]
-    assert resources["limits"] == expected_limits
+    without_cpu = {name: amount for name, amount in PLACEMENT.resources.items() if name != "cpu"}
+    assert resources["limits"] == without_cpu | expected
 
 
-def test_the_node_that_waits_is_named_while_the_others_run(cluster, capsys):
-    cluster.states = ["Running", "Running", "Complete"]
-    cluster.pod_status = {0: {"phase": "Running"}, 1: UNSCHEDULABLE}
-    start()
+def test_the_node_that_waits_is_named_while_the_others_run(kubernetes, capsys):
+    create()
+    kubernetes.states = ["Running", "Running", "Running", "Complete"]
+    kubernetes.pod_status = {1: UNSCHEDULABLE}
+    follow.FollowedTrainJob(TrainJobClient(PLACEMENT), "a-job").follow(0)
     lines = [line for line in capsys.readouterr().out.splitlines() if "nodes run" in line]
-    assert [line.partition(": ")[2] for line in lines] == [
-        "1 of 2 nodes run; node-1 waits: Unschedulable: 0/1 nodes are available: 1 Insufficient cpu"
+    assert lines == [
+        "TrainJob a-job: 1 of 2 nodes run; node-1 waits: Unschedulable: 0/1 nodes are available: "
+        "1 Insufficient cpu."
     ]
 
 
@@ -694,7 +699,7 @@ FORBIDDEN = 'Error creating: pods "j-node-0-1-" is forbidden: exceeded quota: te
 @pytest.mark.parametrize(
     ("status", "events", "reason"),
     [
-        (UNSCHEDULABLE, [], "Unschedulable: 0/1 nodes are available: 1 Insufficient cpu"),
+        (UNSCHEDULABLE, [], "Unschedulable: 0/1 nodes are available: 1 Insufficient cpu."),
         (
             {"phase": "Pending", "containerStatuses": [waiting_container("ErrImagePull", "no such  host")]},
             [],
