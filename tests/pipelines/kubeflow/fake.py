@@ -212,6 +212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 display_name=request["display_name"],
                 description=request.get("description"),
                 runtime_config=request.get("runtime_config"),
+                pipeline_version_reference=request["pipeline_version_reference"],
                 state="PENDING",
                 created_at=START,
             )
