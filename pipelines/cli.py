@@ -58,7 +58,7 @@ USAGE = (
   submit    compile, upload and start a run in a cluster; --wait follows it
   status    show the steps of a run, or list the latest runs
   logs      show the logs of a run's steps
-  resume    restart a failed run from the steps that failed; --new starts it anew
+  resume    restart a failed run from the steps that failed; --new starts another one like it
   stop      stop a run
   open      open a run's page in the dashboard
   runs      list the latest runs, your own or those of a recipe

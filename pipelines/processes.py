@@ -14,7 +14,7 @@ import psutil
 GRACE = 15.0
 """Seconds that an interrupted step has to end by itself; torchrun needs some to end its workers."""
 _ONE_SIGNAL = 1.0
-"""Seconds within which a second signal is the same one: `timeout` signals a process, then its whole group."""
+"""Seconds within which a second signal is the same one: `timeout` signals a process, then its group."""
 _interrupted = threading.Event()
 _stoppers: set[Callable[[], None]] = set()
 """What ends the steps that run in threads."""

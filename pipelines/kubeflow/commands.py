@@ -202,7 +202,7 @@ def logs(arguments: list[str]) -> int:
 
 
 def resume(arguments: list[str]) -> int:
-    """Restart a failed run from the steps that failed, or start it anew, and return the exit code."""
+    """Restart a failed run from the steps that failed, or start another one, and return the exit code."""
     parser = _run_parser("resume", "Restart a failed run from the steps that failed.")
     _add_wait(parser)
     parser.add_argument(
@@ -215,8 +215,8 @@ def resume(arguments: list[str]) -> int:
     run_key, options = _parse(parser, arguments)
     run_key = _required(run_key, "resume")
     from pipelines.kubeflow.backend import launcher_changed_after
-    from pipelines.kubeflow.run_view import follow, start_again
-    from pipelines.kubeflow.runs import find, retry, start_anew
+    from pipelines.kubeflow.run_view import follow, new_run_hint
+    from pipelines.kubeflow.runs import find, retry, start_again
     from pipelines.kubeflow.workflow import read_workflow
 
     cluster = load_cluster(options["cluster"])
@@ -224,7 +224,7 @@ def resume(arguments: list[str]) -> int:
     run = find(connection, run_key)
     run_id = run.run_id
     if options["new"]:
-        run_id, name = start_anew(connection, run)
+        run_id, name = start_again(connection, run)
         print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
     else:
         changed = launcher_changed_after(connection.namespace, run.created_at) if run.created_at else None
@@ -234,7 +234,7 @@ def resume(arguments: list[str]) -> int:
             since = ", which was changed since" if changed else ""
             print(
                 f"it keeps the pipeline root and credentials of kfp-launcher with which it began{since}; "
-                f"{start_again(run_id)}, with the present ones"
+                f"{new_run_hint(run_id)}, with the present ones"
             )
     if not options["wait"]:
         return 0

@@ -90,8 +90,8 @@ def why_failed(run: kfp_server_api.V2beta1Run, workflow: Workflow | None, steps:
     return _message(run.error)
 
 
-def start_again(run_id: str) -> str:
-    """Name the command that starts a run anew, and what it does, for messages."""
+def new_run_hint(run_id: str) -> str:
+    """Name the command that starts a run again, and what it does, for messages."""
     return f"`python -m pipelines resume {run_id} --new` starts it again and finds finished stages again"
 
 
@@ -143,11 +143,11 @@ class RunView:
         if self.state == "lost":
             return (
                 "the run is lost: its workflow was deleted from the cluster, so Kubeflow shows it as "
-                f"{(self.run.state or 'pending').lower()} for ever; {start_again(run_id)}"
+                f"{(self.run.state or 'pending').lower()} for ever; {new_run_hint(run_id)}"
             )
         resume = f"`python -m pipelines resume {run_id}` restarts the steps that did not finish"
         if self.workflow is not None and broken_driver(self.workflow) is not None:
-            resume = f"once this is mended, {start_again(run_id)}"
+            resume = f"once this is mended, {new_run_hint(run_id)}"
         if self.state == "stopped":
             return f"the run was stopped by somebody; {resume}"
         failed = [step.name for step in self.steps if step.state == "failed"]

@@ -16,7 +16,7 @@ import kfp_server_api
 
 from pipelines import asr, evaluate, sweep
 from pipelines.kubeflow.connection import Connection, NotFound
-from pipelines.kubeflow.run_view import ENDED, broken_driver, is_orphaned, start_again
+from pipelines.kubeflow.run_view import ENDED, broken_driver, is_orphaned, new_run_hint
 from pipelines.kubeflow.workflow import Workflow, read_workflow
 from slam_asr import __version__
 from slam_asr.config.recipe import Recipe
@@ -241,7 +241,7 @@ def retry(
         ConfigurationError: the run has not failed, or only a new run can succeed.
         ClusterError: the API refuses or does not answer.
     """
-    again = start_again(run.run_id)
+    again = new_run_hint(run.run_id)
     if is_orphaned(run, workflow):
         raise ConfigurationError(
             f"The run {run.display_name} is lost, because its workflow was deleted from the cluster: {again}."
@@ -271,10 +271,10 @@ def retry(
         raise ClusterError(f"{str(error).rstrip('.')}; {again}.") from None
 
 
-def start_anew(connection: Connection, run: kfp_server_api.V2beta1Run) -> tuple[str, str]:
+def start_again(connection: Connection, run: kfp_server_api.V2beta1Run) -> tuple[str, str]:
     """Start a run of the same version of the pipeline with the same parameters.
 
-    It resolves the launcher's configuration anew, and its stages find the finished results of the other run.
+    It resolves the launcher's configuration again, and its stages find the finished results of the other run.
 
     Returns:
         The id and the name of the new run.

@@ -20,7 +20,7 @@ from slam_asr.trainjob.placement import Placement
 from slam_asr.trainjob.request import TrainJobClient, explained_refusals
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-"""File in which Kubernetes tells a pod its namespace."""
+"""File in which a pod finds its namespace."""
 
 
 def train_on_nodes(

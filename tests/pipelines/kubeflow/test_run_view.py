@@ -144,7 +144,7 @@ def test_following_an_ended_run_returns_its_outcome(recording, program):
 
 
 @recorded
-def test_lost_run_is_not_resumed_but_started_anew(recording, kubeflow, program):
+def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program):
     run_id = recording("workflow-gone")
     code, _, err = program("resume", run_id)
     assert (code, len(err.splitlines())) == (2, 1)
@@ -169,7 +169,7 @@ def test_lost_run_is_not_resumed_but_started_anew(recording, kubeflow, program):
 
 
 @recorded
-def test_only_an_ended_run_whose_version_exists_is_started_anew(recording, kubeflow, program):
+def test_only_an_ended_run_whose_version_exists_is_started_again(recording, kubeflow, program):
     run_id = recording("running-extraction")
     err = program("resume", run_id, "--new")[2]
     assert " is running, and two runs would write the same results: `python -m pipelines stop " in err
