@@ -32,7 +32,9 @@ COMMANDS = {
     ),
     "logs": Command("pipelines.kubeflow.commands:logs", "RUN", "show the logs of a run's steps"),
     "resume": Command(
-        "pipelines.kubeflow.commands:resume", "RUN", "restart a failed run from the steps that failed"
+        "pipelines.kubeflow.commands:resume",
+        "RUN",
+        "restart a failed run from the steps that failed; --new starts another one like it",
     ),
     "stop": Command("pipelines.kubeflow.commands:stop", "RUN", "stop a run"),
     "open": Command("pipelines.kubeflow.commands:open_page", "RUN", "open a run's page in the dashboard"),

@@ -17,6 +17,7 @@ from slam_asr.config.schema import nearest, parse_yaml, typed
 from slam_asr.errors import ConfigurationError
 from slam_asr.steps import STEPS
 from slam_asr.storage import is_s3
+from slam_asr.trainjob.placement import NO_LIMIT
 
 FOLDER = Path(__file__).parent / "clusters"
 
@@ -82,7 +83,10 @@ class Trainer:
     runtime: str = "torch-distributed"
     """ClusterTrainingRuntime that starts one launcher per node."""
     timeout_hours: float = 24.0 * 14
-    """Hours after which a multi-node training is stopped, including its time in a queue."""
+    """Hours after which one attempt at a multi-node training is stopped, including its time in a queue.
+
+    It replaces steps.train.timeout_hours there. 0: never.
+    """
 
 
 @dataclass
@@ -90,7 +94,12 @@ class StepSettings:
     """Resources, placement and retries of one step's pod."""
 
     cpu: str = "2"
-    """CPU cores, both request and limit, in Kubernetes notation: 2 or 500m."""
+    """CPU cores that a node reserves for the step, in Kubernetes notation: 2 or 500m."""
+    cpu_limit: str = ""
+    """CPU cores that the step may use at most. Empty: as many as `cpu`. `none`: all free ones of its node.
+
+    `none` suits clusters that forbid throttling, and namespaces whose LimitRange sets no default limit.
+    """
     memory: str = "8Gi"
     """Memory, both request and limit. shared_memory counts against it."""
     gpus: int = 0
@@ -119,7 +128,10 @@ class StepSettings:
     retry_after: str = "30s"
     """Wait before the first retry; it doubles with each retry."""
     timeout_hours: float = 24.0
-    """Hours after which an attempt at the step is stopped. 0: never."""
+    """Hours after which one attempt at the step is stopped. 0: never.
+
+    Each retry has this time again, so a step may take (retries + 1) times as long, and the waits between.
+    """
     labels: dict[str, str] = field(default_factory=dict)
     """Additional labels of the pod."""
     annotations: dict[str, str] = field(default_factory=dict)
@@ -205,6 +217,7 @@ class Cluster:
                     "readable in the compiled pipeline: put it into a secret (storage.secret, "
                     "models.token_secret) instead."
                 )
+        self._require("trainer.timeout_hours", lambda hours: hours >= 0, "0 or more")
         for name in STEPS:
             if not STEPS[name].settings_of:
                 self._check_step(name)
@@ -212,6 +225,13 @@ class Cluster:
     def _check_step(self, name: str) -> None:
         step, prefix = self.steps[name], f"steps.{_key(name)}"
         self._require(f"{prefix}.cpu", _CPU.fullmatch, "cores such as 2 or 500m")
+        self._require(
+            f"{prefix}.cpu_limit",
+            lambda limit: (
+                limit in ("", NO_LIMIT) or (_CPU.fullmatch(limit) and _cores(limit) >= _cores(step.cpu))
+            ),
+            f"{NO_LIMIT}, or cores such as 2 or 500m, not fewer than {prefix}.cpu ({step.cpu})",
+        )
         self._require(f"{prefix}.memory", _SIZE.fullmatch, "a size such as 16Gi")
         for key in ("shared_memory", "scratch"):
             self._require(
@@ -269,6 +289,11 @@ def size_in_bytes(size: str) -> float:
     number = size.rstrip("kKMGTi")
     unit = size.removeprefix(number)
     return float(number) * _UNITS[unit]
+
+
+def _cores(cpu: str) -> float:
+    """Convert cores in Kubernetes notation to a number: `500m` → 0.5."""
+    return float(cpu.removesuffix("m")) / (1000 if cpu.endswith("m") else 1)
 
 
 def shipped_clusters() -> dict[str, Path]:

@@ -123,20 +123,20 @@ def check_recipe(request: RunRequest, cluster: Cluster) -> None:
     """
     recipe = request.resolved_recipe
     for variant in (recipe, *(varied(recipe, variation) for variation in request.variations)):
-        _check_recipe(variant, cluster)
+        _check_recipe(variant, cluster, trains=request.model is None)
 
 
-def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
+def _check_recipe(recipe: Recipe, cluster: Cluster, trains: bool) -> None:
     for name, step in STEPS.items():
         # On CPUs, the number of processes has no such limit.
         gpus = cluster.steps[name].gpus if step.processes else 0
-        unused = step.output == "features" and not recipe.caches_features
+        unused = {"features": not recipe.caches_features, "checkpoint": not trains}.get(step.output, False)
         if gpus and not unused and (processes := value_of(recipe, step.processes)) > gpus:
-            pod = f"each node of {name}" if name == "train" else name
             key = f"steps.{name.replace('-', '_')}.gpus"
             raise ConfigurationError(
                 f"Recipe {recipe.name}: {step.processes} is {processes}, but the cluster {cluster.name} "
-                f"gives {pod} {gpus} GPUs ({key}): lower it, or leave it at 0 to use all GPUs."
+                f"gives each pod of {name} {gpus} GPU{'s' if gpus > 1 else ''} ({key}): lower it, or leave "
+                "it at 0 to use all GPUs."
             )
 
 

@@ -18,6 +18,7 @@ import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from components import CACHE
+from pipelines import processes
 from pipelines.run_request import Settings
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.steps import STEPS
@@ -100,8 +101,7 @@ class Containers:
         with self._guard:
             running = list(self._running.values())
         for container in running:
-            with contextlib.suppress(APIError):
-                container.stop(timeout=GRACE)
+            _stop(container)
         for container in self._containers_of_run():
             _remove(container)
         self.client.close()
@@ -177,7 +177,10 @@ class Containers:
             raise ClusterError(
                 f"The Docker engine refuses a container of {image} ({_reason(error)})."
             ) from error
-        with self._removed_at_the_end(container):
+        with (
+            self._removed_at_the_end(container),
+            processes.stopped_on_interruption(lambda: _stop(container)),
+        ):
             try:
                 container.start()
             except APIError as error:
@@ -198,8 +201,7 @@ class Containers:
             yield
         except BaseException:
             # After Ctrl-C, the step gets time to end by itself: `_remove` would kill it at once.
-            with contextlib.suppress(APIError):
-                container.stop(timeout=GRACE)
+            _stop(container)
             raise
         finally:
             _remove(container)
@@ -305,6 +307,11 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
         yield from (f"{line}\n" for line in complete)
     if rest:
         yield f"{rest}\n"
+
+
+def _stop(container: Any) -> None:
+    with contextlib.suppress(APIError):
+        container.stop(timeout=GRACE)
 
 
 def _remove(container: Any) -> None:

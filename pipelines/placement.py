@@ -7,7 +7,7 @@ labels.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
@@ -16,14 +16,16 @@ from components import CACHE
 from pipelines.cluster import Cluster, StepSettings
 from slam_asr import __version__
 from slam_asr.storage.client import SECRET_FOLDER
-from slam_asr.trainjob.placement import Placement
+from slam_asr.trainjob.placement import NO_LIMIT, Placement
 
 _KUEUE = "kueue.x-k8s.io"
 _NO_LIMIT = 10 * 365 * 24 * 3600
 """Seconds that bound the retries of a step whose attempts have no time limit: ten years."""
 
-COORDINATOR = StepSettings(cpu="1", memory="4Gi", scratch="10Gi")
+COORDINATOR = StepSettings(cpu="100m", cpu_limit="1", memory="512Mi", scratch="10Gi")
 """Settings of the step `train` in multi-node training: it only starts a TrainJob and watches it."""
+_HOUR_MORE = 1.0
+"""Hours that the watching step may run longer than its TrainJob, so that it can report why that one ended."""
 
 
 def place(
@@ -41,19 +43,19 @@ def place(
     step = cluster.steps[stage]
     task.set_container_image(images[stage])
     task.set_display_name(stage)
-    pod = COORDINATOR if over_nodes else step
+    pod = _coordinator(cluster) if over_nodes else step
     _resources(task, pod)
     _storage(task, cluster, pod)
     for name, value in environment(cluster).items():
         task.set_env_variable(name, value)
     task.set_retry(
-        step.retries,
-        backoff_duration=f"{_seconds(step.retry_after)}s",
+        pod.retries,
+        backoff_duration=f"{_seconds(pod.retry_after)}s",
         backoff_factor=2.0,
-        backoff_max_duration=f"{_retry_seconds(step)}s",
+        backoff_max_duration=f"{_retry_seconds(pod)}s",
     )
-    if step.timeout_hours:
-        kubernetes.set_timeout(task, round(step.timeout_hours * 3600))
+    if pod.timeout_hours:
+        kubernetes.set_timeout(task, round(pod.timeout_hours * 3600))
     if not over_nodes:
         for label, value in step.node_selector.items():
             kubernetes.add_node_selector(task, label, value)
@@ -94,6 +96,7 @@ def placement(cluster: Cluster, image: str) -> str:
                 image=image,
                 runtime=cluster.trainer.runtime,
                 resources=resources,
+                cpu_limit=step.cpu_limit,
                 shared_memory=step.shared_memory,
                 scratch=step.scratch,
                 cache=CACHE,
@@ -112,6 +115,22 @@ def placement(cluster: Cluster, image: str) -> str:
             )
         ),
         sort_keys=True,
+    )
+
+
+def _coordinator(cluster: Cluster) -> StepSettings:
+    """Return the settings of the step that only watches a TrainJob.
+
+    It is retried like `train`, and limited by the time of the job. Where `train` must not be throttled, it is
+    not either.
+    """
+    step, hours = cluster.steps["train"], cluster.trainer.timeout_hours
+    return replace(
+        COORDINATOR,
+        cpu_limit=NO_LIMIT if step.cpu_limit == NO_LIMIT else COORDINATOR.cpu_limit,
+        retries=step.retries,
+        retry_after=step.retry_after,
+        timeout_hours=hours + _HOUR_MORE if hours else 0.0,
     )
 
 
@@ -139,7 +158,9 @@ def labels(cluster: Cluster, stage: str, queued: bool) -> dict[str, str]:
 
 
 def _resources(task: PipelineTask, step: StepSettings) -> None:
-    task.set_cpu_request(step.cpu).set_cpu_limit(step.cpu)
+    task.set_cpu_request(step.cpu)
+    if step.cpu_limit != NO_LIMIT:
+        task.set_cpu_limit(step.cpu_limit or step.cpu)
     task.set_memory_request(step.memory).set_memory_limit(step.memory)
     if step.gpus:
         task.set_accelerator_type(step.gpu_resource).set_accelerator_limit(step.gpus)

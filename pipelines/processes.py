@@ -5,12 +5,19 @@ import io
 import os
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import psutil
 
 GRACE = 15.0
 """Seconds that an interrupted step has to end by itself; torchrun needs some to end its workers."""
+_ONE_SIGNAL = 1.0
+"""Seconds within which a second signal is the same one: `timeout` signals a process, then its group."""
+_interrupted = threading.Event()
+_stoppers: set[Callable[[], None]] = set()
+"""What ends the steps that run in threads."""
 
 
 @contextlib.contextmanager
@@ -20,19 +27,56 @@ def interruptible() -> Iterator[None]:
     By default, these signals would end Python at once and leave the step running. A signal that the caller
     ignores (nohup, a background job) stays ignored.
     """
+    last = -_ONE_SIGNAL
 
     def interrupt(*_: object) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _ONE_SIGNAL:
+            return
+        last = now
+        _interrupted.set()
+        for stop in list(_stoppers):
+            threading.Thread(target=stop).start()
         raise KeyboardInterrupt
 
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, interrupt)
+        elif number == signal.SIGINT:
+            # A process that starts with SIGINT ignored, such as a shell's background job, would pass this on
+            # to its steps, and then could not interrupt them. They do not inherit a handler.
+            signal.signal(number, lambda *_: None)
+    _interrupted.clear()
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stopped_on_interruption(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` in a thread of its own when a signal interrupts the run during this block.
+
+    kfp runs the steps of a loop in threads. Signals raise nothing there, and the main thread, in which they
+    do, waits for these threads before it passes the exception on. In the main thread this does nothing.
+
+    Raises:
+        KeyboardInterrupt: the run was interrupted before.
+    """
+    if threading.current_thread() is threading.main_thread():
+        yield
+        return
+    _stoppers.add(stop)
+    try:
+        # Only now: a signal either finds `stop`, or is found here.
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+        yield
+    finally:
+        _stoppers.discard(stop)
 
 
 def run(command: list[str], on_line: Callable[[str], None], env: dict[str, str] | None = None) -> int:
@@ -59,17 +103,24 @@ def run(command: list[str], on_line: Callable[[str], None], env: dict[str, str] 
     # Line ends are not translated: a progress bar ends in a carriage return and is redrawn over itself.
     lines = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
     try:
-        for line in lines:
-            on_line(line)
-        return process.wait()
+        with stopped_on_interruption(lambda: _interrupt(process, process.wait)):
+            for line in lines:
+                on_line(line)
+            return process.wait()
     finally:
         if process.poll() is None:
-            _end(process)
+            # The output is read until the end: a full pipe would block a step that still prints.
+            _interrupt(process, process.communicate)
         lines.close()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the step's processes, wait up to `GRACE` seconds, and kill those that remain."""
+def _interrupt(process: subprocess.Popen[bytes], wait: Callable[..., object]) -> None:
+    """Interrupt the step's processes, wait up to `GRACE` seconds, and kill those that remain.
+
+    Args:
+        process: the step.
+        wait: waits for its end; takes a `timeout`.
+    """
     # torchrun starts its workers in sessions of their own, which a signal to the group does not reach. They
     # are listed before the signal, because they cannot be found once their parent has ended.
     family: list[psutil.Process] = []
@@ -78,8 +129,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         family = [parent, *parent.children(recursive=True)]
     try:
         os.killpg(process.pid, signal.SIGINT)
-        # Read the output until the end: a full pipe would block a step that still prints.
-        process.communicate(timeout=GRACE)
+        wait(timeout=GRACE)
     except (subprocess.TimeoutExpired, KeyboardInterrupt, ProcessLookupError):
         pass
     finally:

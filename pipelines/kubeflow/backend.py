@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from datetime import datetime
 
 import urllib3
 from kubernetes import client as kubernetes
@@ -132,6 +133,18 @@ def pipeline_root(api: kubernetes.CoreV1Api, namespace: str) -> str:
         return ""
     root: str = settings.get("defaultPipelineRoot") or ""
     return root
+
+
+def launcher_changed_after(namespace: str, time: datetime) -> bool | None:
+    """Return whether `kfp-launcher` was changed after a time; None if this cannot be read from here."""
+    try:
+        metadata = (
+            core_api().read_namespaced_config_map("kfp-launcher", namespace, _request_timeout=5.0).metadata
+        )
+    except (UserError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
+        return None
+    changes = [field.time for field in metadata.managed_fields or []]
+    return any(change and change > time for change in [metadata.creation_timestamp, *changes])
 
 
 def check_runtime(cluster: Cluster) -> Finding:

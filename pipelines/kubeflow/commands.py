@@ -5,6 +5,7 @@ import sys
 import tempfile
 import webbrowser
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,10 @@ def submit(arguments: list[str]) -> int:
         connection = connect(options, cluster)
         if request.nodes > 1:
             require_trainer(cluster)
+            if connection.namespace != cluster.namespace:
+                # The TrainJob belongs into the namespace of the run, which only the server knows.
+                there = replace(cluster, namespace=connection.namespace)
+                compile_package(there, package, options["images"], request=request)
         name = options["run_name"] or run_name(request.resolved_recipe)
         run_id = start(
             connection,
@@ -197,28 +202,54 @@ def logs(arguments: list[str]) -> int:
 
 
 def resume(arguments: list[str]) -> int:
-    """Restart a failed run from the steps that failed, and return the exit code."""
-    run_key, options = _parse_run("resume", "Restart a failed run from the steps that failed.", arguments)
+    """Restart a failed run from the steps that failed, or start another one, and return the exit code."""
+    parser = _run_parser("resume", "Restart a failed run from the steps that failed.")
+    _add_wait(parser)
+    parser.add_argument(
+        "--new",
+        type=bool,
+        default=False,
+        help="start another run with the same version of the pipeline and the same parameters; it uses the "
+        "cluster's present configuration, and finds finished stages again",
+    )
+    run_key, options = _parse(parser, arguments)
     run_key = _required(run_key, "resume")
-    from pipelines.kubeflow.run_view import follow
-    from pipelines.kubeflow.runs import find, retry
+    from pipelines.kubeflow.backend import launcher_changed_after
+    from pipelines.kubeflow.run_view import follow, new_run_hint
+    from pipelines.kubeflow.runs import find, retry, start_again
+    from pipelines.kubeflow.workflow import read_workflow
 
     cluster = load_cluster(options["cluster"])
     connection = connect(options, cluster)
     run = find(connection, run_key)
-    retry(connection, run)
-    print(f"{run.display_name} was restarted\n{connection.link(run.run_id)}", flush=True)
-    return (
-        _watch(lambda: follow(connection, run.run_id, cluster, _print_line, options["poll"]), run.run_id)
-        if options["wait"]
-        else 0
-    )
+    run_id = run.run_id
+    if options["new"]:
+        run_id, name = start_again(connection, run)
+        print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
+    else:
+        changed = launcher_changed_after(connection.namespace, run.created_at) if run.created_at else None
+        retry(connection, run, read_workflow(connection, run_id), changed)
+        print(f"{run.display_name} was restarted\n{connection.link(run_id)}", flush=True)
+        if changed is not False:
+            since = ", which was changed since" if changed else ""
+            print(
+                f"it keeps the pipeline root and credentials of kfp-launcher with which it began{since}; "
+                f"{new_run_hint(run_id)}, with the present ones"
+            )
+    if not options["wait"]:
+        return 0
+    return _watch(lambda: follow(connection, run_id, cluster, _print_line, options["poll"]), run_id)
 
 
 def _parse_run(command: str, description: str, arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     """Parse `[RUN] [--option …]`: return the run's id or name, if given, and the options."""
     parser = _run_parser(command, description)
     _add_wait(parser)
+    return _parse(parser, arguments)
+
+
+def _parse(parser: ArgumentParser, arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """Split off the run's id or name, if given, and parse the options."""
     has_run = bool(arguments) and not arguments[0].startswith("-")
     run_key, rest = (arguments[0], arguments[1:]) if has_run else (None, arguments)
     return run_key, parse_options(parser, _flags(rest))
@@ -271,7 +302,7 @@ def _flags(arguments: list[str]) -> list[str]:
     followers = [*arguments[1:], "--"]
     return [
         f"{argument}=true"
-        if argument in ("--wait", "--follow", "--mine", "--all") and following.startswith("--")
+        if argument in ("--wait", "--follow", "--mine", "--all", "--new") and following.startswith("--")
         else argument
         for argument, following in zip(arguments, followers, strict=False)
     ]

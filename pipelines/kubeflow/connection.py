@@ -35,7 +35,7 @@ PATIENCE = "SLAM_ASR_KFP_PATIENCE"
 T = TypeVar("T")
 
 
-class NotFound(Exception):
+class NotFound(ClusterError):
     """The requested object does not exist (404)."""
 
 
@@ -96,7 +96,7 @@ class Connection:
                 may already exist.
 
         Raises:
-            NotFound: the requested object does not exist.
+            NotFound: the requested object does not exist; a ClusterError too.
             ClusterError: the API refuses the request, or temporary failures lasted for `patience()` seconds.
         """
         deadline, pause = time.monotonic() + patience(), 0.2
@@ -107,11 +107,12 @@ class Connection:
                     return request()
             except kfp_server_api.ApiException as error:
                 if error.status == 404:
-                    raise NotFound(what) from None
+                    words = _words(error.body) or "it does not exist"
+                    raise NotFound(f"{self.endpoint} could not {what} (404: {words}).") from None
                 if error.status and error.status < 500 and error.status != 429:
                     raise ClusterError(self._refusal(what, error)) from None
                 reason = f"{error.status} {error.reason}"
-                if words := _words(error):
+                if words := _words(error.body):
                     reason = f"{reason}: {words}"
             except (urllib3.exceptions.HTTPError, ValueError, TypeError, AttributeError) as error:
                 # A truncated answer is not valid JSON, or lacks fields that the API's classes require.
@@ -165,7 +166,7 @@ class Connection:
                 )
                 if answer.status < 500:
                     break
-                reason = f"HTTP {answer.status}"
+                reason = _with_words(f"HTTP {answer.status}", answer.data)
             except (
                 urllib3.exceptions.SSLError,
                 urllib3.exceptions.NameResolutionError,
@@ -190,7 +191,7 @@ class Connection:
                 f"{TOKEN_FILE} to a file with one, or use a port-forward to ml-pipeline."
             )
         if answer.status in (401, 403):
-            raise ClusterError(self._not_authenticated(answer.status))
+            raise ClusterError(self._not_authenticated(answer.status, answer.data))
         try:
             health = json.loads(answer.data)
         except ValueError:
@@ -202,26 +203,27 @@ class Connection:
             )
         return bool(health.get("multi_user"))
 
-    def _not_authenticated(self, status: int) -> str:
+    def _not_authenticated(self, status: int, body: Any) -> str:
+        answer = _with_words(str(status), body)
         if not self.token:
             return (
-                f"{self.endpoint} asks for a token ({status}): put one into {TOKEN}, or its file into "
+                f"{self.endpoint} asks for a token ({answer}): put one into {TOKEN}, or its file into "
                 f"{TOKEN_FILE}; `kubectl create token ACCOUNT --audience pipelines.kubeflow.org` makes one."
             )
         return (
-            f"{self.endpoint} refuses the token ({status}): tokens expire; "
+            f"{self.endpoint} refuses the token ({answer}): tokens expire; "
             f"put a new one into {TOKEN} or {TOKEN_FILE}."
         )
 
     def _refusal(self, what: str, error: kfp_server_api.ApiException) -> str:
         if error.status == 401:
-            return self._not_authenticated(error.status)
+            return self._not_authenticated(error.status, error.body)
         if error.status == 403:
             return (
-                f"You may not {what} in the namespace {self.namespace} (403): check --namespace, "
-                "or ask for the role `kubeflow-edit` there."
+                f"You may not {what} in the namespace {self.namespace} ({_with_words('403', error.body)}): "
+                "check --namespace, or ask for the role `kubeflow-edit` there."
             )
-        return f"{self.endpoint} refuses to {what} ({error.status}: {_words(error) or error.reason})."
+        return f"{self.endpoint} refuses to {what} ({error.status}: {_words(error.body) or error.reason})."
 
 
 def add_connection_options(parser: ArgumentParser) -> None:
@@ -277,14 +279,20 @@ def _token() -> str | None:
     return None
 
 
-def _words(error: kfp_server_api.ApiException) -> str:
-    """Return the server's own words on one line; empty if its answer has none."""
-    try:
-        answer = json.loads(error.body)
-        message = answer.get("message") or answer.get("error") or ""
-    except (ValueError, TypeError, AttributeError):
-        return ""
-    return " ".join(str(message).split())[:300].rstrip(".")
+def _words(body: Any) -> str:
+    """Return the server's own words on one line; empty if its answer has none, or is a web page."""
+    text = body.decode("utf-8", "replace") if isinstance(body, bytes) else str(body or "")
+    with contextlib.suppress(ValueError):
+        answer = json.loads(text)
+        if isinstance(answer, dict):
+            text = str(answer.get("message") or answer.get("error") or "")
+    # A proxy before the server answers in plain text, or with a page.
+    return "" if "<html" in text.lower() else " ".join(text.split())[:300].rstrip(".")
+
+
+def _with_words(status: str, body: Any) -> str:
+    """Return an HTTP status with the server's words, if its answer has any."""
+    return ": ".join(filter(None, (status, _words(body))))
 
 
 def _plain(error: Exception) -> str:

@@ -90,6 +90,20 @@ def why_failed(run: kfp_server_api.V2beta1Run, workflow: Workflow | None, steps:
     return _message(run.error)
 
 
+def new_run_hint(run_id: str) -> str:
+    """Name the command that starts a run again, and what it does, for messages."""
+    return f"`python -m pipelines resume {run_id} --new` starts it again and finds finished stages again"
+
+
+def broken_driver(workflow: Workflow) -> Node | None:
+    """Return a driver that ran and failed last; a restart of such a run repeats the failure.
+
+    A driver records what it resolved, such as the root of the artifacts, before it fails. After a restart the
+    server finds two executions of one name. A driver whose pod was never created has recorded nothing.
+    """
+    return next((node for node in workflow.failed_drivers() if node.phase == "Failed"), None)
+
+
 def is_orphaned(run: kfp_server_api.V2beta1Run, workflow: Workflow | None) -> bool:
     """Whether somebody deleted the run's workflow from the cluster. Kubeflow shows such a run as unfinished.
 
@@ -129,10 +143,11 @@ class RunView:
         if self.state == "lost":
             return (
                 "the run is lost: its workflow was deleted from the cluster, so Kubeflow shows it as "
-                f"{(self.run.state or 'pending').lower()} for ever; `python -m pipelines submit` starts "
-                "another one, which reuses finished results"
+                f"{(self.run.state or 'pending').lower()} for ever; {new_run_hint(run_id)}"
             )
         resume = f"`python -m pipelines resume {run_id}` restarts the steps that did not finish"
+        if self.workflow is not None and broken_driver(self.workflow) is not None:
+            resume = f"once this is mended, {new_run_hint(run_id)}"
         if self.state == "stopped":
             return f"the run was stopped by somebody; {resume}"
         failed = [step.name for step in self.steps if step.state == "failed"]

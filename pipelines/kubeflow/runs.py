@@ -5,6 +5,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
@@ -15,7 +16,8 @@ import kfp_server_api
 
 from pipelines import asr, evaluate, sweep
 from pipelines.kubeflow.connection import Connection, NotFound
-from pipelines.kubeflow.run_view import ENDED
+from pipelines.kubeflow.run_view import ENDED, broken_driver, is_orphaned, new_run_hint
+from pipelines.kubeflow.workflow import Workflow, read_workflow
 from slam_asr import __version__
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
@@ -28,6 +30,9 @@ _DESCRIPTIONS = {
     EVALUATION: evaluate.DESCRIPTION,
     SWEEP: sweep.DESCRIPTION,
 }
+_TIME_FORMAT = "%m-%d %H:%M"
+"""Format of the time at the end of a run's name."""
+_TIME_IN_NAME = re.compile(r" \d\d-\d\d \d\d:\d\d$")
 
 
 def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> tuple[str, str, str]:
@@ -158,7 +163,7 @@ def run_name(recipe: Recipe) -> str:
     The dashboard's list cuts names after about 30 characters, so the distinctive part comes first.
     """
     values = asdict(recipe)
-    return f"{recipe.name} {digest(values)[:6]} {datetime.now().strftime('%m-%d %H:%M')}"
+    return f"{recipe.name} {digest(values)[:6]} {datetime.now().strftime(_TIME_FORMAT)}"
 
 
 def find(connection: Connection, id_or_name: str) -> kfp_server_api.V2beta1Run:
@@ -218,20 +223,94 @@ def latest(
             return found[:count]
 
 
-def retry(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:
+def retry(
+    connection: Connection,
+    run: kfp_server_api.V2beta1Run,
+    workflow: Workflow | None,
+    launcher_changed: bool | None = None,
+) -> None:
     """Restart a run from the steps that failed.
 
+    Args:
+        connection: the connection to Kubeflow Pipelines.
+        run: the run.
+        workflow: its workflow, if it can be read.
+        launcher_changed: whether the launcher's configuration was changed after the run began.
+
     Raises:
-        ConfigurationError: the run has not failed, or its workflow was deleted.
+        ConfigurationError: the run has not failed, or only a new run can succeed.
         ClusterError: the API refuses or does not answer.
     """
+    again = new_run_hint(run.run_id)
+    if is_orphaned(run, workflow):
+        raise ConfigurationError(
+            f"The run {run.display_name} is lost, because its workflow was deleted from the cluster: {again}."
+        )
     if run.state not in ("FAILED", "CANCELED"):
         raise ConfigurationError(
             f"The run {run.display_name} is {(run.state or 'pending').lower()}, and only a run that failed "
             "or was stopped can be resumed: `python -m pipelines submit` starts another one, which reuses "
             "finished results."
         )
-    connection.call("restart the run", lambda: connection.runs.run_service_retry_run(run.run_id), once=True)
+    if workflow is not None and (driver := broken_driver(workflow)) is not None:
+        raise ConfigurationError(
+            f"The run {run.display_name} failed in Kubeflow's driver of {driver.task}, and a restarted run "
+            "keeps what its drivers resolved: mend the cause, which "
+            f"`python -m pipelines status {run.run_id}` shows; then {again}."
+        )
+    if workflow is not None and launcher_changed and not workflow.has_finished_steps:
+        raise ConfigurationError(
+            f"No step of the run {run.display_name} has finished, and kfp-launcher was changed after it "
+            f"began: a restarted run keeps the former pipeline root and credentials; {again}."
+        )
+    try:
+        connection.call(
+            "restart the run", lambda: connection.runs.run_service_retry_run(run.run_id), once=True
+        )
+    except ClusterError as error:
+        raise ClusterError(f"{str(error).rstrip('.')}; {again}.") from None
+
+
+def start_again(connection: Connection, run: kfp_server_api.V2beta1Run) -> tuple[str, str]:
+    """Start a run of the same version of the pipeline with the same parameters.
+
+    It resolves the launcher's configuration again, and its stages find the finished results of the other run.
+
+    Returns:
+        The id and the name of the new run.
+
+    Raises:
+        ConfigurationError: the run has not ended, or its version of the pipeline does not exist any more.
+        ClusterError: the API refuses or does not answer.
+    """
+    if run.state not in ENDED and not is_orphaned(run, read_workflow(connection, run.run_id)):
+        raise ConfigurationError(
+            f"The run {run.display_name} is {(run.state or 'pending').lower()}, and two runs would write the "
+            f"same results: `python -m pipelines stop {run.run_id}` stops it."
+        )
+    submit = "`python -m pipelines submit` starts another one, which reuses finished results."
+    if run.pipeline_version_reference is None:
+        raise ConfigurationError(f"The run {run.display_name} names no version of a pipeline: {submit}")
+    name = f"{_TIME_IN_NAME.sub('', run.display_name)} {datetime.now().strftime(_TIME_FORMAT)}"
+    parameters = run.runtime_config.parameters if run.runtime_config else None
+    request = kfp_server_api.V2beta1Run(
+        experiment_id=run.experiment_id,
+        display_name=name,
+        description=submitter(),
+        pipeline_version_reference=run.pipeline_version_reference,
+        # The other run's pipeline root is left out: a new run takes that of the launcher's configuration.
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=parameters),
+        service_account=run.service_account,
+    )
+    try:
+        started = connection.call(
+            "start the run", lambda: connection.runs.run_service_create_run(request), once=True
+        )
+    except NotFound:
+        raise ConfigurationError(
+            f"The version of the pipeline of the run {run.display_name} does not exist any more: {submit}"
+        ) from None
+    return started.run_id, name
 
 
 def stop(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines.kubeflow.connection import Connection, NotFound
+from pipelines.kubeflow.connection import Connection
 from slam_asr.errors import ClusterError
 from slam_asr.steps import EVERY_PIPELINE, STEPS
 
@@ -109,12 +109,15 @@ class Workflow:
         return max(matching, key=len, default="")
 
     def failed_drivers(self) -> list[Node]:
-        """The drivers that failed, latest first. A driver prepares a task, and runs in a pod of its own."""
-        failed = [
-            node
-            for node in self.nodes
-            if node.kind == "Pod" and not node.is_executor and node.phase in ("Failed", "Error")
-        ]
+        """The drivers whose last attempt failed, latest first.
+
+        A driver prepares a task, and runs in a pod of its own.
+        """
+        last: dict[str, Node] = {}
+        for node in sorted(self.nodes, key=_order):
+            if node.kind == "Pod" and not node.is_executor:
+                last[node.place] = node
+        failed = [node for node in last.values() if node.phase in ("Failed", "Error")]
         return sorted(failed, key=_order, reverse=True)
 
     def attempts(self) -> dict[str, list[Node]]:
@@ -124,6 +127,11 @@ class Workflow:
             if node.is_executor and node.task in STEPS:
                 found.setdefault(node.place, []).append(node)
         return found
+
+    @property
+    def has_finished_steps(self) -> bool:
+        """Whether a step has succeeded."""
+        return any(nodes[-1].phase == "Succeeded" for nodes in self.attempts().values())
 
     def omitted(self) -> set[str]:
         """Names of steps that were never reached, because an earlier step failed."""
@@ -158,7 +166,7 @@ def read_workflow(connection: Connection, run_id: str) -> Workflow | None:
 
     try:
         answer = connection.call("read the run's workflow", request)
-    except (NotFound, ClusterError):
+    except ClusterError:
         # Callers still have the states of v2beta1. An unreadable reason must not fail them.
         return None
     manifest = (answer.get("pipeline_runtime") or {}).get("workflow_manifest")

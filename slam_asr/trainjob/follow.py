@@ -6,10 +6,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from slam_asr.errors import ClusterError, UserError
 from slam_asr.progress import log_line
 from slam_asr.trainjob.request import NODE, TrainJobClient, cause_of, status_of
+from slam_asr.trainjob.waiting import waiting_nodes
+
+if TYPE_CHECKING:
+    from kubeflow.trainer.types.types import TrainJob
 
 POLL = 5.0
 """Seconds between two requests for the job's state."""
@@ -28,7 +33,7 @@ class FollowedTrainJob:
     def __init__(self, trainer: TrainJobClient, name: str) -> None:
         self.trainer, self.name, self.client = trainer, name, trainer.client
         self._lines_logged = 0
-        self._events_logged: set[str] = set()
+        self._waits_logged: set[tuple[str, str]] = set()
 
     def find_or_create(self, nodes: int, command: list[str]) -> bool:
         """Find the job of an earlier attempt of this step, or create a job; return whether it is new.
@@ -47,6 +52,8 @@ class FollowedTrainJob:
             existing = None
         if existing is None:
             self.trainer.create(self.name, nodes, command)
+        else:
+            self.trainer.adopt(self.name)
         return existing is None
 
     def follow(self, seconds: float) -> None:
@@ -83,10 +90,10 @@ class FollowedTrainJob:
                 state = job.status
                 log_line(f"TrainJob {self.name}: {state.lower()}")
             ended = state in ("Complete", "Failed")
-            running = any(s.name == f"{NODE}-0" and s.status not in (None, "Pending") for s in job.steps)
-            if not running:
-                self._log_events()
-            elif not ended and (log_thread is None or not log_thread.is_alive()):
+            running = {s.name for s in job.steps if s.status not in (None, "Pending")}
+            if not ended and len(running) < job.num_nodes:
+                self._log_waits(job)
+            if f"{NODE}-0" in running and not ended and (log_thread is None or not log_thread.is_alive()):
                 log_thread = threading.Thread(target=self._follow_output, daemon=True)
                 log_thread.start()
             if ended:
@@ -141,17 +148,21 @@ class FollowedTrainJob:
                 self._lines_logged += 1
                 log_line(line.rstrip("\n"))
 
-    def _log_events(self) -> None:
-        # Events only explain why the job waits, so a failure to read them must not stop the step.
+    def _log_waits(self, job: "TrainJob") -> None:
+        """Log which nodes do not run yet, and why; each reason of a node once."""
+        # Reasons only explain why the job waits, so a failure to read them must not stop the step.
         with contextlib.suppress(Exception):
-            for event in self.client.get_job_events(self.name):
-                text = " ".join(event.message.split())
-                if (
-                    event.reason in ("FailedScheduling", "Failed", "FailedMount", "BackOff", "FailedCreate")
-                    and text not in self._events_logged
-                ):
-                    self._events_logged.add(text)
-                    log_line(f"TrainJob {self.name} waits: {event.reason}: {text}")
+            namespace, created = self.trainer.placement.namespace, job.creation_timestamp
+            waits = waiting_nodes(self.trainer.core_api, namespace, self.name, job.num_nodes, created)
+            run = job.num_nodes - sum(map(len, waits.values()))
+            for reason, nodes in waits.items():
+                if self._waits_logged.issuperset((node, reason) for node in nodes):
+                    continue
+                self._waits_logged.update((node, reason) for node in nodes)
+                log_line(
+                    f"TrainJob {self.name}: {run} of {job.num_nodes} nodes run; {listed(nodes)} "
+                    f"{'waits' if len(nodes) == 1 else 'wait'}: {reason}"
+                )
 
     def _failure(self) -> str:
         """Return the error message of the node that failed, and log the last lines of the other nodes.
@@ -176,6 +187,13 @@ class FollowedTrainJob:
             or f"TrainJob {self.name} failed: its nodes' last lines are above; if they were killed, "
             "`kubectl describe` of its pods shows why."
         )
+
+
+def listed(nodes: list[str]) -> str:
+    """Join names of nodes; of many, only the first ones."""
+    if len(nodes) > 8:
+        return f"{', '.join(nodes[:6])} and {len(nodes) - 6} others"
+    return " and ".join(filter(None, (", ".join(nodes[:-1]), nodes[-1])))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,9 @@ They come from the cluster's profile, and are part of the compiled pipeline.
 from dataclasses import dataclass, field
 from typing import Any
 
+NO_LIMIT = "none"
+"""Value of `cpu_limit` for a container that may use all free cores of its node."""
+
 
 @dataclass
 class Placement:
@@ -22,6 +25,8 @@ class Placement:
     """Name of the ClusterTrainingRuntime."""
     resources: dict[str, str] = field(default_factory=dict)
     """Requests and limits of each node, by resource name: cpu, memory, and for example nvidia.com/gpu."""
+    cpu_limit: str = ""
+    """Limit of the cores of each node if it differs from the request; `NO_LIMIT` for no limit."""
     shared_memory: str = ""
     """Size of /dev/shm."""
     scratch: str = ""
@@ -31,7 +36,7 @@ class Placement:
     storage_secret: str = ""
     """Secret with access to object storage; mounted where `slam_asr.storage` reads it."""
     token_secret: str = ""
-    """Secret that contains HF_TOKEN."""
+    """Secret that contains HF_TOKEN; mounted as a file, to which HF_TOKEN_PATH points."""
     environment: dict[str, str] = field(default_factory=dict)
     service_account: str = ""
     run_as_user: int = 1000
@@ -42,4 +47,4 @@ class Placement:
     """Labels of the TrainJob and its pods, such as Kueue's queue and priority."""
     annotations: dict[str, str] = field(default_factory=dict)
     timeout_hours: float = 0.0
-    """Time limit of the job in hours; 0 means no limit."""
+    """Time limit of the job in hours; 0 means no limit. Each attempt at the step has a job of its own."""

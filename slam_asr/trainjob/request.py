@@ -2,20 +2,28 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from kubernetes.client import ApiException
 from urllib3.exceptions import HTTPError
 
 from slam_asr.errors import ClusterError
+from slam_asr.progress import log_line
 from slam_asr.storage.client import SECRET_FOLDER
-from slam_asr.trainjob.placement import Placement
+from slam_asr.trainjob.owner import add_owner, owner_of_this_step
+from slam_asr.trainjob.placement import NO_LIMIT, Placement
 
 if TYPE_CHECKING:
     from kubeflow.trainer.options import RuntimePatch
 
 NODE = "node"
 """Name of the replicated job that trains, and of its container, in Trainer's runtimes."""
+TOKEN_FOLDER = "/var/run/secrets/slam-asr/hub"
+"""Folder at which the secret with the hub's token is mounted in each node's pod."""
+_ADMISSION = re.compile(r"denied (the )?request|exceeded quota|violates PodSecurity")
+"""What 403 says if not a right is missing, but a webhook, a policy or a quota refuses the object itself."""
 
 
 class TrainJobClient:
@@ -33,6 +41,13 @@ class TrainJobClient:
         self.client = TrainerClient(backend_config=KubernetesBackendConfig(namespace=placement.namespace))
         # Fails here, before anything is created, if the runtime does not exist.
         self.runtime = self.client.get_runtime(placement.runtime)
+        self.core_api = self.client.backend.core_api
+        self.custom_api = self.client.backend.custom_api
+        self.owner = owner_of_this_step(self.core_api, placement.namespace)
+        # The SDK has no option for a job's owner, and makes every request a limit too, so both are changed in
+        # the request that it sends.
+        self._send = self.custom_api.create_namespaced_custom_object
+        self.custom_api.create_namespaced_custom_object = self._send_completed
 
     def create(self, name: str, nodes: int, command: list[str]) -> None:
         """Create a TrainJob.
@@ -57,7 +72,7 @@ class TrainJobClient:
             image=placement.image,
             num_nodes=nodes,
             resources_per_node=placement.resources,
-            env=dict(placement.environment),
+            env=_environment(placement),
         )
         options: list[Any] = [
             Name(name),
@@ -72,6 +87,40 @@ class TrainJobClient:
         if placement.annotations:
             options.append(Annotations(dict(placement.annotations)))
         self.client.train(runtime=self.runtime, trainer=trainer, options=options)
+
+    def adopt(self, name: str) -> None:
+        """Make this run an owner of an existing job, which else ends with the run that created it."""
+        if self.owner is None:
+            return
+        try:
+            add_owner(self.custom_api, self.placement.namespace, name, self.owner)
+        except (ApiException, HTTPError) as error:
+            log_line(
+                f"TrainJob {name} ends with the workflow of the run that created it, because this run "
+                f"cannot become its owner ({cause_of(error)})"
+            )
+
+    def _send_completed(
+        self, group: str, version: str, namespace: str, plural: str, job: dict[str, Any], **options: Any
+    ) -> Any:
+        if self.owner is not None:
+            job["metadata"]["ownerReferences"] = [self.owner]
+        limits = job["spec"]["trainer"].get("resourcesPerNode", {}).get("limits", {})
+        if self.placement.cpu_limit == NO_LIMIT:
+            limits.pop("cpu", None)
+        elif self.placement.cpu_limit:
+            limits["cpu"] = self.placement.cpu_limit
+        return self._send(group, version, namespace, plural, job, **options)
+
+
+def _environment(placement: Placement) -> dict[str, str]:
+    """Return the variables of each node, with the path of the hub's token, which is mounted as a file.
+
+    A variable cannot come from a secret: the SDK accepts only plain values, and Trainer's webhook refuses
+    variables in the changes to the runtime.
+    """
+    token = {"HF_TOKEN_PATH": f"{TOKEN_FOLDER}/HF_TOKEN"} if placement.token_secret else {}
+    return token | placement.environment
 
 
 def runtime_patch(placement: Placement) -> "RuntimePatch":
@@ -90,13 +139,8 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
     )
 
     volumes = _volumes(placement)
-    token = {
-        "name": "HF_TOKEN",
-        "valueFrom": {"secretKeyRef": {"name": placement.token_secret, "key": "HF_TOKEN"}},
-    }
     container = ContainerPatch(
         name=NODE,
-        env=[token] if placement.token_secret else None,
         volume_mounts=[{"name": volume["name"], "mountPath": path} for volume, path in volumes] or None,
         security_context={"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     )
@@ -127,6 +171,7 @@ def _volumes(placement: Placement) -> list[tuple[dict[str, Any], str]]:
     """The volumes that the settings ask for, each with the path that it is mounted at."""
     memory = {"medium": "Memory", "sizeLimit": placement.shared_memory}
     claim, secret = {"claimName": placement.models_claim}, {"secretName": placement.storage_secret}
+    token = {"secretName": placement.token_secret}
     volumes: list[tuple[str, dict[str, Any], str]] = [
         (placement.shared_memory, {"name": "shm", "emptyDir": memory}, "/dev/shm"),
         (
@@ -140,6 +185,7 @@ def _volumes(placement: Placement) -> list[tuple[dict[str, Any], str]]:
             f"{placement.cache}/models",
         ),
         (placement.storage_secret, {"name": "s3", "secret": secret}, SECRET_FOLDER),
+        (placement.token_secret, {"name": "hub", "secret": token}, TOKEN_FOLDER),
     ]
     return [(volume, path) for setting, volume, path in volumes if setting]
 
@@ -171,19 +217,29 @@ def explained_refusals(placement: Placement) -> Iterator[None]:
             raise ClusterError(
                 f"The Kubernetes API does not answer ({cause_of(error)}): try again."
             ) from None
-        status = status_of(error)
-        if status in (401, 403):
+        status, cause = status_of(error), cause_of(error)
+        if _ADMISSION.search(cause):
+            raise ClusterError(
+                f"The cluster does not accept the TrainJob ({cause}): correct what it names in the cluster's "
+                "profile, or in the cluster."
+            ) from None
+        if status == 401:
+            raise ClusterError(
+                f"Kubernetes refuses the token of this step's account ({cause}): start the step again, "
+                "which then gets a new one."
+            ) from None
+        if status == 403:
             raise ClusterError(
                 f"The account {placement.service_account or 'of this step'} may not use TrainJobs in "
-                f"{placement.namespace} ({status}): apply the component manifests/components/trainer."
+                f"{placement.namespace} (403): apply the component manifests/components/trainer."
             ) from None
         if status == 404 or "Runtime" in str(error):
             raise ClusterError(
-                f"The cluster has no training runtime {placement.runtime} ({cause_of(error)}): install "
+                f"The cluster has no training runtime {placement.runtime} ({cause}): install "
                 "Kubeflow Trainer 2 with its runtimes, correct trainer.runtime in the cluster's profile, or "
                 "set training.nodes to 1."
             ) from None
-        raise ClusterError(f"Kubeflow Trainer refuses the TrainJob ({cause_of(error)}).") from None
+        raise ClusterError(f"Kubeflow Trainer refuses the TrainJob ({cause}).") from None
 
 
 def status_of(error: BaseException) -> int | None:
@@ -193,14 +249,18 @@ def status_of(error: BaseException) -> int | None:
 
 
 def cause_of(error: BaseException) -> str:
-    """Return the first cause of an error of the SDK, as one line of at most 300 characters."""
+    """Return the first cause of an error of the SDK, as one line.
+
+    A long one loses its middle: a webhook repeats the complete object before it says what is wrong with it.
+    """
     *_, inner = _chain(error)
     reason = getattr(inner, "reason", None) or str(inner)
     # Kubernetes explains a refusal in the JSON body of its answer.
     body: Any = getattr(inner, "body", None)
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         reason = json.loads(body)["message"]
-    return " ".join(str(reason).split())[:300].rstrip(".")
+    text = " ".join(str(reason).split()).rstrip(".")
+    return text if len(text) <= 400 else f"{text[:150]} … {text[-250:]}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

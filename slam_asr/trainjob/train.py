@@ -7,7 +7,8 @@ continues to follow it.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from slam_asr.artifacts.stage_record import FINGERPRINT, Record, follow_pointer, require_record
 from slam_asr.config.recipe import Recipe
@@ -17,6 +18,9 @@ from slam_asr.storage import digest, exists, is_s3, join
 from slam_asr.trainjob.follow import FollowedTrainJob, deleted_when_interrupted
 from slam_asr.trainjob.placement import Placement
 from slam_asr.trainjob.request import TrainJobClient, explained_refusals
+
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+"""File in which a pod finds its namespace."""
 
 
 def train_on_nodes(
@@ -51,6 +55,7 @@ def train_on_nodes(
             f"The store is {store}: training over {recipe.training.nodes} nodes needs one in object "
             "storage, which all of them can reach."
         )
+    placement = in_this_namespace(placement)
     command = node_command(recipe, train_manifest, store, feature_store, dev_manifest)
     # The name depends on all that the job does, so that a restarted step finds its own job and no other.
     name = f"slam-asr-train-{digest([command, asdict(placement)])[:12]}"
@@ -77,6 +82,24 @@ def train_on_nodes(
             f"{store}."
         )
     return require_record(follow_pointer(pointer), "train")
+
+
+def in_this_namespace(placement: Placement) -> Placement:
+    """Return the settings with the namespace of this pod, if it runs in one.
+
+    A single-user Kubeflow runs everything in its own namespace, whatever the profile says. Account, secrets
+    and volumes are there, and so must be the owner of the job.
+    """
+    try:
+        here = NAMESPACE_FILE.read_text().strip()
+    except OSError:
+        return placement
+    if here != placement.namespace:
+        log_line(
+            f"the TrainJob is created in {here}, where this step runs, and not in the profile's namespace "
+            f"{placement.namespace}"
+        )
+    return replace(placement, namespace=here)
 
 
 def node_command(

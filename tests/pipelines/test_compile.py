@@ -17,6 +17,8 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from google.protobuf import json_format
+from kfp import dsl
+from kfp.compiler import Compiler
 from kfp.pipeline_spec.pipeline_spec_pb2 import ComponentSpec, PipelineSpec
 
 from components import images
@@ -25,6 +27,7 @@ from pipelines import cli
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
 from pipelines.compile import compile_package
 from pipelines.package_check import PackageDefect, check_package, read_package
+from pipelines.placement import place
 from pipelines.run_request import RunRequest
 from slam_asr import __version__
 from slam_asr.config.recipe import load_recipe
@@ -442,6 +445,41 @@ def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
     assert gpus == {"extract-features", "train", "decode"}
 
 
+@pytest.mark.parametrize(
+    ("steps", "over_nodes", "resources", "timeout"),
+    [
+        ("{cpu: '8'}", False, ("8", "8", "8Gi", "8Gi"), 24),
+        ("{cpu: '8', cpu_limit: '12'}", False, ("8", "12", "8Gi", "8Gi"), 24),
+        ("{cpu: '8', cpu_limit: none}", False, ("8", None, "8Gi", "8Gi"), 24),
+        # The step that only watches a TrainJob; the job's time limit is trainer.timeout_hours.
+        ("{cpu: '8', gpus: 4, timeout_hours: 1}", True, ("100m", "1", "512Mi", "512Mi"), 14 * 24 + 1),
+        ("{cpu: '8', cpu_limit: none}", True, ("100m", None, "512Mi", "512Mi"), 14 * 24 + 1),
+    ],
+)
+def test_step_requests_cores_with_a_limit_of_its_own_or_none(tmp_path, steps, over_nodes, resources, timeout):
+    (tmp_path / "mine.yaml").write_text(f"steps: {{score: {steps}, train: {steps}}}")
+    cluster = load_cluster(str(tmp_path / "mine.yaml"))
+
+    @dsl.pipeline
+    def one_step():
+        place(cluster, IMAGES, "train", nothing(), over_nodes)
+
+    Compiler().compile(one_step, str(tmp_path / "one.yaml"))
+    spec, settings = read_package(tmp_path / "one.yaml")
+    [executor] = json_format.MessageToDict(spec.deployment_spec)["executors"].values()
+    keys = ("resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest", "resourceMemoryLimit")
+    assert tuple(executor["container"]["resources"].get(key) for key in keys) == resources
+    assert settings["exec-nothing"].active_deadline_seconds == timeout * 3600
+    limit = json_format.MessageToDict(spec.root.dag.tasks["nothing"].retry_policy)["backoffMaxDuration"]
+    # Four attempts, and waits of 30, 60 and 120 seconds.
+    assert limit == f"{4 * timeout * 3600 + 210}s"
+
+
+@dsl.component(base_image="x", install_kfp_package=False)
+def nothing():
+    pass
+
+
 @pytest.mark.slow
 def test_multi_node_training_gives_the_gpus_to_its_nodes(tmp_path):
     cluster = load_cluster("several-nodes")
@@ -565,17 +603,17 @@ def test_unknown_key_is_rejected(compiled, tmp_path, change):
         (
             ["demo", "--training.processes", "9"],
             "Recipe demo: training.processes is 9, "
-            "but the cluster one-gpu-node gives each node of train 8 GPUs",
+            "but the cluster one-gpu-node gives each pod of train 8 GPUs",
         ),
         (
             ["demo", "--features.processes", "9"],
             "Recipe demo: features.processes is 9, "
-            "but the cluster one-gpu-node gives extract-features 8 GPUs (steps.extract_features.gpus)",
+            "but the cluster one-gpu-node gives each pod of extract-features 8 GPUs (steps.extract_features",
         ),
         (
             ["demo", "--decoding.processes", "9"],
             "Recipe demo: decoding.processes is 9, "
-            "but the cluster one-gpu-node gives decode 1 GPUs (steps.decode.gpus)",
+            "but the cluster one-gpu-node gives each pod of decode 1 GPU (steps.decode.gpus)",
         ),
         (["demi"], "No recipe named demi, and no such file; did you mean demo?"),
     ],
@@ -600,6 +638,19 @@ def test_what_cannot_run_is_rejected_at_compile_time(error_of, tmp_path, argv, s
         (
             "steps: {train: {gpus: many}}",
             "Cluster {}: steps.train.gpus: Expected a whole number. Got value: many.",
+        ),
+        (
+            "steps: {train: {cpu: 1500m, cpu_limit: '1'}}",
+            "Cluster mine: steps.train.cpu_limit is '1' but must be none, or cores such as 2 or 500m, not "
+            "fewer than steps.train.cpu (1500m).",
+        ),
+        (
+            "steps: {train: {cpu_limit: unlimited}}",
+            "Cluster mine: steps.train.cpu_limit is 'unlimited' but must be none, or cores",
+        ),
+        (
+            "trainer: {timeout_hours: -1}",
+            "Cluster mine: trainer.timeout_hours is -1.0 but must be 0 or more.",
         ),
         (
             "steps: {train: {memory: much}}",

@@ -87,6 +87,45 @@ def test_interrupted_step_may_finish_what_it_prints(monkeypatch):
     assert time.monotonic() - started < processes.GRACE / 2
 
 
+# kfp runs the steps of a loop in threads, and waits for them when the main thread is interrupted. `timeout`
+# sends its signal to the process, and then again to the group that the process is in.
+STEP_IN_A_THREAD = """
+import os, signal, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from pipelines import processes
+
+code = (
+    "import sys, time\\n"
+    "try: print('begun', flush=True); time.sleep(60); print('not interrupted')\\n"
+    "except KeyboardInterrupt: print('interrupted'); time.sleep(0.1); sys.exit(7)"
+)
+begun = threading.Event()
+
+def step():
+    def on_line(line):
+        print(line, end="", flush=True)
+        begun.set()
+    return processes.run([sys.executable, "-c", code], on_line)
+
+try:
+    with processes.interruptible(), ThreadPoolExecutor(1) as executor:
+        steps = [executor.submit(step) for _ in range(2)]
+        begun.wait()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        steps[0].result()
+except KeyboardInterrupt:
+    print(steps[0].result(), type(steps[1].exception()).__name__)
+"""
+
+
+@pytest.mark.parametrize("start", [[], ["sh", "-c", 'trap "" INT; exec "$0" "$@"']])
+def test_interruption_ends_the_steps_that_run_in_threads(start):
+    """The step ends by itself, the next one does not start, also if a shell ignores SIGINT for its jobs."""
+    done = subprocess.run([*start, *python(STEP_IN_A_THREAD)], capture_output=True, text=True)
+    assert done.stdout == "begun\ninterrupted\n7 KeyboardInterrupt\n", done.stderr
+
+
 KILLED_BY_ITSELF = """
 import os, signal, time
 from pipelines import processes

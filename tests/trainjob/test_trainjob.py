@@ -12,19 +12,25 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from kubeflow_trainer_api import models
+from kubernetes.client import ApiClient
 
 from slam_asr.artifacts.stage_record import Outcome, run_stage, write_pointer
 from slam_asr.config.recipe import load_recipe
-from slam_asr.errors import UserError
+from slam_asr.errors import ClusterError, UserError
 from slam_asr.training.launch import nodes_from_environment
-from slam_asr.trainjob import follow
+from slam_asr.trainjob import follow, train
 from slam_asr.trainjob.placement import Placement
+from slam_asr.trainjob.request import TrainJobClient, explained_refusals
 from slam_asr.trainjob.train import node_command, train_on_nodes
+from slam_asr.trainjob.waiting import waiting_nodes
 
 GROUP = "/apis/trainer.kubeflow.org/v1alpha1"
 RUNTIME = {
@@ -72,6 +78,7 @@ PLACEMENT = Placement(
     annotations={"note": "hello"},
     timeout_hours=2,
 )
+RIGHTS = Path(__file__).resolve().parents[2] / "manifests/components/trainer/rights.yaml"
 MANIFEST, STORE = "s3://bucket/manifests/train.jsonl", "s3://bucket/store"
 
 
@@ -87,6 +94,15 @@ class Fake:
         """The job's state at each request; the last one remains."""
         self.forbidden = False
         self.runtimes = {"torch-distributed": RUNTIME}
+        self.refusal: tuple[int, str] | None = None
+        """Status and message with which the server refuses to create a job."""
+        self.pod_status: dict[int, dict] = {}
+        """Status of a node's pod, if it is not the job's state; an empty one stands for no pod."""
+        self.objects: dict[str, dict] = {}
+        """Other objects by their path, such as the pod of the step itself."""
+        self.used_rights: set[tuple[str, str]] = set()
+        """Verb and resource of each request."""
+        self.patches: list[dict] = []
         self.when_complete = lambda name: None
         self.requests = 0
         self.now = "Pending"
@@ -101,8 +117,16 @@ class Server(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def note(self, verb: str, path: str) -> None:
+        found = re.match(rf"(?:/api/v1|{GROUP})(?:/namespaces/[^/]+)?/(\w+)(/[^/?]+)?(/\w+)?", path)
+        verb = "list" if verb == "get" and not found[2] else verb
+        self.server.fake.used_rights.add((verb, found[1] + (found[3] or "")))
+
     def do_GET(self) -> None:
         fake, path = self.server.fake, self.path.partition("?")[0]
+        self.note("get", path)
+        if path in fake.objects:
+            return self.send(200, fake.objects[path])
         if fake.forbidden and path.startswith(GROUP):
             return self.send(403, {"message": "forbidden: no right"})
         if found := re.fullmatch(rf"{GROUP}/clustertrainingruntimes/(.+)", path):
@@ -156,9 +180,10 @@ class Server(http.server.BaseHTTPRequestHandler):
                                 },
                             },
                             "spec": {"containers": [{"name": "node", "image": "x"}]},
-                            "status": {"phase": phase},
+                            "status": fake.pod_status.get(n, {"phase": phase}),
                         }
                         for n in range(2)
+                        if fake.pod_status.get(n) != {}
                     ],
                 },
             )
@@ -166,6 +191,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             event = {
                 "metadata": {"name": "e"},
                 "involvedObject": {"kind": "Pod", "name": "node-0"},
+                "type": "Warning",
                 "reason": "FailedScheduling",
                 "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
                 "firstTimestamp": "2026-01-02T03:04:05Z",
@@ -181,8 +207,19 @@ class Server(http.server.BaseHTTPRequestHandler):
             )
         return self.send(404, {"message": f"nothing at {path}"})
 
+    def do_PATCH(self) -> None:
+        self.note("patch", self.path)
+        patch = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert self.headers["content-type"] == "application/merge-patch+json"
+        self.server.fake.patches.append(patch)
+        self.send(200, {})
+
     def do_POST(self) -> None:
+        self.note("create", self.path)
         job = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.server.fake.refusal:
+            status, message = self.server.fake.refusal
+            return self.send(status, {"kind": "Status", "message": message})
         self.server.fake.created.append(job)
         job = job | {
             "metadata": job["metadata"] | {"namespace": "team", "creationTimestamp": "2026-01-02T03:04:05Z"}
@@ -192,6 +229,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send(201, job)
 
     def do_DELETE(self) -> None:
+        self.note("delete", self.path.partition("?")[0])
         self.rfile.read(int(self.headers.get("content-length") or 0))
         name = self.path.partition("?")[0].rpartition("/")[2]
         self.server.fake.deleted.append(name)
@@ -208,19 +246,12 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def cluster(monkeypatch, tmp_path, bucket):
-    """A cluster with Trainer. When a job completes, its first node has written the record and the pointer."""
+def kubernetes(monkeypatch, tmp_path):
+    """A cluster with Trainer."""
     fake = Fake()
     for name in ("KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"):
         monkeypatch.delenv(name, raising=False)
 
-    def finish(name: str) -> None:
-        record = run_stage(
-            "train", f"{STORE}/train/{name}", {"job": name}, lambda folder: Outcome("2 steps", {"steps": 2})
-        )
-        write_pointer(record, f"{STORE}/train/jobs/{name}.json")
-
-    fake.when_complete = finish
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         server.fake = fake
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -242,6 +273,27 @@ def cluster(monkeypatch, tmp_path, bucket):
         fake.kubeconfig = str(tmp_path / "kubeconfig")
         yield fake
         server.shutdown()
+
+
+@pytest.fixture
+def cluster(kubernetes, bucket):
+    """A cluster with Trainer. When a job completes, its first node has written the record and the pointer."""
+
+    def finish(name: str) -> None:
+        record = run_stage(
+            "train", f"{STORE}/train/{name}", {"job": name}, lambda folder: Outcome("2 steps", {"steps": 2})
+        )
+        write_pointer(record, f"{STORE}/train/jobs/{name}.json")
+
+    kubernetes.when_complete = finish
+    return kubernetes
+
+
+def create(**settings) -> bool:
+    """Create a job or find it, and return whether it is new."""
+    placement = replace(PLACEMENT, **settings)
+    with explained_refusals(placement):
+        return follow.FollowedTrainJob(TrainJobClient(placement), "a-job").find_or_create(2, ["slam-asr"])
 
 
 def start(**changes):
@@ -281,7 +333,10 @@ def test_the_request_matches_trainers_types_and_contains_all_settings(cluster):
         == trainer["resourcesPerNode"]["limits"]
         == PLACEMENT.resources
     )
-    assert trainer["env"] == [{"name": "NCCL_DEBUG", "value": "INFO"}]
+    assert trainer["env"] == [
+        {"name": "HF_TOKEN_PATH", "value": "/var/run/secrets/slam-asr/hub/HF_TOKEN"},
+        {"name": "NCCL_DEBUG", "value": "INFO"},
+    ]
     name = job["metadata"]["name"]
     expected = node_command(
         load_recipe("demo", {"training.nodes": 2}), MANIFEST, STORE, None, "s3://bucket/dev.jsonl"
@@ -297,6 +352,7 @@ def test_the_request_matches_trainers_types_and_contains_all_settings(cluster):
         {"name": "scratch", "emptyDir": {"sizeLimit": "100Gi"}},
         {"name": "models", "persistentVolumeClaim": {"claimName": "models"}},
         {"name": "s3", "secret": {"secretName": "bucket"}},
+        {"name": "hub", "secret": {"secretName": "hub"}},
     ]
     [container] = pod["containers"]
     assert [m["mountPath"] for m in container["volumeMounts"]] == [
@@ -304,10 +360,10 @@ def test_the_request_matches_trainers_types_and_contains_all_settings(cluster):
         "/var/cache/slam-asr",
         "/var/cache/slam-asr/models",
         "/var/run/secrets/slam-asr/s3",
+        "/var/run/secrets/slam-asr/hub",
     ]
-    assert container["env"] == [
-        {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}}
-    ]
+    # Trainer's webhook refuses variables in this patch.
+    assert "env" not in container
     assert pod["serviceAccountName"] == "runner" and pod["imagePullSecrets"] == [{"name": "pull"}]
     assert pod["nodeSelector"] == {"disk": "fast"} and pod["tolerations"] == [
         {"key": "gpu", "operator": "Exists"}
@@ -454,6 +510,278 @@ def test_a_refusal_is_one_sentence_and_nothing_is_created(cluster, change, sente
         start()
     assert str(refusal.value).startswith(sentence) and "\n" not in str(refusal.value)
     assert not cluster.created
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "sentence"),
+    [
+        (
+            403,
+            'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the request: '
+            f"spec.runtimePatches: Invalid value: {'x' * 900}: must not have envs for the node containers",
+            "The cluster does not accept the TrainJob (admission webhook "
+            '"validator.trainjob.trainer.kubeflow.org" denied the request: spec.runtimePatches: Invalid',
+        ),
+        (
+            403,
+            'trainjobs.trainer.kubeflow.org "j" is forbidden: exceeded quota: team, requested: count=1',
+            "The cluster does not accept the TrainJob (trainjobs.trainer.kubeflow.org",
+        ),
+        (
+            403,
+            'trainjobs.trainer.kubeflow.org is forbidden: User "system:serviceaccount:team:runner" cannot '
+            'create resource "trainjobs"',
+            "The account runner may not use TrainJobs in team (403): apply the component",
+        ),
+        (
+            401,
+            "Unauthorized",
+            "Kubernetes refuses the token of this step's account (Unauthorized): start the",
+        ),
+        (422, "spec.x: Required value", "Kubeflow Trainer refuses the TrainJob (spec.x: Required value)."),
+    ],
+)
+def test_words_of_an_admission_webhook_are_not_taken_for_missing_rights(
+    kubernetes, status, message, sentence
+):
+    kubernetes.refusal = (status, message)
+    with pytest.raises(ClusterError) as refusal:
+        create()
+    assert str(refusal.value).startswith(sentence) and "\n" not in str(refusal.value)
+    if len(message) > 900:
+        assert "must not have envs for the node containers): correct what it names" in str(refusal.value)
+    assert not kubernetes.created
+
+
+STEP_POD = {
+    "metadata": {
+        "name": "step-pod",
+        "uid": "uid-of-pod",
+        "ownerReferences": [
+            {
+                "apiVersion": "argoproj.io/v1alpha1",
+                "blockOwnerDeletion": True,
+                "controller": True,
+                "kind": "Workflow",
+                "name": "slam-asr-ncz4d",
+                "uid": "8bc2e24e",
+            }
+        ],
+    }
+}
+WORKFLOW = {
+    "apiVersion": "argoproj.io/v1alpha1",
+    "kind": "Workflow",
+    "name": "slam-asr-ncz4d",
+    "uid": "8bc2e24e",
+}
+
+
+@pytest.fixture
+def in_a_pod(kubernetes, monkeypatch):
+    """Let the step run in a pod of Kubeflow Pipelines."""
+    monkeypatch.setenv("KFP_POD_NAME", "step-pod")
+    kubernetes.objects["/api/v1/namespaces/team/pods/step-pod"] = STEP_POD
+
+
+def test_the_workflow_owns_the_job_and_so_removes_it_for_certain(kubernetes, in_a_pod):
+    assert create()
+    [job] = kubernetes.created
+    # Without blockOwnerDeletion, which would need a right to the workflow's finalizers.
+    assert job["metadata"]["ownerReferences"] == [WORKFLOW]
+    assert json.loads(models.TrainerV1alpha1TrainJob.from_dict(job).to_json()) == job
+
+
+@pytest.mark.parametrize("uid", ["of another run", "8bc2e24e"])
+def test_job_of_another_run_gets_this_run_as_an_owner_too(kubernetes, in_a_pod, uid):
+    create()
+    kubernetes.jobs["a-job"]["metadata"] |= {
+        "ownerReferences": [{**WORKFLOW, "uid": uid}],
+        "resourceVersion": "7",
+    }
+    assert not create()
+    both = {"ownerReferences": [{**WORKFLOW, "uid": uid}, WORKFLOW], "resourceVersion": "7"}
+    assert kubernetes.patches == ([] if uid == WORKFLOW["uid"] else [{"metadata": both}])
+
+
+def test_job_without_an_owner_is_created_if_the_pod_cannot_be_read(kubernetes, monkeypatch, capsys):
+    monkeypatch.setenv("KFP_POD_NAME", "step-pod")
+    assert create() and "ownerReferences" not in kubernetes.created[0]["metadata"]
+    assert "the pod step-pod of this step cannot be read (Not Found), so the TrainJob gets no owner" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_component_trainer_grants_the_rights_that_the_step_uses(kubernetes, in_a_pod):
+    create()
+    kubernetes.jobs["a-job"]["metadata"]["ownerReferences"] = [{"uid": "of another run"}]
+    create()
+    job = follow.FollowedTrainJob(TrainJobClient(PLACEMENT), "a-job")
+    kubernetes.pod_status, kubernetes.states = {1: UNSCHEDULABLE}, [*3 * ["Running"], "Complete"]
+    job.follow(0)
+    job.delete()
+    granted = {
+        (verb, resource)
+        for role in yaml.safe_load_all(RIGHTS.read_text())
+        for rule in role.get("rules", ())
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    # The SDK reads Trainer's version too, and does without it.
+    assert kubernetes.used_rights - granted == {("get", "configmaps")}
+    assert granted - kubernetes.used_rights == set(), "a right that is not needed"
+
+
+def test_the_job_is_created_where_the_step_runs(monkeypatch, tmp_path, capsys):
+    (tmp_path / "namespace").write_text("team\n")
+    monkeypatch.setattr(train, "NAMESPACE_FILE", tmp_path / "namespace")
+    assert train.in_this_namespace(replace(PLACEMENT, namespace="of-the-profile")) == PLACEMENT
+    assert capsys.readouterr().out.strip() == (
+        "the TrainJob is created in team, where this step runs, and not in the profile's namespace "
+        "of-the-profile"
+    )
+    assert train.in_this_namespace(PLACEMENT) == PLACEMENT and capsys.readouterr().out == ""
+    monkeypatch.setattr(train, "NAMESPACE_FILE", tmp_path / "outside-of-a-cluster")
+    other = replace(PLACEMENT, namespace="of-the-profile")
+    assert train.in_this_namespace(other) == other
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("", {"cpu": "8"}), ("16", {"cpu": "16"}), ("none", {})])
+def test_nodes_may_have_another_limit_of_cores_or_none(kubernetes, limit, expected):
+    create(cpu_limit=limit)
+    resources = kubernetes.created[0]["spec"]["trainer"]["resourcesPerNode"]
+    assert resources["requests"] == PLACEMENT.resources
+    without_cpu = {name: amount for name, amount in PLACEMENT.resources.items() if name != "cpu"}
+    assert resources["limits"] == without_cpu | expected
+
+
+def test_the_node_that_waits_is_named_while_the_others_run(kubernetes, capsys):
+    create()
+    kubernetes.states = ["Running", "Running", "Running", "Complete"]
+    kubernetes.pod_status = {1: UNSCHEDULABLE}
+    follow.FollowedTrainJob(TrainJobClient(PLACEMENT), "a-job").follow(0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "nodes run" in line]
+    assert lines == [
+        "TrainJob a-job: 1 of 2 nodes run; node-1 waits: Unschedulable: 0/1 nodes are available: "
+        "1 Insufficient cpu."
+    ]
+
+
+UNSCHEDULABLE = {
+    "phase": "Pending",
+    "conditions": [
+        {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "message": "0/1 nodes are available: 1 Insufficient cpu.",
+        }
+    ],
+}
+CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def waiting_container(reason: str, message: str | None = None) -> dict:
+    state = {"waiting": {"reason": reason, "message": message}}
+    return {"name": "node", "image": "x", "imageID": "", "ready": False, "restartCount": 0, "state": state}
+
+
+def event(kind: str, name: str, reason: str, message: str, **fields: str) -> dict:
+    involved = {"kind": kind, "name": name}
+    return {"metadata": {"name": "e"}, "involvedObject": involved, "reason": reason, "message": message} | (
+        {"type": "Warning", "eventTime": "2026-01-02T03:04:06.000001Z"} | fields
+    )
+
+
+FORBIDDEN = 'Error creating: pods "j-node-0-1-" is forbidden: exceeded quota: team, requested: cpu=8'
+
+
+@pytest.mark.parametrize(
+    ("status", "events", "reason"),
+    [
+        (UNSCHEDULABLE, [], "Unschedulable: 0/1 nodes are available: 1 Insufficient cpu."),
+        (
+            {"phase": "Pending", "containerStatuses": [waiting_container("ErrImagePull", "no such  host")]},
+            [],
+            "ErrImagePull: no such host",
+        ),
+        (
+            {"phase": "Pending", "containerStatuses": [waiting_container("ContainerCreating")]},
+            [event("Pod", "j-1", "FailedMount", 'secret "hub" not found')],
+            'FailedMount: secret "hub" not found',
+        ),
+        (
+            {"phase": "Pending", "containerStatuses": [waiting_container("ContainerCreating")]},
+            [event("Pod", "j-1", "Pulling", "pulling", type="Normal"), event("Pod", "j-2", "BackOff", "x")],
+            "ContainerCreating",
+        ),
+        # The scheduler's events have no first time, so the SDK drops them.
+        (
+            {"phase": "Pending"},
+            [event("Pod", "j-1", "FailedScheduling", "0/1 nodes")],
+            "FailedScheduling: 0/1 nodes",
+        ),
+        # The SDK knows no events of the Job.
+        (None, [event("Job", "j-node-0", "FailedCreate", FORBIDDEN)], f"FailedCreate: {FORBIDDEN}"),
+        (
+            None,
+            [event("Workload", "trainjob-j-4f2a1", "Pending", "insufficient quota for cpu", type="Normal")],
+            "Pending: insufficient quota for cpu",
+        ),
+        # An event of an earlier job of this name.
+        (
+            None,
+            [event("Job", "j-node-0", "FailedCreate", "old", eventTime="2026-01-02T03:04:04.000001Z")],
+            "it has no pod yet",
+        ),
+        (None, [event("Job", "other-node-0", "FailedCreate", "x")], "it has no pod yet"),
+        ({"phase": "Running"}, [event("Pod", "j-1", "Unhealthy", "x")], None),
+    ],
+)
+def test_the_reason_why_a_node_waits_comes_from_its_pod_or_from_events(status, events, reason):
+    index = {"batch.kubernetes.io/job-completion-index": "1"}
+    metadata = {"name": "j-1", "labels": index, "creationTimestamp": "2026-01-02T03:04:06Z"}
+    pods = [{"metadata": metadata, "status": status}] if status else []
+    of_node_0 = {"name": "j-0", "labels": {"batch.kubernetes.io/job-completion-index": "0"}}
+    pods.append({"metadata": metadata | of_node_0, "status": {"phase": "Running"}})
+    waits = waiting_nodes(Listing(pods, events), "team", "j", 2, CREATED)
+    assert waits == ({reason: ["node-1"]} if reason else {})
+
+
+class Listing:
+    """Answers with these pods and events, as the types of the Kubernetes client."""
+
+    def __init__(self, pods: list[dict], events: list[dict]) -> None:
+        self.pods, self.events = pods, events
+
+    def _typed(self, items: list[dict], kind: str):
+        response = SimpleNamespace(data=json.dumps({"items": items}))
+        return ApiClient().deserialize(response, kind)
+
+    def list_namespaced_pod(self, namespace: str, label_selector: str):
+        assert namespace == "team" and "jobset-name=j," in label_selector
+        return self._typed(self.pods, "V1PodList")
+
+    def list_namespaced_event(self, namespace: str):
+        return self._typed(self.events, "CoreV1EventList")
+
+
+def test_many_nodes_that_wait_for_the_same_are_one_line():
+    pods = [
+        {
+            "metadata": {
+                "name": f"j-{n}",
+                "labels": {"batch.kubernetes.io/job-completion-index": str(n)},
+                "creationTimestamp": "2026-01-02T03:04:06Z",
+            },
+            "status": UNSCHEDULABLE,
+        }
+        for n in range(20)
+    ]
+    [(reason, nodes)] = waiting_nodes(Listing(pods, []), "team", "j", 20, CREATED).items()
+    assert reason.startswith("Unschedulable") and len(nodes) == 20
+    assert follow.listed(nodes) == "node-0, node-1, node-2, node-3, node-4, node-5 and 14 others"
+    assert follow.listed(nodes[:2]) == "node-0 and node-1" and follow.listed(nodes[:1]) == "node-0"
 
 
 def test_a_store_that_nodes_do_not_share_is_refused(cluster):

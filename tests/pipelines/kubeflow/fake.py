@@ -41,8 +41,11 @@ class FakeKubeflow:
         self.terminated: list[str] = []
         self.created: list[dict[str, Any]] = []
         self.retried: list[str] = []
+        self.retry_refusal: tuple[int, dict[str, str]] | None = None
+        self.unknown_versions: set[str] = set()
+        """Ids of versions that were deleted."""
         self.faults: list[str] = []
-        """Kinds of the next answers, in order: 503, 500, slow, cut, html, 401, 403 or ok."""
+        """Kinds of the next answers, in order: 503, 500, proxy, slow, cut, html, 401, 403 or ok."""
         self.requests: list[str] = []
         self.fails_at: str | None = None
         self.polls: dict[str, int] = {}
@@ -113,6 +116,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._send(404, b"no such object") if content is None else self._send(200, content)
         if fault == "html":
             return self._send(200, b"<html><form action=/login></form></html>", "text/html; charset=utf-8")
+        if fault == "proxy":
+            return self._send(503, b"upstream connect error\n", "text/plain")
         if fault in ("503", "401", "403", "500"):
             return self._send(int(fault), json.dumps({"message": f"fault {fault}"}).encode())
         if fake.token and self.headers.get("authorization") != f"Bearer {fake.token}":
@@ -199,12 +204,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         if path == "/runs" and method == "POST":
             request = json.loads(body)
+            if request["pipeline_version_reference"]["pipeline_version_id"] in fake.unknown_versions:
+                return 404, {"message": "pipeline version not found"}
             fake.created.append(request)
             run = kfp.V2beta1Run(
                 run_id=f"run-{len(fake.runs) + 1}",
                 display_name=request["display_name"],
                 description=request.get("description"),
                 runtime_config=request.get("runtime_config"),
+                pipeline_version_reference=request["pipeline_version_reference"],
                 state="PENDING",
                 created_at=START,
             )
@@ -216,7 +224,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fake.terminated.append(match[1])
             return 200, {}
         if match := re.fullmatch(r"/runs/([^/:]+)(:retry)?", path):
-            if match[1] in fake.recorded and not match[2]:
+            if match[1] in fake.recorded and match[2]:
+                if fake.retry_refusal:
+                    return fake.retry_refusal
+                fake.retried.append(match[1])
+                return 200, {}
+            if match[1] in fake.recorded:
                 return 200, fake.recorded[match[1]][0]
             if match[1] not in fake.runs:
                 return 404, {"message": "no such run"}

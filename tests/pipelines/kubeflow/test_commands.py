@@ -132,6 +132,21 @@ def test_single_user_kubeflow_runs_everything_in_its_own_namespace(kubeflow, pro
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("multi_user", "options", "namespace"),
+    [(False, [], "kubeflow"), (True, ["--namespace", "team"], "team"), (True, [], "slam-asr")],
+)
+def test_trainjob_is_in_the_namespace_of_the_run(
+    kubeflow, kubernetes_at, program, multi_user, options, namespace
+):
+    kubeflow.multi_user = multi_user
+    kubernetes_at("http://127.0.0.1:9")
+    assert program(*SUBMIT, "--training.nodes", "2", *options)[0] == 0
+    [package] = kubeflow.packages.values()
+    assert f'"namespace": "{namespace}"' in package.decode().replace("\\", "")
+
+
+@pytest.mark.slow
 def test_second_pipeline_of_the_same_name_is_not_created(kubeflow, program):
     # A shared pipeline of this name does not count: ours is in the namespace.
     program(*SUBMIT)
@@ -169,13 +184,13 @@ def test_start_whose_answer_is_lost_is_not_retried(kubeflow, program):
     ("faults", "sentence"),
     [
         (["html"], "answers with a web page, most likely a login: set KFP_EXISTING_TOKEN to a token"),
-        (["401"], "refuses the token (401): tokens expire; put a new one"),
+        (["401"], "refuses the token (401: fault 401): tokens expire; put a new one"),
         (
             ["ok", "403"],
-            "You may not look up the pipeline in the namespace slam-asr (403): check --namespace",
+            "You may not look up the pipeline in the namespace slam-asr (403: fault 403): check --namespace",
         ),
-        (["ok", "401"], "refuses the token (401): tokens expire; put a new one"),
-        (["503"] * 40, "did not answer in 3 s of retries (HTTP 503): try again later."),
+        (["ok", "401"], "refuses the token (401: fault 401): tokens expire; put a new one"),
+        (["503"] * 40, "did not answer in 3 s of retries (HTTP 503: fault 503): try again later."),
         (
             ["ok"] + ["503"] * 40,
             "could not look up the pipeline in 3 s of retries (503 Service Unavailable: fault 503): try",
@@ -192,7 +207,18 @@ def test_refusal_is_one_sentence_and_nothing_is_created(kubeflow, program, fault
 
 def test_expired_token_and_wrong_address_are_one_sentence(kubeflow, program, monkeypatch, tmp_path):
     monkeypatch.delenv("KFP_EXISTING_TOKEN")
-    assert "asks for a token (401): put one into KFP_EXISTING_TOKEN" in program("status")[2]
+    assert "asks for a token (401: unauthenticated): put one into KFP_EXISTING_TOKEN" in program("status")[2]
+    monkeypatch.setenv("SLAM_ASR_KFP_PATIENCE", "0")
+    for faults, sentence in (
+        (["proxy"], "did not answer in 0 s of retries (HTTP 503: upstream connect error): try again later."),
+        (
+            ["ok", "proxy"],
+            "list the runs in 0 s of retries (503 Service Unavailable: upstream connect error)",
+        ),
+    ):
+        kubeflow.faults, kubeflow.token = faults, None
+        assert sentence in program("status")[2]
+    kubeflow.token = TOKEN
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     assert program("status")[0] == 0

@@ -1,12 +1,14 @@
 """Runs are shown as a real Kubeflow Pipelines 2.17.0 described them: each state, each reason, what to do."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from pipelines.kubeflow.reasons import explain, waits_for
 from pipelines.kubeflow.workflow import parse_workflow
+from tests.pipelines.kubeflow.fake import KubernetesHandler, serving
 
 RECORDINGS = Path(__file__).resolve().parents[4] / "shared" / "recordings"
 recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordings in ../shared")
@@ -98,7 +100,11 @@ def recording(kubeflow, kubernetes_at):
         ),
         (
             "workflow-gone",
-            [": lost\n", "its workflow was deleted from the cluster", "`python -m pipelines submit` starts"],
+            [
+                ": lost\n",
+                "its workflow was deleted from the cluster",
+                " --new` starts it again and finds finished stages again",
+            ],
         ),
     ],
 )
@@ -135,6 +141,142 @@ def test_following_an_ended_run_returns_its_outcome(recording, program):
     assert code == 1 and "the run failed in train: it needed more memory" in out.splitlines()[-1]
     code, out, _ = program("status", recording("workflow-gone"), "--wait", "--poll", "0.01")
     assert code == 1 and "the run is lost" in out
+
+
+@recorded
+def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program):
+    run_id = recording("workflow-gone")
+    code, _, err = program("resume", run_id)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "is lost, because its workflow was deleted from the cluster: " in err
+    assert f"`python -m pipelines resume {run_id} --new` starts it again" in err
+    code, out, _ = program("resume", run_id, "--new")
+    assert code == 0 and kubeflow.retried == []
+    [created], v2 = kubeflow.created, kubeflow.recorded[run_id][0]
+    assert created["runtime_config"] == {"parameters": v2["runtime_config"]["parameters"]}
+    for key in ("experiment_id", "pipeline_version_reference", "service_account"):
+        assert created[key] == v2[key]
+    assert re.fullmatch(rf"{re.escape(v2['display_name'])} \d\d-\d\d \d\d:\d\d", created["display_name"])
+    assert out.splitlines() == [
+        f"run run-1: {created['display_name']}",
+        f"{kubeflow.address}/#/runs/details/run-1",
+    ]
+    # The time at the end of a name is replaced.
+    assert program("resume", "run-1", "--new")[0] == 2
+    kubeflow.polls["run-1"] = 9
+    assert program("resume", "run-1", "--new")[0] == 0
+    assert len(kubeflow.created[1]["display_name"]) == len(created["display_name"])
+
+
+@recorded
+def test_only_an_ended_run_whose_version_exists_is_started_again(recording, kubeflow, program):
+    run_id = recording("running-extraction")
+    err = program("resume", run_id, "--new")[2]
+    assert " is running, and two runs would write the same results: `python -m pipelines stop " in err
+    run_id = recording("oom-killed")
+    v2 = kubeflow.recorded[run_id][0]
+    kubeflow.unknown_versions.add(v2["pipeline_version_reference"]["pipeline_version_id"])
+    code, _, err = program("resume", run_id, "--new")
+    assert code == 2 and " does not exist any more: `python -m pipelines submit` starts another one" in err
+    del v2["pipeline_version_reference"]
+    assert (
+        "names no version of a pipeline: `python -m pipelines submit`"
+        in program("resume", run_id, "--new")[2]
+    )
+    assert kubeflow.created == []
+
+
+@recorded
+@pytest.mark.parametrize(
+    ("attempts", "refused"),
+    [
+        # A driver that ran and failed has recorded an execution, which a restart would record a second time.
+        ([("Failed", "main: Error (exit code 1)")], True),
+        ([("Failed", "main: Error (exit code 1)"), ("Succeeded", "")], False),
+        # The driver's pod was never created.
+        ([("Error", 'pods "x" is forbidden: error looking up service account')], False),
+    ],
+)
+def test_run_that_failed_in_a_driver_is_not_resumed(recording, kubeflow, program, attempts, refused):
+    run_id = recording("oom-killed")
+    nodes = kubeflow.recorded[run_id][1]["pipeline_runtime"]["workflow_manifest"]["status"]["nodes"]
+    for number, (phase, message) in enumerate(attempts):
+        nodes[f"driver-{number}"] = {
+            "id": f"x-{number}",
+            "name": f"slam-asr-fnmb2(0).root(0).score-driver({number})",
+            "type": "Pod",
+            "phase": phase,
+            "message": message,
+            "startedAt": f"2026-11-29T06:00:0{number}Z",
+        }
+    code, _, err = program("resume", run_id)
+    new = f"`python -m pipelines resume {run_id} --new` starts it again"
+    if refused:
+        assert code == 2 and "failed in Kubeflow's driver of score, and a restarted run keeps what" in err
+        assert new in err and kubeflow.retried == []
+    else:
+        assert code == 0 and kubeflow.retried == [run_id]
+    assert (new in program("status", run_id)[1]) == refused
+
+
+@recorded
+@pytest.mark.parametrize(
+    ("name", "changed", "code", "words"),
+    [
+        (
+            "step-failed-exit-1",
+            "2026-11-30T00:00:00Z",
+            2,
+            "and kfp-launcher was changed after it began: a rest",
+        ),
+        ("step-failed-exit-1", "2026-11-28T00:00:00Z", 0, "was restarted"),
+        # With finished steps there is something to resume.
+        (
+            "oom-killed",
+            "2026-11-30T00:00:00Z",
+            0,
+            "kfp-launcher with which it began, which was changed since; `",
+        ),
+        (
+            "oom-killed",
+            "",
+            0,
+            "it keeps the pipeline root and credentials of kfp-launcher with which it began; `",
+        ),
+    ],
+)
+def test_resume_says_that_the_launchers_configuration_stays(
+    recording, kubernetes_at, kubeflow, program, name, changed, code, words
+):
+    run_id = recording(name)
+    metadata = {
+        "name": "kfp-launcher",
+        "creationTimestamp": "2026-11-01T00:00:00Z",
+        "managedFields": [{"manager": "kubectl", "time": changed}],
+    }
+    path = "/api/v1/namespaces/kubeflow/configmaps/kfp-launcher"
+    with serving(
+        KubernetesHandler, pods={}, forbidden=not changed, objects={path: (200, {"metadata": metadata})}
+    ) as address:
+        kubernetes_at(address)
+        answer, out, err = program("resume", run_id)
+    assert answer == code and words in out + err
+    assert kubeflow.retried == ([] if code else [run_id])
+    assert ("kfp-launcher" in out + err) == (changed != "2026-11-28T00:00:00Z")
+
+
+@recorded
+def test_refusal_of_a_restart_has_the_servers_words_and_the_way_out(recording, kubeflow, program):
+    run_id = recording("oom-killed")
+    kubeflow.retry_refusal = (400, {"message": "Workflow must be Failed/Error to retry"})
+    code, _, err = program("resume", run_id)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert (
+        "refuses to restart the run (400: Workflow must be Failed/Error to retry); `python -m pipelines "
+        in err
+    )
+    kubeflow.retry_refusal = (404, {"message": "run not found"})
+    assert "could not restart the run (404: run not found); `python" in program("resume", run_id)[2]
 
 
 @recorded

@@ -1,0 +1,63 @@
+"""The owner of a TrainJob: the Argo workflow of the run, with which Kubernetes removes the job for certain.
+
+The step deletes its job at the end, but cannot do so if it is killed at once: its node is lost, or the
+kernel ends it for lack of memory. The owner is the workflow and not the step's pod, because the next attempt
+at the step runs in another pod and continues to follow the job.
+"""
+
+import os
+from typing import Any
+
+from kubernetes.client import ApiException
+from urllib3.exceptions import HTTPError
+
+from slam_asr.progress import log_line
+
+POD_NAME = "KFP_POD_NAME"
+"""Environment variable with the name of the step's own pod; Kubeflow Pipelines sets it."""
+_GROUP = ("trainer.kubeflow.org", "v1alpha1")
+
+
+def owner_of_this_step(core_api: Any, namespace: str) -> dict[str, str] | None:
+    """Return the reference to the controller of this step's pod, else to the pod itself.
+
+    The reference does not block the owner's deletion: that would need a right to the owner's finalizers.
+
+    Args:
+        core_api: client of the Kubernetes API.
+        namespace: namespace of the step's pod. An owner in another one counts as deleted, so Kubernetes would
+            remove the job at once.
+
+    Returns:
+        The reference; None outside Kubeflow Pipelines, and if the pod cannot be read, which is logged.
+    """
+    name = os.environ.get(POD_NAME)
+    if not name:
+        return None
+    try:
+        pod = core_api.read_namespaced_pod(name, namespace)
+    except (ApiException, HTTPError) as error:
+        reason = getattr(error, "reason", None) or error
+        log_line(
+            f"the pod {name} of this step cannot be read ({reason}), so the TrainJob gets no owner: "
+            "if the step is killed, delete the job by hand"
+        )
+        return None
+    for owner in pod.metadata.owner_references or []:
+        if owner.controller:
+            return {"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid}
+    return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod.metadata.uid}
+
+
+def add_owner(custom_api: Any, namespace: str, job: str, owner: dict[str, str]) -> None:
+    """Add an owner to a job of another run, so that it survives the deletion of that run's workflow.
+
+    Raises:
+        ApiException: the API refuses the request.
+    """
+    metadata = custom_api.get_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job)["metadata"]
+    owners = metadata.get("ownerReferences") or []
+    if owners and owner["uid"] not in [known["uid"] for known in owners]:
+        # This client's patch replaces the complete list, so another change since it was read must refuse it.
+        change = {"ownerReferences": [*owners, owner], "resourceVersion": metadata.get("resourceVersion")}
+        custom_api.patch_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job, {"metadata": change})

@@ -1,0 +1,101 @@
+"""Why nodes of a TrainJob do not run yet, in the words of the scheduler, the node, Kubernetes or Kueue.
+
+The job itself does not say it: with one of two pods pending, its status has no condition. The SDK's events do
+not either: it drops those of the scheduler, which have no first time, and those of the Job that cannot create
+a pod.
+"""
+
+from datetime import datetime
+from typing import Any
+
+from kubernetes.client import CoreV1Event, V1Pod
+
+_STARTING = ("ContainerCreating", "PodInitializing")
+_OF_THE_JOB = ("TrainJob", "JobSet", "Job", "Workload")
+"""Kinds of objects whose events say why a node has no pod; Workload is Kueue's."""
+
+
+def waiting_nodes(
+    core_api: Any, namespace: str, job: str, nodes: int, created: datetime
+) -> dict[str, list[str]]:
+    """Return the nodes that do not run yet, by the reason.
+
+    Args:
+        core_api: client of the Kubernetes API.
+        namespace: namespace of the job.
+        job: name of the TrainJob.
+        nodes: number of the job's nodes.
+        created: when the job was created. Older events are those of an earlier job of that name.
+
+    Returns:
+        The names of the nodes, such as `node-1`, by the reason.
+
+    Raises:
+        ApiException: the API refuses a request.
+    """
+    selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name=node"
+    latest: dict[str, V1Pod] = {}
+    pods = core_api.list_namespaced_pod(namespace, label_selector=selector).items
+    for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp):
+        latest[pod.metadata.labels["batch.kubernetes.io/job-completion-index"]] = pod
+    events = [e for e in core_api.list_namespaced_event(namespace).items if _time(e) >= created]
+    waiting: dict[str, list[str]] = {}
+    for number in range(nodes):
+        waiting_pod = latest.get(str(number))
+        if waiting_pod is None:
+            reason = _why_no_pod(job, events)
+        elif waiting_pod.status.phase == "Pending":
+            reason = _why_pending(waiting_pod, events)
+        else:
+            continue
+        waiting.setdefault(reason, []).append(f"node-{number}")
+    return waiting
+
+
+def _why_no_pod(job: str, events: list[CoreV1Event]) -> str:
+    """Return the latest event of the job, its JobSet, its Job, or its Workload in Kueue."""
+    # The JobSet has the job's name, its Job adds `-node-0`, and Kueue's Workload puts `trainjob-` before it.
+    related = [
+        event
+        for event in events
+        if event.involved_object.kind in _OF_THE_JOB
+        and (event.involved_object.name or "").removeprefix("trainjob-").startswith(job)
+    ]
+    return _latest(related) or "it has no pod yet"
+
+
+def _why_pending(pod: V1Pod, events: list[CoreV1Event]) -> str:
+    """Return why a pod is pending: its condition, else the state of a container, else its latest event."""
+    for condition in pod.status.conditions or []:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            return _sentence(condition.reason, condition.message)
+    starting = "Pending"
+    for container in [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]:
+        state = container.state and container.state.waiting
+        if state and state.reason in _STARTING:
+            starting = state.reason
+        elif state and state.reason:
+            return _sentence(state.reason, state.message)
+    own = [
+        e for e in events if e.involved_object.kind == "Pod" and e.involved_object.name == pod.metadata.name
+    ]
+    return _latest(own) or starting
+
+
+def _latest(events: list[CoreV1Event]) -> str:
+    # Kueue's event about a Workload that waits for quota is called Pending.
+    telling = [e for e in events if e.type == "Warning" or e.reason == "Pending"]
+    if not telling:
+        return ""
+    event = max(telling, key=_time)
+    return _sentence(event.reason, event.message)
+
+
+def _time(event: CoreV1Event) -> datetime:
+    """The time of an event: which of its fields is filled depends on the component that reports it."""
+    times = (event.last_timestamp, event.event_time, event.first_timestamp)
+    return next((time for time in times if time), event.metadata.creation_timestamp)
+
+
+def _sentence(reason: str | None, message: str | None) -> str:
+    return ": ".join(" ".join(part.split()) for part in (reason, message) if part)
