@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from slam_asr.errors import UserError
+from slam_asr.runtime.cores import thread_limits
 from slam_asr.runtime.worker import FAILURE, PARENT
 from slam_asr.storage import write_json
 
@@ -53,8 +54,6 @@ def processes_of(
     Raises:
         UserError: a process failed. The message is the process's own if it left one.
     """
-    # Each process gets its share of the cores; otherwise PyTorch would use all of them in each process.
-    threads = str(max(1, (os.cpu_count() or 1) // number))
     pipe = subprocess.PIPE if piped else None
     with TemporaryDirectory(prefix="slam-asr-") as folder:
         running: list[subprocess.Popen[str]] = []
@@ -66,7 +65,7 @@ def processes_of(
                 running.append(
                     subprocess.Popen(
                         [sys.executable, "-u", "-m", module, str(path)],
-                        env=os.environ | {"OMP_NUM_THREADS": threads, PARENT: str(os.getpid())},
+                        env=os.environ | thread_limits(number) | {PARENT: str(os.getpid())},
                         stdin=pipe,
                         stdout=pipe,
                         encoding="utf-8",

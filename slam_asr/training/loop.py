@@ -34,6 +34,17 @@ PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote pr
 Both raise a RuntimeError, or a subclass, which they also raise for other failures. Only the text
 differs.
 """
+TEMPORARY = re.compile(
+    r"CUDA error: (unspecified launch failure|the launch timed out|uncorrectable|an illegal memory access|"
+    r"unknown error|hardware stack error)|"
+    r"CU(BLAS|DNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|"
+    r"nccl(System|Remote|Internal|UnhandledCuda)Error|"
+    r"Timed out waiting|[Ss]ocket [Tt]imeout|Connection timed out"
+)
+"""Matches the messages of failures that are usually over when the program starts again.
+
+After an error of CUDA, all further calls of the same process fail too.
+"""
 
 
 @dataclass
@@ -307,11 +318,15 @@ def main() -> None:
         try:
             code = train_in_this_process(job)
         except RuntimeError as error:
-            if not PEER_GONE.search(str(error)):
+            if PEER_GONE.search(str(error)):
+                # The other process reports what happened. This error's message would only distract from it.
+                reason = "because another process of this training has ended"
+            elif TEMPORARY.search(str(error)):
+                reason = f"after a failure that may be temporary: {str(error).splitlines()[0]}"
+            else:
                 raise
-            # The other process reports what happened. The message of this error would only distract from it.
-            log_line(f"process {os.environ['RANK']} ends, because another process of this training has ended")
-            os._exit(1)
+            log_line(f"process {os.environ['RANK']} ends, {reason}")
+            os._exit(os.EX_TEMPFAIL)
     leave_group(code)
 
 
