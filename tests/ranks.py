@@ -1,9 +1,12 @@
 """Runs test programs in several processes under torchrun."""
 
+import atexit
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +51,34 @@ def leave_answer(folder: Path, results: Any) -> None:
     if torch.distributed.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(results))
     leave_group()
+
+
+def fork_ranks(number: int, folder: Path, function: Callable[[int], None]) -> list[int]:
+    """Call a function with each rank in a process of its own, all in one process group of gloo.
+
+    Processes are forked from the test's own, so they start at once.
+
+    Returns:
+        The exit codes by rank; -9 for a process that had not ended after a minute.
+    """
+    import torch
+
+    def run(rank: int) -> None:
+        atexit._clear()  # the functions of the test's own process
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=number
+        )
+        function(rank)
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode or 0 for process in processes]

@@ -18,6 +18,9 @@ from slam_asr.runtime.cores import thread_limits
 from slam_asr.runtime.worker import FAILURE, PARENT
 from slam_asr.storage import write_json
 
+GRACE = 10.0
+"""Seconds that a terminated process has before it is killed."""
+
 
 @dataclass
 class Job:
@@ -80,7 +83,12 @@ def processes_of(
         finally:
             for process in running:
                 process.terminate()
-                process.wait()
+            for process in running:
+                try:
+                    process.wait(GRACE)
+                except subprocess.TimeoutExpired:  # it waits for a GPU's driver, for example
+                    process.kill()
+                    process.wait()
         failure = Path(folder) / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text())
