@@ -1,6 +1,7 @@
 """Runs test programs in several processes under torchrun."""
 
 import atexit
+import functools
 import json
 import multiprocessing
 import os
@@ -53,27 +54,20 @@ def leave_answer(folder: Path, results: Any) -> None:
     leave_group()
 
 
-def fork_ranks(number: int, folder: Path, function: Callable[[int], None]) -> list[int]:
-    """Call a function with each rank in a process of its own, all in one process group of gloo.
-
-    Processes are forked from the test's own, so they start at once.
+def fork(*functions: Callable[[], None]) -> list[int]:
+    """Call each function in a process of its own, forked from the test's so that it starts at once.
 
     Returns:
-        The exit codes by rank; -9 for a process that had not ended after a minute.
+        The exit codes; -9 for a process that had not ended after a minute.
     """
-    import torch
 
-    def run(rank: int) -> None:
+    def run(function: Callable[[], None]) -> None:
         atexit._clear()  # the functions of the test's own process
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=number
-        )
-        function(rank)
+        function()
         os._exit(0)
 
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(number)]
+    processes = [context.Process(target=run, args=(function,)) for function in functions]
     for process in processes:
         process.start()
     for process in processes:
@@ -82,3 +76,17 @@ def fork_ranks(number: int, folder: Path, function: Callable[[int], None]) -> li
             process.kill()
             process.join()
     return [process.exitcode or 0 for process in processes]
+
+
+def fork_ranks(number: int, folder: Path, function: Callable[[int], None]) -> list[int]:
+    """Call a function with each rank, in processes that are one process group of gloo; see `fork`."""
+    import torch
+
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=number
+        )
+        function(rank)
+
+    return fork(*(functools.partial(run, rank) for rank in range(number)))

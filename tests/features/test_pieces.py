@@ -19,7 +19,7 @@ from tests.features.test_extract import SMALL, contents, recipe, utterances_in
 
 @pytest.fixture(scope="module")
 def twenty(tiny_models, tmp_path_factory):
-    """A manifest of two shards with five batches of two utterances each, and the undisturbed store's files."""
+    """A manifest of two shards with five batches of two utterances each, and an undisturbed store's files."""
     folder = tmp_path_factory.mktemp("twenty")
     write_manifest(folder / "m.jsonl", utterances_in(folder, [0.2 + 0.01 * i for i in range(20)]))
     extract_features(recipe(tiny_models, **SMALL), [str(folder / "m.jsonl")], str(folder / "store"))

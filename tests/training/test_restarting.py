@@ -1,18 +1,19 @@
 """After a failure that is usually temporary, a training starts again by itself, but not for ever."""
 
+import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from slam_asr.errors import UserError
 from slam_asr.runtime.worker import PARENT
-from slam_asr.training import launch
+from slam_asr.training import launch, loop
+from slam_asr.training.job import TrainingJob
 from slam_asr.training.launch import Nodes, launch_training
 from slam_asr.training.loop import PEER_GONE, TEMPORARY
+from tests.ranks import fork
 
 TEMPORARY_CODE = os.EX_TEMPFAIL
 
@@ -108,19 +109,14 @@ def test_failures_that_would_come_again_are_not_temporary(message):
         ("shapes cannot be multiplied", 1, "RuntimeError: shapes cannot be multiplied"),
     ],
 )
-def test_a_process_tells_its_launcher_by_its_code(tmp_path, message, code, line):
-    (tmp_path / "job.json").write_text(json.dumps({"folder": str(tmp_path)}))
-    program = (
-        "import sys\nfrom slam_asr.training import loop\n"
-        "loop.TrainingJob = lambda folder: type('Job', (), {'folder': folder})\n"
-        f"def fail(job):\n    raise RuntimeError({message!r})\n"
-        "loop.train_in_this_process = fail\nloop.main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "job.json")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"RANK": "1"},
-    )
-    assert done.returncode == code
-    assert line in done.stdout + done.stderr
+def test_a_process_tells_its_launcher_by_its_code(tmp_path, monkeypatch, capfd, message, code, line):
+    def fail(job: TrainingJob) -> int:
+        raise RuntimeError(message)
+
+    fields = dict.fromkeys((f.name for f in dataclasses.fields(TrainingJob)), "")
+    (tmp_path / "job.json").write_text(json.dumps(fields | {"folder": str(tmp_path)}))
+    monkeypatch.setattr(loop, "train_in_this_process", fail)
+    monkeypatch.setattr(loop.sys, "argv", ["loop", str(tmp_path / "job.json")])
+    monkeypatch.setenv("RANK", "1")
+    assert fork(loop.main) == [code]
+    assert line in "".join(capfd.readouterr())
