@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from slam_asr.errors import UserError
-from slam_asr.pretrained import locate as pretrained
 from slam_asr.pretrained import hub as hub_module
+from slam_asr.pretrained import locate as pretrained
 from slam_asr.pretrained import model_files
 from slam_asr.pretrained.hub import Unavailable
 from slam_asr.pretrained.locate import locate_config, locate_model

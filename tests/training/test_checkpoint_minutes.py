@@ -1,4 +1,4 @@
-"""A checkpoint is due after some minutes by the first process's clock, and all processes agree on the step."""
+"""A checkpoint is due after some minutes by the first process's clock, and all processes save it together."""
 
 from types import SimpleNamespace
 
