@@ -4,9 +4,4 @@ This library implements the stages `build-manifest`, `extract-features`, `train`
 `decode` and others. It does not depend on Kubeflow; `components/` and `pipelines/` connect it to Kubeflow.
 """
 
-from slam_asr.runtime.cores import limit_threads
-
-# Here, because torch and tokenizers read the number of threads when they are imported.
-limit_threads()
-
 __version__ = "0.1.0"

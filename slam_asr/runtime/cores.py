@@ -16,8 +16,8 @@ CPU_CFS = ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_pe
 THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 """Environment variables with the number of threads: of torch and NumPy, and of tokenizers."""
 
-_set_here: set[str] = set()
-"""Those of `THREADS` that `limit_threads` has set, rather than the user."""
+LIMITED = "SLAM_ASR_LIMITED"
+"""Environment variable: those of `THREADS` that `limit_threads` has set, rather than the user."""
 
 
 def usable_cores() -> int:
@@ -37,7 +37,8 @@ def thread_limits(processes: int = 1) -> dict[str, str]:
     out.
     """
     threads = str(max(1, usable_cores() // processes))
-    return {name: threads for name in THREADS if name not in os.environ or name in _set_here}
+    ours = os.environ.get(LIMITED, "").split()
+    return {name: threads for name in THREADS if name not in os.environ or name in ours}
 
 
 def limit_threads() -> None:
@@ -47,8 +48,7 @@ def limit_threads() -> None:
     """
     if usable_cores() < len(os.sched_getaffinity(0)):
         limits = thread_limits()
-        os.environ.update(limits)
-        _set_here.update(limits)
+        os.environ.update(limits | {LIMITED: " ".join(limits)})
 
 
 def _limit() -> float | None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from slam_asr.errors import exit_on_user_error
 from slam_asr.features.audio_workers import default_workers
 from slam_asr.runtime import cores
 
@@ -16,8 +17,7 @@ def eight_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr(cores, "CPU_MAX", str(tmp_path / "cpu.max"))
     monkeypatch.setattr(cores, "CPU_CFS", (str(tmp_path / "quota"), str(tmp_path / "period")))
-    monkeypatch.setattr(cores, "_set_here", set())
-    for name in cores.THREADS:
+    for name in (*cores.THREADS, cores.LIMITED):
         # `setenv` first: `delenv` alone would not remove at the end what the code sets.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -68,19 +68,13 @@ def test_only_a_limit_below_the_cores_changes_this_process_and_never_what_the_us
     assert cores.thread_limits(2) == {"OMP_NUM_THREADS": "1"}
 
 
-def test_the_limit_is_set_when_the_package_is_imported(tmp_path):
-    (tmp_path / "cpu.max").write_text("50000 100000")
-    # Runs the package's own __init__.py again, with the module that it imports already changed.
-    code = (
-        "import os, runpy, sys\n"
-        "import slam_asr.runtime.cores as cores\n"
-        "cores.CPU_MAX, os.sched_getaffinity = sys.argv[1], lambda process: {0, 1}\n"
-        "os.environ.pop('OMP_NUM_THREADS', None); cores._set_here.clear()\n"
-        "runpy.run_path(sys.argv[2])\n"
-        "print(os.environ['OMP_NUM_THREADS'])"
-    )
-    package = sys.modules["slam_asr"].__file__
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "cpu.max"), package], capture_output=True, text=True
-    )
-    assert done.stdout == "1\n", done.stderr
+def test_every_program_begins_with_the_limit(eight_cores):
+    (eight_cores / "cpu.max").write_text("200000 100000")
+    with exit_on_user_error():
+        assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_a_command_line_loads_torch_only_after_the_threads_are_limited():
+    code = "import sys, slam_asr.cli; print('torch' in sys.modules, 'tokenizers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr

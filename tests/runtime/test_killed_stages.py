@@ -60,12 +60,13 @@ def start(stage: str, arguments: list[str], folder: Path, token: str) -> subproc
     )
 
 
-def processes_with(token: str) -> list[psutil.Process]:
+def processes_with(token: str, module: str = "") -> list[psutil.Process]:
+    """The running processes of a stage; with `module`, only those that run it."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(TOKEN) == token:
-                found.append(process)
+                found += [process] * (not module or module in process.cmdline())
         except psutil.Error:  # it has ended meanwhile, or is another user's
             continue
     return found
@@ -88,9 +89,7 @@ def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(sta
     """They are importing torch then, and have not asked the kernel yet to end with the stage."""
     token = uuid.uuid4().hex
     killed = start(stage, arguments[stage], tmp_path, token)
-    while killed.poll() is None:
-        if any(WORKERS[stage] in process.cmdline() for process in processes_with(token)):
-            break
+    while killed.poll() is None and not processes_with(token, WORKERS[stage]):
         time.sleep(0.05)
     assert killed.poll() is None, "the stage ended before it started a process"
     killed.kill()

@@ -1,13 +1,11 @@
 """A training's process that ends as `job.json` says: attempt by attempt, with an exit code each.
 
-Before the attempts that it names, a new checkpoint is published.
+Before the attempts that it names, it leaves a new checkpoint. It imports nothing that takes long.
 """
 
 import json
 import sys
 from pathlib import Path
-
-from slam_asr.artifacts import checkpoint
 
 job = Path(sys.argv[1])
 plan = json.loads(job.read_text())
@@ -15,6 +13,9 @@ attempts = job.with_name("attempts")
 number = len(attempts.read_text()) if attempts.exists() else 0
 attempts.write_text("x" * (number + 1))
 if number in plan["checkpoints"]:
-    about = checkpoint.Checkpoint(number + 1, 0, number + 1, "ddp", 1, {})
-    checkpoint.publish(str(job.with_name("checkpoints")), about, keep=1)
+    folder = job.with_name("checkpoints") / "step-00000003"
+    folder.mkdir(parents=True)
+    fields = {"step": 3, "epoch": 0, "updates": 3, "engine": "ddp", "processes": 1, "inputs": {}}
+    (folder / "checkpoint.json").write_text(json.dumps(fields))
+    (folder.parent / "latest").write_text(folder.name)
 sys.exit(plan["codes"][number])

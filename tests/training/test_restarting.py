@@ -109,7 +109,9 @@ def test_failures_that_would_come_again_are_not_temporary(message):
         ("shapes cannot be multiplied", 1, "RuntimeError: shapes cannot be multiplied"),
     ],
 )
-def test_a_process_tells_its_launcher_by_its_code(tmp_path, monkeypatch, capfd, message, code, line):
+def test_the_exit_code_of_a_process_says_whether_its_failure_may_be_temporary(
+    tmp_path, monkeypatch, capfd, message, code, line
+):
     def fail(job: TrainingJob) -> int:
         raise RuntimeError(message)
 
