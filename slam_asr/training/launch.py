@@ -182,7 +182,7 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
                 # not come back, and the others would wait for it.
                 if nodes.number > 1 or restarts == len(PAUSES):
                     raise UserError(f"{failure}.") from failure
-                log_line(f"{failure}; training starts again after step {reached} in {PAUSES[restarts]:g} s")
+                log_line(f"{failure}. Training starts again after step {reached} in {PAUSES[restarts]:g} s")
             time.sleep(PAUSES[restarts])
             restarts += 1
     finally:
