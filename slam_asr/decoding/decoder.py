@@ -23,7 +23,7 @@ from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.decoding.model import Model, open_model, require_capacity
 from slam_asr.runtime.cores import usable_cores
 from slam_asr.runtime.launch import Job, ProcessEnded, processes_of
-from slam_asr.runtime.worker import die_with_parent, failures_written_to
+from slam_asr.runtime.worker import failures_written_to
 
 if TYPE_CHECKING:
     import torch
@@ -221,7 +221,6 @@ def main() -> None:
     """
     import torch
 
-    die_with_parent()
     job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text()))
     answer_stream = sys.stdout
     with (

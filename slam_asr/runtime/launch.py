@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from slam_asr.errors import UserError
 from slam_asr.runtime.cores import thread_limits
-from slam_asr.runtime.worker import FAILURE, PARENT
+from slam_asr.runtime.worker import FAILURE, PARENT, START
 from slam_asr.storage import write_json
 
 GRACE = 10.0
@@ -45,7 +45,7 @@ def processes_of(
     """Start processes, and terminate them when the block ends.
 
     Args:
-        module: run as `python -m module JOB`.
+        module: run as `python -m module JOB`, in a process that ends with this one.
         job: the fields that the processes have in common; each process gets its own number.
         number: number of processes.
         remedy: the options to lower if memory runs out, for the message about a process that was killed.
@@ -67,7 +67,7 @@ def processes_of(
                 write_json(path, asdict(replace(job, process=index, processes=number, folder=folder)))
                 running.append(
                     subprocess.Popen(
-                        [sys.executable, "-u", "-m", module, str(path)],
+                        [sys.executable, "-u", "-m", START, module, str(path)],
                         env=os.environ | thread_limits(number) | {PARENT: str(os.getpid())},
                         stdin=pipe,
                         stdout=pipe,

@@ -20,13 +20,15 @@ FAILURE = "failure.txt"
 
 PARENT = "SLAM_ASR_PARENT"
 """Environment variable: the id of the process that started this one."""
+START = "slam_asr.runtime.start"
+"""The module that runs all others: it calls `die_with_parent` before their imports."""
 
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, even if the parent was killed.
 
-    The kernel signals only what happens after this call. A parent that was killed while this process was
-    still importing its modules would leave it waiting for others for ever, so that is checked afterwards.
+    The kernel signals only what happens after this call. A parent that was killed before would leave this
+    process waiting for others for ever, so that is checked afterwards.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

@@ -15,7 +15,7 @@ from slam_asr.artifacts.stage_record import Record, read_record, require_permiss
 from slam_asr.errors import ConfigurationError, Stopped, UserError
 from slam_asr.progress import log_line
 from slam_asr.runtime.cores import thread_limits
-from slam_asr.runtime.worker import FAILURE, PARENT
+from slam_asr.runtime.worker import FAILURE, PARENT, START
 from slam_asr.storage import digest
 from slam_asr.storage.cache import cache_folder
 
@@ -207,7 +207,7 @@ def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -
 
     try:
         elastic_launch(_launch_config(processes, nodes), sys.executable)(
-            "-u", "-m", PROGRAM, str(folder / "job.json")
+            "-u", "-m", START, PROGRAM, str(folder / "job.json")
         )
     except SignalException as error:
         raise Stopped(_stopped_message(error.sigval.name, checkpoints), 128 + error.sigval.value) from error

@@ -17,7 +17,7 @@ import torch
 
 from slam_asr.errors import UserError
 from slam_asr.progress import log_line
-from slam_asr.runtime.worker import die_with_parent, failures_written_to, leave_group
+from slam_asr.runtime.worker import failures_written_to, leave_group
 from slam_asr.storage import join, upload, write_json
 from slam_asr.training.builder import Parts, announce, build_parts
 from slam_asr.training.job import FACTS, TrainingJob
@@ -310,7 +310,6 @@ def train_in_this_process(job: TrainingJob) -> int:
 
 def main() -> None:
     """Run as one process under torchrun; the only argument is the path of a `TrainingJob` as JSON."""
-    die_with_parent()
     # DeepSpeed calls deprecated names of torch, several times per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     job = TrainingJob(**json.loads(Path(sys.argv[1]).read_text()))
