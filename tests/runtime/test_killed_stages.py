@@ -13,7 +13,6 @@ import pytest
 
 from slam_asr.config.recipe import load_recipe
 from slam_asr.stages.build_manifest import build_manifest
-from slam_asr.stages.extract_features import extract_features
 
 SOAK = bool(os.environ.get("SLAM_ASR_SOAK"))
 TOKEN = "SLAM_ASR_TEST_TOKEN"
@@ -34,8 +33,7 @@ def arguments(tiny_recipe, tiny_corpus, model, tmp_path_factory) -> dict[str, li
     folder = tmp_path_factory.mktemp("killed")
     recipe = load_recipe(str(tiny_recipe))
     manifests = build_manifest(recipe, str(tiny_corpus), str(folder / "m")).folder
-    store = extract_features(recipe, [manifests], str(folder / "f")).folder
-    train = ["--train-manifest", f"{manifests}/train.jsonl", "--feature-store", store]
+    train = ["--train-manifest", f"{manifests}/train.jsonl", "--features.cache", "none"]
     steps = ["--training.max_steps", "100000", "--training.epochs", "100000"]
     return {
         "train": ["--recipe", str(tiny_recipe), *train, *steps, "--training.processes", "2"],
@@ -84,7 +82,7 @@ def require_end(token: str, what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cold
-@pytest.mark.parametrize("stage", WORKERS)
+@pytest.mark.parametrize("stage", WORKERS if SOAK else ["train", "extract-features"])
 def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(stage, arguments, tmp_path):
     """They are importing torch then, and have not asked the kernel yet to end with the stage."""
     token = uuid.uuid4().hex

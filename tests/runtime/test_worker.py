@@ -115,6 +115,7 @@ def test_a_failing_process_ends_at_once_although_its_group_cannot_be_destroyed(
     assert message is None or (tmp_path / FAILURE).read_text().startswith(message)
 
 
+@pytest.mark.cold
 def test_a_process_that_ignores_its_termination_is_killed(monkeypatch):
     monkeypatch.setattr(launch, "GRACE", 0.2)
     with processes_of("tests.runtime.stubborn_worker", Job(), 2, "nothing", piped=True) as running:
