@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+from slam_asr.runtime.cores import limit_threads
+
 EXIT_CODE = 2
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -83,9 +85,12 @@ class Stopped(KeyboardInterrupt):
 def exit_on_user_error() -> Iterator[None]:
     """Exit with one line on stderr, instead of a traceback, after an error that the user can resolve.
 
+    Every program begins with it, before it imports torch, so it also limits the threads.
+
     The exit code is 2 after a `UserError` and after the errors that `from_os_error` explains. After `Stopped`
     it is that exception's code, and after Ctrl-C it is 130.
     """
+    limit_threads()
     try:
         yield
     except UserError as error:

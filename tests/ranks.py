@@ -1,9 +1,13 @@
 """Runs test programs in several processes under torchrun."""
 
+import atexit
+import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +52,41 @@ def leave_answer(folder: Path, results: Any) -> None:
     if torch.distributed.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(results))
     leave_group()
+
+
+def fork(*functions: Callable[[], None]) -> list[int]:
+    """Call each function in a process of its own, forked from the test's so that it starts at once.
+
+    Returns:
+        The exit codes; -9 for a process that had not ended after a minute.
+    """
+
+    def run(function: Callable[[], None]) -> None:
+        atexit._clear()  # the functions of the test's own process
+        function()
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(function,)) for function in functions]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def fork_ranks(number: int, folder: Path, function: Callable[[int], None]) -> list[int]:
+    """Call a function with each rank, in processes that are one process group of gloo; see `fork`."""
+    import torch
+
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=number
+        )
+        function(rank)
+
+    return fork(*(functools.partial(run, rank) for rank in range(number)))

@@ -87,9 +87,9 @@ class Training:
     checkpoint_every: int = bounded(1000, at_least=0)
     """Steps between checkpoints; 0: by time alone. Training also saves one at its end and at each validation
     with the lowest dev loss so far."""
-    checkpoint_minutes: float = bounded(15.0, at_least=0.0)
-    """Maximum minutes between checkpoints, so that little work is lost when steps are slow; 0: by steps
-    alone."""
+    checkpoint_minutes: float = bounded(10.0, at_least=0.0)
+    """Maximum minutes between checkpoints, which is the work that is lost when a cluster ends the pod: it
+    leaves too little time for a last one. 0: by steps alone."""
     checkpoints: int = bounded(2, at_least=1)
     """Number of most recent checkpoints to retain. The one with the lowest dev loss is retained in addition.
     """

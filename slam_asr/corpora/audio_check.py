@@ -14,6 +14,7 @@ from slam_asr.audio import MISSING, UNREADABLE, AudioError, audio_sha256, read_c
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, NO_AUDIO, TOO_SHORT, Candidate, Rejection
 from slam_asr.progress import Meter
+from slam_asr.runtime.cores import usable_cores
 from slam_asr.storage import name_of
 
 _CHUNK = 8
@@ -37,7 +38,7 @@ class Checked:
 
 def default_threads() -> int:
     """Return the number of threads for local audio: one per core."""
-    return os.cpu_count() or 1
+    return usable_cores()
 
 
 def check_all(

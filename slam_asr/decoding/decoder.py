@@ -6,7 +6,6 @@ standard input and writes answers to standard output, one JSON line each.
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -22,8 +21,9 @@ from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.decoding.model import Model, open_model, require_capacity
+from slam_asr.runtime.cores import usable_cores
 from slam_asr.runtime.launch import Job, ProcessEnded, processes_of
-from slam_asr.runtime.worker import die_with_parent, failures_written_to
+from slam_asr.runtime.worker import failures_written_to
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,7 @@ class Decoder:
 
     @cached_property
     def _read_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "read-audio")
+        return ThreadPoolExecutor(usable_cores(), "read-audio")
 
 
 @dataclass(kw_only=True)
@@ -221,7 +221,6 @@ def main() -> None:
     """
     import torch
 
-    die_with_parent()
     job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text()))
     answer_stream = sys.stdout
     with (

@@ -4,7 +4,6 @@ Each recording is divided at pauses (`pauses.py`). The segments of several recor
 batches.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.decoding.pauses import divide
 from slam_asr.decoding.subtitles import Segment, Transcript
 from slam_asr.progress import Meter
+from slam_asr.runtime.cores import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,7 +165,7 @@ class Transcriber:
         ]
         # Batches contain segments of similar length, so the segments of a recording are not decoded in order.
         segments: dict[int, Segment] = {}
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "prepare-audio") as pool:
+        with ThreadPoolExecutor(usable_cores(), "prepare-audio") as pool:
             for batch in plan_batches(
                 [positions + self._prompt_positions for positions in audio_positions],
                 self.options.max_new_tokens,

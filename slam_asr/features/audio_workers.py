@@ -23,6 +23,7 @@ from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import load_utterance
 from slam_asr.errors import ConfigurationError
 from slam_asr.models.encoders.frontend import Prepared, Preparer
+from slam_asr.runtime.cores import usable_cores
 
 Tag = TypeVar("Tag")
 _Arrays = tuple[list[np.ndarray], int]
@@ -39,7 +40,7 @@ def default_workers(processes: int, on_gpu: bool) -> int:
         processes: number of processes of the extraction on this machine.
         on_gpu: whether the encoder runs on a GPU.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     # One core of each process' share is left for the process itself, which runs the encoder.
     return max(1, min(16, cores // processes - 1)) if on_gpu else 1
 

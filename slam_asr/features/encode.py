@@ -1,12 +1,14 @@
 """Encoding of planned shards on one device. Each shard is published as soon as it is complete.
 
 While the encoder works on one batch, worker processes prepare the next batches, and a thread writes the
-previous shard.
+previous shard, or a piece of one that takes long.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,13 +16,15 @@ import torch
 from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, pack
 from slam_asr.artifacts.manifest import Utterance
 from slam_asr.config.recipe import Recipe
+from slam_asr.errors import UserError
 from slam_asr.features.audio_workers import AudioLoader, default_workers
+from slam_asr.features.pieces import PIECE_SECONDS, read_pieces, remove_pieces
 from slam_asr.features.plan import PlannedShard
 from slam_asr.models import feature_dtype
 from slam_asr.models.encoders.base import EncoderSpec, SpeechEncoder, batches_of
 from slam_asr.models.precision import DTYPES, encoder_precision, processes_here
 from slam_asr.progress import Meter, log_line
-from slam_asr.storage import exists, info, write_bytes
+from slam_asr.storage import exists, info, join, write_bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class AudioBatch:
     """[utterances]: length of each in frames; see `EncoderSpec.span_of`."""
     is_last: bool
     """Whether this is the last batch of its shard."""
+    resumed: list["EncodedBatch"] = field(default_factory=list)
+    """In the last batch of a shard: those of its batches that an interrupted extraction has encoded."""
 
 
 @dataclass
@@ -66,15 +72,27 @@ class EncodedBatch:
 class ShardWriter:
     """Collects batches until their shard is complete, then writes it while the next shard is computed.
 
+    If a shard takes longer than `PIECE_SECONDS`, what it has so far is saved in pieces.
+
     Args:
         namespace: the part of the store to which shards are written.
         fingerprint: everything that determines the features, for the shards' indexes.
+        clock: returns the time in seconds.
     """
 
-    def __init__(self, namespace: FeatureNamespace, fingerprint: dict[str, Any]) -> None:
-        self.namespace, self.fingerprint = namespace, fingerprint
+    def __init__(
+        self,
+        namespace: FeatureNamespace,
+        fingerprint: dict[str, Any],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.namespace, self.fingerprint, self.clock = namespace, fingerprint, clock
         self._features: dict[str, feature_dtype.QuantizedFrames] = {}
         self._spans: dict[str, int] = {}
+        self._in_pieces = 0
+        """How many of the features are saved in pieces."""
+        self._saved = clock()
+        """When the last piece or shard was begun."""
         self._thread = ThreadPoolExecutor(1, "write-shard")
         self._writing: Future[None] | None = None
 
@@ -86,15 +104,22 @@ class ShardWriter:
             StorageError: object storage cannot be written.
         """
         encoded.wait()
-        audio_ids = [u.audio_id for u in encoded.batch.utterances]
-        self._features |= zip(audio_ids, encoded.features, strict=True)
-        self._spans |= zip(audio_ids, encoded.batch.spans, strict=True)
+        shard = encoded.batch.shard
+        for part in (*encoded.batch.resumed, encoded):
+            audio_ids = [u.audio_id for u in part.batch.utterances]
+            self._features |= zip(audio_ids, part.features, strict=True)
+            self._spans |= zip(audio_ids, part.batch.spans, strict=True)
         if encoded.batch.is_last:
-            self.finish()  # so that at most one complete shard is queued
-            self._writing = self._thread.submit(
-                self._publish, encoded.batch.shard, self._features, self._spans
-            )
-            self._features, self._spans = {}, {}
+            self._submit(self._publish, shard, self._features, self._spans)
+            self._features, self._spans, self._in_pieces = {}, {}, 0
+        elif self.clock() - self._saved >= PIECE_SECONDS:
+            self._submit(self._save_piece, shard, dict(islice(self._features.items(), self._in_pieces, None)))
+            self._in_pieces = len(self._features)
+
+    def _submit(self, write: Callable[..., None], *arguments: Any) -> None:
+        self.finish()  # so that at most one complete shard is queued
+        self._writing = self._thread.submit(write, *arguments)
+        self._saved = self.clock()
 
     def finish(self) -> None:
         """Wait until all shards are written.
@@ -116,8 +141,20 @@ class ShardWriter:
         # A shard is named by the SHA-256 of its content, so an existing one of the same size is the same.
         if existing is None or existing.bytes != len(content):
             write_bytes(path, content)
-        # Last, because a resumed extraction does not compute a shard that has a receipt.
+        # After the shard, because a resumed extraction does not compute a shard that has a receipt.
         write_bytes(shard.receipt, index.to_bytes())
+        remove_pieces(shard)
+
+    def _save_piece(self, shard: PlannedShard, features: dict[str, feature_dtype.QuantizedFrames]) -> None:
+        content, index = pack(features, self.fingerprint, self._spans)
+        try:
+            write_bytes(join(shard.pieces, index.shards[0].name), content)
+        # The shard itself does not need the piece, so the extraction continues.
+        except (OSError, UserError) as error:
+            log_line(
+                "warning: the features so far could not be saved; if this extraction is interrupted, another "
+                f"has to compute them again: {error}"
+            )
 
 
 def encode_shards(task: EncodingTask, shards: list[PlannedShard], device: torch.device) -> None:
@@ -187,17 +224,31 @@ def plan_batches(
         if exists(shard.receipt):
             meter.update(len(shard.audio))
             continue
+        in_pieces = read_pieces(shard)
+        resumed: list[EncodedBatch] = []
         samples = shard.audio.samples.tolist()
         longest_first = sorted(range(len(samples)), key=lambda i: (-samples[i], i))
         groups = batches_of([spec.seconds_of(samples[i]) for i in longest_first], budget)
         for number, group in enumerate(groups, start=1):
             members = [longest_first[i] for i in group]
-            yield AudioBatch(
+            batch = AudioBatch(
                 shard,
                 [shard.audio.manifest[int(shard.audio.rows[i])] for i in members],
                 [spec.span_of(samples[i]) for i in members],
                 is_last=number == len(groups),
+                resumed=resumed if number == len(groups) else [],
             )
+            audio_ids = [u.audio_id for u in batch.utterances]
+            # Batches are taken from pieces as a unit: rounding depends on what is encoded together. The last
+            # one is in no piece, unless the size of batches has changed since, and makes the shard complete.
+            if not batch.is_last and all(audio_id in in_pieces for audio_id in audio_ids):
+                resumed.append(EncodedBatch(batch, [in_pieces[audio_id] for audio_id in audio_ids]))
+                meter.update(len(batch.utterances))
+            else:
+                if batch.resumed:
+                    done = sum(len(earlier.batch.utterances) for earlier in batch.resumed)
+                    log_line(f"resuming: {done} utterances of an unfinished shard are already encoded")
+                yield batch
 
 
 def _copy_to_host(batch: AudioBatch, features: list[feature_dtype.QuantizedFrames]) -> EncodedBatch:

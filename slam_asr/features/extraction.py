@@ -24,7 +24,7 @@ from slam_asr.features.plan import Audio, ExtractionPlan, PlannedShard, distinct
 from slam_asr.progress import log_line
 from slam_asr.runtime.launch import Job, processes_of
 from slam_asr.runtime.work_split import WorkShard
-from slam_asr.runtime.worker import die_with_parent, failures_written_to
+from slam_asr.runtime.worker import failures_written_to
 from slam_asr.storage import is_s3, local_path
 from slam_asr.storage.local import remove_abandoned
 
@@ -210,7 +210,6 @@ def main() -> None:
     from slam_asr.models.encoders.registry import describe_encoder
     from slam_asr.models.precision import pick_device
 
-    die_with_parent()
     job = ExtractionJob(**json.loads(Path(sys.argv[1]).read_text()))
     with failures_written_to(Path(job.folder)):
         recipe = load_recipe(job.recipe)

@@ -32,6 +32,8 @@ class Contents:
     """Size in bytes of each existing shard, by file name."""
     receipts: list[str] = field(default_factory=list)
     """Paths of the receipts that running and interrupted extractions have written."""
+    pieces: list[str] = field(default_factory=list)
+    """Paths of what they have saved of shards that are not complete."""
 
     @property
     def orphans(self) -> list[str]:
@@ -48,9 +50,11 @@ class Contents:
 
 
 def _contents(namespace: FeatureNamespace) -> Contents:
-    unfinished = join(namespace.root, "unfinished")
-    receipts = [join(unfinished, f.name) for f in walk(unfinished)]
-    return Contents(namespace, namespace.merged_index(), namespace.shard_sizes(), receipts)
+    receipts, pieces = (
+        [join(folder, f.name) for f in walk(folder)]
+        for folder in (join(namespace.root, "unfinished"), join(namespace.root, "pieces"))
+    )
+    return Contents(namespace, namespace.merged_index(), namespace.shard_sizes(), receipts, pieces)
 
 
 def _require_namespaces(store: str) -> list[FeatureNamespace]:
@@ -88,6 +92,7 @@ def list_store(store: str) -> None:
             )
         for count, what in (
             (len(contents.receipts), "shards of unfinished extractions"),
+            (len(contents.pieces), "pieces of shards that an unfinished extraction has begun"),
             (len(contents.orphans), "shards that nothing refers to: `slam-asr features prune` removes them"),
             (len(contents.lost), "shards missing or cut short: run `slam-asr extract-features` again"),
         ):
@@ -210,7 +215,7 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
     Args:
         contents: the files of a namespace.
         needed: sorted audio ids, uint8 [n, 32], whose features must remain; all if not given.
-        unfinished: whether to include the shards of unfinished extractions.
+        unfinished: whether to include the shards of unfinished extractions, and the pieces of shards.
         yes: whether to write the single index now, before the caller removes the others.
     """
     namespace, index = contents.namespace, contents.index
@@ -219,7 +224,8 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
         indexed = {s.name for s in index.shards} if index else set()
         noted = {s.name for receipt in contents.receipts for s in namespace.read_index(receipt).shards}
         removable = (noted - indexed) & contents.shard_sizes.keys()
-        files += contents.receipts + [namespace.shard_path(name) for name in sorted(removable)]
+        files += contents.pieces + contents.receipts
+        files += [namespace.shard_path(name) for name in sorted(removable)]
     if needed is not None and index is not None:
         # A shard remains if any of its audio is needed: shards are never changed, only removed.
         remains = np.zeros(len(index.shards), bool)

@@ -86,6 +86,8 @@ class PlannedShard:
     audio: Audio
     receipt: str
     """Path of the shard's own small index, written when it is finished so that a resumed run finds it."""
+    pieces: str
+    """Folder of the features that are saved before the shard is complete; see `features.pieces`."""
 
 
 class ExtractionPlan:
@@ -121,6 +123,7 @@ class ExtractionPlan:
         self._shard_sizes = namespace.shard_sizes()
         unfinished = join(namespace.root, "unfinished", self.name)
         self._receipts = {join(unfinished, f.name) for f in walk(unfinished)}
+        self._pieces = join(namespace.root, "pieces", self.name)
         names = namespace.index_names()
         initial = [name for name in self._initial_indexes(names) if name in names]
         indexed_at_start = self._merge(map(self._read_index, initial), audio.audio_ids)
@@ -137,7 +140,8 @@ class ExtractionPlan:
             for entries in plan_shards(sizes, limit):
                 number = len(self.shards)
                 receipt = join(unfinished, f"{number:06}.safetensors")
-                self.shards.append(PlannedShard(number, missing.select(entries), receipt))
+                pieces = join(self._pieces, f"{number:06}")
+                self.shards.append(PlannedShard(number, missing.select(entries), receipt, pieces))
         self.own_shards = [shard for shard in self.shards if work_shard.takes(shard.number)]
 
     def _initial_indexes(self, names: list[str]) -> list[str]:
@@ -220,6 +224,11 @@ class ExtractionPlan:
         # Receipts are removed only now, when an index vouches for their shards.
         for shard in self.own_shards:
             delete(shard.receipt)
+        # A killed extraction may have left pieces of a shard that it had just finished.
+        own = {f"{shard.number:06}" for shard in self.own_shards}
+        for file in walk(self._pieces):
+            if file.name.partition("/")[0] in own:
+                delete(join(self._pieces, file.name))
         return name, index
 
     def _own_reused(self) -> Audio:

@@ -22,6 +22,11 @@ It is DeepSpeed's default for stage3_max_live_parameters, and applies to each pr
 """
 CUDA_OVERHEAD = 1.5e9
 """Bytes of CUDA's context, its libraries' workspaces and NCCL's buffers on a GPU: a rule of thumb."""
+PROCESS_OVERHEAD = 0.5e9
+"""Bytes of host memory that a training process takes before it loads a model.
+
+Python, torch, transformers and DeepSpeed took 475 MB.
+"""
 FRAGMENTATION = 1.05
 """Ratio of the memory that the allocator takes for activations to the memory requested: a rule of thumb."""
 
@@ -55,7 +60,7 @@ class Memory:
     logits: float
     """The logits that exist at one time, and the tensors that are computed from them."""
     overhead: float
-    """Memory of CUDA and NCCL."""
+    """Memory of CUDA and NCCL on a GPU; of Python and its libraries on a CPU."""
 
     @property
     def total(self) -> float:
@@ -71,7 +76,9 @@ PARTS = {
     "logits": "logits",
     "overhead": "CUDA and NCCL",
 }
-"""The parts of `Memory`, in words."""
+"""The parts of `Memory`, in words, on a GPU."""
+CPU_PARTS = PARTS | {"overhead": "Python and its libraries"}
+"""The same on a CPU."""
 
 
 def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = True) -> Memory:
@@ -122,7 +129,7 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
         optimizer,
         activations * FRAGMENTATION,
         _logits(shapes, load, size),
-        CUDA_OVERHEAD if on_gpu else 0.0,
+        CUDA_OVERHEAD if on_gpu else PROCESS_OVERHEAD,
     )
 
 

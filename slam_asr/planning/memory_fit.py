@@ -14,7 +14,15 @@ from slam_asr.artifacts.utterances import samples_of
 from slam_asr.errors import ConfigurationError
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt
-from slam_asr.planning.memory import PARTS, Load, Memory, host_optimizer_bytes, training_memory
+from slam_asr.planning.memory import (
+    CPU_PARTS,
+    PARTS,
+    PROCESS_OVERHEAD,
+    Load,
+    Memory,
+    host_optimizer_bytes,
+    training_memory,
+)
 from slam_asr.planning.plan import USABLE, propose
 from slam_asr.planning.shapes import Shapes
 from slam_asr.progress import log_line
@@ -110,7 +118,8 @@ def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
 def _too_much(memory: Memory, machine: Machine) -> str:
     """Describe the memory that the training takes, its two largest parts, and the memory of the machine."""
     assert machine.memory is not None  # `require_fit` has checked it
-    parts = sorted(((size, PARTS[name]) for name, size in vars(memory).items()), reverse=True)[:2]
+    names = PARTS if machine.on_gpu else CPU_PARTS
+    parts = sorted(((size, names[name]) for name, size in vars(memory).items()), reverse=True)[:2]
     shown = " and ".join(f"{size / 1e9:.3g} GB {name}" for size, name in parts)
     takes = f"This training takes about {memory.total / 1e9:.3g} GB of "
     if machine.on_gpu:
@@ -141,14 +150,17 @@ def _remedy(shapes: Shapes, longest: Load, machine: Machine) -> str:
 
 
 def _require_host(shapes: Shapes, machine: Machine) -> None:
-    """Refuse to offload an optimiser to host memory that it does not fit into."""
-    if not (machine.on_gpu and shapes.recipe.training.offload_optimizer) or machine.host is None:
+    """Refuse processes on GPUs, and an offloaded optimiser, that do not fit into host memory."""
+    if not machine.on_gpu or machine.host is None:
         return
-    # The optimiser is sharded over all processes.
-    takes = host_optimizer_bytes(shapes) * machine.local_processes / machine.processes
+    takes = PROCESS_OVERHEAD * machine.local_processes
+    what, remedy = f"{machine.local_processes} training processes take", "more memory for the host"
+    if shapes.recipe.training.offload_optimizer:
+        # The optimiser is sharded over all processes.
+        takes += host_optimizer_bytes(shapes) * machine.local_processes / machine.processes
+        what, remedy = "training.offload_optimizer takes", "more machines or more memory, or llm.tuning lora"
     if takes / MAX_OVERESTIMATE > machine.host:
         raise ConfigurationError(
-            f"training.offload_optimizer takes about {takes / 1e9:.3g} GB of this host's memory, "
-            f"which has {machine.host / 1e9:.3g} GB available: take more machines or more memory, "
-            "or llm.tuning lora."
+            f"{what} about {takes / 1e9:.3g} GB of this host's memory, which has "
+            f"{machine.host / 1e9:.3g} GB available: take {remedy}."
         )

@@ -1,13 +1,26 @@
 """Downloads models from the model hub, and finds them in the hub's own cache."""
 
 import shutil
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from slam_asr.pretrained.model_files import needed_files
 from slam_asr.progress import log_line
 
 HUB_TIMEOUT = 3.0
 """Seconds to wait for the hub to answer whether it has a model. Short, because clusters often block it."""
+
+
+FIRST_PAUSES = (1.0, 2.0)
+"""Seconds before further attempts to reach the hub, because a new pod's network may not be ready yet."""
+PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
+"""Seconds before further attempts when the hub answers that it is busy, or when a download breaks off."""
+_TEMPORARY = (429, 500, 502, 503, 504)
+"""HTTP's codes for an overloaded or restarting server."""
+
+T = TypeVar("T")
 
 
 class Unavailable(Exception):
@@ -49,10 +62,18 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
     )
 
     try:
-        info = HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        info = _repeated(lambda: HfApi().model_info(name, timeout=HUB_TIMEOUT), name, FIRST_PAUSES)
         needed = needed_files([file.rfilename for file in info.siblings or []], weights)
         log_line(f"fetching {name}{'' if weights else ' (configuration)'} from the hub")
-        snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=needed)
+
+        def fetch() -> None:
+            """Fetch the files that are missing, and continue with those that are incomplete."""
+            snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=needed)
+            # If the hub does not answer, `snapshot_download` is content with what an earlier attempt left.
+            if not all((folder / file).is_file() for file in needed):
+                raise LocalEntryNotFoundError(name)
+
+        _repeated(fetch, name, PAUSES)
     # The order matters, because each of these is a subclass of the next: GatedRepoError,
     # RepositoryNotFoundError, HfHubHTTPError, HTTPError.
     except OfflineModeIsEnabled:
@@ -71,3 +92,34 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
     except (HTTPError, LocalEntryNotFoundError) as error:
         raise Unavailable(f"the hub cannot be reached ({type(error).__name__})") from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _repeated(call: Callable[[], T], name: str, unreachable: Sequence[float]) -> T:
+    """Repeat a call of the hub after failures that may be temporary.
+
+    Args:
+        call: may be called many times.
+        name: the model's name on the hub, for the log.
+        unreachable: seconds before each further attempt if the hub cannot be reached.
+    """
+    attempts = 0
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            pauses = _pauses_after(error, unreachable)
+            if attempts >= len(pauses):
+                raise
+            failure = type(error).__name__
+        log_line(f"{name}: the hub fails ({failure}); another attempt in {pauses[attempts]:g} s")
+        time.sleep(pauses[attempts])
+        attempts += 1
+
+
+def _pauses_after(error: Exception, unreachable: Sequence[float]) -> Sequence[float]:
+    """Seconds before each further attempt after an error; empty if no attempt would help."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, HfHubHTTPError):
+        return PAUSES if error.response.status_code in _TEMPORARY else ()
+    return unreachable if isinstance(error, HTTPError | LocalEntryNotFoundError) else ()

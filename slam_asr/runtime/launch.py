@@ -14,8 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from slam_asr.errors import UserError
-from slam_asr.runtime.worker import FAILURE, PARENT
+from slam_asr.runtime.cores import thread_limits
+from slam_asr.runtime.worker import FAILURE, PARENT, START
 from slam_asr.storage import write_json
+
+GRACE = 10.0
+"""Seconds that a terminated process has before it is killed."""
 
 
 @dataclass
@@ -41,7 +45,7 @@ def processes_of(
     """Start processes, and terminate them when the block ends.
 
     Args:
-        module: run as `python -m module JOB`.
+        module: run as `python -m module JOB`, in a process that ends with this one.
         job: the fields that the processes have in common; each process gets its own number.
         number: number of processes.
         remedy: the options to lower if memory runs out, for the message about a process that was killed.
@@ -53,8 +57,6 @@ def processes_of(
     Raises:
         UserError: a process failed. The message is the process's own if it left one.
     """
-    # Each process gets its share of the cores; otherwise PyTorch would use all of them in each process.
-    threads = str(max(1, (os.cpu_count() or 1) // number))
     pipe = subprocess.PIPE if piped else None
     with TemporaryDirectory(prefix="slam-asr-") as folder:
         running: list[subprocess.Popen[str]] = []
@@ -65,8 +67,8 @@ def processes_of(
                 write_json(path, asdict(replace(job, process=index, processes=number, folder=folder)))
                 running.append(
                     subprocess.Popen(
-                        [sys.executable, "-u", "-m", module, str(path)],
-                        env=os.environ | {"OMP_NUM_THREADS": threads, PARENT: str(os.getpid())},
+                        [sys.executable, "-u", "-m", START, module, str(path)],
+                        env=os.environ | thread_limits(number) | {PARENT: str(os.getpid())},
                         stdin=pipe,
                         stdout=pipe,
                         encoding="utf-8",
@@ -81,7 +83,12 @@ def processes_of(
         finally:
             for process in running:
                 process.terminate()
-                process.wait()
+            for process in running:
+                try:
+                    process.wait(GRACE)
+                except subprocess.TimeoutExpired:  # it waits for a GPU's driver, for example
+                    process.kill()
+                    process.wait()
         failure = Path(folder) / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text())

@@ -59,8 +59,12 @@ def gpu_memory(count: int) -> float | None:
 
 
 def host_memory() -> float | None:
-    """Memory available on this host, or the container's limit if that is lower, in bytes. None if unknown."""
-    known = [_number(path) for path in CGROUP_LIMITS]
+    """Memory available on this host, or what is left of the container's limit if that is less, in bytes.
+
+    None if unknown. The container also holds the processes that run already: this program, which starts the
+    training's processes, and Kubeflow's launcher.
+    """
+    known = [_left(path) for path in CGROUP_LIMITS]
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         # /proc/meminfo counts in KiB.
@@ -70,8 +74,17 @@ def host_memory() -> float | None:
     return min((n for n in known if n is not None), default=None)
 
 
-def _number(path: str) -> float | None:
+def _left(path: str) -> float | None:
+    """What a container's processes leave of its limit, in bytes; None if it has no limit."""
     try:
-        return float(int(Path(path).read_text()))
+        limit = float(int(Path(path).read_text()))
     except (OSError, ValueError):
         return None  # `max` if there is no limit
+    try:
+        lines = Path(path).with_name("memory.stat").read_text().splitlines()
+        used = dict(line.split() for line in lines)
+    except (OSError, ValueError):
+        used = {}
+    # Anonymous memory (version 2, version 1) and files in memory, such as /dev/shm. The rest is cached files,
+    # which the kernel drops when memory becomes scarce.
+    return max(0.0, limit - sum(float(used.get(name, 0)) for name in ("anon", "total_rss", "shmem")))

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -19,13 +20,15 @@ FAILURE = "failure.txt"
 
 PARENT = "SLAM_ASR_PARENT"
 """Environment variable: the id of the process that started this one."""
+START = "slam_asr.runtime.start"
+"""The module that runs all others: it calls `die_with_parent` before their imports."""
 
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, even if the parent was killed.
 
-    The kernel signals only what happens after this call. A parent that was killed while this process was
-    still importing its modules would leave it waiting for others for ever, so that is checked afterwards.
+    The kernel signals only what happens after this call. A parent that was killed before would leave this
+    process waiting for others for ever, so that is checked afterwards.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -42,17 +45,20 @@ def leave_group(code: int = 0) -> NoReturn:
     at that point; freeing them needs the GIL and occasionally aborts the process (SIGABRT), so that a
     finished training would count as failed.
 
+    The process group is not destroyed. gloo would wait for its own thread to end, and has waited for ever
+    when another process had closed its connections first. The kernel closes them all the same, and still
+    delivers what was sent before.
+
     Args:
         code: exit code.
     """
     import torch
 
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    # This raises an error if another process has already ended, and torchrun reports that process.
+    with contextlib.suppress(RuntimeError):
+        torch.distributed.barrier()
     atexit._run_exitfuncs()  # os._exit does not run these functions
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    _exit_at_once(code)
 
 
 @contextlib.contextmanager
@@ -62,7 +68,8 @@ def failures_written_to(
 ) -> Iterator[None]:
     """After a `UserError` in the block, write its message to a file for the parent process, and exit.
 
-    A full GPU, and an error of the operating system that the user can resolve, count as a `UserError`.
+    A full GPU, and an error of the operating system that the user can resolve, count as a `UserError`. Any
+    other exception is a defect: its traceback is printed.
 
     Args:
         folder: folder of the file.
@@ -79,15 +86,31 @@ def failures_written_to(
     except OSError as error:
         explained = from_os_error(error)
         if explained is None:
-            raise
+            _exit_with_traceback()
         _exit_with(folder, explained)
+    except Exception:
+        _exit_with_traceback()
 
 
-def _exit_with(folder: Path, error: UserError) -> None:
+def _exit_with(folder: Path, error: UserError) -> NoReturn:
     try:
         write_atomically(folder / FAILURE, str(error))
     except OSError:  # the disk is full: the parent's message then refers to this output
         print(error, file=sys.stderr, flush=True)
-    # Other processes may be waiting in a collective operation. They cannot end by themselves: exit at once,
-    # so that the launcher notices and ends them.
-    os._exit(EXIT_CODE)
+    _exit_at_once(EXIT_CODE)
+
+
+def _exit_with_traceback() -> NoReturn:
+    traceback.print_exc()
+    _exit_at_once(1)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """End this process without the interpreter's finalisation.
+
+    Other processes may be waiting for this one in a collective operation. They cannot end by themselves: the
+    launcher must notice soon, and ends them. Finalisation could take for ever, see `leave_group`.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

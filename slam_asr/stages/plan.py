@@ -5,7 +5,7 @@ It also estimates the training's storage and time. No weights are loaded.
 
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
-from slam_asr.planning.memory import PARTS, host_optimizer_bytes
+from slam_asr.planning.memory import CPU_PARTS, PARTS, host_optimizer_bytes
 from slam_asr.planning.plan import ENCODING, TRAINING, USABLE, Gpus, Plan, Speech, estimate
 from slam_asr.planning.shapes import Shapes, describe
 from slam_asr.progress import clock, log_line
@@ -72,14 +72,15 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
     )
     sharding = {"deepspeed": f"ZeRO stage {recipe.training.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}
     each = f"each of {gpus.number} GPU{'s' * (gpus.number > 1)}"
-    where = each if gpus.number else "a process on a CPU, beyond an idle one,"
+    where = each if gpus.number else "a process on a CPU"
     log_line(f"\nmemory of {where} in training, {sharding[recipe.training.engine]}, GB:")
     details = {
         "activations": f" ({load.rows:.1f} utterances of {load.length} positions)",
         "logits": f" ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})",
         "overhead": ", about",
     }
-    rows = {PARTS[part] + details.get(part, ""): size for part, size in vars(result.memory).items() if size}
+    names = PARTS if gpus.number else CPU_PARTS
+    rows = {names[part] + details.get(part, ""): size for part, size in vars(result.memory).items() if size}
     for name, size in rows.items():
         log_line(f"  {name:<52}{size / 1e9:8.2f}")
     verdict = "fits" if result.fits else "DOES NOT FIT"

@@ -73,7 +73,7 @@ def build_parts(job: TrainingJob) -> Parts:
     device = _join_processes(options.engine)
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(options.seed + rank)  # for dropout, if any
-    readers = build_readers(job, recipe, processes)
+    readers = build_readers(job, recipe, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
     model, lazy_weights = build_model(job, recipe, device)
     # Counted before the engine shards the model.
     parameters = count_parameters(model, job.encoder_parameters)

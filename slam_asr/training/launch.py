@@ -14,7 +14,8 @@ from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.stage_record import Record, read_record, require_permission_to_replace
 from slam_asr.errors import ConfigurationError, Stopped, UserError
 from slam_asr.progress import log_line
-from slam_asr.runtime.worker import FAILURE, PARENT
+from slam_asr.runtime.cores import thread_limits
+from slam_asr.runtime.worker import FAILURE, PARENT, START
 from slam_asr.storage import digest
 from slam_asr.storage.cache import cache_folder
 
@@ -29,6 +30,16 @@ RENDEZVOUS = 1800
 LAST_CHECKPOINT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 """Seconds allowed for the last checkpoint after a signal; a cluster's grace period is usually shorter."""
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+PROGRAM = "slam_asr.training.loop"
+"""The module that each training process runs."""
+
+TEMPORARY_CODES = (os.EX_TEMPFAIL, -signal.SIGABRT)
+"""Exit codes of a training process after a failure that is usually temporary.
+
+The loop ends with the first one. NCCL's watchdog aborts the process when another one does not answer.
+"""
+PAUSES = (5.0, 20.0, 60.0)
+"""Seconds before each restart after such failures. With every new checkpoint, they begin again."""
 
 ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
 """Makes glibc allocate each block above 4 MiB in pages of its own.
@@ -138,6 +149,9 @@ def train_as_worker_node(
 def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> None:
     """Run the training loop in `processes` processes under torchrun's launcher, on this and all other nodes.
 
+    After a failure that is usually temporary, such as one of a GPU's driver, a training on one machine starts
+    again from its latest checkpoint, at most `len(PAUSES)` times without a new one.
+
     Args:
         processes: number of processes on this machine.
         folder: contains `job.json`; a failing process writes its message there.
@@ -148,29 +162,61 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
         Stopped: a signal stopped the training.
         UserError: a process failed; the message is that of the process that failed first, if it wrote one.
     """
+    os.environ.setdefault(*ALLOCATION)
+    os.environ.setdefault(*LAST_CHECKPOINT)
+    os.environ.update(thread_limits(processes))
+    here = f" on node {nodes.rank} of {nodes.number}" if nodes.number > 1 else ""
+    log_line(f"starting {processes} training process{'es' * (processes > 1)}{here}")
+    # torchrun starts the processes from this one, with this environment.
+    os.environ[PARENT] = str(os.getpid())
+    restarts, reached = 0, _latest_step(checkpoints)
+    try:
+        while True:
+            try:
+                _launch_once(processes, folder, nodes, checkpoints)
+                return
+            except _TemporaryFailure as failure:
+                before, reached = reached, _latest_step(checkpoints)
+                restarts = 0 if reached > before else restarts
+                # The machines would have to agree on a restart. One that has failed for another reason does
+                # not come back, and the others would wait for it.
+                if nodes.number > 1 or restarts == len(PAUSES):
+                    raise UserError(f"{failure}.") from failure
+                log_line(f"{failure}. Training starts again after step {reached} in {PAUSES[restarts]:g} s")
+            time.sleep(PAUSES[restarts])
+            restarts += 1
+    finally:
+        del os.environ[PARENT]
+
+
+class _TemporaryFailure(Exception):
+    """A training process failed for a reason that is usually temporary. The message is a clause."""
+
+
+def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> None:
+    """Run the processes to their end, as `launch_training` does.
+
+    Raises:
+        Stopped: a signal stopped the training.
+        UserError: a process failed.
+        _TemporaryFailure: it may succeed if it is started again.
+    """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    os.environ.setdefault(*ALLOCATION)
-    os.environ.setdefault(*LAST_CHECKPOINT)
-    # Each process uses its share of the cores; by default each would start threads for all of them.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    here = f" on node {nodes.rank} of {nodes.number}" if nodes.number > 1 else ""
-    log_line(f"starting {processes} training process{'es' * (processes > 1)}{here}")
-    launch = elastic_launch(_launch_config(processes, nodes), sys.executable)
-    # torchrun starts the processes from this one, with this environment.
-    os.environ[PARENT] = str(os.getpid())
     try:
-        launch("-u", "-m", "slam_asr.training.loop", str(folder / "job.json"))
+        elastic_launch(_launch_config(processes, nodes), sys.executable)(
+            "-u", "-m", START, PROGRAM, str(folder / "job.json")
+        )
     except SignalException as error:
         raise Stopped(_stopped_message(error.sigval.name, checkpoints), 128 + error.sigval.value) from error
     except ChildFailedError as error:
         failure = folder / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text()) from error
-        # When one process fails, those that lose it as a peer end with code 1. The code of a process that a
-        # signal killed is negative, so the minimum is the code of the cause.
+        # When one process fails, those that lose it as a peer end with a code of `TEMPORARY_CODES` or with 1.
+        # The code of a process that a signal killed is negative, so the minimum is the code of the cause.
         code = min(failed.exitcode for failed in error.failures.values())
         if code - 128 in STOPPING:
             raise Stopped(_stopped_message(signal.Signals(code - 128).name, checkpoints), code) from error
@@ -179,9 +225,16 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
                 "A training process was killed (signal 9), usually because the machine ran out of memory: "
                 "lower training.positions_per_batch or training.processes."
             ) from error
-        raise UserError(f"A training process ended with code {code}; its own message is above.") from error
-    finally:
-        del os.environ[PARENT]
+        ended = f"A training process ended with code {code}; its own message is above"
+        if code in TEMPORARY_CODES:
+            raise _TemporaryFailure(ended) from error
+        raise UserError(f"{ended}.") from error
+
+
+def _latest_step(checkpoints: str) -> int:
+    """The step of the latest checkpoint; 0 if there is none."""
+    latest = checkpoint.find(checkpoints)
+    return latest.step if latest else 0
 
 
 def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":

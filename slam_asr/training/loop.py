@@ -17,7 +17,7 @@ import torch
 
 from slam_asr.errors import UserError
 from slam_asr.progress import log_line
-from slam_asr.runtime.worker import die_with_parent, failures_written_to, leave_group
+from slam_asr.runtime.worker import failures_written_to, leave_group
 from slam_asr.storage import join, upload, write_json
 from slam_asr.training.builder import Parts, announce, build_parts
 from slam_asr.training.job import FACTS, TrainingJob
@@ -33,6 +33,17 @@ PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote pr
 
 Both raise a RuntimeError, or a subclass, which they also raise for other failures. Only the text
 differs.
+"""
+TEMPORARY = re.compile(
+    r"CUDA error: (unspecified launch failure|the launch timed out|uncorrectable|an illegal memory access|"
+    r"unknown error|hardware stack error)|"
+    r"CU(BLAS|DNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|"
+    r"nccl(System|Remote|Internal|UnhandledCuda)Error|"
+    r"Timed out waiting|[Ss]ocket [Tt]imeout|Connection timed out"
+)
+"""Matches the messages of failures that are usually over when the program starts again.
+
+After an error of CUDA, all further calls of the same process fail too.
 """
 
 
@@ -299,7 +310,6 @@ def train_in_this_process(job: TrainingJob) -> int:
 
 def main() -> None:
     """Run as one process under torchrun; the only argument is the path of a `TrainingJob` as JSON."""
-    die_with_parent()
     # DeepSpeed calls deprecated names of torch, several times per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     job = TrainingJob(**json.loads(Path(sys.argv[1]).read_text()))
@@ -307,11 +317,15 @@ def main() -> None:
         try:
             code = train_in_this_process(job)
         except RuntimeError as error:
-            if not PEER_GONE.search(str(error)):
+            if PEER_GONE.search(str(error)):
+                # The other process reports what happened. This error's message would only distract from it.
+                reason = "because another process of this training has ended"
+            elif TEMPORARY.search(str(error)):
+                reason = f"after a failure that may be temporary: {str(error).splitlines()[0]}"
+            else:
                 raise
-            # The other process reports what happened. The message of this error would only distract from it.
-            log_line(f"process {os.environ['RANK']} ends, because another process of this training has ended")
-            os._exit(1)
+            log_line(f"process {os.environ['RANK']} ends, {reason}")
+            os._exit(os.EX_TEMPFAIL)
     leave_group(code)
 
 

@@ -1,7 +1,6 @@
 """Builds from a job what its training needs: batch readers, and the model."""
 
 import functools
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
+from slam_asr.runtime.cores import usable_cores
 from slam_asr.training.batches import BatchReader, Examples
 from slam_asr.training.engines.choose import shards_weights
 from slam_asr.training.job import TrainingJob
@@ -54,7 +54,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
     utterances = {name: read_rows(read_manifest(path), job.rows[name]) for name, path in manifests.items()}
     source = _source(job.feature_store, spec, recipe, utterances.values())
     limit = llm_positions(Path(job.llm_folder))
-    threads = 1 if job.feature_store else max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = 1 if job.feature_store else max(1, usable_cores() // processes)
     draw = functools.partial(prompt.draw, recipe.training.seed)
     readers = {
         "train": BatchReader(

@@ -5,10 +5,12 @@ TensorBoard's files are always written; the others are used on request (`trainin
 Both read the server and the account from their own environment variables.
 """
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,8 +63,8 @@ def make_trackers(
     """
     makers: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {"mlflow": _Mlflow, "wandb": _Wandb}
     return [
-        _TensorBoard(folder / EVENTS, done),
-        *[_Guarded(name, makers[name](folder, run, recipe)) for name in names],
+        _Guarded("TensorBoard", lambda: _TensorBoard(folder / EVENTS, done)),
+        *[_Guarded(name, functools.partial(makers[name], folder, run, recipe)) for name in names],
     ]
 
 
@@ -137,23 +139,33 @@ class _Wandb:
 
 
 class _Guarded:
-    """A remote tracker. When a call fails, the failure is logged and the tracker is no longer used."""
+    """A tracker that may fail, when it is created too. It is then no longer used, and the log says why.
 
-    def __init__(self, name: str, tracker: Tracker) -> None:
+    Args:
+        name: of the tracker, for the log.
+        make: creates the tracker.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self.name = name
-        self.tracker: Tracker | None = tracker
+        self.tracker: Tracker | None = None
+        with self._failures_logged():
+            self.tracker = make()
+
+    @contextlib.contextmanager
+    def _failures_logged(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a third-party client may raise anything
+            # Some clients' messages have several lines.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            log_line(f"warning: {self.name} failed ({reason}); training continues without it")
+            self.tracker = None
 
     def _try(self, call: str, *arguments: Any) -> None:
-        if self.tracker is None:
-            return
-        try:
-            getattr(self.tracker, call)(*arguments)
-        except Exception as error:  # a third-party client may raise anything
-            log_line(
-                f"warning: {self.name} failed ({type(error).__name__}: {error}); training continues without "
-                "it"
-            )
-            self.tracker = None
+        if self.tracker is not None:
+            with self._failures_logged():
+                getattr(self.tracker, call)(*arguments)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self._try("log", step, numbers)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from slam_asr.errors import UserError
+from slam_asr.pretrained import hub as hub_module
 from slam_asr.pretrained import locate as pretrained
 from slam_asr.pretrained import model_files
 from slam_asr.pretrained.hub import Unavailable
@@ -289,3 +290,83 @@ def test_a_folder_without_all_weights_has_no_digest(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="lacks weights"):
         weights_sha256(folder)
+
+
+class FlakyHub:
+    """Stands for a call of the hub's client: fails some times, then succeeds."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures, self.calls = list(failures), 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        return "the answer"
+
+
+def hub_answer(status: int) -> Exception:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils._http import httpx2 as httpx
+
+    response = httpx.Response(status, request=httpx.Request("GET", "https://hub"))
+    return HfHubHTTPError(str(status), response=response)
+
+
+def no_connection() -> Exception:
+    from huggingface_hub.utils._http import httpx2 as httpx
+
+    return httpx.ConnectError("name resolution failed")
+
+
+@pytest.mark.parametrize(
+    ("failures", "pauses"),
+    [
+        ((no_connection(),), [1]),
+        ((no_connection(), no_connection()), [1, 2]),
+        ((hub_answer(503), hub_answer(429), hub_answer(500)), [1, 5, 15]),
+    ],
+)
+def test_failures_of_the_hub_that_may_be_temporary_are_repeated_with_growing_pauses(
+    monkeypatch, capsys, failures, pauses
+):
+    slept: list[float] = []
+    monkeypatch.setattr(hub_module.time, "sleep", slept.append)
+    flaky = FlakyHub(*failures)
+    assert hub_module._repeated(flaky, "team/model", hub_module.FIRST_PAUSES) == "the answer"
+    assert slept == pauses
+    assert capsys.readouterr().out.count("team/model: the hub fails (") == len(failures)
+
+
+@pytest.mark.parametrize(
+    ("failures", "calls"),
+    [
+        ([hub_answer(404)], 1),
+        ([hub_answer(403)], 1),
+        ([ValueError("a defect")], 1),
+        ([no_connection() for _ in range(9)], 3),
+        ([hub_answer(503) for _ in range(9)], 6),
+    ],
+)
+def test_permanent_and_lasting_failures_of_the_hub_are_raised(monkeypatch, failures, calls):
+    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+    flaky, first = FlakyHub(*failures), failures[0]
+    with pytest.raises(type(first)):
+        hub_module._repeated(flaky, "team/model", hub_module.FIRST_PAUSES)
+    assert flaky.calls == calls
+
+
+def test_an_incomplete_download_is_not_taken_for_a_model(cache, monkeypatch, tmp_path):
+    """If the hub stops answering, its client returns the folder that an earlier attempt left."""
+    import huggingface_hub
+
+    sibling = [type("File", (), {"rfilename": name}) for name in ("config.json", "model.safetensors")]
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "model_info",
+        lambda *_, **__: type("Info", (), {"siblings": sibling, "sha": "c"}),
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+    with pytest.raises(Unavailable, match="the hub cannot be reached"):
+        hub_module.from_hub("team/model", tmp_path / "model")

@@ -12,7 +12,7 @@ from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
 from slam_asr.models.encoders.registry import spec_of
 from slam_asr.models.prompt import TokenizedPrompt
-from slam_asr.planning.memory import training_memory
+from slam_asr.planning.memory import PROCESS_OVERHEAD, training_memory
 from slam_asr.planning.memory_fit import loads_of, require_fit
 from slam_asr.planning.shapes import Shapes
 from slam_asr.runtime import machine
@@ -164,9 +164,10 @@ def test_an_offloaded_optimiser_must_fit_into_host_memory():
         recipe=dataclasses.replace(full.recipe, llm=dataclasses.replace(full.recipe.llm, tuning="full")),
         _cache={},
     )
-    require_fit(full, Words(), utterances(), gpus(80e9, host=12 * full.trained_parameters))
+    need = 12 * full.trained_parameters + PROCESS_OVERHEAD
+    require_fit(full, Words(), utterances(), gpus(80e9, host=need))
     with pytest.raises(UserError, match=r"training\.offload_optimizer takes about .+ this host's memory"):
-        require_fit(full, Words(), utterances(), gpus(80e9, host=12 * full.trained_parameters / 1.2))
+        require_fit(full, Words(), utterances(), gpus(80e9, host=need / 1.2))
 
 
 def test_a_containers_limit_takes_precedence_over_the_hosts_memory(tmp_path, monkeypatch):
@@ -177,3 +178,36 @@ def test_a_containers_limit_takes_precedence_over_the_hosts_memory(tmp_path, mon
     assert host_memory() > 1e8
     limits[1].write_text("50000000\n")
     assert host_memory() == 5e7
+
+
+@pytest.mark.parametrize(
+    ("name", "statistics", "left"),
+    [
+        ("memory.max", "anon 475000000\nfile 9000000000\nshmem 25000000\nanon_thp 7\n", 4e8),
+        ("memory.limit_in_bytes", "cache 9000000000\nrss 1\ntotal_rss 475000000\nshmem 25000000\n", 4e8),
+        ("memory.max", "anon 950000000\n", 0.0),
+    ],
+)
+def test_memory_that_a_containers_processes_already_take_is_not_available(
+    tmp_path, monkeypatch, name, statistics, left
+):
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", [str(tmp_path / name)])
+    (tmp_path / name).write_text("900000000\n")
+    (tmp_path / "memory.stat").write_text(statistics)
+    assert host_memory() == left
+
+
+def test_each_process_counts_with_its_own_python(capsys):
+    model = shapes(positions_per_batch=100)
+    beyond = predicted_memory(model, on_gpu=False) - PROCESS_OVERHEAD
+    fitting = beyond + PROCESS_OVERHEAD
+    require_fit(model, Words(), utterances(), Machine(1, 1, False, fitting / 0.9, fitting / 0.9))
+    assert capsys.readouterr().out == ""
+    require_fit(model, Words(), utterances(), Machine(1, 1, False, fitting, fitting))
+    assert "warning: This training takes about" in capsys.readouterr().out
+    with pytest.raises(UserError, match="Python and its libraries"):
+        require_fit(model, Words(), utterances(), Machine(1, 1, False, 0.2e9, 0.2e9))
+    with pytest.raises(
+        UserError, match=r"^4 training processes take about 2 GB of this host's memory, which has 1\.5 GB"
+    ):
+        require_fit(shapes(), Words(), utterances(), gpus(80e9, count=4, host=1.5e9))

@@ -1,11 +1,18 @@
-"""A worker process never outlives the stage that started it, whenever that stage is killed."""
+"""A worker process always ends, and never outlives the stage that started it, whenever that is killed."""
 
+import atexit
 import os
 import subprocess
 import sys
 import time
 
-from slam_asr.runtime.worker import PARENT
+import pytest
+
+from slam_asr.errors import UserError
+from slam_asr.runtime import launch
+from slam_asr.runtime.launch import Job, processes_of
+from slam_asr.runtime.worker import FAILURE, PARENT, failures_written_to, leave_group
+from tests.ranks import fork_ranks
 
 WORKER = "from slam_asr.runtime.worker import die_with_parent; die_with_parent(); print('works', flush=True)"
 
@@ -59,3 +66,58 @@ def _runs(process: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_process_leaves_its_group_although_another_is_gone_and_the_group_cannot_be_destroyed(tmp_path):
+    import torch
+
+    def leave(rank: int) -> None:
+        torch.distributed.barrier()
+        if rank == 1:
+            os._exit(3)
+        # As gloo's own thread has, when another process had closed its connections.
+        torch.distributed.destroy_process_group = lambda: time.sleep(1e6)
+        leave_group(5)
+
+    assert fork_ranks(2, tmp_path, leave) == [5, 3]
+
+
+def test_a_process_waits_for_the_others_before_it_leaves(tmp_path):
+    def leave(rank: int) -> None:
+        if rank == 1:
+            time.sleep(0.3)
+            (tmp_path / "done").touch()
+        atexit.register(lambda: (tmp_path / "done").exists() or os._exit(4))
+        leave_group()
+
+    assert fork_ranks(2, tmp_path, leave) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("the message"), 2, "the message"),
+        (OSError(28, "No space left on device", "/full"), 2, "The disk is full"),
+        (OSError(5, "Input/output error"), 1, None),
+        (ValueError("a defect"), 1, None),
+    ],
+)
+def test_a_failing_process_ends_at_once_although_its_group_cannot_be_destroyed(
+    tmp_path, error, code, message
+):
+    def fail(rank: int) -> None:
+        if rank == 0:
+            with failures_written_to(tmp_path):
+                raise error
+
+    assert fork_ranks(1, tmp_path, fail) == [code]
+    assert (tmp_path / FAILURE).exists() == (message is not None)
+    assert message is None or (tmp_path / FAILURE).read_text().startswith(message)
+
+
+@pytest.mark.cold
+def test_a_process_that_ignores_its_termination_is_killed(monkeypatch):
+    monkeypatch.setattr(launch, "GRACE", 0.2)
+    with processes_of("tests.runtime.stubborn_worker", Job(), 2, "nothing", piped=True) as running:
+        assert [process.stdout.readline() for process in running] == ["ignores SIGTERM\n"] * 2
+    assert [process.returncode for process in running] == [-9, -9]

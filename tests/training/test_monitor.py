@@ -169,7 +169,7 @@ def test_a_failing_tracker_is_reported_once_and_training_continues(capsys):
         def log(self, step: int, numbers: dict[str, float]) -> None:
             raise ConnectionError("nobody there")
 
-    guarded = trackers._Guarded("mlflow", Failing())
+    guarded = trackers._Guarded("mlflow", Failing)
     for step in range(3):
         guarded.log(step, {})
     assert (
@@ -178,6 +178,25 @@ def test_a_failing_tracker_is_reported_once_and_training_continues(capsys):
         )
         == 1
     )
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb", "TensorBoard"])
+def test_a_tracker_that_cannot_be_created_is_reported_once_and_training_continues(
+    name, tmp_path, monkeypatch, capsys
+):
+    def unreachable(module: str) -> None:
+        raise ConnectionError("nobody there:\n  try later")
+
+    if name == "TensorBoard":
+        (tmp_path / trackers.EVENTS).write_text("a file where the folder should be")
+    else:
+        monkeypatch.setattr(trackers.importlib, "import_module", unreachable)
+    train(tmp_path, trackers=[] if name == "TensorBoard" else [name])
+    printed = capsys.readouterr().out
+    assert printed.count("warning: ") == 1
+    assert f"warning: {name} failed (" in printed and "training continues without it" in printed
+    assert name == "TensorBoard" or "(ConnectionError: nobody there: try later)" in printed
+    assert sum('"loss"' in line for line in (tmp_path / "curve.jsonl").read_text().splitlines()) == 5
 
 
 def test_the_page_is_redrawn_during_training(tmp_path, monkeypatch):

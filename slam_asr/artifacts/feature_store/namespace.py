@@ -8,7 +8,8 @@
                                         where the features of each utterance of a manifest, or of a
                                         work shard of it, are
             runs/<digest>/stage.json    the record of an extraction
-            plans/, unfinished/         what an interrupted extraction needs to resume
+            plans/, unfinished/, pieces/
+                                        what an interrupted extraction needs to resume
 
 Features are looked up by the SHA-256 of the audio (`Utterance.audio_id`), not by the utterance's key. Audio
 that is in two manifests is therefore saved once, and features of replaced audio are never used for the new
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from slam_asr.artifacts.feature_store.index import Entry, Index, Shard, build, merge
 from slam_asr.artifacts.stage_record import RECORD
@@ -35,6 +36,8 @@ from slam_asr.storage.paths import folders_in
 
 FINGERPRINT_FILE = "fingerprint.json"
 _PARALLEL_READS = 8
+_SCALES = ".scales"
+"""What follows the audio id in the name of the tensor with its scales."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,19 @@ def pack(
     return content, build(fingerprint, width, Shard(sha256_of_bytes(content), len(content)), entries)
 
 
+def unpack(content: bytes) -> dict[str, QuantizedFrames]:
+    """Read the features that `pack` serialised, by audio id."""
+    tensors = load(content)
+    scales = {name for name in tensors if name.endswith(_SCALES)}
+    return {
+        audio_id: QuantizedFrames(frames, tensors.get(_scales_name(audio_id)))
+        for audio_id, frames in tensors.items()
+        if audio_id not in scales
+    }
+
+
 def _scales_name(audio_id: str) -> str:
-    return f"{audio_id}.scales"
+    return audio_id + _SCALES
 
 
 def checksum(*chunks: memoryview | bytes | bytearray) -> int:

@@ -1,0 +1,49 @@
+"""Pieces of a shard that is not complete yet, so that an interruption loses only the last minutes of work.
+
+A slow encoder may take an hour to fill a shard, and a cluster may end a pod at any time, with about a second
+to finish. The batches that were encoded since the last piece are therefore saved every `PIECE_SECONDS`. An
+extraction that is started again plans the same shards and the same batches, takes those that are in pieces,
+and encodes the others: the shard has the same bytes as without an interruption. Its pieces are removed when
+it is written.
+"""
+
+from slam_asr.artifacts.feature_store.namespace import unpack
+from slam_asr.features.plan import PlannedShard
+from slam_asr.models.feature_dtype import QuantizedFrames
+from slam_asr.storage import delete, exists, join, name_of, read_bytes, sha256_of_bytes, walk
+
+PIECE_SECONDS = 180.0
+"""Seconds between two pieces of a shard. A GPU usually fills a shard sooner, and then there are none."""
+_SUFFIX = ".safetensors"
+
+
+def read_pieces(shard: PlannedShard) -> dict[str, QuantizedFrames]:
+    """Read the features in a shard's pieces, by audio id. A damaged piece is ignored.
+
+    Raises:
+        StorageError: object storage cannot be read.
+    """
+    features: dict[str, QuantizedFrames] = {}
+    for path in _pieces(shard):
+        try:
+            content = read_bytes(path)
+        except Exception:
+            # Another extraction of the same audio may have finished the shard, and removed its pieces.
+            if exists(path):
+                raise
+            continue
+        # Its name is the SHA-256 of its content.
+        if name_of(path) == sha256_of_bytes(content) + _SUFFIX:
+            features |= unpack(content)
+    return features
+
+
+def remove_pieces(shard: PlannedShard) -> None:
+    """Remove the pieces of a shard that is complete."""
+    for path in _pieces(shard):
+        delete(path)
+
+
+def _pieces(shard: PlannedShard) -> list[str]:
+    # Other files are temporary ones, which another process may still be writing.
+    return [join(shard.pieces, f.name) for f in walk(shard.pieces) if f.name.endswith(_SUFFIX)]

@@ -1,0 +1,70 @@
+"""The CPU cores that this process may use, and the number of threads that fits them.
+
+A container's CPU limit is often below the number of the machine's cores, which is all that libraries look at.
+Threads beyond the limit do not help: the kernel stops all of them for the rest of each period (100 ms) in
+which they have used up the limit. In a pod with half a core, two threads took three times as long as one.
+"""
+
+import math
+import os
+from pathlib import Path
+
+CPU_MAX = "/sys/fs/cgroup/cpu.max"
+"""File with a container's CPU limit for cgroups version 2: microseconds of CPU time, or `max`; per period."""
+CPU_CFS = ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+"""The same for version 1: the microseconds of CPU time, or -1; and the period."""
+THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
+"""Environment variables with the number of threads: of torch and NumPy, and of tokenizers."""
+
+LIMITED = "SLAM_ASR_LIMITED"
+"""Environment variable: those of `THREADS` that `limit_threads` has set, rather than the user."""
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use, at most its container's CPU limit; at least 1.
+
+    A fraction of a core counts as a core, as in the runtimes of Go and Java.
+    """
+    cores = len(os.sched_getaffinity(0))
+    limit = _limit()
+    return cores if limit is None else max(1, min(cores, math.ceil(limit)))
+
+
+def thread_limits(processes: int = 1) -> dict[str, str]:
+    """Environment variables that give each of several processes its share of the cores.
+
+    Without them, each process would start threads for all cores. Variables that the user has set are left
+    out.
+    """
+    threads = str(max(1, usable_cores() // processes))
+    ours = os.environ.get(LIMITED, "").split()
+    return {name: threads for name in THREADS if name not in os.environ or name in ours}
+
+
+def limit_threads() -> None:
+    """Limit the threads of this process to its container's CPU limit, if that is below its cores.
+
+    Libraries read the variables when they are loaded, so this must be called before torch is imported.
+    """
+    if usable_cores() < len(os.sched_getaffinity(0)):
+        limits = thread_limits()
+        os.environ.update(limits | {LIMITED: " ".join(limits)})
+
+
+def _limit() -> float | None:
+    """The container's CPU limit in cores; None if it has none."""
+    for quota_and_period in (_words(CPU_MAX), _words(*CPU_CFS)):
+        try:
+            quota, period = map(float, quota_and_period)
+        except ValueError:  # no such file, or `max`: no limit
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return None
+
+
+def _words(*paths: str) -> list[str]:
+    try:
+        return [word for path in paths for word in Path(path).read_text().split()]
+    except OSError:
+        return []

@@ -1,0 +1,21 @@
+"""Runs a module in a process that ends with its parent: `python -m slam_asr.runtime.start MODULE ARGUMENTS`.
+
+The module's own imports may take ten seconds or more, so the process must be prepared before them. A stage
+that is killed meanwhile, for example because memory runs out, would leave processes that hold the memory.
+"""
+
+import runpy
+import sys
+
+from slam_asr.runtime.worker import die_with_parent
+
+
+def main() -> None:
+    """Run the module that the first argument names, as `python -m` does."""
+    die_with_parent()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""When a stage is killed at any moment of its start, all processes that it has started end too."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slam_asr.config.recipe import load_recipe
+from slam_asr.stages.build_manifest import build_manifest
+
+SOAK = bool(os.environ.get("SLAM_ASR_SOAK"))
+TOKEN = "SLAM_ASR_TEST_TOKEN"
+"""Environment variable by which the stage's processes are found: they all inherit it."""
+WITHIN = 30.0
+"""Seconds in which the processes must end: those that still import torch notice it only afterwards."""
+WORKERS = {
+    "train": "slam_asr.training.loop",
+    "extract-features": "slam_asr.features.extraction",
+    "decode": "slam_asr.decoding.decoder",
+}
+"""Stages that start processes, and the module that these run."""
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_recipe, tiny_corpus, model, tmp_path_factory) -> dict[str, list[str]]:
+    """Each stage's arguments for two processes, except --output."""
+    folder = tmp_path_factory.mktemp("killed")
+    recipe = load_recipe(str(tiny_recipe))
+    manifests = build_manifest(recipe, str(tiny_corpus), str(folder / "m")).folder
+    train = ["--train-manifest", f"{manifests}/train.jsonl", "--features.cache", "none"]
+    steps = ["--training.max_steps", "100000", "--training.epochs", "100000"]
+    return {
+        "train": ["--recipe", str(tiny_recipe), *train, *steps, "--training.processes", "2"],
+        "extract-features": [
+            *("--recipe", str(tiny_recipe), "--manifests", manifests),
+            *("--features.processes", "2", "--features.shard_megabytes", "1", "--features.dtype", "fp32"),
+            *("--encoder.frames", "all"),
+        ],
+        "decode": [
+            *("--recipe", str(tiny_recipe), "--model", model, "--manifests", manifests),
+            *("--decoding.processes", "2", "--decoding.positions_per_batch", "100"),
+        ],
+    }
+
+
+def start(stage: str, arguments: list[str], folder: Path, token: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "slam_asr", stage, *arguments, "--output", str(folder / "out")],
+        env=os.environ | {TOKEN: token},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def processes_with(token: str, module: str = "") -> list[psutil.Process]:
+    """The running processes of a stage; with `module`, only those that run it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(TOKEN) == token:
+                found += [process] * (not module or module in process.cmdline())
+        except psutil.Error:  # it has ended meanwhile, or is another user's
+            continue
+    return found
+
+
+def require_end(token: str, what: str) -> None:
+    deadline = time.monotonic() + WITHIN
+    while left := processes_with(token):
+        if time.monotonic() > deadline:
+            for process in left:
+                process.kill()
+            pytest.fail(f"{what}: still running: {left}")
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.cold
+@pytest.mark.parametrize("stage", WORKERS if SOAK else ["train", "extract-features"])
+def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(stage, arguments, tmp_path):
+    """They are importing torch then, and have not asked the kernel yet to end with the stage."""
+    token = uuid.uuid4().hex
+    killed = start(stage, arguments[stage], tmp_path, token)
+    while killed.poll() is None and not processes_with(token, WORKERS[stage]):
+        time.sleep(0.05)
+    assert killed.poll() is None, "the stage ended before it started a process"
+    killed.kill()
+    killed.wait()
+    assert processes_with(token), "no process was running any more: nothing was tested"
+    require_end(token, stage)
+
+
+@pytest.mark.slow
+@pytest.mark.cold
+@pytest.mark.skipif(not SOAK, reason="takes an hour: make soak")
+@pytest.mark.parametrize("stage", WORKERS)
+def test_no_process_is_left_when_a_stage_is_killed_at_any_moment(stage, arguments, tmp_path):
+    draw = random.Random()
+    for attempt in range(60):
+        token, seconds = uuid.uuid4().hex, draw.uniform(0.0, 25.0)
+        killed = start(stage, arguments[stage], tmp_path / str(attempt), token)
+        time.sleep(seconds)
+        killed.kill()
+        killed.wait()
+        require_end(token, f"{stage}, killed after {seconds:.2f} s")

@@ -1,0 +1,21 @@
+"""A training's process that ends as `job.json` says: attempt by attempt, with an exit code each.
+
+Before the attempts that it names, it leaves a new checkpoint. It imports nothing that takes long.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+job = Path(sys.argv[1])
+plan = json.loads(job.read_text())
+attempts = job.with_name("attempts")
+number = len(attempts.read_text()) if attempts.exists() else 0
+attempts.write_text("x" * (number + 1))
+if number in plan["checkpoints"]:
+    folder = job.with_name("checkpoints") / "step-00000003"
+    folder.mkdir(parents=True)
+    fields = {"step": 3, "epoch": 0, "updates": 3, "engine": "ddp", "processes": 1, "inputs": {}}
+    (folder / "checkpoint.json").write_text(json.dumps(fields))
+    (folder.parent / "latest").write_text(folder.name)
+sys.exit(plan["codes"][number])
