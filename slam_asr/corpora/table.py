@@ -140,8 +140,12 @@ class Table(ListedCorpus):
 
     def _has_embedded_audio(self, file: str) -> bool:
         """Whether the first row of a table contains audio itself rather than the path of a file."""
+        column = self._columns[file].audio
         first = next(rows(file), None)
-        return first is not None and _audio(_cell(first[1], self._columns[file].audio), file)[1] is not None
+        return (
+            first is not None
+            and _audio(_cell(first[1], column), f"{file}: the column {column}")[1] is not None
+        )
 
     def _rows(self, subset: str, files: Iterable[str]) -> Iterator[Candidate | Rejection]:
         for file in files:

@@ -48,7 +48,7 @@ def _read_manifests(files: list[str]) -> list[Utterance]:
             name = (utterance.key, utterance.subset, utterance.source, utterance.start)
             if other := first.get(name):
                 raise InputError(
-                    f"The utterance {utterance.key} is in {other} and in {file}: give each utterance once, "
+                    f"The utterance {utterance.key} is in {other} and in {file}: give each once, "
                     "because it would count twice in the word error rate."
                 )
             first[name] = file

@@ -334,9 +334,7 @@ def test_b33_an_utterance_of_two_manifests_is_refused(model, manifest, tiny_reci
     copy = tmp_path / "copy.jsonl"
     copy.write_text(Path(manifest).read_text().splitlines(keepends=True)[3])
     for second in (manifest, str(copy)):
-        with pytest.raises(
-            UserError, match=r"The utterance u\d is in .* and in .*: give each utterance once"
-        ):
+        with pytest.raises(UserError, match=r"The utterance u\d is in .* and in .*: give each once"):
             decode(decode_recipe(tiny_recipe), model, [manifest, second], str(tmp_path / "decoded"))
 
 
