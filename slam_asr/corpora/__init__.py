@@ -51,7 +51,7 @@ class Candidate:
     """The audio file's bytes, if the audio is embedded in a table."""
     manifest_source: str | None = None
     """The `source` to write to the manifest, if it differs from `source`: a path relative to the manifest."""
-    identity: str = ""
+    identity: str = field(default="", compare=False)
     """What distinguishes the utterance, if its key was made from something that may repeat, such as a file's
     name. Two candidates with the same key and different identities are different utterances, and the reader
     then makes other keys. Empty: the key itself."""

@@ -167,10 +167,11 @@ class Table(ListedCorpus):
         elif not key:
             key = os.path.splitext(path)[0] + ("" if start is None else f"-{start:.2f}")
             key = f"{subset}/{key}" if self._key_form == _SUBSET_AND_PATH else key
+        text = _text(_cell(cells, columns.text), where, columns.text)
         if content is None and not path:
             return Rejection(key, "", NO_AUDIO, f"{where} has no audio.")
         source = audio_path(path, file, self.data.audio_root) if content is None else path or where
-        # The hash of the audio tells apart what has the same name; it never leaves this process.
+        # The hash of the audio distinguishes audio of the same name. It is compared in this process only.
         identity = f"{own}\0{source}\0{start}\0{hash(content)}"
         extra = {"subset": subset} | _speaker(_cell(cells, columns.speaker)) | _other_columns(cells, columns)
         if own and own != key and columns.key not in _MANIFEST_FIELDS:
@@ -178,7 +179,7 @@ class Table(ListedCorpus):
         return Candidate(
             key,
             source,
-            _text(_cell(cells, columns.text), where, columns.text),
+            text,
             extra,
             start,
             duration,

@@ -68,7 +68,7 @@ def embedded(tmp_path):
 def test_b01_common_voice_is_read_by_the_command_in_the_docs(tmp_path, capsys):
     corpus = tmp_path / "en"
     for number, split in enumerate(SPLITS):
-        rows = [f"c{i}\tcv_{split}_{i}.wav\tSentence, {"ab"[i]}.\t2\t0\t\t\t\ten\t\n" for i in range(2)]
+        rows = [f"c{i}\tcv_{split}_{i}.wav\tSentence, {'ab'[i]}.\t2\t0\t\t\t\ten\t\n" for i in range(2)]
         header = "client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender\taccents\tlocale\tsegment\n"
         write_text(corpus / f"{split}.tsv", header + "".join(rows))
         for i in range(2):
