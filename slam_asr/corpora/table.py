@@ -159,8 +159,10 @@ class Table(ListedCorpus):
         start = _seconds(cells, columns.start, where)
         duration = None if start is None else _seconds(cells, columns.duration, where)
         own = _name(_cell(cells, columns.key), where, columns.key, "key")
-        key = own if own and (self.data.columns.key or self._key_form == _COLUMN) else ""
-        if columns.key and not own and not path:
+        is_named = bool(self.data.columns.key)
+        uses_column = is_named or self._key_form == _COLUMN
+        key = own if uses_column else ""
+        if uses_column and columns.key and not own and not path:
             raise InputError(f"{where} has no key: fill in its column, or remove the column.")
         if not key and (not path or self._key_form == _ROW):
             key = f"{subset}-{stem_of(file)}-{number:07d}"
@@ -172,9 +174,9 @@ class Table(ListedCorpus):
             return Rejection(key, "", NO_AUDIO, f"{where} has no audio.")
         source = audio_path(path, file, self.data.audio_root) if content is None else path or where
         # The hash of the audio distinguishes audio of the same name. It is compared in this process only.
-        identity = f"{own}\0{source}\0{start}\0{hash(content)}"
+        identity = "" if own and is_named else f"{own}\0{source}\0{start}\0{hash(content)}"
         extra = {"subset": subset} | _speaker(_cell(cells, columns.speaker)) | _other_columns(cells, columns)
-        if own and own != key and columns.key not in _MANIFEST_FIELDS:
+        if own and not uses_column and columns.key not in _MANIFEST_FIELDS:
             extra[columns.key] = cells[columns.key]
         return Candidate(
             key,
@@ -184,7 +186,7 @@ class Table(ListedCorpus):
             start,
             duration,
             content,
-            identity="" if own and self.data.columns.key else identity,
+            identity=identity,
         )
 
     def refine_keys(self) -> str:
