@@ -54,12 +54,16 @@ class Utterance:
     @property
     def subset(self) -> str:
         """The part of the corpus that the utterance comes from, such as `test-other`; empty if unknown."""
-        return str(self.extra.get("subset", ""))
+        return self._named("subset")
 
     @property
     def speaker(self) -> str:
         """The speaker's name or number; empty if unknown."""
-        return str(self.extra.get("speaker", ""))
+        return self._named("speaker")
+
+    def _named(self, field: str) -> str:
+        value = self.extra.get(field)
+        return "" if value is None else str(value)
 
     @property
     def audio_id(self) -> str:

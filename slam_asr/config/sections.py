@@ -60,6 +60,11 @@ class Data:
     """How transcripts are written: in lower or upper case, unchanged, or normalised by Whisper's English
     normaliser, which expands contractions and removes punctuation. LLMs need fewer tokens for lower case.
     Train and test a model with the same setting."""
+    tags: Literal["keep", "drop", "punctuation"] = "keep"
+    """What happens to tags such as `<noise>` in transcripts. `keep`: they are text like any other. `drop`:
+    they are removed, and a transcript of nothing else is rejected as blank. `punctuation`: GigaSpeech's
+    `<comma>`, `<period>`, `<questionmark>` and `<exclamationpoint>` become punctuation, and other tags are
+    removed."""
     min_duration: float = bounded(0.1, at_least=0.0)
     """Seconds; shorter utterances are rejected."""
     max_duration: float = 30.0

@@ -51,6 +51,10 @@ class Candidate:
     """The audio file's bytes, if the audio is embedded in a table."""
     manifest_source: str | None = None
     """The `source` to write to the manifest, if it differs from `source`: a path relative to the manifest."""
+    identity: str = field(default="", compare=False)
+    """What distinguishes the utterance, if its key was made from something that may repeat, such as a file's
+    name. Two candidates with the same key and different identities are different utterances, and the reader
+    then makes other keys. Empty: the key itself."""
     split: str = ""
     """The split that the utterance belongs to; empty until `splits.read_splits` sets it."""
 
@@ -85,6 +89,8 @@ class CorpusReader(ABC):
     """The corpus's absolute path or URI."""
     by_subset: Mapping[str, Any]
     """The folder or the files of each subset."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the log about files of the corpus that are not read."""
 
     @classmethod
     @abstractmethod
@@ -110,6 +116,14 @@ class CorpusReader(ABC):
 
     def prepare(self, folder: Path, subsets: list[str]) -> None:  # noqa: B027 - most kinds have nothing to do
         """Unpack the archives of these subsets into the stage's folder. This is called before `read`."""
+
+    def refine_keys(self) -> str:
+        """Make keys in another way from now on, because different utterances have the same key.
+
+        Returns:
+            A sentence for the log; empty if the keys cannot be made in another way.
+        """
+        return ""
 
     @abstractmethod
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:

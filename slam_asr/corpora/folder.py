@@ -2,11 +2,17 @@
 
 An utterance's subset is named after its top-level subfolder, or after the corpus folder for files directly in
 that. Its key is its path relative to the corpus folder, without the suffix.
+
+TIMIT (Garofolo et al., 1993) has this layout too. Its transcripts begin with the numbers of the first sample
+and of the last: `0 46797 She had …`. They are removed.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from itertools import groupby, islice
+
+import soundfile
 
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import (
@@ -27,12 +33,17 @@ from slam_asr.corpora.places import (
     visible_files,
     visible_folders,
 )
+from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
-from slam_asr.storage import join, name_of
+from slam_asr.storage import fetch, join, name_of
 
 _TEXT = ".txt"
+_SAMPLE_NUMBERS = re.compile(r"\s*0\s+(\d{3,12})\s+(?=\S)")
+"""Matches the beginning of a transcript of TIMIT."""
 _MAX_CHECKED = 200
 """Number of audio files without a text file after which a folder is taken for another kind of corpus."""
+_TEXTS_CHECKED = 10
+"""Number of transcripts that are read to recognise TIMIT's form."""
 
 
 class Folder(CorpusReader):
@@ -43,6 +54,8 @@ class Folder(CorpusReader):
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self.has_sample_numbers = False
+        """Whether every transcript begins with two numbers of samples."""
         self.by_subset: dict[str, list[str]] = {}
         """The folders of each subset, relative to the root with a slash at the end; empty for the root."""
         if files_in(root, AUDIO_SUFFIXES):
@@ -57,11 +70,17 @@ class Folder(CorpusReader):
         if not is_folder(root):
             return None
         audio = (f.name for f in visible_files(root) if f.name.lower().endswith(AUDIO_SUFFIXES))
-        if any(
-            is_file(join(root, os.path.splitext(name)[0] + _TEXT)) for name in islice(audio, _MAX_CHECKED)
-        ):
-            return cls(root)
-        return None
+        stems = (join(root, os.path.splitext(name)[0]) for name in islice(audio, _MAX_CHECKED))
+        texts = (
+            stem + suffix for stem in stems for suffix in (_TEXT, _TEXT.upper()) if is_file(stem + suffix)
+        )
+        if not (first := next(texts, None)):
+            return None
+        corpus = cls(root)
+        corpus.has_sample_numbers = all(
+            _SAMPLE_NUMBERS.match(read_text(text)) for text in (first, *islice(texts, _TEXTS_CHECKED - 1))
+        )
+        return corpus
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
         with ExternalSort() as files:
@@ -86,7 +105,10 @@ class Folder(CorpusReader):
         if text is None:
             detail = f"{path}{audio} has no {_TEXT} file next to it."
             return Rejection(key, path + audio, NO_TRANSCRIPT, detail)
-        return Candidate(key, path + audio, read_text(path + text), {"subset": subset})
+        transcript = read_text(path + text)
+        if self.has_sample_numbers:
+            transcript = _without_sample_numbers(transcript, path + audio, path + text)
+        return Candidate(key, path + audio, transcript, {"subset": subset})
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
         """Yield a subset's audio and text files, named relative to the root."""
@@ -95,3 +117,25 @@ class Folder(CorpusReader):
                 # The root lists files at any depth, but those in its subfolders belong to other subsets.
                 if file.name.lower().endswith((_TEXT, *AUDIO_SUFFIXES)) and (prefix or "/" not in file.name):
                     yield prefix + file.name, file.bytes, file.stamp
+
+
+def _without_sample_numbers(transcript: str, audio: str, text: str) -> str:
+    """Remove the numbers of the first and last sample from the beginning of a transcript.
+
+    Raises:
+        InputError: the numbers are not those of the audio's samples, so they may be words.
+    """
+    numbers = _SAMPLE_NUMBERS.match(transcript)
+    if not numbers:
+        return transcript
+    try:
+        samples = soundfile.info(os.fsencode(fetch(audio))).frames
+    except soundfile.LibsndfileError:
+        return transcript  # The check of the audio rejects the utterance.
+    if int(numbers[1]) != samples:
+        raise InputError(
+            f"{text} begins with `{numbers[0].strip()}`, like TIMIT's transcripts with their first and last "
+            f"sample, but its audio has {samples} samples: remove such numbers from the transcripts, or "
+            "write them as words if they were spoken."
+        )
+    return transcript[numbers.end() :]

@@ -2,7 +2,8 @@
 
 1. The output of `save_to_disk`: dataset_dict.json, and data-*.arrow with state.json in a folder per split; or
    the folder of a single split.
-2. Parquet files as on the hub: data/train-00000-of-00004.parquet, or <split>/0000.parquet.
+2. Parquet files as on the hub: data/train-00000-of-00004.parquet, or <split>/0000.parquet; or several
+   configurations, <configuration>/train-00000-of-00004.parquet or <configuration>/<split>/0000.parquet.
 3. An `audiofolder`: metadata.csv or metadata.jsonl with a column file_name, in the dataset's folder or in a
    subfolder per split.
 
@@ -88,13 +89,22 @@ def _described(root: str) -> dict[str, str]:
 
 
 def _parquet(root: str) -> dict[str, str]:
-    """Parquet files at any depth (layout 2), each with its split, from its own name or else its folder's."""
-    files = {}
+    """Parquet files at any depth (layout 2), each with its split, from its own name or else its folder's.
+
+    If the dataset has several configurations, in a folder each, the subset is `configuration/split`.
+    """
+    splits: dict[str, tuple[str, str]] = {}
     for file in visible_files(root):
         if file.name.lower().endswith(".parquet"):
             path = join(root, file.name)
-            files[path] = split_of(file.name) or name_of(parent_of(path))
-    return files
+            split = split_of(file.name) or name_of(parent_of(path))
+            folders = file.name.split("/")[:-1]
+            splits[path] = "/".join(f for f in folders if f not in ("data", split)), split
+    several = len({configuration for configuration, _ in splits.values()}) > 1
+    return {
+        path: f"{configuration}/{split}" if several and configuration else split
+        for path, (configuration, split) in splits.items()
+    }
 
 
 class Saved(Table):

@@ -12,6 +12,7 @@ command that only decodes a file is replaced by that file, and any other is an e
 """
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Iterator
@@ -21,7 +22,14 @@ from typing import Any
 
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection
-from slam_asr.corpora.places import ListedCorpus, audio_path, is_file, visible_folders
+from slam_asr.corpora.places import (
+    IN_ARCHIVE,
+    WRITE_TO_FILES,
+    ListedCorpus,
+    audio_path,
+    is_file,
+    visible_folders,
+)
 from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
 from slam_asr.storage import join, name_of, open_stream
@@ -137,7 +145,7 @@ def _segment(rest: str, where: str) -> tuple[str, float, float | None]:
     try:
         recording, begin, end = rest.split()[:3]
         start, stop = float(begin), float(end)
-        valid = start >= 0 and (stop > start or stop == -1)
+        valid = 0 <= start < math.inf and (start < stop < math.inf or stop == -1)
     except ValueError:
         valid = False
     if not valid:
@@ -178,17 +186,13 @@ def audio_file(entry: str, where: str) -> str:
     if not entry:
         raise InputError(f"{where} has no file.")
     if not entry.endswith("|"):
-        if entry == "-" or (entry.rpartition(":")[2].isdigit() and ".ark:" in entry):
-            raise InputError(
-                f"{where}: {entry[:80]} is in a Kaldi archive: write the recordings to files, and name those."
-            )
+        if entry == "-" or IN_ARCHIVE.search(entry):
+            place = "standard input" if entry == "-" else f"{entry[:80]}, in a Kaldi archive"
+            raise InputError(f"{where} is {place}: {WRITE_TO_FILES}.")
         return entry
     file = _decoded_file(entry)
     if file is None:
-        raise InputError(
-            f"{where} is a command ({entry[:80]}), and commands are not run: write its output to files, "
-            "for example with sox or `wav-copy scp:wav.scp ark,scp:…`, and name those in wav.scp."
-        )
+        raise InputError(f"{where} is a command ({entry[:80]}), and commands are not run: {WRITE_TO_FILES}.")
     return file
 
 
@@ -226,7 +230,8 @@ def _decoded_file(command: str) -> str | None:
         # An unknown option remains among the files, so that the last line rejects the command.
         files = [w for w in words if w not in options] if decodes else []
     elif program == "sph2pipe":
-        files = words[2:] if words[:2] == ["-f", "wav"] else words
+        # -p decodes the samples to PCM, as reading the file does.
+        files = [w for w in (words[2:] if words[:2] == ["-f", "wav"] else words) if w != "-p"]
     elif program == "sox" and words[-1:] == ["-"]:
         files = _sox_input(words[:-1])
     else:

@@ -3,7 +3,7 @@
 A cut with one supervision is an utterance; a cut with several supervisions gives an utterance for each. The
 subset is the part of the file's name after `cuts_`: librispeech_cuts_train-clean-100.jsonl.gz is
 train-clean-100. A cut that is not one channel of one recording is rejected: mixed cuts, cuts of several
-channels, and recordings with transforms.
+channels, and recordings with transforms other than Resample.
 """
 
 import gzip
@@ -40,8 +40,16 @@ class Lhotse(ListedCorpus):
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Lhotse | None":
-        """Open the files of cuts at a path; None if no file begins with a cut."""
-        files = [file for file in files_at(root, SUFFIXES) if _begins_with_a_cut(file)]
+        """Open the files of cuts at a path; None if no file begins with a cut.
+
+        Raises:
+            InputError: the files are recordings and supervisions, of which cuts have to be made first.
+        """
+        first_lines = {file: _first_line(file) for file in files_at(root, SUFFIXES)}
+        files = [file for file, line in first_lines.items() if _is_cut(line)]
+        if not files:
+            for file, line in first_lines.items():
+                _refuse_parts_of_cuts(file, line)
         return cls(root, files, data) if files else None
 
     def lists(self, subset: str) -> list[str]:
@@ -80,6 +88,9 @@ class Lhotse(ListedCorpus):
             # A supervision may begin slightly before its cut, and thus before the recording. The part before
             # the recording is removed from the duration too.
             start, duration = max(start, 0.0), duration + min(start, 0.0)
+            text = supervision.get("text") or ""
+            if not isinstance(text, str):
+                raise TypeError(f"its text is of type {type(text).__name__}")
             complete = start < _TOLERANCE and abs(duration - float(recording["duration"])) < _TOLERANCE
             extra = {"subset": subset} | {
                 n: supervision[n] for n in ("speaker", "language", "gender") if supervision.get(n)
@@ -87,7 +98,7 @@ class Lhotse(ListedCorpus):
             yield Candidate(
                 key,
                 source,
-                supervision.get("text") or "",
+                text,
                 extra,
                 *((None, None) if complete else (round(start, 6), round(duration, 6))),
             )
@@ -101,7 +112,8 @@ def _unsupported(cut: dict[str, Any]) -> str:
     sources = recording.get("sources") or []
     if len(sources) > 1 or any(len(s.get("channels") or [0]) > 1 for s in sources):
         return "is one channel of a recording with several"
-    if recording.get("transforms"):
+    # Every recording is resampled to 16 kHz when it is read, so Resample changes nothing.
+    if any(transform.get("name") != "Resample" for transform in recording.get("transforms") or []):
         return "has a recording with transforms, which are not applied here"
     if sources and sources[0].get("type") not in ("file", "url"):
         return f"has audio of type {sources[0].get('type')}, which is not supported"
@@ -113,11 +125,25 @@ def _subset(file: str) -> str:
     return re.split(r"(?:^|[_-])cuts[_-]", stem, maxsplit=1)[-1] or stem
 
 
-def _begins_with_a_cut(file: str) -> bool:
+def _first_line(file: str) -> dict[str, Any]:
+    """The first line of a file; empty if it is not a JSON object."""
     first = next(_cuts(file, strict=False), (0, None))[1]
-    return isinstance(first, dict) and (
-        first.get("type") in _KINDS or {"recording", "supervisions", "start"} <= first.keys()
-    )
+    return first if isinstance(first, dict) else {}
+
+
+def _is_cut(line: dict[str, Any]) -> bool:
+    return line.get("type") in _KINDS or {"recording", "supervisions", "start"} <= line.keys()
+
+
+def _refuse_parts_of_cuts(file: str, line: dict[str, Any]) -> None:
+    """Raise if a file has recordings or supervisions, which `lhotse prepare` writes before there are cuts."""
+    is_recording = {"id", "sources", "sampling_rate"} <= line.keys()
+    if is_recording or ({"id", "recording_id", "start", "duration"} <= line.keys() and "source" not in line):
+        raise InputError(
+            f"{file} has Lhotse's {'recordings' if is_recording else 'supervisions'}, not cuts: make cuts of "
+            "each part with `lhotse cut simple -r RECORDINGS -s SUPERVISIONS cuts_PART.jsonl.gz` in a folder "
+            "of their own, and give that folder."
+        )
 
 
 def _cuts(file: str, strict: bool = True) -> Iterator[tuple[int, Any]]:

@@ -21,7 +21,7 @@ from slam_asr.audio import SAMPLE_RATE
 from slam_asr.config.recipe import Data, Recipe, dump_recipe
 from slam_asr.corpora import SPLITS, CorpusReader, Rejection
 from slam_asr.corpora.audio_check import check_all
-from slam_asr.corpora.splits import held_out, read_splits, required_splits, survey
+from slam_asr.corpora.splits import Survey, held_out, read_splits, required_splits, survey
 from slam_asr.corpora.statistics import CorpusStatistics
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.pages.corpus import write_corpus_page
@@ -52,6 +52,7 @@ def write_manifests(
     _log_subsets(reader, subsets)
     reader.prepare(folder, [subset for names in subsets.values() for subset in names])
     overview = survey(reader, subsets)
+    _warn_of_tags(overview, recipe.data)
     statistics = CorpusStatistics()
     with contextlib.ExitStack() as stack:
         splits = {split: stack.enter_context(ExternalSort(folder)) for split in SPLITS}
@@ -106,6 +107,19 @@ def _log_subsets(reader: CorpusReader, subsets: dict[str, list[str]]) -> None:
     matched = {name for names in subsets.values() for name in names}
     if unused := [subset for subset in reader.subsets() if subset not in matched]:
         log_line(f"{STAGE}: unused subsets, which match no pattern of the recipe: {', '.join(unused)}")
+    for note in reader.notes:
+        log_line(f"{STAGE}: {note}")
+
+
+def _warn_of_tags(overview: Survey, data: Data) -> None:
+    """Log which tags the transcripts have, unless the recipe says how to treat them."""
+    if overview.tagged and data.tags == "keep":
+        tags = ", ".join(tag for tag, _ in overview.tags.most_common(4))
+        log_line(
+            f"{STAGE}: warning: {overview.tagged} of {overview.candidates} transcripts have tags ({tags}), "
+            "which a model would learn as text: --data.tags drop removes them, --data.tags punctuation also "
+            "writes <comma> and the like as punctuation"
+        )
 
 
 def _count_rejections(rejected: ExternalSort, statistics: CorpusStatistics) -> Iterator[bytes]:

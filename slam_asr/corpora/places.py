@@ -1,6 +1,7 @@
 """File listings and paths for corpus readers, the same for local folders and for object storage."""
 
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 
@@ -19,6 +20,14 @@ from slam_asr.storage import (
     walk,
 )
 from slam_asr.storage.paths import folders_in, names_in
+
+IN_ARCHIVE = re.compile(r"\.ark:\d+(\[[^\]]*\])?$")
+"""Matches the end of a place in a Kaldi archive, such as wav.ark:17."""
+WRITE_TO_FILES = (
+    "write each recording to a file, for example with `while read -r id entry; do "
+    'wav-copy "$entry" "wav/$id.wav" < /dev/null; done < wav.scp`, and name those files instead'
+)
+"""Advice for audio that is not in a file of its own. wav-copy takes a command or a place in an archive."""
 
 
 def absolute(path: str | os.PathLike) -> str:
@@ -90,13 +99,15 @@ def audio_path(source: str, list_file: str, audio_root: str) -> str:
     """The absolute path or URI of an audio file that a list names.
 
     Args:
-        source: the path or URI in the list; `file://` is removed.
+        source: the path or URI in the list; a file URI becomes its path.
         list_file: path of the list. Relative paths are resolved against its folder.
         audio_root: the recipe's `data.audio_root`. Unless empty, it takes the place of that folder.
 
     Raises:
-        InputError: `source` is a URI with a scheme other than s3:// or file://.
+        InputError: `source` is a URI with a scheme other than s3:// or file://, or is in a Kaldi archive.
     """
+    if IN_ARCHIVE.search(source):
+        raise InputError(f"{list_file}: {source[:80]} is in a Kaldi archive: {WRITE_TO_FILES}.")
     folder = parent_of(list_file)
     resolved = resolve(source, resolve(audio_root, folder) if audio_root else folder)
     if is_s3(resolved):
@@ -162,7 +173,8 @@ def stamps_of(lists: Iterable[str], sources: Iterable[str], root: str) -> Iterat
         previous = source
         try:
             local = os.stat(source) if not is_s3(source) else None
-        except OSError:
-            # A missing file has no stamp, so the stamps change when it appears.
+        except (OSError, ValueError):
+            # A missing file has no stamp, so the stamps change when it appears. A name with a zero byte is a
+            # ValueError.
             continue
         yield (source, local.st_size, str(local.st_mtime_ns)) if local else (source, 0, "")

@@ -32,7 +32,9 @@ Row = tuple[int, dict[str, Any]]
 
 
 def columns_of(path: str) -> list[str]:
-    """The names of a table's columns.
+    """The names of a table's columns, except those of dates and times in parquet and arrow.
+
+    Dates and times have no role here, and pyarrow converts some of them only with pandas.
 
     Raises:
         InputError: the file cannot be read as a table.
@@ -40,9 +42,10 @@ def columns_of(path: str) -> list[str]:
     suffix = _suffix(path)
     if suffix in ("parquet", "arrow"):
         with _arrow_errors_as_input_error(path):
-            return _schema(path).names
+            return [field.name for field in _schema(path) if not _is_time(field.type)]
     if suffix == "jsonl":
-        return list(next(_json_rows(path), (0, {}))[1])
+        # A field that is missing in the first line may be in others.
+        return list(dict.fromkeys(name for _, cells in _json_rows(path) for name in cells))
     return _header(path)[0]
 
 
@@ -145,9 +148,9 @@ def _arrow_errors_as_input_error(path: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         # An OSError with an error number comes from the disk. For a damaged file, pyarrow raises one without
-        # a number.
+        # a number, and a ValueError for text that is not UTF-8.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())[:120]
@@ -169,8 +172,8 @@ def _arrow_rows(path: str, columns: list[str] | None) -> Iterator[Row]:
 
     with _arrow_errors_as_input_error(path):
         schema = _schema(path)
-        names = [name for name in schema.names if columns is None or name in columns]
-        types = [schema.field(name).type for name in names]
+        fields = [f for f in schema if not _is_time(f.type) and (columns is None or f.name in columns)]
+        names, types = [field.name for field in fields], [field.type for field in fields]
         may_have_audio = any(pyarrow.types.is_nested(t) or _is_binary(t) for t in types)
         batch_rows = _ROWS_WITH_AUDIO if may_have_audio else _ROWS_WITHOUT_AUDIO
         number = 0
@@ -180,6 +183,12 @@ def _arrow_rows(path: str, columns: list[str] | None) -> Iterator[Row]:
                 for cells in batch.slice(start, batch_rows).to_pylist():
                     number += 1
                     yield number, cells
+
+
+def _is_time(column_type: "pyarrow.DataType") -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_temporal(column_type)
 
 
 def _is_binary(column_type: "pyarrow.DataType") -> bool:

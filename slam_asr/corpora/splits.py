@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,16 +24,24 @@ from slam_asr.corpora import (
     Rejection,
 )
 from slam_asr.errors import ConfigurationError, InputError
+from slam_asr.progress import log_line
 
 _MAX_LISTED = 12
 """Maximum number of subsets that a message lists."""
+_MAX_SECONDS = 1e9
+"""Limit on times, so that numbers of samples can be computed from them. It is thirty years."""
+_TAG = re.compile(r"<[^<>\s]{1,40}>")
+"""Matches a tag in a transcript, such as `<noise>`."""
+_PUNCTUATION = {"comma": ",", "period": ".", "questionmark": "?", "exclamationpoint": "!"}
+"""GigaSpeech's tags for punctuation (Chen et al., 2021), without their brackets."""
+_PUNCTUATION_TAG = re.compile(rf"\s*<({'|'.join(_PUNCTUATION)})>", re.IGNORECASE)
 
 
 def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
     """Match subsets against the recipe's patterns, and return their names by split.
 
-    A subset named train, dev (or validation) or test belongs to that split, regardless of the patterns. `dev`
-    may have no subset; part of train is then held out for it.
+    A subset named train, dev (or validation) or test, in lower or upper case, belongs to that split,
+    regardless of the patterns. `dev` may have no subset; part of train is then held out for it.
 
     Raises:
         ConfigurationError: train or test is required but has no subset, or a subset is in two splits.
@@ -41,10 +50,7 @@ def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
     subsets: dict[str, list[str]] = {split: [] for split in SPLITS}
     required = required_splits(data)
     for subset in available:
-        splits = [s for s in SPLITS if any(fnmatchcase(subset, pattern) for pattern in getattr(data, s))]
-        if subset in SPLIT_NAMES:
-            splits = [SPLIT_NAMES[subset]]
-        splits = [split for split in splits if split in required]
+        splits = requested_splits(subset, data)
         if len(splits) > 1:
             patterns = ", ".join(f"data.{s}: {getattr(data, s)}" for s in splits)
             raise ConfigurationError(
@@ -64,6 +70,23 @@ def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
     return subsets
 
 
+def requested_splits(subset: str, data: Data) -> list[str]:
+    """Return the splits to which a subset belongs by its name, or else by the recipe's patterns.
+
+    A subset of one of a dataset's configurations, such as `clean/test`, is matched by the part after the
+    slash, unless a pattern of the recipe has a slash and thus chooses among configurations.
+    """
+    patterns = {split: getattr(data, split) for split in required_splits(data)}
+    by_configuration = any("/" in pattern for split in patterns for pattern in patterns[split])
+    for name in (subset,) if by_configuration else (subset.rpartition("/")[2], subset):
+        if split := SPLIT_NAMES.get(name.lower()):
+            return [split] if split in patterns else []
+        splits = [s for s in patterns if any(fnmatchcase(name, pattern) for pattern in patterns[s])]
+        if splits:
+            return splits
+    return []
+
+
 def required_splits(data: Data) -> tuple[str, ...]:
     """The splits that need utterances: all of them, or only those with patterns if train has none."""
     return tuple(split for split in SPLITS if data.train or getattr(data, split))
@@ -77,39 +100,72 @@ class Survey:
     rejected: Counter[str] = field(default_factory=Counter)
     """Rejections by reason."""
     repeated: set[int] = field(default_factory=set)
-    """Hashes of the keys that occur more than once. In rare cases another key has the same hash."""
+    """Hashes of the identities that occur more than once. In rare cases another one has the same hash."""
+    tagged: int = 0
+    """Transcripts with a tag such as `<noise>`."""
+    tags: Counter[str] = field(default_factory=Counter)
+    """Tags by frequency."""
 
 
 def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
-    """Count the candidates and find repeated keys, with a few bytes of memory per candidate.
+    """Count the candidates and find repeated utterances, with a few bytes of memory per candidate.
 
     Raises:
-        InputError: a key is in two splits, or all audio or all transcripts are missing.
+        InputError: an utterance is in two splits, different utterances have the same key, or all audio or all
+            transcripts are missing.
     """
+    while True:
+        counts, keys, identities, splits = _count(reader, subsets)
+        # After sorting, equal hashes are adjacent. If a key has several identities, at least one adjacent
+        # pair has different ones.
+        order = np.lexsort((identities, keys))
+        keys, sorted_identities = keys[order], identities[order]
+        ambiguous = (keys[1:] == keys[:-1]) & (sorted_identities[1:] != sorted_identities[:-1])
+        if not ambiguous.any():
+            break
+        if not (note := reader.refine_keys()):
+            _refuse_ambiguous(reader, subsets, set(keys[1:][ambiguous].tolist()))
+            break
+        log_line(f"build-manifest: {note}")
+    # The same holds for the splits of an identity.
+    order = np.argsort(identities, kind="stable")
+    identities, splits = identities[order], splits[order]
+    equal = identities[1:] == identities[:-1]
+    counts.repeated = set(identities[1:][equal].tolist())
+    across = set(identities[1:][equal & (splits[1:] != splits[:-1])].tolist())
+    if across:
+        _refuse_two_splits(reader, subsets, across)
+    return counts
+
+
+def _count(
+    reader: CorpusReader, subsets: dict[str, list[str]]
+) -> tuple[Survey, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the counts, and of each candidate the hashes of key and identity, and the split's number."""
     counts = Survey()
-    hashes, splits = array("q"), array("b")
+    keys, identities, splits = array("q"), array("q"), array("b")
     first: Rejection | None = None
     for split, item in _items(reader, subsets):
         if isinstance(item, Rejection):
             counts.rejected[item.reason] += 1
             first = first or item
-        else:
-            hashes.append(hash(item.key))
-            splits.append(SPLITS.index(split))
-    counts.candidates = len(hashes)
-    if not hashes and first is not None:
+            continue
+        _refuse_unwritable(item)
+        keys.append(hash(item.key))
+        identities.append(hash(item.identity or item.key))
+        splits.append(SPLITS.index(split))
+        if tags := _TAG.findall(item.text):
+            counts.tagged += 1
+            counts.tags.update(tags)
+    counts.candidates = len(keys)
+    if not keys and first is not None:
         _refuse_missing_half(reader, counts.rejected, first)
-    # After sorting, equal hashes are adjacent. If a hash occurs in several splits, at least one adjacent pair
-    # has different splits.
-    order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable")
-    sorted_hashes = np.frombuffer(hashes, np.int64)[order]
-    sorted_splits = np.frombuffer(splits, np.int8)[order]
-    equal = sorted_hashes[1:] == sorted_hashes[:-1]
-    counts.repeated = set(sorted_hashes[1:][equal].tolist())
-    across = set(sorted_hashes[1:][equal & (sorted_splits[1:] != sorted_splits[:-1])].tolist())
-    if across:
-        _refuse_two_splits(reader, subsets, across)
-    return counts
+    return (
+        counts,
+        np.frombuffer(keys, np.int64),
+        np.frombuffer(identities, np.int64),
+        np.frombuffer(splits, np.int8),
+    )
 
 
 def read_splits(
@@ -121,21 +177,22 @@ def read_splits(
         reader: the corpus.
         subsets: names of subsets by split.
         data: the recipe's `data` section, which defines the form of transcripts.
-        repeated: hashes of the keys that occur more than once. The first utterance of such a key is used, and
+        repeated: hashes of the identities that occur more than once. The first such utterance is used, and
             the others are rejected.
     """
     normaliser = transcript_normaliser(data.text)
     seen: set[str] = set()
     for split, item in _items(reader, subsets):
         if isinstance(item, Candidate):
-            item.split, item.text = split, normaliser(item.text)
-            # Only keys that may repeat are remembered, because memory may not hold all keys of a corpus.
-            if hash(item.key) in repeated:
-                if item.key in seen:
+            item.split, item.text = split, normaliser(without_tags(item.text, data.tags))
+            identity = item.identity or item.key
+            # Only those that may repeat are remembered, because memory may not hold all keys of a corpus.
+            if hash(identity) in repeated:
+                if identity in seen:
                     detail = f"{item.extra.get('subset', split)} has {item.key} a second time."
                     item = Rejection(item.key, item.source, DUPLICATE, detail)
                 else:
-                    seen.add(item.key)
+                    seen.add(identity)
         if isinstance(item, Candidate) and not item.text:
             item = Rejection(item.key, item.source, BLANK, f"{item.key} has no words in its transcript.")
         yield item
@@ -148,6 +205,15 @@ def _items(
         for name in names:
             for item in reader.read(name):
                 yield split, item
+
+
+def without_tags(text: str, tags: str) -> str:
+    """Treat tags such as `<noise>` in a transcript as `data.tags` says."""
+    if tags == "keep":
+        return text
+    if tags == "punctuation":
+        text = _PUNCTUATION_TAG.sub(lambda match: _PUNCTUATION[match[1].lower()], text)
+    return _TAG.sub(" ", text)
 
 
 def transcript_normaliser(text: str) -> Callable[[str], str]:
@@ -181,16 +247,50 @@ def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rej
         )
 
 
-def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], across: set[int]) -> None:
-    """Raise for the first key that is in two splits.
+def _refuse_unwritable(item: Candidate) -> None:
+    """Raise if no manifest can hold an utterance.
 
-    `across` contains the hashes of such keys, but in rare cases only a collision of two keys' hashes.
+    Its key or transcript has a lone surrogate, as JSON can write, or a time is no number of seconds.
+    """
+    for seconds in (item.start or 0.0, item.duration or 0.0):
+        if not 0 <= seconds < _MAX_SECONDS:
+            raise InputError(
+                f"The utterance {item.key} ({item.source}) has a time of {seconds:g} s: correct it."
+            )
+    for value in (item.key, item.text):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"The utterance {item.key.encode('utf-8', 'backslashreplace').decode()} has half a character "
+                "(a lone surrogate) in its key or transcript: correct it."
+            ) from None
+
+
+def _refuse_ambiguous(reader: CorpusReader, subsets: dict[str, list[str]], repeated: set[int]) -> None:
+    """Raise for the first key that two different utterances have; `repeated` has the hashes of such keys."""
+    first: dict[str, str] = {}
+    for _, item in _items(reader, subsets):
+        if isinstance(item, Rejection) or hash(item.key) not in repeated:
+            continue
+        identity = item.identity or item.key
+        if first.setdefault(item.key, identity) != identity:
+            raise InputError(
+                f"{reader.root} has two utterances called {item.key} with different audio, the second from "
+                f"{item.source}: name a column of unique keys with --data.columns.key."
+            )
+
+
+def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], across: set[int]) -> None:
+    """Raise for the first utterance that is in two splits.
+
+    `across` contains the hashes of such identities, but in rare cases only a collision of two hashes.
     """
     split_of: dict[str, str] = {}
     for split, item in _items(reader, subsets):
-        if isinstance(item, Rejection) or hash(item.key) not in across:
+        if isinstance(item, Rejection) or hash(item.identity or item.key) not in across:
             continue
-        first = split_of.setdefault(item.key, split)
+        first = split_of.setdefault(item.identity or item.key, split)
         if first != split:
             raise InputError(
                 f"The utterance {item.key} is in {first} and in {split} ({item.source}): "

@@ -3,7 +3,10 @@
 The recipe's `data.columns` names the columns. A column that it does not name is recognised by its usual name.
 A split column names each utterance's subset. Without one, the subset is named after the file, such as
 train.tsv. Relative audio paths are resolved against the table's folder, or against `data.audio_root`.
-Other columns are copied to the manifest.
+Other columns are copied to the manifest, except columns without a name, such as an index that pandas wrote.
+
+Names repeat in many data sets: splits number their files from 0, or an id stands for a sentence that several
+people read. If the same key stands for different audio, keys are made of more: see `Table.refine_keys`.
 """
 
 import dataclasses
@@ -17,7 +20,9 @@ from slam_asr.config.recipe import Columns, Data
 from slam_asr.corpora import NO_AUDIO, Candidate, Rejection
 from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.corpora.rows import SUFFIXES, columns_of, rows
+from slam_asr.corpora.splits import requested_splits
 from slam_asr.errors import ConfigurationError, InputError
+from slam_asr.storage import name_of
 
 _USUAL = {
     "audio": (
@@ -39,8 +44,17 @@ _USUAL = {
     "speaker": ("speaker", "speaker_id", "client_id", "spk", "spk_id"),
 }
 """Names by which a role's column is recognised, in upper or lower case, if the recipe does not name it."""
-_FILE_NUMBER = re.compile(r"(?:^|[-_.])\d{4,5}(?:-of-\d{4,5})?$")
-"""Matches the number at the end of a file's name, in data sets that are divided into several files."""
+_FILE_NUMBER = re.compile(r"(?:^|[-_.])\d{4,5}(?:-of-\d{4,5}(?:-[0-9a-f]{16})?)?$")
+"""Matches the number at the end of a file's name, in data sets that are divided into several files.
+
+Older versions of the datasets library add a digest: `train-00000-of-00002-a1b2c3d4e5f6a7b8.parquet`.
+"""
+_UNNAMED = re.compile(r"\s*|Unnamed: \d.*|__index_level_\d+__")
+"""Matches names of columns without a name: in csv, in what pandas makes of such a csv, and in parquet."""
+_MISSING = {"", "#N/A", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+"""Texts that pandas reads as a missing value; here they stand for an unknown speaker."""
+_COLUMN, _PATH, _SUBSET_AND_PATH, _ROW = range(4)
+"""What keys are made of, from the shortest to the one that never repeats."""
 _MANIFEST_FIELDS = (
     "key",
     "source",
@@ -68,10 +82,25 @@ class Table(ListedCorpus):
     layout = ".csv, .tsv or .parquet files with a row per utterance"
 
     def __init__(self, root: str, files: dict[str, str], data: Data) -> None:
-        self.root, self.files, self.data = root, files, data
-        self._columns = {file: named_columns(file, data.columns) for file in files}
+        self.root, self.data = root, data
+        self._columns: dict[str, Columns] = {}
+        refused: list[ConfigurationError] = []
+        for file, subset in files.items():
+            try:
+                self._columns[file] = named_columns(file, data.columns)
+            except ConfigurationError as error:
+                # Corpora have other tables too, such as Common Voice's clip_durations.tsv and reported.tsv.
+                if requested_splits(subset, data):
+                    raise
+                refused.append(error)
+                self.notes = (*self.notes, f"{name_of(file)} is not read: {error}")
+        if not self._columns:
+            raise refused[0]
+        self.files = {file: files[file] for file in self._columns}
+        has_key = any(columns.key for columns in self._columns.values())
+        self._key_form = _COLUMN if has_key and not data.columns.key else _PATH
         self.by_subset: dict[str, list[str]] = {}
-        for file in files:
+        for file in self.files:
             for subset in self._subsets_of(file):
                 self.by_subset.setdefault(subset, []).append(file)
 
@@ -103,46 +132,75 @@ class Table(ListedCorpus):
         column = self._columns[file].split
         if not column:
             return {self.files[file]}
-        return {self._subset(file, cells) for _, cells in rows(file, [column])}
+        return {self._subset(file, number, cells) for number, cells in rows(file, [column])}
 
-    def _subset(self, file: str, cells: dict[str, Any]) -> str:
-        cell = cells.get(self._columns[file].split)
-        return str(cell).strip() if cell is not None and str(cell).strip() else self.files[file]
+    def _subset(self, file: str, number: int, cells: dict[str, Any]) -> str:
+        column = self._columns[file].split
+        return _name(_cell(cells, column), f"{file}, row {number}", column, "split") or self.files[file]
 
     def _has_embedded_audio(self, file: str) -> bool:
         """Whether the first row of a table contains audio itself rather than the path of a file."""
+        column = self._columns[file].audio
         first = next(rows(file), None)
-        return first is not None and _audio(first[1][self._columns[file].audio], file)[1] is not None
+        return (
+            first is not None
+            and _audio(_cell(first[1], column), f"{file}: the column {column}")[1] is not None
+        )
 
     def _rows(self, subset: str, files: Iterable[str]) -> Iterator[Candidate | Rejection]:
         for file in files:
             for number, cells in rows(file):
-                if self._subset(file, cells) == subset:
+                if self._subset(file, number, cells) == subset:
                     yield self._candidate(file, number, cells, subset)
 
     def _candidate(self, file: str, number: int, cells: dict[str, Any], subset: str) -> Candidate | Rejection:
         columns, where = self._columns[file], f"{file}, row {number}"
-        path, content = _audio(cells[columns.audio], f"{where}: the column {columns.audio}")
+        path, content = _audio(_cell(cells, columns.audio), f"{where}: the column {columns.audio}")
         start = _seconds(cells, columns.start, where)
         duration = None if start is None else _seconds(cells, columns.duration, where)
-        # Audio that is embedded without a name gives no key, so a row without one is numbered.
-        key = (
-            _key(cells.get(columns.key), path, start, where)
-            if columns.key or path
-            else f"{subset}-{stem_of(file)}-{number:07d}"
+        own = _name(_cell(cells, columns.key), where, columns.key, "key")
+        is_named = bool(self.data.columns.key)
+        uses_column = is_named or self._key_form == _COLUMN
+        key = own if uses_column else ""
+        if uses_column and columns.key and not own and not path:
+            raise InputError(f"{where} has no key: fill in its column, or remove the column.")
+        if not key and (not path or self._key_form == _ROW):
+            key = f"{subset}-{stem_of(file)}-{number:07d}"
+        elif not key:
+            key = os.path.splitext(path)[0] + ("" if start is None else f"-{start:.2f}")
+            key = f"{subset}/{key}" if self._key_form == _SUBSET_AND_PATH else key
+        text = _text(_cell(cells, columns.text), where, columns.text)
+        if content is None and not path:
+            return Rejection(key, "", NO_AUDIO, f"{where} has no audio.")
+        source = audio_path(path, file, self.data.audio_root) if content is None else path or where
+        # The hash of the audio distinguishes audio of the same name. It is compared in this process only.
+        identity = "" if own and is_named else f"{own}\0{source}\0{start}\0{hash(content)}"
+        extra = {"subset": subset} | _speaker(_cell(cells, columns.speaker)) | _other_columns(cells, columns)
+        if own and not uses_column and columns.key not in _MANIFEST_FIELDS:
+            extra[columns.key] = cells[columns.key]
+        return Candidate(
+            key,
+            source,
+            text,
+            extra,
+            start,
+            duration,
+            content,
+            identity=identity,
         )
-        if content is None:
-            if not path:
-                return Rejection(key, "", NO_AUDIO, f"{where} has no audio.")
-            source = audio_path(path, file, self.data.audio_root)
-        else:
-            source = path or where
-        text = cells[columns.text]
-        extra = {"subset": subset} | (
-            {"speaker": str(cells[columns.speaker])} if cells.get(columns.speaker) else {}
-        )
-        extra |= _other_columns(cells, columns)
-        return Candidate(key, source, "" if text is None else str(text), extra, start, duration, content)
+
+    def refine_keys(self) -> str:
+        if self._key_form == _ROW:
+            return ""
+        self._key_form += 1
+        column = next((columns.key for columns in self._columns.values() if columns.key), "")
+        return {
+            _PATH: f"the column {column} has the same value for different audio, so keys are made of the "
+            "audio's path; --data.columns.key names another column",
+            _SUBSET_AND_PATH: "the same path stands for different audio, so keys are made of subset and path",
+            _ROW: "the same path stands for different audio in one subset, so keys are made of the table's "
+            "name and the row's number",
+        }[self._key_form]
 
 
 def split_of(file: str) -> str:
@@ -157,10 +215,12 @@ def named_columns(file: str, columns: Columns) -> Columns:
     """Find the column of each role, from the recipe or by a usual name. A role without a column is empty.
 
     Raises:
-        ConfigurationError: a named or required column is missing, several columns may have one role, or one
-            column has several.
+        ConfigurationError: a named or required column is missing, several columns may have one role, one
+            column has several roles, or two columns have the same name.
     """
     available = columns_of(file)
+    if twice := next((name for name in available if name and available.count(name) > 1), None):
+        raise ConfigurationError(f"{file} has two columns called {twice}: rename one of them.")
     names = {}
     for field in dataclasses.fields(Columns):
         name = getattr(columns, field.name)
@@ -208,7 +268,13 @@ def _audio(cell: Any, where: str) -> tuple[str, bytes | None]:
     path, content = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else (cell, None)
     if isinstance(path, bytes):
         path, content = None, path
-    if not isinstance(path, str | None) or not isinstance(content, bytes | None):
+    if isinstance(cell, dict) and cell.get("array") is not None and content is None:
+        raise InputError(
+            f"{where} holds decoded samples (array), not a file: convert it with the datasets library's "
+            "`cast_column` to `Audio()`, and save the dataset again."
+        )
+    is_audio = not isinstance(cell, dict) or "path" in cell or "bytes" in cell
+    if not is_audio or not isinstance(path, str | None) or not isinstance(content, bytes | None):
         raise InputError(
             f"{where} is of type {type(cell).__name__}, neither a path nor an audio file's bytes: "
             "name the right column with --data.columns.audio."
@@ -216,25 +282,53 @@ def _audio(cell: Any, where: str) -> tuple[str, bytes | None]:
     return (path or "").strip(), content
 
 
-def _key(cell: Any, path: str, start: float | None, where: str) -> str:
-    """The key in a cell; if the cell is empty, a key made from the audio's path and the segment's start."""
-    if cell is not None and str(cell).strip():
-        return str(cell).strip()
-    if not path:
-        raise InputError(f"{where} has no key: fill in its column, or remove the column.")
-    key = os.path.splitext(path)[0]
-    return key if start is None else f"{key}-{start:.2f}"
+def _cell(cells: dict[str, Any], column: str) -> Any:
+    """The cell in the column of a role; None for a missing value: a role without a column, null or NaN."""
+    value = cells.get(column) if column else None
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _text(cell: Any, where: str, column: str) -> str:
+    if not isinstance(cell, str | None):
+        raise InputError(
+            f"{where}: the column {column} holds {type(cell).__name__}, not text: "
+            "name the column of transcripts with --data.columns.text."
+        )
+    return cell or ""
+
+
+def _name(cell: Any, where: str, column: str, role: str) -> str:
+    """The name in a cell, which may be a number; empty if it is missing or blank.
+
+    Where a column of whole numbers has missing values, pandas makes all of them floats: 7 becomes 7.0.
+    """
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    if not isinstance(cell, str | int | float | None):
+        raise InputError(
+            f"{where}: the column {column} holds {type(cell).__name__}, not a name: name another column with "
+            f"--data.columns.{role}."
+        )
+    return "" if cell is None else str(cell).strip()
+
+
+def _speaker(cell: Any) -> dict[str, str]:
+    """The manifest's field `speaker`; nothing if the speaker is unknown."""
+    name = _name(cell, "", "", "speaker") if isinstance(cell, str | int | float) else ""
+    return {} if name in _MISSING else {"speaker": name}
 
 
 def _seconds(cells: dict[str, Any], column: str, where: str) -> float | None:
     if not column:
         return None
     try:
-        value = float(cells[column])
+        value = float(cells.get(column))  # type: ignore[arg-type]  # None is a TypeError
     except (TypeError, ValueError):
         value = math.nan
     if not 0 <= value < math.inf:
-        raise InputError(f"{where}: {column} must be a number of seconds, not {str(cells[column])[:40]!r}.")
+        raise InputError(
+            f"{where}: {column} must be a number of seconds, not {str(cells.get(column))[:40]!r}."
+        )
     return value
 
 
@@ -245,6 +339,7 @@ def _other_columns(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
         name: value
         for name, value in cells.items()
         if name not in excluded
+        and not _UNNAMED.fullmatch(name)
         and value not in (None, "")
         and isinstance(value, str | int | float)
         and value == value  # not NaN

@@ -21,6 +21,7 @@ from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.decoding.model import Model, open_model, require_capacity
+from slam_asr.errors import InputError
 from slam_asr.runtime.cores import usable_cores
 from slam_asr.runtime.launch import Job, ProcessEnded, processes_of
 from slam_asr.runtime.worker import failures_written_to
@@ -32,6 +33,27 @@ if TYPE_CHECKING:
     from slam_asr.models.encoders.frontend import Prepared
     from slam_asr.models.prompt import Prompt
     from slam_asr.models.searcher import Answer, Searcher
+
+
+def _read_manifests(files: list[str]) -> list[Utterance]:
+    """Read all utterances of several manifests.
+
+    Raises:
+        InputError: two manifests have the same utterance, which would count twice in every rate.
+    """
+    utterances: list[Utterance] = []
+    first: dict[tuple[str, str, str, float | None], str] = {}
+    for file in files:
+        for utterance in read_manifest(file):
+            name = (utterance.key, utterance.subset, utterance.source, utterance.start)
+            if other := first.get(name):
+                raise InputError(
+                    f"The utterance {utterance.key} is in {other} and in {file}: give each once, "
+                    "because it would count twice in the word error rate."
+                )
+            first[name] = file
+            utterances.append(utterance)
+    return utterances
 
 
 class Decoder:
@@ -51,7 +73,7 @@ class Decoder:
         self, recipe: Recipe, model: Model, files: list[str], feature_store: str | None, quiet: bool = False
     ) -> None:
         self.recipe, self.model, self.files = recipe, model, files
-        in_manifests = [u for file in files for u in read_manifest(file)]
+        in_manifests = _read_manifests(files)
         self.utterances = fit_to_window(in_manifests, model.spec, quiet)
         self.audio_ids = [u.audio_id for u in self.utterances]
         # The store has outputs of the frozen encoder. An encoder that was trained as well has different ones.

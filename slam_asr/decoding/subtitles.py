@@ -39,8 +39,8 @@ class Transcript:
 
 
 def as_text(transcript: Transcript) -> str:
-    """Format a transcript as one line of text."""
-    return transcript.text + "\n"
+    """Format a transcript as one line of text, even if the model wrote line breaks."""
+    return " ".join(transcript.text.split()) + "\n"
 
 
 def as_json(transcript: Transcript) -> str:

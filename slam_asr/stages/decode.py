@@ -83,6 +83,8 @@ def decode(
         _write(folder, recipe.decoding, decoded, decoder.utterances)
         journal.close()
         summary = f"{len(decoded)} utterances"
+        if not any(row.reference.strip() for row, _ in decoded):
+            log_line("the manifests have no transcripts: there is nothing to score the hypotheses against")
         if shard.of > 1:
             summary = f"{len(decoded)} of {len(decoder.utterances)} utterances, work shard {shard}"
         return Outcome(summary, _rates(facts), facts)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples
+from slam_asr.audio import MISSING, SAMPLE_RATE, AudioError, count_samples
 from slam_asr.config.recipe import Recipe
 from slam_asr.decoding.subtitles import FORMATS, SUFFIXES, Transcript
 from slam_asr.decoding.transcriber import Transcriber
@@ -47,7 +47,7 @@ def transcribe(
     _check(files, format, output, longest)
     paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
     # Reads the header of every file before a model is loaded, so that a missing file is reported at once.
-    seconds = [count_samples(file) / SAMPLE_RATE for file in files]
+    seconds = [_seconds(file) for file in files]
     printed = sys.stdout
     transcripts: list[Transcript] = []
     damaged: list[str] = []
@@ -68,11 +68,21 @@ def transcribe(
                 else:
                     print(text, end="", file=printed, flush=True)
     if damaged:
+        others = "; the others are transcribed" if transcripts else ""
         raise InputError(
-            f"{len(damaged)} of {len(files)} files could not be read, first {damaged[0]}; "
-            "the others are transcribed."
+            f"{len(damaged)} of {len(files)} files could not be read, first {damaged[0]}{others}."
         )
     return transcripts
+
+
+def _seconds(file: str) -> float:
+    try:
+        return count_samples(file) / SAMPLE_RATE
+    except AudioError as error:
+        if error.reason != MISSING:
+            raise
+        # Its own sentence advises to build a manifest, and there is none here.
+        raise InputError(f"There is no audio file {file}: check the path.") from error
 
 
 def _open(model: str, recipe: Recipe, longest: float) -> Transcriber:

@@ -10,16 +10,21 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from slam_asr.errors import StorageError
 from slam_asr.storage.address import PathOrUri
 
+FILE_URI = re.compile(r"file:(//(localhost(?=/))?|(?=/))")
+"""Matches what comes before the path in `file:///a`, `file://localhost/a` and `file:/a` (RFC 8089)."""
 PARTIAL = ".partial"
 """Suffix of the names of temporary files."""
 
 
 def local_path(path: PathOrUri) -> Path:
-    """The local path that the user's input denotes: `file://` is removed and `~` expanded.
+    """The local path that the user's input denotes: `~` is expanded, and a file URI becomes its path.
+
+    In a URI, `%20` stands for a space (RFC 3986, section 2.1).
 
     Raises:
         StorageError: the path is a URI of another scheme, or names an unknown user's home folder.
@@ -34,8 +39,10 @@ def local_path(path: PathOrUri) -> Path:
         raise StorageError(
             f"{shown}: the scheme {scheme[1]}:// is not supported; give a local path or s3://bucket/key."
         )
+    if uri := FILE_URI.match(text):
+        text = unquote(text[uri.end() :], errors="surrogateescape")
     try:
-        return Path(text.removeprefix("file://")).expanduser()
+        return Path(text).expanduser()
     except RuntimeError as error:
         raise StorageError(f"{text}: there is no such user's home folder; give a full path.") from error
 

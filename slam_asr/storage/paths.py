@@ -1,5 +1,6 @@
 """File operations that work the same for local paths and for `s3://bucket/key`."""
 
+import errno
 import io
 import os
 import posixpath
@@ -11,7 +12,7 @@ from typing import BinaryIO
 
 from slam_asr.storage import objects, uploads
 from slam_asr.storage.address import PathOrUri, is_s3, split_uri
-from slam_asr.storage.local import local_path, temporary_path, write_atomically
+from slam_asr.storage.local import FILE_URI, local_path, temporary_path, write_atomically
 from slam_asr.storage.objects import Info
 
 PARALLEL_FILES = 8
@@ -45,7 +46,7 @@ def resolve(path: PathOrUri, folder: str) -> str:
     In object storage, `..` is resolved and never leaves the bucket.
     """
     path = os.fspath(path)
-    if "://" in path:
+    if "://" in path or FILE_URI.match(path):
         return path
     if is_s3(folder) and not os.path.isabs(path):
         bucket, prefix = split_uri(folder)
@@ -68,6 +69,10 @@ def info(path: PathOrUri) -> Info | None:
         status = file.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link that leads to itself
+            return None
+        raise
     return Info(file.name, status.st_size, str(status.st_mtime_ns)) if file.is_file() else None
 
 
@@ -79,6 +84,7 @@ def exists(path: PathOrUri) -> bool:
 def walk(root: PathOrUri) -> Iterator[Info]:
     """All files below a folder or prefix, sorted by the bytes of their names; none if it does not exist.
 
+    Links are followed, except those that lead to a folder above them: following such a link would never end.
     Names are read lazily, so a listing of a million files takes little memory.
 
     Raises:
@@ -91,13 +97,20 @@ def walk(root: PathOrUri) -> Iterator[Info]:
         yield from _walk_folder(local_path(root), "")
 
 
-def _walk_folder(folder: Path, prefix: str) -> Iterator[Info]:
+def _walk_folder(
+    folder: Path, prefix: str, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Info]:
+    """Yield the files below a folder, unless it is one of the folders above it (device and inode)."""
+    this = folder.stat()
+    if (this.st_dev, this.st_ino) in above:
+        return
+    above |= {(this.st_dev, this.st_ino)}
     with os.scandir(folder) as entries:
         # A folder's name is sorted with its slash, as it is in an object's key.
-        ordered = sorted((os.fsencode(e.name) + b"/" * e.is_dir(), e) for e in entries)
+        ordered = sorted((os.fsencode(e.name) + b"/" * e.is_dir(), e) for e in entries if _leads_on(e))
     for _, entry in ordered:
         if entry.is_dir():
-            yield from _walk_folder(Path(entry.path), f"{prefix}{entry.name}/")
+            yield from _walk_folder(Path(entry.path), f"{prefix}{entry.name}/", above)
         elif entry.is_file():
             try:
                 status = entry.stat()
@@ -106,9 +119,24 @@ def _walk_folder(folder: Path, prefix: str) -> Iterator[Info]:
             yield Info(prefix + entry.name, status.st_size, str(status.st_mtime_ns))
 
 
+def _leads_on(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is anything but a link that leads to itself."""
+    try:
+        entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+    return True
+
+
 def folders_in(root: PathOrUri) -> list[str]:
-    """Names of the folders directly below a folder or prefix, sorted."""
-    return _names_in(os.fspath(root), folders=True)
+    """Names of the folders directly below a folder or prefix, sorted. Links to folders above are left out."""
+    names = _names_in(os.fspath(root), folders=True)
+    if is_s3(root):
+        return names
+    here = Path(os.path.realpath(local_path(root)))
+    return [name for name in names if not here.is_relative_to(os.path.realpath(here / name))]
 
 
 def names_in(root: PathOrUri) -> list[str]:

@@ -327,6 +327,28 @@ def test_a_test_set_without_audio_is_refused_before_weights_are_loaded(
     assert "\n" not in str(refused.value) and not (tmp_path / "decoded").exists()
 
 
+def test_b33_an_utterance_of_two_manifests_is_refused(model, manifest, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "slam_asr.decoding.model.Model.load", lambda *_, **__: pytest.fail("weights were loaded")
+    )
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(Path(manifest).read_text().splitlines(keepends=True)[3])
+    for second in (manifest, str(copy)):
+        with pytest.raises(UserError, match=r"The utterance u\d is in .* and in .*: give each once"):
+            decode(decode_recipe(tiny_recipe), model, [manifest, second], str(tmp_path / "decoded"))
+
+
+def test_b30_b33_utterances_without_transcript_and_speaker_are_decoded(
+    model, manifest, tiny_recipe, tmp_path, capsys
+):
+    row = json.loads(Path(manifest).read_text().splitlines()[0]) | {"target": "", "speaker": None}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    record = decode(decode_recipe(tiny_recipe), model, [str(tmp_path / "test.jsonl")], str(tmp_path / "d"))
+    (hypothesis,) = read_hypotheses(record.file("hypotheses.jsonl"))
+    assert (hypothesis.reference, hypothesis.speaker) == ("", "")
+    assert "there is nothing to score the hypotheses against" in capsys.readouterr().out
+
+
 def workers_of_this_process() -> list[int]:
     """Ids of the decoding processes that this process started."""
     workers = []

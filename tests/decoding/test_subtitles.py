@@ -22,6 +22,10 @@ def test_text_is_one_line_without_empty_segments():
     assert as_text(Transcript("silence.wav", 3.0)) == "\n"
 
 
+def test_b33_line_breaks_that_a_model_wrote_do_not_break_the_line():
+    assert as_text(Transcript("a.wav", 1.0, [Segment(0, 1, "one\ntwo\r\n three")])) == "one two three\n"
+
+
 def test_json_is_one_line_with_all_fields():
     written = as_json(TRANSCRIPT)
     assert written.count("\n") == 1

@@ -128,11 +128,20 @@ def test_a_damaged_file_does_not_affect_the_others(model, tmp_path, capsys):
     assert "1 of 2 files could not be read, first" in printed.err and "Traceback" not in printed.err
 
 
+def test_b33_no_other_file_is_mentioned_if_there_is_none(model, tmp_path, capsys):
+    broken = write_wav(tmp_path / "broken.flac", make_tone(2))
+    broken.write_bytes(broken.read_bytes()[:-2000])
+    with pytest.raises(SystemExit) as ended:
+        main(["transcribe", model, str(broken)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"1 of 1 files could not be read, first {broken}.\n")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["{model}"], "No file to transcribe|Missing: --files"),
-        (["{model}", "nowhere.wav"], "There is no audio file nowhere.wav"),
+        (["{model}", "nowhere.wav"], "There is no audio file nowhere.wav: check the path\\.$"),
         (["{model}", "{text}"], "cannot be read as wav, flac, ogg, opus or mp3"),
         (["{model}", "{wav}", "--longest", "0"], "--longest is 0 s but must be at least 1"),
         (["{model}", "{wav}", "{wav2}", "--format", "srt"], "name a folder with --output"),
