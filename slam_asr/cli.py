@@ -11,14 +11,22 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import docstring_parser
 from jsonargparse import ArgumentParser
 
 from slam_asr.artifacts.stage_record import write_pointer
-from slam_asr.config.recipe import Recipe, recipe_values, shipped_recipes
+from slam_asr.config.recipe import (
+    MODEL_KEYS,
+    Recipe,
+    dump_recipe,
+    recipe_values,
+    shipped_recipes,
+    value_of,
+    with_base_models_of,
+)
 from slam_asr.config.schema import nearest, new_parser, one_sentence
 from slam_asr.errors import ConfigurationError, UserError, exit_on_user_error
 from slam_asr.steps import STEPS
@@ -87,6 +95,14 @@ OTHER_COMMANDS = (
 COMMANDS = STEP_FUNCTIONS | {command.name: command.function for command in OTHER_COMMANDS}
 """`module:function` of each command. The module is imported only when the command runs."""
 
+COUNTING_KEYS = {
+    "decode": ("decoding", "features.cache", *MODEL_KEYS),
+    "transcribe": ("decoding", *MODEL_KEYS),
+    "convert-checkpoint": MODEL_KEYS,
+}
+"""Keys of the recipe that count for a model that is already trained, by command. Its own recipe decides all
+others."""
+
 RENAMED_OPTIONS = {"--shard": "--work-shard"}
 """New names of renamed options, by old name. An old name still works, with a note on stderr."""
 
@@ -142,7 +158,8 @@ def run(stage: str, arguments: list[str]) -> Any:
     arguments = with_recipe_option(arguments)
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     recipe_parameter = inspect.signature(function).parameters.get("recipe")
-    recipe = _recipe_named(arguments) if recipe_parameter else None
+    trained = _recipe_of_model(stage, arguments) if recipe_parameter else None
+    recipe = _value_of("--recipe", arguments) or (dump_recipe(trained) if trained else None)
     # If the recipe is optional and none is named, its keys are not options either.
     takes_recipe = recipe_parameter is not None and (
         recipe_parameter.default is inspect.Parameter.empty or recipe is not None
@@ -171,6 +188,10 @@ def run(stage: str, arguments: list[str]) -> Any:
     values = parse_options(parser, arguments)
     if takes_recipe:
         values["recipe"] = pop_recipe(values)
+    if trained:
+        given = _given_keys(arguments, parser)
+        _require_counting(stage, given)
+        values["recipe"] = _with_known_models(values["recipe"], trained, given)
     pointer = values.pop("pointer", None)
     result = function(**values)
     if pointer:
@@ -410,18 +431,68 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
     return f"Option {options[key]}{sentence.removeprefix(key)}" if key in options else f"Option --{sentence}"
 
 
-def _recipe_named(arguments: list[str]) -> str | None:
-    """The value of `--recipe`, which is read before the other options because it provides their defaults.
+def _recipe_of_model(stage: str, arguments: list[str]) -> Recipe | None:
+    """Read the recipe that the model or checkpoint on the command line contains, if it counts.
 
-    Without `--recipe`, it is the recipe saved in the model folder that `--model` names.
+    It is read before the other options because it provides their defaults. A recipe that comes with a model
+    is not the user's decision, so it never allows an LLM's own code.
+
+    Returns:
+        The recipe; None if there is none, or if `convert-checkpoint` gets no option of a recipe.
     """
-    recipe = _value_of("--recipe", arguments)
-    model = _value_of("--model", arguments)
-    if recipe is None and model is not None:
+    model = _value_of("--model", arguments) if stage in COUNTING_KEYS else None
+    if model is not None:
         from slam_asr.artifacts.model_folder import read_config
 
-        return read_config(model).recipe
-    return recipe
+        return with_base_models_of(read_config(model).typed_recipe, None)
+    checkpoint = _value_of("--checkpoint", arguments)
+    if stage == "convert-checkpoint" and checkpoint is not None and _has_recipe_option(arguments):
+        from slam_asr.conversion.sources import recipe_in
+
+        trained = recipe_in(checkpoint)
+        return trained and with_base_models_of(trained, None)
+    return None
+
+
+def _has_recipe_option(arguments: list[str]) -> bool:
+    names = {f.name for f in fields(Recipe)} | {"recipe"}
+    return any(
+        argument.startswith("--") and re.split(r"[.=]", argument[2:], maxsplit=1)[0] in names
+        for argument in arguments
+    )
+
+
+def _given_keys(arguments: Sequence[str], parser: ArgumentParser) -> list[str]:
+    """Return the keys of the recipe for which the command line has an option."""
+    known = parser._option_string_actions
+    matches = (_OPTION.fullmatch(argument) for argument in arguments)
+    names = (_known_name(match[1], known).removeprefix("--") for match in matches if match)
+    sections = {f.name for f in fields(Recipe)}
+    return [name for name in names if name.partition(".")[0] in sections]
+
+
+def _require_counting(stage: str, given: Sequence[str]) -> None:
+    """Refuse an option for a key of the recipe that has no effect on a model that is already trained.
+
+    Raises:
+        ConfigurationError: there is such an option.
+    """
+    counting = COUNTING_KEYS[stage]
+    for key in given:
+        if not any(key == name or key.startswith(f"{name}.") for name in counting):
+            raise ConfigurationError(
+                f"--{key} has no effect on a model that is already trained: its training's recipe decides it; "
+                f"leave it out. Options that count in {stage}: {', '.join(counting)}."
+            )
+
+
+def _with_known_models(recipe: Recipe, trained: Recipe, given: Sequence[str]) -> Recipe:
+    """Return the recipe with the base models of the training, except those that the command line names."""
+    encoder, llm = (
+        section if f"{name}.name" in given else replace(section, name=value_of(trained, f"{name}.name"))
+        for name, section in (("encoder", recipe.encoder), ("llm", recipe.llm))
+    )
+    return replace(recipe, encoder=encoder, llm=llm)
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:

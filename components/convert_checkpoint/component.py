@@ -33,12 +33,13 @@ def convert_checkpoint(
         from slam_asr.runtime.work_split import all_work_shards
         from slam_asr.stages.convert_checkpoint import convert_checkpoint as run
 
-        decoding = load_recipe(recipe.path).decoding
+        resolved = load_recipe(recipe.path)
         record = run(
             follow_pointer(checkpoint.path),
             f"{store}/convert-checkpoint/{{fingerprint}}",
-            which=decoding.checkpoint,
+            recipe=resolved,
+            which=resolved.decoding.checkpoint,
         )
         write_pointer(record, model.path)
         log_metrics(record, metrics.log_metric)
-        return all_work_shards(decoding.parts)
+        return all_work_shards(resolved.decoding.parts)

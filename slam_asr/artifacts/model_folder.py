@@ -8,13 +8,13 @@ formats: `adapter/` as peft writes it, and `llm/` and `encoder/` as transformers
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from slam_asr.config.recipe import Encoder, Projector, Recipe, load_recipe
+from slam_asr.config.recipe import Projector, Recipe, load_recipe
 from slam_asr.errors import ModelError
 from slam_asr.storage import fetch_folder, local_path, sha256_of_file, write_atomically, write_json
 
@@ -122,17 +122,6 @@ def model_digests(model: str | Path) -> dict[str, str]:
     files = [folder / CONFIG, folder / WEIGHTS, *(f for f in parts if f.suffix in (".json", ".safetensors"))]
     # Hidden files do not influence the output. One of them only caches the digest of the weights.
     return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if not f.name.startswith(".")}
-
-
-def encoder_of(model: str | Path, base: Encoder) -> Encoder:
-    """Return a recipe's section `encoder` in which a model's own trained encoder replaces the base encoder.
-
-    Args:
-        model: the model's local folder.
-        base: the section that names the base encoder. It is returned unchanged if the model has no encoder.
-    """
-    own = local_path(model) / ENCODER
-    return replace(base, name=str(own)) if own.is_dir() else base
 
 
 def read_projector(model: str | Path, config: ModelConfig) -> "SpeechProjector":

@@ -81,7 +81,7 @@ class Decoder:
             positions,
             lambda index: f"Utterance {self.utterances[index].key}",
             options.max_new_tokens,
-            self.model.llm_folder,
+            self.model,
         )
         return list(
             plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch)
@@ -231,9 +231,8 @@ def main() -> None:
     ):
         if torch.cuda.is_available():
             torch.cuda.set_device(job.process)
-        decoder = Decoder(
-            load_recipe(job.recipe), open_model(job.model), job.files, job.feature_store, quiet=True
-        )
+        recipe = load_recipe(job.recipe)
+        decoder = Decoder(recipe, open_model(job.model, recipe), job.files, job.feature_store, quiet=True)
         for line in sys.stdin:
             answers = decoder.decode(json.loads(line))
             values = {index: asdict(answer) for index, answer in answers.items()}
