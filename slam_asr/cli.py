@@ -481,8 +481,8 @@ def _require_counting(stage: str, given: Sequence[str]) -> None:
     for key in given:
         if not any(key == name or key.startswith(f"{name}.") for name in counting):
             raise ConfigurationError(
-                f"--{key} has no effect on a model that is already trained: its training's recipe decides it; "
-                f"leave it out. Options that count in {stage}: {', '.join(counting)}."
+                f"--{key} has no effect on a model that is already trained, because its training's recipe "
+                f"decides it: leave it out. Options that count in {stage}: {', '.join(counting)}."
             )
 
 
