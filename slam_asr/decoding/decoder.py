@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
     from slam_asr.models.encoders.frontend import Prepared
-    from slam_asr.models.prompt import Prompt
     from slam_asr.models.searcher import Answer, Searcher
 
 
@@ -58,6 +57,7 @@ class Decoder:
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
             feature_store = None
         self.feature_store = feature_store
+        self._prompt = model.prompt()
         self._searcher: Searcher | None = None
         self.store = (
             FeatureStore(feature_store, model.config.encoder, model.trained.features.dtype, self.audio_ids)
@@ -114,10 +114,6 @@ class Decoder:
     def _audio_positions(self) -> list[int]:
         """LLM positions of each utterance's audio."""
         return [self.model.positions(self._reader.span(u)) for u in self.utterances]
-
-    @cached_property
-    def _prompt(self) -> "Prompt":
-        return self.model.prompt()
 
     @cached_property
     def _reader(self) -> "StoreReader | AudioReader":

@@ -112,7 +112,7 @@ def open_model(name: str, recipe: Recipe | None = None) -> Model:
         UserError: the model or a base model does not exist.
     """
     from slam_asr.models.encoders.registry import describe_encoder
-    from slam_asr.pretrained.model_config import read_model_config
+    from slam_asr.models.llm import describe_llm
     from slam_asr.pretrained.model_files import weights_sha256
     from slam_asr.pretrained.weight_checks import require_sound_files
 
@@ -124,7 +124,7 @@ def open_model(name: str, recipe: Recipe | None = None) -> Model:
         for part, key in ((ENCODER, "encoder.name"), (LLM, "llm.name"))
     )
     spec = describe_encoder(replace(trained.encoder, name=str(encoder_folder)))
-    read_model_config(llm_folder, "LLM", trained.llm.trust_remote_code)
+    describe_llm(llm_folder, trained.llm.trust_remote_code)  # raises if it cannot be used
     for place, part in ((spec.folder, "encoder"), (llm_folder, "LLM")):
         require_sound_files(place, part)
     if encoder_folder != folder / ENCODER and spec.fingerprint() != config.encoder:

@@ -89,13 +89,14 @@ def check_inputs(
     utterances = {name: read_manifest(path) for name, path in manifests.items()}
     encoder = describe_encoder(recipe.encoder)
     encoder.require_weights()
+    # Before the audio is hashed, which may take long.
+    llm_folder = locate_model(recipe.llm.name)
+    prompt = check_llm(recipe, llm_folder)
     fingerprint = encoder.fingerprint()
     fitting = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
     check_utterances(fitting)
     feature_store = (feature_store or None) if recipe.caches_features else None
     features = feature_store and require_features(feature_store, fingerprint, recipe, fitting.values())
-    llm_folder = locate_model(recipe.llm.name)
-    prompt = check_llm(recipe, llm_folder)
     base = {"encoder_fingerprint": fingerprint, "llm_sha256": weights_sha256(llm_folder)}
     inputs: dict[str, Any] = {
         "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
