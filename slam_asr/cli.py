@@ -24,7 +24,6 @@ from slam_asr.config.recipe import (
     dump_recipe,
     recipe_values,
     shipped_recipes,
-    value_of,
     with_base_models_of,
 )
 from slam_asr.config.schema import nearest, new_parser, one_sentence
@@ -488,11 +487,11 @@ def _require_counting(stage: str, given: Sequence[str]) -> None:
 
 def _with_known_models(recipe: Recipe, trained: Recipe, given: Sequence[str]) -> Recipe:
     """Return the recipe with the base models of the training, except those that the command line names."""
-    encoder, llm = (
-        section if f"{name}.name" in given else replace(section, name=value_of(trained, f"{name}.name"))
-        for name, section in (("encoder", recipe.encoder), ("llm", recipe.llm))
-    )
-    return replace(recipe, encoder=encoder, llm=llm)
+    if "encoder.name" not in given:
+        recipe = replace(recipe, encoder=replace(recipe.encoder, name=trained.encoder.name))
+    if "llm.name" not in given:
+        recipe = replace(recipe, llm=replace(recipe.llm, name=trained.llm.name))
+    return recipe
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:

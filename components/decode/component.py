@@ -29,13 +29,15 @@ def decode(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
+        from slam_asr.artifacts.model_folder import recipe_for_model
         from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, write_pointer
         from slam_asr.config.recipe import load_recipe
         from slam_asr.stages.decode import decode as run
 
+        folder = follow_pointer(model.path)
         record = run(
-            load_recipe(recipe.path),
-            follow_pointer(model.path),
+            recipe_for_model(load_recipe(recipe.path), folder),
+            folder,
             [f"{follow_pointer(manifests.path)}/test.jsonl"],
             f"{store}/decode/{{fingerprint}}",
             feature_store=f"{store}/features",

@@ -32,7 +32,7 @@ from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import require_usable_llm
 from slam_asr.pretrained.lazy_tensors import LazyTensors, lazy_tensors
-from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.locate import locate_base_model, locate_model
 from slam_asr.pretrained.model_files import weight_files, weight_names, weights_sha256
 from slam_asr.pretrained.unpickle import read_pickle
 from slam_asr.pretrained.weight_checks import require_sound_files, tensor_dtypes
@@ -163,12 +163,15 @@ def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where
         ModelError: a model is not the one of the training.
     """
     recipe = with_base_models_of(trained, given)
-    for key in _new_places(trained, given):
+    for key in ("encoder.name", "llm.name"):
         name = value_of(recipe, key)
+        folder = locate_base_model(name, key, where)
+        if name == value_of(trained, key):
+            continue
         same = (
             describe_encoder(recipe.encoder).fingerprint() == bases["encoder"]
             if key == "encoder.name"
-            else weights_sha256(locate_model(name)) == bases["llm_sha256"]
+            else weights_sha256(folder) == bases["llm_sha256"]
         )
         if not same:
             raise ModelError(

@@ -21,16 +21,8 @@ from slam_asr.config.recipe import Recipe, value_of
 from slam_asr.errors import ConfigurationError
 
 STAGE = "open-model"
-SAME = (
-    "encoder.name",
-    "encoder.frames",
-    "encoder.long_audio",
-    "encoder.tuning",
-    "features.dtype",
-    "llm.name",
-)
-"""Keys on which the recipe and the model must agree: those that determine the features, and the LLM, which
-`decode` loads from where the recipe states."""
+SAME = ("encoder.name", "encoder.frames", "encoder.long_audio", "encoder.tuning", "features.dtype")
+"""Keys that determine the features: the recipe and the model must agree on them."""
 
 
 def adopt_trained_model(recipe: Recipe, model: str, output: str) -> Record:
@@ -78,8 +70,7 @@ def require_test_only(recipe: Recipe) -> None:
 def require_same_features(recipe: Recipe, model: str, config: ModelConfig) -> None:
     """Require that the model was trained on the features that the recipe extracts.
 
-    Only the models' names are compared here, without their folders; their weights are compared when they are
-    loaded.
+    Only the encoder's name is compared here, without its folder; its weights are compared when it is loaded.
 
     Raises:
         ConfigurationError: the features differ; the message names the keys that differ and the options that
@@ -91,14 +82,13 @@ def require_same_features(recipe: Recipe, model: str, config: ModelConfig) -> No
         differences = ", ".join(
             f"{key} is {value_of(recipe, key)}, not {value_of(trained, key)}" for key in differing
         )
-        how = "with another LLM" if differing == ["llm.name"] else "on other features"
         options = " ".join(f"--{key} {value_of(trained, key)}" for key in differing)
         raise ConfigurationError(
-            f"Recipe {recipe.name} does not fit {model}, which was trained {how} "
+            f"Recipe {recipe.name} does not fit {model}, which was trained on other features "
             f"({differences}): add {options}."
         )
 
 
 def _comparable(recipe: Recipe, key: str) -> str:
     value = value_of(recipe, key)
-    return value.rstrip("/").rpartition("/")[2] if key.endswith(".name") else value
+    return value.rstrip("/").rpartition("/")[2] if key == "encoder.name" else value

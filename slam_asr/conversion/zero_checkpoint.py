@@ -59,7 +59,7 @@ def fp32_weights(folder: Path) -> LazyTensors:
     try:
         return _weights_of(folder, model)
     # Only DeepSpeed's own files have all keys, in the types that are expected here.
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{models[0]} and the optimiser's files next to it are not a checkpoint as DeepSpeed writes it: "
             "copy the complete checkpoint again."
@@ -80,7 +80,7 @@ def _weights_of(folder: Path, model: dict[str, Any]) -> LazyTensors:
         )
     states = [_optimiser_of(path) for path in optimisers]
     _require_agreement(optimisers, states)
-    shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
+    shapes = [{name: _sizes(shape) for name, shape in group.items()} for group in model["param_shapes"]]
     if "fp32_flat_groups" in states[0]:
         return _stage_3(shapes, states)
     return _stages_1_and_2(shapes, states)
@@ -131,6 +131,17 @@ def _optimiser_of(path: Path) -> dict[str, Any]:
     return state
 
 
+def _sizes(shape: Any) -> tuple[int, ...]:
+    """Return a weight's shape as integers.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(shape, tuple | list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise TypeError(f"a shape is {shape}")
+    return tuple(shape)
+
+
 def _slices_of(state: dict[str, Any]) -> str:
     """Return the key of the fp32 slices in an optimiser's state: stage 3 has its own key."""
     return "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
@@ -140,6 +151,8 @@ def _tensors_in(slices: Any) -> list[torch.Tensor]:
     """Return the tensors in nested lists. How deep the lists are nested depends on the stage."""
     if isinstance(slices, torch.Tensor):
         return [slices]
+    if not isinstance(slices, list | tuple):
+        raise TypeError(f"{type(slices).__name__} instead of tensors")
     return [tensor for part in slices for tensor in _tensors_in(part)]
 
 

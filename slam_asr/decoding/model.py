@@ -144,7 +144,7 @@ def _base_folder(own: Path, key: str, located: Recipe, trained: Recipe, model: s
         trained: the recipe of the training.
         model: the model's name, for error messages.
     """
-    from slam_asr.pretrained.locate import locate_model
+    from slam_asr.pretrained.locate import locate_base_model
 
     name = value_of(located, key)
     if own.is_dir():
@@ -154,12 +154,7 @@ def _base_folder(own: Path, key: str, located: Recipe, trained: Recipe, model: s
                 f"set it to {value_of(trained, key)}, as in the training."
             )
         return own
-    try:
-        return locate_model(name)
-    except ModelError as error:
-        raise ModelError(
-            f"{str(error).rstrip('.')}; if what {model} was trained with is elsewhere now, give --{key}."
-        ) from error
+    return locate_base_model(name, key, model)
 
 
 def _mismatch(part: str, name: str, model: str) -> str:

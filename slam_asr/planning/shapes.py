@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
@@ -79,7 +79,9 @@ class Shapes:
             llm = build_llm(
                 self.llm_config, options.name, options.trust_remote_code, attn_implementation="counted"
             )
-            set_tuning(llm.to(DTYPES[self.recipe.training.precision]), self.recipe.llm, seed=0)
+            # transformers wraps `to` in a way that hides its signature.
+            cast("torch.nn.Module", llm).to(DTYPES[self.recipe.training.precision])
+            set_tuning(llm, self.recipe.llm, seed=0)
             if checkpointed:
                 checkpoint_layers(llm)
             self._cache[key] = llm

@@ -220,7 +220,8 @@ def _skeleton(config: PretrainedConfig) -> torch.nn.Module:
 
 def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
     try:
-        width, dropped = dims["n_audio_state"], []
+        width = dims["n_audio_state"]
+        dropped: list[str] = []
         if width != dims["n_text_state"]:
             dims, tensors, dropped = _without_decoder(dims, tensors)
         config = WhisperConfig(
