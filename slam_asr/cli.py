@@ -8,18 +8,34 @@ YAML file: `--training.max_steps 200`.
 import importlib
 import inspect
 import itertools
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from slam_asr.artifacts.stage_record import write_pointer
-from slam_asr.config.recipe import Recipe, recipe_values, shipped_recipes
+from slam_asr.config.recipe import (
+    MODEL_KEYS,
+    Recipe,
+    dump_recipe,
+    recipe_values,
+    shipped_recipes,
+    with_base_models_of,
+)
 from slam_asr.config.schema import nearest
 from slam_asr.errors import ConfigurationError, exit_on_user_error
-from slam_asr.options import Command, add_options, command_parser, list_commands, option_name, parse_options
+from slam_asr.options import (
+    Command,
+    add_options,
+    command_parser,
+    given_options,
+    list_commands,
+    option_name,
+    parse_options,
+)
 from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
 
@@ -60,6 +76,14 @@ OTHER_COMMANDS = {
 }
 COMMANDS = STEP_FUNCTIONS | {name: command.function for name, command in OTHER_COMMANDS.items()}
 """`module:function` of each command. The module is imported only when the command runs."""
+
+COUNTING_KEYS = {
+    "decode": ("decoding", "features.cache", *MODEL_KEYS),
+    "transcribe": ("decoding", *MODEL_KEYS),
+    "convert-checkpoint": MODEL_KEYS,
+}
+"""Keys of the recipe that count for a model that is already trained, by command. Its own recipe decides all
+others."""
 
 
 def usage() -> str:
@@ -104,7 +128,8 @@ def run(stage: str, arguments: list[str]) -> Any:
     module, name = COMMANDS[stage].split(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     recipe_parameter = inspect.signature(function).parameters.get("recipe")
-    recipe = _recipe_named(arguments) if recipe_parameter else None
+    trained = _recipe_of_model(stage, arguments) if recipe_parameter else None
+    recipe = _value_of("--recipe", arguments) or (dump_recipe(trained) if trained else None)
     # If the recipe is optional and none is named, its keys are not options either.
     takes_recipe = recipe_parameter is not None and (
         recipe_parameter.default is inspect.Parameter.empty or recipe is not None
@@ -130,6 +155,10 @@ def run(stage: str, arguments: list[str]) -> Any:
     values = parse_options(parser, arguments)
     if takes_recipe:
         values["recipe"] = pop_recipe(values)
+    if trained:
+        given = _given_keys(arguments, parser)
+        _require_counting(stage, given)
+        values["recipe"] = _with_known_models(values["recipe"], trained, given)
     pointer = values.pop("pointer", None)
     result = function(**values)
     if pointer:
@@ -203,17 +232,64 @@ def pop_recipe(values: dict[str, Any]) -> Recipe:
     return Recipe(**{f.name: values.pop(f.name) for f in fields(Recipe)})
 
 
-def _recipe_named(arguments: list[str]) -> str | None:
-    """The value of `--recipe`, which is read before the other options because it provides their defaults.
+def _recipe_of_model(stage: str, arguments: list[str]) -> Recipe | None:
+    """Read the recipe that the model or checkpoint on the command line contains, if it counts.
 
-    Without `--recipe`, it is the recipe saved in the model folder that `--model` names.
+    It is read before the other options because it provides their defaults. A recipe that comes with a model
+    is not the user's decision, so it never allows an LLM's own code.
+
+    Returns:
+        The recipe; None if there is none, or if `convert-checkpoint` gets no option of a recipe.
     """
-    recipe = _value_of("--recipe", arguments)
-    model = _value_of("--model", arguments)
-    if recipe is None and model is not None:
+    model = _value_of("--model", arguments) if stage in COUNTING_KEYS else None
+    if model is not None:
         from slam_asr.artifacts.model_folder import read_config
 
-        return read_config(model).recipe
+        return with_base_models_of(read_config(model).typed_recipe, None)
+    checkpoint = _value_of("--checkpoint", arguments)
+    if stage == "convert-checkpoint" and checkpoint is not None and _has_recipe_option(arguments):
+        from slam_asr.conversion.sources import recipe_in
+
+        trained = recipe_in(checkpoint)
+        return trained and with_base_models_of(trained, None)
+    return None
+
+
+def _has_recipe_option(arguments: list[str]) -> bool:
+    names = {f.name for f in fields(Recipe)} | {"recipe"}
+    return any(
+        argument.startswith("--") and re.split(r"[.=]", argument[2:], maxsplit=1)[0] in names
+        for argument in arguments
+    )
+
+
+def _given_keys(arguments: Sequence[str], parser: ArgumentParser) -> list[str]:
+    """Return the keys of the recipe for which the command line has an option."""
+    sections = {f.name for f in fields(Recipe)}
+    return [name for name in given_options(parser, arguments) if name.partition(".")[0] in sections]
+
+
+def _require_counting(stage: str, given: Sequence[str]) -> None:
+    """Refuse an option for a key of the recipe that has no effect on a model that is already trained.
+
+    Raises:
+        ConfigurationError: there is such an option.
+    """
+    counting = COUNTING_KEYS[stage]
+    for key in given:
+        if not any(key == name or key.startswith(f"{name}.") for name in counting):
+            raise ConfigurationError(
+                f"--{key} has no effect on a model that is already trained, because its training's recipe "
+                f"decides it: leave it out. Options that count in {stage}: {', '.join(counting)}."
+            )
+
+
+def _with_known_models(recipe: Recipe, trained: Recipe, given: Sequence[str]) -> Recipe:
+    """Return the recipe with the base models of the training, except those that the command line names."""
+    if "encoder.name" not in given:
+        recipe = replace(recipe, encoder=replace(recipe.encoder, name=trained.encoder.name))
+    if "llm.name" not in given:
+        recipe = replace(recipe, llm=replace(recipe.llm, name=trained.llm.name))
     return recipe
 
 

@@ -126,6 +126,13 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str,
     return values
 
 
+def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """Return the names of the options on the command line, as the parser spells them, without `--`."""
+    matches = (_OPTION.fullmatch(argument) for argument in arguments)
+    known = parser._option_string_actions
+    return [_known_name(match[1], known).removeprefix("--") for match in matches if match]
+
+
 def _complete_usage(parser: ArgumentParser) -> None:
     """Add the options to the usage line, but one placeholder for the recipe's keys, which fill a screen."""
     usage = parser.usage or "%(prog)s"

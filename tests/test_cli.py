@@ -53,7 +53,7 @@ def parser():
         (["plan", "demo", "--gpu-memory", "much"], "Option --gpu-memory: Expected a number"),
         (
             ["convert-checkpoint", "--checkpoint", "/no/such", "--output", "y"],
-            "/no/such holds no finished train",
+            "There is no file or folder /no/such",
         ),
         (["decode", "--model", "/no/such", "--manifests", "x", "--output", "y"], "/no/such holds no model"),
         (["plan", "demoo"], "No recipe named demoo, and no such file; did you mean demo?"),

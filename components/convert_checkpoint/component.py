@@ -35,6 +35,7 @@ def convert_checkpoint(
         record = run(
             follow_pointer(checkpoint.path),
             f"{store}/convert-checkpoint/{{fingerprint}}",
+            recipe=recipe,
             which=recipe.decoding.checkpoint,
         )
         write_pointer(record, model.path, recipe)

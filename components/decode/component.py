@@ -27,13 +27,14 @@ def decode(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
+        from slam_asr.artifacts.model_folder import recipe_for_model
         from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, recipe_of, write_pointer
         from slam_asr.stages.decode import decode as run
 
-        recipe = recipe_of(manifests.path)
+        recipe, folder = recipe_of(manifests.path), follow_pointer(model.path)
         record = run(
-            recipe,
-            follow_pointer(model.path),
+            recipe_for_model(recipe, folder),
+            folder,
             [f"{follow_pointer(manifests.path)}/test.jsonl"],
             f"{store}/decode/{{fingerprint}}",
             feature_store=f"{store}/features",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from slam_asr.config.recipe import Encoder, Projector, Recipe, load_recipe
+from slam_asr.config.recipe import Encoder, Llm, Projector, Recipe, load_recipe
 from slam_asr.errors import ModelError
 from slam_asr.storage import fetch_folder, local_path, sha256_of_file, write_atomically, write_json
 
@@ -115,6 +115,29 @@ def read_config(model: str | Path) -> ModelConfig:
         raise ModelError(f"{path} is not a model's configuration: convert the checkpoint again.") from error
 
 
+def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
+    """Return a run's recipe with the base models of a model that the run may only evaluate.
+
+    The recipe of such a run need not name the model's LLM. A base model that it names, if only in another
+    folder, is where the recipe states; any other, and one that the model replaces by its own, is the model's.
+
+    Args:
+        recipe: of the run.
+        model: as for `read_config`.
+    """
+    trained = read_config(model).typed_recipe
+
+    def place(requested: Encoder | Llm, own: Encoder | Llm) -> str:
+        same = requested.name.rstrip("/").rpartition("/")[2] == own.name.rstrip("/").rpartition("/")[2]
+        return requested.name if same and own.tuning != "full" else own.name
+
+    return replace(
+        recipe,
+        encoder=replace(recipe.encoder, name=place(recipe.encoder, trained.encoder)),
+        llm=replace(recipe.llm, name=place(recipe.llm, trained.llm)),
+    )
+
+
 def model_digests(model: str | Path) -> dict[str, str]:
     """Compute the SHA-256 of each file that influences a model's output, by path in the model's folder."""
     folder = local_path(model)
@@ -122,17 +145,6 @@ def model_digests(model: str | Path) -> dict[str, str]:
     files = [folder / CONFIG, folder / WEIGHTS, *(f for f in parts if f.suffix in (".json", ".safetensors"))]
     # Hidden files do not influence the output. One of them only caches the digest of the weights.
     return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if not f.name.startswith(".")}
-
-
-def encoder_of(model: str | Path, base: Encoder) -> Encoder:
-    """Return a recipe's section `encoder` in which a model's own trained encoder replaces the base encoder.
-
-    Args:
-        model: the model's local folder.
-        base: the section that names the base encoder. It is returned unchanged if the model has no encoder.
-    """
-    own = local_path(model) / ENCODER
-    return replace(base, name=str(own)) if own.is_dir() else base
 
 
 def read_projector(model: str | Path, config: ModelConfig) -> "SpeechProjector":

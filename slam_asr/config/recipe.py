@@ -11,7 +11,7 @@ import math
 import operator
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ from slam_asr.config.training import Training as Training
 from slam_asr.errors import ConfigurationError
 from slam_asr.storage import is_s3, read_bytes
 
+MODEL_KEYS = ("encoder.name", "llm.name", "llm.trust_remote_code")
+"""Keys of a recipe that count for a model that was already trained: where its base models are now, and
+whether the LLM's own code may run."""
 _FRAMES_PER_SECOND = 50
 """The rate of every encoder."""
 
@@ -123,6 +126,26 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
 def recipe_values(source: str) -> dict[str, Any]:
     """A recipe's values as nested dictionaries, after all checks; a command line has them as its defaults."""
     return asdict(load_recipe(source))
+
+
+def with_base_models_of(trained: Recipe, given: Recipe | None) -> Recipe:
+    """Return the recipe of a training, with its base models where the user says that they are now.
+
+    Args:
+        trained: the recipe that a model or a checkpoint contains.
+        given: the user's recipe, of which only `MODEL_KEYS` count. Without it the models are where they were,
+            and no code of an LLM is trusted: a recipe that comes with a model is not the user's decision.
+    """
+    encoder, llm = (given.encoder, given.llm) if given else (trained.encoder, trained.llm)
+    return replace(
+        trained,
+        encoder=replace(trained.encoder, name=encoder.name),
+        llm=replace(
+            trained.llm,
+            name=llm.name,
+            trust_remote_code=given is not None and llm.trust_remote_code,
+        ),
+    )
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -208,6 +208,10 @@ class Llm:
     """Template of the LLM's input. The prompt replaces `{}`. The audio replaces `{audio}`; without `{audio}`,
     it comes before the text. `chat`: the model's own chat template, with the audio at the start of the user's
     turn."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the LLM may run in this program. Some models on the hub need their
+    own code; transformers' own models do not. A model folder records the value but does not grant it to
+    others: `decode`, `transcribe` and `convert-checkpoint` need the option again."""
     tuning: Literal["frozen", "lora", "full"] = "frozen"
     """Which of the LLM's weights are trained: none, low-rank adapters, or all."""
     learning_rate: float | None = bounded(None, above=0)

@@ -45,7 +45,8 @@ def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> LazyTensor
         else:
             raise ModelError(
                 f"{where} holds {name}, which is neither the projector's nor a LoRA adapter's: "
-                "it cannot be converted."
+                "it cannot be converted; if DeepSpeed's zero_to_fp32.py wrote it, run that with "
+                "--exclude_frozen_parameters."
             )
     return rename_tensors(content, names)
 

@@ -23,16 +23,19 @@ from slam_asr.artifacts.model_folder import (
     read_projector,
     shipped_models,
 )
-from slam_asr.artifacts.stage_record import RECORD, Record, require_record
-from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
+from slam_asr.artifacts.stage_record import RECORD, Record, read_record, require_record
+from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe, value_of, with_base_models_of
+from slam_asr.conversion.slam_llm import FILE as SLAM_LLM_FILE
 from slam_asr.conversion.slam_llm import from_slam_llm, is_slam_llm
 from slam_asr.conversion.zero_checkpoint import find_zero_folder, fp32_weights
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.models.encoders.registry import describe_encoder
-from slam_asr.pretrained.lazy_tensors import LazyTensors
-from slam_asr.pretrained.locate import locate_model
-from slam_asr.pretrained.model_files import weights_sha256
+from slam_asr.models.llm import require_usable_llm
+from slam_asr.pretrained.lazy_tensors import LazyTensors, lazy_tensors
+from slam_asr.pretrained.locate import locate_base_model, locate_model
+from slam_asr.pretrained.model_files import weight_files, weight_names, weights_sha256
 from slam_asr.pretrained.unpickle import read_pickle
+from slam_asr.pretrained.weight_checks import require_sound_files, tensor_dtypes
 from slam_asr.progress import log_line
 from slam_asr.storage import exists, fetch, fetch_folder, is_s3, join, local_path, sha256_of_file
 
@@ -77,7 +80,8 @@ def find_source(
     Args:
         checkpoint: as for `convert_checkpoint`, and so are the others.
         which: checkpoint of a training to take: `latest`, `best` or `average`.
-        recipe: for checkpoints that do not name their encoder and LLM.
+        recipe: for checkpoints that do not name their encoder and LLM; for others, it states where these
+            models are now.
         adapter: folder of a LoRA adapter that is not in the checkpoint.
 
     Raises:
@@ -95,29 +99,93 @@ def find_source(
             "one: leave it out."
         )
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
-        return _from_model(fetch_model(checkpoint))
+        return _from_model(fetch_model(checkpoint), recipe)
     if not exists(join(checkpoint, RECORD)):
         local = fetch_folder(checkpoint) if is_s3(checkpoint) else local_path(checkpoint)
+        if not local.is_dir():
+            raise ModelError(f"There is no file or folder {checkpoint}: check the path.")
         if (folder := find_zero_folder(local)) is not None:
             return _from_deepspeed(folder, recipe, adapter)
-    return _from_training(require_record(checkpoint, "train"), which)
+        if (local / SLAM_LLM_FILE).is_file():
+            return _from_file(local / SLAM_LLM_FILE, recipe, adapter)
+        if weight_names(local):
+            return _from_consolidated(local, recipe, adapter)
+    return _from_training(require_record(checkpoint, "train"), which, recipe)
 
 
-def _from_training(trained: Record, which: str) -> Source:
+def recipe_in(checkpoint: str) -> Recipe | None:
+    """Return the recipe that a checkpoint contains: that of a training or of a model folder.
+
+    Args:
+        checkpoint: as for `convert_checkpoint`.
+
+    Returns:
+        The recipe; None for a checkpoint of another kind, or one that does not exist.
+    """
+    if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
+        return read_config(checkpoint).typed_recipe
+    record = read_record(checkpoint) if exists(join(checkpoint, RECORD)) else None
+    return _recipe_of(record) if record and record.stage == "train" else None
+
+
+def _recipe_of(trained: Record) -> Recipe:
+    return load_recipe(trained.file("recipe.yaml").read_text())
+
+
+def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
     place = join(trained.folder, "checkpoints")
     sources = all_complete(place) if which == "average" else [require(place, which)]
     files = [{name: facts["sha256"] for name, facts in source.files.items()} for source in sources]
 
     def read() -> Content:
-        recipe = load_recipe(trained.file("recipe.yaml").read_text())
         facts = {**trained.facts, "steps": sources[-1].step}
         if which == "average":
             facts["averaged_steps"] = ", ".join(str(source.step) for source in sources)
             log_line(f"mean of {len(sources)} checkpoints, of steps {facts['averaged_steps']}")
         bases = {"encoder": facts.pop("encoder_fingerprint"), "llm_sha256": facts.pop("llm_sha256")}
+        recipe = _located(_recipe_of(trained), given, bases, trained.folder)
         return Content(_mean(sources), recipe, bases, facts, sources[-1].folder)
 
-    return Source({"training": trained.inputs, "files": files if which == "average" else files[0]}, read)
+    inputs = {"training": trained.inputs, "files": files if which == "average" else files[0]}
+    return Source(inputs | _new_places(_recipe_of(trained), given), read)
+
+
+def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where: str) -> Recipe:
+    """Return the recipe of a training with its base models where the user says that they are now.
+
+    Args:
+        trained: the recipe of the training.
+        given: the user's recipe, of which only `MODEL_KEYS` count.
+        bases: fingerprint of the encoder and digest of the LLM in the training.
+        where: the checkpoint, for error messages.
+
+    Raises:
+        ModelError: a model is not the one of the training.
+    """
+    recipe = with_base_models_of(trained, given)
+    for key in ("encoder.name", "llm.name"):
+        name = value_of(recipe, key)
+        folder = locate_base_model(name, key, where)
+        if name == value_of(trained, key):
+            continue
+        same = (
+            describe_encoder(recipe.encoder).fingerprint() == bases["encoder"]
+            if key == "encoder.name"
+            else weights_sha256(folder) == bases["llm_sha256"]
+        )
+        if not same:
+            raise ModelError(
+                f"{key} is {name}, which is not the model that {where} was trained with, "
+                f"{value_of(trained, key)}: the weights' sha256 differs; name a folder with the same weights."
+            )
+    return recipe
+
+
+def _new_places(trained: Recipe, given: Recipe | None) -> dict[str, str]:
+    """Return the names of the base models that are no longer where they were in training, by key."""
+    recipe = with_base_models_of(trained, given)
+    names = {key: value_of(recipe, key) for key in ("encoder.name", "llm.name")}
+    return {key: name for key, name in names.items() if name != value_of(trained, key)}
 
 
 def _mean(sources: Sequence[Checkpoint]) -> Mapping[str, torch.Tensor]:
@@ -135,11 +203,36 @@ def _mean(sources: Sequence[Checkpoint]) -> Mapping[str, torch.Tensor]:
 
 
 def _from_file(path: Path, recipe: Recipe | None, adapter: str | None) -> Source | OriginalEncoder:
+    if path.suffix == ".safetensors":
+        return _from_tensors([path], path, recipe, adapter)
     content = read_pickle(path)
     if not is_slam_llm(content):
         return OriginalEncoder(path)
     read = partial(from_slam_llm, content, str(path))
     return _of_slam_llm(read, str(path), {"file": sha256_of_file(path)}, recipe, adapter)
+
+
+def _from_consolidated(folder: Path, recipe: Recipe | None, adapter: str | None) -> Source:
+    """A folder that DeepSpeed's zero_to_fp32.py wrote: one file, or several and their index."""
+    require_sound_files(folder, "checkpoint")
+    return _from_tensors(weight_files(folder), folder, recipe, adapter)
+
+
+def _from_tensors(files: list[Path], where: Path, recipe: Recipe | None, adapter: str | None) -> Source:
+    """A checkpoint whose files contain nothing but tensors, as safetensors or pickles."""
+    if files[0].suffix == ".safetensors":
+        for file in files:
+            tensor_dtypes(file)  # raises if the file is damaged
+        tensors: Mapping[str, torch.Tensor] = lazy_tensors(files)
+    else:
+        tensors = dict(item for file in files for item in read_pickle(file).items())
+    if not is_slam_llm(tensors):
+        raise ModelError(
+            f"{where} holds no weights of SLAM-LLM's projector (encoder_projector.…): give a checkpoint of a "
+            "training."
+        )
+    inputs = {"files": {file.name: sha256_of_file(file) for file in files}}
+    return _of_slam_llm(partial(from_slam_llm, tensors, str(where)), str(where), inputs, recipe, adapter)
 
 
 def _from_deepspeed(folder: Path, recipe: Recipe | None, adapter: str | None) -> Source:
@@ -182,16 +275,19 @@ def _of_slam_llm(
             {f"llm.{name}": tensor for name, tensor in read_peft(folder).items()},
             cast("MutableMapping[str, torch.Tensor]", weights),
         )
+    encoder, llm_folder = describe_encoder(recipe.encoder), locate_model(recipe.llm.name)
+    encoder.require_weights()
+    require_usable_llm(llm_folder, recipe.llm)
     bases = {
-        "encoder": describe_encoder(recipe.encoder).fingerprint(),
-        "llm_sha256": weights_sha256(locate_model(recipe.llm.name)),
+        "encoder": encoder.fingerprint(),
+        "llm_sha256": weights_sha256(llm_folder),
     }
     facts = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}
     content = Content(weights, recipe, bases, facts, where)
     return Source({**inputs, "recipe": dump_recipe(recipe), **bases}, lambda: content)
 
 
-def _from_model(model: Path) -> Source:
+def _from_model(model: Path, given: Recipe | None) -> Source:
     complete = [part for part in (LLM, ENCODER) if (model / part).is_dir()]
     if complete:
         raise ModelError(
@@ -205,6 +301,7 @@ def _from_model(model: Path) -> Source:
         weights = {f"projector.{name}": tensor for name, tensor in projector.items()}
         weights |= {f"llm.{name}": tensor for name, tensor in read_adapter(model).items()}
         bases = {"encoder": config.encoder, "llm_sha256": config.llm_sha256}
-        return Content(weights, config.typed_recipe, bases, config.training, str(model))
+        recipe = _located(config.typed_recipe, given, bases, str(model))
+        return Content(weights, recipe, bases, config.training, str(model))
 
-    return Source({"model": model_digests(model)}, read)
+    return Source({"model": model_digests(model)} | _new_places(config.typed_recipe, given), read)

@@ -43,7 +43,7 @@ def check_adapter(weights: Mapping[str, torch.Tensor], recipe: Recipe, where: st
     Raises:
         ModelError: weights are missing, unknown, of another shape, or not finite.
     """
-    llm = describe_llm(locate_model(recipe.llm.name))
+    llm = describe_llm(locate_model(recipe.llm.name), recipe.llm.trust_remote_code)
     add_lora(llm, recipe.llm.lora, seed=0)
     require_matching_weights(llm, weights, where, [n for n, _ in llm.named_parameters() if ".lora_" in n])
 
@@ -63,16 +63,17 @@ def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
         ModelError: the weights are not those of the recipe's LLM.
     """
     base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
+    trust = recipe.llm.trust_remote_code
     try:
-        llm, _ = describe_lazy_llm(base, dtype)
+        llm, _ = describe_lazy_llm(base, dtype, trust)
     except NotLazilyLoadable:
-        llm = load_llm(base, dtype)
+        llm = load_llm(base, dtype, trust_remote_code=trust)
         replace_weights(llm, weights, where, [n for n, _ in llm.named_parameters()])
         llm.save_pretrained(folder)
     else:
         require_matching_weights(llm, weights, where, [n for n, _ in llm.named_parameters()])
         _write_llm(folder, llm, weights)
-    load_tokenizer(base).save_pretrained(folder)
+    _copy_other_files(base, folder, trust)
 
 
 def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
@@ -87,10 +88,11 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
         recipe: of the training.
     """
     base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
+    trust = recipe.llm.trust_remote_code
     try:
-        llm, lazy_weights = describe_lazy_llm(base, torch.float32)
+        llm, lazy_weights = describe_lazy_llm(base, torch.float32, trust)
     except NotLazilyLoadable:
-        llm = load_llm(base, torch.float32)
+        llm = load_llm(base, torch.float32, trust_remote_code=trust)
         for name, layer in _adapted(llm, adapter, recipe).items():
             layer.merge()
             parent, _, last = name.rpartition(".")
@@ -99,7 +101,7 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
         llm.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
     else:
         # `_adapted` adds peft's layers to `llm`, so a second description gives the names for the file.
-        written, _ = describe_lazy_llm(base, dtype)
+        written, _ = describe_lazy_llm(base, dtype, trust)
         # By identity: inside peft's layer a weight has another name, but is the same object.
         layers = {
             id(layer.get_base_layer().weight): layer for layer in _adapted(llm, adapter, recipe).values()
@@ -108,7 +110,14 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
             weight.name: partial(_merged, weight, layers.get(id(weight.parameter))) for weight in lazy_weights
         }
         _write_llm(folder, written, LazyTensors(makers))
-    load_tokenizer(base).save_pretrained(folder)
+    _copy_other_files(base, folder, trust)
+
+
+def _copy_other_files(base: Path, folder: Path, trust_remote_code: bool) -> None:
+    """Write the base LLM's tokenizer and, if it is trusted, its own Python code next to the weights."""
+    load_tokenizer(base, trust_remote_code).save_pretrained(folder)
+    for code in base.glob("*.py") if trust_remote_code else ():
+        (folder / code.name).write_bytes(code.read_bytes())
 
 
 def _adapted(

@@ -188,12 +188,12 @@ def _probe_losses(
     from slam_asr.models.prompt import Prompt
     from slam_asr.models.slam import Row, Slam, collate
 
-    llm = load_llm(
-        llm_folder, torch.float32 if _weight_bytes(llm_folder) < FP32_LLM_BYTES else torch.bfloat16
-    ).eval()
+    trust = recipe.llm.trust_remote_code
+    dtype = torch.float32 if _weight_bytes(llm_folder) < FP32_LLM_BYTES else torch.bfloat16
+    llm = load_llm(llm_folder, dtype, trust_remote_code=trust).eval()
     if recipe.llm.tuning == "lora":
         add_lora(llm, recipe.llm.lora, seed=0)
-    prompt = Prompt(load_tokenizer(llm_folder), recipe.llm)
+    prompt = Prompt(load_tokenizer(llm_folder, trust), recipe.llm)
     generator = torch.Generator().manual_seed(0)
     rows = [
         Row(

@@ -121,7 +121,8 @@ def _divide(content: Content) -> Parts:
     tensors = {part: rename_tensors(content.weights, own) for part, own in names.items()}
     if not tensors["projector"]:
         raise ModelError(f"{where} holds no projector: it is not a checkpoint of slam-asr train.")
-    widths = describe_encoder(recipe.encoder).width, llm_width(describe_llm(locate_model(recipe.llm.name)))
+    llm = describe_llm(locate_model(recipe.llm.name), recipe.llm.trust_remote_code)
+    widths = describe_encoder(recipe.encoder).width, llm_width(llm)
     projector_from_weights(tensors["projector"], recipe.projector, *widths, where)
     parts = Parts(content, **tensors, widths=widths)
     if bool(parts.adapter) != any(".lora_" in name for name in parts.llm):

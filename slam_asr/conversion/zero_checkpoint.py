@@ -27,6 +27,7 @@ import torch
 from slam_asr.errors import ModelError
 from slam_asr.pretrained.lazy_tensors import LazyTensors
 from slam_asr.pretrained.unpickle import read_pickle
+from slam_asr.progress import log_line
 
 _ALLOWED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -55,24 +56,31 @@ def fp32_weights(folder: Path) -> LazyTensors:
             f"{folder} holds no DeepSpeed checkpoint (no *model_states.pt): give the folder of a training."
         )
     model = load_pickle(models[0])
+    try:
+        return _weights_of(folder, model)
+    # Only DeepSpeed's own files have all keys, in the types that are expected here.
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{models[0]} and the optimiser's files next to it are not a checkpoint as DeepSpeed writes it: "
+            "copy the complete checkpoint again."
+        ) from error
+
+
+def _weights_of(folder: Path, model: dict[str, Any]) -> LazyTensors:
+    """Open the weights of a checkpoint whose file of the model is read."""
     optimisers = _by_rank(folder, "*optim_states.pt")
-    if not optimisers:
+    # Only ZeRO writes `param_shapes`. Its fp32 weights are in the optimiser's files alone.
+    if not optimisers and not model.get("param_shapes"):
         return _stage_0(model)
     ranks = int(model["dp_world_size"])
     if len(optimisers) != ranks:
         raise ModelError(
-            f"{folder} holds {len(optimisers)} of {ranks} optimiser shards: copy the complete checkpoint."
+            f"{folder} holds {len(optimisers)} of {ranks} optimiser shards, which contain the fp32 weights "
+            "(*optim_states.pt): copy the complete checkpoint."
         )
     states = [_optimiser_of(path) for path in optimisers]
     _require_agreement(optimisers, states)
-    shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
-    needed = sum(math.prod(shape) for group in shapes for shape in group.values())
-    # Padding may add values, but a complete checkpoint never has fewer than its weights.
-    if sum(part.numel() for state in states for part in _tensors_in(state[_slices_of(state)])) < needed:
-        raise ModelError(
-            f"{folder} holds fewer values than the {needed:,} of its weights: it is incomplete; "
-            "copy it again."
-        )
+    shapes = [{name: _sizes(shape) for name, shape in group.items()} for group in model["param_shapes"]]
     if "fp32_flat_groups" in states[0]:
         return _stage_3(shapes, states)
     return _stages_1_and_2(shapes, states)
@@ -123,6 +131,17 @@ def _optimiser_of(path: Path) -> dict[str, Any]:
     return state
 
 
+def _sizes(shape: Any) -> tuple[int, ...]:
+    """Return a weight's shape as integers.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(shape, tuple | list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise TypeError(f"a shape is {shape}")
+    return tuple(shape)
+
+
 def _slices_of(state: dict[str, Any]) -> str:
     """Return the key of the fp32 slices in an optimiser's state: stage 3 has its own key."""
     return "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
@@ -132,6 +151,8 @@ def _tensors_in(slices: Any) -> list[torch.Tensor]:
     """Return the tensors in nested lists. How deep the lists are nested depends on the stage."""
     if isinstance(slices, torch.Tensor):
         return [slices]
+    if not isinstance(slices, list | tuple):
+        raise TypeError(f"{type(slices).__name__} instead of tensors")
     return [tensor for part in slices for tensor in _tensors_in(part)]
 
 
@@ -194,6 +215,10 @@ def _stage_0(model: dict[str, Any]) -> LazyTensors:
     names = names or [n for n in weights if n not in model["buffer_names"]]
     masters = (model["optimizer"] or {}).get("fp32_groups")
     if masters is None:
+        half = next((weights[n].dtype for n in names if weights[n].dtype != torch.float32), None)
+        if half:
+            dtype = str(half).removeprefix("torch.")
+            log_line(f"note: the checkpoint has no fp32 weights; its {dtype} weights are converted instead")
         return LazyTensors({name: weights[name].float for name in names})
     flat = _tensors_in(masters)
     if [tuple(t.shape) for t in flat] != [tuple(weights[n].shape) for n in names]:
@@ -208,6 +233,7 @@ def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> LazyTensors:
     makers = {}
     for group, names in enumerate(shapes):
         slices = [state["single_partition_of_fp32_groups"][group] for state in states]
+        _require_values(sum(part.numel() for part in slices), sum(map(math.prod, names.values())))
         offset = 0
         for name, shape in names.items():
             makers[name] = partial(_of_slices, slices, offset, shape)
@@ -228,7 +254,17 @@ def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
     for name, shape in (item for group in shapes for item in group.items()):
         makers[name] = partial(_of_ranks, per_rank, offset, shape)
         offset += -(-math.prod(shape) // len(states))
+    _require_values(min(sum(part.numel() for part in parts) for parts in per_rank), offset)
     return LazyTensors(makers)
+
+
+def _require_values(found: int, needed: int) -> None:
+    # Padding may add values, but a complete checkpoint never has fewer than its weights.
+    if found < needed:
+        raise ModelError(
+            f"The checkpoint holds fewer values ({found:,}) than the {needed:,} of its weights: it is "
+            "incomplete; copy it again."
+        )
 
 
 def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int, ...]) -> torch.Tensor:

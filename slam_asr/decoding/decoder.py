@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
     from slam_asr.models.encoders.frontend import Prepared
-    from slam_asr.models.prompt import Prompt
     from slam_asr.models.searcher import Answer, Searcher
 
 
@@ -80,6 +79,7 @@ class Decoder:
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
             feature_store = None
         self.feature_store = feature_store
+        self._prompt = model.prompt()
         self._searcher: Searcher | None = None
         self.store = (
             FeatureStore(feature_store, model.config.encoder, model.trained.features.dtype, self.audio_ids)
@@ -103,7 +103,7 @@ class Decoder:
             positions,
             lambda index: f"Utterance {self.utterances[index].key}",
             options.max_new_tokens,
-            self.model.llm_folder,
+            self.model,
         )
         return list(
             plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch)
@@ -136,10 +136,6 @@ class Decoder:
     def _audio_positions(self) -> list[int]:
         """LLM positions of each utterance's audio."""
         return [self.model.positions(self._reader.span(u)) for u in self.utterances]
-
-    @cached_property
-    def _prompt(self) -> "Prompt":
-        return self.model.prompt()
 
     @cached_property
     def _reader(self) -> "StoreReader | AudioReader":
@@ -252,9 +248,8 @@ def main() -> None:
     ):
         if torch.cuda.is_available():
             torch.cuda.set_device(job.process)
-        decoder = Decoder(
-            load_recipe(job.recipe), open_model(job.model), job.files, job.feature_store, quiet=True
-        )
+        recipe = load_recipe(job.recipe)
+        decoder = Decoder(recipe, open_model(job.model, recipe), job.files, job.feature_store, quiet=True)
         for line in sys.stdin:
             answers = decoder.decode(json.loads(line))
             values = {index: asdict(answer) for index, answer in answers.items()}

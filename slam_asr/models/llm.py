@@ -6,16 +6,16 @@ layers, number of positions), it asks the loaded model or its configuration.
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,53 +26,87 @@ from slam_asr.config.schema import nearest, one_sentence
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.meta_llm import zero_placeholders
+from slam_asr.pretrained.model_config import own_code_refused, read_model_config
+from slam_asr.pretrained.weight_checks import require_weights
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def load_llm(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_llm(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """Load a causal LM, frozen and in evaluation mode.
 
     Args:
         folder: contains the LLM's files in transformers' format.
         dtype: dtype of the weights.
         device: device that the weights are moved to.
+        trust_remote_code: whether code in the folder may run.
 
     Raises:
         ModelError: the folder has no causal LM that transformers can read, or weights are missing or damaged.
     """
-    llm = load_weights(AutoModelForCausalLM, folder, dtype, "LLM")
+    llm = load_weights(AutoModelForCausalLM, folder, dtype, "LLM", trust_remote_code=trust_remote_code)
     cast(nn.Module, llm).to(device)  # transformers wraps `to` in a way that hides its signature
     return llm
 
 
-def describe_llm(folder: Path) -> PreTrainedModel:
+def describe_llm(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the LLM without its weights, on the meta device.
+
+    Args:
+        folder: contains the LLM's config.json.
+        trust_remote_code: whether code in the folder may run.
 
     Raises:
         ModelError: the folder's config.json is not that of a causal LM.
     """
+    return build_llm(read_model_config(folder, "LLM", trust_remote_code), folder, trust_remote_code)
+
+
+def build_llm(
+    config: PretrainedConfig, folder: Path | str, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Build an LLM from its configuration, on the meta device.
+
+    Args:
+        config: of the LLM.
+        folder: the LLM's folder or name, for error messages.
+        trust_remote_code: whether the LLM's own code may run.
+        options: of transformers' `from_config`.
+
+    Raises:
+        ModelError: the configuration is not that of a causal LM.
+    """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+    # A model's class checks sizes by no clear rule, and the LLM's own code may raise anything.
+    except Exception as error:
+        raise own_code_refused(Path(folder), "LLM", error) or ModelError(
             f"The LLM in {folder} has no config.json of a causal LM: {one_sentence(error)}"
         ) from error
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the LLM's tokenizer.
 
+    Args:
+        folder: contains the tokenizer's files.
+        trust_remote_code: whether code in the folder may run.
+
     Raises:
-        ModelError: the folder has no readable tokenizer.
+        ModelError: the folder has no readable tokenizer, or the tokenizer needs code that is not trusted.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # A missing file surfaces as any of OSError, ValueError, TypeError, KeyError and ImportError.
     except Exception as error:
-        raise ModelError(
+        raise own_code_refused(folder, "LLM", error) or ModelError(
             f"The LLM in {folder} has no tokenizer that can be read (tokenizer.json, tokenizer_config.json): "
             f"{one_sentence(error)}"
         ) from error
@@ -84,19 +118,63 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"The LLM in {folder} has no tokenizer (tokenizer.json, tokenizer_config.json): "
             "add its files there."
         )
+    if (Path(folder) / "config.json").is_file():
+        _require_embeddings(tokenizer, folder, read_model_config(folder, "LLM", trust_remote_code))
     return tokenizer
 
 
-def llm_positions(folder: Path) -> int | None:
+def _require_embeddings(tokenizer: PreTrainedTokenizerBase, folder: Path, config: PretrainedConfig) -> None:
+    """Refuse a tokenizer that gives token ids for which the LLM has no embedding.
+
+    Special tokens other than bos and eos may be without one: many tokenizers have a token for padding that
+    was added later, and no text contains it.
+
+    Raises:
+        ModelError: the tokenizer belongs to another LLM.
+    """
+    embeddings = getattr(config.get_text_config(), "vocab_size", None)
+    unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unused = (unused | set(tokenizer.all_special_ids)) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    beyond = [
+        token
+        for token, i in tokenizer.get_vocab().items()
+        if embeddings is not None and i >= embeddings and i not in unused
+    ]
+    if beyond:
+        raise ModelError(
+            f"The tokenizer in {folder} has {len(beyond)} tokens, such as {min(beyond)!r}, for which the LLM "
+            f"has no embedding (it has {embeddings}): it belongs to another LLM; fetch the model again."
+        )
+
+
+def require_usable_llm(folder: Path, options: Llm) -> PreTrainedTokenizerBase:
+    """Check an LLM's configuration, tokenizer and weight files, without reading the values of the weights.
+
+    Args:
+        folder: contains the LLM's files in transformers' format.
+        options: whether the LLM's own code is trusted.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: a file is missing or damaged, or does not fit the others.
+    """
+    trust = options.trust_remote_code
+    read_model_config(folder, "LLM", trust)
+    tokenizer = load_tokenizer(folder, trust)
+    require_weights(AutoModelForCausalLM, folder, "LLM", trust)
+    return tokenizer
+
+
+def llm_positions(folder: Path, trust_remote_code: bool = False) -> int | None:
     """Return the maximum number of positions that the LLM's configuration allows; None if it sets no limit.
 
     Raises:
         ModelError: the folder has no readable config.json.
     """
-    try:
-        return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The LLM in {folder} has no readable config.json: {one_sentence(error)}") from error
+    config = read_model_config(folder, "LLM", trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def llm_width(llm: PreTrainedModel) -> int:

@@ -3,23 +3,24 @@
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoConfig, PretrainedConfig
 
 from slam_asr.config.recipe import Recipe
-from slam_asr.config.schema import one_sentence
-from slam_asr.errors import ModelError, UserError
+from slam_asr.errors import UserError
 from slam_asr.models.answer_loss import gives_bare_logits
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import spec_of
-from slam_asr.models.llm import checkpoint_layers, llm_width, set_tuning
+from slam_asr.models.llm import build_llm, checkpoint_layers, llm_width, set_tuning
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import build_projector
 from slam_asr.pretrained.locate import locate_config
+from slam_asr.pretrained.model_config import read_model_config
+from slam_asr.pretrained.weight_checks import require_sound_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,9 +75,13 @@ class Shapes:
         key = ("llm", self.recipe.training.precision, checkpointed)
         if key not in self._cache:
             AttentionInterface.register("counted", _attention)
-            with torch.device("meta"):
-                llm = AutoModelForCausalLM.from_config(self.llm_config, attn_implementation="counted")
-            set_tuning(llm.to(DTYPES[self.recipe.training.precision]), self.recipe.llm, seed=0)
+            options = self.recipe.llm
+            llm = build_llm(
+                self.llm_config, options.name, options.trust_remote_code, attn_implementation="counted"
+            )
+            # transformers wraps `to` in a way that hides its signature.
+            cast("torch.nn.Module", llm).to(DTYPES[self.recipe.training.precision])
+            set_tuning(llm, self.recipe.llm, seed=0)
             if checkpointed:
                 checkpoint_layers(llm)
             self._cache[key] = llm
@@ -203,19 +208,22 @@ def describe(recipe: Recipe) -> Shapes:
         UserError: a configuration is not on this machine, on the hub or in known_models.yaml.
     """
     notes: list[str] = []
-    encoder, llm = (_config(name, notes) for name in (recipe.encoder.name, recipe.llm.name))
+    encoder = _config(recipe.encoder.name, "encoder", False, notes)
+    llm = _config(recipe.llm.name, "LLM", recipe.llm.trust_remote_code, notes)
     return Shapes(recipe, spec_of(Path(recipe.encoder.name), encoder, recipe.encoder), llm, notes)
 
 
-def _config(name: str, notes: list[str]) -> PretrainedConfig:
+def _config(name: str, part: str, trust_remote_code: bool, notes: list[str]) -> PretrainedConfig:
     known = yaml.safe_load((resources.files("slam_asr.planning") / "known_models.yaml").read_text())
     try:
-        return AutoConfig.from_pretrained(locate_config(name))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name} has no readable config.json: {one_sentence(error)}") from error
+        folder = locate_config(name)
     except UserError:
         if name not in known:
             raise
+    else:
+        # A model from the hub has no weights here, but those of a folder should be found damaged now.
+        require_sound_files(folder, part, may_be_absent=True)
+        return read_model_config(folder, part, trust_remote_code)
     notes.append(f"{name}: sizes as published; the model is not on this machine")
     values = dict(known[name])
     return AutoConfig.for_model(values.pop("model_type"), **values)

@@ -15,13 +15,27 @@ from transformers import PreTrainedModel
 from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError
 from slam_asr.pretrained.lazy_tensors import is_finite
+from slam_asr.pretrained.model_config import own_code_refused
 
-UNREADABLE_WEIGHTS = (OSError, ValueError, SafetensorError, UnpicklingError)
+UNREADABLE_WEIGHTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    ImportError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+)
 """Exceptions that transformers, safetensors and torch raise for weights that are damaged or unsuitable."""
 
 
 def load_weights(
-    kind: Any, folder: Path, dtype: torch.dtype, part: str, values: bool = True
+    kind: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    part: str,
+    values: bool = True,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a pretrained model with all its weights, frozen, in evaluation mode.
 
@@ -32,6 +46,7 @@ def load_weights(
         dtype: dtype of the weights.
         part: `encoder` or `LLM`, for error messages.
         values: whether to read the values. If False, weights and buffers are on the meta device.
+        trust_remote_code: whether code in the folder may run.
 
     Returns:
         The model, on the CPU unless `values` is False.
@@ -44,7 +59,12 @@ def load_weights(
         # With ignore_mismatched_sizes, weights of another shape are listed in the report. Without it,
         # transformers raises an exception whose text is a table of many lines.
         model, report = kind.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **device
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+            **device,
         )
     wrong = {str(key[0]) for key in report["mismatched_keys"]}
     # Only pretraining uses the embedding of masked frames, so checkpoints that lack it are accepted.
@@ -102,7 +122,9 @@ def load_errors_as_model_errors(folder: Path, part: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE_WEIGHTS as error:
-        raise ModelError(f"The {part} in {folder} cannot be loaded: {one_sentence(error)}") from error
+        raise own_code_refused(folder, part, error) or ModelError(
+            f"The {part} in {folder} cannot be loaded: {one_sentence(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

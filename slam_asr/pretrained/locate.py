@@ -92,6 +92,25 @@ def locate_model(name: str) -> Path:
     return _in_hub_cache(name) or _publish(cached, name, lambda: _fetch(name, cached))
 
 
+def locate_base_model(name: str, key: str, model: str) -> Path:
+    """Locate an encoder or LLM with which a model was trained, as `locate_model` does.
+
+    Args:
+        name: as for `locate_model`.
+        key: the recipe's key of the name: `encoder.name` or `llm.name`.
+        model: the trained model or its checkpoint, for the error message.
+
+    Raises:
+        ModelError: no source has it; the message names the option that states where it is now.
+    """
+    try:
+        return locate_model(name)
+    except ModelError as error:
+        raise ModelError(
+            f"{str(error).rstrip('.')}; if what {model} was trained with is elsewhere now, give --{key}."
+        ) from error
+
+
 def locate_config(name: str) -> Path:
     """Return a folder with a model's configuration and tokenizer, without downloading weights if possible.
 

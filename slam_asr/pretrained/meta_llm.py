@@ -8,7 +8,6 @@ module raises `NotLazilyLoadable`, and the caller loads the complete model with 
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,18 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slam_asr.pretrained.load_weights import load_errors_as_model_errors, load_weights, require_finite_weight
+from slam_asr.pretrained.model_files import read_index
 
 
 class NotLazilyLoadable(Exception):
     """The tensors in the files do not correspond one to one to the model's weights.
 
     Only transformers knows how to convert them. The message is a clause that states the reason, such as
-    "it is quantised".
+    "it is not saved as safetensors".
     """
 
 
@@ -96,12 +96,15 @@ class LazyWeight:
         return parameter
 
 
-def describe_lazy_llm(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, list[LazyWeight]]:
+def describe_lazy_llm(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, list[LazyWeight]]:
     """Build a causal LM as `load_llm` does, but leave its weights on the meta device.
 
     Args:
         folder: a folder with transformers' files.
         dtype: of the weights.
+        trust_remote_code: whether code in the folder may run.
 
     Returns:
         The LLM, whose weights are on the meta device and whose buffers are on the CPU with their values; and
@@ -113,10 +116,9 @@ def describe_lazy_llm(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel
             damaged.
     """
     files = _safetensors_files(folder)
-    with load_errors_as_model_errors(folder, "LLM"):
-        if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None):
-            raise NotLazilyLoadable("it is quantised")
-    llm = load_weights(AutoModelForCausalLM, folder, dtype, "LLM", values=False)
+    llm = load_weights(
+        AutoModelForCausalLM, folder, dtype, "LLM", values=False, trust_remote_code=trust_remote_code
+    )
     # transformers leaves this list on a model whose weights it renames, merges or splits while it loads them.
     if getattr(llm, "_weight_conversions", None):
         raise NotLazilyLoadable("its files have other names than the model")
@@ -145,11 +147,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         raise NotLazilyLoadable("it is not saved as safetensors")
-    with load_errors_as_model_errors(folder, "LLM"):
-        return [
-            folder / name
-            for name in sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
-        ]
+    return [folder / name for name in sorted(set(read_index(index).values()))]
 
 
 def _match_files(

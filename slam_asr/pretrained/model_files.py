@@ -11,8 +11,12 @@ from slam_asr.storage import digest, sha256_of_file, write_json
 DIGESTS = ".weights-sha256.json"
 """File in a model's folder that caches the digest of the weights, so that gigabytes are not read again."""
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of a model's weights in a single file, in the order in which transformers looks for them."""
 _SAFETENSORS, _PICKLES = "model*.safetensors", "pytorch_model*.bin"
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.py"]
+"""Patterns for all files but the weights. Python files are fetched, but run only with
+`llm.trust_remote_code`."""
 
 
 def needed_files(files: list[str], weights: bool = True) -> list[str]:
@@ -30,9 +34,13 @@ def needed_files(files: list[str], weights: bool = True) -> list[str]:
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder has a configuration, all weights, and a tokenizer or preprocessor."""
+    try:
+        has_weights = bool(weight_files(folder))
+    except ModelError:
+        has_weights = False
     return (
-        (folder / "config.json").is_file()
-        and bool(weight_files(folder))
+        has_weights
+        and (folder / "config.json").is_file()
         and any(
             (folder / f).is_file()
             for f in ("preprocessor_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
@@ -44,15 +52,55 @@ def weight_files(folder: Path) -> list[Path]:
     """List the files with a model's weights: safetensors if it has them, else pickles.
 
     The list is empty if the folder has no weights, or lacks a file that the index names.
+
+    Raises:
+        ModelError: the index is damaged.
     """
-    for single in ("model.safetensors", "pytorch_model.bin"):
+    files = list(weight_names(folder))
+    return files if all(f.is_file() for f in files) else []
+
+
+def weight_names(folder: Path) -> dict[Path, list[str] | None]:
+    """List the files with a model's weights, and for each the weights that the index places in it.
+
+    Returns:
+        For each file, whether it exists or not, the names of its weights; None for a single file, which has
+        no index. Empty if the folder has neither a single file nor an index.
+
+    Raises:
+        ModelError: the index is damaged.
+    """
+    for single in WEIGHT_FILES:
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
-            return [folder / single]
+            return {folder / single: None}
         if index.is_file():
-            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            return files if all(f.is_file() for f in files) else []
-    return []
+            weights = read_index(index)
+            return {
+                folder / file: [name for name, its_file in weights.items() if its_file == file]
+                for file in sorted(set(weights.values()))
+            }
+    return {}
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Read which file holds each weight of a model that is saved in several files.
+
+    Returns:
+        Name of the weight → name of the file.
+
+    Raises:
+        ModelError: the index is damaged.
+    """
+    try:
+        weights = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        weights = None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(f, str) for f in weights.values()):
+        raise ModelError(
+            f"{index} is damaged (no weight_map that names a file for each weight): fetch the model again."
+        )
+    return weights
 
 
 def weights_sha256(folder: Path) -> str:
@@ -63,13 +111,13 @@ def weights_sha256(folder: Path) -> str:
     modification times are unchanged.
 
     Raises:
-        ModelError: the folder lacks weights.
+        ModelError: the folder lacks weights, or their index is damaged.
     """
-    files = weight_files(folder)
-    if not files:
-        raise ModelError(
-            f"{folder} lacks weights (model.safetensors, or all files of its index): fetch the model again."
-        )
+    files = list(weight_names(folder))
+    missing = [f for f in files if not f.is_file()]
+    if missing or not files:
+        lacks = f"{missing[0].name}, which its index names" if missing else "model.safetensors or an index"
+        raise ModelError(f"{folder} lacks weights ({lacks}): fetch the model again.")
     stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     digest_file = folder / DIGESTS
     try:

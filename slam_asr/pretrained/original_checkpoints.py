@@ -120,7 +120,7 @@ def convert_original(source: Path, folder: Path) -> str:
     original.config.dtype = next(iter(weights.values())).dtype
     original.config.save_pretrained(folder)
     count = sum(t.numel() for t in weights.values())
-    without = f", without {len(original.dropped)} tensors of its head" if original.dropped else ""
+    without = f", without {len(original.dropped)} tensors that no encoder uses" if original.dropped else ""
     return f"{original.config.model_type} of {count:,} parameters in transformers' files{without}"
 
 
@@ -215,17 +215,15 @@ def _require_tensors(tensors: dict[Any, Any], where: str) -> None:
 def _skeleton(config: PretrainedConfig) -> torch.nn.Module:
     """Build transformers' model on the meta device, which gives names and shapes but takes no memory."""
     with torch.device("meta"):
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
     try:
-        width, text_width = dims["n_audio_state"], dims["n_text_state"]
-        if width != text_width:
-            raise ModelError(
-                f"{where} has an encoder of width {width} and a decoder of width {text_width}: "
-                "transformers has no such Whisper."
-            )
+        width = dims["n_audio_state"]
+        dropped: list[str] = []
+        if width != dims["n_text_state"]:
+            dims, tensors, dropped = _without_decoder(dims, tensors)
         config = WhisperConfig(
             num_mel_bins=dims["n_mels"],
             max_source_positions=dims["n_audio_ctx"],
@@ -237,7 +235,7 @@ def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
             max_target_positions=dims["n_text_ctx"],
             decoder_layers=dims["n_text_layer"],
             decoder_attention_heads=dims["n_text_head"],
-            decoder_ffn_dim=4 * text_width,
+            decoder_ffn_dim=4 * width,
             # Only the decoder uses these ids. transformers requires that they are below vocab_size.
             pad_token_id=0,
             bos_token_id=0,
@@ -253,7 +251,32 @@ def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
             f"{where}: its dims are not sizes, so it is not a checkpoint of OpenAI's Whisper; "
             f"give another: {one_sentence(error)}"
         ) from error
-    return Original(config, tensors, _WHISPER)
+    return Original(config, tensors, _WHISPER, dropped=dropped)
+
+
+def _without_decoder(
+    dims: dict[str, int], tensors: TensorDict
+) -> tuple[dict[str, int], TensorDict, list[str]]:
+    """Replace a Whisper's decoder by one without layers, because only the encoder is used here.
+
+    transformers' Whisper always has a decoder, which must be as wide as its encoder.
+
+    Returns:
+        Sizes and tensors with the new decoder, and the names of the tensors that are dropped.
+    """
+    width = dims["n_audio_state"]
+    dropped = [name for name in tensors if name.startswith("decoder.")]
+    encoder = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    dtype = next(iter(encoder.values())).dtype if encoder else torch.float32
+    shapes = {
+        "token_embedding.weight": (1, width),
+        "positional_embedding": (1, width),
+        "ln.weight": (width,),
+        "ln.bias": (width,),
+    }
+    empty = {f"decoder.{name}": torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    sizes = {"n_vocab": 1, "n_text_ctx": 1, "n_text_layer": 0, "n_text_head": dims["n_audio_head"]}
+    return dims | sizes, encoder | empty, dropped
 
 
 def _waveform(content: dict[str, Any], tensors: TensorDict, where: str) -> Original:

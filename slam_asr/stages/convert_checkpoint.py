@@ -30,14 +30,15 @@ def convert_checkpoint(
     """Convert a checkpoint to projector.safetensors and config.json, or to another format.
 
     Args:
-        checkpoint: folder that train wrote; or SLAM-LLM's model.pt or DeepSpeed's folder, both of which need
-            `recipe`; or the original file of Whisper, WavLM, HuBERT or wav2vec 2.0; or a model folder; or a
-            shipped model's name.
+        checkpoint: folder that train wrote; or SLAM-LLM's model.pt, DeepSpeed's folder or what its
+            zero_to_fp32.py wrote, which need `recipe`; or the original file of Whisper, WavLM, HuBERT or
+            wav2vec 2.0; or a model folder; or a shipped model's name.
         output: folder of the model; {fingerprint} in it is replaced by a digest of the inputs.
         to: `model` writes this project's model folder; `slam-llm` writes SLAM-LLM's model.pt; `llm` writes
             only the trained LLM, as transformers does, with LoRA merged into it.
         recipe: defines encoder, LLM, projector and prompt for checkpoints that do not name them: SLAM-LLM's
-            model.pt and DeepSpeed's folders.
+            model.pt and DeepSpeed's folders. For others, only `encoder.name`, `llm.name` and
+            `llm.trust_remote_code` count: where the base models are now, and whether the LLM's code may run.
         which: which checkpoint of a training to convert: the latest, the best (the one with the lowest dev
             loss), or the average (the mean of all saved checkpoints).
         half: save the projector in fp16, which halves its size; computations use the recipe's precision

@@ -43,8 +43,9 @@ def decode(
     """Transcribe test utterances; `slam-asr score` then computes the word error rate and writes the report.
 
     Args:
-        recipe: how to decode (its section `decoding`); on the command line, the recipe that the model was
-            trained with, unless another is named.
+        recipe: how to decode (its section `decoding`), and where the base models are (`encoder.name`,
+            `llm.name`); on the command line, the recipe that the model was trained with, unless another is
+            named.
         model: folder that convert-checkpoint wrote, or the name of a shipped model.
         manifests: test utterances (JSON lines); for a folder that build-manifest wrote, its test.jsonl is
             read.
@@ -68,7 +69,8 @@ def decode(
     # Raises if this machine cannot compute in the requested precision.
     explain_precision(recipe.decoding.precision, pick_device())
     processes = processes_here("decoding.processes", recipe.decoding.processes)
-    decoder = Decoder(recipe, open_model(model), manifest_files(manifests, ("test.jsonl",)), feature_store)
+    files = manifest_files(manifests, ("test.jsonl",))
+    decoder = Decoder(recipe, open_model(model, recipe), files, feature_store)
     inputs = _inputs(decoder, shard)
     # A journal may be resumed with or without the audio, which only affects the report.
     decoding_digest = digest({"version": __version__} | inputs)

@@ -40,6 +40,7 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, work_sha
             {"why": why, "part": str(own)},
             lambda _: Outcome(f"nothing to cache: {why}", {"utterances": 0}),
         )
+    spec.require_weights()
     extraction = Extraction(recipe, spec, files, output, own)
     inputs = {
         "audio": [audio.digest() for audio in extraction.audio],

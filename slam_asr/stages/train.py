@@ -72,15 +72,15 @@ def _train_in(
     published: str,
 ) -> None:
     """Train on this machine, with results in a local folder."""
-    from transformers import AutoConfig
-
     from slam_asr.artifacts.utterances import save_rows
     from slam_asr.planning.memory_fit import require_fit
     from slam_asr.planning.shapes import Shapes
+    from slam_asr.pretrained.model_config import read_model_config
     from slam_asr.runtime.machine import machine_of
     from slam_asr.training.launch import launch_training
 
-    shapes = Shapes(recipe, checked.encoder, AutoConfig.from_pretrained(checked.llm_folder), [])
+    llm = read_model_config(checked.llm_folder, "LLM", recipe.llm.trust_remote_code)
+    shapes = Shapes(recipe, checked.encoder, llm, [])
     machine = machine_of(checked.device, checked.processes, checked.nodes.number)
     require_fit(shapes, checked.prompt, checked.fitting["train"], machine)
     # An earlier attempt may have left these files; they must not be taken for results of this one.

@@ -25,8 +25,8 @@ def transcribe(
     """Transcribe audio files; long ones are divided at pauses.
 
     Args:
-        recipe: how to decode (its section `decoding`); by default, the recipe that the model was trained
-            with.
+        recipe: how to decode (its section `decoding`), and where the base models are (`encoder.name`,
+            `llm.name`); by default, the recipe that the model was trained with.
         model: folder that convert-checkpoint wrote, or the name of a shipped model.
         files: wav, flac, ogg, opus or mp3, local or s3://, of any length and sample rate.
         format: a line of text, a line of JSON with the times of segments, or SubRip subtitles.
@@ -89,7 +89,7 @@ def _open(model: str, recipe: Recipe, longest: float) -> Transcriber:
     from slam_asr.decoding.model import open_model
     from slam_asr.models.precision import explain_precision, pick_device
 
-    opened = open_model(model)
+    opened = open_model(model, recipe)
     log_line(
         f"models: {opened.trained.encoder.name} + projector + {opened.trained.llm.name}; "
         f"{explain_precision(recipe.decoding.precision, pick_device())}"

@@ -24,7 +24,7 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
-from slam_asr.models.llm import describe_llm, llm_positions, llm_width, load_tokenizer, require_targets
+from slam_asr.models.llm import describe_llm, llm_positions, llm_width, require_targets, require_usable_llm
 from slam_asr.models.precision import explain_precision, pick_device, processes_here
 from slam_asr.models.prompt import Prompt
 from slam_asr.pretrained.locate import locate_model
@@ -88,13 +88,15 @@ def check_inputs(
     manifests = {"train": train_manifest, **({"dev": dev_manifest} if dev_manifest else {})}
     utterances = {name: read_manifest(path) for name, path in manifests.items()}
     encoder = describe_encoder(recipe.encoder)
+    encoder.require_weights()
+    # Before the audio is hashed, which may take long.
+    llm_folder = locate_model(recipe.llm.name)
+    prompt = check_llm(recipe, llm_folder)
     fingerprint = encoder.fingerprint()
     fitting = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
     check_utterances(fitting)
     feature_store = (feature_store or None) if recipe.caches_features else None
     features = feature_store and require_features(feature_store, fingerprint, recipe, fitting.values())
-    llm_folder = locate_model(recipe.llm.name)
-    prompt = check_llm(recipe, llm_folder)
     base = {"encoder_fingerprint": fingerprint, "llm_sha256": weights_sha256(llm_folder)}
     inputs: dict[str, Any] = {
         "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
@@ -217,7 +219,7 @@ def initial_projector(
         weights,
         recipe.projector,
         encoder.width,
-        llm_width(describe_llm(llm_folder)),
+        llm_width(describe_llm(llm_folder, recipe.llm.trust_remote_code)),
         f"projector.init_from: {join(folder, WEIGHTS)}",
     )
     others = [
@@ -237,7 +239,7 @@ def initial_projector(
 
 
 def check_llm(recipe: Recipe, folder: Path) -> Prompt:
-    """Check that an LLM suits the recipe, from its configuration and tokenizer alone.
+    """Check that an LLM suits the recipe, without reading the values of its weights.
 
     Args:
         recipe: its sections `llm` and `decoding` are read.
@@ -247,12 +249,14 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
         The recipe's prompts, tokenised.
 
     Raises:
-        UserError: the folder has no causal LM or no tokenizer; the prompt's template or the layers for
-            adapters do not exist; or prompt and answer leave no positions for audio.
+        UserError: the folder has no causal LM or no tokenizer, or weights that do not fit its configuration;
+            the prompt's template or the layers for adapters do not exist; or prompt and answer leave no
+            positions for audio.
     """
-    prompt = Prompt(load_tokenizer(folder), recipe.llm)
+    trust = recipe.llm.trust_remote_code
+    prompt = Prompt(require_usable_llm(folder, recipe.llm), recipe.llm)
     longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.drawn))
-    limit = llm_positions(folder)
+    limit = llm_positions(folder, trust)
     if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:
         raise ConfigurationError(
             f"The prompt takes {longest} LLM positions and decoding.max_new_tokens "
@@ -260,7 +264,7 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
             f"{recipe.llm.name} holds: shorten one of them."
         )
     if recipe.llm.tuning == "lora":
-        require_targets(describe_llm(folder), recipe.llm.lora)
+        require_targets(describe_llm(folder, trust), recipe.llm.lora)
     return prompt
 
 
@@ -295,6 +299,9 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     optimizer = recipe.training.deepspeed.get("optimizer")
     if optimizer:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
+    # Left out if false, which is what trainings had that began before the key existed.
+    if not values["llm"]["trust_remote_code"]:
+        del values["llm"]["trust_remote_code"]
     del values["encoder"]["batch_seconds"]
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
     # Of the store's settings only these matter: the dtype rounds the features, and the size and the mixing

@@ -49,11 +49,12 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
     Raises:
         UserError: a manifest or the feature store cannot be read, or an utterance does not fit the LLM.
     """
-    spec, prompt = describe_encoder(recipe.encoder), Prompt(load_tokenizer(Path(job.llm_folder)), recipe.llm)
+    spec, trust = describe_encoder(recipe.encoder), recipe.llm.trust_remote_code
+    prompt = Prompt(load_tokenizer(Path(job.llm_folder), trust), recipe.llm)
     manifests = {"train": job.train_manifest, **({"dev": job.dev_manifest} if job.dev_manifest else {})}
     utterances = {name: read_rows(read_manifest(path), job.rows[name]) for name, path in manifests.items()}
     source = _source(job.feature_store, spec, recipe, utterances.values())
-    limit = llm_positions(Path(job.llm_folder))
+    limit = llm_positions(Path(job.llm_folder), trust)
     threads = 1 if job.feature_store else max(1, usable_cores() // processes)
     draw = functools.partial(prompt.draw, recipe.training.seed)
     readers = {
@@ -100,7 +101,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     """
     options = recipe.training
     spec = describe_encoder(recipe.encoder)
-    llm, lazy_weights = _load_llm(Path(job.llm_folder), options)
+    llm, lazy_weights = _load_llm(Path(job.llm_folder), options, recipe.llm.trust_remote_code)
     set_tuning(llm, recipe.llm, options.seed)
     projector = build_projector(recipe.projector, spec.width, llm_width(llm), options.seed)
     if job.init_from:
@@ -119,16 +120,18 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     return Slam(projector, llm, encoder, recipe.features.dtype), lazy_weights
 
 
-def _load_llm(folder: Path, options: Training) -> tuple[PreTrainedModel, list[LazyWeight]]:
+def _load_llm(
+    folder: Path, options: Training, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[LazyWeight]]:
     """Load the LLM, or only describe it if the engine can read its weights shard by shard."""
     dtype = DTYPES[options.precision]
     if shards_weights(options):
         try:
-            return describe_lazy_llm(folder, dtype)
+            return describe_lazy_llm(folder, dtype, trust_remote_code)
         except NotLazilyLoadable as reason:
             if torch.distributed.get_rank() == 0:
                 log_line(f"each process loads the complete LLM before it is sharded: {reason}")
-    return load_llm(folder, dtype), []
+    return load_llm(folder, dtype, trust_remote_code=trust_remote_code), []
 
 
 def count_parameters(model: Slam, encoder: int) -> dict[str, tuple[int, int]]:

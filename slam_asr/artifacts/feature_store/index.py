@@ -284,10 +284,14 @@ def isin_sorted(audio_ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
     if not len(sorted_ids) or not len(audio_ids):
         return np.zeros(len(audio_ids), bool)
     ours, theirs = _as_words(audio_ids), _as_words(sorted_ids)
-    # Only the first candidate with the same 8 bytes is compared. A second one would be missed, but different
-    # digests hardly ever share their first 8 bytes.
-    positions = np.minimum(np.searchsorted(theirs[:, 0], ours[:, 0]), len(theirs) - 1)
-    return (theirs[positions] == ours).all(axis=1)
+    positions, after = (np.searchsorted(theirs[:, 0], ours[:, 0], side) for side in ("left", "right"))
+    found = np.zeros(len(ours), bool)
+    # The search compares only the first 8 bytes. Each round compares the next id that shares them, and there
+    # is hardly ever a second round.
+    while (undecided := np.flatnonzero(positions < after)).size:
+        found[undecided] |= (theirs[positions[undecided]] == ours[undecided]).all(axis=1)
+        positions[undecided] += 1
+    return found
 
 
 def _empty_columns() -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ from slam_asr.config.recipe import Encoder
 from slam_asr.models.encoders.frontend import Prepared, Preparer
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.model_files import weights_sha256
+from slam_asr.pretrained.weight_checks import require_weights
 
 SAMPLES_PER_FRAME = 320
 """Number of samples per frame at 16 kHz. For Whisper, this is the spectrogram's hop of 160 times a
@@ -67,7 +68,16 @@ class EncoderSpec(ABC):
     def count_parameters(self) -> int:
         """Count the parameters without loading the weights."""
         with torch.device("meta"):
-            return sum(p.numel() for p in self.encoder_of(AutoModel.from_config(self.config)).parameters())
+            model = AutoModel.from_config(self.config, trust_remote_code=False)
+            return sum(p.numel() for p in self.encoder_of(model).parameters())
+
+    def require_weights(self) -> None:
+        """Check that the weights can be loaded, without reading their values.
+
+        Raises:
+            ModelError: a file is missing or damaged, or does not fit config.json.
+        """
+        require_weights(AutoModel, self.folder, "encoder")
 
     def encoder_of(self, model: PreTrainedModel) -> nn.Module:
         """Return the part of the checkpoint's model that encodes speech."""

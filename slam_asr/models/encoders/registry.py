@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from slam_asr.config.recipe import Encoder
-from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.waveform import WAVEFORM_MODELS, WaveformSpec
 from slam_asr.models.encoders.whisper import WhisperSpec
 from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.model_config import read_model_config
 
 
 def describe_encoder(options: Encoder) -> EncoderSpec:
@@ -20,13 +20,7 @@ def describe_encoder(options: Encoder) -> EncoderSpec:
         ModelError: the model cannot be found, or is not a supported encoder.
     """
     folder = locate_model(options.name)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{options.name} ({folder}) has no readable config.json: {one_sentence(error)}"
-        ) from error
-    return spec_of(folder, config, options)
+    return spec_of(folder, read_model_config(folder, "encoder"), options)
 
 
 def spec_of(folder: Path, config: PretrainedConfig, options: Encoder) -> EncoderSpec:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slam_asr.artifacts.feature_store.index import Index, merge, to_array
+from slam_asr.artifacts.feature_store.index import Index, isin_sorted, merge, to_array
 from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, pack
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance
@@ -123,6 +123,8 @@ def test_audio_ids_with_equal_beginnings_are_distinguished():
     assert [index.find(a) for a in sorted(similar)] == [0, 1, 2]
     assert index.locate(to_array(similar)).tolist() == [2, 0, 1]
     assert index.find("ab" * 8 + f"{9:048x}") == -1
+    others = ["ab" * 8 + f"{i:048x}" for i in (0, 3, 9, 2)]
+    assert isin_sorted(to_array(others), index.columns["address"]).tolist() == [False, True, False, True]
 
 
 def test_another_encoders_features_are_refused_naming_the_difference(tmp_path):

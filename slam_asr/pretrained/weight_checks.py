@@ -1,0 +1,105 @@
+"""Checks a model's weight files without reading the values, so that damage is found within a second."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from slam_asr.config.schema import one_sentence
+from slam_asr.errors import ModelError
+from slam_asr.pretrained.load_weights import load_weights
+from slam_asr.pretrained.model_files import weight_names
+from slam_asr.pretrained.unpickle import read_pickle
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Names of dtypes in the header of a safetensors file."""
+
+
+def require_weights(kind: Any, folder: Path, part: str, trust_remote_code: bool = False) -> None:
+    """Refuse a model whose weight files are missing, damaged, or do not fit its config.json.
+
+    The names and shapes in safetensors files are compared with those of the model. Pickles are compared only
+    when the model is loaded, because transformers would read all of their values.
+
+    Args:
+        kind: one of transformers' Auto classes.
+        folder: a folder with transformers' files.
+        part: `encoder` or `LLM`, for error messages.
+        trust_remote_code: whether code in the folder may run.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    require_sound_files(folder, part)
+    if any(file.suffix == ".safetensors" for file in weight_names(folder)):
+        load_weights(kind, folder, torch.float32, part, values=False, trust_remote_code=trust_remote_code)
+
+
+def require_sound_files(folder: Path, part: str, may_be_absent: bool = False) -> None:
+    """Refuse a model with a weight file that is missing or damaged, or contradicts the index.
+
+    Args:
+        folder: a folder with transformers' files.
+        part: `encoder` or `LLM`, for error messages.
+        may_be_absent: whether the folder may have no weights at all, only the configuration.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
+    files = weight_names(folder)
+    missing = [file for file in files if not file.is_file()]
+    if may_be_absent and len(missing) == len(files):
+        return
+    if missing or not files:
+        lacks = f"{missing[0].name}, which its index names" if missing else "no model.safetensors"
+        raise ModelError(f"The {part} in {folder} lacks weights ({lacks}): fetch the model again.")
+    for file, expected in files.items():
+        dtypes = tensor_dtypes(file)
+        if dtypes is None:
+            continue
+        lost = next((name for name in expected or () if name not in dtypes), None)
+        if lost:
+            raise ModelError(
+                f"{file} lacks {lost}, which the index places in it: the files are not of one model; fetch "
+                "the model again."
+            )
+        # Buffers may be integers, but no weight is.
+        integer = next((n for n, d in dtypes.items() if n.endswith("weight") and d not in _FLOATS), None)
+        if integer:
+            raise ModelError(
+                f"{file} holds {integer} as {dtypes[integer]}, so the {part} is quantised, and quantised "
+                "models cannot be used: give the model from which it was made, in bf16, fp16 or fp32."
+            )
+
+
+def tensor_dtypes(file: Path) -> dict[str, str] | None:
+    """Return the dtype of each tensor in a safetensors file or a pickle, by name.
+
+    Returns:
+        safetensors' names of the dtypes, such as `BF16`; None for a pickle in the format before torch 1.6,
+        which cannot be memory-mapped.
+
+    Raises:
+        ModelError: the file is damaged, or holds something other than tensors.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            # Opening compares the header with the file's size, so it finds every file that is cut off.
+            with safe_open(file, framework="pt") as tensors:
+                return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(
+                f"{file} is damaged or cut off: fetch the model again ({one_sentence(error).rstrip('.')})."
+            ) from error
+    with open(file, "rb") as content:
+        is_zip = content.read(2) == b"PK"
+    # Only the format since torch 1.6, a zip file, is memory-mapped instead of read.
+    if not is_zip and not zipfile.is_zipfile(file):
+        return None
+    tensors = read_pickle(file, allowed=())
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ModelError(f"{file} holds something other than weights: fetch the model again.")
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return {name: names.get(t.dtype, str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}

@@ -1,0 +1,150 @@
+"""What DeepSpeed's zero_to_fp32.py writes is converted, and a checkpoint that lacks a part is refused."""
+
+import random
+import shutil
+
+import pytest
+import torch
+from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
+from safetensors.torch import load_file
+
+from slam_asr.config.recipe import load_recipe
+from slam_asr.conversion.zero_checkpoint import fp32_weights
+from slam_asr.errors import ModelError, UserError
+from slam_asr.stages.convert_checkpoint import convert_checkpoint
+from tests.conversion.test_kinds import deepspeeds_folder, weights_of
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    return load_recipe(str(tiny_recipe))
+
+
+@pytest.fixture
+def step(recipe, tmp_path):
+    return deepspeeds_folder(tmp_path / "run" / "global_step7", weights_of(recipe))
+
+
+def consolidated(step, out, **options):
+    """Let DeepSpeed's own script write a checkpoint's weights."""
+    for path in step.glob("*.pt"):
+        # The script reads more of DeepSpeed's keys than a conversion does.
+        content = torch.load(path, weights_only=True)
+        if "optimizer_state_dict" in content:
+            content["optimizer_state_dict"] |= {"zero_stage": 2, "partition_count": 2}
+        else:
+            content |= {"ds_version": "0.19.0", "shared_params": {}, "frozen_param_shapes": None}
+        torch.save(content, path)
+    convert_zero_checkpoint_to_state_dict(str(step.parent), str(out), tag=step.name, **options)
+    return out
+
+
+FORMS = {
+    "a pickle": {},
+    "pickles": {"max_shard_size": "1KB"},
+    "safetensors": {"safe_serialization": True},
+    "several safetensors": {"safe_serialization": True, "max_shard_size": "1KB"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_b22_what_zero_to_fp32_writes_is_the_same_model(recipe, step, tmp_path, form):
+    out = consolidated(step, tmp_path / "out", **FORMS[form])
+    assert bool(list(out.glob("*.index.json"))) == ("max_shard_size" in FORMS[form])
+    made = convert_checkpoint(str(out), str(tmp_path / "model"), recipe=recipe)
+    weights = load_file(made.file("projector.safetensors"))
+    expected = weights_of(recipe)
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[n], t) for n, t in expected.items())
+    if form == "safetensors":
+        again = convert_checkpoint(str(out / "model.safetensors"), str(tmp_path / "again"), recipe=recipe)
+        assert load_file(again.file("projector.safetensors")).keys() == expected.keys()
+
+
+def test_b22_a_folder_with_slam_llms_file_is_read(recipe, tmp_path):
+    folder = tmp_path / "asr_epoch_1_step_1000"
+    folder.mkdir()
+    torch.save({f"encoder_projector.{n}": t for n, t in weights_of(recipe).items()}, folder / "model.pt")
+    made = convert_checkpoint(str(folder), str(tmp_path / "model"), recipe=recipe)
+    weights = load_file(made.file("projector.safetensors"))
+    assert all(torch.equal(weights[n], t) for n, t in weights_of(recipe).items())
+
+
+def refusal(recipe, checkpoint, tmp_path) -> str:
+    with pytest.raises(UserError) as refused:
+        convert_checkpoint(str(checkpoint), str(tmp_path / "model"), recipe=recipe)
+    assert "\n" not in str(refused.value) and not (tmp_path / "model" / "config.json").exists()
+    return str(refused.value)
+
+
+def test_b22_a_missing_file_is_named(recipe, tmp_path):
+    assert "There is no file or folder" in refusal(recipe, tmp_path / "no.pt", tmp_path)
+    assert "no.pt" in refusal(recipe, tmp_path / "no.pt", tmp_path)
+
+
+def test_b22_half_precision_does_not_replace_the_fp32_weights_of_zero(recipe, step, tmp_path):
+    for path in step.glob("*optim_states.pt"):
+        path.unlink()
+    assert "0 of 2 optimiser shards" in refusal(recipe, step, tmp_path)
+
+
+def test_half_precision_weights_are_taken_only_with_a_note(tmp_path, capsys):
+    model = {"module": {"w": torch.ones(2).bfloat16()}, "optimizer": None, "buffer_names": []}
+    torch.save(model, tmp_path / "mp_rank_00_model_states.pt")
+    assert fp32_weights(tmp_path)["w"].dtype == torch.float32
+    assert "no fp32 weights; its bfloat16 weights are converted" in capsys.readouterr().out
+
+
+def test_frozen_weights_are_refused_with_the_option_that_leaves_them_out(recipe, tmp_path):
+    weights = {f"encoder_projector.{n}": t for n, t in weights_of(recipe).items()}
+    torch.save(weights | {"llm.model.norm.weight": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    assert "--exclude_frozen_parameters" in refusal(recipe, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["pickles", "several safetensors"])
+def test_shards_that_are_missing_doubled_or_cut_off_are_refused(recipe, step, tmp_path, form):
+    out = consolidated(step, tmp_path / "out", **FORMS[form])
+    first, second, *_ = sorted(file for file in out.iterdir() if "-of-" in file.name)
+    content = second.read_bytes()
+    second.unlink()
+    assert second.name in refusal(recipe, out, tmp_path)
+    shutil.copy(first, second)
+    assert "which the index places in it" in refusal(recipe, out, tmp_path)
+    for size in (0, 7, len(content) // 2, len(content) - 1):
+        second.write_bytes(content[:size])
+        assert second.name in refusal(recipe, out, tmp_path)
+    second.write_bytes(content)
+    assert convert_checkpoint(str(out), str(tmp_path / "model"), recipe=recipe)
+
+
+def spoil(content: dict, chance: random.Random) -> None:
+    """Remove or replace a random value in nested dictionaries and lists."""
+    while True:
+        key = chance.choice(list(content) if isinstance(content, dict) else range(len(content)))
+        inner = content[key]
+        if isinstance(inner, dict | list) and inner and chance.random() < 0.7:
+            content = inner
+            continue
+        if chance.random() < 0.5:
+            del content[key]
+        else:
+            content[key] = chance.choice([None, -1, "x", [], {}, torch.zeros(3), torch.zeros(0)])
+        return
+
+
+def test_a_random_change_of_deepspeeds_files_is_read_or_refused_in_a_sentence(recipe, step):
+    files = sorted(step.glob("*.pt"))
+    originals = {file: file.read_bytes() for file in files}
+    chance, refused = random.Random(0), 0
+    for _ in range(120):
+        file = chance.choice(files)
+        content = torch.load(file, weights_only=True)
+        spoil(content, chance)
+        torch.save(content, file)
+        try:
+            weights = fp32_weights(step)
+            assert all(torch.is_tensor(weights[name]) for name in weights)
+        except ModelError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        file.write_bytes(originals[file])
+    assert refused > 40

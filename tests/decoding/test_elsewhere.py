@@ -1,0 +1,85 @@
+"""Base models may be elsewhere than in training, if their weights are the same; other options are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from slam_asr.artifacts.hypotheses import read_hypotheses
+from slam_asr.artifacts.model_folder import read_config
+from slam_asr.cli import run
+from slam_asr.errors import ConfigurationError, ModelError
+from tests.conftest import write_wav
+
+
+@pytest.fixture(scope="module")
+def moved(model, tiny_models, tmp_path_factory) -> dict[str, str]:
+    """A model whose base models are no longer where they were; where they are now; and a manifest."""
+    root = tmp_path_factory.mktemp("moved")
+    shutil.copytree(model, root / "model")
+    config = json.loads((root / "model" / "config.json").read_text())
+    for part, folder in tiny_models.items():
+        shutil.copytree(folder, root / part)
+        config["recipe"] = config["recipe"].replace(folder, f"/gone/{part}/here")
+    (root / "model" / "config.json").write_text(json.dumps(config))
+    row = {"key": "a", "source": str(write_wav(root / "a.wav")), "target": "one", "duration": 1.0}
+    (root / "m.jsonl").write_text(json.dumps(row) + "\n")
+    return {name: str(root / name) for name in ("model", "encoder", "llm", "m.jsonl", "a.wav")}
+
+
+def decode(moved, tmp_path, *options: str):
+    arguments = ["--manifests", moved["m.jsonl"], "--output", str(tmp_path / "out")]
+    return run("decode", ["--model", moved["model"], *arguments, *options])
+
+
+def places(moved, **others: str) -> list[str]:
+    names = {"encoder": moved["encoder"], "llm": moved["llm"]} | others
+    return [word for part, name in names.items() for word in (f"--{part}.name", name)]
+
+
+def test_b06_model_on_another_machine(moved, tmp_path, capsys):
+    with pytest.raises(ModelError, match=r"/gone/encoder.*is elsewhere now, give --encoder\.name"):
+        decode(moved, tmp_path)
+    with pytest.raises(ModelError, match=r"/gone/llm.*is elsewhere now, give --llm\.name"):
+        decode(moved, tmp_path, "--encoder.name", moved["encoder"])
+    record = decode(moved, tmp_path, *places(moved))
+    [row] = read_hypotheses(f"{record.folder}/hypotheses.jsonl")
+    run("transcribe", [moved["model"], moved["a.wav"], *places(moved)])
+    assert row.hypothesis.strip() in capsys.readouterr().out
+    # A new model folder, which names the models where they are now.
+    made = run(
+        "convert-checkpoint",
+        ["--checkpoint", moved["model"], "--output", str(tmp_path / "made"), *places(moved)],
+    )
+    recipe = read_config(made.folder).typed_recipe
+    assert (recipe.encoder.name, recipe.llm.name) == (moved["encoder"], moved["llm"])
+
+
+def test_b06_other_weights_are_refused_by_sha256(moved, tmp_path, tiny_models):
+    other = Path(shutil.copytree(moved["llm"], tmp_path / "other"))
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (other / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"other is not the LLM that .* sha256 differs"):
+        decode(moved, tmp_path, *places(moved, llm=str(other)))
+    with pytest.raises(ModelError, match=r"llm\.name is .*other, which is not the model .* sha256 differs"):
+        run(
+            "convert-checkpoint",
+            ["--checkpoint", moved["model"], "--output", str(tmp_path / "o"), *places(moved, llm=str(other))],
+        )
+    with pytest.raises(ModelError, match=r"no/such/place"):
+        decode(moved, tmp_path, *places(moved, llm="no/such/place"))
+
+
+@pytest.mark.parametrize("option", ["--llm.prompt=Sing. ", "--training.max-steps=3"])
+def test_b06_an_option_without_effect_is_refused_by_name(moved, tmp_path, option):
+    name = option.partition("=")[0].replace("-steps", "_steps")
+    with pytest.raises(ConfigurationError, match=f"^{name} has no effect on a model that is already trained"):
+        decode(moved, tmp_path, *places(moved), option)
+
+
+def test_an_option_of_a_recipes_file_that_is_for_training_is_no_mistake(moved, tmp_path, tiny_recipe):
+    """A run's recipe serves all stages, so its other keys are ignored rather than refused."""
+    record = decode(moved, tmp_path, "--recipe", str(tiny_recipe), *places(moved), "--decoding.beams", "2")
+    assert record.facts["beams"] == 2
