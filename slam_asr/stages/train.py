@@ -10,7 +10,7 @@ from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_st
 from slam_asr.config.recipe import Recipe, dump_recipe
 from slam_asr.progress import clock
 from slam_asr.runtime.worker import FAILURE
-from slam_asr.storage import digest, is_s3, join, local_path, write_atomically, write_json
+from slam_asr.storage import digest, is_s3, join, local_path, require_writable, write_atomically, write_json
 from slam_asr.training.job import CHECKPOINTS, FACTS, TrainingJob
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def _train_in(
 
     shapes = Shapes(recipe, checked.encoder, AutoConfig.from_pretrained(checked.llm_folder), [])
     machine = machine_of(checked.device, checked.processes, checked.nodes.number)
+    # Each machine writes its own share of a checkpoint, and may have other rights than the first one.
+    require_writable(join(published, CHECKPOINTS))
     require_fit(shapes, checked.prompt, checked.fitting["train"], machine)
     # An earlier attempt may have left these files; they must not be taken for results of this one.
     for leftover in (FACTS, FAILURE):

@@ -55,6 +55,8 @@ class Totals:
     """Whether any process was asked to stop."""
     pending: float = 0.0
     """Number of checkpoints that are still being written: the mean over the processes."""
+    failed: bool = False
+    """Whether a checkpoint could not be written, so that training must stop."""
     due: bool = False
     """Whether `training.checkpoint_minutes` have passed since the last checkpoint."""
 
@@ -139,7 +141,8 @@ class Loop:
             if micro.is_last:
                 self._reduce(totals)
                 self._apply_step(micro, totals)
-                if not self._finish_step(totals):
+                # The steps after a checkpoint that cannot be written would be lost: `close` raises below.
+                if totals.failed or not self._finish_step(totals):
                     break
                 totals = Totals()
         if self.monitor:
@@ -158,14 +161,15 @@ class Loop:
         flags = [
             self.stop.signal is not None,
             self.resumer.writer.pending,
+            self.resumer.writer.failure is not None,
             parts.rank == 0 and self.resumer.minutes_have_passed(),
         ]
         local = torch.tensor([totals.filled, totals.cells, *flags], dtype=torch.float64, device=parts.device)
         sums = torch.cat([totals.scores, local])
         torch.distributed.all_reduce(sums)
-        *numbers, stop, pending, due = sums.tolist()
+        *numbers, stop, pending, failed, due = sums.tolist()
         totals.numbers, totals.stop = tuple(numbers), stop > 0
-        totals.pending, totals.due = pending / parts.processes, due > 0
+        totals.pending, totals.failed, totals.due = pending / parts.processes, failed > 0, due > 0
 
     def _apply_step(self, micro: MicroBatch, totals: Totals) -> None:
         """Update the weights, and record the step."""
