@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 from pipelines import processes
 from slam_asr.config.schema import nearest, new_parser
 from slam_asr.errors import UserError, exit_on_user_error
+from slam_asr.runtime.utf8 import ensure_utf8
 
 COMMANDS = {
     "run": "pipelines.run:run",
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 for a failure, 2 for an error that the user can fix, 130 if interrupted.
     """
+    if argv is None:
+        ensure_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

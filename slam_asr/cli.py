@@ -21,6 +21,7 @@ from slam_asr.artifacts.stage_record import write_pointer
 from slam_asr.config.recipe import Recipe, recipe_values, shipped_recipes
 from slam_asr.config.schema import nearest, new_parser, one_sentence
 from slam_asr.errors import ConfigurationError, UserError, exit_on_user_error
+from slam_asr.runtime.utf8 import ensure_utf8
 from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
 
@@ -114,7 +115,9 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command from the command line. A user's mistake ends it with one sentence and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        ensure_utf8()
+        arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
     elif arguments[0] == "--version":

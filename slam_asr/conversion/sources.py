@@ -109,7 +109,7 @@ def _from_training(trained: Record, which: str) -> Source:
     files = [{name: facts["sha256"] for name, facts in source.files.items()} for source in sources]
 
     def read() -> Content:
-        recipe = load_recipe(trained.file("recipe.yaml").read_text())
+        recipe = load_recipe(trained.file("recipe.yaml").read_text(encoding="utf-8"))
         facts = {**trained.facts, "steps": sources[-1].step}
         if which == "average":
             facts["averaged_steps"] = ", ".join(str(source.step) for source in sources)

@@ -222,7 +222,7 @@ def main() -> None:
     import torch
 
     die_with_parent()
-    job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text()))
+    job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     answer_stream = sys.stdout
     with (
         failures_written_to(Path(job.folder), "lower decoding.positions_per_batch"),

@@ -208,7 +208,9 @@ def describe(recipe: Recipe) -> Shapes:
 
 
 def _config(name: str, notes: list[str]) -> PretrainedConfig:
-    known = yaml.safe_load((resources.files("slam_asr.planning") / "known_models.yaml").read_text())
+    known = yaml.safe_load(
+        (resources.files("slam_asr.planning") / "known_models.yaml").read_text(encoding="utf-8")
+    )
     try:
         return AutoConfig.from_pretrained(locate_config(name))
     except (OSError, ValueError) as error:

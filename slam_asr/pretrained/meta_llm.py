@@ -148,7 +148,9 @@ def _safetensors_files(folder: Path) -> list[Path]:
     with load_errors_as_model_errors(folder, "LLM"):
         return [
             folder / name
-            for name in sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+            for name in sorted(
+                set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+            )
         ]
 
 

@@ -50,7 +50,10 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [
+                folder / f
+                for f in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            ]
             return files if all(f.is_file() for f in files) else []
     return []
 
@@ -73,7 +76,7 @@ def weights_sha256(folder: Path) -> str:
     stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     digest_file = folder / DIGESTS
     try:
-        cached = json.loads(digest_file.read_text())
+        cached = json.loads(digest_file.read_text(encoding="utf-8"))
         if cached["files"] == stats:
             return cached["sha256"]
     except (OSError, ValueError, TypeError, KeyError):

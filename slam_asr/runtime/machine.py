@@ -62,7 +62,9 @@ def host_memory() -> float | None:
     """Memory available on this host, or the container's limit if that is lower, in bytes. None if unknown."""
     known = [_number(path) for path in CGROUP_LIMITS]
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(
+            line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        )
         # /proc/meminfo counts in KiB.
         known.append(1024.0 * int(lines["MemAvailable"].split()[0]))
     except (OSError, KeyError, ValueError):
@@ -72,6 +74,6 @@ def host_memory() -> float | None:
 
 def _number(path: str) -> float | None:
     try:
-        return float(int(Path(path).read_text()))
+        return float(int(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None  # `max` if there is no limit

@@ -69,7 +69,11 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
             write_atomically(
                 folder / NBEST,
                 "".join(
-                    sorted(line for file in choices for line in file.read_text().splitlines(keepends=True))
+                    sorted(
+                        line
+                        for file in choices
+                        for line in file.read_text(encoding="utf-8").splitlines(keepends=True)
+                    )
                 ),
             )
         return _report(
@@ -99,7 +103,8 @@ def _report(
         controls = {SHUFFLED: shuffled, **controls}
     metrics = write_report(folder, recipe, rows, controls, training, facts, audio)
     write_for_slam_llm(folder, rows)
-    return Outcome(f"WER {metrics['wer']:.2f} % on {len(rows)} utterances", metrics, facts)
+    name, rate = next(iter(metrics.items()))  # `wer`, or `cer` where spaces do not separate words
+    return Outcome(f"{name.upper()} {rate:.2f} % on {len(rows)} utterances", metrics, facts)
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:

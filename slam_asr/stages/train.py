@@ -111,7 +111,7 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
     from slam_asr.training.live import write_page
 
     hours, count = checked.hours, len(checked.utterances["train"])
-    facts = json.loads((folder / FACTS).read_text())
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     shown = write_page(
         folder,
         recipe,
@@ -139,8 +139,8 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
     }
     if validation:
         metrics |= {"dev loss": round(last["loss"], 4), "dev accuracy": round(last["accuracy"], 4)}
-    if "wer" in last:
-        metrics["dev WER of samples"] = round(last["wer"], 4)
+    for name in {"wer", "cer"} & last.keys():
+        metrics[f"dev {name.upper()} of samples"] = round(last[name], 4)
     return Outcome(summary, metrics, facts)
 
 

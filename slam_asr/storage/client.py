@@ -230,7 +230,7 @@ def _read_secret(folder: Path, to_read: _FileNames) -> dict[str, str]:
         for argument, names in to_read.items():
             for name in names:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    content = (version / name).read_text().strip()
+                    content = (version / name).read_text(encoding="utf-8").strip()
                     if content:
                         arguments[argument] = content
                         break

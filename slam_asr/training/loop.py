@@ -208,7 +208,7 @@ class Loop:
         what = "loss" if not math.isfinite(loss) else "gradient"
         keys = [self.parts.readers["train"].examples.utterances[i].key for i in micro.step]
         if self.parts.rank == 0:
-            with open(file, "a") as lines:
+            with open(file, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"step": micro.number, "what": what, "keys": keys}) + "\n")
             log_line(f"step {micro.number} was skipped: its {what} is not finite (utterances in {NONFINITE})")
         in_a_row = self.progress.counts.nonfinite
@@ -306,7 +306,7 @@ def main() -> None:
     die_with_parent()
     # DeepSpeed calls deprecated names of torch, several times per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    job = TrainingJob(**json.loads(Path(sys.argv[1]).read_text()))
+    job = TrainingJob(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     with failures_written_to(Path(job.folder)):
         try:
             code = train_in_this_process(job)

@@ -391,7 +391,7 @@ def test_a_killed_process_ends_the_stage_and_a_retry_resumes(model, manifest, ti
 
 @pytest.mark.slow
 def test_what_one_of_several_processes_cannot_read_is_a_sentence(model, manifest, tiny_recipe, tmp_path):
-    rows = [json.loads(line) for line in Path(manifest).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(manifest).read_text(encoding="utf-8").splitlines()]
     (tmp_path / "broken.wav").write_bytes(Path(rows[0]["source"]).read_bytes()[:100] + b"no audio")
     rows[4]["source"] = str(tmp_path / "broken.wav")
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -92,7 +92,7 @@ def test_log_curve_and_page_agree(tmp_path, capsys):
 
 def test_an_incomplete_last_line_is_skipped(tmp_path):
     train(tmp_path)
-    with open(tmp_path / "curve.jsonl", "a") as file:
+    with open(tmp_path / "curve.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 5, "lo')
     assert len(read_curve(tmp_path / "curve.jsonl")[0]) == 4
 
