@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from slam_asr.config.schema import nearest, parse_yaml, typed
+from slam_asr.config.schema import nearest, parse_yaml, problems_of_address, typed
 from slam_asr.errors import ConfigurationError
 from slam_asr.steps import STEPS
 
@@ -198,6 +198,8 @@ class Cluster:
             self.run_as_user > 0, self, "run_as_user", self.run_as_user, "above 0: steps do not run as root"
         )
         store = self.storage.store
+        for problem in problems_of_address("storage.store", store):
+            raise ConfigurationError(f"Cluster {self.name}: {problem}")
         _require(not store or store.startswith("s3://"), self, "storage.store", store, "an s3:// prefix")
         if address := self.storage.endpoint:
             _require(

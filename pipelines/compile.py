@@ -22,7 +22,7 @@ from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters
 from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
 from slam_asr.artifacts.model_folder import shipped_models
-from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
+from slam_asr.cli import add_recipe_options, check_places, parse_options, pop_recipe
 from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.config.variations import varied
 from slam_asr.errors import ConfigurationError
@@ -97,8 +97,10 @@ def location_parameters(
     """Return the pipeline parameters `corpus`, `store` and `model`, if the options or the profile name them.
 
     Raises:
-        ConfigurationError: one of them is a path on this machine, which pods cannot read.
+        ConfigurationError: one of them is a path on this machine, which pods cannot read, or is empty.
+        StorageError: one of them is an address without a bucket.
     """
+    check_places({"corpus": corpus, "store": store, "model": model})
     locations = {"corpus": corpus, "store": store or cluster.storage.store, "model": model}
     for name, path in locations.items():
         if path and not is_s3(path) and not (name == "model" and path in shipped_models()):

@@ -6,6 +6,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from slam_asr.artifacts.model_folder import shipped_models
+from slam_asr.cli import check_places
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.variations import Variation, read_variations, require_distinct_trainings, resolve
 from slam_asr.errors import ConfigurationError
@@ -114,6 +115,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
             are invalid, or both a model and a sweep are given.
     """
     model, sweep, parallel = options["model"], options["sweep"], options.get("parallel", 0)
+    check_places({name: options.get(name) for name in ("model", "sweep", "corpus", "store", "output")})
     if parallel < 0 or (parallel and not sweep):
         raise ConfigurationError(f"--parallel is {parallel}: it must be 0 or more, and requires --sweep.")
     if model and sweep:

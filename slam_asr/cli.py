@@ -23,6 +23,7 @@ from slam_asr.config.schema import nearest, new_parser, one_sentence
 from slam_asr.errors import ConfigurationError, UserError, exit_on_user_error
 from slam_asr.runtime.utf8 import ensure_utf8
 from slam_asr.steps import STEPS
+from slam_asr.storage import is_s3
 from slam_asr.version import describe_version
 
 
@@ -175,10 +176,32 @@ def run(stage: str, arguments: list[str]) -> Any:
     if takes_recipe:
         values["recipe"] = pop_recipe(values)
     pointer = values.pop("pointer", None)
+    parameters = inspect.signature(function).parameters
+    check_places({name: values[name] for name, p in parameters.items() if name in values and p.default != ""})
     result = function(**values)
     if pointer:
         write_pointer(result, pointer)
     return result
+
+
+def check_places(options: Mapping[str, Any]) -> None:
+    """Refuse options that are empty, or an address without a bucket, as if a shell's variable is not set.
+
+    Args:
+        options: values by name, of which texts and lists of texts are checked.
+
+    Raises:
+        ConfigurationError: an option is empty. As a path it would be the working folder.
+        StorageError: an address names no bucket.
+    """
+    for name, value in options.items():
+        for text in value if isinstance(value, list) else [value]:
+            if text == "":
+                raise ConfigurationError(
+                    f"{option_name(name)} is empty: give a value, or leave the option out."
+                )
+            if isinstance(text, str):
+                is_s3(text)
 
 
 def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:

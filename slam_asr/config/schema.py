@@ -16,7 +16,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from slam_asr.errors import ConfigurationError, UserError
+from slam_asr.errors import ConfigurationError, StorageError, UserError
+from slam_asr.storage.address import is_s3, split_uri
 
 T = TypeVar("T")
 
@@ -148,11 +149,22 @@ def problems(section: Any, prefix: str = "") -> Iterator[str]:
         value, name = getattr(section, key.name), prefix + key.name
         if is_dataclass(value):
             yield from problems(value, f"{name}.")
+        elif isinstance(value, str):
+            yield from problems_of_address(name, value)
         for words, limit in key.metadata.items():
             if value is not None and not _HOLDS[words](value, limit):
                 yield f"{name} is {value} but must be {words} {limit}."
     if hasattr(section, "contradictions"):
         yield from section.contradictions()
+
+
+def problems_of_address(name: str, value: str) -> Iterator[str]:
+    """Yield a sentence if a text is an address in object storage that cannot be valid."""
+    try:
+        if is_s3(value):
+            split_uri(value)
+    except StorageError as error:
+        yield f"{name}: {error}"
 
 
 def typed(values: dict[str, Any], kind: type[T], where: str) -> T:

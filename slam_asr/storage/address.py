@@ -12,8 +12,18 @@ _MAX_KEY_BYTES = 1024
 
 
 def is_s3(path: PathOrUri) -> bool:
-    """Whether a path is an address in object storage."""
-    return os.fspath(path).startswith(SCHEME)
+    """Whether a path is an address in object storage.
+
+    Raises:
+        StorageError: it is meant as one but names no bucket, as `s3://$BUCKET` does if the variable is not
+            set. As a local path it would be a folder named `s3:`.
+    """
+    text = os.fspath(path)
+    if text != "s3:" and not text.startswith("s3:/"):
+        return False
+    if not re.match("s3://[^/]", text):
+        raise StorageError(f"{text} names no bucket: write the address as s3://bucket/prefix.")
+    return True
 
 
 def split_uri(uri: str) -> tuple[str, str]:

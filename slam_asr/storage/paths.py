@@ -29,10 +29,11 @@ def join(base: PathOrUri, *names: str) -> str:
 
 
 def parent_of(path: PathOrUri) -> str:
-    """The folder of a file, as an absolute path or URI."""
+    """The folder of a file, as an absolute path or URI. A bucket is its own folder."""
     path = os.fspath(path)
     if is_s3(path):
-        return path.rstrip("/").rpartition("/")[0]
+        folder = path.rstrip("/").rpartition("/")[0]
+        return folder if folder != "s3:/" else path
     return os.path.dirname(os.path.abspath(local_path(path)))
 
 
