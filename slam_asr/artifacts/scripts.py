@@ -47,12 +47,13 @@ def characters_of(text: str, all_unspaced: bool = False) -> str:
 
 
 def separates_words(texts: Iterable[str]) -> bool:
-    """Whether at least half of the letters are of scripts that separate words. True if there are none."""
-    letters = unspaced = 0
+    """Whether spaces separate the words of texts: there are no more unspaced characters than words."""
+    words = unspaced = 0
     for text in texts:
-        letters += sum(map(str.isalpha, text))
-        unspaced += 0 if text.isascii() else len(_UNSPACED_CHARACTER.findall(text))
-    return 2 * unspaced <= letters
+        others, count = (text, 0) if text.isascii() else _UNSPACED_CHARACTER.subn(" ", text)
+        words += len(others.split())
+        unspaced += count
+    return unspaced <= words
 
 
 def looks_english(texts: Iterable[str]) -> bool:

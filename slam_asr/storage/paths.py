@@ -224,14 +224,17 @@ def require_writable(folder: PathOrUri) -> None:
     content = file.encode("utf-8", "surrogateescape")
     try:
         write_bytes(file, content)
-        if read_bytes(file) != content:
-            raise StorageError(f"{folder} does not return what is written to it: check the storage.")
-        delete(file)
+        try:
+            differs = read_bytes(file) != content
+        finally:
+            delete(file)
     except StorageError as error:
         # The user knows the folder, not the file.
         raise type(error)(str(error).replace(file, folder)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, folder) from error
+    if differs:
+        raise StorageError(f"{folder} does not return what is written to it: check the storage.")
 
 
 def publish_folder(folder: Path, path: str, last: str) -> None:

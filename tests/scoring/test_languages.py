@@ -78,7 +78,7 @@ def test_an_english_word_among_chinese_does_not_decide_and_neither_does_one_chin
     assert separates_words(["she met 王 in the market"])
     # The spaces next to the name do not count; those between words do.
     rows = [row("she met 王 in town", "she met王in town")]
-    assert character_errors(rows).tolist() == [[0, 16]]
+    assert character_errors(rows).tolist() == [[0, 15]]
 
 
 def test_b17_two_unicode_forms_are_the_same_text(tmp_path):
@@ -137,7 +137,7 @@ def test_the_languages_of_the_manifest_decide_before_the_letters():
         *[True] * 4,
         *[False] * 3,
     ]
-    assert looks_english(["they met at a café in the old town " * 3] * 10 + ["plain words " * 100])
+    assert looks_english(["they met at a café", *["in the old town by the river"] * 20])
     assert not looks_english([FRENCH])
 
 
@@ -148,10 +148,6 @@ def test_b18_whispers_normaliser_for_english_refuses_other_languages(text, extra
     with pytest.raises(ConfigurationError, match=r"u0 is not in English.*--data\.text\.$"):
         transcript(text, "whisper", **extra)
     assert transcript(text, "lower", **extra) == text
-
-
-def test_english_that_transformers_cannot_normalise_is_no_error():
-    assert transcript("Zero and a half million!", "whisper", locale="en") == "zero and a half million"
 
 
 def test_reports_comparisons_and_runs_name_the_character_error_rate(tmp_path, capsys):

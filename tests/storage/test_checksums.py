@@ -83,10 +83,10 @@ def test_b09_a_flipped_bit_is_noticed_without_checksums(faulty_s3, monkeypatch):
     assert faulty_s3.faults[FLIP] == 1 and read_bytes(f"{ROOT}/x") == b"content"
 
 
-@pytest.mark.parametrize("size", [10, 250_000])
-def test_b09_without_checksum_and_md5_the_object_is_read_back(faulty_s3, small_pieces, tmp_path, size):
+def test_b09_without_checksum_and_md5_the_object_is_read_back(faulty_s3, tmp_path):
     """Etags are no MD5 sums if the bucket encrypts with keys of a key management service."""
     faulty_s3.checks, faulty_s3.share = False, 0
+    # By moto's rules, the etag is still an MD5 sum; but it could be anything.
     client().put_bucket_encryption(
         Bucket="bucket",
         ServerSideEncryptionConfiguration={
@@ -95,7 +95,7 @@ def test_b09_without_checksum_and_md5_the_object_is_read_back(faulty_s3, small_p
             ]
         },
     )
-    (tmp_path / "file").write_bytes(b"c" * size)
+    (tmp_path / "file").write_bytes(b"content")
     upload(tmp_path / "file", f"{ROOT}/x")
     assert faulty_s3.count("GET", "/store/x") >= 1
     faulty_s3.rule = lambda request: FLIP if request.method == "PUT" else None

@@ -184,7 +184,7 @@ def test_b07_a_local_checkpoint_that_cannot_be_written_names_the_latest_one(
     (tmp_path / "checkpoints").write_text("in the way", encoding="utf-8")
     writer.save(snapshot(1))
     with pytest.raises(
-        StorageError, match=r"could not be written: .* is a file.*; no checkpoint was written: make"
+        StorageError, match=r"could not be written: .* is a file.*; there is no earlier checkpoint: make"
     ):
         writer.close()
 
