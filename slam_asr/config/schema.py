@@ -32,6 +32,10 @@ def new_parser(**options: Any) -> ArgumentParser:
     return ArgumentParser(**options)
 
 
+_MAX_NODES = 100_000
+"""Largest number of values in a YAML text, with aliases written out: ten for each of 10,000 variations."""
+
+
 class _Loader(yaml.SafeLoader):
     """Reads YAML, and refuses a key that is given twice and a key without a value.
 
@@ -60,9 +64,34 @@ class _Loader(yaml.SafeLoader):
         self.key.pop()
         return value
 
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > _MAX_NODES:
+            raise ConfigurationError(
+                f"{self.where} refers to its own parts (&name, *name) until it has more than {_MAX_NODES:,} "
+                "values: write out what is meant."
+            )
+        return self.construct_document(node)
+
     def _refuse(self, key: yaml.Node, problem: str) -> None:
         line = key.start_mark.line + 1
         raise ConfigurationError(f"{self.where}, line {line}: {'.'.join(self.key)} {problem}")
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Number of values of a YAML text if each alias is replaced by what it refers to.
+
+    A few hundred bytes of aliases of aliases stand for more values than any memory holds, and an alias of a
+    part that contains it for infinitely many.
+    """
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = (part if isinstance(part, tuple) else (part,) for part in inner)
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for pair in pairs for child in pair)
+    return known[id(node)]
 
 
 def read_yaml(text: str | bytes, where: str) -> Any:
@@ -74,11 +103,18 @@ def read_yaml(text: str | bytes, where: str) -> Any:
 
     Raises:
         yaml.YAMLError: the text is not YAML.
-        ConfigurationError: a key is given twice, or has no value.
+        ConfigurationError: a key is given twice or has no value, or the text cannot be read as values.
     """
     loader = _Loader(text, where)
     try:
         return loader.get_single_data()
+    except RecursionError:
+        raise ConfigurationError(f"{where} is nested too deeply: correct it.") from None
+    # PyYAML's constructors raise it for a date such as 2024-13-45, and for an integer of 5000 digits.
+    except ValueError as error:
+        if isinstance(error, UnicodeError):
+            raise
+        raise ConfigurationError(f"{where} has a value that is not valid ({error}): correct it.") from None
     finally:
         loader.dispose()
 
