@@ -58,6 +58,7 @@ def compile_command(arguments: list[str]) -> int:
     if request.recipe:
         check_recipe(request, cluster)
         defaults |= recipe_parameters(source, request.recipe)
+    require_no_templates(defaults)
     written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, request)
     print(
         f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})",
@@ -167,6 +168,24 @@ def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:
     # The text is on one line, because kfp repeats default values in a YAML comment, and does not escape line
     # breaks there.
     return {"recipe": json.dumps(asdict(recipe), ensure_ascii=False), "recipe_overrides": {}}
+
+
+def require_no_templates(parameters: dict[str, Any]) -> None:
+    """Refuse parameters in which Argo would replace text.
+
+    Kubeflow passes them through Argo's workflow, where `{{workflow.name}}` is a template.
+
+    Raises:
+        ConfigurationError: a parameter contains `{{`.
+    """
+    for name, value in parameters.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if "{{" in text:
+            shown = text[text.index("{{") :][:40]
+            raise ConfigurationError(
+                f"The parameter {name} contains {shown!r}, which Argo takes for a template of its own: "
+                "leave out the double braces."
+            )
 
 
 def compile_package(

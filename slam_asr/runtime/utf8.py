@@ -7,6 +7,7 @@ Chinese text could not be printed. Python's UTF-8 mode changes that, but only fr
 
 import os
 import sys
+from pathlib import Path
 
 UTF8_MODE = "PYTHONUTF8"
 """Python's environment variable. Child processes inherit it."""
@@ -19,6 +20,8 @@ def ensure_utf8() -> None:
     """
     if sys.getfilesystemencoding() != "utf-8" and UTF8_MODE not in os.environ:
         os.environ[UTF8_MODE] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        # Not `sys.orig_argv`: glibc's GBK decodes bytes that Python's GBK cannot encode again.
+        _, *arguments = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
+        os.execv(sys.executable, [os.fsencode(sys.executable), *arguments])
     if sys.stdout.encoding.lower() not in ("utf-8", "utf8"):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # it is a TextIOWrapper

@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.cluster import load_cluster
-from pipelines.compile import compile_command
+from pipelines.compile import compile_command, location_parameters
 from pipelines.kubeflow.commands import submit
 from pipelines.run import run as run_locally
 from slam_asr.artifacts.manifest import read_manifest
@@ -58,25 +58,22 @@ def test_b32_no_profile_takes_an_address_without_a_bucket(tmp_path):
     assert "Cluster mine: storage.store: s3:// names no bucket" in sentence(load_cluster, str(file))
 
 
+def slam_asr(options: list[str]) -> None:
+    run(options[0], options[1:])
+
+
+STAGE = ["extract-features", "--recipe", "demo", "--manifests"]
+
+
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        (compile_command, ["demo", "--corpus", "s3://", "--store", "s3://b-b/x"]),
-        (compile_command, ["demo", "--corpus", "s3://b-b/x", "--store", "s3://"]),
         (compile_command, ["--store", "s3:///x"]),
-        (compile_command, ["demo", "--model", "s3://"]),
         (submit, ["demo", "--corpus", "s3:///x"]),
-        (submit, ["demo", "--corpus", "s3://b-b/x", "--store", "s3://"]),
         (run_locally, ["demo", "--store", "s3://"]),
-        (run_locally, ["demo", "--corpus", "s3:///x"]),
-        (lambda o: run("build-manifest", o), ["--recipe", "demo", "--corpus", "x", "--output", "s3://"]),
-        (lambda o: run("build-manifest", o), ["--recipe", "demo", "--corpus", "s3://", "--output", "x"]),
-        (
-            lambda o: run("extract-features", o),
-            ["--recipe", "demo", "--manifests", "a", "s3://", "--output", "x"],
-        ),
-        (lambda o: run("compare", o), ["a", "b", "--output", "s3:///x"]),
-        (lambda o: run("features ls", o), ["--store", "s3://"]),
+        (slam_asr, [*STAGE, "a", "s3://", "--output", "x"]),
+        (slam_asr, ["compare", "a", "b", "--output", "s3:///x"]),
+        (slam_asr, ["features", "ls", "s3://"]),
     ],
 )
 def test_b32_no_option_takes_an_address_without_a_bucket(command, options, tmp_path, monkeypatch):
@@ -89,31 +86,28 @@ def test_b32_no_option_takes_an_address_without_a_bucket(command, options, tmp_p
     ("command", "options", "name"),
     [
         (run_locally, ["demo", "--corpus", ""], "--corpus"),
-        (run_locally, ["demo", "--store", ""], "--store"),
-        (run_locally, ["demo", "--model", ""], "--model"),
-        (compile_command, ["demo", "--corpus", ""], "--corpus"),
+        (compile_command, ["--model", ""], "--model"),
         (submit, ["demo", "--corpus", "s3://b-b/x", "--store", ""], "--store"),
-        (
-            lambda o: run("build-manifest", o),
-            ["--recipe", "demo", "--corpus", "", "--output", "x"],
-            "--corpus",
-        ),
-        (
-            lambda o: run("build-manifest", o),
-            ["--recipe", "demo", "--corpus", "x", "--output", ""],
-            "--output",
-        ),
-        (
-            lambda o: run("score", o),
-            ["--recipe", "demo", "--model", "m", "--parts", "a", "", "--output", "x"],
-            "--parts",
-        ),
+        (slam_asr, [*STAGE, "a", "", "--output", "x"], "--manifests"),
+        (slam_asr, ["compare", "a", "b", "--output", ""], "--output"),
     ],
 )
 def test_b32_an_empty_option_is_not_the_working_folder(command, options, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sentence(command, options) == f"{name} is empty: give a value, or leave the option out."
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["corpus", "store", "model"])
+def test_b32_no_pipeline_parameter_is_empty_or_without_a_bucket(option):
+    places = {"corpus": "s3://b-b/c", "store": "s3://b-b/s", "model": None}
+    assert location_parameters(load_cluster("cpu"), **places) == {k: v for k, v in places.items() if v}
+    assert "names no bucket" in sentence(
+        lambda: location_parameters(load_cluster("cpu"), **places | {option: "s3://"})
+    )
+    assert f"--{option} is empty" in sentence(
+        lambda: location_parameters(load_cluster("cpu"), **places | {option: ""})
+    )
 
 
 def test_a_bucket_is_its_own_folder():
