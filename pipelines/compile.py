@@ -181,7 +181,7 @@ def require_no_templates(parameters: dict[str, Any]) -> None:
     for name, value in parameters.items():
         text = json.dumps(value, ensure_ascii=False)
         if "{{" in text:
-            shown = text[text.index("{{") :][:40]
+            shown = "".join(text[text.index("{{") :].partition("}}")[:2])[:60]
             raise ConfigurationError(
                 f"The parameter {name} contains {shown!r}, which Argo takes for a template of its own: "
                 "leave out the double braces."

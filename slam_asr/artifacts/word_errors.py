@@ -39,7 +39,7 @@ class Measured:
 
     @property
     def unit(self) -> str:
-        """What is counted: `words` or `characters`."""
+        """The unit of the counts: `words` or `characters`."""
         return "characters" if self.characters else "words"
 
     @property

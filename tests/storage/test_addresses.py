@@ -62,7 +62,7 @@ def slam_asr(options: list[str]) -> None:
     run(options[0], options[1:])
 
 
-STAGE = ["extract-features", "--recipe", "demo", "--manifests"]
+SCORE = ["score", "--recipe", "demo", "--model", "m", "--output", "x", "--parts"]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ STAGE = ["extract-features", "--recipe", "demo", "--manifests"]
         (compile_command, ["--store", "s3:///x"]),
         (submit, ["demo", "--corpus", "s3:///x"]),
         (run_locally, ["demo", "--store", "s3://"]),
-        (slam_asr, [*STAGE, "a", "s3://", "--output", "x"]),
+        (slam_asr, [*SCORE, "a", "s3://"]),
         (slam_asr, ["compare", "a", "b", "--output", "s3:///x"]),
         (slam_asr, ["features", "ls", "s3://"]),
     ],
@@ -88,7 +88,7 @@ def test_b32_no_option_takes_an_address_without_a_bucket(command, options, tmp_p
         (run_locally, ["demo", "--corpus", ""], "--corpus"),
         (compile_command, ["--model", ""], "--model"),
         (submit, ["demo", "--corpus", "s3://b-b/x", "--store", ""], "--store"),
-        (slam_asr, [*STAGE, "a", "", "--output", "x"], "--manifests"),
+        (slam_asr, [*SCORE, "a", ""], "--parts"),
         (slam_asr, ["compare", "a", "b", "--output", ""], "--output"),
     ],
 )
