@@ -72,6 +72,9 @@ class CheckpointWriter:
         folder: of all checkpoints; local, or in object storage.
         scratch: local folder for files that are to be uploaded, and for a checkpoint that cannot be.
         keep: number of the newest checkpoints to retain.
+
+    Raises:
+        ConfigurationError: SLAM_ASR_S3_PATIENCE is not a number of seconds.
     """
 
     def __init__(self, folder: str, scratch: Path, keep: int) -> None:
@@ -83,6 +86,8 @@ class CheckpointWriter:
         """Why a checkpoint could not be written. After a failure, no other one is written."""
         self.latest = ""
         """Folder of the latest checkpoint that was published or resumed from."""
+        self.patience = patience()
+        """Seconds for which a failing write is repeated."""
         self.last = time.monotonic()
         """`time.monotonic()` when the last checkpoint was begun."""
         self._snapshots: queue.Queue[Snapshot | None] = queue.Queue()
@@ -188,7 +193,7 @@ class CheckpointWriter:
             except Exception as error:
                 reason = _reason(error)
             first, failing_since = not failing_since, failing_since or began
-            remaining = failing_since + patience() - time.monotonic()
+            remaining = failing_since + self.patience - time.monotonic()
             if remaining <= 0:
                 return None, reason.rstrip(".")
             if first:
