@@ -64,7 +64,7 @@ def build(
             if name.startswith("whisper")
             else {"num_hidden_layers": layers}
         )
-    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}), encoding="utf-8")
 
     def random_weights(kind: type, where: Path, precision: torch.dtype, part: str) -> torch.nn.Module:
         with torch.device(device):

@@ -106,7 +106,7 @@ def build(folder: Path, count: int) -> None:
 
     # 0.2 s, the minimum of the demo's recipe.
     soundfile.write(folder / "a.wav", np.zeros(3200, np.int16), 16_000)
-    with open(folder / "table.csv", "w") as table:
+    with open(folder / "table.csv", "w", encoding="utf-8") as table:
         table.write("id,path,text,split\n")
         table.writelines(
             f"{u.key},a.wav,{u.target},{'test' if i % 100 == 0 else 'train'}\n"
@@ -148,7 +148,7 @@ def main() -> None:
                 str(options.utterances),
             ]
             seconds, megabytes = subprocess.run(
-                command, check=True, capture_output=True, text=True
+                command, check=True, capture_output=True, text=True, encoding="utf-8"
             ).stdout.split()
             print(f"{name:<10}{float(seconds):>9.1f}{megabytes:>9}", flush=True)
         print(f"the manifest has {(Path(folder) / 'manifest.jsonl').stat().st_size / 1e6:.0f} MB")

@@ -186,7 +186,7 @@ def compare(number: int, case: tuple) -> dict:
             | dict([ALLOCATION])
             | {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
         )
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return {
@@ -260,7 +260,7 @@ def measure(case: tuple, llm_folder: Path) -> int:
 
 def _resident(field: str) -> int:
     """Return a field of /proc/self/status, such as VmRSS, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise SystemExit("this system does not report resident memory")

@@ -175,6 +175,7 @@ class MotoServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            encoding="utf-8",
         )
         return "http://{}:{}".format(*self.process.stdout.readline().split())
 

@@ -36,7 +36,7 @@ def main() -> None:
     tokenizer, llm = load_tokenizer(folder), load_llm(folder, torch.float32).eval()
     lines = [
         line.split(" ", 1)[1].strip().lower()
-        for line in options.transcripts.read_text().splitlines()
+        for line in options.transcripts.read_text(encoding="utf-8").splitlines()
         if " " in line
     ]
     texts = random.Random(0).sample([line for line in lines if 40 < len(line) < 160], options.texts)

@@ -185,7 +185,7 @@ def write_subset(folder: Path, speakers: tuple[Speaker, ...], texts: list[str], 
             )
             lines.append(f"{utterance} {text.upper()}\n")
             seconds += len(samples) / SAMPLE_RATE
-        (chapter / f"{speaker.id}-{number}.trans.txt").write_text("".join(lines))
+        (chapter / f"{speaker.id}-{number}.trans.txt").write_text("".join(lines), encoding="utf-8")
     return seconds
 
 
@@ -230,7 +230,9 @@ def main() -> None:
             seconds = write_subset(args.out / subset, speakers, texts[subset], Path(scratch))
             print(f"{subset:24} {len(texts[subset]):5} utterances {seconds / 60:6.1f} min")
     rows = [f"{s.id}\t{s.engine}\t{s.voice}\t{s.pace}\t{s.pitch or '-'}\n" for s in KNOWN_VOICES + NEW_VOICES]
-    (args.out / "speakers.tsv").write_text("".join(["speaker\tengine\tvoice\tpace\tpitch\n", *rows]))
+    (args.out / "speakers.tsv").write_text(
+        "".join(["speaker\tengine\tvoice\tpace\tpitch\n", *rows]), encoding="utf-8"
+    )
     print(f"{len(words_of(all_texts))} words")
 
 

@@ -159,7 +159,7 @@ def write(folder: Path, speaker: str, chapter: int, utterances: Iterable[tuple[s
         soundfile.write(chapter_folder / f"{key}.flac", samples, SAMPLE_RATE)
         lines.append(f"{key} {text}\n")
         seconds += len(samples) / SAMPLE_RATE
-    (chapter_folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines))
+    (chapter_folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines), encoding="utf-8")
     return seconds
 
 
@@ -224,7 +224,7 @@ def copy_chapter(task: tuple[Path, Path, int, int]) -> float:
     noise = np.random.default_rng(seed)
     speaker, chapter = transcript.name.removesuffix(".trans.txt").split("-")
     utterances = []
-    for line in transcript.read_text().splitlines():
+    for line in transcript.read_text(encoding="utf-8").splitlines():
         key, _, text = line.partition(" ")
         samples, _ = soundfile.read(transcript.parent / f"{key}.flac", dtype="float32")
         utterances.append(
@@ -294,7 +294,9 @@ def main() -> None:
 
     rng = random.Random(args.seed)
     lines = [
-        words for line in args.text.read_text().splitlines() if len(words := line.split()[1:]) >= WORDS[0]
+        words
+        for line in args.text.read_text(encoding="utf-8").splitlines()
+        if len(words := line.split()[1:]) >= WORDS[0]
     ]
     if not lines:
         parser.error(f"{args.text} has no line `<key> TEXT` with {WORDS[0]} words or more")

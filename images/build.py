@@ -121,7 +121,10 @@ def _require_engine() -> None:
             "there is no docker command: install Docker, or a compatible program such as Podman's."
         )
     answer = subprocess.run(
-        ["docker", "version", "--format", "{{.Server.Version}}"], capture_output=True, text=True
+        ["docker", "version", "--format", "{{.Server.Version}}"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     if answer.returncode:
         raise BuildError(
@@ -157,7 +160,13 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
     # user's environment comes last, so it can select BuildKit.
     environment = {"DOCKER_BUILDKIT": "0", **os.environ}
     build = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
     )
     assert build.stdout is not None, "stdout is a pipe"
     lines = []
@@ -179,7 +188,7 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
 def _push(name: str) -> str:
     """Push an image and return its name with the digest from the registry."""
     print(f"pushing {name}", flush=True)
-    pushed = subprocess.run(["docker", "push", name], capture_output=True, text=True)
+    pushed = subprocess.run(["docker", "push", name], capture_output=True, text=True, encoding="utf-8")
     if pushed.returncode:
         raise BuildError(
             f"{name} was not pushed ({_last_line(pushed.stderr)}): `docker login` to its registry, "
@@ -191,6 +200,7 @@ def _push(name: str) -> str:
             check=True,
             capture_output=True,
             text=True,
+            encoding="utf-8",
         ).stdout
     )
     # Docker omits the name of its own registry in the digests that it reports.
@@ -210,7 +220,9 @@ def _load(tool: str, names: list[str]) -> None:
         raise BuildError(f"there is no {tool} command: install it, or push the images to a registry.")
     for name in names:
         print(f"loading {name} into the nodes", flush=True)
-        loaded = subprocess.run([tool, *LOADERS[tool], name], capture_output=True, text=True)
+        loaded = subprocess.run(
+            [tool, *LOADERS[tool], name], capture_output=True, text=True, encoding="utf-8"
+        )
         if loaded.returncode:
             raise BuildError(
                 f"{name} was not loaded ({_last_line(loaded.stderr)}): check that the {tool} cluster runs."
@@ -220,7 +232,11 @@ def _load(tool: str, names: list[str]) -> None:
 def _size(name: str) -> str:
     """Return the size of an image in MB (10^6 bytes)."""
     size = subprocess.run(
-        ["docker", "inspect", "--format", "{{.Size}}", name], check=True, capture_output=True, text=True
+        ["docker", "inspect", "--format", "{{.Size}}", name],
+        check=True,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     ).stdout
     return f"{int(size) / 1e6:,.0f}"
 
@@ -231,7 +247,7 @@ def _write_list(references: dict[str, str]) -> None:
     if IMAGE_LIST.is_file():
         before = dict(
             line.split(": ", 1)
-            for line in IMAGE_LIST.read_text().splitlines()
+            for line in IMAGE_LIST.read_text(encoding="utf-8").splitlines()
             if ": " in line and not line.startswith("#")
         )
     IMAGE_LIST.parent.mkdir(exist_ok=True)
@@ -243,7 +259,8 @@ def _write_list(references: dict[str, str]) -> None:
                 *lines,
             ]
         )
-        + "\n"
+        + "\n",
+        encoding="utf-8",
     )
     print(f"wrote {IMAGE_LIST.relative_to(ROOT)}")
 
@@ -255,12 +272,13 @@ def _commit() -> str:
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"],
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     return described.stdout.strip()
 
 
 def _version() -> str:
-    text = (ROOT / "slam_asr" / "__init__.py").read_text()
+    text = (ROOT / "slam_asr" / "__init__.py").read_text(encoding="utf-8")
     return text.split('__version__ = "')[1].split('"')[0]
 
 

@@ -11,6 +11,7 @@ from slam_asr import options
 from slam_asr.config.schema import nearest
 from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.options import Command, list_commands
+from slam_asr.runtime.utf8 import ensure_utf8
 
 PROGRAM = "python -m pipelines"
 COMMANDS = {
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 for a failure, 2 for an error that the user can fix, 130 if interrupted.
     """
+    if argv is None:
+        ensure_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

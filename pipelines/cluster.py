@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from slam_asr.config.schema import nearest, parse_yaml, typed
+from slam_asr.config.schema import nearest, parse_yaml, problems_of_address, typed
 from slam_asr.errors import ConfigurationError
 from slam_asr.steps import STEPS
 from slam_asr.storage import is_s3
@@ -204,6 +204,8 @@ class Cluster:
         for key in ("namespace", "kubeflow_namespace", "service_account"):
             self._require(key, _NAME.fullmatch, "lower-case letters, digits and dashes")
         self._require("run_as_user", lambda user: user > 0, "above 0: steps do not run as root")
+        for problem in problems_of_address("storage.store", self.storage.store):
+            raise ConfigurationError(f"Cluster {self.name}: {problem}")
         self._require("storage.store", lambda store: not store or is_s3(store), "an s3:// prefix")
         self._require(
             "storage.endpoint",

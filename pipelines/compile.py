@@ -24,6 +24,7 @@ from slam_asr.artifacts.model_folder import shipped_models
 from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.config.variations import varied
 from slam_asr.errors import ConfigurationError
+from slam_asr.options import check_places
 from slam_asr.steps import EVALUATION, STEPS, SWEEP
 from slam_asr.storage import is_s3, local_path
 
@@ -59,6 +60,7 @@ def compile_command(arguments: list[str]) -> int:
     if request.recipe:
         check_recipe(request, cluster)
         defaults |= recipe_parameters(options["source"], request.recipe)
+    require_no_templates(defaults)
     written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, request)
     print(
         f"needs Kubeflow Pipelines {OLDEST_BACKEND} or later: earlier ones do not know the security context "
@@ -103,8 +105,10 @@ def location_parameters(
     """Return the pipeline parameters `corpus`, `store` and `model`, if the options or the profile name them.
 
     Raises:
-        ConfigurationError: one of them is a path on this machine, which pods cannot read.
+        ConfigurationError: one of them is a path on this machine, which pods cannot read, or is empty.
+        StorageError: one of them is an address without a bucket.
     """
+    check_places({"corpus": corpus, "store": store, "model": model})
     locations = {"corpus": corpus, "store": store or cluster.storage.store, "model": model}
     for name, path in locations.items():
         if path and not is_s3(path) and not (name == "model" and path in shipped_models()):
@@ -163,6 +167,24 @@ def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:
     # The text is on one line, because kfp repeats default values in a YAML comment, and does not escape line
     # breaks there.
     return {"recipe": json.dumps(asdict(recipe), ensure_ascii=False), "recipe_overrides": {}}
+
+
+def require_no_templates(parameters: dict[str, Any]) -> None:
+    """Refuse parameters in which Argo would replace text.
+
+    Kubeflow passes them through Argo's workflow, where `{{workflow.name}}` is a template.
+
+    Raises:
+        ConfigurationError: a parameter contains `{{`.
+    """
+    for name, value in parameters.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if "{{" in text:
+            shown = "".join(text[text.index("{{") :].partition("}}")[:2])[:60]
+            raise ConfigurationError(
+                f"The parameter {name} contains {shown!r}, which Argo takes for a template of its own: "
+                "leave out the double braces."
+            )
 
 
 def compile_package(

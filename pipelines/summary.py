@@ -8,8 +8,9 @@ from slam_asr.artifacts.stage_record import Record
 from slam_asr.errors import EXIT_CODE
 from slam_asr.progress import clock
 
-WER_METRICS = ("wer", "wer shuffled audio", "wer empty output")
-"""The word error rate of a run, and those of two controls, which must be far higher.
+METRICS = ("{}", "{} shuffled audio", "{} empty output")
+"""The error rate of a run (`wer`, or `cer` where characters are counted), and those of two controls, which
+must be far higher.
 
 One control scores the hypotheses for another utterance's audio, the other an empty output.
 """
@@ -38,16 +39,18 @@ def _time(step: LocalStep, record: Record) -> str:
 
 
 def _result(last: Record) -> list[str]:
+    # Where words are counted, there is a CER too.
+    short = "wer" if {"wer", "best wer"} & last.metrics.keys() else "cer"
     if last.stage == "compare-runs":
         best = last.facts["order"][0]
         return [
-            f"best: {best}, WER {last.metrics['best wer']:.2f} %",
+            f"best: {best}, {short.upper()} {last.metrics[f'best {short}']:.2f} %",
             f"comparison: {last.file('runs.html')}",
         ]
     rates = [
-        f"{name.replace('wer', 'WER')} {last.metrics[name]:.2f} %"
-        for name in WER_METRICS
-        if name in last.metrics
+        f"{name.format(short.upper())} {last.metrics[name.format(short)]:.2f} %"
+        for name in METRICS
+        if name.format(short) in last.metrics
     ]
     return [" · ".join(rates), f"report: {last.file('report.html')}"]
 

@@ -114,7 +114,7 @@ def resolve(requirements: list[str], *options: str) -> dict[str, tuple[str, str]
             "--ignore-installed",
         ]
         subprocess.run([*command, "--report", report.name, *requirements], check=True)
-        files = json.loads(Path(report.name).read_text())["install"]
+        files = json.loads(Path(report.name).read_text(encoding="utf-8"))["install"]
     return {
         canonicalize_name(item["metadata"]["name"]): (
             item["metadata"]["version"].partition("+")[0],
@@ -133,7 +133,8 @@ def write(file: str, purpose: str, lines: list[str]) -> None:
     """Write one lock file; its first line says what it is for."""
     (HERE / file).parent.mkdir(exist_ok=True)
     (HERE / file).write_text(
-        "\n".join([f"# {purpose} Written by requirements/lock.py; do not edit.", *lines]) + "\n"
+        "\n".join([f"# {purpose} Written by requirements/lock.py; do not edit.", *lines]) + "\n",
+        encoding="utf-8",
     )
     print(f"{file}: {len(lines)} packages")
 

@@ -30,12 +30,14 @@ from slam_asr.errors import ConfigurationError, exit_on_user_error
 from slam_asr.options import (
     Command,
     add_options,
+    check_places,
     command_parser,
     given_options,
     list_commands,
     option_name,
     parse_options,
 )
+from slam_asr.runtime.utf8 import ensure_utf8
 from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
 
@@ -101,7 +103,9 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command from the command line. A user's mistake ends it with one sentence and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        ensure_utf8()
+        arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
     elif arguments[0] == "--version":
@@ -160,6 +164,8 @@ def run(stage: str, arguments: list[str]) -> Any:
         _require_counting(stage, given)
         values["recipe"] = _with_known_models(values["recipe"], trained, given)
     pointer = values.pop("pointer", None)
+    parameters = inspect.signature(function).parameters
+    check_places({name: values[name] for name, p in parameters.items() if name in values and p.default != ""})
     result = function(**values)
     if pointer:
         write_pointer(result, pointer)

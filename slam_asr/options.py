@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 
 from slam_asr.config.schema import nearest, new_parser, one_sentence
 from slam_asr.errors import ConfigurationError, UserError
+from slam_asr.storage import is_s3
 
 RENAMED_OPTIONS = {"--shard": "--work-shard"}
 """New names of renamed options, by old name. An old name still works, with a note on stderr."""
@@ -124,6 +125,26 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str,
             f"Two recipes are named, {named} and {values['recipe']}: leave out --recipe."
         )
     return values
+
+
+def check_places(options: Mapping[str, Any]) -> None:
+    """Refuse options that are empty, or an address without a bucket, as if a shell's variable is not set.
+
+    Args:
+        options: values by name, of which texts and lists of texts are checked.
+
+    Raises:
+        ConfigurationError: an option is empty. As a path it would be the working folder.
+        StorageError: an address names no bucket.
+    """
+    for name, value in options.items():
+        for text in value if isinstance(value, list) else [value]:
+            if text == "":
+                raise ConfigurationError(
+                    f"{option_name(name)} is empty: give a value, or leave the option out."
+                )
+            if isinstance(text, str):
+                is_s3(text)
 
 
 def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:

@@ -30,6 +30,6 @@ def _commit_of_checkout() -> str:
     try:
         # --exclude: describe the commit by its hash alone, never by a tag.
         command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8").stdout.strip()
     except FileNotFoundError:
         return ""

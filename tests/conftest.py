@@ -100,7 +100,7 @@ def write_librispeech(root: Path, subsets: dict[str, dict[str, str]], suffix: st
             folder = root / subset / speaker / chapter
             frequency = 200 + 10 * index + sum(map(ord, subset)) % 100
             write_wav(folder / (key + suffix), make_tone(0.5 + 0.01 * index, frequency=frequency))
-            with open(folder / f"{speaker}-{chapter}.trans.txt", "a") as file:
+            with open(folder / f"{speaker}-{chapter}.trans.txt", "a", encoding="utf-8") as file:
                 file.write(f"{key} {text}\n")
     return root
 

@@ -59,7 +59,7 @@ def engine(folder: Path) -> Iterator[str]:
         "--host",
         address,
     ]
-    with open(folder / "log", "w") as log:
+    with open(folder / "log", "w", encoding="utf-8") as log:
         daemon = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent
         )
@@ -84,7 +84,7 @@ def install(programs: list[str], packages: list[str]) -> None:
         raise NoEngine(f"{' and '.join(programs)} are missing, and cannot be installed here")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     # apt fails if another worker of the tests is installing; whoever waited finds the programs there.
-    with open(Path(tempfile.gettempdir()) / "slam-asr-tests-apt.lock", "w") as lock:
+    with open(Path(tempfile.gettempdir()) / "slam-asr-tests-apt.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all(shutil.which(program) for program in programs):
             _apt_get(packages, environment)

@@ -30,5 +30,5 @@ def peak_of_anonymous_memory() -> Iterator[list[int]]:
 
 
 def _anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("RssAnon:")[1].split()[0]) * 1024

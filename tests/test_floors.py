@@ -46,7 +46,7 @@ def _module(file: Path, package: Path) -> str:
 
 
 def _imported(file: Path, modules: set[str]) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
         elif isinstance(node, ast.ImportFrom) and node.module in modules:
@@ -160,7 +160,7 @@ def test_a_wrong_import_inside_a_function_is_found(tmp_path, file, line, problem
         target = copy / source.relative_to(PACKAGE)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
-    with open(copy / file, "a") as text:
+    with open(copy / file, "a", encoding="utf-8") as text:
         text.write(f"\n\ndef late() -> None:\n    {line}\n")
     assert wrong_arrows(imports_of(copy)) == [problem]
 

@@ -170,7 +170,7 @@ def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
     model.load_state_dict(whisper_state(variables), strict=True, assign=True)
     model.tie_weights()
     model.generation_config = _generation_config(
-        config, special, ids, json.loads((source / "config.json").read_text())
+        config, special, ids, json.loads((source / "config.json").read_text(encoding="utf-8"))
     )
     model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(folder)
@@ -181,7 +181,7 @@ def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
         "add_prefix_space": False,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def _config(variables: dict[str, np.ndarray], special: dict[str, Any]) -> "WhisperConfig":

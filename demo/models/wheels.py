@@ -179,6 +179,7 @@ def _download(wheels: tuple[str, ...], folder: Path) -> list[Path]:
         errors="replace",
         stdout=sys.stderr if show_progress else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        encoding="utf-8",
     )
     if done.returncode:
         if f"[Errno {errno.ENOSPC}]" in done.stderr:

@@ -20,6 +20,7 @@ from pipelines.compile import (
     compile_package,
     location_parameters,
     recipe_parameters,
+    require_no_templates,
 )
 from pipelines.kubeflow.connection import add_connection_options, connect
 from pipelines.run_request import add_pipeline_options, request_from_options
@@ -60,6 +61,7 @@ def submit(arguments: list[str]) -> int:
         | request.parameters
         | recipe_parameters(source, request.resolved_recipe)
     )
+    require_no_templates(parameters)
     for name, option in (
         ("corpus", "--corpus s3://…"),
         ("store", "--store s3://…, or storage.store in the profile"),

@@ -271,7 +271,7 @@ def _token() -> str | None:
     path = os.environ.get(TOKEN_FILE)
     file = Path(path or MOUNTED_TOKEN)
     if file.is_file():
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8").strip()
     if path:
         raise ConfigurationError(
             f"{TOKEN_FILE} is {path}, which is not a file: put a token there, or unset it."

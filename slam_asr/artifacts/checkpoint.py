@@ -30,6 +30,7 @@ from slam_asr.storage import (
     local_path,
     read_bytes,
     sha256_of_file,
+    upload,
     walk,
     write_bytes,
 )
@@ -230,6 +231,22 @@ def discard_newer_than_latest(folder: str) -> None:
         folder,
         [name for name in names if ("/" in name and _folder_of(name) > latest) or name.endswith(PARTIAL)],
     )
+
+
+def recover(unsaved: str, folder: str, keep: int) -> None:
+    """Upload the latest checkpoint of a local folder, if it is newer than the latest one in `folder`.
+
+    Args:
+        unsaved: local folder of a checkpoint that an earlier attempt could not upload.
+        folder: the folder that contains all checkpoints.
+        keep: how many of the newest checkpoints to retain.
+    """
+    newer, latest = find(unsaved), find(folder)
+    if newer is None or (latest is not None and latest.step >= newer.step):
+        return
+    for name in newer.files:
+        upload(newer.file(name), join(folder, newer.name, name))
+    publish(folder, newer, keep)
 
 
 def clear(folder: str) -> None:

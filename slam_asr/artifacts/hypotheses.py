@@ -3,6 +3,7 @@
 WER = (substitutions + deletions + insertions) / words in the references. Each of these is summed over all
 utterances before dividing. jiwer finds the alignment with the fewest errors. If an utterance has no
 hypothesis, all its words count as deletions; no utterance is left out. Insertions can raise the rate above 1.
+Where spaces do not separate words, as in Chinese, characters are counted instead of words (CER).
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jiwer
 
 from slam_asr.artifacts.json_lines import write_json_lines
+from slam_asr.artifacts.scripts import characters_of, comparable
 from slam_asr.errors import InputError
 from slam_asr.storage import write_atomically
 
@@ -38,11 +40,16 @@ class Hypothesis:
     """Length of the audio in seconds; 0 if unknown."""
     cut: bool = False
     """Whether the LLM's answer reached the maximum number of tokens and was cut there."""
+    language: str = ""
+    """Name or code of the language, such as `en`, if the manifest gives it; empty if unknown."""
 
 
 @dataclass
 class WordErrors:
-    """Sums over a set of utterances. Hits, substitutions and deletions add up to `words`."""
+    """Sums over a set of utterances. Hits, substitutions and deletions add up to `words`.
+
+    If characters are counted instead of words, all numbers are those of characters.
+    """
 
     utterances: int = 0
     words: int = 0
@@ -66,7 +73,7 @@ class WordErrors:
         """
         if not self.words:
             raise InputError(
-                f"There is no word error rate, because the references of these {self.utterances} utterances "
+                f"There is no error rate, because the references of these {self.utterances} utterances "
                 "contain no words: check the transcripts in the test manifest."
             )
         return self.errors / self.words
@@ -83,20 +90,32 @@ class AlignedWords(NamedTuple):
     """Empty for a deletion."""
 
 
-def normalise(text: str) -> str:
-    """Return a text as it is scored. Runs of white space become one space; case and punctuation count."""
-    return " ".join(text.split())
+def scored_text(text: str, characters: bool = False) -> str:
+    """Return a text as it is scored, with spaces between the units that are counted.
+
+    Args:
+        text: a reference or a hypothesis. Its case and punctuation count.
+        characters: count characters instead of words.
+    """
+    text = comparable(text)
+    return " ".join(characters_of(text, all_unspaced=True)) if characters else text
 
 
-def align(row: Hypothesis) -> list[AlignedWords]:
-    """Align the words of reference and hypothesis; return the stretches from left to right."""
-    return next(align_all([row]))
+def align(row: Hypothesis, characters: bool = False) -> list[AlignedWords]:
+    """Align the words of reference and hypothesis, or the characters; return stretches from left to right."""
+    return next(align_all([row], characters))
 
 
-def align_all(rows: Sequence[Hypothesis]) -> Iterator[list[AlignedWords]]:
-    """Align the words of several utterances in one call of jiwer; yield the stretches of each."""
+def align_all(rows: Sequence[Hypothesis], characters: bool = False) -> Iterator[list[AlignedWords]]:
+    """Align the words of several utterances in one call of jiwer; yield the stretches of each.
+
+    Args:
+        rows: the utterances.
+        characters: align characters instead of words.
+    """
     output = jiwer.process_words(
-        [normalise(row.reference) for row in rows], [normalise(row.hypothesis) for row in rows]
+        [scored_text(row.reference, characters) for row in rows],
+        [scored_text(row.hypothesis, characters) for row in rows],
     )
     for chunks, reference, hypothesis in zip(
         output.alignments, output.references, output.hypotheses, strict=True
@@ -126,7 +145,7 @@ def write_for_slam_llm(folder: str | Path, rows: Iterable[Hypothesis]) -> None:
     for name, field in (("pred", "hypothesis"), ("gt", "reference")):
         write_atomically(
             Path(folder) / f"decode_log_{name}",
-            "".join(f"{row.key}\t{normalise(getattr(row, field))}\n" for row in ordered),
+            "".join(f"{row.key}\t{comparable(getattr(row, field))}\n" for row in ordered),
         )
 
 

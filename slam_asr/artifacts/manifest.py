@@ -66,6 +66,11 @@ class Utterance:
         return "" if value is None else str(value)
 
     @property
+    def language(self) -> str:
+        """Name or code of the language, such as `en`, from the fields `language` or `locale`; or empty."""
+        return str(self.extra.get("language") or self.extra.get("locale") or "")
+
+    @property
     def audio_id(self) -> str:
         """Identifier of the audio's content in 64 hexadecimal digits. Feature stores use it as the key.
 

@@ -105,7 +105,7 @@ def read_config(model: str | Path) -> ModelConfig:
             f"{model} holds no model (no {CONFIG}): give the folder that convert-checkpoint wrote."
         )
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("format", 0) > FORMAT:
             raise ModelError(
                 f"{path} has format {values['format']}, which is newer than this program: update slam-asr."

@@ -36,6 +36,7 @@ from slam_asr.storage import (
     local_path,
     publish_folder,
     read_bytes,
+    require_writable,
     sha256_of_bytes,
     walk,
     write_bytes,
@@ -103,6 +104,7 @@ def run_stage(
     Raises:
         ConfigurationError: the folder holds results of other inputs, and `overwrite` is false.
         InputError: the folder's `stage.json` is damaged.
+        StorageError: the folder cannot be written; this is tried before the work begins.
     """
     output = output.replace(FINGERPRINT, digest(inputs)[:16])
     remote = is_s3(output)
@@ -120,10 +122,7 @@ def run_stage(
         if done is not None and done.inputs == inputs and intact(done):
             log_line(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
             return done
-        if done is not None and done.inputs != inputs:
-            require_permission_to_replace(folder, done, inputs, overwrite)
-            # Without this, an interruption of the work below would leave the old record with new results.
-            delete(join(folder, RECORD))
+        _prepare(folder, done, inputs, overwrite)
         work_folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         outcome = work(work_folder)
@@ -138,6 +137,17 @@ def run_stage(
             shutil.rmtree(locked_folder)
     log_line(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record
+
+
+def _prepare(folder: str, done: Record | None, inputs: dict[str, Any], overwrite: bool) -> None:
+    """Check that results may and can be written, and remove the record of results of other inputs."""
+    replaces = done is not None and done.inputs != inputs
+    if done is not None and replaces:
+        require_permission_to_replace(folder, done, inputs, overwrite)
+    require_writable(folder)
+    if replaces:
+        # Without this, an interruption of the work would leave the old record with new results.
+        delete(join(folder, RECORD))
 
 
 def require_permission_to_replace(folder: str, done: Record, inputs: dict[str, Any], overwrite: bool) -> None:

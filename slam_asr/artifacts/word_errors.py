@@ -1,5 +1,8 @@
 """Counts of word errors per utterance, and of confusions between words.
 
+If the references of a test are in a script that does not separate words, such as Chinese, each character
+counts as a word. The word error rate of such a measurement is the character error rate.
+
 Every utterance is aligned only once, by jiwer. Totals, groups of utterances, confidence intervals and
 comparisons are all computed from sums of these counts.
 """
@@ -11,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, align_all, normalise
+from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, align_all
+from slam_asr.artifacts.scripts import characters_of, comparable, separates_words
 
 HITS, SUBSTITUTIONS, DELETIONS, INSERTIONS = range(4)
 _COLUMNS = {"equal": HITS, "substitute": SUBSTITUTIONS, "delete": DELETIONS, "insert": INSERTIONS}
@@ -30,6 +34,13 @@ class Measured:
     """Counts of pairs (word of the reference, word of the hypothesis)."""
     deleted: Counter[str] = field(default_factory=Counter)
     inserted: Counter[str] = field(default_factory=Counter)
+    characters: bool = False
+    """Whether characters are counted instead of words."""
+
+    @property
+    def unit(self) -> str:
+        """The unit of the counts: `words` or `characters`."""
+        return "characters" if self.characters else "words"
 
     @property
     def words(self) -> np.ndarray:
@@ -55,11 +66,19 @@ class Measured:
         )
 
 
-def measure(rows: Sequence[Hypothesis]) -> Measured:
-    """Align every utterance and count its word errors."""
-    measured = Measured(rows, np.zeros((len(rows), 4), dtype=np.int64))
+def measure(rows: Sequence[Hypothesis], characters: bool | None = None) -> Measured:
+    """Align every utterance and count its word errors.
+
+    Args:
+        rows: the utterances.
+        characters: count characters instead of words. If not given, the script of the references decides.
+    """
+    if characters is None:
+        characters = not separates_words(row.reference for row in rows)
+    measured = Measured(rows, np.zeros((len(rows), 4), dtype=np.int64), characters=characters)
     for start in range(0, len(rows), _AT_ONCE):
-        for i, stretches in enumerate(align_all(rows[start : start + _AT_ONCE]), start=start):
+        batch = rows[start : start + _AT_ONCE]
+        for i, stretches in enumerate(align_all(batch, characters), start=start):
             for stretch in stretches:
                 _count(measured, i, *stretch)
     return measured
@@ -88,16 +107,26 @@ def nothing_written(measured: Measured) -> Measured:
     """
     counts = np.zeros_like(measured.counts)
     counts[:, DELETIONS] = measured.words
-    return Measured(measured.rows, counts)
+    return Measured(measured.rows, counts, characters=measured.characters)
 
 
-def character_errors(rows: Sequence[Hypothesis]) -> np.ndarray:
+def character_errors(rows: Sequence[Hypothesis], unspaced: bool = False) -> np.ndarray:
     """Count character errors. Spaces between words count as characters, as in jiwer's CER.
+
+    Next to characters of a script that does not separate words, spaces do not count.
+
+    Args:
+        rows: the utterances.
+        unspaced: count no spaces at all, because this test's words are not separated.
 
     Returns:
         int64 [utterances, 2]: number of errors, and number of characters in the reference.
     """
-    pairs = ((normalise(r.reference), normalise(r.hypothesis)) for r in rows)
+
+    def characters(text: str) -> str:
+        return characters_of(comparable(text), unspaced)
+
+    pairs = ((characters(r.reference), characters(r.hypothesis)) for r in rows)
     # The reshape gives the result two columns even if it has no rows.
     return np.array(
         [(Levenshtein.distance(spoken, written), len(spoken)) for spoken, written in pairs], dtype=np.int64

@@ -16,7 +16,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from slam_asr.errors import ConfigurationError, UserError
+from slam_asr.errors import ConfigurationError, StorageError, UserError
+from slam_asr.storage.address import is_s3, split_uri
 
 T = TypeVar("T")
 
@@ -29,6 +30,10 @@ def new_parser(**options: Any) -> ArgumentParser:
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(**options)
+
+
+_MAX_NODES = 100_000
+"""Largest number of values in a YAML text, with aliases written out: ten for each of 10,000 variations."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,9 +64,34 @@ class _Loader(yaml.SafeLoader):
         self.key.pop()
         return value
 
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > _MAX_NODES:
+            raise ConfigurationError(
+                f"{self.where} refers to its own parts (&name, *name) until it has more than {_MAX_NODES:,} "
+                "values: write out what is meant."
+            )
+        return self.construct_document(node)
+
     def _refuse(self, key: yaml.Node, problem: str) -> None:
         line = key.start_mark.line + 1
         raise ConfigurationError(f"{self.where}, line {line}: {'.'.join(self.key)} {problem}")
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Number of values of a YAML text if each alias is replaced by what it refers to.
+
+    A few hundred bytes of aliases of aliases stand for more values than any memory holds, and an alias of a
+    part that contains it for infinitely many.
+    """
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = (part if isinstance(part, tuple) else (part,) for part in inner)
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for pair in pairs for child in pair)
+    return known[id(node)]
 
 
 def read_yaml(text: str | bytes, where: str) -> Any:
@@ -73,11 +103,18 @@ def read_yaml(text: str | bytes, where: str) -> Any:
 
     Raises:
         yaml.YAMLError: the text is not YAML.
-        ConfigurationError: a key is given twice, or has no value.
+        ConfigurationError: a key is given twice or has no value, or the text cannot be read as values.
     """
     loader = _Loader(text, where)
     try:
         return loader.get_single_data()
+    except RecursionError:
+        raise ConfigurationError(f"{where} is nested too deeply: correct it.") from None
+    # PyYAML's constructors raise it for a date such as 2024-13-45, and for an integer of 5000 digits.
+    except ValueError as error:
+        if isinstance(error, UnicodeError):
+            raise
+        raise ConfigurationError(f"{where} has a value that is not valid ({error}): correct it.") from None
     finally:
         loader.dispose()
 
@@ -148,11 +185,22 @@ def problems(section: Any, prefix: str = "") -> Iterator[str]:
         value, name = getattr(section, key.name), prefix + key.name
         if is_dataclass(value):
             yield from problems(value, f"{name}.")
+        elif isinstance(value, str):
+            yield from problems_of_address(name, value)
         for words, limit in key.metadata.items():
             if value is not None and not _HOLDS[words](value, limit):
                 yield f"{name} is {value} but must be {words} {limit}."
     if hasattr(section, "contradictions"):
         yield from section.contradictions()
+
+
+def problems_of_address(name: str, value: str) -> Iterator[str]:
+    """Yield a sentence if a text is an address in object storage that cannot be valid."""
+    try:
+        if is_s3(value):
+            split_uri(value)
+    except StorageError as error:
+        yield f"{name}: {error}"
 
 
 def typed(values: dict[str, Any], kind: type[T], where: str) -> T:

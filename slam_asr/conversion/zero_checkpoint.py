@@ -104,7 +104,7 @@ def find_zero_folder(folder: Path) -> Path | None:
     steps = sorted(path.parent for path in folder.glob("*/*model_states.pt"))
     latest = folder / "latest"
     if latest.is_file():
-        named = folder / latest.read_text(errors="replace").strip()
+        named = folder / latest.read_text(errors="replace", encoding="utf-8").strip()
         if steps and named not in steps:
             raise ModelError(
                 f"{latest} names {named.name}, which is missing: copy it too, or give the folder of another "

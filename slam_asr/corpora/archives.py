@@ -124,7 +124,7 @@ def _unpack_once(file: str, target: Path, subsets: list[str]) -> None:
                 shutil.copyfileobj(content, copy, 2**20)
             meter.update()
     marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text(state)
+    marker.write_text(state, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+from slam_asr.artifacts.scripts import comparable
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection
 from slam_asr.corpora.places import (
@@ -129,7 +130,8 @@ def _lines(path: str) -> Iterator[tuple[int, str, str]]:
                     f"{path}, line {number} is not UTF-8 text ({error.reason}): convert it to UTF-8."
                 ) from error
             if words:
-                yield number, words[0], words[1].strip() if len(words) > 1 else ""
+                # Several programs may have written the lists, with the same key in two Unicode forms.
+                yield number, comparable(words[0]), words[1].strip() if len(words) > 1 else ""
 
 
 def _segment(rest: str, where: str) -> tuple[str, float, float | None]:
@@ -152,7 +154,7 @@ def _segment(rest: str, where: str) -> tuple[str, float, float | None]:
         raise InputError(
             f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds."
         )
-    return recording, start, None if stop == -1 else round(stop - start, 6)
+    return comparable(recording), start, None if stop == -1 else round(stop - start, 6)
 
 
 def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iterator[Candidate | Rejection]:

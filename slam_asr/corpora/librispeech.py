@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from itertools import groupby, islice
 
+from slam_asr.artifacts.scripts import comparable
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import (
     AUDIO_SUFFIXES,
@@ -112,6 +113,7 @@ class LibriSpeech(CorpusReader):
             key, suffix = os.path.splitext(name_of(file.name))
             if suffix.lower() in AUDIO_SUFFIXES:
                 candidate = AUDIO_SUFFIXES.index(suffix.lower()), join(self.by_subset[subset], file.name)
+                key = comparable(key)  # macOS writes names of files in another Unicode form
                 preferred[key] = min(preferred.get(key, candidate), candidate)
         return {key: path for key, (_, path) in preferred.items()}
 
@@ -129,4 +131,4 @@ def _transcripts(file: str) -> Iterator[tuple[int, str, str]]:
     """Yield the line number (from 1), key and text of each utterance; the text may be empty."""
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if words := line.split(maxsplit=1):
-            yield number, words[0], " ".join(words[1:])
+            yield number, comparable(words[0]), " ".join(words[1:])

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from slam_asr.artifacts.scripts import comparable, is_english, is_latin, normalise_english
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import (
     BLANK,
@@ -181,9 +182,12 @@ def read_splits(
             the others are rejected.
     """
     normaliser = transcript_normaliser(data.text)
+    is_for_english = data.text == "whisper"
     seen: set[str] = set()
     for split, item in _items(reader, subsets):
         if isinstance(item, Candidate):
+            if is_for_english:
+                _require_english(item)
             item.split, item.text = split, normaliser(without_tags(item.text, data.tags))
             identity = item.identity or item.key
             # Only those that may repeat are remembered, because memory may not hold all keys of a corpus.
@@ -218,19 +222,28 @@ def without_tags(text: str, tags: str) -> str:
 
 def transcript_normaliser(text: str) -> Callable[[str], str]:
     """Return the function that converts a transcript to the form of `data.text`, with single spaces."""
-    if text == "whisper":
-        # Imported here because it takes a second.
-        from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
-        whisper = EnglishTextNormalizer({})
-        return lambda transcript: " ".join(whisper(transcript).split())
-    return functools.partial(normalise, case=text)
+    return normalise_english if text == "whisper" else functools.partial(normalise, case=text)
 
 
 def normalise(text: str, case: str) -> str:
-    """Convert a transcript to a case (`lower`, `upper` or `as-is`), with single spaces."""
-    text = " ".join(text.split())
-    return text.lower() if case == "lower" else text.upper() if case == "upper" else text
+    """Convert a transcript to a case (`lower`, `upper` or `as-is`), with single spaces, in Unicode's NFC."""
+    text = text.lower() if case == "lower" else text.upper() if case == "upper" else text
+    return comparable(text)
+
+
+def _require_english(item: Candidate) -> None:
+    """Refuse a transcript that Whisper's normaliser for English would damage.
+
+    Raises:
+        ConfigurationError: the corpus names another language, or the transcript has letters other than Latin.
+    """
+    language = str(item.extra.get("language") or item.extra.get("locale") or "")
+    if (language and not is_english(language)) or not is_latin(item.text):
+        raise ConfigurationError(
+            f"The transcript of {item.key} is not in English{f' ({language})' * bool(language)}, but "
+            "data.text: whisper is Whisper's normaliser for English: choose lower, upper or as-is with "
+            "--data.text."
+        )
 
 
 def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rejection) -> None:

@@ -239,7 +239,7 @@ def main() -> None:
     """
     import torch
 
-    job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text()))
+    job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     answer_stream = sys.stdout
     with (
         failures_written_to(Path(job.folder), "lower decoding.positions_per_batch"),

@@ -210,7 +210,7 @@ def main() -> None:
     from slam_asr.models.encoders.registry import describe_encoder
     from slam_asr.models.precision import pick_device
 
-    job = ExtractionJob(**json.loads(Path(sys.argv[1]).read_text()))
+    job = ExtractionJob(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     with failures_written_to(Path(job.folder)):
         recipe = load_recipe(job.recipe)
         extraction = Extraction(

@@ -28,7 +28,7 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
         title: its heading.
         facts: (name, value) pairs shown above the curves.
         training: `curve` and `validation`, lists of {step, loss, accuracy}, those of `validation` optionally
-            with wer; and `samples`, a list of {key, reference, hypothesis} from the last validation.
+            with wer or cer; and `samples`, a list of {key, reference, hypothesis} from the last validation.
     """
     points = {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     samples = training.get("samples") or []
@@ -118,7 +118,7 @@ def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             curves.append(
                 _figure(
                     quantity,
-                    f"{heading}{', dev' * (series is dev and quantity != 'wer')}",
+                    f"{heading}{', dev' * (series is dev and quantity not in ('wer', 'cer'))}",
                     lines,
                     "; ".join(summaries) + ".",
                     legend=False,
@@ -140,6 +140,7 @@ _QUANTITIES = (
     ("loss", "Loss", 1),
     ("accuracy", "Next-token accuracy, %", 100),
     ("wer", "Word error rate of some dev utterances, greedy, %", 100),
+    ("cer", "Character error rate of some dev utterances, greedy, %", 100),
 )
 """Key, heading and factor of each quantity that is drawn."""
 
@@ -158,7 +159,12 @@ def _figure(
     }
 
 
-_BEST = {"loss": (min, "{:.3f}"), "accuracy": (max, "{:.1f}\u202f%"), "wer": (min, "{:.1f}\u202f%")}
+_BEST = {
+    "loss": (min, "{:.3f}"),
+    "accuracy": (max, "{:.1f}\u202f%"),
+    "wer": (min, "{:.1f}\u202f%"),
+    "cer": (min, "{:.1f}\u202f%"),
+}
 """For each quantity, the function that finds its best value, and the value's format."""
 
 

@@ -214,7 +214,9 @@ def describe(recipe: Recipe) -> Shapes:
 
 
 def _config(name: str, part: str, trust_remote_code: bool, notes: list[str]) -> PretrainedConfig:
-    known = yaml.safe_load((resources.files("slam_asr.planning") / "known_models.yaml").read_text())
+    known = yaml.safe_load(
+        (resources.files("slam_asr.planning") / "known_models.yaml").read_text(encoding="utf-8")
+    )
     try:
         folder = locate_config(name)
     except UserError:

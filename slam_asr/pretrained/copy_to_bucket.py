@@ -4,7 +4,7 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.progress import log_line
-from slam_asr.storage import exists, is_s3, join, publish_folder
+from slam_asr.storage import exists, is_s3, join, publish_folder, require_writable
 
 LAST = "config.json"
 """The file that is copied last. A folder without it is not a model, so an interrupted copy is never used."""
@@ -43,6 +43,7 @@ def _copy(name: str, to: str) -> str:
         log_line(f"{name}: there already ({target})")
         return target
     log_line(f"{name}: copying to {target}")
+    require_writable(target)  # before a model of many GB is downloaded
     publish_folder(locate_model(name), target, last=LAST)
     log_line(f"{name}: copied to {target}")
     return target

@@ -93,7 +93,7 @@ def read_index(index: Path) -> dict[str, str]:
         ModelError: the index is damaged.
     """
     try:
-        weights = json.loads(index.read_text())["weight_map"]
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         weights = None
     if not isinstance(weights, dict) or not weights or not all(isinstance(f, str) for f in weights.values()):
@@ -121,7 +121,7 @@ def weights_sha256(folder: Path) -> str:
     stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     digest_file = folder / DIGESTS
     try:
-        cached = json.loads(digest_file.read_text())
+        cached = json.loads(digest_file.read_text(encoding="utf-8"))
         if cached["files"] == stats:
             return cached["sha256"]
     except (OSError, ValueError, TypeError, KeyError):

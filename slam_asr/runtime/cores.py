@@ -65,6 +65,6 @@ def _limit() -> float | None:
 
 def _words(*paths: str) -> list[str]:
     try:
-        return [word for path in paths for word in Path(path).read_text().split()]
+        return [word for path in paths for word in Path(path).read_text(encoding="utf-8").split()]
     except OSError:
         return []

@@ -91,7 +91,7 @@ def processes_of(
                     process.wait()
         failure = Path(folder) / FAILURE
         if failure.is_file():
-            raise UserError(failure.read_text())
+            raise UserError(failure.read_text(encoding="utf-8"))
     if ended or code:
         raise UserError(
             f"A process of {module} ended with code {code}; see its own message above. "

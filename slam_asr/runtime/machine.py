@@ -66,7 +66,9 @@ def host_memory() -> float | None:
     """
     known = [_left(path) for path in CGROUP_LIMITS]
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(
+            line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        )
         # /proc/meminfo counts in KiB.
         known.append(1024.0 * int(lines["MemAvailable"].split()[0]))
     except (OSError, KeyError, ValueError):
@@ -77,7 +79,7 @@ def host_memory() -> float | None:
 def _left(path: str) -> float | None:
     """What a container's processes leave of its limit, in bytes; None if it has no limit."""
     try:
-        limit = float(int(Path(path).read_text()))
+        limit = float(int(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None  # `max` if there is no limit
     try:

@@ -1,4 +1,4 @@
-"""Results of a test besides its word error rate: confidence, rates by speaker and length, typical errors."""
+"""Results of a test besides its error rate: confidence, rates by speaker and length, typical errors."""
 
 import re
 from collections import Counter
@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, normalise
+from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, scored_text
+from slam_asr.artifacts.scripts import comparable
 from slam_asr.artifacts.word_errors import Measured, character_errors, groups_of, measure
-from slam_asr.scoring.normalization import whisper_normaliser
+from slam_asr.scoring.normalization import normalisers_of
 from slam_asr.scoring.statistics import interval, interval_over
 
 DURATIONS = (5, 10, 15, 20, 30)
@@ -45,16 +46,18 @@ def analyse(measured: Measured) -> dict[str, Any]:
         measured: the utterances of the test, aligned.
 
     Returns:
-        `all` and `subsets` (by name): counts, hours, `wer`, its 95 % `interval` over utterances, the
-        `speaker_interval` over speakers, `cer`, and `normalised`, the rate after Whisper's normaliser;
-        `durations` and `speakers`: counts, hours and `wer` of each group;
+        `unit`: what the rates count, `words` or `characters`;
+        `all` and `subsets` (by name): counts, hours, the `rate` in this unit, its 95 % `interval` over
+        utterances, the `speaker_interval` over speakers, `wer` (None if characters are counted), `cer`, and
+        `normalised`, the rate after normalisation;
+        `durations` and `speakers`: counts, hours and `rate` of each group;
         `confusions`: the most frequent substitutions, deletions and insertions;
         `guards`: number of utterances that each guard flags;
         `empty_references`: number of utterances without speech, and the words written for them.
     """
     rows = measured.rows
-    characters = character_errors(rows)
-    normalised = measure(normalised_rows(rows))
+    characters = character_errors(rows, measured.characters)
+    normalised = measure(normalised_rows(rows), measured.characters)
     subsets = groups_of(rows, lambda row: row.subset)
     all_indices = np.arange(len(rows))
 
@@ -69,6 +72,7 @@ def analyse(measured: Measured) -> dict[str, Any]:
 
     overall = numbers(all_indices)
     return {
+        "unit": measured.unit,
         "all": overall,
         "subsets": {
             name: overall if len(subsets) == 1 else numbers(indices) for name, indices in subsets.items()
@@ -84,7 +88,7 @@ def analyse(measured: Measured) -> dict[str, Any]:
             "deletions": [[word, n] for word, n in _most_frequent(measured.deleted)],
             "insertions": [[word, n] for word, n in _most_frequent(measured.inserted)],
         },
-        "guards": _guards(rows),
+        "guards": _guards(measured),
         "empty_references": _empty_references(measured),
     }
 
@@ -97,14 +101,16 @@ def counts_of(measured: Measured, indices: np.ndarray | None = None) -> dict[str
         indices: int [n], those of the group; all utterances if not given.
 
     Returns:
-        The fields of `WordErrors`, `errors`, `hours`, and `wer` in percent.
+        The fields of `WordErrors`, `errors`, `hours`, and in percent the `rate`, and `wer`: the same, or None
+        if characters are counted.
     """
     errors = measured.total(indices)
     rows = measured.rows if indices is None else [measured.rows[i] for i in indices]
     return asdict(errors) | {
         "errors": errors.errors,
         "hours": round(sum(r.duration for r in rows) / 3600, 4),
-        "wer": percent(errors),
+        "rate": percent(errors),
+        "wer": None if measured.characters else percent(errors),
     }
 
 
@@ -114,10 +120,10 @@ def percent(errors: WordErrors) -> float | None:
 
 
 def normalised_rows(rows: Sequence[Hypothesis]) -> list[Hypothesis]:
-    """The utterances, with both of their texts normalised by Whisper's normaliser for English."""
-    normalise = whisper_normaliser()
+    """The utterances, with both of their texts normalised for their language."""
     return [
-        replace(row, reference=normalise(row.reference), hypothesis=normalise(row.hypothesis)) for row in rows
+        replace(row, reference=normalise(row.reference), hypothesis=normalise(row.hypothesis))
+        for row, normalise in zip(rows, normalisers_of(rows), strict=True)
     ]
 
 
@@ -149,8 +155,8 @@ def _most_frequent(counter: Counter[Any]) -> list[tuple[Any, int]]:
     return sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]
 
 
-def _guards(rows: Sequence[Hypothesis]) -> dict[str, int]:
-    counted = Counter(guard for row in rows for guard in guards_of(row))
+def _guards(measured: Measured) -> dict[str, int]:
+    counted = Counter(guard for row in measured.rows for guard in guards_of(row, measured.characters))
     return {guard: counted[guard] for guard in GUARDS}
 
 
@@ -159,11 +165,16 @@ def _empty_references(measured: Measured) -> dict[str, int]:
     return {"utterances": int(silent.sum()), "insertions": int(measured.errors[silent].sum())}
 
 
-def guards_of(row: Hypothesis) -> list[str]:
-    """The `GUARDS` that flag an answer. A loop or refusal is not flagged if the reference has one too."""
-    spoken, written = normalise(row.reference).lower(), normalise(row.hypothesis).lower()
+def guards_of(row: Hypothesis, characters: bool = False) -> list[str]:
+    """The `GUARDS` that flag an answer. A loop or refusal is not flagged if the reference has one too.
+
+    Args:
+        row: the utterance.
+        characters: whether characters are counted instead of words; a loop then repeats characters.
+    """
+    spoken, written = comparable(row.reference).lower(), comparable(row.hypothesis).lower()
     flagged = []
-    if loops(written) and not loops(spoken):
+    if loops(scored_text(written, characters)) and not loops(scored_text(spoken, characters)):
         flagged.append(LOOP)
     if row.cut:
         flagged.append(CUT)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slam_asr.artifacts.hypotheses import Hypothesis, normalise
+from slam_asr.artifacts.hypotheses import Hypothesis, scored_text
+from slam_asr.artifacts.scripts import comparable, separates_words
 from slam_asr.artifacts.word_errors import Measured, groups_of, measure
 from slam_asr.errors import InputError
 from slam_asr.scoring.analysis import percent
@@ -33,6 +34,8 @@ class Compared:
     """Probability of a difference at least this large by chance alone."""
     differing: int
     """Utterances for which the two made different numbers of errors."""
+    unit: str = "words"
+    """What the rates count: `words`, or `characters` where words are not separated."""
 
     @property
     def verdict(self) -> str:
@@ -102,7 +105,12 @@ def pair(
             )
         left_out[path] = len(unpaired)
     pairs = [(row, sides[1][1][name]) for name, row in sides[0][1].items() if name in sides[1][1]]
-    differing = [a.key for a, b in pairs if normalise(a.reference) != normalise(b.reference)]
+    characters = not separates_words(a.reference for a, _ in pairs)
+    differing = [
+        a.key
+        for a, b in pairs
+        if scored_text(a.reference, characters) != scored_text(b.reference, characters)
+    ]
     if differing:
         raise InputError(
             f"{first[0]} and {second[0]} have different references for {len(differing)} of {len(pairs)} "
@@ -113,7 +121,7 @@ def pair(
 
 
 def _by_name(path: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[tuple[str, str], Hypothesis]:
-    named = {(row.key, row.subset if with_subset else ""): row for row in rows}
+    named = {(comparable(row.key), row.subset if with_subset else ""): row for row in rows}
     if len(named) < len(rows):
         raise InputError(
             f"{path} contains {len(rows) - len(named)} utterances more than once: each may occur only once."
@@ -133,6 +141,7 @@ def _compared(name: str, a: Measured, b: Measured, indices: np.ndarray, seed: in
         high=round(100 * test.high, 2),
         p=round(test.p, 5),
         differing=test.differing,
+        unit=a.unit,
     )
 
 

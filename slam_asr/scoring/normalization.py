@@ -1,16 +1,25 @@
-"""Whisper's text normaliser for English, fast enough for a hundred thousand utterances in seconds.
+"""Normalisers of transcripts: Whisper's for English, and one without English rules for all other languages.
 
-The normaliser (Radford et al., 2022, appendix C; as in transformers, without its list of British spellings)
+Whisper's (Radford et al., 2022, appendix C; as in transformers, without its list of British spellings)
 removes case, punctuation, hesitations and text in brackets, expands contractions and writes numbers as
 digits. It applies some fifty regular expressions to each text, which takes a third of a millisecond. In plain
 lower-case text, however, it changes only contractions, titles, hesitations and numbers, and none of these
 depends on more than the words next to it. This module therefore normalises only stretches of such words, and
-caches the results.
+caches the results: a hundred thousand utterances take seconds.
 """
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+
+from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.scripts import (
+    is_english,
+    looks_english,
+    normalise_any_language,
+    normalise_english,
+    whisper_english,
+)
 
 _PLAIN = re.compile(r"[a-z' ]*")
 """Matches text whose words can be normalised separately: it has no punctuation, digits or brackets."""
@@ -59,35 +68,36 @@ _ALTERED = frozenset(
 """
 
 
+def normalisers_of(rows: Sequence[Hypothesis]) -> Iterator[Callable[[str], str]]:
+    """Yield the normaliser of each utterance's language.
+
+    If the manifest gave no language, it counts as English unless the references have letters that English
+    hardly uses.
+    """
+    may_be_english = looks_english(row.reference for row in rows)
+    for row in rows:
+        english = is_english(row.language) if row.language else may_be_english
+        yield whisper_normaliser() if english else normalise_any_language
+
+
 @functools.cache
 def whisper_normaliser() -> Callable[[str], str]:
     """Build the normaliser, a faster equivalent of transformers' own: text → text with single spaces."""
-    # Imported here because the import takes a second.
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
-    original = EnglishTextNormalizer({})
-    altered = _ALTERED | original.standardize_numbers.words
-
-    def normalise_slowly(text: str) -> str:
-        try:
-            return " ".join(original(text).split())
-        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
-            # transformers' normaliser raises on some sequences of numbers, such as "zero and a half million".
-            return " ".join(re.sub(r"[^\w']+", " ", text.lower()).split())
+    altered = _ALTERED | whisper_english().standardize_numbers.words
 
     @functools.lru_cache(maxsize=200_000)
     def normalise_stretch(words: tuple[str, ...], at_start: bool) -> str:
         # `and a half` depends on the word before it, so a stretch within a text also gets a word before it.
         # Any word that is not part of a number will do; `[2:]` removes it with its space.
         return (
-            normalise_slowly(" ".join(words)) if at_start else normalise_slowly(" ".join(("x", *words)))[2:]
+            normalise_english(" ".join(words)) if at_start else normalise_english(" ".join(("x", *words)))[2:]
         )
 
     def normalise(text: str) -> str:
         text = text.lower()
         # The normaliser removes a space before an apostrophe, which would join two of the words below.
         if not _PLAIN.fullmatch(text) or " '" in text:
-            return normalise_slowly(text)
+            return normalise_english(text)
         words = text.split()
         normalised: list[str] = []
         i = 0

@@ -1,5 +1,6 @@
 """Readers of recognisers' output: this project's hypotheses, or files in the format of SLAM-LLM."""
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def _read_lines(path: Path) -> dict[str, str]:
         if not line.strip():
             continue
         key, tab, text = line.partition("\t")
+        # Two programs may write the same key in two Unicode forms.
+        key = unicodedata.normalize("NFC", key)
         if not tab or key in texts:
             what = "has no tab between key and text" if not tab else f"repeats the key {key}"
             raise InputError(

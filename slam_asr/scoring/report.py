@@ -1,7 +1,7 @@
 """The report of a test: a page for people, a short table for the dashboard, and numbers for programs.
 
 `report.html` is self-contained: style, script and curves are in the file. The page fetches and saves nothing,
-and it works in a sandboxed frame. The model's word error rate is shown next to its controls, the rates of
+and it works in a sandboxed frame. The model's error rate is shown next to its controls, the rates of
 output that ignores the audio: a rate means little if silence or guessing comes close to it.
 """
 
@@ -34,6 +34,8 @@ WORST = 200
 SPEAKERS = 100
 """Maximum number of speakers whose rates are shown; wer.json contains those of all speakers."""
 NO_SUBSET = "(no subset)"
+_LONG_NAMES = {"words": "Word error rate", "characters": "Character error rate"}
+"""The name of the rate, by what it counts."""
 
 _CONTROL_NOTES = {
     "shuffled audio": (
@@ -70,7 +72,8 @@ def write_report(
 
     Returns:
         Rates in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`; the limits of the 95 %
-        interval of `wer`; WER after Whisper's normaliser; CER.
+        interval of `wer`; WER after normalisation; CER. If characters are counted, the names begin with `cer`
+        and there is no WER. The first is the rate of all utterances.
 
     Raises:
         InputError: no utterance was decoded, or no reference contains a word.
@@ -87,7 +90,9 @@ def write_report(
         "wer_unit": "percent",
         **analyse(measured),
         "controls": {
-            name: _by_subset(nothing_written(measured) if name == EMPTY else measure(control))
+            name: _by_subset(
+                nothing_written(measured) if name == EMPTY else measure(control, measured.characters)
+            )
             for name, control in controls.items()
         },
         "published": recipe.published_wer,
@@ -110,19 +115,29 @@ def _by_subset(measured: Measured) -> dict[str, Any]:
 
 
 def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
-    named = {"wer": numbers["all"]}
-    named |= {f"wer {name}": counts for name, counts in numbers["subsets"].items() if name}
-    named |= {f"wer {name}": control["all"] for name, control in numbers["controls"].items()}
-    metrics = {name: counts["wer"] for name, counts in named.items() if counts["wer"] is not None}
+    short = short_name(numbers).lower()
+    named = {short: numbers["all"]}
+    named |= {f"{short} {name}": counts for name, counts in numbers["subsets"].items() if name}
+    named |= {f"{short} {name}": control["all"] for name, control in numbers["controls"].items()}
+    metrics = {name: counts["rate"] for name, counts in named.items() if counts["rate"] is not None}
     total = numbers["all"]
     low, high = total["interval"] or (None, None)
     optional = {
-        "wer 95 % low": low,
-        "wer 95 % high": high,
-        "wer normalised": total["normalised"],
+        f"{short} 95 % low": low,
+        f"{short} 95 % high": high,
+        f"{short} normalised": total["normalised"],
         "cer": total["cer"],
     }
     return metrics | {name: value for name, value in optional.items() if value is not None}
+
+
+def short_name(numbers: dict[str, Any]) -> str:
+    """The short name of a report's rate: `WER`, or `CER` if characters are counted.
+
+    Args:
+        numbers: content of a `wer.json`. Those of version 0.1.0 name no unit, and count words.
+    """
+    return "CER" if numbers.get("unit") == "characters" else "WER"
 
 
 # ---- the page
@@ -132,8 +147,10 @@ def _page(numbers: dict[str, Any], measured: Measured, audio: dict[Name, str]) -
     return render(
         PAGE,
         filters={"rate": rate_text, "interval": interval_text},
+        long=_LONG_NAMES[numbers["unit"]],
         **numbers,
         rows=_table(numbers),
+        short=short_name(numbers),
         control_notes=_CONTROL_NOTES,
         has_published=_has_published(numbers),
         training_facts=training_facts(numbers["training"]),
@@ -153,13 +170,13 @@ def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per subset, and a row for the total if there are several subsets."""
     table = []
     for name, counts in numbers["subsets"].items():
-        controls = [control["subsets"].get(name, {}).get("wer") for control in numbers["controls"].values()]
+        controls = [control["subsets"].get(name, {}).get("rate") for control in numbers["controls"].values()]
         table.append(
             {"label": name or NO_SUBSET, "published": numbers["published"].get(name), "controls": controls}
             | counts
         )
     if len(table) > 1:
-        controls = [control["all"]["wer"] for control in numbers["controls"].values()]
+        controls = [control["all"]["rate"] for control in numbers["controls"].values()]
         table.append({"label": "All", "published": None, "controls": controls} | numbers["all"])
     return table
 
@@ -172,9 +189,9 @@ def _worst(measured: Measured, audio: dict[Name, str]) -> list[dict[str, Any]]:
         | {
             "errors": errors[i],
             "words": words[i],
-            "wer": round(100 * errors[i] / words[i], 2) if words[i] else None,
-            "pieces": _pieces(rows[i]),
-            "guards": guards_of(rows[i]),
+            "rate": round(100 * errors[i] / words[i], 2) if words[i] else None,
+            "pieces": _pieces(rows[i], measured.characters),
+            "guards": guards_of(rows[i], measured.characters),
             "audio": audio.get((rows[i].key, rows[i].subset), ""),
         }
         for i in worst_first(measured)[:WORST]
@@ -187,7 +204,7 @@ def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
         (f"{group['from']} to {group['to']} s" if group["to"] else f"above {group['from']} s", group)
         for group in numbers["durations"]
     ]
-    speakers = sorted(numbers["speakers"].items(), key=lambda item: (-(item[1]["wer"] or 0), item[0]))
+    speakers = sorted(numbers["speakers"].items(), key=lambda item: (-(item[1]["rate"] or 0), item[0]))
     tables = []
     if len(durations) > 1:
         tables.append(_group_table("By length of the audio", "Audio", durations, ""))
@@ -204,22 +221,23 @@ def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
 def _group_table(
     heading: str, label: str, groups: list[tuple[str, dict[str, Any]]], note: str
 ) -> dict[str, Any]:
-    highest = max((group["wer"] or 0 for _, group in groups), default=0) or 1
+    highest = max((group["rate"] or 0 for _, group in groups), default=0) or 1
     rows = [
-        group | {"label": name, "bar": round(100 * (group["wer"] or 0) / highest, 1)}
+        group | {"label": name, "bar": round(100 * (group["rate"] or 0) / highest, 1)}
         for name, group in groups
     ]
     return {"heading": heading, "label": label, "rows": rows, "note": note}
 
 
-def _pieces(row: Hypothesis) -> list[tuple[str, str, str]]:
+def _pieces(row: Hypothesis, characters: bool) -> list[tuple[str, str, str]]:
     """The alignment as pieces (kind, spoken, written), in which each substituted word is its own piece."""
+    separator = "" if characters else " "
     pieces = []
-    for kind, spoken, written in align(row):
+    for kind, spoken, written in align(row, characters):
         if kind == "substitute":
             pieces += [(kind, *words) for words in zip(spoken, written, strict=True)]
         else:
-            pieces.append((kind, " ".join(spoken), " ".join(written)))
+            pieces.append((kind, separator.join(spoken), separator.join(written)))
     return pieces
 
 
@@ -238,24 +256,26 @@ def interval_text(ends: Sequence[float] | None) -> str:
 
 def _markdown(numbers: dict[str, Any]) -> str:
     total = numbers["all"]
-    head = ["Subset", "WER, %", "95 % interval"]
+    short, unit = short_name(numbers), numbers["unit"]
+    head = ["Subset", f"{short}, %", "95 % interval"]
     head += ["Published, %"] if _has_published(numbers) else []
     head += [f"{plain(capital(name))}, %" for name in numbers["controls"]]
-    head += ["Normalised, %", "CER, %", "Sub.", "Del.", "Ins.", "Words", "Utterances", "Hours"]
+    head += ["Normalised, %", *(["CER, %"] if unit == "words" else [])]
+    head += ["Sub.", "Del.", "Ins.", capital(unit), "Utterances", "Hours"]
     lines = [
         f"# {plain(numbers['title'])}",
         "",
-        f"**Word error rate {rate_text(total['wer'])} %**: {grouped(total['errors'])} errors in "
-        f"{grouped(total['words'])} words, {grouped(total['utterances'])} utterances.",
+        f"**{_LONG_NAMES[unit]} {rate_text(total['rate'])} %**: {grouped(total['errors'])} errors in "
+        f"{grouped(total['words'])} {unit}, {grouped(total['utterances'])} utterances.",
         "",
         f"| {' | '.join(head)} |",
         f"| --- |{' ---: |' * (len(head) - 1)}",
     ]
     for row in _table(numbers):
-        cells = [plain(row["label"]), rate_text(row["wer"]), interval_text(row["interval"])]
+        cells = [plain(row["label"]), rate_text(row["rate"]), interval_text(row["interval"])]
         cells += [rate_text(row["published"])] if _has_published(numbers) else []
-        cells += [rate_text(wer) for wer in row["controls"]]
-        cells += [rate_text(row["normalised"]), rate_text(row["cer"])]
+        cells += [rate_text(rate) for rate in row["controls"]]
+        cells += [rate_text(row["normalised"]), *([rate_text(row["cer"])] if unit == "words" else [])]
         cells += [
             grouped(row[key]) for key in ("substitutions", "deletions", "insertions", "words", "utterances")
         ]

@@ -85,5 +85,5 @@ def write_audio(folder: Path, encoded: dict[Name, str]) -> None:
 
 def read_audio(files: Sequence[Path]) -> dict[Name, str]:
     """Read what `write_audio` saved in the folders of all work shards."""
-    lines = [line for file in files for line in file.read_text().splitlines()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return {(row["key"], row["subset"]): row["mp3"] for row in map(json.loads, lines)}

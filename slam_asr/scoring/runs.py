@@ -13,12 +13,12 @@ from slam_asr.pages.render import grouped, render
 from slam_asr.progress import clock
 from slam_asr.scoring.comparison import Compared, compare_pairs, pair, probability_text
 from slam_asr.scoring.outputs import read_output
-from slam_asr.scoring.report import interval_text, plain, rate_text
+from slam_asr.scoring.report import interval_text, plain, rate_text, short_name
 from slam_asr.storage import write_atomically, write_json
 
 PAGE, MARKDOWN, RUNS = "runs.html", "runs.md", "runs.json"
 
-_LAST_ON_DEV = ("loss", "accuracy", "wer")
+_LAST_ON_DEV = ("loss", "accuracy", "wer", "cer")
 
 
 @dataclass
@@ -39,6 +39,11 @@ class Run:
     """
 
     @property
+    def rate(self) -> float:
+        """The error rate of the complete test in percent: of words, or of characters."""
+        return rate_of(self.numbers["all"])
+
+    @property
     def training(self) -> dict[str, Any]:
         """Facts about the training of this run, from its report."""
         return self.numbers.get("training") or {}
@@ -56,12 +61,14 @@ class Run:
             "name": self.name,
             "changes": self.changes,
             "folder": self.folder,
+            "unit": self.numbers.get("unit", "words"),
+            "rate": self.rate,
             "wer": total["wer"],
             "interval": total["interval"],
             "normalised": total["normalised"],
             "cer": total["cer"],
-            "shuffled": shuffled["all"]["wer"] if shuffled else None,
-            "subsets": {name: counts["wer"] for name, counts in self.numbers["subsets"].items() if name},
+            "shuffled": rate_of(shuffled["all"]) if shuffled else None,
+            "subsets": {name: rate_of(counts) for name, counts in self.numbers["subsets"].items() if name},
             "dev": {key: dev[key] for key in _LAST_ON_DEV if is_number(dev.get(key))},
             "steps": self.training.get("steps"),
             "seconds": self.training.get("seconds"),
@@ -70,8 +77,13 @@ class Run:
         }
 
 
+def rate_of(counts: dict[str, Any]) -> Any:
+    """The rate in counts of a `wer.json`; those of version 0.1.0 have only `wer`. None without words."""
+    return counts.get("rate", counts["wer"])
+
+
 def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) -> list[Run]:
-    """Read the runs, sort them by word error rate, and compare each with the best."""
+    """Read the runs, sort them by error rate, and compare each with the best."""
     numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}
     titles = [values["title"] for values in numbers.values()]
     runs = []
@@ -81,7 +93,7 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
         name = title if titles.count(title) == 1 else f"{title} ({folder.rstrip('/').rpartition('/')[2]})"
         changes = known[title].describe() if title in known else ""
         runs.append(Run(name, folder, changes, values, read_output(folder)))
-    runs.sort(key=lambda run: (run.numbers["all"]["wer"], run.name))
+    runs.sort(key=lambda run: (run.rate, run.name))
     best = runs[0]
     for run in runs[1:]:
         if _same_test(best.rows, run.rows):
@@ -118,6 +130,8 @@ def write_comparison(folder: Path, title: str, runs: Sequence[Run]) -> None:
         filters={"rate": rate_text, "interval": interval_text, "clock": clock, "probability": _probability},
         title=title,
         rows=rows,
+        short=short_name(runs[0].numbers),
+        long={"WER": "word error rate", "CER": "character error rate"}[short_name(runs[0].numbers)],
         subsets=subsets,
         dev=dev,
         markers=RUN_MARKERS,
@@ -130,15 +144,16 @@ def write_comparison(folder: Path, title: str, runs: Sequence[Run]) -> None:
 
 
 def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]) -> str:
+    by_words = rows[0]["unit"] == "words"
     head = [
         "Run",
         "Changes",
-        "WER, %",
+        "WER, %" if by_words else "CER, %",
         "95 % interval",
         *(f"{plain(name)}, %" for name in subsets),
         "Worse by",
         "p",
-        "CER, %",
+        *(["CER, %"] if by_words else []),
         "Steps",
         "Training",
     ]
@@ -152,14 +167,14 @@ def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]
         cells = [
             plain(row["name"]),
             plain(row["changes"]),
-            rate_text(row["wer"]),
+            rate_text(row["rate"]),
             interval_text(row["interval"]),
         ]
         cells += [rate_text(row["subsets"].get(name)) for name in subsets]
         cells += [
             "–" if row["worse_by"] is None else f"{row['worse_by']:.2f}",
             _probability(row["p"]),
-            rate_text(row["cer"]),
+            *([rate_text(row["cer"])] if by_words else []),
         ]
         cells += [
             "–" if row["steps"] is None else grouped(row["steps"]),

@@ -3,6 +3,7 @@
 It also tests whether the difference is significant, so that chance is not taken for progress.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from slam_asr.progress import log_line
 from slam_asr.scoring.comparison import Compared, compare_pairs, pair, probability_text
 from slam_asr.scoring.outputs import read_output
-from slam_asr.storage import write_json
+from slam_asr.storage import write_bytes
 
 
 def compare(
@@ -18,11 +19,13 @@ def compare(
 ) -> list[Compared]:
     """Compare the word error rates of two recognisers on the same utterances, by matched pairs.
 
+    Where words are not separated, as in Chinese, the character error rates are compared.
+
     Args:
         first: output of the first recogniser: the folder that decode or score wrote, the hypotheses.jsonl in
             it, or SLAM-LLM's `…_pred` with its `…_gt` next to it.
         second: output of the second recogniser, in any of the same forms.
-        output: a JSON file to write the numbers to.
+        output: a JSON file to write the numbers to, local or s3://.
         common: compare only the utterances that both outputs have, and count the others. By default, an
             utterance that only one output has is an error.
         seed: seed of the resampling and of the random exchanges.
@@ -39,22 +42,22 @@ def compare(
     rows = compare_pairs(pairs, first, seed)
     _print(rows, first, second, left_out)
     if output:
-        write_json(
-            output,
-            {
-                "first": first,
-                "second": second,
-                "unit": "percent",
-                "left_out": left_out,
-                "compared": [asdict(row) for row in rows],
-            },
-        )
+        numbers = {
+            "first": first,
+            "second": second,
+            "unit": "percent",
+            "left_out": left_out,
+            "compared": [asdict(row) for row in rows],
+        }
+        write_bytes(output, json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
     return rows
 
 
 def _print(rows: Sequence[Compared], first: str, second: str, left_out: dict[str, int]) -> None:
     log_line(f"first:  {first}")
     log_line(f"second: {second}")
+    if rows[-1].unit == "characters":
+        log_line("rates:  character error rates, because the references do not separate words")
     for path, count in left_out.items():
         if count:
             log_line(f"left out: {count} utterances that only {path} has")

@@ -6,7 +6,7 @@ from slam_asr.artifacts.hypotheses import HYPOTHESES
 from slam_asr.artifacts.stage_record import Outcome, Record, run_stage
 from slam_asr.config.variations import variation_of
 from slam_asr.errors import InputError
-from slam_asr.scoring.report import NUMBERS
+from slam_asr.scoring.report import NUMBERS, short_name
 from slam_asr.scoring.runs import read_runs, write_comparison
 from slam_asr.storage import exists, fetch, join, sha256_of_file
 
@@ -20,7 +20,7 @@ def compare_runs(
     variations: list[str] | None = None,
     overwrite: bool = False,
 ) -> Record:
-    """Compare the results of several trainings, best word error rate first, with their curves in one figure.
+    """Compare the results of several trainings, best error rate first, with their curves in one figure.
 
     Args:
         runs: folders that score wrote.
@@ -51,12 +51,13 @@ def compare_runs(
         ranked = read_runs(files, {variation.name: variation for variation in known})
         write_comparison(folder, title or ranked[0].numbers["title"], ranked)
         best, worst = ranked[0], ranked[-1]
-        metrics = {"best wer": best.numbers["all"]["wer"]} | {
-            f"wer {run.name}": run.numbers["all"]["wer"] for run in ranked
+        short = short_name(best.numbers)
+        metrics = {f"best {short.lower()}": best.rate} | {
+            f"{short.lower()} {run.name}": run.rate for run in ranked
         }
         return Outcome(
-            f"{len(ranked)} runs: best {best.name}, WER {best.numbers['all']['wer']:.2f} %; "
-            f"worst {worst.name}, {worst.numbers['all']['wer']:.2f} %",
+            f"{len(ranked)} runs: best {best.name}, {short} {best.rate:.2f} %; "
+            f"worst {worst.name}, {worst.rate:.2f} %",
             metrics,
             {"order": [run.name for run in ranked]},
         )

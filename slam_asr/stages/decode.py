@@ -155,7 +155,9 @@ def _decode(
 
 
 def _hypothesis(u: Utterance, answer: "Answer") -> Hypothesis:
-    return Hypothesis(u.key, u.target, answer.text, u.subset, u.speaker, u.duration or 0.0, answer.cut)
+    return Hypothesis(
+        u.key, u.target, answer.text, u.subset, u.speaker, u.duration or 0.0, answer.cut, u.language
+    )
 
 
 def _hours(decoder: Decoder, indices: Sequence[int]) -> float:

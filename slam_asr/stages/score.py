@@ -13,6 +13,7 @@ from slam_asr.artifacts.hypotheses import (
     write_hypotheses,
 )
 from slam_asr.artifacts.model_folder import read_config
+from slam_asr.artifacts.scripts import separates_words
 from slam_asr.artifacts.stage_record import Outcome, Record, require_record, run_stage
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
@@ -54,7 +55,8 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
     config = read_config(str(fetch_folder(model)))
     records = _complete_parts([require_record(part, "decode") for part in parts])
     files = [record.file(HYPOTHESES) for record in records]
-    inputs = {
+    rows = [row for file in files for row in read_hypotheses(file)]
+    inputs: dict[str, Any] = {
         "parts": [sha256_of_file(file) for file in files],
         "title": recipe.name,
         "training": config.training,
@@ -62,14 +64,20 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
         "controls": {"shuffled": recipe.decoding.shuffled_control, "seed": recipe.decoding.seed},
     }
 
+    if not separates_words(row.reference for row in rows):
+        inputs["unit"] = "characters"  # reports of version 0.1.0 count words in any language
+
     def work(folder: Path) -> Outcome:
-        rows = [row for file in files for row in read_hypotheses(file)]
         write_hypotheses(folder / HYPOTHESES, rows)
         if choices := _files_named(records, NBEST):
             write_atomically(
                 folder / NBEST,
                 "".join(
-                    sorted(line for file in choices for line in file.read_text().splitlines(keepends=True))
+                    sorted(
+                        line
+                        for file in choices
+                        for line in file.read_text(encoding="utf-8").splitlines(keepends=True)
+                    )
                 ),
             )
         return _report(
@@ -99,7 +107,8 @@ def _report(
         controls = {SHUFFLED: shuffled, **controls}
     metrics = write_report(folder, recipe, rows, controls, training, facts, audio)
     write_for_slam_llm(folder, rows)
-    return Outcome(f"WER {metrics['wer']:.2f} % on {len(rows)} utterances", metrics, facts)
+    name, rate = next(iter(metrics.items()))  # `wer`, or `cer` where spaces do not separate words
+    return Outcome(f"{name.upper()} {rate:.2f} % on {len(rows)} utterances", metrics, facts)
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:

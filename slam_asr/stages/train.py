@@ -10,7 +10,7 @@ from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_st
 from slam_asr.config.recipe import Recipe, dump_recipe
 from slam_asr.progress import clock
 from slam_asr.runtime.worker import FAILURE
-from slam_asr.storage import digest, is_s3, join, local_path, write_atomically, write_json
+from slam_asr.storage import digest, is_s3, join, local_path, require_writable, write_atomically, write_json
 from slam_asr.training.job import CHECKPOINTS, FACTS, TrainingJob
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def _train_in(
     llm = read_model_config(checked.llm_folder, "LLM", recipe.llm.trust_remote_code)
     shapes = Shapes(recipe, checked.encoder, llm, [])
     machine = machine_of(checked.device, checked.processes, checked.nodes.number)
+    # Each machine writes its own share of a checkpoint, and may have other rights than the first one.
+    require_writable(join(published, CHECKPOINTS))
     require_fit(shapes, checked.prompt, checked.fitting["train"], machine)
     # An earlier attempt may have left these files; they must not be taken for results of this one.
     for leftover in (FACTS, FAILURE):
@@ -109,7 +111,7 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
     from slam_asr.training.live import write_page
 
     hours, count = checked.hours, len(checked.utterances["train"])
-    facts = json.loads((folder / FACTS).read_text())
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     shown = write_page(
         folder,
         recipe,
@@ -137,8 +139,8 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
     }
     if validation:
         metrics |= {"dev loss": round(last["loss"], 4), "dev accuracy": round(last["accuracy"], 4)}
-    if "wer" in last:
-        metrics["dev WER of samples"] = round(last["wer"], 4)
+    for name in {"wer", "cer"} & last.keys():
+        metrics[f"dev {name.upper()} of samples"] = round(last[name], 4)
     return Outcome(summary, metrics, facts)
 
 

@@ -11,7 +11,7 @@ from slam_asr.decoding.subtitles import FORMATS, SUFFIXES, Transcript
 from slam_asr.decoding.transcriber import Transcriber
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import Meter, log_line
-from slam_asr.storage import join, name_of, write_bytes
+from slam_asr.storage import join, name_of, require_writable, write_bytes
 
 
 def transcribe(
@@ -43,6 +43,7 @@ def transcribe(
             (raised after all others are transcribed).
         ConfigurationError: options contradict each other, or two transcripts would have the same path.
         ModelError: a base model is not the one that the model was trained with.
+        StorageError: the output folder cannot be written (raised before anything is loaded).
     """
     _check(files, format, output, longest)
     paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
@@ -121,6 +122,7 @@ def _output_paths(files: list[str], output: str, suffix: str) -> dict[str, str]:
 
     Raises:
         ConfigurationError: two transcripts would have the same path.
+        StorageError: the output folder cannot be written.
     """
     paths: dict[str, str] = {}
     for file in files:
@@ -131,4 +133,5 @@ def _output_paths(files: list[str], output: str, suffix: str) -> dict[str, str]:
                 "with another --output."
             )
         paths[file] = path
+    require_writable(output)
     return paths

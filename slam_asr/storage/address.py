@@ -12,8 +12,18 @@ _MAX_KEY_BYTES = 1024
 
 
 def is_s3(path: PathOrUri) -> bool:
-    """Whether a path is an address in object storage."""
-    return os.fspath(path).startswith(SCHEME)
+    """Whether a path is an address in object storage.
+
+    Raises:
+        StorageError: it is meant as one but names no bucket, as `s3://$BUCKET` does if the variable is not
+            set. As a local path it would be a folder named `s3:`.
+    """
+    text = os.fspath(path)
+    if text != "s3:" and not text.startswith("s3:/"):
+        return False
+    if not re.match("s3://[^/]", text):
+        raise StorageError(f"{_shown(text)} names no bucket: write the address as s3://bucket/prefix.")
+    return True
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -32,17 +42,26 @@ def split_uri(uri: str) -> tuple[str, str]:
         )
     match = re.fullmatch(r"s3://([a-zA-Z0-9][a-zA-Z0-9._-]+)/?(.*)", uri, re.DOTALL)
     if not match:
-        raise StorageError(f"{uri} is not an address in object storage: write it as s3://bucket/prefix.")
+        raise StorageError(
+            f"{_shown(uri)} is not an address in object storage: write it as s3://bucket/prefix."
+        )
     bucket, key = match[1], match[2]
     try:
         too_long = len(key.encode()) > _MAX_KEY_BYTES
     except UnicodeEncodeError:
         raise StorageError(
-            f"{ascii(uri)[1:-1]}: names in object storage must be UTF-8, and this one is not; rename it."
+            f"{_shown(uri)}: names in object storage must be UTF-8, and this one is not; rename it."
         ) from None
     if too_long:
-        raise StorageError(f"{uri} is too long: names of objects have at most {_MAX_KEY_BYTES} bytes.")
+        raise StorageError(
+            f"{_shown(uri)} is too long: names of objects have at most {_MAX_KEY_BYTES} bytes."
+        )
     return bucket, key
+
+
+def _shown(uri: str) -> str:
+    """An address as a message shows it: on one line, and in characters that can be printed."""
+    return uri if uri.isprintable() else ascii(uri)[1:-1]
 
 
 def folder_prefix(prefix: str) -> str:

@@ -9,6 +9,7 @@ uses a secret that has changed.
 import contextlib
 import functools
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ _LOCATION: _FileNames = {
 TIMEOUT = "SLAM_ASR_S3_TIMEOUT"
 """Environment variable: seconds without an answer after which a request fails."""
 DEFAULT_TIMEOUT = 30.0
+CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
+"""boto3's environment variable: with `when_required`, no checksums are sent to a server that refuses them."""
+_WHEN_REQUIRED = "when_required"
 _CONNECT_TIMEOUT = 5.0
 _MAX_CONNECTIONS = 64
 
@@ -56,11 +60,42 @@ def seconds_from_environment(variable: str, default: float) -> float:
     return seconds
 
 
-def client() -> Any:
+def client(checksums: bool = True) -> Any:
     """The client for the current credentials. Threads share it.
+
+    Args:
+        checksums: whether it may send checksums. It does not if the environment says so, or after
+            `remember_refusal`.
 
     Raises:
         ConfigurationError: the mounted secret or the endpoint's address is not valid.
+    """
+    settings = _settings()
+    # Creating a client takes 0.1 s of computation, and eight threads that each create one take 1.7 s.
+    with _creation_lock(os.getpid()):
+        return _create(*settings, checksums and settings not in _REFUSALS)
+
+
+def sends_checksums(connection: Any) -> bool:
+    """Whether a client computes checksums that a request does not require."""
+    return bool(connection.meta.config.request_checksum_calculation != _WHEN_REQUIRED)
+
+
+def remember_refusal() -> None:
+    """Send no more checksums with the current settings, because their server refuses them."""
+    _REFUSALS.add(_settings())
+
+
+_Settings = tuple[tuple[object, ...], tuple[tuple[str, str], ...], float]
+_REFUSALS: set[_Settings] = set()
+"""Settings with which a server has refused checksums."""
+
+
+def _settings() -> _Settings:
+    """All that a client depends on: what boto3 reads by itself, the arguments, and the time-out in seconds.
+
+    Raises:
+        ConfigurationError: the mounted secret or the time-out is not valid.
     """
     arguments = _mounted_secret() | _region()
     # urllib3 refuses a time-out of 0.
@@ -68,9 +103,23 @@ def client() -> Any:
     environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") or k == "HOME"))
     # boto3 reads these only when a client is created, so a client is valid for these values alone.
     valid_for = (environment, _credentials_file(), os.getpid())
-    # Creating a client takes 0.1 s of computation, and eight threads that each create one take 1.7 s.
-    with _creation_lock(os.getpid()):
-        return _create(valid_for, tuple(sorted(arguments.items())), timeout)
+    return valid_for, tuple(sorted(arguments.items())), timeout
+
+
+def contains_credentials(text: str) -> bool:
+    """Whether a text contains a password, or a credential of the environment or of the mounted secret."""
+    arguments = _mounted_secret()
+    known = [
+        os.environ.get(name.upper()) or arguments.get(name)
+        for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    ]
+    return any(value and value in text for value in known) or bool(_LOOKS_SECRET.search(text))
+
+
+_LOOKS_SECRET = re.compile(
+    r"://[^/\s]*@|\b(?:AKIA|ASIA)[A-Z0-9]{16}|[A-Za-z0-9+/=]{40}|Signature=|Credential="
+)
+"""Matches a name before a host, AWS's access keys and secret keys, and the header that signs a request."""
 
 
 @functools.cache
@@ -81,7 +130,9 @@ def _creation_lock(process: int) -> threading.Lock:
 
 # Only the latest client is cached. A thread that still uses an older one has its own reference.
 @functools.lru_cache(maxsize=1)
-def _create(valid_for: tuple[object, ...], arguments: tuple[tuple[str, str], ...], timeout: float) -> Any:
+def _create(
+    valid_for: tuple[object, ...], arguments: tuple[tuple[str, str], ...], timeout: float, checksums: bool
+) -> Any:
     """Create a client.
 
     Args:
@@ -89,6 +140,7 @@ def _create(valid_for: tuple[object, ...], arguments: tuple[tuple[str, str], ...
             forked one must not share its parent's connections.
         arguments: of boto3's client.
         timeout: in seconds.
+        checksums: whether to send and compare checksums, unless the environment says otherwise.
     """
     import boto3
     from botocore.config import Config
@@ -102,6 +154,8 @@ def _create(valid_for: tuple[object, ...], arguments: tuple[tuple[str, str], ...
         max_pool_connections=_MAX_CONNECTIONS,
         tcp_keepalive=True,
         user_agent_extra="slam-asr",
+        request_checksum_calculation=None if checksums else _WHEN_REQUIRED,
+        response_checksum_validation=None if checksums else _WHEN_REQUIRED,
     )
     try:
         # A new session, because boto3's default session keeps the first credentials that it read.
@@ -176,7 +230,7 @@ def _read_secret(folder: Path, to_read: _FileNames) -> dict[str, str]:
         for argument, names in to_read.items():
             for name in names:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    content = (version / name).read_text().strip()
+                    content = (version / name).read_text(encoding="utf-8").strip()
                     if content:
                         arguments[argument] = content
                         break

@@ -1,7 +1,8 @@
 """What a failed request to object storage means: a reason to try again, or an error for the user.
 
-Messages name only the kind of an error and never repeat its text, which may hold a request's headers or an
-address with a password. For the same reason, errors are raised without their cause.
+Messages name the kind of an error, and quote the server's own words if these contain no credential: they may
+repeat a request's headers, or an address with a password. For the same reason, errors are raised without
+their cause.
 """
 
 import re
@@ -9,12 +10,14 @@ import ssl
 from typing import Any, TypeVar
 
 from slam_asr.errors import ConfigurationError, StorageError, UserError
-from slam_asr.storage.client import SECRET_FOLDER
+from slam_asr.storage.client import CHECKSUMS, SECRET_FOLDER, contains_credentials
 
 T = TypeVar("T")
 
 CHECKSUM_DIFFERS = "its checksum differs"
 _CUT_SHORT = "the answer was cut short"
+_MAX_WORDS = 300
+"""Characters of a server's explanation that a message quotes."""
 
 
 class TemporaryFailure(Exception):
@@ -49,6 +52,14 @@ def error_code(error: Any) -> str:
     code = str(error.response.get("Error", {}).get("Code", ""))
     # A faulty server could put anything here; only what looks like a code may be shown.
     return code if re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else "an error without a code"
+
+
+def server_words(error: Any) -> str:
+    """The server's explanation in a botocore ClientError, in quotes; empty if there is none to show."""
+    words = " ".join(str(error.response.get("Error", {}).get("Message") or "").split())[:_MAX_WORDS]
+    if not words.isprintable() or contains_credentials(words):
+        return ""
+    return f' ("{words}")' if words else ""
 
 
 def http_status(error: Any) -> int:
@@ -98,7 +109,8 @@ def _reason_of_server(error: Any, uri: str, action: str) -> str:
         raise ObjectMissing(uri) from None
     reason = _PERMANENT_CODES.get(code, f"the server answers {code}")
     raise StorageError(
-        f"{uri} cannot be {action}: {reason}; check the address, the credentials and AWS_ENDPOINT_URL."
+        f"{uri} cannot be {action}: {reason}{server_words(error)}; "
+        "check the address, the credentials and AWS_ENDPOINT_URL."
     ) from None
 
 
@@ -149,6 +161,11 @@ _KINDS: dict[str, _Kind] = _by_name(
             ConfigurationError,
             "{uri}: AWS_PROFILE names a profile that is not in the configuration files: check it.",
         ): "ProfileNotFound",
+        (
+            ConfigurationError,
+            f"{{uri}}: {CHECKSUMS} and AWS_RESPONSE_CHECKSUM_VALIDATION must be when_supported or "
+            "when_required.",
+        ): "InvalidChecksumConfigError",
         (
             StorageError,
             "{uri} is not a valid address in object storage: names of objects have 1 to 1024 bytes, "

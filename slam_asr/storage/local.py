@@ -68,8 +68,9 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
 
     Raises:
         OSError: the disk is full, or the folder is not writable.
+        StorageError: the path is a URI.
     """
-    path = Path(path)
+    path = local_path(path)
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

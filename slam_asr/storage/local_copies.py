@@ -65,6 +65,8 @@ def _cached(path: str, identity: list[object], fill: Callable[[Path], None]) -> 
     """
     # A name that is too long loses its beginning, so that it retains its suffix.
     name = os.fsencode(name_of(path))[-_MAX_NAME_BYTES:].decode(errors="ignore")
+    if name in (".", ".."):  # an object may have that name, a file may not
+        name = "object"
     target = cache_folder() / "objects" / digest(identity)[:24] / name
     if target.exists():
         return target

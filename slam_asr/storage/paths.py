@@ -5,11 +5,13 @@ import io
 import os
 import posixpath
 import shutil
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+from slam_asr.errors import StorageError
 from slam_asr.storage import objects, uploads
 from slam_asr.storage.address import PathOrUri, is_s3, split_uri
 from slam_asr.storage.local import FILE_URI, local_path, temporary_path, write_atomically
@@ -28,10 +30,11 @@ def join(base: PathOrUri, *names: str) -> str:
 
 
 def parent_of(path: PathOrUri) -> str:
-    """The folder of a file, as an absolute path or URI."""
+    """The folder of a file, as an absolute path or URI. A bucket is its own folder."""
     path = os.fspath(path)
     if is_s3(path):
-        return path.rstrip("/").rpartition("/")[0]
+        folder = path.rstrip("/").rpartition("/")[0]
+        return folder if folder != "s3:/" else path
     return os.path.dirname(os.path.abspath(local_path(path)))
 
 
@@ -232,6 +235,34 @@ def delete(path: PathOrUri) -> None:
         objects.remove(path)
     else:
         local_path(path).unlink(missing_ok=True)
+
+
+def require_writable(folder: PathOrUri) -> None:
+    """Write, read and remove a small file in a folder, so that a refusal is known before any work is done.
+
+    Args:
+        folder: path or URI; a local folder is created.
+
+    Raises:
+        StorageError: the folder or the bucket does not take the file, or does not return it.
+        OSError: the disk is full, or the folder is not writable.
+    """
+    # Hidden, so that `publish_folder` omits it; and unique, so that several machines can try at once.
+    file, folder = join(folder, f".writable-{uuid.uuid4().hex}"), os.fspath(folder)
+    content = file.encode("utf-8", "surrogateescape")
+    try:
+        write_bytes(file, content)
+        try:
+            differs = read_bytes(file) != content
+        finally:
+            delete(file)
+    except StorageError as error:
+        # The user knows the folder, not the file.
+        raise type(error)(str(error).replace(file, folder)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, folder) from error
+    if differs:
+        raise StorageError(f"{folder} does not return what is written to it: check the storage.")
 
 
 def publish_folder(folder: Path, path: str, last: str) -> None:

@@ -34,6 +34,15 @@ _MAX_CHECKSUM_FAILURES = 3
 """The network may cause a single failure; after this many, the object itself counts as damaged."""
 
 
+def patience() -> float:
+    """The seconds for which temporary failures are retried.
+
+    Raises:
+        ConfigurationError: the environment variable is not a number, or is negative.
+    """
+    return seconds_from_environment(PATIENCE, DEFAULT_PATIENCE)
+
+
 class Cancelled(Exception):
     """The call is no longer needed, because another part of the same transfer failed."""
 
@@ -57,7 +66,7 @@ def call_with_retries(
         ObjectMissing: the object does not exist.
         UserError: the call failed permanently, or for too long; or the limit is not a number.
     """
-    limit = seconds_from_environment(PATIENCE, DEFAULT_PATIENCE)
+    limit = patience()
     cancelled = cancelled or threading.Event()
     started = time.monotonic()
     pause, checksum_failures = _FIRST_PAUSE, 0

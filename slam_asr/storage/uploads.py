@@ -2,7 +2,9 @@
 
 The server compares the bytes of each part with the SHA-256 that is sent along, and this module compares that
 SHA-256 with the one in the server's answer. If a server does not support SHA-256, this module compares the
-MD5 that the server returns as the etag.
+MD5 that the server returns as the etag. If it returns neither, the complete object is read back.
+
+Some servers refuse requests with a checksum. These are repeated without it, and so are all later ones.
 
 The unfinished upload of a killed program is invisible but takes space: let the bucket's lifecycle rules
 remove it.
@@ -21,18 +23,20 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from slam_asr.errors import StorageError
+from slam_asr.progress import log_line
 from slam_asr.storage import pieces
 from slam_asr.storage.address import PathOrUri, split_uri
-from slam_asr.storage.client import client
+from slam_asr.storage.client import CHECKSUMS, client, remember_refusal, sends_checksums
 from slam_asr.storage.failures import (
     ChecksumMismatch,
     ObjectMissing,
     TemporaryFailure,
     error_code,
     require_fields,
+    server_words,
 )
 from slam_asr.storage.local import sha256_of_bytes, sha256_of_file
-from slam_asr.storage.objects import SHA256, WRITER, Info, head
+from slam_asr.storage.objects import SHA256, WRITER, Info, ObjectStream, head
 from slam_asr.storage.pieces import in_parallel, no_report
 from slam_asr.storage.retry import call_with_retries
 
@@ -40,6 +44,10 @@ T = TypeVar("T")
 
 _MAX_PARTS = 10_000
 """S3's limit; objects that would need more parts get larger ones."""
+
+
+_REFUSES_CHECKSUMS = ("InvalidArgument", "InvalidRequest", "NotImplemented", "501", "400")
+"""Codes with which servers refuse a header that they do not know, as the headers of checksums."""
 
 
 class ObjectExists(Exception):
@@ -99,6 +107,8 @@ class _Upload:
         if not key:
             raise StorageError(f"{uri} is a bucket, but an object's name is needed: give s3://bucket/name.")
         self.target = {"Bucket": bucket, "Key": key}
+        self.compared = True
+        """Whether the server's answers have shown so far that it received the right bytes."""
 
     def run(
         self, size: int, content: Callable[[int, int], bytes], report: Callable[[int], object] = no_report
@@ -114,11 +124,14 @@ class _Upload:
         with_checksum = self.target | {"Metadata": {SHA256: self.sha256}}
         if size <= part_bytes:
             everything = content(0, size)
-            self._call(lambda: _send("put_object", everything, with_checksum))
+            self._call(lambda: self._send("put_object", everything, with_checksum))
+            self._read_back()
             report(size)
             return
-        begin = with_checksum | {"ChecksumAlgorithm": "SHA256"}
-        started = self._call(lambda: require_fields(client().create_multipart_upload(**begin), "UploadId"))
+        algorithm = {"ChecksumAlgorithm": "SHA256"}
+        started = self._call(
+            lambda: require_fields(_request("create_multipart_upload", with_checksum, algorithm), "UploadId")
+        )
         target = self.target | {"UploadId": started["UploadId"]}
 
         def send_part(start: int, end: int, cancelled: threading.Event) -> dict[str, Any]:
@@ -126,7 +139,7 @@ class _Upload:
             # Only now are the bytes read, so that parts that wait for a slot take no memory.
             with _part_slots(os.getpid()):
                 part_content = content(start, end)
-                answer = self._call(lambda: _send("upload_part", part_content, target | part), cancelled)
+                answer = self._call(lambda: self._send("upload_part", part_content, target | part), cancelled)
             # The request that completes the upload names each part by its number, etag and checksum.
             return part | {k: answer[k] for k in ("ETag", "ChecksumSHA256") if k in answer}
 
@@ -142,6 +155,7 @@ class _Upload:
             with contextlib.suppress(Exception):
                 client().abort_multipart_upload(**target)
             raise
+        self._read_back()
 
     def _complete(self, arguments: dict[str, Any], size: int) -> None:
         from botocore.exceptions import ClientError
@@ -173,7 +187,7 @@ class _Upload:
 
         def attempt() -> None:
             try:
-                _send("put_object", content, arguments | {"IfNoneMatch": "*"})
+                self._send("put_object", content, arguments | {"IfNoneMatch": "*"})
                 return
             except ClientError as error:
                 code = error_code(error)
@@ -188,14 +202,52 @@ class _Upload:
                 raise TemporaryFailure("it was removed meanwhile")
             else:
                 # If several write at once, the last one wins.
-                _send("put_object", content, arguments)
+                self._send("put_object", content, arguments)
                 self._require_writer(head(self.uri), writer)
 
         self._call(attempt)
+        self._read_back()
 
     def _require_writer(self, existing: Info | None, writer: str) -> None:
         if existing is None or existing.writer != writer:
             raise ObjectExists(self.uri)
+
+    def _send(self, operation: str, content: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Send bytes with their checksum, and compare the checksum in the server's answer.
+
+        Raises:
+            ChecksumMismatch: the server received other bytes.
+        """
+        checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        answer = _request(
+            operation,
+            arguments | {"Body": content},
+            {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": checksum},
+        )
+        etag = require_fields(answer, "ETag")["ETag"].strip('"')
+        if "ChecksumSHA256" in answer:
+            if answer["ChecksumSHA256"] != checksum:
+                raise ChecksumMismatch
+        elif not _is_md5(etag, answer):
+            self.compared = False
+        elif hashlib.md5(content, usedforsecurity=False).hexdigest() != etag:
+            raise ChecksumMismatch
+        return answer
+
+    def _read_back(self) -> None:
+        """Compare the complete object, if the server's answers did not show what it received.
+
+        Raises:
+            StorageError: the object differs.
+        """
+        known = None if self.compared else head(self.uri)
+        # An object with another checksum is not an error: another writer has replaced this one since.
+        if known is None or known.sha256 not in (None, self.sha256):
+            return
+        with ObjectStream(self.uri) as stream:
+            received = hashlib.file_digest(stream, "sha256").hexdigest()
+        if received != self.sha256:
+            raise StorageError(f"{self.uri} is damaged (its checksum differs): write it again.")
 
     def _call(self, call: Callable[[], T], cancelled: threading.Event | None = None) -> T:
         try:
@@ -219,22 +271,33 @@ def _part_slots(process: int) -> threading.BoundedSemaphore:
     return threading.BoundedSemaphore(pieces.PARALLEL)
 
 
-def _send(operation: str, content: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Send bytes with their checksum, and compare the checksum in the server's answer.
+def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]) -> dict[str, Any]:
+    """Make a request with a checksum, or without it if the user or the server wants none.
 
-    Raises:
-        ChecksumMismatch: the server received other bytes.
+    Args:
+        operation: name of boto3's method.
+        arguments: of that method, except the checksum.
+        checksum: the arguments that ask for a checksum or hold one.
     """
-    checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
-    answer: dict[str, Any] = getattr(client(), operation)(
-        Body=content, ChecksumAlgorithm="SHA256", ChecksumSHA256=checksum, **arguments
-    )
-    etag = require_fields(answer, "ETag")["ETag"].strip('"')
-    if "ChecksumSHA256" in answer:
-        if answer["ChecksumSHA256"] != checksum:
-            raise ChecksumMismatch
-    elif _is_md5(etag, answer) and hashlib.md5(content, usedforsecurity=False).hexdigest() != etag:
-        raise ChecksumMismatch
+    from botocore.exceptions import ClientError
+
+    connection = client()
+    if not sends_checksums(connection):
+        answer: dict[str, Any] = getattr(connection, operation)(**arguments)
+        return answer
+    try:
+        answer = getattr(connection, operation)(**arguments, **checksum)
+    except ClientError as error:
+        code = error_code(error)
+        if code not in _REFUSES_CHECKSUMS:
+            raise
+        # If the checksum is not what the server refuses, this raises the server's error again.
+        answer = getattr(client(checksums=False), operation)(**arguments)
+        remember_refusal()
+        log_line(
+            f"the object storage refuses checksums: {code}{server_words(error)}; writing without them, and "
+            f"comparing what it stores. {CHECKSUMS}=when_required makes it so from the start."
+        )
     return answer
 
 

@@ -11,9 +11,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +23,15 @@ from slam_asr.artifacts.checkpoint import CURVE, Checkpoint, file_name
 from slam_asr.errors import ModelError, StorageError, UserError, from_os_error
 from slam_asr.progress import log_line
 from slam_asr.storage import is_s3, join, local_path, sha256_of_file, upload
+from slam_asr.storage.retry import patience
 from slam_asr.training.engines.engine import Engine
+
+T = TypeVar("T")
+
+UNSAVED = "unsaved"
+"""Local folder of a checkpoint that could not be uploaded. The next attempt on this machine uploads it."""
+_FIRST_PAUSE, _MAX_PAUSE = 0.1, 10.0
+"""Seconds between two attempts to write a checkpoint."""
 
 
 @dataclass
@@ -62,8 +70,11 @@ class CheckpointWriter:
 
     Args:
         folder: of all checkpoints; local, or in object storage.
-        scratch: local folder for files that are to be uploaded.
+        scratch: local folder for files that are to be uploaded, and for a checkpoint that cannot be.
         keep: number of the newest checkpoints to retain.
+
+    Raises:
+        ConfigurationError: SLAM_ASR_S3_PATIENCE is not a number of seconds.
     """
 
     def __init__(self, folder: str, scratch: Path, keep: int) -> None:
@@ -72,7 +83,11 @@ class CheckpointWriter:
         # The writing threads have a process group of their own: their messages must not mix with training's.
         self.group = torch.distributed.new_group(backend="gloo") if self.processes > 1 else None
         self.failure: str | None = None
-        """Why the last checkpoint could not be written."""
+        """Why a checkpoint could not be written. After a failure, no other one is written."""
+        self.latest = ""
+        """Folder of the latest checkpoint that was published or resumed from."""
+        self.patience = patience()
+        """Seconds for which a failing write is repeated."""
         self.last = time.monotonic()
         """`time.monotonic()` when the last checkpoint was begun."""
         self._snapshots: queue.Queue[Snapshot | None] = queue.Queue()
@@ -97,7 +112,7 @@ class CheckpointWriter:
         """Wait until nothing is pending, and end the thread.
 
         Raises:
-            StorageError: the last checkpoint could not be written.
+            StorageError: a checkpoint could not be written.
         """
         self._snapshots.put(None)
         self._thread.join()
@@ -108,6 +123,9 @@ class CheckpointWriter:
         while (snapshot := self._snapshots.get()) is not None:
             try:
                 self.failure = self._write(snapshot)
+            except RuntimeError:  # of gloo; the training thread will fail for the same reason, and report it
+                step = snapshot.checkpoint.step
+                self.failure = f"The checkpoint of step {step} is incomplete: another process has ended."
             finally:
                 del snapshot  # frees its memory before the next one arrives
                 self._snapshots.task_done()
@@ -116,47 +134,118 @@ class CheckpointWriter:
         """Write this process's files, and publish the checkpoint when all processes have written theirs.
 
         Returns:
-            None, or the reason why a process could not write.
+            None, or the reason why a process could not write. It is the same in all processes.
+
+        Raises:
+            RuntimeError: another process has ended.
         """
-        about, files, failure = snapshot.checkpoint, {}, None
-        try:
-            files = self._write_share(snapshot)
-        except UserError as error:
-            failure = str(error)
-        except OSError as error:
-            failure = str(from_os_error(error) or error)
-        except Exception as error:  # safetensors and torch raise their own exceptions for a failed write
-            failure = (
-                f"{join(self.folder, about.name)} could not be written ({type(error).__name__}: {error}): "
-                "disk full, or no permission?"
-            )
-        if self.group is not None:
-            # Take part even after a failure: the other processes are waiting for this one's result.
-            results: list[tuple[dict[str, dict[str, Any]], str | None]] = [({}, None)] * self.processes
-            try:
-                torch.distributed.all_gather_object(results, (files, failure), group=self.group)
-            except RuntimeError:  # the training thread will fail for the same reason, and report it
-                return f"The checkpoint of step {about.step} is incomplete: another process has ended."
-            files = {name: facts for written, _ in results for name, facts in written.items()}
-            failure = next((reason for _, reason in results if reason), None)
+        about, written, failure = snapshot.checkpoint, None, self.failure
+        if failure is None:
+            written, failure = self._patiently(about.step, lambda: self._write_share(snapshot, self.folder))
+        files, failure = self._agree(written, failure)
         if failure is None and self.rank == 0:
-            try:
-                about.files = files
-                checkpoint.publish(self.folder, about, self.keep)
-            except UserError as error:
-                failure = str(error)
-            except OSError as error:
-                failure = str(from_os_error(error) or error)
-        if failure and self.rank == 0:
-            log_line(
-                f"warning: the checkpoint of step {about.step} could not be written; training continues: "
-                f"{failure}"
+            about.files = files
+            _, failure = self._patiently(
+                about.step, lambda: checkpoint.publish(self.folder, about, self.keep)
+            )
+        _, failure = self._agree(None, failure)
+        if failure is None:
+            self.latest = join(self.folder, about.name)
+        elif self.failure is None:
+            where = self._where_weights_are(snapshot)
+            _, failure = self._agree(
+                None, f"The checkpoint of step {about.step} could not be written: {failure}; {where}"
             )
         return failure
 
-    def _write_share(self, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-        """Write this process's files, and return the size in bytes and the SHA-256 of each, by name."""
-        name = snapshot.checkpoint.name
+    def _agree(
+        self, files: dict[str, dict[str, Any]] | None, failure: str | None
+    ) -> tuple[dict[str, dict[str, Any]], str | None]:
+        """Exchange results. All processes must call it, after a failure too: the others are waiting.
+
+        Returns:
+            The files of all processes, and the first failure.
+
+        Raises:
+            RuntimeError: another process has ended.
+        """
+        if self.group is None:
+            return files or {}, failure
+        results: list[tuple[dict[str, dict[str, Any]] | None, str | None]] = [(None, None)] * self.processes
+        torch.distributed.all_gather_object(results, (files, failure), group=self.group)
+        together = {name: facts for written, _ in results for name, facts in (written or {}).items()}
+        return together, next((reason for _, reason in results if reason), None)
+
+    def _patiently(self, step: int, write: Callable[[], T]) -> tuple[T | None, str | None]:
+        """Repeat a failing write for as long as requests to object storage are repeated.
+
+        Training continues meanwhile. So an expired credential that is renewed, or a full disk on which space
+        is freed, costs no checkpoint.
+
+        Returns:
+            The result of the write, and None; or None, and the reason of the failure.
+        """
+        pause, failing_since = _FIRST_PAUSE, 0.0
+        while True:
+            began = time.monotonic()
+            try:
+                return write(), None
+            except Exception as error:
+                reason = _reason(error)
+            first, failing_since = not failing_since, failing_since or began
+            remaining = failing_since + self.patience - time.monotonic()
+            if remaining <= 0:
+                return None, reason.rstrip(".")
+            if first:
+                log_line(
+                    f"warning: the checkpoint of step {step} could not be written; training continues, and "
+                    f"tries for another {remaining:.0f} s: {reason}"
+                )
+            time.sleep(min(pause, remaining))
+            pause = min(2 * pause, _MAX_PAUSE)
+
+    def _where_weights_are(self, snapshot: Snapshot) -> str:
+        """Save a checkpoint that cannot be uploaded on this machine, and say how to resume from what exists.
+
+        All processes must call it together.
+
+        Raises:
+            RuntimeError: another process has ended.
+        """
+        about, folder = snapshot.checkpoint, str(self.scratch / UNSAVED)
+        earlier = (
+            f"the latest checkpoint is {self.latest}" if self.latest else "there is no earlier checkpoint"
+        )
+        resume = f"make {self.folder} writable, and run the same command again"
+        # Shares of several machines are no complete checkpoint on any of them.
+        if not is_s3(self.folder) or os.environ.get("LOCAL_WORLD_SIZE", "1") != str(self.processes):
+            return f"{earlier}: {resume} to resume."
+        written, failure = None, None
+        try:
+            written = self._write_share(snapshot, folder)
+        except Exception as error:
+            failure = _reason(error)
+        files, failure = self._agree(written, failure)
+        if failure is None and self.rank == 0:
+            try:
+                checkpoint.publish(folder, replace(about, files=files), self.keep)
+            except (UserError, OSError) as error:
+                failure = _reason(error)
+        if failure is not None:
+            return f"{earlier}: {resume} to resume."
+        return (
+            f"the weights are in {join(folder, about.name)}, and {earlier}: {resume} on this machine, which "
+            "then uploads them and resumes."
+        )
+
+    def _write_share(self, snapshot: Snapshot, folder: str) -> dict[str, dict[str, Any]]:
+        """Write this process's files, and return the size in bytes and the SHA-256 of each, by name.
+
+        Args:
+            snapshot: this process's share of the checkpoint.
+            folder: of all checkpoints; local, or in object storage.
+        """
+        name = join(folder, snapshot.checkpoint.name)
         files: dict[str, dict[str, Any]] = {}
         for kind, tensors in snapshot.tensors.items():
             if tensors:
@@ -169,8 +258,8 @@ class CheckpointWriter:
 
     def _put(self, folder: str, name: str, write: Callable[[Path], object]) -> dict[str, dict[str, Any]]:
         """Write a file under a temporary name, and give it its own name when it is complete."""
-        remote = is_s3(self.folder)
-        target = join(self.folder, folder, name)
+        remote = is_s3(folder)
+        target = join(folder, name)
         partial = (
             self.scratch / f".{name}.partial" if remote else local_path(target).with_name(f".{name}.partial")
         )
@@ -188,6 +277,16 @@ class CheckpointWriter:
         finally:
             partial.unlink(missing_ok=True)
         return {name: facts}
+
+
+def _reason(error: Exception) -> str:
+    """Say in one sentence why a checkpoint could not be written."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return str(from_os_error(error) or error)
+    # safetensors and torch raise their own exceptions for a failed write.
+    return f"{type(error).__name__}: {error}: disk full, or no permission?"
 
 
 def restore(engine: Engine, saved: Checkpoint) -> None:

@@ -214,7 +214,7 @@ def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -
     except ChildFailedError as error:
         failure = folder / FAILURE
         if failure.is_file():
-            raise UserError(failure.read_text()) from error
+            raise UserError(failure.read_text(encoding="utf-8")) from error
         # When one process fails, those that lose it as a peer end with a code of `TEMPORARY_CODES` or with 1.
         # The code of a process that a signal killed is negative, so the minimum is the code of the cause.
         code = min(failed.exitcode for failed in error.failures.values())

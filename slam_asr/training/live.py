@@ -120,7 +120,7 @@ def last_samples(path: Path) -> list[dict[str, str]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):  # the last line may still be incomplete
                 yield json.loads(line)

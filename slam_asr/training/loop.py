@@ -66,6 +66,8 @@ class Totals:
     """Whether any process was asked to stop."""
     pending: float = 0.0
     """Number of checkpoints that are still being written: the mean over the processes."""
+    failed: bool = False
+    """Whether a checkpoint could not be written, so that training must stop."""
     due: bool = False
     """Whether `training.checkpoint_minutes` have passed since the last checkpoint."""
 
@@ -150,7 +152,8 @@ class Loop:
             if micro.is_last:
                 self._reduce(totals)
                 self._apply_step(micro, totals)
-                if not self._finish_step(totals):
+                # The steps after a checkpoint that cannot be written would be lost: `close` raises below.
+                if totals.failed or not self._finish_step(totals):
                     break
                 totals = Totals()
         if self.monitor:
@@ -169,14 +172,15 @@ class Loop:
         flags = [
             self.stop.signal is not None,
             self.resumer.writer.pending,
+            self.resumer.writer.failure is not None,
             parts.rank == 0 and self.resumer.minutes_have_passed(),
         ]
         local = torch.tensor([totals.filled, totals.cells, *flags], dtype=torch.float64, device=parts.device)
         sums = torch.cat([totals.scores, local])
         torch.distributed.all_reduce(sums)
-        *numbers, stop, pending, due = sums.tolist()
+        *numbers, stop, pending, failed, due = sums.tolist()
         totals.numbers, totals.stop = tuple(numbers), stop > 0
-        totals.pending, totals.due = pending / parts.processes, due > 0
+        totals.pending, totals.failed, totals.due = pending / parts.processes, failed > 0, due > 0
 
     def _apply_step(self, micro: MicroBatch, totals: Totals) -> None:
         """Update the weights, and record the step."""
@@ -215,7 +219,7 @@ class Loop:
         what = "loss" if not math.isfinite(loss) else "gradient"
         keys = [self.parts.readers["train"].examples.utterances[i].key for i in micro.step]
         if self.parts.rank == 0:
-            with open(file, "a") as lines:
+            with open(file, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"step": micro.number, "what": what, "keys": keys}) + "\n")
             log_line(f"step {micro.number} was skipped: its {what} is not finite (utterances in {NONFINITE})")
         in_a_row = self.progress.counts.nonfinite
@@ -312,7 +316,7 @@ def main() -> None:
     """Run as one process under torchrun; the only argument is the path of a `TrainingJob` as JSON."""
     # DeepSpeed calls deprecated names of torch, several times per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    job = TrainingJob(**json.loads(Path(sys.argv[1]).read_text()))
+    job = TrainingJob(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     with failures_written_to(Path(job.folder)):
         try:
             code = train_in_this_process(job)

@@ -78,7 +78,7 @@ class Monitor:
         published: str | None,
     ) -> None:
         self.log_every, self.device, self.work = recipe.training.log_every, device, work
-        self.file: TextIO = open(folder / CURVE, "a")  # noqa: SIM115 - closed by close()
+        self.file: TextIO = open(folder / CURVE, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self.meter = Meter("train", total=total_steps - done, unit="step", plain_lines=False)
         self.total, self.first = total_steps, done + 1
         self.interval = _Interval(work)
@@ -135,9 +135,10 @@ class Monitor:
         """
         numbers = {"loss": loss, "accuracy": accuracy}
         line = f"step {step}: dev loss {loss:.4f}, dev accuracy {accuracy:.3f}"
-        if samples is not None and samples.wer is not None:
-            numbers["wer"] = samples.wer
-            line += f", WER {100 * samples.wer:.1f} % on {len(samples.texts)} dev utterances"
+        for name in ("wer", "cer"):
+            if samples is not None and (rate := getattr(samples, name)) is not None:
+                numbers[name] = rate
+                line += f", {name.upper()} {100 * rate:.1f} % on {len(samples.texts)} dev utterances"
         self._write({"step": step, "validation": numbers, **({"samples": samples.texts} if samples else {})})
         log_line(line)
         self._track(step, {f"dev/{name}": value for name, value in numbers.items()})

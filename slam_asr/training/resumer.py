@@ -1,6 +1,7 @@
 """Where a training stands: resumed from the latest checkpoint, and saved in the next ones."""
 
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from slam_asr.errors import ConfigurationError
 from slam_asr.progress import log_line
 from slam_asr.storage import join, write_atomically
 from slam_asr.training.builder import Parts
-from slam_asr.training.checkpoint_writer import CheckpointWriter, restore, take_snapshot
+from slam_asr.training.checkpoint_writer import UNSAVED, CheckpointWriter, restore, take_snapshot
 from slam_asr.training.job import CHECKPOINTS
 
 
@@ -86,6 +87,7 @@ class Resumer:
         # pointers.
         candidates: list[Checkpoint | None] = [None]
         if parts.rank == 0:
+            self._recover(parts.folder / UNSAVED)
             candidates = [checkpoint.find(self.writer.folder)]
             checkpoint.discard_newer_than_latest(self.writer.folder)
         torch.distributed.broadcast_object_list(candidates)
@@ -98,6 +100,7 @@ class Resumer:
                     "training.max_steps or training.epochs, or choose another --output."
                 )
             restore(parts.engine, latest)
+            self.writer.latest = latest.folder
             counts = Counts(**latest.counts)
             progress = Progress(latest.step, latest.epoch, counts, saved=latest.step, earlier=counts.seconds)
             if parts.rank == 0:
@@ -107,6 +110,13 @@ class Resumer:
             # The steps after the checkpoint are repeated, and so are their lines in the curve.
             write_atomically(parts.folder / CURVE, curve)
         return progress
+
+    def _recover(self, unsaved: Path) -> None:
+        """Upload the checkpoint that an earlier attempt on this machine could not upload."""
+        if unsaved.is_dir():
+            checkpoint.recover(str(unsaved), self.writer.folder, self.options.checkpoints)
+            # All files that remain here are published at the end of the training.
+            shutil.rmtree(unsaved)
 
     def minutes_have_passed(self) -> bool:
         """Whether `training.checkpoint_minutes` have passed since the last checkpoint."""

@@ -95,10 +95,10 @@ class _Mlflow:
         self.mlflow = mlflow = importlib.import_module("mlflow")
         run_id = folder / "mlflow-run"
         if run_id.is_file():
-            mlflow.start_run(run_id=run_id.read_text())
+            mlflow.start_run(run_id=run_id.read_text(encoding="utf-8"))
         else:
             started = mlflow.start_run(run_name=run)
-            run_id.write_text(started.info.run_id)
+            run_id.write_text(started.info.run_id, encoding="utf-8")
             # Some servers limit values to 500 characters.
             mlflow.log_params({key: str(value)[:500] for key, value in recipe.items()})
 

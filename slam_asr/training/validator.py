@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from slam_asr.artifacts.hypotheses import Hypothesis
-from slam_asr.artifacts.word_errors import score
+from slam_asr.artifacts.word_errors import measure
 from slam_asr.config.recipe import Recipe
 from slam_asr.models.searcher import Searcher, plan_batches
 from slam_asr.models.slam import Slam
@@ -49,6 +49,8 @@ class Samples:
     """Word error rate of greedy decoding, as a fraction; None if the references contain no words."""
     texts: list[dict[str, str]]
     """`key`, `reference` and `hypothesis` of each utterance."""
+    cer: float | None = None
+    """Character error rate as a fraction, instead of `wer`, where spaces do not separate words."""
 
 
 class SampleTranscriber:
@@ -87,9 +89,11 @@ class SampleTranscriber:
             Hypothesis(examples.utterances[i].key, examples.utterances[i].target, texts_by_index[i])
             for i in self.indices
         ]
-        errors = score(rows)
+        measured = measure(rows)
+        errors = measured.total()
+        rate = errors.wer if errors.words else None
         texts = [{"key": row.key, "reference": row.reference, "hypothesis": row.hypothesis} for row in rows]
-        return Samples(errors.wer if errors.words else None, texts)
+        return Samples(None, texts, cer=rate) if measured.characters else Samples(rate, texts)
 
 
 class Validator:

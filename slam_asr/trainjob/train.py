@@ -91,7 +91,7 @@ def in_this_namespace(placement: Placement) -> Placement:
     and volumes are there, and so must be the owner of the job.
     """
     try:
-        here = NAMESPACE_FILE.read_text().strip()
+        here = NAMESPACE_FILE.read_text(encoding="utf-8").strip()
     except OSError:
         return placement
     if here != placement.namespace:

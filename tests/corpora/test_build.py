@@ -326,7 +326,7 @@ def test_the_error_for_a_file_without_a_test_subset_lists_its_subsets(corpus, tm
 
 def test_a_key_in_two_json_lines_files_is_refused(corpus, tmp_path):
     first = build_manifest(recipe(), str(corpus), str(tmp_path / "one"))
-    with open(first.file("test.jsonl"), "a") as file:
+    with open(first.file("test.jsonl"), "a", encoding="utf-8") as file:
         file.write(first.file("train.jsonl").read_text().splitlines()[0] + "\n")
     assert "1-7-0000 is in train and in test" in refusal(recipe(), first.folder, str(tmp_path / "two"))
 

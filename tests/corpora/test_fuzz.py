@@ -90,13 +90,13 @@ def write(file: Path, columns: dict[str, list]) -> None:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
     elif file.suffix == ".jsonl":
         lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
-        file.write_text("".join(line + "\n" for line in lines))
+        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     else:
         text = io.StringIO()
         writer = csv.writer(text, delimiter="," if file.suffix == ".csv" else "\t")
         writer.writerow(names)
         writer.writerows([["" if cell is None else cell for cell in row] for row in rows])
-        file.write_text(text.getvalue(), newline="")
+        file.write_text(text.getvalue(), encoding="utf-8", newline="")
 
 
 Row = tuple[str, str, str | None, str, str]

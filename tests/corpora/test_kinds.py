@@ -208,7 +208,7 @@ def as_audiofolder(root, audio):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(row["audio"], path)
         header = "" if (path.parent / "metadata.csv").exists() else "file_name,transcription\n"
-        with open(path.parent / "metadata.csv", "a") as file:
+        with open(path.parent / "metadata.csv", "a", encoding="utf-8") as file:
             file.write(f"{header}{path.name},{row['text']}\n")
     return root
 
@@ -231,7 +231,7 @@ def lines_of(rows, separator):
 
 def write_text(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -77,7 +77,7 @@ def test_transcripts_without_audio_and_audio_without_transcript_are_rejected(tmp
 
 def test_a_second_line_for_a_key_is_rejected(tmp_path):
     write_librispeech(tmp_path, SUBSETS)
-    with open(tmp_path / "train-x/1/2/1-2.trans.txt", "a") as file:
+    with open(tmp_path / "train-x/1/2/1-2.trans.txt", "a", encoding="utf-8") as file:
         file.write("1-2-0000 ANOTHER TEXT\n")
     items = read_all(LibriSpeech.find(str(tmp_path), Data()), "train-x")
     assert [(r.key, r.reason) for r in items if isinstance(r, Rejection)] == [("1-2-0000", "duplicate key")]

@@ -332,7 +332,7 @@ def test_b33_an_utterance_of_two_manifests_is_refused(model, manifest, tiny_reci
         "slam_asr.decoding.model.Model.load", lambda *_, **__: pytest.fail("weights were loaded")
     )
     copy = tmp_path / "copy.jsonl"
-    copy.write_text(Path(manifest).read_text().splitlines(keepends=True)[3])
+    copy.write_text(Path(manifest).read_text(encoding="utf-8").splitlines(keepends=True)[3])
     for second in (manifest, str(copy)):
         with pytest.raises(UserError, match=r"The utterance u\d is in .* and in .*: give each once"):
             decode(decode_recipe(tiny_recipe), model, [manifest, second], str(tmp_path / "decoded"))
@@ -341,7 +341,10 @@ def test_b33_an_utterance_of_two_manifests_is_refused(model, manifest, tiny_reci
 def test_b30_b33_utterances_without_transcript_and_speaker_are_decoded(
     model, manifest, tiny_recipe, tmp_path, capsys
 ):
-    row = json.loads(Path(manifest).read_text().splitlines()[0]) | {"target": "", "speaker": None}
+    row = json.loads(Path(manifest).read_text(encoding="utf-8").splitlines()[0]) | {
+        "target": "",
+        "speaker": None,
+    }
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     record = decode(decode_recipe(tiny_recipe), model, [str(tmp_path / "test.jsonl")], str(tmp_path / "d"))
     (hypothesis,) = read_hypotheses(record.file("hypotheses.jsonl"))
@@ -413,7 +416,7 @@ def test_a_killed_process_ends_the_stage_and_a_retry_resumes(model, manifest, ti
 
 @pytest.mark.slow
 def test_what_one_of_several_processes_cannot_read_is_a_sentence(model, manifest, tiny_recipe, tmp_path):
-    rows = [json.loads(line) for line in Path(manifest).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(manifest).read_text(encoding="utf-8").splitlines()]
     (tmp_path / "broken.wav").write_bytes(Path(rows[0]["source"]).read_bytes()[:100] + b"no audio")
     rows[4]["source"] = str(tmp_path / "broken.wav")
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -93,7 +93,7 @@ def test_overlay_for_a_single_user_changes_nothing_of_kubeflow():
 def test_trainer_in_a_kubeflow_for_a_single_user_gives_its_rights_to_the_account_there(tmp_path):
     shutil.copytree(MANIFESTS, tmp_path / "manifests")
     overlay = tmp_path / "manifests/overlays/standalone"
-    with open(overlay / "kustomization.yaml", "a") as file:
+    with open(overlay / "kustomization.yaml", "a", encoding="utf-8") as file:
         file.write("components: [../../components/trainer]\n")
     bindings = of_kind(render(overlay), "RoleBinding", "ClusterRoleBinding")
     assert len(bindings) == 3

@@ -26,8 +26,8 @@ WEIGHTS = "model.safetensors"
 
 
 def change_json(path: Path, **values) -> None:
-    content = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(content | values))
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps(content | values), encoding="utf-8")
 
 
 def in_two_files(folder: Path, kind: str = WEIGHTS) -> list[Path]:

@@ -73,7 +73,7 @@ def error_of(capsys):
 
 
 def spec_of(path: Path) -> PipelineSpec:
-    return json_format.ParseDict(next(yaml.safe_load_all(path.read_text())), PipelineSpec())
+    return json_format.ParseDict(next(yaml.safe_load_all(path.read_text(encoding="utf-8"))), PipelineSpec())
 
 
 def images_of(spec: PipelineSpec) -> dict[str, str]:

@@ -282,7 +282,7 @@ def test_later_stages_find_the_result_of_a_single_stage(tiny_recipe, tiny_corpus
 
 
 def test_second_run_in_the_same_folder_is_rejected(tmp_path):
-    with open(tmp_path / ".lock", "w") as lock:
+    with open(tmp_path / ".lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another run is working in"):
             LocalRun(tmp_path).execute(RunRequest(), "")

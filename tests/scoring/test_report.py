@@ -290,8 +290,8 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;|`
 
 
 def test_transcripts_are_inert(tmp_path):
-    # Without spaces it is a single word, so that each kind of alignment mark must contain all of it.
-    word = HOSTILE.replace(" ", "\u200b")
+    # With word joiners instead of spaces it is one word, so that each kind of mark must contain all of it.
+    word = HOSTILE.replace(" ", "\u2060")
     rows = [
         Hypothesis(word + key, reference, hypothesis, word, word, 1.0)
         for key, reference, hypothesis in [

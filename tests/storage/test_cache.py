@@ -32,7 +32,7 @@ def fill_with(content: bytes, log=None, pause: float = 0.0):
         time.sleep(pause)
         file.write(content[len(content) // 2 :])
         if log is not None:
-            with open(log, "a") as lines:
+            with open(log, "a", encoding="utf-8") as lines:
                 lines.write("filled\n")
 
     return fill

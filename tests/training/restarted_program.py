@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 job = Path(sys.argv[1])
-plan = json.loads(job.read_text())
+plan = json.loads(job.read_text(encoding="utf-8"))
 attempts = job.with_name("attempts")
 number = len(attempts.read_text()) if attempts.exists() else 0
 attempts.write_text("x" * (number + 1))

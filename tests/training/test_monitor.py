@@ -90,9 +90,23 @@ def test_log_curve_and_page_agree(tmp_path, capsys):
     assert shown["samples"] == SAMPLES.texts and len(shown["curve"]) == 4
 
 
+def test_b16_a_validation_names_the_character_error_rate(tmp_path, capsys):
+    monitored = monitor(tmp_path)
+    monitored.step(numbers(1))
+    monitored.validation(1, 0.75, 0.625, Samples(None, SAMPLES.texts, cer=0.125))
+    monitored.close()
+    assert "dev accuracy 0.625, CER 12.5 % on 2 dev utterances" in capsys.readouterr().out
+    assert read_curve(tmp_path / "curve.jsonl")[1] == [
+        {"step": 1, "loss": 0.75, "accuracy": 0.625, "cer": 0.125}
+    ]
+    write_page(tmp_path, load_recipe("demo"), [])
+    page = (tmp_path / "curves.html").read_text(encoding="utf-8")
+    assert "Character error rate of some dev utterances" in page and "Word error rate" not in page
+
+
 def test_an_incomplete_last_line_is_skipped(tmp_path):
     train(tmp_path)
-    with open(tmp_path / "curve.jsonl", "a") as file:
+    with open(tmp_path / "curve.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 5, "lo')
     assert len(read_curve(tmp_path / "curve.jsonl")[0]) == 4
 

@@ -793,11 +793,11 @@ def test_a_store_that_nodes_do_not_share_is_refused(cluster):
 
 
 def test_a_server_that_does_not_answer_is_reported(cluster, monkeypatch, tmp_path):
-    config = yaml.safe_load(Path(cluster.kubeconfig).read_text())
+    config = yaml.safe_load(Path(cluster.kubeconfig).read_text(encoding="utf-8"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         config["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{free.getsockname()[1]}"
-    Path(cluster.kubeconfig).write_text(yaml.safe_dump(config))
+    Path(cluster.kubeconfig).write_text(yaml.safe_dump(config), encoding="utf-8")
     with pytest.raises(UserError, match="The Kubernetes API does not answer"):
         start()
     assert not cluster.created

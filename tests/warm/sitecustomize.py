@@ -53,7 +53,7 @@ def _connect(address: str) -> "socket.socket":
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fork_server.py")
-                    with open(f"{address}.log", "w") as log:
+                    with open(f"{address}.log", "w", encoding="utf-8") as log:
                         # It inherits the lock, and holds it until it ends.
                         subprocess.Popen(
                             [sys.executable, program, address],
@@ -70,7 +70,7 @@ def _connect(address: str) -> "socket.socket":
                 finally:
                     os.close(lock)
             time.sleep(0.1)
-    with open(f"{address}.log") as log:
+    with open(f"{address}.log", encoding="utf-8") as log:
         raise SystemExit(f"the fork server of the tests does not start: {log.read()}")
 
 

@@ -45,7 +45,7 @@ class WaveformSpec(EncoderSpec):
         """
         path = self.folder / "preprocessor_config.json"
         try:
-            return bool(json.loads(path.read_text())["do_normalize"])
+            return bool(json.loads(path.read_text(encoding="utf-8"))["do_normalize"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{path} does not state whether the encoder needs normalised waveforms (do_normalize): "

@@ -1,0 +1,208 @@
+"""What must be writable is tried before work begins; a training stops if no checkpoint can be written."""
+
+import stat
+
+import pytest
+import torch
+
+from slam_asr.artifacts import checkpoint
+from slam_asr.artifacts.checkpoint import Checkpoint
+from slam_asr.artifacts.stage_record import Outcome, run_stage
+from slam_asr.errors import StorageError, UserError
+from slam_asr.pretrained.copy_to_bucket import copy_models
+from slam_asr.stages.transcribe import transcribe
+from slam_asr.storage import exists, read_bytes, require_writable, walk
+from slam_asr.training.checkpoint_writer import UNSAVED, CheckpointWriter, Snapshot
+
+INPUTS = {"seed": 1}
+
+
+def refuse(*methods: str, text: str = ""):
+    """A rule that answers requests of these methods, whose target has this text, with 403."""
+    return lambda request: (
+        (403, "AccessDenied") if request.method in methods and text in request.target else None
+    )
+
+
+@pytest.fixture
+def stage():
+    """Runs a stage and counts how often it works."""
+
+    def run(output: str, **inputs) -> int:
+        calls = []
+
+        def work(folder):
+            calls.append(folder)
+            return Outcome("done")
+
+        try:
+            run_stage("a-stage", output, INPUTS | inputs, work, overwrite=True)
+        except (UserError, OSError):
+            assert not calls
+            raise
+        return len(calls)
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
+def test_b07_a_stage_tries_its_output_before_it_works(faulty_s3, stage, method):
+    faulty_s3.rule = refuse(method, text=".writable-")
+    with pytest.raises(StorageError, match=r"^s3://bucket/y cannot be .*: access is denied") as raised:
+        stage("s3://bucket/y")
+    assert ".writable" not in str(raised.value)
+    faulty_s3.rule = lambda request: None
+    assert stage("s3://bucket/y") == 1
+    if method != "DELETE":
+        assert [f.name for f in walk("s3://bucket/y")] == ["stage.json"]
+    # A finished stage does nothing, so it needs no permission to write.
+    faulty_s3.rule = refuse("PUT", "DELETE")
+    assert stage("s3://bucket/y") == 0
+    # Started again with other inputs, it tries first, and leaves the earlier record in place.
+    with pytest.raises(StorageError, match="access is denied"):
+        stage("s3://bucket/y", seed=2)
+    assert exists("s3://bucket/y/stage.json")
+
+
+def test_b07_a_missing_bucket_and_a_file_in_the_way_are_noticed_first(bucket, stage, tmp_path):
+    with pytest.raises(
+        StorageError, match=r"^s3://no-such-bucket/y cannot be written: there is no such bucket"
+    ):
+        stage("s3://no-such-bucket/y")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(OSError, match="file"):
+        stage(str(tmp_path / "file" / "below"))
+    require_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_b07_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / ".x.partial"))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        require_writable(tmp_path)
+    assert raised.value.filename == str(tmp_path)
+    assert stat.S_ISDIR(tmp_path.stat().st_mode) and list(tmp_path.iterdir()) == []
+
+
+def test_b07_transcribe_and_copy_models_try_first(faulty_s3, tmp_path):
+    faulty_s3.rule = refuse("PUT")
+    with pytest.raises(StorageError, match="access is denied"):
+        transcribe(None, "no-model", [str(tmp_path / "a.wav")], output="s3://bucket/out")
+    with pytest.raises(StorageError, match="access is denied"):
+        copy_models("s3://bucket/models", models=["nobody/nothing"])
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def snapshot(step: int) -> Snapshot:
+    tensors = {"weights": {"w": torch.full((2,), float(step))}, "moments": {"m": torch.ones(2)}}
+    return Snapshot(Checkpoint(step, 0, step, "ddp", 1, INPUTS), tensors, b"{}\n")
+
+
+def weight(folder: str) -> float:
+    return float(checkpoint.require(folder).tensors("weights")["w"][0])
+
+
+def test_b07_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_here(
+    faulty_s3, process_group, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "0.3")
+    faulty_s3.rule = lambda request: None
+    folder = "s3://bucket/x/checkpoints"
+    writer = CheckpointWriter(folder, tmp_path, keep=2)
+    writer.save(snapshot(1))
+    writer.wait()
+    faulty_s3.rule = refuse("PUT", text="step-00000002")
+    writer.save(snapshot(2))
+    writer.wait()
+    assert writer.failure is not None
+    tried = faulty_s3.faults.total()
+    assert tried > 1  # for as long as its patience
+    writer.save(snapshot(3))
+    with pytest.raises(StorageError) as raised:
+        writer.close()
+    assert faulty_s3.faults.total() == tried  # none after the one that failed
+    here = str(tmp_path / UNSAVED)
+    assert str(raised.value).startswith(
+        "The checkpoint of step 2 could not be written: s3://bucket/x/checkpoints/"
+    )
+    assert "access is denied" in str(raised.value) and "\n" not in str(raised.value)
+    assert (
+        f"the weights are in {here}/step-00000002, and the latest checkpoint is {folder}/step-00000001"
+        in str(raised.value)
+    )
+    assert (
+        "warning: the checkpoint of step 2 could not be written; training continues, and tries for another"
+        in (capsys.readouterr().out)
+    )
+    assert weight(folder) == 1.0 and weight(here) == 2.0
+    # The same command on the same machine uploads it.
+    faulty_s3.rule = lambda request: None
+    checkpoint.recover(here, folder, keep=2)
+    assert weight(folder) == 2.0
+    # A newer checkpoint is not replaced by it.
+    writer = CheckpointWriter(folder, tmp_path, keep=2)
+    writer.save(snapshot(5))
+    writer.close()
+    checkpoint.recover(here, folder, keep=2)
+    assert weight(folder) == 5.0
+
+
+def test_b07_a_checkpoint_is_tried_again_for_as_long_as_its_patience(
+    faulty_s3, process_group, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "20")
+    denied = []
+
+    def rule(request):
+        if request.method == "PUT" and len(denied) < 3:
+            denied.append(request)
+            return 403, "ExpiredToken"
+        return None
+
+    faulty_s3.rule = rule
+    writer = CheckpointWriter("s3://bucket/x/checkpoints", tmp_path, keep=2)
+    writer.save(snapshot(1))
+    writer.close()
+    assert len(denied) == 3 and weight("s3://bucket/x/checkpoints") == 1.0
+
+
+def test_b07_a_local_checkpoint_that_cannot_be_written_names_the_latest_one(
+    process_group, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "0")
+    folder = tmp_path / "checkpoints"
+    writer = CheckpointWriter(str(folder), tmp_path, keep=2)
+    (tmp_path / "checkpoints").write_text("in the way", encoding="utf-8")
+    writer.save(snapshot(1))
+    with pytest.raises(
+        StorageError, match=r"could not be written: .* is a file.*; there is no earlier checkpoint: make"
+    ):
+        writer.close()
+
+
+def test_a_local_path_is_needed_where_no_address_is_possible(tmp_path, monkeypatch):
+    from slam_asr.storage import write_atomically
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="is in object storage"):
+        write_atomically("s3://bucket/x", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_writes_its_numbers_to_object_storage(bucket, tmp_path):
+    from slam_asr.stages.compare import compare
+
+    for name in ("a", "b"):
+        for end in ("pred", "gt"):
+            (tmp_path / f"{name}_{end}").write_text("u\tone two\n", encoding="utf-8")
+    compare(str(tmp_path / "a_pred"), str(tmp_path / "b_pred"), output="s3://bucket/difference.json")
+    assert b'"unit": "percent"' in read_bytes("s3://bucket/difference.json")

@@ -1,0 +1,125 @@
+"""Inputs of strangers cannot exhaust memory or time, leave their folder, or become code or markup.
+
+docs/how-to/security.md lists the tests of each kind of input. Here are those that belong nowhere else.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from pipelines.cluster import load_cluster
+from pipelines.compile import compile_command, recipe_parameters, require_no_templates
+from pipelines.kubeflow.commands import submit
+from slam_asr.config.recipe import load_recipe
+from slam_asr.config.variations import read_variations
+from slam_asr.errors import UserError
+from slam_asr.pages.render import render
+from slam_asr.storage import fetch
+
+ROOT = Path(__file__).parents[1]
+LAUGHS = "".join(f"- &l{n} [{', '.join([f'*l{n - 1}'] * 10) if n else 'ha, ha'}]\n" for n in range(12))
+"""Ten to the twelfth values in seven hundred bytes (the "billion laughs")."""
+
+
+def sentence(call, *arguments) -> str:
+    with pytest.raises(UserError) as raised:
+        call(*arguments)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["llm.training_prompts", "training.deepspeed", "data.text", "unknown"])
+def test_aliases_in_yaml_do_not_exhaust_memory(key, tmp_path):
+    sections = key.split(".")
+    indented = "".join("  " * len(sections) + line + "\n" for line in LAUGHS.splitlines())
+    text = "".join("  " * depth + f"{name}:\n" for depth, name in enumerate(sections)) + indented
+    assert len(text) < 1000
+    assert "refers to its own parts" in sentence(load_recipe, "\n" + text)
+    file = tmp_path / "given.yaml"
+    file.write_text(text, encoding="utf-8")
+    for load in (load_recipe, read_variations, load_cluster):
+        assert "refers to its own parts" in sentence(load, str(file))
+
+
+def test_an_anchor_may_be_used_again():
+    recipe = load_recipe("\nllm: {training_prompts: &p [one, two], lora: {targets: *p}}")
+    assert recipe.llm.lora.targets == recipe.llm.training_prompts == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.system [id]", "!!python/name:os.system", "!include /etc/passwd"]
+)
+def test_yaml_names_no_code(tag):
+    assert "not valid YAML" in sentence(load_recipe, f"\nname: {tag}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"llm.prompt": "{{workflow.serviceAccountName}}"},
+        {"name": "{{=sprig.env('HOME')}}"},
+        {"data.audio_root": "s3://bucket/{{inputs.parameters.runtime-config}}"},
+    ],
+)
+@pytest.mark.parametrize("source", ["demo", "mine.yaml"])
+def test_argos_templates_in_a_recipe_are_refused(source, overrides):
+    recipe = load_recipe("demo", overrides)
+    assert "Argo takes for a template" in sentence(require_no_templates, recipe_parameters(source, recipe))
+    require_no_templates(recipe_parameters(source, load_recipe("demo")))
+
+
+def test_argos_templates_are_refused_before_anything_is_compiled_or_submitted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpus = ["--corpus", "s3://bucket/{{pod.name}}", "--store", "s3://bucket/s"]
+    assert "The parameter corpus contains '{{pod.name}}'" in sentence(compile_command, corpus)
+    assert "The parameter corpus contains '{{pod.name}}'" in sentence(submit, ["demo", *corpus])
+    assert list(tmp_path.iterdir()) == []
+
+
+def patterns() -> list[str]:
+    """The regular expressions in the code of this project, as far as they are literals."""
+    found = []
+    for file in sorted([*(ROOT / "slam_asr").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]):
+        text = file.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)) if "re." in text else ():
+            calls_re = isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.")
+            if calls_re and node.args and isinstance(node.args[0], ast.Constant):
+                found.append(node.args[0].value)
+    return sorted(set(found))
+
+
+@pytest.mark.timeout(120)
+def test_no_regular_expression_takes_for_ever():
+    """Expressions whose time grows faster than with the square of the text would not end here."""
+    hostile = [
+        f"{start}{part * 1000}\n"
+        for start in ("", "s3://", "<")
+        for part in ("a", " ", "a ", "1.", "[(", "://@")
+    ]
+    expressions = patterns()
+    assert len(expressions) > 30
+    for expression in expressions:
+        for text in hostile:
+            re.search(expression, text, re.DOTALL)
+
+
+def test_values_in_pages_are_never_markup():
+    """Every template escapes; no value is marked as safe except the figures, which matplotlib draws."""
+    files = [*(ROOT / "slam_asr" / "pages").glob("*.html")]
+    assert len(files) >= 5
+    for file in files:
+        marked = re.findall(r"\{\{([^}]*)\|\s*safe", file.read_text(encoding="utf-8"))
+        assert all(re.fullmatch(r' \{("\w+": "[^"<>]+"(\|safe)?,? ?)+', value) for value in marked), (
+            file,
+            marked,
+        )
+    page = render("facts.html", facts=[("<b>", "<script>alert(1)</script>")])
+    assert "<script" not in page and "<b>" not in page
+
+
+@pytest.mark.parametrize("name", ["..", ".", "x/.."])
+def test_an_object_with_the_name_of_a_folder_is_a_file(bucket, name):
+    bucket.put_object(Key=f"audio/{name}", Body=b"content")
+    assert fetch(f"s3://bucket/audio/{name}").read_bytes() == b"content"
