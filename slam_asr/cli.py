@@ -83,6 +83,7 @@ COUNTING_KEYS = {
     "decode": ("decoding", "features.cache", *MODEL_KEYS),
     "transcribe": ("decoding", *MODEL_KEYS),
     "convert-checkpoint": MODEL_KEYS,
+    "score": ("decoding", "published_wer"),
 }
 """Keys of the recipe that count for a model that is already trained, by command. Its own recipe decides all
 others."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from slam_asr.runtime.cores import limit_threads
+from slam_asr.cores import limit_threads
 
 EXIT_CODE = 2
 

@@ -20,6 +20,7 @@ from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
+from slam_asr.cores import usable_cores
 from slam_asr.decoding.model import Model, open_model, require_capacity
 from slam_asr.errors import InputError
 from slam_asr.runtime.cores import usable_cores

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples, load_audio
 from slam_asr.config.recipe import Recipe
+from slam_asr.cores import usable_cores
 from slam_asr.decoding.pauses import divide
 from slam_asr.decoding.subtitles import Segment, Transcript
 from slam_asr.progress import Meter
-from slam_asr.runtime.cores import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np

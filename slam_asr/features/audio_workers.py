@@ -21,9 +21,9 @@ import torch
 
 from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import load_utterance
+from slam_asr.cores import usable_cores
 from slam_asr.errors import ConfigurationError
 from slam_asr.models.encoders.frontend import Prepared, Preparer
-from slam_asr.runtime.cores import usable_cores
 
 Tag = TypeVar("Tag")
 _Arrays = tuple[list[np.ndarray], int]

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.stage_record import Record, read_record, require_permission_to_replace
+from slam_asr.cores import thread_limits
 from slam_asr.errors import ConfigurationError, Stopped, UserError
 from slam_asr.progress import log_line
-from slam_asr.runtime.cores import thread_limits
 from slam_asr.runtime.worker import FAILURE, PARENT, START
 from slam_asr.storage import digest
 from slam_asr.storage.cache import cache_folder

@@ -13,6 +13,7 @@ from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.model_folder import read_config, read_projector
 from slam_asr.artifacts.utterances import read_rows
 from slam_asr.config.recipe import Recipe, Training
+from slam_asr.cores import usable_cores
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import (
@@ -29,7 +30,6 @@ from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
-from slam_asr.runtime.cores import usable_cores
 from slam_asr.training.batches import BatchReader, Examples
 from slam_asr.training.engines.choose import shards_weights
 from slam_asr.training.job import TrainingJob

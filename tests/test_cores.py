@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from slam_asr import cores
 from slam_asr.errors import exit_on_user_error
 from slam_asr.features.audio_workers import default_workers
-from slam_asr.runtime import cores
 
 
 @pytest.fixture
