@@ -97,17 +97,21 @@ def walk(root: PathOrUri) -> Iterator[Info]:
     if is_s3(root):
         yield from objects.list_objects(root)
     elif local_path(root).is_dir():
-        yield from _walk_folder(local_path(root), "")
+        parents = Path(os.path.realpath(local_path(root))).parents
+        yield from _walk_folder(local_path(root), "", frozenset(map(_identity, parents)))
 
 
-def _walk_folder(
-    folder: Path, prefix: str, above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[Info]:
-    """Yield the files below a folder, unless it is one of the folders above it (device and inode)."""
-    this = folder.stat()
-    if (this.st_dev, this.st_ino) in above:
+def _identity(folder: Path) -> tuple[int, int]:
+    """The device and inode of a folder, which are the same under all of its names."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _walk_folder(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[Info]:
+    """Yield the files below a folder, unless it is one of those above it, given by their identities."""
+    if (this := _identity(folder)) in above:
         return
-    above |= {(this.st_dev, this.st_ino)}
+    above |= {this}
     with os.scandir(folder) as entries:
         # A folder's name is sorted with its slash, as it is in an object's key.
         ordered = sorted((os.fsencode(e.name) + b"/" * e.is_dir(), e) for e in entries if _leads_on(e))

@@ -190,7 +190,7 @@ def test_a_column_of_a_type_that_its_role_cannot_have_is_refused(folder, suffix,
 # Keys
 
 
-@tries(50)
+@tries(40)
 @given(
     st.lists(
         st.tuples(
@@ -262,7 +262,7 @@ def test_compressed_cuts_cut_at_every_byte_are_never_read_in_part(folder):
         assert isinstance(found, list) == (end == len(content)), found
 
 
-@tries(30)
+@tries(20)
 @given(data=st.data())
 def test_a_parquet_file_that_ends_early_is_refused(folder, data):
     file = empty_corpus(folder, "parquet")
