@@ -100,7 +100,7 @@ def test_frozen_weights_are_refused_with_the_option_that_leaves_them_out(recipe,
     assert "--exclude_frozen_parameters" in refusal(recipe, tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("form", ["pickles", "several safetensors"])
+@pytest.mark.parametrize("form", ["several safetensors", pytest.param("pickles", marks=pytest.mark.slow)])
 def test_shards_that_are_missing_doubled_or_cut_off_are_refused(recipe, step, tmp_path, form):
     out = consolidated(step, tmp_path / "out", **FORMS[form])
     first, second, *_ = sorted(file for file in out.iterdir() if "-of-" in file.name)
@@ -135,7 +135,7 @@ def test_a_random_change_of_deepspeeds_files_is_read_or_refused_in_a_sentence(re
     files = sorted(step.glob("*.pt"))
     originals = {file: file.read_bytes() for file in files}
     chance, refused = random.Random(0), 0
-    for _ in range(120):
+    for _ in range(60):
         file = chance.choice(files)
         content = torch.load(file, weights_only=True)
         spoil(content, chance)
@@ -147,4 +147,4 @@ def test_a_random_change_of_deepspeeds_files_is_read_or_refused_in_a_sentence(re
             assert "\n" not in str(error)
             refused += 1
         file.write_bytes(originals[file])
-    assert refused > 40
+    assert refused > 20

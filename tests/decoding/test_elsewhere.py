@@ -38,6 +38,7 @@ def places(moved, **others: str) -> list[str]:
     return [word for part, name in names.items() for word in (f"--{part}.name", name)]
 
 
+@pytest.mark.slow
 def test_b06_model_on_another_machine(moved, tmp_path, capsys):
     with pytest.raises(ModelError, match=r"/gone/encoder.*is elsewhere now, give --encoder\.name"):
         decode(moved, tmp_path)
@@ -56,6 +57,7 @@ def test_b06_model_on_another_machine(moved, tmp_path, capsys):
     assert (recipe.encoder.name, recipe.llm.name) == (moved["encoder"], moved["llm"])
 
 
+@pytest.mark.slow
 def test_b06_other_weights_are_refused_by_sha256(moved, tmp_path, tiny_models):
     other = Path(shutil.copytree(moved["llm"], tmp_path / "other"))
     content = bytearray((other / "model.safetensors").read_bytes())
@@ -79,6 +81,7 @@ def test_b06_an_option_without_effect_is_refused_by_name(moved, tmp_path, option
         decode(moved, tmp_path, *places(moved), option)
 
 
+@pytest.mark.slow
 def test_an_option_of_a_recipes_file_that_is_for_training_is_no_mistake(moved, tmp_path, tiny_recipe):
     """A run's recipe serves all stages, so its other keys are ignored rather than refused."""
     record = decode(moved, tmp_path, "--recipe", str(tiny_recipe), *places(moved), "--decoding.beams", "2")

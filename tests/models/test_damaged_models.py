@@ -233,7 +233,7 @@ def test_a_random_header_is_read_or_refused_in_a_sentence(llm):
     content = (llm / WEIGHTS).read_bytes()
     chance = random.Random(0)
     refused = 0
-    for _ in range(80):
+    for _ in range(40):
         (llm / WEIGHTS).write_bytes(damaged_header(content, chance))
         try:
             require_sound_files(llm, "LLM")
@@ -241,4 +241,4 @@ def test_a_random_header_is_read_or_refused_in_a_sentence(llm):
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert refused > 50
+    assert refused > 25

@@ -336,3 +336,53 @@ def test_an_original_file_serves_as_an_encoder_and_is_converted_once(tmp_path, m
     file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         describe_encoder(Encoder(name=str(file)))
+
+
+def whisper_file(width: int, text_width: int) -> dict:
+    """A checkpoint in the layout of OpenAI's Whisper, with one layer in the encoder and in the decoder."""
+    dims = {
+        "n_mels": 80,
+        "n_audio_ctx": 1500,
+        "n_audio_state": width,
+        "n_audio_layer": 1,
+        "n_audio_head": 2,
+        "n_vocab": 32,
+        "n_text_ctx": 8,
+        "n_text_state": text_width,
+        "n_text_layer": 1,
+        "n_text_head": 2,
+    }
+    block = {
+        f"attn.{part}.{kind}": (width, width) if kind == "weight" else (width,)
+        for part in ("query", "key", "value", "out")
+        for kind in ("weight", "bias")
+        if (part, kind) != ("key", "bias")
+    }
+    block |= {f"{norm}.{kind}": (width,) for norm in ("attn_ln", "mlp_ln") for kind in ("weight", "bias")}
+    block |= {"mlp.0.weight": (4 * width, width), "mlp.0.bias": (4 * width,)}
+    block |= {"mlp.2.weight": (width, 4 * width), "mlp.2.bias": (width,)}
+    shapes = {f"encoder.blocks.0.{name}": shape for name, shape in block.items()} | {
+        "encoder.positional_embedding": (1500, width),
+        "encoder.conv1.weight": (width, 80, 3),
+        "encoder.conv1.bias": (width,),
+        "encoder.conv2.weight": (width, width, 3),
+        "encoder.conv2.bias": (width,),
+        "encoder.ln_post.weight": (width,),
+        "encoder.ln_post.bias": (width,),
+        "decoder.token_embedding.weight": (32, text_width),
+        "decoder.blocks.0.mlp.0.weight": (4 * text_width, text_width),
+    }
+    torch.manual_seed(4)
+    return {"dims": dims, "model_state_dict": {name: torch.randn(shape) for name, shape in shapes.items()}}
+
+
+def test_b22_a_whisper_whose_decoder_has_another_width_gives_its_encoder(tmp_path):
+    content = whisper_file(width=16, text_width=24)
+    line = convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
+    assert "without 2 tensors" in line
+    spec = describe_encoder(Encoder(name=str(tmp_path / "c")))
+    spec.require_weights()
+    weights = spec.load(torch.float32).model.state_dict()
+    for ours, theirs in {"conv2.weight": "conv2.weight", "layers.0.fc1.bias": "blocks.0.mlp.0.bias"}.items():
+        assert torch.equal(weights[ours], content["model_state_dict"][f"encoder.{theirs}"])
+    assert spec.width == 16
