@@ -1,4 +1,4 @@
-"""Compare the stages of this checkout with those of another one, as whole commands.
+"""Compare the stages of this checkout with those of another one, each command from start to end.
 
     git worktree add ../before v0.1.0
     python benchmarks/checkouts.py ../before CORPUS         # CORPUS: a LibriSpeech tree
@@ -63,8 +63,8 @@ def _prepare(checkout: Path, options: argparse.Namespace, folder: Path) -> Path:
     """Return the folder with all that the stages of a checkout read: a manifest, features and a model."""
     _run("build-manifest", checkout, options, folder)
     for name in ("test", "train"):
-        lines = (folder / "test.jsonl").read_text("utf-8").splitlines()[: options.utterances]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()[: options.utterances]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _run("extract-features", checkout, options, folder)
     shutil.copytree(checkout / "slam_asr" / "projectors" / RECIPE, folder / "model")
     return folder

@@ -129,7 +129,7 @@ def recipe_in(checkpoint: str) -> Recipe | None:
 
 
 def _recipe_of(trained: Record) -> Recipe:
-    return load_recipe(trained.file("recipe.yaml").read_text())
+    return load_recipe(trained.file("recipe.yaml").read_text(encoding="utf-8"))
 
 
 def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:

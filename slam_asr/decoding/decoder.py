@@ -23,7 +23,6 @@ from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.cores import usable_cores
 from slam_asr.decoding.model import Model, open_model, require_capacity
 from slam_asr.errors import InputError
-from slam_asr.runtime.cores import usable_cores
 from slam_asr.runtime.launch import Job, ProcessEnded, processes_of
 from slam_asr.runtime.worker import failures_written_to
 

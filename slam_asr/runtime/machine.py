@@ -83,7 +83,7 @@ def _left(path: str) -> float | None:
     except (OSError, ValueError):
         return None  # `max` if there is no limit
     try:
-        lines = Path(path).with_name("memory.stat").read_text().splitlines()
+        lines = Path(path).with_name("memory.stat").read_text(encoding="utf-8").splitlines()
         used = dict(line.split() for line in lines)
     except (OSError, ValueError):
         used = {}

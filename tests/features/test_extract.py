@@ -413,7 +413,7 @@ def test_damaged_weights_are_reported_in_one_sentence(tiny_models, manifest, tmp
     shutil.copytree(tiny_models["encoder"], broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="is damaged or cut off: fetch the model again"):
         extract_features(
             recipe(tiny_models, **{"encoder.name": str(broken)}), [str(manifest[0])], str(tmp_path / "s")
         )

@@ -26,7 +26,7 @@ def test_step_converts_the_checkpoint_that_the_recipe_selects(which, tmp_path, m
     monkeypatch.setattr("slam_asr.artifacts.stage_record.write_pointer", lambda *_: None)
     artifact = SimpleNamespace(path=str(tmp_path / "checkpoint"), log_metric=lambda *_: None)
     assert convert_checkpoint.python_func("store", artifact, artifact, artifact) == ["1/2", "2/2"]
-    assert calls == [{"which": which}]
+    assert calls == [{"which": which, "recipe": recipe}]
 
 
 def test_single_stage_converts_the_checkpoint_that_the_recipe_selects(tmp_path, monkeypatch):

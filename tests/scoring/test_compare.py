@@ -124,7 +124,7 @@ def test_different_references_are_refused(outputs, tmp_path):
     [
         (["/no/such", "/no/such"], "/no/such contains no hypotheses"),
         (["one"], "Missing: --second"),
-        (["a", "b", "c"], "a follows no option"),
+        (["a", "b", "c"], "c follows no option"),
     ],
 )
 def test_missing_files_and_arguments_are_reported(arguments, message):

@@ -42,7 +42,7 @@ def test_the_clock_of_the_first_process_decides_for_all(tmp_path, due):
         loop.stop = SimpleNamespace(signal=None)
         # The clocks of the two processes contradict each other.
         loop.resumer = SimpleNamespace(
-            minutes_have_passed=lambda: due == (rank == 0), writer=SimpleNamespace(pending=0)
+            minutes_have_passed=lambda: due == (rank == 0), writer=SimpleNamespace(pending=0, failure=None)
         )
         totals = Totals(scores=torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64))
         loop._reduce(totals)
