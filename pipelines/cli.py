@@ -43,7 +43,7 @@ SYNOPSES = {
     "stop": f"RUN {_CONNECTION}",
     "open": f"RUN {_CONNECTION}",
     "runs": f"[--mine] [--recipe RECIPE] [--count N] {_CONNECTION}",
-    "doctor": f"{_CONNECTION} [--images TEMPLATE|FILE]",
+    "doctor": f"{_CONNECTION} [--images TEMPLATE|FILE] [--run [--nodes N] [--patience SECONDS]]",
 }
 """The arguments of each command, for its usage line."""
 
@@ -62,7 +62,7 @@ USAGE = (
   stop      stop a run
   open      open a run's page in the dashboard
   runs      list the latest runs, your own or those of a recipe
-  doctor    check that a cluster has everything that a run needs
+  doctor    check that a cluster has everything that a run needs; --run checks it from inside pods too
 
 --model MODEL trains nothing, and evaluates the model on the recipe's test sets.
 --sweep FILE  trains every variation of the recipe that FILE lists, with the same features, and compares them.

@@ -26,7 +26,18 @@ FLOORS = (
     TRADES,
     {"artifacts"},
     {"models", "generation", "pretrained"},
-    {"config", "storage", "runtime", "pages", "audio", "progress", "errors", "version", "__init__"},
+    {
+        "config",
+        "storage",
+        "runtime",
+        "pages",
+        "audio",
+        "progress",
+        "findings",
+        "errors",
+        "version",
+        "__init__",
+    },
 )
 """From the top down. What is in no folder is a room of its own."""
 

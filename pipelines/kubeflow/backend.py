@@ -7,9 +7,9 @@ import urllib3
 from kubernetes import client as kubernetes
 
 from pipelines.cluster import Cluster
-from pipelines.kubeflow.findings import BAD, GOOD, UNKNOWN, Finding
 from pipelines.kubeflow.logs import core_api
 from slam_asr.errors import ClusterError, UserError
+from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
 
 DEFAULT_SECRET = "mlpipeline-minio-artifact"
 """Secret that the launcher reads if `kfp-launcher` sets no root, and that Argo mounts to archive logs."""

@@ -14,6 +14,7 @@ from typing import Any
 import kfp_server_api
 
 from pipelines import asr, evaluate, sweep
+from pipelines.kubeflow import check_pipeline
 from pipelines.kubeflow.connection import Connection, NotFound
 from pipelines.kubeflow.run_view import ENDED
 from slam_asr import __version__
@@ -27,6 +28,7 @@ _DESCRIPTIONS = {
     TRAINING: asr.DESCRIPTION,
     EVALUATION: evaluate.DESCRIPTION,
     SWEEP: sweep.DESCRIPTION,
+    check_pipeline.NAME: check_pipeline.DESCRIPTION,
 }
 
 
