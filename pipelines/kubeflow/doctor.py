@@ -67,6 +67,9 @@ def doctor(arguments: list[str]) -> int:
         default=600.0,
         help="with --run: seconds for which a pod may wait to start, such as for a large image",
     )
+    parser.add_argument(
+        "--poll", type=float, default=5.0, help="with --run: seconds between two requests for the run's state"
+    )
     options = parse_options(parser, arguments)
     _require_sound(options)
     cluster = load_cluster(options["cluster"])
@@ -114,7 +117,7 @@ def _all_findings(cluster: Cluster, options: dict[str, Any]) -> Iterator[Finding
     from pipelines.kubeflow.check_run import CheckRun
 
     try:
-        run = CheckRun(cluster, images_of(images), options["nodes"], options["patience"])
+        run = CheckRun(cluster, images_of(images), options["nodes"], options["patience"], options["poll"])
         yield from run.findings(connection, lambda line: print(line, flush=True))
     except UserError as error:
         yield Finding(BAD, "run", str(error))

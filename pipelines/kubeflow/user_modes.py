@@ -51,5 +51,5 @@ def check_trainjobs(cluster: Cluster, namespace: str, nodes: int = 1) -> Finding
         BAD if nodes > 1 else UNKNOWN,
         "TrainJobs",
         f"are created in {cluster.namespace}, the profile's namespace, but runs, account, secrets and volume "
-        f"are in {namespace}: write `namespace: {namespace}` into the profile before you train on several nodes.",
+        f"are in {namespace}: write `namespace: {namespace}` into the profile before a multi-node training.",
     )

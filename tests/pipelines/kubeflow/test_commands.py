@@ -72,9 +72,10 @@ def test_failed_run_is_reported_and_can_be_resumed(kubeflow, program):
     code, out, _ = program(*SUBMIT, "--wait", "--poll", "0.01")
     assert code == 1
     assert out.splitlines()[-1].startswith("the run failed in train")
-    assert "`python -m pipelines logs run-1`" in out
+    assert "`python -m pipelines logs run-1 --step train` shows its sentence" in out
     code, out, _ = program("status", "run-1", "--cluster", "cpu")
-    assert code == 0 and "train                failed      1:01  exit code 2" in out
+    assert code == 0 and "train                failed      1:01  the program refused its input" in out
+    assert "convert-checkpoint   never reached" in out, out
     code, out, _ = program("resume", "run-1", "--wait", "--poll", "0.01")
     assert code == 0 and kubeflow.retried == ["run-1"] and out.splitlines()[-1] == "the run succeeded"
     code, _, err = program("resume", "run-1")
