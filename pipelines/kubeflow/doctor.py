@@ -90,11 +90,13 @@ def _require_sound(options: dict[str, Any]) -> None:
     Raises:
         ConfigurationError: a number is out of bounds, or `--run` is missing.
     """
-    nodes, patience = options["nodes"], options["patience"]
-    if nodes < 1 or not 0 <= patience < math.inf:
-        raise ConfigurationError(
-            f"--nodes is {nodes} and --patience is {patience:g}: give at least 1 node, and 0 seconds or more."
-        )
+    nodes = options["nodes"]
+    if nodes < 1:
+        raise ConfigurationError(f"--nodes is {nodes}: a TrainJob needs at least 1 pod.")
+    for name in ("patience", "poll"):
+        # A comparison with NaN is false as well.
+        if not 0 <= options[name] < math.inf:
+            raise ConfigurationError(f"--{name} is {options[name]:g}: give a number of seconds, 0 or more.")
     if nodes > 1 and not options["run"]:
         raise ConfigurationError(f"--nodes is {nodes}, but a TrainJob is only started with --run: add it.")
 

@@ -92,7 +92,7 @@ def check_folder(folder: Path, subject: str, remedy: str, if_refused: str) -> Fi
         remedy: what to do if it cannot be written, for the message.
         if_refused: what to do if the user lacks the right, for the message.
     """
-    user = os.getuid()
+    user = os.geteuid()
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
             file.write(b"slam-asr checks whether it may write here\n")

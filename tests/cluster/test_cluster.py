@@ -81,7 +81,7 @@ def test_report_is_shown_through_the_dashboards_artifact_address(real, demo):
 
 
 def artifact_of_own_store(real: RealCluster, connection: Connection, fields: dict[str, str]) -> bytes:
-    """Read an artifact as the dashboard does if the store has a secret of its own, named by `providerInfo`."""
+    """Read an artifact as the dashboard does if the store has its own secret, named by `providerInfo`."""
     storage = load_cluster(real.profile).storage
     address = urllib.parse.urlsplit(storage.endpoint)
     parameters = {
