@@ -77,13 +77,14 @@ def write_package(
     """
     pods = small(cluster)
     trainjob = placement(pods, images["train"]) if nodes > 1 else ""
+    source = source_digest()
 
     def request(step: str) -> str:
         check = PodCheck(
             step=step,
             namespace=namespace,
             version=__version__,
-            source=source_digest(),
+            source=source,
             store=cluster.storage.store,
             secret=cluster.storage.secret,
             claim=cluster.models.claim,

@@ -50,7 +50,7 @@ class FakeKubeflow:
         self.requests: list[str] = []
         self.fails_at: str | None = None
         self.waits = ""
-        """Message of the second step's pod, if that never starts."""
+        """Message of the first step's pod, if that never starts."""
         self.polls: dict[str, int] = {}
 
     def workflow_of(self, run_id: str) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class FakeKubeflow:
         reached, failed = max(0, self.polls.get(run_id, 0)), False
         if self.fails_at and reached > STEPS.index(self.fails_at):
             reached, failed = STEPS.index(self.fails_at) + 1, True
-        reached = min(reached, 1 if self.waits else len(STEPS))
+        reached = 0 if self.waits else min(reached, len(STEPS))
         return workflow(
             f"slam-asr-{run_id}", self.namespaces[run_id], STEPS, reached, failed, START, self.waits
         )

@@ -45,12 +45,13 @@ def workflow(
         _node(name, f"{name}(0).root(0)", "DAG", outcome, start, ended),
     ]
     for number, step in enumerate(steps[: reached + running]):
-        phase = (
-            "Running" if number == reached else "Failed" if failed and number == reached - 1 else "Succeeded"
-        )
-        at = start + timedelta(minutes=number)
-        until = None if phase == "Running" else at + _TAKES
-        place, message = f"{name}(0).root(0).{step}", "main: Error (exit code 2)" if phase == "Failed" else ""
+        phase, message = "Succeeded", ""
+        if number == reached:
+            phase, message = ("Pending", waits) if waits else ("Running", "")
+        elif failed and number == reached - 1:
+            phase, message = "Failed", "main: Error (exit code 2)"
+        at, place = start + timedelta(minutes=number), f"{name}(0).root(0).{step}"
+        until = None if number == reached else at + _TAKES
         nodes += [
             _node(name, f"{place}-driver(0)", "Pod", "Succeeded", at, at),
             _node(name, place, "Retry", phase, at, until),
