@@ -77,7 +77,14 @@ def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
         kubernetes.ApiException: the configuration cannot be read.
     """
     namespace = cluster.kubeflow_namespace
-    settings = api.read_namespaced_config_map("workflow-controller-configmap", namespace).data or {}
+    settings = _config_map(api, "workflow-controller-configmap", namespace)
+    if settings is None:
+        return Finding(
+            UNKNOWN,
+            "retries",
+            f"{namespace} has no workflow-controller-configmap of Argo: write the namespace of Kubeflow into "
+            "kubeflow_namespace of the profile",
+        )
     policy = re.search(r"retryPolicy:\s*\"?(\w+)", "\n".join(settings.values()))
     explained = {
         "OnError": "lost, drained and preempted pods, but no exit code and no lack of memory (OnError)",
@@ -96,7 +103,13 @@ def check_trainer_version(api: kubernetes.CoreV1Api) -> Finding:
     Raises:
         kubernetes.ApiException: the version cannot be read.
     """
-    public = api.read_namespaced_config_map("kubeflow-trainer-public", "kubeflow-system").data or {}
+    public = _config_map(api, "kubeflow-trainer-public", "kubeflow-system")
+    if public is None:
+        return Finding(
+            UNKNOWN,
+            "Kubeflow Trainer",
+            "is not installed in kubeflow-system; only multi-node training needs it, in version 2.2 or later",
+        )
     version = re.search(r"\bv?(\d+)\.(\d+)(\.\d+)?", "\n".join(public.values()))
     if version is None:
         return Finding(UNKNOWN, "Kubeflow Trainer", "does not report its version; 2.2 or later is needed")
@@ -124,14 +137,19 @@ def check_launcher(api: kubernetes.CoreV1Api, namespace: str) -> Finding:
 
 def pipeline_root(api: kubernetes.CoreV1Api, namespace: str) -> str:
     """Return where artifacts go; empty for Kubeflow's default, which also applies without `kfp-launcher`."""
+    settings = _config_map(api, "kfp-launcher", namespace) or {}
+    root: str = settings.get("defaultPipelineRoot") or ""
+    return root
+
+
+def _config_map(api: kubernetes.CoreV1Api, name: str, namespace: str) -> dict[str, str] | None:
+    """Return the content of a ConfigMap; None if it does not exist."""
     try:
-        settings = api.read_namespaced_config_map("kfp-launcher", namespace).data or {}
+        return api.read_namespaced_config_map(name, namespace).data or {}
     except kubernetes.ApiException as error:
         if error.status != 404:
             raise
-        return ""
-    root: str = settings.get("defaultPipelineRoot") or ""
-    return root
+        return None
 
 
 def check_runtime(cluster: Cluster) -> Finding:

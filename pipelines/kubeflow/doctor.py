@@ -143,7 +143,7 @@ def examine(
     try:
         api = core_api()
     except UserError as error:
-        yield from _check_images(images, [])
+        yield from _check_images(images, None)
         yield Finding(UNKNOWN, "Kubernetes", f"{error} Account, secrets, volume and nodes were not checked.")
         return
     yield from _check_images(images, loaded_images(api))
@@ -245,7 +245,7 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
                 os.environ.pop(name, None)
 
 
-def _check_images(source: str, loaded: list[str]) -> Iterator[Finding]:
+def _check_images(source: str, loaded: list[str] | None) -> Iterator[Finding]:
     try:
         image_of = images_of(source)
     except UserError as error:

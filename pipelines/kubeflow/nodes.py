@@ -10,12 +10,12 @@ from slam_asr.findings import BAD, GOOD, Finding
 from slam_asr.steps import STEPS
 
 
-def loaded_images(api: kubernetes.CoreV1Api) -> list[str]:
-    """Return the names of images that the nodes have; empty if the nodes may not be listed."""
+def loaded_images(api: kubernetes.CoreV1Api) -> list[str] | None:
+    """Return the names of the largest images that the nodes have; None if the nodes may not be listed."""
     try:
         nodes = api.list_node().items
     except (kubernetes.ApiException, urllib3.exceptions.HTTPError):
-        return []
+        return None
     return [name for node in nodes for image in node.status.images or [] for name in image.names or []]
 
 

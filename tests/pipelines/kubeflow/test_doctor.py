@@ -252,6 +252,19 @@ def test_image_without_a_registry_must_be_loaded_into_the_nodes(doctor):
     assert code == 1 and "✓ image slam-asr/train:7: is loaded into the nodes" in out, out
     assert "✗ image slam-asr/decode:7: the image of decode has no registry in its name" in out
     assert "load it into the nodes (`make images LOAD=kind`)" in out
+    code, out = doctor(load, profile=PROFILE.replace("{registry}/team/", "slam-asr/"), forbidden=True)
+    assert code == 0 and "– image slam-asr/train:7: the image of train has no registry in its name" in out
+
+
+def test_kubeflow_without_trainer_and_in_another_namespace_has_no_problem(doctor):
+    def remove(served, manifests):
+        for path in [path for path in served if "trainer" in path or "workflow-controller" in path]:
+            del served[path]
+
+    code, out = doctor(remove)
+    assert code == 0, out
+    assert "– Kubeflow Trainer: is not installed in kubeflow-system; only multi-node training needs it" in out
+    assert "– retries: kubeflow has no workflow-controller-configmap of Argo: write the namespace of " in out
 
 
 def test_what_cannot_be_read_is_unknown(doctor):
