@@ -17,7 +17,7 @@ pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use
 pytest = $(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test unit slow soak lint docs lock images compile clean
+.PHONY: help install install-test demo test unit slow soak cluster-test lint docs lock images compile clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
@@ -39,6 +39,9 @@ unit: $(VENV)/.test  ## run only the quick tests
 
 soak: $(VENV)/.test  ## run the long tests, which take hours
 	SLAM_ASR_SOAK=1 $(python) -m pytest $(PYTEST_ARGS)
+
+cluster-test: $(VENV)/.test  ## run the tests on a real Kubeflow, for hours: CLUSTER=profile.yaml IMAGES=build/images.yaml
+	SLAM_ASR_CLUSTER="$(CLUSTER)" SLAM_ASR_CLUSTER_IMAGES="$(IMAGES)" $(python) -m pytest tests/cluster $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## check style, types, words and generated docs, with the hooks of .pre-commit-config.yaml
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(python) -m pre_commit run --all-files

@@ -43,7 +43,9 @@ COMMANDS = {
         "pipelines.kubeflow.commands:runs", "", "list the latest runs, your own or those of a recipe"
     ),
     "doctor": Command(
-        "pipelines.kubeflow.doctor:doctor", "", "check that a cluster has everything that a run needs"
+        "pipelines.kubeflow.doctor:doctor",
+        "",
+        "check that a cluster has everything that a run needs; --run checks it from inside pods too",
     ),
 }
 """All commands. The function takes the arguments after the command's name and returns the exit code.

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from slam_asr import __version__
+from slam_asr.storage import digest
 
 COMMIT = "SLAM_ASR_COMMIT"
 """Environment variable of the images: the commit that they were built from, with a + if files differed."""
@@ -33,3 +34,14 @@ def _commit_of_checkout() -> str:
         return subprocess.run(command, capture_output=True, text=True, encoding="utf-8").stdout.strip()
     except FileNotFoundError:
         return ""
+
+
+def source_digest() -> str:
+    """SHA-256 of all Python files of the installed package, by which two installations are compared.
+
+    `__version__` changes only with a release, and an image knows its commit only if `make images` built it.
+    """
+    package = Path(__file__).resolve().parent
+    files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    # A checkout on Windows may have other line ends than an image.
+    return digest([[name, (package / name).read_text(encoding="utf-8")] for name in files])

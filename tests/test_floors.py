@@ -26,7 +26,19 @@ FLOORS = (
     TRADES,
     {"artifacts"},
     {"models", "generation", "pretrained"},
-    {"config", "storage", "runtime", "pages", "audio", "cores", "progress", "errors", "version", "__init__"},
+    {
+        "config",
+        "storage",
+        "runtime",
+        "pages",
+        "audio",
+        "cores",
+        "progress",
+        "findings",
+        "errors",
+        "version",
+        "__init__",
+    },
 )
 """From the top down. What is in no folder is a room of its own."""
 

@@ -8,23 +8,27 @@ import urllib3
 from kubernetes import client as kubernetes
 
 from pipelines.cluster import Cluster
-from pipelines.kubeflow.findings import BAD, GOOD, UNKNOWN, Finding
+from pipelines.kubeflow.connection import Connection
 from pipelines.kubeflow.logs import core_api
 from slam_asr.errors import ClusterError, UserError
+from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
 
 DEFAULT_SECRET = "mlpipeline-minio-artifact"
 """Secret that the launcher reads if `kfp-launcher` sets no root, and that Argo mounts to archive logs."""
+_OWN_ROOT = "minio://mlpipeline/"
+"""Beginning of the pipeline roots in the object storage that Kubeflow Pipelines brings along."""
 _TRAINER = (2, 2)
 """First version of Kubeflow Trainer with `runtimePatches` in its TrainJob."""
 
 
-def check_rights(cluster: Cluster, namespace: str, needs_default_secret: bool) -> Finding:
+def check_rights(cluster: Cluster, namespace: str, needs_default_secret: bool, nodes: int = 1) -> Finding:
     """Check the rights of the runs' account, by asking the cluster what this account may do.
 
     Args:
         cluster: the profile.
         namespace: namespace of the runs.
         needs_default_secret: whether the launcher reads `DEFAULT_SECRET`.
+        nodes: number of nodes to train on; more than one needs rights for a TrainJob.
 
     Raises:
         kubernetes.ApiException: you may not ask, or the API does not answer.
@@ -32,20 +36,23 @@ def check_rights(cluster: Cluster, namespace: str, needs_default_secret: bool) -
     subject = f"rights of {cluster.service_account}"
     missing = [
         f"{verb} {resource}{f' {name}' if name else ''}"
-        for verb, group, resource, name in _needed_rights(cluster, needs_default_secret)
+        for verb, group, resource, name in _needed_rights(cluster, needs_default_secret, nodes)
         if not _may(cluster.service_account, namespace, verb, group, resource, name)
     ]
     if missing:
+        more = ", and manifests/components/trainer in your overlay what several nodes need" * (nodes > 1)
         return Finding(
             BAD,
             subject,
             f"it may not {', '.join(missing)} in {namespace}: "
-            f"`kubectl apply -n {namespace} -k manifests/runner` grants what runs need.",
+            f"`kubectl apply -n {namespace} -k manifests/runner` grants what runs need{more}.",
         )
     return Finding(GOOD, subject, "it may do what driver, launcher and Argo do in its name")
 
 
-def _needed_rights(cluster: Cluster, needs_default_secret: bool) -> Iterator[tuple[str, str, str, str]]:
+def _needed_rights(
+    cluster: Cluster, needs_default_secret: bool, nodes: int
+) -> Iterator[tuple[str, str, str, str]]:
     """Yield (verb, API group, resource, name); an empty name stands for all."""
     yield "create", "argoproj.io", "workflowtaskresults", ""
     yield "patch", "argoproj.io", "workflowtaskresults", ""
@@ -55,11 +62,23 @@ def _needed_rights(cluster: Cluster, needs_default_secret: bool) -> Iterator[tup
         yield "get", "", "secrets", cluster.storage.secret
     if needs_default_secret and cluster.storage.secret != DEFAULT_SECRET:
         yield "get", "", "secrets", DEFAULT_SECRET
+    if nodes > 1:
+        for verb in ("get", "create", "delete", "patch"):
+            yield verb, "trainer.kubeflow.org", "trainjobs", ""
+        yield "list", "", "pods", ""
+        yield "list", "", "events", ""
+        yield "get", "", "pods/log", ""
 
 
 def _may(account: str, namespace: str, verb: str, group: str, resource: str, name: str) -> bool:
+    resource, _, subresource = resource.partition("/")
     attributes = kubernetes.V1ResourceAttributes(
-        namespace=namespace, verb=verb, group=group, resource=resource, name=name or None
+        namespace=namespace,
+        verb=verb,
+        group=group,
+        resource=resource,
+        subresource=subresource or None,
+        name=name or None,
     )
     groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
     review = kubernetes.V1SubjectAccessReview(
@@ -78,7 +97,14 @@ def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
         kubernetes.ApiException: the configuration cannot be read.
     """
     namespace = cluster.kubeflow_namespace
-    settings = api.read_namespaced_config_map("workflow-controller-configmap", namespace).data or {}
+    settings = _config_map(api, "workflow-controller-configmap", namespace)
+    if settings is None:
+        return Finding(
+            UNKNOWN,
+            "retries",
+            f"{namespace} has no workflow-controller-configmap of Argo: write the namespace of Kubeflow into "
+            "kubeflow_namespace of the profile",
+        )
     policy = re.search(r"retryPolicy:\s*\"?(\w+)", "\n".join(settings.values()))
     explained = {
         "OnError": "lost, drained and preempted pods, but no exit code and no lack of memory (OnError)",
@@ -97,7 +123,13 @@ def check_trainer_version(api: kubernetes.CoreV1Api) -> Finding:
     Raises:
         kubernetes.ApiException: the version cannot be read.
     """
-    public = api.read_namespaced_config_map("kubeflow-trainer-public", "kubeflow-system").data or {}
+    public = _config_map(api, "kubeflow-trainer-public", "kubeflow-system")
+    if public is None:
+        return Finding(
+            UNKNOWN,
+            "Kubeflow Trainer",
+            "is not installed in kubeflow-system; only multi-node training needs it, in version 2.2 or later",
+        )
     version = re.search(r"\bv?(\d+)\.(\d+)(\.\d+)?", "\n".join(public.values()))
     if version is None:
         return Finding(UNKNOWN, "Kubeflow Trainer", "does not report its version; 2.2 or later is needed")
@@ -125,14 +157,40 @@ def check_launcher(api: kubernetes.CoreV1Api, namespace: str) -> Finding:
 
 def pipeline_root(api: kubernetes.CoreV1Api, namespace: str) -> str:
     """Return where artifacts go; empty for Kubeflow's default, which also applies without `kfp-launcher`."""
+    settings = _config_map(api, "kfp-launcher", namespace) or {}
+    root: str = settings.get("defaultPipelineRoot") or ""
+    return root
+
+
+def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
+    """Check whether the dashboard can show the reports and curves of runs.
+
+    For several users, the dashboard drops provider settings with secrets for namespaces other than its own
+    (`frontend/server` of Kubeflow Pipelines 2.17.0), so it reads only from the cluster's own store.
+
+    Raises:
+        kubernetes.ApiException: the launcher's configuration cannot be read.
+    """
+    root = pipeline_root(api, connection.namespace)
+    if not connection.multi_user or not root or root.startswith(_OWN_ROOT):
+        return Finding(GOOD, "pages", "the dashboard can show reports and curves")
+    return Finding(
+        UNKNOWN,
+        "pages",
+        f"for several users the dashboard shows pages only from {_OWN_ROOT}…, but artifacts go to {root}: "
+        f"remove defaultPipelineRoot (`kubectl -n {connection.namespace} edit configmap kfp-launcher`), or "
+        "open report.html in the store.",
+    )
+
+
+def _config_map(api: kubernetes.CoreV1Api, name: str, namespace: str) -> dict[str, str] | None:
+    """Return the content of a ConfigMap; None if it does not exist."""
     try:
-        settings = api.read_namespaced_config_map("kfp-launcher", namespace).data or {}
+        return api.read_namespaced_config_map(name, namespace).data or {}
     except kubernetes.ApiException as error:
         if error.status != 404:
             raise
-        return ""
-    root: str = settings.get("defaultPipelineRoot") or ""
-    return root
+        return None
 
 
 def launcher_changed_after(namespace: str, time: datetime) -> bool | None:

@@ -3,6 +3,7 @@
 Each finding includes what to do about it.
 """
 
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -13,23 +14,25 @@ from kubernetes import client as kubernetes
 
 from components import images as images_of
 from pipelines.cli import command_parser
-from pipelines.cluster import Cluster, StepSettings, load_cluster
+from pipelines.cluster import Cluster, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER, images_source
 from pipelines.kubeflow.backend import (
     check_launcher,
+    check_pages,
     check_retries,
     check_rights,
     check_runtime,
     check_trainer_version,
     pipeline_root,
 )
-from pipelines.kubeflow.connection import Connection, add_connection_options, connect
-from pipelines.kubeflow.findings import BAD, GOOD, UNKNOWN, Finding
+from pipelines.kubeflow.connection import Connection, NotFound, add_connection_options, connect
 from pipelines.kubeflow.logs import core_api
+from pipelines.kubeflow.nodes import check_nodes, loaded_images
 from pipelines.kubeflow.registry import check_image
-from slam_asr.cli import parse_options
-from slam_asr.errors import UserError
-from slam_asr.steps import OWN_IMAGE, STEPS
+from slam_asr.errors import ConfigurationError, UserError
+from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
+from slam_asr.options import parse_options
+from slam_asr.steps import OWN_IMAGE
 from slam_asr.storage import delete, join, write_bytes
 from slam_asr.storage.failures import CredentialsMissing
 
@@ -47,13 +50,31 @@ def doctor(arguments: list[str]) -> int:
         help="template for image names, or the file that `make images` writes (default: the profile's)",
     )
     add_connection_options(parser)
+    parser.add_argument(
+        "--run",
+        action="store_true",
+        help="also start a small pod for each kind of step, which checks what the step needs from inside",
+    )
+    parser.add_argument(
+        "--nodes",
+        type=int,
+        default=1,
+        help="with --run: also start a TrainJob with this many pods, which must reach each other",
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=600.0,
+        help="with --run: seconds for which a pod may wait to start, such as for a large image",
+    )
+    parser.add_argument(
+        "--poll", type=float, default=5.0, help="with --run: seconds between two requests for the run's state"
+    )
     options = parse_options(parser, arguments)
+    _require_sound(options)
     cluster = load_cluster(options["cluster"])
-    namespace = options["namespace"] or cluster.namespace
     failed = 0
-    for finding in examine(
-        cluster, namespace, images_source(cluster, options["images"]), lambda: connect(options, cluster)
-    ):
+    for finding in _all_findings(cluster, options):
         print(finding.line(), flush=True)
         failed += finding.sign == BAD
     if failed:
@@ -63,29 +84,77 @@ def doctor(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _require_sound(options: dict[str, Any]) -> None:
+    """Check the options of a run.
+
+    Raises:
+        ConfigurationError: a number is out of bounds, or `--run` is missing.
+    """
+    nodes = options["nodes"]
+    if nodes < 1:
+        raise ConfigurationError(f"--nodes is {nodes}: a TrainJob needs at least 1 pod.")
+    for name in ("patience", "poll"):
+        # A comparison with NaN is false as well.
+        if not 0 <= options[name] < math.inf:
+            raise ConfigurationError(f"--{name} is {options[name]:g}: give a number of seconds, 0 or more.")
+    if nodes > 1 and not options["run"]:
+        raise ConfigurationError(f"--nodes is {nodes}, but a TrainJob is only started with --run: add it.")
+
+
+def _all_findings(cluster: Cluster, options: dict[str, Any]) -> Iterator[Finding]:
+    """Yield the findings from here, and then those of a run, if one is requested."""
+    images = images_source(cluster, options["images"])
+    connection, findings = _check_pipelines(
+        options["namespace"] or cluster.namespace, lambda: connect(options, cluster)
+    )
+    yield from findings
+    namespace = connection.namespace if connection else options["namespace"] or cluster.namespace
+    yield from examine(cluster, namespace, images, connection, options["nodes"])
+    if not options["run"]:
+        return
+    if connection is None:
+        yield Finding(UNKNOWN, "run", "was not started, because Kubeflow Pipelines does not answer")
+        return
+    # This imports kfp, which is slow.
+    from pipelines.kubeflow.check_run import CheckRun
+
+    try:
+        run = CheckRun(cluster, images_of(images), options["nodes"], options["patience"], options["poll"])
+        yield from run.findings(connection, lambda line: print(line, flush=True))
+    except UserError as error:
+        yield Finding(BAD, "run", str(error))
+    except NotFound:
+        yield Finding(BAD, "run", "somebody deleted it before it ended: start doctor again")
+
+
 def examine(
-    cluster: Cluster, namespace: str, images: str, connected: Callable[[], Connection]
+    cluster: Cluster, namespace: str, images: str, connection: Connection | None, nodes: int = 1
 ) -> Iterator[Finding]:
-    """Run all checks, and yield each finding as soon as it is known.
+    """Run all checks that are made from here, and yield each finding as soon as it is known.
 
     Args:
         cluster: the profile.
-        namespace: namespace of the runs, if Kubeflow Pipelines cannot be asked for it.
+        namespace: namespace of the runs.
         images: template or file of image names.
-        connected: connects to Kubeflow Pipelines; a `UserError` that it raises becomes a finding.
+        connection: the connection to Kubeflow Pipelines, if it answers.
+        nodes: number of nodes to train on, if that is known.
     """
-    connection, findings = _check_pipelines(namespace, connected)
-    yield from findings
-    if connection is not None:
-        # A single-user Kubeflow runs everything in its own namespace.
-        namespace = connection.namespace
     yield from _check_store(cluster)
-    yield from _check_images(images)
     try:
         api = core_api()
     except UserError as error:
+        yield from _check_images(images, None)
         yield Finding(UNKNOWN, "Kubernetes", f"{error} Account, secrets, volume and nodes were not checked.")
         return
+    yield from _check_images(images, loaded_images(api))
+    for subject, check in _cluster_checks(api, cluster, namespace, connection, nodes):
+        yield _finding_of(subject, namespace, check)
+
+
+def _cluster_checks(
+    api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str, connection: Connection | None, nodes: int
+) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """Yield each check that asks the Kubernetes API, with its subject."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         (f"service account {cluster.service_account}", lambda: _check_account(api, cluster, namespace)),
         *(
@@ -99,9 +168,10 @@ def examine(
             else []
         ),
         ("launcher configuration", lambda: check_launcher(api, namespace)),
+        *([("pages", lambda: check_pages(api, connection))] if connection else []),
         (
             f"rights of {cluster.service_account}",
-            lambda: check_rights(cluster, namespace, not pipeline_root(api, namespace)),
+            lambda: check_rights(cluster, namespace, not pipeline_root(api, namespace), nodes),
         ),
         ("retries", lambda: check_retries(api, cluster)),
         *(
@@ -114,12 +184,11 @@ def examine(
             if cluster.queue.name
             else []
         ),
-        ("nodes", lambda: _check_nodes(api, cluster)),
+        ("nodes", lambda: check_nodes(api, cluster)),
         (f"training runtime {cluster.trainer.runtime}", lambda: check_runtime(cluster)),
         ("Kubeflow Trainer", lambda: check_trainer_version(api)),
     ]
-    for subject, check in checks:
-        yield _finding_of(subject, namespace, check)
+    yield from checks
 
 
 def _check_pipelines(
@@ -175,14 +244,14 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
                 os.environ.pop(name, None)
 
 
-def _check_images(source: str) -> Iterator[Finding]:
+def _check_images(source: str, loaded: list[str] | None) -> Iterator[Finding]:
     try:
         image_of = images_of(source)
     except UserError as error:
         yield Finding(BAD, "images", str(error))
         return
     for stage in OWN_IMAGE:
-        yield check_image(stage, image_of[stage])
+        yield check_image(stage, image_of[stage], loaded)
 
 
 def _finding_of(subject: str, namespace: str, check: Callable[[], Finding]) -> Finding:
@@ -261,48 +330,3 @@ def _check_queue(cluster: Cluster, namespace: str) -> Finding:
             "kueue.x-k8s.io", "v1beta1", namespace, "localqueues", cluster.queue.name
         )
     return Finding(GOOD, subject, "exists")
-
-
-def _check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
-    nodes = [node for node in api.list_node().items if not node.spec.unschedulable]
-    gpu_steps = {name: cluster.steps[name] for name in STEPS if cluster.steps[name].gpus}
-    if not gpu_steps:
-        return Finding(GOOD, "nodes", f"{len(nodes)} accept pods; the profile requests no GPUs")
-    lacking = {name: step for name, step in gpu_steps.items() if not any(_fits(node, step) for node in nodes)}
-    if not lacking:
-        return Finding(GOOD, "nodes", f"{len(nodes)} accept pods, and each step fits on one of them")
-    name, step = next(iter(lacking.items()))
-    max_gpus = max((_gpus(node, step) for node in nodes), default=0)
-    return Finding(
-        BAD,
-        "nodes",
-        f"none has {step.gpus} × {step.gpu_resource} for {name} (the maximum is {max_gpus}), the labels of "
-        f"node_selector, and only tolerated taints: lower steps.{name.replace('-', '_')}.gpus, or correct "
-        "node_selector and tolerations. Ignore this if the cluster adds such nodes on demand.",
-    )
-
-
-def _gpus(node: Any, step: StepSettings) -> int:
-    return int((node.status.allocatable or {}).get(step.gpu_resource, 0))
-
-
-def _fits(node: Any, step: StepSettings) -> bool:
-    """Return whether a node could run a step's pod if no other pod used its GPUs."""
-    labels = node.metadata.labels or {}
-    # PreferNoSchedule, the third effect, does not exclude a node.
-    taints = [taint for taint in node.spec.taints or [] if taint.effect in ("NoSchedule", "NoExecute")]
-    return (
-        _gpus(node, step) >= step.gpus
-        and all(labels.get(key) == value for key, value in step.node_selector.items())
-        and all(any(_tolerates(t, taint) for t in step.tolerations) for taint in taints)
-    )
-
-
-def _tolerates(toleration: dict[str, str], taint: Any) -> bool:
-    # By the rules of Kubernetes, a missing effect matches every effect, and with Exists, a missing key
-    # matches every key.
-    if toleration.get("effect", taint.effect) != taint.effect:
-        return False
-    if toleration.get("operator", "Equal") == "Exists":
-        return toleration.get("key", taint.key) == taint.key
-    return toleration.get("key") == taint.key and toleration.get("value", "") == (taint.value or "")

@@ -2,10 +2,11 @@
 
 import json
 import re
+from collections.abc import Collection
 
 import urllib3
 
-from pipelines.kubeflow.findings import BAD, GOOD, UNKNOWN, Finding
+from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
 
 _MANIFESTS = ", ".join(
     (
@@ -24,21 +25,26 @@ _LOGIN_REQUIRED = (
 )
 
 
-def check_image(stage: str, image: str) -> Finding:
+def check_image(stage: str, image: str, loaded: Collection[str] | None = None) -> Finding:
     """Check that a stage's image exists, without pulling it.
 
     Args:
         stage: name of the stage, for the message.
         image: name of the image, with a tag or a digest; without either, the tag is `latest`.
+        loaded: names of the images that the cluster's nodes have already; None if that is unknown.
     """
     subject = f"image {image}"
     registry, slash, rest = image.partition("/")
+    # A node gives the name of its default registry to an image without one.
+    if {image, f"docker.io/{image}", f"localhost/{image}"} & set(loaded or ()):
+        return Finding(GOOD, subject, "is loaded into the nodes")
     if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
         return Finding(
-            BAD,
+            UNKNOWN if loaded is None else BAD,
             subject,
             f"the image of {stage} has no registry in its name, so nodes look for it on Docker Hub: "
-            "push it (`make images REGISTRY=… PUSH=1`) and name it with its registry.",
+            "load it into the nodes (`make images LOAD=kind`), or push it (`make images REGISTRY=… PUSH=1`) "
+            "and name it with its registry.",
         )
     name, _, reference = rest.partition("@") if "@" in rest else rest.rpartition(":")
     # If the name has neither a tag nor a digest, rpartition returns all of it as the last part.

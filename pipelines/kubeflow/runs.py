@@ -15,6 +15,7 @@ from typing import Any
 import kfp_server_api
 
 from pipelines import asr, evaluate, sweep
+from pipelines.kubeflow import check_pipeline
 from pipelines.kubeflow.connection import Connection, NotFound
 from pipelines.kubeflow.run_view import ENDED, broken_driver, is_orphaned, new_run_hint
 from pipelines.kubeflow.workflow import Workflow, read_workflow
@@ -29,6 +30,7 @@ _DESCRIPTIONS = {
     TRAINING: asr.DESCRIPTION,
     EVALUATION: evaluate.DESCRIPTION,
     SWEEP: sweep.DESCRIPTION,
+    check_pipeline.NAME: check_pipeline.DESCRIPTION,
 }
 _TIME_FORMAT = "%m-%d %H:%M"
 """Format of the time at the end of a run's name."""

@@ -25,6 +25,7 @@ from kubernetes.client import ApiClient
 from slam_asr.artifacts.stage_record import Outcome, run_stage, write_pointer
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import ClusterError, UserError
+from slam_asr.stages.check_pod import PodCheck, examine
 from slam_asr.training.launch import nodes_from_environment
 from slam_asr.trainjob import follow, train
 from slam_asr.trainjob.placement import Placement
@@ -849,3 +850,23 @@ def test_sigterm_deletes_the_job(cluster):
     rest = process.communicate(timeout=30)[0]
     assert process.returncode != 0 and "interrupted: deleting TrainJob" in rest, rest
     assert not cluster.jobs and cluster.deleted
+
+
+def test_check_of_several_nodes_runs_in_a_job_and_reports_the_node_that_fails(cluster):
+    check = PodCheck("train", "runs", gpus=1, nodes=2, trainjob=json.dumps(vars(PLACEMENT)))
+    [finding] = examine(check)
+    assert finding.line() == "✓ 2 nodes: a TrainJob in team ran, and its pods reach each other"
+    [job] = cluster.created
+    trainer = job["spec"]["trainer"]
+    *program, request = trainer["command"] + trainer["args"]
+    assert program == ["python", "-m", "slam_asr.stages.check_pod"] and trainer["numNodes"] == 2
+    assert PodCheck(**json.loads(request)) == PodCheck("train", "team", gpus=1, nodes=2, in_trainjob=True)
+    assert cluster.deleted == [job["metadata"]["name"]] and not cluster.jobs
+    cluster.states = ["Running", "Failed"]
+    cluster.logs["node-1"] = "slam-asr: error: node 1: does not reach the other nodes through a:1.\n"
+    [finding] = examine(check)
+    assert finding.line() == "✗ 2 nodes: node 1: does not reach the other nodes through a:1."
+    cluster.forbidden = True
+    [finding] = examine(check)
+    assert finding.line().startswith("✗ 2 nodes: The account runner may not use TrainJobs in team (403)")
+    assert not cluster.jobs

@@ -13,10 +13,12 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import kfp_server_api as kfp
+
+from tests.pipelines.kubeflow.fake_workflow import tasks_of, workflow
 
 TOKEN = "a-token-that-nobody-may-see"
 START = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
@@ -34,6 +36,8 @@ class FakeKubeflow:
         self.packages: dict[str, bytes] = {}
         self.experiments: dict[str, kfp.V2beta1Experiment] = {}
         self.runs: dict[str, kfp.V2beta1Run] = {}
+        self.namespaces: dict[str, str] = {}
+        """The namespace in which each run's pods are: a single-user server puts all of them into its own."""
         self.recorded: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         """Recorded runs by id: the answers of v2beta1 and of v1beta1."""
         self.archive: dict[str, bytes] = {}
@@ -48,44 +52,35 @@ class FakeKubeflow:
         """Kinds of the next answers, in order: 503, 500, proxy, slow, cut, html, 401, 403 or ok."""
         self.requests: list[str] = []
         self.fails_at: str | None = None
+        self.waits = ""
+        """Message of the first step's pod, if that never starts."""
         self.polls: dict[str, int] = {}
 
-    def run_at(self, run_id: str, poll: int) -> kfp.V2beta1Run:
-        """Return a run in its state at the n-th request: one step further each time."""
-        run = self.runs[run_id]
-        details, failed = [], False
-        for number, step in enumerate(STEPS):
-            state = "SUCCEEDED" if number < poll else "RUNNING" if number == poll else "PENDING"
-            if failed:
-                break
-            if step == self.fails_at and number < poll:
-                state, failed = "FAILED", True
-            started = START + timedelta(minutes=number)
-            details.append(
-                kfp.V2beta1PipelineTaskDetail(
-                    run_id=run_id,
-                    task_id=f"task-{number}",
-                    display_name=step,
-                    state=state,
-                    create_time=started,
-                    start_time=started if state != "PENDING" else None,
-                    end_time=started + timedelta(seconds=61)
-                    if state in ("SUCCEEDED", "FAILED")
-                    else datetime(1, 1, 1, tzinfo=UTC),
-                    error=kfp.GoogleRpcStatus(message="exit code 2") if state == "FAILED" else None,
-                )
-            )
-            details.append(
-                kfp.V2beta1PipelineTaskDetail(
-                    run_id=run_id,
-                    task_id=f"driver-{number}",
-                    display_name=f"{step}-driver",
-                    state="SUCCEEDED",
-                )
-            )
-        run.run_details = kfp.V2beta1RunDetails(task_details=details)
-        run.state = "FAILED" if failed else "SUCCEEDED" if poll >= len(STEPS) else "RUNNING"
+    def workflow_of(self, run_id: str) -> dict[str, Any]:
+        """Return the workflow of a run in its state at the latest request: one step further each time."""
+        reached, failed = max(0, self.polls.get(run_id, 0)), False
+        if self.fails_at and reached > STEPS.index(self.fails_at):
+            reached, failed = STEPS.index(self.fails_at) + 1, True
+        reached = 0 if self.waits else min(reached, len(STEPS))
+        return workflow(
+            f"slam-asr-{run_id}", self.namespaces[run_id], STEPS, reached, failed, START, self.waits
+        )
+
+    def run_at(self, run_id: str) -> kfp.V2beta1Run:
+        """Return a run in its state at the latest request."""
+        run, manifest = self.runs[run_id], self.workflow_of(run_id)
+        run.run_details = kfp.V2beta1RunDetails(task_details=tasks_of(run_id, manifest))
+        run.state = manifest["status"]["phase"].upper()
         return run
+
+    def namespace_of(self, asked: str | None) -> str | None:
+        """Return the namespace of an object: a single-user server has no namespaces, whatever is asked."""
+        return asked if self.multi_user else None
+
+
+def refusal(code: int, message: str) -> dict[str, Any]:
+    """Build the body of an answer that refuses a request: gRPC's code, and the server's message."""
+    return {"code": code, "message": message, "details": []}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -120,8 +115,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._send(503, b"upstream connect error\n", "text/plain")
         if fault in ("503", "401", "403", "500"):
             return self._send(int(fault), json.dumps({"message": f"fault {fault}"}).encode())
-        if fake.token and self.headers.get("authorization") != f"Bearer {fake.token}":
-            return self._send(401, b'{"message": "unauthenticated"}')
+        # A single-user server knows no users, and the health check is for probes, which have no token.
+        known = self.headers.get("authorization") == f"Bearer {fake.token}"
+        if fake.token and fake.multi_user and not known and not path.endswith("/healthz"):
+            return self._send(401, json.dumps(refusal(16, "Unauthenticated: Request header error")).encode())
         status, answer = self._route(method, path, dict(urllib.parse.parse_qsl(query)), body)
         content = json.dumps(kfp.ApiClient().sanitize_for_serialization(answer)).encode()
         self._send(status, content[: len(content) // 2] if fault == "cut" else content, length=len(content))
@@ -140,27 +137,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _route(self, method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
         fake: FakeKubeflow = self.server.fake
         if match := re.fullmatch(r"/apis/v1beta1/runs/([^/]+)", path):
-            if match[1] not in fake.recorded:
-                return 404, {"message": "no such run"}
-            answer = fake.recorded[match[1]][1]
-            manifest = json.dumps(answer["pipeline_runtime"]["workflow_manifest"])
-            return 200, {"run": answer["run"], "pipeline_runtime": {"workflow_manifest": manifest}}
+            if match[1] in fake.recorded:
+                answer = fake.recorded[match[1]][1]
+                of_run, manifest = answer["run"], answer["pipeline_runtime"]["workflow_manifest"]
+            elif match[1] in fake.runs:
+                of_run, manifest = {"id": match[1]}, fake.workflow_of(match[1])
+            else:
+                return 404, refusal(5, f"Run {match[1]} not found")
+            return 200, {"run": of_run, "pipeline_runtime": {"workflow_manifest": json.dumps(manifest)}}
         path = path.removeprefix("/apis/v2beta1")
         if path == "/healthz":
             return 200, kfp.V2beta1GetHealthzResponse(multi_user=fake.multi_user)
         if path == "/pipelines" and method == "POST":
             request = json.loads(body)
-            if any(p.display_name == request["display_name"] for p in fake.pipelines.values()):
-                return 409, {"message": ""}
+            name, namespace = request["display_name"], fake.namespace_of(request.get("namespace"))
+            if any((p.display_name, p.namespace) == (name, namespace) for p in fake.pipelines.values()):
+                # The server gives no reason.
+                return 409, refusal(6, "")
             created = kfp.V2beta1Pipeline(
-                pipeline_id=f"pipeline-{len(fake.pipelines) + 1}",
-                display_name=request["display_name"],
-                namespace=request.get("namespace"),
+                pipeline_id=f"pipeline-{len(fake.pipelines) + 1}", display_name=name, namespace=namespace
             )
             fake.pipelines[created.pipeline_id] = created
             return 200, created
         if path == "/pipelines/upload_version":
             number = f"version-{len(fake.versions) + 1}"
+            if any(
+                (v.pipeline_id, v.display_name) == (query["pipelineid"], query["name"])
+                for v in fake.versions.values()
+            ):
+                return 409, refusal(6, "")
             created = kfp.V2beta1PipelineVersion(
                 pipeline_id=query["pipelineid"], pipeline_version_id=number, display_name=query["name"]
             )
@@ -174,7 +179,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             matching = [
                 p
                 for p in fake.pipelines.values()
-                if (not name or p.display_name in name.groups()) and p.namespace == query.get("namespace")
+                if (not name or p.display_name in name.groups())
+                and p.namespace == fake.namespace_of(query.get("namespace"))
             ]
             return 200, kfp.V2beta1ListPipelinesResponse(pipelines=matching, total_size=len(matching))
         if match := re.fullmatch(r"/pipelines/([^/]+)/versions", path):
@@ -185,41 +191,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return 200, kfp.V2beta1ListPipelineVersionsResponse(
                 pipeline_versions=known[index : index + 1], next_page_token=next_page
             )
+        if path in ("/experiments", "/runs"):
+            asked = (json.loads(body) if method == "POST" else query).get("namespace")
+            # A run is created in the namespace of its experiment.
+            if fake.multi_user and not asked and (path, method) != ("/runs", "POST"):
+                return 400, refusal(3, "Invalid input error: a namespace is required in multi-user mode")
+            namespace = fake.namespace_of(asked)
         if path == "/experiments":
             if method == "POST":
                 created = kfp.V2beta1Experiment(
                     experiment_id=f"experiment-{len(fake.experiments) + 1}",
-                    **{
-                        k: v
-                        for k, v in json.loads(body).items()
-                        if k in ("display_name", "namespace", "description")
-                    },
+                    namespace=namespace,
+                    **{k: v for k, v in json.loads(body).items() if k in ("display_name", "description")},
                 )
                 fake.experiments[created.experiment_id] = created
                 return 200, created
             return 200, kfp.V2beta1ListExperimentsResponse(
                 experiments=[
-                    e for e in fake.experiments.values() if e.display_name in query.get("filter", "")
+                    e
+                    for e in fake.experiments.values()
+                    if e.display_name in query.get("filter", "") and e.namespace == namespace
                 ]
             )
         if path == "/runs" and method == "POST":
             request = json.loads(body)
-            if request["pipeline_version_reference"]["pipeline_version_id"] in fake.unknown_versions:
+            version = request.get("pipeline_version_reference") or {}
+            if version.get("pipeline_version_id") in fake.unknown_versions:
                 return 404, {"message": "pipeline version not found"}
             fake.created.append(request)
             run = kfp.V2beta1Run(
                 run_id=f"run-{len(fake.runs) + 1}",
                 display_name=request["display_name"],
                 description=request.get("description"),
+                experiment_id=request.get("experiment_id"),
                 runtime_config=request.get("runtime_config"),
-                pipeline_version_reference=request["pipeline_version_reference"],
+                pipeline_version_reference=version,
                 state="PENDING",
                 created_at=START,
             )
             fake.runs[run.run_id] = run
+            # Experiments of recorded runs are not among the server's own.
+            experiment = fake.experiments.get(request.get("experiment_id", ""))
+            fake.namespaces[run.run_id] = (experiment.namespace if experiment else "") or "kubeflow"
             return 200, run
         if path == "/runs":
-            return 200, kfp.V2beta1ListRunsResponse(runs=list(reversed(fake.runs.values())))
+            newest = reversed(fake.runs.values())
+            found = [run for run in newest if fake.namespaces[run.run_id] == (namespace or "kubeflow")]
+            return 200, kfp.V2beta1ListRunsResponse(runs=found)
         if match := re.fullmatch(r"/runs/([^/:]+):terminate", path):
             fake.terminated.append(match[1])
             return 200, {}
@@ -232,14 +250,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if match[1] in fake.recorded:
                 return 200, fake.recorded[match[1]][0]
             if match[1] not in fake.runs:
-                return 404, {"message": "no such run"}
+                return 404, refusal(5, f"Run {match[1]} not found")
             if match[2]:
                 fake.retried.append(match[1])
                 fake.fails_at = None
                 return 200, {}
             fake.polls[match[1]] = fake.polls.get(match[1], -1) + 1
-            return 200, fake.run_at(match[1], fake.polls[match[1]])
-        return 404, {"message": f"nothing at {path}"}
+            return 200, fake.run_at(match[1])
+        return 404, refusal(5, f"nothing at {path}")
 
     def _file(self, body: bytes) -> bytes:
         message = email.message_from_bytes(

@@ -72,9 +72,10 @@ def test_failed_run_is_reported_and_can_be_resumed(kubeflow, program):
     code, out, _ = program(*SUBMIT, "--wait", "--poll", "0.01")
     assert code == 1
     assert out.splitlines()[-1].startswith("the run failed in train")
-    assert "`python -m pipelines logs run-1`" in out
+    assert "`python -m pipelines logs run-1 --step train` shows its sentence" in out
     code, out, _ = program("status", "run-1", "--cluster", "cpu")
-    assert code == 0 and "train                failed      1:01  exit code 2" in out
+    assert code == 0 and "train                failed      1:01  the program refused its input" in out
+    assert "convert-checkpoint   never reached" in out, out
     code, out, _ = program("resume", "run-1", "--wait", "--poll", "0.01")
     assert code == 0 and kubeflow.retried == ["run-1"] and out.splitlines()[-1] == "the run succeeded"
     code, _, err = program("resume", "run-1")
@@ -207,7 +208,10 @@ def test_refusal_is_one_sentence_and_nothing_is_created(kubeflow, program, fault
 
 def test_expired_token_and_wrong_address_are_one_sentence(kubeflow, program, monkeypatch, tmp_path):
     monkeypatch.delenv("KFP_EXISTING_TOKEN")
-    assert "asks for a token (401: unauthenticated): put one into KFP_EXISTING_TOKEN" in program("status")[2]
+    assert (
+        "asks for a token (401: Unauthenticated: Request header error): put one into KFP_EXISTING_TOKEN"
+        in program("status")[2]
+    )
     monkeypatch.setenv("SLAM_ASR_KFP_PATIENCE", "0")
     for faults, sentence in (
         (["proxy"], "did not answer in 0 s of retries (HTTP 503: upstream connect error): try again later."),

@@ -1,11 +1,16 @@
 """doctor finds what is missing, explains what to do, and shows no secret."""
 
 import base64
+from pathlib import Path
 
 import pytest
+import yaml
 
+from pipelines.cluster import load_cluster
+from pipelines.kubeflow.backend import _needed_rights
 from tests.pipelines.kubeflow.fake import KubernetesHandler, RegistryHandler, serving
 
+CHECKOUT = Path(__file__).resolve().parents[3]
 PROFILE = """
 namespace: team
 service_account: runner
@@ -44,7 +49,7 @@ def objects() -> dict:
         ),
         f"{NAMESPACE}/configmaps/kfp-launcher": (
             200,
-            {"metadata": {"name": "kfp-launcher"}, "data": {"defaultPipelineRoot": "s3://bucket/artifacts"}},
+            {"metadata": {"name": "kfp-launcher"}, "data": {"defaultPipelineRoot": "minio://mlpipeline/v2"}},
         ),
         f"{NAMESPACE}/persistentvolumeclaims/models": (
             200,
@@ -87,7 +92,7 @@ def objects() -> dict:
 def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
     """Run doctor on a complete cluster, to which `change` was applied; return exit code and output."""
 
-    def run(change=lambda objects, manifests: None, forbidden=False, profile=PROFILE):
+    def run(change=lambda objects, manifests: None, forbidden=False, profile=PROFILE, options=()):
         served, manifests = (
             objects(),
             {
@@ -102,7 +107,7 @@ def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
         ):
             kubernetes_at(kubernetes)
             (tmp_path / "profile.yaml").write_text(profile.format(registry=registry.removeprefix("http://")))
-            code, out, err = program("doctor", "--cluster", str(tmp_path / "profile.yaml"))
+            code, out, err = program("doctor", "--cluster", str(tmp_path / "profile.yaml"), *options)
         assert err == "" and "nobody-may-see" not in out
         return code, out.replace(registry.removeprefix("http://"), "registry")
 
@@ -113,7 +118,7 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     code, out = doctor()
     assert code == 0, out
     lines = out.splitlines()
-    assert len(lines) == 20 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert len(lines) == 21 and all(line.startswith("✓ ") for line in lines[:-1]), out
     assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
     assert "Kubeflow Trainer: is v2.3.0" in out
     assert "nodes: 2 accept pods, and each step fits on one of them" in out
@@ -220,9 +225,49 @@ def test_single_user_kubeflow_is_checked_in_its_own_namespace(doctor, kubeflow):
     assert "for a single user: runs are in kubeflow, not in team" in out
 
 
+def test_pages_of_several_users_load_only_from_kubeflows_own_store(doctor, kubeflow):
+    root = changed(
+        f"{NAMESPACE}/configmaps/kfp-launcher", data={"defaultPipelineRoot": "s3://bucket/artifacts"}
+    )
+    code, out = doctor(root)
+    assert code == 0, out
+    assert (
+        "– pages: for several users the dashboard shows pages only from minio://mlpipeline/…, but artifacts "
+        "go to s3://bucket/artifacts: remove defaultPipelineRoot (`kubectl -n team edit configmap kfp-"
+    ) in out
+
+
+def test_image_without_a_registry_must_be_loaded_into_the_nodes(doctor):
+    loaded = [
+        {"names": [f"docker.io/slam-asr/{stage}:7"]}
+        for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint")
+    ]
+
+    def load(served, manifests):
+        served["/api/v1/nodes"][1]["items"][0]["status"]["images"] = loaded
+
+    code, out = doctor(load, profile=PROFILE.replace("{registry}/team/", "slam-asr/"))
+    assert code == 1 and "✓ image slam-asr/train:7: is loaded into the nodes" in out, out
+    assert "✗ image slam-asr/decode:7: the image of decode has no registry in its name" in out
+    assert "load it into the nodes (`make images LOAD=kind`)" in out
+    code, out = doctor(load, profile=PROFILE.replace("{registry}/team/", "slam-asr/"), forbidden=True)
+    assert code == 0 and "– image slam-asr/train:7: the image of train has no registry in its name" in out
+
+
+def test_kubeflow_without_trainer_and_in_another_namespace_has_no_problem(doctor):
+    def remove(served, manifests):
+        for path in [path for path in served if "trainer" in path or "workflow-controller" in path]:
+            del served[path]
+
+    code, out = doctor(remove)
+    assert code == 0, out
+    assert "– Kubeflow Trainer: is not installed in kubeflow-system; only multi-node training needs it" in out
+    assert "– retries: kubeflow has no workflow-controller-configmap of Argo: write the namespace of " in out
+
+
 def test_what_cannot_be_read_is_unknown(doctor):
     code, out = doctor(forbidden=True)
-    assert code == 0 and out.count("you may not read it (403)") == 11, out
+    assert code == 0 and out.count("you may not read it (403)") == 12, out
     code, out = doctor(lambda served, manifests: manifests.update({"team/decode:7": 403}))
     assert code == 0 and "– image registry/team/decode:7: the registry requires a login" in out
 
@@ -257,3 +302,21 @@ def test_missing_bucket_and_login_page_are_problems(doctor, kubeflow):
     assert code == 1
     assert "✗ Kubeflow Pipelines: " in out and "answers with a web page, most likely a login" in out
     assert "✗ store s3://no-such-bucket/store: " in out
+
+
+def test_several_nodes_need_the_rights_that_the_trainer_component_grants():
+    role, *_ = yaml.safe_load_all((CHECKOUT / "manifests/components/trainer/rights.yaml").read_text())
+    granted = {
+        (verb, group, resource)
+        for rule in role["rules"]
+        for verb in rule["verbs"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
+    one, two = (list(_needed_rights(load_cluster("cpu"), False, nodes)) for nodes in (1, 2))
+    asked = {right[:3] for right in two if right not in one}
+    # The runner's own role already grants `get pods`, and a missing runtime is a finding of its own.
+    assert asked == granted - {
+        ("get", "", "pods"),
+        ("get", "trainer.kubeflow.org", "trainingruntimes"),
+    }

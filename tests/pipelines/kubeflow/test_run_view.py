@@ -150,8 +150,9 @@ def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "is lost, because its workflow was deleted from the cluster: " in err
     assert f"`python -m pipelines resume {run_id} --new` starts it again" in err
-    code, out, _ = program("resume", run_id, "--new")
-    assert code == 0 and kubeflow.retried == []
+    code, out, err = program("resume", run_id, "--new")
+    assert code == 0, err
+    assert kubeflow.retried == []
     [created], v2 = kubeflow.created, kubeflow.recorded[run_id][0]
     assert created["runtime_config"] == {"parameters": v2["runtime_config"]["parameters"]}
     for key in ("experiment_id", "pipeline_version_reference", "service_account"):
@@ -164,7 +165,8 @@ def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program)
     # The time at the end of a name is replaced.
     assert program("resume", "run-1", "--new")[0] == 2
     kubeflow.polls["run-1"] = 9
-    assert program("resume", "run-1", "--new")[0] == 0
+    code, _, err = program("resume", "run-1", "--new")
+    assert code == 0, err
     assert len(kubeflow.created[1]["display_name"]) == len(created["display_name"])
 
 

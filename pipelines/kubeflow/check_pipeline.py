@@ -1,0 +1,143 @@
+"""The pipeline of `doctor --run`: a small pod for each kind of step, which checks what it needs from inside.
+
+A pod has its step's image, account, secrets, volumes, node selector, tolerations and queue, but few resources
+and at most one GPU.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from kfp import dsl
+from kfp.compiler import Compiler
+from kfp.dsl.base_component import BaseComponent
+
+from pipelines.cluster import Cluster
+from pipelines.package_check import check_package
+from pipelines.placement import place, placement
+from slam_asr import __version__
+from slam_asr.stages.check_pod import PodCheck
+from slam_asr.steps import STEPS
+from slam_asr.version import source_digest
+
+NAME = "slam-asr-doctor"
+DESCRIPTION = "Check from inside a pod of each step what runs need: `python -m pipelines doctor --run`."
+CHECKED = tuple(name for name, step in STEPS.items() if not step.settings_of)
+"""Steps with settings of their own. `run_view` shows these six for any workflow named slam-asr-…."""
+_MINUTES = 10
+"""Time limit of a pod, a TrainJob and each of its pods."""
+
+
+# Without an image of its own: `build_pipeline` gives each task the image of its step.
+@dsl.component(base_image="python", install_kfp_package=False)
+def check_pod(request: str, findings: dsl.Output[dsl.Markdown]) -> None:
+    """Check from inside a pod what a step needs there.
+
+    Args:
+        request: A `PodCheck` in JSON.
+        findings: One line for each check.
+    """
+    import json
+    from pathlib import Path
+
+    try:
+        from slam_asr.stages.check_pod import check_pod as run
+    except ImportError:
+        submitter = json.loads(request)["version"]
+        lines = [
+            f"✗ image: it has no slam_asr, or one that is older than yours, {submitter}: build and push the "
+            "images again with `make images REGISTRY=… TAG=… PUSH=1`."
+        ]
+        print(lines[0])
+    else:
+        lines = [finding.line() for finding in run(request)]
+    # An empty line between two findings, because Markdown joins the lines of a paragraph.
+    Path(findings.path).write_text("\n\n".join(lines), encoding="utf-8")
+
+
+def write_package(
+    cluster: Cluster, images: dict[str, str], output: Path, namespace: str, nodes: int = 1
+) -> Path:
+    """Write the pipeline's YAML for a cluster, and check its consistency.
+
+    Args:
+        cluster: the profile.
+        images: image of each step.
+        output: the file.
+        namespace: namespace of the runs, for the pods' messages.
+        nodes: number of pods of a TrainJob that the step `train` starts; 1 for none.
+
+    Returns:
+        `output`.
+
+    Raises:
+        PackageDefect: the compiled pipeline is inconsistent.
+    """
+    pods = small(cluster)
+    trainjob = placement(pods, images["train"]) if nodes > 1 else ""
+    source = source_digest()
+
+    def request(step: str) -> str:
+        check = PodCheck(
+            step=step,
+            namespace=namespace,
+            version=__version__,
+            source=source,
+            store=cluster.storage.store,
+            secret=cluster.storage.secret,
+            claim=cluster.models.claim,
+            # The steps with torch load the models.
+            hub=STEPS[step].torch != "none" and not cluster.models.offline,
+            gpus=pods.steps[step].gpus,
+            nodes=nodes,
+            trainjob=trainjob if step == "train" else "",
+        )
+        return json.dumps(asdict(check))
+
+    def place_step(step: str, task: dsl.PipelineTask) -> None:
+        place(pods, images, step, task, over_nodes=step == "train" and nodes > 1)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Compiler().compile(build_pipeline(request, place_step), str(output))
+    check_package(output, images)
+    return output
+
+
+def build_pipeline(
+    request: Callable[[str], str], place_step: Callable[[str, dsl.PipelineTask], None]
+) -> BaseComponent:
+    """Build the pipeline.
+
+    Args:
+        request: returns the `PodCheck` (JSON) of a step.
+        place_step: assigns the cluster's settings to the task of a step.
+    """
+
+    @dsl.pipeline(name=NAME, display_name="SLAM-ASR: doctor", description=DESCRIPTION)
+    def doctor() -> None:
+        for step in CHECKED:
+            # kfp names a task, its executor and its pod's node after the component, and `status` and `logs`
+            # know steps by these names.
+            component = copy.deepcopy(check_pod)
+            component.name = component.component_spec.name = step
+            task = component(request=request(step))
+            task.set_caching_options(False)
+            place_step(step, task)
+
+    return doctor
+
+
+def small(cluster: Cluster) -> Cluster:
+    """Return the profile with few resources for each step, one GPU at most, no retries and a short limit."""
+    copied = copy.deepcopy(cluster)
+    for name in CHECKED:
+        step = copied.steps[name]
+        step.gpus = min(1, step.gpus)
+        # On a node of two cores, all pods fit at once. With a GPU, importing torch takes most of the memory.
+        step.cpu, step.memory = "200m", "4Gi" if step.gpus else "1Gi"
+        step.shared_memory, step.scratch = "", "1Gi"
+        step.retries, step.timeout_hours = 0, _MINUTES / 60
+    copied.trainer.timeout_hours = _MINUTES / 60
+    return copied

@@ -1,0 +1,34 @@
+"""Run a short program on several nodes as a TrainJob, to see whether such a training could run.
+
+The job is requested, followed and deleted as that of a training (`train`).
+"""
+
+import secrets
+
+from slam_asr.trainjob.follow import FollowedTrainJob, deleted_when_interrupted
+from slam_asr.trainjob.placement import Placement
+from slam_asr.trainjob.request import TrainJobClient, explained_refusals
+
+
+def run_on_nodes(placement: Placement, nodes: int, command: list[str]) -> None:
+    """Run a command on several nodes, log the first node's output, and delete the job.
+
+    Args:
+        placement: settings for each node's pod, with a time limit.
+        nodes: number of pods.
+        command: program and arguments that each node runs.
+
+    Raises:
+        ClusterError: Kubeflow Trainer is not installed or refuses the job, or the job takes too long.
+        UserError: a node failed; the message is that of the failed node.
+    """
+    with explained_refusals(placement):
+        client = TrainJobClient(placement)
+    job = FollowedTrainJob(client, f"slam-asr-doctor-{secrets.token_hex(4)}")
+    with deleted_when_interrupted(job):
+        try:
+            with explained_refusals(placement):
+                job.find_or_create(nodes, command)
+            job.follow(placement.timeout_hours * 3600)
+        finally:
+            job.delete()
