@@ -25,7 +25,7 @@ def usable_cores() -> int:
 
     A fraction of a core counts as a core, as in the runtimes of Go and Java.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = _cores()
     limit = _limit()
     return cores if limit is None else max(1, min(cores, math.ceil(limit)))
 
@@ -46,9 +46,14 @@ def limit_threads() -> None:
 
     Libraries read the variables when they are loaded, so this must be called before torch is imported.
     """
-    if usable_cores() < len(os.sched_getaffinity(0)):
+    if usable_cores() < _cores():
         limits = thread_limits()
         os.environ.update(limits | {LIMITED: " ".join(limits)})
+
+
+def _cores() -> int:
+    # macOS has no affinity.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _limit() -> float | None:

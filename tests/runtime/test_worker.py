@@ -102,16 +102,19 @@ def test_a_process_waits_for_the_others_before_it_leaves(tmp_path):
         (ValueError("a defect"), 1, None),
     ],
 )
-def test_a_failing_process_ends_at_once_although_its_group_cannot_be_destroyed(
+def test_a_failing_process_ends_at_once_and_skips_the_interpreters_finalisation(
     tmp_path, error, code, message
 ):
     def fail(rank: int) -> None:
-        if rank == 0:
+        try:
             with failures_written_to(tmp_path):
                 raise error
+        finally:
+            (tmp_path / "continued").touch()
 
     assert fork_ranks(1, tmp_path, fail) == [code]
     assert (tmp_path / FAILURE).exists() == (message is not None)
+    assert not (tmp_path / "continued").exists()
     assert message is None or (tmp_path / FAILURE).read_text().startswith(message)
 
 
