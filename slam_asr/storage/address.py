@@ -22,7 +22,7 @@ def is_s3(path: PathOrUri) -> bool:
     if text != "s3:" and not text.startswith("s3:/"):
         return False
     if not re.match("s3://[^/]", text):
-        raise StorageError(f"{_shown(text)} names no bucket: write the address as s3://bucket/prefix.")
+        raise StorageError(f"{_shown(text)} names no bucket: write it as s3://bucket/prefix.")
     return True
 
 

@@ -73,7 +73,6 @@ SCORE = ["score", "--recipe", "demo", "--model", "m", "--output", "x", "--parts"
         (run_locally, ["demo", "--store", "s3://"]),
         (slam_asr, [*SCORE, "a", "s3://"]),
         (slam_asr, ["compare", "a", "b", "--output", "s3:///x"]),
-        (slam_asr, ["features", "ls", "s3://"]),
     ],
 )
 def test_b32_no_option_takes_an_address_without_a_bucket(command, options, tmp_path, monkeypatch):
