@@ -25,13 +25,11 @@ from slam_asr.audio.faults import (
     MISSING,
     NO_CHANNEL,
     NOT_FINITE,
-    SILENT,
     TOO_LONG,
     TOO_LOUD,
-    UNREADABLE,
     AudioError,
 )
-from slam_asr.audio.sounds import Sound, open_sound
+from slam_asr.audio.sounds import ESTIMATE_ERROR, Sound, open_sound
 from slam_asr.errors import InputError, UserError
 from slam_asr.storage import exists, fetch, is_s3, open_stream, read_bytes, sha256_of_bytes, sha256_of_file
 
@@ -42,7 +40,7 @@ _MAX_OVERSHOOT = 0.5
 """Seconds by which a segment may exceed its file, as in Kaldi's extract-segments; it is cut at the file's
 end."""
 _FULL_SCALE_LIMIT = 4.0
-"""Largest absolute sample value. Clipped or loudly mastered float samples reach 2, and decoders of lossy formats
+"""Largest absolute sample value. Loudly mastered float samples reach 2, and decoders of lossy formats
 exceed 1 slightly. Float samples in the range of integers reach hundreds, even in quiet speech."""
 _SILENT_RANGE = 2.0**-15
 """Samples within a range of less than one step of 16 bits hold no sound."""
@@ -241,8 +239,8 @@ def _clip(
         sample_rate, channels = sound.sample_rate, sound.channels
         if channel is not None and channel >= channels:
             raise AudioError(
-                f"{path} has {channels} channel{'s' * (channels > 1)}, but channel {channel} (counted from 0) is "
-                "named: correct the list.",
+                f"{path} has {channels} channel{'s' * (channels > 1)}, but the list names channel {channel}, "
+                "counted from 0: correct it.",
                 NO_CHANNEL,
             )
         first, count = (0, sound.frames) if start is None else _segment(sound, path, start, duration)
@@ -252,10 +250,10 @@ def _clip(
                 f"{what} lasts {count / sample_rate:.2f} s, longer than {max_duration:g} s.", TOO_LONG
             )
         try:
-            mono, power = _mono(sound.blocks(first, count), channel)
+            mono, energy = _mono(sound.read(first, count), channel)
         except (soundfile.LibsndfileError, MemoryError, ValueError) as error:
             raise AudioError(f"{path} is damaged: it cannot be decoded to its end.") from error
-    if len(mono) < count:
+    if len(mono) < count - (ESTIMATE_ERROR * sound.frames if sound.estimated else 0):
         raise AudioError(
             f"{path} is damaged: it should have {first + count} samples, but only {first + len(mono)} can be "
             "decoded."
@@ -265,7 +263,7 @@ def _clip(
     low, high = float(mono.min()), float(mono.max())
     _require_in_range(path, low, high)
     clip = Clip(mono, sample_rate, channels, silent=high - low < _SILENT_RANGE)
-    clip.cancelled = float(np.vdot(mono, mono)) < _CANCELLED_POWER * power
+    clip.cancelled = float(np.vdot(mono, mono)) < _CANCELLED_POWER * energy
     if sample_rate != SAMPLE_RATE:
         clip.samples = soxr.resample(mono, sample_rate, SAMPLE_RATE, quality="HQ")
         if len(clip.samples) == 0:
@@ -274,21 +272,16 @@ def _clip(
     return clip
 
 
-def _mono(blocks: Iterator[np.ndarray], channel: int | None) -> tuple[np.ndarray, float]:
+def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:
     """One channel, or the mean of all, of float32 [samples, channels].
 
     Returns:
         float32 [samples]; and the energy of the channels, on average, or 0 if no mean was taken.
     """
-    parts, energy = [np.zeros(0, np.float32)], 0.0
-    for block in blocks:
-        channels = block.shape[1]
-        if channels == 1 or channel is not None:
-            parts.append(block[:, channel or 0].copy())
-        else:
-            parts.append(block.mean(axis=1, dtype=np.float32))
-            energy += float(np.vdot(block, block)) / channels
-    return np.concatenate(parts), energy
+    channels = samples.shape[1]
+    if channels == 1 or channel is not None:
+        return samples[:, channel or 0], 0.0
+    return samples.mean(axis=1, dtype=np.float32), float(np.vdot(samples, samples)) / channels
 
 
 def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:
@@ -298,8 +291,8 @@ def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:
         raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", NOT_FINITE)
     if peak > _FULL_SCALE_LIMIT:
         raise AudioError(
-            f"{path} has samples up to {peak:.5g} where full scale is 1: if they are integers written as floats, "
-            "divide them by 32768 and write the file again.",
+            f"{path} has samples up to {peak:.5g}, but full scale is 1: if they are 16-bit numbers written "
+            "as floats, divide them by 32768 and write the file again.",
             TOO_LOUD,
         )
 

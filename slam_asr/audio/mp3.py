@@ -12,13 +12,14 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import BinaryIO
 
 import numpy as np
 import soundfile
 
-from slam_asr.audio.faults import TRUNCATED
 from slam_asr.audio.containers import ContainerFault
+from slam_asr.audio.faults import TRUNCATED
 
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 """Sample rates in Hz by the two bits of a header that give the MPEG version."""
@@ -32,9 +33,10 @@ _BIT_RATES = {
 }
 """kbit/s by whether the version is MPEG 1, and by the two bits of a header that give the layer."""
 _DECODER_DELAY = 529
-"""Samples by which every mp3 decoder lags; LAME's tag does not include them."""
+"""Samples by which every mp3 decoder lags. LAME's tag does not include them, and mpg123 drops them from the
+start of what it decodes."""
 _RESERVOIR = 511
-"""Bytes of earlier frames that a frame of layer III may use at most."""
+"""Bytes of earlier frames that a frame of MPEG 1 may use; one of MPEG 2 may use half of them."""
 _FRAME_OVERHEAD = 38
 """Bytes of a frame, at most, that are not part of that reservoir: header, checksum and side information."""
 _WARM_UP = 3
@@ -43,8 +45,6 @@ _COUNT_TOLERANCE = 2
 """Frames by which the count of a Xing header may differ: some encoders count the header's own frame."""
 _MAX_JUNK = 4096
 """Bytes after the last frame that are ignored."""
-_BLOCK = 2**18
-"""Samples decoded at once."""
 
 
 def _frame_sizes() -> list[int]:
@@ -74,7 +74,7 @@ class _Part:
     offsets: np.ndarray
     """int64 [frames + 1]: where each frame begins in the file, in bytes, and where the last one ends."""
     delay: int = 0
-    """Samples at the start that the encoder added, with the decoder's delay."""
+    """Samples at the start that are not part of the recording, with the decoder's delay; 0 if unknown."""
     padding: int = 0
     """Samples at the end that are not part of the recording."""
 
@@ -98,8 +98,7 @@ class Mp3:
 
     @property
     def samples_per_frame(self) -> int:
-        layer, first_version = self.header[1] >> 1 & 3, self.header[1] >> 3 & 3 == 3
-        return 384 if layer == 3 else 576 if layer == 1 and not first_version else 1152
+        return 1152 if self.header[1] >> 3 & 3 == 3 else 576
 
     def _samples_of(self, part: _Part) -> int:
         return max(0, (len(part.offsets) - 1) * self.samples_per_frame - part.delay - part.padding)
@@ -109,84 +108,124 @@ class Mp3:
         """Samples per channel of the complete file."""
         return sum(map(self._samples_of, self.parts))
 
-    def blocks(self, stream: BinaryIO, first: int, count: int) -> Iterator[np.ndarray]:
-        """Decode a stretch of the file, given as `stream`; yield float32 [samples, channels] in order.
-
-        Fewer samples result if a frame is damaged.
+    def read(self, stream: BinaryIO, first: int, count: int) -> np.ndarray:
+        """Decode a stretch of the file, given as `stream`.
 
         Args:
             stream: the file.
             first: number of the first sample, from 0.
             count: number of samples.
+
+        Returns:
+            float32 [samples, channels]; fewer samples if a frame is damaged.
         """
+        found = [np.zeros((0, self.channels), np.float32)]
         for part in self.parts:
             samples = self._samples_of(part)
-            if first < samples and count > 0:
-                taken = min(count, samples - first)
-                yield from self._blocks_of(part, stream, first + part.delay, taken)
+            taken = max(0, min(count, samples - first))
+            if taken:
+                found.append(self._read_part(part, stream, first + part.delay, taken))
+                if len(found[-1]) < taken:  # what follows would be at another time
+                    break
                 count -= taken
             first = max(0, first - samples)
+        return np.concatenate(found)
 
-    def _blocks_of(self, part: _Part, stream: BinaryIO, first: int, count: int) -> Iterator[np.ndarray]:
-        """Decode samples of a part; `first` counts the samples that the decoder gives, with the delay."""
+    def _read_part(self, part: _Part, stream: BinaryIO, first: int, count: int) -> np.ndarray:
+        """Decode samples of a part; `first` counts all samples that the decoder gives, with the delay."""
         size = self.samples_per_frame
-        begin, end = first // size, min(-(-(first + count) // size), len(part.offsets) - 1)
-        needed = _needed_frame(part.offsets, begin)
-        stream.seek(int(part.offsets[needed]))
-        content = stream.read(int(part.offsets[end] - part.offsets[needed]))
-        with soundfile.SoundFile(io.BytesIO(self._counting_frame(end - needed) + content)) as sound:
-            skipped = first - needed * size
-            while skipped and len(block := sound.read(min(skipped, _BLOCK), "float32", always_2d=True)):
-                skipped -= len(block)
-            while count and len(block := sound.read(min(count, _BLOCK), "float32", always_2d=True)):
-                count -= len(block)
-                yield block
+        end = min(-(-(first + count) // size), len(part.offsets) - 1)
+        exact = max(0, first // size - _WARM_UP)
+        begin = _first_needed(part.offsets, exact)
+        stream.seek(int(part.offsets[begin]))
+        content = bytearray(stream.read(int(part.offsets[end] - part.offsets[begin])))
+        # The delay is dropped from a frame of silence, so that nothing is dropped from the file's own frames.
+        lead = self._made_frame(1, b"")
+        self._silence(content, (part.offsets[begin : exact + 1] - part.offsets[begin]).tolist(), len(lead))
+        counting = self._made_frame(13, b"Xing" + struct.pack(">II", 1, end - begin + 1))
+        skipped = first - (begin - 1) * size - _DECODER_DELAY
+        with soundfile.SoundFile(io.BytesIO(counting + lead + content)) as sound:
+            # A single read: soundfile seeks after each one, and mpg123's seek is not exact.
+            return sound.read(skipped + count, dtype="float32", always_2d=True)[skipped:]
 
-    def _counting_frame(self, frames: int) -> bytes:
-        """A frame with a Xing header, from which libsndfile learns the number of frames. It gives no samples.
+    def _silence(self, content: bytearray, offsets: list[int], lead: int) -> None:
+        """Make frames of silence of those that only serve as reservoir.
 
-        Without it, libsndfile would estimate the length from the bit rate, and cut what is longer.
+        They themselves use frames that are not decoded, of which mpg123 would complain on standard error.
+
+        Args:
+            content: consecutive frames, which are changed.
+            offsets: where the frames to change begin, and where the last of them ends.
+            lead: size of the frame in front of them in bytes.
         """
-        # A bit rate of 128 kbit/s or more leaves room for the header at every sample rate.
+        side = self.side_information
+        reserved = lead - 4 - side
+        for start, end in pairwise(offsets):
+            start += 4 if content[start + 1] & 1 else 6  # a checksum takes two bytes
+            # mpg123 copies into each frame only what it says that it uses: all must be passed on.
+            used = min(reserved, self.reservoir)
+            begin = used << 7 if self.reservoir == _RESERVOIR else used << 8  # 9 bits, or 8
+            content[start : start + side] = begin.to_bytes(2).ljust(side, b"\0")
+            reserved = used + end - start - side
+
+    @property
+    def side_information(self) -> int:
+        """Bytes of side information in a frame of layer III."""
+        if self.header[1] >> 3 & 3 == 3:
+            return 17 if self.channels == 1 else 32
+        return 9 if self.channels == 1 else 17
+
+    @property
+    def reservoir(self) -> int:
+        """Bytes of earlier frames that a frame of layer III may use at most."""
+        return _RESERVOIR if self.header[1] >> 3 & 3 == 3 else _RESERVOIR // 2
+
+    def _made_frame(self, bit_rate: int, content: bytes) -> bytes:
+        """A frame of silence with something after its side information, at the bit rate with this number.
+
+        A Xing header in it tells libsndfile the number of frames. Without it, libsndfile would estimate the
+        length from the bit rate, and cut what is longer. mpg123 gives no samples for that frame. At the bit
+        rate with number 13, it has space for the header at every sample rate.
+        """
         second = self.header[1] | 1  # no checksum
-        third = (13 << 4) | (self.header[2] & 0x0C)
-        size = _SIZES[second << 8 | third]
-        side = _side_information(second, self.channels)
-        head = bytes([0xFF, second, third, self.header[3]])
-        return (head + bytes(side) + b"Xing" + struct.pack(">II", 1, frames)).ljust(size, b"\0")
+        third = bit_rate << 4 | self.header[2] & 0x0C
+        head = bytes([0xFF, second, third, self.header[3]]) + bytes(self.side_information)
+        return (head + content).ljust(_SIZES[second << 8 | third], b"\0")
 
 
-def _needed_frame(offsets: np.ndarray, begin: int) -> int:
-    """The frame with which decoding must begin, so that frame `begin` is decoded as in the complete file."""
-    needed, reserved = max(0, begin - _WARM_UP), 0
-    while needed > 0 and reserved < _RESERVOIR:
-        needed -= 1
-        reserved += max(0, int(offsets[needed + 1] - offsets[needed]) - _FRAME_OVERHEAD)
-    return needed
+def _first_needed(offsets: np.ndarray, exact: int) -> int:
+    """The first frame to decode so that the reservoir of frame `exact` is complete."""
+    first, reserved = exact, 0
+    while first > 0 and reserved < _RESERVOIR:
+        first -= 1
+        reserved += max(0, int(offsets[first + 1] - offsets[first]) - _FRAME_OVERHEAD)
+    return first
 
 
-def _side_information(second: int, channels: int) -> int:
-    """Bytes of side information in a frame of layer III, by its header's second byte."""
-    if second >> 3 & 3 == 3:
-        return 17 if channels == 1 else 32
-    return 9 if channels == 1 else 17
+def may_be_mp3(head: bytes) -> bool:
+    """Whether a file that begins with these 4 bytes may be an mp3: it begins with a frame or an ID3 tag."""
+    return head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
 
 
 def find_frames(content: bytes) -> Mp3 | None:
     """Find all frames of an mp3 file.
 
     Returns:
-        None if they cannot be found from their headers: the bit rate is free, or the file is another one.
+        None if they cannot be found from their headers, because the bit rate is free, or if they are not of
+        layer III.
 
     Raises:
         ContainerFault: the file ends in the middle of a frame or has fewer frames than its header announces,
             frames are damaged, or the sample rate or the number of channels changes.
     """
-    position = _first_frame(content, 0)
+    tags_end = _tags_end(content, 0)
+    position = _first_frame(content[: tags_end + _MAX_JUNK], tags_end)
     if position is None:
         return None
     header = content[position : position + 4]
-    parts = []
+    if header[1] >> 1 & 3 != 1:
+        return None
+    parts: list[_Part] = []
     while position is not None:
         if not _same_format(content[position : position + 4], header):
             raise ContainerFault(
@@ -247,6 +286,17 @@ def _after_tags(content: bytes, position: int) -> int | None:
     Raises:
         ContainerFault: something other than a tag or zeros is between two frames, or much of it at the end.
     """
+    position = _tags_end(content, position)
+    following = _first_frame(content, position)
+    if following is not None and following > position:
+        raise ContainerFault(f"is damaged: {following - position} bytes between two frames are not audio")
+    if following is None and len(content) - position > _MAX_JUNK:
+        raise ContainerFault(f"is damaged: the last {len(content) - position} bytes are not audio")
+    return following
+
+
+def _tags_end(content: bytes, position: int) -> int:
+    """Where the tags of music players, and zeros, end that begin at `position`."""
     while True:
         rest = content[position : position + 32]
         if rest.startswith(b"TAG"):
@@ -264,30 +314,22 @@ def _after_tags(content: bytes, position: int) -> int | None:
         elif rest[:1] == b"\0":
             position += len(content[position:]) - len(content[position:].lstrip(b"\0"))
         else:
-            break
-    if position >= len(content):
-        return None
-    following = _first_frame(content, position)
-    if following is not None and following > position:
-        raise ContainerFault(f"is damaged: {following - position} bytes between two frames are not audio")
-    if following is None and len(content) - position > _MAX_JUNK:
-        raise ContainerFault(f"is damaged: the last {len(content) - position} bytes are not audio")
-    return following
+            return position
 
 
 def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator[_Part]:
     """Divide a run of frames at those with an encoder's header: each begins another recording."""
-    side = _side_information(file.header[1], file.channels)
+    side = file.side_information
     marks = []
     for number, offset in enumerate(offsets[:-1]):
         # A header is in a frame of silence, whose side information is zero; mpg123 recognises it likewise.
         tag = offset + 4 + side
         if content[tag : tag + 4] in (b"Xing", b"Info") and not any(content[offset + 6 : tag]):
             marks.append((number, tag))
-    if not marks or marks[0][0] > 0:
-        end = marks[0][0] if marks else len(offsets) - 1
-        yield _Part(np.array(offsets[: end + 1], np.int64))
-    for (number, tag), (end, _) in zip(marks, [*marks[1:], (len(offsets) - 1, 0)], strict=True):
+    ends = [number for number, _ in marks] + [len(offsets) - 1]
+    if ends[0] > 0:
+        yield _Part(np.array(offsets[: ends[0] + 1], np.int64))
+    for (number, tag), end in zip(marks, ends[1:], strict=True):
         yield _part_with_header(content, tag, np.array(offsets[number + 1 : end + 1], np.int64), file)
 
 

@@ -14,12 +14,13 @@ import soundfile
 
 from slam_asr.audio.containers import ContainerFault, check_length, joined_flac, joined_ogg
 from slam_asr.audio.faults import EMPTY, AudioError
-from slam_asr.audio.mp3 import Mp3, find_frames
+from slam_asr.audio.mp3 import Mp3, find_frames, may_be_mp3
 
 _MIN_SAMPLE_RATE = 4000
 """Hz. A header with a lower rate is damaged, and resampling from that rate would exhaust memory."""
-_BLOCK = 2**18
-"""Samples decoded at once. Memory is taken for what a file holds, not for what its header announces."""
+ESTIMATE_ERROR = 0.05
+"""Fraction of the announced samples that may be missing from MPEG audio of layers I and II, or of a free bit
+rate. libsndfile estimates their length from the bit rate."""
 _NO_LENGTH = 2**62
 """libsndfile reports its maximum, 2**63 - 1, where a header has no length."""
 _Layout = Mp3 | list[tuple[int, int]]
@@ -35,9 +36,11 @@ class Sound:
     sample_rate: int
     """Hz."""
     channels: int
-    blocks: Callable[[int, int], Iterator[np.ndarray]]
-    """Decodes `count` samples from the sample `first` (from 0), as blocks of float32 [samples, channels]. They
-    are fewer if the file is damaged."""
+    read: Callable[[int, int], np.ndarray]
+    """Decodes `count` samples from the sample `first` (from 0) on, as float32 [samples, channels]. They are
+    fewer if the file is damaged."""
+    estimated: bool = False
+    """Whether `frames` is an estimate, which may exceed the file's length by `ESTIMATE_ERROR`."""
 
 
 @contextlib.contextmanager
@@ -49,10 +52,12 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
         path: its name in messages.
 
     Raises:
-        AudioError: the file is empty, cannot be read as audio, or holds less or more than its header announces.
+        AudioError: the file is empty or not audio, or holds less or more than its header announces.
     """
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb"))
+        stream: BinaryIO = (
+            io.BytesIO(file) if isinstance(file, bytes) else stack.enter_context(open(file, "rb"))
+        )
         if stream.seek(0, os.SEEK_END) == 0:
             raise AudioError(f"{path} is empty (0 bytes).", EMPTY)
         try:
@@ -80,20 +85,17 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
 def _opened(stream: BinaryIO, file: Path | bytes, stack: contextlib.ExitStack) -> list[Sound]:
     """Open the file, or each of the files that were joined in it; `stack` closes them."""
     stream.seek(0)
+    if may_be_mp3(stream.read(4)):
+        frames = _layout_of(file, "MP3")
+        if isinstance(frames, Mp3):
+            read = functools.partial(frames.read, stream)
+            return [Sound(frames.frames, frames.sample_rate, frames.channels, read)]
+    stream.seek(0)
     # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as bytes,
     # because soundfile cannot encode a str with a name that is not UTF-8.
     sound = stack.enter_context(soundfile.SoundFile(stream if isinstance(file, bytes) else os.fsencode(file)))
-    if isinstance(file, bytes):
-        layout = _layout(file, sound.format)
-    else:
-        status = file.stat()
-        layout = _cached_layout(str(file), sound.format, status.st_size, status.st_mtime_ns)
-    if isinstance(layout, Mp3):
-        return [
-            Sound(
-                layout.frames, layout.sample_rate, layout.channels, functools.partial(layout.blocks, stream)
-            )
-        ]
+    layout = _layout_of(file, sound.format) if sound.format in ("FLAC", "OGG") else []
+    assert isinstance(layout, list)
     if len(layout) < 2:
         return [_single(sound)]
     parts = []
@@ -104,49 +106,55 @@ def _opened(stream: BinaryIO, file: Path | bytes, stack: contextlib.ExitStack) -
     return parts
 
 
+def _layout_of(file: Path | bytes, format: str) -> _Layout:
+    """Find the frames of an mp3, or files that were joined in an Ogg or FLAC file.
+
+    A file with many segments is searched once for all of them.
+    """
+    if isinstance(file, bytes):
+        return _FINDERS[format](file) or []
+    status = file.stat()
+    return _cached_layout(str(file), format, status.st_size, status.st_mtime_ns)
+
+
+_FINDERS: dict[str, Callable[[bytes], _Layout | None]] = {
+    "MP3": find_frames,
+    "FLAC": joined_flac,
+    "OGG": joined_ogg,
+}
+"""By libsndfile's name of the format."""
+
+
 @functools.lru_cache(maxsize=64)
 def _cached_layout(file: str, format: str, size: int, modified_ns: int) -> _Layout:
-    """The layout of a file with many segments. `size` and `modified_ns` make the cache miss if it changed."""
-    return _layout(Path(file), format)
-
-
-def _layout(file: Path | bytes, format: str) -> _Layout:
-    """Find the frames of an mp3, and files that were joined. `format` is libsndfile's name of the format."""
-    find: dict[str, Callable[[bytes], _Layout | None]] = {
-        "MP3": find_frames,
-        "FLAC": joined_flac,
-        "OGG": joined_ogg,
-    }
-    if format not in find:
-        return []
-    return find[format](file if isinstance(file, bytes) else file.read_bytes()) or []
+    """Search a file. `size` (bytes) and `modified_ns` only make the cache miss when the file has changed."""
+    return _FINDERS[format](Path(file).read_bytes()) or []
 
 
 def _single(sound: soundfile.SoundFile) -> Sound:
-    return Sound(sound.frames, sound.samplerate, sound.channels, functools.partial(_blocks, sound))
+    read = functools.partial(_read, sound)
+    return Sound(sound.frames, sound.samplerate, sound.channels, read, estimated=sound.format == "MP3")
 
 
-def _blocks(sound: soundfile.SoundFile, first: int, count: int) -> Iterator[np.ndarray]:
-    if first != sound.tell():
+def _read(sound: soundfile.SoundFile, first: int, count: int) -> np.ndarray:
+    if first:
         sound.seek(first)
-    while count and len(block := sound.read(min(count, _BLOCK), dtype="float32", always_2d=True)):
-        count -= len(block)
-        yield block
+    return sound.read(count, dtype="float32", always_2d=True)
 
 
 def _joined(sounds: list[Sound]) -> Sound:
     """The sequence of several files."""
 
-    def blocks(first: int, count: int) -> Iterator[np.ndarray]:
+    def read(first: int, count: int) -> np.ndarray:
+        found = [np.zeros((0, sounds[0].channels), np.float32)]
         for sound in sounds:
             taken = max(0, min(count, sound.frames - first))
             if taken:
-                for block in sound.blocks(first, taken):
-                    count -= len(block)
-                    taken -= len(block)
-                    yield block
-                if taken:  # the rest is damaged, and what follows would be at another time
-                    return
+                found.append(sound.read(first, taken))
+                if len(found[-1]) < taken:  # what follows would be at another time
+                    break
+                count -= taken
             first = max(0, first - sound.frames)
+        return np.concatenate(found)
 
-    return Sound(sum(s.frames for s in sounds), sounds[0].sample_rate, sounds[0].channels, blocks)
+    return Sound(sum(s.frames for s in sounds), sounds[0].sample_rate, sounds[0].channels, read)

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from slam_asr.artifacts.manifest import Utterance
-from slam_asr.audio import MISSING, UNREADABLE, AudioError, audio_sha256, read_clip
+from slam_asr.audio import MISSING, AudioError, audio_sha256, read_clip
+from slam_asr.audio.faults import SILENT, UNREADABLE
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, NO_AUDIO, TOO_SHORT, Candidate, Rejection
 from slam_asr.progress import Meter
