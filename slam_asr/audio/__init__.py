@@ -185,6 +185,17 @@ def count_samples(path: str | os.PathLike) -> int:
         return round(sound.frames * SAMPLE_RATE / sound.sample_rate)
 
 
+def channel_count(path: str | os.PathLike, content: bytes | None = None) -> int:
+    """The number of a file's channels; `content` is the file's bytes, if they are already in memory.
+
+    Raises:
+        AudioError: as for `count_samples`.
+    """
+    file = content if content is not None else _local_copy(path)
+    with open_sound(file, path) as sound:
+        return sound.channels
+
+
 @contextlib.contextmanager
 def _missing_as_audio_error(path: str | os.PathLike) -> Iterator[None]:
     """Raise `AudioError` for a missing file or object; leave other errors of disk and store unchanged."""

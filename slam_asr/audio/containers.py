@@ -107,6 +107,10 @@ def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) ->
             end = start + length
             if end > size:
                 raise ContainerFault(TRUNCATED)
+            if name == b"SSND":
+                stream.seek(start)
+                if int.from_bytes(stream.read(4)) > _MAX_REST:
+                    raise ContainerFault("has a damaged header: its first samples would be missing")
         elif end is not None:
             # The samples of a file with a wrong length hardly ever look like a complete chunk, whereas a file
             # that was appended to this one does.
@@ -149,12 +153,14 @@ def _is_unclosed(stream: BinaryIO, magic: bytes) -> bool:
 
 
 def _sphere_length(head: bytes) -> tuple[int] | None:
-    """Where the samples of a NIST SPHERE file end, in bytes; None if they are compressed or have no count."""
+    """Where the samples of a NIST SPHERE file end, in bytes; None if they are compressed or not counted."""
     fields = dict(re.findall(rb"^(\w+) -i (\d{1,15})\s*$", head, re.MULTILINE))
     counts = [fields.get(name) for name in (b"sample_count", b"channel_count", b"sample_n_bytes")]
     coding = re.search(rb"^sample_coding -s\d+ (.*)$", head, re.MULTILINE)
-    size = re.fullmatch(rb"\s*(\d+)\s*", head[8:16])
-    if size is None or None in counts or (coding and b"embedded" in coding[1]):
+    size = re.fullmatch(rb" *(\d+)\n", head[8:16])
+    if size is None:
+        raise ContainerFault("has a damaged NIST header: the size of the header is not a number")
+    if None in counts or (coding and b"embedded" in coding[1]):
         return None
     samples, channels, sample_bytes = (int(count or 0) for count in counts)
     return (int(size[1]) + samples * channels * sample_bytes,)

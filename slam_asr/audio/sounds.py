@@ -43,6 +43,18 @@ class Sound:
     """Whether `frames` is an estimate, which may exceed the file's length by `ESTIMATE_ERROR`."""
 
 
+class _Content(io.BytesIO):
+    """The bytes of a file. libsndfile seeks before its start if its header is damaged."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Seek as in a file, but stay at the start where a file would raise an error."""
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            # An exception in soundfile's callback would be printed with its traceback, and then ignored.
+            return super().seek(0)
+
+
 @contextlib.contextmanager
 def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
     """Open an audio file, after comparing the length that its header announces with what it holds.
@@ -56,7 +68,7 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
     """
     with contextlib.ExitStack() as stack:
         stream: BinaryIO = (
-            io.BytesIO(file) if isinstance(file, bytes) else stack.enter_context(open(file, "rb"))
+            _Content(file) if isinstance(file, bytes) else stack.enter_context(open(file, "rb"))
         )
         if stream.seek(0, os.SEEK_END) == 0:
             raise AudioError(f"{path} is empty (0 bytes).", EMPTY)
@@ -101,7 +113,7 @@ def _opened(stream: BinaryIO, file: Path | bytes, stack: contextlib.ExitStack) -
     parts = []
     for start, end in layout:
         stream.seek(start)
-        part = io.BytesIO(stream.read(end - start))
+        part = _Content(stream.read(end - start))
         parts.append(_single(stack.enter_context(soundfile.SoundFile(part))))
     return parts
 
