@@ -46,6 +46,8 @@ class _Chunks:
     """Chunks begin at a multiple of this number of bytes."""
     counted: int = 0
     """Bytes of its own header that the length of a chunk includes."""
+    before_samples: int = 0
+    """Bytes of the chunk with the samples that precede them."""
 
 
 _W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
@@ -55,17 +57,19 @@ _CHUNKS = {
     b"BW64": _Chunks(12, "<4sI", b"data"),
     b"RIFX": _Chunks(12, ">4sI", b"data"),
     b"riff": _Chunks(40, "<16sQ", _W64_DATA, alignment=8, counted=24),
-    b"caff": _Chunks(8, ">4sq", b"data", alignment=1),
+    b"caff": _Chunks(8, ">4sq", b"data", alignment=1, before_samples=4),
 }
 _FORMS = {b"AIFF": b"SSND", b"AIFC": b"SSND", b"8SVX": b"BODY", b"16SV": b"BODY"}
 """The kinds of IFF files, and the name of the chunk with their samples."""
 _CHUNK_NAME = re.compile(rb"[ -~]{4}.*", re.DOTALL)
 
 
-def check_length(stream: BinaryIO) -> None:
+def check_length(stream: BinaryIO) -> int | None:
     """Compare the length that a file's header announces with the bytes that the file holds.
 
-    Formats without a length in bytes are not checked here.
+    Returns:
+        The bytes of samples that the header announces; None if it leaves the length open, or if the format is
+        not checked here.
 
     Raises:
         ContainerFault: the file holds less or more than its header announces.
@@ -74,27 +78,30 @@ def check_length(stream: BinaryIO) -> None:
     stream.seek(0)
     head = stream.read(1024)
     if layout := _layout(head):
-        _check_chunks(stream, layout, size, head[:4])
-    elif head[:4] in (b".snd", b"dns.") and len(head) >= 12:
+        return _check_chunks(stream, layout, size, head[:4])
+    if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
         start, length = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
         if length != 0xFFFF_FFFF:
             _check_end(stream, start + length, size)
-    elif head.startswith(b"NIST_1A\n") and (length := _sphere_length(head)):
-        _check_end(stream, *length, size)
+            return length
+    elif head.startswith(b"NIST_1A\n") and (extent := _sphere_extent(head)):
+        _check_end(stream, sum(extent), size)
+        return extent[1]
+    return None
 
 
 def _layout(head: bytes) -> _Chunks | None:
     """How the file with this beginning writes its chunks; None if it has none."""
     if head[:4] == b"FORM" and head[8:12] in _FORMS:
-        return _Chunks(12, ">4sI", _FORMS[head[8:12]])
+        samples = _FORMS[head[8:12]]
+        return _Chunks(12, ">4sI", samples, before_samples=8 if samples == b"SSND" else 0)
     if head[:4] in (b"RIFF", b"RF64", b"BW64", b"RIFX") and head[8:12] != b"WAVE":
         return None
     return _CHUNKS.get(head[:4])
 
 
-def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) -> None:
-    end = None
-    long_length = None
+def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) -> int | None:
+    end = long_length = samples = None
     for name, start, length in _chunks(stream, layout, size):
         if end is None and name == b"ds64" and magic in (b"RF64", b"BW64"):
             stream.seek(start)
@@ -103,13 +110,15 @@ def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) ->
             if length == 0xFFFF_FFFF and long_length is not None:
                 length = long_length
             if _is_unknown(length, start, size, layout) or (length == 0 and _is_unclosed(stream, magic)):
-                return
+                return None
             end = start + length
             if end > size:
                 raise ContainerFault(TRUNCATED)
+            samples = length - layout.before_samples
             if name == b"SSND":
                 stream.seek(start)
-                if int.from_bytes(stream.read(4)) > _MAX_REST:
+                samples -= (offset := int.from_bytes(stream.read(4)))
+                if offset > _MAX_REST:
                     raise ContainerFault("has a damaged header: its first samples would be missing")
         elif end is not None:
             # The samples of a file with a wrong length hardly ever look like a complete chunk, whereas a file
@@ -121,6 +130,7 @@ def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) ->
             end = start + length
     if end is not None:
         _check_end(stream, end, size)
+    return samples
 
 
 def _chunks(stream: BinaryIO, layout: _Chunks, size: int) -> Iterator[tuple[bytes, int, int]]:
@@ -152,8 +162,11 @@ def _is_unclosed(stream: BinaryIO, magic: bytes) -> bool:
     return struct.unpack(">I" if magic == b"RIFX" else "<I", stream.read(4))[0] == 8
 
 
-def _sphere_length(head: bytes) -> tuple[int] | None:
-    """Where the samples of a NIST SPHERE file end, in bytes; None if they are compressed or not counted."""
+def _sphere_extent(head: bytes) -> tuple[int, int] | None:
+    """The bytes of the header and of the samples of a NIST SPHERE file.
+
+    None if the samples are compressed or not counted.
+    """
     fields = dict(re.findall(rb"^(\w+) -i (\d{1,15})\s*$", head, re.MULTILINE))
     counts = [fields.get(name) for name in (b"sample_count", b"channel_count", b"sample_n_bytes")]
     coding = re.search(rb"^sample_coding -s\d+ (.*)$", head, re.MULTILINE)
@@ -163,7 +176,7 @@ def _sphere_length(head: bytes) -> tuple[int] | None:
     if None in counts or (coding and b"embedded" in coding[1]):
         return None
     samples, channels, sample_bytes = (int(count or 0) for count in counts)
-    return (int(size[1]) + samples * channels * sample_bytes,)
+    return int(size[1]), samples * channels * sample_bytes
 
 
 def _check_end(stream: BinaryIO, end: int, size: int) -> None:

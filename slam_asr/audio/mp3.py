@@ -232,8 +232,8 @@ def find_frames(content: bytes) -> Mp3 | None:
                 "changes its sample rate or number of channels: write it again as one stream"
             )
         offsets = _run_of_frames(content, position, header)
-        parts += _split_at_headers(content, offsets, Mp3((), header))
         position = _after_tags(content, offsets[-1])
+        parts += _split_at_headers(content, offsets, Mp3((), header))
     return Mp3(tuple(parts), header)
 
 

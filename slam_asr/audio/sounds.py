@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, check_length, joined_flac, joined_ogg
-from slam_asr.audio.faults import EMPTY, AudioError
+from slam_asr.audio.faults import EMPTY, AudioError, more_than_announced
 from slam_asr.audio.mp3 import Mp3, find_frames, may_be_mp3
 
 _MIN_SAMPLE_RATE = 4000
@@ -21,6 +21,11 @@ _MIN_SAMPLE_RATE = 4000
 ESTIMATE_ERROR = 0.05
 """Fraction of the announced samples that may be missing from MPEG audio of layers I and II, or of a free bit
 rate. libsndfile estimates their length from the bit rate."""
+_SAMPLE_BYTES = {
+    **dict.fromkeys(("PCM_S8", "PCM_U8", "ULAW", "ALAW"), 1),
+    **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
+}
+"""Bytes of a sample by libsndfile's name of the encoding. Compressed ones are missing."""
 _NO_LENGTH = 2**62
 """libsndfile reports its maximum, 2**63 - 1, where a header has no length."""
 _Layout = Mp3 | list[tuple[int, int]]
@@ -39,6 +44,8 @@ class Sound:
     read: Callable[[int, int], np.ndarray]
     """Decodes `count` samples from the sample `first` (from 0) on, as float32 [samples, channels]. They are
     fewer if the file is damaged."""
+    sample_bytes: int = 0
+    """Bytes of one sample of one channel in the file; 0 if it is compressed."""
     estimated: bool = False
     """Whether `frames` is an estimate, which may exceed the file's length by `ESTIMATE_ERROR`."""
 
@@ -73,8 +80,10 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
         if stream.seek(0, os.SEEK_END) == 0:
             raise AudioError(f"{path} is empty (0 bytes).", EMPTY)
         try:
-            check_length(stream)
+            announced = check_length(stream)
             sounds = _opened(stream, file, stack)
+            if announced is not None and len(sounds) == 1:
+                _limit_frames(sounds[0], announced)
         except ContainerFault as fault:
             raise AudioError(f"{path} {fault}.") from fault
         except (soundfile.LibsndfileError, TypeError) as error:
@@ -92,6 +101,22 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
                 f"{path} changes its sample rate or number of channels: write it again as one stream."
             )
         yield first if len(sounds) == 1 else _joined(sounds)
+
+
+def _limit_frames(sound: Sound, announced: int) -> None:
+    """Limit a file to the bytes of samples that its header announces.
+
+    In some formats, libsndfile takes all that follows the header for samples, also the tags of music players.
+
+    Raises:
+        ContainerFault: another number in the header says that there are fewer samples.
+    """
+    if not sound.sample_bytes:
+        return
+    frames = announced // (sound.sample_bytes * sound.channels)
+    if sound.frames < frames:
+        raise ContainerFault(more_than_announced(f"{frames} samples instead of {sound.frames}"))
+    sound.frames = frames
 
 
 def _opened(stream: BinaryIO, file: Path | bytes, stack: contextlib.ExitStack) -> list[Sound]:
@@ -145,7 +170,8 @@ def _cached_layout(file: str, format: str, size: int, modified_ns: int) -> _Layo
 
 def _single(sound: soundfile.SoundFile) -> Sound:
     read = functools.partial(_read, sound)
-    return Sound(sound.frames, sound.samplerate, sound.channels, read, estimated=sound.format == "MP3")
+    width = _SAMPLE_BYTES.get(sound.subtype, 0)
+    return Sound(sound.frames, sound.samplerate, sound.channels, read, width, sound.format == "MP3")
 
 
 def _read(sound: soundfile.SoundFile, first: int, count: int) -> np.ndarray:
