@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 
 import numpy as np
 import pytest
@@ -42,46 +43,35 @@ def encoded(name: str) -> bytes:
 CONTENTS = {name: encoded(name) for name in FORMATS}
 
 
+NUMBERS = st.one_of(
+    st.sampled_from([0, 1, 8, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]), st.integers(0, 50_000)
+)
+
+
+def as_field(number: int, width: int, little: bool) -> bytes:
+    return number.to_bytes(8, "little")[:width] if little else number.to_bytes(8, "big")[-width:]
+
+
+FIELDS = st.builds(as_field, NUMBERS, st.sampled_from([1, 2, 4, 8]), st.booleans())
+
+
 @st.composite
 def damaged(draw, name: str) -> bytes:
-    """The file with some of its bytes, most often of its header, replaced, removed or repeated."""
-    content = bytearray(CONTENTS[name])
-    for _ in range(draw(st.integers(1, 2))):
-        place = draw(st.one_of(st.integers(0, 120), st.integers(0, len(content) - 1)))
-        value = draw(
-            st.one_of(
-                st.binary(min_size=1, max_size=8),
-                st.builds(
-                    lambda order, width, number: (
-                        number.to_bytes(8, order)[:width]
-                        if order == "little"
-                        else number.to_bytes(8, order)[-width:]
-                    ),
-                    st.sampled_from(["little", "big"]),
-                    st.sampled_from([1, 2, 4, 8]),
-                    st.one_of(
-                        st.sampled_from([0, 1, 8, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]),
-                        st.integers(0, 2 * len(content)),
-                    ),
-                ),
-            )
-        )
-        action = draw(st.sampled_from(["replace", "replace", "replace", "cut", "append", "insert"]))
-        if action == "replace":
-            content[place : place + len(value)] = value
-        elif action == "cut":
-            del content[max(place, 1) :]
-        elif action == "append":
-            content += content[place:] if draw(st.booleans()) else value
-        else:
-            content[place:place] = value
-        if not content:
-            break
-    return bytes(content)
+    """The file with some bytes replaced, inserted, cut off or appended, most often in its header."""
+    content = CONTENTS[name]
+    place = draw(st.one_of(st.integers(0, 120), st.integers(0, len(content) - 1)))
+    value = draw(st.one_of(st.binary(min_size=1, max_size=8), FIELDS))
+    damage = draw(st.sampled_from(["replace", "replace", "replace", "insert", "cut", "append"]))
+    if damage == "cut":
+        return content[: max(place, 1)]
+    if damage == "append":
+        return content + value
+    after = place + len(value) if damage == "replace" else place
+    return content[:place] + value + content[after:]
 
 
-def is_other_kind(content: bytes, name: str) -> bool:
-    """Whether the header now describes other audio, whose duration may differ."""
+def is_other_audio(content: bytes, name: str) -> bool:
+    """Whether the header now describes audio of another kind, whose duration may differ."""
     _, subtype, rate, channels = FORMATS[name]
     try:
         found = soundfile.info(io.BytesIO(content))
@@ -90,13 +80,26 @@ def is_other_kind(content: bytes, name: str) -> bool:
     return (found.subtype, found.samplerate, found.channels) != (subtype, rate, channels)
 
 
+def tolerance(content: bytes, name: str) -> float:
+    """Seconds by which the duration may differ unnoticed: 128 bytes of samples, or two frames of mp3.
+
+    How much of an mp3's first and last frames is not part of the recording is only known from the encoder's
+    header, as two numbers below 4096.
+    """
+    rate = FORMATS[name][2]
+    if not name.startswith("mp3"):
+        return 0.017
+    header_is_intact = content[:200] == CONTENTS[name][:200]
+    return (2 * 1152 + (0 if header_is_intact else 2 * 4096)) / rate
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_damaged_audio_is_right_or_refused(name):
+def test_damaged_audio_has_its_duration_or_is_refused(name):
     original = read_clip(name, content=CONTENTS[name]).duration
     assert original == pytest.approx(SECONDS, abs=0.001)
 
     @settings(
-        max_examples=3000 if SOAK else 25,
+        max_examples=5000 if SOAK else 20,
         deadline=None,
         database=None,
         derandomize=not SOAK,
@@ -107,11 +110,9 @@ def test_damaged_audio_is_right_or_refused(name):
         try:
             duration = read_clip("x", max_duration=30.0, content=content).duration
         except AudioError as error:
-            assert str(error).count(". ") == 0 and str(error).endswith(".") and "x" in str(error)
+            assert re.fullmatch(r"[^\n]*\bx\b[^\n]*\.", str(error)) and ". " not in str(error)
             return
-        assert is_other_kind(content, name) or duration == pytest.approx(original, abs=0.02), (
-            duration,
-            original,
-        )
+        expected = pytest.approx(original, abs=tolerance(content, name))
+        assert duration == expected or is_other_audio(content, name)
 
     check()

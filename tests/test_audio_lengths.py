@@ -82,6 +82,11 @@ def test_b13_a_file_that_was_cut_off_is_refused(container, missing):
     assert "ends too early" in refusal(content[:-missing])
 
 
+def test_a_damaged_file_still_has_a_length_so_that_other_files_can_be_planned_with_it(tmp_path):
+    (tmp_path / "x.wav").write_bytes(encoded("WAV", noise(0.5))[:-2000])
+    assert count_samples(tmp_path / "x.wav") == 6_000
+
+
 @pytest.mark.parametrize("container", [*CONTAINERS, "FLAC", "MP3"])
 @pytest.mark.parametrize("end", [b"TAG" + bytes(125), bytes(2000), b"\n"])
 def test_tags_and_padding_may_follow_the_samples(container, end):

@@ -9,6 +9,7 @@ utterance may be a segment of a file.
 import contextlib
 import functools
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from slam_asr.audio.faults import (
     TOO_LONG,
     TOO_LOUD,
     AudioError,
+    LengthError,
 )
 from slam_asr.audio.sounds import ESTIMATE_ERROR, Sound, open_sound
 from slam_asr.errors import InputError, UserError
@@ -177,12 +179,22 @@ def read_clip(
 def count_samples(path: str | os.PathLike) -> int:
     """The number of samples, after resampling to 16 kHz, that a file holds; nothing is decoded.
 
+    For a file that holds less or more than its header announces, it is the number that libsndfile would
+    decode: such damage is reported when the file is read.
+
     Raises:
-        AudioError: the file is missing or is not audio, or holds less or more than its header announces.
+        AudioError: the file is missing or is not audio.
     """
     file = _content(path) if is_s3(path) else _local_copy(path)
-    with open_sound(file, path) as sound:
-        return round(sound.frames * SAMPLE_RATE / sound.sample_rate)
+    try:
+        with open_sound(file, path) as sound:
+            return round(sound.frames * SAMPLE_RATE / sound.sample_rate)
+    except LengthError:
+        try:
+            header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
+        except (soundfile.LibsndfileError, TypeError) as error:
+            raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
+        return round(header.frames * SAMPLE_RATE / header.samplerate)
 
 
 def channel_count(path: str | os.PathLike, content: bytes | None = None) -> int:
@@ -292,7 +304,8 @@ def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:
     channels = samples.shape[1]
     if channels == 1 or channel is not None:
         return samples[:, channel or 0], 0.0
-    return samples.mean(axis=1, dtype=np.float32), float(np.vdot(samples, samples)) / channels
+    with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite raise an error later
+        return samples.mean(axis=1, dtype=np.float32), float(np.vdot(samples, samples)) / channels
 
 
 def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:

@@ -29,7 +29,7 @@ _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN", b"3DI")
 
 
 class ContainerFault(Exception):
-    """What is wrong with a file, as the end of a sentence that begins with its name."""
+    """The fault of a file, as the end of a sentence that begins with its name."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,12 @@ class AudioError(InputError):
         self.reason = reason
 
 
+class LengthError(AudioError):
+    """An audio file that holds less or more than its header announces, or has damage between its frames."""
+
+
 TRUNCATED = "ends too early: it was truncated when it was written or copied"
-"""What is wrong with a file that holds less than its header announces; the file's name goes in front."""
+"""The fault of a file that holds less than its header announces; the file's name goes in front."""
 
 
 def more_than_announced(extra: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, check_length, joined_flac, joined_ogg
-from slam_asr.audio.faults import EMPTY, AudioError, more_than_announced
+from slam_asr.audio.faults import EMPTY, AudioError, LengthError, more_than_announced
 from slam_asr.audio.mp3 import Mp3, find_frames, may_be_mp3
 
 _MIN_SAMPLE_RATE = 4000
@@ -71,7 +71,8 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
         path: its name in messages.
 
     Raises:
-        AudioError: the file is empty or not audio, or holds less or more than its header announces.
+        LengthError: the file holds less or more than its header announces.
+        AudioError: the file is empty or not audio.
     """
     with contextlib.ExitStack() as stack:
         stream: BinaryIO = (
@@ -85,7 +86,7 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             if announced is not None and len(sounds) == 1:
                 _limit_frames(sounds[0], announced)
         except ContainerFault as fault:
-            raise AudioError(f"{path} {fault}.") from fault
+            raise LengthError(f"{path} {fault}.") from fault
         except (soundfile.LibsndfileError, TypeError) as error:
             # Do not quote libsndfile's message: it is global to all threads and may be about another file.
             raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
