@@ -183,9 +183,9 @@ class Mp3:
     def _made_frame(self, bit_rate: int, content: bytes) -> bytes:
         """A frame of silence with something after its side information, at the bit rate with this number.
 
-        libsndfile takes the number of frames from a Xing header in it. Without it, libsndfile would estimate the
-        length from the bit rate, and cut what is longer. mpg123 gives no samples for that frame. At the bit
-        rate with number 13, it has space for the header at every sample rate.
+        libsndfile takes the number of frames from a Xing header in it. Without it, libsndfile would estimate
+        the length from the bit rate, and cut what is longer. mpg123 gives no samples for that frame. At the
+        bit rate with number 13, it has space for the header at every sample rate.
         """
         second = self.header[1] | 1  # no checksum
         third = bit_rate << 4 | self.header[2] & 0x0C

@@ -47,16 +47,16 @@ class Candidate:
     """Where a segment begins in the file, in seconds; None for the complete file."""
     duration: float | None = None
     """Length of the segment in seconds; None if it extends to the end of the file."""
-    channel: int | None = None
-    """Number of the file's channel that holds the speaker, from 0; None if the corpus names none."""
-    channel_of_several: bool = False
-    """Whether `channel` is meant for files with several only: a file with one channel is used as it is."""
     content: bytes | None = None
     """The audio file's bytes, if the audio is embedded in a table."""
     manifest_source: str | None = None
     """The `source` to write to the manifest, if it differs from `source`: a path relative to the manifest."""
     split: str = ""
     """The split that the utterance belongs to; empty until `splits.read_splits` sets it."""
+    channel: int | None = None
+    """Number of the file's channel that holds the speaker, from 0; None if the corpus names none."""
+    channel_of_several: bool = False
+    """Whether `channel` is meant for files with several only: a file with one channel is used as it is."""
 
 
 @dataclass

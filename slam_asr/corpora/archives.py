@@ -25,8 +25,8 @@ from slam_asr.progress import Meter
 from slam_asr.storage import digest, info, name_of, open_stream, read_bytes
 
 _MAX_EXPANSION = 100
-"""Largest ratio of the unpacked size to the archive's. Audio hardly shrinks; only an archive that was built to fill
-a disk exceeds this."""
+"""Largest ratio of the unpacked size to the archive's. Audio hardly shrinks; only an archive that was built
+to fill a disk exceeds this."""
 _MIN_ALLOWANCE = 2**30
 """Bytes that an archive of any size may unpack to."""
 _MAX_METADATA = 2**20

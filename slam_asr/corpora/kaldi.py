@@ -201,7 +201,14 @@ def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iter
     if of_several:
         channel = values["recorded"][0][0]
     yield Candidate(
-        key, source, values["text"][0][0], extra, start, duration, channel, channel_of_several=of_several
+        key,
+        source,
+        values["text"][0][0],
+        extra,
+        start,
+        duration,
+        channel=channel,
+        channel_of_several=of_several,
     )
 
 
