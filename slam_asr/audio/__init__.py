@@ -286,7 +286,7 @@ def _clip(
     low, high = float(mono.min()), float(mono.max())
     _require_in_range(path, low, high)
     clip = Clip(mono, sample_rate, channels, silent=high - low < _SILENT_RANGE)
-    clip.cancelled = float(np.vdot(mono, mono)) < _CANCELLED_POWER * energy
+    clip.cancelled = energy > 0 and float(np.vdot(mono, mono)) < _CANCELLED_POWER * energy
     if sample_rate != SAMPLE_RATE:
         clip.samples = soxr.resample(mono, sample_rate, SAMPLE_RATE, quality="HQ")
         if len(clip.samples) == 0:

@@ -201,8 +201,12 @@ def joined_flac(content: bytes) -> list[tuple[int, int]]:
     Raises:
         ContainerFault: the last frame has another position than the header announces.
     """
-    # STREAMINFO is always the first block of metadata, and has 34 bytes.
-    starts = [match.start() for match in re.finditer(rb"fLaC[\0\x80]\0\0\x22", content)]
+    starts, position = [], content.find(b"fLaC")
+    while position >= 0:
+        # STREAMINFO is always the first block of metadata, and has 34 bytes.
+        if content[position + 4 : position + 8] in (b"\0\0\0\x22", b"\x80\0\0\x22"):
+            starts.append(position)
+        position = content.find(b"fLaC", position + 4)
     parts = list(zip(starts, [*starts[1:], len(content)], strict=True))
     for start, end in parts:
         announced, held = _flac_lengths(content, start, end)
@@ -217,7 +221,7 @@ _FLAC_BLOCK = {
     **{i: 256 << (i - 8) for i in range(8, 16)},
 }
 """Samples per frame by its code (RFC 9639, section 9.1.1)."""
-_FLAC_TAIL = 2**17
+_FLAC_TAIL = 2**15
 """Bytes at the end of a file in which its last frame is searched."""
 
 

@@ -108,6 +108,11 @@ class Mp3:
         """Samples per channel of the complete file."""
         return sum(map(self._samples_of, self.parts))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file is one recording with its encoder's header: libsndfile then knows its length."""
+        return len(self.parts) == 1 and self.parts[0].delay > 0
+
     def read(self, stream: BinaryIO, first: int, count: int) -> np.ndarray:
         """Decode a stretch of the file, given as `stream`.
 

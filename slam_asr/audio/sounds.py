@@ -126,7 +126,7 @@ def _opened(stream: BinaryIO, file: Path | bytes, stack: contextlib.ExitStack) -
     if may_be_mp3(stream.read(4)):
         frames = _layout_of(file, "MP3")
         if isinstance(frames, Mp3):
-            read = functools.partial(frames.read, stream)
+            read = functools.partial(_read_mp3, frames, stream, file)
             return [Sound(frames.frames, frames.sample_rate, frames.channels, read)]
     stream.seek(0)
     # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as bytes,
@@ -142,6 +142,15 @@ def _opened(stream: BinaryIO, file: Path | bytes, stack: contextlib.ExitStack) -
         part = _Content(stream.read(end - start))
         parts.append(_single(stack.enter_context(soundfile.SoundFile(part))))
     return parts
+
+
+def _read_mp3(frames: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int) -> np.ndarray:
+    # By its name, libsndfile reads a complete mp3 in two thirds of the time.
+    if frames.is_plain and first == 0 and count == frames.frames and not isinstance(file, bytes):
+        with soundfile.SoundFile(os.fsencode(file)) as sound:
+            if sound.frames == count:
+                return sound.read(count, dtype="float32", always_2d=True)
+    return frames.read(stream, first, count)
 
 
 def _layout_of(file: Path | bytes, format: str) -> _Layout:
