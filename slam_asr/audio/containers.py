@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import BinaryIO
 
 from slam_asr.audio.faults import TRUNCATED, more_than_announced
@@ -207,7 +208,7 @@ def joined_flac(content: bytes) -> list[tuple[int, int]]:
         if content[position + 4 : position + 8] in (b"\0\0\0\x22", b"\x80\0\0\x22"):
             starts.append(position)
         position = content.find(b"fLaC", position + 4)
-    parts = list(zip(starts, [*starts[1:], len(content)], strict=True))
+    parts = list(pairwise([*starts, len(content)]))
     for start, end in parts:
         announced, held = _flac_lengths(content, start, end)
         if announced and held is not None and held > announced:
