@@ -2,8 +2,8 @@
 
 A manifest is a file of JSON lines, with one utterance per line. `key`, `source` and `target` have the same
 names as in SLAM-LLM, so SLAM-LLM's files can be read without conversion. `build-manifest` adds `duration`,
-`sample_rate` and `sha256`. With `start`, the utterance is a segment of a longer file. Any other field is
-passed through unchanged. An example:
+`sample_rate` and `sha256`. With `start`, the utterance is a segment of a longer file, and with
+`audio_channel` it is one channel of the file. Any other field is passed through unchanged. An example:
 
     {"key": "1001-134707-0000", "source": "/data/x.flac", "target": "…", "duration": 12.3, "subset": "test"}
 
@@ -42,6 +42,8 @@ class Utterance:
     """The transcript."""
     start: float | None = field(default=None, kw_only=True)
     """Where the segment begins in the file, in seconds. None if the utterance is the complete file."""
+    audio_channel: int | None = field(default=None, kw_only=True)
+    """Number of the file's channel to use, from 0. None for the mean of all channels."""
     duration: float | None = None
     """Length in seconds of the segment, or of the file if `start` is None: samples at 16 kHz / 16,000."""
     sample_rate: int | None = None
@@ -75,15 +77,17 @@ class Utterance:
         """Identifier of the audio's content in 64 hexadecimal digits. Feature stores use it as the key.
 
         For a complete file, this is the SHA-256 of the file's bytes. For a segment, it is a digest of that
-        SHA-256 and of the segment's start and duration. The file is read if the manifest has no `sha256`.
+        SHA-256 and of the segment's start and duration; for one channel of several, also of its number. The
+        file is read if the manifest has no `sha256`.
 
         Raises:
             AudioError: the manifest has no `sha256`, and the file is missing.
         """
         sha256 = self.sha256 or audio_sha256(self.source)
-        if self.start is None:
-            return sha256
-        return hashlib.sha256(f"{sha256}/{self.start:.6f}/{self.duration:.6f}".encode()).hexdigest()
+        parts = [] if self.start is None else [f"{self.start:.6f}", f"{self.duration:.6f}"]
+        if self.audio_channel is not None:
+            parts.append(f"channel {self.audio_channel}")
+        return hashlib.sha256("/".join([sha256, *parts]).encode()).hexdigest() if parts else sha256
 
 
 class Manifest(Sequence[Utterance]):
@@ -271,6 +275,7 @@ _TYPES = {
     "source": str,
     "target": str,
     "start": float,
+    "audio_channel": int,
     "duration": float,
     "sample_rate": int,
     "sha256": str,
@@ -278,6 +283,7 @@ _TYPES = {
 _REQUIRED = ("key", "source", "target")
 _RULES = {
     "start": "a number of seconds, 0 or more",
+    "audio_channel": "a whole number, 0 or more",
     "duration": "a number of seconds above 0",
     "sample_rate": "a whole number of Hz above 0",
 }
@@ -343,8 +349,8 @@ def _check_text(name: str, value: Any, where: Location) -> None:
 
 
 def _check_number(name: str, value: Any, where: Location) -> None:
-    kinds = int if name == "sample_rate" else (int, float)
+    kinds = int if _TYPES[name] is int else (int, float)
     # JSON's true and false are ints in Python, so they must be excluded.
     valid = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
-    if not valid or (value == 0 and name != "start"):
+    if not valid or (value == 0 and name not in ("start", "audio_channel")):
         raise InputError(f"{where()}: {name} must be {_RULES[name]}, not {json.dumps(value)[:60]}.")

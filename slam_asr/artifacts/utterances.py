@@ -48,7 +48,9 @@ def load_utterance(utterance: Utterance) -> np.ndarray:
         InputError: the file's SHA-256 differs from the manifest's.
         AudioError: the file is missing, damaged or empty, or too short for the segment.
     """
-    return load_checked(utterance.source, utterance.sha256, utterance.start, utterance.duration)
+    return load_checked(
+        utterance.source, utterance.sha256, utterance.start, utterance.duration, utterance.audio_channel
+    )
 
 
 def manifest_files(paths: Iterable[str], names: Sequence[str] = MANIFESTS) -> list[str]:

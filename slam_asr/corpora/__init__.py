@@ -57,6 +57,10 @@ class Candidate:
     then makes other keys. Empty: the key itself."""
     split: str = ""
     """The split that the utterance belongs to; empty until `splits.read_splits` sets it."""
+    channel: int | None = None
+    """Number of the file's channel that holds the speaker, from 0; None if the corpus names none."""
+    channel_of_several: bool = False
+    """Whether `channel` is meant for files with several only: a file with one channel is used as it is."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, CorpusReader, Rejection, Stamp
@@ -23,6 +24,13 @@ from slam_asr.errors import InputError
 from slam_asr.progress import Meter
 from slam_asr.storage import digest, info, name_of, open_stream, read_bytes
 
+_MAX_EXPANSION = 100
+"""Largest ratio of the unpacked size to the archive's. Audio hardly shrinks; only an archive that was built
+to fill a disk exceeds this."""
+_MIN_ALLOWANCE = 2**30
+"""Bytes that an archive of any size may unpack to."""
+_MAX_METADATA = 2**20
+"""Largest size in bytes of a long name or another extended header, which tarfile reads into memory."""
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")
 _ORIGINAL_NAME = re.compile(r"((?:train|dev|test)-(?:clean|other)(?:-\d+)?)\.(?:tar\.gz|tgz|tar)")
 
@@ -114,8 +122,11 @@ def _unpack_once(file: str, target: Path, subsets: list[str]) -> None:
     marker.unlink(missing_ok=True)
     for subset in subsets:
         shutil.rmtree(target / OUTER / subset, ignore_errors=True)
+    remaining = max(_MIN_ALLOWANCE, _MAX_EXPANSION * archive_info.bytes) if archive_info else _MIN_ALLOWANCE
     with _members(file) as members, Meter(f"unpacking {name_of(file)}", unit="files") as meter:
         for archive, path, member in members:
+            remaining -= member.size
+            _require_space(file, target, member, remaining)
             unpacked = target / path
             unpacked.parent.mkdir(parents=True, exist_ok=True)
             content = archive.extractfile(member)
@@ -125,6 +136,43 @@ def _unpack_once(file: str, target: Path, subsets: list[str]) -> None:
             meter.update()
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.write_text(state, encoding="utf-8")
+
+
+def _require_space(file: str, target: Path, member: tarfile.TarInfo, remaining: int) -> None:
+    """Refuse an archive that unpacks to far more than audio can, or to more than the disk holds.
+
+    Args:
+        file: the archive, for messages.
+        target: the existing folder to unpack to, or one to be created.
+        member: the file to unpack next.
+        remaining: bytes that may be unpacked after it.
+    """
+    if remaining < 0:
+        raise InputError(
+            f"The archive {file} unpacks to more than {_MAX_EXPANSION} times its size, unlike audio: "
+            "download it again from its publisher."
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target).free
+    if member.size > free:
+        raise InputError(
+            f"The archive {file} does not fit on the disk: {member.name} has {member.size} bytes, and {free} "
+            f"are free at {target}."
+        )
+
+
+class _BoundedTarInfo(tarfile.TarInfo):
+    """A member's header, whose extensions are of bounded size."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        # tarfile reads such an extension into memory, whatever size it announces.
+        is_extension = self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX_TYPES)
+        if is_extension and self.size > _MAX_METADATA:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]  # absent from typeshed
+
+
+_PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
 @contextlib.contextmanager
@@ -137,11 +185,15 @@ def _members(file: str) -> Iterator[Iterator[tuple[tarfile.TarFile, PurePosixPat
     # Mode `r|*` never seeks, so an archive can come from object storage and needs no local copy. In return, a
     # member can be read only before the iterator advances to the next one.
     try:
-        with open_stream(file) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
+        with open_stream(file) as stream, _open(stream) as archive:
             yield ((archive, path, member) for member in archive if (path := _path_of(member)))
     except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"The archive {file} cannot be unpacked ({reason}): download it again.") from error
+
+
+def _open(stream: BinaryIO) -> tarfile.TarFile:
+    return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_BoundedTarInfo)
 
 
 def _path_of(member: tarfile.TarInfo) -> PurePosixPath | None:

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from slam_asr.artifacts.manifest import Utterance
-from slam_asr.audio import MISSING, UNREADABLE, AudioError, audio_sha256, read_clip
+from slam_asr.audio import MISSING, AudioError, Clip, audio_sha256, channel_count, read_clip
+from slam_asr.audio.faults import SILENT, UNREADABLE
 from slam_asr.config.recipe import Data
 from slam_asr.cores import usable_cores
 from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, NO_AUDIO, TOO_SHORT, Candidate, Rejection
@@ -96,7 +97,7 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
         return item
     key, source = item.key, item.source
     try:
-        clip = read_clip(source, data.max_duration, item.start, item.duration, item.content)
+        clip = _read(item, data)
         sha256 = clip.sha256 or audio_sha256(source)
     except AudioError as error:
         missing = error.reason == MISSING
@@ -111,14 +112,38 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
     if clip.duration < data.min_duration:
         detail = f"{source} lasts {clip.duration:.3f} s, shorter than {data.min_duration:g} s."
         return Rejection(key, source, TOO_SHORT, detail)
+    if clip.silent:
+        detail = f"All samples of {_named(item)} have the same value: it was recorded without a signal."
+        return Rejection(key, source, SILENT, detail)
     manifest_source = item.manifest_source or source
     if item.content is not None:
         assert folder is not None, "audio embedded in a table needs a folder to be written to"
         manifest_source = _write_embedded(item.content, sha256, source, folder)
     utterance = Utterance(
-        key, manifest_source, item.text, clip.duration, clip.sample_rate, sha256, item.extra, start=item.start
+        key,
+        manifest_source,
+        item.text,
+        clip.duration,
+        clip.sample_rate,
+        sha256,
+        item.extra,
+        start=item.start,
+        audio_channel=item.channel if clip.channels > 1 else None,
     )
     return Checked(utterance, clip.channels, item.split)
+
+
+def _read(item: Candidate, data: Data) -> Clip:
+    """Decode a candidate's audio."""
+    channel = item.channel
+    if channel and item.channel_of_several and channel_count(item.source, item.content) == 1:
+        channel = None
+    return read_clip(item.source, data.max_duration, item.start, item.duration, item.content, channel)
+
+
+def _named(item: Candidate) -> str:
+    """A candidate's file or segment, for messages."""
+    return item.source if item.start is None else f"a segment of {item.source}, at {item.start:.2f} s,"
 
 
 def _write_embedded(content: bytes, sha256: str, name: str, folder: Path) -> str:

@@ -1,10 +1,12 @@
-"""Reader for Kaldi data folders: `wav.scp` and `text`, and optionally `segments` and `utt2spk`.
+"""Reader for Kaldi data folders: `wav.scp` and `text`, and optionally `segments`, `utt2spk` and
+`reco2file_and_channel`.
 
     data/                         (or a single data folder)
         train_clean_100/          subset
             wav.scp               `19-198-0000 /corpora/19-198-0000.flac`, one recording per line
             text                  `19-198-0000 NORTHANGER ABBEY`, one utterance per line
-            segments              `utterance recording begin end`, in seconds
+            segments              `utterance recording begin end`, in seconds; a channel from 0 may follow
+            reco2file_and_channel `recording file A`, the channel of the recording, if its file has several
             utt2spk               `utterance speaker`
 
 The lists may be in any order; they are joined by sorting on disk. Commands in wav.scp are never run. A
@@ -35,7 +37,8 @@ from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
 from slam_asr.storage import join, name_of, open_stream
 
-_LISTS = ("wav.scp", "text", "segments", "utt2spk")
+_CHANNELS = "reco2file_and_channel"
+_LISTS = ("wav.scp", "text", "segments", "utt2spk", _CHANNELS)
 
 
 class Kaldi(ListedCorpus):
@@ -73,14 +76,17 @@ class Kaldi(ListedCorpus):
     def _fields(self, folder: str) -> Iterator[tuple[str, list[Any]]]:
         """Yield the fields of all utterances, first from one list, then from the next.
 
-        Each item is an utterance's key and one field: ["audio", source, start, duration] with times in
-        seconds, ["text", transcript] or ["speaker", name].
+        Each item is an utterance's key and one field: ["audio", source, start, duration, channel] with times
+        in seconds, ["text", transcript], ["speaker", name], or ["recorded", channel] with the channel of its
+        recording. Channels are counted from 0.
         """
         if is_file(join(folder, "segments")):
             yield from self._segments(folder)
         else:
             for recording, source in self._recordings(folder):
-                yield recording, ["audio", source, None, None]
+                yield recording, ["audio", source, None, None, None]
+            for recording, channel in self._channels(folder):
+                yield recording, ["recorded", channel]
         for _, utterance, text in _lines(join(folder, "text")):
             yield utterance, ["text", text]
         if is_file(join(folder, "utt2spk")):
@@ -88,23 +94,42 @@ class Kaldi(ListedCorpus):
                 yield utterance, ["speaker", speaker]
 
     def _segments(self, folder: str) -> Iterator[tuple[str, list[Any]]]:
-        """Join `segments` with `wav.scp` by recording, and yield utterances with their "audio" fields."""
+        """Join `segments` with the lists of recordings; yield "audio" and "recorded" fields of utterances."""
         path = join(folder, "segments")
         with ExternalSort() as records:
             # Recordings are added before segments. The sort is stable, so each comes before its own segments.
             for recording, source in self._recordings(folder):
-                records.add(recording.encode(), json.dumps(["", source, None, None]).encode())
+                records.add(recording.encode(), json.dumps(["", source, None, None, None]).encode())
+            for recording, channel in self._channels(folder):
+                records.add(recording.encode(), json.dumps(["", "", None, None, channel]).encode())
             for number, utterance, rest in _lines(path):
-                recording, start, duration = _segment(rest, f"{path}, line {number}")
-                records.add(recording.encode(), json.dumps([utterance, recording, start, duration]).encode())
+                recording, *segment = _segment(rest, f"{path}, line {number}")
+                records.add(recording.encode(), json.dumps([utterance, recording, *segment]).encode())
             for _, group in groupby(records, key=itemgetter(0)):
                 source = ""  # a segment of an unknown recording, which `_joined` rejects
+                recorded = None
                 for _, record in group:
-                    utterance, recording_or_source, start, duration = json.loads(record)
+                    utterance, recording_or_source, start, duration, channel = json.loads(record)
                     if utterance:
-                        yield utterance, ["audio", source, start, duration]
+                        yield utterance, ["audio", source, start, duration, channel]
+                        if recorded is not None:
+                            yield utterance, ["recorded", recorded]
                     else:
                         source = source or recording_or_source
+                        recorded = channel if recorded is None else recorded
+
+    def _channels(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield the recordings whose channel is known, and that channel, from 0."""
+        path = join(folder, _CHANNELS)
+        if not is_file(path):
+            return
+        for _, recording, rest in _lines(path):
+            name = rest.split()[-1].upper() if rest else ""
+            # Channels are A and B, or 1 and 2, as in NIST's formats for scoring, which this list serves.
+            if len(name) == 1 and "A" <= name <= "Z":
+                yield recording, ord(name) - ord("A")
+            elif name.isdecimal() and int(name) > 0:
+                yield recording, int(name) - 1
 
     def _recordings(self, folder: str) -> Iterator[tuple[str, str]]:
         path = join(folder, "wav.scp")
@@ -134,35 +159,40 @@ def _lines(path: str) -> Iterator[tuple[int, str, str]]:
                 yield number, comparable(words[0]), words[1].strip() if len(words) > 1 else ""
 
 
-def _segment(rest: str, where: str) -> tuple[str, float, float | None]:
+def _segment(rest: str, where: str) -> tuple[str, float, float | None, int | None]:
     """Parse a line of `segments` without its first word.
 
     Returns:
-        The recording, and the segment's start and duration in seconds. The duration is None if the end is -1,
-        which stands for the recording's end.
+        The recording, the segment's start and duration in seconds, and the channel, from 0. The duration is
+        None if the end is -1, which stands for the recording's end. The channel is None if the line has none,
+        or -1.
 
     Raises:
         InputError: the line has another form, or its times are invalid.
     """
     try:
-        recording, begin, end = rest.split()[:3]
+        recording, begin, end, *rest_of_line = rest.split()
         start, stop = float(begin), float(end)
-        valid = 0 <= start < math.inf and (start < stop < math.inf or stop == -1)
+        channel = int(rest_of_line[0]) if rest_of_line else -1
+        valid = 0 <= start < math.inf and (start < stop < math.inf or stop == -1) and channel >= -1
     except ValueError:
         valid = False
     if not valid:
         raise InputError(
-            f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds."
+            f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds; "
+            "a channel, counted from 0, may follow."
         )
-    return comparable(recording), start, None if stop == -1 else round(stop - start, 6)
+    duration = None if stop == -1 else round(stop - start, 6)
+    return comparable(recording), start, duration, None if channel < 0 else channel
 
 
 def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iterator[Candidate | Rejection]:
     """Build an utterance from its fields; a line that repeats a field is rejected."""
     values = {
-        name: [field[1:] for field in fields if field[0] == name] for name in ("audio", "text", "speaker")
+        name: [field[1:] for field in fields if field[0] == name]
+        for name in ("audio", "text", "speaker", "recorded")
     }
-    source, start, duration = values["audio"][0] if values["audio"] else ("", None, None)
+    source, start, duration, channel = values["audio"][0] if values["audio"] else ("", None, None, None)
     if not values["text"]:
         if values["audio"]:
             yield Rejection(key, source, NO_TRANSCRIPT, f"{key} has no line in {join(folder, 'text')}.")
@@ -176,7 +206,21 @@ def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iter
                 key, source, DUPLICATE, f"{folder} has {key} more than once among its {name} lines."
             )
     extra = {"subset": subset} | ({"speaker": values["speaker"][0][0]} if values["speaker"] else {})
-    yield Candidate(key, source, values["text"][0][0], extra, start, duration)
+    # The channel of a recording is that of the original file. It may have been extracted since, and then the
+    # file has only one. The channel of a segment must be there, as in Kaldi's extract-segments.
+    of_several = channel is None and bool(values["recorded"])
+    if of_several:
+        channel = values["recorded"][0][0]
+    yield Candidate(
+        key,
+        source,
+        values["text"][0][0],
+        extra,
+        start,
+        duration,
+        channel=channel,
+        channel_of_several=of_several,
+    )
 
 
 def audio_file(entry: str, where: str) -> str:

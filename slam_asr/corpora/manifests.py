@@ -67,7 +67,7 @@ def write_manifests(
                 continue
             splits[result.split].add(_bytes(result.utterance.key), manifest_line(result.utterance))
             statistics.resampled += result.utterance.sample_rate != SAMPLE_RATE
-            statistics.downmixed += result.channels != 1
+            statistics.downmixed += result.channels != 1 and result.utterance.audio_channel is None
         # The list is written before the check: the check's message refers to it, and quotes the counts that
         # writing it collects.
         write_lines(folder / REJECTED, _count_rejections(rejected, statistics))
@@ -75,6 +75,11 @@ def write_manifests(
         without_dev = bool(recipe.data.train) and not subsets["dev"]
         dev_keys = _dev_keys(splits["train"], recipe.data) if without_dev else set()
         _write_manifests(folder, splits, dev_keys, statistics, required_splits(recipe.data))
+    if statistics.downmixed:
+        log_line(
+            f"{STAGE}: the channels of {statistics.downmixed} utterances are averaged, because the corpus "
+            "does not name one of them"
+        )
     numbers = statistics.as_dict(without_dev)
     write_json(folder / "statistics.json", numbers)
     write_corpus_page(folder / STATISTICS_PAGE, reader.root, reader.kind, recipe, numbers)
@@ -199,7 +204,8 @@ class _SharedAudio:
         # Hashes of text differ between Python processes, but these never leave this one.
         # The duration distinguishes segments only: for a complete file it may be missing or rounded.
         is_segment = utterance.start is not None
-        audio = hash((utterance.sha256, utterance.start, utterance.duration if is_segment else None))
+        duration = utterance.duration if is_segment else None
+        audio = hash((utterance.sha256, utterance.start, duration, utterance.audio_channel))
         if split == "train":
             self._train.append(audio)
             return

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples, load_audio
+from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples, read_clip
 from slam_asr.config.recipe import Recipe
 from slam_asr.cores import usable_cores
 from slam_asr.decoding.pauses import divide
 from slam_asr.decoding.subtitles import Segment, Transcript
-from slam_asr.progress import Meter
+from slam_asr.progress import Meter, log_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +132,7 @@ class Transcriber:
             recordings = []
             for file in (files[index] for index in group):
                 try:
-                    recordings.append((file, load_audio(file)))
+                    recordings.append((file, _read(file)))
                 except AudioError as error:
                     if on_error is None:
                         raise
@@ -189,6 +189,22 @@ class Transcriber:
                 len(samples) / SAMPLE_RATE,
                 [segments[i] for i, (recording, _) in enumerate(stretches) if recording == number],
             )
+
+
+def _read(file: str) -> "np.ndarray":
+    """Decode a recording, and log what its transcript depends on.
+
+    Raises:
+        AudioError: as for `load_audio`.
+    """
+    clip = read_clip(file)
+    if clip.silent:
+        log_line(
+            f"{file} holds no signal: all of its samples have the same value, so its transcript is empty"
+        )
+    elif clip.channels > 1:
+        log_line(f"the {clip.channels} channels of {file} are averaged")
+    return clip.samples
 
 
 def _groups(seconds: Sequence[float]) -> Iterator[list[int]]:

@@ -116,6 +116,31 @@ def test_silence_has_an_empty_transcript(model, tmp_path, capsys):
     assert capsys.readouterr().out == "\n"
 
 
+def test_b03_unusable_channels_are_refused_and_mixing_and_silence_are_said(model, tmp_path, capsys):
+    tone = make_tone(1.0)
+    sounds = {
+        "mixed": [tone, 0.5 * tone],
+        "inverted": [tone, -tone],
+        "silent": [0 * tone],
+        "scaled": [9 * tone],
+    }
+    for name, channels in sounds.items():
+        write_wav(tmp_path / f"{name}.wav", np.stack(channels, axis=1), subtype="FLOAT")
+    with pytest.raises(SystemExit) as ended:
+        main(["transcribe", model, *(str(tmp_path / f"{name}.wav") for name in sounds), "--format", "json"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert [json.loads(line)["file"].rpartition("/")[2] for line in printed.out.splitlines()] == [
+        "mixed.wav",
+        "silent.wav",
+    ]
+    assert "2 of 4 files could not be read" in printed.err
+    assert "error: The 2 channels of" in printed.err and "cancel each other" in printed.err
+    assert "scaled.wav has samples up to 4.5, but full scale is 1" in printed.err
+    assert "the 2 channels of" in printed.err and "mixed.wav are averaged" in printed.err
+    assert "silent.wav holds no signal" in printed.err
+
+
 def test_a_damaged_file_does_not_affect_the_others(model, tmp_path, capsys):
     good = write_wav(tmp_path / "good.flac", make_tone(2))
     broken = tmp_path / "broken.flac"

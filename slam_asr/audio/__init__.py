@@ -1,8 +1,9 @@
 """Audio decoding: any file that libsndfile reads becomes float32 mono samples at 16 kHz, in [-1, 1].
 
-Truncated and damaged files raise `AudioError`, so that no model is trained on them. libsndfile alone does not
-detect that a wav or Ogg file is truncated, and returns the samples that remain. Files may be in object
-storage, and an utterance may be a segment of a file.
+Every sample that a file holds is decoded, also in files joined from several. Truncated and damaged files,
+and files that hold more than their header announces, raise `AudioError`, so that no model is trained on them.
+libsndfile alone does not notice them (see `containers` and `mp3`). Files may be in object storage, and an
+utterance may be a segment of a file.
 """
 
 import contextlib
@@ -10,50 +11,43 @@ import functools
 import hashlib
 import io
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
+from slam_asr.audio.faults import (
+    BEYOND_END,
+    CANCELLED,
+    EMPTY,
+    MISSING,
+    NO_CHANNEL,
+    NOT_FINITE,
+    TOO_LONG,
+    TOO_LOUD,
+    AudioError,
+    LengthError,
+)
+from slam_asr.audio.sounds import ESTIMATE_ERROR, Sound, open_sound
 from slam_asr.errors import InputError, UserError
 from slam_asr.storage import exists, fetch, is_s3, open_stream, read_bytes, sha256_of_bytes, sha256_of_file
 
 SAMPLE_RATE = 16_000
 """Hz. Every supported encoder was trained at this rate."""
 
-MISSING = "missing audio"
-UNREADABLE = "unreadable audio"
-EMPTY = "empty audio"
-NOT_FINITE = "non-finite samples"
-TOO_LONG = "too long"
-BEYOND_END = "segment beyond the file's end"
-
-_MIN_SAMPLE_RATE = 4000
-"""Hz. A header with a lower rate is damaged, and resampling from that rate would exhaust memory."""
-_MP3_SHORTFALL = 0.05
-"""Fraction of an mp3's announced samples that may be missing. Without a Xing header, libsndfile estimates the
-length from the bit rate of the first frames."""
-_OGG_PAGE = 65_307
-"""Size of the largest Ogg page in bytes (RFC 3533, section 6)."""
 _MAX_OVERSHOOT = 0.5
 """Seconds by which a segment may exceed its file, as in Kaldi's extract-segments; it is cut at the file's
 end."""
-_PIPE_LENGTH = 0x7FFF_F000
-"""Bytes. A wav written to a pipe announces about 2 or 4 GiB, because its length was unknown when the header
-was written."""
-
-
-class AudioError(InputError):
-    """An audio file that cannot be used. `reason` is the kind of fault, for statistics."""
-
-    def __init__(self, sentence: str, reason: str = UNREADABLE) -> None:
-        super().__init__(sentence)
-        self.reason = reason
+_FULL_SCALE_LIMIT = 4.0
+"""Largest absolute sample value. Loudly mastered float samples reach 2, and decoders of lossy formats
+exceed 1 slightly. Float samples in the range of integers reach hundreds, even in quiet speech."""
+_SILENT_RANGE = 2.0**-15
+"""Samples within a range of less than one step of 16 bits hold no sound."""
+_CANCELLED_POWER = 1e-4
+"""The mean of the channels has less than this share of their power (-40 dB) if one is the other inverted."""
 
 
 def audio_sha256(path: str | os.PathLike) -> str:
@@ -78,9 +72,13 @@ class Clip:
     sample_rate: int
     """The file's own rate in Hz, before resampling."""
     channels: int
-    """Channels of the file; `samples` is their mean."""
+    """Channels of the file; `samples` is their mean, unless one of them was named."""
     sha256: str | None = None
     """SHA-256 of the file's bytes; None if the file was not read into memory completely."""
+    silent: bool = False
+    """Whether all samples are the same, as from a muted microphone."""
+    cancelled: bool = False
+    """Whether the channels cancel each other in `samples`, because one is the other inverted."""
 
     @property
     def duration(self) -> float:
@@ -95,7 +93,8 @@ def load_audio(path: str | os.PathLike) -> np.ndarray:
         float32 [samples], mono at 16 kHz.
 
     Raises:
-        AudioError: the file is missing, damaged or empty, or has NaN or infinite samples.
+        AudioError: the file is missing, damaged or empty, or holds less or more than its header announces;
+            its samples are NaN, infinite or far above full scale; or its channels cancel each other.
     """
     return read_clip(path).samples
 
@@ -105,6 +104,7 @@ def load_checked(
     sha256: str | None,
     start: float | None = None,
     duration: float | None = None,
+    channel: int | None = None,
 ) -> np.ndarray:
     """Decode a file or a segment, after a check that the file is the one that its manifest was built from.
 
@@ -116,6 +116,7 @@ def load_checked(
         sha256: the file's expected SHA-256, or None for no check.
         start: where the segment begins, in seconds; None for the complete file.
         duration: length of the segment in seconds; None if it ends with the file.
+        channel: number of the channel to use, from 0; None for the mean of all.
 
     Returns:
         float32 [samples], mono at 16 kHz.
@@ -135,7 +136,7 @@ def load_checked(
         raise InputError(
             f"{path} was changed since its manifest was built: run `slam-asr build-manifest` again."
         )
-    return _clip(file, path, start, duration).samples
+    return _clip(file, path, start, duration, channel).samples
 
 
 def read_clip(
@@ -144,6 +145,7 @@ def read_clip(
     start: float | None = None,
     duration: float | None = None,
     content: bytes | None = None,
+    channel: int | None = None,
 ) -> Clip:
     """Decode a file or a segment, and return its samples with the file's own sample rate and channels.
 
@@ -151,35 +153,59 @@ def read_clip(
         path: the audio file.
         max_duration: limit in seconds on the length that the header announces, or on the segment's length.
             Longer audio raises before it is decoded into memory.
-        start: where the segment begins in the file, in seconds. Nothing before it is decoded, unless the
-            format has no exact seek (mp3).
+        start: where the segment begins in the file, in seconds. Nothing before it is decoded.
         duration: length of the segment in seconds; None if it ends with the file.
         content: the file's bytes, if they are already in memory; `path` is then only its name in messages.
+        channel: number of the channel to use, from 0; None for the mean of all.
 
     Raises:
-        AudioError: as for `load_audio`; also if the audio is longer than `max_duration`, or the segment
-            exceeds the file.
+        AudioError: as for `load_audio`; also if the audio is longer than `max_duration`, the segment exceeds
+            the file, or the file lacks the channel.
     """
     file: Path | bytes | None = content
     if file is None:
         file = _content(path) if is_s3(path) and start is None else _local_copy(path)
-    clip = _clip(file, path, start, duration, max_duration)
+    clip = _clip(file, path, start, duration, channel, max_duration)
+    if clip.cancelled:
+        raise AudioError(
+            f"The {clip.channels} channels of {path} cancel each other when they are mixed, because one is "
+            "another one inverted: write one of them to a file of its own.",
+            CANCELLED,
+        )
     clip.sha256 = sha256_of_bytes(file) if isinstance(file, bytes) else None
     return clip
 
 
 def count_samples(path: str | os.PathLike) -> int:
-    """The number of samples, after resampling to 16 kHz, that a file's header announces; nothing is decoded.
+    """The number of samples, after resampling to 16 kHz, that a file holds; nothing is decoded.
+
+    For a file that holds less or more than its header announces, it is the number that libsndfile would
+    decode: such damage is reported when the file is read.
 
     Raises:
         AudioError: the file is missing or is not audio.
     """
     file = _content(path) if is_s3(path) else _local_copy(path)
     try:
-        header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
-    except (soundfile.LibsndfileError, TypeError) as error:
-        raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
-    return round(header.frames * SAMPLE_RATE / header.samplerate)
+        with open_sound(file, path) as sound:
+            return round(sound.frames * SAMPLE_RATE / sound.sample_rate)
+    except LengthError:
+        try:
+            header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
+        except (soundfile.LibsndfileError, TypeError) as error:
+            raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
+        return round(header.frames * SAMPLE_RATE / header.samplerate)
+
+
+def channel_count(path: str | os.PathLike, content: bytes | None = None) -> int:
+    """The number of a file's channels; `content` is the file's bytes, if they are already in memory.
+
+    Raises:
+        AudioError: as for `count_samples`.
+    """
+    file = content if content is not None else _local_copy(path)
+    with open_sound(file, path) as sound:
+        return sound.channels
 
 
 @contextlib.contextmanager
@@ -228,86 +254,76 @@ def _clip(
     path: str | os.PathLike,
     start: float | None,
     duration: float | None,
+    channel: int | None,
     max_duration: float | None = None,
 ) -> Clip:
     """Decode a file, or the bytes of one; `path` is its name in messages. All times are in seconds."""
-    with contextlib.closing(io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")) as stream:
-        if stream.seek(0, os.SEEK_END) == 0:
-            raise AudioError(f"{path} is empty (0 bytes).", EMPTY)
-        if _is_truncated(stream):
-            raise AudioError(f"{path} ends too early: it was truncated when it was written or copied.")
-        stream.seek(0)
-        # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as
-        # bytes, because soundfile cannot encode a str with a name that is not UTF-8.
-        name_or_stream = stream if isinstance(file, bytes) else os.fsencode(file)
-        samples, sample_rate = _decode(name_or_stream, path, start, duration, max_duration)
-    channels = samples.shape[1]
-    mono = samples.mean(axis=1, dtype=np.float32) if channels > 1 else samples[:, 0]
-    if not np.isfinite(mono).all():
-        raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", NOT_FINITE)
-    if sample_rate != SAMPLE_RATE:
-        mono = soxr.resample(mono, sample_rate, SAMPLE_RATE, quality="HQ")
-    if len(mono) == 0:
-        raise AudioError(f"{path} has no samples.", EMPTY)
-    return Clip(np.ascontiguousarray(mono, dtype=np.float32), sample_rate, channels)
-
-
-def _decode(
-    file: bytes | BinaryIO,
-    path: str | os.PathLike,
-    start: float | None,
-    duration: float | None,
-    max_duration: float | None,
-) -> tuple[np.ndarray, int]:
-    """Decode a file, given by its name or as a stream, or a segment of it; see `read_clip`.
-
-    Returns:
-        Samples as float32 [samples, channels], and their rate in Hz, both at the file's own rate.
-    """
-    try:
-        sound = soundfile.SoundFile(file)
-    except (soundfile.LibsndfileError, TypeError) as error:
-        # Do not quote libsndfile's message: it is global to all threads and may be about another file.
-        raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
-    with sound:
-        announced, sample_rate = sound.frames, sound.samplerate
-        # libsndfile reports its maximum, 2**63 - 1, where a header has no length.
-        if announced >= 2**62:
+    with open_sound(file, path) as sound:
+        sample_rate, channels = sound.sample_rate, sound.channels
+        if channel is not None and channel >= channels:
             raise AudioError(
-                f"{path} has no length in its header, as when written to a pipe: write it again as a file."
+                f"{path} has {channels} channel{'s' * (channels > 1)}, but the list names channel {channel}, "
+                "counted from 0: correct it.",
+                NO_CHANNEL,
             )
-        if sample_rate < _MIN_SAMPLE_RATE:
-            raise AudioError(f"{path} has a sample rate of {sample_rate} Hz: its header is damaged.")
-        first, count = (0, announced) if start is None else _segment(sound, path, start, duration)
+        first, count = (0, sound.frames) if start is None else _segment(sound, path, start, duration)
         if max_duration is not None and count / sample_rate > max_duration:
             what = f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
             raise AudioError(
                 f"{what} lasts {count / sample_rate:.2f} s, longer than {max_duration:g} s.", TOO_LONG
             )
-        is_mp3 = sound.format in ("MP3", "MPEG")
-        # After a seek, an mp3 does not decode to the same samples, because a frame may use bits of earlier
-        # ones: decode it from its start, and discard the samples before the segment.
-        discarded = first if is_mp3 else 0
         try:
-            if first > discarded:
-                sound.seek(first)
-            samples = sound.read(discarded + count, dtype="float32", always_2d=True)
+            mono, energy = _mono(sound.read(first, count), channel)
         except (soundfile.LibsndfileError, MemoryError, ValueError) as error:
             raise AudioError(f"{path} is damaged: it cannot be decoded to its end.") from error
-    allowed = _MP3_SHORTFALL * announced if is_mp3 else 0
-    if discarded + count - len(samples) > allowed:
-        decoded = first - discarded + len(samples)
+    if len(mono) < count - (ESTIMATE_ERROR * sound.frames if sound.estimated else 0):
         raise AudioError(
-            f"{path} is damaged: its header announces {announced} samples, but only {decoded} can be decoded."
+            f"{path} is damaged: it should have {first + count} samples, but only {first + len(mono)} can be "
+            "decoded."
         )
-    return samples[discarded:], sample_rate
+    if len(mono) == 0:
+        raise AudioError(f"{path} has no samples.", EMPTY)
+    low, high = float(mono.min()), float(mono.max())
+    _require_in_range(path, low, high)
+    clip = Clip(mono, sample_rate, channels, silent=high - low < _SILENT_RANGE)
+    clip.cancelled = energy > 0 and float(np.vdot(mono, mono)) < _CANCELLED_POWER * energy
+    if sample_rate != SAMPLE_RATE:
+        clip.samples = soxr.resample(mono, sample_rate, SAMPLE_RATE, quality="HQ")
+        if len(clip.samples) == 0:
+            raise AudioError(f"{path} has no samples.", EMPTY)
+    clip.samples = np.ascontiguousarray(clip.samples, dtype=np.float32)
+    return clip
 
 
-def _segment(
-    sound: soundfile.SoundFile, path: str | os.PathLike, start: float, duration: float | None
-) -> tuple[int, int]:
+def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:
+    """One channel, or the mean of all, of float32 [samples, channels].
+
+    Returns:
+        float32 [samples]; and the energy of the channels, on average, or 0 if no mean was taken.
+    """
+    channels = samples.shape[1]
+    if channels == 1 or channel is not None:
+        return samples[:, channel or 0], 0.0
+    with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite raise an error later
+        return samples.mean(axis=1, dtype=np.float32), float(np.vdot(samples, samples)) / channels
+
+
+def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:
+    """Raise if samples between `low` and `high` are no audio with full scale 1."""
+    peak = max(-low, high)
+    if not np.isfinite(peak):
+        raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", NOT_FINITE)
+    if peak > _FULL_SCALE_LIMIT:
+        raise AudioError(
+            f"{path} has samples up to {peak:.5g}, but full scale is 1: if they are 16-bit numbers written "
+            "as floats, divide them by 32768 and write the file again.",
+            TOO_LOUD,
+        )
+
+
+def _segment(sound: Sound, path: str | os.PathLike, start: float, duration: float | None) -> tuple[int, int]:
     """The first sample of a segment (from 0) and its number of samples, both at the file's own rate."""
-    rate, available = sound.samplerate, sound.frames
+    rate, available = sound.sample_rate, sound.frames
     first = round(start * rate)
     count = available - first if duration is None else round(duration * rate)
     if first >= available or first + count > available + _MAX_OVERSHOOT * rate:
@@ -317,33 +333,3 @@ def _segment(
             BEYOND_END,
         )
     return first, min(count, available - first)
-
-
-def _is_truncated(stream: BinaryIO) -> bool:
-    """Whether a wav file is shorter than its header announces, or an Ogg file lacks its last page."""
-    size = stream.seek(0, os.SEEK_END)
-    stream.seek(0)
-    head = stream.read(12)
-    if head[:4] == b"RIFF" and head[8:] == b"WAVE":
-        while len(chunk := stream.read(8)) == 8:
-            name, length = struct.unpack("<4sI", chunk)
-            if name == b"data":
-                return length < _PIPE_LENGTH and stream.tell() + length > size
-            stream.seek(length + length % 2, os.SEEK_CUR)  # RIFF pads chunks to an even length
-    if head[:4] == b"OggS":
-        stream.seek(max(0, size - _OGG_PAGE))
-        return not _ends_with_last_page(stream.read())
-    return False
-
-
-def _ends_with_last_page(tail: bytes) -> bool:
-    """Whether the last Ogg page in `tail` is complete and is marked as the last (RFC 3533, section 6).
-
-    A page has a header of 27 bytes, whose last byte is the number of segments; then, for each segment, a byte
-    with its size; then the segments.
-    """
-    page = tail[tail.rfind(b"OggS") :]
-    if len(page) < 27 or not page[5] & 0x04:  # byte 5 holds the flags, 0x04 is "end of stream"
-        return False
-    segments = page[26]
-    return len(page) >= 27 + segments + sum(page[27 : 27 + segments])

@@ -1,0 +1,354 @@
+"""Exact access to mp3: every frame is found and counted, and any stretch is decoded without what precedes it.
+
+The length that libsndfile reports for an mp3 is not reliable. It is the count in the first Xing header even
+if more streams follow, and without such a header it is an estimate from the bit rate. Its seeking is not
+exact either. A frame header gives the size of its frame, however, so that all frames of a file are found in
+milliseconds. A stretch is decoded from copies of its frames, preceded by those that its first frame depends
+on. The samples are then equal to those of the complete file, bit by bit.
+"""
+
+import io
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+
+from slam_asr.audio.containers import ContainerFault
+from slam_asr.audio.faults import TRUNCATED
+
+_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+"""Sample rates in Hz by the two bits of a header that give the MPEG version."""
+_BIT_RATES = {
+    (True, 3): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 1): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 3): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 1): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+"""kbit/s by whether the version is MPEG 1, and by the two bits of a header that give the layer."""
+_DECODER_DELAY = 529
+"""Samples by which every mp3 decoder lags. LAME's tag does not include them, and mpg123 drops them from the
+start of what it decodes."""
+_RESERVOIR = 511
+"""Bytes of earlier frames that a frame of MPEG 1 may use; one of MPEG 2 may use half of them."""
+_FRAME_OVERHEAD = 38
+"""Bytes of a frame, at most, that are not part of that reservoir: header, checksum and side information."""
+_WARM_UP = 3
+"""Frames after which the state of the decoder (overlap and filter bank) no longer depends on its start."""
+_COUNT_TOLERANCE = 2
+"""Frames by which the count of a Xing header may differ: some encoders count the header's own frame."""
+_MAX_JUNK = 4096
+"""Bytes after the last frame that are ignored."""
+
+
+def _frame_sizes() -> list[int]:
+    """The size of a frame in bytes by the second and third byte of its header; 0 if they are not valid."""
+    sizes = [0] * 2**16
+    for bits in range(0xE000, 0x10000):
+        version, layer = bits >> 11 & 3, bits >> 9 & 3
+        bit_rate, rate, padding = bits >> 4 & 15, bits >> 2 & 3, bits >> 1 & 1
+        if version == 1 or layer == 0 or bit_rate in (0, 15) or rate == 3:
+            continue
+        bits_per_second = _BIT_RATES[version == 3, layer][bit_rate - 1] * 1000
+        if layer == 3:
+            sizes[bits] = (12 * bits_per_second // _RATES[version][rate] + padding) * 4
+        else:
+            factor = 72 if layer == 1 and version != 3 else 144
+            sizes[bits] = factor * bits_per_second // _RATES[version][rate] + padding
+    return sizes
+
+
+_SIZES = _frame_sizes()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of frames that one encoder wrote."""
+
+    offsets: np.ndarray
+    """int64 [frames + 1]: where each frame begins in the file, in bytes, and where the last one ends."""
+    delay: int = 0
+    """Samples at the start that are not part of the recording, with the decoder's delay; 0 if unknown."""
+    padding: int = 0
+    """Samples at the end that are not part of the recording."""
+
+
+@dataclass(frozen=True)
+class Mp3:
+    """Where the frames of an mp3 file are, and how many samples they hold."""
+
+    parts: tuple[_Part, ...]
+    header: bytes
+    """The first frame's header, 4 bytes."""
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return _RATES[self.header[1] >> 3 & 3][self.header[2] >> 2 & 3]
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.header[3] >> 6 == 3 else 2
+
+    @property
+    def samples_per_frame(self) -> int:
+        return 1152 if self.header[1] >> 3 & 3 == 3 else 576
+
+    def _samples_of(self, part: _Part) -> int:
+        return max(0, (len(part.offsets) - 1) * self.samples_per_frame - part.delay - part.padding)
+
+    @property
+    def frames(self) -> int:
+        """Samples per channel of the complete file."""
+        return sum(map(self._samples_of, self.parts))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file is one recording with its encoder's header: libsndfile then knows its length."""
+        return len(self.parts) == 1 and self.parts[0].delay > 0
+
+    def read(self, stream: BinaryIO, first: int, count: int) -> np.ndarray:
+        """Decode a stretch of the file, given as `stream`.
+
+        Args:
+            stream: the file.
+            first: number of the first sample, from 0.
+            count: number of samples.
+
+        Returns:
+            float32 [samples, channels]; fewer samples if a frame is damaged.
+        """
+        found = [np.zeros((0, self.channels), np.float32)]
+        for part in self.parts:
+            samples = self._samples_of(part)
+            taken = max(0, min(count, samples - first))
+            if taken:
+                found.append(self._read_part(part, stream, first + part.delay, taken))
+                if len(found[-1]) < taken:  # what follows would be at another time
+                    break
+                count -= taken
+            first = max(0, first - samples)
+        return np.concatenate(found)
+
+    def _read_part(self, part: _Part, stream: BinaryIO, first: int, count: int) -> np.ndarray:
+        """Decode samples of a part; `first` counts all samples that the decoder gives, with the delay."""
+        size = self.samples_per_frame
+        end = min(-(-(first + count) // size), len(part.offsets) - 1)
+        exact = max(0, first // size - _WARM_UP)
+        begin = _first_needed(part.offsets, exact)
+        stream.seek(int(part.offsets[begin]))
+        content = bytearray(stream.read(int(part.offsets[end] - part.offsets[begin])))
+        # The delay is dropped from a frame of silence, so that nothing is dropped from the file's own frames.
+        lead = self._made_frame(1, b"")
+        self._silence(content, (part.offsets[begin : exact + 1] - part.offsets[begin]).tolist(), len(lead))
+        counting = self._made_frame(13, b"Xing" + struct.pack(">II", 1, end - begin + 1))
+        skipped = first - (begin - 1) * size - _DECODER_DELAY
+        with soundfile.SoundFile(io.BytesIO(counting + lead + content)) as sound:
+            # A single read: soundfile seeks after each one, and mpg123's seek is not exact.
+            return sound.read(skipped + count, dtype="float32", always_2d=True)[skipped:]
+
+    def _silence(self, content: bytearray, offsets: list[int], lead: int) -> None:
+        """Make frames of silence of those that only serve as reservoir.
+
+        They themselves use frames that are not decoded, of which mpg123 would complain on standard error.
+
+        Args:
+            content: consecutive frames, which are changed.
+            offsets: where the frames to change begin, and where the last of them ends.
+            lead: size of the frame in front of them in bytes.
+        """
+        side = self.side_information
+        reserved = lead - 4 - side
+        for start, end in pairwise(offsets):
+            start += 4 if content[start + 1] & 1 else 6  # a checksum takes two bytes
+            # mpg123 copies into each frame only what it says that it uses: all must be passed on.
+            used = min(reserved, self.reservoir)
+            begin = used << 7 if self.reservoir == _RESERVOIR else used << 8  # 9 bits, or 8
+            content[start : start + side] = begin.to_bytes(2).ljust(side, b"\0")
+            reserved = used + end - start - side
+
+    @property
+    def side_information(self) -> int:
+        """Bytes of side information in a frame of layer III."""
+        if self.header[1] >> 3 & 3 == 3:
+            return 17 if self.channels == 1 else 32
+        return 9 if self.channels == 1 else 17
+
+    @property
+    def reservoir(self) -> int:
+        """Bytes of earlier frames that a frame of layer III may use at most."""
+        return _RESERVOIR if self.header[1] >> 3 & 3 == 3 else _RESERVOIR // 2
+
+    def _made_frame(self, bit_rate: int, content: bytes) -> bytes:
+        """A frame of silence with something after its side information, at the bit rate with this number.
+
+        libsndfile takes the number of frames from a Xing header in it. Without it, libsndfile would estimate
+        the length from the bit rate, and cut what is longer. mpg123 gives no samples for that frame. At the
+        bit rate with number 13, it has space for the header at every sample rate.
+        """
+        second = self.header[1] | 1  # no checksum
+        third = bit_rate << 4 | self.header[2] & 0x0C
+        head = bytes([0xFF, second, third, self.header[3]]) + bytes(self.side_information)
+        return (head + content).ljust(_SIZES[second << 8 | third], b"\0")
+
+
+def _first_needed(offsets: np.ndarray, exact: int) -> int:
+    """The first frame to decode so that the reservoir of frame `exact` is complete."""
+    first, reserved = exact, 0
+    while first > 0 and reserved < _RESERVOIR:
+        first -= 1
+        reserved += max(0, int(offsets[first + 1] - offsets[first]) - _FRAME_OVERHEAD)
+    return first
+
+
+def may_be_mp3(head: bytes) -> bool:
+    """Whether a file that begins with these 4 bytes may be an mp3: it begins with a frame or an ID3 tag."""
+    return head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
+
+
+def find_frames(content: bytes) -> Mp3 | None:
+    """Find all frames of an mp3 file.
+
+    Returns:
+        None if they cannot be found from their headers, because the bit rate is free, or if they are not of
+        layer III.
+
+    Raises:
+        ContainerFault: the file ends in the middle of a frame or has fewer frames than its header announces,
+            frames are damaged, or the sample rate or the number of channels changes.
+    """
+    tags_end = _tags_end(content, 0)
+    position = _first_frame(content[: tags_end + _MAX_JUNK], tags_end)
+    if position is None:
+        return None
+    header = content[position : position + 4]
+    if header[1] >> 1 & 3 != 1:
+        return None
+    parts: list[_Part] = []
+    while position is not None:
+        if not _same_format(content[position : position + 4], header):
+            raise ContainerFault(
+                "changes its sample rate or number of channels: write it again as one stream"
+            )
+        offsets = _run_of_frames(content, position, header)
+        position = _after_tags(content, offsets[-1])
+        parts += _split_at_headers(content, offsets, Mp3((), header))
+    return Mp3(tuple(parts), header)
+
+
+def _same_format(header: bytes, other: bytes) -> bool:
+    """Whether version, layer, sample rate and number of channels are the same."""
+    return (
+        (header[1] ^ other[1]) & 0xFE == 0
+        and (header[2] ^ other[2]) & 0x0C == 0
+        and (header[3] >> 6 == 3) == (other[3] >> 6 == 3)
+    )
+
+
+def _run_of_frames(content: bytes, position: int, header: bytes) -> list[int]:
+    """The offsets of frames that follow each other, and the end of the last one."""
+    sizes, length = _SIZES, len(content) - 4
+    version, channels = header[1] & 0xFE, header[3] >> 6 == 3
+    offsets = [position]
+    while position <= length and content[position] == 0xFF:
+        second = content[position + 1]
+        size = sizes[second << 8 | content[position + 2]]
+        if not size or second & 0xFE != version or (content[position + 3] >> 6 == 3) != channels:
+            break
+        position += size
+        if position > length + 4:
+            raise ContainerFault(TRUNCATED)
+        offsets.append(position)
+    return offsets
+
+
+def _first_frame(content: bytes, start: int) -> int | None:
+    """Where the first frame at or after `start` begins, which another one or the end of the file follows."""
+    for match in re.finditer(rb"\xff[\xe0-\xff]", content[start:]):
+        position = start + match.start()
+        size = (
+            _SIZES[int.from_bytes(content[position + 1 : position + 3])]
+            if position + 4 <= len(content)
+            else 0
+        )
+        after = content[position + size : position + size + 4]
+        if size and len(after) == 4 and _same_format(content[position : position + 4], after):
+            return position
+        if size and position + size == len(content):
+            return position
+    return None
+
+
+def _after_tags(content: bytes, position: int) -> int | None:
+    """Where frames go on after the tags of music players; None at the end of the file.
+
+    Raises:
+        ContainerFault: something other than a tag or zeros is between two frames, or much of it at the end.
+    """
+    position = _tags_end(content, position)
+    following = _first_frame(content, position)
+    if following is not None and following > position:
+        raise ContainerFault(f"is damaged: {following - position} bytes between two frames are not audio")
+    if following is None and len(content) - position > _MAX_JUNK:
+        raise ContainerFault(f"is damaged: the last {len(content) - position} bytes are not audio")
+    return following
+
+
+def _tags_end(content: bytes, position: int) -> int:
+    """Where the tags of music players, and zeros, end that begin at `position`."""
+    while True:
+        rest = content[position : position + 32]
+        if rest.startswith(b"TAG"):
+            position += 128
+        elif rest.startswith(b"ID3") and len(rest) >= 10:
+            size = (rest[6] & 127) << 21 | (rest[7] & 127) << 14 | (rest[8] & 127) << 7 | rest[9] & 127
+            position += 10 + size
+        elif rest.startswith(b"APETAGEX") and len(rest) == 32:
+            # The size of an APE tag counts its footer but not its header.
+            is_header = rest[23] & 0x20
+            position += int.from_bytes(rest[12:16], "little") + 32 if is_header else 32
+        elif rest.startswith(b"LYRICSBEGIN"):
+            end = content.find(b"LYRICS200", position)
+            position = end + 9 if end >= 0 else len(content)
+        elif rest[:1] == b"\0":
+            position += len(content[position:]) - len(content[position:].lstrip(b"\0"))
+        else:
+            return position
+
+
+def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator[_Part]:
+    """Divide a run of frames at those with an encoder's header: each begins another recording."""
+    side = file.side_information
+    marks = []
+    for number, offset in enumerate(offsets[:-1]):
+        # A header is in a frame of silence, whose side information is zero; mpg123 recognises it likewise.
+        tag = offset + 4 + side
+        if content[tag : tag + 4] in (b"Xing", b"Info") and not any(content[offset + 6 : tag]):
+            marks.append((number, tag))
+    ends = [number for number, _ in marks] + [len(offsets) - 1]
+    if ends[0] > 0:
+        yield _Part(np.array(offsets[: ends[0] + 1], np.int64))
+    for (number, tag), end in zip(marks, ends[1:], strict=True):
+        yield _part_with_header(content, tag, np.array(offsets[number + 1 : end + 1], np.int64), file)
+
+
+def _part_with_header(content: bytes, tag: int, offsets: np.ndarray, file: Mp3) -> _Part:
+    """The frames after an encoder's header, of which `tag` is the offset in bytes."""
+    flags, announced = struct.unpack(">II", content[tag + 4 : tag + 12].ljust(8, b"\0"))
+    frames = len(offsets) - 1
+    if flags & 1 and announced > frames + _COUNT_TOLERANCE:
+        raise ContainerFault(TRUNCATED)
+    lame = tag + 8 + 4 * (flags & 1) + 2 * (flags & 2) + 25 * (flags & 4) + (flags & 8) // 2
+    if not content[lame : lame + 1].strip(b"\0"):
+        return _Part(offsets)
+    values = int.from_bytes(content[lame + 21 : lame + 24])
+    delay, padding = (values >> 12) + _DECODER_DELAY, (values & 0xFFF) - _DECODER_DELAY
+    # If frames follow those that the header counts, then its padding is not at the end.
+    known = not flags & 1 or announced + _COUNT_TOLERANCE >= frames
+    return _Part(offsets, delay, max(0, padding) if known else 0)

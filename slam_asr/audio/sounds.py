@@ -1,0 +1,208 @@
+"""An audio file as one sequence of samples, whatever its format, and also if it was joined from several."""
+
+import contextlib
+import functools
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+
+from slam_asr.audio.containers import ContainerFault, check_length, joined_flac, joined_ogg
+from slam_asr.audio.faults import EMPTY, AudioError, LengthError, more_than_announced
+from slam_asr.audio.mp3 import Mp3, find_frames, may_be_mp3
+
+_MIN_SAMPLE_RATE = 4000
+"""Hz. A header with a lower rate is damaged, and resampling from that rate would exhaust memory."""
+ESTIMATE_ERROR = 0.05
+"""Fraction of the announced samples that may be missing from MPEG audio of layers I and II, or of a free bit
+rate. libsndfile estimates their length from the bit rate."""
+_SAMPLE_BYTES = {
+    **dict.fromkeys(("PCM_S8", "PCM_U8", "ULAW", "ALAW"), 1),
+    **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
+}
+"""Bytes of a sample by libsndfile's name of the encoding. Compressed ones are missing."""
+_NO_LENGTH = 2**62
+"""libsndfile reports its maximum, 2**63 - 1, where a header has no length."""
+_Layout = Mp3 | list[tuple[int, int]]
+"""The frames of an mp3, or where each of several joined files begins and ends in bytes."""
+
+
+@dataclass
+class Sound:
+    """An open audio file."""
+
+    frames: int
+    """Samples per channel."""
+    sample_rate: int
+    """Hz."""
+    channels: int
+    read: Callable[[int, int], np.ndarray]
+    """Decodes `count` samples from the sample `first` (from 0) on, as float32 [samples, channels]. They are
+    fewer if the file is damaged."""
+    sample_bytes: int = 0
+    """Bytes of one sample of one channel in the file; 0 if it is compressed."""
+    estimated: bool = False
+    """Whether `frames` is an estimate, which may exceed the file's length by `ESTIMATE_ERROR`."""
+
+
+class _Content(io.BytesIO):
+    """The bytes of a file. libsndfile seeks before its start if its header is damaged."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Seek as in a file, but stay at the start where a file would raise an error."""
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            # An exception in soundfile's callback would be printed with its traceback, and then ignored.
+            return super().seek(0)
+
+
+@contextlib.contextmanager
+def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
+    """Open an audio file, after comparing the length that its header announces with what it holds.
+
+    Args:
+        file: the file, or its bytes.
+        path: its name in messages.
+
+    Raises:
+        LengthError: the file holds less or more than its header announces.
+        AudioError: the file is empty or not audio.
+    """
+    with contextlib.ExitStack() as stack:
+        stream: BinaryIO = (
+            _Content(file) if isinstance(file, bytes) else stack.enter_context(open(file, "rb"))
+        )
+        if stream.seek(0, os.SEEK_END) == 0:
+            raise AudioError(f"{path} is empty (0 bytes).", EMPTY)
+        try:
+            announced = check_length(stream)
+            sounds = _opened(stream, file, stack)
+            if announced is not None and len(sounds) == 1:
+                _limit_frames(sounds[0], announced)
+        except ContainerFault as fault:
+            raise LengthError(f"{path} {fault}.") from fault
+        except (soundfile.LibsndfileError, TypeError) as error:
+            # Do not quote libsndfile's message: it is global to all threads and may be about another file.
+            raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
+        first = sounds[0]
+        if first.frames >= _NO_LENGTH:
+            raise AudioError(
+                f"{path} has no length in its header, as when written to a pipe: write it again as a file."
+            )
+        if first.sample_rate < _MIN_SAMPLE_RATE:
+            raise AudioError(f"{path} has a sample rate of {first.sample_rate} Hz: its header is damaged.")
+        if any((s.sample_rate, s.channels) != (first.sample_rate, first.channels) for s in sounds):
+            raise AudioError(
+                f"{path} changes its sample rate or number of channels: write it again as one stream."
+            )
+        yield first if len(sounds) == 1 else _joined(sounds)
+
+
+def _limit_frames(sound: Sound, announced: int) -> None:
+    """Limit a file to the bytes of samples that its header announces.
+
+    In some formats, libsndfile takes all that follows the header for samples, also the tags of music players.
+
+    Raises:
+        ContainerFault: another number in the header says that there are fewer samples.
+    """
+    if not sound.sample_bytes:
+        return
+    frames = announced // (sound.sample_bytes * sound.channels)
+    if sound.frames < frames:
+        raise ContainerFault(more_than_announced(f"{frames} samples instead of {sound.frames}"))
+    sound.frames = frames
+
+
+def _opened(stream: BinaryIO, file: Path | bytes, stack: contextlib.ExitStack) -> list[Sound]:
+    """Open the file, or each of the files that were joined in it; `stack` closes them."""
+    stream.seek(0)
+    if may_be_mp3(stream.read(4)):
+        frames = _layout_of(file, "MP3")
+        if isinstance(frames, Mp3):
+            read = functools.partial(_read_mp3, frames, stream, file)
+            return [Sound(frames.frames, frames.sample_rate, frames.channels, read)]
+    stream.seek(0)
+    # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as bytes,
+    # because soundfile cannot encode a str with a name that is not UTF-8.
+    sound = stack.enter_context(soundfile.SoundFile(stream if isinstance(file, bytes) else os.fsencode(file)))
+    layout = _layout_of(file, sound.format) if sound.format in ("FLAC", "OGG") else []
+    assert isinstance(layout, list)
+    if len(layout) < 2:
+        return [_single(sound)]
+    parts = []
+    for start, end in layout:
+        stream.seek(start)
+        part = _Content(stream.read(end - start))
+        parts.append(_single(stack.enter_context(soundfile.SoundFile(part))))
+    return parts
+
+
+def _read_mp3(frames: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int) -> np.ndarray:
+    # By its name, libsndfile reads a complete mp3 in two thirds of the time.
+    if frames.is_plain and first == 0 and count == frames.frames and not isinstance(file, bytes):
+        with soundfile.SoundFile(os.fsencode(file)) as sound:
+            if sound.frames == count:
+                return sound.read(count, dtype="float32", always_2d=True)
+    return frames.read(stream, first, count)
+
+
+def _layout_of(file: Path | bytes, format: str) -> _Layout:
+    """Find the frames of an mp3, or files that were joined in an Ogg or FLAC file.
+
+    A file with many segments is searched once for all of them.
+    """
+    if isinstance(file, bytes):
+        return _FINDERS[format](file) or []
+    status = file.stat()
+    return _cached_layout(str(file), format, status.st_size, status.st_mtime_ns)
+
+
+_FINDERS: dict[str, Callable[[bytes], _Layout | None]] = {
+    "MP3": find_frames,
+    "FLAC": joined_flac,
+    "OGG": joined_ogg,
+}
+"""By libsndfile's name of the format."""
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_layout(file: str, format: str, size: int, modified_ns: int) -> _Layout:
+    """Search a file. `size` (bytes) and `modified_ns` only make the cache miss when the file has changed."""
+    return _FINDERS[format](Path(file).read_bytes()) or []
+
+
+def _single(sound: soundfile.SoundFile) -> Sound:
+    read = functools.partial(_read, sound)
+    width = _SAMPLE_BYTES.get(sound.subtype, 0)
+    return Sound(sound.frames, sound.samplerate, sound.channels, read, width, sound.format == "MP3")
+
+
+def _read(sound: soundfile.SoundFile, first: int, count: int) -> np.ndarray:
+    if first:
+        sound.seek(first)
+    return sound.read(count, dtype="float32", always_2d=True)
+
+
+def _joined(sounds: list[Sound]) -> Sound:
+    """The sequence of several files."""
+
+    def read(first: int, count: int) -> np.ndarray:
+        found = [np.zeros((0, sounds[0].channels), np.float32)]
+        for sound in sounds:
+            taken = max(0, min(count, sound.frames - first))
+            if taken:
+                found.append(sound.read(first, taken))
+                if len(found[-1]) < taken:  # what follows would be at another time
+                    break
+                count -= taken
+            first = max(0, first - sound.frames)
+        return np.concatenate(found)
+
+    return Sound(sum(s.frames for s in sounds), sounds[0].sample_rate, sounds[0].channels, read)
