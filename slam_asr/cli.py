@@ -249,6 +249,9 @@ def _recipe_of_model(stage: str, arguments: list[str]) -> Recipe | None:
         The recipe; None if there is none, or if `convert-checkpoint` gets no option of a recipe.
     """
     model = _value_of("--model", arguments) if stage in COUNTING_KEYS else None
+    # `score` takes its settings from any recipe that is named.
+    if stage == "score" and _value_of("--recipe", arguments):
+        return None
     if model is not None:
         from slam_asr.artifacts.model_folder import read_config
 

@@ -61,7 +61,7 @@ def test_a_model_without_weights_is_refused(bucket):
     [
         ("s3://bucket/nothing", "There is nothing at"),
         ("s3://no-such-bucket/model", "there is no such bucket"),
-        ("s3:///model", "names no bucket: write the address as s3://bucket/prefix"),
+        ("s3:///model", "names no bucket: write it as s3://bucket/prefix"),
     ],
 )
 def test_a_missing_model_is_one_sentence(bucket, name, answer):
