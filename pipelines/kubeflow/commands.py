@@ -22,11 +22,12 @@ from pipelines.compile import (
     recipe_parameters,
     require_no_templates,
 )
-from pipelines.kubeflow.connection import add_connection_options, connect
+from pipelines.kubeflow.connection import add_connection_options, connect, require_seconds
 from pipelines.run_request import add_pipeline_options, request_from_options
-from slam_asr.cli import add_recipe_options, parse_options, pop_recipe
+from slam_asr.cli import add_recipe_options, pop_recipe
 from slam_asr.config.recipe import shipped_recipes
 from slam_asr.errors import ConfigurationError
+from slam_asr.options import parse_options
 
 if TYPE_CHECKING:
     import kfp_server_api
@@ -53,6 +54,7 @@ def submit(arguments: list[str]) -> int:
     add_pipeline_options(parser, in_a_cluster=True)
     add_recipe_options(parser, source)
     options = parse_options(parser, _flags(rest))
+    require_seconds(options, "poll")
     cluster = load_cluster(options["cluster"])
     request = request_from_options(options, pop_recipe(options), in_a_cluster=True)
     check_recipe(request, cluster)
@@ -254,7 +256,9 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> tuple[str | None, di
     """Split off the run's id or name, if given, and parse the options."""
     has_run = bool(arguments) and not arguments[0].startswith("-")
     run_key, rest = (arguments[0], arguments[1:]) if has_run else (None, arguments)
-    return run_key, parse_options(parser, _flags(rest))
+    options = parse_options(parser, _flags(rest))
+    require_seconds(options, "poll")
+    return run_key, options
 
 
 def _required(run_key: str | None, command: str) -> str:

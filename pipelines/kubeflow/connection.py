@@ -7,6 +7,7 @@ reveals a login page, an expired token or a wrong address.
 import contextlib
 import io
 import json
+import math
 import os
 import time
 import warnings
@@ -224,6 +225,18 @@ class Connection:
                 "check --namespace, or ask for the role `kubeflow-edit` there."
             )
         return f"{self.endpoint} refuses to {what} ({error.status}: {_words(error.body) or error.reason})."
+
+
+def require_seconds(options: dict[str, Any], *names: str) -> None:
+    """Check options that are numbers of seconds; `time.sleep` takes nothing negative or infinite.
+
+    Raises:
+        ConfigurationError: one of them is not.
+    """
+    for name in names:
+        # A comparison with NaN is false as well.
+        if not 0 <= options[name] < math.inf:
+            raise ConfigurationError(f"--{name} is {options[name]:g}: give a number of seconds, 0 or more.")
 
 
 def add_connection_options(parser: ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 Each finding includes what to do about it.
 """
 
-import math
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -25,7 +24,13 @@ from pipelines.kubeflow.backend import (
     check_trainer_version,
     pipeline_root,
 )
-from pipelines.kubeflow.connection import Connection, NotFound, add_connection_options, connect
+from pipelines.kubeflow.connection import (
+    Connection,
+    NotFound,
+    add_connection_options,
+    connect,
+    require_seconds,
+)
 from pipelines.kubeflow.logs import core_api
 from pipelines.kubeflow.nodes import check_nodes, loaded_images
 from pipelines.kubeflow.registry import check_image
@@ -68,9 +73,13 @@ def doctor(arguments: list[str]) -> int:
         help="with --run: seconds for which a pod may wait to start, such as for a large image",
     )
     parser.add_argument(
-        "--poll", type=float, default=5.0, help="with --run: seconds between two requests for the run's state"
+        "--poll",
+        type=float,
+        default=5.0,
+        help="with --run: seconds between two requests for the run's state",
     )
     options = parse_options(parser, arguments)
+    require_seconds(options, "patience", "poll")
     _require_sound(options)
     cluster = load_cluster(options["cluster"])
     failed = 0
@@ -88,15 +97,11 @@ def _require_sound(options: dict[str, Any]) -> None:
     """Check the options of a run.
 
     Raises:
-        ConfigurationError: a number is out of bounds, or `--run` is missing.
+        ConfigurationError: the number of nodes is out of bounds, or `--run` is missing.
     """
     nodes = options["nodes"]
     if nodes < 1:
         raise ConfigurationError(f"--nodes is {nodes}: a TrainJob needs at least 1 pod.")
-    for name in ("patience", "poll"):
-        # A comparison with NaN is false as well.
-        if not 0 <= options[name] < math.inf:
-            raise ConfigurationError(f"--{name} is {options[name]:g}: give a number of seconds, 0 or more.")
     if nodes > 1 and not options["run"]:
         raise ConfigurationError(f"--nodes is {nodes}, but a TrainJob is only started with --run: add it.")
 

@@ -153,6 +153,16 @@ def test_impossible_options_of_a_run_are_one_sentence(kubeflow, program, options
     assert kubeflow.requests == []
 
 
+@pytest.mark.parametrize(
+    "command", [["status"], ["status", "run-1"], ["resume", "run-1"], ["submit", "demo"]]
+)
+def test_negative_seconds_are_refused_before_any_request(kubeflow, program, command):
+    sentence = "--poll is -1: give a number of seconds, 0 or more.\n"
+    code, out, err = program(*command, "--poll", "-1")
+    assert (code, out) == (2, "") and err.endswith(sentence)
+    assert kubeflow.requests == []
+
+
 @pytest.mark.slow
 def test_component_runs_under_kfps_runner_and_writes_its_findings(tmp_path, monkeypatch):
     from kfp import local
