@@ -472,6 +472,7 @@ def test_the_stage_runs_in_a_script_without_a_main_guard_and_in_a_daemon_thread(
     assert read_record(tmp_path / "thread") is not None
 
 
+@pytest.mark.slow
 def test_the_first_subsets_of_librispeech_are_built_without_rejections(libri_mini, tmp_path):
     record = build_manifest(recipe(), str(libri_mini), str(tmp_path / "out"))
     assert record.metrics["rejected"] == 0

@@ -79,6 +79,7 @@ def test_an_unreachable_endpoint_ends_extraction_with_a_message_and_loses_nothin
     assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_features_are_read_correctly_if_the_local_disk_is_full(tiny_models, many, tmp_path, bucket):
     options = recipe(tiny_models, **SMALL)
     record = extract_features(options, [str(many)], "s3://bucket/store")

@@ -238,6 +238,7 @@ def test_a_name_that_the_hub_does_not_know_is_one_sentence(hub):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_sentence():
     done = fetch_from("http://127.0.0.1:9", "team/other")
     assert done.returncode == 2

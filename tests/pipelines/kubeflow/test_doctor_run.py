@@ -42,6 +42,7 @@ def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sandbox", "several-nodes"])
 def test_each_kind_of_step_has_a_small_pod_with_its_own_settings(name, tmp_path):
     cluster = load_cluster(name)
@@ -75,6 +76,7 @@ def test_each_kind_of_step_has_a_small_pod_with_its_own_settings(name, tmp_path)
         )
 
 
+@pytest.mark.slow
 def test_two_nodes_are_a_trainjob_of_small_pods_that_the_pod_of_train_starts(tmp_path):
     package = write_package(load_cluster("several-nodes"), IMAGES, tmp_path / "doctor.yaml", "team", nodes=2)
     spec, _ = read_package(package)
@@ -108,6 +110,7 @@ def test_findings_of_each_pod_are_shown_and_count(doctor, kubeflow):
     assert kubeflow.created[0]["service_account"] == "slam-asr-runner"
 
 
+@pytest.mark.slow
 def test_pod_that_does_not_start_is_given_up_with_its_reason_and_the_run_is_stopped(doctor, kubeflow):
     kubeflow.waits = "ImagePullBackOff: Back-off pulling image"
     code, out = doctor({}, "--patience", "0")
