@@ -27,9 +27,9 @@ def decode(
     from slam_asr.errors import exit_on_user_error
 
     with exit_on_user_error():
-        from slam_asr.artifacts.model_folder import recipe_for_model
         from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, recipe_of, write_pointer
         from slam_asr.stages.decode import decode as run
+        from slam_asr.stages.decode import recipe_for_model
 
         recipe, folder = recipe_of(manifests.path), follow_pointer(model.path)
         record = run(

@@ -56,21 +56,21 @@ class Utterance:
     @property
     def subset(self) -> str:
         """The part of the corpus that the utterance comes from, such as `test-other`; empty if unknown."""
-        return self._named("subset")
+        return self._extra("subset")
 
     @property
     def speaker(self) -> str:
         """The speaker's name or number; empty if unknown."""
-        return self._named("speaker")
-
-    def _named(self, field: str) -> str:
-        value = self.extra.get(field)
-        return "" if value is None else str(value)
+        return self._extra("speaker")
 
     @property
     def language(self) -> str:
         """Name or code of the language, such as `en`, from the fields `language` or `locale`; or empty."""
-        return str(self.extra.get("language") or self.extra.get("locale") or "")
+        return self._extra("language") or self._extra("locale")
+
+    def _extra(self, field: str) -> str:
+        value = self.extra.get(field)
+        return "" if value is None else str(value)
 
     @property
     def audio_id(self) -> str:
@@ -270,16 +270,8 @@ def _refuse_repeated_keys(path: PathOrUri, file: Path, hashes: np.ndarray) -> No
             )
 
 
-_TYPES = {
-    "key": str,
-    "source": str,
-    "target": str,
-    "start": float,
-    "audio_channel": int,
-    "duration": float,
-    "sample_rate": int,
-    "sha256": str,
-}
+_TYPES = {"key": str, "source": str, "target": str, "start": float, "audio_channel": int, "duration": float}
+_TYPES |= {"sample_rate": int, "sha256": str}
 _REQUIRED = ("key", "source", "target")
 _RULES = {
     "start": "a number of seconds, 0 or more",

@@ -8,13 +8,13 @@ formats: `adapter/` as peft writes it, and `llm/` and `encoder/` as transformers
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from slam_asr.config.recipe import Encoder, Llm, Projector, Recipe, load_recipe
+from slam_asr.config.recipe import Projector, Recipe, load_recipe
 from slam_asr.errors import ModelError
 from slam_asr.storage import fetch_folder, local_path, sha256_of_file, write_atomically, write_json
 
@@ -113,29 +113,6 @@ def read_config(model: str | Path) -> ModelConfig:
         return ModelConfig(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not a model's configuration: convert the checkpoint again.") from error
-
-
-def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
-    """Return a run's recipe with the base models of a model that the run may only evaluate.
-
-    The recipe of such a run need not name the model's LLM. A base model that it names, if only in another
-    folder, is where the recipe states; any other, and one that the model replaces by its own, is the model's.
-
-    Args:
-        recipe: of the run.
-        model: as for `read_config`.
-    """
-    trained = read_config(model).typed_recipe
-
-    def place(requested: Encoder | Llm, own: Encoder | Llm) -> str:
-        same = requested.name.rstrip("/").rpartition("/")[2] == own.name.rstrip("/").rpartition("/")[2]
-        return requested.name if same and own.tuning != "full" else own.name
-
-    return replace(
-        recipe,
-        encoder=replace(recipe.encoder, name=place(recipe.encoder, trained.encoder)),
-        llm=replace(recipe.llm, name=place(recipe.llm, trained.llm)),
-    )
 
 
 def model_digests(model: str | Path) -> dict[str, str]:

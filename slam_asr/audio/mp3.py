@@ -33,8 +33,7 @@ _BIT_RATES = {
 }
 """kbit/s by whether the version is MPEG 1, and by the two bits of a header that give the layer."""
 _DECODER_DELAY = 529
-"""Samples by which every mp3 decoder lags. LAME's tag does not include them, and mpg123 drops them from the
-start of what it decodes."""
+"""Samples by which every mp3 decoder lags. LAME's tag does not include them, and mpg123 drops them."""
 _RESERVOIR = 511
 """Bytes of earlier frames that a frame of MPEG 1 may use; one of MPEG 2 may use half of them."""
 _FRAME_OVERHEAD = 38

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,11 @@ from slam_asr import __version__
 from slam_asr.artifacts.hypotheses import HYPOTHESES, NBEST, Hypothesis, write_hypotheses
 from slam_asr.artifacts.json_lines import write_json_lines
 from slam_asr.artifacts.manifest import Utterance
-from slam_asr.artifacts.model_folder import model_digests
+from slam_asr.artifacts.model_folder import model_digests, read_config
 from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
 from slam_asr.artifacts.utterances import load_utterance, manifest_files
 from slam_asr.artifacts.word_errors import measure
-from slam_asr.config.recipe import Decoding, Recipe
+from slam_asr.config.recipe import Decoding, Encoder, Llm, Recipe
 from slam_asr.decoding.decoder import Decoder, decode_on_several
 from slam_asr.decoding.model import open_model
 from slam_asr.progress import Meter, log_line
@@ -84,14 +84,35 @@ def decode(
             decoded, facts = _decode(decoder, shard, journal, processes)
         _write(folder, recipe.decoding, decoded, decoder.utterances)
         journal.close()
-        summary = f"{len(decoded)} utterances"
         if not any(row.reference.strip() for row, _ in decoded):
             log_line("the manifests have no transcripts: there is nothing to score the hypotheses against")
-        if shard.of > 1:
-            summary = f"{len(decoded)} of {len(decoder.utterances)} utterances, work shard {shard}"
-        return Outcome(summary, _rates(facts), facts)
+        part = f" of {len(decoder.utterances)} utterances, work shard {shard}"
+        return Outcome(f"{len(decoded)}{part if shard.of > 1 else ' utterances'}", _rates(facts), facts)
 
     return run_stage("decode", output, inputs, work, overwrite)
+
+
+def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
+    """Return a run's recipe with the base models of a model that the run may only evaluate.
+
+    The recipe of such a run need not name the model's LLM. A base model that it names, if only in another
+    folder, is where the recipe states; any other, and one that the model replaces by its own, is the model's.
+
+    Args:
+        recipe: of the run.
+        model: as for `read_config`.
+    """
+    trained = read_config(model).typed_recipe
+
+    def place(requested: Encoder | Llm, own: Encoder | Llm) -> str:
+        same = requested.name.rstrip("/").rpartition("/")[2] == own.name.rstrip("/").rpartition("/")[2]
+        return requested.name if same and own.tuning != "full" else own.name
+
+    return replace(
+        recipe,
+        encoder=replace(recipe.encoder, name=place(recipe.encoder, trained.encoder)),
+        llm=replace(recipe.llm, name=place(recipe.llm, trained.llm)),
+    )
 
 
 def _inputs(decoder: Decoder, shard: WorkShard) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import pytest
 from slam_asr.artifacts.hypotheses import read_hypotheses
 from slam_asr.artifacts.model_folder import read_config
 from slam_asr.cli import run
+from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import ConfigurationError, ModelError
+from slam_asr.stages.decode import recipe_for_model
 from tests.conftest import write_wav
 
 
@@ -86,3 +88,12 @@ def test_an_option_of_a_recipes_file_that_is_for_training_is_no_mistake(moved, t
     """A run's recipe serves all stages, so its other keys are ignored rather than refused."""
     record = decode(moved, tmp_path, "--recipe", str(tiny_recipe), *places(moved), "--decoding.beams", "2")
     assert record.facts["beams"] == 2
+
+
+def test_a_run_takes_base_models_from_where_its_recipe_names_the_same_ones():
+    model = "whisper-tiny.en-smollm2-135m"
+    own = read_config(model).typed_recipe
+    moved = load_recipe("demo", {"encoder.name": "/mnt/whisper-tiny.en", "llm.name": "team/another-llm"})
+    placed = recipe_for_model(moved, model)
+    assert placed.encoder.name == "/mnt/whisper-tiny.en"
+    assert placed.llm.name == own.llm.name
