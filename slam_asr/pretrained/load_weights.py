@@ -54,7 +54,12 @@ def load_weights(
     Raises:
         ModelError: weights are missing, damaged, of another shape, or not finite.
     """
-    device = {} if values else {"device_map": "meta"}
+    device = {}
+    if not values:
+        # transformers needs it for a device map, and the image of a step holds only what its code imports.
+        import accelerate  # noqa: F401
+
+        device = {"device_map": "meta"}
     with _quiet(), load_errors_as_model_errors(folder, part):
         # With ignore_mismatched_sizes, weights of another shape are listed in the report. Without it,
         # transformers raises an exception whose text is a table of many lines.
