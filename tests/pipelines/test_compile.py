@@ -349,7 +349,7 @@ namespace: team
 service_account: runner
 environment: {HTTPS_PROXY: "http://proxy:3128"}
 images: {names: "registry.example/team/{stage}:7", pull_policy: Always, pull_secrets: [pull]}
-storage: {store: "s3://b/s", secret: bucket-secret, endpoint: "http://seaweed:8333", region: somewhere}
+storage: {store: "s3://bucket/s", secret: bucket-secret, endpoint: "http://seaweed:8333", region: somewhere}
 models: {claim: model-claim, token_secret: hub, offline: true}
 queue: {name: research, priority: high}
 steps:
@@ -364,7 +364,7 @@ steps:
 def test_every_setting_of_the_profile_reaches_the_task(tmp_path):
     (tmp_path / "everything.yaml").write_text(EVERYTHING)
     package = compile_package(
-        load_cluster(str(tmp_path / "everything.yaml")), tmp_path / "p.yaml", defaults={"store": "s3://b/s"}
+        load_cluster(str(tmp_path / "everything.yaml")), tmp_path / "p.yaml", defaults={"store": "s3://bucket/s"}
     )
     spec, settings = read_package(package)
     container = json_format.MessageToDict(spec.deployment_spec)["executors"]["exec-train"]["container"]
