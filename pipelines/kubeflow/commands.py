@@ -297,9 +297,7 @@ def _run_parser(command: str, description: str) -> ArgumentParser:
 
 def _add_wait(parser: ArgumentParser) -> None:
     parser.add_argument("--wait", type=bool, default=False, help="follow the run until it has ended")
-    parser.add_argument(
-        "--poll", type=float, default=POLL, help="seconds between two requests for the run's state"
-    )
+    parser.add_argument("--poll", type=float, default=POLL, help="seconds between two requests for its state")
 
 
 def _flags(arguments: list[str]) -> list[str]:
