@@ -364,7 +364,9 @@ steps:
 def test_every_setting_of_the_profile_reaches_the_task(tmp_path):
     (tmp_path / "everything.yaml").write_text(EVERYTHING)
     package = compile_package(
-        load_cluster(str(tmp_path / "everything.yaml")), tmp_path / "p.yaml", defaults={"store": "s3://bucket/s"}
+        load_cluster(str(tmp_path / "everything.yaml")),
+        tmp_path / "p.yaml",
+        defaults={"store": "s3://bucket/s"},
     )
     spec, settings = read_package(package)
     container = json_format.MessageToDict(spec.deployment_spec)["executors"]["exec-train"]["container"]
