@@ -136,9 +136,8 @@ def parse_yaml(text: str | bytes, where: str, example: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeError) as error:
         raise ConfigurationError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
-        raise ConfigurationError(
-            f"{where} must contain keys and values, such as `{example}`; it contains {type(values).__name__}."
-        )
+        found = "is empty" if values is None else f"contains {type(values).__name__}"
+        raise ConfigurationError(f"{where} must contain keys and values, such as `{example}`; it {found}.")
     return values
 
 

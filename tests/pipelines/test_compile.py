@@ -677,6 +677,7 @@ def test_what_cannot_run_is_rejected_at_compile_time(error_of, tmp_path, argv, s
         ("storage: {store: /data}", "Cluster mine: storage.store is '/data' but must be an s3:// prefix."),
         ("run_as_user: 0", "Cluster mine: run_as_user is 0 but must be above 0: steps do not run as root."),
         ("[]", "Cluster {} must contain keys and values, such as `namespace:`; it contains list."),
+        ("", "Cluster {} must contain keys and values, such as `namespace:`; it is empty."),
     ],
 )
 def test_mistake_in_a_profile_is_one_sentence(error_of, tmp_path, profile, sentence):
