@@ -336,7 +336,7 @@ def _pipeline_options(command: str) -> Iterator[tuple[str, str, str]]:
         raise _ParserBuilt(parser)
 
     module, name = COMMANDS[command].function.split(":")
-    takes_recipe = "RECIPE" in COMMANDS[command].words
+    takes_recipe = "RECIPE" in COMMANDS[command].positionals
     with mock.patch.object(ArgumentParser, "parse_args", stop):
         try:
             getattr(importlib.import_module(module), name)(["demo"] if takes_recipe else ["RUN"])
@@ -352,9 +352,9 @@ def _pipeline_options(command: str) -> Iterator[tuple[str, str, str]]:
 
 def _usage(command: str, parameters: Mapping[str, inspect.Parameter]) -> str:
     """Return the required options. Those that may be positional come first, without their names."""
-    from slam_asr.cli import words_of
+    from slam_asr.cli import positionals_of
 
-    words = words_of(command).split()
+    words = positionals_of(command).split()
     positional = [word.rstrip("…").lower() for word in words]
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty and not _is_optional_recipe(name, parameters)

@@ -55,7 +55,11 @@ Its module is imported only when the command runs, so that `--help` does not wai
 
 USAGE = list_commands(
     PROGRAM,
-    {"commands": {f"{name} {command.words}".strip(): command.summary for name, command in COMMANDS.items()}},
+    {
+        "commands": {
+            f"{name} {command.positionals}".strip(): command.summary for name, command in COMMANDS.items()
+        }
+    },
     "--model MODEL trains nothing, and evaluates the model on the recipe's test sets.",
     "--sweep FILE  trains every variation of the recipe that FILE lists, with the same features, and "
     "compares them.",
@@ -89,4 +93,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command_parser(command: str, description: str) -> ArgumentParser:
     """Return a parser for the options of `command`."""
-    return options.command_parser(f"{PROGRAM} {command}", description, COMMANDS[command].words)
+    return options.command_parser(f"{PROGRAM} {command}", description, COMMANDS[command].positionals)

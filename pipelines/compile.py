@@ -24,7 +24,7 @@ from slam_asr.artifacts.model_folder import shipped_models
 from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.config.variations import varied
 from slam_asr.errors import ConfigurationError
-from slam_asr.options import check_places
+from slam_asr.options import refuse_empty
 from slam_asr.steps import EVALUATION, STEPS, SWEEP
 from slam_asr.storage import is_s3, local_path
 
@@ -108,7 +108,7 @@ def location_parameters(
         ConfigurationError: one of them is a path on this machine, which pods cannot read, or is empty.
         StorageError: one of them is an address without a bucket.
     """
-    check_places({"corpus": corpus, "store": store, "model": model})
+    refuse_empty({"corpus": corpus, "store": store, "model": model})
     locations = {"corpus": corpus, "store": store or cluster.storage.store, "model": model}
     for name, path in locations.items():
         if path and not is_s3(path) and not (name == "model" and path in shipped_models()):

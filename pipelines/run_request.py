@@ -17,7 +17,7 @@ from slam_asr.config.variations import (
     varied,
 )
 from slam_asr.errors import ConfigurationError
-from slam_asr.options import check_places, parse_options
+from slam_asr.options import parse_options, refuse_empty
 from slam_asr.steps import EVALUATION, SWEEP, TRAINING, outputs_of
 from slam_asr.storage import is_s3, local_path
 
@@ -166,7 +166,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
             are invalid, or both a model and a sweep are given.
     """
     model, sweep, parallel = options["model"], options["sweep"], options.get("parallel", 0)
-    check_places({name: options.get(name) for name in ("model", "sweep", "corpus", "store", "output")})
+    refuse_empty({name: options.get(name) for name in ("model", "sweep", "corpus", "store", "output")})
     if parallel < 0 or (parallel and not sweep):
         raise ConfigurationError(f"--parallel is {parallel}: it must be 0 or more, and requires --sweep.")
     if model and sweep:

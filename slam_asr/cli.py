@@ -30,12 +30,12 @@ from slam_asr.errors import ConfigurationError, exit_on_user_error
 from slam_asr.options import (
     Command,
     add_options,
-    check_places,
     command_parser,
     given_options,
     list_commands,
     option_name,
     parse_options,
+    refuse_empty,
 )
 from slam_asr.runtime.utf8 import ensure_utf8
 from slam_asr.steps import STEPS
@@ -79,14 +79,14 @@ OTHER_COMMANDS = {
 COMMANDS = STEP_FUNCTIONS | {name: command.function for name, command in OTHER_COMMANDS.items()}
 """`module:function` of each command. The module is imported only when the command runs."""
 
-COUNTING_KEYS = {
+EFFECTIVE_KEYS = {
     "decode": ("decoding", "features.cache", *MODEL_KEYS),
     "transcribe": ("decoding", *MODEL_KEYS),
     "convert-checkpoint": MODEL_KEYS,
     "score": ("decoding", "published_wer"),
 }
-"""Keys of the recipe that count for a model that is already trained, by command. Its own recipe decides all
-others."""
+"""By command, the keys of a recipe that have an effect on a model that is already trained. The recipe in the
+model decides all others."""
 
 
 def usage() -> str:
@@ -95,7 +95,7 @@ def usage() -> str:
         "slam-asr",
         {
             "stages, in order": {name: STEPS[name].summary for name in STEP_FUNCTIONS},
-            "other commands": {f"{name} {c.words}": c.summary for name, c in OTHER_COMMANDS.items()},
+            "other commands": {f"{name} {c.positionals}": c.summary for name, c in OTHER_COMMANDS.items()},
         },
         "slam-asr COMMAND --help   the options of a command",
         "slam-asr --version        versions of slam-asr and torch, and the commit",
@@ -116,31 +116,33 @@ def main(arguments: list[str] | None = None) -> None:
             run(arguments[0], arguments[1:])
 
 
-def run(stage: str, arguments: list[str]) -> Any:
+def run(command: str, arguments: list[str]) -> Any:
     """Run a command with its command-line options.
 
     Returns:
         What the command's function returns; for a stage, its record.
 
     Raises:
-        UserError: no such command, a wrong option, or a mistake that the stage itself reports.
+        UserError: no such command, a wrong option, or a mistake that the command itself reports.
     """
-    stage, arguments = resolve_command(stage, arguments)
-    if stage not in COMMANDS:
+    command, arguments = resolve_command(command, arguments)
+    if command not in COMMANDS:
         raise ConfigurationError(
-            f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}."
+            f"There is no command {command}{nearest(command, list(COMMANDS)) or '.'} "
+            f"Commands: {', '.join(COMMANDS)}."
         )
-    module, name = COMMANDS[stage].split(":")
+    module, name = COMMANDS[command].split(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    recipe_parameter = inspect.signature(function).parameters.get("recipe")
-    trained = _recipe_of_model(stage, arguments) if recipe_parameter else None
+    parameters = inspect.signature(function).parameters
+    recipe_parameter = parameters.get("recipe")
+    trained = _recipe_of_model(command, arguments) if recipe_parameter else None
     recipe = _value_of("--recipe", arguments) or (dump_recipe(trained) if trained else None)
     # If the recipe is optional and none is named, its keys are not options either.
     takes_recipe = recipe_parameter is not None and (
         recipe_parameter.default is inspect.Parameter.empty or recipe is not None
     )
     parser = command_parser(
-        f"slam-asr {stage}", (inspect.getdoc(function) or "").split("\n")[0], words_of(stage)
+        f"slam-asr {command}", (inspect.getdoc(function) or "").split("\n")[0], positionals_of(command)
     )
     add_options(parser, function)
     if takes_recipe:
@@ -150,7 +152,7 @@ def run(stage: str, arguments: list[str]) -> Any:
             "--recipe",
             help="a shipped recipe or a YAML file, where one is needed; each of its keys is then an option",
         )
-    if stage in STEP_FUNCTIONS:
+    if command in STEP_FUNCTIONS:
         parser.add_argument(
             "--pointer",
             type=str,
@@ -162,23 +164,23 @@ def run(stage: str, arguments: list[str]) -> Any:
         values["recipe"] = pop_recipe(values)
     if trained:
         given = _given_keys(arguments, parser)
-        _require_counting(stage, given)
+        _refuse_ineffective(command, given)
         values["recipe"] = _with_known_models(values["recipe"], trained, given)
     pointer = values.pop("pointer", None)
-    parameters = inspect.signature(function).parameters
-    check_places({name: values[name] for name, p in parameters.items() if name in values and p.default != ""})
+    # A text whose default is empty may be empty.
+    refuse_empty({name: values[name] for name, p in parameters.items() if name in values and p.default != ""})
     result = function(**values)
     if pointer:
         write_pointer(result, pointer)
     return result
 
 
-def words_of(command: str) -> str:
-    """Return the parameters that a command takes without their option names, as its usage shows them."""
-    return OTHER_COMMANDS[command].words if command in OTHER_COMMANDS else ""
+def positionals_of(command: str) -> str:
+    """Return the parameters that a command takes by position, as its usage shows them."""
+    return OTHER_COMMANDS[command].positionals if command in OTHER_COMMANDS else ""
 
 
-def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
+def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]:
     """Turn the arguments that a command takes by position into options.
 
     `features`, `ls STORE …` becomes `features ls`, `--store=STORE …`; `transcribe`, `MODEL FILE FILE …`
@@ -187,26 +189,27 @@ def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
     Raises:
         ConfigurationError: `features` without one of its sub-commands.
     """
-    if stage == "features":
-        verbs = [command.partition(" ")[2] for command in COMMANDS if command.startswith("features ")]
+    if command == "features":
+        verbs = [known.partition(" ")[2] for known in COMMANDS if known.startswith("features ")]
         if not arguments or arguments[0] not in verbs:
             raise ConfigurationError(
                 f"slam-asr features needs one of {', '.join(verbs)}, such as `slam-asr features ls STORE`."
             )
-        stage, arguments = f"features {arguments[0]}", arguments[1:]
-    words = words_of(stage).split()
-    if not words and arguments and _is_recipe(arguments[0]):
-        words = ["RECIPE"]
+        command, arguments = f"features {arguments[0]}", arguments[1:]
+    positionals = positionals_of(command).split()
+    if not positionals and arguments and _is_recipe(arguments[0]):
+        positionals = ["RECIPE"]
     values = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options, rest = [], arguments[len(values) :]
-    for word in words:
-        name = option_name(word.rstrip("…").lower())
-        if word.endswith("…"):
+    for positional in positionals:
+        name = option_name(positional.rstrip("…").lower())
+        if positional.endswith("…"):
             options += [f"{name}+={value}" for value in values]
             values = []
         elif values:
             options.append(f"{name}={values.pop(0)}")
-    return stage, [*options, *values, *rest]
+    # Values that are left over stay without an option's name, and the parser refuses them.
+    return command, [*options, *values, *rest]
 
 
 def _is_recipe(argument: str) -> bool:
@@ -239,8 +242,8 @@ def pop_recipe(values: dict[str, Any]) -> Recipe:
     return Recipe(**{f.name: values.pop(f.name) for f in fields(Recipe)})
 
 
-def _recipe_of_model(stage: str, arguments: list[str]) -> Recipe | None:
-    """Read the recipe that the model or checkpoint on the command line contains, if it counts.
+def _recipe_of_model(command: str, arguments: list[str]) -> Recipe | None:
+    """Read the recipe in the model or checkpoint that the command line names, if the command uses it.
 
     It is read before the other options because it provides their defaults. A recipe that comes with a model
     is not the user's decision, so it never allows an LLM's own code.
@@ -248,16 +251,16 @@ def _recipe_of_model(stage: str, arguments: list[str]) -> Recipe | None:
     Returns:
         The recipe; None if there is none, or if `convert-checkpoint` gets no option of a recipe.
     """
-    model = _value_of("--model", arguments) if stage in COUNTING_KEYS else None
+    model = _value_of("--model", arguments) if command in EFFECTIVE_KEYS else None
     # `score` takes its settings from any recipe that is named.
-    if stage == "score" and _value_of("--recipe", arguments):
+    if command == "score" and _value_of("--recipe", arguments):
         return None
     if model is not None:
         from slam_asr.artifacts.model_folder import read_config
 
         return with_base_models_of(read_config(model).typed_recipe, None)
     checkpoint = _value_of("--checkpoint", arguments)
-    if stage == "convert-checkpoint" and checkpoint is not None and _has_recipe_option(arguments):
+    if command == "convert-checkpoint" and checkpoint is not None and _has_recipe_option(arguments):
         from slam_asr.conversion.sources import recipe_in
 
         trained = recipe_in(checkpoint)
@@ -274,23 +277,24 @@ def _has_recipe_option(arguments: list[str]) -> bool:
 
 
 def _given_keys(arguments: Sequence[str], parser: ArgumentParser) -> list[str]:
-    """Return the keys of the recipe for which the command line has an option."""
+    """Return the recipe's keys that the command line sets."""
     sections = {f.name for f in fields(Recipe)}
     return [name for name in given_options(parser, arguments) if name.partition(".")[0] in sections]
 
 
-def _require_counting(stage: str, given: Sequence[str]) -> None:
+def _refuse_ineffective(command: str, given: Sequence[str]) -> None:
     """Refuse an option for a key of the recipe that has no effect on a model that is already trained.
 
     Raises:
         ConfigurationError: there is such an option.
     """
-    counting = COUNTING_KEYS[stage]
+    effective = EFFECTIVE_KEYS[command]
     for key in given:
-        if not any(key == name or key.startswith(f"{name}.") for name in counting):
+        if not any(key == name or key.startswith(f"{name}.") for name in effective):
             raise ConfigurationError(
-                f"--{key} has no effect on a model that is already trained, because its training's recipe "
-                f"decides it: leave it out. Options that count in {stage}: {', '.join(counting)}."
+                f"--{key} has no effect on a model that is already trained, because the recipe of its "
+                f"training decides it: leave it out. Keys with an effect on {command}: "
+                f"{', '.join(effective)}."
             )
 
 
@@ -304,6 +308,7 @@ def _with_known_models(recipe: Recipe, trained: Recipe, given: Sequence[str]) ->
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
+    # jsonargparse cannot parse these options yet: their values decide which options the parser knows.
     for i, argument in enumerate(arguments):
         if argument == option and i + 1 < len(arguments):
             return arguments[i + 1]

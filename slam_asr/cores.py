@@ -1,8 +1,8 @@
 """The CPU cores that this process may use, and the number of threads that fits them.
 
-A container's CPU limit is often below the number of the machine's cores, which is all that libraries look at.
-Threads beyond the limit do not help: the kernel stops all of them for the rest of each period (100 ms) in
-which they have used up the limit. In a pod with half a core, two threads took three times as long as one.
+A container's CPU limit is often below the machine's number of cores, but libraries look only at the latter.
+Threads beyond the limit do not help: once they have used up the limit, the kernel stops all of them for the
+rest of the period (100 ms). In a pod with half a core, two threads took three times as long as one.
 """
 
 import math
@@ -10,31 +10,31 @@ import os
 from pathlib import Path
 
 CPU_MAX = "/sys/fs/cgroup/cpu.max"
-"""File with a container's CPU limit for cgroups version 2: microseconds of CPU time, or `max`; per period."""
+"""File of cgroups version 2 with two numbers in microseconds: the CPU time that a container may use in each
+period (`max` without a limit), and the period."""
 CPU_CFS = ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us")
-"""The same for version 1: the microseconds of CPU time, or -1; and the period."""
+"""Files of cgroups version 1 with the same two numbers; the CPU time is -1 without a limit."""
 THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
-"""Environment variables with the number of threads: of torch and NumPy, and of tokenizers."""
+"""Environment variables that set the number of threads: that of torch and NumPy, and that of tokenizers."""
 
 LIMITED = "SLAM_ASR_LIMITED"
-"""Environment variable: those of `THREADS` that `limit_threads` has set, rather than the user."""
+"""Environment variable: the names in `THREADS` that `limit_threads` has set, and not the user."""
 
 
 def usable_cores() -> int:
-    """Number of cores that this process may use, at most its container's CPU limit; at least 1.
+    """Number of cores that this process may use: at least 1, at most its container's CPU limit.
 
     A fraction of a core counts as a core, as in the runtimes of Go and Java.
     """
-    cores = _cores()
-    limit = _limit()
+    cores, limit = _cores(), _limit()
     return cores if limit is None else max(1, min(cores, math.ceil(limit)))
 
 
 def thread_limits(processes: int = 1) -> dict[str, str]:
     """Environment variables that give each of several processes its share of the cores.
 
-    Without them, each process would start threads for all cores. Variables that the user has set are left
-    out.
+    Without them, each process would start threads for all cores. Variables that the user has set are not
+    included.
     """
     threads = str(max(1, usable_cores() // processes))
     ours = os.environ.get(LIMITED, "").split()

@@ -18,6 +18,7 @@ from slam_asr.cores import limit_threads
 
 EXIT_CODE = 2
 
+# EDQUOT: the user's quota is used up. EFBIG: the file system or a limit of the shell allows no larger file.
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_PERMITTED = {errno.EACCES, errno.EPERM, errno.EROFS}
 

@@ -28,8 +28,8 @@ class Command:
 
     function: str
     """`module:function` that the command runs."""
-    words: str
-    """Parameters that it takes without their option names, in capitals; `…` follows the name of a list."""
+    positionals: str
+    """Parameters that it takes by position, in capitals; `…` follows the name of a list: `MODEL FILES…`."""
     summary: str
     """What the command does, in half a line."""
 
@@ -49,17 +49,17 @@ def list_commands(program: str, groups: Mapping[str, Mapping[str, str]], *notes:
     return "\n".join([*lines, "", *notes, ""])
 
 
-def command_parser(program: str, description: str, words: str = "") -> ArgumentParser:
+def command_parser(program: str, description: str, positionals: str = "") -> ArgumentParser:
     """Return a parser for the options of a command.
 
     Args:
         program: the program and the command: `slam-asr train`.
         description: what the command does.
-        words: what follows the command without an option name, for the usage line: `MODEL FILES…`.
+        positionals: as in `Command`, for the usage line.
     """
     return new_parser(
         prog=program,
-        usage=f"%(prog)s {words}".rstrip(),
+        usage=f"%(prog)s {positionals}".rstrip(),
         description=description,
         # Errors are raised, so that `parse_options` can turn each of them into one sentence.
         exit_on_error=False,
@@ -99,7 +99,7 @@ def option_name(parameter: str) -> str:
 def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     """Parse options into typed values by name.
 
-    Names may mix dashes and underscores. An outdated spelling is noted on stderr, once per command.
+    Names may mix dashes and underscores. Each outdated spelling is noted on stderr.
     A list may be given as `--x a b`, as `--x a --x b`, or as `--x '[a, b]'`.
 
     Raises:
@@ -127,11 +127,11 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str,
     return values
 
 
-def check_places(options: Mapping[str, Any]) -> None:
-    """Refuse options that are empty, or an address without a bucket, as if a shell's variable is not set.
+def refuse_empty(options: Mapping[str, Any]) -> None:
+    """Refuse an empty option or an `s3://` address without a bucket: most often a shell variable is not set.
 
     Args:
-        options: values by name, of which texts and lists of texts are checked.
+        options: values by name. Texts and lists of texts are checked, other values are not.
 
     Raises:
         ConfigurationError: an option is empty. As a path it would be the working folder.
@@ -144,7 +144,7 @@ def check_places(options: Mapping[str, Any]) -> None:
                     f"{option_name(name)} is empty: give a value, or leave the option out."
                 )
             if isinstance(text, str):
-                is_s3(text)
+                is_s3(text)  # raises for an address without a bucket
 
 
 def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
@@ -157,11 +157,11 @@ def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]
 def _complete_usage(parser: ArgumentParser) -> None:
     """Add the options to the usage line, but one placeholder for the recipe's keys, which fill a screen."""
     usage = parser.usage or "%(prog)s"
-    words = {word.strip("[]…").lower() for word in usage.split()}
+    positionals = {word.strip("[]…").lower() for word in usage.split()}
     # jsonargparse puts the keys into groups of their own. Without a recipe, there may be none yet.
     ungrouped = parser._optionals._group_actions
-    options = [action for action in ungrouped if action.dest not in words]
-    if "recipe" in words or len(ungrouped) < len(parser._actions):
+    options = [action for action in ungrouped if action.dest not in positionals]
+    if "recipe" in positionals or len(ungrouped) < len(parser._actions):
         options.append(Action(["--SECTION.KEY"], dest="key", metavar="VALUE …"))
     formatter = parser.formatter_class(prog=usage % {"prog": parser.prog})
     formatter.add_usage(None, options, [], prefix="usage: ")

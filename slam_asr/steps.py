@@ -44,8 +44,8 @@ class Step:
     options: dict[str, str] = field(default_factory=dict)
     """The options of its command when it runs alone, with `--only`. Empty if it cannot run alone.
 
-    A name in braces is replaced. The name of an earlier step becomes the folder of that step's newest result;
-    with a star, it becomes the folders of all its work shards. The other names are
+    A name in braces is a placeholder. The name of an earlier step stands for the folder of that step's newest
+    result; with a star, it stands for the folders of all its work shards. The other placeholders are
 
     - `recipe`, `corpus` and `store`: those of the run,
     - `which`: the recipe's `decoding.checkpoint`,

@@ -64,7 +64,7 @@ def _is_corpus_folder(output: str, root: str) -> bool:
 
 
 def _listing(reader: CorpusReader, subsets: dict[str, list[str]]) -> str:
-    """Return a digest of the names, sizes and times of all files that the subsets depend on."""
+    """Return a digest of the names, sizes and modification times of all files that the subsets depend on."""
     listing = hashlib.sha256()
     for subset in sorted(subset for names in subsets.values() for subset in names):
         for line in ([subset], *reader.stamps(subset)):

@@ -1,4 +1,4 @@
-"""Check from inside a pod what a step needs there: image, names, storage, model volume, GPUs, other nodes.
+"""Check from inside a pod what a step needs: image, host names, storage, model volume, GPUs, other nodes.
 
 `python -m pipelines doctor --run` starts this in a small pod for each kind of step, with that step's image,
 account, secrets and node. By hand, in a container of one of the images:
@@ -25,7 +25,7 @@ from slam_asr.version import source_digest
 
 _STORAGE_PATIENCE = "20"
 """Seconds for which the store may fail here. A stage tries for longer, but a check must end soon."""
-_MEETING = timedelta(minutes=5)
+_JOIN_TIMEOUT = timedelta(minutes=5)
 """How long a node waits for the others, which may still be pulling their image."""
 
 
@@ -157,7 +157,7 @@ def _check_trainjob(check: PodCheck) -> Finding:
 
 
 def _meet_other_nodes(check: PodCheck) -> Finding:
-    """Add up a number over all nodes of the TrainJob, with the library that trains."""
+    """Sum a number over all nodes of the TrainJob with torch.distributed, which a training uses too."""
     import torch
     from torch import distributed
 
@@ -168,7 +168,7 @@ def _meet_other_nodes(check: PodCheck) -> Finding:
     backend, device = ("nccl", "cuda:0") if check.gpus and torch.cuda.is_available() else ("gloo", "cpu")
     try:
         distributed.init_process_group(
-            backend, f"tcp://{address}", timeout=_MEETING, world_size=nodes.number, rank=nodes.rank
+            backend, f"tcp://{address}", timeout=_JOIN_TIMEOUT, world_size=nodes.number, rank=nodes.rank
         )
         total = torch.ones(1, device=device)
         distributed.all_reduce(total)
@@ -187,7 +187,7 @@ def _meet_other_nodes(check: PodCheck) -> Finding:
 
 
 def main(arguments: list[str]) -> None:
-    """Check what the only argument requests. Problems end the program with exit code 2 and one sentence."""
+    """Run the checks that the only argument requests; problems end the program with one line and code 2."""
     with exit_on_user_error():
         if len(arguments) != 1:
             raise ConfigurationError("One argument is needed: the JSON of a PodCheck.")

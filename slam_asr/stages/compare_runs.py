@@ -39,8 +39,8 @@ def compare_runs(
     _check(runs)
     known = [variation_of(text) for text in variations or []]
     files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}
-    # Runs count by their content, in sorted order: the pipeline's loop may pass its results on in any order,
-    # which must not change the fingerprint.
+    # Sorted, because the pipeline's loop may pass its results in any order, and that order must not change
+    # the fingerprint.
     inputs = {
         "runs": sorted([sha256_of_file(file) for file in pair] for pair in files.values()),
         "title": title,
@@ -70,7 +70,7 @@ def _check(runs: list[str]) -> None:
     if len(runs) < 2:
         raise InputError(
             f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} "
-            "of score; give two or more."
+            "that score wrote; give two or more."
         )
     repeated = sorted({folder for folder in runs if runs.count(folder) > 1})
     if repeated:

@@ -93,19 +93,20 @@ def decode(
 
 
 def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
-    """Return a run's recipe with the base models of a model that the run may only evaluate.
+    """Return a run's recipe with the base models of a model that the run only evaluates.
 
-    The recipe of such a run need not name the model's LLM. A base model that it names, if only in another
-    folder, is where the recipe states; any other, and one that the model replaces by its own, is the model's.
+    The recipes of run and model may name different encoders and LLMs. The run's name is used only if it ends
+    in the same path component as the model's, and so is likely another place of the same base model.
 
     Args:
-        recipe: of the run.
+        recipe: the run's recipe.
         model: as for `read_config`.
     """
     trained = read_config(model).typed_recipe
 
     def place(requested: Encoder | Llm, own: Encoder | Llm) -> str:
         same = requested.name.rstrip("/").rpartition("/")[2] == own.name.rstrip("/").rpartition("/")[2]
+        # A model whose base was trained completely has its own copy, and `own.name` refers to it.
         return requested.name if same and own.tuning != "full" else own.name
 
     return replace(
@@ -116,7 +117,7 @@ def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
 
 
 def _inputs(decoder: Decoder, shard: WorkShard) -> dict[str, Any]:
-    """What decides the texts."""
+    """Everything that determines the transcripts, for the fingerprint."""
     return {
         "model": model_digests(decoder.model.folder),
         "manifests": [sha256_of_file(fetch(file)) for file in decoder.files],
@@ -186,7 +187,7 @@ def _hours(decoder: Decoder, indices: Sequence[int]) -> float:
 
 
 def _log(decoder: Decoder, utterances: int, hours: float, processes: int) -> None:
-    """Say what is decoded, with which models, and how."""
+    """Log what is decoded, with which models, and how."""
     from slam_asr.models.precision import explain_precision, pick_device
 
     options, trained = decoder.recipe.decoding, decoder.model.trained
@@ -233,7 +234,7 @@ def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
 
 
 def _rates(facts: dict[str, Any]) -> dict[str, float]:
-    """The numbers for the dashboard: how much was decoded, and how fast."""
+    """Numbers for the dashboard: how much was decoded, and how fast."""
     hours, seconds = facts["hours_decoded"], facts["seconds"]
     return {
         "utterances": facts["utterances"],

@@ -29,7 +29,7 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, work_sha
     """
     from slam_asr.models.encoders.registry import describe_encoder
 
-    own = parse_work_shard(work_shard)
+    shard = parse_work_shard(work_shard)
     files = manifest_files(manifests)
     spec = describe_encoder(recipe.encoder)
     if not recipe.caches_features:
@@ -37,16 +37,16 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, work_sha
         return run_stage(
             STAGE,
             join(output, "uncached", FINGERPRINT),
-            {"why": why, "part": str(own)},
+            {"why": why, "part": str(shard)},
             lambda _: Outcome(f"nothing to cache: {why}", {"utterances": 0}),
         )
     spec.require_weights()
-    extraction = Extraction(recipe, spec, files, output, own)
+    extraction = Extraction(recipe, spec, files, output, shard)
     inputs = {
         "audio": [audio.digest() for audio in extraction.audio],
         "fingerprint": extraction.fingerprint,
         "shard_megabytes": recipe.features.shard_megabytes,
-        "part": str(own),
+        "part": str(shard),
     }
     # The features are outside the record's own folder: a record alone does not prove that they still exist.
     return run_stage(

@@ -33,6 +33,7 @@ _SUMMED = (
     "empty_answers",
     "close_calls",
 )
+"""Facts of a decoding that are added up over its work shards."""
 
 
 def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: bool = False) -> Record:
@@ -69,17 +70,10 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
 
     def work(folder: Path) -> Outcome:
         write_hypotheses(folder / HYPOTHESES, rows)
-        if choices := _files_named(records, NBEST):
-            write_atomically(
-                folder / NBEST,
-                "".join(
-                    sorted(
-                        line
-                        for file in choices
-                        for line in file.read_text(encoding="utf-8").splitlines(keepends=True)
-                    )
-                ),
-            )
+        if nbest := _files_named(records, NBEST):
+            # Not splitlines(), which also splits at U+2028 and similar characters within a JSON string.
+            lines = (line for file in nbest for line in file.read_bytes().split(b"\n") if line)
+            write_atomically(folder / NBEST, b"".join(line + b"\n" for line in sorted(lines)))
         return _report(
             folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))
         )
@@ -112,7 +106,7 @@ def _report(
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:
-    """The facts of all parts together: sums where that makes sense, else the first part's."""
+    """The facts of all parts together: sums of those in `_SUMMED`, and the first part's for all others."""
     facts = dict(records[0].facts)
     return facts | {
         key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED if key in facts

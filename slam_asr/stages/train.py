@@ -46,7 +46,7 @@ def train(
     from slam_asr.training.launch import require_same_training, train_as_worker_node
 
     checked = check_inputs(recipe, train_manifest, dev_manifest, feature_store)
-    # Computed as `run_stage` does it: worker nodes do not call that function, but must find the same folder.
+    # Computed as in `run_stage`, which worker nodes do not call, although they need the same folder.
     published = output.replace(FINGERPRINT, digest(checked.inputs)[:16]).rstrip("/")
     published = published if is_s3(published) else str(local_path(published).absolute())
 

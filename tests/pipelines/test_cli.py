@@ -180,7 +180,7 @@ def test_every_command_explains_its_options_and_is_in_the_overview(capsys, comma
     with pytest.raises(SystemExit) as exit_info:
         cli.main([command, "--help"])
     assert exit_info.value.code == 0
-    call = f"{command} {cli.COMMANDS[command].words}".strip()
+    call = f"{command} {cli.COMMANDS[command].positionals}".strip()
     usage = " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
     assert usage.startswith(f"usage: python -m pipelines {call} [--")
     assert usage.endswith("[--SECTION.KEY VALUE …]") == ("RECIPE" in call)
