@@ -18,8 +18,8 @@ from slam_asr.cores import limit_threads
 
 EXIT_CODE = 2
 
-# EDQUOT: the user's quota is used up. EFBIG: the file system or a limit of the shell allows no larger file.
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors of a disk that takes no more bytes: it is full, a quota is used up, or a file would be too large."""
 _NOT_PERMITTED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -50,7 +50,7 @@ class ClusterError(UserError):
 def from_os_error(error: OSError) -> StorageError | None:
     """Explain an error of the operating system to the user, or return None if the user cannot resolve it."""
     where = error.filename or "the output folder"
-    if error.errno in _DISK_FULL:
+    if error.errno in DISK_FULL:
         return StorageError(
             f"The disk is full ({os.strerror(error.errno)}) while writing {where}: free some space "
             "or choose another output folder, then run the same command again."

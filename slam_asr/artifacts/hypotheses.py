@@ -1,4 +1,4 @@
-"""Word error rate: how many words of the references a recogniser got wrong.
+"""Hypotheses with their references: how they are saved, aligned, and counted for the word error rate.
 
 WER = (substitutions + deletions + insertions) / words in the references. Each of these is summed over all
 utterances before dividing. jiwer finds the alignment with the fewest errors. If an utterance has no
@@ -48,7 +48,7 @@ class Hypothesis:
 class WordErrors:
     """Sums over a set of utterances. Hits, substitutions and deletions add up to `words`.
 
-    If characters are counted instead of words, all numbers are those of characters.
+    If characters are counted instead of words, every count is one of characters.
     """
 
     utterances: int = 0

@@ -130,7 +130,6 @@ def read_projector(model: str | Path, config: ModelConfig) -> "SpeechProjector":
     Raises:
         ModelError: the weights are missing, damaged or not finite, or contradict the configuration.
     """
-
     path = local_path(model) / WEIGHTS
     weights = _load(path, "convert the checkpoint again")
     options = config.typed_recipe.projector
@@ -166,7 +165,7 @@ def projector_from_weights(
 
     from slam_asr.models.projector import build_projector
 
-    # On the meta device shapes are compared without allocating weights that would be replaced anyway.
+    # On the meta device, no memory is allocated for initial weights that are replaced below.
     with torch.device("meta"):
         projector = build_projector(options, encoder_width, llm_width)
     expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
@@ -247,7 +246,6 @@ def read_peft(folder: Path) -> dict[str, "torch.Tensor"]:
     Raises:
         ModelError: the adapter's file is damaged or missing.
     """
-
     from slam_asr.pretrained.unpickle import read_pickle
 
     file = adapter_file(folder)
@@ -276,7 +274,6 @@ def require_matching_weights(
     Raises:
         ModelError: a weight is missing, unknown, of another shape, or not finite.
     """
-
     # Duplicates are included, so that every name of a tied weight is known.
     own = dict(module.named_parameters(remove_duplicate=False))
     missing = [n for n in trained if n not in weights]

@@ -47,9 +47,13 @@ def characters_of(text: str, all_unspaced: bool = False) -> str:
 
 
 def separates_words(texts: Iterable[str]) -> bool:
-    """Whether spaces separate the words of texts: there are no more unspaced characters than words."""
+    """Whether spaces separate the words of texts.
+
+    They do unless the texts have more characters of scripts without such spaces than words of other scripts.
+    """
     words = unspaced = 0
     for text in texts:
+        # ASCII, which Python recognises in constant time, is spared the regular expression.
         others, count = (text, 0) if text.isascii() else _UNSPACED_CHARACTER.subn(" ", text)
         words += len(others.split())
         unspaced += count
@@ -97,10 +101,10 @@ def normalise_english(text: str) -> str:
 
 
 def normalise_any_language(text: str) -> str:
-    """Remove case and punctuation from a text of any language, as Whisper's normaliser for other languages.
+    """Remove case and punctuation from a text of any language.
 
-    Unlike Whisper's, it keeps combining marks: without its vowel signs, किताब would become क त ब. Brackets
-    go, but what is in them counts.
+    Whisper's normaliser for other languages than English does it too, but removes combining marks: without
+    its vowel signs, किताब would become क त ब. Here they remain, and so does the text between brackets.
     """
     text = unicodedata.normalize("NFKC", text).lower()
     text = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text)

@@ -276,7 +276,7 @@ def _read_pointer(path: str | Path) -> dict[str, Any]:
 
 
 def follow_parts(paths: Iterable[str]) -> str:
-    """Check the pointers of several work shards that share one store; return the folder of the first.
+    """Check the pointers of several work shards with results in one store; return the first one's folder.
 
     Raises:
         InputError: a pointer is damaged, its folder is missing, or its record was replaced.

@@ -19,8 +19,8 @@ from slam_asr.artifacts.scripts import characters_of, comparable, separates_word
 
 HITS, SUBSTITUTIONS, DELETIONS, INSERTIONS = range(4)
 _COLUMNS = {"equal": HITS, "substitute": SUBSTITUTIONS, "delete": DELETIONS, "insert": INSERTIONS}
-_AT_ONCE = 5000
-"""Number of utterances that are aligned in one call, because all alignments of a call are in memory."""
+_ROWS_PER_CALL = 5000
+"""Maximum number of utterances that one call of jiwer aligns: all its alignments are in memory at once."""
 
 
 @dataclass
@@ -76,8 +76,8 @@ def measure(rows: Sequence[Hypothesis], characters: bool | None = None) -> Measu
     if characters is None:
         characters = not separates_words(row.reference for row in rows)
     measured = Measured(rows, np.zeros((len(rows), 4), dtype=np.int64), characters=characters)
-    for start in range(0, len(rows), _AT_ONCE):
-        batch = rows[start : start + _AT_ONCE]
+    for start in range(0, len(rows), _ROWS_PER_CALL):
+        batch = rows[start : start + _ROWS_PER_CALL]
         for i, stretches in enumerate(align_all(batch, characters), start=start):
             for stretch in stretches:
                 _count(measured, i, *stretch)
@@ -100,7 +100,7 @@ def _count(measured: Measured, i: int, kind: str, reference: list[str], hypothes
         measured.inserted.update(hypothesis)
 
 
-def nothing_written(measured: Measured) -> Measured:
+def without_hypotheses(measured: Measured) -> Measured:
     """Score the same references against empty hypotheses, in which every word is a deletion.
 
     This needs no alignment. The counters of single words stay empty.

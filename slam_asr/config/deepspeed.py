@@ -38,7 +38,7 @@ def _offload(device: object) -> bool:
     return device == "cpu"
 
 
-DECIDES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+COUNTERPARTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "zero_optimization.stage": ("zero_stage", int),
     "zero_optimization.offload_optimizer.device": ("offload_optimizer", _offload),
     "gradient_clipping": ("gradient_clipping", float),
@@ -98,7 +98,7 @@ def _read(path: str, named: str) -> Any:
 def _refuse_unknown(settings: dict[str, Any], named: str) -> None:
     """Refuse unknown and unsupported keys of the first level, and unknown keys within their sections."""
     checked, passed_on, refused = known_keys().values()
-    top = sorted({key.partition(".")[0] for key in (*checked, *passed_on, *DECIDES, "train_batch_size")})
+    top = sorted({key.partition(".")[0] for key in (*checked, *passed_on, *COUNTERPARTS, "train_batch_size")})
     for key, value in settings.items():
         if value == AUTO:
             continue
@@ -150,7 +150,7 @@ def _pop(settings: dict[str, Any], key: str) -> Any:
 
 def _take_counterparts(settings: dict[str, Any], training: dict[str, Any], named: str) -> None:
     """Move the settings that have a counterpart in the recipe into its keys."""
-    for key, (ours, convert) in DECIDES.items():
+    for key, (ours, convert) in COUNTERPARTS.items():
         value = _pop(settings, key)
         if value is None:
             continue

@@ -32,10 +32,10 @@ from slam_asr.errors import ConfigurationError
 from slam_asr.storage import is_s3, read_bytes
 
 MODEL_KEYS = ("encoder.name", "llm.name", "llm.trust_remote_code")
-"""Keys of a recipe that count for a model that was already trained: where its base models are now, and
-whether the LLM's own code may run."""
-_FRAMES_PER_SECOND = 50
-"""The rate of every encoder."""
+"""Keys of a recipe that have an effect on a model that is already trained: where its base models are now,
+and whether the LLM's own code may run."""
+FRAMES_PER_SECOND = 50
+"""Frames per second of audio: every supported encoder gives one frame per 20 ms."""
 
 
 @dataclass
@@ -67,13 +67,13 @@ class Recipe:
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence for each pair of values from different sections that cannot go together."""
-        shortest = math.ceil(self.data.min_duration * _FRAMES_PER_SECOND)
+        shortest = math.ceil(self.data.min_duration * FRAMES_PER_SECOND)
         if self.encoder.frames == "speech" and shortest < self.projector.downsampling:
             yield (
                 f"data.min_duration ({self.data.min_duration} s, {shortest} frames) leaves the shortest "
                 "utterances without an audio position at projector.downsampling "
                 f"{self.projector.downsampling}: raise it to "
-                f"{self.projector.downsampling / _FRAMES_PER_SECOND} or more."
+                f"{self.projector.downsampling / FRAMES_PER_SECOND} or more."
             )
         # For files and overrides, load_recipe() has already moved the JSON's values to other keys. An
         # option on the command line arrives here directly, when the other keys already have their values.
@@ -129,12 +129,12 @@ def recipe_values(source: str) -> dict[str, Any]:
 
 
 def with_base_models_of(trained: Recipe, given: Recipe | None) -> Recipe:
-    """Return the recipe of a training, with its base models where the user says that they are now.
+    """Return the recipe of a training, with the present places of its base models.
 
     Args:
         trained: the recipe that a model or a checkpoint contains.
-        given: the user's recipe, of which only `MODEL_KEYS` count. Without it the models are where they were,
-            and no code of an LLM is trusted: a recipe that comes with a model is not the user's decision.
+        given: the user's recipe, of which only `MODEL_KEYS` count. Without it the models are where they were
+            in training, and no code of an LLM is trusted: the recipe in a model is not the user's decision.
     """
     encoder, llm = (given.encoder, given.llm) if given else (trained.encoder, trained.llm)
     return replace(

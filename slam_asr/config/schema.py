@@ -49,7 +49,8 @@ class _Loader(yaml.SafeLoader):
         """The names from the outermost section to the key whose value is being read."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        # PyYAML composes the value of a key with the key's node as `index`; all else has no name.
+        # PyYAML passes the key's node as `index` when it composes the value of that key. Keys themselves,
+        # items of lists and the document have no such node.
         if not isinstance(parent, yaml.MappingNode) or not isinstance(index, yaml.ScalarNode):
             return super().compose_node(parent, index)
         self.key.append(index.value)
@@ -83,10 +84,11 @@ class _Loader(yaml.SafeLoader):
 def _expanded_size(node: yaml.Node, known: dict[int, float]) -> float:
     """Number of values of a YAML text if each alias is replaced by what it refers to.
 
-    A few hundred bytes of aliases of aliases stand for more values than any memory holds, and an alias of a
-    part that contains it for infinitely many.
+    A few hundred bytes with aliases of aliases can stand for more values than fit into memory. An alias that
+    is within the part that it refers to stands for infinitely many.
     """
     if id(node) not in known:
+        # Until its size is known, the node counts as infinite: a child that refers back to it is a cycle.
         known[id(node)] = math.inf
         inner = node.value if isinstance(node, yaml.CollectionNode) else []
         pairs = (part if isinstance(part, tuple) else (part,) for part in inner)
@@ -167,7 +169,7 @@ def bounds_of(key: Field[Any]) -> str:
     return " and ".join(f"{words} {limit}" for words, limit in key.metadata.items())
 
 
-# `>=` and `<=` rather than their opposites, because each comparison with NaN is false.
+# These state what is valid, not what is wrong: every comparison with NaN is false, so NaN is refused.
 _HOLDS = {
     "at least": lambda value, limit: value >= limit,
     "at most": lambda value, limit: value <= limit,

@@ -124,7 +124,7 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
             raise ConfigurationError(f"{where} is {json.dumps(entry)}, not a mapping: {_EXAMPLE}.")
         overrides = {str(key): value for key, value in entry.items() if key != "name"}
         for key in overrides:
-            _require_variable(key, where)
+            _check_key(key, where)
         variation = Variation(str(entry.get("name") or _default_name(overrides)), overrides)
         name = variation.name
         if not _NAME.fullmatch(name):
@@ -201,7 +201,7 @@ def _without(recipe: Recipe, *keys: str) -> str:
     return json.dumps({key: values[key] for key in values.keys() - set(keys)}, sort_keys=True)
 
 
-def _require_variable(key: str, where: str) -> None:
+def _check_key(key: str, where: str) -> None:
     for shared in SHARED:
         if key == shared or key.startswith(f"{shared}."):
             raise ConfigurationError(

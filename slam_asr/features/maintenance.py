@@ -11,12 +11,11 @@ from slam_asr.artifacts.feature_store.index import Index, Shard, isin_sorted, me
 from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, namespaces_in
 from slam_asr.artifacts.manifest import iterate_manifest
 from slam_asr.artifacts.utterances import manifest_files
+from slam_asr.config.recipe import FRAMES_PER_SECOND
 from slam_asr.errors import InputError, StorageError
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, write_bytes
 
-_FRAMES_PER_SECOND = 50
-"""Frames per second of audio: all supported encoders give one frame per 20 ms."""
 _PARALLEL_READS = 4
 _CHUNK_BYTES = 8 * 2**20
 
@@ -84,7 +83,7 @@ def list_store(store: str) -> None:
         if index is None:
             print("  no finished extraction")
         else:
-            hours = int(index.columns["frames"].sum()) / _FRAMES_PER_SECOND / 3600
+            hours = int(index.columns["frames"].sum()) / FRAMES_PER_SECOND / 3600
             size = sum(s.bytes for s in index.shards) / 1e6
             print(
                 f"  {len(index):,} utterances, {hours:.2f} h of frames, {size:,.1f} MB "

@@ -119,9 +119,9 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _scale(highest: int) -> tuple[int, int]:
-    """The distance between an axis's ticks, which is a round number, and the axis's upper end.
+    """The distance between an axis's ticks, and the axis's upper end, a multiple of that distance.
 
-    The distance is the smallest of 1, 2, 5, 10, 20 and so on that takes at most four steps to `highest`.
+    The distance is the smallest of 1, 2, 5, 10, 20 and so on that reaches `highest` in at most four steps.
     """
     raw = max(highest, 1) / 4
     power = 10 ** math.floor(math.log10(raw)) if raw >= 1 else 1

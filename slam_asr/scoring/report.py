@@ -14,7 +14,7 @@ from typing import Any
 
 from slam_asr import __version__
 from slam_asr.artifacts.hypotheses import Hypothesis, align
-from slam_asr.artifacts.word_errors import Measured, groups_of, measure, nothing_written
+from slam_asr.artifacts.word_errors import Measured, groups_of, measure, without_hypotheses
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
 from slam_asr.pages.curves import draw_curves, thinned
@@ -91,7 +91,7 @@ def write_report(
         **analyse(measured),
         "controls": {
             name: _by_subset(
-                nothing_written(measured) if name == EMPTY else measure(control, measured.characters)
+                without_hypotheses(measured) if name == EMPTY else measure(control, measured.characters)
             )
             for name, control in controls.items()
         },

@@ -106,7 +106,7 @@ def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
 
     def place(requested: Encoder | Llm, own: Encoder | Llm) -> str:
         same = requested.name.rstrip("/").rpartition("/")[2] == own.name.rstrip("/").rpartition("/")[2]
-        # A model whose base was trained completely has its own copy, and `own.name` refers to it.
+        # A model contains its fully trained encoder or LLM, and `open_model` then refuses any other name.
         return requested.name if same and own.tuning != "full" else own.name
 
     return replace(

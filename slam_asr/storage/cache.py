@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from slam_asr.errors import StorageError
+from slam_asr.errors import DISK_FULL, StorageError
 from slam_asr.storage.local import PARTIAL, local_path
 from slam_asr.storage.locks import exclusive, exclusive_if_free
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CAPACITY_LOCK = "room"
 """Name of the lock for changes to the cache's total size. The names of objects' locks end in `.lock`."""
 
@@ -96,7 +95,7 @@ class DiskCache:
             with self._locked(_CAPACITY_LOCK):
                 os.replace(temporary, path)
         except OSError as error:
-            if error.errno not in _DISK_FULL:
+            if error.errno not in DISK_FULL:
                 raise
             raise CacheFull(f"{self.folder}: {error.strerror}") from error
         finally:
@@ -137,7 +136,7 @@ class DiskCache:
             return True
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            if error.errno not in _DISK_FULL:
+            if error.errno not in DISK_FULL:
                 raise
             return False
 

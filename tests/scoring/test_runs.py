@@ -101,7 +101,7 @@ def test_runs_with_equal_titles_are_distinguished_by_folder(runs, tmp_path):
 @pytest.mark.parametrize(
     ("choose", "sentence"),
     [
-        (lambda r: r[:1], "names 1 folder of"),
+        (lambda r: r[:1], "names 1 folder that score wrote"),
         (lambda r: [r[0], r[0]], "twice"),
         (lambda r: [r[0], "/no/such"], "/no/such contains no wer.json"),
     ],

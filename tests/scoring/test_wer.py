@@ -12,7 +12,7 @@ import jiwer
 import pytest
 
 from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, align, read_hypotheses, write_hypotheses
-from slam_asr.artifacts.word_errors import groups_of, measure, nothing_written, score
+from slam_asr.artifacts.word_errors import groups_of, measure, score, without_hypotheses
 from slam_asr.errors import UserError
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "its", "hat", "and", "that", "was", "that"]
@@ -80,15 +80,15 @@ def test_confusions_add_up_to_the_errors(monkeypatch):
     assert measured.substituted.total() == errors.substitutions
     assert measured.deleted.total() == errors.deletions
     assert measured.inserted.total() == errors.insertions
-    monkeypatch.setattr("slam_asr.artifacts.word_errors._AT_ONCE", 7)
+    monkeypatch.setattr("slam_asr.artifacts.word_errors._ROWS_PER_CALL", 7)
     again = measure(rows)
     assert (again.counts == measured.counts).all() and again.substituted == measured.substituted
 
 
-def test_nothing_written_equals_empty_hypotheses():
+def test_without_hypotheses_equals_empty_hypotheses():
     measured = measure(random_rows(50))
     empty = [Hypothesis(row.key, row.reference, "") for row in measured.rows]
-    assert (nothing_written(measured).counts == measure(empty).counts).all()
+    assert (without_hypotheses(measured).counts == measure(empty).counts).all()
 
 
 def test_identical_text_scores_zero():

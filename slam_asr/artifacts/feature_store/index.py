@@ -19,7 +19,7 @@ from slam_asr.errors import InputError
 
 _FORMAT = 1
 _COLUMNS: dict[str, Any] = {
-    "address": np.uint8,  # the audio id; the file format's name for it
+    "address": np.uint8,  # the audio ids, which are named so in the files
     "shard": np.int32,
     "begin": np.int64,
     "scale_begin": np.int64,
@@ -78,7 +78,7 @@ class Index:
 
     def __post_init__(self) -> None:
         # The first 8 bytes of each audio id as a number, because np.searchsorted needs one number per entry.
-        self._leading = _as_words(self.columns["address"])[:, 0]
+        self._leading = _as_uint64(self.columns["address"])[:, 0]
 
     def __len__(self) -> int:
         return len(self._leading)
@@ -109,7 +109,7 @@ class Index:
         """
         if not len(self):
             return np.full(len(audio_ids), -1)
-        leading = _as_words(audio_ids)[:, 0]
+        leading = _as_uint64(audio_ids)[:, 0]
         positions = np.minimum(np.searchsorted(self._leading, leading), len(self) - 1)
         # The search compares only the first 8 bytes. Entries that differ in others are looked up one by one.
         for i in np.flatnonzero((self.columns["address"][positions] != audio_ids).any(axis=1)):
@@ -240,7 +240,7 @@ def to_array(audio_ids: Sequence[str]) -> np.ndarray:
     return np.frombuffer(bytes.fromhex("".join(audio_ids)), np.uint8).reshape(-1, 32)
 
 
-def _as_words(audio_ids: np.ndarray) -> np.ndarray:
+def _as_uint64(audio_ids: np.ndarray) -> np.ndarray:
     """Convert audio ids, uint8 [n, 32], to uint64 [n, 4] whose rows sort in the same order."""
     # Big-endian, because the first byte of an audio id is the most significant one when it is sorted.
     return np.ascontiguousarray(audio_ids).view(">u8").astype(np.uint64)
@@ -249,7 +249,7 @@ def _as_words(audio_ids: np.ndarray) -> np.ndarray:
 def argsort_audio_ids(audio_ids: np.ndarray) -> np.ndarray:
     """Return the positions, int64 [n], that sort audio ids, uint8 [n, 32]; equal ones stay in their order."""
     # np.lexsort is stable, and its last key is the primary one.
-    return np.lexsort(_as_words(audio_ids).T[::-1])
+    return np.lexsort(_as_uint64(audio_ids).T[::-1])
 
 
 def unique_audio_ids(audio_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -262,11 +262,12 @@ def unique_audio_ids(audio_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         int64 [distinct], the position of the first occurrence of each distinct audio id, sorted by audio id;
         and int64 [n], for each of `audio_ids` its position among the distinct ones.
     """
-    words, order = _as_words(audio_ids), argsort_audio_ids(audio_ids)
+    order = argsort_audio_ids(audio_ids)
+    ordered = _as_uint64(audio_ids)[order]
     # Equal ids are neighbours after sorting, and the stable order puts the first occurrence first.
-    is_first = np.ones(len(words), bool)
-    is_first[1:] = (words[order][1:] != words[order][:-1]).any(axis=1)
-    inverse = np.empty(len(words), np.int64)
+    is_first = np.ones(len(ordered), bool)
+    is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    inverse = np.empty(len(ordered), np.int64)
     inverse[order] = np.cumsum(is_first) - 1
     return order[is_first], inverse
 
@@ -283,7 +284,7 @@ def isin_sorted(audio_ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
     """
     if not len(sorted_ids) or not len(audio_ids):
         return np.zeros(len(audio_ids), bool)
-    ours, theirs = _as_words(audio_ids), _as_words(sorted_ids)
+    ours, theirs = _as_uint64(audio_ids), _as_uint64(sorted_ids)
     positions, after = (np.searchsorted(theirs[:, 0], ours[:, 0], side) for side in ("left", "right"))
     found = np.zeros(len(ours), bool)
     # The search compares only the first 8 bytes. Each round compares the next id that shares them, and there

@@ -72,7 +72,7 @@ class FeatureNamespace:
         ]
 
     def read_index(self, path: str) -> Index:
-        """Read an index or a receipt of this namespace.
+        """Read an index, or the receipt of a finished shard, which is the index of that shard alone.
 
         Raises:
             InputError: the file is damaged.

@@ -85,7 +85,7 @@ class AudioReader:
 
     Args:
         spec: the description of the encoder.
-        options: settings of the feature store that the manifest would have.
+        options: the recipe's section `features`, with dtype and shard size of the store that is not read.
     """
 
     def __init__(self, spec: "EncoderSpec", options: "Features") -> None:
