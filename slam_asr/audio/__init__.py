@@ -78,7 +78,7 @@ class Clip:
     silent: bool = False
     """Whether all samples are the same, as from a muted microphone."""
     cancelled: bool = False
-    """Whether the channels cancel each other in `samples`, because one is the other inverted."""
+    """Whether the channels cancel each other in `samples`, because one is the inverse of another."""
 
     @property
     def duration(self) -> float:
@@ -169,7 +169,7 @@ def read_clip(
     if clip.cancelled:
         raise AudioError(
             f"The {clip.channels} channels of {path} cancel each other when they are mixed, because one is "
-            "another one inverted: write one of them to a file of its own.",
+            "the inverse of another: write one of them to a file of its own.",
             CANCELLED,
         )
     clip.sha256 = sha256_of_bytes(file) if isinstance(file, bytes) else None

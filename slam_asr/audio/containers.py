@@ -3,8 +3,8 @@
 libsndfile does not report that a file is shorter than its header announces, and returns the samples that
 remain. It ignores what follows the announced samples: the rest of a wav with a wrong length, and all streams
 but the first of a file that was joined from several. Here both are found from the container alone, without
-decoding: RIFF, RIFX, RF64, BW64, W64, AIFF, AIFC, 8SVX, CAF, AU, NIST SPHERE, FLAC and Ogg. `mp3` does the
-same for mp3. The remaining formats of libsndfile are rare, and are checked only by decoding.
+decoding: RIFF, RIFX, RF64, BW64, W64, AIFF, AIFC, 8SVX, CAF, AU, NIST SPHERE and Ogg. `flac` and `mp3` do the
+same for those formats. The others of libsndfile are rare, and are checked only by decoding.
 """
 
 import os
@@ -12,7 +12,6 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import BinaryIO
 
 from slam_asr.audio.faults import TRUNCATED, more_than_announced
@@ -52,6 +51,7 @@ class _Chunks:
 
 
 _W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
+"""W64 names its chunks by GUIDs of 16 bytes, which begin with the name of the chunk in RIFF."""
 _CHUNKS = {
     b"RIFF": _Chunks(12, "<4sI", b"data"),
     b"RF64": _Chunks(12, "<4sI", b"data"),
@@ -60,9 +60,11 @@ _CHUNKS = {
     b"riff": _Chunks(40, "<16sQ", _W64_DATA, alignment=8, counted=24),
     b"caff": _Chunks(8, ">4sq", b"data", alignment=1, before_samples=4),
 }
+"""The formats with chunks, by the first four bytes of a file. IFF files are in `_FORMS`."""
 _FORMS = {b"AIFF": b"SSND", b"AIFC": b"SSND", b"8SVX": b"BODY", b"16SV": b"BODY"}
 """The kinds of IFF files, and the name of the chunk with their samples."""
 _CHUNK_NAME = re.compile(rb"[ -~]{4}.*", re.DOTALL)
+"""Matches a name that begins with four printable characters, as every chunk's does."""
 
 
 def check_length(stream: BinaryIO) -> int | None:
@@ -80,9 +82,9 @@ def check_length(stream: BinaryIO) -> int | None:
     head = stream.read(1024)
     if layout := _layout(head):
         return _check_chunks(stream, layout, size, head[:4])
-    if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
+    if head[:4] in (b".snd", b"dns.") and len(head) >= 12:  # AU, big-endian or little-endian
         start, length = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
-        if length != 0xFFFF_FFFF:
+        if length != 0xFFFF_FFFF:  # the length is left open
             _check_end(stream, start + length, size)
             return length
     elif head.startswith(b"NIST_1A\n") and (extent := _sphere_extent(head)):
@@ -102,9 +104,13 @@ def _layout(head: bytes) -> _Chunks | None:
 
 
 def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) -> int | None:
+    """Compare the chunks of a file with its size in bytes; the result is that of `check_length`."""
     end = long_length = samples = None
+    # `end` is where the last accepted chunk ends; None until the chunk with the samples is found.
     for name, start, length in _chunks(stream, layout, size):
         if end is None and name == b"ds64" and magic in (b"RF64", b"BW64"):
+            # RF64 has the 64-bit length of the samples here, after that of the file (EBU Tech 3306), and
+            # 0xFFFFFFFF where RIFF has a 32-bit length.
             stream.seek(start)
             long_length = struct.unpack("<8xQ", stream.read(16).ljust(16, b"\0"))[0]
         elif end is None and name == layout.samples:
@@ -117,6 +123,7 @@ def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) ->
                 raise ContainerFault(TRUNCATED)
             samples = length - layout.before_samples
             if name == b"SSND":
+                # AIFF may put the first sample at an offset, so as to align blocks. libsndfile skips it.
                 stream.seek(start)
                 samples -= (offset := int.from_bytes(stream.read(4)))
                 if offset > _MAX_REST:
@@ -158,7 +165,10 @@ def _is_unknown(length: int, start: int, size: int, layout: _Chunks) -> bool:
 
 
 def _is_unclosed(stream: BinaryIO, magic: bytes) -> bool:
-    """Whether a wav was never closed by its writer: libsndfile then reads it to the end of the file."""
+    """Whether a wav was never closed by its writer, so that its RIFF chunk still has the length 8.
+
+    libsndfile reads such a file to its end.
+    """
     stream.seek(4)
     return struct.unpack(">I" if magic == b"RIFX" else "<I", stream.read(4))[0] == 8
 
@@ -196,94 +206,27 @@ def _check_end(stream: BinaryIO, end: int, size: int) -> None:
             raise ContainerFault(more_than_announced(f"{size - end} more bytes"))
 
 
-def joined_flac(content: bytes) -> list[tuple[int, int]]:
-    """Return where each FLAC file in `content` begins and ends: several if files were appended to each other.
-
-    Raises:
-        ContainerFault: the last frame has another position than the header announces.
-    """
-    starts, position = [], content.find(b"fLaC")
-    while position >= 0:
-        # STREAMINFO is always the first block of metadata, and has 34 bytes.
-        if content[position + 4 : position + 8] in (b"\0\0\0\x22", b"\x80\0\0\x22"):
-            starts.append(position)
-        position = content.find(b"fLaC", position + 4)
-    parts = list(pairwise([*starts, len(content)]))
-    for start, end in parts:
-        announced, held = _flac_lengths(content, start, end)
-        if announced and held is not None and held > announced:
-            raise ContainerFault(more_than_announced(f"{held} samples instead of {announced}"))
-    return parts
-
-
-_FLAC_BLOCK = {
-    1: 192,
-    **{i: 576 << (i - 2) for i in range(2, 6)},
-    **{i: 256 << (i - 8) for i in range(8, 16)},
-}
-"""Samples per frame by its code (RFC 9639, section 9.1.1)."""
-_FLAC_TAIL = 2**15
-"""Bytes at the end of a file in which its last frame is searched."""
-
-
-def _flac_lengths(content: bytes, start: int, end: int) -> tuple[int, int | None]:
-    """The number of samples that a FLAC header announces, and the number after the last frame, if found."""
-    info = content[start + 8 : start + 42]
-    if len(info) < 34:
-        return 0, None
-    block = int.from_bytes(info[:2])
-    announced = int.from_bytes(info[13:18]) & 0xF_FFFF_FFFF
-    if content[end - 128 : end - 125] == b"TAG":  # an ID3v1 tag
-        end -= 128
-    tail = content[max(start + 42, end - _FLAC_TAIL) : end]
-    limit = len(tail)
-    while (position := max(tail.rfind(b"\xff\xf8", 0, limit), tail.rfind(b"\xff\xf9", 0, limit))) >= 0:
-        held = _flac_frame_end(tail[position : position + 16], block)
-        # Compressed samples may look like the header of a frame, but then the checksum of the frame is wrong.
-        # It is computed only if the frame contradicts the header, since it takes milliseconds.
-        if held == announced or (held is not None and _crc16(tail[position:]) == 0):
-            return announced, held
-        limit = position + 1
-    return announced, None
-
-
-def _flac_frame_end(head: bytes, block: int) -> int | None:
-    """The number of samples up to the end of the frame that begins so; None if it is not a frame's header."""
-    if len(head) < 6:
-        return None
-    code = head[2] >> 4
-    extra = 8 - (~head[4] & 0xFF).bit_length() if head[4] >= 0xC0 else int(head[4] < 0x80)
-    if not code or not extra or extra > 7 or len(head) < 4 + extra:
-        return None
-    number = head[4] if extra == 1 else head[4] & (0x7F >> extra)
-    for byte in head[5 : 4 + extra]:
-        if byte >> 6 != 2:
-            return None
-        number = number << 6 | byte & 0x3F
-    after = 4 + extra
-    samples = _FLAC_BLOCK.get(code) or int.from_bytes(head[after : after + code - 5]) + 1
-    return (number if head[1] & 1 else number * block) + samples
-
-
-def _crc16_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        value = byte << 8
-        for _ in range(8):
-            value = (value << 1 ^ 0x8005 if value & 0x8000 else value << 1) & 0xFFFF
-        table.append(value)
-    return table
-
-
-_CRC16 = _crc16_table()
-
-
-def _crc16(frame: bytes) -> int:
-    """The CRC of a FLAC frame with its own checksum at its end: 0 if it is complete (RFC 9639, 9.3)."""
-    value = 0
-    for byte in frame:
-        value = (value << 8 & 0xFFFF) ^ _CRC16[value >> 8 ^ byte]
-    return value
+def end_of_tags(content: bytes, position: int) -> int:
+    """Return where the tags of music players and zeros end that begin at `position`; itself if none do."""
+    while True:
+        rest = content[position : position + 32]
+        if rest.startswith(b"TAG"):  # ID3v1
+            position += 128
+        elif rest.startswith(b"ID3") and len(rest) >= 10:
+            # ID3v2 has its size without the header in four bytes of 7 bits, which look like no sync word.
+            size = (rest[6] & 127) << 21 | (rest[7] & 127) << 14 | (rest[8] & 127) << 7 | rest[9] & 127
+            position += 10 + size
+        elif rest.startswith(b"APETAGEX") and len(rest) == 32:
+            # The size of an APE tag counts its footer but not its header.
+            is_header = rest[23] & 0x20
+            position += int.from_bytes(rest[12:16], "little") + 32 if is_header else 32
+        elif rest.startswith(b"LYRICSBEGIN"):
+            end = content.find(b"LYRICS200", position)
+            position = end + 9 if end >= 0 else len(content)
+        elif rest[:1] == b"\0":
+            position += len(content[position:]) - len(content[position:].lstrip(b"\0"))
+        else:
+            return position
 
 
 def joined_ogg(content: bytes) -> list[tuple[int, int]]:
@@ -294,6 +237,8 @@ def joined_ogg(content: bytes) -> list[tuple[int, int]]:
     """
     starts = [0]
     last = position = 0
+    # A link begins with the first page of each of its streams. Only a first page after other pages begins
+    # another link.
     in_headers = True
     while (position := content.find(b"OggS", position)) >= 0:
         page_size = _ogg_page_size(content, position)

@@ -2,9 +2,12 @@
 
 The length that libsndfile reports for an mp3 is not reliable. It is the count in the first Xing header even
 if more streams follow, and without such a header it is an estimate from the bit rate. Its seeking is not
-exact either. A frame header gives the size of its frame, however, so that all frames of a file are found in
+exact either. But every frame's header gives the size of the frame, so all frames of a file are found in
 milliseconds. A stretch is decoded from copies of its frames, preceded by those that its first frame depends
 on. The samples are then equal to those of the complete file, bit by bit.
+
+A frame of layer III may begin with data in the frames before it, in their unused space: the bit reservoir.
+Its side information gives the number of these bytes (main_data_begin), as its first field.
 """
 
 import io
@@ -18,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
-from slam_asr.audio.containers import ContainerFault
+from slam_asr.audio.containers import ContainerFault, end_of_tags
 from slam_asr.audio.faults import TRUNCATED
 
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
@@ -49,6 +52,9 @@ _MAX_JUNK = 4096
 def _frame_sizes() -> list[int]:
     """The size of a frame in bytes by the second and third byte of its header; 0 if they are not valid."""
     sizes = [0] * 2**16
+    # The first byte is 0xFF, and the first three bits of the second are ones too: the sync word. Frames have
+    # 384 samples in layer I, and 1152 in the others, but 576 in layer III of MPEG 2. The factors are samples
+    # per frame / 8 bits per byte; layer I counts in slots of 4 bytes.
     for bits in range(0xE000, 0x10000):
         version, layer = bits >> 11 & 3, bits >> 9 & 3
         bit_rate, rate, padding = bits >> 4 & 15, bits >> 2 & 3, bits >> 1 & 1
@@ -92,12 +98,16 @@ class Mp3:
         return _RATES[self.header[1] >> 3 & 3][self.header[2] >> 2 & 3]
 
     @property
+    def is_mpeg1(self) -> bool:
+        return self.header[1] >> 3 & 3 == 3
+
+    @property
     def channels(self) -> int:
         return 1 if self.header[3] >> 6 == 3 else 2
 
     @property
     def samples_per_frame(self) -> int:
-        return 1152 if self.header[1] >> 3 & 3 == 3 else 576
+        return 1152 if self.is_mpeg1 else 576
 
     def _samples_of(self, part: _Part) -> int:
         return max(0, (len(part.offsets) - 1) * self.samples_per_frame - part.delay - part.padding)
@@ -129,7 +139,7 @@ class Mp3:
             taken = max(0, min(count, samples - first))
             if taken:
                 found.append(self._read_part(part, stream, first + part.delay, taken))
-                if len(found[-1]) < taken:  # what follows would be at another time
+                if len(found[-1]) < taken:  # later samples would be at a wrong time
                     break
                 count -= taken
             first = max(0, first - samples)
@@ -139,57 +149,63 @@ class Mp3:
         """Decode samples of a part; `first` counts all samples that the decoder gives, with the delay."""
         size = self.samples_per_frame
         end = min(-(-(first + count) // size), len(part.offsets) - 1)
+        # Frames from `exact` on are decoded as in the complete file. Those before, from `begin` on, only fill
+        # the reservoir.
         exact = max(0, first // size - _WARM_UP)
         begin = _first_needed(part.offsets, exact)
         stream.seek(int(part.offsets[begin]))
         content = bytearray(stream.read(int(part.offsets[end] - part.offsets[begin])))
-        # The delay is dropped from a frame of silence, so that nothing is dropped from the file's own frames.
-        lead = self._made_frame(1, b"")
+        # mpg123 drops the decoder's delay from the first frame. That is a frame of silence, so that those
+        # of the file lose nothing.
+        lead = self._silent_frame(1, b"")
         self._silence(content, (part.offsets[begin : exact + 1] - part.offsets[begin]).tolist(), len(lead))
-        counting = self._made_frame(13, b"Xing" + struct.pack(">II", 1, end - begin + 1))
-        skipped = first - (begin - 1) * size - _DECODER_DELAY
+        counting = self._silent_frame(13, b"Xing" + struct.pack(">II", 1, end - begin + 1))
+        # The decoder gives the frame of silence without the delay, then the frames from `begin` on.
+        skipped = size - _DECODER_DELAY + first - begin * size
         with soundfile.SoundFile(io.BytesIO(counting + lead + content)) as sound:
             # A single read: soundfile seeks after each one, and mpg123's seek is not exact.
             return sound.read(skipped + count, dtype="float32", always_2d=True)[skipped:]
 
     def _silence(self, content: bytearray, offsets: list[int], lead: int) -> None:
-        """Make frames of silence of those that only serve as reservoir.
+        """Turn the frames that are needed only for the reservoir into silence; their data remain.
 
-        They themselves use frames that are not decoded, of which mpg123 would complain on standard error.
+        Otherwise mpg123 would decode them too, and complain on standard error: they refer to data in frames
+        that are not in `content`.
 
         Args:
             content: consecutive frames, which are changed.
             offsets: where the frames to change begin, and where the last of them ends.
-            lead: size of the frame in front of them in bytes.
+            lead: size in bytes of the frame before them.
         """
         side = self.side_information
         reserved = lead - 4 - side
         for start, end in pairwise(offsets):
             start += 4 if content[start + 1] & 1 else 6  # a checksum takes two bytes
-            # mpg123 copies into each frame only what it says that it uses: all must be passed on.
+            # mpg123 passes on only the part of the reservoir that a frame uses, so each frame claims to use
+            # all of it. Zeros after main_data_begin (9 bits in MPEG 1, 8 in MPEG 2) stand for no sound.
             used = min(reserved, self.reservoir)
-            begin = used << 7 if self.reservoir == _RESERVOIR else used << 8  # 9 bits, or 8
+            begin = used << 7 if self.is_mpeg1 else used << 8
             content[start : start + side] = begin.to_bytes(2).ljust(side, b"\0")
             reserved = used + end - start - side
 
     @property
     def side_information(self) -> int:
         """Bytes of side information in a frame of layer III."""
-        if self.header[1] >> 3 & 3 == 3:
+        if self.is_mpeg1:
             return 17 if self.channels == 1 else 32
         return 9 if self.channels == 1 else 17
 
     @property
     def reservoir(self) -> int:
         """Bytes of earlier frames that a frame of layer III may use at most."""
-        return _RESERVOIR if self.header[1] >> 3 & 3 == 3 else _RESERVOIR // 2
+        return _RESERVOIR if self.is_mpeg1 else _RESERVOIR // 2
 
-    def _made_frame(self, bit_rate: int, content: bytes) -> bytes:
-        """A frame of silence with something after its side information, at the bit rate with this number.
+    def _silent_frame(self, bit_rate: int, content: bytes) -> bytes:
+        """Make a frame of silence at the bit rate with this number, and `content` after its side information.
 
-        libsndfile takes the number of frames from a Xing header in it. Without it, libsndfile would estimate
-        the length from the bit rate, and cut what is longer. mpg123 gives no samples for that frame. At the
-        bit rate with number 13, it has space for the header at every sample rate.
+        If the content is a Xing header, libsndfile takes the number of frames from it, and mpg123 gives no
+        samples for the frame. Without the header, libsndfile would estimate the length from the bit rate, and
+        cut what is longer. At the bit rate with number 13, the header fits at every sample rate.
         """
         second = self.header[1] | 1  # no checksum
         third = bit_rate << 4 | self.header[2] & 0x0C
@@ -222,12 +238,12 @@ def find_frames(content: bytes) -> Mp3 | None:
         ContainerFault: the file ends in the middle of a frame or has fewer frames than its header announces,
             frames are damaged, or the sample rate or the number of channels changes.
     """
-    tags_end = _tags_end(content, 0)
+    tags_end = end_of_tags(content, 0)
     position = _first_frame(content[: tags_end + _MAX_JUNK], tags_end)
     if position is None:
         return None
     header = content[position : position + 4]
-    if header[1] >> 1 & 3 != 1:
+    if header[1] >> 1 & 3 != 1:  # not layer III
         return None
     parts: list[_Part] = []
     while position is not None:
@@ -242,11 +258,11 @@ def find_frames(content: bytes) -> Mp3 | None:
 
 
 def _same_format(header: bytes, other: bytes) -> bool:
-    """Whether version, layer, sample rate and number of channels are the same."""
+    """Whether version, layer, sample rate and number of channels are the same in two headers of 4 bytes."""
     return (
-        (header[1] ^ other[1]) & 0xFE == 0
+        (header[1] ^ other[1]) & 0xFE == 0  # all but the bit for a checksum
         and (header[2] ^ other[2]) & 0x0C == 0
-        and (header[3] >> 6 == 3) == (other[3] >> 6 == 3)
+        and (header[3] >> 6 == 3) == (other[3] >> 6 == 3)  # 3 is mono, the others have two channels
     )
 
 
@@ -268,14 +284,13 @@ def _run_of_frames(content: bytes, position: int, header: bytes) -> list[int]:
 
 
 def _first_frame(content: bytes, start: int) -> int | None:
-    """Where the first frame at or after `start` begins, which another one or the end of the file follows."""
-    for match in re.finditer(rb"\xff[\xe0-\xff]", content[start:]):
+    """Where the first frame at or after `start` begins; None if there is none.
+
+    Other data may look like a frame's header, so another frame or the end of the file must follow.
+    """
+    for match in re.finditer(rb"\xff[\xe0-\xff](?=..)", content[start:], re.DOTALL):
         position = start + match.start()
-        size = (
-            _SIZES[int.from_bytes(content[position + 1 : position + 3])]
-            if position + 4 <= len(content)
-            else 0
-        )
+        size = _SIZES[int.from_bytes(content[position + 1 : position + 3])]
         after = content[position + size : position + size + 4]
         if size and len(after) == 4 and _same_format(content[position : position + 4], after):
             return position
@@ -285,40 +300,18 @@ def _first_frame(content: bytes, start: int) -> int | None:
 
 
 def _after_tags(content: bytes, position: int) -> int | None:
-    """Where frames go on after the tags of music players; None at the end of the file.
+    """Where the next frame begins after the tags of music players at `position`; None at the file's end.
 
     Raises:
         ContainerFault: something other than a tag or zeros is between two frames, or much of it at the end.
     """
-    position = _tags_end(content, position)
+    position = end_of_tags(content, position)
     following = _first_frame(content, position)
     if following is not None and following > position:
         raise ContainerFault(f"is damaged: {following - position} bytes between two frames are not audio")
     if following is None and len(content) - position > _MAX_JUNK:
         raise ContainerFault(f"is damaged: the last {len(content) - position} bytes are not audio")
     return following
-
-
-def _tags_end(content: bytes, position: int) -> int:
-    """Where the tags of music players, and zeros, end that begin at `position`."""
-    while True:
-        rest = content[position : position + 32]
-        if rest.startswith(b"TAG"):
-            position += 128
-        elif rest.startswith(b"ID3") and len(rest) >= 10:
-            size = (rest[6] & 127) << 21 | (rest[7] & 127) << 14 | (rest[8] & 127) << 7 | rest[9] & 127
-            position += 10 + size
-        elif rest.startswith(b"APETAGEX") and len(rest) == 32:
-            # The size of an APE tag counts its footer but not its header.
-            is_header = rest[23] & 0x20
-            position += int.from_bytes(rest[12:16], "little") + 32 if is_header else 32
-        elif rest.startswith(b"LYRICSBEGIN"):
-            end = content.find(b"LYRICS200", position)
-            position = end + 9 if end >= 0 else len(content)
-        elif rest[:1] == b"\0":
-            position += len(content[position:]) - len(content[position:].lstrip(b"\0"))
-        else:
-            return position
 
 
 def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator[_Part]:
@@ -339,11 +332,14 @@ def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator
 
 def _part_with_header(content: bytes, tag: int, offsets: np.ndarray, file: Mp3) -> _Part:
     """The frames after an encoder's header, of which `tag` is the offset in bytes."""
+    # `Xing` or `Info`, flags, and then the fields that the flags announce: the number of frames (4 bytes), of
+    # bytes (4), a table of positions for seeking (100), and the quality (4).
     flags, announced = struct.unpack(">II", content[tag + 4 : tag + 12].ljust(8, b"\0"))
     frames = len(offsets) - 1
     if flags & 1 and announced > frames + _COUNT_TOLERANCE:
         raise ContainerFault(TRUNCATED)
     lame = tag + 8 + 4 * (flags & 1) + 2 * (flags & 2) + 25 * (flags & 4) + (flags & 8) // 2
+    # LAME's tag may follow. It begins with the encoder's name, and has delay and padding in 12 bits each.
     if not content[lame : lame + 1].strip(b"\0"):
         return _Part(offsets)
     values = int.from_bytes(content[lame + 21 : lame + 24])

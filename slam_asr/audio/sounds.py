@@ -12,8 +12,9 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
-from slam_asr.audio.containers import ContainerFault, check_length, joined_flac, joined_ogg
+from slam_asr.audio.containers import ContainerFault, check_length, joined_ogg
 from slam_asr.audio.faults import EMPTY, AudioError, LengthError, more_than_announced
+from slam_asr.audio.flac import joined_flac
 from slam_asr.audio.mp3 import Mp3, find_frames, may_be_mp3
 
 _MIN_SAMPLE_RATE = 4000
@@ -51,14 +52,14 @@ class Sound:
 
 
 class _Content(io.BytesIO):
-    """The bytes of a file. libsndfile seeks before its start if its header is damaged."""
+    """The bytes of a file, for libsndfile, which seeks before their start if the header is damaged."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Seek as in a file, but stay at the start where a file would raise an error."""
+        """Seek as in a file, but to the start where a file would raise an error."""
         try:
             return super().seek(offset, whence)
         except (ValueError, OverflowError):
-            # An exception in soundfile's callback would be printed with its traceback, and then ignored.
+            # soundfile calls this from C. An exception would be printed with its traceback, and ignored.
             return super().seek(0)
 
 

@@ -47,7 +47,7 @@ def processes_of(
     Args:
         module: run as `python -m module JOB`, in a process that ends with this one.
         job: the fields that the processes have in common; each process gets its own number.
-        number: number of processes.
+        number: how many processes to start.
         remedy: the options to lower if memory runs out, for the message about a process that was killed.
         piped: whether the block writes to their standard input and reads from their standard output.
 

@@ -59,12 +59,12 @@ def gpu_memory(count: int) -> float | None:
 
 
 def host_memory() -> float | None:
-    """Memory available on this host, or what is left of the container's limit if that is less, in bytes.
+    """Memory available on this host, or the rest of the container's limit if that is less, in bytes.
 
-    None if unknown. The container also holds the processes that run already: this program, which starts the
-    training's processes, and Kubeflow's launcher.
+    None if unknown. Processes that run already count against the limit: this program, which starts those of
+    the training, and Kubeflow's launcher.
     """
-    known = [_left(path) for path in CGROUP_LIMITS]
+    known = [_remaining(path) for path in CGROUP_LIMITS]
     try:
         lines = dict(
             line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -76,8 +76,8 @@ def host_memory() -> float | None:
     return min((n for n in known if n is not None), default=None)
 
 
-def _left(path: str) -> float | None:
-    """What a container's processes leave of its limit, in bytes; None if it has no limit."""
+def _remaining(path: str) -> float | None:
+    """The unused part of a container's memory limit, in bytes; None if it has no limit."""
     try:
         limit = float(int(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError):

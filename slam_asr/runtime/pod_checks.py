@@ -1,4 +1,4 @@
-"""Checks of what a pod can reach and use: names, object storage, the models' folder, and GPUs.
+"""Checks of what a pod can reach and use: host names, object storage, the models' folder, and GPUs.
 
 Each returns a finding of one sentence: what is wrong, where, and what to do.
 """

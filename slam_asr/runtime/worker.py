@@ -27,8 +27,8 @@ START = "slam_asr.runtime.start"
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, even if the parent was killed.
 
-    The kernel signals only what happens after this call. A parent that was killed before would leave this
-    process waiting for others for ever, so that is checked afterwards.
+    The kernel acts only if the parent ends after this call. If it had ended before, this process would wait
+    for the others for ever, so the parent's id is compared afterwards.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -46,8 +46,8 @@ def leave_group(code: int = 0) -> NoReturn:
     finished training would count as failed.
 
     The process group is not destroyed. gloo would wait for its own thread to end, and has waited for ever
-    when another process had closed its connections first. The kernel closes them all the same, and still
-    delivers what was sent before.
+    when another process had closed its connections first. At the process's end, the kernel closes the
+    connections, and still delivers what was sent.
 
     Args:
         code: exit code.

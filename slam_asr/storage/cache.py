@@ -17,7 +17,7 @@ from slam_asr.storage.local import PARTIAL, local_path
 from slam_asr.storage.locks import exclusive, exclusive_if_free
 
 _CAPACITY_LOCK = "room"
-"""Name of the lock for changes to the cache's total size. The names of objects' locks end in `.lock`."""
+"""Name of the lock for changes to the cache's total size. No object's lock has it: those end in `.lock`."""
 
 
 def cache_folder() -> Path:
@@ -69,8 +69,8 @@ class DiskCache:
                     held.release()
                     self._fill(held.path, size, fill)
                     held = HeldFile(held.path)
-            # Another process may have removed the file after it was renamed and before it was held: removing
-            # a complete file does not require the object's lock.
+            # The file may be gone again. Another process that makes space removes complete files without the
+            # object's lock, so it can do that between the rename in `_fill` and the lock of the new HeldFile.
             if held.is_valid(size):
                 os.utime(held.path)  # the modification time is the time of the last use
                 return held

@@ -22,8 +22,8 @@ SECRET = "SLAM_ASR_S3_SECRET"
 SECRET_FOLDER = "/var/run/secrets/slam-asr/s3"
 
 _FileNames = dict[str, tuple[str, ...]]
-"""Arguments of boto3's client, each with the files of a secret that may hold its value. The files have AWS's
-names, or those in the secret that Kubeflow Pipelines creates (`accesskey`, `secretkey`)."""
+"""Arguments of boto3's client, each with the files of a secret that may hold its value. A file is named after
+AWS's variable, or as in the secret that Kubeflow Pipelines creates (`accesskey`, `secretkey`)."""
 _CREDENTIALS: _FileNames = {
     "aws_access_key_id": ("AWS_ACCESS_KEY_ID", "accesskey"),
     "aws_secret_access_key": ("AWS_SECRET_ACCESS_KEY", "secretkey"),

@@ -30,7 +30,7 @@ def download(
     Args:
         uri: of the object.
         file: on disk, opened for reading and writing; it is overwritten.
-        sha256: the expected checksum; if not given, the one that the object carries.
+        sha256: the expected checksum; if not given, the one in the object's metadata, if any.
         report: called with the number of bytes of each piece that arrived, and with a negative number for
             bytes that must be downloaded again.
         known: the object's metadata, if the caller has it; saves a request.
@@ -52,10 +52,10 @@ def download(
         fetch = functools.partial(_fetch_piece, uri, current, file)
         try:
             with contextlib.closing(in_parallel(fetch, current.bytes, pieces.PIECE_BYTES)) as fetched:
-                for start, end, carried in fetched:
+                for start, end, recorded in fetched:
                     report(end - start)
                     # `known` may come from a listing, which has no checksum; the answer for a piece has it.
-                    expected = sha256 or carried
+                    expected = sha256 or recorded
                     # Hash the piece from the page cache while later pieces arrive.
                     for position in range(start, end, _CHUNK_BYTES):
                         hashed.update(os.pread(file.fileno(), min(_CHUNK_BYTES, end - position), position))
@@ -86,7 +86,7 @@ def _fetch_piece(
         answer = get(uri, None, None, known.stamp) if is_complete else get(uri, start, end, known.stamp)
         if not is_complete and "ContentRange" not in answer:
             raise StorageError(
-                f"{uri} cannot be read in fetched: the server at AWS_ENDPOINT_URL does not support ranges."
+                f"{uri} cannot be read in pieces: the server at AWS_ENDPOINT_URL does not support ranges."
             )
         position = start
         # Read until the empty chunk: only then does boto3 compare the server's own checksum, if any.
@@ -99,8 +99,8 @@ def _fetch_piece(
                 chunk, position = chunk[written:], position + written
         if position != end:
             raise TemporaryFailure("the answer was cut short")
-        carried: str | None = answer["Metadata"].get(SHA256)
-        return carried
+        recorded: str | None = answer["Metadata"].get(SHA256)
+        return recorded
 
     return call_with_retries(uri, "read", attempt, cancelled)
 

@@ -80,8 +80,8 @@ def reason_to_retry(error: Exception, uri: str, action: str) -> str:
     """
     if isinstance(error, TemporaryFailure):
         return str(error)
-    # The most specific known class decides. Classes are known by name, because boto3 is imported only when it
-    # is used.
+    # The most specific known class decides. Classes are recognised by their names, because boto3 is imported
+    # only when it is used.
     names = [c.__name__ for c in type(error).__mro__]
     if "ClientError" in names:
         return _reason_of_server(error, uri, action)
@@ -209,4 +209,4 @@ _PERMANENT_CODES = _by_name(
         "it is larger than the server accepts": "EntityTooLarge",
     }
 )
-"""The server's codes that no other attempt avoids, by what they mean."""
+"""The server's codes that further attempts would not change, with their meanings."""

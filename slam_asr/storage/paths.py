@@ -108,13 +108,19 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _walk_folder(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[Info]:
-    """Yield the files below a folder, unless it is one of those above it, given by their identities."""
+    """Yield the files below a folder; none if the folder is a link to one of those above it.
+
+    Args:
+        folder: the folder to list.
+        prefix: its path below the root, with a slash at the end; empty for the root.
+        above: identities of the folders that contain it.
+    """
     if (this := _identity(folder)) in above:
         return
     above |= {this}
     with os.scandir(folder) as entries:
         # A folder's name is sorted with its slash, as it is in an object's key.
-        ordered = sorted((os.fsencode(e.name) + b"/" * e.is_dir(), e) for e in entries if _leads_on(e))
+        ordered = sorted((os.fsencode(e.name) + b"/" * e.is_dir(), e) for e in entries if not _is_loop(e))
     for _, entry in ordered:
         if entry.is_dir():
             yield from _walk_folder(Path(entry.path), f"{prefix}{entry.name}/", above)
@@ -126,15 +132,15 @@ def _walk_folder(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -
             yield Info(prefix + entry.name, status.st_size, str(status.st_mtime_ns))
 
 
-def _leads_on(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is anything but a link that leads to itself."""
+def _is_loop(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a link that leads to itself."""
     try:
         entry.is_dir()
     except OSError as error:
         if error.errno == errno.ELOOP:
-            return False
+            return True
         raise
-    return True
+    return False
 
 
 def folders_in(root: PathOrUri) -> list[str]:

@@ -44,10 +44,8 @@ T = TypeVar("T")
 
 _MAX_PARTS = 10_000
 """S3's limit; objects that would need more parts get larger ones."""
-
-
 _REFUSES_CHECKSUMS = ("InvalidArgument", "InvalidRequest", "NotImplemented", "501", "400")
-"""Codes with which servers refuse a header that they do not know, as the headers of checksums."""
+"""Codes with which servers refuse a header that they do not know, such as that of a checksum."""
 
 
 class ObjectExists(Exception):
@@ -272,7 +270,7 @@ def _part_slots(process: int) -> threading.BoundedSemaphore:
 
 
 def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]) -> dict[str, Any]:
-    """Make a request with a checksum, or without it if the user or the server wants none.
+    """Make a request with a checksum, or without one if the user has switched it off or the server refuses.
 
     Args:
         operation: name of boto3's method.
