@@ -60,7 +60,7 @@ class Candidate:
     channel: int | None = None
     """Number of the file's channel that holds the speaker, from 0; None if the corpus names none."""
     channel_of_several: bool = False
-    """Whether `channel` is meant for files with several only: a file with one channel is used as it is."""
+    """Whether `channel` applies only to files with several channels; a file with one is used as it is."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Rejection:
     key: str
     source: str
     reason: str
-    """One of the constants above or of `slam_asr.audio`; statistics count rejections by it."""
+    """One of the constants above or of `slam_asr.audio.faults`; statistics count rejections by it."""
     detail: str = ""
     """A sentence for the user."""
 

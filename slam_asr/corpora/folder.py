@@ -1,7 +1,7 @@
 """Reader for a folder of audio files with a text file next to each: a/b.txt is the transcript of a/b.flac.
 
-An utterance's subset is named after its top-level subfolder, or after the corpus folder for files directly in
-that. Its key is its path relative to the corpus folder, without the suffix.
+An utterance's subset is named after its top-level subfolder, or after the corpus folder if the files are
+directly in it. Its key is its path relative to the corpus folder, without the suffix.
 
 TIMIT (Garofolo et al., 1993) has this layout too. Its transcripts begin with the numbers of the first sample
 and of the last: `0 46797 She had …`. They are removed.

@@ -97,7 +97,8 @@ class Kaldi(ListedCorpus):
         """Join `segments` with the lists of recordings; yield "audio" and "recorded" fields of utterances."""
         path = join(folder, "segments")
         with ExternalSort() as records:
-            # Recordings are added before segments. The sort is stable, so each comes before its own segments.
+            # A record without an utterance is about the recording: its source, or its channel. Those are
+            # added before segments. The sort is stable, so they come before the recording's segments.
             for recording, source in self._recordings(folder):
                 records.add(recording.encode(), json.dumps(["", source, None, None, None]).encode())
             for recording, channel in self._channels(folder):
@@ -206,8 +207,9 @@ def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iter
                 key, source, DUPLICATE, f"{folder} has {key} more than once among its {name} lines."
             )
     extra = {"subset": subset} | ({"speaker": values["speaker"][0][0]} if values["speaker"] else {})
-    # The channel of a recording is that of the original file. It may have been extracted since, and then the
-    # file has only one. The channel of a segment must be there, as in Kaldi's extract-segments.
+    # reco2file_and_channel gives the channel in the original file. It may have been extracted since, so that
+    # a file with one channel is accepted. A channel in `segments` must exist in the file, as for Kaldi's
+    # extract-segments.
     of_several = channel is None and bool(values["recorded"])
     if of_several:
         channel = values["recorded"][0][0]
@@ -276,7 +278,7 @@ def _decoded_file(command: str) -> str | None:
         # An unknown option remains among the files, so that the last line rejects the command.
         files = [w for w in words if w not in options] if decodes else []
     elif program == "sph2pipe":
-        # -p decodes the samples to PCM, as reading the file does.
+        # -p asks for PCM samples, which reading the file gives anyway.
         files = [w for w in (words[2:] if words[:2] == ["-f", "wav"] else words) if w != "-p"]
     elif program == "sox" and words[-1:] == ["-"]:
         files = _sox_input(words[:-1])

@@ -43,7 +43,7 @@ class Lhotse(ListedCorpus):
         """Open the files of cuts at a path; None if no file begins with a cut.
 
         Raises:
-            InputError: the files are recordings and supervisions, of which cuts have to be made first.
+            InputError: the files are recordings and supervisions, from which cuts must be made first.
         """
         first_lines = {file: _first_line(file) for file in files_at(root, SUFFIXES)}
         files = [file for file, line in first_lines.items() if _is_cut(line)]

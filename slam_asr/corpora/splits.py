@@ -125,10 +125,12 @@ def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
         if not ambiguous.any():
             break
         if not (note := reader.refine_keys()):
+            # This returns if no keys are the same, but only two hashes.
             _refuse_ambiguous(reader, subsets, set(keys[1:][ambiguous].tolist()))
             break
         log_line(f"build-manifest: {note}")
-    # The same holds for the splits of an identity.
+    # An identity in several splits is found likewise: among its entries, which are adjacent after sorting, at
+    # least one pair has different splits.
     order = np.argsort(identities, kind="stable")
     identities, splits = identities[order], splits[order]
     equal = identities[1:] == identities[:-1]
@@ -261,9 +263,9 @@ def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rej
 
 
 def _refuse_unwritable(item: Candidate) -> None:
-    """Raise if no manifest can hold an utterance.
+    """Raise if an utterance cannot be written to a manifest.
 
-    Its key or transcript has a lone surrogate, as JSON can write, or a time is no number of seconds.
+    JSON, and so a corpus, can express lone surrogates, which UTF-8 cannot, and times such as NaN.
     """
     for seconds in (item.start or 0.0, item.duration or 0.0):
         if not 0 <= seconds < _MAX_SECONDS:
@@ -297,7 +299,7 @@ def _refuse_ambiguous(reader: CorpusReader, subsets: dict[str, list[str]], repea
 def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], across: set[int]) -> None:
     """Raise for the first utterance that is in two splits.
 
-    `across` contains the hashes of such identities, but in rare cases only a collision of two hashes.
+    `across` has the hashes of the identities in question. Rarely, two identities only share a hash.
     """
     split_of: dict[str, str] = {}
     for split, item in _items(reader, subsets):
@@ -330,4 +332,5 @@ def held_out(keys: Iterable[str], fraction: float) -> set[str]:
 
 def _rank(key: str) -> float:
     """A pseudo-random number in [0, 1) that depends only on the key."""
+    # 48 bits, because a float of 53 bits represents them exactly.
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48

@@ -164,16 +164,20 @@ class Table(ListedCorpus):
         key = own if uses_column else ""
         if uses_column and columns.key and not own and not path:
             raise InputError(f"{where} has no key: fill in its column, or remove the column.")
+        # Embedded audio may lack a path, and then only the row's number can name it.
         if not key and (not path or self._key_form == _ROW):
             key = f"{subset}-{stem_of(file)}-{number:07d}"
         elif not key:
+            # Rows with the same path are segments of one file, which their starts distinguish.
             key = os.path.splitext(path)[0] + ("" if start is None else f"-{start:.2f}")
             key = f"{subset}/{key}" if self._key_form == _SUBSET_AND_PATH else key
         text = _text(_cell(cells, columns.text), where, columns.text)
         if content is None and not path:
             return Rejection(key, "", NO_AUDIO, f"{where} has no audio.")
         source = audio_path(path, file, self.data.audio_root) if content is None else path or where
-        # The hash of the audio distinguishes audio of the same name. It is compared in this process only.
+        # A key from a column that the recipe names identifies the utterance: another row with it is a
+        # duplicate. Otherwise the hash distinguishes embedded audio of the same name; hashes of bytes differ
+        # between Python processes, but are compared in this one only.
         identity = "" if own and is_named else f"{own}\0{source}\0{start}\0{hash(content)}"
         extra = {"subset": subset} | _speaker(_cell(cells, columns.speaker)) | _other_columns(cells, columns)
         if own and not uses_column and columns.key not in _MANIFEST_FIELDS:

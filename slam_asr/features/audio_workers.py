@@ -69,9 +69,9 @@ class AudioLoader:
     def prepare(self, batches: Iterable[tuple[Tag, list[Utterance]]]) -> Iterator[tuple[Tag, list[Prepared]]]:
         """Prepare batches in order, while the workers stay ahead of the caller.
 
-        A batch is returned only when the utterances of later batches that are already submitted number at
-        least as many as its own, and at least two per worker, or when no batches remain. Workers therefore
-        have work while the caller encodes the batch.
+        A batch is returned once enough utterances of later batches are queued: at least as many as the batch
+        has, and at least two per worker. Workers therefore have work while the caller encodes the batch. At
+        the end, the remaining batches are returned without waiting for more.
 
         Args:
             batches: pairs of a tag, which is returned unchanged, and a list of utterances.

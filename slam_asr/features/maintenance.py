@@ -221,8 +221,8 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
     files = [namespace.shard_path(name) for name in contents.orphans]
     if unfinished:
         indexed = {s.name for s in index.shards} if index else set()
-        noted = {s.name for receipt in contents.receipts for s in namespace.read_index(receipt).shards}
-        removable = (noted - indexed) & contents.shard_sizes.keys()
+        in_receipts = {s.name for receipt in contents.receipts for s in namespace.read_index(receipt).shards}
+        removable = (in_receipts - indexed) & contents.shard_sizes.keys()
         files += contents.pieces + contents.receipts
         files += [namespace.shard_path(name) for name in sorted(removable)]
     if needed is not None and index is not None:

@@ -126,6 +126,8 @@ class ExtractionPlan:
         self._pieces = join(namespace.root, "pieces", self.name)
         names = namespace.index_names()
         initial = [name for name in self._initial_indexes(names) if name in names]
+        # What was indexed at the start decides the content of the shards, so that every process and every
+        # later attempt plans the same ones. What is indexed now only decides which of them are missing.
         indexed_at_start = self._merge(map(self._read_index, initial), audio.audio_ids)
         self.indexed = self._with_existing_shards(self._merge(map(self._read_index, names), audio.audio_ids))
         was_indexed = isin_sorted(audio.audio_ids, indexed_at_start.columns["address"])
@@ -133,8 +135,7 @@ class ExtractionPlan:
         self.reused = audio.select(was_indexed & ~lost)
         frame_bytes = bytes_per_frame(spec.width, features.dtype)
         self.shards: list[PlannedShard] = []
-        # Lost audio gets its own shards, after the others, so that the content and numbers of those do not
-        # change.
+        # Lost audio gets its own shards, numbered after the others, which therefore do not change.
         for missing in (audio.select(~was_indexed), audio.select(lost)):
             sizes = [spec.frames_of(int(n)) * frame_bytes for n in missing.samples]
             for entries in plan_shards(sizes, limit):

@@ -241,6 +241,7 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
         "ytick.major.size": 0,
     }
     with matplotlib.rc_context(style):
+        # Not pyplot, which holds every figure in global state and may look for a display.
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.subplots()
         for line in lines:

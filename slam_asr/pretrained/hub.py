@@ -11,8 +11,6 @@ from slam_asr.progress import log_line
 
 HUB_TIMEOUT = 3.0
 """Seconds to wait for the hub to answer whether it has a model. Short, because clusters often block it."""
-
-
 FIRST_PAUSES = (1.0, 2.0)
 """Seconds before further attempts to reach the hub, because a new pod's network may not be ready yet."""
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
@@ -69,7 +67,7 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
         def fetch() -> None:
             """Fetch the files that are missing, and continue with those that are incomplete."""
             snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=needed)
-            # If the hub does not answer, `snapshot_download` is content with what an earlier attempt left.
+            # If the hub does not answer, `snapshot_download` returns without an error what is in the folder.
             if not all((folder / file).is_file() for file in needed):
                 raise LocalEntryNotFoundError(name)
 

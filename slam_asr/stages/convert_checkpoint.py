@@ -56,6 +56,7 @@ def convert_checkpoint(
         ModelError: the checkpoint is missing, incomplete or damaged, or does not fit its encoder or LLM.
         ConfigurationError: the options contradict each other or the checkpoint's kind.
     """
+    # Imported here, because torch takes seconds to load and `--help` does without it.
     from slam_asr.conversion.sources import OriginalEncoder, find_source
     from slam_asr.conversion.writers import TargetFormat, write
 

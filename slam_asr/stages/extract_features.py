@@ -27,6 +27,7 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, work_sha
     Raises:
         UserError: a manifest, the encoder or an audio file cannot be used.
     """
+    # Imported here, because transformers takes seconds to load and `--help` does without it.
     from slam_asr.models.encoders.registry import describe_encoder
 
     shard = parse_work_shard(work_shard)

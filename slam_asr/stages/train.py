@@ -42,6 +42,7 @@ def train(
     Raises:
         UserError: inputs do not fit each other, or this machine cannot train the recipe.
     """
+    # Imported here, as in other stages, because torch takes seconds to load and `--help` does without it.
     from slam_asr.training.inputs import check_inputs
     from slam_asr.training.launch import require_same_training, train_as_worker_node
 

@@ -1,8 +1,8 @@
-"""The owner of a TrainJob: the Argo workflow of the run, with which Kubernetes removes the job for certain.
+"""The owner of a TrainJob: the Argo workflow of the run, with whose deletion Kubernetes deletes the job too.
 
-The step deletes its job at the end, but cannot do so if it is killed at once: its node is lost, or the
-kernel ends it for lack of memory. The owner is the workflow and not the step's pod, because the next attempt
-at the step runs in another pod and continues to follow the job.
+The step deletes its job at the end, but not if it is killed without notice: because its node is lost, or
+because memory runs out. The owner is the workflow and not the step's pod, because the next attempt at the
+step runs in another pod and continues to follow the job.
 """
 
 import os
@@ -58,6 +58,7 @@ def add_owner(custom_api: Any, namespace: str, job: str, owner: dict[str, str]) 
     metadata = custom_api.get_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job)["metadata"]
     owners = metadata.get("ownerReferences") or []
     if owners and owner["uid"] not in [known["uid"] for known in owners]:
-        # This client's patch replaces the complete list, so another change since it was read must refuse it.
+        # The patch replaces the complete list. With the resource version, the API refuses it if the job has
+        # changed since it was read, so no other owner is lost.
         change = {"ownerReferences": [*owners, owner], "resourceVersion": metadata.get("resourceVersion")}
         custom_api.patch_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job, {"metadata": change})

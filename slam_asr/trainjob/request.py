@@ -23,7 +23,8 @@ NODE = "node"
 TOKEN_FOLDER = "/var/run/secrets/slam-asr/hub"
 """Folder at which the secret with the hub's token is mounted in each node's pod."""
 _ADMISSION = re.compile(r"denied (the )?request|exceeded quota|violates PodSecurity")
-"""What 403 says if not a right is missing, but a webhook, a policy or a quota refuses the object itself."""
+"""Matches the message of a 403 with which a webhook, a policy or a quota refuses the object itself. Any other
+403 means that the account lacks a right."""
 
 
 class TrainJobClient:
@@ -89,7 +90,7 @@ class TrainJobClient:
         self.client.train(runtime=self.runtime, trainer=trainer, options=options)
 
     def adopt(self, name: str) -> None:
-        """Make this run an owner of an existing job, which else ends with the run that created it."""
+        """Make this run an owner of an existing job, which would otherwise end with the run that made it."""
         if self.owner is None:
             return
         try:
@@ -103,6 +104,7 @@ class TrainJobClient:
     def _send_completed(
         self, group: str, version: str, namespace: str, plural: str, job: dict[str, Any], **options: Any
     ) -> Any:
+        """Send the SDK's request for a job with the job's owner, and with the limit on its cores."""
         if self.owner is not None:
             job["metadata"]["ownerReferences"] = [self.owner]
         limits = job["spec"]["trainer"].get("resourcesPerNode", {}).get("limits", {})

@@ -84,10 +84,10 @@ def _why_pending(pod: V1Pod, events: list[CoreV1Event]) -> str:
 
 def _latest(events: list[CoreV1Event]) -> str:
     # Kueue's event about a Workload that waits for quota is called Pending.
-    telling = [e for e in events if e.type == "Warning" or e.reason == "Pending"]
-    if not telling:
+    reasons = [e for e in events if e.type == "Warning" or e.reason == "Pending"]
+    if not reasons:
         return ""
-    event = max(telling, key=_time)
+    event = max(reasons, key=_time)
     return _sentence(event.reason, event.message)
 
 
