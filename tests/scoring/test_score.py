@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from slam_asr.artifacts.hypotheses import HYPOTHESES, Hypothesis, read_hypotheses, write_hypotheses
+from slam_asr.artifacts.hypotheses import HYPOTHESES, NBEST, Hypothesis, read_hypotheses, write_hypotheses
+from slam_asr.artifacts.json_lines import write_json_lines
 from slam_asr.artifacts.model_folder import CONFIG, ModelConfig
 from slam_asr.artifacts.stage_record import Outcome, run_stage
 from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
@@ -41,9 +42,11 @@ def model(tmp_path):
 
 @pytest.fixture
 def part_of(tmp_path):
-    def decode(number, of, rows, name="", **inputs):
+    def decode(number, of, rows, name="", nbest=(), **inputs):
         def work(folder):
             write_hypotheses(folder / HYPOTHESES, rows)
+            if nbest:
+                write_json_lines(folder / NBEST, nbest)
             return Outcome("", {}, FACTS | {"utterances": len(rows)})
 
         part = {"part": f"{number}-of-{of}"} if of else {}
@@ -70,6 +73,15 @@ def test_joined_parts_equal_an_undivided_decoding(tmp_path, model, part_of):
         and joined.facts["answers_cut"] == 3
         and joined.facts["seconds"] == 6.0
     )
+
+
+def test_joined_nbest_lists_have_one_line_per_utterance(tmp_path, model, part_of):
+    """Some characters separate lines in a text, but may be in a string of JSON."""
+    lists = [{"key": key, "choices": [{"text": f"one\u2028two\x85{key}"}]} for key in "abc"]
+    parts = [part_of(1, 2, ROWS[:4], nbest=[lists[2], lists[0]]), part_of(2, 2, ROWS[4:], nbest=[lists[1]])]
+    joined = score(load_recipe("demo"), model, parts, str(tmp_path / "joined"))
+    lines = joined.file(NBEST).read_bytes().splitlines()
+    assert [json.loads(line) for line in lines] == lists
 
 
 def test_a_decoding_of_version_0_1_without_a_work_shard_is_scored(tmp_path, model, part_of):
