@@ -56,7 +56,7 @@ def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
     Args:
         folder: for the LLM.
         weights: all weights of the LLM, by their names in it.
-        recipe: of the training.
+        recipe: the training's recipe.
         where: the checkpoint, for error messages.
 
     Raises:
@@ -85,7 +85,7 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
     Args:
         folder: for the LLM.
         adapter: LoRA's weights, by their names in the LLM.
-        recipe: of the training.
+        recipe: the training's recipe.
     """
     base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
     trust = recipe.llm.trust_remote_code
@@ -171,9 +171,9 @@ def write_tuned_encoder(
     """Write the complete base model with the trained encoder in it, and the preprocessor's configuration.
 
     Args:
-        folder: of the model; the encoder is written to `encoder/` in it.
+        folder: the model's folder; the encoder is written to `encoder/` in it.
         weights: the encoder's weights, by their names in `SpeechEncoder`.
-        recipe: of the training.
+        recipe: the training's recipe.
         where: the checkpoint, for error messages.
 
     Raises:

@@ -87,8 +87,8 @@ def compare_written_loss(
     """Require that the written weights, and the loss that they give, equal the checkpoint's bit for bit.
 
     Args:
-        recipe: of the training.
-        llm_folder: of the base LLM.
+        recipe: the training's recipe.
+        llm_folder: the base LLM's folder.
         encoder_width: values per frame.
         before: the checkpoint's weights, rounded to the precision of the written file.
         after: reads the written weights.
@@ -129,11 +129,11 @@ def compare_merged_loss(
     """Compare an LLM that was written by itself with the base LLM and the checkpoint's weights.
 
     Args:
-        recipe: of the training.
-        llm_folder: of the base LLM.
+        recipe: the training's recipe.
+        llm_folder: the base LLM's folder.
         encoder_width: values per frame.
         before: the checkpoint's weights.
-        folder: of the written LLM, with LoRA merged into it if the training had one.
+        folder: folder of the written LLM, with LoRA merged into it if the training had one.
 
     Returns:
         A clause for the stage's summary that states what was compared.
@@ -175,8 +175,8 @@ def _probe_losses(
     """Compute the loss on the probe with each model's weights, one after the other in the same LLM.
 
     Args:
-        recipe: of the training; decides on LoRA, prompt and downsampling.
-        llm_folder: of the LLM without the trained weights.
+        recipe: the training's recipe, which decides on LoRA, prompt and downsampling.
+        llm_folder: folder of the LLM without the trained weights.
         encoder_width: values per frame.
         models: the trained weights.
 
@@ -234,9 +234,9 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
     """Read what a conversion wrote, with the functions that users of the model call.
 
     Args:
-        folder: of the model, or of SLAM-LLM's model.pt.
-        recipe: of the training.
-        widths: of encoder and LLM, in values.
+        folder: folder of the model, or of SLAM-LLM's model.pt.
+        recipe: the training's recipe.
+        widths: width of an encoder frame and of an LLM position, in values.
         to: the format: `model` or `slam-llm`.
 
     Raises:
@@ -262,9 +262,9 @@ def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
     """Require that the written encoder has exactly the checkpoint's weights.
 
     Args:
-        folder: of the written model.
+        folder: the written model's folder.
         weights: the checkpoint's weights of the encoder, by their names in `SpeechEncoder`.
-        recipe: of the training.
+        recipe: the training's recipe.
 
     Raises:
         ModelError: a weight differs, or only one of the two has it.

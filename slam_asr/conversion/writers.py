@@ -91,7 +91,7 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
 
     Args:
         folder: for the result.
-        content: of the checkpoint; its tensors are read one after the other.
+        content: the checkpoint's content; its tensors are read one after the other.
         target: how to write it.
 
     Raises:

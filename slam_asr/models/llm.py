@@ -74,10 +74,10 @@ def build_llm(
     """Build an LLM from its configuration, on the meta device.
 
     Args:
-        config: of the LLM.
+        config: the LLM's configuration.
         folder: the LLM's folder or name, for error messages.
         trust_remote_code: whether the LLM's own code may run.
-        options: of transformers' `from_config`.
+        options: further arguments of transformers' `from_config`.
 
     Raises:
         ModelError: the configuration is not that of a causal LM.

@@ -99,7 +99,7 @@ def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
     folder, is where the recipe states; any other, and one that the model replaces by its own, is the model's.
 
     Args:
-        recipe: of the run.
+        recipe: the run's recipe.
         model: as for `read_config`.
     """
     trained = read_config(model).typed_recipe

@@ -43,7 +43,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
 
     Args:
         job: names manifests, feature store and the LLM's folder.
-        recipe: of the training.
+        recipe: the training's recipe.
         processes: number of processes on this machine, which share its CPU cores for reading audio.
 
     Raises:
@@ -92,7 +92,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
 
     Args:
         job: names the LLM's folder, the feature store, and the model to start from.
-        recipe: of the training.
+        recipe: the training's recipe.
         device: where a frozen encoder is placed; the engine moves the other parts.
 
     Returns:

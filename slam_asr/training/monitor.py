@@ -57,7 +57,7 @@ class Monitor:
 
     Args:
         folder: contains the curve, which is appended to.
-        recipe: of the training.
+        recipe: the training's recipe.
         total_steps: optimiser steps of the training.
         done: steps done before, according to the checkpoint; 0 for a new training.
         device: the device whose peak memory is reported.

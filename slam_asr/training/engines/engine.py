@@ -69,7 +69,7 @@ class ParameterGroups:
 
         Args:
             groups: the optimiser's `param_groups`, in the order of `parts`; changed in place.
-            learning_rate: of this step, for a part without a peak of its own.
+            learning_rate: this step's rate for a part without a peak of its own.
         """
         for group, relative in zip(groups, self.relative_rates, strict=True):
             group["lr"] = learning_rate * relative
@@ -127,7 +127,7 @@ class Engine(ABC):
         """Update the weights by the accumulated gradient, and clear it.
 
         Args:
-            learning_rate: of this step; parts with a peak of their own get a rate in proportion.
+            learning_rate: this step's rate; parts with a peak of their own get a rate in proportion to it.
         """
 
     @abstractmethod
@@ -135,7 +135,7 @@ class Engine(ABC):
         """Return one complete tensor of the optimiser's state in fp32. All processes must call it together.
 
         Args:
-            name: of a trained weight.
+            name: name of a trained weight.
             which: `weight` for its master, or one of `MOMENTS`.
 
         Returns:
@@ -149,7 +149,7 @@ class Engine(ABC):
         Call `finish_restoring` when all tensors are set.
 
         Args:
-            name: of a trained weight.
+            name: name of a trained weight.
             which: `weight` for its master, or one of `MOMENTS`.
             value: the complete tensor in fp32, in the shape of the complete weight.
         """
