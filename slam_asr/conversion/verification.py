@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 UTTERANCES = ((110, "the first of three utterances"), (61, "a second one"), (85, "and the last of them"))
 """The utterances of the probe: for each, its number of encoder frames and its answer."""
-PROBE = "on random audio"
-"""Marks the loss in summaries: random audio has a far higher loss than speech has in training."""
+ON_PROBE = "on random audio"
+"""Qualifies the loss in summaries: random audio has a far higher loss than speech has in training."""
 FP32_LLM_BYTES = 2e9
 """Bytes of an LLM's weight files below which its loss is computed in fp32; for larger LLMs, in bf16."""
 MERGED_TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
@@ -120,7 +120,7 @@ def compare_written_loss(
     # The sums, not the means: a division could round two different losses to the same number.
     if expected.total != actual.total:
         raise ModelError(_difference(where, expected, actual))
-    return f"loss {expected.mean:.4f} per token {PROBE}, the same before and after"
+    return f"loss {expected.mean:.4f} per token {ON_PROBE}, the same before and after"
 
 
 def compare_merged_loss(
@@ -152,7 +152,7 @@ def compare_merged_loss(
     )
     if abs(actual.total - expected.total) > tolerance * abs(expected.total):
         raise ModelError(_difference(str(folder), expected, actual))
-    return f"loss {expected.mean:.4f} per token before and {actual.mean:.4f} after, {PROBE}"
+    return f"loss {expected.mean:.4f} per token before and {actual.mean:.4f} after, {ON_PROBE}"
 
 
 def _as_written(
@@ -207,7 +207,7 @@ def _probe_losses(
     batch = collate(rows)
     losses = []
     for model in models:
-        # All models have the same names in the LLM, so nothing of the previous one is left in it.
+        # All models have weights of the same names in the LLM, so each replaces those of the one before.
         _overwrite(llm, model.llm)
         scores = score_answers(Slam(model.projector.to(llm.dtype), llm).eval()(batch), batch.labels)
         losses.append(ProbeLoss(float(scores.loss), int(scores.sums[2])))

@@ -1,4 +1,4 @@
-"""Divide a recording into segments, at its longest and quietest pauses.
+"""Divides a recording into segments, at its longest and quietest pauses.
 
 An encoder such as Whisper's takes at most half a minute of audio, and a model is most accurate at the lengths
 that it was trained on. Loudness is measured every 10 ms and smoothed over 300 ms, so that a pause between

@@ -1,4 +1,4 @@
-"""Transcribe recordings of any length with a loaded model: the entry point for Python programs.
+"""Transcribes recordings of any length with a loaded model: the entry point for Python programs.
 
 Each recording is divided at pauses (`pauses.py`). The segments of several recordings are decoded in common
 batches.
@@ -110,7 +110,7 @@ class Transcriber:
         meter: Meter | None = None,
         on_error: Callable[[str, AudioError], None] | None = None,
     ) -> Iterator[Transcript]:
-        """Transcribe audio files; faster than one file at a time, because their segments share batches.
+        """Transcribe audio files. Their segments share batches, so this is faster than one file at a time.
 
         Args:
             files: as for `transcribe`.

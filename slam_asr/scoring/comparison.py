@@ -1,4 +1,4 @@
-"""Which of two recognisers is better on the same utterances, and whether the difference may be chance."""
+"""Compares two recognisers on the same utterances: which one is better, and whether that may be chance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def pair(
     Args:
         first: the first recogniser's name and its utterances.
         second: the same for the second recogniser.
-        common: leave out the utterances that only one output has, instead of refusing them.
+        common: whether utterances that only one output has are left out, instead of refused.
 
     Raises:
         InputError: an utterance is in only one output, occurs twice in one, or has different references.

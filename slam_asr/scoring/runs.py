@@ -83,7 +83,12 @@ def rate_of(counts: dict[str, Any]) -> Any:
 
 
 def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) -> list[Run]:
-    """Read the runs, sort them by error rate, and compare each with the best."""
+    """Read the runs, sort them by error rate, and compare each with the best.
+
+    Args:
+        files: wer.json and hypotheses of each run, by its folder.
+        known: variations of the recipe by name, to describe what a run changed.
+    """
     numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}
     titles = [values["title"] for values in numbers.values()]
     runs = []
@@ -112,6 +117,7 @@ def _same_test(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> boo
 
 
 def write_comparison(folder: Path, title: str, runs: Sequence[Run]) -> None:
+    """Write `runs.html`, `runs.md` and `runs.json`; `runs` are in the order of `read_runs`."""
     rows = [run.summary() for run in runs]
     trainings = {
         run.name: {key: thinned(run.training.get(key) or []) for key in ("curve", "validation")}
