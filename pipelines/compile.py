@@ -254,7 +254,7 @@ def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> 
     nodes = request.nodes
 
     def place_step(step: str, task: "PipelineTask") -> None:
-        place(cluster, images, step, task, over_nodes=step == "train" and nodes > 1)
+        place(cluster, images, step, task, by_trainjob=step == "train" and nodes > 1)
 
     if request.pipeline == EVALUATION:
         return evaluate.build_pipeline(place_step)

@@ -1,4 +1,4 @@
-"""Check the consistency of a compiled pipeline, to find errors that would otherwise appear only when it runs.
+"""Checks the consistency of a compiled pipeline, to find errors that would otherwise appear when it runs.
 
 kfp's own check validates the keys of the YAML, but not its references. This module looks up every
 producer, output, parameter, component and image, and checks that each step has Kubernetes settings.

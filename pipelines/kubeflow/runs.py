@@ -151,7 +151,7 @@ def start(
 
 
 def submitter() -> str:
-    """Return the description of a run, which names the user who started it: Kubeflow itself does not say."""
+    """Return the description of a run, which names the user who started it: Kubeflow does not record that."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # the user id of a container may have no name

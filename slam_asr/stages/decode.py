@@ -186,7 +186,7 @@ def _hours(decoder: Decoder, indices: Sequence[int]) -> float:
 
 
 def _log(decoder: Decoder, utterances: int, hours: float, processes: int) -> None:
-    """Say what is decoded, with which models, and how."""
+    """Describe what is decoded, with which models, and how."""
     from slam_asr.models.precision import explain_precision, pick_device
 
     options, trained = decoder.recipe.decoding, decoder.model.trained
