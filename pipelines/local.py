@@ -105,6 +105,7 @@ class LocalRun:
             tempfile.TemporaryDirectory(prefix="slam-asr-") as temporary,
             self._hooked_into_kfp(list(request.results), log, temporary),
         ):
+            # `use_venv` would make kfp create an environment for each step, and install packages into it.
             runner = local.DockerRunner() if self.containers else local.SubprocessRunner(use_venv=False)
             local.init(runner, pipeline_root=str(self.output / "steps"))
             from pipelines.asr import asr

@@ -66,7 +66,7 @@ def check_package(path: Path, images: dict[str, str]) -> None:
         elif component.executor_label not in executors:
             defects.append(f"{name} has no executor {component.executor_label}")
     for label, executor in executors.items():
-        stage = label.removeprefix("exec-")
+        stage = label.removeprefix("exec-")  # kfp names an executor after its component
         if executor["container"]["image"] != images.get(stage):
             defects.append(f"{label} runs in {executor['container']['image']}, not in {images.get(stage)}")
         if label not in settings:

@@ -73,6 +73,7 @@ class CheckRun:
                     logged[step.name] = step.state, step.detail
                     if step.state != "not started":
                         log_line(step.line())
+                # The time counts from the last moment at which the step was not waiting.
                 if step.state not in ("waiting", "starting", "not started"):
                     since.pop(step.name, None)
                 else:

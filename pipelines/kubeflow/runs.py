@@ -204,6 +204,7 @@ def latest(
     namespace = connection.namespace if connection.multi_user else None
     found: list[kfp_server_api.V2beta1Run] = []
     token = ""
+    # Runs are filtered here, not by the server, so a filter needs larger pages, and perhaps several.
     while True:
         answer = connection.call(
             "list the runs",

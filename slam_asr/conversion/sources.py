@@ -99,6 +99,7 @@ def find_source(
             f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} contains its adapter itself, if it has "
             "one: leave it out."
         )
+    # A model folder has a stage's record too, so it must be recognised before a training.
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
         return _from_model(fetch_model(checkpoint), recipe)
     if not exists(join(checkpoint, RECORD)):

@@ -91,4 +91,5 @@ def require_same_features(recipe: Recipe, model: str, config: ModelConfig) -> No
 
 def _comparable(recipe: Recipe, key: str) -> str:
     value = value_of(recipe, key)
+    # `openai/whisper-tiny.en`, `/models/whisper-tiny.en` and `s3://models/whisper-tiny.en/` are one encoder.
     return value.rstrip("/").rpartition("/")[2] if key == "encoder.name" else value

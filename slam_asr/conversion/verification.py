@@ -209,6 +209,7 @@ def _probe_losses(
     for model in models:
         # All models have weights of the same names in the LLM, so each replaces those of the one before.
         _overwrite(llm, model.llm)
+        # In evaluation mode, because an adapter's dropout would change the loss at random.
         scores = score_answers(Slam(model.projector.to(llm.dtype), llm).eval()(batch), batch.labels)
         losses.append(ProbeLoss(float(scores.loss), int(scores.sums[2])))
         # `to` converted the caller's projector in place.

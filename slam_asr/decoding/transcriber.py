@@ -163,7 +163,7 @@ class Transcriber:
             self.model.positions(self.model.spec.span_of(stretch.end - stretch.start))
             for _, stretch in stretches
         ]
-        # Batches contain segments of similar length, so the segments of a recording are not decoded in order.
+        # Batches contain segments of similar length, of any recording, so answers do not come in order.
         segments: dict[int, Segment] = {}
         with ThreadPoolExecutor(usable_cores(), "prepare-audio") as pool:
             for batch in plan_batches(

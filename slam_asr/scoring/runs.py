@@ -102,6 +102,8 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
     best = runs[0]
     for run in runs[1:]:
         if _same_test(best.rows, run.rows):
+            # The last comparison is the one over all subsets. The seed is fixed, so that the page is the same
+            # each time.
             pairs, _ = pair((best.name, best.rows), (run.name, run.rows), common=False)
             run.against_best = compare_pairs(pairs, best.name, seed=0)[-1]
     return runs

@@ -260,7 +260,7 @@ def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":
         min_nodes=nodes.number,
         max_nodes=nodes.number,
         nproc_per_node=processes,
-        max_restarts=0,
+        max_restarts=0,  # `launch_training` restarts by itself: it knows which failures are temporary
         monitor_interval=0.2,
         **(several_nodes if nodes.number > 1 else single_node),
     )

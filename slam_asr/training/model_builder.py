@@ -55,6 +55,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
     utterances = {name: read_rows(read_manifest(path), job.rows[name]) for name, path in manifests.items()}
     source = _source(job.feature_store, spec, recipe, utterances.values())
     limit = llm_positions(Path(job.llm_folder), trust)
+    # Cached features are memory-mapped, so one thread suffices. Decoding audio takes this process's cores.
     threads = 1 if job.feature_store else max(1, usable_cores() // processes)
     draw = functools.partial(prompt.draw, recipe.training.seed)
     readers = {

@@ -17,10 +17,10 @@ from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.engines.engine import (
-    MOMENTS,
     Engine,
     ParameterGroups,
     Update,
+    create_adam_state,
     is_finite,
     move_and_cast,
 )
@@ -156,15 +156,12 @@ class DeepSpeedEngine(Engine):
         """The fp32 masters under stage 0, by name."""
         if not self.half:
             return self.groups.weights
+        # DeepSpeed's groups, and the weights in them, have the order of Adam's, as `groups.weights` does.
         flat = [p for group in self.optimizer.fp32_groups for p in group]
         return dict(zip(self.groups.weights, flat, strict=True))
 
     def _create_state(self) -> None:
-        """Create the state that Adam would create at its first step, and link it to DeepSpeed's weights.
-
-        A checkpoint may be restored, or saved, before that step: the tensors must exist to be read or
-        overwritten.
-        """
+        """Create Adam's state as `create_adam_state` does, once, and link it to DeepSpeed's weights."""
         if self._has_state:
             return
         self._has_state = True
@@ -174,12 +171,7 @@ class DeepSpeedEngine(Engine):
             if self.stage == 3
             else [p for g in self.adam.param_groups for p in g["params"]]
         )
-        for master in masters:
-            if not self.adam.state[master]:
-                self.adam.state[master] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    **{m: torch.zeros_like(master) for m in MOMENTS},
-                }
+        create_adam_state(self.adam, masters)
         if self.stage in (1, 2):
             # DeepSpeed links state to weights once, at its first step, when only the first group has state.
             # So the link is made again here, for all groups.

@@ -9,7 +9,7 @@ and the summed loss L_p of process p, 1/P · Σ P/T · L_p = Σ L_p / T.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,20 @@ class Engine(ABC):
                 if index % processes == rank:
                     # A copy: training continues while another thread writes it.
                     yield name, which, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def create_adam_state(adam: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> None:
+    """Create the state that Adam would create at its first step, for those masters that have none.
+
+    A checkpoint may be restored, or saved, before that step: the tensors must exist to be read or
+    overwritten.
+    """
+    for master in masters:
+        if not adam.state[master]:
+            adam.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                **{m: torch.zeros_like(master) for m in MOMENTS},
+            }
 
 
 def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

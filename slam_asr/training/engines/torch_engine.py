@@ -23,10 +23,10 @@ from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Batch, Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.engines.engine import (
-    MOMENTS,
     Engine,
     ParameterGroups,
     Update,
+    create_adam_state,
     is_finite,
     move_and_cast,
 )
@@ -158,14 +158,14 @@ class TorchEngine(Engine):
             self.scale *= 2
 
     def get_state(self, name: str, which: str) -> torch.Tensor:
-        self._create_state()
+        create_adam_state(self.adam, self.masters.values())
         master = self.masters[name]
         tensor = master if which == "weight" else self.adam.state[master][which]
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @torch.no_grad()
     def set_state(self, name: str, which: str, value: torch.Tensor) -> None:
-        self._create_state()
+        create_adam_state(self.adam, self.masters.values())
         master = self.masters[name]
         tensor = master if which == "weight" else self.adam.state[master][which]
         value = value.to(tensor.device)
@@ -174,19 +174,6 @@ class TorchEngine(Engine):
             # it without communication.
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.copy_(value)
-
-    def _create_state(self) -> None:
-        """Create the state that Adam would create at its first step.
-
-        A checkpoint may be restored, or saved, before that step: the tensors must exist to be read or
-        overwritten.
-        """
-        for master in self.masters.values():
-            if not self.adam.state[master]:
-                self.adam.state[master] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    **{m: torch.zeros_like(master) for m in MOMENTS},
-                }
 
     @torch.no_grad()
     def finish_restoring(self, updates: int) -> None:
