@@ -105,8 +105,8 @@ class WaveformEncoder(SpeechEncoder):
         if len(set(lengths.tolist())) > 1:
             mask = (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None]).long()
         self._set_group_norm_lengths(None if mask is None else lengths)
-        # Utterances too short for a single frame were not encoded, so an iterator assigns the outputs to the
-        # rest.
+        # An utterance that is too short for a frame was not in the batch. Each of the others takes the next
+        # output.
         outputs = iter(self.model(waveforms, attention_mask=mask).last_hidden_state)
         return [next(outputs)[:n] if n else waveforms.new_zeros(0, self.spec.width) for n in frames]
 
