@@ -1,4 +1,4 @@
-"""Compare the stages of this checkout with those of another one, each command from start to end.
+"""Compare the speed of this checkout's stages with that of another checkout's.
 
     git worktree add ../before v0.1.0
     python benchmarks/checkouts.py ../before CORPUS         # CORPUS: a LibriSpeech tree
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _prepare(checkout: Path, options: argparse.Namespace, folder: Path) -> Path:
-    """Return the folder with all that the stages of a checkout read: a manifest, features and a model."""
+    """Prepare what the stages of a checkout read: a manifest, features and a model; return `folder`."""
     _run("build-manifest", checkout, options, folder)
     for name in ("test", "train"):
         lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()[: options.utterances]

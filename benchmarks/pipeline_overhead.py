@@ -22,62 +22,32 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def by_hand(recipe: str, corpus: str, output: Path) -> None:
     """Run the programs of all steps one after another."""
-    manifests, features, checkpoint, model = (
-        str(output / n) for n in ("manifests", "features", "checkpoint", "model")
+    manifests, features, checkpoint, model, decoded = (
+        str(output / name) for name in ("manifests", "features", "checkpoint", "model", "decoded")
     )
     splits = [f"{manifests}/{split}.jsonl" for split in ("train", "dev", "test")]
-    programs = [
-        ["build-manifest", "--recipe", recipe, "--corpus", corpus, "--output", manifests],
-        [
-            "extract-features",
-            "--recipe",
-            recipe,
-            "--manifests",
-            f"[{','.join(splits)}]",
-            "--output",
-            features,
-        ],
-        [
-            "train",
-            "--recipe",
-            recipe,
-            "--train-manifest",
-            splits[0],
-            "--dev-manifest",
-            splits[1],
-            "--feature-store",
-            features,
-            "--output",
-            checkpoint,
-        ],
-        ["convert-checkpoint", "--checkpoint", checkpoint, "--output", model],
-        [
-            "decode",
-            "--recipe",
-            recipe,
-            "--model",
-            model,
-            "--manifests",
-            f"[{splits[2]}]",
-            "--feature-store",
-            features,
-            "--output",
-            str(output / "decoded"),
-        ],
-        [
-            "score",
-            "--recipe",
-            recipe,
-            "--model",
-            model,
-            "--parts",
-            str(output / "decoded"),
-            "--output",
-            str(output / "scored"),
-        ],
-    ]
-    for program in programs:
-        _run("-m", "slam_asr", *program)
+    steps = {
+        "build-manifest": {"recipe": recipe, "corpus": corpus, "output": manifests},
+        "extract-features": {"recipe": recipe, "manifests": f"[{','.join(splits)}]", "output": features},
+        "train": {
+            "recipe": recipe,
+            "train-manifest": splits[0],
+            "dev-manifest": splits[1],
+            "feature-store": features,
+            "output": checkpoint,
+        },
+        "convert-checkpoint": {"checkpoint": checkpoint, "output": model},
+        "decode": {
+            "recipe": recipe,
+            "model": model,
+            "manifests": f"[{splits[2]}]",
+            "feature-store": features,
+            "output": decoded,
+        },
+        "score": {"recipe": recipe, "model": model, "parts": decoded, "output": str(output / "scored")},
+    }
+    for step, options in steps.items():
+        _run("-m", "slam_asr", step, *(f"--{name}={value}" for name, value in options.items()))
 
 
 def through_kfp(recipe: str, corpus: str, output: Path) -> None:

@@ -20,109 +20,29 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+
+def _llama(width: int, inner: int, layers: int, heads: int, vocabulary: int, **more: int) -> dict[str, int]:
+    """Return the sizes of a Llama, by the keys of its configuration; `inner` is the feed-forward width."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocabulary,
+        **more,
+    }
+
+
 CASES = [
     # LLM configuration, training options, utterances; and per utterance positions, audio positions, targets
-    (
-        {
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49152,
-            "tie_word_embeddings": True,
-        },
-        {},
-        6,
-        100,
-        60,
-        25,
-    ),
-    (
-        {
-            "hidden_size": 768,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "vocab_size": 32000,
-        },
-        {},
-        16,
-        150,
-        100,
-        30,
-    ),
-    (
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 2816,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 16,
-            "vocab_size": 32000,
-        },
-        {"precision": "bf16"},
-        16,
-        200,
-        140,
-        40,
-    ),
-    (
-        {
-            "hidden_size": 512,
-            "intermediate_size": 1408,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 8,
-            "vocab_size": 16000,
-        },
-        {"packing": False},
-        40,
-        120,
-        80,
-        20,
-    ),
-    (
-        {
-            "hidden_size": 1280,
-            "intermediate_size": 3456,
-            "num_hidden_layers": 10,
-            "num_attention_heads": 20,
-            "vocab_size": 8000,
-        },
-        {"packing": False},
-        8,
-        300,
-        240,
-        50,
-    ),
+    (_llama(576, 1536, 30, 9, 49152, num_key_value_heads=3, tie_word_embeddings=True), {}, 6, 100, 60, 25),
+    (_llama(768, 2048, 12, 12, 32000), {}, 16, 150, 100, 30),
+    (_llama(1024, 2816, 8, 16, 32000), {"precision": "bf16"}, 16, 200, 140, 40),
+    (_llama(512, 1408, 16, 8, 16000), {"packing": False}, 40, 120, 80, 20),
+    (_llama(1280, 3456, 10, 20, 8000), {"packing": False}, 8, 300, 240, 50),
     # Most of the memory is for logits, which are computed in chunks, but under ZeRO-3 all at once.
-    (
-        {
-            "hidden_size": 512,
-            "intermediate_size": 1408,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "vocab_size": 128000,
-        },
-        {},
-        24,
-        100,
-        40,
-        50,
-    ),
-    (
-        {
-            "hidden_size": 512,
-            "intermediate_size": 1408,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "vocab_size": 128000,
-        },
-        {"zero_stage": 3},
-        24,
-        100,
-        40,
-        50,
-    ),
+    (_llama(512, 1408, 6, 8, 128000), {}, 24, 100, 40, 50),
+    (_llama(512, 1408, 6, 8, 128000), {"zero_stage": 3}, 24, 100, 40, 50),
 ]
 ENCODER = {"model_type": "whisper", "d_model": 384, "encoder_layers": 1, "decoder_layers": 1}
 

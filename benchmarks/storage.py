@@ -92,18 +92,18 @@ def main() -> None:
         server.wait()
 
 
-def _run(objects: int, megabytes: int, repeats: int) -> None:
+def _run(count: int, megabytes: int, repeats: int) -> None:
     import boto3
 
     from slam_asr.storage import downloads, objects, uploads
 
     bare = boto3.session.Session().client("s3")
     bare.create_bucket(Bucket=BUCKET)
-    names = [f"object-{i}" for i in range(objects)]
+    names = [f"object-{i}" for i in range(count)]
     content = os.urandom(2**20) * megabytes
     for name in names:
         uploads.write(f"s3://{BUCKET}/{name}", content)
-    total = objects * megabytes * 2**20 / 1e6
+    total = count * megabytes * 2**20 / 1e6
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
 
@@ -121,7 +121,7 @@ def _run(objects: int, megabytes: int, repeats: int) -> None:
                 list(pool.map(download, names))
 
         print(
-            f"{objects} objects of {megabytes} MiB, {os.cpu_count()} cores, {repeats} repeats; "
+            f"{count} objects of {megabytes} MiB, {os.cpu_count()} cores, {repeats} repeats; "
             "ratio: our speed / boto3's speed"
         )
         for threads in (1, 2, 4):

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from kfp.dsl.python_component import PythonComponent
 
 CACHE = "/var/cache/slam-asr"
-"""The cache folder inside the images, their value of SLAM_ASR_CACHE."""
+"""The cache folder inside the images, which set SLAM_ASR_CACHE to it."""
 
 IMAGES_VARIABLE = "SLAM_ASR_IMAGES"
-"""Environment variable: the template or file that names the images, see `images`."""
+"""Environment variable with the template or the file that names the images; see `images`."""
 DEFAULT_IMAGES = "slam-asr/{stage}:{version}"
 
 _REFERENCE = re.compile(

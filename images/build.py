@@ -22,8 +22,8 @@ from slam_asr.steps import OWN_IMAGE, STEPS  # noqa: E402 - the package need not
 
 IMAGE_LIST = ROOT / "build" / "images.yaml"
 LOADERS = {"kind": ("load", "docker-image"), "minikube": ("image", "load")}
-"""How each tool for throwaway clusters loads an image. Other clusters of it are chosen as the tool documents,
-with KIND_CLUSTER_NAME or MINIKUBE_PROFILE in the environment."""
+"""Arguments with which each tool loads an image into its cluster. To choose a cluster other than the default,
+set KIND_CLUSTER_NAME or MINIKUBE_PROFILE, as the tool documents."""
 
 
 class BuildError(Exception):
@@ -71,7 +71,7 @@ def _options() -> argparse.Namespace:
         choices=("", *LOADERS),
         help="load the images into the nodes of a throwaway cluster, which then needs no registry",
     )
-    parser.add_argument("--stages", default="", help="stages to build, separated by blanks (default: all)")
+    parser.add_argument("--stages", default="", help="stages to build, separated by spaces (default: all)")
     parser.add_argument("--base-image", default="", help="base image instead of the one in images/Dockerfile")
     parser.add_argument(
         "--torch",

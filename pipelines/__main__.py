@@ -13,7 +13,7 @@ def _complaint() -> str | None:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != CHECKOUT:
             return (
-                "pipelines and components are not installed, they run from the checkout: "
+                "pipelines and components run from the checkout and are not installed: "
                 f"cd {CHECKOUT} and use `python -m pipelines`."
             )
     for package in ("slam_asr", "kfp", "jsonargparse"):

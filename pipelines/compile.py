@@ -134,6 +134,8 @@ def _check_recipe(recipe: Recipe, cluster: Cluster, trains: bool) -> None:
     for name, step in STEPS.items():
         # On CPUs, the number of processes has no such limit.
         gpus = cluster.steps[name].gpus if step.processes else 0
+        # Steps are recognised by their outputs: without a cache nothing is extracted, and an evaluation
+        # trains nothing.
         unused = {"features": not recipe.caches_features, "checkpoint": not trains}.get(step.output, False)
         if gpus and not unused and (processes := value_of(recipe, step.processes)) > gpus:
             key = f"steps.{name.replace('-', '_')}.gpus"
@@ -254,7 +256,7 @@ def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> 
     nodes = request.nodes
 
     def place_step(step: str, task: "PipelineTask") -> None:
-        place(cluster, images, step, task, over_nodes=step == "train" and nodes > 1)
+        place(cluster, images, step, task, by_trainjob=step == "train" and nodes > 1)
 
     if request.pipeline == EVALUATION:
         return evaluate.build_pipeline(place_step)

@@ -1,4 +1,4 @@
-"""Run steps in containers, through the Docker engine's API.
+"""Runs steps in containers, through the Docker engine's API.
 
 kfp's Docker runner lets the engine remove a container when it ends, and treats a missing container as a
 success, so a failed step occasionally counts as finished. Here a container exists until its exit code has

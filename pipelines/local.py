@@ -1,4 +1,4 @@
-"""Run a pipeline on this machine, through kfp's own local runner.
+"""Runs a pipeline on this machine, through kfp's own local runner.
 
 kfp starts each step as a process or in a container, passes artifacts from step to step, and stops at the
 first failure. This module adds three things: kfp's own log lines go to `kfp.log` instead of the terminal,
@@ -85,7 +85,7 @@ class LocalRun:
             else str(local_path(store).absolute() if store else self.output / "store")
         )
         self.containers = containers
-        # While kfp runs, `sys.stdout` is its log.
+        # Saved now, because `sys.stdout` is redirected to kfp's log while kfp runs.
         self.terminal = sys.stdout
         self.steps: list[LocalStep] = []
 
@@ -105,6 +105,7 @@ class LocalRun:
             tempfile.TemporaryDirectory(prefix="slam-asr-") as temporary,
             self._hooked_into_kfp(list(request.results), log, temporary),
         ):
+            # `use_venv` would make kfp create an environment for each step, and install packages into it.
             runner = local.DockerRunner() if self.containers else local.SubprocessRunner(use_venv=False)
             local.init(runner, pipeline_root=str(self.output / "steps"))
             from pipelines.asr import asr

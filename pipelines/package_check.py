@@ -1,4 +1,4 @@
-"""Check the consistency of a compiled pipeline, to find errors that would otherwise appear only when it runs.
+"""Checks the consistency of a compiled pipeline, to find errors that would otherwise appear when it runs.
 
 kfp's own check validates the keys of the YAML, but not its references. This module looks up every
 producer, output, parameter, component and image, and checks that each step has Kubernetes settings.
@@ -66,7 +66,7 @@ def check_package(path: Path, images: dict[str, str]) -> None:
         elif component.executor_label not in executors:
             defects.append(f"{name} has no executor {component.executor_label}")
     for label, executor in executors.items():
-        stage = label.removeprefix("exec-")
+        stage = label.removeprefix("exec-")  # kfp names an executor after its component
         if executor["container"]["image"] != images.get(stage):
             defects.append(f"{label} runs in {executor['container']['image']}, not in {images.get(stage)}")
         if label not in settings:

@@ -1,4 +1,4 @@
-"""Apply the settings of a cluster profile to the tasks of a pipeline.
+"""Applies the settings of a cluster profile to the tasks of a pipeline.
 
 kfp itself sets image, CPU, memory, GPUs, environment and retries; kfp-kubernetes sets everything else.
 kfp-kubernetes supports only three settings of a pod's security context: user, group and non-root.
@@ -19,17 +19,17 @@ from slam_asr.storage.client import SECRET_FOLDER
 from slam_asr.trainjob.placement import NO_LIMIT, Placement
 
 _KUEUE = "kueue.x-k8s.io"
-_NO_LIMIT = 10 * 365 * 24 * 3600
-"""Seconds that bound the retries of a step whose attempts have no time limit: ten years."""
+_TEN_YEARS = 10 * 365 * 24 * 3600
+"""Seconds that bound the retries of a step whose attempts have no time limit."""
 
 COORDINATOR = StepSettings(cpu="100m", cpu_limit="1", memory="512Mi", scratch="10Gi")
 """Settings of the step `train` in multi-node training: it only starts a TrainJob and watches it."""
-_HOUR_MORE = 1.0
+_EXTRA_HOURS = 1.0
 """Hours that the watching step may run longer than its TrainJob, so that it can report why that one ended."""
 
 
 def place(
-    cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTask, over_nodes: bool = False
+    cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTask, by_trainjob: bool = False
 ) -> None:
     """Apply the profile's settings for a step to its task.
 
@@ -38,12 +38,12 @@ def place(
         images: image of each step.
         stage: name of the step.
         task: the step's task; changed in place.
-        over_nodes: whether a TrainJob does the step's work, so that the step's own pod needs no GPU.
+        by_trainjob: whether a TrainJob does the step's work, so that the step's own pod needs no GPU.
     """
     step = cluster.steps[stage]
     task.set_container_image(images[stage])
     task.set_display_name(stage)
-    pod = _coordinator(cluster) if over_nodes else step
+    pod = _coordinator(cluster) if by_trainjob else step
     _resources(task, pod)
     _storage(task, cluster, pod)
     for name, value in environment(cluster).items():
@@ -56,13 +56,13 @@ def place(
     )
     if pod.timeout_hours:
         kubernetes.set_timeout(task, round(pod.timeout_hours * 3600))
-    if not over_nodes:
+    if not by_trainjob:
         for label, value in step.node_selector.items():
             kubernetes.add_node_selector(task, label, value)
         for taint in step.tolerations:
             kubernetes.add_toleration(task, **{"operator": "Equal", **taint})
     # A step that only watches its TrainJob must not compete with that job for the quota of the queue.
-    for label, value in labels(cluster, stage, queued=not over_nodes).items():
+    for label, value in labels(cluster, stage, queued=not by_trainjob).items():
         kubernetes.add_pod_label(task, label, value)
     for name, value in step.annotations.items():
         kubernetes.add_pod_annotation(task, name, value)
@@ -121,8 +121,8 @@ def placement(cluster: Cluster, image: str) -> str:
 def _coordinator(cluster: Cluster) -> StepSettings:
     """Return the settings of the step that only watches a TrainJob.
 
-    It is retried like `train`, and limited by the time of the job. Where `train` must not be throttled, it is
-    not either.
+    It is retried like `train`, and may run a little longer than the job. If `train` has no CPU limit, it has
+    none either.
     """
     step, hours = cluster.steps["train"], cluster.trainer.timeout_hours
     return replace(
@@ -130,7 +130,7 @@ def _coordinator(cluster: Cluster) -> StepSettings:
         cpu_limit=NO_LIMIT if step.cpu_limit == NO_LIMIT else COORDINATOR.cpu_limit,
         retries=step.retries,
         retry_after=step.retry_after,
-        timeout_hours=hours + _HOUR_MORE if hours else 0.0,
+        timeout_hours=hours + _EXTRA_HOURS if hours else 0.0,
     )
 
 
@@ -182,13 +182,13 @@ def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
 
 
 def _retry_seconds(step: StepSettings) -> int:
-    """The seconds from a step's first start after which Argo no longer retries it.
+    """Return the seconds from a step's first start after which Argo no longer retries it.
 
     kfp calls this bound `backoff_max_duration`, but it is not the longest wait: Argo compares it with the
     time since the first attempt began. So it must allow for every attempt and every wait.
     """
     if not step.timeout_hours:
-        return _NO_LIMIT
+        return _TEN_YEARS
     # The waits double: first, 2 × first, 4 × first …, one before each retry.
     waits = _seconds(step.retry_after) * (2**step.retries - 1)
     return round((step.retries + 1) * step.timeout_hours * 3600) + waits

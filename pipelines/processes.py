@@ -1,4 +1,4 @@
-"""Run a step as a process, pass on its output line by line, and end all its processes with the run."""
+"""Runs a step as a process, passes on its output line by line, and ends all its processes with the run."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ _ONE_SIGNAL = 1.0
 """Seconds within which a second signal is the same one: `timeout` signals a process, then its group."""
 _interrupted = threading.Event()
 _stoppers: set[Callable[[], None]] = set()
-"""What ends the steps that run in threads."""
+"""Functions that end the steps of other threads than the main one."""
 
 
 @contextlib.contextmanager
@@ -45,8 +45,8 @@ def interruptible() -> Iterator[None]:
         if handler is not signal.SIG_IGN:
             signal.signal(number, interrupt)
         elif number == signal.SIGINT:
-            # A process that starts with SIGINT ignored, such as a shell's background job, would pass this on
-            # to its steps, and then could not interrupt them. They do not inherit a handler.
+            # Child processes inherit an ignored signal, but not a handler. A shell starts its background jobs
+            # with SIGINT ignored; their steps would ignore it too, and could not be interrupted.
             signal.signal(number, lambda *_: None)
     _interrupted.clear()
     try:
@@ -60,8 +60,9 @@ def interruptible() -> Iterator[None]:
 def stopped_on_interruption(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` in a thread of its own when a signal interrupts the run during this block.
 
-    kfp runs the steps of a loop in threads. Signals raise nothing there, and the main thread, in which they
-    do, waits for these threads before it passes the exception on. In the main thread this does nothing.
+    kfp runs the steps of a loop in threads. A signal raises KeyboardInterrupt only in the main thread, which
+    then waits until these threads have ended: their steps have to be stopped from outside. In the main
+    thread, where the exception itself ends the step, this does nothing.
 
     Raises:
         KeyboardInterrupt: the run was interrupted before.
@@ -71,7 +72,8 @@ def stopped_on_interruption(stop: Callable[[], None]) -> Iterator[None]:
         return
     _stoppers.add(stop)
     try:
-        # Only now: a signal either finds `stop`, or is found here.
+        # Checked after `stop` is registered, so that no signal is missed: an earlier one is found here, and a
+        # later one calls `stop`.
         if _interrupted.is_set():
             raise KeyboardInterrupt
         yield

@@ -141,7 +141,8 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
 def _fetch_models(request: RunRequest) -> int:
     """Download all frozen models before the first step, so that a misspelt name fails now, not hours later.
 
-    The steps themselves know no wheels: without the hub, they find the demo's models in the cache.
+    The steps themselves cannot read models from wheels. Without the hub, they find the demo's models in the
+    cache.
 
     Returns:
         The exit code of the download.

@@ -1,4 +1,4 @@
-"""Run a single stage (`--only`) on the results that earlier stages left in the run's folder.
+"""Runs a single stage (`--only`) on the results that earlier stages left in the run's folder.
 
 The stage's own command line runs with the same inputs and outputs as the pipeline's step, so a later run
 of the complete pipeline reuses the result.
@@ -54,7 +54,7 @@ def command_of_stage(
     def result(earlier: str) -> str:
         return follow_pointer(_latest_pointer(output, earlier, stage))
 
-    # These are functions because a result is looked up only if the stage uses it: a missing one raises.
+    # These are functions, so that only results that the stage uses are looked up: a missing one raises.
     values: dict[str, Callable[[], list[str]]] = {
         "recipe": lambda: [str(recipe_file)],
         "corpus": lambda: [corpus],
@@ -124,6 +124,7 @@ def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
     Raises:
         InputError: the run's folder contains none.
     """
+    # kfp writes `steps/<run>/<step>/<output>`, with a folder more for each loop around the step.
     of_pipelines = (output / "steps").glob(f"**/{earlier}/{STEPS[earlier].output}")
     candidates = [pointer_of(output, earlier), *of_pipelines]
     pointers = [path for path in candidates if path.is_file()]

@@ -9,10 +9,9 @@ from slam_asr.errors import EXIT_CODE
 from slam_asr.progress import clock
 
 METRICS = ("{}", "{} shuffled audio", "{} empty output")
-"""The error rate of a run (`wer`, or `cer` where characters are counted), and those of two controls, which
-must be far higher.
+"""Names of a run's error rate (`wer`, or `cer` where characters are counted) and of those of two controls.
 
-One control scores the hypotheses for another utterance's audio, the other an empty output.
+They must be far higher: one scores the hypotheses for another utterance's audio, the other an empty output.
 """
 
 

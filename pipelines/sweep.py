@@ -79,17 +79,8 @@ def build_pipeline(
             variations=planned.outputs["Output"],
             scores=dsl.Collected(scoring.outputs["scores"]),
         )
-        for task in (
-            planned,
-            manifest,
-            extraction,
-            varied,
-            training,
-            conversion,
-            decoding,
-            scoring,
-            comparison,
-        ):
+        tasks = (planned, manifest, extraction, varied, training, conversion, decoding, scoring, comparison)
+        for task in tasks:
             # As in the training pipeline, each stage checks the store for results itself.
             task.set_caching_options(False)
             place(task.name, task)

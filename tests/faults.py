@@ -63,9 +63,9 @@ class FaultyProxy:
 
     Args:
         server: its address, http://host:port.
-        share: of the requests that fail, chosen at random; may be changed at any time.
-        kinds: of fault, chosen at random.
-        seed: of these choices.
+        share: share of the requests that fail, chosen at random; may be changed at any time.
+        kinds: kinds of fault, chosen at random.
+        seed: seed of these choices.
         rule: returns the fault of a request, or None to pass it on; replaces `share` and `kinds`.
     """
 

@@ -1,4 +1,4 @@
-"""It learns: eight real utterances through all five programs, known by heart at the end."""
+"""A model that all six programs train and test on the same eight real utterances knows them by heart."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def short_utterances(libri_mini):
 
 
 @pytest.mark.slow
-def test_all_five_stages_learn_eight_utterances_by_heart(libri_mini, tmp_path):
+def test_a_model_trained_by_all_stages_knows_eight_utterances_by_heart(libri_mini, tmp_path):
     chosen = [u for u, _ in zip(short_utterances(libri_mini), range(UTTERANCES), strict=False)]
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -1,4 +1,4 @@
-"""Files, arguments and output are UTF-8 whatever the locale says."""
+"""Files, arguments and output are UTF-8 in every locale."""
 
 import ast
 import os
@@ -28,7 +28,7 @@ def without_encoding(tree: ast.AST) -> Iterator[str]:
             yield f"line {node.lineno}: {ast.unparse(node)[:60]}"
 
 
-def test_b20_every_text_file_and_every_program_names_its_encoding():
+def test_every_text_file_and_every_program_names_its_encoding():
     found = [
         f"{file.relative_to(ROOT)}, {call}"
         for folder in FOLDERS
@@ -85,7 +85,7 @@ log_line(recipe.llm.prompt + " ☃")
 """
 
 
-def test_b20_files_are_utf8_under_any_locale(environment, tmp_path):
+def test_files_are_utf8_under_any_locale(environment, tmp_path):
     (tmp_path / "given.yaml").write_text(f'llm: {{prompt: "{PROMPT}"}}', encoding="utf-8")
     output_of(tmp_path, environment | {"PYTHONUTF8": "0"}, FILES, str(tmp_path))
     assert f'"summary": "{PROMPT}"' in (tmp_path / "out" / "stage.json").read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ open(sys.argv[2], "w").close()
 """
 
 
-def test_b20_arguments_and_output_are_utf8_under_any_locale(environment, tmp_path):
+def test_arguments_and_output_are_utf8_under_any_locale(environment, tmp_path):
     file = tmp_path / "père 文"
     assert (
         output_of(tmp_path, environment, ARGUMENTS, PROMPT, str(file)).decode("utf-8")
@@ -112,7 +112,7 @@ def test_b20_arguments_and_output_are_utf8_under_any_locale(environment, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.cold
-def test_b20_the_command_line_is_utf8_under_any_locale(environment):
+def test_the_command_line_is_utf8_under_any_locale(environment):
     command = [sys.executable, "-m", "slam_asr", "compare", PROMPT, "b"]
     done = subprocess.run(command, env=environment, capture_output=True)
     assert done.returncode == 2

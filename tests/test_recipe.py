@@ -230,7 +230,7 @@ def test_a_wrong_value_is_refused_with_its_full_key(overrides, complaint):
         (load_cluster, "steps: {train: {gpus: ~}}\n", "Cluster {}: steps.train.gpus has no value"),
     ],
 )
-def test_b21_recipe_yaml_with_a_key_twice_or_without_a_value_is_refused_with_its_line(
+def test_recipe_yaml_with_a_key_twice_or_without_a_value_is_refused_with_its_line(
     tmp_path, read, text, complaint
 ):
     (tmp_path / "a.yaml").write_text(text)

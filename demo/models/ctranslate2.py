@@ -22,7 +22,6 @@ _VERSION = 6
 _ENGLISH_VOCABULARY = 51864
 """Number of tokens of an English-only Whisper. Multilingual ones have more."""
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
-# Patterns in CTranslate2's names and their replacements, which are applied one after the other.
 _NAMES = [
     (r"position_encodings/encodings$", "embed_positions.weight"),
     (r"^decoder/embeddings/weight$", "decoder/embed_tokens.weight"),
@@ -35,6 +34,7 @@ _NAMES = [
     (r"/beta$", "/bias"),
     (r"layer_(\d+)/", r"layers/\1/"),
 ]
+"""Patterns in CTranslate2's names and their replacements, which are applied one after the other."""
 _STACKED = {
     ("self_attention", 0): ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attention", 1): ("self_attn", ("out_proj",)),

@@ -91,9 +91,9 @@ def _state(reader: "GGUFReader", fields: dict[str, Any]) -> "dict[str, torch.Ten
     for tensor in reader.tensors:
         value = dequantize(tensor.data, tensor.tensor_type)
         if tensor.name.endswith("attn_q.weight"):
-            value = _halves(value, fields["llama.attention.head_count"])
+            value = _unpermute(value, fields["llama.attention.head_count"])
         elif tensor.name.endswith("attn_k.weight"):
-            value = _halves(value, fields["llama.attention.head_count_kv"])
+            value = _unpermute(value, fields["llama.attention.head_count_kv"])
         # Copied, because `dequantize` returns tensors that are float32 already as views of the memory-mapped
         # file. They are read-only, and torch warns about read-only arrays.
         state[_transformers_name(tensor.name)] = torch.from_numpy(value.copy()).half()
@@ -134,7 +134,7 @@ def _transformers_name(name: str) -> str:
     return f"{_NAMES[part]}.{kind}"
 
 
-def _halves(rows: "np.ndarray", heads: int) -> "np.ndarray":
+def _unpermute(rows: "np.ndarray", heads: int) -> "np.ndarray":
     """Undo llama.cpp's order of the rows of a query or key projection.
 
     Rotary embeddings rotate pairs of dimensions. llama.cpp pairs neighbouring rows of each head; transformers

@@ -1,4 +1,4 @@
-"""Checks of what Kubeflow, Argo and Trainer are set to do, and of what a run's account may do."""
+"""Checks of the settings of Kubeflow, Argo and Trainer, and of the rights of a run's account."""
 
 import re
 from collections.abc import Iterator
@@ -91,7 +91,7 @@ def _may(account: str, namespace: str, verb: str, group: str, resource: str, nam
 
 
 def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
-    """Say which failures Argo retries: its own default decides, not the pipeline.
+    """Report which failures Argo retries. Its own default decides that, not the pipeline.
 
     Raises:
         kubernetes.ApiException: the configuration cannot be read.

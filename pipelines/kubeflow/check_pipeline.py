@@ -97,7 +97,7 @@ def write_package(
         return json.dumps(asdict(check))
 
     def place_step(step: str, task: dsl.PipelineTask) -> None:
-        place(pods, images, step, task, over_nodes=step == "train" and nodes > 1)
+        place(pods, images, step, task, by_trainjob=step == "train" and nodes > 1)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     Compiler().compile(build_pipeline(request, place_step), str(output))

@@ -18,7 +18,7 @@ from slam_asr.errors import UserError
 from slam_asr.findings import BAD, UNKNOWN, Finding, parse_finding
 
 _HOPELESS = ("for its image", "for its secret", "for its configuration")
-"""What a pod waits for in vain, unless somebody acts: such a pod is given up after `_GRACE` seconds."""
+"""What a pod waits for in vain unless somebody acts. Such a pod is given up after `_GRACE` seconds."""
 _GRACE = 30.0
 _HEADING = re.compile(r"── (\S+) \(")
 """The line before the log of each pod, as `LogReader` prints it."""
@@ -73,6 +73,7 @@ class CheckRun:
                     logged[step.name] = step.state, step.detail
                     if step.state != "not started":
                         log_line(step.line())
+                # The time counts from the last moment at which the step was not waiting.
                 if step.state not in ("waiting", "starting", "not started"):
                     since.pop(step.name, None)
                 else:
@@ -85,7 +86,7 @@ class CheckRun:
             time.sleep(self.poll)
 
     def _limit(self, step: RunStep) -> float:
-        """The seconds for which a step may wait."""
+        """Return the seconds for which a step may wait."""
         return min(_GRACE, self.patience) if step.detail.startswith(_HOPELESS) else self.patience
 
 
@@ -114,7 +115,7 @@ def _findings(connection: Connection, last: RunView) -> Iterator[Finding]:
         if step.state in ("waiting", "starting", "not started"):
             yield Finding(BAD, subject, f"did not start: it waits {step.detail or 'without a reason'}")
         elif step.state == "failed":
-            yield Finding(BAD, subject, step.detail or "failed, and nothing says why")
+            yield Finding(BAD, subject, step.detail or "failed, for an unknown reason")
         elif step.state == "succeeded" and not found[step.name]:
             page = connection.link(run_id)
             reason = unreadable or "its log has none."

@@ -108,13 +108,13 @@ class Connection:
                     return request()
             except kfp_server_api.ApiException as error:
                 if error.status == 404:
-                    words = _words(error.body) or "it does not exist"
-                    raise NotFound(f"{self.endpoint} could not {what} (404: {words}).") from None
+                    message = _server_message(error.body) or "it does not exist"
+                    raise NotFound(f"{self.endpoint} could not {what} (404: {message}).") from None
                 if error.status and error.status < 500 and error.status != 429:
                     raise ClusterError(self._refusal(what, error)) from None
                 reason = f"{error.status} {error.reason}"
-                if words := _words(error.body):
-                    reason = f"{reason}: {words}"
+                if message := _server_message(error.body):
+                    reason = f"{reason}: {message}"
             except (urllib3.exceptions.HTTPError, ValueError, TypeError, AttributeError) as error:
                 # A truncated answer is not valid JSON, or lacks fields that the API's classes require.
                 reason = _plain(error)
@@ -167,7 +167,7 @@ class Connection:
                 )
                 if answer.status < 500:
                     break
-                reason = _with_words(f"HTTP {answer.status}", answer.data)
+                reason = _with_message(f"HTTP {answer.status}", answer.data)
             except (
                 urllib3.exceptions.SSLError,
                 urllib3.exceptions.NameResolutionError,
@@ -205,7 +205,7 @@ class Connection:
         return bool(health.get("multi_user"))
 
     def _not_authenticated(self, status: int, body: Any) -> str:
-        answer = _with_words(str(status), body)
+        answer = _with_message(str(status), body)
         if not self.token:
             return (
                 f"{self.endpoint} asks for a token ({answer}): put one into {TOKEN}, or its file into "
@@ -221,10 +221,11 @@ class Connection:
             return self._not_authenticated(error.status, error.body)
         if error.status == 403:
             return (
-                f"You may not {what} in the namespace {self.namespace} ({_with_words('403', error.body)}): "
+                f"You may not {what} in the namespace {self.namespace} ({_with_message('403', error.body)}): "
                 "check --namespace, or ask for the role `kubeflow-edit` there."
             )
-        return f"{self.endpoint} refuses to {what} ({error.status}: {_words(error.body) or error.reason})."
+        reason = _server_message(error.body) or error.reason
+        return f"{self.endpoint} refuses to {what} ({error.status}: {reason})."
 
 
 def require_seconds(options: dict[str, Any], *names: str) -> None:
@@ -292,8 +293,8 @@ def _token() -> str | None:
     return None
 
 
-def _words(body: Any) -> str:
-    """Return the server's own words on one line; empty if its answer has none, or is a web page."""
+def _server_message(body: Any) -> str:
+    """Return the server's own message on one line; empty if its answer has none, or is a web page."""
     text = body.decode("utf-8", "replace") if isinstance(body, bytes) else str(body or "")
     with contextlib.suppress(ValueError):
         answer = json.loads(text)
@@ -303,9 +304,9 @@ def _words(body: Any) -> str:
     return "" if "<html" in text.lower() else " ".join(text.split())[:300].rstrip(".")
 
 
-def _with_words(status: str, body: Any) -> str:
-    """Return an HTTP status with the server's words, if its answer has any."""
-    return ": ".join(filter(None, (status, _words(body))))
+def _with_message(status: str, body: Any) -> str:
+    """Return an HTTP status with the server's message, if its answer has one."""
+    return ": ".join(filter(None, (status, _server_message(body))))
 
 
 def _plain(error: Exception) -> str:

@@ -80,7 +80,7 @@ def doctor(arguments: list[str]) -> int:
     )
     options = parse_options(parser, arguments)
     require_seconds(options, "patience", "poll")
-    _require_sound(options)
+    _require_valid_nodes(options)
     cluster = load_cluster(options["cluster"])
     failed = 0
     for finding in _all_findings(cluster, options):
@@ -93,11 +93,11 @@ def doctor(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _require_sound(options: dict[str, Any]) -> None:
-    """Check the options of a run.
+def _require_valid_nodes(options: dict[str, Any]) -> None:
+    """Check the option `--nodes`.
 
     Raises:
-        ConfigurationError: the number of nodes is out of bounds, or `--run` is missing.
+        ConfigurationError: it is below 1, or needs `--run`, which is missing.
     """
     nodes = options["nodes"]
     if nodes < 1:
@@ -160,40 +160,27 @@ def _cluster_checks(
     api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str, connection: Connection | None, nodes: int
 ) -> Iterator[tuple[str, Callable[[], Finding]]]:
     """Yield each check that asks the Kubernetes API, with its subject."""
-    checks: list[tuple[str, Callable[[], Finding]]] = [
-        (f"service account {cluster.service_account}", lambda: _check_account(api, cluster, namespace)),
-        *(
-            [(f"secret {cluster.storage.secret}", lambda: _check_secret(api, cluster, namespace))]
-            if cluster.storage.secret
-            else []
-        ),
-        *(
-            [(f"secret {cluster.models.token_secret}", lambda: _check_token_secret(api, cluster, namespace))]
-            if cluster.models.token_secret
-            else []
-        ),
-        ("launcher configuration", lambda: check_launcher(api, namespace)),
-        *([("pages", lambda: check_pages(api, connection))] if connection else []),
-        (
-            f"rights of {cluster.service_account}",
-            lambda: check_rights(cluster, namespace, not pipeline_root(api, namespace), nodes),
-        ),
-        ("retries", lambda: check_retries(api, cluster)),
-        *(
-            [(f"model volume {cluster.models.claim}", lambda: _check_claim(api, cluster, namespace))]
-            if cluster.models.claim
-            else []
-        ),
-        *(
-            [(f"queue {cluster.queue.name}", lambda: _check_queue(cluster, namespace))]
-            if cluster.queue.name
-            else []
-        ),
-        ("nodes", lambda: check_nodes(api, cluster)),
-        (f"training runtime {cluster.trainer.runtime}", lambda: check_runtime(cluster)),
-        ("Kubeflow Trainer", lambda: check_trainer_version(api)),
-    ]
-    yield from checks
+    account, storage, models = cluster.service_account, cluster.storage, cluster.models
+    yield f"service account {account}", lambda: _check_account(api, cluster, namespace)
+    if storage.secret:
+        yield f"secret {storage.secret}", lambda: _check_secret(api, cluster, namespace)
+    if models.token_secret:
+        yield f"secret {models.token_secret}", lambda: _check_token_secret(api, cluster, namespace)
+    yield "launcher configuration", lambda: check_launcher(api, namespace)
+    if connection:
+        yield "pages", lambda: check_pages(api, connection)
+    yield (
+        f"rights of {account}",
+        lambda: check_rights(cluster, namespace, not pipeline_root(api, namespace), nodes),
+    )
+    yield "retries", lambda: check_retries(api, cluster)
+    if models.claim:
+        yield f"model volume {models.claim}", lambda: _check_claim(api, cluster, namespace)
+    if cluster.queue.name:
+        yield f"queue {cluster.queue.name}", lambda: _check_queue(cluster, namespace)
+    yield "nodes", lambda: check_nodes(api, cluster)
+    yield f"training runtime {cluster.trainer.runtime}", lambda: check_runtime(cluster)
+    yield "Kubeflow Trainer", lambda: check_trainer_version(api)
 
 
 def _check_pipelines(

@@ -1,4 +1,4 @@
-"""Read the logs of a run's steps from the Kubernetes API, or from the archive once the pods are gone."""
+"""Reads the logs of a run's steps from the Kubernetes API, or from the archive once the pods are deleted."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +54,7 @@ def core_api() -> kubernetes.CoreV1Api:
 
 
 class LogReader:
-    """Reads the logs of a run: of its pods from the Kubernetes API, of pods that are gone from the archive.
+    """Reads the logs of a run's pods from the Kubernetes API, and those of deleted pods from the archive.
 
     The API of Kubeflow Pipelines provides no logs.
 
@@ -90,7 +90,7 @@ class LogReader:
                 shown.add(pod.metadata.name)
                 self._show_pod(api, pod, follow, on_line)
         except ClusterError as error:
-            # Whoever may not read pods can still read the archive through the dashboard.
+            # A user who may not read pods may still read the archive, through the dashboard.
             unavailable = str(error)
         if not self._show_archived(step, shown, on_line) and not shown:
             which = f"of step {step} " if step else ""
@@ -144,7 +144,7 @@ class LogReader:
         self._print(_lines(call_kubernetes(self.namespace, "read logs", request).stream(8192)), on_line)
 
     def _show_archived(self, step: str | None, shown: set[str], on_line: Callable[[str], None]) -> bool:
-        """Print the archived logs of pods that are gone; return whether there were any."""
+        """Print the archived logs of deleted pods; return whether any were found."""
         workflow = read_workflow(self.connection, self.run_id)
         if workflow is None:
             return False
@@ -183,7 +183,7 @@ class LogReader:
 
 
 def _classified(lines: Iterator[str]) -> Iterator[tuple[bool, str]]:
-    """Tell the program's lines from those of Argo, of Kubeflow's launcher and of kfp's executor."""
+    """Yield (whether the program wrote it, line); Argo, Kubeflow's launcher and kfp write the others."""
     in_json = False
     for line in lines:
         if in_json:
@@ -198,15 +198,15 @@ def _classified(lines: Iterator[str]) -> Iterator[tuple[bool, str]]:
 
 
 def waiting_pods(namespace: str, run_id: str) -> dict[str, str]:
-    """Say why pods of a run have not started, as Kubernetes says it.
+    """Return why pods of a run have not started, in the words of Kubernetes.
 
     Args:
         namespace: namespace of the run.
         run_id: id of the run.
 
     Returns:
-        A message for each waiting pod, by the name of its node in the workflow. It is empty if Kubernetes
-        cannot be asked from here: what Kubeflow says must do then.
+        A message for each waiting pod, by the name of its node in the workflow. Without access to the
+        Kubernetes API there are none, and Kubeflow's own states have to suffice.
     """
     try:
         pods = (
@@ -226,7 +226,7 @@ def waiting_pods(namespace: str, run_id: str) -> dict[str, str]:
 
 
 def waiting_message(pod: Any) -> str:
-    """Return why a pod has not started: a container's state, else the condition that says so."""
+    """Return why a pod has not started, from a container's state or else from the pod's conditions."""
     statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
     for status in statuses:
         waiting = status.state.waiting if status.state else None

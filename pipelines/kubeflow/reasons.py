@@ -163,7 +163,7 @@ _EXPLANATIONS = (
 
 
 def explain(message: str, step: str, namespace: str, run_id: str) -> str:
-    """Say in half a sentence what a message means, and what to do.
+    """Explain in half a sentence what a message means, and what to do.
 
     Args:
         message: message of a node or pod.
@@ -187,16 +187,17 @@ def explain(message: str, step: str, namespace: str, run_id: str) -> str:
 
 
 def waits_for(message: str) -> str:
-    """Say what a pod with this message waits for, such as `for a node`; empty if the message says nothing."""
+    """Return what a pod with this message waits for, such as `for a node`; empty if that is unknown."""
     found = _find(message)
     return found[0].waits if found else ""
 
 
 def why_driver_failed(node: Node, namespace: str, run_id: str) -> str:
-    """Say why a driver failed: Kubeflow's own pod, which prepares a task."""
+    """Explain why a driver failed. A driver is Kubeflow's own pod that prepares a task."""
     subject = "the pipeline" if node.task == "root" else f"the step {node.task}"
     cause = node.reason or "it gave no reason"
-    # Of its own failures a driver says only the exit code, and its log is in the pod.
+    # For a failure of the driver's own program, Argo reports only the exit code; the reason is in the pod's
+    # log.
     if _find(cause) and not re.search(r"exit code [12]\b", cause):
         return explain(cause, node.task, namespace, run_id)
     return (

@@ -20,8 +20,8 @@ _MANIFESTS = ", ".join(
 
 
 _LOGIN_REQUIRED = (
-    "the registry requires a login; not checked. "
-    "The nodes need images.pull_secrets, or credentials of their own."
+    "could not be checked, because the registry requires a login: the nodes need images.pull_secrets, or "
+    "credentials of their own."
 )
 
 
@@ -58,22 +58,14 @@ def check_image(stage: str, image: str, loaded: Collection[str] | None = None) -
         if answer.status == 401:
             token = _anonymous_token(pool, answer.headers.get("www-authenticate", ""))
             if token is None:
-                return Finding(
-                    UNKNOWN,
-                    subject,
-                    _LOGIN_REQUIRED,
-                )
+                return Finding(UNKNOWN, subject, _LOGIN_REQUIRED)
             answer = pool.request("HEAD", address, headers=headers | {"Authorization": f"Bearer {token}"})
     except urllib3.exceptions.HTTPError as error:
         return Finding(UNKNOWN, subject, f"its registry does not answer ({type(error).__name__})")
     if answer.status == 200:
         return Finding(GOOD, subject, "exists, and can be pulled without a login")
     if answer.status in (401, 403):
-        return Finding(
-            UNKNOWN,
-            subject,
-            _LOGIN_REQUIRED,
-        )
+        return Finding(UNKNOWN, subject, _LOGIN_REQUIRED)
     if answer.status == 404:
         return Finding(
             BAD,

@@ -32,7 +32,7 @@ class RunStep:
     started: datetime | None = None
     ended: datetime | None = None
     detail: str = ""
-    """What the step waits for, or why it failed; empty if there is nothing to say."""
+    """What the step waits for, or why it failed; empty if neither applies."""
 
     @property
     def seconds(self) -> float:
@@ -60,8 +60,8 @@ def steps_of(
         run: the run, from the API v2beta1.
         workflow: its workflow. Without it, the steps have no reasons.
         waiting_pods: why pods have not started, by the name of their node in the workflow, as Kubernetes says
-            it. The workflow does not tell that Kueue holds a pod back.
-        attempts: maximum number of attempts at each step, if the workflow does not say it.
+            states it. The workflow does not show that Kueue holds a pod back.
+        attempts: maximum number of attempts at each step, used if the workflow does not contain it.
     """
     if workflow is None or not workflow.nodes:
         steps = _steps_of_tasks(run)
@@ -78,7 +78,7 @@ def was_stopped(run: kfp_server_api.V2beta1Run) -> bool:
 
 
 def why_failed(run: kfp_server_api.V2beta1Run, workflow: Workflow | None, steps: list[RunStep]) -> str:
-    """Return why a run failed, without a full stop; empty if nothing says it."""
+    """Return why a run failed, without a full stop; empty if that is unknown."""
     if was_stopped(run):
         return "somebody stopped it"
     for step in steps:
@@ -91,7 +91,7 @@ def why_failed(run: kfp_server_api.V2beta1Run, workflow: Workflow | None, steps:
 
 
 def new_run_hint(run_id: str) -> str:
-    """Name the command that starts a run again, and what it does, for messages."""
+    """Return the command that starts a run again, and what it does, for messages."""
     return f"`python -m pipelines resume {run_id} --new` starts it again and finds finished stages again"
 
 
@@ -136,7 +136,7 @@ class RunView:
         return (self.run.state or "pending").lower()
 
     def outcome(self) -> str:
-        """Say how the run ended, why, and what to do."""
+        """Describe how the run ended, why, and what to do."""
         run_id = self.run.run_id
         if self.state == "succeeded":
             return "the run succeeded"
@@ -165,7 +165,7 @@ def view(connection: Connection, run_id: str, cluster: Cluster) -> RunView:
     Args:
         connection: the connection to Kubeflow Pipelines.
         run_id: id of the run.
-        cluster: the profile, for the number of attempts where the workflow does not tell it.
+        cluster: the profile, for the number of attempts if the workflow does not contain it.
 
     Raises:
         NotFound: there is no such run.

@@ -151,7 +151,7 @@ def start(
 
 
 def submitter() -> str:
-    """Return the description of a run, which names the user who started it: Kubeflow itself does not say."""
+    """Return the description of a run, which names the user who started it: Kubeflow does not record that."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # the user id of a container may have no name
@@ -204,6 +204,7 @@ def latest(
     namespace = connection.namespace if connection.multi_user else None
     found: list[kfp_server_api.V2beta1Run] = []
     token = ""
+    # Runs are filtered here, not by the server, so a filter needs larger pages, and perhaps several.
     while True:
         answer = connection.call(
             "list the runs",

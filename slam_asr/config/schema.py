@@ -26,7 +26,7 @@ def new_parser(**options: Any) -> ArgumentParser:
     """Create a parser that shows the docstring below a field as the help of its option.
 
     Args:
-        options: of jsonargparse's `ArgumentParser`.
+        options: further arguments of jsonargparse's `ArgumentParser`.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(**options)

@@ -47,13 +47,13 @@ class Content:
     weights: Mapping[str, torch.Tensor]
     """The names begin with `projector.`, `llm.` or `encoder.`; a tensor may be read when it is accessed."""
     recipe: Recipe
-    """How it was trained."""
+    """The recipe of the training."""
     bases: dict[str, Any]
     """Fingerprint of the encoder and digest of the LLM, for config.json."""
     facts: dict[str, Any]
-    """About the training, for config.json."""
+    """Facts about the training, for config.json."""
     where: str
-    """The checkpoint, for messages."""
+    """Path of the checkpoint, for messages."""
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Source:
     inputs: dict[str, Any]
     """What identifies its content, for the stage's fingerprint."""
     read: Callable[[], Content]
+    """Opens the content; not called if the stage has already converted it."""
 
 
 @dataclass
@@ -78,8 +79,8 @@ def find_source(
     """Recognise a checkpoint by its content.
 
     Args:
-        checkpoint: as for `convert_checkpoint`, and so are the others.
-        which: checkpoint of a training to take: `latest`, `best` or `average`.
+        checkpoint: folder, file or name; this and the other options are those of `convert_checkpoint`.
+        which: which checkpoint of a training is converted: `latest`, `best` or `average`.
         recipe: for checkpoints that do not name their encoder and LLM; for others, it states where these
             models are now.
         adapter: folder of a LoRA adapter that is not in the checkpoint.
@@ -98,6 +99,7 @@ def find_source(
             f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} contains its adapter itself, if it has "
             "one: leave it out."
         )
+    # A model folder has a stage's record too, so it must be recognised before a training.
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
         return _from_model(fetch_model(checkpoint), recipe)
     if not exists(join(checkpoint, RECORD)):
@@ -151,11 +153,11 @@ def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
 
 
 def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where: str) -> Recipe:
-    """Return the recipe of a training with its base models where the user says that they are now.
+    """Return the recipe of a training, with the user's names for its base models where they have moved.
 
     Args:
         trained: the recipe of the training.
-        given: the user's recipe, of which only `MODEL_KEYS` count.
+        given: the user's recipe, from which only `MODEL_KEYS` are taken.
         bases: fingerprint of the encoder and digest of the LLM in the training.
         where: the checkpoint, for error messages.
 
@@ -193,7 +195,8 @@ def _mean(sources: Sequence[Checkpoint]) -> Mapping[str, torch.Tensor]:
     first, *others = (source.tensors("weights") for source in sources)
 
     def mean(name: str) -> torch.Tensor:
-        # A running mean needs two tensors in memory, however many checkpoints there are.
+        # m_n = m_(n-1) + (x_n - m_(n-1)) / n: a running mean needs two tensors in memory, however many
+        # checkpoints exist, and no large sum that would lose precision.
         running = first[name]
         for count, other in enumerate(others, start=2):
             running = running + (other[name] - running) / count
@@ -213,13 +216,13 @@ def _from_file(path: Path, recipe: Recipe | None, adapter: str | None) -> Source
 
 
 def _from_consolidated(folder: Path, recipe: Recipe | None, adapter: str | None) -> Source:
-    """A folder that DeepSpeed's zero_to_fp32.py wrote: one file, or several and their index."""
+    """Open a folder that DeepSpeed's zero_to_fp32.py wrote: one file, or several and their index."""
     require_sound_files(folder, "checkpoint")
     return _from_tensors(weight_files(folder), folder, recipe, adapter)
 
 
 def _from_tensors(files: list[Path], where: Path, recipe: Recipe | None, adapter: str | None) -> Source:
-    """A checkpoint whose files contain nothing but tensors, as safetensors or pickles."""
+    """Open a checkpoint whose files contain nothing but tensors, as safetensors or pickles."""
     if files[0].suffix == ".safetensors":
         for file in files:
             tensor_dtypes(file)  # raises if the file is damaged
@@ -251,7 +254,7 @@ def _of_slam_llm(
     recipe: Recipe | None,
     adapter: str | None,
 ) -> Source:
-    """A checkpoint that does not name its encoder and LLM.
+    """Describe a checkpoint that does not name its encoder and LLM.
 
     Args:
         read: returns the checkpoint's weights, by this project's names.

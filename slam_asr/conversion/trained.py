@@ -21,7 +21,7 @@ from slam_asr.config.recipe import Recipe, value_of
 from slam_asr.errors import ConfigurationError
 
 STAGE = "open-model"
-SAME = ("encoder.name", "encoder.frames", "encoder.long_audio", "encoder.tuning", "features.dtype")
+FEATURE_KEYS = ("encoder.name", "encoder.frames", "encoder.long_audio", "encoder.tuning", "features.dtype")
 """Keys that determine the features: the recipe and the model must agree on them."""
 
 
@@ -29,7 +29,7 @@ def adopt_trained_model(recipe: Recipe, model: str, output: str) -> Record:
     """Check that a model fits the recipe that evaluates it, and return a record of the model.
 
     Args:
-        recipe: names test subsets, the encoder of the features, and how to decode.
+        recipe: names the test subsets, the encoder of the features, and the options of decoding.
         model: folder or s3:// prefix of a model, or the name of a shipped one.
         output: folder for a copy of a model that has no record; {fingerprint} in it becomes a digest.
 
@@ -77,7 +77,7 @@ def require_same_features(recipe: Recipe, model: str, config: ModelConfig) -> No
             correct them.
     """
     trained = config.typed_recipe
-    differing = [key for key in SAME if _comparable(recipe, key) != _comparable(trained, key)]
+    differing = [key for key in FEATURE_KEYS if _comparable(recipe, key) != _comparable(trained, key)]
     if differing:
         differences = ", ".join(
             f"{key} is {value_of(recipe, key)}, not {value_of(trained, key)}" for key in differing
@@ -91,4 +91,5 @@ def require_same_features(recipe: Recipe, model: str, config: ModelConfig) -> No
 
 def _comparable(recipe: Recipe, key: str) -> str:
     value = value_of(recipe, key)
+    # `openai/whisper-tiny.en`, `/models/whisper-tiny.en` and `s3://models/whisper-tiny.en/` are one encoder.
     return value.rstrip("/").rpartition("/")[2] if key == "encoder.name" else value

@@ -54,9 +54,9 @@ def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
     The weights are written one by one, unless transformers converts them while it loads the base LLM.
 
     Args:
-        folder: for the LLM.
+        folder: folder for the LLM.
         weights: all weights of the LLM, by their names in it.
-        recipe: of the training.
+        recipe: the training's recipe.
         where: the checkpoint, for error messages.
 
     Raises:
@@ -83,9 +83,9 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
     while it loads the base LLM.
 
     Args:
-        folder: for the LLM.
+        folder: folder for the LLM.
         adapter: LoRA's weights, by their names in the LLM.
-        recipe: of the training.
+        recipe: the training's recipe.
     """
     base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
     trust = recipe.llm.trust_remote_code
@@ -102,7 +102,8 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
     else:
         # `_adapted` adds peft's layers to `llm`, so a second description gives the names for the file.
         written, _ = describe_lazy_llm(base, dtype, trust)
-        # By identity: inside peft's layer a weight has another name, but is the same object.
+        # Layers are found by their weight's identity: inside peft's layer it has another name, but is the
+        # same object.
         layers = {
             id(layer.get_base_layer().weight): layer for layer in _adapted(llm, adapter, recipe).values()
         }
@@ -145,7 +146,7 @@ def _write_llm(folder: Path, llm: PreTrainedModel, weights: Mapping[str, torch.T
     """Write an LLM as `save_pretrained` does, but with one weight in memory at a time.
 
     Args:
-        folder: for config.json and model.safetensors.
+        folder: folder for config.json and model.safetensors.
         llm: on the meta device, in the dtype of the file.
         weights: the values, by their names in the LLM; a tied weight under its first name, which is also the
             only one that `named_parameters` lists.
@@ -171,9 +172,9 @@ def write_tuned_encoder(
     """Write the complete base model with the trained encoder in it, and the preprocessor's configuration.
 
     Args:
-        folder: of the model; the encoder is written to `encoder/` in it.
+        folder: the model's folder; the encoder is written to `encoder/` in it.
         weights: the encoder's weights, by their names in `SpeechEncoder`.
-        recipe: of the training.
+        recipe: the training's recipe.
         where: the checkpoint, for error messages.
 
     Raises:

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 UTTERANCES = ((110, "the first of three utterances"), (61, "a second one"), (85, "and the last of them"))
 """The utterances of the probe: for each, its number of encoder frames and its answer."""
-PROBE = "on random audio"
-"""Marks the loss in summaries: random audio has a far higher loss than speech has in training."""
+ON_PROBE = "on random audio"
+"""Qualifies the loss in summaries: random audio has a far higher loss than speech has in training."""
 FP32_LLM_BYTES = 2e9
 """Bytes of an LLM's weight files below which its loss is computed in fp32; for larger LLMs, in bf16."""
 MERGED_TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
@@ -87,8 +87,8 @@ def compare_written_loss(
     """Require that the written weights, and the loss that they give, equal the checkpoint's bit for bit.
 
     Args:
-        recipe: of the training.
-        llm_folder: of the base LLM.
+        recipe: the training's recipe.
+        llm_folder: the base LLM's folder.
         encoder_width: values per frame.
         before: the checkpoint's weights, rounded to the precision of the written file.
         after: reads the written weights.
@@ -120,7 +120,7 @@ def compare_written_loss(
     # The sums, not the means: a division could round two different losses to the same number.
     if expected.total != actual.total:
         raise ModelError(_difference(where, expected, actual))
-    return f"loss {expected.mean:.4f} per token {PROBE}, the same before and after"
+    return f"loss {expected.mean:.4f} per token {ON_PROBE}, the same before and after"
 
 
 def compare_merged_loss(
@@ -129,11 +129,11 @@ def compare_merged_loss(
     """Compare an LLM that was written by itself with the base LLM and the checkpoint's weights.
 
     Args:
-        recipe: of the training.
-        llm_folder: of the base LLM.
+        recipe: the training's recipe.
+        llm_folder: the base LLM's folder.
         encoder_width: values per frame.
         before: the checkpoint's weights.
-        folder: of the written LLM, with LoRA merged into it if the training had one.
+        folder: folder of the written LLM, with LoRA merged into it if the training had one.
 
     Returns:
         A clause for the stage's summary that states what was compared.
@@ -152,7 +152,7 @@ def compare_merged_loss(
     )
     if abs(actual.total - expected.total) > tolerance * abs(expected.total):
         raise ModelError(_difference(str(folder), expected, actual))
-    return f"loss {expected.mean:.4f} per token before and {actual.mean:.4f} after, {PROBE}"
+    return f"loss {expected.mean:.4f} per token before and {actual.mean:.4f} after, {ON_PROBE}"
 
 
 def _as_written(
@@ -175,8 +175,8 @@ def _probe_losses(
     """Compute the loss on the probe with each model's weights, one after the other in the same LLM.
 
     Args:
-        recipe: of the training; decides on LoRA, prompt and downsampling.
-        llm_folder: of the LLM without the trained weights.
+        recipe: the training's recipe, which decides on LoRA, prompt and downsampling.
+        llm_folder: folder of the LLM without the trained weights.
         encoder_width: values per frame.
         models: the trained weights.
 
@@ -207,8 +207,9 @@ def _probe_losses(
     batch = collate(rows)
     losses = []
     for model in models:
-        # All models have the same names in the LLM, so nothing of the previous one is left in it.
+        # All models have weights of the same names in the LLM, so each replaces those of the one before.
         _overwrite(llm, model.llm)
+        # In evaluation mode, because an adapter's dropout would change the loss at random.
         scores = score_answers(Slam(model.projector.to(llm.dtype), llm).eval()(batch), batch.labels)
         losses.append(ProbeLoss(float(scores.loss), int(scores.sums[2])))
         # `to` converted the caller's projector in place.
@@ -234,9 +235,9 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
     """Read what a conversion wrote, with the functions that users of the model call.
 
     Args:
-        folder: of the model, or of SLAM-LLM's model.pt.
-        recipe: of the training.
-        widths: of encoder and LLM, in values.
+        folder: folder of the model, or of SLAM-LLM's model.pt.
+        recipe: the training's recipe.
+        widths: width of an encoder frame and of an LLM position, in values.
         to: the format: `model` or `slam-llm`.
 
     Raises:
@@ -262,9 +263,9 @@ def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
     """Require that the written encoder has exactly the checkpoint's weights.
 
     Args:
-        folder: of the written model.
+        folder: the written model's folder.
         weights: the checkpoint's weights of the encoder, by their names in `SpeechEncoder`.
-        recipe: of the training.
+        recipe: the training's recipe.
 
     Raises:
         ModelError: a weight differs, or only one of the two has it.

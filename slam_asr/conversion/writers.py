@@ -37,7 +37,7 @@ from slam_asr.progress import log_line
 
 @dataclass(frozen=True)
 class TargetFormat:
-    """How the result is written. Each field is the option of `convert_checkpoint` with the same name."""
+    """The format of the result. Each field is the option of `convert_checkpoint` with the same name."""
 
     to: str
     half: bool
@@ -72,12 +72,12 @@ class Parts:
 
     @property
     def recipe(self) -> Recipe:
-        """How it was trained."""
+        """The recipe of the training."""
         return self.content.recipe
 
     @property
     def where(self) -> str:
-        """The checkpoint, for messages."""
+        """Path of the checkpoint, for messages."""
         return self.content.where
 
     @property
@@ -90,9 +90,9 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
     """Check the weights, write them part by part, and verify the result.
 
     Args:
-        folder: for the result.
-        content: of the checkpoint; its tensors are read one after the other.
-        target: how to write it.
+        folder: folder for the result.
+        content: the checkpoint's content; its tensors are read one after the other.
+        target: the format.
 
     Raises:
         ModelError: the weights do not fit encoder or LLM, or the written ones differ from those read.
@@ -116,8 +116,8 @@ def _divide(content: Content) -> Parts:
     names: dict[str, dict[str, str]] = {"projector": {}, "llm": {}, "encoder": {}}
     for name in content.weights:
         part, _, rest = name.partition(".")
-        # A weight of any other part is ignored: its name goes into a dictionary that nothing refers to.
-        names.get(part, {})[rest] = name
+        if part in names:  # weights of any other part are ignored
+            names[part][rest] = name
     tensors = {part: rename_tensors(content.weights, own) for part, own in names.items()}
     if not tensors["projector"]:
         raise ModelError(f"{where} holds no projector: it is not a checkpoint of slam-asr train.")

@@ -270,7 +270,7 @@ def _require_values(found: int, needed: int) -> None:
 def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Assemble a weight whose slices begin at `offset` on each rank, and remove the padding at its end."""
     size = math.prod(shape)
-    slice_size = -(-size // len(per_rank))
+    slice_size = -(-size // len(per_rank))  # rounded up
     return torch.cat([piece for slices in per_rank for piece in _pieces(slices, offset, slice_size)])[
         :size
     ].view(shape)
@@ -280,7 +280,7 @@ def _pieces(slices: Sequence[torch.Tensor], start: int, size: int) -> list[torch
     """Return views of `size` values from `start` on, counted through all tensors as if concatenated."""
     pieces, end = [], start + size
     # `start` and `end` count from the beginning of the current tensor. A negative `start` means that the
-    # values began in an earlier one.
+    # values began in an earlier tensor.
     for part in slices:
         if start < part.numel() and end > 0:
             pieces.append(part.flatten()[max(start, 0) : end])

@@ -41,7 +41,7 @@ def write_manifests(
 
     Args:
         folder: for the files.
-        reader: of the corpus.
+        reader: the corpus's reader.
         subsets: names of the subsets of each split.
         recipe: the recipe; its section `data` is used.
 

@@ -1,4 +1,4 @@
-"""Run test utterances through a model, in batches that do not depend on the number of processes.
+"""Runs test utterances through a model, in batches that do not depend on the number of processes.
 
 With several GPUs, each GPU has a process: `python -m slam_asr.decoding.decoder JOB`. It reads batches from
 standard input and writes answers to standard output, one JSON line each.
@@ -65,7 +65,7 @@ class Decoder:
         model: a located model.
         files: paths of the manifests.
         feature_store: feature store that extract-features wrote; without one, audio is encoded on the fly.
-        quiet: log nothing, because the stage that started this process has already done so.
+        quiet: whether to log nothing, because the stage that started this process has already done so.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class Decoder:
         in_manifests = _read_manifests(files)
         self.utterances = fit_to_window(in_manifests, model.spec, quiet)
         self.audio_ids = [u.audio_id for u in self.utterances]
-        # The store has outputs of the frozen encoder. An encoder that was trained as well has different ones.
+        # The store has outputs of the frozen encoder. Those of an encoder that was trained as well are
+        # different.
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
             feature_store = None
         self.feature_store = feature_store
@@ -174,7 +175,7 @@ def decode_on_several(
         decoder: holds recipe, model and utterances; it decodes nothing itself.
         batches: indices of each batch's utterances.
         number: number of processes.
-        take: called with each batch's answers, never by two threads at once.
+        take: receives each batch's answers; never called by two threads at once.
 
     Raises:
         UserError: a process failed; the message is that of the first one to fail. The others are terminated.

@@ -1,4 +1,4 @@
-"""Locate a trained model, check it against the base models that it needs, and load it.
+"""Locates a trained model, checks it against the base models that it needs, and loads it.
 
 Only `Model.load` loads weights into memory, so a model that does not fit is refused before that.
 """

@@ -1,4 +1,4 @@
-"""Divide a recording into segments, at its longest and quietest pauses.
+"""Divides a recording into segments, at its longest and quietest pauses.
 
 An encoder such as Whisper's takes at most half a minute of audio, and a model is most accurate at the lengths
 that it was trained on. Loudness is measured every 10 ms and smoothed over 300 ms, so that a pause between
@@ -56,6 +56,8 @@ def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
     if len(loudness) == 0 or loudness.max() < FLOOR:
         return []
     quiet = max(FLOOR, QUIET * float(np.percentile(loudness, 95)))
+    # Its value at a measurement is the mean of those around it, so the lowest value is in the middle of a
+    # pause.
     smooth = np.convolve(loudness, np.ones(SMOOTHING) / SMOOTHING, mode="same")
     parts = []
     for first, last in _cuts(smooth, max(2, round(longest * SAMPLE_RATE) // HOP), quiet):

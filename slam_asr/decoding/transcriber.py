@@ -1,4 +1,4 @@
-"""Transcribe recordings of any length with a loaded model: the entry point for Python programs.
+"""Transcribes recordings of any length with a loaded model: the entry point for Python programs.
 
 Each recording is divided at pauses (`pauses.py`). The segments of several recordings are decoded in common
 batches.
@@ -110,7 +110,7 @@ class Transcriber:
         meter: Meter | None = None,
         on_error: Callable[[str, AudioError], None] | None = None,
     ) -> Iterator[Transcript]:
-        """Transcribe audio files; faster than one file at a time, because their segments share batches.
+        """Transcribe audio files. Their segments share batches, so this is faster than one file at a time.
 
         Args:
             files: as for `transcribe`.
@@ -163,7 +163,7 @@ class Transcriber:
             self.model.positions(self.model.spec.span_of(stretch.end - stretch.start))
             for _, stretch in stretches
         ]
-        # Batches contain segments of similar length, so the segments of a recording are not decoded in order.
+        # Batches contain segments of similar length, of any recording, so answers do not come in order.
         segments: dict[int, Segment] = {}
         with ThreadPoolExecutor(usable_cores(), "prepare-audio") as pool:
             for batch in plan_batches(

@@ -131,6 +131,7 @@ class BeamLayer(DynamicLayer):
         """
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
+        # transformers' own layer would concatenate here, and so copy all positions for every new one.
         self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
         self._set_end(end)
         return self.keys, self.values
@@ -150,7 +151,7 @@ class BeamLayer(DynamicLayer):
             )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Retain the rows `indices` [rows] int64, in ascending order. Others are of settled utterances."""
+        """Retain the rows `indices` [rows] int64, in ascending order. Others belong to settled utterances."""
         end = self.keys.shape[-2]
         for buffer in (self._keys, self._values):
             # Rows are moved within the buffer, so that no new one is allocated. The temporary copy on the
@@ -167,6 +168,7 @@ def _with_capacity(tensor: torch.Tensor, beams: int, max_new_tokens: int) -> tor
     """Copy [rows, heads, positions, width] to [rows · beams, heads, positions + max_new_tokens, width]."""
     rows, heads, positions, width = tensor.shape
     capacity = positions + max_new_tokens
+    # The unused capacity may stay uninitialised: `keys` and `values` never reach beyond the last position.
     buffer = tensor.new_empty(rows * beams, heads, capacity, width)
     buffer.view(rows, beams, heads, capacity, width)[:, :, :, :positions] = tensor[:, None]
     return buffer
@@ -253,6 +255,8 @@ def attend(
             at once, or a change of the scores.
     """
     layer = _UPDATED.get()
+    # The keys are compared by identity: an LLM that copies them between cache and attention (to rotate or
+    # repeat them, say) would change only its own tokens' keys, not those of the prefix.
     if (
         layer is None
         or key is not layer.keys
@@ -281,6 +285,8 @@ def _attend(layer: SharedLayer, query: torch.Tensor, key: torch.Tensor, value: t
         """Invert `by_utterance`."""
         return tensor.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
 
+    # With g = heads / key heads, and b beams: query [utterances · b, key heads, g, head width]. Both scores
+    # are [utterances, key heads, b · g, keys], so that they can be joined along the keys.
     query = query.view(rows, key_heads, heads // key_heads, width)
     prefix_scores = by_utterance(query) @ layer.prefix_keys.transpose(-1, -2) + layer.padding_bias
     token_scores = by_utterance(query @ key.transpose(-1, -2))
@@ -288,6 +294,8 @@ def _attend(layer: SharedLayer, query: torch.Tensor, key: torch.Tensor, value: t
     probabilities = (
         torch.cat([prefix_scores, token_scores], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
     )
+    # The weighted sum of all values is the sum over the prefix, whose values the beams share, plus the sum
+    # over each beam's own tokens.
     output = (
         by_beam(probabilities[..., :prefix] @ layer.prefix_values)
         + by_beam(probabilities[..., prefix:]) @ value

@@ -100,6 +100,7 @@ def _search(
     share = share and is_plain(cache)
     cache = expand_for_beams(cache, beams, max_new_tokens, mask if share else None)
     logits = logits.repeat_interleave(beams, 0)
+    # Columns for all tokens to come: each pass takes the columns up to its own token.
     mask = torch.cat([mask, mask.new_ones(utterances, max_new_tokens)], 1).repeat_interleave(beams, 0)
     stops = torch.tensor(generation.eos_token_id, device=device)
     processors = penalties(generation)
@@ -112,6 +113,8 @@ def _search(
             state, continued_rows = choose(state, log_probabilities, step, stops, generation)
             is_last = step + 1 == max_new_tokens
             settled = torch.ones_like(state.improvable) if is_last else ~state.improvable
+            # Settled utterances may stay in the batch until it shrinks. Their answers no longer change, so
+            # collecting them again does no harm.
             result.collect(state, settled)
             if bool(settled.all()):
                 break
@@ -155,6 +158,8 @@ def _penalised(
 
 def _answers(result: SearchState, generation: GenerationConfig) -> Answers:
     """Return the requested number of the best finished answers."""
+    # Every utterance has as many finished answers as were requested: none is settled before it has them, and
+    # at the last token all candidates end.
     answers, nearly_tied = generation.num_return_sequences, result.nearly_tied
     longest = int(result.finished_lengths[:, :answers].max())
     # Rounding may also decide which of two finished answers is the best one.

@@ -66,6 +66,8 @@ def prefill(
     utterances, width = mask.shape
     if utterances * width <= PREFILL_POSITIONS:
         return run_group(slice(None), width)
+    # Longest first, so that the first utterance of a group gives the group's padded length, and the largest
+    # pass runs before the cache of all utterances is allocated.
     lengths, order = mask.sum(1).sort(descending=True)
     logits: list[torch.Tensor] = []
     complete: DynamicCache | None = None

@@ -108,7 +108,7 @@ def choose(
     scores = candidates.scores
     # The best candidates that do not end become the running beams. One more candidate is selected, but only
     # to detect near ties.
-    best, order = (scores + candidates.ends * _NEVER).topk(beams + 1)
+    best, order = (scores + candidates.ends * _NEVER).topk(beams + 1)  # at least 2 · beams candidates exist
     # Two choices can be close: which candidates are among the `beams` best of all, and so may end an answer;
     # and which ones continue.
     nearly_tied = _is_near(scores[:, beams - 1], scores[:, beams])
@@ -141,6 +141,7 @@ def _best_candidates(
     # `beams` hypotheses must continue. Each beam can end in as many ways as there are stop tokens, so at most
     # stops · beams candidates end. Among (1 + stops) · beams candidates, at least `beams` therefore do not.
     count = max(2, 1 + len(stops)) * beams
+    # One selection over beams and tokens together: index = beam · vocabulary + token.
     scores, indices = (log_probabilities + state.scores[:, :, None]).flatten(1).topk(count)
     beam, token = indices // vocabulary, indices % vocabulary
     ids = _gather_rows(state.ids, beam)
@@ -158,6 +159,7 @@ def _finish(
     among_best = torch.arange(candidates.ends.shape[1], device=candidates.ends.device) < beams
     ending = candidates.ends & among_best & state.improvable[:, None]
     ending_scores = candidates.scores / (step + 1) ** generation.length_penalty + ~ending * _NEVER
+    # Finished answers and those that end now compete for the same `beams` places.
     scores, places = torch.cat([state.finished_scores, ending_scores], 1).topk(beams)
     lengths = torch.cat([state.finished_lengths, ending * (step + 1)], 1).gather(1, places)
     return _gather_rows(torch.cat([state.finished_ids, candidates.ids], 1), places), scores, lengths

@@ -99,6 +99,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 probabilities = logits.sub_(total).exp_()
                 probabilities.scatter_add_(-1, chunk, torch.full_like(chunk, -1, dtype=probabilities.dtype))
                 torch.mm(probabilities.to(weight.dtype), weight, out=gradient[start : start + size])
+        # None in validation, which has no backward pass.
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
         return loss, correct

@@ -74,10 +74,10 @@ def build_llm(
     """Build an LLM from its configuration, on the meta device.
 
     Args:
-        config: of the LLM.
+        config: the LLM's configuration.
         folder: the LLM's folder or name, for error messages.
         trust_remote_code: whether the LLM's own code may run.
-        options: of transformers' `from_config`.
+        options: further arguments of transformers' `from_config`.
 
     Raises:
         ModelError: the configuration is not that of a causal LM.
@@ -104,7 +104,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # A missing file surfaces as any of OSError, ValueError, TypeError, KeyError and ImportError.
+    # A missing file appears as any of OSError, ValueError, TypeError, KeyError and ImportError.
     except Exception as error:
         raise own_code_refused(folder, "LLM", error) or ModelError(
             f"The LLM in {folder} has no tokenizer that can be read (tokenizer.json, tokenizer_config.json): "

@@ -2,10 +2,10 @@
 
 A packed row [1, positions] differs from a plain row in two ways. Its position ids start at 0 again with every
 utterance. And its attention mask is block-diagonal: causal within an utterance, and closed across utterances.
-This mask is never built. transformers' models look up their attention function by name, and this module
-registers one. It cuts the row at the utterances' bounds and gives each piece to a causal attention; on a GPU,
-it gives all pieces to torch's variable-length kernel together. All other layers work position by position and
-need no change.
+This mask, whose size is the square of the positions, is never built. transformers' models look up their
+attention function by name, and this module registers one. It cuts the row at the utterances' bounds and gives
+each piece to a causal attention; on a GPU, it gives all pieces to torch's variable-length kernel together.
+All other layers work position by position and need no change.
 
 Not every model passes on what the function needs, and some compute attention in a way of their own.
 `allow_packing` therefore runs a trial: two short texts in one row must get the logits that each gets alone. A
@@ -57,8 +57,8 @@ def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, 
     return {
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
         "lengths": Lengths(lengths),
-        # transformers uses a four-dimensional mask as it is, instead of building [positions, positions].
-        # The attention function ignores the placeholder.
+        # transformers uses a four-dimensional mask as it is. Without one, it would build [positions,
+        # positions]. The attention function ignores the placeholder.
         "attention_mask": torch.zeros((1, 1, 1, 1), device=device),
     }
 
@@ -78,6 +78,7 @@ def allow_packing(llm: PreTrainedModel) -> bool:
         return False
     _register()
     llm.eval()  # dropout, such as that of adapters, would make the trial's results differ
+    # A class may ignore the request and leave its configuration unchanged, hence the first condition.
     llm.set_attn_implementation(NAME)
     if llm.config._attn_implementation == NAME and _passes_trial(llm):
         return True
@@ -206,6 +207,7 @@ def _variable_length(
 
     `bounds` are the utterances' first positions, followed by the end of the row.
     """
+    # Queries and keys have the same bounds, so `starts` and `longest` are passed twice.
     starts = torch.tensor(bounds, dtype=torch.int32, device=query.device)
     # The kernel takes [positions, heads, head width].
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))

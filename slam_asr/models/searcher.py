@@ -1,4 +1,4 @@
-"""Decode batches of audio to transcripts, by greedy or beam search through the LLM."""
+"""Decodes batches of audio to transcripts, by greedy or beam search through the LLM."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Answer:
 
 
 class CloseCalls(LogitsProcessor):
-    """Record in which utterances transformers' greedy search met two nearly tied best tokens.
+    """Records in which utterances transformers' greedy search met two nearly tied best tokens.
 
     Args:
         stops: [stops] int64, ids of the tokens that end an answer.

@@ -115,6 +115,7 @@ def pack(rows: list[Row]) -> Batch:
 
     The LLM must be one that `packed_attention.allow_packing` accepts.
     """
+    # Audio positions get token id 0, a valid index of the embedding. `embed` overwrites what it looks up.
     ids, is_audio, labels = [], [], []
     for row in rows:
         ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]
@@ -193,7 +194,8 @@ class Slam(nn.Module):
     ) -> tuple[torch.Tensor, ...] | None:
         if self._is_target is None:  # `forward` is not running, so the layer gets all of its inputs
             return None
-        # Labels cover the last columns of the batch, and a token is predicted at the position before it.
+        # Labels cover the last columns of the batch, and a token is predicted at the position before it: with
+        # n label columns, these are the last n + 1 columns without the very last.
         self._target_inputs = inputs[0][:, -self._is_target.shape[1] - 1 : -1][self._is_target]
         # A scorer applies the output layer itself, so the LLM's own forward pass gets no rows.
         return (self._target_inputs if self.scorer is None else self._target_inputs[:0],)
@@ -241,6 +243,7 @@ class Slam(nn.Module):
         # scaled.
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
         audio = self.projector(self.encode(batch.audio), batch.positions).to(embeddings.dtype)
+        # Audio positions are filled row by row, in the order in which the projector concatenates utterances.
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
 
     def generate(

@@ -142,8 +142,8 @@ def _gathered(shapes: Shapes) -> float:
     """Number of the LLM's weights that are gathered at the peak, if each process holds a shard of them."""
     options = shapes.recipe.training
     if options.engine == "fsdp":
-        # FSDP2 gathers layers in turn, of which two are counted here. It does not do that with the embedding
-        # and output layers, so they count completely.
+        # FSDP2 gathers the layers in turn; with prefetching, two of them are complete at a time. All other
+        # weights, such as embedding and output layer, are one unit and count completely.
         return shapes.layer_parameters * 2 / shapes.layers + (shapes.llm_parameters - shapes.layer_parameters)
     if options.zero_stage < 3:
         return 0.0

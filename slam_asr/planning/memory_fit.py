@@ -1,4 +1,4 @@
-"""Check whether a training fits into memory before anything is loaded.
+"""Checks whether a training fits into memory before anything is loaded.
 
 The prediction is within 15 % of the memory that a process takes. A training is therefore refused only if it
 would not fit even if the prediction were 15 % too high. If no prediction is possible, because the model is
@@ -156,7 +156,7 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
     takes = PROCESS_OVERHEAD * machine.local_processes
     what, remedy = f"{machine.local_processes} training processes take", "more memory for the host"
     if shapes.recipe.training.offload_optimizer:
-        # The optimiser is sharded over all processes.
+        # The optimiser is sharded over all processes. This host has the shards of its own ones.
         takes += host_optimizer_bytes(shapes) * machine.local_processes / machine.processes
         what, remedy = "training.offload_optimizer takes", "more machines or more memory, or llm.tuning lora"
     if takes / MAX_OVERESTIMATE > machine.host:

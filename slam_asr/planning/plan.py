@@ -12,14 +12,14 @@ from slam_asr.planning.shapes import Shapes, encoder_flops
 
 PROMPT_POSITIONS = 18
 """Approximate length of the reference's prompt in tokens of Llama's tokenizer; other prompts are similar."""
-TOKENS_A_SECOND = 3.7
+TOKENS_PER_SECOND = 3.7
 """Tokens of transcript per second of audio.
 
 LibriSpeech has 2.7 words per second, and Llama's tokenizer about 1.35 tokens per lower-case word.
 """
 USABLE = 0.92
 """Share of a GPU's memory that a plan may use. The rest allows for larger batches and for fragmentation."""
-ENCODING, TRAINING = 0.30, 0.40
+ENCODING_SHARE, TRAINING_SHARE = 0.30, 0.40
 """Typical shares of peak FLOP/s that an encoder and a training reach; the reference reaches 0.09 to 0.20."""
 
 
@@ -38,6 +38,7 @@ class Gpus:
 
     @property
     def processes(self) -> int:
+        """Number of training processes: one per GPU, or one on a CPU."""
         return max(1, self.number)
 
 
@@ -105,7 +106,7 @@ def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
     load = mean_load(shapes, speech.utterance_seconds, min(recipe.training.positions_per_batch, share))
     memory = training_memory(shapes, load, gpus.processes, on_gpu)
     capacity = USABLE * gpus.memory
-    one = mean_load(shapes, speech.utterance_seconds, 1)
+    one = mean_load(shapes, speech.utterance_seconds, 1)  # a budget of 1 position gives the minimum of 1 row
     stages, steps = _work(shapes, load, gpus, speech)
     frame_bytes = bytes_per_frame(shapes.encoder.width, recipe.features.dtype)
     cache = speech.utterances * shapes.encoder.frames_of(speech.samples) * frame_bytes
@@ -123,7 +124,7 @@ def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
 def mean_load(shapes: Shapes, seconds: float, budget: int) -> Load:
     """Fill a budget of LLM positions with utterances that last `seconds` each; at least one is taken."""
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(round(seconds * 16_000)))
-    targets = round(seconds * TOKENS_A_SECOND) + 1
+    targets = round(seconds * TOKENS_PER_SECOND) + 1
     length = audio + PROMPT_POSITIONS + targets
     return Load(max(1.0, budget / length), length, audio, targets)
 
@@ -186,9 +187,11 @@ def _work(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[
     recipe, options = shapes.recipe, shapes.recipe.training
     encode = encoder_flops(shapes.encoder, speech.samples)
     positions = speech.utterances * load.length
-    steps_an_epoch = max(1, -(-positions // options.positions_per_step))
-    steps = min(options.max_steps, steps_an_epoch * options.epochs)
-    seen = speech.utterances * steps / steps_an_epoch
+    steps_per_epoch = max(1, -(-positions // options.positions_per_step))
+    steps = min(options.max_steps, steps_per_epoch * options.epochs)
+    # Utterances that training reads in all epochs; fewer than its epochs contain if max_steps ends it
+    # earlier.
+    trained = speech.utterances * steps / steps_per_epoch
     width, layers = shapes.width, shapes.layers
     # FLOPs per weight and position: 2 for the forward pass, 2 for the gradients of activations, and 2 more if
     # checkpointing repeats the forward pass. Gradients of weights take another 2, for trained weights only.
@@ -203,11 +206,12 @@ def _work(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[
     on_the_fly = 0 if recipe.caches_features else encode
     # A trained encoder also has a backward pass, which takes twice the FLOPs of the forward pass.
     encoding = 3 * on_the_fly if recipe.encoder.tuning == "full" else on_the_fly
-    train = seen * (text + attention + output + projected + encoding)
+    train = trained * (text + attention + output + projected + encoding)
     extract = speech.utterances * encode if recipe.caches_features else 0
     tested = speech.test_hours * 3600 / speech.utterance_seconds
     prefill = tested * (2 * shapes.layer_parameters * (load.length - load.targets) + on_the_fly)
     beams = recipe.decoding.beams
+    # As in `plan_batches`: each beam takes positions for audio and prompt, and for the longest answer.
     positions_of_one = (load.length + recipe.decoding.max_new_tokens) * beams
     rows = max(1, recipe.decoding.positions_per_batch // positions_of_one)
     decode = prefill + tested * 2 * shapes.llm_parameters * load.targets * beams
@@ -216,7 +220,7 @@ def _work(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[
     llm_bytes = shapes.llm_parameters * DTYPES[recipe.decoding.precision].itemsize
     reading = tested / rows * 1.5 * load.targets * llm_bytes / gpus.bandwidth
     return {
-        "extract-features": Stage(extract, extract / (gpus.peak * ENCODING), 1),
-        "train": Stage(train, train / (gpus.processes * gpus.peak * TRAINING), gpus.processes),
-        "decode": Stage(decode, decode / (gpus.peak * ENCODING) + reading, 1),
+        "extract-features": Stage(extract, extract / (gpus.peak * ENCODING_SHARE), 1),
+        "train": Stage(train, train / (gpus.processes * gpus.peak * TRAINING_SHARE), gpus.processes),
+        "decode": Stage(decode, decode / (gpus.peak * ENCODING_SHARE) + reading, 1),
     }, steps

@@ -197,6 +197,8 @@ def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
     dtype = next(llm.parameters()).dtype
     embeddings = torch.empty(rows, length, llm_width(llm), dtype=dtype, device="meta", requires_grad=True)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
+        # Times 1, so that the input is not a leaf: in training it comes from the projector. `base_model` is
+        # the LLM without its output layer, whose logits `memory` counts separately.
         llm.base_model(inputs_embeds=embeddings * 1, use_cache=False)
     return sum(t.untyped_storage().nbytes() for t in saved.values())
 

@@ -85,7 +85,7 @@ class LazyWeight:
         """Replace the parameter by one with these values, in every module that owns it.
 
         Args:
-            values: of any shape, device and dtype; they are not copied.
+            values: a tensor of any shape, device and dtype; it is not copied.
 
         Returns:
             The new parameter. It requires a gradient if the old one did.
@@ -103,7 +103,7 @@ def describe_lazy_llm(
 
     Args:
         folder: a folder with transformers' files.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         trust_remote_code: whether code in the folder may run.
 
     Returns:

@@ -175,7 +175,7 @@ def _plain(value: Any, within: tuple[int, ...]) -> Any:
     """Convert as `plain` does.
 
     Args:
-        value: of any type.
+        value: a value of any type.
         within: ids of the objects that contain the value. omegaconf's nodes refer to their parents, and
             without these ids the recursion would not end.
     """

@@ -1,4 +1,4 @@
-"""Which of two recognisers is better on the same utterances, and whether the difference may be chance."""
+"""Compares two recognisers on the same utterances: which one is better, and whether that may be chance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def pair(
     Args:
         first: the first recogniser's name and its utterances.
         second: the same for the second recogniser.
-        common: leave out the utterances that only one output has, instead of refusing them.
+        common: whether utterances that only one output has are left out, instead of refused.
 
     Raises:
         InputError: an utterance is in only one output, occurs twice in one, or has different references.
@@ -97,6 +97,7 @@ def pair(
     left_out = {}
     for (path, rows), (other, others) in (sides, sides[::-1]):
         unpaired = sorted(rows.keys() - others.keys())
+        # If the outputs have nothing in common, `common` does not help: no pair would be left.
         if unpaired and (not common or len(unpaired) == len(rows)):
             raise InputError(
                 f"{path} has {len(unpaired)} utterances that {other} lacks, first {unpaired[0][0]}: "
@@ -131,6 +132,7 @@ def _by_name(path: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[t
 
 def _compared(name: str, a: Measured, b: Measured, indices: np.ndarray, seed: int) -> Compared:
     test = matched_pairs(a.errors[indices], b.errors[indices], a.words[indices], seed)
+    # `percent` is None only without reference words, and `compare_pairs` has left out such subsets.
     return Compared(
         subset=name,
         utterances=len(indices),

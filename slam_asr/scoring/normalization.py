@@ -1,4 +1,4 @@
-"""Normalisers of transcripts: Whisper's for English, and one without English rules for all other languages.
+"""Normalisers of transcripts: Whisper's for English, and one without English rules for other languages.
 
 Whisper's (Radford et al., 2022, appendix C; as in transformers, without its list of British spellings)
 removes case, punctuation, hesitations and text in brackets, expands contractions and writes numbers as
@@ -115,7 +115,7 @@ def whisper_normaliser() -> Callable[[str], str]:
 
 
 def _end_of_stretch(words: list[str], start: int, altered: frozenset[str]) -> int:
-    """The end (exclusive) of a run of altered words, with at most one plain word between any two of them."""
+    """Return the end (exclusive) of a stretch of altered words; one plain word may be between any two."""
     last = start
     for i in range(start + 1, len(words)):
         if "'" in words[i] or words[i] in altered:

@@ -49,6 +49,7 @@ def _read_pair(path: str) -> list[Hypothesis]:
 
 def _read_lines(path: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
+    # `splitlines` would also split at characters such as U+2028, which a transcript may contain.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue

@@ -1,4 +1,4 @@
-"""Facts about a training and a decoding, as the report shows them: labels and text."""
+"""Facts about a training and a decoding as labels and text, for the report."""
 
 from typing import Any
 

@@ -83,7 +83,12 @@ def rate_of(counts: dict[str, Any]) -> Any:
 
 
 def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) -> list[Run]:
-    """Read the runs, sort them by error rate, and compare each with the best."""
+    """Read the runs, sort them by error rate, and compare each with the best.
+
+    Args:
+        files: wer.json and hypotheses of each run, by its folder.
+        known: variations of the recipe by name, to describe what a run changed.
+    """
     numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}
     titles = [values["title"] for values in numbers.values()]
     runs = []
@@ -97,6 +102,8 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
     best = runs[0]
     for run in runs[1:]:
         if _same_test(best.rows, run.rows):
+            # The last comparison is the one over all subsets. The seed is fixed, so that the page is the same
+            # each time.
             pairs, _ = pair((best.name, best.rows), (run.name, run.rows), common=False)
             run.against_best = compare_pairs(pairs, best.name, seed=0)[-1]
     return runs
@@ -112,6 +119,7 @@ def _same_test(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> boo
 
 
 def write_comparison(folder: Path, title: str, runs: Sequence[Run]) -> None:
+    """Write `runs.html`, `runs.md` and `runs.json`; `runs` are in the order of `read_runs`."""
     rows = [run.summary() for run in runs]
     trainings = {
         run.name: {key: thinned(run.training.get(key) or []) for key in ("curve", "validation")}

@@ -39,6 +39,8 @@ def interval(errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[floa
         return None
     rng = np.random.default_rng(seed)
     rates = []
+    # A rate is a ratio of sums: errors and words of a unit are drawn together, because long units have more
+    # of both.
     for _ in range(RESAMPLES):
         sample = rng.integers(len(errors), size=len(errors))
         # A sample may consist of units without words only, which have no rate.
@@ -107,7 +109,8 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
     if not len(nonzero):
         p = 1.0
     elif len(nonzero) > MANY:
-        # With random signs, the sum of the differences has mean 0 and the sum of their squares as variance.
+        # With random signs, the sum of the differences has mean 0 and variance Σd². The two-sided tail of a
+        # normal distribution beyond x is erfc(x / √(2 · variance)).
         p = math.erfc(observed / math.sqrt(2 * float((nonzero.astype(float) ** 2).sum())))
     else:
         rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ It also estimates the training's storage and time. No weights are loaded.
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
 from slam_asr.planning.memory import CPU_PARTS, PARTS, host_optimizer_bytes
-from slam_asr.planning.plan import ENCODING, TRAINING, USABLE, Gpus, Plan, Speech, estimate
+from slam_asr.planning.plan import ENCODING_SHARE, TRAINING_SHARE, USABLE, Gpus, Plan, Speech, estimate
 from slam_asr.planning.shapes import Shapes, describe
 from slam_asr.progress import clock, log_line
 
@@ -95,8 +95,8 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
 
 def _print_work(result: Plan, gpus: Gpus) -> None:
     log_line(
-        f"\nwork, at {gpus.peak / 1e12:g} TFLOP/s each, of which {ENCODING:.0%} encoding and {TRAINING:.0%} "
-        f"training, in {result.steps:,} steps:"
+        f"\nwork, in {result.steps:,} steps, at {gpus.peak / 1e12:g} TFLOP/s each, of which encoding reaches "
+        f"{ENCODING_SHARE:.0%} and training {TRAINING_SHARE:.0%}:"
     )
     for name, stage in result.stages.items():
         log_line(

@@ -138,7 +138,7 @@ def _create(
     Args:
         valid_for: what else the client depends on: environment, credentials file, and the process, because a
             forked one must not share its parent's connections.
-        arguments: of boto3's client.
+        arguments: further arguments of boto3's client.
         timeout: in seconds.
         checksums: whether to send and compare checksums, unless the environment says otherwise.
     """

@@ -28,7 +28,7 @@ def download(
     """Download an object, and compare its checksum.
 
     Args:
-        uri: of the object.
+        uri: the object's URI.
         file: on disk, opened for reading and writing; it is overwritten.
         sha256: the expected checksum; if not given, the one in the object's metadata, if any.
         report: called with the number of bytes of each piece that arrived, and with a negative number for

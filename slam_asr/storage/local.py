@@ -59,7 +59,7 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
     A reader never sees part of the content. After a crash the previous file, if any, is unchanged.
 
     Args:
-        path: of the file; its folder is created.
+        path: the file's path; its folder is created.
         content: text is written as UTF-8.
         replace: whether to replace an existing file.
 

@@ -138,10 +138,10 @@ def get(
     """Make one attempt to open an object, or its bytes in [start, end).
 
     Args:
-        uri: of the object.
+        uri: the object's URI.
         start: first byte; the first of the object if not given.
         end: first byte that is not needed; the object's end if not given.
-        etag: of the only version that may be read.
+        etag: ETag of the only version that may be read.
 
     Returns:
         boto3's answer: a stream of the bytes as `Body`, and fields that describe them.

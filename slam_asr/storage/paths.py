@@ -194,7 +194,7 @@ def write_bytes(path: PathOrUri, content: bytes | memoryview | str, replace: boo
     """Write a file or object, which becomes visible only when it is complete.
 
     Args:
-        path: of the file or object; a local folder is created.
+        path: path of the file or object; a local folder is created.
         content: text is written as UTF-8.
         replace: whether to replace an existing file or object.
 

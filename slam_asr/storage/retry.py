@@ -53,7 +53,7 @@ def call_with_retries(
     """Repeat a call until it succeeds, fails permanently, or has failed for `PATIENCE` seconds.
 
     Args:
-        uri: of the object or bucket, for the message.
+        uri: URI of the object or bucket, for the message.
         action: what the call does, for the message: "read", "written", "listed" or "removed".
         call: may be called many times.
         cancelled: ends the retries at once when it is set.

@@ -56,7 +56,7 @@ def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_repor
     """Upload a local file. The object is visible only when it is complete.
 
     Args:
-        uri: of the object; an existing one is replaced.
+        uri: the object's URI; an existing one is replaced.
         file: must not change meanwhile.
         report: called with the number of bytes of each part that was sent.
 
@@ -81,7 +81,7 @@ def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -
     """Write bytes to an object, which becomes visible only when it is complete.
 
     Args:
-        uri: of the object.
+        uri: the object's URI.
         content: its bytes.
         only_if_absent: do not replace an existing object.
 
@@ -274,7 +274,7 @@ def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]
 
     Args:
         operation: name of boto3's method.
-        arguments: of that method, except the checksum.
+        arguments: that method's arguments, except the checksum.
         checksum: the arguments that ask for a checksum or hold one.
     """
     from botocore.exceptions import ClientError

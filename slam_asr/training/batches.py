@@ -40,11 +40,11 @@ class Examples:
     Holds a few numbers per utterance; texts are tokenised again when a batch needs them.
 
     Args:
-        utterances: of a manifest.
+        utterances: the utterances of a manifest.
         reader: gives the length and the shard of each utterance's audio.
         projector: determines how many LLM positions the audio takes.
         prompt: the recipe's prompts, tokenised.
-        prompts: those of them that may be drawn for an utterance.
+        prompts: those of the recipe's prompts that may be drawn for an utterance.
         limit: maximum number of LLM positions, or None if the LLM has no limit.
 
     Raises:
@@ -119,7 +119,8 @@ def _in_canonical_order(numbers: np.ndarray, audio_ids: np.ndarray) -> tuple[np.
     Returns:
         The canonical shard numbers, [utterances] int32; and the reader's number for each canonical one.
     """
-    # In the order of audio ids, a shard occurs first at its smallest audio id.
+    # `first` has the place where each shard occurs first. In the order of audio ids, that is the shard's
+    # smallest audio id.
     by_audio_id = argsort_audio_ids(audio_ids)
     shards, first = np.unique(numbers[by_audio_id], return_index=True)
     ranked = shards[np.argsort(first)]
@@ -154,9 +155,10 @@ class BatchReader:
         """Read utterances and collate or pack them.
 
         Args:
-            indices: of the utterances. An empty list gives a batch of one utterance without targets: with
-                it, a process without work takes part in the communication but adds nothing to the loss.
-            epoch: decides which prompts are drawn.
+            indices: indices of the utterances in `examples`. An empty list gives a batch of one utterance
+                without targets: with it, a process without work takes part in the communication but adds
+                nothing to the loss.
+            epoch: number of the epoch, which decides which prompts are drawn.
         """
         utterances = [self.examples.utterances[i] for i in indices or [0]]
         audio = (self._pool.map if self._pool else map)(self.reader.read, utterances)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.checkpoint import CURVE, Checkpoint, file_name
@@ -24,7 +24,7 @@ from slam_asr.errors import ModelError, StorageError, UserError, from_os_error
 from slam_asr.progress import log_line
 from slam_asr.storage import is_s3, join, local_path, sha256_of_file, upload
 from slam_asr.storage.retry import patience
-from slam_asr.training.engines.engine import Engine
+from slam_asr.training.engines.engine import MOMENTS, Engine
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class CheckpointWriter:
     """Writes snapshots in a thread, one at a time.
 
     Args:
-        folder: of all checkpoints; local, or in object storage.
+        folder: the folder of all checkpoints, local or in object storage.
         scratch: local folder for files that are to be uploaded, and for a checkpoint that cannot be.
         keep: number of the newest checkpoints to retain.
 
@@ -152,7 +152,7 @@ class CheckpointWriter:
         if failure is None:
             self.latest = join(self.folder, about.name)
         elif self.failure is None:
-            where = self._where_weights_are(snapshot)
+            where = self._save_locally(snapshot)
             _, failure = self._agree(
                 None, f"The checkpoint of step {about.step} could not be written: {failure}; {where}"
             )
@@ -185,18 +185,20 @@ class CheckpointWriter:
         Returns:
             The result of the write, and None; or None, and the reason of the failure.
         """
-        pause, failing_since = _FIRST_PAUSE, 0.0
+        pause, deadline = _FIRST_PAUSE, None
         while True:
             began = time.monotonic()
             try:
                 return write(), None
             except Exception as error:
                 reason = _reason(error)
-            first, failing_since = not failing_since, failing_since or began
-            remaining = failing_since + self.patience - time.monotonic()
+            is_first = deadline is None
+            # Counted from the beginning of the first attempt, which may itself have waited for storage.
+            deadline = began + self.patience if deadline is None else deadline
+            remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None, reason.rstrip(".")
-            if first:
+            if is_first:
                 log_line(
                     f"warning: the checkpoint of step {step} could not be written; training continues, and "
                     f"tries for another {remaining:.0f} s: {reason}"
@@ -204,8 +206,8 @@ class CheckpointWriter:
             time.sleep(min(pause, remaining))
             pause = min(2 * pause, _MAX_PAUSE)
 
-    def _where_weights_are(self, snapshot: Snapshot) -> str:
-        """Save a checkpoint that cannot be uploaded on this machine, and say how to resume from what exists.
+    def _save_locally(self, snapshot: Snapshot) -> str:
+        """Save on this machine a checkpoint that cannot be uploaded, and describe how to resume.
 
         All processes must call it together.
 
@@ -217,7 +219,7 @@ class CheckpointWriter:
             f"the latest checkpoint is {self.latest}" if self.latest else "there is no earlier checkpoint"
         )
         resume = f"make {self.folder} writable, and run the same command again"
-        # Shares of several machines are no complete checkpoint on any of them.
+        # With several machines, none of them has all files of the checkpoint.
         if not is_s3(self.folder) or os.environ.get("LOCAL_WORLD_SIZE", "1") != str(self.processes):
             return f"{earlier}: {resume} to resume."
         written, failure = None, None
@@ -243,7 +245,7 @@ class CheckpointWriter:
 
         Args:
             snapshot: this process's share of the checkpoint.
-            folder: of all checkpoints; local, or in object storage.
+            folder: the folder of all checkpoints, local or in object storage.
         """
         name = join(folder, snapshot.checkpoint.name)
         files: dict[str, dict[str, Any]] = {}
@@ -280,7 +282,7 @@ class CheckpointWriter:
 
 
 def _reason(error: Exception) -> str:
-    """Say in one sentence why a checkpoint could not be written."""
+    """Describe in one sentence why a checkpoint could not be written."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -310,8 +312,8 @@ def restore(engine: Engine, saved: Checkpoint) -> None:
                 )
             engine.set_state(name, which, tensor)
             restored.add((which, name))
-    # Each weight has a master and two moments.
-    if len(restored) != 3 * len(expected):
+    # Each weight has a master and its moments.
+    if len(restored) != (1 + len(MOMENTS)) * len(expected):
         raise ModelError(
             f"The checkpoint {saved.folder} lacks some of the weights that this recipe trains: choose "
             "another --output."
@@ -320,10 +322,7 @@ def restore(engine: Engine, saved: Checkpoint) -> None:
     engine.set_loss_scale(saved.loss_scale)
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if processes == saved.processes:
-        with torch.no_grad():
-            from safetensors.torch import load_file
-
-            random = load_file(saved.file(file_name("random", rank, processes)))
+        random = load_file(saved.file(file_name("random", rank, processes)))
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
@@ -331,6 +330,7 @@ def restore(engine: Engine, saved: Checkpoint) -> None:
 
 def complete_shape(engine: Engine, name: str) -> torch.Size:
     """Return the shape of a complete trained weight, however the engine shards it."""
-    # ZeRO-3 leaves an empty parameter, and saves the complete shape in this attribute.
+    # Under ZeRO-3 the parameter itself is empty, and DeepSpeed records its complete shape in `ds_shape`. An
+    # FSDP2 parameter is a DTensor, whose `shape` is the complete one.
     parameter = engine.groups.weights[name]
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

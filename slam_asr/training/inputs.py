@@ -89,7 +89,7 @@ def check_inputs(
     utterances = {name: read_manifest(path) for name, path in manifests.items()}
     encoder = describe_encoder(recipe.encoder)
     encoder.require_weights()
-    # Before the audio is hashed, which may take long.
+    # The LLM is checked before the audio is hashed, which may take long.
     llm_folder = locate_model(recipe.llm.name)
     prompt = check_llm(recipe, llm_folder)
     fingerprint = encoder.fingerprint()

@@ -30,6 +30,7 @@ RENDEZVOUS = 1800
 LAST_CHECKPOINT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 """Seconds allowed for the last checkpoint after a signal; a cluster's grace period is usually shorter."""
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+"""Signals after which the loop saves a checkpoint and ends with 128 and the signal's number."""
 PROGRAM = "slam_asr.training.loop"
 """The module that each training process runs."""
 
@@ -232,7 +233,7 @@ def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -
 
 
 def _latest_step(checkpoints: str) -> int:
-    """The step of the latest checkpoint; 0 if there is none."""
+    """Return the step of the latest checkpoint; 0 if none exists."""
     latest = checkpoint.find(checkpoints)
     return latest.step if latest else 0
 
@@ -259,7 +260,7 @@ def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":
         min_nodes=nodes.number,
         max_nodes=nodes.number,
         nproc_per_node=processes,
-        max_restarts=0,
+        max_restarts=0,  # `launch_training` restarts by itself: it knows which failures are temporary
         monitor_interval=0.2,
         **(several_nodes if nodes.number > 1 else single_node),
     )

@@ -25,8 +25,8 @@ class LivePage:
     """Draws the page in a thread, at most every `REFRESH` seconds, and publishes it.
 
     Args:
-        folder: of the training; contains its curve.
-        recipe: of the training.
+        folder: the training's folder, which contains its curve.
+        recipe: the training's recipe.
         published: folder in object storage for the page; None if `folder` is the output itself.
     """
 
@@ -79,8 +79,8 @@ def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> di
     """Draw the page from the curve so far.
 
     Args:
-        folder: of the training.
-        recipe: of the training.
+        folder: the training's folder.
+        recipe: the training's recipe.
         facts: (label, text) rows to show in addition to models and steps.
 
     Returns:

@@ -107,7 +107,7 @@ class Loop:
     """The steps of a training in one process: forward, backward, update; then validation and checkpoint.
 
     Args:
-        parts: of the training.
+        parts: the parts of the training.
         resumer: restores the latest checkpoint at once, and saves the next ones.
     """
 
@@ -273,7 +273,7 @@ class Loop:
             self.interrupted = True
             return None
         loss, accuracy = result
-        self.progress.compare(loss)
+        self.progress.record_dev_loss(loss)
         samples = self.validator.transcribe()
         if self.monitor:
             self.monitor.validation(self.progress.done, loss, accuracy, samples)

@@ -68,8 +68,8 @@ def scores_of(output: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch) -> 
     """Score a micro-batch's target tokens.
 
     Args:
-        output: what the model returns: the scores, if it computes them in chunks, or else the logits
-            [utterances, positions, vocabulary].
+        output: what the model returns: the fields of `AnswerScores` if it has a scorer, or else logits
+            [targets, vocabulary].
         batch: the micro-batch.
     """
     return AnswerScores(*output) if isinstance(output, tuple) else score_answers(output, batch.labels)

@@ -43,7 +43,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
 
     Args:
         job: names manifests, feature store and the LLM's folder.
-        recipe: of the training.
+        recipe: the training's recipe.
         processes: number of processes on this machine, which share its CPU cores for reading audio.
 
     Raises:
@@ -55,6 +55,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
     utterances = {name: read_rows(read_manifest(path), job.rows[name]) for name, path in manifests.items()}
     source = _source(job.feature_store, spec, recipe, utterances.values())
     limit = llm_positions(Path(job.llm_folder), trust)
+    # Cached features are memory-mapped, so one thread suffices. Decoding audio takes this process's cores.
     threads = 1 if job.feature_store else max(1, usable_cores() // processes)
     draw = functools.partial(prompt.draw, recipe.training.seed)
     readers = {
@@ -92,7 +93,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
 
     Args:
         job: names the LLM's folder, the feature store, and the model to start from.
-        recipe: of the training.
+        recipe: the training's recipe.
         device: where a frozen encoder is placed; the engine moves the other parts.
 
     Returns:

@@ -57,7 +57,7 @@ class Monitor:
 
     Args:
         folder: contains the curve, which is appended to.
-        recipe: of the training.
+        recipe: the training's recipe.
         total_steps: optimiser steps of the training.
         done: steps done before, according to the checkpoint; 0 for a new training.
         device: the device whose peak memory is reported.
@@ -86,6 +86,7 @@ class Monitor:
         # A resumed training may be on a plateau already: replay the steps before the checkpoint.
         for row in read_curve(folder / CURVE)[0]:
             self.plateau.update(row["step"], row["accuracy"])
+        # The digest distinguishes trainings of one recipe, and is the same for all attempts at one of them.
         name = f"{recipe.name}-{digest([str(folder), published])[:8]}"
         self.trackers = make_trackers(recipe.training.trackers, folder, name, flattened(asdict(recipe)), done)
         self.page = LivePage(folder, recipe, published)

@@ -16,7 +16,7 @@ _END = object()
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """Yield the same items, produced by a thread that keeps up to `depth` of them ready.
+    """Yield the same items, which a thread prepares; up to `depth` of them wait ready.
 
     If producing an item raises an exception, the consumer gets the exception in place of the item.
     """

@@ -1,4 +1,4 @@
-"""Where a training stands: resumed from the latest checkpoint, and saved in the next ones."""
+"""The progress of a training: resumed from the latest checkpoint, and saved in the next ones."""
 
 import math
 import shutil
@@ -35,7 +35,7 @@ class Counts:
 
 @dataclass
 class Progress:
-    """Where a training stands."""
+    """How far a training has come."""
 
     done: int = 0
     """Optimiser steps done."""
@@ -52,8 +52,8 @@ class Progress:
         """Time spent on this training, earlier attempts included."""
         return self.earlier + time.monotonic() - self.started
 
-    def compare(self, loss: float) -> None:
-        """Record a validation, and compare its dev loss with the best one so far."""
+    def record_dev_loss(self, loss: float) -> None:
+        """Record a validation's dev loss, and compare it with the best one so far."""
         self.counts.validated = self.done
         if loss < self.counts.best_dev_loss:
             self.counts.best_dev_loss, self.counts.stale = loss, 0
@@ -65,7 +65,7 @@ class Resumer:
     """Reads and writes the checkpoints of a training. All processes must call each method together.
 
     Args:
-        parts: of the training.
+        parts: the parts of the training.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -107,7 +107,7 @@ class Resumer:
                 curve = Path(latest.file(CURVE)).read_bytes()
                 log_line(f"resuming after step {latest.step} of {steps}, from {latest.folder}")
         if parts.rank == 0:
-            # The steps after the checkpoint are repeated, and so are their lines in the curve.
+            # The steps after the checkpoint are repeated, and write their lines of the curve again.
             write_atomically(parts.folder / CURVE, curve)
         return progress
 
@@ -132,7 +132,7 @@ class Resumer:
         postponed.
 
         Args:
-            progress: where the training stands after this step.
+            progress: how far the training has come, this step included.
             due: whether `training.checkpoint_minutes` have passed, on the first process.
             pending: checkpoints still being written: the mean over the processes.
             dev_loss: dev loss of the validation after this step; None if there was none.
@@ -143,9 +143,12 @@ class Resumer:
             return
         if forced:
             self.writer.wait()
-        # The best checkpoint so far may queue while one other is written. No more may queue: each holds a
-        # copy of the state in memory.
-        elif not (improved and pending <= 1) and (pending or not (due or self._steps_have_passed(progress))):
+        elif improved:
+            # The best checkpoint so far may queue while one other is written. No more may queue: each holds a
+            # copy of the state in memory.
+            if pending > 1:
+                return
+        elif pending or not (due or self._steps_have_passed(progress)):
             return
         parts, counts = self.parts, progress.counts
         counts.seconds = round(progress.seconds, 1)

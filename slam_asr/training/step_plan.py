@@ -124,9 +124,9 @@ class TrainingPlan:
 
     Args:
         examples: to train on.
-        budget: of a step.
+        budget: the size of a step.
         window_shards: shards whose utterances are shuffled together.
-        seed: of the order.
+        seed: seed of the order.
         epochs: passes over the examples.
         max_steps: training ends after this many steps, even within an epoch.
     """
@@ -163,26 +163,26 @@ class TrainingPlan:
 
 
 def _cut_at_budget(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut a list into runs that are as full as the budget allows; the last run gets the remainder.
+    """Cut a list into groups that are as full as the budget allows; the last group gets the remainder.
 
     Args:
         indices: indices into `sizes`; their order does not change.
         sizes: how much of the budget each index takes.
-        budget: maximum sum of a run; only a single index that takes more exceeds it.
+        budget: maximum sum of a group; only a single index that takes more exceeds it.
 
     Returns:
-        The runs, in the order of `indices`.
+        The groups, in the order of `indices`.
     """
-    runs: list[list[int]] = []
-    # A run that counts as full, so that the first index begins a new one.
+    groups: list[list[int]] = []
+    # Counts as full, so that the first index begins the first group.
     size = budget
     for index in indices:
         if size + sizes[index] > budget:
-            runs.append([])
+            groups.append([])
             size = 0
-        runs[-1].append(index)
+        groups[-1].append(index)
         size += sizes[index]
-    return runs
+    return groups
 
 
 def split_step(
@@ -215,6 +215,7 @@ def split_step(
             groups[-1].append(index)
         else:
             groups.append([index])
+    # Each pass adds one group, by halving or by an empty one, until the number is a multiple of `processes`.
     while len(groups) % processes:
         largest = max(range(len(groups)), key=lambda g: (len(groups[g]), -g), default=None)
         if largest is None or len(groups[largest]) < 2:
@@ -234,7 +235,8 @@ def split_packed(
 
     Packed micro-batches have no padding, so lengths may be mixed freely. Utterances are dealt out longest
     first, each to the emptiest micro-batch, so that all are about equally full and no process waits long for
-    another. The number of micro-batches starts at the least that the sum of positions allows, and grows until
+    another: the fullest one has at most 4/3 of the positions that the best division would give it (Graham,
+    1969). The number of micro-batches starts at the least that the sum of positions allows, and grows until
     all are within the budget.
 
     Args:
@@ -248,6 +250,8 @@ def split_packed(
     """
     longest_first = sorted(step, key=lambda i: (-positions[i], i))
     rounds = max(1, -(-sum(positions[i] for i in step) // (budget * processes)))
+    # The loop ends at the latest when there are as many groups as utterances: an empty group always gets the
+    # next utterance, so each group then has one at most.
     while True:
         groups: list[list[int]] = [[] for _ in range(rounds * processes)]
         # A heap of (positions, number) of each group.

@@ -56,7 +56,7 @@ def make_trackers(
 
     Args:
         names: `training.trackers`.
-        folder: of the training.
+        folder: the training's folder.
         run: name of the run; the same for each attempt, so that a resumed training continues its run.
         recipe: values by full key, such as `training.seed`.
         done: steps done before, according to the checkpoint.
@@ -115,7 +115,7 @@ class _Mlflow:
 class _Wandb:
     def __init__(self, folder: Path, run: str, recipe: dict[str, Any]) -> None:
         self.wandb = wandb = importlib.import_module("wandb")
-        # The end of the name, because it contains the digits that distinguish trainings.
+        # W&B limits the length of an id. The end of the name has the digits that distinguish trainings.
         identity = run.rpartition("/")[2][-60:]
         # With `resume="allow"` and the id of an earlier attempt, W&B continues that attempt's run.
         self.run = wandb.init(
@@ -142,7 +142,7 @@ class _Guarded:
     """A tracker that may fail, when it is created too. It is then no longer used, and the log says why.
 
     Args:
-        name: of the tracker, for the log.
+        name: name of the tracker, for the log.
         make: creates the tracker.
     """
 

@@ -100,7 +100,7 @@ class Validator:
     """Validates the model between two steps. All processes must call each method together.
 
     Args:
-        parts: of the training.
+        parts: the parts of the training.
         stop: ends a validation early.
     """
 
@@ -149,7 +149,8 @@ class Validator:
             engine.module.train()
 
     def _any_process_stops(self) -> bool:
-        # Asked after each batch: all processes must leave the loop after the same one.
+        # Called after each batch, because all processes must leave the loop after the same one. Otherwise one
+        # of them would wait for ever in the next collective operation.
         flag = torch.tensor([float(self.stop.signal is not None)], device=self.parts.device)
         torch.distributed.all_reduce(flag)
         return bool(flag.item())

@@ -1,7 +1,7 @@
-"""A real Kubeflow, driven as a person drives it: `python -m pipelines`, and kubectl only to delete pods.
+"""A real Kubeflow, used as a person uses it: by `python -m pipelines`, and by kubectl only to delete pods.
 
 The environment variable SLAM_ASR_CLUSTER names the profile; without it, these tests are skipped.
-docs/how-to/cluster-test.md says what else they need.
+docs/how-to/cluster-test.md describes what else they need.
 """
 
 import copy

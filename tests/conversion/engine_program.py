@@ -19,7 +19,7 @@ STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 
 
 class Model(torch.nn.Module):
-    """Odd sizes, so that no slice comes out even; a frozen part, which no checkpoint holds."""
+    """Odd sizes, so that no two slices are equal; a frozen part, which no checkpoint contains."""
 
     def __init__(self) -> None:
         super().__init__()

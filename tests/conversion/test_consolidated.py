@@ -48,7 +48,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_b22_what_zero_to_fp32_writes_is_the_same_model(recipe, step, tmp_path, form):
+def test_what_zero_to_fp32_writes_is_the_same_model(recipe, step, tmp_path, form):
     out = consolidated(step, tmp_path / "out", **FORMS[form])
     assert bool(list(out.glob("*.index.json"))) == ("max_shard_size" in FORMS[form])
     made = convert_checkpoint(str(out), str(tmp_path / "model"), recipe=recipe)
@@ -60,7 +60,7 @@ def test_b22_what_zero_to_fp32_writes_is_the_same_model(recipe, step, tmp_path, 
         assert load_file(again.file("projector.safetensors")).keys() == expected.keys()
 
 
-def test_b22_a_folder_with_slam_llms_file_is_read(recipe, tmp_path):
+def test_a_folder_with_slam_llms_file_is_read(recipe, tmp_path):
     folder = tmp_path / "asr_epoch_1_step_1000"
     folder.mkdir()
     torch.save({f"encoder_projector.{n}": t for n, t in weights_of(recipe).items()}, folder / "model.pt")
@@ -76,12 +76,12 @@ def refusal(recipe, checkpoint, tmp_path) -> str:
     return str(refused.value)
 
 
-def test_b22_a_missing_file_is_named(recipe, tmp_path):
+def test_a_missing_file_is_named(recipe, tmp_path):
     assert "There is no file or folder" in refusal(recipe, tmp_path / "no.pt", tmp_path)
     assert "no.pt" in refusal(recipe, tmp_path / "no.pt", tmp_path)
 
 
-def test_b22_half_precision_does_not_replace_the_fp32_weights_of_zero(recipe, step, tmp_path):
+def test_half_precision_does_not_replace_the_fp32_weights_of_zero(recipe, step, tmp_path):
     for path in step.glob("*optim_states.pt"):
         path.unlink()
     assert "0 of 2 optimiser shards" in refusal(recipe, step, tmp_path)

@@ -53,7 +53,7 @@ def frequency_of(checked):
     return round(np.argmax(spectrum) * 16_000 / len(samples))
 
 
-def test_b12_a_segment_is_read_from_the_channel_that_it_names(tmp_path):
+def test_a_segment_is_read_from_the_channel_that_it_names(tmp_path):
     kaldi_with_two_channels(
         tmp_path, "a r 0 1 0\nb r 0 1 1\nc r 0 1 2\nboth r 0 1\nopen r 0 1 -1\nd m 0 1 0\ne m 0 1 1\n"
     )
@@ -67,8 +67,8 @@ def test_b12_a_segment_is_read_from_the_channel_that_it_names(tmp_path):
     assert {found["c"].reason, found["e"].reason} == {"no such channel"}
 
 
-def test_b12_a_recording_is_read_from_the_channel_in_reco2file_and_channel(tmp_path):
-    # Whoever extracted the channels of `m` left the list as it was: its file has one channel.
+def test_a_recording_is_read_from_the_channel_in_reco2file_and_channel(tmp_path):
+    # The channels of `m` were extracted without a change of the list: its file has one channel.
     kaldi_with_two_channels(tmp_path / "x", channels="r call A\nq call 2\nm call B\nnone call B\n")
     found = checked_by_key(tmp_path / "x")
     assert {key: frequency_of(checked) for key, checked in found.items()} == {"r": 300, "q": 700, "m": 700}
@@ -78,7 +78,7 @@ def test_b12_a_recording_is_read_from_the_channel_in_reco2file_and_channel(tmp_p
     assert {key: frequency_of(checked) for key, checked in found.items()} == {"a": 300, "b": 700, "c": 700}
 
 
-def test_b12_the_channel_is_in_the_manifest_and_mixing_is_said(tmp_path, capsys):
+def test_the_channel_is_in_the_manifest_and_mixing_is_logged(tmp_path, capsys):
     kaldi_with_two_channels(tmp_path / "data" / "test", "a r 0 1 1\nb q 0 1\nc q 1 2\n")
     settings = recipe(train=[], dev=[], test=["test"])
     build_manifest(settings, str(tmp_path / "data"), str(tmp_path / "out"))
@@ -89,13 +89,13 @@ def test_b12_the_channel_is_in_the_manifest_and_mixing_is_said(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("channel", ["A", "-2", "1.5"])
-def test_b12_the_error_for_an_invalid_channel_has_its_line(tmp_path, channel):
+def test_the_error_for_an_invalid_channel_has_its_line(tmp_path, channel):
     kaldi_with_two_channels(tmp_path, f"ok r 0 1 1\na r 0 1 {channel}\n")
     with pytest.raises(UserError, match=r"segments, line 2 must be .*a channel, counted from 0, may follow"):
         read_all(tmp_path)
 
 
-def test_b03_audio_without_a_usable_signal_is_rejected_with_its_reason(tmp_path):
+def test_audio_without_a_usable_signal_is_rejected_with_its_reason(tmp_path):
     sounds = {
         "good": make_tone(1.0),
         "scaled": 32_768 * make_tone(1.0),

@@ -75,7 +75,7 @@ def embedded(tmp_path):
 # Tables
 
 
-def test_b01_common_voice_is_read_by_the_command_in_the_docs(tmp_path, capsys):
+def test_common_voice_is_read_by_the_command_in_the_docs(tmp_path, capsys):
     corpus = tmp_path / "en"
     for number, split in enumerate(SPLITS):
         rows = [f"c{i}\tcv_{split}_{i}.wav\tSentence, {'ab'[i]}.\t2\t0\t\t\t\ten\t\n" for i in range(2)]
@@ -98,7 +98,7 @@ def test_b01_common_voice_is_read_by_the_command_in_the_docs(tmp_path, capsys):
     )
 
 
-def test_b04_an_index_of_pandas_is_no_column(tmp_path):
+def test_an_index_of_pandas_is_no_column(tmp_path):
     for split in ("train", "test"):
         for i in range(3):
             tone(tmp_path / "two" / f"{split}{i}.wav", 300 + 40 * i + 10 * (split == "test"))
@@ -137,7 +137,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
         ("audio", {"src": "a.wav"}, "audio"),
     ],
 )
-def test_b14_a_column_of_another_type_than_its_role_is_refused(tmp_path, column, value, role):
+def test_a_column_of_another_type_than_its_role_is_refused(tmp_path, column, value, role):
     row = {"audio": "a.wav", "text": "hello", "id": "a"} | {column: value}
     write_wav(tmp_path / "corpus" / "a.wav")
     for name in ("train", "test"):
@@ -147,7 +147,7 @@ def test_b14_a_column_of_another_type_than_its_role_is_refused(tmp_path, column,
     assert column in message and type(value).__name__ in message
 
 
-def test_b28_decoded_samples_are_refused_as_such(tmp_path):
+def test_decoded_samples_are_refused_as_such(tmp_path):
     samples = {"array": [0.0, 0.1, 0.2], "sampling_rate": 16_000, "path": "train0.wav"}
     for name in ("train", "test"):
         write_parquet(tmp_path / "corpus" / f"{name}.parquet", [{"audio": samples, "text": "hello"}])
@@ -204,7 +204,7 @@ def test_lines_of_metadata_may_lack_fields_that_others_have(tmp_path):
 # Keys
 
 
-def test_b05_the_same_file_name_in_several_splits_is_several_utterances(tmp_path):
+def test_the_same_file_name_in_several_splits_is_several_utterances(tmp_path):
     corpus = tmp_path / "audiofolder"
     for number, split in enumerate(("train", "validation", "test")):
         rows = "".join(f"000{i}.wav,hello {split} {i}\n" for i in range(2))
@@ -225,7 +225,7 @@ def test_b05_the_same_file_name_in_several_splits_is_several_utterances(tmp_path
         ("audio.wav", ["train-train-00000-of-00001-0000001", "train-train-00000-of-00001-0000002"]),
     ],
 )
-def test_b05_names_inside_a_table_may_repeat(tmp_path, embedded, capsys, name, keys):
+def test_names_inside_a_table_may_repeat(tmp_path, embedded, capsys, name, keys):
     for split in ("train", "validation", "test"):
         rows = [{"audio": embedded(name.format(i)), "text": f"{split} {i}"} for i in range(2)]
         write_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", rows)
@@ -245,7 +245,7 @@ def test_the_same_audio_of_the_same_name_in_two_splits_is_still_refused(tmp_path
     assert "0 is in train and in test" in refusal(tmp_path / "hub")
 
 
-def test_b26_an_id_that_stands_for_a_sentence_is_no_key(tmp_path, embedded, capsys):
+def test_an_id_that_stands_for_a_sentence_is_no_key(tmp_path, embedded, capsys):
     for split, first in (("train", 500), ("test", 400)):
         rows = [
             {"id": first + i // 2, "audio": embedded(f"{split}{i}.wav"), "transcription": f"hello {i // 2}"}
@@ -275,7 +275,7 @@ def test_a_column_that_the_recipe_names_is_always_the_key(tmp_path):
 # Datasets of the hub
 
 
-def test_b10_configurations_are_subsets_of_their_own(tmp_path, embedded):
+def test_configurations_are_subsets_of_their_own(tmp_path, embedded):
     for configuration in ("clean", "other"):
         for split in ("train.100", "test"):
             name = f"{configuration}-{split}"
@@ -313,7 +313,7 @@ def test_the_folders_of_hub_datasets_name_splits_and_configurations(tmp_path, na
     assert open_corpus(str(tmp_path), recipe().data).subsets() == subsets
 
 
-def test_b11_a_digest_in_the_names_of_shards_is_not_part_of_the_split(tmp_path, embedded):
+def test_a_digest_in_the_names_of_shards_is_not_part_of_the_split(tmp_path, embedded):
     digest = "a1b2c3d4e5f6a7b8"
     for split in ("train", "validation", "test"):
         for shard in range(2):
@@ -335,7 +335,7 @@ def timit(corpus: Path, numbers: str) -> Path:
     return corpus
 
 
-def test_b15_b33_timit_is_read_without_its_numbers_of_samples(tmp_path):
+def test_timit_is_read_without_its_numbers_of_samples(tmp_path):
     utterances = build_as_documented("/data/TIMIT", timit(tmp_path / "c", "0 3200"))
     assert [(u.key, u.target) for u in utterances["test"]] == [
         (f"TEST/DR1/FCJF0/SX{i}", "she had your dark suit.") for i in range(2)
@@ -361,7 +361,7 @@ def test_numbers_that_were_spoken_remain(tmp_path, text):
         ("train/b", "../../elsewhere"),
     ],
 )
-def test_b29_a_link_to_a_folder_above_is_not_followed(tmp_path, link, target):
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path, link, target):
     for split in ("train", "test"):
         path = tone(tmp_path / "c" / split / f"{split}.wav", 300 + 10 * (split == "test"))
         write_text(path.with_suffix(".txt"), "hello")
@@ -380,7 +380,7 @@ def kaldi(folder: Path, entry: str) -> Path:
     return folder
 
 
-def test_b24_sph2pipe_to_pcm_is_read_as_the_file(tmp_path):
+def test_sph2pipe_to_pcm_is_read_as_the_file(tmp_path):
     (item,) = read_all(kaldi(tmp_path, "sph2pipe -f wav -p /data/a.sph |"))
     assert item.source == "/data/a.sph"
 
@@ -388,13 +388,13 @@ def test_b24_sph2pipe_to_pcm_is_read_as_the_file(tmp_path):
 @pytest.mark.parametrize(
     "entry", ["/data/wav.ark:17", "/data/wav.ark:17[0:100]", "-", "ffmpeg -i x -f wav - |"]
 )
-def test_b24_the_advice_for_other_entries_leads_to_files(tmp_path, entry):
+def test_the_advice_for_other_entries_leads_to_files(tmp_path, entry):
     with pytest.raises(UserError, match=r"wav\.scp, line 1 .*wav-copy \"\$entry\" \"wav/\$id\.wav\""):
         read_all(kaldi(tmp_path, entry))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_b33_places_in_kaldi_archives_are_explained_in_other_lists_too(tmp_path, suffix):
+def test_places_in_kaldi_archives_are_explained_in_other_lists_too(tmp_path, suffix):
     content = {
         ".jsonl": json.dumps({"key": "a", "source": "/data/wav.ark:123", "target": "x"}),
         ".csv": "path,text\n/data/wav.ark:123,x",
@@ -413,7 +413,7 @@ def test_times_of_a_segment_are_finite(tmp_path, times):
         read_all(tmp_path)
 
 
-def test_b25_recordings_and_supervisions_are_not_cuts_yet(tmp_path):
+def test_recordings_and_supervisions_are_not_cuts_yet(tmp_path):
     recording = {"id": "r", "sources": [], "sampling_rate": 16_000, "num_samples": 1, "duration": 1.0}
     supervision = {"id": "s", "recording_id": "r", "start": 0.0, "duration": 1.0, "text": "hello"}
     for name, line in (("recordings", recording), ("supervisions", supervision)):
@@ -424,7 +424,7 @@ def test_b25_recordings_and_supervisions_are_not_cuts_yet(tmp_path):
             read_all(folder)
 
 
-def test_b25_resampled_cuts_are_read(tmp_path):
+def test_resampled_cuts_are_read(tmp_path):
     source = write_wav(tmp_path / "a.wav", make_tone(0.5))
     resampled, slow = cut("a", source, "hello"), cut("b", source, "hello")
     resampled["recording"]["transforms"] = [{"name": "Resample", "kwargs": {"target_sampling_rate": 16_000}}]
@@ -447,7 +447,7 @@ def test_the_text_of_a_cut_is_text(tmp_path, field, value):
 # All kinds
 
 
-def test_b27_tags_are_reported_and_may_be_dropped_or_made_punctuation(tmp_path, embedded, capsys):
+def test_tags_are_reported_and_may_be_dropped_or_made_punctuation(tmp_path, embedded, capsys):
     texts = ["HELLO THERE <COMMA> YOU <PERIOD>", "<MUSIC>"]
     for split in ("train", "dev", "test"):
         rows = [{"audio": embedded(f"{split}{i}"), "text": text} for i, text in enumerate(texts)]
@@ -476,7 +476,7 @@ def test_tags_are_words_in_brackets(tags, text, expected):
     assert " ".join(without_tags(text, tags).split()) == expected
 
 
-def test_b30_a_speaker_that_is_null_is_unknown(tmp_path):
+def test_a_speaker_that_is_null_is_unknown(tmp_path):
     write_wav(tmp_path / "a.wav")
     line = {"key": "a", "source": "a.wav", "target": "x", "speaker": None, "subset": None}
     write_text(tmp_path / "m.jsonl", json.dumps(line) + "\n")
@@ -484,7 +484,7 @@ def test_b30_a_speaker_that_is_null_is_unknown(tmp_path):
     assert (utterance.speaker, utterance.subset) == ("", "")
 
 
-def test_b31_escapes_in_a_file_uri_are_characters(tmp_path):
+def test_escapes_in_a_file_uri_are_characters(tmp_path):
     source = write_wav(tmp_path / "with space 100%.wav").absolute()
     uris = [source.as_uri(), source.as_uri().replace("file://", "file:"), f"file://localhost{source}"]
     lines = [json.dumps({"key": str(i), "source": uri, "target": "x"}) for i, uri in enumerate(uris)]

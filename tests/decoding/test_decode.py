@@ -327,7 +327,7 @@ def test_a_test_set_without_audio_is_refused_before_weights_are_loaded(
     assert "\n" not in str(refused.value) and not (tmp_path / "decoded").exists()
 
 
-def test_b33_an_utterance_of_two_manifests_is_refused(model, manifest, tiny_recipe, tmp_path, monkeypatch):
+def test_an_utterance_of_two_manifests_is_refused(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "slam_asr.decoding.model.Model.load", lambda *_, **__: pytest.fail("weights were loaded")
     )
@@ -338,7 +338,7 @@ def test_b33_an_utterance_of_two_manifests_is_refused(model, manifest, tiny_reci
             decode(decode_recipe(tiny_recipe), model, [manifest, second], str(tmp_path / "decoded"))
 
 
-def test_b30_b33_utterances_without_transcript_and_speaker_are_decoded(
+def test_utterances_without_transcript_and_speaker_are_decoded(
     model, manifest, tiny_recipe, tmp_path, capsys
 ):
     row = json.loads(Path(manifest).read_text(encoding="utf-8").splitlines()[0]) | {

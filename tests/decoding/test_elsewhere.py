@@ -41,7 +41,7 @@ def places(moved, **others: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_b06_model_on_another_machine(moved, tmp_path, capsys):
+def test_a_model_runs_where_its_base_models_have_moved(moved, tmp_path, capsys):
     with pytest.raises(ModelError, match=r"/gone/encoder.*is elsewhere now, give --encoder\.name"):
         decode(moved, tmp_path)
     with pytest.raises(ModelError, match=r"/gone/llm.*is elsewhere now, give --llm\.name"):
@@ -60,7 +60,7 @@ def test_b06_model_on_another_machine(moved, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_b06_other_weights_are_refused_by_sha256(moved, tmp_path, tiny_models):
+def test_other_weights_are_refused_by_sha256(moved, tmp_path, tiny_models):
     other = Path(shutil.copytree(moved["llm"], tmp_path / "other"))
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -77,7 +77,7 @@ def test_b06_other_weights_are_refused_by_sha256(moved, tmp_path, tiny_models):
 
 
 @pytest.mark.parametrize("option", ["--llm.prompt=Sing. ", "--training.max-steps=3"])
-def test_b06_an_option_without_effect_is_refused_by_name(moved, tmp_path, option):
+def test_an_option_without_effect_is_refused_by_name(moved, tmp_path, option):
     name = option.partition("=")[0].replace("-steps", "_steps")
     with pytest.raises(ConfigurationError, match=f"^{name} has no effect on a model that is already trained"):
         decode(moved, tmp_path, *places(moved), option)

@@ -14,7 +14,7 @@ def recording(lengths, pauses, seed=0):
     Args:
         lengths: seconds of each burst.
         pauses: seconds of the pause after each.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         Samples, and (start, end) of each burst in samples.

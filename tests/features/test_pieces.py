@@ -14,7 +14,8 @@ from slam_asr.features.plan import Audio, PlannedShard
 from slam_asr.models.feature_dtype import quantize
 from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import join, read_bytes, walk, write_bytes
-from tests.features.test_extract import SMALL, contents, recipe, utterances_in
+from tests.features.conftest import utterances_in
+from tests.features.test_extract import SMALL, contents, recipe
 
 
 @pytest.fixture(scope="module")

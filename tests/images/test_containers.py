@@ -19,7 +19,7 @@ from slam_asr import __version__
 from slam_asr.artifacts.stage_record import follow_pointer, read_record
 from slam_asr.steps import OWN_IMAGE
 from slam_asr.storage import walk
-from tests.engine import BUILD_OPTIONS, NoEngine, install
+from tests.docker_engine import BUILD_OPTIONS, NoEngine, install
 from tests.images.test_images import WITHOUT_TORCH, lock, third_party
 
 CHECKOUT = Path(__file__).resolve().parents[2]

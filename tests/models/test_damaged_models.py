@@ -164,7 +164,7 @@ def test_a_damaged_llm_is_refused_in_a_sentence(llm, name):
 
 @pytest.mark.parametrize("name", ["gptq", "bad_index", "no_map", "cut off"])
 @pytest.mark.parametrize("command", ["plan", "train"])
-def test_b19_llm_folders(llm, manifest, tmp_path, tiny_recipe, command, name):
+def test_plan_and_train_refuse_a_damaged_llm(llm, manifest, tmp_path, tiny_recipe, command, name):
     damage, sentence = DAMAGES[name]
     damage(llm)
     recipe = load_recipe(str(tiny_recipe), {"llm.name": str(llm)})

@@ -376,7 +376,7 @@ def whisper_file(width: int, text_width: int) -> dict:
     return {"dims": dims, "model_state_dict": {name: torch.randn(shape) for name, shape in shapes.items()}}
 
 
-def test_b22_a_whisper_whose_decoder_has_another_width_gives_its_encoder(tmp_path):
+def test_a_whisper_whose_decoder_has_another_width_gives_its_encoder(tmp_path):
     content = whisper_file(width=16, text_width=24)
     line = convert_original(saved(content, tmp_path / "file.pt"), tmp_path / "c")
     assert "without 2 tensors" in line

@@ -128,7 +128,7 @@ def run_with(tmp_path, tiny_recipe, model):
         *((stage, "tokenizer") for stage in ("train", "convert-checkpoint", "decode")),
     ],
 )
-def test_b08_an_llms_own_code_is_refused_by_name(
+def test_an_llms_own_code_is_refused_by_name(
     tmp_path, tiny_models, run_with, marker, questions, stage, where
 ):
     name = plant(tiny_models["llm"], tmp_path / "llm", where, marker)
@@ -142,7 +142,7 @@ def test_b08_an_llms_own_code_is_refused_by_name(
 @pytest.mark.parametrize(
     "stage", ["plan", "extract-features", "train", "convert-checkpoint", "decode", "transcribe"]
 )
-def test_b08_an_encoders_own_code_is_refused(tmp_path, tiny_models, run_with, marker, questions, stage):
+def test_an_encoders_own_code_is_refused(tmp_path, tiny_models, run_with, marker, questions, stage):
     name = plant(tiny_models["encoder"], tmp_path / "encoder", "configuration", marker)
     with pytest.raises(ModelError, match="needs Python code of its own, which is not run") as refused:
         run_with(stage, **{"encoder.name": name})
@@ -157,7 +157,7 @@ def test_attention_from_the_hub_is_code_too(tmp_path, tiny_models):
         require_usable_llm(folder, Llm())
 
 
-def test_b08_with_the_key_the_llms_code_runs_and_a_model_folder_does_not_grant_it(
+def test_with_the_key_the_llms_code_runs_and_a_model_folder_does_not_grant_it(
     tmp_path, tiny_recipe, tiny_models, run_with, marker, questions
 ):
     name = plant(tiny_models["llm"], tmp_path / "llm", "configuration", marker)

@@ -198,6 +198,6 @@ def test_outside_the_checkout_the_error_names_it(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "slam-asr: error: pipelines and components are not installed, they run from the checkout: "
+        "slam-asr: error: pipelines and components run from the checkout and are not installed: "
         f"cd {CHECKOUT} and use `python -m pipelines`."
     ]

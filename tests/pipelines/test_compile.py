@@ -448,7 +448,7 @@ def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
 
 
 @pytest.mark.parametrize(
-    ("steps", "over_nodes", "resources", "timeout"),
+    ("steps", "by_trainjob", "resources", "timeout"),
     [
         ("{cpu: '8'}", False, ("8", "8", "8Gi", "8Gi"), 24),
         ("{cpu: '8', cpu_limit: '12'}", False, ("8", "12", "8Gi", "8Gi"), 24),
@@ -458,13 +458,15 @@ def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
         ("{cpu: '8', cpu_limit: none}", True, ("100m", None, "512Mi", "512Mi"), 14 * 24 + 1),
     ],
 )
-def test_step_requests_cores_with_a_limit_of_its_own_or_none(tmp_path, steps, over_nodes, resources, timeout):
+def test_step_requests_cores_with_a_limit_of_its_own_or_none(
+    tmp_path, steps, by_trainjob, resources, timeout
+):
     (tmp_path / "mine.yaml").write_text(f"steps: {{score: {steps}, train: {steps}}}")
     cluster = load_cluster(str(tmp_path / "mine.yaml"))
 
     @dsl.pipeline
     def one_step():
-        place(cluster, IMAGES, "train", nothing(), over_nodes)
+        place(cluster, IMAGES, "train", nothing(), by_trainjob)
 
     Compiler().compile(one_step, str(tmp_path / "one.yaml"))
     spec, settings = read_package(tmp_path / "one.yaml")

@@ -269,7 +269,7 @@ def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_cor
 
 
 @pytest.mark.slow
-def test_later_stages_find_the_result_of_a_single_stage(tiny_recipe, tiny_corpus, tmp_path):
+def test_single_stage_needs_the_earlier_results_and_leaves_its_own(tiny_recipe, tiny_corpus, tmp_path):
     output = tmp_path / "fresh" / "run"
     done = run(tiny_recipe, tiny_corpus, output, "--only", "extract-features")
     assert done.returncode == 2 and "extract-features needs the result of build-manifest" in done.stderr

@@ -88,7 +88,7 @@ def test_store_is_not_tried_if_its_name_cannot_be_looked_up(bucket, monkeypatch)
     assert name.startswith("✗ name no-such-host.invalid: object storage cannot be looked up in this pod (")
 
 
-def test_folder_that_the_user_may_not_write_to(tmp_path, monkeypatch):
+def test_folder_that_the_user_may_not_write_to_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path))
     folder = tmp_path / "models"
     [missing] = lines(claim="models")
@@ -114,7 +114,7 @@ def test_folder_that_the_user_may_not_write_to(tmp_path, monkeypatch):
     )
 
 
-def test_gpus_that_torch_does_not_see():
+def test_gpus_that_torch_does_not_see_are_a_finding():
     count = torch.cuda.device_count()
     finding = check_gpus(count + 1, "steps.train")
     expected = (

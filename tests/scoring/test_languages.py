@@ -40,7 +40,7 @@ def row(reference: str, hypothesis: str, language: str = "") -> Hypothesis:
     return Hypothesis("u", reference, hypothesis, language=language)
 
 
-def test_b16_characters_are_counted_where_words_are_not_separated():
+def test_characters_are_counted_where_words_are_not_separated():
     numbers = analyse(measure(CHINESE))
     assert numbers["unit"] == "characters"
     total = numbers["all"]
@@ -81,7 +81,7 @@ def test_an_english_word_among_chinese_does_not_decide_and_neither_does_one_chin
     assert character_errors(rows).tolist() == [[0, 15]]
 
 
-def test_b17_two_unicode_forms_are_the_same_text(tmp_path):
+def test_two_unicode_forms_are_the_same_text(tmp_path):
     nfc, nfd = (unicodedata.normalize(form, "café déjà") for form in ("NFC", "NFD"))
     total = analyse(measure([row(nfd, nfc)]))["all"]
     assert (total["wer"], total["cer"], total["normalised"]) == (0.0, 0.0, 0.0)
@@ -112,11 +112,11 @@ def transcript(text: str, form: str, **extra: str) -> str:
 
 
 @pytest.mark.parametrize("form", ["lower", "upper", "as-is", "whisper"])
-def test_b17_build_manifest_writes_nfc(form):
+def test_build_manifest_writes_nfc(form):
     assert unicodedata.is_normalized("NFC", transcript(unicodedata.normalize("NFD", "Café déjà"), form))
 
 
-def test_b18_english_rules_are_applied_to_english_alone():
+def test_english_rules_are_applied_to_english_alone():
     rows = [row("यह किताब", "यह कितब"), row("मेरी किताबें", "मेर किताबे")]
     total = analyse(measure(rows))["all"]
     # Without their vowel signs, three of these four words would be right.
@@ -144,7 +144,7 @@ def test_the_languages_of_the_manifest_decide_before_the_letters():
 @pytest.mark.parametrize(
     ("text", "extra"), [("यह किताब", {}), ("bonjour", {"language": "fr"}), ("hallo", {"locale": "de"})]
 )
-def test_b18_whispers_normaliser_for_english_refuses_other_languages(text, extra):
+def test_whispers_normaliser_for_english_refuses_other_languages(text, extra):
     with pytest.raises(ConfigurationError, match=r"u0 is not in English.*--data\.text\.$"):
         transcript(text, "whisper", **extra)
     assert transcript(text, "lower", **extra) == text

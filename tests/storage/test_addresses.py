@@ -24,7 +24,7 @@ def sentence(call, *arguments) -> str:
 
 
 @pytest.mark.parametrize("address", NO_BUCKET)
-def test_b32_no_call_takes_an_address_without_a_bucket(address, tmp_path, monkeypatch):
+def test_no_call_takes_an_address_without_a_bucket(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for call in (
         is_s3,
@@ -46,13 +46,13 @@ def test_b32_no_call_takes_an_address_without_a_bucket(address, tmp_path, monkey
 @pytest.mark.parametrize(
     "key", ["data.audio_root", "encoder.name", "llm.name", "projector.init_from", "training.deepspeed"]
 )
-def test_b32_no_key_of_a_recipe_takes_an_address_without_a_bucket(key):
+def test_no_key_of_a_recipe_takes_an_address_without_a_bucket(key):
     assert "names no bucket" in sentence(load_recipe, "demo", {key: "s3://"})
     if key != "training.deepspeed":  # a file that is read before the other keys are checked
         assert f"{key}: s3:///models names no bucket" in sentence(load_recipe, "demo", {key: "s3:///models"})
 
 
-def test_b32_no_profile_takes_an_address_without_a_bucket(tmp_path):
+def test_no_profile_takes_an_address_without_a_bucket(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("storage: {store: 's3://'}", encoding="utf-8")
     assert "Cluster mine: storage.store: s3:// names no bucket" in sentence(load_cluster, str(file))
@@ -75,7 +75,7 @@ SCORE = ["score", "--recipe", "demo", "--model", "m", "--output", "x", "--parts"
         (slam_asr, ["compare", "a", "b", "--output", "s3:///x"]),
     ],
 )
-def test_b32_no_option_takes_an_address_without_a_bucket(command, options, tmp_path, monkeypatch):
+def test_no_option_takes_an_address_without_a_bucket(command, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "names no bucket" in sentence(command, options)
     assert list(tmp_path.iterdir()) == []
@@ -91,14 +91,14 @@ def test_b32_no_option_takes_an_address_without_a_bucket(command, options, tmp_p
         (slam_asr, ["compare", "a", "b", "--output", ""], "--output"),
     ],
 )
-def test_b32_an_empty_option_is_not_the_working_folder(command, options, name, tmp_path, monkeypatch):
+def test_an_empty_option_is_not_the_working_folder(command, options, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sentence(command, options) == f"{name} is empty: give a value, or leave the option out."
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("option", ["corpus", "store", "model"])
-def test_b32_no_pipeline_parameter_is_empty_or_without_a_bucket(option):
+def test_no_pipeline_parameter_is_empty_or_without_a_bucket(option):
     places = {"corpus": "s3://b-b/c", "store": "s3://b-b/s", "model": None}
     assert location_parameters(load_cluster("cpu"), **places) == {k: v for k, v in places.items() if v}
     assert "names no bucket" in sentence(

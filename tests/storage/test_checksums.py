@@ -30,7 +30,7 @@ def refuse_checksums(status: int, code: str):
 @pytest.mark.parametrize(
     "answer", [(400, "InvalidArgument"), (501, "NotImplemented"), (400, "InvalidRequest")]
 )
-def test_b09_a_server_that_refuses_checksums_works(faulty_s3, small_pieces, tmp_path, capsys, answer):
+def test_a_server_that_refuses_checksums_works(faulty_s3, small_pieces, tmp_path, capsys, answer):
     faulty_s3.rule = refuse_checksums(*answer)
     content = bytes(range(250)) * 1400
     (tmp_path / "file").write_bytes(content)
@@ -51,7 +51,7 @@ def test_b09_a_server_that_refuses_checksums_works(faulty_s3, small_pieces, tmp_
 
 
 @pytest.mark.parametrize("kind", ["small", "large", "once"])
-def test_b09_the_first_request_of_any_kind_may_be_refused(faulty_s3, small_pieces, tmp_path, kind):
+def test_the_first_request_of_any_kind_may_be_refused(faulty_s3, small_pieces, tmp_path, kind):
     faulty_s3.rule = refuse_checksums(400, "InvalidArgument")
     content = b"c" * (250_000 if kind == "large" else 3)
     (tmp_path / "file").write_bytes(content)
@@ -62,7 +62,7 @@ def test_b09_the_first_request_of_any_kind_may_be_refused(faulty_s3, small_piece
     assert fetch(f"{ROOT}/x").read_bytes() == content
 
 
-def test_b09_botos_own_variable_is_honoured(faulty_s3, small_pieces, tmp_path, monkeypatch):
+def test_botos_own_variable_is_honoured(faulty_s3, small_pieces, tmp_path, monkeypatch):
     faulty_s3.share = 0
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     (tmp_path / "file").write_bytes(b"c" * 250_000)
@@ -75,7 +75,7 @@ def test_b09_botos_own_variable_is_honoured(faulty_s3, small_pieces, tmp_path, m
         write_bytes(f"{ROOT}/small", b"small")
 
 
-def test_b09_a_flipped_bit_is_noticed_without_checksums(faulty_s3, monkeypatch):
+def test_a_flipped_bit_is_noticed_without_checksums(faulty_s3, monkeypatch):
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     flips = [FLIP]
     faulty_s3.rule = lambda request: flips.pop() if request.method == "PUT" and flips else None
@@ -83,7 +83,7 @@ def test_b09_a_flipped_bit_is_noticed_without_checksums(faulty_s3, monkeypatch):
     assert faulty_s3.faults[FLIP] == 1 and read_bytes(f"{ROOT}/x") == b"content"
 
 
-def test_b09_without_checksum_and_md5_the_object_is_read_back(faulty_s3, tmp_path):
+def test_without_checksum_and_md5_the_object_is_read_back(faulty_s3, tmp_path):
     """Etags are no MD5 sums if the bucket encrypts with keys of a key management service."""
     faulty_s3.checks, faulty_s3.share = False, 0
     # By moto's rules, the etag is still an MD5 sum; but it could be anything.
@@ -103,7 +103,7 @@ def test_b09_without_checksum_and_md5_the_object_is_read_back(faulty_s3, tmp_pat
         upload(tmp_path / "file", f"{ROOT}/x")
 
 
-def test_b09_the_servers_own_words_are_in_the_message(faulty_s3):
+def test_the_servers_own_words_are_in_the_message(faulty_s3):
     faulty_s3.rule = lambda request: (400, "InvalidStorageClass")
     with pytest.raises(
         StorageError, match=r'InvalidStorageClass \("InvalidStorageClass, from the proxy"\); check'

@@ -46,7 +46,7 @@ def stage():
 
 
 @pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
-def test_b07_a_stage_tries_its_output_before_it_works(faulty_s3, stage, method):
+def test_a_stage_tries_its_output_before_it_works(faulty_s3, stage, method):
     faulty_s3.rule = refuse(method, text=".writable-")
     with pytest.raises(StorageError, match=r"^s3://bucket/y cannot be .*: access is denied") as raised:
         stage("s3://bucket/y")
@@ -64,7 +64,7 @@ def test_b07_a_stage_tries_its_output_before_it_works(faulty_s3, stage, method):
     assert exists("s3://bucket/y/stage.json")
 
 
-def test_b07_a_missing_bucket_and_a_file_in_the_way_are_noticed_first(bucket, stage, tmp_path):
+def test_a_missing_bucket_and_a_file_in_the_way_are_noticed_first(bucket, stage, tmp_path):
     with pytest.raises(
         StorageError, match=r"^s3://no-such-bucket/y cannot be written: there is no such bucket"
     ):
@@ -76,7 +76,7 @@ def test_b07_a_missing_bucket_and_a_file_in_the_way_are_noticed_first(bucket, st
     assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
-def test_b07_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", str(tmp_path / ".x.partial"))
 
@@ -87,7 +87,7 @@ def test_b07_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
     assert stat.S_ISDIR(tmp_path.stat().st_mode) and list(tmp_path.iterdir()) == []
 
 
-def test_b07_transcribe_and_copy_models_try_first(faulty_s3, tmp_path):
+def test_transcribe_and_copy_models_try_first(faulty_s3, tmp_path):
     faulty_s3.rule = refuse("PUT")
     with pytest.raises(StorageError, match="access is denied"):
         transcribe(None, "no-model", [str(tmp_path / "a.wav")], output="s3://bucket/out")
@@ -111,7 +111,7 @@ def weight(folder: str) -> float:
     return float(checkpoint.require(folder).tensors("weights")["w"][0])
 
 
-def test_b07_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_here(
+def test_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_here(
     faulty_s3, process_group, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "0.3")
@@ -156,7 +156,7 @@ def test_b07_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_here(
     assert weight(folder) == 5.0
 
 
-def test_b07_a_checkpoint_is_tried_again_for_as_long_as_its_patience(
+def test_a_checkpoint_is_tried_again_for_as_long_as_its_patience(
     faulty_s3, process_group, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "20")
@@ -175,9 +175,7 @@ def test_b07_a_checkpoint_is_tried_again_for_as_long_as_its_patience(
     assert len(denied) == 3 and weight("s3://bucket/x/checkpoints") == 1.0
 
 
-def test_b07_a_local_checkpoint_that_cannot_be_written_names_the_latest_one(
-    process_group, tmp_path, monkeypatch
-):
+def test_a_local_checkpoint_that_cannot_be_written_names_the_latest_one(process_group, tmp_path, monkeypatch):
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "0")
     folder = tmp_path / "checkpoints"
     writer = CheckpointWriter(str(folder), tmp_path, keep=2)

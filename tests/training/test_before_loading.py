@@ -33,7 +33,7 @@ def start_training(prepared, monkeypatch, tmp_path):
     return run
 
 
-def test_too_little_memory(start_training, monkeypatch):
+def test_too_little_memory_is_refused(start_training, monkeypatch):
     with pytest.raises(Started):
         start_training()
     monkeypatch.setattr(machine, "host_memory", lambda: 1e5)
@@ -49,7 +49,7 @@ def on_a_cpu(monkeypatch):
     monkeypatch.setattr("slam_asr.training.inputs.pick_device", lambda: torch.device("cpu"))
 
 
-def test_compiling_without_a_compiler(start_training, on_a_cpu, monkeypatch, tmp_path):
+def test_compiling_without_a_compiler_is_refused(start_training, on_a_cpu, monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
@@ -66,7 +66,7 @@ def test_compiling_without_a_compiler(start_training, on_a_cpu, monkeypatch, tmp
         start_training(compile=True)
 
 
-def test_ligers_kernels_without_a_gpu(start_training, on_a_cpu):
+def test_ligers_kernels_without_a_gpu_are_refused(start_training, on_a_cpu):
     with pytest.raises(UserError, match=r"^training\.liger needs a GPU"):
         start_training(liger=True)
 
@@ -75,6 +75,6 @@ def test_ligers_kernels_without_a_gpu(start_training, on_a_cpu):
     importlib.util.find_spec("liger_kernel") is not None,
     reason="tests machines without the package liger-kernel",
 )
-def test_ligers_kernels_without_the_package():
+def test_ligers_kernels_without_the_package_are_refused():
     with pytest.raises(UserError, match=r"pip install liger-kernel"):
         kernels.require_kernels(Training(liger=True), torch.device("cuda"))

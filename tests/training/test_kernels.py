@@ -119,7 +119,7 @@ def test_every_engine_takes_the_same_steps_with_compiled_layers(tmp_path):
         assert len(set(uncompiled)) == 4 and compiled == pytest.approx(uncompiled, rel=1e-5), kind
 
 
-def test_kernels_do_not_count_assettings_that_affect_weights():
+def test_kernels_do_not_count_as_settings_that_affect_weights():
     plain = load_recipe("demo")
     for key in ("compile", "liger"):
         assert settings_that_affect_weights(

@@ -90,7 +90,7 @@ def test_log_curve_and_page_agree(tmp_path, capsys):
     assert shown["samples"] == SAMPLES.texts and len(shown["curve"]) == 4
 
 
-def test_b16_a_validation_names_the_character_error_rate(tmp_path, capsys):
+def test_a_validation_names_the_character_error_rate(tmp_path, capsys):
     monitored = monitor(tmp_path)
     monitored.step(numbers(1))
     monitored.validation(1, 0.75, 0.625, Samples(None, SAMPLES.texts, cer=0.125))

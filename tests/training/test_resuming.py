@@ -268,7 +268,7 @@ def test_storage_that_is_unavailable_for_a_while_does_not_stop_training(
 
 
 @pytest.mark.slow
-def test_b07_training_stops_when_no_checkpoint_can_be_written_and_resumes_with_it(
+def test_training_stops_when_no_checkpoint_can_be_written_and_resumes_with_it(
     prepared, bucket, s3_server, monkeypatch
 ):
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "1")

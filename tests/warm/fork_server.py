@@ -115,7 +115,7 @@ def reap(stand_ins: dict[int, tuple[int, socket.socket]]) -> None:
 
 
 def answer(connection: socket.socket, ours: list[int]) -> int:
-    """Fork a process for one request → its number, or 0 where the one who asked is gone."""
+    """Fork a process for one request → its process id, or 0 if the requester has ended."""
     try:
         message, streams, _, _ = socket.recv_fds(connection, 16, 4)
     except OSError:

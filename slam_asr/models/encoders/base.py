@@ -67,6 +67,7 @@ class EncoderSpec(ABC):
 
     def count_parameters(self) -> int:
         """Count the parameters without loading the weights."""
+        # On the meta device a model has shapes but no memory.
         with torch.device("meta"):
             model = AutoModel.from_config(self.config, trust_remote_code=False)
             return sum(p.numel() for p in self.encoder_of(model).parameters())

@@ -100,10 +100,13 @@ class WaveformEncoder(SpeechEncoder):
         waveforms = pad_sequence([u.inputs[0] for u in encodable], batch_first=True).to(
             self.device, self.dtype
         )
+        # Without padding no mask is needed, and attention may use its faster kernels.
         mask = None
         if len(set(lengths.tolist())) > 1:
             mask = (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None]).long()
         self._set_group_norm_lengths(None if mask is None else lengths)
+        # An utterance that is too short for a frame was not in the batch. Each of the others takes the next
+        # output.
         outputs = iter(self.model(waveforms, attention_mask=mask).last_hidden_state)
         return [next(outputs)[:n] if n else waveforms.new_zeros(0, self.spec.width) for n in frames]
 

@@ -46,7 +46,7 @@ def start_process_group(device: torch.device, engine: str) -> None:
     """Join the process group of the processes that torchrun started: NCCL on GPUs, gloo on CPUs.
 
     Args:
-        device: of this process.
+        device: this process's device.
         engine: `training.engine`; DeepSpeed has to create its process group itself.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"

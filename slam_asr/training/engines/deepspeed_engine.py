@@ -17,10 +17,10 @@ from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.engines.engine import (
-    MOMENTS,
     Engine,
     ParameterGroups,
     Update,
+    create_adam_state,
     is_finite,
     move_and_cast,
 )
@@ -69,7 +69,7 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed has replaced the weights in Adam's groups with its own masters.
         self.optimizer: Any = self.module.optimizer
         self.processes = torch.distributed.get_world_size()
-        self.half, self.scales = options.precision != "fp32", options.precision == "fp16"
+        self.half, self.scales_loss = options.precision != "fp32", options.precision == "fp16"
         self.stage = options.zero_stage
         if self.stage in (1, 2):
             # By default these stages check gradients in half precision only. In fp32, a single NaN would ruin
@@ -99,7 +99,7 @@ class DeepSpeedEngine(Engine):
         self.groups.set_rates(self.adam.param_groups, learning_rate)
         norm: float | None
         if self.stage == 0:
-            # Read before the step, which clears the gradients.
+            # Read before the step, which clears the gradients. They are still multiplied by the loss scale.
             gradients = [p.grad for p in self.groups.weights.values() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale().get("cur_scale", 1.0)
             if not self.half and not is_finite(norm):
@@ -156,15 +156,12 @@ class DeepSpeedEngine(Engine):
         """The fp32 masters under stage 0, by name."""
         if not self.half:
             return self.groups.weights
+        # DeepSpeed's groups, and the weights in them, have the order of Adam's, as `groups.weights` does.
         flat = [p for group in self.optimizer.fp32_groups for p in group]
         return dict(zip(self.groups.weights, flat, strict=True))
 
     def _create_state(self) -> None:
-        """Create the state that Adam would create at its first step, and link it to DeepSpeed's weights.
-
-        A checkpoint may be restored, or saved, before that step: the tensors must exist to be read or
-        overwritten.
-        """
+        """Create Adam's state as `create_adam_state` does, once, and link it to DeepSpeed's weights."""
         if self._has_state:
             return
         self._has_state = True
@@ -174,12 +171,7 @@ class DeepSpeedEngine(Engine):
             if self.stage == 3
             else [p for g in self.adam.param_groups for p in g["params"]]
         )
-        for master in masters:
-            if not self.adam.state[master]:
-                self.adam.state[master] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    **{m: torch.zeros_like(master) for m in MOMENTS},
-                }
+        create_adam_state(self.adam, masters)
         if self.stage in (1, 2):
             # DeepSpeed links state to weights once, at its first step, when only the first group has state.
             # So the link is made again here, for all groups.
@@ -194,8 +186,10 @@ class DeepSpeedEngine(Engine):
             for name, parameter in self.groups.weights.items():
                 parameter.copy_(self._masters[name])
         elif self.stage in (1, 2):
+            # "lp" (low precision) are the weights that the model computes with.
             self.optimizer.update_lp_params()
         elif self.stage == 3:
+            # DeepSpeed's own loading of checkpoints copies the masters to the weights with this method.
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
@@ -205,12 +199,12 @@ class DeepSpeedEngine(Engine):
     def loss_scale(self) -> dict[str, float]:
         return (
             {key: float(getattr(self._scaler, key)) for key in _SCALE if hasattr(self._scaler, key)}
-            if self.scales
+            if self.scales_loss
             else {}
         )
 
     def set_loss_scale(self, values: dict[str, float]) -> None:
-        for key in set(_SCALE) & set(values) if self.scales else ():
+        for key in set(_SCALE) & set(values) if self.scales_loss else ():
             setattr(self._scaler, key, values[key] if key == "cur_scale" else int(values[key]))
 
     @property

@@ -9,7 +9,7 @@ and the summed loss L_p of process p, 1/P · Σ P/T · L_p = Σ L_p / T.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class ParameterGroups:
 
         Args:
             groups: the optimiser's `param_groups`, in the order of `parts`; changed in place.
-            learning_rate: of this step, for a part without a peak of its own.
+            learning_rate: this step's rate for a part without a peak of its own.
         """
         for group, relative in zip(groups, self.relative_rates, strict=True):
             group["lr"] = learning_rate * relative
@@ -127,7 +127,7 @@ class Engine(ABC):
         """Update the weights by the accumulated gradient, and clear it.
 
         Args:
-            learning_rate: of this step; parts with a peak of their own get a rate in proportion.
+            learning_rate: this step's rate; parts with a peak of their own get a rate in proportion to it.
         """
 
     @abstractmethod
@@ -135,7 +135,7 @@ class Engine(ABC):
         """Return one complete tensor of the optimiser's state in fp32. All processes must call it together.
 
         Args:
-            name: of a trained weight.
+            name: name of a trained weight.
             which: `weight` for its master, or one of `MOMENTS`.
 
         Returns:
@@ -149,7 +149,7 @@ class Engine(ABC):
         Call `finish_restoring` when all tensors are set.
 
         Args:
-            name: of a trained weight.
+            name: name of a trained weight.
             which: `weight` for its master, or one of `MOMENTS`.
             value: the complete tensor in fp32, in the shape of the complete weight.
         """
@@ -189,6 +189,20 @@ class Engine(ABC):
                 if index % processes == rank:
                     # A copy: training continues while another thread writes it.
                     yield name, which, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def create_adam_state(adam: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> None:
+    """Create the state that Adam would create at its first step, for those masters that have none.
+
+    A checkpoint may be restored, or saved, before that step: the tensors must exist to be read or
+    overwritten.
+    """
+    for master in masters:
+        if not adam.state[master]:
+            adam.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                **{m: torch.zeros_like(master) for m in MOMENTS},
+            }
 
 
 def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -23,10 +23,10 @@ from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Batch, Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.engines.engine import (
-    MOMENTS,
     Engine,
     ParameterGroups,
     Update,
+    create_adam_state,
     is_finite,
     move_and_cast,
 )
@@ -89,8 +89,8 @@ class TorchEngine(Engine):
         for group, weights in zip(groups, self.groups.parts.values(), strict=True):
             group["params"] = [self.masters[name] for name, _ in weights]
         self.adam = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
-        self.scale = FIRST_SCALE if options.precision == "fp16" else 1.0
-        self.scales = options.precision == "fp16"
+        self.scales_loss = options.precision == "fp16"
+        self.scale = FIRST_SCALE if self.scales_loss else 1.0
         self.good_steps = 0
 
     def forward(self, batch: Batch, last: bool) -> Any:
@@ -100,7 +100,7 @@ class TorchEngine(Engine):
             self.module.set_requires_gradient_sync(last)
         else:
             assert isinstance(self.module, DistributedDataParallel)
-            # `no_sync` sets this flag. As a context manager it would have to enclose the backward pass too.
+            # DDP's context manager `no_sync` sets this flag, but would have to enclose the backward pass too.
             self.module.require_backward_grad_sync = last
         return self.module(batch)
 
@@ -124,8 +124,10 @@ class TorchEngine(Engine):
                 # Cast to fp32 before dividing by the loss scale: in fp16 small gradients would underflow.
                 master = self.masters[name]
                 master.grad = parameter.grad.to(master.dtype)
-                if self.scales:
+                if self.scales_loss:
                     master.grad /= self.scale
+        # An overflow in any gradient makes this norm infinite or NaN. The norm covers all shards, so all
+        # processes decide alike.
         norm = self._norm()
         applied = is_finite(norm)
         if applied:
@@ -139,7 +141,7 @@ class TorchEngine(Engine):
                     parameter.copy_(self.masters[name])
         for name, parameter in weights.items():
             parameter.grad = self.masters[name].grad = None
-        if self.scales:
+        if self.scales_loss:
             self._adapt_scale(applied)
         return Update(applied, norm if applied else None)
 
@@ -156,14 +158,14 @@ class TorchEngine(Engine):
             self.scale *= 2
 
     def get_state(self, name: str, which: str) -> torch.Tensor:
-        self._create_state()
+        create_adam_state(self.adam, self.masters.values())
         master = self.masters[name]
         tensor = master if which == "weight" else self.adam.state[master][which]
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @torch.no_grad()
     def set_state(self, name: str, which: str, value: torch.Tensor) -> None:
-        self._create_state()
+        create_adam_state(self.adam, self.masters.values())
         master = self.masters[name]
         tensor = master if which == "weight" else self.adam.state[master][which]
         value = value.to(tensor.device)
@@ -172,19 +174,6 @@ class TorchEngine(Engine):
             # it without communication.
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.copy_(value)
-
-    def _create_state(self) -> None:
-        """Create the state that Adam would create at its first step.
-
-        A checkpoint may be restored, or saved, before that step: the tensors must exist to be read or
-        overwritten.
-        """
-        for master in self.masters.values():
-            if not self.adam.state[master]:
-                self.adam.state[master] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    **{m: torch.zeros_like(master) for m in MOMENTS},
-                }
 
     @torch.no_grad()
     def finish_restoring(self, updates: int) -> None:
@@ -198,7 +187,7 @@ class TorchEngine(Engine):
         return max((int(state["step"]) for state in self.adam.state.values()), default=0)
 
     def loss_scale(self) -> dict[str, float]:
-        return {"cur_scale": self.scale, "good_steps": float(self.good_steps)} if self.scales else {}
+        return {"cur_scale": self.scale, "good_steps": float(self.good_steps)} if self.scales_loss else {}
 
     def set_loss_scale(self, values: dict[str, float]) -> None:
         # DeepSpeed's state has the scale under the same name, but counts steps differently.
@@ -212,6 +201,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     FSDP2 gathers a layer's weights just before the layer runs and frees them afterwards. With prefetching, at
     most two layers are complete at a time.
     """
+    # Layers before the model: FSDP2 makes a unit of all weights that no unit inside has taken yet.
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     wrap = functools.partial(fully_shard, mesh=mesh)
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:

@@ -1,4 +1,4 @@
-"""doctor --run starts a pod for each kind of step, shows what each found, and says why one did not start."""
+"""doctor --run starts a pod for each kind of step, shows its findings, and reports why one did not start."""
 
 import json
 

@@ -321,7 +321,7 @@ def test_archived_logs_are_shown_when_the_pods_are_gone(recording, kubeflow, pro
         "slam-asr: error: There is nothing at s3://b/corpus: check the bucket and the prefix.",
     ]
     assert program("logs", run_id, "--all")[1].splitlines()[1:] == log.splitlines()
-    # The program never started: what Kubeflow and Argo say is all that there is.
+    # The program never started, so the only lines are those of Kubeflow and Argo.
     kubeflow.archive[f"{bucket}/{key}"] = log[: log.index("building")].encode()
     assert program("logs", run_id)[1].splitlines()[1:] == log[: log.index("building")].splitlines()
     kubeflow.archive.clear()

@@ -1,6 +1,6 @@
 """Measure the effect of `features.dtype`, the precision of saved features, on the loss of a trained model.
 
-    python benchmarks/stored_precision.py MODEL MANIFEST
+    python benchmarks/feature_precision.py MODEL MANIFEST
 
 MODEL is a folder that convert-checkpoint wrote. MANIFEST has utterances that the model was not trained on.
 The encoder runs once, in fp32. Its outputs are rounded to each `features.dtype`, and projector and LLM run on
