@@ -62,6 +62,12 @@ def _cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv("SLAM_ASR_WARM", raising=False)
 
 
+@pytest.fixture(scope="session")
+def warmth() -> dict[str, str]:
+    """Environment in which a test that is marked `cold` starts a program warm."""
+    return {name: value for name, value in os.environ.items() if name == "SLAM_ASR_WARM"}
+
+
 LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-mini"
 
 
