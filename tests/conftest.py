@@ -4,6 +4,7 @@ This file also makes the tests fast: this project's programs start warm (`tests/
 costly fixture run on the same worker of pytest-xdist.
 """
 
+import functools
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import boto3
+import botocore.loaders
 import numpy as np
 import pytest
 import soundfile
@@ -54,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest; the Makefile sends the tests of a file to one worker."""
     first = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
+
+_read_description = functools.cache(botocore.loaders.JSONFileLoader().load_file)
+# boto3 reads a megabyte of JSON, S3's description, for each session; the tests make hundreds.
+botocore.loaders.JSONFileLoader.load_file = lambda _, path: _read_description(path)
 
 
 @pytest.fixture(autouse=True)
