@@ -4,6 +4,7 @@ This file also makes the tests fast: this project's programs start warm (`tests/
 costly fixture run on the same worker of pytest-xdist.
 """
 
+import functools
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import boto3
+import botocore.loaders
 import numpy as np
 import pytest
 import soundfile
@@ -56,10 +58,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: first.get(item.path.stem, len(first)))
 
 
+_read_description = functools.cache(botocore.loaders.JSONFileLoader().load_file)
+# boto3 reads a megabyte of JSON, S3's description, for each session; the tests make hundreds.
+botocore.loaders.JSONFileLoader.load_file = lambda _, path: _read_description(path)
+
+
 @pytest.fixture(autouse=True)
 def _cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("cold"):
         monkeypatch.delenv("SLAM_ASR_WARM", raising=False)
+
+
+@pytest.fixture(scope="session")
+def warmth() -> dict[str, str]:
+    """Environment in which a test that is marked `cold` starts a program warm."""
+    return {name: value for name, value in os.environ.items() if name == "SLAM_ASR_WARM"}
 
 
 LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-mini"

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
 from safetensors.torch import load_file
 
 from slam_asr.config.recipe import load_recipe
@@ -35,6 +34,8 @@ def consolidated(step, out, **options):
         else:
             content |= {"ds_version": "0.19.0", "shared_params": {}, "frozen_param_shapes": None}
         torch.save(content, path)
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
+
     convert_zero_checkpoint_to_state_dict(str(step.parent), str(out), tag=step.name, **options)
     return out
 

@@ -14,8 +14,10 @@ from tests.conversion import engine_program
 from tests.conversion.engine_program import PRECISIONS, STAGES
 from tests.ranks import run_on_ranks
 
+RANKS = [1, 2, *([4] if os.environ.get("SLAM_ASR_SOAK") else [])]
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda n: f"{n} ranks")
+
+@pytest.fixture(scope="module", params=RANKS, ids=lambda n: f"{n} ranks")
 def checkpoints(request, tmp_path_factory) -> Path:
     folder = run_on_ranks(engine_program.__file__, request.param, tmp_path_factory.mktemp("checkpoints"))
     return folder

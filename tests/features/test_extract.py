@@ -30,7 +30,8 @@ from slam_asr.storage import delete, read_bytes, walk, write_bytes
 from tests.conftest import make_tone, write_wav
 from tests.features.conftest import LENGTHS, utterances_in
 
-KILLS = 20 if os.environ.get("SLAM_ASR_SOAK") else 1
+STORES, KILLS = (20, 3) if os.environ.get("SLAM_ASR_SOAK") else (1, 2)
+"""How many stores are filled by runs that are killed, and how many runs are killed on the way to each."""
 
 
 @pytest.fixture
@@ -263,18 +264,19 @@ def run_to_the_end(options, manifest, store, **environment) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cold
-def test_killed_at_any_moment_and_resumed_the_store_has_the_same_bytes(tiny_models, many, tmp_path):
+def test_killed_at_any_moment_and_resumed_the_store_has_the_same_bytes(tiny_models, many, tmp_path, warmth):
     options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
-    run_to_the_end(options, many, tmp_path / "undisturbed")
+    # Only the runs that are killed must start cold, because their children are looked at.
+    run_to_the_end(options, many, tmp_path / "undisturbed", **warmth)
     expected = contents(tmp_path / "undisturbed")
     total = _shards_in(tmp_path / "undisturbed")
     moments = random.Random(0)
     killed = 0
-    for kill in range(KILLS):
-        store = tmp_path / f"store-{kill}"
-        # Kill a run three times, each time when it has come further; then a run finishes. The moments are
-        # counted in shards, not in seconds: how long a start takes depends on the machine.
-        for reached in sorted(moments.sample(range(total), 3)):
+    for number in range(STORES):
+        store = tmp_path / f"store-{number}"
+        # Kill several runs, each when it has come further than the one before; then a run finishes. The
+        # moments are counted in shards, not in seconds: how long a start takes depends on the machine.
+        for reached in sorted(moments.sample(range(total), KILLS)):
             run = subprocess.Popen(
                 command(options, many, store), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
@@ -284,9 +286,9 @@ def test_killed_at_any_moment_and_resumed_the_store_has_the_same_bytes(tiny_mode
             run.send_signal(signal.SIGKILL)
             run.wait()
             _require_ended(children)
-        run_to_the_end(options, many, store)
-        assert contents(store) == expected, f"kill {kill}"
-    assert killed >= KILLS, "most runs ended before they could be killed"
+        run_to_the_end(options, many, store, **warmth)
+        assert contents(store) == expected, f"store {number}"
+    assert killed >= STORES, "most runs ended before they could be killed"
 
 
 def _shards_in(store: Path) -> int:
@@ -314,14 +316,16 @@ def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, buck
     options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
     run_to_the_end(options, many, tmp_path / "undisturbed")
     # As on two machines: clocks a year apart, different host names and caches, and no lock between them.
-    elsewhere = (
-        "import runpy, socket, sys, time\nreal = time.time\ntime.time = lambda: real() + {0} * 3e7\n"
-        "socket.gethostname = lambda: 'node-{0}'\nsys.argv[0] = 'slam_asr'\n"
+    # A program of this name starts warm (see tests/warm).
+    elsewhere = tmp_path / "elsewhere_program.py"
+    elsewhere.write_text(
+        "import runpy, socket, sys, time\nnode = int(sys.argv.pop(1))\nreal = time.time\n"
+        "time.time = lambda: real() + node * 3e7\nsocket.gethostname = lambda: f'node-{node}'\n"
         "runpy.run_module('slam_asr', run_name='__main__')"
     )
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", elsewhere.format(i), *command(options, many, "s3://bucket/store")[3:]],
+            [sys.executable, str(elsewhere), str(i), *command(options, many, "s3://bucket/store")[3:]],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -82,7 +82,7 @@ def require_end(token: str, what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cold
-@pytest.mark.parametrize("stage", WORKERS if SOAK else ["train", "extract-features"])
+@pytest.mark.parametrize("stage", WORKERS if SOAK else ["train"])
 def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(stage, arguments, tmp_path):
     """They are importing torch then, and have not asked the kernel yet to end with the stage."""
     token = uuid.uuid4().hex

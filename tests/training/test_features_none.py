@@ -1,6 +1,7 @@
 """Cached features, local or remote, and features encoded on the fly give the same steps, losses and texts."""
 
 import json
+import os
 
 import pytest
 
@@ -24,6 +25,8 @@ OPTIONS = {
     "training.positions_per_batch": 1200,
     "training.learning_rate": 1e-3,
 }
+DTYPES = ["fp32", "fp8", *(["bf16"] if os.environ.get("SLAM_ASR_SOAK") else [])]
+"""Without loss, with the scales of fp8, and in `make soak` the dtype between them."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def texts(record):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_all_ways_give_the_same_losses_and_texts(tiny_recipe, corpus, tmp_path, bucket, dtype):
     loss_curves, hypotheses = {}, {}
     manifests = build_manifest(load_recipe(str(tiny_recipe), OPTIONS), str(corpus), str(tmp_path / "m"))
