@@ -134,6 +134,7 @@ def run_stage(
         if remote:
             log_line(f"{stage}: uploading to {folder}")
             publish_folder(work_folder, folder, last=RECORD)
+            # With the work folders that interrupted runs with other inputs have left.
             shutil.rmtree(locked_folder)
     log_line(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record

@@ -269,7 +269,7 @@ def nearest(word: str, known: list[str]) -> str:
             return f"; did you mean {candidate}?"
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not close:
-        # Reversed, so that of several keys with the same last part, the first one known remains.
+        # Of several keys with the same last part, the dictionary retains the last: the first one in `known`.
         by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
         close = [by_last[c] for c in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)]
     return f"; did you mean {close[0]}?" if close else ""

@@ -200,7 +200,7 @@ def _path_of(member: tarfile.TarInfo) -> PurePosixPath | None:
     """The path to unpack a member to, relative to the target folder; None if it is not part of a tree."""
     parts = [part for part in PurePosixPath(member.name).parts if part != "."]
     parts = parts[1:] if parts[:1] == [OUTER] else parts
-    # A leading dot covers `..` and hidden files. A leading slash is the first part of an absolute path.
+    # `..` and hidden files begin with a dot. The first part of an absolute path is a slash.
     if (
         len(parts) != 4
         or not member.isreg()

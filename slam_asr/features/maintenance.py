@@ -32,7 +32,7 @@ class Contents:
     receipts: list[str] = field(default_factory=list)
     """Paths of the receipts that running and interrupted extractions have written."""
     pieces: list[str] = field(default_factory=list)
-    """Paths of what they have saved of shards that are not complete."""
+    """Paths of the pieces that they have saved of incomplete shards."""
 
     @property
     def orphans(self) -> list[str]:

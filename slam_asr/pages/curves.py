@@ -40,7 +40,8 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
 def thinned(points: Sequence[dict[str, Any]], max_points: int = CURVE_POINTS) -> list[dict[str, Any]]:
     """Reduce a curve to at most `max_points` points.
 
-    Each point is the mean of equally many neighbours, and fewer at the end; its step is that of the last one.
+    Each point is the mean of equally many consecutive points, the last one of fewer. Its step is the last of
+    theirs.
     """
     if len(points) <= max_points:
         return list(points)
@@ -101,11 +102,11 @@ def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             name: _points(training.get("validation") or [], quantity, scale)
             for name, training in trainings.items()
         }
-        own = {
+        in_training = {
             name: _points(thinned(training.get("curve") or []), quantity, scale)
             for name, training in trainings.items()
         }
-        series = dev if any(dev.values()) else own
+        series = dev if any(dev.values()) else in_training
         lines = [
             Line(name, points, _style_of_run(i)) for i, (name, points) in enumerate(series.items()) if points
         ]

@@ -159,6 +159,7 @@ def _in_hub_cache(name: str) -> Path | None:
 
 
 def _is_hub_name(name: str) -> bool:
+    # One or two parts. What begins with a dot is a path, and with a dash most likely an option.
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and name[0] not in ".-"
 
 

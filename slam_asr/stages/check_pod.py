@@ -108,15 +108,15 @@ def examine(check: PodCheck) -> Iterator[Finding]:
 
 def _check_version(check: PodCheck) -> Finding:
     if __version__ != check.version:
-        here = f"slam_asr {__version__}, but you submit with {check.version}"
+        found = f"slam_asr {__version__}, but you submit with {check.version}"
     elif source_digest() != check.source:
-        here = f"slam_asr {__version__} with other source code than the checkout that you submit from"
+        found = f"slam_asr {__version__} with other source code than the checkout that you submit from"
     else:
         return Finding(GOOD, "image", f"was pulled, and has your version of slam_asr, {__version__}")
     return Finding(
         BAD,
         "image",
-        f"has {here}: build and push the images from that checkout (`make images REGISTRY=… TAG=… PUSH=1`), "
+        f"has {found}: build and push the images from that checkout (`make images REGISTRY=… TAG=… PUSH=1`), "
         "and give doctor the same --images.",
     )
 

@@ -78,6 +78,7 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
             fcntl.flock(file, fcntl.LOCK_EX)  # keeps `remove_abandoned` from removing it
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
+            # Without this, a crash of the machine after the rename could leave an empty file of that name.
             os.fsync(file.fileno())
             if replace:
                 os.replace(temporary, path)

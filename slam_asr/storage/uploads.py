@@ -65,7 +65,7 @@ def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_repor
         StorageError: the bucket does not exist, access is denied, the server cannot be reached, or the file
             changed.
     """
-    upload = _Upload(uri, sha256_of_file(file))
+    transfer = _Upload(uri, sha256_of_file(file))
     with open(file, "rb") as stream:
 
         def content(start: int, end: int) -> bytes:
@@ -74,7 +74,7 @@ def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_repor
                 raise StorageError(f"{file} changed while it was uploaded: run the same command again.")
             return part
 
-        upload.run(os.fstat(stream.fileno()).st_size, content, report)
+        transfer.run(os.fstat(stream.fileno()).st_size, content, report)
 
 
 def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -> None:
@@ -89,11 +89,11 @@ def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -
         ObjectExists: the object exists and `only_if_absent` is true.
         StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
-    upload = _Upload(uri, sha256_of_bytes(content))
+    transfer = _Upload(uri, sha256_of_bytes(content))
     if only_if_absent:
-        upload.run_if_absent(bytes(content))
+        transfer.run_if_absent(bytes(content))
     else:
-        upload.run(len(content), lambda start, end: bytes(content[start:end]))
+        transfer.run(len(content), lambda start, end: bytes(content[start:end]))
 
 
 class _Upload:

@@ -117,6 +117,7 @@ class FollowedTrainJob:
             self.client.delete_job(self.name)
 
     def _until_gone(self) -> None:
+        # For a minute: by default, a pod has 30 seconds to end.
         for _ in range(60):
             try:
                 self.client.get_job(self.name)

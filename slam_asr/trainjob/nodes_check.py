@@ -1,6 +1,6 @@
-"""Run a short program on several nodes as a TrainJob, to see whether such a training could run.
+"""Run a short program on several nodes as a TrainJob, to check that a training on them could run.
 
-The job is requested, followed and deleted as that of a training (`train`).
+The job is created, followed and deleted in the same way as a training's job; see `train`.
 """
 
 import secrets

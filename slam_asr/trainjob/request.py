@@ -45,8 +45,8 @@ class TrainJobClient:
         self.core_api = self.client.backend.core_api
         self.custom_api = self.client.backend.custom_api
         self.owner = owner_of_this_step(self.core_api, placement.namespace)
-        # The SDK has no option for a job's owner, and makes every request a limit too, so both are changed in
-        # the request that it sends.
+        # The SDK has no option for a job's owner, and makes every resource's request its limit too.
+        # `_send_completed` therefore changes both in the request that the SDK sends.
         self._send = self.custom_api.create_namespaced_custom_object
         self.custom_api.create_namespaced_custom_object = self._send_completed
 

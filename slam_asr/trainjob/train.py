@@ -85,10 +85,10 @@ def train_on_nodes(
 
 
 def in_this_namespace(placement: Placement) -> Placement:
-    """Return the settings with the namespace of this pod, if it runs in one.
+    """Return the settings with the namespace in which this pod runs; unchanged outside of a pod.
 
-    A single-user Kubeflow runs everything in its own namespace, whatever the profile says. Account, secrets
-    and volumes are there, and so must be the owner of the job.
+    A single-user Kubeflow runs everything in its own namespace, whatever the profile says. The account, the
+    secrets and the volumes are there, and a job must be in the namespace of its owner.
     """
     try:
         here = NAMESPACE_FILE.read_text(encoding="utf-8").strip()

@@ -145,7 +145,7 @@ class FeatureStore:
             chunks = [bytearray(read(path, begin, begin + n)) if n else bytearray() for begin, n in ranges]
         else:
             chunks = [memoryview(source)[begin : begin + n] for begin, n in ranges]
-        # A mapped entry is verified once, but one that was read from object storage each time.
+        # A mapped file does not change, so its entries are verified once. Object storage is read every time.
         if source is None or not self._verified[position]:
             if checksum(*chunks) != entry.check:
                 raise InputError(
