@@ -39,7 +39,7 @@ class Options:
     """Options of `run`, besides those of the pipeline, the containers and the recipe."""
 
     corpus: str | None = None
-    """folder or file of the corpus (demo includes its own)"""
+    """folder or file of the corpus (the recipe demo has its own)"""
     output: str | None = None
     """folder for all results (default: runs/RECIPE)"""
     store: str | None = None

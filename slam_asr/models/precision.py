@@ -44,13 +44,13 @@ def explain_precision(precision: str, device: torch.device) -> str:
             "Precision fp16 needs a GPU; on this CPU choose bf16 or fp32 "
             "(for training, --training.precision bf16)."
         )
-    fastest = (
-        "the faster one on CPUs without matrix units for bf16" if device.type == "cpu" else "for comparisons"
+    use = (
+        "faster than bf16 on CPUs without matrix units for it" if device.type == "cpu" else "for comparisons"
     )
     reasons = {
         "bf16": "half of fp32's memory and its full range; the projector's master weights stay in fp32",
         "fp16": "for GPUs without bf16; with loss scaling, and the projector's master weights in fp32",
-        "fp32": f"as the recipe requests: {fastest}",
+        "fp32": f"as the recipe requests; {use}",
     }
     return f"{precision} on {device.type} ({reasons[precision]})"
 
