@@ -40,7 +40,7 @@ def _connect(address: str) -> "socket.socket":
     import time
 
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     started = False
     while time.monotonic() < deadline:
         try:
