@@ -11,10 +11,13 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 python := $(VENV)/bin/python
-pip_install = $(python) -m pip install --disable-pip-version-check --quiet --no-compile --use-pep517 $(PIP_ARGS)
+pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use-pep517 $(PIP_ARGS)
 
 # Two workers, since most tests wait for processes of their own; tests of one file stay together.
 pytest = $(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+# With this variable, which some images of Python set, every process of the tests would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-test demo test unit slow soak cluster-test lint docs lock images compile clean

@@ -106,14 +106,23 @@ def test_second_run_reuses_all_results(finished, tiny_recipe, tiny_corpus):
     assert all(table(done.stdout)[stage][0].startswith("(cached)") for stage in RESULTS)
 
 
-@pytest.mark.slow
-def test_decoding_in_work_shards_gives_the_same_texts_and_rates(finished, tiny_recipe, tiny_corpus):
-    output, undivided = finished
+IN_WORK_SHARDS = ("--decoding.parts", "3", "--decoding.positions_per_batch", "40")
+
+
+@pytest.fixture(scope="module")
+def in_work_shards(finished, tiny_recipe, tiny_corpus) -> tuple[Path, subprocess.CompletedProcess]:
+    """The file of hypotheses of the undivided decoding, and a later run in the same folder."""
+    output, _ = finished
     [before] = (output / "store" / "score").glob("*/hypotheses.jsonl")
-    done = run(
-        tiny_recipe, tiny_corpus, output, "--decoding.parts", "3", "--decoding.positions_per_batch", "40"
-    )
+    done = run(tiny_recipe, tiny_corpus, output, *IN_WORK_SHARDS)
     assert done.returncode == 0, done.stdout + done.stderr
+    return before, done
+
+
+@pytest.mark.slow
+def test_decoding_in_work_shards_gives_the_same_texts_and_rates(finished, in_work_shards):
+    output, undivided = finished
+    before, done = in_work_shards
     [after] = (f for f in (output / "store" / "score").glob("*/hypotheses.jsonl") if f != before)
     assert after.read_bytes() == before.read_bytes()
     assert (
@@ -128,17 +137,17 @@ def test_decoding_in_work_shards_gives_the_same_texts_and_rates(finished, tiny_r
 
 
 @pytest.mark.slow
-def test_score_alone_joins_the_work_shards_of_the_latest_decoding(tiny_recipe, tiny_corpus, finished):
+def test_score_alone_joins_the_work_shards_of_the_latest_decoding(
+    tiny_recipe, tiny_corpus, finished, in_work_shards
+):
     output, _ = finished
-    options = ("--decoding.parts", "2", "--published_wer.test-tiny", "50")
-    done = run(tiny_recipe, tiny_corpus, output, *options[:2])
-    assert done.returncode == 0, done.stdout + done.stderr
-    rates = re.search(r"^WER ([\d.]+) %", done.stdout, re.MULTILINE)[1]
+    rates = re.search(r"^WER ([\d.]+) %", in_work_shards[1].stdout, re.MULTILINE)[1]
+    options = (*IN_WORK_SHARDS, "--published_wer.test-tiny", "50")
     done = run(tiny_recipe, tiny_corpus, output, "--only", "score", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"score: WER {rates} % on 6 utterances" in done.stdout and "already there" not in done.stdout
     record = read_record(follow_pointer(output / "results" / "score.json"))
-    assert record.stage == "score" and len(record.inputs["parts"]) == 2
+    assert record.stage == "score" and len(record.inputs["parts"]) == 3
     assert record.inputs["published"] == {"test-tiny": 50.0} and record.file("report.html").is_file()
 
 

@@ -85,14 +85,16 @@ def big(tmp_path_factory) -> Path:
 def test_no_process_needs_memory_for_the_complete_llm(big, tmp_path, kind):
     """DeepSpeed itself takes about 45 MB, a sixth of this LLM."""
     peaks = {}
-    for way in ("complete", "sharded"):
+    # That a complete LLM is noticed is shown with one engine.
+    first = kind == next(iter(ENGINES)) or os.environ.get("SLAM_ASR_SOAK")
+    for way in ("complete", "sharded") if first else ("sharded",):
         folder = tmp_path / f"{kind} {way}"
         folder.mkdir()
         (folder / "llm").symlink_to(big)
         peaks[way] = json.loads(
             (run_on_ranks(memory_program.__file__, 2, folder) / "memory.json").read_text()
         )
-    assert min(peaks["complete"]) > 1
+    assert min(peaks.get("complete", [2])) > 1
     assert max(peaks["sharded"]) < 0.75
 
 

@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -117,7 +118,7 @@ def reap(stand_ins: dict[int, tuple[int, socket.socket]]) -> None:
 def answer(connection: socket.socket, ours: list[int]) -> int:
     """Fork a process for one request → its process id, or 0 if the requester has ended."""
     try:
-        message, streams, _, _ = socket.recv_fds(connection, 16, 4)
+        message, streams, _, _ = socket.recv_fds(connection, 16, 6)
     except OSError:
         message, streams = b"", []
     if not message:
@@ -144,6 +145,7 @@ def become(streams: list[int], stand_in: socket.socket) -> None:
     with open(streams[3], "rb") as content:
         content.seek(0)
         request = json.load(content)
+    program = request["program"]
     for stream in streams[:3]:
         if stream > 2:
             os.close(stream)
@@ -164,9 +166,8 @@ def become(streams: list[int], stand_in: socket.socket) -> None:
         # OpenMP has read its variable when torch was imported.
         torch.set_num_threads(int(threads))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    program = request["program"]
     sys.path[1:1] = [f for f in os.environ.get("PYTHONPATH", "").split(os.pathsep) if f and f not in sys.path]
-    sys.path[0] = request["folder"] if program[0] == "-m" else os.path.dirname(os.path.abspath(program[0]))
+    sys.path[0] = request["folder"] if program[0][0] == "-" else os.path.dirname(os.path.abspath(program[0]))
     from slam_asr.runtime import worker as processes
 
     # The parent of this process is the fork server; the one to end with is the stand-in's.
@@ -176,6 +177,11 @@ def become(streams: list[int], stand_in: socket.socket) -> None:
         if program[0] == "-m":
             sys.argv = program[1:]
             runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+        elif program[0] == "-c":
+            sys.argv = ["-c"]
+            # The descriptors of its socket and pipe have other numbers here.
+            start = re.sub(r"main\(\d+, \d+", "main({}, {}".format(*streams[4:]), program[1])
+            exec(start, {"__name__": "__main__"})
         else:
             sys.argv = program
             runpy.run_path(program[0], run_name="__main__")

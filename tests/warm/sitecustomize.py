@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import socket
 
 _MODULES = ("slam_asr", "pipelines", "demo.models", "kfp.dsl.executor_main", "torch.distributed.run")
+_FORK_SERVER = "from multiprocessing.forkserver import main; main("
+"""How multiprocessing starts its own fork server, whose first import is torch."""
 
 
 def _program(words: list[str]) -> list[str] | None:
@@ -25,6 +27,9 @@ def _program(words: list[str]) -> list[str] | None:
     words = [word for word in words[:2] if word != "-u"] + words[2:]
     if len(words) >= 2 and words[0] == "-m" and (words[1] in _MODULES or words[1].startswith("slam_asr.")):
         return words
+    # The interpreter's own flags may come first, such as -B.
+    if words[-2:-1] == ["-c"] and words[-1].startswith(_FORK_SERVER):
+        return words[-2:]
     script = os.path.basename(words[0]) if words else ""
     # A forked process shares the fork server's pages, so memory is measured in one that starts cold.
     if script == "begin_projector.py" or (script.endswith("_program.py") and "memory" not in script):
@@ -40,7 +45,7 @@ def _connect(address: str) -> "socket.socket":
     import time
 
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     started = False
     while time.monotonic() < deadline:
         try:
@@ -92,10 +97,13 @@ def _stand_in(address: str, program: list[str]) -> None:
 
     server = _connect(address)
     request = {"program": program, "environment": dict(os.environ), "folder": os.getcwd()}
+    # multiprocessing's fork server inherits its socket, and a pipe that ends with its owner.
+    numbers = program[1].removeprefix(_FORK_SERVER).split(",")[:2] if program[0] == "-c" else []
+    inherited = [int(number) for number in numbers]
     # The request may be larger than a packet, so it travels in a file without a name.
     content = os.memfd_create("request")
     os.write(content, json.dumps(request).encode())
-    streams = array.array("i", [0, 1, 2, content])
+    streams = array.array("i", [0, 1, 2, content, *inherited])
     server.sendmsg([b"run"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
     process = int(server.recv(64))
 
@@ -109,7 +117,7 @@ def _stand_in(address: str, program: list[str]) -> None:
             signal.signal(known, pass_on)
     # Whoever reads the program's output sees its end when the forked process ends, not this one.
     nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
+    for stream in (0, 1, 2, *inherited):
         os.dup2(nothing, stream)
     while (message := server.recv(64)) == b"die with parent":
         pr_set_pdeathsig = 1

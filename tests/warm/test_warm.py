@@ -106,6 +106,18 @@ def test_killing_what_was_started_kills_the_program(start, tmp_path):
         time.sleep(0.05)
 
 
+def test_workers_of_multiprocessings_fork_server_are_forked_from_it_too(start):
+    source = (
+        "import multiprocessing, sys\n"
+        "def modules(_):\n    return 'torch' in sys.modules\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('forkserver').Pool(2) as pool:\n"
+        "        print(pool.map(modules, range(2)))"
+    )
+    warm, cold = run_both_ways(start, source)
+    assert (warm[1], cold[1]) == ("[True, True]\n", "[False, False]\n")
+
+
 def test_other_programs_start_as_usual(tmp_path):
     other = tmp_path / "other.py"
     other.write_text("import sys; print('torch' in sys.modules)")
