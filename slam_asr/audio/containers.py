@@ -83,10 +83,10 @@ def check_length(stream: BinaryIO) -> int | None:
     if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
         start, length = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
         if length != 0xFFFF_FFFF:
-            _check_end(stream, start + length, size)
+            check_end(stream, start + length, size)
             return length
     elif head.startswith(b"NIST_1A\n") and (extent := _sphere_extent(head)):
-        _check_end(stream, sum(extent), size)
+        check_end(stream, sum(extent), size)
         return extent[1]
     return None
 
@@ -130,7 +130,7 @@ def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) ->
                 break
             end = start + length
     if end is not None:
-        _check_end(stream, end, size)
+        check_end(stream, end, size)
     return samples
 
 
@@ -180,7 +180,7 @@ def _sphere_extent(head: bytes) -> tuple[int, int] | None:
     return int(size[1]), samples * channels * sample_bytes
 
 
-def _check_end(stream: BinaryIO, end: int, size: int) -> None:
+def check_end(stream: BinaryIO, end: int, size: int) -> None:
     """Compare the end of the announced content, in bytes, with that of the file."""
     if end > size:
         raise ContainerFault(TRUNCATED)
