@@ -46,8 +46,9 @@ STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.fu
 OTHER_COMMANDS = {
     "transcribe": Command(
         "slam_asr.stages.transcribe:transcribe",
-        "MODEL FILES…",
+        "FILES…",
         "transcribe audio files to text, JSON or subtitles",
+        "slam_asr.artifacts.shipped:describe_default",
     ),
     "compare": Command(
         "slam_asr.stages.compare:compare",
@@ -130,8 +131,7 @@ def run(stage: str, arguments: list[str]) -> Any:
         raise ConfigurationError(
             f"There is no stage {stage}{nearest(stage, list(COMMANDS)) or '.'} Stages: {', '.join(COMMANDS)}."
         )
-    module, name = COMMANDS[stage].split(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    function = _imported(COMMANDS[stage])
     recipe_parameter = inspect.signature(function).parameters.get("recipe")
     trained = _recipe_of_model(stage, arguments) if recipe_parameter else None
     recipe = _value_of("--recipe", arguments) or (dump_recipe(trained) if trained else None)
@@ -139,9 +139,7 @@ def run(stage: str, arguments: list[str]) -> Any:
     takes_recipe = recipe_parameter is not None and (
         recipe_parameter.default is inspect.Parameter.empty or recipe is not None
     )
-    parser = command_parser(
-        f"slam-asr {stage}", (inspect.getdoc(function) or "").split("\n")[0], words_of(stage)
-    )
+    parser = command_parser(f"slam-asr {stage}", _description(stage, function), words_of(stage))
     add_options(parser, function)
     if takes_recipe:
         add_recipe_options(parser, recipe)
@@ -173,6 +171,20 @@ def run(stage: str, arguments: list[str]) -> Any:
     return result
 
 
+def _imported(place: str) -> Callable[..., Any]:
+    """Import a function, given as `module:function`."""
+    module, name = place.split(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _description(command: str, function: Callable[..., Any]) -> str:
+    """Return the first lines of a command's help."""
+    summary = (inspect.getdoc(function) or "").split("\n")[0]
+    facts = OTHER_COMMANDS[command].facts if command in OTHER_COMMANDS else ""
+    return f"{_imported(facts)()} {summary}" if facts else summary
+
+
 def words_of(command: str) -> str:
     """Return the parameters that a command takes without their option names, as its usage shows them."""
     return OTHER_COMMANDS[command].words if command in OTHER_COMMANDS else ""
@@ -181,8 +193,8 @@ def words_of(command: str) -> str:
 def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
     """Turn the arguments that a command takes by position into options.
 
-    `features`, `ls STORE …` becomes `features ls`, `--store=STORE …`; `transcribe`, `MODEL FILE FILE …`
-    becomes `--model=MODEL --files+=FILE --files+=FILE …`. A recipe may come first in every command.
+    `features`, `ls STORE …` becomes `features ls`, `--store=STORE …`; `transcribe`, `FILE FILE …` becomes
+    `--model=MODEL --files+=FILE --files+=FILE …`. A recipe may come first in every command.
 
     Raises:
         ConfigurationError: `features` without one of its sub-commands.
@@ -199,6 +211,8 @@ def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
         words = ["RECIPE"]
     values = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options, rest = [], arguments[len(values) :]
+    if stage == "transcribe" and _value_of("--model", arguments) is None:
+        options.append(f"--model={_take_model(values)}")
     for word in words:
         name = option_name(word.rstrip("…").lower())
         if word.endswith("…"):
@@ -207,6 +221,19 @@ def resolve_command(stage: str, arguments: list[str]) -> tuple[str, list[str]]:
         elif values:
             options.append(f"{name}={values.pop(0)}")
     return stage, [*options, *values, *rest]
+
+
+def _take_model(words: list[str]) -> str:
+    """Return the model of `transcribe`: the default one, or the first word if it is a model.
+
+    In earlier versions, the model always came first. It is removed from the words.
+    """
+    from slam_asr.artifacts.shipped import default_model, is_model
+
+    if not words or not is_model(words[0]):
+        return default_model()
+    print("note: a model before the files is now spelled --model MODEL", file=sys.stderr, flush=True)
+    return words.pop(0)
 
 
 def _is_recipe(argument: str) -> bool:

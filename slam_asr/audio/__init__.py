@@ -1,4 +1,4 @@
-"""Audio decoding: any file that libsndfile or ffmpeg reads becomes float32 mono samples at 16 kHz, in [-1, 1].
+"""Audio decoding: any usual file becomes float32 mono samples at 16 kHz, in [-1, 1].
 
 Every sample that a file holds is decoded, also in files joined from several. Truncated and damaged files,
 and files that hold more than their header announces, raise `AudioError`, so that no model is trained on them.

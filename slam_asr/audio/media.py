@@ -10,13 +10,13 @@ the codec delay of WebM), and those after its end (the track's duration in MP4 a
 container and MP4 in fragments say nothing, so that up to two frames of silence remain.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -43,6 +43,7 @@ DECODERS = (
     *("pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "pcm_mulaw", "pcm_alaw"),
 )
 """ffmpeg's decoders that may run."""
+_UNDECODABLE = "is damaged: it cannot be decoded to its end"
 _MAX_CHANNELS = 64
 _SLACK = 0.2
 """Seconds by which the decoded length may differ from that of the packets: encoders delay by a few frames."""
@@ -113,7 +114,7 @@ class _Track:
         first, total, begin, end, tick, complete = None, 0, None, 0, 0, True
         for packet in self._packets():
             if first is None:
-                first = next(iter(packet.decode()), None)
+                first = next(iter(_decoded(packet)), None)
             if packet.size == 0 or packet.is_discard:
                 continue
             duration = packet.duration or 0
@@ -140,7 +141,7 @@ class _Track:
         done = waiting = 0
         limit = (self.longest * (1 + _ROUNDING) + _SLACK) * rate
         for packet in self._packets():
-            for frame in packet.decode():
+            for frame in _decoded(packet):
                 if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
                     raise ContainerFault(
                         "changes its sample rate or number of channels: write it again as one stream"
@@ -172,17 +173,17 @@ class _Track:
         """
         av: Any = importlib.import_module("av")
         self.stream.seek(0)
-        try:
-            # PyAV asks for a name to guess the format. An unnamed stream has none.
-            with av.open(
+        with (
+            _errors_as_faults(),
+            # PyAV would pass the name of a file on to ffmpeg. An unnamed stream has none.
+            av.open(
                 _Unnamed(self.stream),
                 format=self.kind,
                 options={"codec_whitelist": ",".join(DECODERS)},
                 metadata_errors="replace",
-            ) as container:
-                yield from self._packets_of(container)
-        except (av.FFmpegError, EOFError, ValueError, IndexError, MemoryError) as error:
-            raise ContainerFault("is damaged: it cannot be decoded to its end") from error
+            ) as container,
+        ):
+            yield from self._packets_of(container)
 
     def _packets_of(self, container: Any) -> Iterator[Any]:
         if not container.streams.audio:
@@ -200,7 +201,7 @@ class _Track:
         self.announced = float(track.duration * track.time_base) if self._has_exact_end(track) else None
         for packet in container.demux(track):
             if packet.is_corrupt:
-                raise ContainerFault("is damaged: it cannot be decoded to its end")
+                raise ContainerFault(_UNDECODABLE)
             yield packet
 
     def _has_exact_end(self, track: Any) -> bool:
@@ -228,6 +229,22 @@ class _Unnamed(io.RawIOBase):
 
     def tell(self) -> int:
         return self._stream.tell()
+
+
+@contextlib.contextmanager
+def _errors_as_faults() -> Iterator[None]:
+    av: Any = importlib.import_module("av")
+    try:
+        yield
+    except (av.FFmpegError, EOFError, ValueError, IndexError, MemoryError) as error:
+        raise ContainerFault(_UNDECODABLE) from error
+
+
+def _decoded(packet: Any) -> list[Any]:
+    """Decode a packet into frames: none or several, since decoders lag."""
+    with _errors_as_faults():
+        frames: list[Any] = packet.decode()
+        return frames
 
 
 def _as_float(frame: Any) -> np.ndarray:

@@ -34,7 +34,7 @@ _ASF_ENCRYPTION = (
     bytes.fromhex("fbb3112223bdd211b4b700a0c955fc6e"),
     bytes.fromhex("14e68a292226174cb935dae07ee9289c"),
 )
-"""Identifiers of objects: the header, and the two kinds of content encryption (ASF, sections 10.1 to 10.4)."""
+"""Identifiers of objects: the header, and the two kinds of content encryption (ASF, section 10)."""
 
 _AMR_SIZES = {
     b"#!AMR\n": (13, 14, 16, 18, 20, 21, 27, 32, 6, 1, 1, 1, 1, 1, 1, 1),
@@ -82,9 +82,10 @@ def _at(stream: BinaryIO, position: int, count: int) -> bytes:
 
 def _check_mp4(stream: BinaryIO, size: int) -> None:
     names = set()
-    end = 0
+    last = 0
     for name, start, end in _boxes(stream, size):
         names.add(name)
+        last = end
         if name == b"stsd" and _at(stream, start + 12, 4) in _ENCRYPTED_SAMPLES:
             raise ContainerFault(ENCRYPTED)
         if name in _SAMPLE_COUNTS:
@@ -94,7 +95,7 @@ def _check_mp4(stream: BinaryIO, size: int) -> None:
                 raise ContainerFault(f"is damaged: it cannot hold {count} samples")
     if b"moov" not in names:
         raise ContainerFault(TRUNCATED)
-    check_end(stream, end, size)
+    check_end(stream, last, size)
 
 
 def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
