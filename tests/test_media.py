@@ -221,7 +221,7 @@ def test_tags_in_any_encoding_are_accepted():
 
 
 def test_recordings_of_phones_and_browsers_are_a_corpus(tmp_path):
-    for subset, name in (("train-a", "m4a"), ("dev-b", "webm without length"), ("test-c", "mp4")):
+    for subset, name in (("train-a", "m4a"), ("dev-other", "webm without length"), ("test-c", "mp4")):
         path = tmp_path / "corpus" / subset / f"one.{name[:4].strip()}"
         path.parent.mkdir(parents=True)
         path.write_bytes(encoded(name, sound(name), picture=name == "mp4"))
