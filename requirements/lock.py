@@ -1,6 +1,6 @@
 """Write the lock files: they list every package that slam-asr needs, in the version installed here.
 
-    pip install -e '.[pipelines,small-models,test]' 'torch==2.13.0' 'kfp==2.17.0'
+    pip install -e '.[pipelines,small-models,media,test]' 'torch==2.13.0' 'kfp==2.17.0'
     python requirements/lock.py
 
 Run it in an environment with all of these, in which the tests have passed. It uses kfp 2.17.0 instead of
@@ -35,8 +35,8 @@ LAYERS = {
         None,
     ),
     "run.txt": (
-        "The stages, the pipelines that run them, and what converts the demo's models.",
-        ["slam-asr[pipelines,small-models]"],
+        "The stages, the pipelines that run them, what converts the demo's models, and ffmpeg.",
+        ["slam-asr[pipelines,small-models,media]"],
         "stages.txt",
     ),
     "test.txt": ("All of that, and the tests.", ["slam-asr[test]"], "run.txt"),

@@ -46,8 +46,9 @@ STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.fu
 OTHER_COMMANDS = {
     "transcribe": Command(
         "slam_asr.stages.transcribe:transcribe",
-        "MODEL FILES…",
+        "FILES…",
         "transcribe audio files to text, JSON or subtitles",
+        "slam_asr.artifacts.shipped:describe_default",
     ),
     "compare": Command(
         "slam_asr.stages.compare:compare",
@@ -131,8 +132,7 @@ def run(command: str, arguments: list[str]) -> Any:
             f"There is no command {command}{nearest(command, list(COMMANDS)) or '.'} "
             f"Commands: {', '.join(COMMANDS)}."
         )
-    module, name = COMMANDS[command].split(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    function = _imported(COMMANDS[command])
     parameters = inspect.signature(function).parameters
     recipe_parameter = parameters.get("recipe")
     trained = _recipe_of_model(command, arguments) if recipe_parameter else None
@@ -141,9 +141,7 @@ def run(command: str, arguments: list[str]) -> Any:
     takes_recipe = recipe_parameter is not None and (
         recipe_parameter.default is inspect.Parameter.empty or recipe is not None
     )
-    parser = command_parser(
-        f"slam-asr {command}", (inspect.getdoc(function) or "").split("\n")[0], positionals_of(command)
-    )
+    parser = command_parser(f"slam-asr {command}", _description(command, function), positionals_of(command))
     add_options(parser, function)
     if takes_recipe:
         add_recipe_options(parser, recipe)
@@ -175,6 +173,20 @@ def run(command: str, arguments: list[str]) -> Any:
     return result
 
 
+def _imported(place: str) -> Callable[..., Any]:
+    """Import a function, given as `module:function`."""
+    module, name = place.split(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _description(command: str, function: Callable[..., Any]) -> str:
+    """Return the first lines of a command's help."""
+    summary = (inspect.getdoc(function) or "").split("\n")[0]
+    facts = OTHER_COMMANDS[command].facts if command in OTHER_COMMANDS else ""
+    return f"{_imported(facts)()} {summary}" if facts else summary
+
+
 def positionals_of(command: str) -> str:
     """Return the parameters that a command takes by position, as its usage shows them."""
     return OTHER_COMMANDS[command].positionals if command in OTHER_COMMANDS else ""
@@ -183,8 +195,8 @@ def positionals_of(command: str) -> str:
 def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]:
     """Turn the arguments that a command takes by position into options.
 
-    `features`, `ls STORE …` becomes `features ls`, `--store=STORE …`; `transcribe`, `MODEL FILE FILE …`
-    becomes `--model=MODEL --files+=FILE --files+=FILE …`. A recipe may come first in every command.
+    `features`, `ls STORE …` becomes `features ls`, `--store=STORE …`; `transcribe`, `FILE FILE …` becomes
+    `--model=MODEL --files+=FILE --files+=FILE …`. A recipe may come first in every command.
 
     Raises:
         ConfigurationError: `features` without one of its sub-commands.
@@ -201,6 +213,8 @@ def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]
         positionals = ["RECIPE"]
     values = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options, rest = [], arguments[len(values) :]
+    if command == "transcribe" and _value_of("--model", arguments) is None:
+        options.append(f"--model={_take_model(values)}")
     for positional in positionals:
         name = option_name(positional.rstrip("…").lower())
         if positional.endswith("…"):
@@ -210,6 +224,19 @@ def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]
             options.append(f"{name}={values.pop(0)}")
     # Values that are left over stay without an option's name, and the parser refuses them.
     return command, [*options, *values, *rest]
+
+
+def _take_model(words: list[str]) -> str:
+    """Return the model of `transcribe`: the default one, or the first word if it is a model.
+
+    In earlier versions, the model always came first. It is removed from the words.
+    """
+    from slam_asr.artifacts.shipped import default_model, is_model
+
+    if not words or not is_model(words[0]):
+        return default_model()
+    print("note: a model before the files is now spelled --model MODEL", file=sys.stderr, flush=True)
+    return words.pop(0)
 
 
 def _is_recipe(argument: str) -> bool:

@@ -32,6 +32,8 @@ class Command:
     """Parameters that it takes by position, in capitals; `…` follows the name of a list: `MODEL FILES…`."""
     summary: str
     """What the command does, in half a line."""
+    facts: str = ""
+    """`module:function` that returns a sentence with which the command's help begins; empty for none."""
 
 
 def list_commands(program: str, groups: Mapping[str, Mapping[str, str]], *notes: str) -> str:

@@ -1,9 +1,15 @@
 """Options work in every usual spelling; a mistake gets one line with the nearest word, and exit code 2."""
 
+import re
+import shutil
+
 import pytest
 
+from slam_asr.artifacts.model_folder import shipped_models
+from slam_asr.artifacts.shipped import default_model
 from slam_asr.cli import COMMANDS, STEP_FUNCTIONS, add_recipe_options, main, resolve_command
 from slam_asr.options import add_options, command_parser, parse_options
+from slam_asr.storage import write_bytes
 
 
 def exit_of(capsys, *arguments):
@@ -24,6 +30,9 @@ def example_stage(
         work_shard: i/n.
         keep: an optional list.
     """
+
+
+MODEL = default_model()
 
 
 @pytest.fixture
@@ -86,7 +95,7 @@ def test_the_usage_names_every_command(capsys):
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        ("transcribe", "transcribe MODEL FILES… [--format {text,json,srt}] "),
+        ("transcribe", "transcribe FILES… [--model MODEL] [--format {text,json,srt}] "),
         ("features ls", "features ls STORE "),
         ("plan", "plan RECIPE [--gpus GPUS] "),
         ("score", "score --model MODEL --parts PARTS … --output OUTPUT "),
@@ -104,7 +113,10 @@ def test_usage_line_has_every_option_and_one_placeholder_for_the_keys_of_the_rec
     ("given", "options"),
     [
         (["compare", "a", "b", "--seed", "1"], ["--first=a", "--second=b", "--seed", "1"]),
-        (["transcribe", "m", "x.wav", "[y].wav"], ["--model=m", "--files+=x.wav", "--files+=[y].wav"]),
+        (["transcribe", "x.wav", "[y].wav"], [f"--model={MODEL}", "--files+=x.wav", "--files+=[y].wav"]),
+        (["transcribe", MODEL, "x.wav"], [f"--model={MODEL}", "--files+=x.wav"]),
+        (["transcribe", "x.wav", "--model", "m"], ["--files+=x.wav", "--model", "m"]),
+        (["transcribe", "--files", "x.wav"], [f"--model={MODEL}", "--files", "x.wav"]),
         (["plan", "demo"], ["--recipe=demo"]),
         (["train", "demo", "--output", "o"], ["--recipe=demo", "--output", "o"]),
         (["features", "ls", "s"], ["--store=s"]),
@@ -168,3 +180,40 @@ def test_one_value_is_a_list_of_one(parser):
 def test_a_list_given_replaces_the_default_and_an_empty_one_empties_it(parser):
     values = parse_options(parser, ["--manifests", "a", "--data.train", "x", "--data.dev", "[]"])
     assert (values["data"].train, values["data"].dev, values["keep"]) == (["x"], [], None)
+
+
+def test_a_model_before_the_files_of_transcribe_is_recognised_and_noted(tmp_path, bucket, capsys):
+    folder = tmp_path / "model.wav"
+    folder.mkdir()
+    assert resolve_command("transcribe", [str(folder)])[1][1] == f"--files+={folder}", "no config.json in it"
+    for place in (str(folder), "s3://bucket/models/one", MODEL):
+        if place != MODEL:
+            write_bytes(f"{place}/config.json", b"{}")
+        capsys.readouterr()
+        assert resolve_command("transcribe", [place, "x.wav"])[1] == [f"--model={place}", "--files+=x.wav"]
+        assert capsys.readouterr().err == "note: a model before the files is now spelled --model MODEL\n"
+    write_bytes("s3://bucket/a.wav", b"audio")
+    assert resolve_command("transcribe", ["s3://bucket/a.wav"])[1][1] == "--files+=s3://bucket/a.wav"
+    assert capsys.readouterr().err == ""
+
+
+def test_the_help_of_transcribe_begins_with_the_facts_of_the_best_shipped_model(
+    tmp_path, monkeypatch, capsys
+):
+    (shipped,) = [folder for name, folder in shipped_models().items() if name == MODEL]
+    card = (shipped / "README.md").read_text()
+    for name, rate in (("a", 30.25), ("b", 20.5), ("c", 40)):
+        (tmp_path / name).mkdir()
+        shutil.copy(shipped / "config.json", tmp_path / name)
+        changed = re.sub(r"(type: wer, value: )[\d.]+", rf"\g<1>{rate}", card)
+        (tmp_path / name / "README.md").write_text(
+            re.sub(r"(?m)^limits: .*", f"limits: limits of {name}", changed)
+        )
+    monkeypatch.setattr("slam_asr.artifacts.model_folder.SHIPPED", tmp_path)
+    code, output = exit_of(capsys, "transcribe", "--help")
+    description = " ".join(output.out.split("\n\n")[1].split())
+    assert code == 0 and description.startswith("The default model, b, has a word error rate of 20.5 % on ")
+    assert "; limits of b. Transcribe audio files" in description
+    (tmp_path / "c" / "README.md").write_text("no facts")
+    code, output = exit_of(capsys, "transcribe", "x.wav")
+    assert code == 2 and re.search(r"README\.md has no front matter of YAML: write it there\.$", output.err)

@@ -1,9 +1,9 @@
-"""Audio decoding: any file that libsndfile reads becomes float32 mono samples at 16 kHz, in [-1, 1].
+"""Audio decoding: any usual file becomes float32 mono samples at 16 kHz, in [-1, 1].
 
 Every sample that a file holds is decoded, also in files joined from several. Truncated and damaged files,
 and files that hold more than their header announces, raise `AudioError`, so that no model is trained on them.
-libsndfile alone does not notice them (see `containers` and `mp3`). Files may be in object storage, and an
-utterance may be a segment of a file.
+libsndfile and ffmpeg alone do not notice them (see `containers`, `mp3` and `media_lengths`). Files may be in
+object storage, and an utterance may be a segment of a file that libsndfile reads.
 """
 
 import contextlib
@@ -17,37 +17,29 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
 
+from slam_asr.audio.containers import ContainerFault
 from slam_asr.audio.faults import (
     BEYOND_END,
     CANCELLED,
     EMPTY,
     MISSING,
     NO_CHANNEL,
-    NOT_FINITE,
+    NO_SEGMENTS,
+    NOT_AUDIO,
     TOO_LONG,
-    TOO_LOUD,
     AudioError,
     LengthError,
 )
+from slam_asr.audio.media_lengths import kind_of
+from slam_asr.audio.mixdown import SAMPLE_RATE, Mixdown
 from slam_asr.audio.sounds import ESTIMATE_ERROR, Sound, open_sound
 from slam_asr.errors import InputError, UserError
 from slam_asr.storage import exists, fetch, is_s3, open_stream, read_bytes, sha256_of_bytes, sha256_of_file
 
-SAMPLE_RATE = 16_000
-"""Hz. Every supported encoder was trained at this rate."""
-
 _MAX_OVERSHOOT = 0.5
 """Seconds by which a segment may exceed its file, as in Kaldi's extract-segments; it is cut at the file's
 end."""
-_FULL_SCALE_LIMIT = 4.0
-"""Largest absolute sample value. Loudly mastered float samples reach 2, and decoders of lossy formats
-exceed 1 slightly. Float samples in the range of integers reach hundreds, even in quiet speech."""
-_SILENT_RANGE = 2.0**-15
-"""Samples within a range of less than one step of 16 bits hold no sound."""
-_CANCELLED_POWER = 1e-4
-"""The mean of the channels has less than this share of their power (-40 dB) if one is the other inverted."""
 
 
 def audio_sha256(path: str | os.PathLike) -> str:
@@ -87,7 +79,7 @@ class Clip:
 
 
 def load_audio(path: str | os.PathLike) -> np.ndarray:
-    """Decode a wav, flac, ogg, opus or mp3 file.
+    """Decode an audio file, or the first audio track of a video.
 
     Returns:
         float32 [samples], mono at 16 kHz.
@@ -177,24 +169,40 @@ def read_clip(
 
 
 def count_samples(path: str | os.PathLike) -> int:
-    """The number of samples, after resampling to 16 kHz, that a file holds; nothing is decoded.
+    """The number of samples, after resampling to 16 kHz, that a file holds.
 
-    For a file that holds less or more than its header announces, it is the number that libsndfile would
-    decode: such damage is reported when the file is read.
+    Only formats that ffmpeg reads are decoded for it, since their headers announce no exact length. For a
+    file that holds less or more than its header announces, it is the number that libsndfile would decode, or
+    0 in a format that ffmpeg reads: such damage is reported when the file is read.
 
     Raises:
         AudioError: the file is missing or is not audio.
+        ConfigurationError: the file needs PyAV, and that is not installed.
     """
     file = _content(path) if is_s3(path) else _local_copy(path)
     try:
         with open_sound(file, path) as sound:
-            return round(sound.frames * SAMPLE_RATE / sound.sample_rate)
+            frames = sound.frames
+            if not sound.has_segments:
+                frames = sum(len(block) for block in sound.read(0, frames))
+            return round(frames * SAMPLE_RATE / sound.sample_rate)
+    except ContainerFault:
+        return 0
     except LengthError:
+        if _is_media(file):
+            return 0
         try:
             header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
         except (soundfile.LibsndfileError, TypeError) as error:
-            raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
+            raise AudioError(f"{path} {NOT_AUDIO}.") from error
         return round(header.frames * SAMPLE_RATE / header.samplerate)
+
+
+def _is_media(file: Path | bytes) -> bool:
+    if isinstance(file, bytes):
+        return kind_of(file[:16]) is not None
+    with open(file, "rb") as stream:
+        return kind_of(stream.read(16)) is not None
 
 
 def channel_count(path: str | os.PathLike, content: bytes | None = None) -> int:
@@ -266,59 +274,35 @@ def _clip(
                 "counted from 0: correct it.",
                 NO_CHANNEL,
             )
+        if start is not None and not sound.has_segments:
+            raise AudioError(
+                f"{path} has a format of which no segment can be read without decoding all that precedes it: "
+                "convert it to flac, and name that file.",
+                NO_SEGMENTS,
+            )
         first, count = (0, sound.frames) if start is None else _segment(sound, path, start, duration)
         if max_duration is not None and count / sample_rate > max_duration:
             what = f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
             raise AudioError(
                 f"{what} lasts {count / sample_rate:.2f} s, longer than {max_duration:g} s.", TOO_LONG
             )
+        mixdown = Mixdown(path, sample_rate, channel)
         try:
-            mono, energy = _mono(sound.read(first, count), channel)
+            for block in sound.read(first, count):
+                mixdown.add(block)
         except (soundfile.LibsndfileError, MemoryError, ValueError) as error:
             raise AudioError(f"{path} is damaged: it cannot be decoded to its end.") from error
-    if len(mono) < count - (ESTIMATE_ERROR * sound.frames if sound.estimated else 0):
+        except ContainerFault as fault:
+            raise LengthError(f"{path} {fault}.") from fault
+    if mixdown.count < count - (ESTIMATE_ERROR * sound.frames if sound.estimated else 0):
         raise AudioError(
-            f"{path} is damaged: it should have {first + count} samples, but only {first + len(mono)} can be "
-            "decoded."
+            f"{path} is damaged: it should have {first + count} samples, but only {first + mixdown.count} "
+            "can be decoded."
         )
-    if len(mono) == 0:
+    samples = mixdown.finish()
+    if len(samples) == 0:
         raise AudioError(f"{path} has no samples.", EMPTY)
-    low, high = float(mono.min()), float(mono.max())
-    _require_in_range(path, low, high)
-    clip = Clip(mono, sample_rate, channels, silent=high - low < _SILENT_RANGE)
-    clip.cancelled = energy > 0 and float(np.vdot(mono, mono)) < _CANCELLED_POWER * energy
-    if sample_rate != SAMPLE_RATE:
-        clip.samples = soxr.resample(mono, sample_rate, SAMPLE_RATE, quality="HQ")
-        if len(clip.samples) == 0:
-            raise AudioError(f"{path} has no samples.", EMPTY)
-    clip.samples = np.ascontiguousarray(clip.samples, dtype=np.float32)
-    return clip
-
-
-def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:
-    """One channel, or the mean of all, of float32 [samples, channels].
-
-    Returns:
-        float32 [samples]; and the energy of the channels, on average, or 0 if no mean was taken.
-    """
-    channels = samples.shape[1]
-    if channels == 1 or channel is not None:
-        return samples[:, channel or 0], 0.0
-    with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite raise an error later
-        return samples.mean(axis=1, dtype=np.float32), float(np.vdot(samples, samples)) / channels
-
-
-def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:
-    """Raise if samples between `low` and `high` are no audio with full scale 1."""
-    peak = max(-low, high)
-    if not np.isfinite(peak):
-        raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", NOT_FINITE)
-    if peak > _FULL_SCALE_LIMIT:
-        raise AudioError(
-            f"{path} has samples up to {peak:.5g}, but full scale is 1: if they are 16-bit numbers written "
-            "as floats, divide them by 32768 and write the file again.",
-            TOO_LOUD,
-        )
+    return Clip(samples, sample_rate, channels, silent=mixdown.silent, cancelled=mixdown.cancelled)
 
 
 def _segment(sound: Sound, path: str | os.PathLike, start: float, duration: float | None) -> tuple[int, int]:

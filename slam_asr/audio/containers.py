@@ -85,10 +85,10 @@ def check_length(stream: BinaryIO) -> int | None:
     if head[:4] in (b".snd", b"dns.") and len(head) >= 12:  # AU, big-endian or little-endian
         start, length = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
         if length != 0xFFFF_FFFF:  # the length is left open
-            _check_end(stream, start + length, size)
+            check_end(stream, start + length, size)
             return length
     elif head.startswith(b"NIST_1A\n") and (extent := _sphere_extent(head)):
-        _check_end(stream, sum(extent), size)
+        check_end(stream, sum(extent), size)
         return extent[1]
     return None
 
@@ -137,7 +137,7 @@ def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) ->
                 break
             end = start + length
     if end is not None:
-        _check_end(stream, end, size)
+        check_end(stream, end, size)
     return samples
 
 
@@ -190,7 +190,7 @@ def _sphere_extent(head: bytes) -> tuple[int, int] | None:
     return int(size[1]), samples * channels * sample_bytes
 
 
-def _check_end(stream: BinaryIO, end: int, size: int) -> None:
+def check_end(stream: BinaryIO, end: int, size: int) -> None:
     """Compare the end of the announced content, in bytes, with that of the file."""
     if end > size:
         raise ContainerFault(TRUNCATED)

@@ -12,6 +12,7 @@ TOO_LOUD = "samples far above full scale"
 SILENT = "digital silence"
 CANCELLED = "channels that cancel each other"
 NO_CHANNEL = "no such channel"
+NO_SEGMENTS = "segment of a format without segments"
 
 
 class AudioError(InputError):
@@ -26,6 +27,8 @@ class LengthError(AudioError):
     """An audio file that holds less or more than its header announces, or has damage between its frames."""
 
 
+NOT_AUDIO = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual format of audio"
+"""The fault of a file of an unknown format; the file's name goes in front."""
 TRUNCATED = "ends too early: it was truncated when it was written or copied"
 """The fault of a file that holds less than its header announces; the file's name goes in front."""
 

@@ -13,8 +13,10 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, check_length, joined_ogg
-from slam_asr.audio.faults import EMPTY, AudioError, LengthError, more_than_announced
+from slam_asr.audio.faults import EMPTY, NOT_AUDIO, AudioError, LengthError, more_than_announced
 from slam_asr.audio.flac import joined_flac
+from slam_asr.audio.media import open_media
+from slam_asr.audio.media_lengths import kind_of
 from slam_asr.audio.mp3 import Mp3, find_frames, may_be_mp3
 
 _MIN_SAMPLE_RATE = 4000
@@ -42,13 +44,15 @@ class Sound:
     sample_rate: int
     """Hz."""
     channels: int
-    read: Callable[[int, int], np.ndarray]
-    """Decodes `count` samples from the sample `first` (from 0) on, as float32 [samples, channels]. They are
-    fewer if the file is damaged."""
+    read: Callable[[int, int], Iterator[np.ndarray]]
+    """Decodes `count` samples from the sample `first` (from 0) on, as blocks of float32 [samples, channels].
+    They are fewer if the file is damaged."""
     sample_bytes: int = 0
     """Bytes of one sample of one channel in the file; 0 if it is compressed."""
     estimated: bool = False
     """Whether `frames` is an estimate, which may exceed the file's length by `ESTIMATE_ERROR`."""
+    has_segments: bool = True
+    """Whether a part can be read. If not, `read` decodes the complete file, whatever it is called with."""
 
 
 class _Content(io.BytesIO):
@@ -83,14 +87,14 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             raise AudioError(f"{path} is empty (0 bytes).", EMPTY)
         try:
             announced = check_length(stream)
-            sounds = _opened(stream, file, stack)
+            sounds = _opened(stream, file, path, stack)
             if announced is not None and len(sounds) == 1:
                 _limit_frames(sounds[0], announced)
         except ContainerFault as fault:
             raise LengthError(f"{path} {fault}.") from fault
         except (soundfile.LibsndfileError, TypeError) as error:
             # Do not quote libsndfile's message: it is global to all threads and may be about another file.
-            raise AudioError(f"{path} cannot be read as wav, flac, ogg, opus or mp3.") from error
+            raise AudioError(f"{path} {NOT_AUDIO}.") from error
         first = sounds[0]
         if first.frames >= _NO_LENGTH:
             raise AudioError(
@@ -121,18 +125,30 @@ def _limit_frames(sound: Sound, announced: int) -> None:
     sound.frames = frames
 
 
-def _opened(stream: BinaryIO, file: Path | bytes, stack: contextlib.ExitStack) -> list[Sound]:
+def _opened(
+    stream: BinaryIO, file: Path | bytes, path: str | os.PathLike, stack: contextlib.ExitStack
+) -> list[Sound]:
     """Open the file, or each of the files that were joined in it; `stack` closes them."""
     stream.seek(0)
-    if may_be_mp3(stream.read(4)):
+    head = stream.read(16)
+    if kind := kind_of(head):
+        return [_of_media(stream, kind, path)]
+    if may_be_mp3(head[:4]):
         frames = _layout_of(file, "MP3")
         if isinstance(frames, Mp3):
             read = functools.partial(_read_mp3, frames, stream, file)
             return [Sound(frames.frames, frames.sample_rate, frames.channels, read)]
     stream.seek(0)
-    # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as bytes,
-    # because soundfile cannot encode a str with a name that is not UTF-8.
-    sound = stack.enter_context(soundfile.SoundFile(stream if isinstance(file, bytes) else os.fsencode(file)))
+    try:
+        # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as
+        # bytes, because soundfile cannot encode a str with a name that is not UTF-8.
+        sound = stack.enter_context(
+            soundfile.SoundFile(stream if isinstance(file, bytes) else os.fsencode(file))
+        )
+    except soundfile.LibsndfileError:
+        if head.startswith(b"caff"):  # libsndfile reads those with plain samples, and some with ALAC
+            return [_of_media(stream, "caf", path)]
+        raise
     layout = _layout_of(file, sound.format) if sound.format in ("FLAC", "OGG") else []
     assert isinstance(layout, list)
     if len(layout) < 2:
@@ -145,13 +161,28 @@ def _opened(stream: BinaryIO, file: Path | bytes, stack: contextlib.ExitStack) -
     return parts
 
 
-def _read_mp3(frames: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int) -> np.ndarray:
+def _of_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Sound:
+    media = open_media(stream, kind, path)
+    return Sound(
+        media.frames,
+        media.sample_rate,
+        media.channels,
+        lambda first, count: media.read(),
+        estimated=True,
+        has_segments=False,
+    )
+
+
+def _read_mp3(
+    frames: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int
+) -> Iterator[np.ndarray]:
     # By its name, libsndfile reads a complete mp3 in two thirds of the time.
     if frames.is_plain and first == 0 and count == frames.frames and not isinstance(file, bytes):
         with soundfile.SoundFile(os.fsencode(file)) as sound:
             if sound.frames == count:
-                return sound.read(count, dtype="float32", always_2d=True)
-    return frames.read(stream, first, count)
+                yield sound.read(count, dtype="float32", always_2d=True)
+                return
+    yield frames.read(stream, first, count)
 
 
 def _layout_of(file: Path | bytes, format: str) -> _Layout:
@@ -185,25 +216,24 @@ def _single(sound: soundfile.SoundFile) -> Sound:
     return Sound(sound.frames, sound.samplerate, sound.channels, read, width, sound.format == "MP3")
 
 
-def _read(sound: soundfile.SoundFile, first: int, count: int) -> np.ndarray:
+def _read(sound: soundfile.SoundFile, first: int, count: int) -> Iterator[np.ndarray]:
     if first:
         sound.seek(first)
-    return sound.read(count, dtype="float32", always_2d=True)
+    yield sound.read(count, dtype="float32", always_2d=True)
 
 
 def _joined(sounds: list[Sound]) -> Sound:
     """The sequence of several files."""
 
-    def read(first: int, count: int) -> np.ndarray:
-        found = [np.zeros((0, sounds[0].channels), np.float32)]
+    def read(first: int, count: int) -> Iterator[np.ndarray]:
         for sound in sounds:
             taken = max(0, min(count, sound.frames - first))
             if taken:
-                found.append(sound.read(first, taken))
-                if len(found[-1]) < taken:  # what follows would be at another time
+                blocks = list(sound.read(first, taken))
+                yield from blocks
+                if sum(map(len, blocks)) < taken:  # what follows would be at another time
                     break
                 count -= taken
             first = max(0, first - sound.frames)
-        return np.concatenate(found)
 
     return Sound(sum(s.frames for s in sounds), sounds[0].sample_rate, sounds[0].channels, read)

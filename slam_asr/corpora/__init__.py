@@ -18,8 +18,12 @@ SPLITS = ("train", "dev", "test")
 SPLIT_NAMES = {**dict(zip(SPLITS, SPLITS, strict=True)), "validation": "dev", "valid": "dev", "val": "dev"}
 """Subset names that denote a split by themselves, regardless of the recipe's patterns, and that split."""
 
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
-"""File suffixes of audio, in order of preference if one utterance has several files."""
+AUDIO_SUFFIXES = (
+    *(".flac", ".wav", ".ogg", ".opus", ".mp3"),
+    *(".m4a", ".webm", ".aac", ".amr", ".3gp", ".caf", ".wma", ".mp4", ".mov", ".mkv"),
+)
+"""File suffixes of audio, in order of preference if one utterance has several files. The second line needs
+PyAV."""
 
 AUDIO_FOLDER = "audio"
 """Subfolder of the stage's output that holds audio unpacked from archives and tables."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from slam_asr.artifacts.shipped import default_model
 from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples, read_clip
 from slam_asr.config.recipe import Recipe
 from slam_asr.cores import usable_cores
@@ -25,19 +26,20 @@ MAX_SECONDS_IN_MEMORY = 3600.0
 
 
 def load_transcriber(
-    model: str, recipe: Recipe | None = None, max_segment_seconds: float = 20.0
+    model: str | None = None, recipe: Recipe | None = None, max_segment_seconds: float = 20.0
 ) -> "Transcriber":
     """Load a model for transcription.
 
     ```python
     from slam_asr.decoding.transcriber import load_transcriber
 
-    transcriber = load_transcriber("whisper-tiny.en-smollm2-135m")
-    print(transcriber.transcribe("recording.flac").text)
+    transcriber = load_transcriber()
+    print(transcriber.transcribe("recording.m4a").text)
     ```
 
     Args:
-        model: name of a shipped model, or a folder or s3:// prefix that convert-checkpoint wrote.
+        model: name of a shipped model, or a folder or s3:// prefix that convert-checkpoint wrote. By default,
+            the best of the shipped models.
         recipe: how to decode (its section `decoding`), and where the base models are; by default, the recipe
             that the model was trained with.
         max_segment_seconds: maximum length in seconds of the segments that recordings are divided into. The
@@ -50,7 +52,7 @@ def load_transcriber(
     """
     from slam_asr.decoding.model import open_model
 
-    opened = open_model(model, recipe)
+    opened = open_model(model or default_model(), recipe)
     return Transcriber(opened, recipe or opened.trained, max_segment_seconds)
 
 
@@ -95,7 +97,7 @@ class Transcriber:
         """Transcribe one audio file.
 
         Args:
-            file: wav, flac, ogg, opus or mp3, local or s3://, of any length and sample rate.
+            file: audio file or video of any usual format, local or s3://, of any length and sample rate.
 
         Raises:
             InputError: the file does not exist, is not audio or is damaged.

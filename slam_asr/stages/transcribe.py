@@ -1,23 +1,26 @@
-"""The command `slam-asr transcribe MODEL FILES…`: turns recordings into text, JSON or subtitles."""
+"""The command `slam-asr transcribe FILES…`: turns recordings into text, JSON or subtitles."""
 
 import contextlib
 import sys
 from pathlib import Path
 from typing import Literal
 
+from slam_asr.artifacts.model_folder import shipped_models
+from slam_asr.artifacts.shipped import default_model
 from slam_asr.audio import MISSING, SAMPLE_RATE, AudioError, count_samples
 from slam_asr.config.recipe import Recipe
+from slam_asr.config.schema import nearest
 from slam_asr.decoding.subtitles import FORMATS, SUFFIXES, Transcript
 from slam_asr.decoding.transcriber import Transcriber
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import Meter, log_line
-from slam_asr.storage import join, name_of, require_writable, write_bytes
+from slam_asr.storage import is_s3, join, local_path, name_of, require_writable, write_bytes
 
 
 def transcribe(
     recipe: Recipe,
-    model: str,
     files: list[str],
+    model: str | None = None,
     format: Literal["text", "json", "srt"] = "text",
     output: str | None = None,
     longest: float = 20.0,
@@ -27,8 +30,9 @@ def transcribe(
     Args:
         recipe: how to decode (its section `decoding`), and where the base models are (`encoder.name`,
             `llm.name`); by default, the recipe that the model was trained with.
-        model: folder that convert-checkpoint wrote, or the name of a shipped model.
-        files: wav, flac, ogg, opus or mp3, local or s3://, of any length and sample rate.
+        files: audio files or videos of any usual format, local or s3://, of any length and sample rate.
+        model: folder that convert-checkpoint wrote, or the name of a shipped model. By default, the best of
+            the shipped models.
         format: a line of text, a line of JSON with the times of segments, or SubRip subtitles.
         output: folder for the transcripts, one file per recording and named after it. If not given, they are
             printed.
@@ -41,7 +45,8 @@ def transcribe(
     Raises:
         InputError: a file does not exist or is not audio (raised before anything is loaded), or is damaged
             (raised after all others are transcribed).
-        ConfigurationError: options contradict each other, or two transcripts would have the same path.
+        ConfigurationError: options contradict each other, two transcripts would have the same path, or a file
+            needs PyAV, which is not installed.
         ModelError: a base model is not the one that the model was trained with.
         StorageError: the output folder cannot be written (raised before anything is loaded).
     """
@@ -59,7 +64,7 @@ def transcribe(
 
     # Standard output carries transcripts only: logs go to standard error.
     with contextlib.redirect_stdout(sys.stderr):
-        transcriber = _open(model, recipe, longest)
+        transcriber = _open(model or default_model(), recipe, longest)
         with Meter("transcribe", total=round(sum(seconds)), unit="s") as meter:
             for transcript in transcriber.transcribe_files(files, seconds, meter, skip):
                 transcripts.append(transcript)
@@ -83,7 +88,12 @@ def _seconds(file: str) -> float:
         if error.reason != MISSING:
             raise
         # The error's own sentence advises to build a manifest again, but none is used here.
-        raise InputError(f"There is no audio file {file}: check the path.") from error
+        if not is_s3(file) and local_path(file).is_dir():
+            raise InputError(
+                f"{file} is a folder and holds no model (no config.json): name audio files."
+            ) from error
+        hint = nearest(file, list(shipped_models()))
+        raise InputError(f"There is no audio file {file}{hint or ': check the path.'}") from error
 
 
 def _open(model: str, recipe: Recipe, longest: float) -> Transcriber:
@@ -106,7 +116,7 @@ def _check(files: list[str], format: str, output: str | None, longest: float) ->
     """
     if not files:
         raise ConfigurationError(
-            "No file to transcribe is given: name one, such as `slam-asr transcribe MODEL recording.wav`."
+            "No file to transcribe is given: name one, such as `slam-asr transcribe recording.m4a`."
         )
     if longest < 1:
         raise ConfigurationError(f"--longest is {longest:g} s but must be at least 1.")

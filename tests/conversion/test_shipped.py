@@ -70,6 +70,8 @@ def test_its_card_describes_data_training_and_results(name):
     ):
         assert said in card, said
     assert not re.search(r"/(?:tmp|work|root|home)/", card)
+    (rate,) = re.findall(r"type: wer, value: ([\d.]+)", card)
+    assert f"| {rate} % |" in card, "the front matter and the table have the same word error rate"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slam_asr.artifacts.hypotheses import read_hypotheses
+from slam_asr.artifacts.shipped import default_model
 from slam_asr.audio import load_audio
 from slam_asr.cli import main
 from slam_asr.config.recipe import load_recipe
@@ -20,6 +21,7 @@ from slam_asr.models.searcher import Searcher
 from slam_asr.stages.decode import decode
 from slam_asr.stages.transcribe import transcribe
 from tests.conftest import make_tone, write_wav
+from tests.media import encoded
 
 
 def test_texts_equal_those_of_the_decode_stage(model, tiny_recipe, tmp_path):
@@ -28,7 +30,7 @@ def test_texts_equal_those_of_the_decode_stage(model, tiny_recipe, tmp_path):
     clip = write_wav(tmp_path / "a.wav", make_tone(2, frequency=500))
     (tmp_path / "test.jsonl").write_text(json.dumps({"key": "a", "source": str(clip), "target": "x"}) + "\n")
     decoded = decode(recipe, model, [str(tmp_path / "test.jsonl")], str(tmp_path / "d"))
-    (transcript,) = transcribe(recipe, model, [str(clip)])
+    (transcript,) = transcribe(recipe, [str(clip)], model)
     assert [h.hypothesis for h in read_hypotheses(decoded.file("hypotheses.jsonl"))] == [transcript.text]
 
 
@@ -63,7 +65,7 @@ def test_the_model_gets_each_segment_and_nothing_else(model, tiny_recipe, tmp_pa
         "decode",
         lambda self, audio, positions: inputs.extend(audio) or decode_batch(self, audio, positions),
     )
-    (transcript,) = transcribe(recipe, model, [str(recording)], longest=5)
+    (transcript,) = transcribe(recipe, [str(recording)], model, longest=5)
     prepare = open_model(model).spec.preparer()
     samples = load_audio(recording)
     expected = [
@@ -79,7 +81,7 @@ def test_a_long_recording_has_segments_where_there_is_sound(model, tiny_recipe, 
     quiet = np.zeros(16_000, np.float32)
     samples = np.concatenate([x for f in (300, 500, 800, 1200) for x in (make_tone(3, frequency=f), quiet)])
     (transcript,) = transcribe(
-        load_recipe(str(tiny_recipe)), model, [str(write_wav(tmp_path / "long.wav", samples))], longest=5
+        load_recipe(str(tiny_recipe)), [str(write_wav(tmp_path / "long.wav", samples))], model, longest=5
     )
     assert transcript.duration == 16
     assert [(round(s.start), round(s.end)) for s in transcript.segments] == [
@@ -95,11 +97,17 @@ def test_standard_output_has_transcripts_only(model, tmp_path, capsys):
         str(write_wav(tmp_path / f"{name}.flac", make_tone(2, frequency=f)))
         for name, f in (("a", 300), ("b", 700))
     )
-    main(["transcribe", model, first, second, "--format", "json", "--decoding.max-new-tokens", "3"])
+    main(
+        ["transcribe", first, second, "--model", model, "--format", "json", "--decoding.max-new-tokens", "3"]
+    )
     printed = capsys.readouterr()
     rows = [json.loads(line) for line in printed.out.splitlines()]
     assert [row["file"] for row in rows] == [first, second]
-    assert "models:" in printed.err
+    assert "models:" in printed.err and "note:" not in printed.err
+    main(["transcribe", model, first, second, "--format", "json", "--decoding.max-new-tokens", "3"])
+    in_old_spelling = capsys.readouterr()
+    assert in_old_spelling.out == printed.out
+    assert "note: a model before the files is now spelled --model MODEL" in in_old_spelling.err
 
 
 def test_transcript_files_are_named_after_the_recordings(model, tmp_path):
@@ -107,7 +115,7 @@ def test_transcript_files_are_named_after_the_recordings(model, tmp_path):
         str(write_wav(tmp_path / name, make_tone(2, rate, 400, channels), rate))
         for name, rate, channels in (("a.wav", 44_100, 2), ("b c.opus", 48_000, 1))
     ]
-    main(["transcribe", model, *files, "--format", "srt", "--output", str(tmp_path / "out")])
+    main(["transcribe", *files, "--model", model, "--format", "srt", "--output", str(tmp_path / "out")])
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"a.srt", "b c.srt"}
 
 
@@ -167,11 +175,15 @@ def test_no_other_file_is_mentioned_if_there_is_none(model, tmp_path, capsys):
     [
         (["{model}"], "No file to transcribe|Missing: --files"),
         (["{model}", "nowhere.wav"], "There is no audio file nowhere.wav: check the path\\.$"),
-        (["{model}", "{text}"], "cannot be read as wav, flac, ogg, opus or mp3"),
+        (["{model}", "{text}"], "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual"),
         (["{model}", "{wav}", "--longest", "0"], "--longest is 0 s but must be at least 1"),
         (["{model}", "{wav}", "{wav2}", "--format", "srt"], "name a folder with --output"),
         (["{model}", "{wav}", "{wav}", "--output", "{out}"], "Two files would be written to"),
-        (["{out}", "{wav}"], "holds no model"),
+        (["{out}", "{wav}"], "is a folder and holds no model"),
+        (
+            ["whisper-tiny", "{wav}"],
+            "There is no audio file whisper-tiny; did you mean whisper-tiny.en-smoll",
+        ),
         ([], "Missing"),
     ],
 )
@@ -194,7 +206,22 @@ def test_bad_input_is_refused_before_weights_are_loaded(
     assert printed.out == ""
 
 
-SHIPPED = "whisper-tiny.en-smollm2-135m"
+SHIPPED = default_model()
+
+
+def test_recordings_of_a_phone_and_a_browser_are_transcribed_and_damaged_ones_named(model, tmp_path, capsys):
+    tone = make_tone(2, 48_000, 400)[:, None]
+    files = [tmp_path / name for name in ("phone.mp4", "browser.webm", "cut.webm", "sound.wav")]
+    for file, name in zip(files, ("mp4", "webm without length", "webm", "webm"), strict=True):
+        file.write_bytes(encoded(name, tone, picture=name == "mp4"))
+    files[2].write_bytes(files[2].read_bytes()[:-1000])
+    with pytest.raises(SystemExit) as ended:
+        main(["transcribe", *map(str, files), "--model", model, "--format", "json"])
+    printed = capsys.readouterr()
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert ended.value.code == 2 and [row["file"] for row in rows] == [str(files[i]) for i in (0, 1, 3)]
+    assert [row["duration"] for row in rows] == pytest.approx([2.0] * 3, abs=0.001)
+    assert "cut.webm ends too early" in printed.err and "Traceback" not in printed.err
 
 
 @pytest.mark.slow
@@ -211,7 +238,7 @@ def test_the_shipped_model_transcribes_real_speech_of_any_length(demo_models, li
             key, text = line.split(" ", 1)
             clips.append(transcript.parent / f"{key}.flac")
             spoken.append(text.lower())
-    single = transcribe(load_recipe(SHIPPED), SHIPPED, [str(c) for c in clips])
+    single = transcribe(load_recipe(SHIPPED), [str(c) for c in clips])
     matched = score(
         [Hypothesis(str(i), text, t.text) for i, (text, t) in enumerate(zip(spoken, single, strict=True))]
     )
@@ -226,7 +253,7 @@ def test_the_shipped_model_transcribes_real_speech_of_any_length(demo_models, li
     soundfile.write(
         tmp_path / "long.flac", np.concatenate([x for c in clips for x in (load_audio(c), pause)]), 16_000
     )
-    main(["transcribe", SHIPPED, str(tmp_path / "long.flac"), "--format", "json"])
+    main(["transcribe", str(tmp_path / "long.flac"), "--format", "json"])
     line = capsys.readouterr().out.splitlines()[-1]
     segments = json.loads(line)["segments"]
     assert len(segments) >= 3 and all(a["end"] <= b["start"] for a, b in pairwise(segments))

@@ -111,7 +111,7 @@ def run_with(tmp_path, tiny_recipe, model):
             "train": lambda: train(recipe, str(manifest), out),
             "convert-checkpoint": lambda: convert_checkpoint(str(tmp_path / "x.pt"), out, recipe=recipe),
             "decode": lambda: decode(recipe, model, [str(manifest)], out),
-            "transcribe": lambda: transcribe(recipe, model, [str(tmp_path / "0.wav")]),
+            "transcribe": lambda: transcribe(recipe, [str(tmp_path / "0.wav")], model),
         }[stage]()
 
     return run_stage

@@ -54,8 +54,8 @@ def test_search_and_sort_work_in_the_dashboards_frame(tmp_path, width):
     assert fits == "true"
 
 
-def open_page(page: str, folder: Path, width: int) -> tuple[str, str]:
-    """Open a page in the browser → what it posts to /results, and the browser's log."""
+def open_page(page: str, folder: Path, width: int, *options: str) -> tuple[str, str]:
+    """Open a page in the browser, with options → what it posts to /results, and the browser's log."""
     results = queue.Queue()
 
     class Handler(BaseHTTPRequestHandler):
@@ -88,6 +88,7 @@ def open_page(page: str, folder: Path, width: int) -> tuple[str, str]:
             f"--window-size={width},1000",
             "--enable-logging=stderr",
             "--remote-debugging-port=0",
+            *options,
             f"http://127.0.0.1:{server.server_port}/",
         ]
         browser = subprocess.Popen(command, stdout=output, stderr=output)

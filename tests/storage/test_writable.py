@@ -90,7 +90,7 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
 def test_transcribe_and_copy_models_try_first(faulty_s3, tmp_path):
     faulty_s3.rule = refuse("PUT")
     with pytest.raises(StorageError, match="access is denied"):
-        transcribe(None, "no-model", [str(tmp_path / "a.wav")], output="s3://bucket/out")
+        transcribe(None, [str(tmp_path / "a.wav")], "no-model", output="s3://bucket/out")
     with pytest.raises(StorageError, match="access is denied"):
         copy_models("s3://bucket/models", models=["nobody/nothing"])
 

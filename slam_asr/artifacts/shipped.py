@@ -1,0 +1,73 @@
+"""The default model: the best of those that come with the package, and what its model card says of it.
+
+A model card is the README.md of a model folder. Its front matter has the form of the model hub's cards, with
+the measured word error rate in `model-index`, and a line of `limits`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slam_asr.artifacts.model_folder import CONFIG, shipped_models
+from slam_asr.errors import ModelError
+from slam_asr.storage import exists, join
+
+CARD = "README.md"
+
+
+def default_model() -> str:
+    """Return the name of the shipped model with the lowest word error rate in its card.
+
+    Raises:
+        ModelError: a card has no word error rate.
+    """
+    models = shipped_models()
+    return min(models, key=lambda name: (_result(models[name])["value"], name))
+
+
+def describe_default() -> str:
+    """Return a sentence with the default model's name, its word error rate and its limits, from its card.
+
+    Raises:
+        ModelError: the card lacks one of them.
+    """
+    name = default_model()
+    folder = shipped_models()[name]
+    result = _result(folder)
+    return (
+        f"The default model, {name}, has a word error rate of {result['value']:g} % on {result['dataset']}; "
+        f"{_front_matter(folder)['limits']}."
+    )
+
+
+def is_model(place: str) -> bool:
+    """Return whether a path, a prefix or a name denotes a model rather than an audio file.
+
+    A shipped model's name does; so does a folder or an s3:// prefix with a `config.json`.
+
+    Raises:
+        StorageError: the bucket cannot be read.
+    """
+    return place in shipped_models() or exists(join(place, CONFIG))
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """Return the word error rate in percent (`value`), and the test set's name (`dataset`)."""
+    for model in _front_matter(folder)["model-index"]:
+        for result in model["results"]:
+            for metric in result["metrics"]:
+                if metric["type"] == "wer":
+                    return {"value": float(metric["value"]), "dataset": result["dataset"]["name"]}
+    raise ModelError(f"{folder / CARD} has no word error rate in its model-index: write it there.")
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    try:
+        _, text, _ = (folder / CARD).read_text(encoding="utf-8").split("---\n", 2)
+        values: dict[str, Any] = yaml.safe_load(text)
+        if {"model-index", "limits"} <= values.keys():
+            return values
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise ModelError(f"{folder / CARD} has no front matter of YAML: write it there.") from error
+    raise ModelError(f"{folder / CARD} needs model-index and limits in its front matter: write them there.")

@@ -1,0 +1,258 @@
+"""The files of phones and browsers, decoded by ffmpeg's libraries: MP4 and its kin, WebM, WMA, AMR, AAC, CAF.
+
+PyAV, an optional package, contains those libraries. A file is decoded from its start, frame by frame, so that
+a long one takes little memory. The format is found from the content, never from the name, and only that
+format's reader and the decoders of `DECODERS` are used: none that opens another file or an address, and none
+for pictures. The first audio track counts.
+
+What an encoder adds is cut off where the file says so: the samples before the recording (edit lists of MP4,
+the codec delay of WebM), and those after its end (the track's duration in MP4 and CAF). AAC without a
+container and MP4 in fragments say nothing, so that up to two frames of silence remain.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from slam_asr.audio.containers import ContainerFault
+from slam_asr.audio.faults import EMPTY, AudioError, more_than_announced
+from slam_asr.audio.media_lengths import check_media
+from slam_asr.errors import ConfigurationError
+
+NAMES = {
+    "mov": "MP4 or QuickTime",
+    "matroska": "WebM or Matroska",
+    "asf": "Windows Media",
+    "amr": "AMR",
+    "aac": "AAC",
+    "caf": "CAF",
+}
+"""What ffmpeg's formats are called in messages."""
+DECODERS = (
+    *("aac", "alac", "mp3float", "mp3", "opus", "vorbis", "flac"),
+    *("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb", "ac3", "eac3"),
+    *("wmav1", "wmav2", "wmapro", "wmavoice", "wmalossless", "adpcm_ima_qt", "gsm"),
+    *("pcm_u8", "pcm_s8", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_s32be"),
+    *("pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "pcm_mulaw", "pcm_alaw"),
+)
+"""ffmpeg's decoders that may run."""
+_UNDECODABLE = "is damaged: it cannot be decoded to its end"
+_MAX_CHANNELS = 64
+_SLACK = 0.2
+"""Seconds by which the decoded length may differ from that of the packets: encoders delay by a few frames."""
+_ROUNDING = 0.05
+"""Fraction by which it may differ as well: WebM and WMA round the length of a packet to milliseconds."""
+
+
+@dataclass
+class Media:
+    """The first audio track of a file."""
+
+    read: Callable[[], Iterator[np.ndarray]]
+    """Decodes all of it: yields float32 [samples, channels], about a second each."""
+    sample_rate: int
+    """Hz."""
+    channels: int
+    frames: int
+    """Estimated samples per channel, from the times of its packets."""
+
+
+def open_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Media:
+    """Open a file that only ffmpeg reads.
+
+    Args:
+        stream: the file. It stays open as long as the result is used.
+        kind: ffmpeg's name of the format, as `media_lengths.kind_of` returns it.
+        path: the file's name in messages.
+
+    Raises:
+        ContainerFault: the file ends too early, is encrypted, or is damaged.
+        AudioError: it has no audio track, or one of an unknown codec.
+        ConfigurationError: PyAV is not installed.
+    """
+    if importlib.util.find_spec("av") is None:
+        raise ConfigurationError(
+            f"{path} is {NAMES[kind]}, which the package av decodes, and that is not installed: run `pip "
+            "install av` (for an image, add it to the build), or convert the file to wav or flac."
+        )
+    check_media(stream, kind)
+    track = _Track(stream, kind, path)
+    seconds, first = track.measure()
+    rate, channels = first.sample_rate, first.layout.nb_channels
+    return Media(lambda: track.blocks(rate, channels), rate, channels, round(seconds * rate))
+
+
+class _Track:
+    """The first audio track of a file, which each method opens and reads from the start."""
+
+    def __init__(self, stream: BinaryIO, kind: str, path: str | os.PathLike) -> None:
+        self.stream, self.kind, self.path = stream, kind, path
+        self.shortest = self.longest = 0.0
+        """Bounds of the length in seconds, by the packets."""
+        self.announced: float | None = None
+        """Length of the recording in seconds, without what the encoder added, if the header has it."""
+
+    def measure(self) -> tuple[float, Any]:
+        """Find the length that the packets announce, and the first decoded frame.
+
+        Its sample rate and channels are the true ones: those of a header omit what HE-AAC adds.
+
+        Returns:
+            The estimated length in seconds, and the frame.
+
+        Raises:
+            AudioError: nothing can be decoded.
+            ContainerFault: the file is damaged.
+        """
+        first, total, begin, end, tick, complete = None, 0, None, 0, 0, True
+        for packet in self._packets():
+            if first is None:
+                first = next(iter(_decoded(packet)), None)
+            if packet.size == 0 or packet.is_discard:
+                continue
+            duration = packet.duration or 0
+            complete &= duration > 0
+            total += duration
+            if packet.pts is not None:
+                begin = packet.pts if begin is None else min(begin, packet.pts)
+                end = max(end, packet.pts + duration)
+            tick = packet.time_base
+        if first is None:
+            raise AudioError(f"{self.path} has no samples.", EMPTY)
+        span = end - begin if begin is not None else total
+        self.shortest = float(total * tick) if complete else 0.0
+        self.longest = float(max(total, span) * tick)
+        return self.shortest or self.longest, first
+
+    def blocks(self, rate: int, channels: int) -> Iterator[np.ndarray]:
+        """Decode the track; see `Media.read`.
+
+        Raises:
+            ContainerFault: the file is damaged.
+        """
+        pending: list[np.ndarray] = []
+        done = waiting = 0
+        limit = (self.longest * (1 + _ROUNDING) + _SLACK) * rate
+        for packet in self._packets():
+            for frame in _decoded(packet):
+                if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
+                    raise ContainerFault(
+                        "changes its sample rate or number of channels: write it again as one stream"
+                    )
+                # The last frame waits, because its end may not belong to the recording.
+                if waiting >= rate:
+                    yield np.concatenate(pending)
+                    done, waiting, pending = done + waiting, 0, []
+                pending.append(_as_float(frame))
+                waiting += len(pending[-1])
+            if done + waiting > limit:
+                raise ContainerFault(more_than_announced(f"more than {self.longest:.2f} s"))
+        if done + waiting < (self.shortest * (1 - _ROUNDING) - _SLACK) * rate:
+            raise ContainerFault(
+                f"is damaged: it should last {self.shortest:.2f} s, but only "
+                f"{(done + waiting) / rate:.2f} s can be decoded"
+            )
+        if pending:
+            excess = done + waiting - round(self.announced * rate) if self.announced else 0
+            last = len(pending[-1])
+            yield np.concatenate(pending)[: waiting - excess if 0 < excess < last else None]
+
+    def _packets(self) -> Iterator[Any]:
+        """Yield the packets of the track, and an empty one at the end.
+
+        Raises:
+            AudioError: the file has no audio track, or one that cannot be decoded.
+            ContainerFault: the file is damaged.
+        """
+        av: Any = importlib.import_module("av")
+        self.stream.seek(0)
+        with (
+            _errors_as_faults(),
+            # PyAV would pass the name of a file on to ffmpeg. An unnamed stream has none.
+            av.open(
+                _Unnamed(self.stream),
+                format=self.kind,
+                options={"codec_whitelist": ",".join(DECODERS)},
+                metadata_errors="replace",
+            ) as container,
+        ):
+            yield from self._packets_of(container)
+
+    def _packets_of(self, container: Any) -> Iterator[Any]:
+        if not container.streams.audio:
+            raise AudioError(f"{self.path} has no audio track: there is nothing to transcribe.", EMPTY)
+        track = container.streams.audio[0]
+        codec = track.codec_context
+        if codec is None or codec.name not in DECODERS:
+            name = codec.name if codec else "unknown"
+            raise AudioError(
+                f"{self.path} has an audio track of a codec that is not read here ({name}): convert it to "
+                "wav or flac."
+            )
+        if codec.channels > _MAX_CHANNELS:
+            raise ContainerFault(f"is damaged: its header announces {codec.channels} channels")
+        self.announced = float(track.duration * track.time_base) if self._has_exact_end(track) else None
+        for packet in container.demux(track):
+            if packet.is_corrupt:
+                raise ContainerFault(_UNDECODABLE)
+            yield packet
+
+    def _has_exact_end(self, track: Any) -> bool:
+        """Whether the track's duration is that of the recording: fragments of MP4 announce no samples."""
+        return track.duration is not None and self.kind in ("mov", "caf") and track.frames > 0
+
+
+class _Unnamed(io.RawIOBase):
+    """A file without its name."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self._stream.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+
+@contextlib.contextmanager
+def _errors_as_faults() -> Iterator[None]:
+    av: Any = importlib.import_module("av")
+    try:
+        yield
+    except (av.FFmpegError, EOFError, ValueError, IndexError, MemoryError) as error:
+        raise ContainerFault(_UNDECODABLE) from error
+
+
+def _decoded(packet: Any) -> list[Any]:
+    """Decode a packet into frames: none or several, since decoders lag."""
+    with _errors_as_faults():
+        frames: list[Any] = packet.decode()
+        return frames
+
+
+def _as_float(frame: Any) -> np.ndarray:
+    """The samples of a frame as float32 [samples, channels], with full scale 1."""
+    samples = frame.to_ndarray()
+    samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+    if samples.dtype == np.uint8:
+        return (samples.astype(np.float32) - 128) / 128
+    if samples.dtype.kind == "i":
+        return samples.astype(np.float32) / np.float32(2.0 ** (8 * samples.dtype.itemsize - 1))
+    return samples.astype(np.float32)

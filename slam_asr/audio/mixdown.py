@@ -1,0 +1,103 @@
+"""Mixes channels, measures levels and resamples to 16 kHz, block by block."""
+
+import os
+
+import numpy as np
+import soxr
+
+from slam_asr.audio.faults import NOT_FINITE, TOO_LOUD, AudioError
+
+SAMPLE_RATE = 16_000
+"""Hz. Every supported encoder was trained at this rate."""
+
+_FULL_SCALE_LIMIT = 4.0
+"""Largest absolute sample value. Loudly mastered float samples reach 2, and decoders of lossy formats
+exceed 1 slightly. Float samples in the range of integers reach hundreds, even in quiet speech."""
+_SILENT_RANGE = 2.0**-15
+"""Samples within a range of less than one step of 16 bits hold no sound."""
+_CANCELLED_POWER = 1e-4
+"""The mean of the channels has less than this share of their power (-40 dB) if one is the other inverted."""
+
+
+class Mixdown:
+    """Collects the blocks of a recording as mono at 16 kHz.
+
+    Args:
+        path: the file's name in messages.
+        sample_rate: Hz.
+        channel: number of the channel to use, from 0; None for the mean of all.
+    """
+
+    def __init__(self, path: str | os.PathLike, sample_rate: int, channel: int | None) -> None:
+        self.path, self.channel = path, channel
+        self.count = 0
+        """Samples before resampling."""
+        self._low, self._high, self._energy, self._power = np.inf, -np.inf, 0.0, 0.0
+        self._parts: list[np.ndarray] = []
+        # Blocks give the same samples as the complete recording would, bit by bit.
+        self._resampler = (
+            None
+            if sample_rate == SAMPLE_RATE
+            else soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+        )
+
+    def add(self, block: np.ndarray) -> None:
+        """Add float32 [samples, channels].
+
+        Raises:
+            AudioError: samples are no audio with full scale 1.
+        """
+        if len(block) == 0:
+            return
+        mono, energy = _mono(block, self.channel)
+        self.count += len(mono)
+        low, high = float(mono.min()), float(mono.max())
+        _require_in_range(self.path, low, high)
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._energy += energy
+        self._power += float(np.vdot(mono, mono)) if energy else 0.0
+        self._parts.append(mono if self._resampler is None else self._resampler.resample_chunk(mono))
+
+    def finish(self) -> np.ndarray:
+        """Return float32 [samples], mono at 16 kHz."""
+        if self._resampler is not None and self._parts:
+            self._parts.append(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+        parts, self._parts = self._parts, []
+        samples = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *parts])
+        return np.ascontiguousarray(samples, dtype=np.float32)
+
+    @property
+    def silent(self) -> bool:
+        """Whether all samples are the same."""
+        return self._high - self._low < _SILENT_RANGE
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the channels cancel each other in their mean."""
+        return self._energy > 0 and self._power < _CANCELLED_POWER * self._energy
+
+
+def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:
+    """One channel, or the mean of all, of float32 [samples, channels].
+
+    Returns:
+        float32 [samples]; and the energy of the channels, on average, or 0 if no mean was taken.
+    """
+    channels = samples.shape[1]
+    if channels == 1 or channel is not None:
+        return samples[:, channel or 0], 0.0
+    with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite raise an error later
+        return samples.mean(axis=1, dtype=np.float32), float(np.vdot(samples, samples)) / channels
+
+
+def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:
+    """Raise if samples between `low` and `high` are no audio with full scale 1."""
+    peak = max(-low, high)
+    if not np.isfinite(peak):
+        raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", NOT_FINITE)
+    if peak > _FULL_SCALE_LIMIT:
+        raise AudioError(
+            f"{path} has samples up to {peak:.5g}, but full scale is 1: if they are 16-bit numbers written "
+            "as floats, divide them by 32768 and write the file again.",
+            TOO_LOUD,
+        )

@@ -1,0 +1,54 @@
+"""A damaged file of a phone or browser is refused in one sentence, or gives sound of a possible length."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slam_asr.audio import SAMPLE_RATE, AudioError, read_clip
+from tests.media import FORMATS, encoded
+from tests.test_audio_fuzz import SOAK, damaged
+
+SECONDS = 0.5
+LONGEST = 30.0
+"""Seconds. A damaged header may announce other times, but nothing that would exhaust memory."""
+
+
+def noise(rate: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, (round(SECONDS * rate), 1)).astype(np.float32)
+
+
+@st.composite
+def damaged_at_either_end(draw, content: bytes) -> bytes:
+    """The file with damage, half of the time at its end, where MP4 has its tables."""
+    if draw(st.booleans()):
+        return draw(damaged(content))
+    split = max(0, len(content) - 1500)
+    return content[:split] + draw(damaged(content[split:]))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_media_decode_or_are_refused(name, capfd):
+    content = encoded(name, noise(FORMATS[name][2]))
+
+    @settings(
+        max_examples=5000 if SOAK else 20,
+        deadline=None,
+        database=None,
+        derandomize=not SOAK,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(damaged_at_either_end(content))
+    def check(damaged_content):
+        try:
+            samples = read_clip("x", max_duration=LONGEST, content=damaged_content).samples
+        except AudioError as error:
+            assert re.fullmatch(r"[^\n]*\bx\b[^\n]*\.", str(error)) and ". " not in str(error)
+            return
+        assert samples.dtype == np.float32 and np.isfinite(samples).all()
+        assert 0 < len(samples) <= 2 * LONGEST * SAMPLE_RATE
+
+    check()
+    assert capfd.readouterr().err == "", "ffmpeg writes its own messages"
