@@ -314,13 +314,13 @@ def _shards_in(store: Path) -> int:
 
 
 def _children_until(run: subprocess.Popen, store: Path, shards: int) -> list[psutil.Process]:
-    """All descendants of a process when its store has this many shards, or at its end."""
-    children: list[psutil.Process] = []
-    while run.poll() is None and (_shards_in(store) < shards or not children):
-        time.sleep(0.02)
-        if run.poll() is None:
-            children = psutil.Process(run.pid).children(recursive=True)
-    return children
+    """All descendants of a process when its store has this many shards; none if it ends before."""
+    while run.poll() is None:
+        # Looking for children reads the state of every process of the machine.
+        if _shards_in(store) >= shards and (children := psutil.Process(run.pid).children(recursive=True)):
+            return children
+        time.sleep(0.05)
+    return []
 
 
 def _require_ended(children: list[psutil.Process]) -> None:
