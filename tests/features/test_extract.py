@@ -337,9 +337,12 @@ def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, buck
     # A program of this name starts warm (see tests/warm).
     elsewhere = tmp_path / "elsewhere_program.py"
     elsewhere.write_text(
-        "import runpy, socket, sys, time\nnode = int(sys.argv.pop(1))\nreal = time.time\n"
-        "time.time = lambda: real() + node * 3e7\nsocket.gethostname = lambda: f'node-{node}'\n"
-        "runpy.run_module('slam_asr', run_name='__main__')"
+        "import runpy, socket, sys, time\n"
+        "if __name__ == '__main__':  # workers that read audio import this file too\n"
+        "    node, real = int(sys.argv.pop(1)), time.time\n"
+        "    time.time = lambda: real() + node * 3e7\n"
+        "    socket.gethostname = lambda: f'node-{node}'\n"
+        "    runpy.run_module('slam_asr', run_name='__main__')\n"
     )
     both = [
         subprocess.Popen(
