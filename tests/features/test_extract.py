@@ -296,13 +296,13 @@ def _shards_in(store: Path) -> int:
 
 
 def _children_until(run: subprocess.Popen, store: Path, shards: int) -> list[psutil.Process]:
-    """All descendants of a process when its store has this many shards, or at its end."""
-    children: list[psutil.Process] = []
-    while run.poll() is None and (_shards_in(store) < shards or not children):
-        time.sleep(0.02)
-        if run.poll() is None:
-            children = psutil.Process(run.pid).children(recursive=True)
-    return children
+    """All descendants of a process when its store has this many shards; none if it ends before."""
+    while run.poll() is None:
+        # Looking for children reads the state of every process of the machine.
+        if _shards_in(store) >= shards and (children := psutil.Process(run.pid).children(recursive=True)):
+            return children
+        time.sleep(0.05)
+    return []
 
 
 def _require_ended(children: list[psutil.Process]) -> None:
@@ -319,9 +319,12 @@ def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, buck
     # A program of this name starts warm (see tests/warm).
     elsewhere = tmp_path / "elsewhere_program.py"
     elsewhere.write_text(
-        "import runpy, socket, sys, time\nnode = int(sys.argv.pop(1))\nreal = time.time\n"
-        "time.time = lambda: real() + node * 3e7\nsocket.gethostname = lambda: f'node-{node}'\n"
-        "runpy.run_module('slam_asr', run_name='__main__')"
+        "import runpy, socket, sys, time\n"
+        "if __name__ == '__main__':  # workers that read audio import this file too\n"
+        "    node, real = int(sys.argv.pop(1)), time.time\n"
+        "    time.time = lambda: real() + node * 3e7\n"
+        "    socket.gethostname = lambda: f'node-{node}'\n"
+        "    runpy.run_module('slam_asr', run_name='__main__')\n"
     )
     both = [
         subprocess.Popen(

@@ -87,8 +87,9 @@ def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(sta
     """They are importing torch then, and have not asked the kernel yet to end with the stage."""
     token = uuid.uuid4().hex
     killed = start(stage, arguments[stage], tmp_path, token)
+    # Each look reads the state of every process of the machine; imports take seconds.
     while killed.poll() is None and not processes_with(token, WORKERS[stage]):
-        time.sleep(0.05)
+        time.sleep(0.2)
     assert killed.poll() is None, "the stage ended before it started a process"
     killed.kill()
     killed.wait()
