@@ -1,4 +1,4 @@
-"""What is spoken: random sentences of a small grammar, and pieces of transcripts."""
+"""The texts that are spoken: random sentences of a small grammar, and pieces of transcripts."""
 
 import random
 import re
