@@ -162,9 +162,9 @@ class Projector:
     """The trained part between the encoder and the LLM."""
 
     kind: Literal["linear", "cov1d-linear", "q-former"] = "linear"
-    """`linear` is the published architecture: k neighbouring frames are concatenated, then Linear, ReLU,
-    Linear. `cov1d-linear` applies a convolution over k frames first. `q-former` turns audio of any length
-    into a fixed number of positions."""
+    """`linear` is the published architecture: each group of k consecutive frames is concatenated, then
+    Linear, ReLU, Linear. `cov1d-linear` applies a convolution over k frames first. `q-former` turns audio of
+    any length into a fixed number of positions."""
     downsampling: int = bounded(5, at_least=1)
     """k: encoder frames joined into one LLM position. 5 gives 10 positions per second; more is faster but
     blurs short words."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from slam_asr.pages.render import grouped, render
+from slam_asr.pages.render import render, with_thousands
 from slam_asr.storage import write_atomically
 
 RUN_MARKERS = "●■▲◆▼★"
@@ -176,12 +176,12 @@ def _summary(
     if series["training"]:
         (first, start), (last, end) = series["training"][0], series["training"][-1]
         sentences.append(
-            f"Training: {template.format(start)} at step {grouped(first)}, "
-            f"{template.format(end)} at step {grouped(last)}."
+            f"Training: {template.format(start)} at step {with_thousands(first)}, "
+            f"{template.format(end)} at step {with_thousands(last)}."
         )
     if series["validation"]:
         step, value = best(series["validation"], key=lambda point: point[1])
-        sentences.append(f"Validation: best {template.format(value)}, at step {grouped(step)}.")
+        sentences.append(f"Validation: best {template.format(value)}, at step {with_thousands(step)}.")
     return " ".join(sentences)
 
 
@@ -252,7 +252,7 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
         highest = max(value for line in lines for _, value in line.points)
         axes.set_ylim(0, 100 if quantity == "accuracy" else 1.05 * highest or 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: grouped(round(step))))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: with_thousands(round(step))))
         if legend:
             axes.legend(
                 frameon=False,

@@ -142,11 +142,8 @@ def _remedy(shapes: Shapes, longest: Load, machine: Machine) -> str:
     if changed:
         return "set " + " ".join(f"--{key} {str(value).lower()}" for key, value in changed.items())
     fewer = ", fewer training.processes" if machine.local_processes > 1 and not machine.on_gpu else ""
-    lora = ", or llm.tuning lora" if shapes.recipe.llm.tuning == "full" else ""
-    return (
-        f"take {'more GPUs or larger ones' if machine.on_gpu else 'more memory'}{fewer}, or a smaller "
-        f"LLM{lora}"
-    )
+    lora = ", or --llm.tuning lora" if shapes.recipe.llm.tuning == "full" else ""
+    return f"use {'more or larger GPUs' if machine.on_gpu else 'more memory'}{fewer}, or a smaller LLM{lora}"
 
 
 def _require_host(shapes: Shapes, machine: Machine) -> None:

@@ -44,9 +44,9 @@ def interval(errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[floa
     for _ in range(RESAMPLES):
         sample = rng.integers(len(errors), size=len(errors))
         # A sample may consist of units without words only, which have no rate.
-        spoken = words[sample].sum()
-        if spoken:
-            rates.append(errors[sample].sum() / spoken)
+        reference_words = words[sample].sum()
+        if reference_words:
+            rates.append(errors[sample].sum() / reference_words)
     low, high = np.percentile(rates, _LEVEL)
     return float(low), float(high)
 
