@@ -303,7 +303,7 @@ def test_missing_bucket_and_login_page_are_problems(doctor, kubeflow):
     kubeflow.faults = ["html"]
     code, out = doctor(profile=PROFILE.replace("s3://bucket/store", "s3://no-such-bucket/store"))
     assert code == 1
-    assert "✗ Kubeflow Pipelines: " in out and "answers with a web page, most likely a login" in out
+    assert "✗ Kubeflow Pipelines: " in out and "answers with a web page, most likely a login page" in out
     assert "✗ store s3://no-such-bucket/store: " in out
 
 
