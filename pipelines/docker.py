@@ -221,7 +221,7 @@ class Containers:
 
 
 def _volumes(writable: list[Path], readable: list[Path]) -> dict[str, dict[str, str]]:
-    """Return all mounts, by their path on this machine.
+    """Return all mounts, keyed by their path on this machine.
 
     Results and inputs are mounted at the same path as here, so that command lines work unchanged.
 

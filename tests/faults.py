@@ -88,7 +88,7 @@ class FaultyProxy:
         self.requests: list[Request] = []
         """All requests received, without their bodies."""
         self.faults: Counter[str] = Counter()
-        """Number of failed requests, by kind."""
+        """Number of failed requests, keyed by kind."""
         self._random = random.Random(seed)
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._closing = threading.Event()

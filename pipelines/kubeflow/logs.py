@@ -205,7 +205,7 @@ def waiting_pods(namespace: str, run_id: str) -> dict[str, str]:
         run_id: id of the run.
 
     Returns:
-        A message for each waiting pod, by the name of its node in the workflow. Without access to the
+        A message for each waiting pod, keyed by the name of its node in the workflow. Without access to the
         Kubernetes API there are none, and Kubeflow's own states have to suffice.
     """
     try:

@@ -1,6 +1,6 @@
 """Counts of word errors per utterance, and of confusions between words.
 
-If the references of a test are in a script that does not separate words, such as Chinese, each character
+If the references of a test set are in a script that does not separate words, such as Chinese, each character
 counts as a word. The word error rate of such a measurement is the character error rate.
 
 Every utterance is aligned only once, by jiwer. Totals, groups of utterances, confidence intervals and

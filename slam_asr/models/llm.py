@@ -266,7 +266,7 @@ def checkpoint_layers(model: nn.Module) -> None:
     if not layers:
         raise ConfigurationError(
             f"training.gradient_checkpointing is true, but {type(model).__name__} has no layers that support "
-            "it: set training.gradient_checkpointing to false."
+            "it: set --training.gradient_checkpointing false."
         )
     for layer in layers:
         # The re-entrant variant rejects keyword arguments, and transformers calls its layers with some.

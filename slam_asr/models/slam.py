@@ -35,7 +35,7 @@ class Row:
     positions: int
     """Number of LLM positions that the audio takes."""
     before: list[int]
-    """Token ids before the audio; empty in the reference's layout."""
+    """Token ids before the audio; empty in SLAM-LLM's layout."""
     prompt: list[int]
     """Token ids after the audio."""
     answer: list[int]

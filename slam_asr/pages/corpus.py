@@ -83,7 +83,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         splits: for each split, `durations`: the number of utterances of [0, 1) s, [1, 2) s and so on.
 
     Returns:
-        Bars, ticks of the axes and sizes in units of the drawing, by their names in the page's template.
+        Bars, ticks of the axes and sizes in units of the drawing, keyed by name in the page's template.
     """
     longest = max(len(m["durations"]) for m in splits.values())
     width = math.ceil(longest / MAX_BARS)

@@ -21,7 +21,7 @@ CURVE_POINTS = 400
 
 
 def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training: dict[str, Any]) -> None:
-    """Write a page with the curves of one training.
+    """Write a page with the curves of one training run.
 
     Args:
         path: the page's file.
@@ -64,7 +64,7 @@ def is_number(value: Any) -> bool:
 
 
 def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """Draw the figures of one training, from its values in training and on dev.
+    """Draw the figures of one training run, from its values in training and on dev.
 
     Args:
         training: `curve` and `validation`, as for `write_curves`.
@@ -85,13 +85,13 @@ def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Draw the figures of several trainings: their values on dev, or in training if none has values on dev.
+    """Draw the figures of several training runs: their values on dev, or in training if none has any on dev.
 
     The first lines have colours and markers of their own (see `RUN_MARKERS`); all others look alike. The
     figures have no legend, because the page shows the markers next to the names.
 
     Args:
-        trainings: trainings by name, each as for `draw_curves`, but both lists may be missing.
+        trainings: training runs keyed by name, each as for `draw_curves`; both lists may be missing.
 
     Returns:
         Figures as from `draw_curves`.

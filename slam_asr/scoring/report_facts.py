@@ -1,4 +1,4 @@
-"""Facts about a training and a decoding as labels and text, for the report."""
+"""Facts about a training run and a decoding as labels and text, for the report."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ _DECODING_LABELS = {
 
 
 def training_facts(training: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts of a training from its record, as labels and text; see `write_report`."""
+    """The facts of a training run from its record, as labels and text; see `write_report`."""
     facts = {"trained_parameters": training.get("projector_parameters"), **training}
     facts.pop("projector_parameters", None)
     trained, total = facts["trained_parameters"], facts.get("all_parameters")

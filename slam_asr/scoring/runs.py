@@ -1,4 +1,4 @@
-"""Several decoded trainings on one page: ranked, compared with the best one, with their curves."""
+"""Several decoded training runs on one page: ranked, compared with the best one, with their curves."""
 
 import json
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
     """Read the runs, sort them by error rate, and compare each with the best.
 
     Args:
-        files: wer.json and hypotheses of each run, by its folder.
+        files: wer.json and hypotheses of each run, keyed by its folder.
         known: variations of the recipe by name, to describe what a run changed.
     """
     numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}

@@ -57,7 +57,7 @@ def interval_over(
     """Compute the 95 % bootstrap interval over groups of utterances, such as speakers, drawn as units.
 
     Args:
-        groups: int [n], the indices of each group's utterances, by the group's name.
+        groups: int [n], the indices of each group's utterances, keyed by the group's name.
         errors: int [utterances], word errors.
         words: int [utterances], reference words.
         seed: seed of the resampling.

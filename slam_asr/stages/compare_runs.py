@@ -1,4 +1,4 @@
-"""The command `slam-asr compare-runs`: shows the results of several trainings side by side on one page."""
+"""The command `slam-asr compare-runs`: shows the results of several training runs on one page."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def compare_runs(
     variations: list[str] | None = None,
     overwrite: bool = False,
 ) -> Record:
-    """Compare the results of several trainings, best error rate first, with their curves in one figure.
+    """Compare the results of several training runs, best error rate first, with their curves in one figure.
 
     Args:
         runs: folders that score wrote.

@@ -82,7 +82,7 @@ def _seconds(file: str) -> float:
     except AudioError as error:
         if error.reason != MISSING:
             raise
-        # The error's own sentence advises to build a manifest again, but none is used here.
+        # The error's own message advises to build a manifest again, but none is used here.
         raise InputError(f"There is no audio file {file}: check the path.") from error
 
 

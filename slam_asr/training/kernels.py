@@ -32,13 +32,13 @@ def require_kernels(options: Training, device: torch.device) -> None:
     """
     if options.liger and device.type != "cuda":
         raise ConfigurationError(
-            f"training.liger needs a GPU, but this run uses the {device.type.upper()}: set training.liger to "
-            "false."
+            f"training.liger needs a GPU, but this run uses the {device.type.upper()}: set "
+            "--training.liger false."
         )
     if options.liger and importlib.util.find_spec("liger_kernel") is None:
         raise ConfigurationError(
             "training.liger needs the package liger-kernel, which is not installed: run `pip install "
-            "liger-kernel` (for an image, add it to the build), or set training.liger to false."
+            "liger-kernel` (for an image, add it to the build), or set --training.liger false."
         )
     if options.compile:
         _require_compiler(device)
@@ -54,13 +54,13 @@ def _require_compiler(device: torch.device) -> None:
         absent = f"neither {' nor '.join(names)} is" if len(names) > 1 else f"{names[0]} is not"
         raise ConfigurationError(
             f"training.compile needs a {language} compiler, and {absent} installed: install one (`apt-get "
-            f"install {defaults[0]}`; for an image, add it to the build), or set training.compile to false."
+            f"install {defaults[0]}`; for an image, add it to the build), or set --training.compile false."
         )
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         raise ConfigurationError(
             "training.compile needs Python's headers (Python.h), which are not installed: install them "
             "(`apt-get install python3-dev`; for an image, add them to the build), or set "
-            "training.compile to false."
+            "--training.compile false."
         )
 
 
@@ -77,7 +77,7 @@ def compile_layers(llm: PreTrainedModel) -> None:
     if not layers:
         raise ConfigurationError(
             f"training.compile: {type(llm).__name__} has no layers that can be compiled separately: set "
-            "training.compile to false."
+            "--training.compile false."
         )
     exclude_from_compilation()
     for layer in layers:

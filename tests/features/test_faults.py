@@ -61,7 +61,7 @@ def test_an_unreachable_endpoint_ends_extraction_with_a_message_and_loses_nothin
 
     with monkeypatch.context() as patch:
         patch.setattr(encode.ShardWriter, "_publish", breaking)
-        with pytest.raises(UserError, match=r"could not be (written|read) in [\d.]+ s of trying"):
+        with pytest.raises(UserError, match=r"could not be (written|read) within [\d.]+ s of trying"):
             extract_features(options, [str(many)], "s3://bucket/store")
     faulty_s3.fault_rate = 0
     record = extract_features(options, [str(many)], "s3://bucket/store")

@@ -1,4 +1,4 @@
-"""A training that cannot fit is refused before anything is loaded; one that may not fit gets a warning."""
+"""A training run that cannot fit is refused before anything is loaded; one that might not gets a warning."""
 
 import dataclasses
 import re

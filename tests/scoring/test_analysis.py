@@ -1,4 +1,4 @@
-"""What a test shows beyond its word error rate.
+"""What results on a test set show beyond its word error rate.
 
 Invariants: intervals contain the rate, shrink with the size of the test set, are wider over speakers who
 differ, and cover the true rate in 95 % of cases; equal recognisers differ only by chance; the fast normaliser

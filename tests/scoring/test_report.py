@@ -1,4 +1,4 @@
-"""The report of a test, for people and for programs.
+"""The report on a test set, for people and for programs.
 
 Invariants: the page fetches nothing and executes nothing from a transcript; the three files and the metrics
 agree; unknown facts are left out; thousands of utterances still give a small page.

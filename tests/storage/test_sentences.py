@@ -92,7 +92,7 @@ def test_an_unreachable_endpoint_is_retried_until_the_time_limit(bucket, name, m
     message = message_of(CALLS[name], "s3://bucket/x")
     assert 1.4 < time.monotonic() - started < 5
     assert (
-        "in 2 s of trying (no connection)" in message
+        "within 2 s of trying (no connection)" in message
         and "AWS_ENDPOINT_URL" in message
         and "SLAM_ASR_S3_PATIENCE" in message
     )

@@ -20,7 +20,7 @@ FAULT = "✗ store s3://bucket/store: s3://bucket/store cannot be written: acces
 
 @pytest.fixture
 def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
-    """Run `doctor --run`; the pods' logs are those of `findings`, by step. Return its code and output."""
+    """Run `doctor --run`; the pods' logs are `findings`, keyed by step. Return its code and output."""
     profile = tmp_path / "profile.yaml"
     profile.write_text('namespace: team\nstorage: {store: "s3://bucket/store", secret: bucket-secret}\n')
 
