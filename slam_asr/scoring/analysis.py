@@ -16,7 +16,7 @@ from slam_asr.scoring.statistics import interval, interval_over
 
 DURATIONS = (5, 10, 15, 20, 30)
 """Upper limits in seconds, inclusive, of the groups of utterances by length. The last group has no limit."""
-CONFUSIONS = 30
+MAX_CONFUSIONS = 30
 """Maximum number of confusions of each kind that are listed."""
 
 LOOP, CUT, EMPTY, REFUSAL = "loop", "cut at the limit", "empty answer", "refusal"
@@ -152,7 +152,7 @@ def _by_duration(measured: Measured) -> list[dict[str, Any]]:
 
 def _most_frequent(counter: Counter[Any]) -> list[tuple[Any, int]]:
     """The most frequent entries with their counts. Equally frequent entries are sorted by name."""
-    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]
+    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]
 
 
 def _count_faults(measured: Measured) -> dict[str, int]:

@@ -15,7 +15,7 @@ RESAMPLES = 1000
 """Number of samples of a bootstrap interval."""
 FLIPS, _AT_ONCE = 10_000, 500
 """Number of random exchanges of a randomisation test, and how many of them are in memory at once."""
-MANY = 5000
+MAX_EXACT = 5000
 """Number of differing utterances above which the normal approximation replaces the randomisation test.
 
 With so many utterances, both give the same result.
@@ -93,8 +93,8 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
 
     If both were equally good, the two outputs for any utterance could be exchanged. The two-sided p-value is
     the share of random exchanges that give a difference at least as large (approximate randomisation, Noreen,
-    1989). If more than `MANY` utterances differ, the normal approximation is used instead (Gillick and Cox,
-    1989).
+    1989). If more than `MAX_EXACT` utterances differ, the normal approximation is used instead (Gillick and
+    Cox, 1989).
 
     Args:
         first: int [utterances], word errors of the first recogniser.
@@ -108,7 +108,7 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
     observed = abs(int(nonzero.sum()))
     if not len(nonzero):
         p = 1.0
-    elif len(nonzero) > MANY:
+    elif len(nonzero) > MAX_EXACT:
         # With random signs, the sum of the differences has mean 0 and variance Σd². The two-sided tail of a
         # normal distribution beyond x is erfc(x / √(2 · variance)).
         p = math.erfc(observed / math.sqrt(2 * float((nonzero.astype(float) ** 2).sum())))
