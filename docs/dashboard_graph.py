@@ -36,11 +36,11 @@ class _Task:
     name: str
     is_loop: bool
     artifacts: dict[str, str]
-    """The label of each artifact, by its key."""
+    """The label of each artifact by key."""
     waits_for: set[str]
     """Keys of tasks."""
     reads: set[tuple[str, str]] = field(default_factory=set)
-    """Tasks and artifacts, by their keys."""
+    """Tasks and artifacts by key."""
 
 
 def draw(package: Path) -> str:

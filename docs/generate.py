@@ -40,8 +40,8 @@ PIPELINES = {
 
 
 def pages() -> dict[str, str]:
-    """Return the text of every generated page by its path relative to the checkout."""
-    written = {
+    """Return the text of every generated page, keyed by its path relative to the checkout."""
+    texts = {
         f"{REFERENCE}/README.md": _index(),
         f"{REFERENCE}/commands.md": _commands(),
         f"{REFERENCE}/pipelines.md": _pipelines(),
@@ -50,8 +50,8 @@ def pages() -> dict[str, str]:
         "docs/dashboard-graph.svg": _dashboard_graph(),
     }
     for folder, steps in _steps_by_folder().items():
-        written[f"components/{folder}/README.md"] = _component_readme(folder, steps)
-    return {path: text.rstrip("\n") + "\n" for path, text in written.items()}
+        texts[f"components/{folder}/README.md"] = _component_readme(folder, steps)
+    return {path: text.rstrip("\n") + "\n" for path, text in texts.items()}
 
 
 def stale_pages(texts: Mapping[str, str]) -> list[str]:
@@ -351,7 +351,7 @@ def _pipeline_options(command: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _usage(command: str, parameters: Mapping[str, inspect.Parameter]) -> str:
-    """Return the required options. Those that may be positional come first, without their names."""
+    """Return the required options. Those that can be positional come first, without their names."""
     from slam_asr.cli import positionals_of
 
     words = positionals_of(command).split()
@@ -401,7 +401,7 @@ def _sections(top: type) -> Iterator[str]:
 
 
 def _dataclasses_in(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Yield (prefix, class) of each section that has keys of its own, and not only further sections."""
+    """Yield (prefix, class) of each section that has keys of its own, not only subsections."""
     if any(not dataclasses.is_dataclass(field.type) for field in dataclasses.fields(section)):
         yield prefix, section
     for field in dataclasses.fields(section):

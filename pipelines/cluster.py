@@ -299,7 +299,7 @@ def _cores(cpu: str) -> float:
 
 
 def shipped_clusters() -> dict[str, Path]:
-    """Return the file of each shipped profile, by the profile's name."""
+    """Return the file of each shipped profile, keyed by the profile's name."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 

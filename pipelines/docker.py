@@ -1,7 +1,7 @@
 """Runs steps in containers, through the Docker engine's API.
 
 kfp's Docker runner lets the engine remove a container when it ends, and treats a missing container as a
-success, so a failed step occasionally counts as finished. Here a container exists until its exit code has
+success, so a failed step occasionally counts as finished. Here, a container exists until its exit code has
 been read. This module then removes it, even after an error or an interruption.
 """
 
@@ -25,7 +25,7 @@ from slam_asr.steps import STEPS
 from slam_asr.storage.cache import cache_folder
 from slam_asr.storage.client import SECRET, SECRET_FOLDER
 
-WITH_GPUS = tuple(name for name, step in STEPS.items() if step.torch == "cuda")
+GPU_STAGES = tuple(name for name, step in STEPS.items() if step.torch == "cuda")
 """Stages whose containers get the GPUs."""
 LABEL = "slam-asr.run"
 """Label of a container: the run that it belongs to."""
@@ -34,9 +34,9 @@ GRACE = 15
 
 _KILLED = 137
 """Exit code of a container that was killed: 128 plus SIGKILL."""
-_PASSED_ON = ("AWS_", "HF_", "NCCL_", "OMP_", "SLAM_ASR_S3_")
+_PASSED_PREFIXES = ("AWS_", "HF_", "NCCL_", "OMP_", "SLAM_ASR_S3_")
 """Prefixes of the environment variables that containers get from this process."""
-_FILES = {
+_CREDENTIAL_FILES = {
     "AWS_SHARED_CREDENTIALS_FILE": ("~/.aws/credentials", "/run/aws/credentials"),
     "AWS_CONFIG_FILE": ("~/.aws/config", "/run/aws/config"),
     "AWS_WEB_IDENTITY_TOKEN_FILE": ("", "/run/aws/AWS_WEB_IDENTITY_TOKEN_FILE"),
@@ -80,7 +80,7 @@ class Containers:
         self.volumes = _volumes(writable, [*readable, *(Path(m).absolute() for m in settings.mounts or [])])
         self._running: dict[str, Any] = {}
         self._ending = False
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "Containers":
         # The folders are created after all checks, so that a rejected run creates nothing, and before they
@@ -98,7 +98,7 @@ class Containers:
         self._ending = True
         # A copy is made because stopping takes up to `GRACE` seconds, and the threads that wait for the steps
         # need the lock to finish.
-        with self._guard:
+        with self._lock:
             running = list(self._running.values())
         for container in running:
             _stop(container)
@@ -141,7 +141,7 @@ class Containers:
         """Run `command` in a container and return its exit code.
 
         Args:
-            stage: name of the stage; those in `WITH_GPUS` get the GPUs.
+            stage: name of the stage; those in `GPU_STAGES` get the GPUs.
             image: the stage's image.
             command: program and arguments; the image's entrypoint is not used.
             on_line: called with each line of output.
@@ -166,11 +166,11 @@ class Containers:
                 user=f"{os.getuid()}:{os.getgid()}",
                 network=self.settings.network,
                 shm_size=self.settings.shared_memory,
-                device_requests=self.gpus if stage in WITH_GPUS else [],
+                device_requests=self.gpus if stage in GPU_STAGES else [],
                 labels={LABEL: self.run_name},
                 # An init process passes SIGTERM on; a program with process id 1 ignores it by default.
                 init=True,
-                # The user may be unknown to the image, so the step starts where everybody may write.
+                # The user may be unknown to the image, so the step starts in a folder that all can write.
                 working_dir="/tmp",
             )
         except APIError as error:
@@ -195,7 +195,7 @@ class Containers:
 
     @contextlib.contextmanager
     def _removed_at_the_end(self, container: Any) -> Iterator[None]:
-        with self._guard:
+        with self._lock:
             self._running[container.id] = container
         try:
             yield
@@ -205,7 +205,7 @@ class Containers:
             raise
         finally:
             _remove(container)
-            with self._guard:
+            with self._lock:
                 self._running.pop(container.id, None)
 
     def _containers_of_run(self) -> list[Any]:
@@ -216,12 +216,12 @@ class Containers:
         if self.settings.network not in known:
             raise ClusterError(
                 f"The Docker engine has no network {self.settings.network}: "
-                f"--network may be {', '.join(sorted(known))}."
+                f"give --network one of {', '.join(sorted(known))}."
             )
 
 
 def _volumes(writable: list[Path], readable: list[Path]) -> dict[str, dict[str, str]]:
-    """Return all mounts, by their path on this machine.
+    """Return all mounts, keyed by their path on this machine.
 
     Results and inputs are mounted at the same path as here, so that command lines work unchanged.
 
@@ -246,7 +246,7 @@ def _credential_files() -> dict[str, str]:
     """Return the existing credential files of this machine, and where each is mounted in the container."""
     files = {
         os.path.expanduser(os.environ.get(name) or default): target
-        for name, (default, target) in _FILES.items()
+        for name, (default, target) in _CREDENTIAL_FILES.items()
     }
     return {source: target for source, target in files.items() if os.path.exists(source)}
 
@@ -256,17 +256,17 @@ def _environment() -> dict[str, str]:
     passed = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(_PASSED_ON) or name.upper() in _PROXIES
+        if name.startswith(_PASSED_PREFIXES) or name.upper() in _PROXIES
     }
     # The values are paths on this machine. They are replaced by the paths in the container.
     mounted = _credential_files().values()
-    for name, (default, target) in _FILES.items():
+    for name, (default, target) in _CREDENTIAL_FILES.items():
         if target in mounted:
             passed[name] = target
         elif default:
-            # The stages do without it, as they would without the file at its default path.
+            # No such file is mounted: without the variable, the stages do not look for one.
             passed.pop(name, None)
-    # The hub's cache folders are not mounted. Models are in this project's own cache, which is.
+    # The hub's cache folders are not mounted. Models are in this project's own cache, which is mounted.
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         passed.pop(name, None)
     return passed | {"PYTHONUNBUFFERED": "1"}

@@ -1,4 +1,4 @@
-"""The pipeline that a command line requests: a training, an evaluation (`--model`) or a sweep (`--sweep`)."""
+"""The pipeline that a command line requests: for training, evaluation (`--model`) or a sweep (`--sweep`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -53,7 +53,7 @@ class RunRequest:
 
     @property
     def nodes(self) -> int:
-        """Number of machines of each training; 1 if nothing is trained."""
+        """Number of machines of each training run; 1 if nothing is trained."""
         return self.recipe.training.nodes if self.recipe and self.model is None else 1
 
     @property

@@ -1,6 +1,6 @@
 """An unreliable network: a proxy in front of an HTTP server that makes a share of the requests fail.
 
-    with FaultyProxy(server, share=0.2, seed=1) as proxy:
+    with FaultyProxy(server, fault_rate=0.2, seed=1) as proxy:
         ...                                  # use proxy.address instead of server
     assert proxy.faults.total() > 0
 
@@ -63,23 +63,23 @@ class FaultyProxy:
 
     Args:
         server: its address, http://host:port.
-        share: share of the requests that fail, chosen at random; may be changed at any time.
+        fault_rate: share of the requests that fail, chosen at random; may be changed at any time.
         kinds: kinds of fault, chosen at random.
         seed: seed of these choices.
-        rule: returns the fault of a request, or None to pass it on; replaces `share` and `kinds`.
+        rule: returns the fault of a request, or None to pass it on; replaces `fault_rate` and `kinds`.
     """
 
     def __init__(
         self,
         server: str,
-        share: float = 0.2,
+        fault_rate: float = 0.2,
         kinds: tuple[Fault, ...] = TEMPORARY,
         seed: int = 0,
         rule: Callable[[Request], Fault | None] | None = None,
     ) -> None:
         url = urlsplit(server)
         self.server = (url.hostname, url.port)
-        self.share, self.kinds, self.rule = share, kinds, rule
+        self.fault_rate, self.kinds, self.rule = fault_rate, kinds, rule
         self.checks = True
         """Whether to compare SHA-256 checksums, as S3 does and moto does not. Otherwise they are removed, as
         for a server that does not support them."""
@@ -88,7 +88,7 @@ class FaultyProxy:
         self.requests: list[Request] = []
         """All requests received, without their bodies."""
         self.faults: Counter[str] = Counter()
-        """Number of failed requests, by kind."""
+        """Number of failed requests, keyed by kind."""
         self._random = random.Random(seed)
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
@@ -137,7 +137,7 @@ class FaultyProxy:
             if self.rule is not None:
                 fault = self.rule(request)
             else:
-                fault = self._random.choice(self.kinds) if self._random.random() < self.share else None
+                fault = self._random.choice(self.kinds) if self._random.random() < self.fault_rate else None
             if fault is not None:
                 self.faults[fault if isinstance(fault, str) else fault[1]] += 1
             return fault

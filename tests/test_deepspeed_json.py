@@ -143,7 +143,7 @@ def test_a_file_is_read_and_the_resolved_recipe_no_longer_needs_it(tmp_path):
         (
             {"optimizer": {"type": "Lamb"}},
             {},
-            "optimizer.type is Lamb, but this training's optimiser is AdamW",
+            "optimizer.type is Lamb, but slam-asr's optimiser is AdamW",
         ),
         (
             {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},

@@ -83,7 +83,7 @@ def wrong_arrows(imports: Imports) -> list[str]:
     for module, imported in imports.items():
         for other in imported:
             here, there = room_of(module), room_of(other)
-            # The files of a trade may import each other; those of the stages may not.
+            # The files of a trade may import each other; those of the stages must not.
             apart = TRADES if here != there else {"stages"}
             if floor_of(there) < floor_of(here) or (here in apart and there in apart):
                 wrong.append(f"{module} → {other}")

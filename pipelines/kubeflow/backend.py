@@ -31,7 +31,7 @@ def check_rights(cluster: Cluster, namespace: str, needs_default_secret: bool, n
         nodes: number of nodes to train on; more than one needs rights for a TrainJob.
 
     Raises:
-        kubernetes.ApiException: you may not ask, or the API does not answer.
+        kubernetes.ApiException: you are not allowed to ask, or the API does not answer.
     """
     subject = f"rights of {cluster.service_account}"
     missing = [
@@ -44,7 +44,7 @@ def check_rights(cluster: Cluster, namespace: str, needs_default_secret: bool, n
         return Finding(
             BAD,
             subject,
-            f"it may not {', '.join(missing)} in {namespace}: "
+            f"it is not allowed to {', '.join(missing)} in {namespace}: "
             f"`kubectl apply -n {namespace} -k manifests/runner` grants what runs need{more}.",
         )
     return Finding(GOOD, subject, "it may do what driver, launcher and Argo do in its name")

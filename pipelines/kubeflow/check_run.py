@@ -128,7 +128,7 @@ def _findings(connection: Connection, last: RunView) -> Iterator[Finding]:
 
 
 def _read_logs(connection: Connection, run_id: str) -> dict[str, list[Finding]]:
-    """Return the findings in the logs of the run's pods, by step."""
+    """Return the findings in the logs of the run's pods, keyed by step."""
     found: dict[str, list[Finding]] = {step: [] for step in CHECKED}
     step = ""
 

@@ -31,7 +31,7 @@ TOKEN_FILE = "KF_PIPELINES_SA_TOKEN_PATH"
 MOUNTED_TOKEN = "/var/run/secrets/kubeflow/pipelines/token"
 """File in which Kubeflow mounts a token into its notebooks and steps."""
 PATIENCE = "SLAM_ASR_KFP_PATIENCE"
-"""Environment variable with the seconds of retries while the endpoint does not answer (default 60)."""
+"""Environment variable with the time in seconds to retry while the endpoint does not answer (default 60)."""
 
 T = TypeVar("T")
 
@@ -125,7 +125,7 @@ class Connection:
                 )
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"{self.endpoint} could not {what} in {patience():g} s of retries ({reason}): "
+                    f"{self.endpoint} could not {what} within {patience():g} s of retrying ({reason}): "
                     "try again later."
                 )
             time.sleep(pause)
@@ -182,14 +182,14 @@ class Connection:
                 reason = _plain(error)
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"Kubeflow Pipelines at {self.endpoint} did not answer in {patience():g} s of retries "
-                    f"({reason}): try again later."
+                    f"Kubeflow Pipelines at {self.endpoint} did not answer within {patience():g} s of "
+                    f"retrying ({reason}): try again later."
                 )
             time.sleep(0.5)
         if answer.status in (301, 302, 303, 307, 308) or "html" in answer.headers.get("content-type", ""):
             raise ClusterError(
-                f"{self.endpoint} answers with a web page, most likely a login: set {TOKEN} to a token or "
-                f"{TOKEN_FILE} to a file with one, or use a port-forward to ml-pipeline."
+                f"{self.endpoint} answers with a web page, most likely a login page: set {TOKEN} to a token "
+                f"or {TOKEN_FILE} to a file with one, or use a port-forward to ml-pipeline."
             )
         if answer.status in (401, 403):
             raise ClusterError(self._not_authenticated(answer.status, answer.data))
@@ -199,7 +199,7 @@ class Connection:
             health = None
         if answer.status != 200 or not isinstance(health, dict):
             raise ClusterError(
-                f"{self.endpoint} has no API of Kubeflow Pipelines 2 at /apis/v2beta1 "
+                f"{self.endpoint} has no Kubeflow Pipelines 2 API at /apis/v2beta1 "
                 f"(HTTP {answer.status}): check --endpoint."
             )
         return bool(health.get("multi_user"))
@@ -221,7 +221,8 @@ class Connection:
             return self._not_authenticated(error.status, error.body)
         if error.status == 403:
             return (
-                f"You may not {what} in the namespace {self.namespace} ({_with_message('403', error.body)}): "
+                f"You are not allowed to {what} in the namespace {self.namespace} "
+                f"({_with_message('403', error.body)}): "
                 "check --namespace, or ask for the role `kubeflow-edit` there."
             )
         reason = _server_message(error.body) or error.reason

@@ -259,7 +259,7 @@ def _finding_of(subject: str, namespace: str, check: Callable[[], Finding]) -> F
                 "or correct the profile.",
             )
         if error.status in (401, 403):
-            return Finding(UNKNOWN, subject, f"you may not read it ({error.status})")
+            return Finding(UNKNOWN, subject, f"you are not allowed to read it ({error.status})")
         return Finding(UNKNOWN, subject, f"the Kubernetes API answers {error.status} {error.reason}")
     except urllib3.exceptions.HTTPError as error:
         return Finding(

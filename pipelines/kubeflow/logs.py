@@ -90,13 +90,13 @@ class LogReader:
                 shown.add(pod.metadata.name)
                 self._show_pod(api, pod, follow, on_line)
         except ClusterError as error:
-            # A user who may not read pods may still read the archive, through the dashboard.
+            # A user who is not allowed to read pods can still read the archive, through the dashboard.
             unavailable = str(error)
         if not self._show_archived(step, shown, on_line) and not shown:
-            which = f"of step {step} " if step else ""
+            which = f" for step {step}" if step else ""
             raise ClusterError(
                 unavailable
-                or f"There are no pods {which}of the run {self.run_id} in {self.namespace}: they have not "
+                or f"Run {self.run_id} has no pods{which} in namespace {self.namespace}: they have not "
                 "started yet, or were deleted; the dashboard may still have their logs."
             )
 
@@ -205,7 +205,7 @@ def waiting_pods(namespace: str, run_id: str) -> dict[str, str]:
         run_id: id of the run.
 
     Returns:
-        A message for each waiting pod, by the name of its node in the workflow. Without access to the
+        A message for each waiting pod, keyed by the name of its node in the workflow. Without access to the
         Kubernetes API there are none, and Kubeflow's own states have to suffice.
     """
     try:
@@ -254,8 +254,8 @@ def call_kubernetes(namespace: str, what: str, request: Callable[[], Any]) -> An
     except kubernetes.ApiException as error:
         if error.status in (401, 403):
             raise ClusterError(
-                f"You may not {what} in the namespace {namespace} ({error.status}): ask for the role `view` "
-                "there, or renew your login."
+                f"You are not allowed to {what} in the namespace {namespace} ({error.status}): ask for the "
+                "role `view` there, or renew your login."
             ) from None
         raise ClusterError(
             f"The Kubernetes API could not {what} in {namespace} ({error.status} {error.reason})."

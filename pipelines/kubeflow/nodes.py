@@ -11,7 +11,7 @@ from slam_asr.steps import STEPS
 
 
 def loaded_images(api: kubernetes.CoreV1Api) -> list[str] | None:
-    """Return the names of the largest images that the nodes have; None if the nodes may not be listed."""
+    """Return the names of the largest images that the nodes have; None if listing nodes is not allowed."""
     try:
         nodes = api.list_node().items
     except (kubernetes.ApiException, urllib3.exceptions.HTTPError):
@@ -23,7 +23,7 @@ def check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
     """Check that each step that requests GPUs fits on a node.
 
     Raises:
-        kubernetes.ApiException: the nodes may not be listed.
+        kubernetes.ApiException: listing nodes is not allowed.
     """
     nodes = [node for node in api.list_node().items if not node.spec.unschedulable]
     gpu_steps = {name: cluster.steps[name] for name in STEPS if cluster.steps[name].gpus}

@@ -156,7 +156,7 @@ _EXPLANATIONS = (
     _Explanation(r"exit code 143", "it was asked to end (SIGTERM), by a node that is drained or by somebody"),
     _Explanation(
         r"exit code 2\b",
-        "the program refused its input (exit code 2): `{logs}` shows its sentence",
+        "the program refused its input (exit code 2): `{logs}` shows its error message",
     ),
     _Explanation(r"exit code (?P<code>\d+)", "the program failed (exit code {code}): `{logs}` shows why"),
 )

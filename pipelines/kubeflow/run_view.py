@@ -59,7 +59,7 @@ def steps_of(
     Args:
         run: the run, from the API v2beta1.
         workflow: its workflow. Without it, the steps have no reasons.
-        waiting_pods: why pods have not started, by the name of their node in the workflow, as Kubernetes says
+        waiting_pods: why pods have not started, keyed by the name of their workflow node, as Kubernetes says
             states it. The workflow does not show that Kueue holds a pod back.
         attempts: maximum number of attempts at each step, used if the workflow does not contain it.
     """

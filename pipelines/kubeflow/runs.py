@@ -251,9 +251,9 @@ def retry(
         )
     if run.state not in ("FAILED", "CANCELED"):
         raise ConfigurationError(
-            f"The run {run.display_name} is {(run.state or 'pending').lower()}, and only a run that failed "
-            "or was stopped can be resumed: `python -m pipelines submit` starts another one, which reuses "
-            "finished results."
+            f"The run {run.display_name} is in state {(run.state or 'pending').lower()}, and only a run that "
+            "failed or was stopped can be resumed: `python -m pipelines submit` starts another one, which "
+            "reuses finished results."
         )
     if workflow is not None and (driver := broken_driver(workflow)) is not None:
         raise ConfigurationError(
@@ -288,8 +288,8 @@ def start_again(connection: Connection, run: kfp_server_api.V2beta1Run) -> tuple
     """
     if run.state not in ENDED and not is_orphaned(run, read_workflow(connection, run.run_id)):
         raise ConfigurationError(
-            f"The run {run.display_name} is {(run.state or 'pending').lower()}, and two runs would write the "
-            f"same results: `python -m pipelines stop {run.run_id}` stops it."
+            f"The run {run.display_name} is in state {(run.state or 'pending').lower()}, and two runs would "
+            f"write the same results: `python -m pipelines stop {run.run_id}` stops it."
         )
     submit = "`python -m pipelines submit` starts another one, which reuses finished results."
     if run.pipeline_version_reference is None:
@@ -324,7 +324,7 @@ def stop(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:
         ClusterError: the API refuses or does not answer.
     """
     if run.state in ENDED:
-        raise ConfigurationError(f"The run {run.display_name} has ended ({run.state.lower()}).")
+        raise ConfigurationError(f"The run {run.display_name} has already ended (state {run.state.lower()}).")
     connection.call("stop the run", lambda: connection.runs.run_service_terminate_run(run.run_id))
 
 

@@ -121,7 +121,7 @@ class Workflow:
         return sorted(failed, key=_order, reverse=True)
 
     def attempts(self) -> dict[str, list[Node]]:
-        """The pods of each step, by the step's place, in the order of their start."""
+        """The pods of each step, keyed by the step's place, in the order of their start."""
         found: dict[str, list[Node]] = {}
         for node in sorted(self.nodes, key=_order):
             if node.is_executor and node.task in STEPS:

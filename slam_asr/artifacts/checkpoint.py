@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a training needs to resume as if it had never been interrupted.
+"""Checkpoints: everything that a training run needs to resume as if it had never been interrupted.
 
 A folder `step-N` contains the trained weights, but none of the frozen ones:
 
@@ -60,7 +60,7 @@ class Checkpoint:
     dev_loss: float | None = None
     """Loss on the dev set after this step; None if it was not measured."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """For each file, by name, its size in bytes and its SHA-256."""
+    """For each file, keyed by name, its size in bytes and its SHA-256."""
     folder: str = ""
     """The folder that this description was read from. It is not saved in the file."""
 

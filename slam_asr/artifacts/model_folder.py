@@ -74,7 +74,7 @@ def write_model(
 
     Args:
         folder: the model's folder.
-        projector: the projector's weights on the CPU, by their names in `SpeechProjector`, of any dtype.
+        projector: the projector's weights on the CPU, keyed by name in `SpeechProjector`, of any dtype.
         config: the content of config.json.
         half: whether to save the projector in fp16 instead of fp32.
     """
@@ -152,7 +152,7 @@ def projector_from_weights(
     """Build a frozen float32 projector from its weights.
 
     Args:
-        weights: the weights by their names in `SpeechProjector`, of any floating-point dtype.
+        weights: the weights keyed by name in `SpeechProjector`, of any floating-point dtype.
         options: the recipe's section `projector`.
         encoder_width: values per encoder frame.
         llm_width: values per LLM position.
@@ -190,7 +190,7 @@ def write_adapter(folder: Path, weights: Mapping[str, "torch.Tensor"], recipe: R
 
     Args:
         folder: the model's folder. The adapter is written to `adapter/` in it.
-        weights: the adapter's weights by their names in the LLM, such as `…q_proj.lora_A.default.weight`.
+        weights: the adapter's weights keyed by name in the LLM, such as `…q_proj.lora_A.default.weight`.
         recipe: contains rank, alpha, target modules, and the LLM's name.
     """
     from safetensors.torch import save
@@ -213,7 +213,7 @@ def read_adapter(model: str | Path) -> dict[str, "torch.Tensor"]:
         model: the model's local folder.
 
     Returns:
-        The adapter's weights on the CPU by their names in the LLM. Empty if the model has no adapter.
+        The adapter's weights on the CPU keyed by name in the LLM. Empty if the model has no adapter.
 
     Raises:
         ModelError: the adapter's file is damaged or missing.
@@ -241,7 +241,7 @@ def read_peft(folder: Path) -> dict[str, "torch.Tensor"]:
     """Read the weights in a folder that peft wrote.
 
     Returns:
-        The adapter's weights on the CPU by their names in the LLM.
+        The adapter's weights on the CPU keyed by name in the LLM.
 
     Raises:
         ModelError: the adapter's file is damaged or missing.
@@ -267,7 +267,7 @@ def require_matching_weights(
 
     Args:
         module: the module, which may be on the meta device.
-        weights: the weights by their names in the module.
+        weights: the weights keyed by name in the module.
         where: the checkpoint's path, for error messages.
         trained: the names that `weights` must contain. It may contain others, but only names in the module.
 
@@ -316,7 +316,7 @@ def replace_weights(
 
 
 def shipped_models() -> dict[str, Path]:
-    """Return the folder of each model that comes with the package, by name."""
+    """Return the folder of each model that comes with the package, keyed by name."""
     return {folder.name: folder for folder in sorted(SHIPPED.glob("*")) if folder.is_dir()}
 
 

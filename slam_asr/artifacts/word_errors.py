@@ -1,6 +1,6 @@
 """Counts of word errors per utterance, and of confusions between words.
 
-If the references of a test are in a script that does not separate words, such as Chinese, each character
+If the references of a test set are in a script that does not separate words, such as Chinese, each character
 counts as a word. The word error rate of such a measurement is the character error rate.
 
 Every utterance is aligned only once, by jiwer. Totals, groups of utterances, confidence intervals and
@@ -117,7 +117,7 @@ def character_errors(rows: Sequence[Hypothesis], unspaced: bool = False) -> np.n
 
     Args:
         rows: the utterances.
-        unspaced: count no spaces at all, because this test's words are not separated.
+        unspaced: count no spaces at all, because the words of this test set are not separated.
 
     Returns:
         int64 [utterances, 2]: number of errors, and number of characters in the reference.
@@ -129,7 +129,8 @@ def character_errors(rows: Sequence[Hypothesis], unspaced: bool = False) -> np.n
     pairs = ((characters(r.reference), characters(r.hypothesis)) for r in rows)
     # The reshape gives the result two columns even if it has no rows.
     return np.array(
-        [(Levenshtein.distance(spoken, written), len(spoken)) for spoken, written in pairs], dtype=np.int64
+        [(Levenshtein.distance(reference, hypothesis), len(reference)) for reference, hypothesis in pairs],
+        dtype=np.int64,
     ).reshape(-1, 2)
 
 

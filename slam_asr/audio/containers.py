@@ -60,7 +60,7 @@ _CHUNKS = {
     b"riff": _Chunks(40, "<16sQ", _W64_DATA, alignment=8, counted=24),
     b"caff": _Chunks(8, ">4sq", b"data", alignment=1, before_samples=4),
 }
-"""The formats with chunks, by the first four bytes of a file. IFF files are in `_FORMS`."""
+"""The formats with chunks, keyed by the first four bytes of a file. IFF files are in `_FORMS`."""
 _FORMS = {b"AIFF": b"SSND", b"AIFC": b"SSND", b"8SVX": b"BODY", b"16SV": b"BODY"}
 """The kinds of IFF files, and the name of the chunk with their samples."""
 _CHUNK_NAME = re.compile(rb"[ -~]{4}.*", re.DOTALL)

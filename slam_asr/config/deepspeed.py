@@ -3,7 +3,7 @@
 Settings for which a recipe has keys (ZeRO stage, precision, offload, clipping, learning rate, batch) are
 moved into those keys. If the recipe sets such a key to another value, it is refused with a message that names
 both. Settings without a key in a recipe are passed on to DeepSpeed unchanged. Keys that DeepSpeed does not
-know are refused, because DeepSpeed would silently ignore them. Settings for things that this training does in
+know are refused, because DeepSpeed would silently ignore them. Settings for things that slam-asr does in
 its own way are refused too.
 
 The names are those of DeepSpeed 0.19.8, in `deepspeed_keys.yaml`.
@@ -187,7 +187,7 @@ def _take_optimizer(settings: dict[str, Any], named: str) -> None:
         return
     if optimizer.get("type", "AdamW").lower() not in ("adam", "adamw"):
         raise ConfigurationError(
-            f"{named}: optimizer.type is {optimizer['type']}, but this training's optimiser is AdamW: "
+            f"{named}: optimizer.type is {optimizer['type']}, but slam-asr's optimiser is AdamW: "
             "choose Adam or AdamW, or leave it out."
         )
     # `lr` and `weight_decay` are no longer among these: they have been moved into the recipe's keys.
@@ -195,7 +195,7 @@ def _take_optimizer(settings: dict[str, Any], named: str) -> None:
     for switch in ("adam_w_mode", "bias_correction"):
         if params.pop(switch, True) is not True:
             raise ConfigurationError(
-                f"{named}: optimizer.params.{switch} is false, but this training's AdamW always has it on: "
+                f"{named}: optimizer.params.{switch} is false, but slam-asr's AdamW always has it on: "
                 "leave it out."
             )
     params.pop("torch_adam", None)  # chooses torch's AdamW, which is used here in any case

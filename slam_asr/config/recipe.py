@@ -92,7 +92,7 @@ def value_of(recipe: Recipe, key: str) -> Any:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Files of the recipes that come with the package, by name."""
+    """Files of the recipes that come with the package, keyed by name."""
     return {file.stem: file for file in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
 
 
@@ -129,7 +129,7 @@ def recipe_values(source: str) -> dict[str, Any]:
 
 
 def with_base_models_of(trained: Recipe, given: Recipe | None) -> Recipe:
-    """Return the recipe of a training, with the present places of its base models.
+    """Return the recipe of a training run, with the present places of its base models.
 
     Args:
         trained: the recipe that a model or a checkpoint contains.

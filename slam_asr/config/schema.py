@@ -84,7 +84,7 @@ class _Loader(yaml.SafeLoader):
 def _expanded_size(node: yaml.Node, known: dict[int, float]) -> float:
     """Number of values of a YAML text if each alias is replaced by what it refers to.
 
-    A few hundred bytes with aliases of aliases can stand for more values than fit into memory. An alias that
+    A few hundred bytes with aliases of aliases can stand for more values than fit in memory. An alias that
     is within the part that it refers to stands for infinitely many.
     """
     if id(node) not in known:

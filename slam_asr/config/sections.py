@@ -99,8 +99,8 @@ class Encoder:
     window; their output is as long as the audio."""
     long_audio: Literal["cut", "split", "set-aside"] = "cut"
     """What happens to audio longer than Whisper's 30 s window, if `data.max_duration` allows such audio.
-    `cut`: only the first window is encoded, but the transcript is unchanged, as in the reference
-    implementation. `split`: the audio is split into windows whose frames are concatenated. `set-aside`: the
+    `cut`: only the first window is encoded, but the transcript is unchanged, as in
+    SLAM-LLM. `split`: the audio is split into windows whose frames are concatenated. `set-aside`: the
     utterance is excluded from training and decoding, and counted."""
     batch_seconds: float = bounded(240.0, at_least=1)
     """Maximum seconds of audio in one encoder batch, including padding. Every utterance counts as long as the
@@ -162,9 +162,9 @@ class Projector:
     """The trained part between the encoder and the LLM."""
 
     kind: Literal["linear", "cov1d-linear", "q-former"] = "linear"
-    """`linear` is the published architecture: k neighbouring frames are concatenated, then Linear, ReLU,
-    Linear. `cov1d-linear` applies a convolution over k frames first. `q-former` turns audio of any length
-    into a fixed number of positions."""
+    """`linear` is the published architecture: each group of k consecutive frames is concatenated, then
+    Linear, ReLU, Linear. `cov1d-linear` applies a convolution over k frames first. `q-former` turns audio of
+    any length into a fixed number of positions."""
     downsampling: int = bounded(5, at_least=1)
     """k: encoder frames joined into one LLM position. 5 gives 10 positions per second; more is faster but
     blurs short words."""
@@ -239,7 +239,7 @@ class Decoding:
     (`best`), or the mean of all retained checkpoints (`average`; see training.checkpoints)."""
     beams: int = bounded(4, at_least=1)
     """Hypotheses that beam search retains at each token; 1 is greedy search, the fastest. More beams can find
-    better hypotheses but take more memory and time."""
+    better hypotheses but need more memory and time."""
     nbest: int = bounded(1, at_least=1)
     """Hypotheses per utterance that are written to nbest.jsonl with their scores, best first. Must not exceed
     beams."""

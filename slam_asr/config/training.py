@@ -50,7 +50,7 @@ class Training:
     """LLM positions (audio, prompt and answer) in one optimiser step, summed over all processes, so the steps
     are the same for any number of processes."""
     positions_per_batch: int = bounded(6000, at_least=1)
-    """LLM positions that one process puts through the LLM at once. Fewer take less memory; gradients are
+    """LLM positions that one process puts through the LLM at once. Fewer need less memory; gradients are
     accumulated until the step is complete."""
     packing: bool = True
     """Put the utterances of a batch one after another in one row, so that nothing is padded, if the LLM can

@@ -43,7 +43,7 @@ _NAME = re.compile(r"[^\x00-\x1f/]{1,80}")
 
 @dataclass
 class Variation:
-    """One training of a sweep."""
+    """One training run of a sweep."""
 
     name: str
     overrides: dict[str, Any]

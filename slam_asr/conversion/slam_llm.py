@@ -58,8 +58,8 @@ def write_slam_llm(
 
     Args:
         folder: where the file is written; it must exist.
-        projector: the projector's weights, by their names in `SpeechProjector`.
-        adapter: LoRA's weights, by their names in the LLM; empty if the LLM has no adapter.
+        projector: the projector's weights, keyed by name in `SpeechProjector`.
+        adapter: LoRA's weights, keyed by name in the LLM; empty if the LLM has no adapter.
     """
     content = {_PROJECTOR + n: t for n, t in projector.items()} | {_LORA + n: t for n, t in adapter.items()}
     temporary = folder / f".{FILE}.partial"

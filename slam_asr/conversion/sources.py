@@ -80,7 +80,7 @@ def find_source(
 
     Args:
         checkpoint: folder, file or name; this and the other options are those of `convert_checkpoint`.
-        which: which checkpoint of a training is converted: `latest`, `best` or `average`.
+        which: which checkpoint of a training run is converted: `latest`, `best` or `average`.
         recipe: for checkpoints that do not name their encoder and LLM; for others, it states where these
             models are now.
         adapter: folder of a LoRA adapter that is not in the checkpoint.
@@ -99,7 +99,7 @@ def find_source(
             f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} contains its adapter itself, if it has "
             "one: leave it out."
         )
-    # A model folder has a stage's record too, so it must be recognised before a training.
+    # A model folder has a stage's record too, so it must be recognised before a training run.
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
         return _from_model(fetch_model(checkpoint), recipe)
     if not exists(join(checkpoint, RECORD)):
@@ -116,7 +116,7 @@ def find_source(
 
 
 def recipe_in(checkpoint: str) -> Recipe | None:
-    """Return the recipe that a checkpoint contains: that of a training or of a model folder.
+    """Return the recipe that a checkpoint contains: that of a training run or of a model folder.
 
     Args:
         checkpoint: as for `convert_checkpoint`.
@@ -153,7 +153,7 @@ def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
 
 
 def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where: str) -> Recipe:
-    """Return the recipe of a training, with the user's names for its base models where they have moved.
+    """Return the recipe of a training run, with the user's names for its base models where they have moved.
 
     Args:
         trained: the recipe of the training.
@@ -184,7 +184,7 @@ def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where
 
 
 def _new_places(trained: Recipe, given: Recipe | None) -> dict[str, str]:
-    """Return the names of the base models that are no longer where they were in training, by key."""
+    """Return the names of the base models that are no longer where they were in training, by recipe key."""
     recipe = with_base_models_of(trained, given)
     names = {key: value_of(recipe, key) for key in ("encoder.name", "llm.name")}
     return {key: name for key, name in names.items() if name != value_of(trained, key)}

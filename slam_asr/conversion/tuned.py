@@ -36,7 +36,7 @@ def check_adapter(weights: Mapping[str, torch.Tensor], recipe: Recipe, where: st
     """Check that a LoRA adapter fits the recipe's LLM, without loading the LLM's weights.
 
     Args:
-        weights: the adapter's weights, by their names in the LLM.
+        weights: the adapter's weights, keyed by name in the LLM.
         recipe: names the LLM, and the rank and the targets of the adapter.
         where: the checkpoint, for error messages.
 
@@ -55,7 +55,7 @@ def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
 
     Args:
         folder: folder for the LLM.
-        weights: all weights of the LLM, by their names in it.
+        weights: all weights of the LLM, keyed by name in it.
         recipe: the training's recipe.
         where: the checkpoint, for error messages.
 
@@ -84,7 +84,7 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
 
     Args:
         folder: folder for the LLM.
-        adapter: LoRA's weights, by their names in the LLM.
+        adapter: LoRA's weights, keyed by name in the LLM.
         recipe: the training's recipe.
     """
     base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
@@ -124,7 +124,7 @@ def _copy_other_files(base: Path, folder: Path, trust_remote_code: bool) -> None
 def _adapted(
     llm: PreTrainedModel, adapter: Mapping[str, torch.Tensor], recipe: Recipe
 ) -> dict[str, _AdaptedLayer]:
-    """Add an adapter to an LLM; return the layers that it adapts, by name."""
+    """Add an adapter to an LLM; return the layers that it adapts, keyed by name."""
     add_lora(llm, recipe.llm.lora, seed=0)
     # Not strict, because the LLM has many other weights; `check_adapter` finds wrong or missing ones.
     llm.load_state_dict(adapter, strict=False)
@@ -148,7 +148,7 @@ def _write_llm(folder: Path, llm: PreTrainedModel, weights: Mapping[str, torch.T
     Args:
         folder: folder for config.json and model.safetensors.
         llm: on the meta device, in the dtype of the file.
-        weights: the values, by their names in the LLM; a tied weight under its first name, which is also the
+        weights: the values, keyed by name in the LLM; a tied weight under its first name, which is also the
             only one that `named_parameters` lists.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def write_tuned_encoder(
 
     Args:
         folder: the model's folder; the encoder is written to `encoder/` in it.
-        weights: the encoder's weights, by their names in `SpeechEncoder`.
+        weights: the encoder's weights, keyed by name in `SpeechEncoder`.
         recipe: the training's recipe.
         where: the checkpoint, for error messages.
 

@@ -52,12 +52,12 @@ MEMORY_SHARE = 0.6
 
 @dataclass
 class TrainedWeights:
-    """The weights that a training changed."""
+    """The weights that a training run changed."""
 
     projector: SpeechProjector
     """In float32."""
     llm: Mapping[str, torch.Tensor]
-    """LoRA's weights, or all weights of a fully trained LLM, by their names in the LLM; empty if the LLM is
+    """LoRA's weights, or all weights of a fully trained LLM, keyed by name in the LLM; empty if the LLM is
     frozen."""
 
 
@@ -111,7 +111,7 @@ def compare_written_loss(
     _require_equal(llm, written.llm, where)
     if not _fits_into_memory(llm_folder):
         return (
-            "same weights before and after; no loss was compared, because the LLM does not fit into this "
+            "same weights before and after; no loss was compared, because the LLM does not fit in this "
             "machine's memory"
         )
     expected, actual = _probe_losses(
@@ -142,7 +142,7 @@ def compare_merged_loss(
         ModelError: the losses differ by more than rounding to the written precision can explain.
     """
     if not _fits_into_memory(llm_folder):
-        return "no loss was compared, because the LLM does not fit into this machine's memory"
+        return "no loss was compared, because the LLM does not fit in this machine's memory"
     [expected] = _probe_losses(recipe, llm_folder, encoder_width, [before])
     frozen = replace(recipe, llm=replace(recipe.llm, tuning="frozen"))
     [actual] = _probe_losses(frozen, folder, encoder_width, [TrainedWeights(before.projector, {})])
@@ -264,7 +264,7 @@ def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
 
     Args:
         folder: the written model's folder.
-        weights: the checkpoint's weights of the encoder, by their names in `SpeechEncoder`.
+        weights: the checkpoint's weights of the encoder, keyed by name in `SpeechEncoder`.
         recipe: the training's recipe.
 
     Raises:

@@ -38,7 +38,7 @@ _ALLOWED = (
 
 
 def fp32_weights(folder: Path) -> LazyTensors:
-    """Open a checkpoint's trained weights in fp32, by name; each is assembled when it is accessed.
+    """Open a checkpoint's trained weights in fp32, keyed by name; each is assembled when it is accessed.
 
     Args:
         folder: `…/global_stepN`.
@@ -53,7 +53,7 @@ def fp32_weights(folder: Path) -> LazyTensors:
     models = _by_rank(folder, "*model_states.pt")
     if not models:
         raise ModelError(
-            f"{folder} holds no DeepSpeed checkpoint (no *model_states.pt): give the folder of a training."
+            f"{folder} has no DeepSpeed checkpoint (no *model_states.pt): give the folder of a training run."
         )
     model = load_pickle(models[0])
     try:
@@ -90,8 +90,8 @@ def find_zero_folder(folder: Path) -> Path | None:
     """Find the folder `global_stepN` of a checkpoint.
 
     Args:
-        folder: a folder `global_stepN`, or the folder of a training that contains such folders. Of several,
-            the one that DeepSpeed's file `latest` names is used.
+        folder: a folder `global_stepN`, or the folder of a training run that contains such folders. If there
+            are several, the one that DeepSpeed's file `latest` names is used.
 
     Returns:
         The folder, or None if `folder` contains no checkpoint of DeepSpeed.

@@ -37,7 +37,7 @@ class LibriSpeech(CorpusReader):
 
     Args:
         root: the corpus folder or URI.
-        by_subset: the folder of each subset, by the subset's name.
+        by_subset: the folder of each subset, keyed by the subset's name.
     """
 
     kind = "LibriSpeech tree"

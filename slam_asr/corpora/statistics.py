@@ -10,7 +10,7 @@ from slam_asr.corpora import Rejection
 
 BIN_SECONDS = 1
 """Width of a bin of the histogram of durations, in seconds; the first bin begins at 0."""
-EXAMPLES = 5
+MAX_EXAMPLES = 5
 """Maximum number of rejections per reason that are saved as examples."""
 
 
@@ -78,7 +78,7 @@ class CorpusStatistics:
     def add_rejection(self, rejection: Rejection) -> None:
         """Count a rejection; the first few of each reason are saved as examples."""
         self._reasons[rejection.reason] += 1
-        if len(self._examples[rejection.reason]) < EXAMPLES:
+        if len(self._examples[rejection.reason]) < MAX_EXAMPLES:
             self._examples[rejection.reason].append(asdict(rejection))
 
     def reasons(self) -> str:

@@ -100,7 +100,7 @@ def _parse_complete(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def answers_in(line: dict[str, Any]) -> dict[int, Answer]:
-    """Return the answers in a line of the journal, by the utterances' indices."""
+    """Return the answers in a line of the journal, keyed by the utterances' indices."""
     return {
         int(index): Answer(**{**values, "choices": [Choice(**choice) for choice in values["choices"]]})
         for index, values in line.items()

@@ -16,15 +16,12 @@ HOP = SAMPLE_RATE // 100
 """Samples per measurement of loudness."""
 SMOOTHING = 30
 """Number of measurements that are averaged in the search for a pause."""
-FLOOR = 1e-4
+SILENCE = 1e-4
 """Root mean square, at full scale 1, below which audio counts as silence: -80 dB."""
-QUIET = 0.05
-"""Loudness below which audio is not speech: -26 dB relative to the recording's loud parts.
-
-Their loudness is the 95th percentile of all measurements.
-"""
-MARGIN = 0.2
-"""Seconds of quiet that a segment retains before and after speech."""
+QUIET_RATIO = 0.05
+"""Loudness below which audio is not speech, relative to the 95th percentile of all measurements: -26 dB."""
+MARGIN_SECONDS = 0.2
+"""Seconds of quiet audio that a segment retains before and after speech."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Stretch:
 
 
 def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
-    """Divide a recording at pauses, and remove the quiet at both ends of each part.
+    """Divide a recording at pauses, and remove quiet audio at both ends of each part.
 
     Args:
         samples: [samples] at 16 kHz, of any float type, full scale 1.
@@ -53,10 +50,10 @@ def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
         The parts in order, without overlap; an empty list for silence.
     """
     loudness = _loudness(samples)
-    if len(loudness) == 0 or loudness.max() < FLOOR:
+    if len(loudness) == 0 or loudness.max() < SILENCE:
         return []
-    quiet = max(FLOOR, QUIET * float(np.percentile(loudness, 95)))
-    # Its value at a measurement is the mean of those around it, so the lowest value is in the middle of a
+    quiet = max(SILENCE, QUIET_RATIO * float(np.percentile(loudness, 95)))
+    # Each smoothed value is the mean of the measurements around it, so the lowest value is in the middle of a
     # pause.
     smooth = np.convolve(loudness, np.ones(SMOOTHING) / SMOOTHING, mode="same")
     parts = []
@@ -64,9 +61,9 @@ def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
         # The ends of speech are found in the unsmoothed loudness, because averaging would blur them.
         loud = np.flatnonzero(loudness[first:last] > quiet)
         if len(loud):
-            margin = round(MARGIN * SAMPLE_RATE)
+            margin = round(MARGIN_SECONDS * SAMPLE_RATE)
             start = max(first * HOP, (first + int(loud[0])) * HOP - margin)
-            # The last measurement may include padding, so the end is limited to the recording's.
+            # The last measurement may include padding, so the end is limited to that of the recording.
             end = min(last * HOP, (first + int(loud[-1]) + 1) * HOP + margin, len(samples))
             parts.append(Stretch(start, end))
     return parts

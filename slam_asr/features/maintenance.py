@@ -28,7 +28,7 @@ class Contents:
     index: Index | None
     """All published indexes merged into one."""
     shard_sizes: dict[str, int]
-    """Size in bytes of each existing shard, by file name."""
+    """Size in bytes of each existing shard, keyed by file name."""
     receipts: list[str] = field(default_factory=list)
     """Paths of the receipts that running and interrupted extractions have written."""
     pieces: list[str] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """The training loss and the next-token accuracy, computed from all logits at once or in chunks.
 
-The logits of a batch are large: 2,000 target tokens of an LLM with 128,000 vocabulary entries take 1 GB in
-fp32, and their gradient takes as much again. `score_in_chunks` computes loss and gradient together for a few
+The logits of a batch are large: 2,000 target tokens of an LLM with 128,000 vocabulary entries need 1 GB in
+fp32, and their gradient needs as much again. `score_in_chunks` computes loss and gradient together for a few
 targets at a time.
 """
 

@@ -45,7 +45,7 @@ def load_llm(
         folder: contains the LLM's files in transformers' format.
         dtype: dtype of the weights.
         device: device that the weights are moved to.
-        trust_remote_code: whether code in the folder may run.
+        trust_remote_code: whether the LLM's own Python code may run.
 
     Raises:
         ModelError: the folder has no causal LM that transformers can read, or weights are missing or damaged.
@@ -60,7 +60,7 @@ def describe_llm(folder: Path, trust_remote_code: bool = False) -> PreTrainedMod
 
     Args:
         folder: contains the LLM's config.json.
-        trust_remote_code: whether code in the folder may run.
+        trust_remote_code: whether the LLM's own Python code may run.
 
     Raises:
         ModelError: the folder's config.json is not that of a causal LM.
@@ -76,7 +76,7 @@ def build_llm(
     Args:
         config: the LLM's configuration.
         folder: the LLM's folder or name, for error messages.
-        trust_remote_code: whether the LLM's own code may run.
+        trust_remote_code: whether the LLM's own Python code may run.
         options: further arguments of transformers' `from_config`.
 
     Raises:
@@ -85,10 +85,10 @@ def build_llm(
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
-    # A model's class checks sizes by no clear rule, and the LLM's own code may raise anything.
+    # Model classes raise various exceptions for invalid sizes, and the LLM's own code may raise anything.
     except Exception as error:
         raise own_code_refused(Path(folder), "LLM", error) or ModelError(
-            f"The LLM in {folder} has no config.json of a causal LM: {one_sentence(error)}"
+            f"config.json in {folder} cannot be built as a causal LM: {one_sentence(error)}"
         ) from error
 
 
@@ -97,14 +97,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
     Args:
         folder: contains the tokenizer's files.
-        trust_remote_code: whether code in the folder may run.
+        trust_remote_code: whether the LLM's own Python code may run.
 
     Raises:
-        ModelError: the folder has no readable tokenizer, or the tokenizer needs code that is not trusted.
+        ModelError: the folder has no readable tokenizer, or it needs the LLM's own Python code, which
+            is not trusted.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # A missing file appears as any of OSError, ValueError, TypeError, KeyError and ImportError.
+    # A missing file can surface as OSError, ValueError, TypeError, KeyError or ImportError.
     except Exception as error:
         raise own_code_refused(folder, "LLM", error) or ModelError(
             f"The LLM in {folder} has no tokenizer that can be read (tokenizer.json, tokenizer_config.json): "
@@ -124,10 +125,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def _require_embeddings(tokenizer: PreTrainedTokenizerBase, folder: Path, config: PretrainedConfig) -> None:
-    """Refuse a tokenizer that gives token ids for which the LLM has no embedding.
+    """Refuse a tokenizer that produces token ids for which the LLM has no embedding.
 
-    Special tokens other than bos and eos may be without one: many tokenizers have a token for padding that
-    was added later, and no text contains it.
+    Special tokens other than bos and eos may lack an embedding: many tokenizers have a padding token that was
+    added later and never occurs in text.
 
     Raises:
         ModelError: the tokenizer belongs to another LLM.
@@ -152,7 +153,7 @@ def require_usable_llm(folder: Path, options: Llm) -> PreTrainedTokenizerBase:
 
     Args:
         folder: contains the LLM's files in transformers' format.
-        options: whether the LLM's own code is trusted.
+        options: the recipe's `llm` section; only `trust_remote_code` is used.
 
     Returns:
         The tokenizer.
@@ -186,7 +187,7 @@ def llm_width(llm: PreTrainedModel) -> int:
 
 def set_tuning(llm: PreTrainedModel, options: Llm, seed: int) -> None:
     """Freeze the LLM, add adapters to it, or make all of it trainable, according to `options.tuning`."""
-    # This call must come before adapters are added: it would freeze them too.
+    # This call must come before adapters are added; otherwise it would freeze them too.
     llm.requires_grad_(options.tuning == "full")
     if options.tuning == "lora":
         add_lora(llm, options.lora, seed)
@@ -196,11 +197,11 @@ def add_lora(llm: PreTrainedModel, options: Lora, seed: int) -> None:
     """Add trainable low-rank adapters to the linear layers named in `options`.
 
     The method is LoRA (Hu et al., 2021, arXiv:2106.09685). All other weights are frozen. The adapters'
-    initial weights depend only on the seed. They are real even if the LLM's own weights are not in this
-    process.
+    initial weights depend only on the seed. They are allocated and initialised even if this process holds the
+    LLM's own weights only on the meta device.
 
     Raises:
-        ConfigurationError: the LLM has no linear layer of a name in `options`.
+        ConfigurationError: a name in `options.targets` matches none of the LLM's linear layers.
     """
     from peft import inject_adapter_in_model
 
@@ -216,7 +217,7 @@ def lora_config(options: Lora) -> "LoraConfig":
 
     return LoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # declared int, used as a factor
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft declares an int, but only multiplies by it
         lora_dropout=options.dropout,
         target_modules=list(options.targets),
         bias="none",
@@ -229,7 +230,7 @@ def require_targets(llm: PreTrainedModel, options: Lora) -> None:
     The check works with and without the LLM's weights.
 
     Raises:
-        ConfigurationError: the LLM has no linear layer of a name in `options`.
+        ConfigurationError: a name in `options.targets` matches none of the LLM's linear layers.
     """
     linear = sorted(
         {
@@ -253,18 +254,19 @@ def _linear_layers() -> tuple[type, ...]:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Save only each layer's input in the forward pass, and recompute the layer in the backward pass.
+    """Turn on gradient checkpointing for every layer.
 
+    Only the layer's input is saved in the forward pass, and the layer is recomputed in the backward pass.
     transformers' own switch has an effect only in training mode, in which a frozen LLM would apply dropout.
 
     Raises:
-        ConfigurationError: none of the model's layers supports this.
+        ConfigurationError: none of the model's layers supports gradient checkpointing.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigurationError(
-            f"training.gradient_checkpointing is true, but {type(model).__name__} has no layers that allow it"
-            ": set it to false."
+            f"training.gradient_checkpointing is true, but {type(model).__name__} has no layers that support "
+            "it: set --training.gradient_checkpointing false."
         )
     for layer in layers:
         # The re-entrant variant rejects keyword arguments, and transformers calls its layers with some.

@@ -32,7 +32,7 @@ class SpeechProjector(nn.Module, ABC):
         Args:
             utterances: features, each [frames, encoder width], in any floating-point dtype.
             positions: number of LLM positions reserved for each utterance. Reserved positions that the frames
-                do not fill become zero vectors, as in the reference; surplus outputs are dropped. If None,
+                do not fill become zero vectors, as in SLAM-LLM; surplus outputs are dropped. If None,
                 each utterance takes as many positions as its frames fill.
 
         Returns:
@@ -49,11 +49,11 @@ class SpeechProjector(nn.Module, ABC):
 
 
 class LinearProjector(SpeechProjector):
-    """`linear`: concatenates every k neighbouring frames, then applies Linear, ReLU and Linear, with biases.
+    """`linear`: concatenates each group of k consecutive frames, then applies Linear, ReLU and Linear.
 
-    A tail of fewer than k frames is dropped, so T frames give T // k positions. The projector has 18 880 512
-    parameters for encoder width 1024, LLM width 4096, k = 5 and hidden width 2048 (Ma et al., 2024,
-    arXiv:2402.08846).
+    Groups do not overlap. A tail of fewer than k frames is dropped, so T frames give T // k positions. Both
+    linear layers have biases. The projector has 18 880 512 parameters for encoder width 1024, LLM width 4096,
+    k = 5 and hidden width 2048 (Ma et al., 2024, arXiv:2402.08846).
     """
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
@@ -71,7 +71,7 @@ class LinearProjector(SpeechProjector):
 class ConvolutionProjector(SpeechProjector):
     """`cov1d-linear`: applies a convolution over k frames with stride k, then ReLU, Linear, ReLU and Linear.
 
-    SLAM-LLM calls it EncoderProjectorCov1d.
+    SLAM-LLM calls it EncoderProjectorCov1d; `cov1d` is SLAM-LLM's spelling.
     """
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
@@ -99,9 +99,9 @@ class ConvolutionProjector(SpeechProjector):
 class QFormerProjector(SpeechProjector):
     """`q-former`: lets a fixed number of learnt queries attend to the encoder's frames.
 
-    It consists of BLIP-2's Q-Former in its default sizes, a Linear and a LayerNorm, as in SLAM-LLM
-    (EncoderProjectorQFormer). The Q-Former's dropout is active in training. Each query gives one position,
-    however long the utterance is.
+    It consists of BLIP-2's Q-Former, a Linear and a LayerNorm, as in SLAM-LLM (EncoderProjectorQFormer). The
+    Q-Former has BLIP-2's default sizes, except for the number of layers and the encoder width. Its dropout is
+    active in training. Each query gives one position, however long the utterance is.
     """
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
@@ -135,7 +135,7 @@ PROJECTORS: dict[str, Callable[[Projector, int, int], SpeechProjector]] = {
 
 
 def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, list[int]]:
-    """Concatenate every k neighbouring frames; a tail of fewer than k is dropped.
+    """Concatenate each group of k consecutive frames, without overlap; a tail of fewer than k is dropped.
 
     Args:
         utterances: features, each [frames, width].

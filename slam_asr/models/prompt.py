@@ -1,6 +1,6 @@
 """The prompt's token ids, and which tokens are targets of the loss.
 
-By default the layout is the reference's. `USER: {}\\n ASSISTANT:` and the answer, without a space between
+By default the layout is SLAM-LLM's. `USER: {}\\n ASSISTANT:` and the answer, without a space between
 them, are tokenised as one string. The first ids are the prompt: as many as the prompt has when it is
 tokenised alone. The other ids, followed by eos, are the targets. The text comes after the audio. If the
 tokenizer adds bos, it is the text's first token.
@@ -32,7 +32,7 @@ class TokenizedPrompt:
     text: str
     """The text after the audio."""
     before: list[int]
-    """Token ids before the audio; empty in the reference's layout."""
+    """Token ids before the audio; empty in SLAM-LLM's layout."""
     ids: list[int]
     """Token ids of `text`."""
 
@@ -55,7 +55,7 @@ class Prompt:
                 f"The tokenizer of {tokenizer.name_or_path} has no eos token: choose another llm.name."
             )
         self.tokenizer = tokenizer
-        # Some tokenizers append eos to every text. Here it may only end the answer, so `_encode` removes it.
+        # Some tokenizers append eos to every text. Only the answer must end with it: `_encode` removes it.
         self._adds_eos = tokenizer.encode("a")[-1] == tokenizer.eos_token_id
         self.chat = options.template == "chat"
         self.end = _end_of_turn(tokenizer) if self.chat else tokenizer.eos_token_id
@@ -81,7 +81,7 @@ class Prompt:
         """Tokenise prompt and answer together, and divide the ids between the two.
 
         The prompt gets as many ids as it has when it is tokenised alone, even if one token contains both the
-        end of the prompt and the start of the answer. This is the reference's rule.
+        end of the prompt and the start of the answer. This is SLAM-LLM's rule.
 
         Returns:
             Token ids of the prompt's text after the audio; and the targets, which are the token ids of the

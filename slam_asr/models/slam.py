@@ -35,7 +35,7 @@ class Row:
     positions: int
     """Number of LLM positions that the audio takes."""
     before: list[int]
-    """Token ids before the audio; empty in the reference's layout."""
+    """Token ids before the audio; empty in SLAM-LLM's layout."""
     prompt: list[int]
     """Token ids after the audio."""
     answer: list[int]
@@ -61,7 +61,7 @@ class Batch:
     positions: list[int]
     """Number of LLM positions of each utterance's audio."""
     token_ids: torch.Tensor
-    """[rows, L] int64; the values at audio and padding have no meaning."""
+    """[rows, L] int64; the values at audio and padding positions are ignored."""
     is_audio: torch.Tensor
     """[rows, L] bool: True at positions that are filled with the projector's output."""
     mask: torch.Tensor
@@ -115,7 +115,7 @@ def pack(rows: list[Row]) -> Batch:
 
     The LLM must be one that `packed_attention.allow_packing` accepts.
     """
-    # Audio positions get token id 0, a valid index of the embedding. `embed` overwrites what it looks up.
+    # Audio positions get token id 0, a valid index of the embedding. `embed` overwrites these embeddings.
     ids, is_audio, labels = [], [], []
     for row in rows:
         ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]
@@ -129,7 +129,7 @@ def pack(rows: list[Row]) -> Batch:
         torch.tensor([ids]),
         torch.tensor([is_audio]),
         torch.ones((1, len(ids)), dtype=torch.long),
-        # Nothing predicts the first position, so the labels start at the second.
+        # No position predicts the first token, so the labels start at the second.
         torch.tensor([labels[1:]]),
         answer_start=1,
         padded=False,
@@ -303,8 +303,8 @@ class Slam(nn.Module):
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         """Return `trial(llm)`.
 
-        This is a method of the model because engines that shard weights can gather them around a call of a
-        method.
+        This is a method of the model because engines that shard weights can gather them around a method
+        call.
         """
         return trial(self.llm)
 
@@ -324,7 +324,7 @@ class Slam(nn.Module):
             arguments = packed_arguments(batch.lengths, batch.token_ids.device)
         elif batch.padded:
             # Position ids start at 0 with each utterance, for LLMs with absolute positions. Padding before
-            # it would get -1, which is no valid index of an embedding.
+            # the utterance would get -1, which is not a valid index of an embedding.
             arguments = {
                 "attention_mask": batch.mask,
                 "position_ids": (batch.mask.cumsum(1) - 1).clamp(min=0),
@@ -339,5 +339,5 @@ class Slam(nn.Module):
                 self._target_inputs, self.llm.get_output_embeddings(), batch.labels[self._is_target]
             )
         finally:
-            # A later `generate` must not have its inputs selected.
+            # Otherwise, the hook would also select the inputs of a later `generate`.
             self._is_target = self._target_inputs = None

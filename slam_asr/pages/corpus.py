@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slam_asr.config.recipe import Recipe
-from slam_asr.pages.render import grouped, render
+from slam_asr.pages.render import render, with_thousands
 from slam_asr.storage import write_atomically
 
 MAX_BARS = 60
@@ -55,7 +55,7 @@ def hours(value: float) -> str:
     """Format hours: `0.5` → `30.0 min`, `960.7` → `960.7 h`, with narrow no-break spaces."""
     if value < 1:
         return f"{value * 60:.1f}\u202fmin"
-    return f"{grouped(round(value, 1 if value < 10_000 else None))}\u202fh"
+    return f"{with_thousands(round(value, 1 if value < 10_000 else None))}\u202fh"
 
 
 def share(part: float, total: float) -> str:
@@ -83,7 +83,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         splits: for each split, `durations`: the number of utterances of [0, 1) s, [1, 2) s and so on.
 
     Returns:
-        Bars, ticks of the axes and sizes in units of the drawing, by their names in the page's template.
+        Bars, ticks of the axes and sizes in units of the drawing, keyed by name in the page's template.
     """
     longest = max(len(m["durations"]) for m in splits.values())
     width = math.ceil(longest / MAX_BARS)
@@ -101,7 +101,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 height = number * up  # y grows downwards, so a taller bar has a smaller top
                 base -= height
                 parts.append((split, round(base, 2), round(height, 2)))
-        numbers = ", ".join(f"{grouped(n)} {split}" for split, n in count.items() if n) or "none"
+        numbers = ", ".join(f"{with_thousands(n)} {split}" for split, n in count.items() if n) or "none"
         label = f"{index * width} to {(index + 1) * width} s: {numbers}"
         bars.append(Bar(round(_LEFT + index * across + 1, 2), round(max(across - 2, 1), 2), parts, label))
     every = max(1, math.ceil(len(counts) / 12))

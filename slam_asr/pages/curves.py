@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from slam_asr.pages.render import grouped, render
+from slam_asr.pages.render import render, with_thousands
 from slam_asr.storage import write_atomically
 
 RUN_MARKERS = "●■▲◆▼★"
@@ -21,7 +21,7 @@ CURVE_POINTS = 400
 
 
 def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training: dict[str, Any]) -> None:
-    """Write a page with the curves of one training.
+    """Write a page with the curves of one training run.
 
     Args:
         path: the page's file.
@@ -64,7 +64,7 @@ def is_number(value: Any) -> bool:
 
 
 def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """Draw the figures of one training, from its values in training and on dev.
+    """Draw the figures of one training run, from its values in training and on dev.
 
     Args:
         training: `curve` and `validation`, as for `write_curves`.
@@ -85,13 +85,13 @@ def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Draw the figures of several trainings: their values on dev, or in training if none has values on dev.
+    """Draw the figures of several training runs: their values on dev, or in training if none has any on dev.
 
     The first lines have colours and markers of their own (see `RUN_MARKERS`); all others look alike. The
     figures have no legend, because the page shows the markers next to the names.
 
     Args:
-        trainings: trainings by name, each as for `draw_curves`, but both lists may be missing.
+        trainings: training runs keyed by name, each as for `draw_curves`; both lists may be missing.
 
     Returns:
         Figures as from `draw_curves`.
@@ -176,12 +176,12 @@ def _summary(
     if series["training"]:
         (first, start), (last, end) = series["training"][0], series["training"][-1]
         sentences.append(
-            f"Training: {template.format(start)} at step {grouped(first)}, "
-            f"{template.format(end)} at step {grouped(last)}."
+            f"Training: {template.format(start)} at step {with_thousands(first)}, "
+            f"{template.format(end)} at step {with_thousands(last)}."
         )
     if series["validation"]:
         step, value = best(series["validation"], key=lambda point: point[1])
-        sentences.append(f"Validation: best {template.format(value)}, at step {grouped(step)}.")
+        sentences.append(f"Validation: best {template.format(value)}, at step {with_thousands(step)}.")
     return " ".join(sentences)
 
 
@@ -252,7 +252,7 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
         highest = max(value for line in lines for _, value in line.points)
         axes.set_ylim(0, 100 if quantity == "accuracy" else 1.05 * highest or 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: grouped(round(step))))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: with_thousands(round(step))))
         if legend:
             axes.legend(
                 frameon=False,

@@ -11,7 +11,7 @@ def render(template: str, filters: dict[str, Callable[..., str]] | None = None, 
 
     Args:
         template: file name in this folder.
-        filters: filters by name, in addition to `grouped` and `capital`.
+        filters: filters by name, in addition to `with_thousands` and `capital`.
         values: values of the template's variables. If a value is missing, jinja2 raises `UndefinedError`.
     """
     environment = jinja2.Environment(
@@ -21,7 +21,7 @@ def render(template: str, filters: dict[str, Callable[..., str]] | None = None, 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"capital": capital, "grouped": grouped, **(filters or {})}
+    environment.filters |= {"capital": capital, "with_thousands": with_thousands, **(filters or {})}
     return environment.get_template(template).render(**values)
 
 
@@ -30,7 +30,7 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def grouped(number: float) -> str:
+def with_thousands(number: float) -> str:
     """Format a number with narrow no-break spaces between thousands: `18880512` → `18 880 512`.
 
     Numbers below 1000 that are not integers have four significant digits at most: `2.50` → `2.5`.

@@ -1,7 +1,7 @@
-"""Checks whether a training fits into memory before anything is loaded.
+"""Checks whether a training run fits in memory before anything is loaded.
 
-The prediction is within 15 % of the memory that a process takes. A training is therefore refused only if it
-would not fit even if the prediction were 15 % too high. If no prediction is possible, because the model is
+The prediction is within 15 % of the memory that a process needs. A training run is therefore refused only if
+it would not fit even if the prediction were 15 % too high. If no prediction is possible, because the model is
 unknown or the machine does not report its memory, the training starts without a check.
 """
 
@@ -38,7 +38,7 @@ Tokenizing the utterances of a thousand hours would take a minute.
 
 
 def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], machine: Machine) -> None:
-    """Refuse a training that cannot fit into memory, and warn of one that may not.
+    """Refuse a training run that cannot fit in memory, and warn of one that might not.
 
     Args:
         shapes: sizes of the models.
@@ -47,7 +47,7 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
         machine: the machine to train on.
 
     Raises:
-        ConfigurationError: the training takes more memory than the machine has. The message names the options
+        ConfigurationError: the run needs more memory than the machine has. The message names the options
             to change.
     """
     capacity = machine.capacity
@@ -142,15 +142,12 @@ def _remedy(shapes: Shapes, longest: Load, machine: Machine) -> str:
     if changed:
         return "set " + " ".join(f"--{key} {str(value).lower()}" for key, value in changed.items())
     fewer = ", fewer training.processes" if machine.local_processes > 1 and not machine.on_gpu else ""
-    lora = ", or llm.tuning lora" if shapes.recipe.llm.tuning == "full" else ""
-    return (
-        f"take {'more GPUs or larger ones' if machine.on_gpu else 'more memory'}{fewer}, or a smaller "
-        f"LLM{lora}"
-    )
+    lora = ", or --llm.tuning lora" if shapes.recipe.llm.tuning == "full" else ""
+    return f"use {'more or larger GPUs' if machine.on_gpu else 'more memory'}{fewer}, or a smaller LLM{lora}"
 
 
 def _require_host(shapes: Shapes, machine: Machine) -> None:
-    """Refuse processes on GPUs, and an offloaded optimiser, that do not fit into host memory."""
+    """Refuse processes on GPUs, and an offloaded optimiser, that do not fit in host memory."""
     if not machine.on_gpu or machine.host is None:
         return
     takes = PROCESS_OVERHEAD * machine.local_processes
@@ -158,7 +155,10 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
     if shapes.recipe.training.offload_optimizer:
         # The optimiser is sharded over all processes. This host has the shards of its own ones.
         takes += host_optimizer_bytes(shapes) * machine.local_processes / machine.processes
-        what, remedy = "training.offload_optimizer takes", "more machines or more memory, or llm.tuning lora"
+        what, remedy = (
+            "training.offload_optimizer takes",
+            "more machines or more memory, or --llm.tuning lora",
+        )
     if takes / MAX_OVERESTIMATE > machine.host:
         raise ConfigurationError(
             f"{what} about {takes / 1e9:.3g} GB of this host's memory, which has "

@@ -1,4 +1,4 @@
-"""Estimates of the memory, time and storage that a training takes, and the options that make it fit."""
+"""Estimates of the memory, time and storage that a training run needs, and the options that make it fit."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +11,7 @@ from slam_asr.planning.memory import Load, Memory, training_memory
 from slam_asr.planning.shapes import Shapes, encoder_flops
 
 PROMPT_POSITIONS = 18
-"""Approximate length of the reference's prompt in tokens of Llama's tokenizer; other prompts are similar."""
+"""Approximate length of SLAM-LLM's prompt in tokens of Llama's tokenizer; other prompts are similar."""
 TOKENS_PER_SECOND = 3.7
 """Tokens of transcript per second of audio.
 
@@ -20,7 +20,7 @@ LibriSpeech has 2.7 words per second, and Llama's tokenizer about 1.35 tokens pe
 USABLE = 0.92
 """Share of a GPU's memory that a plan may use. The rest allows for larger batches and for fragmentation."""
 ENCODING_SHARE, TRAINING_SHARE = 0.30, 0.40
-"""Typical shares of peak FLOP/s that an encoder and a training reach; the reference reaches 0.09 to 0.20."""
+"""Typical shares of peak FLOP/s that encoding and training reach; SLAM-LLM reaches 0.09 to 0.20."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Plan:
 
 
 def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
-    """Estimate the memory, time and storage that a training takes.
+    """Estimate the memory, time and storage that a training run needs.
 
     Args:
         shapes: sizes of the models, and the recipe.
@@ -175,7 +175,7 @@ def propose(
 
 
 def _budget(recipe: Recipe, length: int, rows: int, processes: int) -> dict[str, int]:
-    """The option for the size of a micro-batch, with a value that fits into a process' share of a step."""
+    """The option for the size of a micro-batch, with a value that fits in a process' share of a step."""
     options = recipe.training
     if options.utterances_per_batch:
         return {"utterances_per_batch": min(rows, options.utterances_per_batch)}

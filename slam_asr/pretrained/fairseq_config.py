@@ -53,14 +53,14 @@ class FairseqOptions:
         values = (section.get(name) for section in self.sections)
         value = next((value for value in values if value is not None), default)
         if value is None:
-            raise ModelError(f"{self.where}: its configuration lacks {name}: it cannot be converted.")
+            raise ModelError(f"{self.where} cannot be converted: its configuration lacks {name}.")
         return value
 
     def normalizes(self) -> bool:
         """Whether the encoder needs normalised waveforms.
 
         Raises:
-            ModelError: the configuration does not define it.
+            ModelError: the configuration does not say so.
         """
         candidates = (
             _dict(self._content, "task"),
@@ -75,8 +75,8 @@ class FairseqOptions:
             if isinstance(section.get("normalize"), int):
                 return bool(section["normalize"])
         raise ModelError(
-            f"{self.where}: its configuration does not define whether waveforms are normalised (normalize): "
-            "it cannot be converted."
+            f"{self.where} cannot be converted: its configuration does not say whether waveforms are "
+            "normalised (normalize)."
         )
 
 
@@ -90,7 +90,7 @@ def waveform_config(encoder: TensorDict, targets: bool, options: FairseqOptions)
     """Choose transformers' configuration of WavLM, HuBERT or wav2vec 2.0, and fill it in.
 
     Args:
-        encoder: the encoder's tensors, by fairseq's names.
+        encoder: the encoder's tensors, keyed by fairseq's names.
         targets: whether the file has the embeddings of a pretrained HuBERT's targets. wav2vec 2.0 has none.
         options: fairseq's configuration.
 
@@ -131,7 +131,7 @@ def _sizes(tensors: TensorDict, options: FairseqOptions) -> dict[str, Any]:
     """Derive the arguments that transformers' three configurations have in common.
 
     Args:
-        tensors: the encoder's tensors, by fairseq's names.
+        tensors: the encoder's tensors, keyed by fairseq's names.
         options: fairseq's configuration. An option's default here is the size of a tensor.
 
     Raises:
@@ -146,7 +146,7 @@ def _sizes(tensors: TensorDict, options: FairseqOptions) -> dict[str, Any]:
     shapes = [tuple(tensors[n].shape) for n in convolutions]
     layout = _convolutions(options.get("conv_feature_layers"))
     if [(s[0], s[2]) for s in shapes] != [(dim, kernel) for dim, kernel, _ in layout]:
-        raise ValueError(f"conv_feature_layers is {layout}, its convolutions are {shapes}")
+        raise ValueError(f"conv_feature_layers is {layout}, but the shapes of its convolutions are {shapes}")
     # Shape of the convolution that encodes positions: [width, width / groups, kernel].
     position = tensors["encoder.pos_conv.0.weight_v"].shape
     width = position[0]
@@ -161,7 +161,7 @@ def _sizes(tensors: TensorDict, options: FairseqOptions) -> dict[str, Any]:
     )
     # A huge number of layers would exhaust memory when the model is built, even without values.
     if layers > len(tensors):
-        raise ValueError(f"encoder_layers is {layers}, its tensors are {len(tensors)}")
+        raise ValueError(f"encoder_layers is {layers}, but there are only {len(tensors)} tensors")
     return {
         "hidden_size": options.get("encoder_embed_dim", width),
         "num_hidden_layers": layers,

@@ -93,7 +93,7 @@ def write_one_by_one(
 
     Args:
         path: the file to write.
-        tensors: the values on the CPU, by name. Each is accessed once, and converted to the dtype of its
+        tensors: the values on the CPU, keyed by name. Each is accessed once and converted to the dtype of its
             entry in `like`.
         like: for each name, a tensor of the final dtype and shape, which may be on the meta device.
 

@@ -157,7 +157,7 @@ def _match_files(
 
     Args:
         llm: on the meta device.
-        state: the LLM's parameters and persistent buffers, by name.
+        state: the LLM's parameters and persistent buffers, keyed by name.
         folder: the files' folder, for error messages.
         files: from `_safetensors_files`.
 
@@ -223,11 +223,11 @@ def _computed_buffers(
     Args:
         llm: the LLM. Its weights stay on the meta device, where initialising them costs nothing.
         names: names of all buffers, including each alias of a shared one.
-        from_files: the buffers that were read, by name.
+        from_files: the buffers that were read, keyed by name.
         fill: the value of every other buffer before transformers computes it.
 
     Returns:
-        All buffers of the LLM, by name.
+        All buffers of the LLM, keyed by name.
     """
     # A shared buffer gets one replacement, so that its aliases in several modules stay aliases.
     replacements: dict[int, torch.Tensor] = {}
@@ -258,7 +258,7 @@ def zero_placeholders(model: nn.Module) -> Iterator[None]:
     """Temporarily replace weights on the meta device by zeros on the CPU, for code that inspects weights.
 
     peft, for example, places an adapter on the device of the weight that it adapts. The zeros have the right
-    shape and dtype but share a single element, so they take almost no memory. The meta weights are restored
+    shape and dtype but share a single element, so they need almost no memory. The meta weights are restored
     at the end.
     """
     on_meta = [

@@ -69,7 +69,7 @@ def own_code_refused(folder: Path, part: str, error: Exception) -> ModelError | 
 
 def _code_refusal(folder: Path, part: str, code: str) -> ModelError:
     remedy = (
-        f"give another LLM or, if you trust that code, set {TRUST_KEY} to true"
+        f"give another LLM or, if you trust that code, set --{TRUST_KEY} true"
         if part == "LLM"
         else "give a Whisper, WavLM, HuBERT or wav2vec 2.0 encoder in transformers' format"
     )

@@ -213,7 +213,7 @@ def _require_tensors(tensors: dict[Any, Any], where: str) -> None:
 
 
 def _skeleton(config: PretrainedConfig) -> torch.nn.Module:
-    """Build transformers' model on the meta device, which gives names and shapes but takes no memory."""
+    """Build transformers' model on the meta device, which gives names and shapes but needs no memory."""
     with torch.device("meta"):
         return AutoModel.from_config(config, trust_remote_code=False)
 

@@ -75,7 +75,7 @@ def require_sound_files(folder: Path, part: str, may_be_absent: bool = False) ->
 
 
 def tensor_dtypes(file: Path) -> dict[str, str] | None:
-    """Return the dtype of each tensor in a safetensors file or a pickle, by name.
+    """Return the dtype of each tensor in a safetensors file or a pickle, keyed by name.
 
     Returns:
         safetensors' names of the dtypes, such as `BF16`; None for a pickle in the format before torch 1.6,

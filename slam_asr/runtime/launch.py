@@ -35,7 +35,7 @@ class Job:
 
 
 class ProcessEnded(Exception):
-    """A process ended before its work was done. `processes_of` turns it into the sentence for the user."""
+    """A process ended before its work was done. `processes_of` turns it into the message for the user."""
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine on which a training is about to run."""
+    """The machine on which a training run is about to run."""
 
     processes: int
     """Processes of the training on all machines."""

@@ -95,11 +95,11 @@ def check_folder(folder: Path, subject: str, remedy: str, if_refused: str) -> Fi
     user = os.geteuid()
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
-            file.write(b"slam-asr checks whether it may write here\n")
+            file.write(b"slam-asr checks whether it can write here\n")
             file.flush()
     except PermissionError as error:
         return Finding(
-            BAD, subject, f"user {user} may not write to {folder} ({error.strerror}): {if_refused}."
+            BAD, subject, f"user {user} is not allowed to write to {folder} ({error.strerror}): {if_refused}."
         )
     except OSError as error:
         return Finding(BAD, subject, f"{folder} cannot be written ({error.strerror}): {remedy}.")

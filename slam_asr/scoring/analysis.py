@@ -1,4 +1,4 @@
-"""Results of a test besides its error rate: confidence, rates by speaker and length, typical errors."""
+"""Results on a test set besides the error rate: confidence, rates by speaker and length, typical errors."""
 
 import re
 from collections import Counter
@@ -16,17 +16,17 @@ from slam_asr.scoring.statistics import interval, interval_over
 
 DURATIONS = (5, 10, 15, 20, 30)
 """Upper limits in seconds, inclusive, of the groups of utterances by length. The last group has no limit."""
-CONFUSIONS = 30
+MAX_CONFUSIONS = 30
 """Maximum number of confusions of each kind that are listed."""
 
 LOOP, CUT, EMPTY, REFUSAL = "loop", "cut at the limit", "empty answer", "refusal"
-GUARDS = {
+ANSWER_FAULTS = {
     LOOP: "The same words four or more times in a row, although nobody said that.",
     CUT: "The answer reached decoding.max_new_tokens.",
     EMPTY: "No text although something was said.",
     REFUSAL: "An assistant's apology instead of a transcript.",
 }
-"""Explanation of each guard, shown in the report."""
+"""What can be wrong with an answer, with the explanation that the report shows."""
 
 # One to eight words, followed by the same words at least three more times.
 _LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,7}?)(?: \1){3,}(?!\S)")
@@ -40,10 +40,10 @@ _REFUSAL = re.compile(
 
 
 def analyse(measured: Measured) -> dict[str, Any]:
-    """Compute all numbers of a test. Rates are in percent, or None if there are no words to count.
+    """Compute all numbers of a test set. Rates are in percent, or None if there are no words to count.
 
     Args:
-        measured: the utterances of the test, aligned.
+        measured: the utterances of the test set, aligned.
 
     Returns:
         `unit`: what the rates count, `words` or `characters`;
@@ -52,8 +52,8 @@ def analyse(measured: Measured) -> dict[str, Any]:
         `normalised`, the rate after normalisation;
         `durations` and `speakers`: counts, hours and `rate` of each group;
         `confusions`: the most frequent substitutions, deletions and insertions;
-        `guards`: number of utterances that each guard flags;
-        `empty_references`: number of utterances without speech, and the words written for them.
+        `guards`: number of utterances with each of the `ANSWER_FAULTS`;
+        `empty_references`: number of utterances without speech, and the words of their hypotheses.
     """
     rows = measured.rows
     characters = character_errors(rows, measured.characters)
@@ -88,7 +88,7 @@ def analyse(measured: Measured) -> dict[str, Any]:
             "deletions": [[word, n] for word, n in _most_frequent(measured.deleted)],
             "insertions": [[word, n] for word, n in _most_frequent(measured.inserted)],
         },
-        "guards": _guards(measured),
+        "guards": _count_faults(measured),
         "empty_references": _empty_references(measured),
     }
 
@@ -152,12 +152,12 @@ def _by_duration(measured: Measured) -> list[dict[str, Any]]:
 
 def _most_frequent(counter: Counter[Any]) -> list[tuple[Any, int]]:
     """The most frequent entries with their counts. Equally frequent entries are sorted by name."""
-    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]
+    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]
 
 
-def _guards(measured: Measured) -> dict[str, int]:
-    counted = Counter(guard for row in measured.rows for guard in guards_of(row, measured.characters))
-    return {guard: counted[guard] for guard in GUARDS}
+def _count_faults(measured: Measured) -> dict[str, int]:
+    counted = Counter(fault for row in measured.rows for fault in faults_of(row, measured.characters))
+    return {fault: counted[fault] for fault in ANSWER_FAULTS}
 
 
 def _empty_references(measured: Measured) -> dict[str, int]:
@@ -165,24 +165,24 @@ def _empty_references(measured: Measured) -> dict[str, int]:
     return {"utterances": int(silent.sum()), "insertions": int(measured.errors[silent].sum())}
 
 
-def guards_of(row: Hypothesis, characters: bool = False) -> list[str]:
-    """The `GUARDS` that flag an answer. A loop or refusal is not flagged if the reference has one too.
+def faults_of(row: Hypothesis, characters: bool = False) -> list[str]:
+    """The `ANSWER_FAULTS` of an answer. A loop or refusal is no fault if the reference has one too.
 
     Args:
         row: the utterance.
         characters: whether characters are counted instead of words; a loop then repeats characters.
     """
-    spoken, written = comparable(row.reference).lower(), comparable(row.hypothesis).lower()
-    flagged = []
-    if loops(scored_text(written, characters)) and not loops(scored_text(spoken, characters)):
-        flagged.append(LOOP)
+    reference, hypothesis = comparable(row.reference).lower(), comparable(row.hypothesis).lower()
+    found = []
+    if loops(scored_text(hypothesis, characters)) and not loops(scored_text(reference, characters)):
+        found.append(LOOP)
     if row.cut:
-        flagged.append(CUT)
-    if spoken and not written:
-        flagged.append(EMPTY)
-    if _REFUSAL.search(written) and not _REFUSAL.search(spoken):
-        flagged.append(REFUSAL)
-    return flagged
+        found.append(CUT)
+    if reference and not hypothesis:
+        found.append(EMPTY)
+    if _REFUSAL.search(hypothesis) and not _REFUSAL.search(reference):
+        found.append(REFUSAL)
+    return found
 
 
 def loops(text: str) -> bool:

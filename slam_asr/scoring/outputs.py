@@ -41,10 +41,10 @@ def _read_pair(path: str) -> list[Hypothesis]:
                 f"There is no {file}: SLAM-LLM's decoding writes {PREDICTED} and {SPOKEN} next to each "
                 "other, and both are needed."
             )
-    written, spoken = _read_lines(fetch(path)), _read_lines(fetch(references))
-    _refuse_unpaired(path, sorted(written.keys() - spoken.keys()), "no reference")
-    _refuse_unpaired(references, sorted(spoken.keys() - written.keys()), "no hypothesis")
-    return [Hypothesis(key, spoken[key], written[key]) for key in spoken]
+    hypotheses, reference_lines = _read_lines(fetch(path)), _read_lines(fetch(references))
+    _refuse_unpaired(path, sorted(hypotheses.keys() - reference_lines.keys()), "no reference")
+    _refuse_unpaired(references, sorted(reference_lines.keys() - hypotheses.keys()), "no hypothesis")
+    return [Hypothesis(key, reference_lines[key], hypotheses[key]) for key in reference_lines]
 
 
 def _read_lines(path: Path) -> dict[str, str]:

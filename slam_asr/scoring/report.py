@@ -1,4 +1,4 @@
-"""The report of a test: a page for people, a short table for the dashboard, and numbers for programs.
+"""The report on a decoded test set: a page, a short table for the dashboard, and numbers for programs.
 
 `report.html` is self-contained: style, script and curves are in the file. The page fetches and saves nothing,
 and it works in a sandboxed frame. The model's error rate is shown next to its controls, the rates of
@@ -18,8 +18,8 @@ from slam_asr.artifacts.word_errors import Measured, groups_of, measure, without
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
 from slam_asr.pages.curves import draw_curves, thinned
-from slam_asr.pages.render import capital, grouped, render
-from slam_asr.scoring.analysis import GUARDS, analyse, counts_of, guards_of
+from slam_asr.pages.render import capital, render, with_thousands
+from slam_asr.scoring.analysis import ANSWER_FAULTS, analyse, counts_of, faults_of
 from slam_asr.scoring.controls import EMPTY
 from slam_asr.scoring.report_audio import Name, worst_first
 from slam_asr.scoring.report_facts import decoding_facts, training_facts
@@ -27,15 +27,18 @@ from slam_asr.storage import write_atomically, write_json
 
 PAGE = "report.html"
 MARKDOWN = "report.md"
-NUMBERS = "wer.json"
+NUMBERS_FILE = "wer.json"
 
-WORST = 200
-"""Maximum number of utterances shown with their alignments: they show typical errors on about 200 KB."""
-SPEAKERS = 100
+MAX_UTTERANCES = 200
+"""Maximum number of utterances shown with their alignments.
+
+200 are enough to show typical errors and add about 200 KB to the page.
+"""
+MAX_SPEAKERS = 100
 """Maximum number of speakers whose rates are shown; wer.json contains those of all speakers."""
 NO_SUBSET = "(no subset)"
 _LONG_NAMES = {"words": "Word error rate", "characters": "Character error rate"}
-"""The name of the rate, by what it counts."""
+"""Full name of the rate, keyed by the unit it counts."""
 
 _CONTROL_NOTES = {
     "shuffled audio": (
@@ -60,20 +63,20 @@ def write_report(
         folder: output folder; created if missing.
         recipe: its name is the page's heading, and its published rates are shown next to the measured ones.
         rows: the model's hypotheses.
-        controls: other hypotheses for the same utterances, by the names `shuffled audio` and `empty output`.
+        controls: other hypotheses for the same utterances, keyed by `shuffled audio` and `empty output`.
         training: how the model was trained: recipe, encoder, llm, trained_parameters (or, if that is absent,
             projector_parameters), all_parameters, precision, device, processes, steps, epochs, seconds,
             train_utterances, train_hours, curve (list of {step, loss, accuracy, learning_rate}) and
             validation (list of {step, loss, accuracy}), with accuracies as fractions. Keys that are absent
             are not shown.
-        decoding: how the test was decoded: beams, seconds, audio_hours, utterances, answers_cut,
+        decoding: how the test set was decoded: beams, seconds, audio_hours, utterances, answers_cut,
             empty_answers. Any other facts are shown under their own names.
         audio: audio of some of the worst utterances, as MP3 in base64, to be played on the page.
 
     Returns:
-        Rates in percent, to two decimals: `wer`, `wer SUBSET` and `wer CONTROL`; the limits of the 95 %
-        interval of `wer`; WER after normalisation; CER. If characters are counted, the names begin with `cer`
-        and there is no WER. The first is the rate of all utterances.
+        Metrics in percent, to two decimals: `wer` (all utterances; always the first key), `wer SUBSET`,
+        `wer CONTROL`, `wer 95 % low`, `wer 95 % high`, `wer normalised` and `cer`. If characters are counted,
+        `cer` replaces `wer` in every key.
 
     Raises:
         InputError: no utterance was decoded, or no reference contains a word.
@@ -102,7 +105,7 @@ def write_report(
     }
     write_atomically(folder / PAGE, _page(numbers, measured, audio or {}))
     write_atomically(folder / MARKDOWN, _markdown(numbers))
-    write_json(folder / NUMBERS, _finite(numbers))
+    write_json(folder / NUMBERS_FILE, _replace_non_finite(numbers))
     return _metrics(numbers)
 
 
@@ -135,7 +138,8 @@ def short_name(numbers: dict[str, Any]) -> str:
     """The short name of a report's rate: `WER`, or `CER` if characters are counted.
 
     Args:
-        numbers: content of a `wer.json`. Those of version 0.1.0 name no unit, and count words.
+        numbers: content of a `wer.json`. Files written by version 0.1.0 have no `unit`; they always count
+            words.
     """
     return "CER" if numbers.get("unit") == "characters" else "WER"
 
@@ -156,7 +160,7 @@ def _page(numbers: dict[str, Any], measured: Measured, audio: dict[Name, str]) -
         training_facts=training_facts(numbers["training"]),
         decoding_facts=decoding_facts(numbers["decoding"]),
         curves=draw_curves(numbers["training"]),
-        guard_notes=GUARDS,
+        fault_notes=ANSWER_FAULTS,
         groups=_groups(numbers),
         utterances=_worst(measured, audio),
     )
@@ -182,7 +186,7 @@ def _table(numbers: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _worst(measured: Measured, audio: dict[Name, str]) -> list[dict[str, Any]]:
-    """The utterances with the most word errors, which contribute most to the total rate; worst first."""
+    """The utterances with the most errors (words or characters), worst first; they raise the rate most."""
     rows, errors, words = measured.rows, measured.errors.tolist(), measured.words.tolist()
     return [
         asdict(rows[i])
@@ -191,15 +195,15 @@ def _worst(measured: Measured, audio: dict[Name, str]) -> list[dict[str, Any]]:
             "words": words[i],
             "rate": round(100 * errors[i] / words[i], 2) if words[i] else None,
             "pieces": _pieces(rows[i], measured.characters),
-            "guards": guards_of(rows[i], measured.characters),
+            "faults": faults_of(rows[i], measured.characters),
             "audio": audio.get((rows[i].key, rows[i].subset), ""),
         }
-        for i in worst_first(measured)[:WORST]
+        for i in worst_first(measured)[:MAX_UTTERANCES]
     ]
 
 
 def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tables of the rate by length of the audio and by speaker, each if there are several groups."""
+    """A table of rates by audio length and one by speaker; each is omitted if it would have only one row."""
     durations = [
         (f"{group['from']} to {group['to']} s" if group["to"] else f"above {group['from']} s", group)
         for group in numbers["durations"]
@@ -210,11 +214,11 @@ def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
         tables.append(_group_table("By length of the audio", "Audio", durations, ""))
     if len(speakers) > 1:
         note = (
-            f"The {SPEAKERS} of {grouped(len(speakers))} speakers with the highest rates."
-            if len(speakers) > SPEAKERS
+            f"The {MAX_SPEAKERS} speakers with the highest rates, out of {with_thousands(len(speakers))}."
+            if len(speakers) > MAX_SPEAKERS
             else "Highest rates first."
         )
-        tables.append(_group_table("By speaker", "Speaker", speakers[:SPEAKERS], note))
+        tables.append(_group_table("By speaker", "Speaker", speakers[:MAX_SPEAKERS], note))
     return tables
 
 
@@ -230,14 +234,14 @@ def _group_table(
 
 
 def _pieces(row: Hypothesis, characters: bool) -> list[tuple[str, str, str]]:
-    """The alignment as pieces (kind, spoken, written), in which each substituted word is its own piece."""
+    """The alignment as pieces (kind, reference, hypothesis). Each substituted word is a piece of its own."""
     separator = "" if characters else " "
     pieces = []
-    for kind, spoken, written in align(row, characters):
+    for kind, reference, hypothesis in align(row, characters):
         if kind == "substitute":
-            pieces += [(kind, *words) for words in zip(spoken, written, strict=True)]
+            pieces += [(kind, *words) for words in zip(reference, hypothesis, strict=True)]
         else:
-            pieces.append((kind, separator.join(spoken), separator.join(written)))
+            pieces.append((kind, separator.join(reference), separator.join(hypothesis)))
     return pieces
 
 
@@ -259,28 +263,33 @@ def _markdown(numbers: dict[str, Any]) -> str:
     short, unit = short_name(numbers), numbers["unit"]
     head = ["Subset", f"{short}, %", "95 % interval"]
     head += ["Published, %"] if _has_published(numbers) else []
-    head += [f"{plain(capital(name))}, %" for name in numbers["controls"]]
+    head += [f"{escape_markdown(capital(name))}, %" for name in numbers["controls"]]
     head += ["Normalised, %", *(["CER, %"] if unit == "words" else [])]
     head += ["Sub.", "Del.", "Ins.", capital(unit), "Utterances", "Hours"]
     lines = [
-        f"# {plain(numbers['title'])}",
+        f"# {escape_markdown(numbers['title'])}",
         "",
-        f"**{_LONG_NAMES[unit]} {rate_text(total['rate'])} %**: {grouped(total['errors'])} errors in "
-        f"{grouped(total['words'])} {unit}, {grouped(total['utterances'])} utterances.",
+        f"**{_LONG_NAMES[unit]} {rate_text(total['rate'])} %**: {with_thousands(total['errors'])} errors in "
+        f"{with_thousands(total['words'])} {unit}, {with_thousands(total['utterances'])} utterances.",
         "",
         f"| {' | '.join(head)} |",
         f"| --- |{' ---: |' * (len(head) - 1)}",
     ]
     for row in _table(numbers):
-        cells = [plain(row["label"]), rate_text(row["rate"]), interval_text(row["interval"])]
+        cells = [escape_markdown(row["label"]), rate_text(row["rate"]), interval_text(row["interval"])]
         cells += [rate_text(row["published"])] if _has_published(numbers) else []
         cells += [rate_text(rate) for rate in row["controls"]]
         cells += [rate_text(row["normalised"]), *([rate_text(row["cer"])] if unit == "words" else [])]
         cells += [
-            grouped(row[key]) for key in ("substitutions", "deletions", "insertions", "words", "utterances")
+            with_thousands(row[key])
+            for key in ("substitutions", "deletions", "insertions", "words", "utterances")
         ]
         lines.append(f"| {' | '.join(cells)} | {_hours(row['hours'])} |")
-    wrong = [f"{plain(guard)}: {grouped(count)}" for guard, count in numbers["guards"].items() if count]
+    wrong = [
+        f"{escape_markdown(fault)}: {with_thousands(count)}"
+        for fault, count in numbers["guards"].items()
+        if count
+    ]
     if wrong:
         lines += ["", f"Answers that went wrong: {'; '.join(wrong)}."]
     for label, facts in (
@@ -290,7 +299,9 @@ def _markdown(numbers: dict[str, Any]) -> str:
         if facts:
             lines += [
                 "",
-                f"{label}: " + "; ".join(f"{plain(name)} {plain(value)}" for name, value in facts) + ".",
+                f"{label}: "
+                + "; ".join(f"{escape_markdown(name)} {escape_markdown(value)}" for name, value in facts)
+                + ".",
             ]
     return "\n".join(lines) + "\n"
 
@@ -299,16 +310,16 @@ def _hours(hours: float) -> str:
     return f"{hours:.2f}" if hours else "–"
 
 
-def plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Escape text so that no Markdown viewer treats it as markup."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON cannot represent, by None."""
+def _replace_non_finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON cannot represent, with None."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: _replace_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [_replace_non_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

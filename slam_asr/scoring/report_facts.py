@@ -1,8 +1,8 @@
-"""Facts about a training and a decoding as labels and text, for the report."""
+"""Facts about a training run and a decoding as labels and text, for the report."""
 
 from typing import Any
 
-from slam_asr.pages.render import capital, grouped
+from slam_asr.pages.render import capital, with_thousands
 from slam_asr.progress import clock
 
 _TRAINING_LABELS = {
@@ -33,12 +33,12 @@ _DECODING_LABELS = {
 
 
 def training_facts(training: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts of a training from its record, as labels and text; see `write_report`."""
+    """The facts of a training run from its record, as labels and text; see `write_report`."""
     facts = {"trained_parameters": training.get("projector_parameters"), **training}
     facts.pop("projector_parameters", None)
     trained, total = facts["trained_parameters"], facts.get("all_parameters")
     if trained and total:
-        facts["trained_parameters"] = f"{grouped(trained)} ({100 * trained / total:.2g}\u202f% of all)"
+        facts["trained_parameters"] = f"{with_thousands(trained)} ({100 * trained / total:.2g}\u202f% of all)"
     return _facts(facts, _TRAINING_LABELS)
 
 
@@ -68,4 +68,4 @@ def _shown(key: str, value: Any) -> str:
         return str(value)
     if key in ("audio_hours", "train_hours"):
         return f"{value:.2f} h"
-    return clock(value) if key == "seconds" else grouped(value)
+    return clock(value) if key == "seconds" else with_thousands(value)

@@ -1,4 +1,4 @@
-"""Several decoded trainings on one page: ranked, compared with the best one, with their curves."""
+"""Several decoded training runs on one page: ranked, compared with the best one, with their curves."""
 
 import json
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from typing import Any
 from slam_asr.artifacts.hypotheses import Hypothesis
 from slam_asr.config.variations import Variation
 from slam_asr.pages.curves import RUN_MARKERS, draw_runs, is_number, thinned
-from slam_asr.pages.render import grouped, render
+from slam_asr.pages.render import render, with_thousands
 from slam_asr.progress import clock
 from slam_asr.scoring.comparison import Compared, compare_pairs, pair, probability_text
 from slam_asr.scoring.outputs import read_output
-from slam_asr.scoring.report import interval_text, plain, rate_text, short_name
+from slam_asr.scoring.report import escape_markdown, interval_text, rate_text, short_name
 from slam_asr.storage import write_atomically, write_json
 
 PAGE, MARKDOWN, RUNS = "runs.html", "runs.md", "runs.json"
@@ -86,7 +86,7 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
     """Read the runs, sort them by error rate, and compare each with the best.
 
     Args:
-        files: wer.json and hypotheses of each run, by its folder.
+        files: wer.json and hypotheses of each run, keyed by its folder.
         known: variations of the recipe by name, to describe what a run changed.
     """
     numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}
@@ -158,7 +158,7 @@ def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]
         "Changes",
         "WER, %" if by_words else "CER, %",
         "95 % interval",
-        *(f"{plain(name)}, %" for name in subsets),
+        *(f"{escape_markdown(name)}, %" for name in subsets),
         "Worse by",
         "p",
         *(["CER, %"] if by_words else []),
@@ -166,15 +166,15 @@ def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]
         "Training",
     ]
     lines = [
-        f"# {plain(title)}: {len(rows)} runs",
+        f"# {escape_markdown(title)}: {len(rows)} runs",
         "",
         f"| {' | '.join(head)} |",
         f"| --- | --- |{' ---: |' * (len(head) - 2)}",
     ]
     for row in rows:
         cells = [
-            plain(row["name"]),
-            plain(row["changes"]),
+            escape_markdown(row["name"]),
+            escape_markdown(row["changes"]),
             rate_text(row["rate"]),
             interval_text(row["interval"]),
         ]
@@ -185,7 +185,7 @@ def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]
             *([rate_text(row["cer"])] if by_words else []),
         ]
         cells += [
-            "–" if row["steps"] is None else grouped(row["steps"]),
+            "–" if row["steps"] is None else with_thousands(row["steps"]),
             "–" if row["seconds"] is None else clock(row["seconds"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")

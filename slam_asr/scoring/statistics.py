@@ -15,7 +15,7 @@ RESAMPLES = 1000
 """Number of samples of a bootstrap interval."""
 FLIPS, _AT_ONCE = 10_000, 500
 """Number of random exchanges of a randomisation test, and how many of them are in memory at once."""
-MANY = 5000
+MAX_EXACT = 5000
 """Number of differing utterances above which the normal approximation replaces the randomisation test.
 
 With so many utterances, both give the same result.
@@ -44,9 +44,9 @@ def interval(errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[floa
     for _ in range(RESAMPLES):
         sample = rng.integers(len(errors), size=len(errors))
         # A sample may consist of units without words only, which have no rate.
-        spoken = words[sample].sum()
-        if spoken:
-            rates.append(errors[sample].sum() / spoken)
+        reference_words = words[sample].sum()
+        if reference_words:
+            rates.append(errors[sample].sum() / reference_words)
     low, high = np.percentile(rates, _LEVEL)
     return float(low), float(high)
 
@@ -57,7 +57,7 @@ def interval_over(
     """Compute the 95 % bootstrap interval over groups of utterances, such as speakers, drawn as units.
 
     Args:
-        groups: int [n], the indices of each group's utterances, by the group's name.
+        groups: int [n], the indices of each group's utterances, keyed by the group's name.
         errors: int [utterances], word errors.
         words: int [utterances], reference words.
         seed: seed of the resampling.
@@ -93,8 +93,8 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
 
     If both were equally good, the two outputs for any utterance could be exchanged. The two-sided p-value is
     the share of random exchanges that give a difference at least as large (approximate randomisation, Noreen,
-    1989). If more than `MANY` utterances differ, the normal approximation is used instead (Gillick and Cox,
-    1989).
+    1989). If more than `MAX_EXACT` utterances differ, the normal approximation is used instead (Gillick and
+    Cox, 1989).
 
     Args:
         first: int [utterances], word errors of the first recogniser.
@@ -108,7 +108,7 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
     observed = abs(int(nonzero.sum()))
     if not len(nonzero):
         p = 1.0
-    elif len(nonzero) > MANY:
+    elif len(nonzero) > MAX_EXACT:
         # With random signs, the sum of the differences has mean 0 and variance Σd². The two-sided tail of a
         # normal distribution beyond x is erfc(x / √(2 · variance)).
         p = math.erfc(observed / math.sqrt(2 * float((nonzero.astype(float) ** 2).sum())))

@@ -157,7 +157,7 @@ def _check_trainjob(check: PodCheck) -> Finding:
 
 
 def _meet_other_nodes(check: PodCheck) -> Finding:
-    """Sum a number over all nodes of the TrainJob with torch.distributed, which a training uses too."""
+    """Sum a number over all nodes of the TrainJob with torch.distributed, which a training run uses too."""
     # Imported here, because the images of some steps have no torch.
     import torch
     from torch import distributed

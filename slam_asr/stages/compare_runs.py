@@ -1,4 +1,4 @@
-"""The command `slam-asr compare-runs`: shows the results of several trainings side by side on one page."""
+"""The command `slam-asr compare-runs`: shows the results of several training runs on one page."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from slam_asr.artifacts.hypotheses import HYPOTHESES
 from slam_asr.artifacts.stage_record import Outcome, Record, run_stage
 from slam_asr.config.variations import variation_of
 from slam_asr.errors import InputError
-from slam_asr.scoring.report import NUMBERS, short_name
+from slam_asr.scoring.report import NUMBERS_FILE, short_name
 from slam_asr.scoring.runs import read_runs, write_comparison
 from slam_asr.storage import exists, fetch, join, sha256_of_file
 
@@ -20,7 +20,7 @@ def compare_runs(
     variations: list[str] | None = None,
     overwrite: bool = False,
 ) -> Record:
-    """Compare the results of several trainings, best error rate first, with their curves in one figure.
+    """Compare the results of several training runs, best error rate first, with their curves in one figure.
 
     Args:
         runs: folders that score wrote.
@@ -38,7 +38,7 @@ def compare_runs(
     """
     _check(runs)
     known = [variation_of(text) for text in variations or []]
-    files = {folder: (fetch(join(folder, NUMBERS)), fetch(join(folder, HYPOTHESES))) for folder in runs}
+    files = {folder: (fetch(join(folder, NUMBERS_FILE)), fetch(join(folder, HYPOTHESES))) for folder in runs}
     # Sorted, because the pipeline's loop may pass its results in any order, and that order must not change
     # the fingerprint.
     inputs = {
@@ -76,8 +76,8 @@ def _check(runs: list[str]) -> None:
     if repeated:
         raise InputError(f"--runs names {repeated[0]} twice: give each run once.")
     for folder in runs:
-        if not exists(join(folder, NUMBERS)):
+        if not exists(join(folder, NUMBERS_FILE)):
             raise InputError(
-                f"{folder} contains no {NUMBERS}, so there is no report to compare: "
+                f"{folder} contains no {NUMBERS_FILE}, so there is no report to compare: "
                 "give folders that score wrote."
             )

@@ -1,8 +1,8 @@
 """The stage `convert-checkpoint`: converts a checkpoint of any kind to a model folder or another format.
 
-It recognises the kind of the checkpoint by its content: the folder of a training, SLAM-LLM's `model.pt`, a
-folder that DeepSpeed wrote, the original file of a speech encoder, or a model folder that is to be written in
-another format.
+It recognises the kind of the checkpoint by its content: the folder of a training run, SLAM-LLM's `model.pt`,
+a folder that DeepSpeed wrote, the original file of a speech encoder, or a model folder that is to be written
+in another format.
 """
 
 from pathlib import Path
@@ -39,8 +39,8 @@ def convert_checkpoint(
         recipe: defines encoder, LLM, projector and prompt for checkpoints that do not name them: SLAM-LLM's
             model.pt and DeepSpeed's folders. For others, only `encoder.name`, `llm.name` and
             `llm.trust_remote_code` count: where the base models are now, and whether the LLM's code may run.
-        which: which checkpoint of a training to convert: the latest, the best (the one with the lowest dev
-            loss), or the average (the mean of all saved checkpoints).
+        which: which checkpoint of a training run to convert: the latest, the best (with the lowest dev loss),
+            or the average (the mean of all saved checkpoints).
         half: save the projector in fp16, which halves its size; computations use the recipe's precision
             anyway.
         adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), for a checkpoint that does

@@ -20,7 +20,7 @@ from slam_asr.decoding.decoder import Decoder, decode_on_several
 from slam_asr.decoding.model import open_model
 from slam_asr.progress import Meter, log_line
 from slam_asr.runtime.work_split import WorkShard, parse_work_shard
-from slam_asr.scoring.report import WORST
+from slam_asr.scoring.report import MAX_UTTERANCES
 from slam_asr.scoring.report_audio import encode_audio, worst_first, write_audio
 from slam_asr.storage import digest, fetch, is_s3, sha256_of_file
 
@@ -218,7 +218,7 @@ def _write(
         )
     if options.report_audio:
         by_name = {(u.key, u.subset): u for u in utterances}
-        worst = ((rows[i].key, rows[i].subset) for i in worst_first(measure(rows))[:WORST])
+        worst = ((rows[i].key, rows[i].subset) for i in worst_first(measure(rows))[:MAX_UTTERANCES])
         audio = encode_audio(worst, lambda name: load_utterance(by_name[name]), options.report_audio)
         if audio:
             write_audio(folder, audio)

@@ -1,6 +1,6 @@
-"""The command `slam-asr plan`: estimates whether a training fits into memory, and which options make it fit.
+"""The command `slam-asr plan`: estimates if a training run fits in memory, and which options make it fit.
 
-It also estimates the training's storage and time. No weights are loaded.
+It also estimates the run's storage and time. No weights are loaded.
 """
 
 from slam_asr.config.recipe import Recipe
@@ -21,7 +21,7 @@ def plan(
     gpu_tflops: float = 989.0,
     gpu_bandwidth: float = 3.35,
 ) -> Plan:
-    """Estimate what a recipe takes on given GPUs: memory of each part, storage, FLOPs and time of each stage.
+    """Estimate what a recipe needs on the given GPUs: memory by part, storage, FLOPs and time of each stage.
 
     Args:
         recipe: models and hyper-parameters.
@@ -68,7 +68,7 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
         log_line(f"  {note}")
     log_line(
         f"parameters: encoder {shapes.encoder_parameters:,}, projector {shapes.projector_parameters:,}, LLM "
-        f"{shapes.llm_parameters:,} (of which trained {shapes.llm_trained:,})"
+        f"{shapes.llm_parameters:,} ({shapes.llm_trained:,} of them trained)"
     )
     sharding = {"deepspeed": f"ZeRO stage {recipe.training.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}
     each = f"each of {gpus.number} GPU{'s' * (gpus.number > 1)}"
@@ -77,7 +77,7 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
     details = {
         "activations": f" ({load.rows:.1f} utterances of {load.length} positions)",
         "logits": f" ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})",
-        "overhead": ", about",
+        "overhead": " (approximate)",
     }
     names = PARTS if gpus.number else CPU_PARTS
     rows = {names[part] + details.get(part, ""): size for part, size in vars(result.memory).items() if size}
@@ -85,8 +85,8 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
         log_line(f"  {name:<52}{size / 1e9:8.2f}")
     verdict = "fits" if result.fits else "DOES NOT FIT"
     log_line(
-        f"  {'total':<52}{result.memory.total / 1e9:8.2f}  {verdict} into {gpus.memory / 1e9:g} GB "
-        f"({USABLE:.0%} of them usable)"
+        f"  {'total':<52}{result.memory.total / 1e9:8.2f}  {verdict} in {gpus.memory / 1e9:g} GB "
+        f"({USABLE:.0%} of it usable)"
     )
     if recipe.training.offload_optimizer:
         name = "optimiser in host memory, all hosts together"
@@ -95,8 +95,9 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
 
 def _print_work(result: Plan, gpus: Gpus) -> None:
     log_line(
-        f"\nwork, in {result.steps:,} steps, at {gpus.peak / 1e12:g} TFLOP/s each, of which encoding reaches "
-        f"{ENCODING_SHARE:.0%} and training {TRAINING_SHARE:.0%}:"
+        f"\nwork: {result.steps:,} steps; each {'GPU' if gpus.number else 'CPU'} peaks at "
+        f"{gpus.peak / 1e12:g} TFLOP/s, of which encoding is assumed to reach {ENCODING_SHARE:.0%} and "
+        f"training {TRAINING_SHARE:.0%}:"
     )
     for name, stage in result.stages.items():
         log_line(
@@ -110,6 +111,5 @@ def _print_work(result: Plan, gpus: Gpus) -> None:
         log_line(f"\nproposed: {command}")
     else:
         log_line(
-            "\nno combination of options fits: take more GPUs or larger ones, or a smaller LLM, or "
-            "llm.tuning lora"
+            "\nno combination of options fits: use more or larger GPUs, a smaller LLM, or `--llm.tuning lora`"
         )

@@ -17,7 +17,7 @@ from slam_asr.storage.local import PARTIAL, local_path
 from slam_asr.storage.locks import exclusive, exclusive_if_free
 
 _CAPACITY_LOCK = "room"
-"""Name of the lock for changes to the cache's total size. No object's lock has it: those end in `.lock`."""
+"""Name of the lock for changes to the cache's total size. The locks of objects end in `.lock`."""
 
 
 def cache_folder() -> Path:
@@ -91,7 +91,7 @@ class DiskCache:
                     )
                 # Once renamed, the content is trusted, even after a crash of the machine.
                 os.fsync(file.fileno())
-            # Without the lock, a process that adds up sizes meanwhile could miss the file under both names.
+            # Without this lock, a process that is adding up sizes could miss the file under both its names.
             with self._locked(_CAPACITY_LOCK):
                 os.replace(temporary, path)
         except OSError as error:

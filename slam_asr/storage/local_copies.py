@@ -65,7 +65,7 @@ def _cached(path: str, identity: list[object], fill: Callable[[Path], None]) -> 
     """
     # A name that is too long loses its beginning, so that it retains its suffix.
     name = os.fsencode(name_of(path))[-_MAX_NAME_BYTES:].decode(errors="ignore")
-    if name in (".", ".."):  # an object may have that name, a file may not
+    if name in (".", ".."):  # an object can have that name, a file cannot
         name = "object"
     target = cache_folder() / "objects" / digest(identity)[:24] / name
     if target.exists():

@@ -88,7 +88,7 @@ def walk(root: PathOrUri) -> Iterator[Info]:
     """All files below a folder or prefix, sorted by the bytes of their names; none if it does not exist.
 
     Links are followed, except those that lead to a folder above them: following such a link would never end.
-    Names are read lazily, so a listing of a million files takes little memory.
+    Names are read lazily, so a listing of a million files needs little memory.
 
     Raises:
         StorageError: object storage cannot be read.

@@ -16,7 +16,7 @@ from slam_asr.storage.retry import Cancelled
 T = TypeVar("T")
 
 PIECE_BYTES = 16 * 2**20
-PARALLEL = 8
+PARALLEL_PIECES = 8
 """Number of pieces of an object that are transferred at once."""
 
 
@@ -54,7 +54,7 @@ def in_parallel(
             raise
 
     starts = range(0, max(size, 1), piece_bytes)
-    with ThreadPoolExecutor(min(PARALLEL, len(starts))) as pool:
+    with ThreadPoolExecutor(min(PARALLEL_PIECES, len(starts))) as pool:
         try:
             yield from pool.map(run, starts)
         except Cancelled:

@@ -29,7 +29,7 @@ DEFAULT_PATIENCE = 120.0
 _FIRST_PAUSE, _MAX_PAUSE = 0.1, 10.0
 """Seconds."""
 _SILENT_SECONDS = 5.0
-"""Seconds of retries before the first log line; most temporary failures are over by then."""
+"""Seconds of retrying before the first log line; most temporary failures are over by then."""
 _MAX_CHECKSUM_FAILURES = 3
 """The network may cause a single failure; after this many, the object itself counts as damaged."""
 
@@ -86,8 +86,9 @@ def call_with_retries(
         elapsed = time.monotonic() - started
         if elapsed >= limit:
             raise StorageError(
-                f"{uri} could not be {action} in {elapsed:.0f} s of trying ({reason}): check the network "
-                f"and AWS_ENDPOINT_URL, and run the same command again; {PATIENCE} sets the time limit."
+                f"{uri} could not be {action} within {elapsed:.0f} s of trying ({reason}): check "
+                f"the network and AWS_ENDPOINT_URL, and run the same command again; {PATIENCE} sets the "
+                "time limit."
             )
         if elapsed > _SILENT_SECONDS:
             log_line(f"{uri}: {reason}; trying for another {limit - elapsed:.0f} s")

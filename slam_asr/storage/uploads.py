@@ -266,7 +266,7 @@ def _part_slots(process: int) -> threading.BoundedSemaphore:
     Args:
         process: id of this process.
     """
-    return threading.BoundedSemaphore(pieces.PARALLEL)
+    return threading.BoundedSemaphore(pieces.PARALLEL_PIECES)
 
 
 def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Builds the parts of a training in one process: device, data, model, engine and plan."""
+"""Builds the parts of a training run in one process: device, data, model, engine and plan."""
 
 import math
 import os
@@ -25,7 +25,7 @@ from slam_asr.training.step_plan import Budget, TrainingPlan, budget_for
 
 @dataclass
 class Parts:
-    """The parts of a training in one process."""
+    """The parts of a training run in one process."""
 
     job: TrainingJob
     recipe: Recipe

@@ -40,7 +40,7 @@ class Snapshot:
 
     checkpoint: Checkpoint
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Complete tensors on the CPU, by kind of file (`weights`, `moments`, `random`) and then by name."""
+    """Complete tensors on the CPU, keyed by kind of file (`weights`, `moments`, `random`), then by name."""
     curve: bytes = b""
     """Content of `curve.jsonl`; on the first process only."""
 
@@ -241,7 +241,7 @@ class CheckpointWriter:
         )
 
     def _write_share(self, snapshot: Snapshot, folder: str) -> dict[str, dict[str, Any]]:
-        """Write this process's files, and return the size in bytes and the SHA-256 of each, by name.
+        """Write this process's files, and return the size in bytes and the SHA-256 of each, keyed by name.
 
         Args:
             snapshot: this process's share of the checkpoint.
@@ -298,7 +298,7 @@ def restore(engine: Engine, saved: Checkpoint) -> None:
     has its own state.
 
     Raises:
-        ModelError: the checkpoint is damaged, or its weights are not those that this training has.
+        ModelError: the checkpoint is damaged, or its weights are not those that this training run has.
     """
     expected = set(engine.groups.weights)
     restored = set()

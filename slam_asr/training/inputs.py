@@ -1,4 +1,4 @@
-"""Checks a training's inputs before any weight is loaded, and lists those that the weights depend on."""
+"""Checks a training run's inputs before any weight is loaded, and lists those that the weights depend on."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ from slam_asr.training.trackers import require_trackers
 
 @dataclass
 class CheckedInputs:
-    """The inputs of a training that has passed all checks."""
+    """The inputs of a training run that has passed all checks."""
 
     device: torch.device
     nodes: Nodes
@@ -199,8 +199,8 @@ def initial_projector(
 
     Args:
         recipe: its section `projector` is read.
-        encoder: encoder of this training.
-        llm_folder: folder of this training's LLM.
+        encoder: encoder of this training run.
+        llm_folder: folder of this training run's LLM.
         base: fingerprints of encoder and LLM.
 
     Returns:
@@ -299,7 +299,7 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     optimizer = recipe.training.deepspeed.get("optimizer")
     if optimizer:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
-    # Left out if false, which is what trainings had that began before the key existed.
+    # Left out if false, which is what training runs had that began before the key existed.
     if not values["llm"]["trust_remote_code"]:
         del values["llm"]["trust_remote_code"]
     del values["encoder"]["batch_seconds"]

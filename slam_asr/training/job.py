@@ -11,7 +11,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass
 class TrainingJob:
-    """A training whose inputs have been checked."""
+    """A training run whose inputs have been checked."""
 
     recipe: str
     """Resolved recipe, as YAML."""

@@ -1,7 +1,7 @@
 """Fused kernels for the LLM's layers, from torch.compile or Liger.
 
-Both change results only by rounding. torch.compile is applied to each layer separately. All layers are
-alike, so one is compiled and the others reuse its code. Lengths are symbolic, so no batch causes a
+Both change results only by rounding errors. torch.compile is applied to each layer separately. All layers are
+alike, so one is compiled and the others reuse its code. Sequence lengths are symbolic, so no batch causes a
 recompilation. Attention over packed utterances is not compiled, because the number of utterances varies.
 """
 
@@ -31,11 +31,14 @@ def require_kernels(options: Training, device: torch.device) -> None:
         ConfigurationError: the GPU, the package, the compiler or Python's headers are missing.
     """
     if options.liger and device.type != "cuda":
-        raise ConfigurationError("training.liger needs a GPU, and this machine has none: leave it out.")
+        raise ConfigurationError(
+            f"training.liger needs a GPU, but this run uses the {device.type.upper()}: set "
+            "--training.liger false."
+        )
     if options.liger and importlib.util.find_spec("liger_kernel") is None:
         raise ConfigurationError(
             "training.liger needs the package liger-kernel, which is not installed: run `pip install "
-            "liger-kernel` (for an image, add it to the build), or leave it out."
+            "liger-kernel` (for an image, add it to the build), or set --training.liger false."
         )
     if options.compile:
         _require_compiler(device)
@@ -48,19 +51,21 @@ def _require_compiler(device: torch.device) -> None:
     )
     names = [os.environ[variable]] if os.environ.get(variable) else defaults
     if not any(shutil.which(name) for name in names):
+        absent = f"neither {' nor '.join(names)} is" if len(names) > 1 else f"{names[0]} is not"
         raise ConfigurationError(
-            f"training.compile needs a {language} compiler, and {' or '.join(names)} is not installed: "
-            "install one (`apt-get install g++`; for an image, add it to the build), or leave it out."
+            f"training.compile needs a {language} compiler, and {absent} installed: install one (`apt-get "
+            f"install {defaults[0]}`; for an image, add it to the build), or set --training.compile false."
         )
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         raise ConfigurationError(
             "training.compile needs Python's headers (Python.h), which are not installed: install them "
-            "(`apt-get install python3-dev`; for an image, add them to the build), or leave it out."
+            "(`apt-get install python3-dev`; for an image, add them to the build), or set "
+            "--training.compile false."
         )
 
 
 def compile_layers(llm: PreTrainedModel) -> None:
-    """Compile each layer of an LLM when it is first called.
+    """Wrap each layer in torch.compile; the first call compiles the code, and the other layers reuse it.
 
     Only the layers' `forward` is replaced: weight names do not change, and the engines' hooks stay outside
     the compiled code.
@@ -71,8 +76,8 @@ def compile_layers(llm: PreTrainedModel) -> None:
     layers = [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigurationError(
-            f"training.compile: {type(llm).__name__} has no layers that can be compiled separately; set it "
-            "to false."
+            f"training.compile: {type(llm).__name__} has no layers that can be compiled separately: set "
+            "--training.compile false."
         )
     exclude_from_compilation()
     for layer in layers:
@@ -94,7 +99,8 @@ def use_liger(llm: PreTrainedModel) -> None:
     The loss is not replaced: `slam_asr.models.answer_loss` computes it. An LLM that Liger does not support is
     left unchanged, and a line is logged.
     """
-    # Not an import statement: images contain every package that one names, but this package is optional.
+    # import_module, because the image build installs every package named in an import statement, and
+    # liger-kernel is optional.
     monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
     kind = llm.config.model_type
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:

@@ -1,4 +1,4 @@
-"""Starts or resumes a training: its processes run under torchrun, on this machine or on several."""
+"""Starts or resumes a training run: its processes run under torchrun, on this machine or on several."""
 
 import os
 import shutil
@@ -59,7 +59,7 @@ Kubeflow Trainer sets them in each node's pod. Without Kubeflow Trainer, set the
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a training, and the rank of this one."""
+    """The machines of a training run, and the rank of this one."""
 
     number: int = 1
     rank: int = 0
@@ -118,7 +118,7 @@ def train_as_worker_node(
 
     Args:
         folder: the stage's results, perhaps in object storage.
-        inputs: inputs of this training.
+        inputs: inputs of this training run.
         nodes: this machine's rank.
         train_here: function that trains, with results in a local folder.
         overwrite: whether results of other inputs may be replaced.
@@ -150,8 +150,8 @@ def train_as_worker_node(
 def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> None:
     """Run the training loop in `processes` processes under torchrun's launcher, on this and all other nodes.
 
-    After a failure that is usually temporary, such as one of a GPU's driver, a training on one machine starts
-    again from its latest checkpoint, at most `len(PAUSES)` times without a new one.
+    After a failure that is usually temporary, such as one of a GPU's driver, a training run on one machine
+    starts again from its latest checkpoint, at most `len(PAUSES)` times without a new one.
 
     Args:
         processes: number of processes on this machine.
@@ -274,15 +274,15 @@ def _stopped_message(signal_name: str, checkpoints: str) -> str:
 
 
 def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) -> None:
-    """Check that checkpoints of an earlier attempt belong to this training, so that it may resume from them.
+    """Check that checkpoints of an earlier attempt belong to this training run, so that it can resume.
 
     Args:
         folder: folder of the checkpoints.
-        inputs: inputs of this training.
-        overwrite: whether to remove another training's checkpoints instead of refusing.
+        inputs: inputs of this training run.
+        overwrite: whether to remove another training run's checkpoints instead of refusing.
 
     Raises:
-        ConfigurationError: the checkpoints belong to another training; the message names the keys that
+        ConfigurationError: the checkpoints belong to another training run; the message names the keys that
             differ.
     """
     latest = checkpoint.find(folder)
@@ -293,7 +293,7 @@ def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) 
         shown = ", ".join(f"{key} {before} → {now}" for key, before, now in differing[:5])
         more = ", …" if len(differing) > 5 else ""
         raise ConfigurationError(
-            f"{latest.folder} is a checkpoint of another training ({len(differing)} keys differ: "
+            f"{latest.folder} is a checkpoint of another training run ({len(differing)} keys differ: "
             f"{shown}{more}): choose another --output, or add --overwrite true to start again."
         )
     if differing:

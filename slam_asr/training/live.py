@@ -1,4 +1,4 @@
-"""The curve of a training, and the page that shows it during and after the training."""
+"""The curve of a training run, and the page that shows it during and after the training."""
 
 import json
 import math

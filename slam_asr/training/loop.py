@@ -104,7 +104,7 @@ class Totals:
 
 
 class Loop:
-    """The steps of a training in one process: forward, backward, update; then validation and checkpoint.
+    """The steps of a training run in one process: forward, backward, update; then validation and checkpoint.
 
     Args:
         parts: the parts of the training.
@@ -141,7 +141,7 @@ class Loop:
         self.stop.listen()
         self.engine.module.train()
         done = self.progress.done
-        # A training that was killed after its last step still has to validate and save.
+        # A training run that was killed after its last step still has to validate and save.
         continues = done < self.parts.plan.steps or self._finish_step(Totals())
         totals = Totals()
         for micro in prefetch(remaining_micro_batches(self.parts, done)) if continues else ():
@@ -296,7 +296,7 @@ def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:
 
 
 def train_in_this_process(job: TrainingJob) -> int:
-    """Run one process of a training.
+    """Run one process of a training run.
 
     Returns:
         The exit code: 0, or 128 and the signal's number if a process was asked to stop.
@@ -323,7 +323,7 @@ def main() -> None:
         except RuntimeError as error:
             if PEER_GONE.search(str(error)):
                 # The other process reports what happened. This error's message would only distract from it.
-                reason = "because another process of this training has ended"
+                reason = "because another process of this training run has ended"
             elif TEMPORARY.search(str(error)):
                 reason = f"after a failure that may be temporary: {str(error).splitlines()[0]}"
             else:

@@ -1,4 +1,4 @@
-"""Reports the progress of a training: log lines, the curve as JSON lines, trackers and the live page."""
+"""Reports the progress of a training run: log lines, the curve as JSON lines, trackers and the live page."""
 
 import json
 import math
@@ -86,7 +86,7 @@ class Monitor:
         # A resumed training may be on a plateau already: replay the steps before the checkpoint.
         for row in read_curve(folder / CURVE)[0]:
             self.plateau.update(row["step"], row["accuracy"])
-        # The digest distinguishes trainings of one recipe, and is the same for all attempts at one of them.
+        # The digest distinguishes training runs of one recipe; all attempts at one run have the same digest.
         name = f"{recipe.name}-{digest([str(folder), published])[:8]}"
         self.trackers = make_trackers(recipe.training.trackers, folder, name, flattened(asdict(recipe)), done)
         self.page = LivePage(folder, recipe, published)
@@ -194,7 +194,7 @@ class _Interval:
         self.audio += numbers.audio_seconds
 
     def rates(self) -> dict[str, float]:
-        """Return the rates since the last line of the log, by the names that trackers receive.
+        """Return the rates since the last line of the log, keyed by the names that trackers receive.
 
         `tflops` is in 10^12 operations per second; `padding` and `share_of_peak` are fractions.
         """
@@ -218,7 +218,7 @@ class _Interval:
 
 
 class Plateau:
-    """Detects the plateau on which SLAM-ASR trainings often stay long, so that the log can explain it.
+    """Detects the plateau on which SLAM-ASR training runs often stay long, so that the log can explain it.
 
     First the loss falls, and the accuracy rises to what the LLM can guess without the audio. Both then hardly
     change for hundreds or thousands of steps. Only when the projector's outputs begin to resemble token

@@ -1,4 +1,4 @@
-"""The progress of a training: resumed from the latest checkpoint, and saved in the next ones."""
+"""The progress of a training run: resumed from the latest checkpoint, and saved in the next ones."""
 
 import math
 import shutil
@@ -30,12 +30,12 @@ class Counts:
     validated: int = 0
     """Step of the last validation."""
     seconds: float = 0.0
-    """Time spent on this training, earlier attempts included."""
+    """Time spent on this training run, earlier attempts included."""
 
 
 @dataclass
 class Progress:
-    """How far a training has come."""
+    """How far a training run has come."""
 
     done: int = 0
     """Optimiser steps done."""
@@ -49,7 +49,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Time spent on this training, earlier attempts included."""
+        """Time spent on this training run, earlier attempts included."""
         return self.earlier + time.monotonic() - self.started
 
     def record_dev_loss(self, loss: float) -> None:
@@ -62,7 +62,7 @@ class Progress:
 
 
 class Resumer:
-    """Reads and writes the checkpoints of a training. All processes must call each method together.
+    """Reads and writes the checkpoints of a training run. All processes must call each method together.
 
     Args:
         parts: the parts of the training.
@@ -78,7 +78,7 @@ class Resumer:
         """Restore the latest checkpoint, if one exists, and write the curve as it was then.
 
         Raises:
-            ConfigurationError: the checkpoint is beyond the steps of this training.
+            ConfigurationError: the checkpoint is beyond the steps of this training run.
             ModelError: the checkpoint is damaged or incomplete, or holds other weights.
         """
         parts, steps = self.parts, self.parts.plan.steps
@@ -96,7 +96,7 @@ class Resumer:
         if latest is not None:
             if latest.step > steps:
                 raise ConfigurationError(
-                    f"{latest.folder} is beyond the {steps} steps of this training: raise "
+                    f"{latest.folder} is beyond the {steps} steps of this training run: raise "
                     "training.max_steps or training.epochs, or choose another --output."
                 )
             restore(parts.engine, latest)

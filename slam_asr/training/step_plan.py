@@ -118,7 +118,7 @@ def budget_for(options: Training, processes: int) -> Budget:
 
 
 class TrainingPlan:
-    """All optimiser steps of a training.
+    """All optimiser steps of a training run.
 
     Steps do not remain in memory: each iteration plans the epochs again, with the same result.
 

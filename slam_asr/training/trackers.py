@@ -1,4 +1,4 @@
-"""Sends the numbers of a training to TensorBoard, MLflow and Weights & Biases.
+"""Sends the numbers of a training run to TensorBoard, MLflow and Weights & Biases.
 
 TensorBoard's files are always written; the others are used on request (`training.trackers`). MLflow and W&B
 (Weights & Biases) are not dependencies: run `pip install mlflow-skinny` or `pip install wandb` to use them.
@@ -23,10 +23,10 @@ EVENTS = "tensorboard"
 
 
 class Tracker(Protocol):
-    """Receives the numbers of a training."""
+    """Receives the numbers of a training run."""
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Record the numbers after `step`, by name; all are finite."""
+        """Record the numbers after `step`, keyed by name; all are finite."""
 
     def text(self, step: int, name: str, text: str) -> None:
         """Record a text after `step`."""
@@ -115,7 +115,7 @@ class _Mlflow:
 class _Wandb:
     def __init__(self, folder: Path, run: str, recipe: dict[str, Any]) -> None:
         self.wandb = wandb = importlib.import_module("wandb")
-        # W&B limits the length of an id. The end of the name has the digits that distinguish trainings.
+        # W&B limits the length of an id. The end of the name has the digits that distinguish training runs.
         identity = run.rpartition("/")[2][-60:]
         # With `resume="allow"` and the id of an earlier attempt, W&B continues that attempt's run.
         self.run = wandb.init(

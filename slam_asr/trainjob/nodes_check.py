@@ -1,4 +1,4 @@
-"""Run a short program on several nodes as a TrainJob, to check that a training on them could run.
+"""Run a short program on several nodes as a TrainJob, to check that a training run on them could run.
 
 The job is created, followed and deleted in the same way as a training's job; see `train`.
 """

@@ -232,8 +232,8 @@ def explained_refusals(placement: Placement) -> Iterator[None]:
             ) from None
         if status == 403:
             raise ClusterError(
-                f"The account {placement.service_account or 'of this step'} may not use TrainJobs in "
-                f"{placement.namespace} (403): apply the component manifests/components/trainer."
+                f"The account {placement.service_account or 'of this step'} is not allowed to use TrainJobs "
+                f"in {placement.namespace} (403): apply the component manifests/components/trainer."
             ) from None
         if status == 404 or "Runtime" in str(error):
             raise ClusterError(

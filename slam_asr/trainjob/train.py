@@ -1,9 +1,9 @@
 """Run the step `train` on several nodes, as a TrainJob.
 
 The step's own pod needs no GPU. It creates the TrainJob, and each of the job's pods runs the same command as
-a training on a single node. The step logs the first node's output and the job's state, reports a failure as
-its own, and always deletes the job at the end. A step that is started again finds its job by name and
-continues to follow it.
+a training run on a single node. The step logs the first node's output and the job's state, reports a
+failure as its own, and always deletes the job at the end. A step that is started again finds its job by name
+and continues to follow it.
 """
 
 import json
@@ -105,7 +105,7 @@ def in_this_namespace(placement: Placement) -> Placement:
 def node_command(
     recipe: Recipe, train_manifest: str, store: str, feature_store: str | None, dev_manifest: str | None
 ) -> list[str]:
-    """Build the command that each node runs: the same as for a training on a single node."""
+    """Build the command that each node runs: the same as for a training run on a single node."""
     options = {
         "--recipe": json.dumps(asdict(recipe), ensure_ascii=False, sort_keys=True),
         "--train-manifest": train_manifest,

@@ -18,7 +18,7 @@ _OF_THE_JOB = ("TrainJob", "JobSet", "Job", "Workload")
 def waiting_nodes(
     core_api: Any, namespace: str, job: str, nodes: int, created: datetime
 ) -> dict[str, list[str]]:
-    """Return the nodes that do not run yet, by the reason.
+    """Return the nodes that do not run yet, keyed by the reason.
 
     Args:
         core_api: client of the Kubernetes API.
@@ -28,7 +28,7 @@ def waiting_nodes(
         created: when the job was created. Older events are those of an earlier job of that name.
 
     Returns:
-        The names of the nodes, such as `node-1`, by the reason.
+        The names of the nodes, such as `node-1`, keyed by the reason.
 
     Raises:
         ApiException: the API refuses a request.

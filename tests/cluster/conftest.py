@@ -28,8 +28,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 PROFILE, IMAGES = "SLAM_ASR_CLUSTER", "SLAM_ASR_CLUSTER_IMAGES"
 STEPS = ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode", "score")
 CHECKPOINTS = ["--training.checkpoint_every", "5"]
-"""Recipe keys of the runs that are compared: the demo takes 40 steps, and a checkpoint every few steps lets a
-training that is interrupted resume in the middle. It changes no loss."""
+"""Recipe keys of the runs that are compared: the demo takes 40 steps, and a checkpoint every few steps lets
+an interrupted training run resume in the middle. It changes no loss."""
 PATIENCE = 3600.0
 """Seconds to wait for a run to get as far as a test needs. On two cores, the demo takes 17 minutes."""
 

@@ -1,4 +1,4 @@
-"""A real Kubeflow runs the demo, survives what clusters do to pods, and every failure has its sentence."""
+"""A real Kubeflow runs the demo, survives what clusters do to pods, and reports failures in one sentence."""
 
 import json
 import re
@@ -111,7 +111,7 @@ def test_same_content_is_submitted_again_and_reuses_all_results(real, demo):
     assert "train: already there, nothing to do" in logs, logs
 
 
-# ── failures, each with its sentence ───────────────────────────────────────────────────────────────
+# ── failures, each reported in one sentence ───────────────────────────────────────────────────────────────
 
 
 def test_step_that_fails_is_named_with_its_reason(real):

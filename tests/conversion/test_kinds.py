@@ -258,7 +258,7 @@ def test_a_frozen_llm_is_not_written(recipe, tmp_path):
 
 
 def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
-    """The folder of a training with three complete checkpoints and an unfinished fourth."""
+    """The folder of a training run with three complete checkpoints and an unfinished fourth."""
     for number, seed in enumerate(seeds, start=1):
         step = folder / "checkpoints" / folder_name(10 * number)
         step.mkdir(parents=True)

@@ -60,15 +60,18 @@ def test_a_segment_is_read_from_the_channel_that_it_names(tmp_path):
     found = checked_by_key(tmp_path)
     assert [frequency_of(found[key]) for key in "abd"] == [300, 700, 700]
     assert [found[key].utterance.audio_channel for key in ("a", "b", "d", "both", "open")] == [
-        *(0, 1),
-        *(None, None, None),
+        0,
+        1,
+        None,
+        None,
+        None,
     ]
     assert len({found[key].utterance.audio_id for key in ("a", "b", "both")}) == 3
     assert {found["c"].reason, found["e"].reason} == {"no such channel"}
 
 
 def test_a_recording_is_read_from_the_channel_in_reco2file_and_channel(tmp_path):
-    # The channels of `m` were extracted without a change of the list: its file has one channel.
+    # `m` is listed as channel B, but its file has only one channel, which is then used.
     kaldi_with_two_channels(tmp_path / "x", channels="r call A\nq call 2\nm call B\nnone call B\n")
     found = checked_by_key(tmp_path / "x")
     assert {key: frequency_of(checked) for key, checked in found.items()} == {"r": 300, "q": 700, "m": 700}
@@ -78,7 +81,7 @@ def test_a_recording_is_read_from_the_channel_in_reco2file_and_channel(tmp_path)
     assert {key: frequency_of(checked) for key, checked in found.items()} == {"a": 300, "b": 700, "c": 700}
 
 
-def test_the_channel_is_in_the_manifest_and_mixing_is_logged(tmp_path, capsys):
+def test_the_channel_is_in_the_manifest_and_averaging_channels_is_logged(tmp_path, capsys):
     kaldi_with_two_channels(tmp_path / "data" / "test", "a r 0 1 1\nb q 0 1\nc q 1 2\n")
     settings = recipe(train=[], dev=[], test=["test"])
     build_manifest(settings, str(tmp_path / "data"), str(tmp_path / "out"))
@@ -89,7 +92,7 @@ def test_the_channel_is_in_the_manifest_and_mixing_is_logged(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("channel", ["A", "-2", "1.5"])
-def test_the_error_for_an_invalid_channel_has_its_line(tmp_path, channel):
+def test_the_error_for_an_invalid_channel_names_its_line(tmp_path, channel):
     kaldi_with_two_channels(tmp_path, f"ok r 0 1 1\na r 0 1 {channel}\n")
     with pytest.raises(UserError, match=r"segments, line 2 must be .*a channel, counted from 0, may follow"):
         read_all(tmp_path)
@@ -115,5 +118,5 @@ def test_audio_without_a_usable_signal_is_rejected_with_its_reason(tmp_path):
         "silent": "digital silence",
         "inverted": "channels that cancel each other",
     }
-    details = [row["detail"] for row in rows]
-    assert any("silent.wav have the same value" in detail for detail in details)
+    [detail] = [row["detail"] for row in rows if row["key"] == "silent"]
+    assert "silent.wav have the same value" in detail

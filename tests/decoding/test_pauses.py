@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 from slam_asr.audio import SAMPLE_RATE
-from slam_asr.decoding.pauses import MARGIN, divide
+from slam_asr.decoding.pauses import MARGIN_SECONDS, divide
 
 
 def recording(lengths, pauses, seed=0):
@@ -39,8 +39,8 @@ def test_cuts_are_in_the_pauses():
     parts = divide(samples, 10)
     assert len(parts) > 1
     for part in parts:
-        assert any(abs(part.start - start) <= (MARGIN + 0.05) * SAMPLE_RATE for start, _ in bursts)
-        assert any(abs(part.end - end) <= (MARGIN + 0.05) * SAMPLE_RATE for _, end in bursts)
+        assert any(abs(part.start - start) <= (MARGIN_SECONDS + 0.05) * SAMPLE_RATE for start, _ in bursts)
+        assert any(abs(part.end - end) <= (MARGIN_SECONDS + 0.05) * SAMPLE_RATE for _, end in bursts)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -39,7 +39,7 @@ def test_extraction_and_reading_survive_faults(tiny_models, many, tmp_path, faul
     for _ in range(2):
         assert same(all_features(FeatureStore(record.folder), many), expected)
     assert faulty_s3.faults.total() >= 5, faulty_s3.faults
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
 
 
@@ -55,15 +55,15 @@ def test_an_unreachable_endpoint_ends_extraction_with_a_message_and_loses_nothin
     def breaking(self, shard, features, spans, real=encode.ShardWriter._publish):
         if len(published) == 2:
             monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "1")
-            faulty_s3.share, faulty_s3.kinds = 1.0, ("reset",)
+            faulty_s3.fault_rate, faulty_s3.kinds = 1.0, ("reset",)
         published.append(shard.number)
         real(self, shard, features, spans)
 
     with monkeypatch.context() as patch:
         patch.setattr(encode.ShardWriter, "_publish", breaking)
-        with pytest.raises(UserError, match=r"could not be (written|read) in [\d.]+ s of trying"):
+        with pytest.raises(UserError, match=r"could not be (written|read) within [\d.]+ s of trying"):
             extract_features(options, [str(many)], "s3://bucket/store")
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     record = extract_features(options, [str(many)], "s3://bucket/store")
     assert record.metrics["new utterances"] == 30, "two of five shards were finished"
     extract_features(options, [str(many)], str(tmp_path / "undisturbed"))

@@ -285,7 +285,7 @@ def test_next_run_removes_the_containers_of_a_killed_run(images, tmp_path):
         ),
         (["--gpus", "all"], "--gpus is all, but the Docker engine has no GPU"),
         (["--gpus", "many"], "--gpus is many: give auto, all, none or a number."),
-        (["--network", "no-such"], "The Docker engine has no network no-such: --network may be"),
+        (["--network", "no-such"], "The Docker engine has no network no-such: give --network one of"),
         (["--mounts", "[/no/such]"], "/no/such does not exist and cannot be mounted"),
         (["--only", "decode"], "decode needs the result of build-manifest, and "),
     ],

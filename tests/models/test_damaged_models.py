@@ -125,7 +125,7 @@ DAMAGES = {
     "config cut off": (lambda f: truncate(f / "config.json"), "has no readable config.json"),
     "config of no sizes": (
         lambda f: change_json(f / "config.json", num_attention_heads="many"),
-        "has no readable config.json|no config.json of a causal LM",
+        "has no readable config.json|cannot be built as a causal LM",
     ),
     "tokenizer missing": (without_tokenizer, "no tokenizer"),
     "tokenizer cut off": (lambda f: truncate(f / "tokenizer.json"), "no tokenizer that can be read"),

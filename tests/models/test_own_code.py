@@ -134,7 +134,7 @@ def test_an_llms_own_code_is_refused_by_name(
     name = plant(tiny_models["llm"], tmp_path / "llm", where, marker)
     with pytest.raises(ModelError) as refused:
         run_with(stage, **{"llm.name": name})
-    assert name in str(refused.value) and "llm.trust_remote_code to true" in str(refused.value)
+    assert name in str(refused.value) and "--llm.trust_remote_code true" in str(refused.value)
     assert "\n" not in str(refused.value) and not questions and not marker.exists()
     assert not (tmp_path / "out").exists()
 
@@ -172,8 +172,8 @@ def test_with_the_key_the_llms_code_runs_and_a_model_folder_does_not_grant_it(
     made = str(tmp_path / "out")
     assert read_config(made).typed_recipe.llm.trust_remote_code
     assert open_model(made, trusted).llm_folder == Path(name)
-    with pytest.raises(ModelError, match=r"set llm\.trust_remote_code to true"):
+    with pytest.raises(ModelError, match=r"set --llm\.trust_remote_code true"):
         open_model(made)
-    with pytest.raises(ModelError, match=r"set llm\.trust_remote_code to true"):
+    with pytest.raises(ModelError, match=r"set --llm\.trust_remote_code true"):
         run("transcribe", [made, str(tmp_path / "0.wav")])
     assert not questions

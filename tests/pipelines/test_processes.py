@@ -71,7 +71,7 @@ def wait_for_end(pid: int) -> bool:
 
 
 def test_interrupted_step_may_finish_what_it_prints(monkeypatch):
-    # More than fits into a pipe: if nobody read it, the step would block until it is killed.
+    # More than fits in a pipe: if nobody read it, the step would block until it is killed.
     code = (
         "import time\n"
         "try: print('on', flush=True); time.sleep(60)\n"

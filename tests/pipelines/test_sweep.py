@@ -33,7 +33,7 @@ def swept(tiny_recipe, tiny_corpus, tmp_path_factory):
 def test_variations_share_manifest_and_features_and_are_compared_on_one_page(swept):
     folder, _, done = swept
     store = folder / "run" / "store"
-    # Two of the three differ only in decoding, so they share a training.
+    # Two of the three differ only in decoding, so they share a training run.
     assert {
         stage: len(list((store / stage).glob("*/stage.json")))
         for stage in ("build-manifest", "train", "convert-checkpoint", "vary-recipe", "score", "compare-runs")

@@ -1,4 +1,4 @@
-"""A training that cannot fit is refused before anything is loaded; one that may not fit gets a warning."""
+"""A training run that cannot fit is refused before anything is loaded; one that might not gets a warning."""
 
 import dataclasses
 import re
@@ -107,7 +107,7 @@ def test_the_proposed_options_fit(capsys):
 
 
 def test_if_no_option_helps_the_error_suggests_hardware():
-    with pytest.raises(UserError, match="take more GPUs or larger ones, or a smaller LLM"):
+    with pytest.raises(UserError, match="use more or larger GPUs, or a smaller LLM"):
         require_fit(shapes(), Words(), utterances(), gpus(1e9))
 
 

@@ -110,7 +110,8 @@ def test_folder_that_the_user_may_not_write_to_is_a_finding(tmp_path, monkeypatc
     assert finding == Finding(
         BAD,
         "model volume models",
-        f"user {user or 1000} may not write to {folder} (Permission denied): run `chmod 1777 {folder}` once.",
+        f"user {user or 1000} is not allowed to write to {folder} (Permission denied): "
+        f"run `chmod 1777 {folder}` once.",
     )
 
 

@@ -197,8 +197,8 @@ def test_hypotheses_and_reports_of_earlier_versions_are_read(tmp_path):
 
 
 def test_a_loop_of_characters_is_flagged():
-    guards = analyse(measure([row("谢谢你们的帮助", "谢谢" * 6)]))["guards"]
-    assert guards["loop"] == 1
+    faults = analyse(measure([row("谢谢你们的帮助", "谢谢" * 6)]))["guards"]
+    assert faults["loop"] == 1
 
 
 def test_zero_width_spaces_and_no_break_spaces_separate_words():

@@ -1,4 +1,4 @@
-"""The report of a test, for people and for programs.
+"""The report on a test set, for people and for programs.
 
 Invariants: the page fetches nothing and executes nothing from a transcript; the three files and the metrics
 agree; unknown facts are left out; thousands of utterances still give a small page.
@@ -16,7 +16,7 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.errors import UserError
 from slam_asr.pages.curves import CURVE_POINTS, thinned
 from slam_asr.scoring import report
-from slam_asr.scoring.report import WORST, write_report
+from slam_asr.scoring.report import MAX_UTTERANCES, write_report
 
 ROWS = [
     Hypothesis(
@@ -239,7 +239,7 @@ def test_alignments_are_readable_without_colour(full):
     assert "<i>+ </i><ins>now</ins>" in html
 
 
-def test_groups_confusions_and_guards_are_on_the_page(tmp_path):
+def test_groups_confusions_and_faults_of_answers_are_on_the_page(tmp_path):
     rows = [
         *ROWS,
         Hypothesis("l-1", "over and out", "over over over over over over", "test-other", "61", 7.0, cut=True),
@@ -359,7 +359,9 @@ def test_a_subset_without_words_has_no_rate_and_hides_no_errors(tmp_path):
     rows = [Hypothesis("a", "one two", "one", "speech"), Hypothesis("b", "", "thank you", "silence")]
     metrics, html, _, numbers = bare_report(tmp_path, rows)
     assert (metrics["wer"], metrics["wer speech"]) == (150.0, 50.0) and "wer silence" not in metrics
-    assert "1 utterances have an empty reference; the 2 words written for them count as insertions." in html
+    assert (
+        "1 utterances have an empty reference; the 2 words of their hypotheses count as insertions." in html
+    )
     assert numbers["subsets"]["silence"]["wer"] is None
     assert Page(html).tables[0][1][:2] == ["silence", "–"]
 
@@ -424,15 +426,15 @@ def test_five_thousand_utterances_are_fast_and_give_a_small_page(tmp_path):
     assert time.monotonic() - started < 20
     assert len(html) < 300_000
     table = Page(html).tables[-1]
-    assert len(table) == WORST + 1
+    assert len(table) == MAX_UTTERANCES + 1
     assert "u04321" in table[1][2]
-    assert f"The {WORST} of 5\u202f000 utterances" in html
+    assert f"The {MAX_UTTERANCES} of 5\u202f000 utterances" in html
 
 
 def test_only_a_page_that_omits_utterances_mentions_it(tmp_path, monkeypatch):
     _, html, *_ = bare_report(tmp_path, ROWS)
     assert "with the most word errors" not in html
-    monkeypatch.setattr(report, "WORST", len(ROWS) - 1)
+    monkeypatch.setattr(report, "MAX_UTTERANCES", len(ROWS) - 1)
     _, html, *_ = bare_report(tmp_path, ROWS)
     assert "The 3 of 4 utterances with the most word errors" in html
 

@@ -133,12 +133,12 @@ def test_an_alignment_contains_both_texts():
         stretches = align(row)
         assert [word for stretch in stretches for word in stretch.reference] == row.reference.split()
         assert [word for stretch in stretches for word in stretch.hypothesis] == row.hypothesis.split()
-        for kind, spoken, written in stretches:
-            assert (kind == "equal") == (spoken == written)
-            assert (kind == "insert") == (not spoken)
-            assert (kind == "delete") == (not written)
+        for kind, reference, hypothesis in stretches:
+            assert (kind == "equal") == (reference == hypothesis)
+            assert (kind == "insert") == (not reference)
+            assert (kind == "delete") == (not hypothesis)
             if kind == "substitute":
-                assert len(spoken) == len(written)
+                assert len(reference) == len(hypothesis)
 
 
 def test_hypotheses_come_back_sorted_by_key(tmp_path):

@@ -63,7 +63,7 @@ def test_the_first_request_of_any_kind_may_be_refused(faulty_s3, small_pieces, t
 
 
 def test_botos_own_variable_is_honoured(faulty_s3, small_pieces, tmp_path, monkeypatch):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     (tmp_path / "file").write_bytes(b"c" * 250_000)
     upload(tmp_path / "file", f"{ROOT}/large")
@@ -85,7 +85,7 @@ def test_a_flipped_bit_is_noticed_without_checksums(faulty_s3, monkeypatch):
 
 def test_without_checksum_and_md5_the_object_is_read_back(faulty_s3, tmp_path):
     """Etags are no MD5 sums if the bucket encrypts with keys of a key management service."""
-    faulty_s3.checks, faulty_s3.share = False, 0
+    faulty_s3.checks, faulty_s3.fault_rate = False, 0
     # By moto's rules, the etag is still an MD5 sum; but it could be anything.
     client().put_bucket_encryption(
         Bucket="bucket",

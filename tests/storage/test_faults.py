@@ -87,13 +87,13 @@ def test_a_listing_of_several_pages_survives_faults(faulty_s3, bucket, monkeypat
     monkeypatch.setenv("SLAM_ASR_S3_TIMEOUT", "3")
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "120")
     names = sorted(f"{i:04}" for i in range(2345))
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     from moto.s3.models import s3_backends
 
     backend = next(iter(s3_backends.values()))["global"]
     for name in names:
         backend.put_object("bucket", f"store/{name}", b"x")
-    faulty_s3.share = 0.5
+    faulty_s3.fault_rate = 0.5
     assert [f.name for f in walk(ROOT)] == names
     assert faulty_s3.faults.total() > 0
 
@@ -152,7 +152,7 @@ def fail_first(count: int, kind, method: str):
 
 @pytest.mark.parametrize("size", [1000, 350_000])
 def test_a_bit_that_flips_in_a_download_is_corrected_by_a_retry(faulty_s3, small_pieces, size):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     content = noise(size)
     write_bytes(f"{ROOT}/x", content)
     for reader in (lambda: read_bytes(f"{ROOT}/x"), lambda: fetch(f"{ROOT}/x").read_bytes()):
@@ -176,7 +176,7 @@ def test_a_bit_that_flips_in_an_upload_is_corrected_by_a_retry(faulty_s3, small_
     content = noise(size)
     write_bytes(f"{ROOT}/x", content)
     assert faulty_s3.faults[FLIP] == 2
-    faulty_s3.rule, faulty_s3.share = None, 0
+    faulty_s3.rule, faulty_s3.fault_rate = None, 0
     assert read_bytes(f"{ROOT}/x") == content
 
 

@@ -24,7 +24,7 @@ NOISE = random.Random(0).randbytes(350_000)
 
 @pytest.mark.parametrize("kind", ["processes", "threads"])
 def test_concurrent_workers_fetch_each_object_once(faulty_s3, small_pieces, tmp_path, kind):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     for name in ("a", "b/c"):
         write_bytes(f"s3://bucket/folder/{name}", name.encode() * 1000)
     write_bytes("s3://bucket/file", NOISE)
@@ -48,7 +48,7 @@ def test_concurrent_workers_fetch_each_object_once(faulty_s3, small_pieces, tmp_
 
 
 def test_a_fetch_restarts_after_a_killed_one(faulty_s3, small_pieces, tmp_path):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     write_bytes("s3://bucket/folder/a", NOISE)
     faulty_s3.rule = lambda request: STALL if "bytes=200000" in request.headers.get("range", "") else None
     for fetch_one in (lambda: fetch("s3://bucket/folder/a"), lambda: fetch_folder("s3://bucket/folder")):
@@ -86,7 +86,7 @@ def test_an_object_with_a_long_name_is_cached_under_a_shorter_one(bucket):
 
 
 def test_a_killed_upload_leaves_the_previous_object(faulty_s3, small_pieces, tmp_path):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     (tmp_path / "file").write_bytes(NOISE)
     for has_previous in (False, True):
         if has_previous:

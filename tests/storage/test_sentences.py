@@ -72,7 +72,7 @@ def test_a_permanent_failure_is_not_retried(faulty_s3, answer, expected):
 
 @pytest.mark.parametrize("name", ["read", "stream", "fetch", "folder"])
 def test_a_missing_object_is_not_asked_for_again(faulty_s3, name):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     message = message_of(CALLS[name], "s3://bucket/nothing").lower()
     assert "there is no" in message or "nothing at" in message
     assert len(faulty_s3.requests) <= 2
@@ -92,7 +92,7 @@ def test_an_unreachable_endpoint_is_retried_until_the_time_limit(bucket, name, m
     message = message_of(CALLS[name], "s3://bucket/x")
     assert 1.4 < time.monotonic() - started < 5
     assert (
-        "in 2 s of trying (no connection)" in message
+        "within 2 s of trying (no connection)" in message
         and "AWS_ENDPOINT_URL" in message
         and "SLAM_ASR_S3_PATIENCE" in message
     )
@@ -135,7 +135,7 @@ def test_a_time_limit_that_is_not_a_number_is_reported_in_one_sentence(bucket, m
 
 
 def test_a_range_beyond_the_end_is_reported_in_one_sentence(faulty_s3):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     write_bytes("s3://bucket/x", b"0123456789")
     assert objects.read("s3://bucket/x", 8) == b"89" and objects.read("s3://bucket/x", 3, 3) == b""
     faulty_s3.clear()
@@ -160,7 +160,7 @@ def test_an_impossible_tls_connection_is_reported_at_once(
 def test_a_permanent_failure_of_one_piece_ends_the_retries_of_the_others(
     faulty_s3, small_pieces, tmp_path, kind
 ):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     (tmp_path / "file").write_bytes(b"n" * 350_000)
     upload(tmp_path / "file", "s3://bucket/x")
 
@@ -180,7 +180,7 @@ def test_a_permanent_failure_of_one_piece_ends_the_retries_of_the_others(
 @pytest.mark.parametrize("size", [10, 250_000])
 def test_a_failed_upload_leaves_the_previous_object(faulty_s3, small_pieces, tmp_path, size):
     (tmp_path / "file").write_bytes(b"n" * size)
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     write_bytes("s3://bucket/x", b"old")
     faulty_s3.rule = lambda request: "reset" if request.method == "PUT" else None
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -42,7 +43,8 @@ class Work:
 def test_a_finished_stage_is_not_repeated_despite_network_faults(faulty_s3, tmp_path, capsys):
     work = Work()
     for attempt in range(6):
-        # Nothing but object storage is shared with a pod that starts later.
+        # A pod that starts later shares only object storage with this one.
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         record = run_stage("a-stage", OUTPUT, INPUTS, work)
         assert record.folder.startswith("s3://bucket/results/") and "{" not in record.folder
         assert work.calls == 1 and ("already there" in capsys.readouterr().out) == (attempt > 0)
@@ -59,12 +61,12 @@ def test_a_finished_stage_is_not_repeated_despite_network_faults(faulty_s3, tmp_
 
 @pytest.mark.parametrize("during", ["the results", "the record"])
 def test_a_stage_that_is_killed_while_uploading_is_repeated(faulty_s3, during):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     part = "stage.json" if during == "the record" else "below/b.txt"
     faulty_s3.rule = lambda request: STALL if request.method == "PUT" and part in request.target else None
     process = fork.Process(target=run_stage, args=("a-stage", "s3://bucket/out", INPUTS, Work()))
     process.start()
-    # Files are uploaded in parallel, so the other one arrives too.
+    # `a.txt` arrives in both cases: uploads run in parallel, and the record is uploaded last.
     while not (faulty_s3.faults[STALL] and exists("s3://bucket/out/a.txt")):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
@@ -75,7 +77,7 @@ def test_a_stage_that_is_killed_while_uploading_is_repeated(faulty_s3, during):
     with pytest.raises(UserError, match="no finished a-stage"):
         require_record("s3://bucket/out", "a-stage")
     work = Work()
-    faulty_s3.share = 0.2
+    faulty_s3.fault_rate = 0.2
     assert run_stage("a-stage", "s3://bucket/out", INPUTS, work).summary == "two files of result"
     assert work.calls == 1
     run_stage("a-stage", "s3://bucket/out", INPUTS, work)
@@ -105,25 +107,25 @@ def test_results_of_other_inputs_are_replaced_only_on_request(faulty_s3):
 
 
 def test_overwriting_removes_the_previous_record_first(faulty_s3):
-    faulty_s3.share = 0
+    faulty_s3.fault_rate = 0
     run_stage("a-stage", "s3://bucket/out", INPUTS, Work())
 
     def work(folder: Path) -> Outcome:
         assert read_record("s3://bucket/out") is None
-        raise UserError("killed half-way.")
+        raise UserError("failed halfway.")
 
-    with pytest.raises(UserError, match="half-way"):
+    with pytest.raises(UserError, match="failed halfway"):
         run_stage("a-stage", "s3://bucket/out", {"seed": 2}, work, overwrite=True)
     assert read_record("s3://bucket/out") is None
 
 
-def test_files_of_an_interrupted_run_with_other_inputs_are_not_published(bucket):
-    def killed(folder: Path) -> Outcome:
-        (folder / "of-the-first.txt").write_text("x")
-        raise UserError("killed half-way.")
+def test_files_left_by_an_interrupted_run_are_not_published_by_the_next(bucket):
+    def fails_halfway(folder: Path) -> Outcome:
+        (folder / "left-over.txt").write_text("x")
+        raise UserError("failed halfway.")
 
-    with pytest.raises(UserError):
-        run_stage("a-stage", "s3://bucket/out", INPUTS, killed)
+    with pytest.raises(UserError, match="failed halfway"):
+        run_stage("a-stage", "s3://bucket/out", INPUTS, fails_halfway)
     run_stage("a-stage", "s3://bucket/out", {"seed": 2}, Work())
     assert sorted(f.name for f in walk("s3://bucket/out")) == ["a.txt", "below/b.txt", "stage.json"]
 

@@ -1,4 +1,4 @@
-"""What must be writable is tried before work begins; a training stops if no checkpoint can be written."""
+"""What must be writable is tried before work begins; a training run stops if no checkpoint can be written."""
 
 import stat
 

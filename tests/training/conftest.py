@@ -1,4 +1,4 @@
-"""Inputs of trainings whose steps take milliseconds."""
+"""Inputs of training runs whose steps take milliseconds."""
 
 import pytest
 

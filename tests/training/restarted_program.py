@@ -1,4 +1,4 @@
-"""A training's process that ends as `job.json` specifies, with one exit code for each attempt.
+"""A training run's process that ends as `job.json` specifies, with one exit code for each attempt.
 
 Before the attempts that it names, it leaves a new checkpoint. It imports nothing that takes long.
 """

@@ -1,4 +1,4 @@
-"""A training that this machine cannot run is refused in one sentence, before a process is started."""
+"""A training run that this machine cannot run is refused in one sentence, before a process is started."""
 
 import importlib.util
 

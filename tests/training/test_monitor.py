@@ -1,4 +1,4 @@
-"""Reports of a training: the log, the curve, the page, TensorBoard's files, and remote trackers."""
+"""Reports of a training run: the log, the curve, the page, TensorBoard's files, and remote trackers."""
 
 import json
 import re

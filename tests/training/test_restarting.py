@@ -1,4 +1,4 @@
-"""After a failure that is usually temporary, a training starts again by itself, but not for ever."""
+"""After a failure that is usually temporary, a training run starts again by itself, but not for ever."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ TEMPORARY_CODE = os.EX_TEMPFAIL
 
 
 def attempts_of(folder: Path, codes: list[int], checkpoints: tuple[int, ...] = ()) -> int:
-    """Launch a training whose attempts end with these codes; return how many were made."""
+    """Launch a training run whose attempts end with these codes; return how many were made."""
     (folder / "job.json").write_text(json.dumps({"codes": codes, "checkpoints": checkpoints}))
     try:
         launch_training(1, folder, Nodes(), str(folder / "checkpoints"))
@@ -105,7 +105,7 @@ def test_failures_that_would_come_again_are_not_temporary(message):
 @pytest.mark.parametrize(
     ("message", "code", "line"),
     [
-        ("Connection closed by peer", 75, "because another process of this training has ended"),
+        ("Connection closed by peer", 75, "because another process of this training run has ended"),
         ("CUDA error: unspecified launch failure\nmore", 75, "temporary: CUDA error: unspecified launch"),
         ("shapes cannot be multiplied", 1, "RuntimeError: shapes cannot be multiplied"),
     ],

@@ -39,7 +39,7 @@ OPTIONS = {
     "training.schedule": "cosine",
 }
 FEWER = 60
-"""Steps of trainings that are not compared with those of `uninterrupted`."""
+"""Steps of training runs that are not compared with those of `uninterrupted`."""
 KILLS = 10 if os.environ.get("SLAM_ASR_SOAK") else 2
 
 
@@ -107,7 +107,7 @@ def curve_of(output: Path) -> tuple[list, list]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory):
-    """The curves of a training in two processes that is not interrupted."""
+    """The curves of a training run in two processes that is not interrupted."""
     output = tmp_path_factory.mktemp("uninterrupted") / "t"
     process = start(prepared, output, **{"training.processes": 2})
     assert process.returncode in (None, 0), ended(process)
@@ -323,7 +323,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_the_keys_that_differ(tmp
 
     require_same_training(folder, changed(max_steps=20, validate_every=1), overwrite=False)
     with pytest.raises(
-        UserError, match=r"another training \(1 keys differ: training\.learning_rate 0\.0001 → 0\.001\)"
+        UserError, match=r"another training run \(1 keys differ: training\.learning_rate 0\.0001 → 0\.001\)"
     ):
         require_same_training(folder, changed(learning_rate=1e-3, max_steps=20), overwrite=False)
     with pytest.raises(

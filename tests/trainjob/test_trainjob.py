@@ -506,7 +506,7 @@ def _until(holds, seconds: float = 10) -> None:
         (lambda fake: fake.runtimes.clear(), "The cluster has no training runtime torch-distributed ("),
         (
             lambda fake: setattr(fake, "forbidden", True),
-            "The account runner may not use TrainJobs in team (403): apply the component "
+            "The account runner is not allowed to use TrainJobs in team (403): apply the component "
             "manifests/components/trainer.",
         ),
     ],
@@ -538,7 +538,7 @@ def test_a_refusal_is_one_sentence_and_nothing_is_created(cluster, change, sente
             403,
             'trainjobs.trainer.kubeflow.org is forbidden: User "system:serviceaccount:team:runner" cannot '
             'create resource "trainjobs"',
-            "The account runner may not use TrainJobs in team (403): apply the component",
+            "The account runner is not allowed to use TrainJobs in team (403): apply the component",
         ),
         (
             401,
@@ -877,5 +877,7 @@ def test_check_of_several_nodes_runs_in_a_job_and_reports_the_node_that_fails(cl
     assert finding.line() == "✗ 2 nodes: node 1: does not reach the other nodes through a:1."
     cluster.forbidden = True
     [finding] = examine(check)
-    assert finding.line().startswith("✗ 2 nodes: The account runner may not use TrainJobs in team (403)")
+    assert finding.line().startswith(
+        "✗ 2 nodes: The account runner is not allowed to use TrainJobs in team (403)"
+    )
     assert not cluster.jobs

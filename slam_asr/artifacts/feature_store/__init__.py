@@ -1,1 +1,1 @@
-"""The feature store: shards of encoder outputs, and indexes with which they are found."""
+"""The feature store: shards of encoder outputs, and the indexes that locate each utterance in them."""

@@ -60,7 +60,7 @@ class FeatureNamespace:
         return join(self.root, "indexes", f"{name}.safetensors")
 
     def shard_sizes(self) -> dict[str, int]:
-        """Return the size in bytes of each existing shard, by file name."""
+        """Return the size in bytes of each existing shard, keyed by file name."""
         return {f.name: f.bytes for f in walk(join(self.root, "shards"))}
 
     def index_names(self) -> list[str]:

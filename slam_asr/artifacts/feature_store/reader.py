@@ -32,7 +32,7 @@ class FeatureReader(Protocol):
         """Return the length in encoder frames, from which the number of LLM positions is computed."""
 
     def read(self, utterance: Utterance) -> "torch.Tensor | Prepared":
-        """Return the encoder's output [frames, width] in the store's dtype, or else the encoder's input."""
+        """Return the encoder's output [frames, width] in the store's dtype, or the encoder's input."""
 
     def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Return the number of the shard that contains each utterance.
@@ -68,7 +68,7 @@ class StoreReader:
 
         Args:
             audio_ids: uint8 [utterances, 32]; the store must have features of all of them.
-            samples: ignored, because the index contains the shards.
+            samples: ignored, because the index names the shard of each utterance.
 
         Returns:
             int32 [utterances].
@@ -85,7 +85,7 @@ class AudioReader:
 
     Args:
         spec: the description of the encoder.
-        options: the recipe's section `features`, with dtype and shard size of the store that is not read.
+        options: the recipe's section `features`, with the dtype and shard size that a store would have.
     """
 
     def __init__(self, spec: "EncoderSpec", options: "Features") -> None:

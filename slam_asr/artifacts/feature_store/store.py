@@ -37,7 +37,7 @@ class FeatureStore:
         expected: the fingerprint of the encoder on which the reader's model is built.
         dtype: the dtype to read if the store has features in several dtypes.
         audio_ids: the only audio ids that will be read. If not given, the index of the complete store is
-            loaded, which takes much memory if it has millions of entries.
+            loaded, which needs much memory if it has millions of entries.
         cache_bytes: maximum total size in bytes of fetched shards on local disk.
 
     Raises:

@@ -153,7 +153,7 @@ class DeepSpeedEngine(Engine):
 
     @property
     def _masters(self) -> Mapping[str, torch.Tensor]:
-        """The fp32 masters under stage 0, by name."""
+        """The fp32 masters under stage 0, keyed by name."""
         if not self.half:
             return self.groups.weights
         # DeepSpeed's groups, and the weights in them, have the order of Adam's, as `groups.weights` does.
@@ -291,7 +291,7 @@ def _json_settings(options: Training) -> dict[str, Any]:
 
 
 _INACTIVE = {"fp32": ("fp16", "bf16"), "bf16": ("fp16",), "fp16": ("bf16",)}
-"""Sections of a DeepSpeed JSON that do not apply, by the training's precision."""
+"""Sections of a DeepSpeed JSON that do not apply, keyed by the training's precision."""
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

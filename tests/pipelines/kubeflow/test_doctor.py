@@ -149,7 +149,7 @@ def changed(path, **values):
         (without(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher configuration: does not exist in team"),
         (
             lambda served, manifests: served.update(denied=["get secrets bucket-secret", "get pods"]),
-            "✗ rights of runner: it may not get pods, get secrets bucket-secret in team: "
+            "✗ rights of runner: it is not allowed to get pods, get secrets bucket-secret in team: "
             "`kubectl apply -n team -k manifests/runner` grants what runs need.",
         ),
         (
@@ -206,7 +206,7 @@ def test_launcher_with_kubeflows_own_storage_needs_its_secret(doctor):
 
     code, out = doctor(without_root)
     assert code == 1 and "artifacts go to Kubeflow's own storage" in out, out
-    assert "✗ rights of runner: it may not get secrets mlpipeline-minio-artifact in team" in out
+    assert "✗ rights of runner: it is not allowed to get secrets mlpipeline-minio-artifact in team" in out
     code, out = doctor(lambda *given: (without_root(*given), given[0].pop(secret)))
     assert code == 1 and "✗ launcher configuration: does not exist in team" in out
 
@@ -267,7 +267,7 @@ def test_kubeflow_without_trainer_and_in_another_namespace_has_no_problem(doctor
 
 def test_what_cannot_be_read_is_unknown(doctor):
     code, out = doctor(forbidden=True)
-    assert code == 0 and out.count("you may not read it (403)") == 12, out
+    assert code == 0 and out.count("you are not allowed to read it (403)") == 12, out
     code, out = doctor(lambda served, manifests: manifests.update({"team/decode:7": 403}))
     assert code == 0
     assert (
@@ -303,7 +303,7 @@ def test_missing_bucket_and_login_page_are_problems(doctor, kubeflow):
     kubeflow.faults = ["html"]
     code, out = doctor(profile=PROFILE.replace("s3://bucket/store", "s3://no-such-bucket/store"))
     assert code == 1
-    assert "✗ Kubeflow Pipelines: " in out and "answers with a web page, most likely a login" in out
+    assert "✗ Kubeflow Pipelines: " in out and "answers with a web page, most likely a login page" in out
     assert "✗ store s3://no-such-bucket/store: " in out
 
 

@@ -20,7 +20,7 @@ FAULT = "✗ store s3://bucket/store: s3://bucket/store cannot be written: acces
 
 @pytest.fixture
 def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
-    """Run `doctor --run`; the pods' logs are those of `findings`, by step. Return its code and output."""
+    """Run `doctor --run`; the pods' logs are `findings`, keyed by step. Return its code and output."""
     profile = tmp_path / "profile.yaml"
     profile.write_text('namespace: team\nstorage: {store: "s3://bucket/store", secret: bucket-secret}\n')
 
@@ -128,7 +128,7 @@ def test_pod_that_fails_is_named_with_the_command_that_shows_why(doctor, kubeflo
     assert code == 1
     assert (
         "✗ train: pod: the program refused its input (exit code 2): "
-        "`python -m pipelines logs run-1 --step train` shows its sentence" in out
+        "`python -m pipelines logs run-1 --step train` shows its error message" in out
     ), out
 
 
@@ -137,8 +137,8 @@ def test_findings_that_cannot_be_read_are_in_the_dashboard(doctor, kubeflow):
     _, out = doctor({}, forbidden=True)
     page = f"{kubeflow.address}/#/runs/details/run-1"
     assert (
-        f"– decode: pod: its findings are only in the dashboard, at {page}: You may not list pods in the "
-        "namespace team (403): ask for the role `view` there, or renew your login." in out
+        f"– decode: pod: its findings are only in the dashboard, at {page}: You are not allowed to list "
+        "pods in the namespace team (403): ask for the role `view` there, or renew your login." in out
     ), out
 
 

@@ -46,7 +46,7 @@ def tasks_of(run: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def pods_of(manifest: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Type, phase and message of the nodes of a workflow, by their path without the workflow's name."""
+    """Type, phase and message of the nodes of a workflow, keyed by their path without the workflow's name."""
     return {
         node["name"].partition(".")[2]: (node["type"], node["phase"], node.get("message"))
         for node in manifest["status"]["nodes"].values()

@@ -174,7 +174,9 @@ def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program)
 def test_only_an_ended_run_whose_version_exists_is_started_again(recording, kubeflow, program):
     run_id = recording("running-extraction")
     err = program("resume", run_id, "--new")[2]
-    assert " is running, and two runs would write the same results: `python -m pipelines stop " in err
+    assert (
+        " is in state running, and two runs would write the same results: `python -m pipelines stop " in err
+    )
     run_id = recording("oom-killed")
     v2 = kubeflow.recorded[run_id][0]
     kubeflow.unknown_versions.add(v2["pipeline_version_reference"]["pipeline_version_id"])
