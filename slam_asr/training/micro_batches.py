@@ -1,11 +1,13 @@
 """The micro-batches of one process: its share of each step, read ahead of the model."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from slam_asr.models.answer_loss import AnswerScores, score_answers
+from slam_asr.models.ctc import CtcBatch
 from slam_asr.models.slam import Batch
 from slam_asr.training.batches import BatchReader
 from slam_asr.training.builder import Parts
@@ -21,7 +23,7 @@ class MicroBatch:
     epoch: int
     step: list[int]
     """Indices of the step's utterances, on all processes."""
-    batch: Batch
+    batch: Batch | CtcBatch
     targets: int
     """Target tokens of the step, on all processes."""
     is_last: bool
@@ -33,10 +35,11 @@ class MicroBatch:
 
 
 def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
-    """Yield this process's micro-batches of all steps after the first `done` ones."""
+    """Yield this process's micro-batches of the current phase's steps after the first `done` ones."""
     reader = parts.readers["train"]
     current = None
-    for number, (window, next_window, step) in enumerate(parts.plan.after(done), start=done + 1):
+    steps = itertools.islice(parts.plan.after(done), parts.last_step - done)
+    for number, (window, next_window, step) in enumerate(steps, start=done + 1):
         if window is not current:
             reader.expect([*window.shards, *(next_window.shards if next_window else [])])
             current = window
@@ -44,6 +47,8 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
         targets = reader.targets(step, window.epoch)
         for i, indices in enumerate(mine, start=1):
             batch = reader.batch(indices, window.epoch)
+            if isinstance(batch, CtcBatch):
+                batch.distance_weight = parts.distance_weight(number)
             yield MicroBatch(
                 number=number,
                 epoch=window.epoch,
@@ -51,8 +56,8 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
                 batch=batch,
                 targets=targets,
                 is_last=i == len(mine),
-                filled=int(batch.mask.sum()) if indices else 0,
-                cells=batch.mask.numel(),
+                filled=batch.filled if indices else 0,
+                cells=batch.cells,
             )
 
 
@@ -64,12 +69,15 @@ def own_share(parts: Parts, step: list[int], reader: BatchReader) -> list[list[i
     return split_step(step, positions, parts.processes, budget.batch, budget.sizes(positions))[parts.rank]
 
 
-def scores_of(output: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch) -> AnswerScores:
+def scores_of(output: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch | CtcBatch) -> AnswerScores:
     """Score a micro-batch's target tokens.
 
     Args:
-        output: what the model returns: the scores, if it computes them in chunks, or else the logits
+        output: what the model returns: the scores, if it computes them itself, or else the logits
             [utterances, positions, vocabulary].
         batch: the micro-batch.
     """
-    return AnswerScores(*output) if isinstance(output, tuple) else score_answers(output, batch.labels)
+    if isinstance(output, tuple):
+        return AnswerScores(*output)
+    assert isinstance(batch, Batch), "a CtcModel returns scores"
+    return score_answers(output, batch.labels)
