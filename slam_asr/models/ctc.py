@@ -83,9 +83,11 @@ class CtcHead(nn.Module):
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return logits [positions, 1 + tokens] in float32 for the projector's outputs [positions, width]."""
-        products = (outputs / self.size).to(self.embeddings.dtype) @ self.embeddings.T
+        sharpness = self.log_sharpness.float().exp()
+        # The outputs are scaled, not the logits, which are a thousand times as many.
+        products = (outputs * (sharpness / self.size)).to(self.embeddings.dtype) @ self.embeddings.T
         # -|output - embedding|² / 2, without |output|², which is the same for all tokens.
-        return (products.float() - self.half_squares) * self.log_sharpness.float().exp()
+        return products.float() - self.half_squares * sharpness
 
     def distances(self, outputs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the squared distance of each output from its expected embedding, [positions] float32.

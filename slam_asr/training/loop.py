@@ -273,14 +273,15 @@ class Loop:
         ended = (at_end and not begins and not self.interrupted) or bool(
             self.options.patience and counts.stale >= self.options.patience
         )
-        forced = self.interrupted or ended
+        # At the end of the beginning too: the LLM is loaded next, which may take all memory.
+        forced = self.interrupted or ended or (begins and progress.done == self.parts.last_step)
         self.resumer.save_if_due(progress, totals.due, totals.pending, dev_loss, forced)
         if ended and not at_end and self.parts.rank == 0:
             log_line(
                 f"step {progress.done}: the dev loss has not fallen for {counts.stale} validations; "
                 "training ends early (training.patience)"
             )
-        return not forced
+        return not (self.interrupted or ended)
 
     def _validate(self) -> float | None:
         """Validate, transcribe, and compare with the best dev loss so far.

@@ -147,7 +147,8 @@ class Resumer:
             pending: checkpoints still being written: the mean over the processes.
             dev_loss: dev loss of the validation after this step; None if there was none, or in the beginning,
                 whose loss is another.
-            forced: whether training ends here, so that the checkpoint must be written in any case.
+            forced: whether training or its beginning ends here, so that the checkpoint must be written in any
+                case.
         """
         improved = dev_loss is not None and progress.counts.stale == 0
         if progress.saved == progress.done and dev_loss is None:
