@@ -1,4 +1,4 @@
-"""The micro-batches of one process: its share of each step, read ahead of the model."""
+"""The micro-batches of one process: its share of each step, read ahead of the model; and their sums."""
 
 import itertools
 from collections.abc import Iterator
@@ -32,6 +32,62 @@ class MicroBatch:
     """LLM positions without padding."""
     cells: int
     """LLM positions with padding."""
+
+
+@dataclass
+class Totals:
+    """Sums over a step: first this process's own, then, after `Loop._reduce`, those of all processes."""
+
+    scores: torch.Tensor | None = None
+    """[3] float64 on the device: loss, correct tokens and target tokens of this process.
+
+    They remain a tensor on the device, because reading the values would make the CPU wait for the GPU.
+    """
+    filled: int = 0
+    """LLM positions of this process, without padding."""
+    cells: int = 0
+    """LLM positions of this process, with padding."""
+    numbers: tuple[float, ...] = (0.0,) * 5
+    """Loss, correct tokens, target tokens, filled positions and positions with padding, of all processes."""
+    stop: bool = False
+    """Whether any process was asked to stop."""
+    pending: float = 0.0
+    """Number of checkpoints that are still being written: the mean over the processes."""
+    failed: bool = False
+    """Whether a checkpoint could not be written, so that training must stop."""
+    due: bool = False
+    """Whether `training.checkpoint_minutes` have passed since the last checkpoint."""
+
+    def add(self, scores: torch.Tensor, micro: MicroBatch) -> None:
+        """Add a micro-batch.
+
+        Args:
+            scores: [3] float64, as in `AnswerScores.sums`.
+            micro: the micro-batch.
+        """
+        self.scores = scores if self.scores is None else self.scores + scores
+        self.filled += micro.filled
+        self.cells += micro.cells
+
+    @property
+    def loss(self) -> float:
+        """Mean over the target tokens."""
+        return self.numbers[0] / self.numbers[2]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the target tokens to which the model gives the highest probability."""
+        return self.numbers[1] / self.numbers[2]
+
+    @property
+    def positions(self) -> int:
+        """LLM positions without padding."""
+        return int(self.numbers[3])
+
+    @property
+    def padding(self) -> float:
+        """Share of the LLM positions that is padding."""
+        return 1 - self.numbers[3] / self.numbers[4]
 
 
 def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:

@@ -290,7 +290,7 @@ class Plateau:
         return (
             f"plateau: the accuracy has been about {smooth:.2f} for {length:,} steps, as if the LLM guessed "
             "without the audio. A plateau often ends suddenly, and sooner with a better encoder "
-            "(WavLM-large, HuBERT) and a chat LLM. If it does not, try more data, a longer warm-up or "
-            "another learning rate, encoder.frames: speech with Whisper, or transcripts in lower case; see "
-            "docs/how-to/troubleshooting.md."
+            "(WavLM-large, HuBERT) and a chat LLM. With projector.beginning, a new training has hardly any. "
+            "If it does not end, try more data, a longer warm-up or another learning rate, encoder.frames: "
+            "speech with Whisper, or transcripts in lower case; see docs/how-to/troubleshooting.md."
         )
