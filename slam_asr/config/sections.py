@@ -184,6 +184,9 @@ class Beginning:
     The weight rises from zero. At 0, outputs may be where the LLM has never seen an embedding."""
     dropout: float = bounded(0.2, at_least=0.0, at_most=0.9)
     """Share of the encoder's values that is zeroed in the beginning."""
+    keep_head: bool = False
+    """Record CTC's head in the model's config.json, as `ctc_head`: the token ids, the blank's first, and the
+    sharpness. With it and the LLM's embeddings, the projector alone can spell. Nothing here reads it yet."""
 
     @property
     def active(self) -> bool:

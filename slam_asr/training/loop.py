@@ -86,7 +86,7 @@ class Loop:
         """
         self.stop.listen()
         while self._run_phase():
-            leave_beginning(self.parts)
+            self.progress.counts.sharpness = leave_beginning(self.parts)
             if self.monitor:
                 self.monitor.enter(self.parts.phase.name, self.parts.phase.work, self.parts.plan.steps)
                 announce(self.parts)
@@ -259,7 +259,9 @@ class Loop:
 
 def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:
     """Return what the training's report contains, as JSON values."""
-    return {
+    beginning, sharpness = parts.recipe.projector.beginning, loop.progress.counts.sharpness
+    head = {"ctc_head": {"tokens": parts.job.ctc_tokens, "sharpness": sharpness}}
+    return (head if beginning.active and beginning.keep_head else {}) | {
         "projector_parameters": parts.phase.parameters["projector"][0],
         "trained_parameters": sum(trained for _, trained in parts.phase.parameters.values()),
         "all_parameters": sum(total for total, _ in parts.phase.parameters.values()),

@@ -65,9 +65,14 @@ def enter_beginning(parts: Parts) -> None:
     )
 
 
-def leave_beginning(parts: Parts) -> None:
-    """Load the LLM, and go on with its loss from the beginning's projector."""
+def leave_beginning(parts: Parts) -> float:
+    """Load the LLM, and go on with its loss from the beginning's projector.
+
+    Returns:
+        The sharpness of the head, which the training no longer needs.
+    """
     engine = parts.engine
+    sharpness = engine.get_state("head.log_sharpness", "weight").exp().item()
     weights = {
         name.removeprefix("projector."): engine.get_state(name, "weight").detach().to("cpu", copy=True)
         for name in engine.groups.weights
@@ -79,6 +84,7 @@ def leave_beginning(parts: Parts) -> None:
     if parts.device.type == "cuda":
         torch.cuda.empty_cache()
     enter_main(parts, weights)
+    return sharpness
 
 
 def enter_main(parts: Parts, projector: Mapping[str, torch.Tensor] | None = None) -> None:

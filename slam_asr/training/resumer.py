@@ -34,6 +34,8 @@ class Counts:
     """Time spent on this training, earlier attempts included."""
     beginning: int | None = None
     """Steps of a beginning that has ended before its last step."""
+    sharpness: float | None = None
+    """Sharpness of the CTC head at the end of the beginning."""
 
 
 @dataclass

@@ -125,6 +125,7 @@ def test_the_best_checkpoint_the_average_and_the_model_are_of_the_main_phase(uni
     best = checkpoint.require(str(output / "checkpoints"), "best")
     assert best.step > BORDER and best.dev_loss == min(row["loss"] for row in record.facts["validation"])
     model = convert_checkpoint(str(output), str(tmp_path / "model"))
+    assert "ctc_head" not in json.loads(Path(model.file("config.json")).read_text("utf-8"))["training"]
     with safe_open(model.file("projector.safetensors"), "pt") as file:
         assert all("head" not in name and "sharpness" not in name for name in file.keys())  # noqa: SIM118
     mean = convert_checkpoint(str(output), str(tmp_path / "mean"), which="average")
@@ -146,6 +147,7 @@ def test_the_loss_is_that_of_torchs_ctc_over_all_tokens_of_each_utterance(prepar
         "projector.beginning.steps": 2,
         "training.max_steps": 1,
         "training.positions_per_step": 10_000,
+        "projector.beginning.keep_head": True,
         "training.positions_per_batch": 80,
     }
     record = run(prepared, tmp_path / "t", **options)
@@ -174,6 +176,8 @@ def test_the_loss_is_that_of_torchs_ctc_over_all_tokens_of_each_utterance(prepar
         ).item()
     first = read_curve(record.file("curve.jsonl"), BEGINNING)[0][0]
     assert first["loss"] == pytest.approx(total / sum(map(len, texts)), rel=1e-5)
+    head = record.facts["ctc_head"]
+    assert head["tokens"] == tokens and 0 < abs(head["sharpness"] - 20) < 2
 
 
 @pytest.mark.slow
