@@ -97,7 +97,7 @@ class Monitor:
         self.page = LivePage(folder, recipe, published)
 
     def enter(self, phase: str, work: tuple[float, float | None], total_steps: int) -> None:
-        """Go on with another phase of the training.
+        """Continue with another phase of the training.
 
         Args:
             phase: its name.
