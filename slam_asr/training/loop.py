@@ -66,17 +66,8 @@ class Loop:
         self.monitor: Monitor | None = None
         if parts.rank == 0:
             published = parts.job.published if parts.job.published != parts.job.folder else None
-            self.monitor = Monitor(
-                parts.folder,
-                parts.recipe,
-                parts.plan.steps,
-                self.progress.done,
-                parts.device,
-                parts.phase.work,
-                published,
-                parts.phase.name,
-            )
-            announce(parts)
+            self.monitor = Monitor(parts.folder, parts.recipe, self.progress.done, parts.device, published)
+            self._announce_phase()
 
     def run(self) -> bool:
         """Train, validate, and write checkpoints.
@@ -87,13 +78,17 @@ class Loop:
         self.stop.listen()
         while self._run_phase():
             self.progress.counts.sharpness = leave_beginning(self.parts)
-            if self.monitor:
-                self.monitor.enter(self.parts.phase.name, self.parts.phase.work, self.parts.plan.steps)
-                announce(self.parts)
+            self._announce_phase()
         if self.monitor:
             self.monitor.close()
         self.resumer.writer.close()
         return not self.interrupted
+
+    def _announce_phase(self) -> None:
+        if self.monitor:
+            phase = self.parts.phase
+            self.monitor.enter(phase.name, phase.work, self.parts.last_step, self.parts.plan.steps)
+            announce(self.parts)
 
     def _run_phase(self) -> bool:
         """Take the remaining steps of the current phase.

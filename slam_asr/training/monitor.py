@@ -59,33 +59,21 @@ class Monitor:
     Args:
         folder: contains the curve, which is appended to.
         recipe: of the training.
-        total_steps: optimiser steps of the training.
         done: steps done before, according to the checkpoint; 0 for a new training.
         device: the device whose peak memory is reported.
-        work: floating-point operations per LLM position, and the nominal peak per second of all devices
-            together, if known.
         published: folder in object storage where the live page is published; None if `folder` is the output
             itself.
-        phase: of the training, in which it starts or resumes.
+
+    Call `enter` before the first step.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        recipe: Recipe,
-        total_steps: int,
-        done: int,
-        device: torch.device,
-        work: tuple[float, float | None],
-        published: str | None,
-        phase: str = MAIN,
+        self, folder: Path, recipe: Recipe, done: int, device: torch.device, published: str | None
     ) -> None:
-        self.log_every, self.device, self.work = recipe.training.log_every, device, work
-        self.phase = phase
+        self.log_every, self.device, self.done = recipe.training.log_every, device, done
+        self.meter: Meter | None = None
         self.file: TextIO = open(folder / CURVE, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self.meter = Meter("train", total=total_steps - done, unit="step", plain_lines=False)
-        self.total, self.first = total_steps, done + 1
-        self.interval = _Interval(work)
+        self.first = done + 1
         self.plateau = Plateau()
         # A resumed training may be on a plateau already: replay the steps before the checkpoint.
         self.main_steps = 0
@@ -96,21 +84,27 @@ class Monitor:
         self.trackers = make_trackers(recipe.training.trackers, folder, name, flattened(asdict(recipe)), done)
         self.page = LivePage(folder, recipe, published)
 
-    def enter(self, phase: str, work: tuple[float, float | None], total_steps: int) -> None:
-        """Continue with another phase of the training.
+    def enter(self, phase: str, work: tuple[float, float | None], last_step: int, total_steps: int) -> None:
+        """Start or continue with a phase of the training.
 
         Args:
             phase: its name.
-            work: operations per LLM position, as for the constructor.
-            total_steps: optimiser steps of the training; fewer than before, if the beginning has ended early.
+            work: floating-point operations per LLM position, and the nominal peak per second of all devices
+                together, if known.
+            last_step: of the phase. Steps of the phases take unequal times, so the ETA is that of this step.
+            total_steps: optimiser steps of the training.
         """
         self.phase, self.work, self.total = phase, work, total_steps
-        self.meter.total = total_steps - self.first + 1
+        if self.meter:
+            self.meter.__exit__()
+        self.meter = Meter("train", total=last_step - self.done, unit="step", plain_lines=False)
         self.interval = _Interval(work)
 
     def step(self, numbers: StepNumbers) -> None:
         """Record an optimiser step; log it every `training.log_every` steps."""
+        assert self.meter is not None, "enter has been called"
         self.interval.add(numbers)
+        self.done = numbers.step
         begins = self.phase == BEGINNING
         row = asdict(numbers) | {"memory": self.memory()}
         self._write(row)
@@ -123,7 +117,8 @@ class Monitor:
             log_line(
                 f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: {named} {numbers.loss:.4f}, "
                 f"{rated}, learning rate {numbers.learning_rate:.2e}{norm}, "
-                f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, ETA {self.meter.eta}"
+                f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, "
+                f"ETA {self.meter.eta}{' of the beginning' * begins}"
             )
             self._track(
                 numbers.step,
@@ -203,7 +198,8 @@ class Monitor:
 
     def close(self) -> None:
         """Close the progress display, the curve, the trackers and the page."""
-        self.meter.__exit__()
+        if self.meter:
+            self.meter.__exit__()
         self.file.close()
         for tracker in self.trackers:
             tracker.close()

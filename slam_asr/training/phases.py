@@ -3,8 +3,8 @@
 Both are steps of one plan, and share data, loop and checkpoints. Each has its own model and its own engine.
 The beginning's model is the projector with a CTC head, which every process can hold, so its engine is always
 DDP; the LLM is loaded at the end of the beginning. Only the projector's weights pass from one phase to the
-other. AdamW starts again from nothing: its moments are means over gradients of CTC, whose sizes say nothing about those of
-the LLM's loss, and the first updates would be too large or too small in spite of the warm-up.
+other. AdamW starts again from nothing: its moments are means over gradients of CTC, whose sizes say nothing
+about those of the LLM's loss, and the first updates would be too large or too small in spite of the warm-up.
 """
 
 import gc
