@@ -27,7 +27,12 @@ PUBLISHED = [
     ("whisper-tiny-vicuna-7b", "openai/whisper-tiny", VICUNA, 7.07, 16.01),
     ("whisper-tiny-tinyllama", "openai/whisper-tiny", TINYLLAMA, 12.72, 21.64),
 ]
-SMALL = {"demo", "librispeech", "whisper-tiny.en-smollm2-135m"}
+SMALL = {
+    "demo",
+    "librispeech",
+    "whisper-tiny.en-smollm2-135m",
+    "whisper-tiny.en-smollm2-135m-from-nothing",
+}
 LARGE = sorted(shipped_recipes().keys() - SMALL)
 
 
@@ -76,6 +81,7 @@ def test_large_recipes_have_the_published_settings(name):
         5,
         2048,
     )
+    assert not recipe.projector.beginning.active
     assert (recipe.llm.prompt, recipe.llm.template) == (
         "Transcribe speech to text. ",
         "USER: {}\n ASSISTANT:",

@@ -39,6 +39,8 @@ from slam_asr.storage.local import PARTIAL
 DESCRIPTION = "checkpoint.json"
 LATEST, BEST = "latest", "best"
 CURVE = "curve.jsonl"
+BEGINNING, MAIN = "beginning", "main"
+"""Names of the phases of a training: `projector.beginning`, and the training with the LLM's own loss."""
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Checkpoint:
     loss_scale: dict[str, float] = field(default_factory=dict)
     dev_loss: float | None = None
     """Loss on the dev set after this step; None if it was not measured."""
+    phase: str = MAIN
+    """Phase of the training that the weights and the moments belong to."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """For each file, keyed by name, its size in bytes and its SHA-256."""
     folder: str = ""

@@ -19,6 +19,7 @@ import yaml
 
 from slam_asr.config.deepspeed import adopt
 from slam_asr.config.schema import as_int, keys_of, nearest, parse_yaml, problems, typed
+from slam_asr.config.sections import Beginning as Beginning
 from slam_asr.config.sections import Columns as Columns
 from slam_asr.config.sections import Data as Data
 from slam_asr.config.sections import Decoding as Decoding

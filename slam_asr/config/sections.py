@@ -158,6 +158,43 @@ class Features:
 
 
 @dataclass
+class Beginning:
+    """A first part of the training, in which the projector learns without the LLM's layers.
+
+    It shortens the plateau on which a projector with random weights otherwise stays. The projector learns by
+    connectionist temporal classification (CTC) to spell the transcripts in the LLM's own token embeddings.
+    """
+
+    kind: Literal["none", "ctc"] = "none"
+    """`ctc`: training begins with this part. `none`: it does not, as in the publication."""
+    steps: int = bounded(2000, at_least=1)
+    """Optimiser steps of the beginning. The steps of `training.epochs` and `training.max_steps` come after
+    it."""
+    until: float = bounded(0.0, at_least=0.0, at_most=1.0)
+    """Token error rate on dev, as a fraction, at which the beginning ends before `steps`. It is measured at
+    each validation (`training.validate_every`). 0: the beginning takes all of its steps."""
+    learning_rate: float = bounded(1e-3, above=0)
+    """Peak learning rate of the beginning. The rate rises over the first tenth of `steps`, and then falls to
+    zero as a cosine. With warm-up of its own, `training.learning_rate` applies after the beginning."""
+    tokens: int = bounded(0, at_least=0)
+    """Number of the LLM's tokens in which transcripts are spelled: the most frequent ones of the train
+    transcripts. Rarer tokens are spelled by shorter ones. 0: all tokens that occur."""
+    distance_weight: float = bounded(1.0, at_least=0.0)
+    """Final weight of a second loss, which draws outputs to the embeddings of the tokens that they stand for.
+    The weight rises from zero. At 0, outputs may be where the LLM has never seen an embedding."""
+    dropout: float = bounded(0.2, at_least=0.0, at_most=0.9)
+    """Share of the encoder's values that is zeroed in the beginning."""
+    keep_head: bool = False
+    """Record CTC's head in the model's config.json, as `ctc_head`: the token ids, the blank's first, and the
+    sharpness. With it and the LLM's embeddings, the projector alone can spell. Nothing here reads it yet."""
+
+    @property
+    def active(self) -> bool:
+        """Whether training has a beginning."""
+        return self.kind != "none"
+
+
+@dataclass
 class Projector:
     """The trained part between the encoder and the LLM."""
 
@@ -177,6 +214,15 @@ class Projector:
     init_from: str = ""
     """A model folder, local or s3://, or the name of a shipped model: training starts from its projector,
     which must have the same kind and sizes. Empty: random weights, drawn with the seed."""
+    beginning: Beginning = field(default_factory=Beginning)
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield a sentence if the beginning cannot train this kind of projector."""
+        if self.beginning.active and self.kind == "q-former":
+            yield (
+                "projector.beginning cannot train a q-former, whose positions do not follow the order of the "
+                "audio: choose another projector.kind, or set projector.beginning.kind to none."
+            )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from slam_asr.artifacts.checkpoint import Checkpoint, all_complete, require
+from slam_asr.artifacts.checkpoint import MAIN, Checkpoint, all_complete, require
 from slam_asr.artifacts.model_folder import (
     ENCODER,
     LLM,
@@ -136,7 +136,12 @@ def _recipe_of(trained: Record) -> Recipe:
 
 def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
     place = join(trained.folder, "checkpoints")
-    sources = all_complete(place) if which == "average" else [require(place, which)]
+    # Checkpoints of the beginning have other weights, and are not averaged with those after it.
+    sources = (
+        [saved for saved in all_complete(place) if saved.phase == MAIN]
+        if which == "average"
+        else [require(place, which)]
+    )
     files = [{name: facts["sha256"] for name, facts in source.files.items()} for source in sources]
 
     def read() -> Content:

@@ -16,9 +16,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from slam_asr.errors import ModelError
 from slam_asr.generation.beam_search import Answers, beam_search, penalties, without_penalties
-from slam_asr.models.encoders.base import SpeechEncoder, batches_of
+from slam_asr.models.encoders.base import SpeechEncoder, encode_audio
 from slam_asr.models.encoders.frontend import Prepared
-from slam_asr.models.feature_dtype import round_trip
 from slam_asr.models.packed_attention import packed_arguments
 from slam_asr.models.projector import SpeechProjector
 
@@ -73,6 +72,16 @@ class Batch:
     """Whether `mask` contains a 0."""
     lengths: list[int] | None = None
     """Number of positions of each utterance in a packed row; None for a padded batch."""
+
+    @property
+    def filled(self) -> int:
+        """Number of LLM positions without padding."""
+        return int(self.mask.sum())
+
+    @property
+    def cells(self) -> int:
+        """Number of LLM positions with padding."""
+        return self.mask.numel()
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
@@ -222,20 +231,8 @@ class Slam(nn.Module):
         Returns:
             Features, each [frames, encoder width], in the same order.
         """
-        if self.encoder is None or isinstance(audio[0], torch.Tensor):
-            return cast(list[torch.Tensor], audio)
-        prepared = cast(list[Prepared], audio)
-        spec = self.encoder.spec
-        groups = batches_of([spec.seconds_of(a.samples) for a in prepared], spec.options.batch_seconds)
-        # A registered encoder is trained: its outputs need gradients and are never saved as features.
-        encode = self.encoder if "encoder" in self._modules else self._encode_frozen
-        return [features for group in groups for features in encode([prepared[i] for i in group])]
-
-    def _encode_frozen(self, audio: list[Prepared]) -> list[torch.Tensor]:
-        """Return features, each [frames, encoder width], that equal those read from a feature store."""
-        assert self.encoder is not None, "checked by encode"
-        with torch.no_grad():
-            return [round_trip(frames, self.feature_dtype) for frames in self.encoder(audio)]
+        trained = "encoder" in self._modules
+        return encode_audio(self.encoder, audio, None if trained else self.feature_dtype)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Return the LLM's input [rows, L, LLM width]: token embeddings and projected audio."""

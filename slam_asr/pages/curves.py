@@ -28,13 +28,22 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
         title: its heading.
         facts: (name, value) pairs shown above the curves.
         training: `curve` and `validation`, lists of {step, loss, accuracy}, those of `validation` optionally
-            with wer or cer; and `samples`, a list of {key, reference, hypothesis} from the last validation.
+            with wer or cer; `samples`, a list of {key, reference, hypothesis} from the last validation; and
+            optionally `beginning`, a dictionary with `curve` and `validation` of its own.
     """
-    points = {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
+    points = with_thinned_curves(training)
     samples = training.get("samples") or []
     write_atomically(
         path, render("curves.html", title=title, facts=facts, curves=draw_curves(points), samples=samples)
     )
+
+
+def with_thinned_curves(training: dict[str, Any]) -> dict[str, Any]:
+    """Return a training's values, as for `write_curves`, with at most `CURVE_POINTS` points per curve."""
+    values = training | {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
+    if training.get("beginning"):
+        values["beginning"] = with_thinned_curves(training["beginning"])
+    return values
 
 
 def thinned(points: Sequence[dict[str, Any]], max_points: int = CURVE_POINTS) -> list[dict[str, Any]]:
@@ -67,7 +76,7 @@ def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
     """Draw the figures of one training run, from its values in training and on dev.
 
     Args:
-        training: `curve` and `validation`, as for `write_curves`.
+        training: `curve`, `validation` and `beginning`, as for `write_curves`.
 
     Returns:
         For each quantity, a dictionary with `heading`, `summary` and `svg`.
@@ -75,8 +84,12 @@ def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
     curves = []
     for quantity, heading, scale in _QUANTITIES:
         series = {
-            name: _points(training[source], quantity, scale)
-            for name, source in (("training", "curve"), ("validation", "validation"))
+            name: _points(values.get(source) or [], quantity, scale)
+            for values, names in (
+                (training.get("beginning") or {}, ("beginning", "beginning, dev")),
+                (training, ("training", "validation")),
+            )
+            for name, source in zip(names, ("curve", "validation"), strict=True)
         }
         if any(series.values()):
             lines = [Line(name, points, _STYLES[name]) for name, points in series.items() if points]
@@ -173,10 +186,12 @@ def _summary(
     series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], template: str
 ) -> str:
     sentences = []
-    if series["training"]:
-        (first, start), (last, end) = series["training"][0], series["training"][-1]
+    for name in ("beginning", "training"):
+        if not series[name]:
+            continue
+        (first, start), (last, end) = series[name][0], series[name][-1]
         sentences.append(
-            f"Training: {template.format(start)} at step {with_thousands(first)}, "
+            f"{name.capitalize()}: {template.format(start)} at step {with_thousands(first)}, "
             f"{template.format(end)} at step {with_thousands(last)}."
         )
     if series["validation"]:
@@ -202,6 +217,9 @@ _DASHES = ((), (3, 2), (6, 2), (1, 1.5), (6, 2, 1, 2), (2, 4))
 _STYLES: dict[str, dict[str, Any]] = {
     "training": {"color": _TRAINING},
     "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))},
+    # CTC's loss, and 1 minus the token error rate of its best paths as the accuracy.
+    "beginning": {"color": _QUIET},
+    "beginning, dev": {"color": _QUIET, "marker": "s", "markersize": 4, "linestyle": (0, (1, 1.5))},
 }
 
 

@@ -1,5 +1,6 @@
 """Memory of one training process by part: weights, optimiser, activations, logits, overhead."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ GATHERED = 1e9
 """Maximum number of weights that ZeRO-3 retains unsharded until the backward pass has used them.
 
 It is DeepSpeed's default for stage3_max_live_parameters, and applies to each process.
+"""
+CTC_LOGIT_BYTES = 20
+"""Bytes per logit at the peak of the beginning, whose logits all exist at once, in fp32.
+
+2,000 positions and 20,000 tokens took 19.4 bytes per logit, in fp32 as in bf16.
 """
 CUDA_OVERHEAD = 1.5e9
 """Bytes of CUDA's context, its libraries' workspaces and NCCL's buffers on a GPU: a rule of thumb."""
@@ -131,6 +137,51 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
         _logits(shapes, load, size),
         CUDA_OVERHEAD if on_gpu else PROCESS_OVERHEAD,
     )
+
+
+def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
+    """Compute the memory of one process at the peak of a step of the beginning, in bytes.
+
+    Each process holds the complete projector and optimiser, and none of the LLM's layers.
+
+    Args:
+        shapes: sizes of the models, and the recipe.
+        load: the process' largest micro-batch.
+        on_gpu: whether the process has a GPU.
+    """
+    recipe, size = shapes.recipe, DTYPES[shapes.recipe.training.precision].itemsize
+    trained, tokens, positions = shapes.projector_parameters, shapes.ctc_tokens, load.rows * load.audio
+    encoder = 0.0
+    if not recipe.caches_features:
+        encoder = (
+            shapes.encoder_parameters * DTYPES[encoder_precision(recipe.features.dtype, on_gpu)].itemsize
+        )
+    # Two copies of the frames; the hidden layer before and after its activation function; outputs, expected
+    # embeddings and their difference.
+    per_position = (
+        2 * recipe.projector.downsampling * shapes.encoder.width * size
+        + 2 * recipe.projector.hidden * size
+        + shapes.width * (size + 8)
+    )
+    return Memory(
+        encoder + tokens * shapes.width * size,
+        2 * trained * size,
+        float(trained * (8 if size == 4 else 16)),
+        positions * per_position * FRAGMENTATION,
+        positions * tokens * CTC_LOGIT_BYTES,
+        CUDA_OVERHEAD if on_gpu else PROCESS_OVERHEAD,
+    )
+
+
+def memory_of_phases(shapes: Shapes, processes: int, on_gpu: bool = True) -> list[Callable[[Load], Memory]]:
+    """Return a function for each phase of the training, from a micro-batch to the memory of one process.
+
+    The first one is that of the training with the LLM. The arguments are those of `training_memory`.
+    """
+    phases = [lambda load: training_memory(shapes, load, processes, on_gpu)]
+    if shapes.recipe.projector.beginning.active:
+        phases.append(lambda load: beginning_memory(shapes, load, on_gpu))
+    return phases
 
 
 def host_optimizer_bytes(shapes: Shapes) -> int:

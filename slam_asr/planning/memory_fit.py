@@ -21,7 +21,7 @@ from slam_asr.planning.memory import (
     Load,
     Memory,
     host_optimizer_bytes,
-    training_memory,
+    memory_of_phases,
 )
 from slam_asr.planning.plan import USABLE, propose
 from slam_asr.planning.shapes import Shapes
@@ -55,7 +55,8 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
         return
     try:
         longest, load = loads_of(shapes, prompt, utterances, machine.processes)
-        memory = training_memory(shapes, load, machine.processes, machine.on_gpu)
+        phases = memory_of_phases(shapes, machine.processes, machine.on_gpu)
+        memory = max((phase(load) for phase in phases), key=lambda memory: memory.total)
     except Exception:  # an LLM whose size cannot be computed without its weights may still train
         return
     if memory.total / MAX_OVERESTIMATE > capacity:

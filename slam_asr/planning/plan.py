@@ -1,5 +1,6 @@
 """Estimates of the memory, time and storage that a training run needs, and the options that make it fit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -7,7 +8,7 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.models.feature_dtype import bytes_per_frame
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
-from slam_asr.planning.memory import Load, Memory, training_memory
+from slam_asr.planning.memory import Load, Memory, beginning_memory, memory_of_phases, training_memory
 from slam_asr.planning.shapes import Shapes, encoder_flops
 
 PROMPT_POSITIONS = 18
@@ -87,7 +88,9 @@ class Plan:
     stages: dict[str, Stage]
     """The stages by name: `extract-features`, `train` and `decode`."""
     steps: int
-    """Number of optimiser steps."""
+    """Number of optimiser steps, with those of the beginning."""
+    beginning: Memory | None = None
+    """Memory of one process in the beginning, in bytes; None without a beginning."""
     proposal: dict[str, object] = field(default_factory=dict)
     """Options with which the recipe fits, or uses memory better; empty if none that were tried fit."""
 
@@ -107,16 +110,18 @@ def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
     memory = training_memory(shapes, load, gpus.processes, on_gpu)
     capacity = USABLE * gpus.memory
     one = mean_load(shapes, speech.utterance_seconds, 1)  # a budget of 1 position gives the minimum of 1 row
+    begun = beginning_memory(shapes, load, on_gpu) if recipe.projector.beginning.active else None
     stages, steps = _work(shapes, load, gpus, speech)
     frame_bytes = bytes_per_frame(shapes.encoder.width, recipe.features.dtype)
     cache = speech.utterances * shapes.encoder.frames_of(speech.samples) * frame_bytes
     return Plan(
         load,
         memory,
-        fits=memory.total <= capacity,
+        fits=max(memory.total, begun.total if begun else 0.0) <= capacity,
         cache_bytes=cache if recipe.caches_features else 0,
         stages=stages,
         steps=steps,
+        beginning=begun,
         proposal=propose(shapes, one, gpus.processes, capacity, on_gpu),
     )
 
@@ -159,19 +164,27 @@ def propose(
             options = {**engine, "zero_stage": stage, "offload_optimizer": False, **more}
             training = replace(recipe.training, **options)
             changed = replace(shapes, recipe=replace(recipe, training=training))
-            first, second = (
-                training_memory(changed, replace(one, rows=n), processes, on_gpu).total for n in (1, 2)
+            rows = min(
+                _rows_that_fit(memory, one, capacity)
+                for memory in memory_of_phases(changed, processes, on_gpu)
             )
-            if first > capacity:
+            if not rows:
                 continue
-            # Memory is linear in the number of utterances, except that logits in chunks stop growing when a
-            # chunk is full. Extrapolation from 1 and 2 utterances therefore never predicts too little.
-            rows = int((capacity - first) // (second - first)) + 1
             return {
                 f"training.{name}": value
                 for name, value in {**options, **_budget(recipe, one.length, rows, processes)}.items()
             }
     return {}
+
+
+def _rows_that_fit(memory: Callable[[Load], Memory], one: Load, capacity: float) -> int:
+    """Number of utterances with which a phase takes at most `capacity` bytes."""
+    first, second = (memory(replace(one, rows=n)).total for n in (1, 2))
+    if first > capacity:
+        return 0
+    # Memory is linear in the number of utterances, except that logits in chunks stop growing when a chunk is
+    # full. Extrapolation from 1 and 2 utterances therefore never predicts too little.
+    return int((capacity - first) // (second - first)) + 1
 
 
 def _budget(recipe: Recipe, length: int, rows: int, processes: int) -> dict[str, int]:
@@ -207,6 +220,12 @@ def _work(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[
     # A trained encoder also has a backward pass, which takes twice the FLOPs of the forward pass.
     encoding = 3 * on_the_fly if recipe.encoder.tuning == "full" else on_the_fly
     train = trained * (text + attention + output + projected + encoding)
+    if recipe.projector.beginning.active:
+        begun = recipe.projector.beginning.steps
+        # The head's products: with the embeddings, the gradient of their inputs, and the expected embeddings.
+        head = 6 * load.audio * shapes.ctc_tokens * width
+        train += speech.utterances * begun / steps_per_epoch * (projected + head + on_the_fly)
+        steps += begun
     extract = speech.utterances * encode if recipe.caches_features else 0
     tested = speech.test_hours * 3600 / speech.utterance_seconds
     prefill = tested * (2 * shapes.layer_parameters * (load.length - load.targets) + on_the_fly)

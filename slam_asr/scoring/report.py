@@ -17,7 +17,7 @@ from slam_asr.artifacts.hypotheses import Hypothesis, align
 from slam_asr.artifacts.word_errors import Measured, groups_of, measure, without_hypotheses
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
-from slam_asr.pages.curves import draw_curves, thinned
+from slam_asr.pages.curves import draw_curves, with_thinned_curves
 from slam_asr.pages.render import capital, render, with_thousands
 from slam_asr.scoring.analysis import ANSWER_FAULTS, analyse, counts_of, faults_of
 from slam_asr.scoring.controls import EMPTY
@@ -87,7 +87,7 @@ def write_report(
         )
     measured = measure(rows)
     _ = measured.total().wer  # If the references contain no words, this raises before anything is written.
-    training = training | {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
+    training = with_thinned_curves(training)
     numbers = {
         "title": recipe.name,
         "wer_unit": "percent",

@@ -83,10 +83,15 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
     rows = {names[part] + details.get(part, ""): size for part, size in vars(result.memory).items() if size}
     for name, size in rows.items():
         log_line(f"  {name:<52}{size / 1e9:8.2f}")
-    verdict = "fits" if result.fits else "DOES NOT FIT"
+    peak, verdict = result.memory.total, "fits" if result.fits else "DOES NOT FIT"
+    if result.beginning:
+        log_line(f"  {'total with the LLM':<52}{peak / 1e9:8.2f}")
+        name = f"in the beginning, with at most {shapes.ctc_tokens} tokens"
+        log_line(f"  {name:<52}{result.beginning.total / 1e9:8.2f}")
+        peak = max(peak, result.beginning.total)
     log_line(
-        f"  {'total':<52}{result.memory.total / 1e9:8.2f}  {verdict} in {gpus.memory / 1e9:g} GB "
-        f"({USABLE:.0%} of it usable)"
+        f"  {'peak' if result.beginning else 'total':<52}{peak / 1e9:8.2f}  {verdict} in "
+        f"{gpus.memory / 1e9:g} GB ({USABLE:.0%} of it usable)"
     )
     if recipe.training.offload_optimizer:
         name = "optimiser in host memory, all hosts together"

@@ -101,6 +101,7 @@ def _train_in(
         published=published,
         rows={name: save_rows(folder / f"rows-{name}.npy", us) for name, us in checked.fitting.items()},
         init_from=str(checked.init_from) if checked.init_from else None,
+        ctc_tokens=checked.ctc_tokens,
         inputs=checked.inputs,
     )
     write_json(folder / "job.json", asdict(job))
@@ -138,6 +139,10 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
         "loss": round(curve[-1]["loss"], 4),
         "accuracy": round(curve[-1]["accuracy"], 4),
     }
+    if "beginning" in shown:
+        metrics["steps of the beginning"] = shown["beginning"]["curve"][-1]["step"]
+        if begun := shown["beginning"]["validation"]:
+            metrics["dev token error rate of the beginning"] = round(1 - begun[-1]["accuracy"], 4)
     if validation:
         metrics |= {"dev loss": round(last["loss"], 4), "dev accuracy": round(last["accuracy"], 4)}
     for name in {"wer", "cer"} & last.keys():

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from slam_asr.artifacts.feature_store.index import argsort_audio_ids
 from slam_asr.artifacts.feature_store.reader import FeatureReader
@@ -12,6 +13,8 @@ from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import samples_of
 from slam_asr.config.recipe import Projector
 from slam_asr.errors import InputError
+from slam_asr.models.ctc import CtcBatch
+from slam_asr.models.ctc_vocabulary import CtcVocabulary
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt, TokenizedPrompt
 from slam_asr.models.slam import IGNORED, Batch, Row, collate, pack
@@ -149,10 +152,12 @@ class BatchReader:
         packs: bool = False,
     ) -> None:
         self.examples, self.reader, self.draw, self.packs = examples, reader, draw, packs
+        self.vocabulary: CtcVocabulary | None = None
+        """If set, utterances are spelled for CTC, without a prompt."""
         self._pool = ThreadPoolExecutor(threads, "read-audio") if threads > 1 else None
 
-    def batch(self, indices: list[int], epoch: int = 0) -> Batch:
-        """Read utterances and collate or pack them.
+    def batch(self, indices: list[int], epoch: int = 0) -> Batch | CtcBatch:
+        """Read utterances and collate or pack them; or spell them, if `vocabulary` is set.
 
         Args:
             indices: indices of the utterances in `examples`. An empty list gives a batch of one utterance
@@ -162,6 +167,9 @@ class BatchReader:
         """
         utterances = [self.examples.utterances[i] for i in indices or [0]]
         audio = (self._pool.map if self._pool else map)(self.reader.read, utterances)
+        if self.vocabulary is not None:
+            positions = [int(self.examples.audio_positions[i]) for i in indices or [0]]
+            return CtcBatch(list(audio), positions, [torch.tensor(self._spelled(i)).long() for i in indices])
         rows = []
         for index, utterance, features in zip(indices or [0], utterances, audio, strict=True):
             prompted = self.examples.prompted(index, self.draw(epoch, utterance.key))
@@ -180,11 +188,17 @@ class BatchReader:
         return batch
 
     def targets(self, indices: Iterable[int], epoch: int = 0) -> int:
-        """Count the target tokens of utterances, with the prompts drawn in an epoch."""
+        """Count the target tokens of utterances: with an epoch's prompts, or as they are spelled for CTC."""
+        if self.vocabulary is not None:
+            return sum(len(self._spelled(i)) for i in indices)
         utterances, targets = self.examples.utterances, self.examples.targets
         # Drawing hashes the key, so it is skipped if the result can only be 0.
         several = targets.shape[1] > 1
         return sum(int(targets[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
+
+    def _spelled(self, index: int) -> list[int]:
+        assert self.vocabulary is not None, "the caller has checked it"
+        return self.vocabulary.spell(self.examples.utterances[index].target)
 
     def expect(self, shards: Iterable[int]) -> None:
         """Prepare the reader for the shards, by canonical number, that are needed now and soon.

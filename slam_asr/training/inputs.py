@@ -30,7 +30,8 @@ from slam_asr.models.prompt import Prompt
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.progress import log_line
-from slam_asr.storage import fetch, join, sha256_of_file
+from slam_asr.storage import digest, fetch, join, sha256_of_file
+from slam_asr.training.beginning import tokens_of_beginning
 from slam_asr.training.kernels import require_kernels
 from slam_asr.training.launch import Nodes, nodes_from_environment
 from slam_asr.training.trackers import require_trackers
@@ -56,6 +57,8 @@ class CheckedInputs:
     """None if audio is encoded on the fly."""
     init_from: Path | None
     """Local folder of the model whose projector the training starts from."""
+    ctc_tokens: list[int]
+    """Token ids that the beginning's CTC distinguishes, the blank's first; empty without a beginning."""
     base: dict[str, Any]
     """Fingerprint of the encoder and digest of the LLM's weights."""
     inputs: dict[str, Any]
@@ -107,6 +110,10 @@ def check_inputs(
     init_from = initial_projector(recipe, encoder, llm_folder, base)
     if init_from is not None:
         inputs["init_from"] = sha256_of_file(init_from / WEIGHTS)
+    ctc_tokens: list[int] = []
+    if recipe.projector.beginning.active:
+        ctc_tokens = tokens_of_beginning(recipe, encoder, prompt.tokenizer, fitting)
+        inputs["ctc_tokens"] = {"number": len(ctc_tokens), "sha256": digest(ctc_tokens)}
     if recipe.training.utterances_per_batch:
         # With this option the size of a step depends on the number of processes.
         inputs["processes"] = nodes.number * processes
@@ -121,6 +128,7 @@ def check_inputs(
         fitting=fitting,
         feature_store=feature_store,
         init_from=init_from,
+        ctc_tokens=ctc_tokens,
         base=base,
         inputs=inputs,
     )
@@ -302,6 +310,8 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     # Left out if false, which is what training runs had that began before the key existed.
     if not values["llm"]["trust_remote_code"]:
         del values["llm"]["trust_remote_code"]
+    if not recipe.projector.beginning.active:
+        del values["projector"]["beginning"]  # so that a training without one has the inputs it always had
     del values["encoder"]["batch_seconds"]
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
     # Of the store's settings only these matter: the dtype rounds the features, and the size and the mixing

@@ -34,5 +34,7 @@ class TrainingJob:
     """For each set (`train`, `dev`) the file with the rows that fit the encoder; None if all do."""
     init_from: str | None = None
     """Local folder of the model whose projector the training starts from."""
+    ctc_tokens: list[int] = field(default_factory=list)
+    """Token ids that the beginning's CTC distinguishes, the blank's first; empty without a beginning."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Everything that the trained weights depend on."""

@@ -304,6 +304,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
     """List (key, before, now) of the inputs that differ, except those that a resumed training may change."""
     flat_before, flat_now = flattened(before), flattened(now)
     harmless = {"recipe.training.validate_every", "recipe.training.patience"}
+    if flat_now.get("recipe.projector.beginning.until"):
+        # The beginning can end at a validation only.
+        harmless.remove("recipe.training.validate_every")
     if flat_before.get("recipe.training.schedule") == flat_now.get("recipe.training.schedule") == "constant":
         # With a constant rate, the total number of steps does not affect the steps done so far.
         harmless |= {"recipe.training.max_steps", "recipe.training.epochs"}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slam_asr.artifacts.checkpoint import CURVE
+from slam_asr.artifacts.checkpoint import BEGINNING, CURVE, MAIN
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import UserError
 from slam_asr.pages.curves import thinned, write_curves
@@ -84,26 +84,38 @@ def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> di
         facts: (label, text) rows to show in addition to models and steps.
 
     Returns:
-        The content of the page: `curve` and `validation`, both thinned, and `samples`.
+        The content of the page: `curve` and `validation`, both thinned, and `samples`; with a beginning, also
+        `beginning`, a dictionary of its `curve` and `validation`.
     """
     training, validation = read_curve(folder / CURVE)
-    shown = {
+    shown: dict[str, Any] = {
         "curve": thinned(training),
         "validation": thinned(validation),
         "samples": last_samples(folder / CURVE),
     }
+    begun, begun_dev = read_curve(folder / CURVE, BEGINNING)
+    if begun:
+        shown["beginning"] = {"curve": thinned(begun), "validation": thinned(begun_dev)}
+    steps = f"{(training or begun or [{'step': 0}])[-1]['step']:,}"
+    if begun:
+        steps += f", {begun[-1]['step']:,} of them in the beginning"
     models = [
         ("Models", f"{recipe.encoder.name} + {recipe.llm.name}"),
-        ("Optimiser steps", f"{training[-1]['step'] if training else 0:,}"),
+        ("Optimiser steps", steps),
     ]
     write_curves(folder / PAGE, f"{recipe.name}: training", [*models, *facts], shown)
     return shown
 
 
-def read_curve(path: Path) -> tuple[list[dict], list[dict]]:
-    """Read a curve as (training points, validation points); each point has step, loss and accuracy."""
+def read_curve(path: Path, phase: str = MAIN) -> tuple[list[dict], list[dict]]:
+    """Read a phase's curve as (training points, validation points).
+
+    Each point has step, loss and accuracy; in the beginning, the accuracy is 1 minus the token error rate.
+    """
     training, validation = [], []
     for row in _rows(path):
+        if row.pop("phase", MAIN) != phase:
+            continue
         if "validation" in row:
             validation.append({"step": row["step"], **row["validation"]})
         else:

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +18,11 @@ from slam_asr.errors import UserError
 from slam_asr.progress import log_line
 from slam_asr.runtime.worker import failures_written_to, leave_group
 from slam_asr.storage import join, upload, write_json
-from slam_asr.training.builder import Parts, announce, build_parts
+from slam_asr.training.builder import Parts, build_parts
 from slam_asr.training.job import FACTS, TrainingJob
-from slam_asr.training.micro_batches import MicroBatch, remaining_micro_batches, scores_of
+from slam_asr.training.micro_batches import MicroBatch, Totals, remaining_micro_batches, scores_of
 from slam_asr.training.monitor import Monitor, StepNumbers
+from slam_asr.training.phases import announce, leave_beginning
 from slam_asr.training.prefetch import prefetch
 from slam_asr.training.resumer import Resumer
 from slam_asr.training.validator import StopRequest, Validator
@@ -47,62 +47,6 @@ After an error of CUDA, all further calls of the same process fail too.
 """
 
 
-@dataclass
-class Totals:
-    """Sums over a step: first this process's own, then, after `Loop._reduce`, those of all processes."""
-
-    scores: torch.Tensor | None = None
-    """[3] float64 on the device: loss, correct tokens and target tokens of this process.
-
-    They remain a tensor on the device, because reading the values would make the CPU wait for the GPU.
-    """
-    filled: int = 0
-    """LLM positions of this process, without padding."""
-    cells: int = 0
-    """LLM positions of this process, with padding."""
-    numbers: tuple[float, ...] = (0.0,) * 5
-    """Loss, correct tokens, target tokens, filled positions and positions with padding, of all processes."""
-    stop: bool = False
-    """Whether any process was asked to stop."""
-    pending: float = 0.0
-    """Number of checkpoints that are still being written: the mean over the processes."""
-    failed: bool = False
-    """Whether a checkpoint could not be written, so that training must stop."""
-    due: bool = False
-    """Whether `training.checkpoint_minutes` have passed since the last checkpoint."""
-
-    def add(self, scores: torch.Tensor, micro: MicroBatch) -> None:
-        """Add a micro-batch.
-
-        Args:
-            scores: [3] float64, as in `AnswerScores.sums`.
-            micro: the micro-batch.
-        """
-        self.scores = scores if self.scores is None else self.scores + scores
-        self.filled += micro.filled
-        self.cells += micro.cells
-
-    @property
-    def loss(self) -> float:
-        """Mean over the target tokens."""
-        return self.numbers[0] / self.numbers[2]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the target tokens to which the model gives the highest probability."""
-        return self.numbers[1] / self.numbers[2]
-
-    @property
-    def positions(self) -> int:
-        """LLM positions without padding."""
-        return int(self.numbers[3])
-
-    @property
-    def padding(self) -> float:
-        """Share of the LLM positions that is padding."""
-        return 1 - self.numbers[3] / self.numbers[4]
-
-
 class Loop:
     """The steps of a training run in one process: forward, backward, update; then validation and checkpoint.
 
@@ -113,7 +57,7 @@ class Loop:
 
     def __init__(self, parts: Parts, resumer: Resumer) -> None:
         self.parts, self.resumer = parts, resumer
-        self.options, self.engine = parts.recipe.training, parts.engine
+        self.options = parts.recipe.training
         self.stop = StopRequest()
         self.validator = Validator(parts, self.stop)
         self.progress = resumer.resume()
@@ -122,15 +66,8 @@ class Loop:
         self.monitor: Monitor | None = None
         if parts.rank == 0:
             published = parts.job.published if parts.job.published != parts.job.folder else None
-            self.monitor = Monitor(
-                parts.folder,
-                parts.recipe,
-                parts.plan.steps,
-                self.progress.done,
-                parts.device,
-                parts.work_per_position(),
-                published,
-            )
+            self.monitor = Monitor(parts.folder, parts.recipe, self.progress.done, parts.device, published)
+            self._announce_phase()
 
     def run(self) -> bool:
         """Train, validate, and write checkpoints.
@@ -139,27 +76,47 @@ class Loop:
             True if the training is finished, False if it was asked to stop earlier.
         """
         self.stop.listen()
-        self.engine.module.train()
-        done = self.progress.done
-        # A training run that was killed after its last step still has to validate and save.
-        continues = done < self.parts.plan.steps or self._finish_step(Totals())
-        totals = Totals()
-        for micro in prefetch(remaining_micro_batches(self.parts, done)) if continues else ():
-            batch = micro.batch.to(self.parts.device)
-            scores = scores_of(self.engine.forward(batch, micro.is_last), batch)
-            self.engine.backward(scores.loss, micro.targets, last=micro.is_last)
-            totals.add(scores.sums, micro)
-            if micro.is_last:
-                self._reduce(totals)
-                self._apply_step(micro, totals)
-                # The steps after a checkpoint that cannot be written would be lost: `close` raises below.
-                if totals.failed or not self._finish_step(totals):
-                    break
-                totals = Totals()
+        while self._run_phase():
+            self.progress.counts.sharpness = leave_beginning(self.parts)
+            self._announce_phase()
         if self.monitor:
             self.monitor.close()
         self.resumer.writer.close()
         return not self.interrupted
+
+    def _announce_phase(self) -> None:
+        if self.monitor:
+            phase = self.parts.phase
+            self.monitor.enter(phase.name, phase.work, self.parts.last_step, self.parts.plan.steps)
+            announce(self.parts)
+
+    def _run_phase(self) -> bool:
+        """Take the remaining steps of the current phase.
+
+        Returns:
+            Whether training continues with another phase.
+        """
+        parts, done, engine = self.parts, self.progress.done, self.parts.engine
+        engine.module.train()
+        # A training that was killed after a phase's last step still has to validate and save.
+        continues = done < parts.last_step or self._finish_step(Totals())
+        if done == parts.last_step:
+            return continues
+        totals = Totals()
+        for micro in prefetch(remaining_micro_batches(parts, done)):
+            batch = micro.batch.to(parts.device)
+            scores = scores_of(engine.forward(batch, micro.is_last), batch)
+            engine.backward(scores.loss, micro.targets, last=micro.is_last)
+            totals.add(scores.sums, micro)
+            if micro.is_last:
+                self._reduce(totals)
+                self._apply_step(micro, totals)
+                # The steps after a checkpoint that cannot be written would be lost: `close` raises later.
+                continues = self._finish_step(totals) and not totals.failed
+                if not continues or self.progress.done == parts.last_step:
+                    break
+                totals = Totals()
+        return continues
 
     def _reduce(self, totals: Totals) -> None:
         """Replace this process's sums with the sums over all processes.
@@ -184,8 +141,8 @@ class Loop:
 
     def _apply_step(self, micro: MicroBatch, totals: Totals) -> None:
         """Update the weights, and record the step."""
-        number, loss, rate = micro.number, totals.loss, self.parts.rate(micro.number)
-        update = self.engine.step(rate)
+        number, loss, rate = micro.number, totals.loss, self.parts.phase.rate(micro.number)
+        update = self.parts.engine.step(rate)
         self.progress.done, self.progress.epoch = number, micro.epoch
         if self.monitor:
             utterances = self.parts.readers["train"].examples.utterances
@@ -227,10 +184,11 @@ class Loop:
             if self.parts.rank == 0 and job.published != job.folder:
                 upload(file, join(job.published, NONFINITE))
             shown = ", ".join(keys[:5])
+            rate = f"{'projector.beginning' if self.parts.in_beginning else 'training'}.learning_rate"
             raise UserError(
                 f"The {what} was not finite for {in_a_row} steps in a row, up to step "
                 f"{micro.number} (utterances {shown} …; all in {join(job.published, NONFINITE)}): lower "
-                "training.learning_rate, set training.gradient_clipping, or train in bf16 or fp32 if this is "
+                f"{rate}, set training.gradient_clipping, or train in bf16 or fp32 if this is "
                 "fp16; look at those utterances if they are always the same."
             )
 
@@ -241,7 +199,7 @@ class Loop:
             Whether training continues with another step.
         """
         progress, counts = self.progress, self.progress.counts
-        at_end = progress.done == self.parts.plan.steps
+        at_end, begins = progress.done == self.parts.last_step, self.parts.in_beginning
         self.interrupted = totals.stop
         dev_loss = None
         if (
@@ -250,42 +208,58 @@ class Loop:
             and (progress.done % self.options.validate_every == 0 or at_end)
         ):
             dev_loss = self._validate()
-        ended = (at_end and not self.interrupted) or bool(
+        ended = (at_end and not begins and not self.interrupted) or bool(
             self.options.patience and counts.stale >= self.options.patience
         )
-        forced = self.interrupted or ended
+        # At the end of the beginning too: the LLM is loaded next, which may take all memory.
+        forced = self.interrupted or ended or (begins and progress.done == self.parts.last_step)
         self.resumer.save_if_due(progress, totals.due, totals.pending, dev_loss, forced)
         if ended and not at_end and self.parts.rank == 0:
             log_line(
                 f"step {progress.done}: the dev loss has not fallen for {counts.stale} validations; "
                 "training ends early (training.patience)"
             )
-        return not forced
+        return not (self.interrupted or ended)
 
     def _validate(self) -> float | None:
         """Validate, transcribe, and compare with the best dev loss so far.
 
         Returns:
-            The dev loss; None, with `interrupted` set, if a process was asked to stop meanwhile.
+            The dev loss; None in the beginning, whose loss is another, and also, with `interrupted` set, if a
+            process was asked to stop meanwhile.
         """
         result = self.validator.validate()
         if result is None:
             self.interrupted = True
             return None
         loss, accuracy = result
-        self.progress.record_dev_loss(loss)
+        if self.parts.in_beginning:
+            self._finish_beginning_if(1 - accuracy)
+        else:
+            self.progress.record_dev_loss(loss)
         samples = self.validator.transcribe()
         if self.monitor:
             self.monitor.validation(self.progress.done, loss, accuracy, samples)
-        return loss
+        return None if self.parts.in_beginning else loss
+
+    def _finish_beginning_if(self, error_rate: float) -> None:
+        """Let the beginning end with this step, if the token error rate on dev is low enough."""
+        progress, plan = self.progress, self.parts.plan
+        until = self.parts.recipe.projector.beginning.until
+        progress.counts.validated = progress.done
+        if until and error_rate <= until and progress.done < plan.beginning:
+            progress.counts.beginning = progress.done
+            plan.end_beginning(progress.done)
 
 
 def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:
     """Return what the training's report contains, as JSON values."""
-    return {
-        "projector_parameters": parts.parameters["projector"][0],
-        "trained_parameters": sum(trained for _, trained in parts.parameters.values()),
-        "all_parameters": sum(total for total, _ in parts.parameters.values()),
+    beginning, sharpness = parts.recipe.projector.beginning, loop.progress.counts.sharpness
+    head = {"ctc_head": {"tokens": parts.job.ctc_tokens, "sharpness": sharpness}}
+    return (head if beginning.active and beginning.keep_head else {}) | {
+        "projector_parameters": parts.phase.parameters["projector"][0],
+        "trained_parameters": sum(trained for _, trained in parts.phase.parameters.values()),
+        "all_parameters": sum(total for total, _ in parts.phase.parameters.values()),
         "precision": parts.recipe.training.precision,
         "device": parts.device.type,
         "processes": parts.processes,
@@ -302,8 +276,6 @@ def train_in_this_process(job: TrainingJob) -> int:
         The exit code: 0, or 128 and the signal's number if a process was asked to stop.
     """
     parts = build_parts(job)
-    if parts.rank == 0:
-        announce(parts)
     loop = Loop(parts, Resumer(parts))
     if not loop.run():
         return 128 + (loop.stop.signal or 15)

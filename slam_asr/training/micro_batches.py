@@ -1,11 +1,13 @@
-"""The micro-batches of one process: its share of each step, read ahead of the model."""
+"""The micro-batches of one process: its share of each step, read ahead of the model; and their sums."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from slam_asr.models.answer_loss import AnswerScores, score_answers
+from slam_asr.models.ctc import CtcBatch
 from slam_asr.models.slam import Batch
 from slam_asr.training.batches import BatchReader
 from slam_asr.training.builder import Parts
@@ -21,7 +23,7 @@ class MicroBatch:
     epoch: int
     step: list[int]
     """Indices of the step's utterances, on all processes."""
-    batch: Batch
+    batch: Batch | CtcBatch
     targets: int
     """Target tokens of the step, on all processes."""
     is_last: bool
@@ -32,11 +34,68 @@ class MicroBatch:
     """LLM positions with padding."""
 
 
+@dataclass
+class Totals:
+    """Sums over a step: first this process's own, then, after `Loop._reduce`, those of all processes."""
+
+    scores: torch.Tensor | None = None
+    """[3] float64 on the device: loss, correct tokens and target tokens of this process.
+
+    They remain a tensor on the device, because reading the values would make the CPU wait for the GPU.
+    """
+    filled: int = 0
+    """LLM positions of this process, without padding."""
+    cells: int = 0
+    """LLM positions of this process, with padding."""
+    numbers: tuple[float, ...] = (0.0,) * 5
+    """Loss, correct tokens, target tokens, filled positions and positions with padding, of all processes."""
+    stop: bool = False
+    """Whether any process was asked to stop."""
+    pending: float = 0.0
+    """Number of checkpoints that are still being written: the mean over the processes."""
+    failed: bool = False
+    """Whether a checkpoint could not be written, so that training must stop."""
+    due: bool = False
+    """Whether `training.checkpoint_minutes` have passed since the last checkpoint."""
+
+    def add(self, scores: torch.Tensor, micro: MicroBatch) -> None:
+        """Add a micro-batch.
+
+        Args:
+            scores: [3] float64, as in `AnswerScores.sums`.
+            micro: the micro-batch.
+        """
+        self.scores = scores if self.scores is None else self.scores + scores
+        self.filled += micro.filled
+        self.cells += micro.cells
+
+    @property
+    def loss(self) -> float:
+        """Mean over the target tokens."""
+        return self.numbers[0] / self.numbers[2]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the target tokens to which the model gives the highest probability."""
+        return self.numbers[1] / self.numbers[2]
+
+    @property
+    def positions(self) -> int:
+        """LLM positions without padding."""
+        return int(self.numbers[3])
+
+    @property
+    def padding(self) -> float:
+        """Share of the LLM positions that is padding."""
+        return 1 - self.numbers[3] / self.numbers[4]
+
+
 def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
-    """Yield this process's micro-batches of all steps after the first `done` ones."""
+    """Yield this process's micro-batches of the current phase's steps after the first `done` ones."""
     reader = parts.readers["train"]
     current = None
-    for number, (window, next_window, step) in enumerate(parts.plan.after(done), start=done + 1):
+    steps = itertools.islice(parts.plan.after(done), parts.last_step - done)
+    for number, (window, next_window, step) in enumerate(steps, start=done + 1):
         if window is not current:
             reader.expect([*window.shards, *(next_window.shards if next_window else [])])
             current = window
@@ -44,6 +103,8 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
         targets = reader.targets(step, window.epoch)
         for i, indices in enumerate(mine, start=1):
             batch = reader.batch(indices, window.epoch)
+            if isinstance(batch, CtcBatch):
+                batch.distance_weight = parts.distance_weight(number)
             yield MicroBatch(
                 number=number,
                 epoch=window.epoch,
@@ -51,8 +112,8 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
                 batch=batch,
                 targets=targets,
                 is_last=i == len(mine),
-                filled=int(batch.mask.sum()) if indices else 0,
-                cells=batch.mask.numel(),
+                filled=batch.filled if indices else 0,
+                cells=batch.cells,
             )
 
 
@@ -64,7 +125,7 @@ def own_share(parts: Parts, step: list[int], reader: BatchReader) -> list[list[i
     return split_step(step, positions, parts.processes, budget.batch, budget.sizes(positions))[parts.rank]
 
 
-def scores_of(output: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch) -> AnswerScores:
+def scores_of(output: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch | CtcBatch) -> AnswerScores:
     """Score a micro-batch's target tokens.
 
     Args:
@@ -72,4 +133,7 @@ def scores_of(output: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch) -> 
             [targets, vocabulary].
         batch: the micro-batch.
     """
-    return AnswerScores(*output) if isinstance(output, tuple) else score_answers(output, batch.labels)
+    if isinstance(output, tuple):
+        return AnswerScores(*output)
+    assert isinstance(batch, Batch), "a CtcModel returns scores"
+    return score_answers(output, batch.labels)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader, StoreReader
@@ -25,7 +26,7 @@ from slam_asr.models.llm import (
     set_tuning,
 )
 from slam_asr.models.precision import DTYPES, encoder_precision
-from slam_asr.models.projector import build_projector
+from slam_asr.models.projector import SpeechProjector, build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
@@ -104,9 +105,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     spec = describe_encoder(recipe.encoder)
     llm, lazy_weights = _load_llm(Path(job.llm_folder), options, recipe.llm.trust_remote_code)
     set_tuning(llm, recipe.llm, options.seed)
-    projector = build_projector(recipe.projector, spec.width, llm_width(llm), options.seed)
-    if job.init_from:
-        projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
+    projector = build_initial_projector(job, recipe, spec.width, llm_width(llm))
     encoder = None
     if job.feature_store is None and recipe.encoder.tuning == "full":
         encoder = spec.load(DTYPES[options.precision]).requires_grad_(True)
@@ -119,6 +118,16 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
             assert encoder is not None
             checkpoint_layers(encoder)
     return Slam(projector, llm, encoder, recipe.features.dtype), lazy_weights
+
+
+def build_initial_projector(
+    job: TrainingJob, recipe: Recipe, encoder_width: int, width_of_llm: int
+) -> SpeechProjector:
+    """Build the projector that a training starts from, in float32: random or `projector.init_from`'s."""
+    projector = build_projector(recipe.projector, encoder_width, width_of_llm, recipe.training.seed)
+    if job.init_from:
+        projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
+    return projector
 
 
 def _load_llm(
@@ -135,7 +144,7 @@ def _load_llm(
     return load_llm(folder, dtype, trust_remote_code=trust_remote_code), []
 
 
-def count_parameters(model: Slam, encoder: int) -> dict[str, tuple[int, int]]:
+def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int]]:
     """Count (all, trained) parameters of each part of the model.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-from slam_asr.artifacts.checkpoint import CURVE
+from slam_asr.artifacts.checkpoint import BEGINNING, CURVE, MAIN
 from slam_asr.config.recipe import Recipe
 from slam_asr.pages.curves import is_number
 from slam_asr.progress import Meter, log_line
@@ -41,7 +41,8 @@ class StepNumbers:
     loss: float
     """Mean over the target tokens."""
     accuracy: float
-    """Share of the target tokens to which the model gives the highest probability."""
+    """Share of the target tokens to which the model gives the highest probability. In the beginning, 1 minus
+    the token error rate of CTC's best paths."""
     learning_rate: float
     gradient_norm: float | None
     """2-norm of the gradient before clipping; None if it was not finite, or is not known."""
@@ -58,64 +59,82 @@ class Monitor:
     Args:
         folder: contains the curve, which is appended to.
         recipe: the training's recipe.
-        total_steps: optimiser steps of the training.
         done: steps done before, according to the checkpoint; 0 for a new training.
         device: the device whose peak memory is reported.
-        work: floating-point operations per LLM position, and the nominal peak per second of all devices
-            together, if known.
         published: folder in object storage where the live page is published; None if `folder` is the output
             itself.
+
+    Call `enter` before the first step.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        recipe: Recipe,
-        total_steps: int,
-        done: int,
-        device: torch.device,
-        work: tuple[float, float | None],
-        published: str | None,
+        self, folder: Path, recipe: Recipe, done: int, device: torch.device, published: str | None
     ) -> None:
-        self.log_every, self.device, self.work = recipe.training.log_every, device, work
+        self.log_every, self.device, self.done = recipe.training.log_every, device, done
+        self.meter: Meter | None = None
         self.file: TextIO = open(folder / CURVE, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self.meter = Meter("train", total=total_steps - done, unit="step", plain_lines=False)
-        self.total, self.first = total_steps, done + 1
-        self.interval = _Interval(work)
+        self.first = done + 1
         self.plateau = Plateau()
         # A resumed training may be on a plateau already: replay the steps before the checkpoint.
+        self.main_steps = 0
         for row in read_curve(folder / CURVE)[0]:
-            self.plateau.update(row["step"], row["accuracy"])
+            self.main_steps += 1
+            self.plateau.update(self.main_steps, row["accuracy"])
         # The digest distinguishes training runs of one recipe; all attempts at one run have the same digest.
         name = f"{recipe.name}-{digest([str(folder), published])[:8]}"
         self.trackers = make_trackers(recipe.training.trackers, folder, name, flattened(asdict(recipe)), done)
         self.page = LivePage(folder, recipe, published)
 
+    def enter(self, phase: str, work: tuple[float, float | None], last_step: int, total_steps: int) -> None:
+        """Start or continue with a phase of the training.
+
+        Args:
+            phase: its name.
+            work: floating-point operations per LLM position, and the nominal peak per second of all devices
+                together, if known.
+            last_step: of the phase. Steps of the phases take unequal times, so the ETA is that of this step.
+            total_steps: optimiser steps of the training.
+        """
+        self.phase, self.work, self.total = phase, work, total_steps
+        if self.meter:
+            self.meter.__exit__()
+        self.meter = Meter("train", total=last_step - self.done, unit="step", plain_lines=False)
+        self.interval = _Interval(work)
+
     def step(self, numbers: StepNumbers) -> None:
         """Record an optimiser step; log it every `training.log_every` steps."""
+        assert self.meter is not None, "enter has been called"
         self.interval.add(numbers)
+        self.done = numbers.step
+        begins = self.phase == BEGINNING
         row = asdict(numbers) | {"memory": self.memory()}
         self._write(row)
-        self.meter.update(1, f"loss {numbers.loss:.3f}, accuracy {numbers.accuracy:.3f}")
+        named, rated = "loss", f"accuracy {numbers.accuracy:.3f}"
+        if begins:
+            named, rated = "CTC loss", f"token error rate {1 - numbers.accuracy:.3f}"
+        self.meter.update(1, f"{named} {numbers.loss:.3f}, {rated}")
         if numbers.step % self.log_every == 0 or numbers.step in (self.first, self.total):
             norm = "" if numbers.gradient_norm is None else f", gradient norm {numbers.gradient_norm:.3g}"
             log_line(
-                f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: loss {numbers.loss:.4f}, "
-                f"accuracy {numbers.accuracy:.3f}, learning rate {numbers.learning_rate:.2e}{norm}, "
-                f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, ETA {self.meter.eta}"
+                f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: {named} {numbers.loss:.4f}, "
+                f"{rated}, learning rate {numbers.learning_rate:.2e}{norm}, "
+                f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, "
+                f"ETA {self.meter.eta}{' of the beginning' * begins}"
             )
             self._track(
                 numbers.step,
                 {
-                    f"train/{k}": v
+                    f"{self.phase if begins else 'train'}/{k}": v
                     for k, v in (row | self.interval.rates()).items()
                     if k not in ("step", "positions", "audio_seconds")
                 },
             )
             self.interval = _Interval(self.work)
-        plateau = self.plateau.update(numbers.step, numbers.accuracy)
-        if plateau:
-            log_line(plateau)
+        # The beginning has no plateau: its accuracy is another quantity.
+        if not begins:
+            self.main_steps += 1
+            if plateau := self.plateau.update(self.main_steps, numbers.accuracy):
+                log_line(plateau)
         self.page.refresh()
 
     def memory(self) -> int:
@@ -135,14 +154,20 @@ class Monitor:
             samples: transcripts, if any were made.
         """
         numbers = {"loss": loss, "accuracy": accuracy}
-        line = f"step {step}: dev loss {loss:.4f}, dev accuracy {accuracy:.3f}"
+        begins = self.phase == BEGINNING
+        line = (
+            f"step {step}: dev CTC loss {loss:.4f}, dev token error rate {1 - accuracy:.3f}"
+            if begins
+            else f"step {step}: dev loss {loss:.4f}, dev accuracy {accuracy:.3f}"
+        )
         for name in ("wer", "cer"):
             if samples is not None and (rate := getattr(samples, name)) is not None:
                 numbers[name] = rate
                 line += f", {name.upper()} {100 * rate:.1f} % on {len(samples.texts)} dev utterances"
         self._write({"step": step, "validation": numbers, **({"samples": samples.texts} if samples else {})})
         log_line(line)
-        self._track(step, {f"dev/{name}": value for name, value in numbers.items()})
+        group = f"dev-{self.phase}" if begins else "dev"
+        self._track(step, {f"{group}/{name}": value for name, value in numbers.items()})
         if samples is not None:
             for row in samples.texts[:SHOWN]:
                 log_line(
@@ -153,7 +178,7 @@ class Monitor:
                 f"{row['key']}\n{row['hypothesis']}\nreference: {row['reference']}" for row in samples.texts
             )
             for tracker in self.trackers:
-                tracker.text(step, "dev/samples", text)
+                tracker.text(step, f"{group}/samples", text)
 
     def _track(self, step: int, numbers: dict[str, Any]) -> None:
         finite = {name: value for name, value in numbers.items() if is_number(value)}
@@ -161,6 +186,8 @@ class Monitor:
             tracker.log(step, finite)
 
     def _write(self, row: dict[str, Any]) -> None:
+        if self.phase != MAIN:
+            row = row | {"phase": self.phase}
         # JSON has neither NaN nor infinity.
         self.file.write(
             json.dumps(
@@ -172,7 +199,8 @@ class Monitor:
 
     def close(self) -> None:
         """Close the progress display, the curve, the trackers and the page."""
-        self.meter.__exit__()
+        if self.meter:
+            self.meter.__exit__()
         self.file.close()
         for tracker in self.trackers:
             tracker.close()
@@ -259,7 +287,7 @@ class Plateau:
         return (
             f"plateau: the accuracy has been about {smooth:.2f} for {length:,} steps, as if the LLM guessed "
             "without the audio. A plateau often ends suddenly, and sooner with a better encoder "
-            "(WavLM-large, HuBERT) and a chat LLM. If it does not, try more data, a longer warm-up or "
-            "another learning rate, encoder.frames: speech with Whisper, or transcripts in lower case; see "
-            "docs/how-to/troubleshooting.md."
+            "(WavLM-large, HuBERT) and a chat LLM. With projector.beginning, a new training has hardly any. "
+            "If it does not end, try more data, a longer warm-up or another learning rate, encoder.frames: "
+            "speech with Whisper, or transcripts in lower case; see docs/how-to/troubleshooting.md."
         )

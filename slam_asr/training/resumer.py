@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from slam_asr.artifacts import checkpoint
-from slam_asr.artifacts.checkpoint import CURVE, Checkpoint
+from slam_asr.artifacts.checkpoint import BEGINNING, CURVE, Checkpoint
 from slam_asr.errors import ConfigurationError
 from slam_asr.progress import log_line
 from slam_asr.storage import join, write_atomically
 from slam_asr.training.builder import Parts
 from slam_asr.training.checkpoint_writer import UNSAVED, CheckpointWriter, restore, take_snapshot
 from slam_asr.training.job import CHECKPOINTS
+from slam_asr.training.phases import enter_beginning, enter_main
 
 
 @dataclass
@@ -31,6 +32,10 @@ class Counts:
     """Step of the last validation."""
     seconds: float = 0.0
     """Time spent on this training run, earlier attempts included."""
+    beginning: int | None = None
+    """Steps of a beginning that has ended before its last step."""
+    sharpness: float | None = None
+    """Sharpness of the CTC head at the end of the beginning."""
 
 
 @dataclass
@@ -75,7 +80,9 @@ class Resumer:
         )
 
     def resume(self) -> Progress:
-        """Restore the latest checkpoint, if one exists, and write the curve as it was then.
+        """Enter the phase of the latest checkpoint and restore it, if one exists; or else the first phase.
+
+        Writes the curve as it was then.
 
         Raises:
             ConfigurationError: the checkpoint is beyond the steps of this training run.
@@ -92,6 +99,12 @@ class Resumer:
             checkpoint.discard_newer_than_latest(self.writer.folder)
         torch.distributed.broadcast_object_list(candidates)
         latest = candidates[0]
+        counts = Counts(**latest.counts) if latest else Counts()
+        if counts.beginning is not None:
+            parts.plan.end_beginning(counts.beginning)
+            steps = parts.plan.steps
+        begins = parts.recipe.projector.beginning.active if latest is None else latest.phase == BEGINNING
+        (enter_beginning if begins else enter_main)(parts)
         curve = b""
         if latest is not None:
             if latest.step > steps:
@@ -101,7 +114,6 @@ class Resumer:
                 )
             restore(parts.engine, latest)
             self.writer.latest = latest.folder
-            counts = Counts(**latest.counts)
             progress = Progress(latest.step, latest.epoch, counts, saved=latest.step, earlier=counts.seconds)
             if parts.rank == 0:
                 curve = Path(latest.file(CURVE)).read_bytes()
@@ -135,8 +147,10 @@ class Resumer:
             progress: how far the training has come, this step included.
             due: whether `training.checkpoint_minutes` have passed, on the first process.
             pending: checkpoints still being written: the mean over the processes.
-            dev_loss: dev loss of the validation after this step; None if there was none.
-            forced: whether training ends here, so that the checkpoint must be written in any case.
+            dev_loss: dev loss of the validation after this step; None if there was none, or in the beginning,
+                whose loss is another.
+            forced: whether training or its beginning ends here, so that the checkpoint must be written in any
+                case.
         """
         improved = dev_loss is not None and progress.counts.stale == 0
         if progress.saved == progress.done and dev_loss is None:
@@ -162,6 +176,7 @@ class Resumer:
             counts=asdict(counts),
             loss_scale=parts.engine.loss_scale(),
             dev_loss=dev_loss,
+            phase=parts.phase.name,
         )
         curve = (parts.folder / CURVE).read_bytes() if parts.rank == 0 else b""
         self.writer.save(take_snapshot(parts.engine, about, curve))

@@ -21,7 +21,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -127,12 +127,21 @@ class TrainingPlan:
         budget: the size of a step.
         window_shards: shards whose utterances are shuffled together.
         seed: seed of the order.
-        epochs: passes over the examples.
-        max_steps: training ends after this many steps, even within an epoch.
+        epochs: passes over the examples after the beginning.
+        max_steps: training ends after this many steps since the beginning, even within an epoch.
+        beginning: steps of the beginning, which takes as many epochs of its own as it needs, the last of them
+            perhaps in part.
     """
 
     def __init__(
-        self, examples: Examples, budget: Budget, window_shards: int, seed: int, epochs: int, max_steps: int
+        self,
+        examples: Examples,
+        budget: Budget,
+        window_shards: int,
+        seed: int,
+        epochs: int,
+        max_steps: int,
+        beginning: int = 0,
     ) -> None:
         self.examples, self.max_steps = examples, max_steps
         sizes = budget.sizes(examples.positions)
@@ -140,10 +149,24 @@ class TrainingPlan:
             examples.positions, examples.shards, window_shards, budget.step, seed, epoch, sizes
         )
         self._epochs = epochs
-        self.steps = self.epochs = 0
-        while self.epochs < epochs and self.steps < max_steps:
-            self.steps = min(max_steps, self.steps + sum(len(w.steps) for w in self._plan(self.epochs)))
-            self.epochs += 1
+        self.end_beginning(beginning)
+
+    def end_beginning(self, beginning: int) -> None:
+        """Plan again, with a beginning of another number of steps."""
+        self.beginning = beginning
+        """Steps of the beginning."""
+        self._own_epochs = begun = 0  # epochs of the beginning
+        while begun < beginning:
+            begun += self._steps_of(self._own_epochs)
+            self._own_epochs += 1
+        steps = epochs = 0
+        while epochs < self._epochs and steps < self.max_steps:
+            steps = min(self.max_steps, steps + self._steps_of(self._own_epochs + epochs))
+            epochs += 1
+        self.steps, self.epochs = beginning + steps, self._own_epochs + epochs
+
+    def _steps_of(self, epoch: int) -> int:
+        return sum(len(window.steps) for window in self._plan(epoch))
 
     def __iter__(self) -> Iterator[tuple[Window, Window | None, list[int]]]:
         """Yield (window, next window or None, indices of the utterances) for each step."""
@@ -151,7 +174,7 @@ class TrainingPlan:
 
     def after(self, done: int) -> Iterator[tuple[Window, Window | None, list[int]]]:
         """Yield the same tuples as `__iter__`, but skip the first `done` steps."""
-        windows = (window for epoch in range(self._epochs) for window in self._plan(epoch))
+        windows = itertools.chain(self._windows_of_beginning(), self._windows_after_it())
         pairs = itertools.pairwise(itertools.chain(windows, [None]))
         steps = (
             (window, next_window, step)
@@ -160,6 +183,18 @@ class TrainingPlan:
             for step in window.steps
         )
         return itertools.islice(steps, done, self.steps)
+
+    def _windows_of_beginning(self) -> Iterator[Window]:
+        remaining = self.beginning
+        for epoch in range(self._own_epochs):
+            for window in self._plan(epoch):
+                if remaining:
+                    yield replace(window, steps=window.steps[:remaining])
+                remaining = max(0, remaining - len(window.steps))
+
+    def _windows_after_it(self) -> Iterator[Window]:
+        for epoch in range(self._epochs):
+            yield from self._plan(self._own_epochs + epoch)
 
 
 def _cut_at_budget(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ import torch
 from slam_asr.artifacts.hypotheses import Hypothesis
 from slam_asr.artifacts.word_errors import measure
 from slam_asr.config.recipe import Recipe
+from slam_asr.models.ctc import CtcBatch, CtcModel
 from slam_asr.models.searcher import Searcher, plan_batches
 from slam_asr.models.slam import Slam
 from slam_asr.training.batches import BatchReader
@@ -71,8 +72,34 @@ class SampleTranscriber:
         draw = random.Random(f"{recipe.training.seed}/samples")
         self.indices = sorted(draw.sample(range(count), min(recipe.training.samples, count)))
 
-    def transcribe(self, model: Slam) -> Samples:
-        """Transcribe the chosen utterances greedily with the current weights."""
+    def transcribe(self, model: Slam | CtcModel) -> Samples:
+        """Transcribe the chosen utterances greedily; in the beginning, as the projector spells them."""
+        texts = self._spell(model) if isinstance(model, CtcModel) else self._search(model)
+        examples = self.reader.examples
+        rows = [
+            Hypothesis(examples.utterances[i].key, examples.utterances[i].target, texts[i])
+            for i in self.indices
+        ]
+        measured = measure(rows)
+        errors = measured.total()
+        rate = errors.wer if errors.words else None
+        shown = [{"key": row.key, "reference": row.reference, "hypothesis": row.hypothesis} for row in rows]
+        return Samples(None, shown, cer=rate) if measured.characters else Samples(rate, shown)
+
+    @torch.no_grad()
+    def _spell(self, model: CtcModel) -> dict[int, str]:
+        """Return what CTC's best paths spell, by utterance."""
+        vocabulary, texts = self.reader.vocabulary, {}
+        assert vocabulary is not None, "the beginning has set it"
+        device = model.head.embeddings.device
+        for index in self.indices:
+            batch = self.reader.batch([index])
+            assert isinstance(batch, CtcBatch), "as the vocabulary is set"
+            texts[index] = vocabulary.text_of(model.spell(batch.to(device))[0])
+        return texts
+
+    def _search(self, model: Slam) -> dict[int, str]:
+        """Return what the LLM writes, by utterance."""
         examples = self.reader.examples
         searcher = Searcher(model, self.prompt, self.options, inference_only=False)
         prompt_positions = len(self.prompt.main.before) + len(self.prompt.main.ids)
@@ -85,15 +112,7 @@ class SampleTranscriber:
             audio = [self.reader.reader.read(examples.utterances[i]) for i in indices]
             hypotheses = searcher.decode(audio, [int(examples.audio_positions[i]) for i in indices])
             texts_by_index |= dict(zip(indices, (h.text for h in hypotheses), strict=True))
-        rows = [
-            Hypothesis(examples.utterances[i].key, examples.utterances[i].target, texts_by_index[i])
-            for i in self.indices
-        ]
-        measured = measure(rows)
-        errors = measured.total()
-        rate = errors.wer if errors.words else None
-        texts = [{"key": row.key, "reference": row.reference, "hypothesis": row.hypothesis} for row in rows]
-        return Samples(None, texts, cer=rate) if measured.characters else Samples(rate, texts)
+        return texts_by_index
 
 
 class Validator:

@@ -122,3 +122,33 @@ def test_the_command_takes_the_recipe_as_first_argument(capsys):
     main(["plan", "wavlm-large-vicuna-7b", "--gpus", "2", "--gpu-memory", "24", "--training.zero_stage", "3"])
     out = capsys.readouterr().out
     assert "each of 2 GPUs in training, ZeRO stage 3" in out and "24 GB" in out
+
+
+def test_a_beginning_counts_with_its_steps_its_work_and_its_memory(capsys):
+    options = {"training.epochs": 1, "projector.beginning.steps": 500}
+    without = plan(load_recipe("wavlm-large-vicuna-7b", options), gpus=4)
+    assert without.beginning is None and "beginning" not in capsys.readouterr().out
+    begun = plan(load_recipe("wavlm-large-vicuna-7b", options | {"projector.beginning.kind": "ctc"}), gpus=4)
+    assert begun.steps == without.steps + 500 and begun.memory == without.memory
+    more = begun.stages["train"].flops - without.stages["train"].flops
+    # Without the LLM's layers, a step is far cheaper.
+    assert 0 < more / 500 < 0.05 * without.stages["train"].flops / without.steps
+    # Projector, gradients and optimiser, 32,000 embeddings in bf16, and logits of one process' audio.
+    audio = begun.load.rows * begun.load.audio
+    expected = 18_880_512 * 20 + 32_000 * 4096 * 2 + audio * 32_000 * 20 + 1.5e9
+    assert begun.beginning.total == pytest.approx(expected, rel=0.03)
+    assert "in the beginning, with at most 32000 tokens" in capsys.readouterr().out
+
+
+def test_a_proposal_fits_in_the_beginning_too():
+    """With gradient checkpointing, the beginning takes more memory than the rest."""
+    options = {
+        "projector.beginning.kind": "ctc",
+        "training.positions_per_step": 200_000,
+        "training.gradient_checkpointing": True,
+    }
+    recipe = load_recipe("whisper-tiny-tinyllama", options | {"training.positions_per_batch": 200_000})
+    result = plan(recipe, gpus=1, gpu_memory=24)
+    assert not result.fits and result.beginning.total > result.memory.total
+    proposed = plan(load_recipe("whisper-tiny-tinyllama", options | result.proposal), gpus=1, gpu_memory=24)
+    assert proposed.fits and proposed.beginning.total < 24e9

@@ -30,11 +30,13 @@ def numbers(step: int, **changed) -> StepNumbers:
     return StepNumbers(**values | changed)
 
 
-def monitor(folder: Path, total: int = 4, done: int = 0, **options) -> Monitor:
+def monitor(folder: Path, total: int = 4, done: int = 0, phase: str = "main", **options) -> Monitor:
     recipe = load_recipe(
         "demo", {"training.log_every": 2, **{f"training.{k}": v for k, v in options.items()}}
     )
-    return Monitor(folder, recipe, total, done, torch.device("cpu"), (4e9, 1e20), None)
+    made = Monitor(folder, recipe, done, torch.device("cpu"), None)
+    made.enter(phase, (4e9, 1e20), total, total)
+    return made
 
 
 SAMPLES = Samples(
@@ -222,3 +224,32 @@ def test_the_page_is_redrawn_during_training(tmp_path, monkeypatch):
     monitored.step(numbers(2))
     monitored.close()
     assert "so far" in first and (tmp_path / "curves.html").read_text() != first
+
+
+def test_the_beginning_has_lines_and_points_of_its_own_and_no_plateau(tmp_path, capsys):
+    monitored = monitor(tmp_path, total=3003, phase="beginning")
+    for step in range(1, 3001):
+        monitored.step(numbers(step, loss=2.0, accuracy=0.3))
+    monitored.validation(3000, 1.5, 0.25, SAMPLES)
+    monitored.enter("main", (4e9, None), 3003, 3003)
+    for step in range(3001, 3004):
+        monitored.step(numbers(step, loss=4.0, accuracy=0.4))
+    monitored.close()
+    log = capsys.readouterr().out
+    assert "plateau" not in log
+    assert "step 2/3003, epoch 1: CTC loss 2.0000, token error rate 0.700, learning rate" in log
+    assert "step 3000: dev CTC loss 1.5000, dev token error rate 0.750, WER 25.0 % on 2" in log
+    assert "step 3002/3003, epoch 1: loss 4.0000, accuracy 0.400" in log
+    assert [row["step"] for row in read_curve(tmp_path / "curve.jsonl")[0]] == [3001, 3002, 3003]
+    begun, begun_dev = read_curve(tmp_path / "curve.jsonl", "beginning")
+    assert len(begun) == 3000 and begun_dev[0]["accuracy"] == 0.25
+    shown = write_page(tmp_path, load_recipe("demo"), [])
+    assert shown["curve"][0]["loss"] == 4.0 and shown["beginning"]["curve"][-1]["step"] == 3000
+    page = (tmp_path / "curves.html").read_text("utf-8")
+    assert "3,003, 3,000 of them in the beginning" in page and "Beginning: 2.000 at step" in page
+    # A plateau of the main phase is found as if nothing had preceded it, and also after a restart.
+    resumed = monitor(tmp_path, total=9000, done=3003)
+    for step in range(3004, 4200):
+        resumed.step(numbers(step, accuracy=0.4))
+    resumed.close()
+    assert "plateau: the accuracy has been about 0.40 for 1,000 steps" in capsys.readouterr().out

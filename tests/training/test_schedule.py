@@ -2,7 +2,7 @@
 
 import pytest
 
-from slam_asr.training.builder import learning_rate_schedule
+from slam_asr.training.phases import learning_rate_schedule
 
 
 @pytest.mark.parametrize(("kind", "last"), [("constant", 1.0), ("linear", 0.0), ("cosine", 0.0)])

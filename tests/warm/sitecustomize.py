@@ -32,7 +32,7 @@ def _program(words: list[str]) -> list[str] | None:
         return words[-2:]
     script = os.path.basename(words[0]) if words else ""
     # A forked process shares the fork server's pages, so memory is measured in one that starts cold.
-    if script == "begin_projector.py" or (script.endswith("_program.py") and "memory" not in script):
+    if script.endswith("_program.py") and "memory" not in script:
         return words
     return None
 

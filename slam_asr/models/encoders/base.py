@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.config.recipe import Encoder
 from slam_asr.models.encoders.frontend import Prepared, Preparer
+from slam_asr.models.feature_dtype import round_trip
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.pretrained.weight_checks import require_weights
@@ -169,3 +170,32 @@ def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:
             longest = length
         batches[-1].append(index)
     return batches
+
+
+def encode_audio(
+    encoder: SpeechEncoder | None, audio: list[torch.Tensor | Prepared], saved_as: str | None
+) -> list[torch.Tensor]:
+    """Encode utterances; features are returned unchanged.
+
+    Args:
+        encoder: not needed for features.
+        audio: one entry per utterance, features [frames, encoder width] or the encoder's input; all of one
+            kind.
+        saved_as: dtype of saved features, to which a frozen encoder's outputs are rounded, so that they equal
+            those read from a feature store. None for a trained encoder: its outputs need gradients and are
+            never saved.
+
+    Returns:
+        Features, each [frames, encoder width], in the same order.
+    """
+    if encoder is None or isinstance(audio[0], torch.Tensor):
+        return cast(list[torch.Tensor], audio)
+    prepared = cast(list[Prepared], audio)
+    seconds = [encoder.spec.seconds_of(a.samples) for a in prepared]
+    groups = [
+        [prepared[i] for i in group] for group in batches_of(seconds, encoder.spec.options.batch_seconds)
+    ]
+    if saved_as is None:
+        return [features for group in groups for features in encoder(group)]
+    with torch.no_grad():
+        return [round_trip(features, saved_as) for group in groups for features in encoder(group)]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from slam_asr.config.recipe import Training
+from slam_asr.models.ctc import CtcModel
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.engines.deepspeed_engine import DeepSpeedEngine, name_accelerator
@@ -17,7 +18,7 @@ def shards_weights(options: Training) -> bool:
 
 
 def make_engine(
-    model: Slam,
+    model: Slam | CtcModel,
     options: Training,
     device: torch.device,
     learning_rates: dict[str, float],

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from slam_asr.config.recipe import Training
+from slam_asr.models.ctc import CtcModel
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
@@ -42,7 +43,7 @@ class DeepSpeedEngine(Engine):
 
     def __init__(
         self,
-        model: Slam,
+        model: Slam | CtcModel,
         options: Training,
         device: torch.device,
         learning_rates: dict[str, float] | None = None,

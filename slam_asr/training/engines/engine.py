@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slam_asr.config.recipe import Training
+from slam_asr.models.ctc import CtcBatch, CtcModel
 from slam_asr.models.slam import Batch, Slam
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -85,11 +86,11 @@ class Engine(ABC):
 
     module: nn.Module
     """The wrapped model, which takes a batch. Validation calls it directly, training through `forward`."""
-    model: Slam
+    model: Slam | CtcModel
     """The model without its wrapper. All processes must call its methods together."""
     groups: ParameterGroups
 
-    def forward(self, batch: Batch, last: bool) -> Any:
+    def forward(self, batch: Batch | CtcBatch, last: bool) -> Any:
         """Run the model in training.
 
         Args:
@@ -110,6 +111,7 @@ class Engine(ABC):
         Returns:
             The result of `trial`.
         """
+        assert isinstance(self.model, Slam), "a CtcModel has no LLM"
         return self.model.try_llm(trial)
 
     @abstractmethod

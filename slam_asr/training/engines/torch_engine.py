@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slam_asr.config.recipe import Training
+from slam_asr.models.ctc import CtcBatch, CtcModel
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Batch, Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
@@ -56,7 +57,7 @@ class TorchEngine(Engine):
 
     def __init__(
         self,
-        model: Slam,
+        model: Slam | CtcModel,
         options: Training,
         device: torch.device,
         learning_rates: dict[str, float] | None = None,
@@ -93,7 +94,7 @@ class TorchEngine(Engine):
         self.scale = FIRST_SCALE if self.scales_loss else 1.0
         self.good_steps = 0
 
-    def forward(self, batch: Batch, last: bool) -> Any:
+    def forward(self, batch: Batch | CtcBatch, last: bool) -> Any:
         # Gradients are averaged over processes once a step, in the backward pass of its last micro-batch.
         # Before that, each process accumulates its own.
         if isinstance(self.module, FSDPModule):

@@ -1,0 +1,132 @@
+"""Checks the inputs of `projector.beginning`, and builds its model."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from slam_asr.artifacts.manifest import Utterance
+from slam_asr.artifacts.utterances import samples_of
+from slam_asr.config.recipe import Recipe
+from slam_asr.errors import ConfigurationError
+from slam_asr.models.ctc import CtcHead, CtcModel
+from slam_asr.models.ctc_vocabulary import CtcVocabulary, choose_tokens
+from slam_asr.models.encoders.base import EncoderSpec
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.models.llm import load_llm
+from slam_asr.models.precision import DTYPES, encoder_precision
+from slam_asr.models.projector import positions_of
+from slam_asr.pretrained.meta_llm import NotLazilyLoadable, describe_lazy_llm
+from slam_asr.progress import log_line
+from slam_asr.training.job import TrainingJob
+from slam_asr.training.model_builder import build_initial_projector
+
+MAX_WITHOUT_PATH = 0.5
+"""Maximum share of train utterances that may have more tokens than positions."""
+
+
+def tokens_of_beginning(
+    recipe: Recipe,
+    encoder: EncoderSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    utterances: Mapping[str, Sequence[Utterance]],
+) -> list[int]:
+    """Choose the tokens that CTC distinguishes, and check that it can align the train utterances.
+
+    Args:
+        recipe: of the training.
+        encoder: determines the number of frames.
+        tokenizer: the LLM's.
+        utterances: those that fit the encoder, by set (`train`, `dev`).
+
+    Returns:
+        Token ids, the blank's first.
+
+    Raises:
+        ConfigurationError: most utterances have more tokens than positions; or the beginning is to end at an
+            error rate on dev, and there is no dev set.
+    """
+    options = recipe.projector.beginning
+    if options.until and "dev" not in utterances:
+        raise ConfigurationError(
+            "projector.beginning.until is an error rate on dev, but this training has no dev manifest: give "
+            "one, or leave the key out."
+        )
+    train = utterances["train"]
+    token_ids = choose_tokens(tokenizer, (u.target for u in train), options.tokens)
+    vocabulary = CtcVocabulary(tokenizer, token_ids)
+    without_path = sum(
+        _positions_needed(vocabulary.spell(u.target))
+        > positions_of(recipe.projector, encoder.span_of(samples_of(u)))
+        for u in train
+    )
+    if without_path > MAX_WITHOUT_PATH * len(train):
+        or_else = " or raise projector.beginning.tokens" if options.tokens else ""
+        raise ConfigurationError(
+            f"projector.beginning: {without_path} of {len(train)} train utterances have more tokens than "
+            f"audio positions, so CTC cannot align them: lower projector.downsampling "
+            f"({recipe.projector.downsampling}){or_else}"
+            ", or set projector.beginning.kind to none."
+        )
+    if without_path:
+        log_line(
+            f"warning: the beginning skips {without_path} of {len(train)} train utterances, which have more "
+            "tokens than audio positions (projector.downsampling)"
+        )
+    return token_ids
+
+
+def _positions_needed(tokens: list[int]) -> int:
+    """Return the least number of positions that CTC needs: equal neighbours need a blank between them."""
+    return len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
+
+
+def build_ctc_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> CtcModel:
+    """Build the model of the beginning; the projector's initial weights are those of any training.
+
+    Of the LLM, only the embeddings are read.
+
+    Args:
+        job: names the LLM's folder, the feature store, the tokens, and the model to start from.
+        recipe: of the training.
+        device: where the encoder is placed; the engine moves the other parts.
+    """
+    spec, dtype = describe_encoder(recipe.encoder), DTYPES[recipe.training.precision]
+    embeddings = token_embeddings(Path(job.llm_folder), job.ctc_tokens, dtype, recipe.llm.trust_remote_code)
+    projector = build_initial_projector(job, recipe, spec.width, embeddings.shape[1])
+    encoder = None
+    if job.feature_store is None:
+        encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
+    return CtcModel(
+        projector,
+        CtcHead(embeddings, dtype),
+        encoder,
+        recipe.features.dtype,
+        recipe.projector.beginning.dropout,
+    )
+
+
+@torch.no_grad()
+def token_embeddings(
+    folder: Path, token_ids: list[int], dtype: torch.dtype, trust_remote_code: bool
+) -> torch.Tensor:
+    """Return the LLM's input embeddings of some tokens, [tokens, LLM width] in float32.
+
+    Args:
+        folder: of the LLM.
+        token_ids: the tokens.
+        dtype: of the LLM's weights in training, to which the embeddings are rounded.
+        trust_remote_code: whether code in the folder may run.
+    """
+    try:
+        llm, lazy_weights = describe_lazy_llm(folder, dtype, trust_remote_code)
+    except NotLazilyLoadable:
+        llm, lazy_weights = load_llm(folder, dtype, trust_remote_code=trust_remote_code), []
+    layer = llm.get_input_embeddings()
+    for weight in lazy_weights:
+        if any(module is layer for module, _ in weight.places):
+            weight.put(weight.read_into(torch.empty(weight.parameter.shape, dtype=dtype)))
+    # The layer is called, because some LLMs (Gemma) scale embeddings inside it.
+    return layer(torch.tensor(token_ids)).float().clone()

@@ -1,0 +1,205 @@
+"""The phases of a training: the beginning, if the recipe has one, and the training with the LLM's own loss.
+
+Both are steps of one plan, and share data, loop and checkpoints. Each has its own model and its own engine.
+The beginning's model is the projector with a CTC head, which every process can hold, so its engine is always
+DDP; the LLM is loaded at the end of the beginning. Only the projector's weights pass from one phase to the
+other. AdamW starts again from nothing: its moments are means over gradients of CTC, whose sizes say nothing
+about those of the LLM's loss, and the first updates would be too large or too small in spite of the warm-up.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from slam_asr.artifacts.checkpoint import BEGINNING, MAIN
+from slam_asr.artifacts.feature_store.reader import StoreReader
+from slam_asr.models.answer_loss import allows_chunks, score_in_chunks
+from slam_asr.models.ctc_vocabulary import CtcVocabulary
+from slam_asr.models.packed_attention import allow_packing
+from slam_asr.models.precision import explain_precision, peak_flops
+from slam_asr.progress import log_line
+from slam_asr.training.beginning import build_ctc_model
+from slam_asr.training.builder import Parts, Phase
+from slam_asr.training.engines.choose import make_engine
+from slam_asr.training.kernels import compile_layers, use_liger
+from slam_asr.training.model_builder import build_model, count_parameters
+
+WARM_UP = 0.1
+"""Share of the beginning's steps over which the learning rate rises."""
+CLIPPING = 1.0
+"""Maximum norm of the gradient in the beginning: that of CTC's first steps is large."""
+
+
+def enter_beginning(parts: Parts) -> None:
+    """Build the beginning's model and engine, and let the readers spell transcripts for CTC."""
+    recipe, options = parts.recipe, parts.recipe.projector.beginning
+    torch.manual_seed(recipe.training.seed + parts.rank)  # for dropout
+    model = build_ctc_model(parts.job, recipe, parts.device)
+    parameters = count_parameters(model, parts.job.encoder_parameters)
+    training = replace(
+        recipe.training,
+        engine="ddp",
+        zero_stage=0,
+        offload_optimizer=False,
+        deepspeed={},
+        learning_rate=options.learning_rate,
+        gradient_clipping=CLIPPING,
+    )
+    for reader in parts.readers.values():
+        reader.packs = True
+        reader.vocabulary = CtcVocabulary(reader.examples.prompt.tokenizer, parts.job.ctc_tokens)
+    parts.phase = Phase(
+        BEGINNING,
+        make_engine(model, training, parts.device, {}),
+        parameters,
+        packs=True,
+        rate=learning_rate_schedule(
+            "cosine", options.learning_rate, round(WARM_UP * options.steps), options.steps
+        ),
+        # Forward pass, and gradients of inputs and weights; the embeddings have no gradient, but are
+        # multiplied once more for the expected ones.
+        work=_work(parts, 6.0 * parameters["projector"][0] + 6.0 * model.head.embeddings.numel()),
+    )
+
+
+def leave_beginning(parts: Parts) -> float:
+    """Load the LLM, and continue with its loss from the beginning's projector.
+
+    Returns:
+        The sharpness of the head, which the training no longer needs.
+    """
+    engine = parts.engine
+    sharpness = engine.get_state("head.log_sharpness", "weight").exp().item()
+    weights = {
+        name.removeprefix("projector."): engine.get_state(name, "weight").detach().to("cpu", copy=True)
+        for name in engine.groups.weights
+        if name.startswith("projector.")
+    }
+    # The beginning's model and optimiser are freed before the LLM is loaded.
+    del parts.phase, engine
+    gc.collect()
+    if parts.device.type == "cuda":
+        torch.cuda.empty_cache()
+    enter_main(parts, weights)
+    return sharpness
+
+
+def enter_main(parts: Parts, projector: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Build the model with the LLM, and its engine.
+
+    Args:
+        parts: of the training.
+        projector: weights to start from; by default, those that the recipe starts from.
+
+    Raises:
+        UserError: the LLM's weights cannot be used.
+    """
+    recipe, options = parts.recipe, parts.recipe.training
+    torch.manual_seed(options.seed + parts.rank)  # for dropout, if any
+    model, lazy_weights = build_model(parts.job, recipe, parts.device)
+    if projector is not None:
+        model.projector.load_state_dict(projector)
+    # Counted before the engine shards the model.
+    parameters = count_parameters(model, parts.job.encoder_parameters)
+    rates = {"llm": recipe.llm.learning_rate, "encoder": recipe.encoder.learning_rate}
+    engine = make_engine(
+        model, options, parts.device, {name: r for name, r in rates.items() if r is not None}, lazy_weights
+    )
+    # If the LLM is sharded, its weights exist only from here on.
+    packs = options.packing and engine.try_llm(allow_packing)
+    for reader in parts.readers.values():
+        reader.packs, reader.vocabulary = packs, None
+    # Under ZeRO-3 the output layer's weights are complete only during its own forward call, and
+    # `score_in_chunks` reads them directly.
+    if options.zero_stage != 3 and engine.try_llm(allows_chunks):
+        model.scorer = score_in_chunks
+    # Compile after the trials, which would otherwise compile the layers for their own inputs.
+    if options.liger:
+        use_liger(model.llm)
+    if options.compile:
+        compile_layers(model.llm)
+    begun = parts.plan.beginning
+    rate = learning_rate_schedule(
+        options.schedule, options.learning_rate, options.warmup_steps, parts.plan.steps - begun
+    )
+    # Each weight of the LLM takes two operations (multiply and add) in the forward pass and two for the
+    # gradient of its input; a trained weight takes two more for its own gradient.
+    weights, trained = parameters["llm"]
+    parts.phase = Phase(
+        MAIN,
+        engine,
+        parameters,
+        packs,
+        rate=lambda step: rate(step - begun),
+        work=_work(parts, 4.0 * weights + 2.0 * trained),
+    )
+
+
+def _work(parts: Parts, operations: float) -> tuple[float, float | None]:
+    peak = peak_flops(parts.device)
+    return operations, peak and peak * parts.processes
+
+
+def learning_rate_schedule(
+    kind: str, peak: float, warmup_steps: int, total_steps: int
+) -> Callable[[int], float]:
+    """Create a function from step (the first is 1) to learning rate.
+
+    The rate rises linearly to `peak` over `warmup_steps`. Then it stays there (`constant`, as in the SLAM-ASR
+    paper) or falls to zero at the last step (`linear`, `cosine`).
+
+    Args:
+        kind: `constant`, `linear` or `cosine`.
+        peak: highest learning rate.
+        warmup_steps: steps of the linear rise.
+        total_steps: steps of the phase.
+
+    Returns:
+        A function from step to learning rate.
+    """
+
+    def rate(step: int) -> float:
+        # With 0 warm-up steps this is never true, because steps begin at 1; so nothing is divided by 0.
+        if step <= warmup_steps:
+            return peak * step / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        if kind == "linear":
+            return peak * (1 - progress)
+        if kind == "cosine":
+            return peak * (1 + math.cos(math.pi * progress)) / 2
+        return peak
+
+    return rate
+
+
+def announce(parts: Parts) -> None:
+    """Log models, device and plan before the first step of a phase."""
+    recipe, options, plan, budget = parts.recipe, parts.recipe.training, parts.plan, parts.budget
+    train = parts.readers["train"]
+    audio = "cached features" if isinstance(train.reader, StoreReader) else "encoded on the fly"
+    llm = "" if parts.in_beginning else f" + {recipe.llm.name}"
+    log_line(f"models: {recipe.encoder.name} ({audio}) + {recipe.projector.kind} projector{llm}")
+    total, trained = (sum(counts) for counts in zip(*parts.phase.parameters.values(), strict=True))
+    by_part = ", ".join(f"{name} {count:,}" for name, (_, count) in parts.phase.parameters.items() if count)
+    names = "encoder and projector" if parts.in_beginning else "encoder, projector and LLM"
+    log_line(f"parameters: {total:,} in {names}, {trained:,} trained ({by_part})")
+    engine = {"deepspeed": f"DeepSpeed, ZeRO stage {options.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}
+    compiled = ", layers are compiled during the first step" if options.compile else ""
+    log_line(
+        f"device: {parts.device.type} × {parts.processes}, "
+        f"{explain_precision(options.precision, parts.device)}, "
+        f"{'DDP' if parts.in_beginning else engine[options.engine] + compiled}"
+    )
+    log_line(
+        f"audio: {train.examples.hours:.2f} h in {len(train.examples)} utterances; {plan.steps} steps of "
+        f"{budget.step} {'utterances' if budget.fixed else 'LLM positions'} "
+        f"in {plan.epochs} epochs, batches {'packed' if parts.phase.packs else 'padded'}"
+    )
+    if parts.in_beginning:
+        log_line(
+            f"beginning: up to step {plan.beginning}, CTC over {len(parts.job.ctc_tokens) - 1} of the tokens "
+            f"of {recipe.llm.name}, without its layers"
+        )
