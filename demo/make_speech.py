@@ -25,6 +25,7 @@ import multiprocessing
 import random
 import re
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ import numpy as np
 import soundfile
 
 from demo.acoustics import CALM, VARIED, Conditions, at_speed, disturb, trim
-from demo.kokoro import SAMPLE_RATE, VOICES, Kokoro, read_wheels
+from demo.kokoro import SAMPLE_RATE, VOICES, Kokoro, check_packages, read_wheels
 from demo.texts import select_texts, sentences
 
 # Each subset of the demo is a chapter of its own, so that no key occurs in two subsets.
@@ -215,13 +216,25 @@ def start_worker(wheels: Path) -> None:
 
 
 def in_parallel(work: Callable, tasks: list, workers: int, start: Callable | None = None, *args) -> None:
-    """Call `work` for each task, and print how far it is after each."""
+    """Call `work` for each task, and print how far it is after each.
+
+    Args:
+        work: returns seconds of speech.
+        tasks: its arguments.
+        workers: number of processes.
+        start: called first in each process, with `args`.
+    """
     seconds = 0.0
-    # A fork of a process that has loaded OpenVINO can hang; each worker starts from nothing instead.
-    with multiprocessing.get_context("spawn").Pool(workers, start, args) as pool:
-        for done, one in enumerate(pool.imap(work, tasks), 1):
+    # A fork of a process that has loaded OpenVINO can hang; each worker starts from nothing instead. A Pool
+    # would start workers whose start fails again and again.
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, context, start, args)
+    try:
+        for done, one in enumerate(executor.map(work, tasks), 1):
             seconds += one
             print(f"{done} of {len(tasks)} chapters, {seconds / 3600:.2f} h of speech", flush=True)
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def copy_tasks(args: argparse.Namespace) -> list[tuple[Path, Path, int, int]]:
@@ -293,6 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.mode == "training" and not args.text.is_file():
             raise ValueError(f"there is no file {args.text}: give one with lines `<chapter>-<number> TEXT`")
         chapters = training_chapters(args) if args.mode == "training" else demo_chapters(args)
+        check_packages()
         read_wheels(args.wheels)
         write_speakers(args.out / "speakers.tsv", chapters)
         in_parallel(synthesise, chapters, args.workers, start_worker, args.wheels)

