@@ -81,5 +81,5 @@ def test_a_damaged_file_is_one_sentence(tmp_path, content):
 
 
 def test_a_folder_without_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no DeepSpeed checkpoint"):
+    with pytest.raises(UserError, match="has no DeepSpeed checkpoint"):
         fp32_weights(tmp_path)

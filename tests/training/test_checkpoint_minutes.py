@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slam_asr.artifacts.checkpoint import MAIN
 from slam_asr.config.recipe import load_recipe
 from slam_asr.training import resumer
 from slam_asr.training.loop import Loop, Totals
@@ -69,6 +70,7 @@ def test_a_checkpoint_that_is_due_is_saved_unless_another_is_being_written(
         folder=tmp_path,
         job=SimpleNamespace(inputs={}),
         engine=SimpleNamespace(updates=lambda: 7, loss_scale=dict),
+        phase=SimpleNamespace(name=MAIN),
     )
     progress = Progress(done=7)
     resumes.save_if_due(progress, due, pending, dev_loss=None, forced=False)
