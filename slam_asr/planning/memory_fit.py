@@ -117,17 +117,17 @@ def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
 
 
 def _too_much(memory: Memory, machine: Machine) -> str:
-    """Describe the memory that the training takes, its two largest parts, and the memory of the machine."""
+    """Describe the memory that the run needs, its two largest parts, and the memory of the machine."""
     assert machine.memory is not None  # `require_fit` has checked it
     names = PARTS if machine.on_gpu else CPU_PARTS
     parts = sorted(((size, names[name]) for name, size in vars(memory).items()), reverse=True)[:2]
     shown = " and ".join(f"{size / 1e9:.3g} GB {name}" for size, name in parts)
-    takes = f"This training takes about {memory.total / 1e9:.3g} GB of "
+    needs = f"This training run needs about {memory.total / 1e9:.3g} GB of "
     if machine.on_gpu:
-        return f"{takes}each GPU ({shown}), and a GPU has {machine.memory / 1e9:.3g} GB"
+        return f"{needs}each GPU ({shown}), and a GPU has {machine.memory / 1e9:.3g} GB"
     several = machine.local_processes > 1
     each = f"memory in each of {machine.local_processes} processes" if several else "memory"
-    return f"{takes}{each} ({shown}), and this host has {machine.memory / 1e9:.3g} GB available"
+    return f"{needs}{each} ({shown}), and this host has {machine.memory / 1e9:.3g} GB available"
 
 
 def _remedy(shapes: Shapes, longest: Load, machine: Machine) -> str:
@@ -152,16 +152,16 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
     if not machine.on_gpu or machine.host is None:
         return
     takes = PROCESS_OVERHEAD * machine.local_processes
-    what, remedy = f"{machine.local_processes} training processes take", "more memory for the host"
+    what, remedy = f"{machine.local_processes} training processes need", "more memory for the host"
     if shapes.recipe.training.offload_optimizer:
         # The optimiser is sharded over all processes. This host has the shards of its own ones.
         takes += host_optimizer_bytes(shapes) * machine.local_processes / machine.processes
         what, remedy = (
-            "training.offload_optimizer takes",
+            "training.offload_optimizer needs",
             "more machines or more memory, or --llm.tuning lora",
         )
     if takes / MAX_OVERESTIMATE > machine.host:
         raise ConfigurationError(
             f"{what} about {takes / 1e9:.3g} GB of this host's memory, which has "
-            f"{machine.host / 1e9:.3g} GB available: take {remedy}."
+            f"{machine.host / 1e9:.3g} GB available: use {remedy}."
         )

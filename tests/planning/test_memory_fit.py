@@ -78,14 +78,14 @@ def test_what_cannot_fit_is_refused_and_what_may_not_fit_gets_a_warning(capsys):
     model = shapes()
     with pytest.raises(
         UserError,
-        match=r"takes about 5\.\d+ GB of each GPU \(3\.\d+ GB activations and 1\.5 GB CUDA and NCCL\), "
+        match=r"needs about 5\.\d+ GB of each GPU \(3\.\d+ GB activations and 1\.5 GB CUDA and NCCL\), "
         r"and a GPU has 4\.\d+ GB: ",
     ) as refused:
         require_fit(model, Words(), utterances(), gpus(predicted_memory(model) / 1.16))
     assert "\n" not in str(refused.value)
     assert capsys.readouterr().out == ""
     require_fit(model, Words(), utterances(), gpus(predicted_memory(model) / 1.14))
-    assert capsys.readouterr().out.startswith("warning: This training takes about")
+    assert capsys.readouterr().out.startswith("warning: This training run needs about")
     require_fit(model, Words(), utterances(), gpus(predicted_memory(model) / 0.9))
     assert capsys.readouterr().out == ""
 
@@ -166,7 +166,7 @@ def test_an_offloaded_optimiser_must_fit_into_host_memory():
     )
     need = 12 * full.trained_parameters + PROCESS_OVERHEAD
     require_fit(full, Words(), utterances(), gpus(80e9, host=need))
-    with pytest.raises(UserError, match=r"training\.offload_optimizer takes about .+ this host's memory"):
+    with pytest.raises(UserError, match=r"training\.offload_optimizer needs about .+ this host's memory"):
         require_fit(full, Words(), utterances(), gpus(80e9, host=need / 1.2))
 
 
@@ -204,10 +204,10 @@ def test_each_process_counts_with_its_own_python(capsys):
     require_fit(model, Words(), utterances(), Machine(1, 1, False, fitting / 0.9, fitting / 0.9))
     assert capsys.readouterr().out == ""
     require_fit(model, Words(), utterances(), Machine(1, 1, False, fitting, fitting))
-    assert "warning: This training takes about" in capsys.readouterr().out
+    assert "warning: This training run needs about" in capsys.readouterr().out
     with pytest.raises(UserError, match="Python and its libraries"):
         require_fit(model, Words(), utterances(), Machine(1, 1, False, 0.2e9, 0.2e9))
     with pytest.raises(
-        UserError, match=r"^4 training processes take about 2 GB of this host's memory, which has 1\.5 GB"
+        UserError, match=r"^4 training processes need about 2 GB of this host's memory, which has 1\.5 GB"
     ):
         require_fit(shapes(), Words(), utterances(), gpus(80e9, count=4, host=1.5e9))

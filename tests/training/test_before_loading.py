@@ -38,7 +38,7 @@ def test_too_little_memory_is_refused(start_training, monkeypatch):
         start_training()
     monkeypatch.setattr(machine, "host_memory", lambda: 1e5)
     with pytest.raises(
-        UserError, match=r"^This training takes about .+ and this host has 0\.0001 GB available: [^\n]+$"
+        UserError, match=r"^This training run needs about .+ and this host has 0\.0001 GB available: [^\n]+$"
     ):
         start_training()
 
