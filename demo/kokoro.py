@@ -147,7 +147,13 @@ def _compile(data: bytes) -> tuple[Any, Any]:
         ([*BETWEEN, "style"], ["audio"], "bf16"),
     ):
         part = core.read_model(extractor.extract_model(inputs, outputs).SerializeToString())
-        options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
+        options = {
+            "INFERENCE_NUM_THREADS": 1,
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": precision,
+            # Every length of speech would add 30 MB of compiled kernels; recompiling them costs an eighth.
+            "CPU_RUNTIME_CACHE_CAPACITY": 0,
+        }
         parts.append(core.compile_model(part, "CPU", options))
     return parts[0], parts[1]
 
