@@ -151,8 +151,8 @@ def _compile(data: bytes) -> tuple[Any, Any]:
             "INFERENCE_NUM_THREADS": 1,
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": precision,
-            # Every length of speech would add 30 MB of compiled kernels; recompiling them costs an eighth.
-            "CPU_RUNTIME_CACHE_CAPACITY": 0,
+            # Every length of speech would add 30 MB of compiled kernels. (0 would change the samples.)
+            "CPU_RUNTIME_CACHE_CAPACITY": 1,
         }
         parts.append(core.compile_model(part, "CPU", options))
     return parts[0], parts[1]
