@@ -8,7 +8,7 @@ import pytest
 
 from slam_asr.artifacts.stage_record import read_record
 
-UTTERANCES, STEPS = 8, 100
+UTTERANCES, STEPS = 8, 140
 OVERRIDES = [
     "--training.max_steps",
     str(STEPS),

@@ -49,7 +49,8 @@ def test_a_model_runs_where_its_base_models_have_moved(moved, tmp_path, capsys):
     record = decode(moved, tmp_path, *places(moved))
     [row] = read_hypotheses(f"{record.folder}/hypotheses.jsonl")
     run("transcribe", [moved["model"], moved["a.wav"], *places(moved)])
-    assert row.hypothesis.strip() in capsys.readouterr().out
+    # Random weights write any characters; `transcribe` prints each run of white space as one space.
+    assert " ".join(row.hypothesis.split()) in capsys.readouterr().out
     # A new model folder, which names the models where they are now.
     made = run(
         "convert-checkpoint",
