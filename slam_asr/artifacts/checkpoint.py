@@ -40,7 +40,7 @@ DESCRIPTION = "checkpoint.json"
 LATEST, BEST = "latest", "best"
 CURVE = "curve.jsonl"
 BEGINNING, MAIN = "beginning", "main"
-"""Names of the phases of a training: `projector.beginning`, and the training with the LLM's own loss."""
+"""Names of the phases of a training run: `projector.beginning`, and the training with the LLM's own loss."""
 
 
 @dataclass

@@ -74,7 +74,7 @@ class CtcVocabulary:
 
 
 def choose_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], limit: int = 0) -> list[int]:
-    """Choose the tokens that spell the transcripts of a training.
+    """Choose the tokens that spell the transcripts of a training run.
 
     Args:
         tokenizer: the LLM's tokenizer.

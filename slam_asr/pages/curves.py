@@ -39,7 +39,7 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
 
 
 def with_thinned_curves(training: dict[str, Any]) -> dict[str, Any]:
-    """Return a training's values, as for `write_curves`, with at most `CURVE_POINTS` points per curve."""
+    """Return a training run's values, as for `write_curves`, with at most `CURVE_POINTS` points per curve."""
     values = training | {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     if training.get("beginning"):
         values["beginning"] = with_thinned_curves(training["beginning"])

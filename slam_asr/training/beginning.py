@@ -36,7 +36,7 @@ def tokens_of_beginning(
     """Choose the tokens that CTC distinguishes, and check that it can align the train utterances.
 
     Args:
-        recipe: of the training.
+        recipe: the training run's recipe.
         encoder: determines the number of frames.
         tokenizer: the LLM's.
         utterances: those that fit the encoder, by set (`train`, `dev`).
@@ -90,7 +90,7 @@ def build_ctc_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> C
 
     Args:
         job: names the LLM's folder, the feature store, the tokens, and the model to start from.
-        recipe: of the training.
+        recipe: the training run's recipe.
         device: where the encoder is placed; the engine moves the other parts.
     """
     spec, dtype = describe_encoder(recipe.encoder), DTYPES[recipe.training.precision]
@@ -115,9 +115,9 @@ def token_embeddings(
     """Return the LLM's input embeddings of some tokens, [tokens, LLM width] in float32.
 
     Args:
-        folder: of the LLM.
+        folder: the LLM's folder.
         token_ids: the tokens.
-        dtype: of the LLM's weights in training, to which the embeddings are rounded.
+        dtype: dtype of the LLM's weights in training, to which the embeddings are rounded.
         trust_remote_code: whether code in the folder may run.
     """
     try:

@@ -20,7 +20,7 @@ from slam_asr.training.step_plan import Budget, TrainingPlan, budget_for
 
 @dataclass
 class Phase:
-    """One of the two phases of a training: what differs between them."""
+    """One of the two phases of a training run: what differs between them."""
 
     name: str
     """`BEGINNING` or `MAIN`."""

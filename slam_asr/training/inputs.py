@@ -311,7 +311,7 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     if not values["llm"]["trust_remote_code"]:
         del values["llm"]["trust_remote_code"]
     if not recipe.projector.beginning.active:
-        del values["projector"]["beginning"]  # so that a training without one has the inputs it always had
+        del values["projector"]["beginning"]  # a training run without one has the inputs it always had
     del values["encoder"]["batch_seconds"]
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
     # Of the store's settings only these matter: the dtype rounds the features, and the size and the mixing

@@ -123,7 +123,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
 def build_initial_projector(
     job: TrainingJob, recipe: Recipe, encoder_width: int, width_of_llm: int
 ) -> SpeechProjector:
-    """Build the projector that a training starts from, in float32: random or `projector.init_from`'s."""
+    """Build the projector that a training run starts from, in float32: random or `projector.init_from`'s."""
     projector = build_projector(recipe.projector, encoder_width, width_of_llm, recipe.training.seed)
     if job.init_from:
         projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())

@@ -92,8 +92,9 @@ class Monitor:
             phase: its name.
             work: floating-point operations per LLM position, and the nominal peak per second of all devices
                 together, if known.
-            last_step: of the phase. Steps of the phases take unequal times, so the ETA is that of this step.
-            total_steps: optimiser steps of the training.
+            last_step: the phase's last step. The ETA is that of this step, because the phases' steps take
+                unequal times.
+            total_steps: optimiser steps of the training run.
         """
         self.phase, self.work, self.total = phase, work, total_steps
         if self.meter:

@@ -1,4 +1,4 @@
-"""The phases of a training: the beginning, if the recipe has one, and the training with the LLM's own loss.
+"""The phases of a training run: the beginning, if the recipe has one, and the training with the LLM's loss.
 
 Both are steps of one plan, and share data, loop and checkpoints. Each has its own model and its own engine.
 The beginning's model is the projector with a CTC head, which every process can hold, so its engine is always
@@ -91,7 +91,7 @@ def enter_main(parts: Parts, projector: Mapping[str, torch.Tensor] | None = None
     """Build the model with the LLM, and its engine.
 
     Args:
-        parts: of the training.
+        parts: the parts of the training run.
         projector: weights to start from; by default, those that the recipe starts from.
 
     Raises:
