@@ -13,6 +13,13 @@ from hypothesis import strategies as st
 from slam_asr.audio import AudioError, read_clip
 
 SOAK = bool(os.environ.get("SLAM_ASR_SOAK"))
+FUZZ = settings(
+    max_examples=5000 if SOAK else 20,
+    deadline=None,
+    database=None,
+    derandomize=not SOAK,
+    suppress_health_check=list(HealthCheck),
+)
 FORMATS = {
     "wav": ("WAV", "PCM_16", 16_000, 1),
     "wav float stereo": ("WAV", "FLOAT", 8_000, 2),
@@ -97,13 +104,7 @@ def test_damaged_audio_has_its_duration_or_is_refused(name):
     original = read_clip(name, content=CONTENTS[name]).duration
     assert original == pytest.approx(SECONDS, abs=0.001)
 
-    @settings(
-        max_examples=5000 if SOAK else 20,
-        deadline=None,
-        database=None,
-        derandomize=not SOAK,
-        suppress_health_check=list(HealthCheck),
-    )
+    @FUZZ
     @given(damaged(CONTENTS[name]))
     def check(content):
         try:

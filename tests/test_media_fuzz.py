@@ -4,12 +4,12 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slam_asr.audio import SAMPLE_RATE, AudioError, read_clip
 from tests.media import FORMATS, encoded
-from tests.test_audio_fuzz import SOAK, damaged
+from tests.test_audio_fuzz import FUZZ, damaged
 
 SECONDS = 0.5
 LONGEST = 30.0
@@ -33,13 +33,7 @@ def damaged_at_either_end(draw, content: bytes) -> bytes:
 def test_damaged_media_decode_or_are_refused(name, capfd):
     content = encoded(name, noise(FORMATS[name][2]))
 
-    @settings(
-        max_examples=5000 if SOAK else 20,
-        deadline=None,
-        database=None,
-        derandomize=not SOAK,
-        suppress_health_check=list(HealthCheck),
-    )
+    @FUZZ
     @given(damaged_at_either_end(content))
     def check(damaged_content):
         try:
