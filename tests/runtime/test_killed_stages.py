@@ -90,10 +90,10 @@ def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(sta
     # Each look reads the state of every process of the machine; imports take seconds.
     while killed.poll() is None and not processes_with(token, WORKERS[stage]):
         time.sleep(0.2)
+    # A process was seen running, so the kill has one to end; it may end before the next line looks for it.
     assert killed.poll() is None, "the stage ended before it started a process"
     killed.kill()
     killed.wait()
-    assert processes_with(token), "no process was running any more: nothing was tested"
     require_end(token, stage)
 
 
