@@ -6,6 +6,9 @@
 Each step runs in its own process. The kernel measures the process's peak resident memory, which includes
 Python and its packages. `--build` also runs the complete stage `build-manifest` on a table with as many rows.
 All rows have the same short audio file, so decoding takes hardly any time.
+
+The time for `sort` includes generating the utterances, and that for `build` writing the table. For `iterate`
+and `index`, the time excludes opening the manifest, but the peak memory includes it.
 """
 
 import argparse
@@ -126,7 +129,7 @@ def main() -> None:
     parser.add_argument("--build", action="store_true", help="also run the complete stage")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--folder", type=Path, help="folder for temporary files; some hundred MB per million utterances"
+        "--folder", type=Path, help="folder for temporary files; about 1 GB per million, more with --build"
     )
     options = parser.parse_args()
     if options.step:

@@ -48,14 +48,14 @@ def read_package(
 
 
 def check_package(path: Path, images: dict[str, str]) -> None:
-    """Check that everything that a compiled pipeline refers to exists.
+    """Check a compiled pipeline's references, required inputs, images and Kubernetes settings.
 
     Args:
         path: the pipeline's YAML.
         images: expected image of each step.
 
     Raises:
-        PackageDefect: a reference has no target; the message lists all of them.
+        PackageDefect: something is missing or wrong; the message lists every defect.
     """
     spec, settings = read_package(path)
     executors = dict(spec.deployment_spec["executors"].items())
@@ -66,9 +66,9 @@ def check_package(path: Path, images: dict[str, str]) -> None:
         elif component.executor_label not in executors:
             defects.append(f"{name} has no executor {component.executor_label}")
     for label, executor in executors.items():
-        stage = label.removeprefix("exec-")  # kfp names an executor after its component
-        if executor["container"]["image"] != images.get(stage):
-            defects.append(f"{label} runs in {executor['container']['image']}, not in {images.get(stage)}")
+        step = label.removeprefix("exec-")  # kfp names an executor after its component
+        if executor["container"]["image"] != images.get(step):
+            defects.append(f"{label} runs in {executor['container']['image']}, not in {images.get(step)}")
         if label not in settings:
             defects.append(f"{label} has no Kubernetes settings")
     defects += [
@@ -140,9 +140,9 @@ def _source_defects(
 ) -> Iterator[str]:
     """Check the source of one input of a task: another task's output, or an input of the graph."""
     single = kind.removesuffix("s")
-    # Protobuf returns an empty message, not None, for a field that is not set: its producer is "".
-    produced = getattr(source, f"task_output_{single}", None)
-    if produced is not None and produced.producer_task:
+    # If the field is not set, protobuf returns an empty message, whose producer is "".
+    produced = getattr(source, f"task_output_{single}")
+    if produced.producer_task:
         yield from _output_defects(
             spec, tasks, where, kind, produced.producer_task, getattr(produced, f"output_{single}_key")
         )

@@ -159,7 +159,7 @@ def test_recipes_named_after_a_training_method_use_it(name, values):
         ({"data.max_rejected": float("nan")}, "data.max_rejected is nan"),
         (
             {"projector.downsampling": 100},
-            "without an audio position at projector.downsampling 100: raise it to 2.0",
+            "without an audio position at projector.downsampling 100: raise data.min_duration to 2.0",
         ),
         ({"training": 4}, "training must contain keys of its own, not 4"),
         ({"data.test": "test-other"}, "data.test: Expected a list"),

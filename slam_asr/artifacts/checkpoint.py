@@ -51,7 +51,8 @@ class Checkpoint:
     """Number of optimiser steps before this checkpoint."""
     epoch: int
     updates: int
-    """Number of updates that Adam has made. It is less than `step` if some updates were skipped."""
+    """Number of updates that Adam has made in this phase. Skipped steps, and the steps of an earlier phase,
+    are not counted."""
     engine: str
     processes: int
     inputs: dict[str, Any]
@@ -82,14 +83,15 @@ class Checkpoint:
         path = join(self.folder, name)
         if not exists(path):
             raise ModelError(
-                f"The checkpoint {self.folder} lacks {name}: copy the complete folder, or remove it and "
-                "train again."
+                f"The checkpoint {self.folder} lacks {name}: copy the complete folder, or write the name of "
+                f"an older checkpoint into the file {LATEST} beside it, from which the training then resumes."
             )
         local = fetch(path)
         if sha256_of_file(local) != self.files[name]["sha256"]:
             raise ModelError(
-                f"{path} is damaged (its SHA-256 is not the one in {DESCRIPTION}): remove {self.folder}, "
-                "and the training resumes from an older checkpoint."
+                f"{path} is damaged (its SHA-256 is not the one in {DESCRIPTION}): copy {self.folder} again "
+                f"from where it came, or write the name of an older checkpoint into the file {LATEST} beside "
+                "it, from which the training then resumes."
             )
         return str(local)
 
@@ -241,7 +243,8 @@ def recover(unsaved: str, folder: str, keep: int) -> None:
     """Upload the latest checkpoint of a local folder, if it is newer than the latest one in `folder`.
 
     Args:
-        unsaved: local folder of a checkpoint that an earlier attempt could not upload.
+        unsaved: local folder with the checkpoint that an earlier attempt could not upload, in the same layout
+            as `folder`.
         folder: the folder that contains all checkpoints.
         keep: how many of the newest checkpoints to retain.
     """

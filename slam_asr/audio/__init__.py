@@ -26,7 +26,7 @@ from slam_asr.audio.faults import (
     MISSING,
     NO_CHANNEL,
     NO_SEGMENTS,
-    NOT_AUDIO,
+    NOT_AUDIO_TEXT,
     TOO_LONG,
     AudioError,
     LengthError,
@@ -194,7 +194,7 @@ def count_samples(path: str | os.PathLike) -> int:
         try:
             header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
         except (soundfile.LibsndfileError, TypeError) as error:
-            raise AudioError(f"{path} {NOT_AUDIO}.") from error
+            raise AudioError(f"{path} {NOT_AUDIO_TEXT}.") from error
         return round(header.frames * SAMPLE_RATE / header.samplerate)
 
 

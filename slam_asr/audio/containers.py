@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from slam_asr.audio.faults import TRUNCATED, more_than_announced
+from slam_asr.audio.faults import TRUNCATED_TEXT, more_than_announced
 
 _PIPE_LENGTH = 0x7FFF_F000
 """Bytes. A wav written to a pipe announces about 2 or 4 GiB, because its length was unknown when the header
@@ -120,7 +120,7 @@ def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) ->
                 return None
             end = start + length
             if end > size:
-                raise ContainerFault(TRUNCATED)
+                raise ContainerFault(TRUNCATED_TEXT)
             samples = length - layout.before_samples
             if name == b"SSND":
                 # AIFF may put the first sample at an offset, so as to align blocks. libsndfile skips it.
@@ -193,7 +193,7 @@ def _sphere_extent(head: bytes) -> tuple[int, int] | None:
 def check_end(stream: BinaryIO, end: int, size: int) -> None:
     """Compare the end of the announced content, in bytes, with that of the file."""
     if end > size:
-        raise ContainerFault(TRUNCATED)
+        raise ContainerFault(TRUNCATED_TEXT)
     if size - end <= _MAX_REST:
         return
     stream.seek(end)
@@ -243,7 +243,7 @@ def joined_ogg(content: bytes) -> list[tuple[int, int]]:
     while (position := content.find(b"OggS", position)) >= 0:
         page_size = _ogg_page_size(content, position)
         if page_size is None:
-            raise ContainerFault(TRUNCATED)
+            raise ContainerFault(TRUNCATED_TEXT)
         begins = bool(content[position + 5] & 0x02)
         if begins and not in_headers:
             _require_last_page(content, last)
@@ -270,4 +270,4 @@ def _ogg_page_size(content: bytes, start: int) -> int | None:
 
 def _require_last_page(content: bytes, start: int) -> None:
     if not content[start + 5] & 0x04:  # byte 5 holds the flags, 0x04 is "end of stream"
-        raise ContainerFault(TRUNCATED)
+        raise ContainerFault(TRUNCATED_TEXT)

@@ -1,7 +1,8 @@
-"""The faults of audio files: one error with a reason, which statistics count."""
+"""Faults of audio files: the errors, and the reasons by which the statistics count them."""
 
 from slam_asr.errors import InputError
 
+# The values of `AudioError.reason`.
 MISSING = "missing audio"
 UNREADABLE = "unreadable audio"
 EMPTY = "empty audio"
@@ -12,7 +13,7 @@ TOO_LOUD = "samples far above full scale"
 SILENT = "digital silence"
 CANCELLED = "channels that cancel each other"
 NO_CHANNEL = "no such channel"
-NO_SEGMENTS = "segment of a format without segments"
+NO_SEGMENTS = "segment of a file that allows no seeking"
 
 
 class AudioError(InputError):
@@ -27,10 +28,11 @@ class LengthError(AudioError):
     """An audio file that holds less or more than its header announces, or has damage between its frames."""
 
 
-NOT_AUDIO = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual format of audio"
-"""The fault of a file of an unknown format; the file's name goes in front."""
-TRUNCATED = "ends too early: it was truncated when it was written or copied"
-"""The fault of a file that holds less than its header announces; the file's name goes in front."""
+# Ends of messages; the file's name goes in front.
+NOT_AUDIO_TEXT = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual format of audio"
+"""The fault of a file of an unknown format."""
+TRUNCATED_TEXT = "ends too early: it was truncated when it was written or copied"
+"""The fault of a file that holds less than its header announces."""
 
 
 def more_than_announced(extra: str) -> str:

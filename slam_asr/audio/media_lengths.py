@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from slam_asr.audio.containers import ContainerFault, check_end, check_length
-from slam_asr.audio.faults import TRUNCATED
+from slam_asr.audio.faults import TRUNCATED_TEXT
 
 ENCRYPTED = "is encrypted: save it without protection"
 """The fault of a file that only the player of a shop can decode; the file's name goes in front."""
@@ -94,7 +94,7 @@ def _check_mp4(stream: BinaryIO, size: int) -> None:
             if count > size:
                 raise ContainerFault(f"is damaged: it cannot hold {count} samples")
     if b"moov" not in names:
-        raise ContainerFault(TRUNCATED)
+        raise ContainerFault(TRUNCATED_TEXT)
     check_end(stream, last, size)
 
 
@@ -111,7 +111,7 @@ def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
         if not name.strip(b"\0") and not length:
             return  # zeros: the end of QuickTime's list of user data, or padding
         if end > size:
-            raise ContainerFault(TRUNCATED)
+            raise ContainerFault(TRUNCATED_TEXT)
         if end < start:
             raise ContainerFault("is damaged: a box of its header has an impossible length")
         yield name, start, end
@@ -129,7 +129,7 @@ def _check_matroska(stream: BinaryIO, size: int) -> None:
         start = position + id_bytes + length_bytes
         is_open = length == (1 << 7 * length_bytes) - 1
         if not is_open and start + length > size:
-            raise ContainerFault(TRUNCATED)
+            raise ContainerFault(TRUNCATED_TEXT)
         if identifier == _EBML_ENCRYPTION:
             raise ContainerFault(ENCRYPTED)
         if is_open and identifier not in (_SEGMENT, _CLUSTER):
@@ -156,7 +156,7 @@ def _check_asf(stream: BinaryIO, size: int) -> None:
     while position + 24 <= size:
         name, length = struct.unpack("<16sQ", _at(stream, position, 24))
         if position + length > size:
-            raise ContainerFault(TRUNCATED)
+            raise ContainerFault(TRUNCATED_TEXT)
         if name == _ASF_HEADER and any(kind in _at(stream, position, length) for kind in _ASF_ENCRYPTION):
             raise ContainerFault(ENCRYPTED)
         if length < 24:
@@ -175,7 +175,7 @@ def _check_amr(stream: BinaryIO, size: int) -> None:
     while position < size:
         position += sizes[content[position] >> 3 & 15]
     if position > size:
-        raise ContainerFault(TRUNCATED)
+        raise ContainerFault(TRUNCATED_TEXT)
 
 
 def _check_adts(stream: BinaryIO, size: int) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, end_of_tags
-from slam_asr.audio.faults import TRUNCATED
+from slam_asr.audio.faults import TRUNCATED_TEXT
 
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 """Sample rates in Hz by the two bits of a header that give the MPEG version."""
@@ -278,7 +278,7 @@ def _run_of_frames(content: bytes, position: int, header: bytes) -> list[int]:
             break
         position += size
         if position > length + 4:
-            raise ContainerFault(TRUNCATED)
+            raise ContainerFault(TRUNCATED_TEXT)
         offsets.append(position)
     return offsets
 
@@ -337,7 +337,7 @@ def _part_with_header(content: bytes, tag: int, offsets: np.ndarray, file: Mp3) 
     flags, announced = struct.unpack(">II", content[tag + 4 : tag + 12].ljust(8, b"\0"))
     frames = len(offsets) - 1
     if flags & 1 and announced > frames + _COUNT_TOLERANCE:
-        raise ContainerFault(TRUNCATED)
+        raise ContainerFault(TRUNCATED_TEXT)
     lame = tag + 8 + 4 * (flags & 1) + 2 * (flags & 2) + 25 * (flags & 4) + (flags & 8) // 2
     # LAME's tag may follow. It begins with the encoder's name, and has delay and padding in 12 bits each.
     if not content[lame : lame + 1].strip(b"\0"):

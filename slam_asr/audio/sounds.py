@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, check_length, joined_ogg
-from slam_asr.audio.faults import EMPTY, NOT_AUDIO, AudioError, LengthError, more_than_announced
+from slam_asr.audio.faults import EMPTY, NOT_AUDIO_TEXT, AudioError, LengthError, more_than_announced
 from slam_asr.audio.flac import joined_flac
 from slam_asr.audio.media import open_media
 from slam_asr.audio.media_lengths import kind_of
@@ -94,7 +94,7 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             raise LengthError(f"{path} {fault}.") from fault
         except (soundfile.LibsndfileError, TypeError) as error:
             # Do not quote libsndfile's message: it is global to all threads and may be about another file.
-            raise AudioError(f"{path} {NOT_AUDIO}.") from error
+            raise AudioError(f"{path} {NOT_AUDIO_TEXT}.") from error
         first = sounds[0]
         if first.frames >= _NO_LENGTH:
             raise AudioError(

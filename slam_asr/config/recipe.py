@@ -33,8 +33,8 @@ from slam_asr.errors import ConfigurationError
 from slam_asr.storage import is_s3, read_bytes
 
 MODEL_KEYS = ("encoder.name", "llm.name", "llm.trust_remote_code")
-"""Keys of a recipe that have an effect on a model that is already trained: where its base models are now,
-and whether the LLM's own code may run."""
+"""Keys that describe the base models of a trained model, and that users may change after training: where the
+base models are, and whether the LLM's own code may run."""
 FRAMES_PER_SECOND = 50
 """Frames per second of audio: every supported encoder gives one frame per 20 ms."""
 
@@ -67,17 +67,18 @@ class Recipe:
             raise ConfigurationError(f"Recipe {self.name}: {problem}")
 
     def contradictions(self) -> Iterator[str]:
-        """Yield a sentence for each pair of values from different sections that cannot go together."""
+        """Yield a sentence for each contradiction that the sections cannot find themselves."""
         shortest = math.ceil(self.data.min_duration * FRAMES_PER_SECOND)
         if self.encoder.frames == "speech" and shortest < self.projector.downsampling:
             yield (
                 f"data.min_duration ({self.data.min_duration} s, {shortest} frames) leaves the shortest "
                 "utterances without an audio position at projector.downsampling "
-                f"{self.projector.downsampling}: raise it to "
+                f"{self.projector.downsampling}: raise data.min_duration to "
                 f"{self.projector.downsampling / FRAMES_PER_SECOND} or more."
             )
-        # For files and overrides, load_recipe() has already moved the JSON's values to other keys. An
-        # option on the command line arrives here directly, when the other keys already have their values.
+        # load_recipe() has already moved DeepSpeed's settings, from a file or from its `overrides`, into the
+        # recipe's own keys. An option on the command line does not go through load_recipe(): if adopt() would
+        # still move something here, it is refused.
         remaining: dict[str, Any] = {"deepspeed": self.training.deepspeed}
         adopt({"training": remaining}, f"Recipe {self.name}")
         if remaining != {"deepspeed": self.training.deepspeed}:
@@ -130,12 +131,12 @@ def recipe_values(source: str) -> dict[str, Any]:
 
 
 def with_base_models_of(trained: Recipe, given: Recipe | None) -> Recipe:
-    """Return the recipe of a training run, with the present places of its base models.
+    """Return a training run's recipe with the user's values of `MODEL_KEYS`.
 
     Args:
         trained: the recipe that a model or a checkpoint contains.
-        given: the user's recipe, of which only `MODEL_KEYS` count. Without it the models are where they were
-            in training, and no code of an LLM is trusted: the recipe in a model is not the user's decision.
+        given: the user's recipe. If None, the base models are looked for where they were in training, and the
+            LLM's own code may not run: only the user may allow that, not a recipe that comes with a model.
     """
     encoder, llm = (given.encoder, given.llm) if given else (trained.encoder, trained.llm)
     return replace(
@@ -175,7 +176,8 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
             f"No recipe named {source}, and no such file{hint} Shipped recipes: {', '.join(shipped)}."
         )
     values = parse_yaml(text, where, "encoder:")
-    # `...` is for a recipe without the key, because `features: null` is None.
+    # `features: none` and `features: null` both mean no cache. The default is `...`, so that a missing key is
+    # not taken for null.
     if values.get("features", ...) in (None, "none"):
         values["features"] = {"cache": "none"}
     return values, where

@@ -27,7 +27,7 @@ _UPDATED: ContextVar["SharedLayer | None"] = ContextVar("updated layer", default
 
 
 class CannotShare(Exception):
-    """The LLM needs more from its attention than `attend` computes.
+    """The LLM does not use `attend`, or needs something that `attend` does not compute.
 
     `beam_search` then repeats the search without a shared prefix.
     """
@@ -104,15 +104,16 @@ class BeamLayer(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, beams: int, max_new_tokens: int) -> None:
         super().__init__()
-        assert layer.keys is not None and layer.values is not None, "the prefix has been read"
-        self.prefix_length = layer.keys.shape[-2]
+        assert layer.keys is not None and layer.values is not None, "the LLM must process the prefix first"
+        self.generated_from = layer.keys.shape[-2]
+        """Position in the buffers at which generated tokens begin. A `SharedLayer` has no prefix there: 0."""
         self._keys, self._values = (
             _with_capacity(tensor, beams, max_new_tokens) for tensor in (layer.keys, layer.values)
         )
         # Otherwise the prefix would be in memory twice until all layers are converted.
         layer.keys = layer.values = None
         self.dtype, self.device, self.is_initialized = self._keys.dtype, self._keys.device, True
-        self._set_end(self.prefix_length)
+        self._set_end(self.generated_from)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -146,7 +147,7 @@ class BeamLayer(DynamicLayer):
         """
         end = self.keys.shape[-2]
         for buffer in (self._keys, self._values):
-            buffer[:, :, self.prefix_length : end] = buffer[:, :, self.prefix_length : end].index_select(
+            buffer[:, :, self.generated_from : end] = buffer[:, :, self.generated_from : end].index_select(
                 0, beam_idx.to(buffer.device)
             )
 
@@ -188,14 +189,14 @@ class SharedLayer(BeamLayer):
     def __init__(
         self, layer: DynamicLayer, beams: int, max_new_tokens: int, padding_bias: torch.Tensor
     ) -> None:
-        assert layer.keys is not None and layer.values is not None, "the prefix has been read"
+        assert layer.keys is not None and layer.values is not None, "the LLM must process the prefix first"
         self.prefix_keys, self.prefix_values = layer.keys, layer.values
         """Keys and values of audio and prompt, each [utterances, key heads, positions, head width]."""
         self.padding_bias, self.beams = padding_bias, beams
         self.attend_calls = 0
         """How often `attend` has read this layer. By this number, the search checks that the LLM really uses
         `attend`."""
-        # Without positions, the buffers of `BeamLayer` get capacity for the generated tokens only.
+        # `BeamLayer` gets tensors with no positions, so its buffers hold only generated tokens.
         layer.keys, layer.values = (tensor[:, :, :0] for tensor in (layer.keys, layer.values))
         super().__init__(layer, beams, max_new_tokens)
 
@@ -203,7 +204,8 @@ class SharedLayer(BeamLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append as in `BeamLayer`, and return the keys and values of the generated tokens only."""
-        # From the cache, transformers passes only keys and values to the attention, which it calls next.
+        # transformers calls the attention next, but passes it only keys and values, not this layer. There,
+        # `attend` finds the layer in `_UPDATED`.
         _UPDATED.set(self)
         return super().update(key_states, value_states)
 
@@ -256,7 +258,7 @@ def attend(
     """
     layer = _UPDATED.get()
     # The keys are compared by identity: an LLM that copies them between cache and attention (to rotate or
-    # repeat them, say) would change only its own tokens' keys, not those of the prefix.
+    # repeat them, say) would change the keys of the generated tokens, but not those of the prefix.
     if (
         layer is None
         or key is not layer.keys
@@ -304,8 +306,8 @@ def _attend(layer: SharedLayer, query: torch.Tensor, key: torch.Tensor, value: t
 
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mask")
-"""Arguments with which some LLMs make their attention change the scores or hide positions. `attend` does
-neither."""
+"""Optional arguments by which an LLM asks its attention to change the scores or to mask further positions.
+`attend` does not support them."""
 
 
 @functools.cache

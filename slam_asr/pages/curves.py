@@ -49,8 +49,8 @@ def with_thinned_curves(training: dict[str, Any]) -> dict[str, Any]:
 def thinned(points: Sequence[dict[str, Any]], max_points: int = CURVE_POINTS) -> list[dict[str, Any]]:
     """Reduce a curve to at most `max_points` points.
 
-    Each point is the mean of equally many consecutive points, the last one of fewer. Its step is the last of
-    theirs.
+    Each new point is the mean of a group of consecutive points, and has the last step of its group. All
+    groups have the same size, except that the last may be smaller.
     """
     if len(points) <= max_points:
         return list(points)
@@ -104,7 +104,8 @@ def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     figures have no legend, because the page shows the markers next to the names.
 
     Args:
-        trainings: training runs keyed by name, each as for `draw_curves`; both lists may be missing.
+        trainings: training runs keyed by name, each with `curve` and `validation` as for `draw_curves`;
+            either or both may be missing.
 
     Returns:
         Figures as from `draw_curves`.
@@ -217,7 +218,7 @@ _DASHES = ((), (3, 2), (6, 2), (1, 1.5), (6, 2, 1, 2), (2, 4))
 _STYLES: dict[str, dict[str, Any]] = {
     "training": {"color": _TRAINING},
     "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))},
-    # CTC's loss, and 1 minus the token error rate of its best paths as the accuracy.
+    # In the beginning, the loss is CTC's, and the accuracy is 1 minus the token error rate of its best paths.
     "beginning": {"color": _QUIET},
     "beginning, dev": {"color": _QUIET, "marker": "s", "markersize": 4, "linestyle": (0, (1, 1.5))},
 }

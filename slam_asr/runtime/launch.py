@@ -1,4 +1,4 @@
-"""Several processes of one machine that share a stage's work, each with a GPU of its own.
+"""Starts several processes on one machine that share a stage's work, each with its own GPU if there are GPUs.
 
 Each process runs a module of this package, gets its job as a JSON file, and ends with the stage. When one
 process fails, or when the stage is interrupted, the others are terminated.
@@ -27,7 +27,7 @@ class Job:
     """The instructions for one process. Each module adds its own fields."""
 
     process: int = 0
-    """Number of the process, and of its GPU, from 0."""
+    """Index of the process, from 0, and of its GPU, if it has one."""
     processes: int = 1
     """Number of processes that share the work."""
     folder: str = ""
@@ -40,19 +40,22 @@ class ProcessEnded(Exception):
 
 @contextlib.contextmanager
 def processes_of(
-    module: str, job: Job, number: int, remedy: str, piped: bool = False
+    module: str, job: Job, count: int, remedy: str, piped: bool = False
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start processes, and terminate them when the block ends.
+    """Start processes for the duration of a block.
+
+    The block waits for their work: processes that still run when it ends are terminated. It raises
+    `ProcessEnded` if one of them ends too early.
 
     Args:
         module: run as `python -m module JOB`, in a process that ends with this one.
-        job: the fields that the processes have in common; each process gets its own number.
-        number: how many processes to start.
+        job: the fields that the processes have in common; each process gets its own index.
+        count: how many processes to start.
         remedy: the options to lower if memory runs out, for the message about a process that was killed.
         piped: whether the block writes to their standard input and reads from their standard output.
 
     Yields:
-        The running processes, in the order of their numbers.
+        The running processes, in the order of their indices.
 
     Raises:
         UserError: a process failed. The message is the process's own if it left one.
@@ -62,13 +65,13 @@ def processes_of(
         running: list[subprocess.Popen[str]] = []
         ended, code = False, 0
         try:
-            for index in range(number):
+            for index in range(count):
                 path = Path(folder) / f"job-{index}.json"
-                write_json(path, asdict(replace(job, process=index, processes=number, folder=folder)))
+                write_json(path, asdict(replace(job, process=index, processes=count, folder=folder)))
                 running.append(
                     subprocess.Popen(
                         [sys.executable, "-u", "-m", START, module, str(path)],
-                        env=os.environ | thread_limits(number) | {PARENT: str(os.getpid())},
+                        env=os.environ | thread_limits(count) | {PARENT: str(os.getpid())},
                         stdin=pipe,
                         stdout=pipe,
                         encoding="utf-8",

@@ -62,7 +62,7 @@ def check_store(store: str, remedy: str) -> Finding:
 
     Args:
         store: folder or s3:// prefix.
-        remedy: what to do if object storage refuses, for the message.
+        remedy: end of the message about any failure: where the pod's access rights come from.
     """
     subject = f"store {store}"
     path = join(store, f".doctor-{secrets.token_hex(8)}", "object")
@@ -70,7 +70,7 @@ def check_store(store: str, remedy: str) -> Finding:
     try:
         write_bytes(path, content)
         if read_bytes(path) != content:
-            raise StorageError(f"{path} has another content than was written: look for a cache or proxy.")
+            raise StorageError(f"{path} does not contain what was written to it: look for a cache or proxy.")
         if "object" not in [info.name for info in walk(parent_of(path))]:
             raise StorageError(f"{path} was written but is not listed: the store must list objects at once.")
         delete(path)

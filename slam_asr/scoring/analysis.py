@@ -52,8 +52,9 @@ def analyse(measured: Measured) -> dict[str, Any]:
         `normalised`, the rate after normalisation;
         `durations` and `speakers`: counts, hours and `rate` of each group;
         `confusions`: the most frequent substitutions, deletions and insertions;
-        `guards`: number of utterances with each of the `ANSWER_FAULTS`;
-        `empty_references`: number of utterances without speech, and the words of their hypotheses.
+        `faults`: number of utterances with each of the `ANSWER_FAULTS`;
+        `empty_references`: `utterances`, the number with an empty reference, and `insertions`, the number of
+        words (or characters) in their hypotheses.
     """
     rows = measured.rows
     characters = character_errors(rows, measured.characters)
@@ -88,7 +89,7 @@ def analyse(measured: Measured) -> dict[str, Any]:
             "deletions": [[word, n] for word, n in _most_frequent(measured.deleted)],
             "insertions": [[word, n] for word, n in _most_frequent(measured.inserted)],
         },
-        "guards": _count_faults(measured),
+        "faults": _count_faults(measured),
         "empty_references": _empty_references(measured),
     }
 

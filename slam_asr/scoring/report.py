@@ -287,7 +287,7 @@ def _markdown(numbers: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} | {_hours(row['hours'])} |")
     wrong = [
         f"{escape_markdown(fault)}: {with_thousands(count)}"
-        for fault, count in numbers["guards"].items()
+        for fault, count in numbers["faults"].items()
         if count
     ]
     if wrong:

@@ -37,7 +37,8 @@ def transcribe(
         output: folder for the transcripts, one file per recording and named after it. If not given, they are
             printed.
         longest: maximum length of a segment in seconds. Longer segments give the LLM more context, but models
-            work best at the lengths that they were trained on. The encoder's window may set a lower limit.
+            work best at the lengths that they were trained on. A segment is never longer
+            than the encoder's window, if it has one.
 
     Returns:
         The transcripts, in the order of the files.
@@ -87,11 +88,12 @@ def _seconds(file: str) -> float:
     except AudioError as error:
         if error.reason != MISSING:
             raise
-        # The error's own sentence advises to build a manifest again, but none is used here.
+        # The error's own sentence says to build the manifest again, but there is none here.
         if not is_s3(file) and local_path(file).is_dir():
             raise InputError(
                 f"{file} is a folder and holds no model (no config.json): name audio files."
             ) from error
+        # The command also accepts a model before the files, so this may be the mistyped name of one.
         hint = nearest(file, list(shipped_models()))
         raise InputError(f"There is no audio file {file}{hint or ': check the path.'}") from error
 
@@ -109,7 +111,7 @@ def _open(model: str, recipe: Recipe, longest: float) -> Transcriber:
 
 
 def _check(files: list[str], format: str, output: str | None, longest: float) -> None:
-    """Refuse options that contradict each other.
+    """Refuse missing, invalid and contradictory options.
 
     Raises:
         ConfigurationError: no file is given, segments would be too short, or subtitles would be mixed.

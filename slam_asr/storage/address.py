@@ -33,12 +33,14 @@ def split_uri(uri: str) -> tuple[str, str]:
         StorageError: the address holds credentials, has no bucket, or has a key that no object can have.
     """
     authority = uri.removeprefix(SCHEME).partition("/")[0]
-    # A secret key may contain a slash: of `name:secret/key@bucket`, the authority is then only `name:secret`,
-    # without the @. The message does not repeat the address, which holds a password.
+    # A secret key may contain a slash. In `name:secret/key@bucket` the part before the first slash is
+    # `name:secret`, without the @, so a colon counts too. The message does not show the address, because it
+    # may contain a password.
     if "@" in authority or ":" in authority:
         raise StorageError(
-            "An s3:// address holds a name or password before its bucket: "
-            "take it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            "An s3:// address begins with a name, password or server instead of a bucket (it contains : or "
+            "@): write s3://bucket/prefix, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for "
+            "credentials, and AWS_ENDPOINT_URL for the server."
         )
     match = re.fullmatch(r"s3://([a-zA-Z0-9][a-zA-Z0-9._-]+)/?(.*)", uri, re.DOTALL)
     if not match:

@@ -25,16 +25,16 @@ class PromptedTarget:
     """An utterance's text together with one of the prompts, as token ids."""
 
     before: list[int]
-    """Token ids in front of the audio."""
-    prompt: list[int]
-    """Token ids between the audio and the answer."""
+    """The prompt's token ids in front of the audio."""
+    after: list[int]
+    """The prompt's token ids between the audio and the answer."""
     answer: list[int]
-    """The targets: token ids of the transcript and of the token that ends it."""
+    """Token ids of the transcript, and of the token that ends it. The loss is computed on them."""
 
     @property
     def positions(self) -> int:
         """LLM positions of all text."""
-        return len(self.before) + len(self.prompt) + len(self.answer)
+        return len(self.before) + len(self.after) + len(self.answer)
 
 
 class Examples:
@@ -46,7 +46,7 @@ class Examples:
         utterances: the utterances of a manifest.
         reader: gives the length and the shard of each utterance's audio.
         projector: determines how many LLM positions the audio takes.
-        prompt: the recipe's prompts, tokenised.
+        recipe_prompts: the recipe's prompts, tokenised.
         prompts: those of the recipe's prompts that may be drawn for an utterance.
         limit: maximum number of LLM positions, or None if the LLM has no limit.
 
@@ -59,15 +59,15 @@ class Examples:
         utterances: Sequence[Utterance],
         reader: FeatureReader,
         projector: Projector,
-        prompt: Prompt,
+        recipe_prompts: Prompt,
         prompts: list[TokenizedPrompt],
         limit: int | None,
     ) -> None:
-        self.utterances, self.prompt, self.prompts = utterances, prompt, prompts
+        self.utterances, self.recipe_prompts, self.prompts = utterances, recipe_prompts, prompts
         count = len(utterances)
         self.audio_positions = np.zeros(count, np.int32)
         """[utterances] int32: LLM positions of the audio."""
-        self.targets = np.zeros((count, len(prompts)), np.int32)
+        self.target_counts = np.zeros((count, len(prompts)), np.int32)
         """[utterances, prompts] int32: number of target tokens."""
         self.positions: list[int] = []
         """[utterances] LLM positions of audio and text with the longest of `prompts`: a batch then fits,
@@ -79,20 +79,20 @@ class Examples:
             samples.append(samples_of(utterance))
             prompted = [self._prompted(utterance, p) for p in prompts]
             self.audio_positions[index] = positions_of(projector, reader.span(utterance))
-            self.targets[index] = [len(p.answer) for p in prompted]
+            self.target_counts[index] = [len(p.answer) for p in prompted]
             longest = max(prompted, key=lambda p: p.positions)
             self.positions.append(int(self.audio_positions[index]) + longest.positions)
             self.hours += (utterance.duration or 0.0) / 3600
             if limit is not None and self.positions[-1] > limit:
                 raise InputError(
                     f"Utterance {utterance.key} needs {self.positions[-1]} LLM positions (audio "
-                    f"{self.audio_positions[index]}, prompt {len(longest.before) + len(longest.prompt)}, "
-                    f"answer {len(longest.answer)}) but the LLM holds {limit}: shorten it with "
-                    "data.max_duration, or the prompt."
+                    f"{self.audio_positions[index]}, prompt {len(longest.before) + len(longest.after)}, "
+                    f"answer {len(longest.answer)}) but the LLM holds {limit}: lower data.max_duration and "
+                    "build the manifest again, which leaves such utterances out, or shorten the prompt."
                 )
-        columns = np.frombuffer(bytes(audio_ids), np.uint8).reshape(-1, 32)
-        self.shards, self.reader_shards = _in_canonical_order(
-            reader.shards_of(columns, np.array(samples, np.int64)), columns
+        rows = np.frombuffer(bytes(audio_ids), np.uint8).reshape(-1, 32)
+        self.shards, self.reader_shards = _canonical_numbers(
+            reader.shards_of(rows, np.array(samples, np.int64)), rows
         )
         """`shards`: [utterances] int32, the canonical shard number of each utterance. `reader_shards`: the
         reader's number for each canonical one."""
@@ -100,15 +100,15 @@ class Examples:
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def prompted(self, index: int, prompt: int) -> PromptedTarget:
+    def prompted(self, index: int, prompt_index: int) -> PromptedTarget:
         """Tokenise an utterance's text with one of the prompts, both given by their index."""
-        return self._prompted(self.utterances[index], self.prompts[prompt])
+        return self._prompted(self.utterances[index], self.prompts[prompt_index])
 
     def _prompted(self, utterance: Utterance, prompt: TokenizedPrompt) -> PromptedTarget:
-        return PromptedTarget(prompt.before, *self.prompt.with_answer(prompt, utterance.target))
+        return PromptedTarget(prompt.before, *self.recipe_prompts.with_answer(prompt, utterance.target))
 
 
-def _in_canonical_order(numbers: np.ndarray, audio_ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
+def _canonical_numbers(numbers: np.ndarray, audio_ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """Number shards by the smallest audio id in each.
 
     A reader's own numbers depend on how the store was written; these depend on the audio alone. The order of
@@ -122,8 +122,8 @@ def _in_canonical_order(numbers: np.ndarray, audio_ids: np.ndarray) -> tuple[np.
     Returns:
         The canonical shard numbers, [utterances] int32; and the reader's number for each canonical one.
     """
-    # `first` has the place where each shard occurs first. In the order of audio ids, that is the shard's
-    # smallest audio id.
+    # Sorted by audio id, the first utterance of a shard has the shard's smallest audio id. `first` is its
+    # index.
     by_audio_id = argsort_audio_ids(audio_ids)
     shards, first = np.unique(numbers[by_audio_id], return_index=True)
     ranked = shards[np.argsort(first)]
@@ -178,7 +178,7 @@ class BatchReader:
                     features,
                     int(self.examples.audio_positions[index]),
                     prompted.before,
-                    prompted.prompt,
+                    prompted.after,
                     prompted.answer,
                 )
             )
@@ -187,17 +187,17 @@ class BatchReader:
             batch.labels.fill_(IGNORED)
         return batch
 
-    def targets(self, indices: Iterable[int], epoch: int = 0) -> int:
+    def count_targets(self, indices: Iterable[int], epoch: int = 0) -> int:
         """Count the target tokens of utterances: with an epoch's prompts, or as they are spelled for CTC."""
         if self.vocabulary is not None:
             return sum(len(self._spelled(i)) for i in indices)
-        utterances, targets = self.examples.utterances, self.examples.targets
-        # Drawing hashes the key, so it is skipped if the result can only be 0.
-        several = targets.shape[1] > 1
-        return sum(int(targets[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
+        utterances, counts = self.examples.utterances, self.examples.target_counts
+        # With a single prompt, the index is always 0; `draw` would hash every key for it.
+        several = counts.shape[1] > 1
+        return sum(int(counts[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
 
     def _spelled(self, index: int) -> list[int]:
-        assert self.vocabulary is not None, "the caller has checked it"
+        assert self.vocabulary is not None, "utterances are spelled only if `vocabulary` is set"
         return self.vocabulary.spell(self.examples.utterances[index].target)
 
     def expect(self, shards: Iterable[int]) -> None:

@@ -292,8 +292,9 @@ def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) 
     if differing and not overwrite:
         shown = ", ".join(f"{key} {before} → {now}" for key, before, now in differing[:5])
         more = ", …" if len(differing) > 5 else ""
+        number = "1 key differs" if len(differing) == 1 else f"{len(differing)} keys differ"
         raise ConfigurationError(
-            f"{latest.folder} is a checkpoint of another training run ({len(differing)} keys differ: "
+            f"{latest.folder} is a checkpoint of another training run ({number}: "
             f"{shown}{more}): choose another --output, or add --overwrite true to start again."
         )
     if differing:

@@ -100,7 +100,7 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
             reader.expect([*window.shards, *(next_window.shards if next_window else [])])
             current = window
         mine = own_share(parts, step, reader)
-        targets = reader.targets(step, window.epoch)
+        targets = reader.count_targets(step, window.epoch)
         for i, indices in enumerate(mine, start=1):
             batch = reader.batch(indices, window.epoch)
             if isinstance(batch, CtcBatch):

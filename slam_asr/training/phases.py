@@ -50,7 +50,7 @@ def enter_beginning(parts: Parts) -> None:
     )
     for reader in parts.readers.values():
         reader.packs = True
-        reader.vocabulary = CtcVocabulary(reader.examples.prompt.tokenizer, parts.job.ctc_tokens)
+        reader.vocabulary = CtcVocabulary(reader.examples.recipe_prompts.tokenizer, parts.job.ctc_tokens)
     parts.phase = Phase(
         BEGINNING,
         make_engine(model, training, parts.device, {}),

@@ -66,7 +66,7 @@ class SampleTranscriber:
     """
 
     def __init__(self, reader: BatchReader, recipe: Recipe) -> None:
-        self.reader, self.prompt = reader, reader.examples.prompt
+        self.reader, self.prompt = reader, reader.examples.recipe_prompts
         self.options = replace(recipe.decoding, beams=1)
         count = len(reader.examples)
         draw = random.Random(f"{recipe.training.seed}/samples")

@@ -197,7 +197,7 @@ def test_hypotheses_and_reports_of_earlier_versions_are_read(tmp_path):
 
 
 def test_a_loop_of_characters_is_flagged():
-    faults = analyse(measure([row("谢谢你们的帮助", "谢谢" * 6)]))["guards"]
+    faults = analyse(measure([row("谢谢你们的帮助", "谢谢" * 6)]))["faults"]
     assert faults["loop"] == 1
 
 

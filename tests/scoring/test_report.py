@@ -249,7 +249,7 @@ def test_groups_confusions_and_faults_of_answers_are_on_the_page(tmp_path):
     assert [row[0] for row in tables["Audio"][1:]] == ["0 to 5 s", "5 to 10 s", "above 30 s"]
     assert [row[0] for row in tables["Speaker"][1:]] == ["61", "63", "62"]
     assert "<li><b>1</b> sat<i> → </i>sit</li>" in html
-    assert numbers["guards"] == {"loop": 1, "cut at the limit": 1, "empty answer": 1, "refusal": 0}
+    assert numbers["faults"] == {"loop": 1, "cut at the limit": 1, "empty answer": 1, "refusal": 0}
     assert '<span class="tag">loop</span> <span class="tag">cut at the limit</span>' in html
     assert "Answers that went wrong: loop: 1; cut at the limit: 1; empty answer: 1." in markdown
 

@@ -9,50 +9,51 @@ import numpy as np
 import pytest
 
 from slam_asr.config.recipe import Training
-from slam_asr.training.batches import _in_canonical_order
+from slam_asr.training.batches import _canonical_numbers
 from slam_asr.training.prefetch import prefetch
-from slam_asr.training.step_plan import Budget, TrainingPlan, budget_for, split_packed, split_step
-from slam_asr.training.step_plan import plan_epoch as plan_windows
+from slam_asr.training.step_plan import Budget, TrainingPlan, budget_for, plan_epoch, split_packed, split_step
 
 CHANCE = random.Random(3)
 LENGTHS = [CHANCE.randint(30, 330) for _ in range(500)]
 SHARDS = np.array([CHANCE.randrange(20) for _ in range(500)])
 
 
-def plan_epoch(lengths, budget, seed, epoch):
+def steps_of_one_shard(lengths, budget, seed, epoch):
     """Plan the steps of an epoch over a single shard."""
-    windows = plan_windows(lengths, np.zeros(len(lengths), int), 8, budget, seed, epoch)
+    windows = plan_epoch(lengths, np.zeros(len(lengths), int), 8, budget, seed, epoch)
     return [step for window in windows for step in window.steps]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_every_utterance_occurs_once_per_epoch(epoch):
-    steps = plan_epoch(LENGTHS, 1500, seed=0, epoch=epoch)
+    steps = steps_of_one_shard(LENGTHS, 1500, seed=0, epoch=epoch)
     assert sorted(i for step in steps for i in step) == list(range(500))
 
 
 def test_steps_are_within_the_budget_and_nearly_fill_it():
-    sizes = [sum(LENGTHS[i] for i in step) for step in plan_epoch(LENGTHS, 1500, 0, 0)]
+    sizes = [sum(LENGTHS[i] for i in step) for step in steps_of_one_shard(LENGTHS, 1500, 0, 0)]
     assert max(sizes) <= 1500
     assert sum(sizes) / len(sizes) > 0.85 * 1500
 
 
 def test_an_utterance_longer_than_the_budget_is_a_step_of_its_own():
-    steps = plan_epoch([10, 5000, 10], 100, 0, 0)
+    steps = steps_of_one_shard([10, 5000, 10], 100, 0, 0)
     assert [1] in steps and sorted(i for s in steps for i in s) == [0, 1, 2]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    assert plan_epoch(LENGTHS, 1500, 0, 0) == plan_epoch(LENGTHS, 1500, 0, 0)
+    assert steps_of_one_shard(LENGTHS, 1500, 0, 0) == steps_of_one_shard(LENGTHS, 1500, 0, 0)
     assert (
-        plan_epoch(LENGTHS, 1500, 0, 0) != plan_epoch(LENGTHS, 1500, 0, 1) != plan_epoch(LENGTHS, 1500, 1, 1)
+        steps_of_one_shard(LENGTHS, 1500, 0, 0)
+        != steps_of_one_shard(LENGTHS, 1500, 0, 1)
+        != steps_of_one_shard(LENGTHS, 1500, 1, 1)
     )
     # Golden: the same on every machine.
-    assert plan_epoch(list(range(10, 20)), 60, 7, 0) == [[0, 1, 2, 3, 4], [8, 9], [5, 6, 7]]
+    assert steps_of_one_shard(list(range(10, 20)), 60, 7, 0) == [[0, 1, 2, 3, 4], [8, 9], [5, 6, 7]]
 
 
 def test_steps_mix_lengths_over_the_epoch():
-    means = [sum(LENGTHS[i] for i in step) / len(step) for step in plan_epoch(LENGTHS, 1500, 0, 0)]
+    means = [sum(LENGTHS[i] for i in step) / len(step) for step in steps_of_one_shard(LENGTHS, 1500, 0, 0)]
     quarter = len(means) // 4
     assert abs(sum(means[:quarter]) / quarter - sum(means) / len(means)) < 40
 
@@ -60,7 +61,7 @@ def test_steps_mix_lengths_over_the_epoch():
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("budget", [400, 1500, 100_000])
 def test_processes_divide_a_step_completely_into_equal_numbers_of_batches(processes, budget):
-    for step in plan_epoch(LENGTHS, 1500, 0, 0):
+    for step in steps_of_one_shard(LENGTHS, 1500, 0, 0):
         shares = split_step(step, LENGTHS, processes, budget)
         assert len(shares) == processes
         assert len({len(share) for share in shares}) == 1
@@ -77,7 +78,7 @@ def test_fewer_utterances_than_processes_give_empty_batches_instead_of_missing_o
 @pytest.mark.parametrize("window", [1, 3, 8, 100])
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_every_shard_is_in_one_window_and_every_utterance_in_one_step(window, epoch):
-    windows = list(plan_windows(LENGTHS, SHARDS, window, 1500, 0, epoch))
+    windows = list(plan_epoch(LENGTHS, SHARDS, window, 1500, 0, epoch))
     assert sorted(s for w in windows for s in w.shards) == list(range(20))
     assert sorted(i for w in windows for step in w.steps for i in step) == list(range(500))
     for w in windows:
@@ -85,7 +86,7 @@ def test_every_shard_is_in_one_window_and_every_utterance_in_one_step(window, ep
 
 
 def test_utterances_of_a_windows_shards_are_mixed():
-    for window in plan_windows(LENGTHS, SHARDS, 5, 1500, 0, 0):
+    for window in plan_epoch(LENGTHS, SHARDS, 5, 1500, 0, 0):
         mixed = [len({int(SHARDS[i]) for i in step}) for step in window.steps if len(step) > 3]
         assert sum(mixed) / len(mixed) > 2
 
@@ -93,8 +94,8 @@ def test_utterances_of_a_windows_shards_are_mixed():
 def test_the_order_does_not_depend_on_how_a_reader_numbers_shards():
     audio_ids = np.random.default_rng(0).integers(0, 256, (500, 32), dtype=np.uint8)
     renumbered = np.array(random.Random(1).sample(range(100), 20))
-    one, numbers = _in_canonical_order(SHARDS, audio_ids)
-    two, other_numbers = _in_canonical_order(renumbered[SHARDS], audio_ids)
+    one, numbers = _canonical_numbers(SHARDS, audio_ids)
+    two, other_numbers = _canonical_numbers(renumbered[SHARDS], audio_ids)
     assert (one == two).all() and renumbered[numbers].tolist() == other_numbers
     assert (np.array(numbers)[one] == SHARDS).all()
 
@@ -185,18 +186,19 @@ def test_batches_of_a_fixed_number_of_utterances_as_in_the_reference():
 def test_packed_batches_contain_every_utterance_within_the_budget_and_are_equally_many_per_process(
     processes, budget
 ):
-    for step in plan_epoch(LENGTHS, 1500, 0, 0):
+    for step in steps_of_one_shard(LENGTHS, 1500, 0, 0):
         shares = split_packed(step, LENGTHS, processes, budget)
         batches = [batch for share in shares for batch in share]
         assert sorted(i for batch in batches for i in batch) == sorted(step)
         assert len({len(share) for share in shares}) == 1
         assert all(sum(LENGTHS[i] for i in batch) <= budget or len(batch) == 1 for batch in batches)
-        # At most one round more than necessary, unless single utterances take more than half of the budget.
+        # Each process has at most one batch more than necessary, unless an utterance takes more than half of
+        # the budget.
         fewest = -(-sum(LENGTHS[i] for i in step) // (budget * processes))
         assert len(shares[0]) <= fewest + 1 or max(LENGTHS) > budget // 2
 
 
 def test_packed_batches_are_about_equally_full():
-    step = plan_epoch(LENGTHS, 6000, 0, 0)[0]
+    step = steps_of_one_shard(LENGTHS, 6000, 0, 0)[0]
     loads = [sum(LENGTHS[i] for i in share[0]) for share in split_packed(step, LENGTHS, 4, 6000)]
     assert max(loads) - min(loads) <= max(LENGTHS[i] for i in step)
