@@ -210,7 +210,8 @@ class Projector:
     """Layers of a q-former. The other kinds ignore it."""
     init_from: str = ""
     """A model folder, local or s3://, or the name of a shipped model: training starts from its projector,
-    which must have the same kind and sizes. Empty: random weights, drawn with the seed."""
+    which must have the same kind and sizes, and with `llm.tuning: lora` also from its adapter, if it has one.
+    Empty: random weights, drawn with the seed."""
     beginning: Beginning = field(default_factory=Beginning)
 
     def contradictions(self) -> Iterator[str]:
