@@ -5,9 +5,8 @@ Hypotheses are extended, finished and dropped by the same scores as in `Generati
 
 - Audio and prompt run through the LLM once per utterance, not once per beam, in groups of similar length.
 - The beams of an utterance share the keys and values of audio and prompt (`beam_cache.py`).
-- An utterance leaves the batch as soon as it is settled, so one runaway answer does not hold up the others.
-  It is settled when transformers would stop, or earlier, as soon as no continuation can become one of the
-  requested answers.
+- Settled utterances leave the batch, so that one runaway answer costs little. An utterance is settled when
+  transformers would stop, or earlier, as soon as no continuation can become one of the requested answers.
 
 For each utterance, the search also reports whether rounding may have decided a choice.
 """
@@ -118,7 +117,7 @@ def _search(
             result.collect(state, settled)
             if bool(settled.all()):
                 break
-            # Reorder before shrinking: `continued_rows` counts the rows of all utterances in the cache.
+            # Reorder before shrinking: `continued_rows` are indices into the cache with all utterances in it.
             cache.reorder_cache(cast(torch.LongTensor, continued_rows))
             if int(settled.sum()) * _WORTH_SHRINKING >= len(settled):
                 remaining = (~settled).nonzero()[:, 0]
@@ -173,8 +172,8 @@ def _answers(result: SearchState, generation: GenerationConfig) -> Answers:
 def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     """Build the processors that penalise tokens that an answer already contains.
 
-    transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it would not
-    penalise as many of an answer's first tokens as there is padding to the left of the utterance. An answer
+    transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it would leave
+    out as many of an answer's first tokens as the utterance has padding positions on the left. An answer
     would therefore depend on the other utterances of the batch.
     """
     penalty = generation.repetition_penalty

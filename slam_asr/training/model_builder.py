@@ -61,7 +61,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
     draw = functools.partial(prompt.draw, recipe.training.seed)
     readers = {
         "train": BatchReader(
-            Examples(utterances["train"], source, recipe.projector, prompt, prompt.drawn, limit),
+            Examples(utterances["train"], source, recipe.projector, prompt, prompt.for_training, limit),
             source,
             draw,
             threads,

@@ -171,8 +171,10 @@ class FeatureStore:
             if self._pool is None:
                 return
             for number in [n for n in self._fetching if n not in set(ahead)]:
-                # A fetch that is running cannot be stopped. Its file is released as soon as it is complete.
-                self._fetching.pop(number).add_done_callback(_release)
+                fetch = self._fetching.pop(number)
+                # A fetch that is running cannot be cancelled. Its file is released as soon as it is complete.
+                fetch.cancel()
+                fetch.add_done_callback(_release)
             for number in ahead:
                 if number not in self._mapped and number not in self._fetching:
                     self._fetching[number] = self._pool.submit(self._fetch, number)

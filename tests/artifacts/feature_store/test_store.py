@@ -231,26 +231,6 @@ def test_a_flipped_byte_is_noticed_without_the_disk_too(bucket):
     assert sum(_fails(reader, a) for a in features) == 1
 
 
-def test_expected_shards_are_fetched_and_others_released(bucket):
-    stores = [some_features(seed=i) for i in range(6)]
-    size = 0
-    for i, features in enumerate(stores):
-        _, index = publish("s3://bucket/f", features, f"p{i}-1-of-1")
-        size = max(size, index.shards[0].bytes)
-    reader = FeatureStore("s3://bucket/f", cache_bytes=2 * size + 10)
-    for number in range(6):
-        reader.expect([number, number + 1] if number < 5 else [number])
-        in_shard = [a for features in stores for a in features if reader.entry(a).shard == number]
-        assert in_shard and all(
-            torch.equal(reader.read(a), t)
-            for features in stores
-            for a, t in features.items()
-            if a in in_shard
-        )
-        cached = sum(f.bytes for f in walk(str(reader._cache.folder)) if "/" not in f.name)
-        assert cached <= 2 * size + 10
-
-
 def test_only_expected_shards_are_mapped(root):
     stores = [some_features(seed=i) for i in range(6)]
     for i, features in enumerate(stores):
