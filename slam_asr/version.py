@@ -1,4 +1,4 @@
-"""The output of `slam-asr --version`: exactly what is installed."""
+"""What exactly is installed: the line that `slam-asr --version` prints, and a digest of the code."""
 
 import importlib.util
 import os

@@ -195,6 +195,6 @@ def test_the_named_channel_is_used():
     content = encoded("WAV", np.stack([left, right], 1), 16_000)
     for channel, expected in enumerate((left, right)):
         assert np.abs(read(content, channel=channel).samples - expected).max() < 1e-4
-    with pytest.raises(AudioError, match="has 2 channels, but the list names channel 2") as caught:
+    with pytest.raises(AudioError, match="but the corpus or manifest names channel 2") as caught:
         read(content, channel=2)
     assert caught.value.reason == "no such channel"

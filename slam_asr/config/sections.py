@@ -50,8 +50,8 @@ class Data:
     test: list[str] = field(default_factory=lambda: ["test-*"])
     """Subsets to decode and score, each reported separately."""
     dev_fraction: float = bounded(0.05, at_least=0.0, at_most=0.5)
-    """Share of the train utterances held out for validation if the corpus has no dev subset. A hash of the
-    key decides, so the same utterances are held out every time."""
+    """Share of the train utterances held out for validation if the corpus has no dev subset; at least one is
+    held out. A hash of the key decides, so the same utterances are held out every time."""
     columns: Columns = field(default_factory=Columns)
     audio_root: str = ""
     """Folder or s3:// prefix to which relative audio paths are resolved. Default: the folder of the file
@@ -143,8 +143,8 @@ class Features:
     processes: int = bounded(0, at_least=0)
     """Processes that extract on one machine, one per GPU. 0: as many as there are GPUs, or one on a CPU."""
     workers: int = bounded(0, at_least=0)
-    """Worker processes that read and prepare audio, for each extraction process. 0: one per free core, at
-    most 16."""
+    """Worker processes that read and prepare audio, for each extraction process. 0: on a GPU one per free
+    core, at most 16; without a GPU a single one, because the encoder needs the cores."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if the local disk cannot hold two windows."""
@@ -204,7 +204,7 @@ class Projector:
     any length into a fixed number of positions."""
     downsampling: int = bounded(5, at_least=1)
     """k: encoder frames joined into one LLM position. 5 gives 10 positions per second; more is faster but
-    blurs short words."""
+    blurs short words. A q-former ignores it."""
     hidden: int = bounded(2048, at_least=1)
     """Width between the two linear layers. A q-former ignores it."""
     queries: int = bounded(64, at_least=1)

@@ -72,5 +72,6 @@ class JsonLines(ListedCorpus):
                     utterance.extra | {"subset": own or subset},
                     utterance.start,
                     None if utterance.start is None else utterance.duration,
+                    channel=utterance.audio_channel,
                 ),
             )

@@ -229,7 +229,8 @@ def audio_file(entry: str, where: str) -> str:
     """The audio file that an entry of wav.scp names or that its command decodes. No command is run.
 
     Raises:
-        InputError: the entry is a command that does more than decode a file, or an offset in an archive.
+        InputError: the entry is empty, standard input, a place in an archive, or a command that does more
+            than decode a file.
     """
     if not entry:
         raise InputError(f"{where} has no file.")

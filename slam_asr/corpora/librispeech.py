@@ -4,7 +4,7 @@ LibriSpeech/                      optional; or the corpus folder itself
     train-clean-100/              subset; or the corpus folder itself
         19/198/                   speaker and chapter
             19-198.trans.txt      `19-198-0000 NORTHANGER ABBEY`, one utterance per line
-            19-198-0000.flac      or wav, ogg, opus, mp3
+            19-198-0000.flac      or another audio file
 """
 
 import os

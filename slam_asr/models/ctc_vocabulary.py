@@ -11,7 +11,7 @@ BLANK_TEXT = "\n"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """Matches a token that stands for a byte of a character that the vocabulary lacks (SentencePiece)."""
 _AT_ONCE = 1000
-"""Number of texts that are tokenized in one call."""
+"""Number of texts that are tokenised in one call."""
 
 
 class CtcVocabulary:
@@ -79,8 +79,8 @@ def choose_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], limi
     Args:
         tokenizer: the LLM's tokenizer.
         texts: the transcripts.
-        limit: number of the most frequent tokens to take. Characters that the others need are added, as far
-            as they are tokens themselves. 0: all tokens that occur.
+        limit: number of the most frequent tokens to take. For each other token, its characters are added; if
+            one of them is not a token, the other token itself is added. 0: all tokens that occur.
 
     Returns:
         Token ids: the blank's, and then the others in ascending order.

@@ -164,7 +164,7 @@ def test_an_incomplete_last_line_is_ignored(tmp_path):
         second.add({4: answer})
     with DecodeJournal(tmp_path, "d") as third:
         assert third.answers == {3: answer, 4: answer}
-        third.close()
+        third.discard()
     assert not file.exists()
 
 
@@ -176,7 +176,7 @@ def test_another_machine_resumes_from_object_storage(bucket, tmp_path, monkeypat
         first.add({1: Answer("text", False, [1])})
     with DecodeJournal(tmp_path / "there", "d", f"s3://{bucket.name}/decoded") as second:
         assert list(second.answers) == [1]
-        second.close()
+        second.discard()
     (tmp_path / "third").mkdir()
     with DecodeJournal(tmp_path / "third", "d", f"s3://{bucket.name}/decoded") as third:
         assert not third.answers
