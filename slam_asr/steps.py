@@ -110,7 +110,7 @@ STEPS = {
         ),
         Step(
             "train",
-            "train the projector, and adapters or models if the recipe says so",
+            "train the projector",
             output="checkpoint",
             pipelines=(TRAINING, SWEEP),
             processes="training.processes",

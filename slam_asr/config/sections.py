@@ -19,13 +19,13 @@ class Columns:
     text: str = ""
     """The transcript. Usual names: text, sentence, transcript, transcription, target."""
     key: str = ""
-    """A unique name for each utterance. Usual names: id, key, utt_id; without such a column, the audio file's
-    path."""
+    """A unique name for each utterance. Usual names: id, key, utt_id and similar; without such a column, the
+    audio file's path."""
     split: str = ""
     """The subset's name. The patterns in `data.train`, `data.dev` and `data.test` are matched against it.
-    Usual names: split, subset; without such a column, the table's file name."""
+    Usual names: split, subset, partition; without such a column, the table's file name."""
     speaker: str = ""
-    """The speaker. Usual names: speaker, speaker_id, client_id."""
+    """The speaker. Usual names: speaker, speaker_id, client_id and similar."""
     start: str = ""
     """Seconds into the file where an utterance begins, for tables whose rows are segments of longer files.
     Used only if named here."""
@@ -145,6 +145,11 @@ class Features:
     workers: int = bounded(0, at_least=0)
     """Worker processes that read and prepare audio, for each extraction process. 0: on a GPU one per free
     core, at most 16; without a GPU a single one, because the encoder needs the cores."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """`cache_gigabytes` in bytes."""
+        return int(self.cache_gigabytes * 1e9)
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if the local disk cannot hold two windows."""

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,6 +212,19 @@ def _fails(reader, a):
         assert "is damaged" in str(error)
         return True
     return False
+
+
+def test_the_advice_for_a_damaged_shard_names_the_store_from_whatever_path(tmp_path):
+    features = some_features()
+    namespace, index = publish(tmp_path, features)
+    shard = Path(namespace.shard_path(index.shards[0].name))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    store = FeatureStore(namespace.root)
+    with pytest.raises(UserError, match=re.escape(f"`slam-asr features verify {tmp_path} --repair true`")):
+        for audio_id in features:
+            store.read(audio_id)
 
 
 def test_without_space_on_local_disk_utterances_are_read_one_by_one(bucket, monkeypatch):
