@@ -33,8 +33,9 @@ class Checked:
 
     utterance: Utterance
     channels: int
-    """Number of channels of the audio file, before they are averaged."""
+    """Number of channels of the audio file."""
     split: str = ""
+    """The split of the utterance, as in `Candidate`."""
 
 
 def default_threads() -> int:

@@ -22,7 +22,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from slam_asr.artifacts.scripts import comparable
+from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection
 from slam_asr.corpora.places import (

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from itertools import groupby, islice
 
-from slam_asr.artifacts.scripts import comparable
+from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import (
     AUDIO_SUFFIXES,

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from slam_asr.artifacts.scripts import comparable, is_english, is_latin, normalise_english
+from slam_asr.artifacts.writing_systems import comparable, is_english, is_latin, normalise_english
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import (
     BLANK,

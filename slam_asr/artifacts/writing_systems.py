@@ -1,4 +1,4 @@
-"""What a script means for scoring: whether spaces separate its words, and how its text is normalised.
+"""What a text's writing system means for scoring: whether spaces separate words, and how text is normalised.
 
 Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and some others put no spaces between words, so the
 "words" of their transcripts depend on who wrote them. Such text is scored by characters.
