@@ -223,7 +223,7 @@ def _work(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[
     if recipe.projector.beginning.active:
         begun = recipe.projector.beginning.steps
         # The head's products: with the embeddings, the gradient of their inputs, and the expected embeddings.
-        head = 6 * load.audio * shapes.ctc_tokens * width
+        head = 6 * load.audio * shapes.vocabulary * width
         train += speech.utterances * begun / steps_per_epoch * (projected + head + on_the_fly)
         steps += begun
     extract = speech.utterances * encode if recipe.caches_features else 0
