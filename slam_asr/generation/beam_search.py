@@ -117,7 +117,7 @@ def _search(
             result.collect(state, settled)
             if bool(settled.all()):
                 break
-            # Reorder before shrinking: `continued_rows` are indices into the cache with all utterances in it.
+            # Reorder before shrinking: `continued_rows` are row numbers of the cache before it shrinks.
             cache.reorder_cache(cast(torch.LongTensor, continued_rows))
             if int(settled.sum()) * _WORTH_SHRINKING >= len(settled):
                 remaining = (~settled).nonzero()[:, 0]
@@ -172,9 +172,9 @@ def _answers(result: SearchState, generation: GenerationConfig) -> Answers:
 def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     """Build the processors that penalise tokens that an answer already contains.
 
-    transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it would leave
-    out as many of an answer's first tokens as the utterance has padding positions on the left. An answer
-    would therefore depend on the other utterances of the batch.
+    transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it would exempt
+    as many of an answer's first tokens from the penalty as the utterance has padding positions on the left.
+    An answer would therefore depend on the other utterances of the batch.
     """
     penalty = generation.repetition_penalty
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
