@@ -308,7 +308,7 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
     """
     trust = recipe.llm.trust_remote_code
     prompt = Prompt(require_usable_llm(folder, recipe.llm), recipe.llm)
-    longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.drawn))
+    longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.for_training))
     limit = llm_positions(folder, trust)
     if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:
         raise ConfigurationError(

@@ -67,7 +67,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
     draw = functools.partial(prompt.draw, recipe.training.seed)
     readers = {
         "train": BatchReader(
-            Examples(utterances["train"], source, recipe.projector, prompt, prompt.drawn, limit),
+            Examples(utterances["train"], source, recipe.projector, prompt, prompt.for_training, limit),
             source,
             draw,
             threads,
@@ -89,8 +89,8 @@ def _source(
     if store is None:
         return AudioReader(spec, recipe.features)
     audio_ids = [u.audio_id for utterances in manifests for u in utterances]
-    cache = int(recipe.features.cache_gigabytes * 1e9)
-    return StoreReader(FeatureStore(store, spec.fingerprint(), recipe.features.dtype, audio_ids, cache))
+    options = recipe.features
+    return StoreReader(FeatureStore(store, spec.fingerprint(), options.dtype, audio_ids, options.cache_bytes))
 
 
 def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple[Slam, list[LazyWeight]]:
