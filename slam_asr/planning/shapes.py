@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 CHARACTERS = 256
-"""Approximate number of characters that are added to `projector.beginning.tokens` tokens, at most."""
+"""Approximate maximum number of characters that `choose_tokens` adds to the most frequent tokens."""
 
 
 class _Attention(torch.autograd.Function):

@@ -106,7 +106,7 @@ def test_a_part_without_utterances_changes_nothing(tmp_path, model, part_of):
             r"The decoding lacks 1 of 3 parts, first 2/3: run `slam-asr decode --work-shard 2/3`",
         ),
         ([(1, 2), (1, 2, "again")], "are both work shard 1/2: give each part once"),
-        ([(1, 2), (2, 3)], r"are parts of different decodings \(number of parts differ\)"),
+        ([(1, 2), (2, 3)], r"are parts of different decodings \(different: number of parts\)"),
         ([(1, None), (1, 1, "again")], "are both work shard 1/1: give each part once"),
     ],
 )
