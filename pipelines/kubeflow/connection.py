@@ -156,6 +156,24 @@ class Connection:
         is_page = "html" in answer.headers.get("content-type", "")
         return answer.data if answer.status == 200 and not is_page else None
 
+    def version(self) -> str:
+        """Return the server's version, such as `2.17.0`; empty if it does not say (some builds do not)."""
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        # The published type of v2beta1's answer has no version, that of v1beta1 has. Through the dashboard,
+        # the key has another name.
+        for api in ("v2beta1", "v1beta1"):
+            try:
+                answer = self._pool.request(
+                    "GET", f"{self.endpoint}/apis/{api}/healthz", headers=headers, redirect=False
+                )
+                health = json.loads(answer.data)
+            except (urllib3.exceptions.HTTPError, ValueError):
+                continue
+            named = isinstance(health, dict) and (health.get("tag_name") or health.get("apiServerTagName"))
+            if isinstance(named, str) and named != "unknown":
+                return named
+        return ""
+
     def _check_health(self) -> bool:
         """Send the health check, and return whether Kubeflow is installed for several users."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}

@@ -176,9 +176,6 @@ class Beginning:
     learning_rate: float = bounded(1e-3, above=0)
     """Peak learning rate of the beginning. The rate rises over the first tenth of `steps`, and then falls to
     zero as a cosine. With warm-up of its own, `training.learning_rate` applies after the beginning."""
-    tokens: int = bounded(0, at_least=0)
-    """Number of the LLM's tokens in which transcripts are spelled: the most frequent ones of the train
-    transcripts. Rarer tokens are spelled by shorter ones. 0: all tokens that occur."""
     distance_weight: float = bounded(1.0, at_least=0.0)
     """Final weight of a second loss, which draws outputs to the embeddings of the tokens that they stand for.
     The weight rises from zero. At 0, outputs may be where the LLM has never seen an embedding."""

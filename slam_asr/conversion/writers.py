@@ -164,7 +164,7 @@ def _write_for_slam_llm(folder: Path, parts: Parts, target: TargetFormat) -> Non
 def _write_model(folder: Path, parts: Parts, target: TargetFormat) -> None:
     """Write a model folder; its config.json, which makes it one, comes last."""
     if parts.adapter:
-        write_adapter(folder, parts.adapter, parts.recipe)
+        write_adapter(folder, parts.adapter, parts.recipe, target.half)
     elif parts.llm:
         write_tuned_llm(folder / LLM, parts.llm, parts.recipe, parts.where)
     if parts.encoder:
@@ -189,9 +189,12 @@ def _verify(folder: Path, parts: Parts, target: TargetFormat) -> str:
         ModelError: a weight or a loss differs.
     """
     recipe, widths = parts.recipe, parts.widths
-    rounded = {name: t.half().float() if target.half else t.float() for name, t in parts.projector.items()}
-    projector = projector_from_weights(rounded, recipe.projector, *widths, parts.where)
-    before = TrainedWeights(projector, parts.llm)
+
+    def rounded(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: t.half().float() if target.half else t.float() for name, t in weights.items()}
+
+    projector = projector_from_weights(rounded(parts.projector), recipe.projector, *widths, parts.where)
+    before = TrainedWeights(projector, rounded(parts.llm) if parts.adapter else parts.llm)
     llm_folder = locate_model(recipe.llm.name)
     try:
         if target.to == "llm":

@@ -223,7 +223,7 @@ def _stages(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dic
     if recipe.projector.beginning.active:
         beginning_steps = recipe.projector.beginning.steps
         # The head's products: with the embeddings, the gradient of their inputs, and the expected embeddings.
-        head = 6 * load.audio * shapes.ctc_tokens * width
+        head = 6 * load.audio * shapes.vocabulary * width
         train += speech.utterances * beginning_steps / steps_per_epoch * (projected + head + on_the_fly)
         steps += beginning_steps
     extract = speech.utterances * encode if recipe.caches_features else 0

@@ -41,8 +41,8 @@ def convert_checkpoint(
             `llm.trust_remote_code` count: where the base models are now, and whether the LLM's code may run.
         which: which checkpoint of a training run to convert: the latest, the best (with the lowest dev loss),
             or the average (the mean of all saved checkpoints).
-        half: save the projector in fp16, which halves its size; computations use the recipe's precision
-            anyway.
+        half: save projector and LoRA adapter in fp16, which halves their size; computations use the recipe's
+            precision anyway.
         adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), for a checkpoint that does
             not contain its adapter.
         verify: compare the result with the checkpoint before publishing it: all weights, and the loss on a

@@ -55,7 +55,7 @@ def tokens_of_beginning(
             "one, or leave the key out."
         )
     train = utterances["train"]
-    token_ids = choose_tokens(tokenizer, (u.target for u in train), options.tokens)
+    token_ids = choose_tokens(tokenizer, (u.target for u in train))
     vocabulary = CtcVocabulary(tokenizer, token_ids)
     without_path = sum(
         _positions_needed(vocabulary.spell(u.target))
@@ -63,12 +63,10 @@ def tokens_of_beginning(
         for u in train
     )
     if without_path > MAX_WITHOUT_PATH * len(train):
-        or_else = " or raise projector.beginning.tokens" if options.tokens else ""
         raise ConfigurationError(
             f"projector.beginning: {without_path} of {len(train)} train utterances have more tokens than "
             f"audio positions, so CTC cannot align them: lower projector.downsampling "
-            f"({recipe.projector.downsampling}){or_else}"
-            ", or set projector.beginning.kind to none."
+            f"({recipe.projector.downsampling}), or set projector.beginning.kind to none."
         )
     if without_path:
         log_line(

@@ -118,7 +118,7 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     code, out = doctor()
     assert code == 0, out
     lines = out.splitlines()
-    assert len(lines) == 21 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert len(lines) == 22 and all(line.startswith("✓ ") for line in lines[:-1]), out
     assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
     assert "Kubeflow Trainer: is v2.3.0" in out
     assert "nodes: 2 accept pods, and each step with GPUs fits on one" in out
@@ -209,6 +209,20 @@ def test_launcher_with_kubeflows_own_storage_needs_its_secret(doctor):
     assert "✗ rights of runner: it is not allowed to get secrets mlpipeline-minio-artifact in team" in out
     code, out = doctor(lambda *given: (without_root(*given), given[0].pop(secret)))
     assert code == 1 and "✗ launcher configuration: does not exist in team" in out
+
+
+@pytest.mark.parametrize(
+    ("version", "exit_code", "finding"),
+    [
+        ("2.16.1", 0, "✓ version of Kubeflow Pipelines: is 2.16.1"),
+        ("2.9.0", 1, "✗ version of Kubeflow Pipelines: is 2.9.0, but compiled pipelines need 2.16"),
+        ("unknown", 0, "– version of Kubeflow Pipelines: the server does not report it; 2.16 or later"),
+    ],
+)
+def test_version_of_kubeflow_pipelines_is_checked(doctor, kubeflow, version, exit_code, finding):
+    kubeflow.version = version
+    code, out = doctor(lambda served, manifests: None)
+    assert code == exit_code and finding in out, out
 
 
 def test_single_user_kubeflow_is_checked_in_its_own_namespace(doctor, kubeflow):
