@@ -119,7 +119,7 @@ def test_parts_that_do_not_make_up_a_decoding_are_refused(tmp_path, model, part_
 
 def test_parts_of_two_models_are_refused(tmp_path, model, part_of):
     folders = [part_of(1, 2, ROWS[:2], model="a"), part_of(2, 2, ROWS[2:], model="b")]
-    with pytest.raises(UserError, match=r"parts of different decodings \(model differ\)"):
+    with pytest.raises(UserError, match=r"parts of different decodings \(different: model\)"):
         score(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
 
 
