@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser
 
 from pipelines.cluster import Cluster
 from slam_asr.errors import ClusterError, ConfigurationError
+from slam_asr.storage.client import seconds_from_environment
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 """Environment variable with the address of Kubeflow Pipelines."""
@@ -137,7 +138,7 @@ class Connection:
         return f"{page.rstrip('/')}/#/runs/details/{run_id}"
 
     def artifact(self, bucket: str, key: str) -> bytes | None:
-        """Read an object of the cluster's own store through the dashboard, which has its credentials.
+        """Read an object of Kubeflow's own object storage through the dashboard, which has its credentials.
 
         Returns:
             The content; None if there is no dashboard at this address, or it cannot read the object.
@@ -289,13 +290,12 @@ def connect(options: dict[str, Any], cluster: Cluster) -> Connection:
 
 
 def patience() -> float:
-    """Return the seconds for which temporary failures are retried."""
-    try:
-        return float(os.environ.get(PATIENCE, "60"))
-    except ValueError:
-        raise ConfigurationError(
-            f"{PATIENCE} is {os.environ[PATIENCE]!r}: give a number of seconds."
-        ) from None
+    """Return the seconds for which temporary failures are retried.
+
+    Raises:
+        ConfigurationError: the environment names no number of seconds.
+    """
+    return seconds_from_environment(PATIENCE, 60.0)
 
 
 def _token() -> str | None:

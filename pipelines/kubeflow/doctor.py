@@ -127,10 +127,10 @@ def _all_findings(cluster: Cluster, options: dict[str, Any]) -> Iterator[Finding
     try:
         run = CheckRun(cluster, images_of(images), options["nodes"], options["patience"], options["poll"])
         yield from run.findings(connection, lambda line: print(line, flush=True))
-    except UserError as error:
-        yield Finding(BAD, "run", str(error))
     except NotFound:
         yield Finding(BAD, "run", "somebody deleted it before it ended: start doctor again")
+    except UserError as error:
+        yield Finding(BAD, "run", str(error))
 
 
 def examine(
@@ -249,7 +249,7 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
         yield Finding(sign, f"store {store}", f"{error} (tried from here, with your own credentials)")
     finally:
         for name, previous in before.items():
-            if previous is None:
+            if not previous:
                 os.environ.pop(name, None)
 
 
@@ -259,8 +259,8 @@ def _check_images(source: str, loaded: list[str] | None) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(BAD, "images", str(error))
         return
-    for stage in OWN_IMAGE:
-        yield check_image(stage, image_of[stage], loaded)
+    for step in OWN_IMAGE:
+        yield check_image(step, image_of[step], loaded)
 
 
 def _finding_of(subject: str, namespace: str, check: Callable[[], Finding]) -> Finding:

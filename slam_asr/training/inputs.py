@@ -83,7 +83,7 @@ def check_inputs(
         recipe: models and hyper-parameters.
         train_manifest: utterances to train on (JSON lines).
         dev_manifest: utterances to validate on.
-        feature_store: store of the encoder's outputs; ignored if the recipe caches none.
+        feature_store: feature store; ignored if the recipe caches no features.
 
     Raises:
         UserError: inputs do not fit each other, or this machine cannot train the recipe.
@@ -203,7 +203,7 @@ def require_features(
         raise InputError(
             f"The feature store {path} lacks {len(missing)} of {len(audio_ids)} utterances, first {key} "
             f"(audio {audio_ids[missing[0]][:16]}…): run `slam-asr extract-features` over this manifest, "
-            "all of its parts if it was divided."
+            "for all work shards if there are several."
         )
     return store.fingerprint
 
@@ -312,9 +312,9 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
     limit = llm_positions(folder, trust)
     if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:
         raise ConfigurationError(
-            f"The prompt takes {longest} LLM positions and decoding.max_new_tokens "
-            f"{recipe.decoding.max_new_tokens}, which leaves none for audio in the {limit} that "
-            f"{recipe.llm.name} holds: shorten one of them."
+            f"{recipe.llm.name} holds {limit} LLM positions: the prompt takes {longest} and "
+            f"decoding.max_new_tokens {recipe.decoding.max_new_tokens}, which leaves none for audio; shorten "
+            "the prompt, or lower decoding.max_new_tokens."
         )
     if recipe.llm.tuning == "lora":
         require_targets(describe_llm(folder, trust), recipe.llm.lora)
@@ -352,15 +352,16 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     optimizer = recipe.training.deepspeed.get("optimizer")
     if optimizer:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
-    # Left out if false, which is what training runs had that began before the key existed.
+    # These two keys are newer than the first training runs, which must still match their inputs: keys whose
+    # feature is not used are left out.
     if not values["llm"]["trust_remote_code"]:
         del values["llm"]["trust_remote_code"]
     if not recipe.projector.beginning.active:
-        del values["projector"]["beginning"]  # a training run without one has the inputs it always had
+        del values["projector"]["beginning"]
     del values["encoder"]["batch_seconds"]
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
-    # Of the store's settings only these matter: the dtype rounds the features, and the size and the mixing
-    # of shards determine the order of the utterances.
+    # Of the feature store's settings only these matter: the dtype rounds the features, and the size and the
+    # mixing of shards determine the order of the utterances.
     values["features"] = {
         key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
     }

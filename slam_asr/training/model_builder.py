@@ -161,7 +161,7 @@ def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int
         encoder: number of the encoder's parameters, used if the encoder is not part of the model.
 
     Returns:
-        (all, trained) for each of `projector`, `llm` and `encoder`.
+        (all, trained) for each of `projector`, `llm` (in the beginning `head`) and `encoder`.
     """
     counts = {
         name: (

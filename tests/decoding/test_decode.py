@@ -24,13 +24,14 @@ from slam_asr.artifacts.hypotheses import read_hypotheses
 from slam_asr.artifacts.manifest import Utterance, write_manifest
 from slam_asr.config.recipe import dump_recipe, load_recipe
 from slam_asr.decoding import journal
-from slam_asr.decoding.decoder import Decoder
+from slam_asr.decoding.decoder import Decoder, _serve
 from slam_asr.decoding.journal import FILE, DecodeJournal
 from slam_asr.errors import UserError
 from slam_asr.models.projector import build_projector
 from slam_asr.models.searcher import Answer, Choice, CloseCalls, Searcher
+from slam_asr.runtime.launch import ProcessEnded
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
-from slam_asr.stages.decode import decode
+from slam_asr.stages.decode import _rates, decode
 from slam_asr.stages.score import score
 from tests.artifacts.feature_store.test_store import publish, some_features
 from tests.conftest import make_tone, write_wav
@@ -434,6 +435,32 @@ def test_a_killed_process_ends_the_stage_and_a_retry_resumes(model, manifest, ti
             str(tmp_path / "complete"),
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("hours", "seconds", "speed"), [(0.5, 100.0, 18.0), (0.0, 0.0, None), (0.5, 0.0, None)]
+)
+def test_speed_is_reported_only_if_something_was_decoded(hours, seconds, speed):
+    facts = {
+        "hours_decoded": hours,
+        "seconds": seconds,
+        "utterances": 1,
+        "answers_cut": 0,
+        "empty_answers": 0,
+    }
+    assert _rates(facts).get("times real time") == speed
+
+
+def test_the_exit_code_of_a_process_is_known_when_its_input_is_a_broken_pipe():
+    # The process closes its input first and ends later, as a killed one does while its memory is freed.
+    program = "import os, time; os.close(0); print(flush=True); time.sleep(0.3); os._exit(3)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdout.readline() == "\n", "its input is closed"
+    with pytest.raises(ProcessEnded):
+        _serve(process, iter([[0]]), lambda answers: None, threading.Lock())
+    assert process.returncode == 3
 
 
 @pytest.mark.slow

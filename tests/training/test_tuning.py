@@ -103,7 +103,9 @@ def test_a_prompt_and_answer_without_positions_for_audio_are_refused_before_trai
     recipe = load_recipe(str(tiny_recipe), {"decoding.max_new_tokens": 2040})
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
-    with pytest.raises(UserError, match="leaves none for audio in the 2048"):
+    with pytest.raises(
+        UserError, match=r"holds 2048 LLM positions: the prompt .* which leaves none for audio"
+    ):
         train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
 
 
