@@ -50,8 +50,8 @@ def message_of(call, uri: str) -> str:
     ("answer", "expected"),
     [
         ((403, "AccessDenied"), "access is denied"),
-        ((400, "ExpiredToken"), "token"),
-        ((403, "InvalidAccessKeyId"), "access"),
+        ((400, "ExpiredToken"), "the session's token has expired"),
+        ((403, "InvalidAccessKeyId"), "the access key is unknown"),
         ((404, "NoSuchBucket"), "there is no such bucket"),
         ((507, "XMinioStorageFull"), "the server's disks are full"),
     ],
@@ -84,7 +84,7 @@ def test_a_missing_bucket_is_reported_in_one_sentence(bucket):
 
 
 @pytest.mark.parametrize("name", ["info", "walk", "write"])
-def test_an_unreachable_endpoint_is_retried_until_the_time_limit(bucket, name, monkeypatch, capsys):
+def test_an_unreachable_endpoint_is_retried_until_the_time_limit(bucket, name, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "1.5")
