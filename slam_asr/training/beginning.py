@@ -20,8 +20,8 @@ from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.models.projector import positions_of
 from slam_asr.pretrained.meta_llm import NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
+from slam_asr.training.initial_model import build_initial_projector
 from slam_asr.training.job import TrainingJob
-from slam_asr.training.model_builder import build_initial_projector
 
 MAX_WITHOUT_PATH = 0.5
 """Maximum share of train utterances that may have more tokens than positions."""

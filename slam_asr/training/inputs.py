@@ -16,24 +16,21 @@ from slam_asr.artifacts.model_folder import (
     ADAPTER,
     WEIGHTS,
     adapter_file,
-    fetch_model,
-    projector_from_weights,
-    read_config,
-    read_projector,
 )
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
-from slam_asr.models.llm import describe_llm, llm_positions, llm_width, require_targets, require_usable_llm
+from slam_asr.models.llm import describe_llm, llm_positions, require_targets, require_usable_llm
 from slam_asr.models.precision import explain_precision, pick_device, processes_here
 from slam_asr.models.prompt import Prompt
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.progress import log_line
-from slam_asr.storage import digest, fetch, join, sha256_of_file
+from slam_asr.storage import digest, fetch, sha256_of_file
 from slam_asr.training.beginning import tokens_of_beginning
+from slam_asr.training.initial_model import initial_projector, starts_from_adapter
 from slam_asr.training.kernels import require_kernels
 from slam_asr.training.launch import Nodes, nodes_from_environment
 from slam_asr.training.trackers import require_trackers
@@ -206,89 +203,6 @@ def require_features(
             "for all work shards if there are several."
         )
     return store.fingerprint
-
-
-def initial_projector(
-    recipe: Recipe, encoder: EncoderSpec, llm_folder: Path, base: dict[str, Any]
-) -> Path | None:
-    """Fetch the model that `projector.init_from` names, and check that its projector fits.
-
-    Args:
-        recipe: its section `projector` is read.
-        encoder: encoder of this training run.
-        llm_folder: folder of this training run's LLM.
-        base: fingerprints of encoder and LLM.
-
-    Returns:
-        The model's local folder; None if `projector.init_from` is empty.
-
-    Raises:
-        UserError: the model does not exist, or its projector has another kind or size.
-    """
-    name = recipe.projector.init_from
-    if not name:
-        return None
-    folder = fetch_model(name)
-    config = read_config(folder)
-    weights = read_projector(folder, config).state_dict()
-    projector_from_weights(
-        weights,
-        recipe.projector,
-        encoder.width,
-        llm_width(describe_llm(llm_folder, recipe.llm.trust_remote_code)),
-        f"projector.init_from: {join(folder, WEIGHTS)}",
-    )
-    others = [
-        part
-        for part, here, there in (
-            ("encoder", base["encoder_fingerprint"], config.encoder),
-            ("LLM", base["llm_sha256"], config.llm_sha256),
-        )
-        if here != there
-    ]
-    if others:
-        log_line(
-            f"warning: the projector of {name} was trained with another {' and '.join(others)}: it may be "
-            "of little use as a starting point"
-        )
-    return folder
-
-
-def starts_from_adapter(recipe: Recipe, folder: Path) -> bool:
-    """Return whether a training run starts from the adapter of the model that `projector.init_from` names.
-
-    Args:
-        recipe: its section `llm` is read.
-        folder: the model's local folder.
-
-    Raises:
-        ConfigurationError: the model has an adapter of another size or scale, or on other layers.
-    """
-    if not (folder / ADAPTER).is_dir():
-        return False
-    name = recipe.projector.init_from
-    if recipe.llm.tuning != "lora":
-        log_line(
-            f"warning: {name} was trained with a LoRA adapter, which is left out here: set llm.tuning to "
-            "lora to start from it too"
-        )
-        return False
-    ours, theirs = recipe.llm.lora, read_config(folder).typed_recipe.llm.lora
-    needed = [
-        f"llm.lora.{key} to {value}"
-        for key, value in (
-            ("rank", theirs.rank),
-            ("alpha", theirs.alpha),
-            ("targets", f"[{', '.join(theirs.targets)}]"),
-        )
-        if getattr(ours, key) != getattr(theirs, key)
-    ]
-    if needed:
-        raise ConfigurationError(
-            f"projector.init_from: the LoRA adapter of {name} does not fit the recipe's: set "
-            f"{', '.join(needed)}."
-        )
-    return True
 
 
 def check_llm(recipe: Recipe, folder: Path) -> Prompt:

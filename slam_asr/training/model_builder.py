@@ -11,13 +11,6 @@ from transformers import PreTrainedModel
 from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader, StoreReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
-from slam_asr.artifacts.model_folder import (
-    ADAPTER,
-    read_adapter,
-    read_config,
-    read_projector,
-    replace_weights,
-)
 from slam_asr.artifacts.utterances import read_rows
 from slam_asr.config.recipe import Recipe, Training
 from slam_asr.cores import usable_cores
@@ -32,13 +25,13 @@ from slam_asr.models.llm import (
     set_tuning,
 )
 from slam_asr.models.precision import DTYPES, encoder_precision
-from slam_asr.models.projector import SpeechProjector, build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
 from slam_asr.training.batches import BatchReader, Examples
 from slam_asr.training.engines.choose import shards_weights
+from slam_asr.training.initial_model import build_initial_projector, load_initial_adapter
 from slam_asr.training.job import TrainingJob
 
 
@@ -111,9 +104,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     spec = describe_encoder(recipe.encoder)
     llm, lazy_weights = _load_llm(Path(job.llm_folder), options, recipe.llm.trust_remote_code)
     set_tuning(llm, recipe.llm, options.seed)
-    if job.init_from and job.init_adapter:
-        trained = [name for name, _ in llm.named_parameters() if ".lora_" in name]
-        replace_weights(llm, read_adapter(job.init_from), str(Path(job.init_from) / ADAPTER), trained)
+    load_initial_adapter(job, llm)
     projector = build_initial_projector(job, recipe, spec.width, llm_width(llm))
     encoder = None
     if job.feature_store is None and recipe.encoder.tuning == "full":
@@ -127,16 +118,6 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
             assert encoder is not None
             checkpoint_layers(encoder)
     return Slam(projector, llm, encoder, recipe.features.dtype), lazy_weights
-
-
-def build_initial_projector(
-    job: TrainingJob, recipe: Recipe, encoder_width: int, width_of_llm: int
-) -> SpeechProjector:
-    """Build the projector that a training run starts from, in float32: random or `projector.init_from`'s."""
-    projector = build_projector(recipe.projector, encoder_width, width_of_llm, recipe.training.seed)
-    if job.init_from:
-        projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
-    return projector
 
 
 def _load_llm(
