@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from transformers import (
@@ -38,7 +39,7 @@ from slam_asr.models.llm import load_llm, load_tokenizer
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt
-from slam_asr.pretrained.lazy_tensors import lazy_tensors
+from slam_asr.pretrained.lazy_tensors import lazy_tensors, rename_tensors
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.model_files import weight_files
@@ -75,7 +76,7 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
     if recipe.llm.trust_remote_code:
         raise ConfigurationError(
             f"{recipe.llm.name} runs its own Python code (llm.trust_remote_code), which --to huggingface "
-            "does not export: set --llm.trust_remote_code false if the LLM does without it, or leave out --to."
+            "does not export: set --llm.trust_remote_code false if the LLM needs none, or leave out --to."
         )
     spec = describe_encoder(recipe.encoder)
     names = {
@@ -101,21 +102,27 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
     _config(parts, names, processor.audio_token_id).save_pretrained(folder)
 
 
-def read_trained(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+def read_trained(folder: Path, tuning: str) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
     """Read the trained weights of a written folder.
+
+    Args:
+        folder: the folder.
+        tuning: the recipe's `llm.tuning`.
 
     Returns:
         Those of the projector, keyed by name in `SpeechProjector`; and those of the LLM, keyed by name in it:
         an adapter's, or all, or none.
     """
     tensors = lazy_tensors([folder / SAFE_WEIGHTS_NAME])
-    projector = {n.removeprefix("projector."): t for n, t in tensors.items() if n.startswith("projector.")}
+    projector = {n.removeprefix("projector."): n for n in tensors if n.startswith("projector.")}
+    if tuning == "full":
+        return rename_tensors(tensors, projector), lazy_tensors(sorted((folder / LLM).glob("*.safetensors")))
     adapter = {
-        n.removeprefix("llm.").replace(".weight", ".default.weight"): t
-        for n, t in tensors.items()
+        n.removeprefix("llm.").replace(".weight", ".default.weight"): n
+        for n in tensors
         if n.startswith("llm.")
     }
-    return projector, adapter or lazy_tensors(sorted((folder / LLM).glob("*.safetensors")))
+    return rename_tensors(tensors, projector), rename_tensors(tensors, adapter)
 
 
 def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | None:
@@ -272,7 +279,8 @@ def _require_same_prompt(folder: Path, spec: EncoderSpec, prompt: Prompt, recipe
     """
     processor = SlamAsrProcessor.from_pretrained(folder)
     samples = 16_000
-    ids = processor.apply_transcription_request(torch.zeros(samples).numpy())["input_ids"][0].tolist()
+    inputs = processor.apply_transcription_request(np.zeros(samples, np.float32))
+    ids = inputs["input_ids"][0].tolist()
     audio = [processor.audio_token_id] * positions_of(recipe.projector, spec.span_of(samples))
     expected = [*prompt.main.before, *audio, *prompt.main.ids]
     if ids != expected:

@@ -126,7 +126,7 @@ def _description(content: Content) -> str:
     rows = {
         "encoder": f"`{recipe.encoder.name}`, {recipe.encoder.tuning}",
         "LLM": f"`{recipe.llm.name}`, tuning: {recipe.llm.tuning}",
-        "projector": f"{projector.kind}, {projector.downsampling} frames joined, hidden width {projector.hidden}",
+        "projector": f"{projector.kind}, downsampling {projector.downsampling}, width {projector.hidden}",
         "prompt": f"`{json.dumps(recipe.llm.prompt, ensure_ascii=False)}`",
         "transcripts": f"`data.text: {recipe.data.text}`",
     }

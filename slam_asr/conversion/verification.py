@@ -254,7 +254,7 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
             projector_from_weights(projector, recipe.projector, *widths, str(folder / FILE)), llm
         )
     if to == "huggingface":
-        trained, llm_weights = read_trained(folder)
+        trained, llm_weights = read_trained(folder, recipe.llm.tuning)
         return TrainedWeights(
             projector_from_weights(trained, recipe.projector, *widths, str(folder)), llm_weights
         )

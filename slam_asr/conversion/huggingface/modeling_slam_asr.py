@@ -20,6 +20,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
 )
@@ -47,15 +48,20 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = SlamAsrConfig
     main_input_name = "input_ids"
-    input_modalities = ("audio", "text")
+    input_modalities = ["audio", "text"]  # noqa: RUF012  # transformers' own models do it this way
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
-    def __init__(self, config: SlamAsrConfig, encoder: PreTrainedModel, llm: PreTrainedModel) -> None:
+    config: SlamAsrConfig
+    # Classes of encoders and LLMs differ, and declare few of their parts.
+    encoder: Any
+    llm: Any
+
+    def __init__(self, config: Any, encoder: Any, llm: Any) -> None:
         super().__init__(config)
         self.is_whisper = encoder.config.model_type == "whisper"
-        self.encoder: Any = encoder.get_encoder() if self.is_whisper else encoder
+        self.encoder = encoder.get_encoder() if self.is_whisper else encoder
         self.projector = SlamAsrProjector(config)
-        self.llm: Any = llm
+        self.llm = llm
         if not self.is_whisper:
             self.encoder.config.apply_spec_augment, self.encoder.config.layerdrop = False, 0.0
             first = self.encoder.feature_extractor.conv_layers[0]
@@ -73,12 +79,13 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 `attn_implementation`, `quantization_config` (for the LLM) and those about the hub count. And
                 `encoder_name`, `llm_name` and `encoder_dtype`, which replace those in config.json.
         """
+        place = str(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        here = {"pretrained_model_name_or_path": str(pretrained_model_name_or_path), **hub}
-        here["revision"] = kwargs.get("revision")
+        here = {**hub, "revision": kwargs.get("revision")}
         config = kwargs.get("config")
-        if not isinstance(config, SlamAsrConfig):
-            config = SlamAsrConfig.from_pretrained(**here)
+        # Not SlamAsrConfig: transformers may have imported this folder's files more than once.
+        if not isinstance(config, PreTrainedConfig):
+            config = SlamAsrConfig.from_pretrained(place, **here)
         for name in _ELSEWHERE:
             setattr(config, name, kwargs.get(name, getattr(config, name)))
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
@@ -86,18 +93,15 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         options = {n: kwargs[n] for n in ("device_map", "attn_implementation") if kwargs.get(n) is not None}
 
         def load(kind: Any, name: str | None, part: str, **more: Any) -> PreTrainedModel:
-            place = {**here, "subfolder": part} if name is None else {"pretrained_model_name_or_path": name}
-            return kind.from_pretrained(**{**hub, **place}, **options, **more, trust_remote_code=False)
+            where = {**here, "subfolder": part} if name is None else hub
+            return kind.from_pretrained(name or place, **where, **options, **more, trust_remote_code=False)
 
         encoder = load(AutoModel, config.encoder_name, "encoder", dtype=_as_dtype(config.encoder_dtype))
         quantized = {n: kwargs[n] for n in ("quantization_config",) if kwargs.get(n) is not None}
         llm = load(AutoModelForCausalLM, config.llm_name, "llm", dtype=_as_dtype(dtype), **quantized)
         model = cls(config, encoder, llm)
-        file = cached_file(
-            str(pretrained_model_name_or_path), SAFE_WEIGHTS_NAME, revision=here["revision"], **hub
-        )
-        model._take_trained_weights(load_file(file))
-        model.generation_config = GenerationConfig.from_pretrained(**here)
+        model._take_trained_weights(load_file(str(cached_file(place, SAFE_WEIGHTS_NAME, **here))))
+        model.generation_config = GenerationConfig.from_pretrained(place, **here)
         return model.eval()
 
     def _take_trained_weights(self, weights: dict[str, torch.Tensor]) -> None:
@@ -117,9 +121,11 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 for part in ("lora_A", "lora_B")
             )
             parent, _, last = path.rpartition(".")
-            setattr(self.llm.get_submodule(parent), last, LoraLinear(base, a, b, self.config.lora_scale))
+            setattr(
+                self.llm.get_submodule(parent), last, LoraLinear(base, a, b, self.config.lora_scale or 1.0)
+            )
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Save config.json and what was trained: the projector and the adapter.
 
         Raises:
@@ -213,6 +219,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_features is None or audio_lengths is None:
             return embeddings
         features = self.get_audio_features(input_features, audio_lengths, is_audio.sum(1).tolist())
+        assert features.pooler_output is not None, "get_audio_features sets it"
         audio = features.pooler_output.to(embeddings.device, embeddings.dtype)
         return embeddings.masked_scatter(is_audio.unsqueeze(-1), audio)
 
@@ -244,7 +251,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.llm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,

@@ -56,7 +56,7 @@ class SlamAsrProjector(nn.Module):
     def _project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
         counts = [len(u) // self.k for u in utterances]
         joined = torch.cat(
-            [u[: n * self.k].reshape(n, -1) for u, n in zip(utterances, counts, strict=True)]
+            [u[: n * self.k].reshape(n, self.k * u.shape[1]) for u, n in zip(utterances, counts, strict=True)]
         )  # [sum of positions, k · width]
         if self.kind == "cov1d-linear":
             joined = torch.relu(self.conv1d(joined.unflatten(1, (self.k, -1)).transpose(1, 2)).squeeze(2))
@@ -79,9 +79,9 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale
-        self.lora_A = nn.Linear(*reversed(lora_a.shape), bias=False)
-        self.lora_B = nn.Linear(*reversed(lora_b.shape), bias=False)
-        self.lora_A.weight.data, self.lora_B.weight.data = lora_a, lora_b
+        (rank, inputs), outputs = lora_a.shape, len(lora_b)
+        self.lora_A, self.lora_B = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+        self.lora_A.weight, self.lora_B.weight = nn.Parameter(lora_a), nn.Parameter(lora_b)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.base(hidden) + self.lora_B(self.lora_A(hidden)) * self.scale

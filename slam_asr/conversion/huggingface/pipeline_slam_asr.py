@@ -20,9 +20,16 @@ class SlamAsrPipeline(Pipeline):
     `raw`) and `sampling_rate`. The result is a dictionary with the `text`.
     """
 
-    _load_processor, _load_tokenizer = True, False
-    _load_feature_extractor = _load_image_processor = _load_video_processor = False
+    # transformers declares these switches as None.
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_feature_extractor: Any = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
     _pipeline_calls_generate = False
+
+    processor: Any
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,7 +48,6 @@ class SlamAsrPipeline(Pipeline):
 
     def preprocess(self, recording: Any) -> dict[str, np.ndarray]:  # type: ignore[override]
         """Read a recording as samples [samples] at 16 kHz."""
-        assert self.processor is not None, "the pipeline loads it"
         target = self.processor.feature_extractor.sampling_rate
         rate = target
         if isinstance(recording, Mapping):
@@ -61,7 +67,7 @@ class SlamAsrPipeline(Pipeline):
             samples = soxr.resample(samples, rate, target)
         return {"audio": samples}
 
-    def _forward(
+    def _forward(  # type: ignore[override]
         self,
         model_inputs: dict[str, Any],
         generate_kwargs: dict[str, Any] | None = None,

@@ -63,7 +63,7 @@ class SlamAsrProcessor(ProcessorMixin):
         """Samples of Whisper's window; None if the encoder has none."""
         return getattr(self.feature_extractor, "n_samples", None)
 
-    def __call__(self, text: Any = None, audio: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+    def __call__(self, text: Any = None, audio: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare a batch.
 
         Args:
@@ -159,7 +159,7 @@ class SlamAsrProcessor(ProcessorMixin):
 
     def apply_transcription_request(
         self, audio: Any, prompt: str | list[str] | None = None, tokenize: bool = True, **kwargs: Any
-    ) -> BatchFeature | list[str]:
+    ) -> Any:
         """Prepare audio with the prompt that the model was trained with.
 
         Args:
@@ -183,7 +183,7 @@ class SlamAsrProcessor(ProcessorMixin):
             raise ValueError(
                 f"There are {len(items)} audios and {len(prompts)} prompts: give as many of both."
             )
-        conversations = [
+        conversations: Any = [
             [
                 {
                     "role": "user",
