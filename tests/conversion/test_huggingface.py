@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from slam_asr.conversion.huggingface.processing_slam_asr import SlamAsrProcessor
 from slam_asr.conversion.huggingface_folder import SOURCES
 from slam_asr.decoding.model import open_model
 from slam_asr.errors import UserError
+from slam_asr.models.llm import load_llm
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.searcher import Searcher
@@ -44,6 +46,17 @@ ENCODERS = {
     "wavlm": {"llm.template": "<s>{audio}\nUSER: {}\n ASSISTANT:", "projector.kind": "cov1d-linear"},
     "hubert": {"llm.tuning": "lora", "llm.lora.rank": 2, "features.dtype": "fp8"},
 }
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_models, tmp_path_factory) -> str:
+    """The tiny LLM with larger weights, so that its texts depend on the audio."""
+    folder = shutil.copytree(tiny_models["llm"], tmp_path_factory.mktemp("sensitive") / "llm")
+    model = load_llm(folder, torch.float32)
+    for name, weight in model.named_parameters():
+        weight.data *= 10 if "_proj" in name else 1
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def trained(tiny_recipe, folder: Path, kind: str, **overrides):
@@ -122,15 +135,15 @@ def up_to_end(ids: list[int], stops: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_it_decodes_to_the_same_token_ids(tiny_recipe, tmp_path, kind):
-    recipe, file = trained(tiny_recipe, tmp_path, kind)
+def test_it_decodes_to_the_same_token_ids(tiny_recipe, llm, tmp_path, kind):
+    recipe, file = trained(tiny_recipe, tmp_path, kind, **{"llm.name": llm})
     model = convert_checkpoint(file, str(tmp_path / "model"), recipe=recipe, verify=False)
     folder = convert_checkpoint(
         model.folder, str(tmp_path / "exported"), to="huggingface", verify=False
     ).folder
     for expected, found in zip(decoded(model.folder, *SETTINGS), exported(folder, *SETTINGS), strict=True):
         assert found == expected
-        assert len({tuple(ids) for ids in expected}) > 2, "the texts must depend on the audio"
+        assert len({tuple(ids) for ids in expected}) > 1, "the texts must depend on the audio"
 
 
 def test_the_sources_need_nothing_but_torch_and_transformers():
@@ -180,14 +193,14 @@ def test_a_complete_folder_needs_no_other(tiny_recipe, tiny_models, tmp_path):
     recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech", **overrides)
     small, complete = (
         convert_checkpoint(
-            file, str(tmp_path / f"{whole}"), to="huggingface", recipe=recipe, complete=whole
+            file, str(tmp_path / f"{everything}"), to="huggingface", recipe=recipe, complete=everything
         ).folder
-        for whole in (False, True)
+        for everything in (False, True)
     )
     expected = exported(small, (1, 8))
     for place in places.values():
         shutil.rmtree(place)
-    with pytest.raises(OSError, match="huggingface"):
+    with pytest.raises(OSError, match=r"The encoder .* cannot be loaded: .* give encoder_name=…"):
         exported(small, (1, 8))
     assert exported(complete, (1, 8)) == expected
     model = SlamAsrForConditionalGeneration.from_pretrained(
@@ -276,7 +289,7 @@ found = {
     "bytes": transcriber(content, max_new_tokens=3)["text"],
 }
 try:
-    pipeline("automatic-speech-recognition", folder)
+    pipeline("automatic-speech-recognition", folder, trust_remote_code=False)
 except ValueError as error:
     found["untrusted"] = str(error)
 print(json.dumps(found))
@@ -285,10 +298,8 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.cold
-def test_it_runs_on_a_machine_without_slam_asr(tiny_recipe, tmp_path):
-    import soundfile
-
-    recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech")
+def test_it_runs_on_a_machine_without_slam_asr(tiny_recipe, llm, tmp_path):
+    recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech", **{"llm.name": llm})
     model = convert_checkpoint(file, str(tmp_path / "model"), recipe=recipe).folder
     folder = convert_checkpoint(model, str(tmp_path / "exported"), to="huggingface", complete=True).folder
     for index, wave in enumerate(utterances()):

@@ -94,7 +94,15 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         def load(kind: Any, name: str | None, part: str, **more: Any) -> PreTrainedModel:
             where = {**here, "subfolder": part} if name is None else hub
-            return kind.from_pretrained(name or place, **where, **options, **more, trust_remote_code=False)
+            try:
+                return kind.from_pretrained(
+                    name or place, **where, **options, **more, trust_remote_code=False
+                )
+            except OSError as error:
+                raise OSError(
+                    f"The {part} {name or part} of {place} cannot be loaded: if it is elsewhere, give "
+                    f"{part}_name=…"
+                ) from error
 
         encoder = load(AutoModel, config.encoder_name, "encoder", dtype=_as_dtype(config.encoder_dtype))
         quantized = {n: kwargs[n] for n in ("quantization_config",) if kwargs.get(n) is not None}
