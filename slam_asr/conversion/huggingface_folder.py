@@ -27,7 +27,7 @@ from slam_asr.artifacts.model_folder import ENCODER, LLM
 from slam_asr.config.recipe import Recipe
 from slam_asr.conversion.huggingface.configuration_slam_asr import SlamAsrConfig
 from slam_asr.conversion.huggingface.processing_slam_asr import SlamAsrProcessor
-from slam_asr.conversion.model_card import CARD, Report, model_card
+from slam_asr.conversion.model_card import CARD, Report, model_card, usage
 from slam_asr.conversion.parts import Parts
 from slam_asr.conversion.tuned import write_tuned_encoder, write_tuned_llm
 from slam_asr.errors import ConfigurationError, ModelError
@@ -96,8 +96,8 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
     processor.save_pretrained(folder)
     _require_same_prompt(folder, spec, prompt, recipe)
     _name_code(folder / "processor_config.json")
-    _generation(recipe, prompt).save_pretrained(folder)
-    card = model_card(parts.content, names, report)
+    generation_of(recipe, prompt).save_pretrained(folder)
+    card = model_card(parts.content, usage(names), report)
     write_atomically(folder / CARD, card.encode())
     _config(parts, names, processor.audio_token_id).save_pretrained(folder)
 
@@ -187,7 +187,8 @@ def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> 
     )
 
 
-def _generation(recipe: Recipe, prompt: Prompt) -> GenerationConfig:
+def generation_of(recipe: Recipe, prompt: Prompt) -> GenerationConfig:
+    """Return how the recipe decodes."""
     options = recipe.decoding
     return GenerationConfig(
         num_beams=options.beams,
@@ -203,12 +204,8 @@ def _generation(recipe: Recipe, prompt: Prompt) -> GenerationConfig:
 def _processor(
     spec: EncoderSpec, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, recipe: Recipe
 ) -> SlamAsrProcessor:
-    """Build the processor. The tokenizer gets a token for the audio, and a padding token."""
-    audio = next(token for token in _AUDIO_TOKENS if token not in tokenizer.get_vocab())
-    template = _chat_template(prompt, recipe, audio)
-    tokenizer.add_tokens([audio], special_tokens=True)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompt.end)
-    tokenizer.padding_side = "left"
+    """Build the processor; the tokenizer becomes its own."""
+    audio, template = add_audio_token(tokenizer, prompt, recipe)
     # The LLM's own template would be taken for the processor's, which is the only one that places the audio.
     tokenizer.chat_template = None
     if isinstance(spec, WhisperSpec):
@@ -235,38 +232,70 @@ def _processor(
     )
 
 
-def _chat_template(prompt: Prompt, recipe: Recipe, audio: str) -> str:
-    """Write the prompt's template in Jinja, for a conversation of one turn with audio and text.
+def add_audio_token(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    recipe: Recipe,
+    positions: int = 1,
+    bos: str = "",
+    embeddings: int | None = None,
+) -> tuple[str, str]:
+    """Add a token for the audio to a tokenizer, and let it pad on the left.
+
+    Args:
+        tokenizer: the LLM's.
+        prompt: tokenised with it.
+        recipe: contains the prompt and its template.
+        positions: how often the token is in the text.
+        bos: what the first piece of text begins with.
+        embeddings: number of embeddings, if the audio's token needs one. It is then a special token that the
+            prompt does not use, unless the LLM has an embedding to spare.
+
+    Returns:
+        The token; and a template in Jinja that writes a conversation of one turn as the text of training.
 
     Raises:
-        ModelError: the LLM's chat template changes prompts in a way that is not known here.
+        ModelError: the LLM's chat template changes prompts in a way that is not known here, or the LLM has
+            no token to spare.
     """
+    audio = next(token for token in _AUDIO_TOKENS if token not in tokenizer.get_vocab())
+    if embeddings is not None and len(tokenizer) >= embeddings:
+        used = {*prompt.main.before, *prompt.main.ids, *prompt.stops, tokenizer.bos_token_id}
+        spare = [
+            token.content
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special and i < embeddings and i not in used
+        ]
+        if not spare:
+            raise ModelError(
+                f"{recipe.llm.name} has no unused special token that could mark the audio's positions: use "
+                "--to huggingface."
+            )
+        audio = spare[0]
     texts = prompt.texts_around_audio(_PROMPT, recipe.llm.template)
     expected = prompt.texts_around_audio(recipe.llm.prompt, recipe.llm.template)
-    variables = {"prompt": recipe.llm.prompt, "prompt | trim": recipe.llm.prompt.strip()}
-    variable = next(
-        (
-            variable
-            for variable, value in variables.items()
-            if tuple(text.replace(_PROMPT, value) for text in texts) == expected
-        ),
-        None,
-    )
-    if variable is None:
+    values = {"prompt": recipe.llm.prompt, "prompt | trim": recipe.llm.prompt.strip()}
+    fitting = [n for n, v in values.items() if tuple(t.replace(_PROMPT, v) for t in texts) == expected]
+    if not fitting:
         raise ModelError(
             f"The chat template of {recipe.llm.name} changes the prompt {recipe.llm.prompt!r}, so it cannot "
             "be written for the processor: leave out --to."
         )
+    texts = (bos + texts[0], texts[1]) if texts[0] else ("", bos + texts[1])
     # As JSON, quotes and line ends are escaped as Jinja reads them.
     before, after = (
-        f"{{{{- {variable} -}}}}".join(f"{{{{- {json.dumps(t, ensure_ascii=False)} -}}}}" for t in parts)
-        for parts in (text.split(_PROMPT) for text in texts)
+        f"{{{{- {fitting[0]} -}}}}".join(f"{{{{- {json.dumps(t, ensure_ascii=False)} -}}}}" for t in pieces)
+        for pieces in (text.split(_PROMPT) for text in texts)
     )
-    return (
+    if audio not in tokenizer.get_vocab():
+        tokenizer.add_tokens([audio], special_tokens=True)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompt.end)
+    tokenizer.padding_side = "left"
+    return audio, (
         '{%- for message in messages if message.role == "user" -%}'
-        '{%- set prompt = message.content | selectattr("type", "equalto", "text") | map(attribute="text") '
-        '| join("") -%}'
-        f"{before}{{{{- {json.dumps(audio)} -}}}}{after}"
+        "{%- set prompt = message.content if message.content is string else message.content "
+        '| selectattr("type", "equalto", "text") | map(attribute="text") | join("") -%}'
+        f"{before}{{{{- {json.dumps(audio)} * {positions} -}}}}{after}"
         "{%- endfor -%}"
     )
 

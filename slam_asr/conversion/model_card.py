@@ -78,13 +78,13 @@ def require_own_report(report: Report, training: dict[str, Any], where: str) -> 
             )
 
 
-def model_card(content: Content, names: dict[str, str | None], report: Report | None) -> str:
+def model_card(content: Content, use: str, report: Report | None) -> str:
     """Return the model card, in Markdown with front matter as on the model hub.
 
     Args:
         content: the checkpoint. If it is a model folder with a card of its own, that card's front matter and
             text are included.
-        names: names of encoder and LLM, None for those that the folder contains.
+        use: section on how the model is used.
         report: the measured error rates.
     """
     own = Path(content.where) / CARD
@@ -94,12 +94,12 @@ def model_card(content: Content, names: dict[str, str | None], report: Report | 
     front |= {
         "library_name": "transformers",
         "pipeline_tag": "automatic-speech-recognition",
-        "tags": ["slam-asr", "custom_code"],
+        "tags": ["slam-asr"],
         "base_model": [name for name in bases if not name.startswith(("/", ".", "s3:"))],
     }
     if report:
         front["model-index"] = _model_index(recipe.name, report.numbers)
-    sections = [_usage(names)]
+    sections = [use]
     if report:
         sections.append(_rates(report.numbers))
     elif not text:
@@ -137,7 +137,12 @@ def _description(content: Content) -> str:
     )
 
 
-def _usage(names: dict[str, str | None]) -> str:
+def usage(names: dict[str, str | None]) -> str:
+    """Return the section on how a folder with code of its own is used.
+
+    Args:
+        names: names of encoder and LLM, None for those that the folder contains.
+    """
     outside = [f"`{name}`" for name in names.values() if name]
     loaded = f"It loads {' and '.join(outside)} too. " if outside else ""
     return f"""## Use with transformers

@@ -27,6 +27,7 @@ from slam_asr.conversion.verification import (
     read_back,
     require_encoder,
 )
+from slam_asr.conversion.voxtral import write_voxtral
 from slam_asr.errors import ConfigurationError
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.progress import log_line
@@ -82,8 +83,11 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
         "model": _write_model,
         "huggingface": _write_huggingface,
     }
-    writers[target.to](folder, parts, target)
-    checked = _verify(folder, parts, target) if target.verify else "not compared with the checkpoint"
+    if target.to == "voxtral":
+        checked = write_voxtral(folder, parts, target.report)
+    else:
+        writers[target.to](folder, parts, target)
+        checked = _verify(folder, parts, target) if target.verify else "not compared with the checkpoint"
     trained = {"projector": parts.projector, "llm": parts.llm, "encoder": parts.encoder}
     counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in trained.items() if tensors}
     summary = " and ".join(f"{part} of {count:,} parameters" for part, count in counts.items())

@@ -19,7 +19,7 @@ STAGE = "convert-checkpoint"
 def convert_checkpoint(
     checkpoint: str,
     output: str,
-    to: Literal["model", "huggingface", "slam-llm", "llm"] = "model",
+    to: Literal["model", "huggingface", "voxtral", "slam-llm", "llm"] = "model",
     recipe: Recipe | None = None,
     which: Literal["latest", "best", "average"] = "latest",
     half: bool = False,
@@ -37,8 +37,9 @@ def convert_checkpoint(
             wav2vec 2.0; or a model folder; or a shipped model's name.
         output: folder of the model; {fingerprint} in it is replaced by a digest of the inputs.
         to: `model` writes this project's model folder; `huggingface` writes a folder that transformers loads
-            by itself, on machines without slam-asr; `slam-llm` writes SLAM-LLM's model.pt; `llm` writes
-            only the trained LLM, as transformers does, with LoRA merged into it.
+            by itself, on machines without slam-asr; `voxtral` does so as a Voxtral, which is a class of
+            transformers' own, so that no code of the folder runs; `slam-llm` writes SLAM-LLM's model.pt;
+            `llm` writes only the trained LLM, as transformers does, with LoRA merged into it.
         recipe: defines encoder, LLM, projector and prompt for checkpoints that do not name them: SLAM-LLM's
             model.pt and DeepSpeed's folders. For others, only `encoder.name`, `llm.name` and
             `llm.trust_remote_code` count: where the base models are now, and whether the LLM's code may run.
@@ -50,8 +51,8 @@ def convert_checkpoint(
             not contain its adapter.
         complete: with `--to huggingface`, copy encoder and LLM into the folder; by default it contains only
             what was trained, and names them.
-        report: with `--to huggingface`, folder that score wrote for this model: its error rates become part
-            of the model card.
+        report: with `--to huggingface` or `voxtral`, folder that score wrote for this model: its error rates
+            become part of the model card.
         verify: compare the result with the checkpoint before publishing it: all weights, and the loss on a
             probe of a few utterances with random audio.
         overwrite: replace a model that was made from another checkpoint.
@@ -72,9 +73,13 @@ def convert_checkpoint(
         raise ConfigurationError(
             "--half true is only for --to model; the other formats have their own precision: leave it out."
         )
-    if (complete or report) and to != "huggingface":
+    if complete and to != "huggingface":
+        raise ConfigurationError("--complete true is only for --to huggingface: leave it out.")
+    if report and to not in ("huggingface", "voxtral"):
+        raise ConfigurationError("--report is only for --to huggingface and --to voxtral: leave it out.")
+    if not verify and to == "voxtral":
         raise ConfigurationError(
-            f"--{'complete' if complete else 'report'} is only for --to huggingface: leave it out."
+            "--to voxtral is always verified, as it rewrites weights: leave out --verify."
         )
     target = TargetFormat(to, half, verify, complete, read_report(report) if report else None)
     source = find_source(checkpoint, which, recipe, adapter)

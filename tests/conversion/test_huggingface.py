@@ -15,6 +15,7 @@ import soundfile
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers import processors
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from slam_asr.artifacts.hypotheses import Hypothesis
@@ -158,6 +159,17 @@ def test_the_sources_need_nothing_but_torch_and_transformers():
                 assert {alias.name.split(".")[0] for alias in node.names} <= allowed, file.name
 
 
+def add_bos(folder: str | Path):
+    """Let the tokenizer in a folder begin each text with bos, as Llama's does; return it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).encode("a")[0] == tokenizer.bos_token_id
+    return tokenizer
+
+
 TRIMMING = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -169,7 +181,7 @@ def test_other_prompts_have_the_ids_that_training_would_give_them(
     tiny_recipe, tiny_models, tmp_path, template
 ):
     llm = shutil.copytree(tiny_models["llm"], tmp_path / "llm")
-    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer = add_bos(llm)
     tokenizer.chat_template = TRIMMING
     tokenizer.save_pretrained(llm)
     recipe, file = trained(
@@ -251,7 +263,7 @@ def test_the_card_has_the_reports_rates_controls_data_and_licences(tiny_recipe, 
 def test_options_that_have_no_effect_and_code_of_an_llm_are_refused(tiny_recipe, tmp_path):
     recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech")
     output = str(tmp_path / "output")
-    with pytest.raises(UserError, match="--complete is only for --to huggingface"):
+    with pytest.raises(UserError, match="--complete true is only for --to huggingface"):
         convert_checkpoint(file, output, recipe=recipe, complete=True)
     with pytest.raises(UserError, match="--report is only for --to huggingface"):
         convert_checkpoint(file, output, recipe=recipe, report=output)
