@@ -78,7 +78,8 @@ def trained(tiny_recipe, folder: Path, kind: str, **overrides):
         f"encoder_projector.{name}": 30 * tensor
         for name, tensor in build_projector(recipe.projector, width, 16, seed=3).state_dict().items()
     }
-    more = lora_weights(recipe) if recipe.llm.tuning == "lora" else {}
+    adapter = lora_weights(recipe) if recipe.llm.tuning == "lora" else {}
+    more = {name: 0.1 * tensor for name, tensor in adapter.items()}
     torch.save(weights | more, folder / "model.pt")
     return recipe, str(folder / "model.pt")
 
@@ -135,7 +136,14 @@ def up_to_end(ids: list[int], stops: list[int]) -> list[int]:
     return ids[: ends[0] + 1] if ends else ids
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "whisper-speech",
+        "wavlm",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("whisper-all", "hubert")),
+    ],
+)
 def test_it_decodes_to_the_same_token_ids(tiny_recipe, llm, tmp_path, kind):
     recipe, file = trained(tiny_recipe, tmp_path, kind, **{"llm.name": llm})
     model = convert_checkpoint(file, str(tmp_path / "model"), recipe=recipe, verify=False)
@@ -187,7 +195,9 @@ def test_other_prompts_have_the_ids_that_training_would_give_them(
     recipe, file = trained(
         tiny_recipe, tmp_path, "whisper-speech", **{"llm.name": str(llm), "llm.template": template}
     )
-    folder = convert_checkpoint(file, str(tmp_path / "exported"), to="huggingface", recipe=recipe).folder
+    folder = convert_checkpoint(
+        file, str(tmp_path / "exported"), to="huggingface", recipe=recipe, verify=False
+    ).folder
     processor = SlamAsrProcessor.from_pretrained(folder, trust_remote_code=False)
     for text in ("Transcribe speech to text. ", "Écris ça ! "):
         prompt = Prompt(tokenizer, replace(recipe.llm, prompt=text)).main
@@ -199,6 +209,7 @@ def test_other_prompts_have_the_ids_that_training_would_give_them(
         ]
 
 
+@pytest.mark.slow
 def test_a_complete_folder_needs_no_other(tiny_recipe, tiny_models, tmp_path):
     places = {part: str(shutil.copytree(tiny_models[part], tmp_path / part)) for part in tiny_models}
     overrides = {f"{part}.name": place for part, place in places.items()}
@@ -223,9 +234,12 @@ def test_a_complete_folder_needs_no_other(tiny_recipe, tiny_models, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_answer(tiny_recipe, tmp_path):
     recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech")
-    folder = convert_checkpoint(file, str(tmp_path / "exported"), to="huggingface", recipe=recipe).folder
+    folder = convert_checkpoint(
+        file, str(tmp_path / "exported"), to="huggingface", recipe=recipe, verify=False
+    ).folder
     processor = SlamAsrProcessor.from_pretrained(folder, trust_remote_code=False)
     model = SlamAsrForConditionalGeneration.from_pretrained(folder)
     inputs = processor.apply_transcription_request(utterances()[:2])
@@ -235,6 +249,7 @@ def test_the_loss_is_that_of_the_answer(tiny_recipe, tmp_path):
     torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
 
 
+@pytest.mark.slow
 def test_the_card_has_the_reports_rates_controls_data_and_licences(tiny_recipe, tmp_path):
     recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech")
     rows = [Hypothesis(f"k{i}", "one two", "one two" if i else "one", "test-tiny") for i in range(8)]

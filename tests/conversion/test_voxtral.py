@@ -25,7 +25,7 @@ from tests.conversion.test_slam_llm import lora_weights
 
 @pytest.fixture(scope="module")
 def parts(tiny_models, tmp_path_factory) -> dict[str, str]:
-    """Keys of a recipe: a Whisper whose last LayerNorm has weights, and an LLM with spare embeddings and bos."""
+    """Keys of a recipe: a Whisper whose last LayerNorm has weights, and an LLM with spare embeddings."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(1)
     config = WhisperConfig.from_pretrained(tiny_models["encoder"])
@@ -55,13 +55,19 @@ def parts(tiny_models, tmp_path_factory) -> dict[str, str]:
 def checkpoint(tiny_recipe, folder: Path, options):
     recipe = load_recipe(str(tiny_recipe), options)
     weights = build_projector(recipe.projector, 16, 16, seed=3).state_dict()
-    more = lora_weights(recipe) if recipe.llm.tuning == "lora" else {}
+    adapter = lora_weights(recipe) if recipe.llm.tuning == "lora" else {}
+    more = {name: 0.1 * tensor for name, tensor in adapter.items()}
     torch.save({f"encoder_projector.{n}": 3 * t for n, t in weights.items()} | more, folder / "model.pt")
     return recipe, str(folder / "model.pt")
 
 
-@pytest.mark.parametrize("tuning", ["frozen", "lora"])
-@pytest.mark.parametrize("template", ["USER: {}\n ASSISTANT:", "a {audio} {}\n"])
+@pytest.mark.parametrize(
+    ("template", "tuning"),
+    [
+        ("USER: {}\n ASSISTANT:", "frozen"),
+        pytest.param("a {audio} {}\n", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_voxtral_decodes_to_the_same_token_ids(tiny_recipe, parts, tmp_path, template, tuning):
     options = parts | {"llm.template": template, "llm.tuning": tuning, "llm.lora.rank": 2}
     recipe, file = checkpoint(tiny_recipe, tmp_path, options)
