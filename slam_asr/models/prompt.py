@@ -100,15 +100,19 @@ class Prompt:
         assert isinstance(text, str), "one list of ids gives one text"
         return text.strip()
 
-    def _tokenize(self, prompt: str, template: str) -> TokenizedPrompt:
+    def texts_around_audio(self, prompt: str, template: str) -> tuple[str, str]:
+        """Return the texts before and after the audio, for a prompt in a template as in the recipe."""
         if self.chat:
             before, _, text = _chat(
                 self.tokenizer, [{"role": "user", "content": _MARK + prompt}], True
             ).partition(_MARK)
-        elif AUDIO in template:
-            before, text = (part.replace("{}", prompt) for part in template.split(AUDIO))
-        else:
-            before, text = "", template.replace("{}", prompt)
+            return before, text
+        before, mark, text = template.partition(AUDIO)
+        texts = (before, text) if mark else ("", template)
+        return texts[0].replace("{}", prompt), texts[1].replace("{}", prompt)
+
+    def _tokenize(self, prompt: str, template: str) -> TokenizedPrompt:
+        before, text = self.texts_around_audio(prompt, template)
         before_ids = self._encode(before, start=True) if before else []
         return TokenizedPrompt(text, before_ids, self._encode(text, start=not before_ids))
 
