@@ -50,6 +50,12 @@ OTHER_COMMANDS = {
         "transcribe audio files to text, JSON or subtitles",
         "slam_asr.artifacts.shipped:describe_default",
     ),
+    "serve": Command(
+        "slam_asr.stages.serve:serve",
+        "[MODEL]",
+        "transcribe over HTTP, with OpenAI's interface",
+        "slam_asr.artifacts.shipped:describe_default",
+    ),
     "compare": Command(
         "slam_asr.stages.compare:compare",
         "FIRST SECOND",
@@ -83,6 +89,7 @@ COMMANDS = STEP_FUNCTIONS | {name: command.function for name, command in OTHER_C
 EFFECTIVE_KEYS = {
     "decode": ("decoding", "features.cache", *MODEL_KEYS),
     "transcribe": ("decoding", *MODEL_KEYS),
+    "serve": ("decoding", *MODEL_KEYS),
     "convert-checkpoint": MODEL_KEYS,
     "score": ("decoding", "published_wer"),
 }
@@ -216,14 +223,22 @@ def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]
     if command == "transcribe" and _value_of("--model", arguments) is None:
         options.append(f"--model={_take_model(values)}")
     for positional in positionals:
-        name = option_name(positional.rstrip("…").lower())
+        name = option_name(positional.strip("[…]").lower())
         if positional.endswith("…"):
             options += [f"{name}+={value}" for value in values]
             values = []
         elif values:
             options.append(f"{name}={values.pop(0)}")
+        elif command == "serve" and _value_of(name, arguments) is None:
+            options.append(f"{name}={_default_model()}")
     # Values that are left over stay without an option's name, and the parser refuses them.
     return command, [*options, *values, *rest]
+
+
+def _default_model() -> str:
+    from slam_asr.artifacts.shipped import default_model
+
+    return default_model()
 
 
 def _take_model(words: list[str]) -> str:
@@ -231,10 +246,10 @@ def _take_model(words: list[str]) -> str:
 
     In earlier versions, the model always came first. It is removed from the words.
     """
-    from slam_asr.artifacts.shipped import default_model, is_model
+    from slam_asr.artifacts.shipped import is_model
 
     if not words or not is_model(words[0]):
-        return default_model()
+        return _default_model()
     print("note: a model before the files is now spelled --model MODEL", file=sys.stderr, flush=True)
     return words.pop(0)
 
