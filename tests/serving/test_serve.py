@@ -198,7 +198,7 @@ def test_what_has_no_meaning_or_is_broken_is_refused_in_a_sentence(server, tone,
 def test_a_file_that_is_cut_is_refused_also_in_a_stream(server, long):
     content = long.read_bytes()[:-2000]
     for options in ({}, {"stream": True}):
-        with pytest.raises(openai.APIError, match="is damaged|ends too early"):
+        with pytest.raises(openai.APIError, match=r"is damaged|ends too early"):
             list(server.client().audio.transcriptions.create(file=("a", content), model="tiny", **options))
 
 
@@ -233,7 +233,7 @@ def test_pages_of_other_sites_are_refused(server, tone):
 
 def test_uploads_that_are_too_large_or_too_long_are_refused(strict, tmp_path):
     create = strict.client().audio.transcriptions.create
-    with pytest.raises(openai.APIStatusError, match="lasts 4.00 s, longer than 3 s") as raised:
+    with pytest.raises(openai.APIStatusError, match=r"lasts 4\.00 s, longer than 3 s") as raised:
         create(file=write_wav(tmp_path / "a.flac", make_tone(4)), model=strict_name(strict))
     assert raised.value.status_code == 413
     with pytest.raises(openai.APIStatusError, match=r"larger than 1\.5 MB") as raised:
