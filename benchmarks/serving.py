@@ -13,8 +13,8 @@ same model, with the same search. Prints requests per second, the multiple of re
 percentile of the latency in seconds.
 
 With `--soak`, clients send recordings of random formats for that many minutes; some close their connection
-early, and some files are cut. Each text is compared with that of the recording decoded alone, and the server's
-memory is printed.
+early, and some files are cut. Each text is compared with that of the recording decoded alone, and the memory
+of the server is printed.
 """
 
 import argparse
@@ -178,11 +178,8 @@ def measure(name: str, clients: int, transcribe: Transcribe, contents: list[byte
         latencies = list(pool.map(ask, sent))
     seconds = time.perf_counter() - started
     median, late = (statistics.quantiles(latencies, n=20, method="inclusive")[i] for i in (9, 18))
-    print(
-        f"{clients:3} clients  {name:<18} {requests / seconds:7.3f} requests/s  {audio / seconds:6.2f} x real time"
-        f"  p50 {median:7.2f} s  p95 {late:7.2f} s",
-        flush=True,
-    )
+    rates = f"{requests / seconds:7.3f} requests/s  {audio / seconds:6.2f} x real time"
+    print(f"{clients:3} clients  {name:<18} {rates}  p50 {median:7.2f} s  p95 {late:7.2f} s", flush=True)
 
 
 def soak(
@@ -233,7 +230,7 @@ def disturbed(address: str, draw: random.Random, content: bytes, text: str, is_c
     """Send a recording as it is, cut, or without waiting for the answer; return what happened."""
     kind = draw.random()
     if kind < 0.15:
-        status, message = post(address, content[: len(content) // 2])
+        status, _ = post(address, content[: len(content) // 2])
         # Half of an Opus or mp3 file may be a complete one of half the length.
         return "cut file refused" if status == 400 else f"cut file: {status}"
     if kind < 0.3:

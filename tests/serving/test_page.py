@@ -45,12 +45,17 @@ class Tab:
         self.socket.send(json.dumps(message | ({"sessionId": self.session} if self.session else {})))
         while True:
             answer = json.loads(self.socket.recv())
-            if answer.get("method") in (
-                "Runtime.exceptionThrown",
-                "Log.entryAdded",
-                "Runtime.consoleAPICalled",
-            ):
-                self.problems.append(json.dumps(answer["params"]))
+            about = answer.get("params", {})
+            if (
+                answer.get("method")
+                in (
+                    "Runtime.exceptionThrown",
+                    "Runtime.consoleAPICalled",
+                    "Log.entryAdded",
+                )
+                and about.get("entry", {}).get("level") != "verbose"
+            ):  # advice, such as on forms
+                self.problems.append(json.dumps(about))
             if answer.get("id") == self.number:
                 assert "error" not in answer, answer
                 return answer["result"]
