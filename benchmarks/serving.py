@@ -9,8 +9,9 @@ MODEL is a model folder or the name of a shipped model; FOLDER has recordings of
 Each method gets the same recordings from the same number of clients, which send the next one as soon as they
 have an answer. The plain loop and faster-whisper run in this process, one recording at a time, without HTTP:
 a client waits until the others' recordings are finished. The plain loop calls transformers' `generate` of the
-same model, with the same search. Prints requests per second, the multiple of real time, and the 50th and 95th
-percentile of the latency in seconds.
+same model, with the same search. Prints requests per second, the multiple of real time, the 50th and 95th
+percentile of the latency in seconds, and seconds of processor time per request, of all processes. With
+OMP_NUM_THREADS=1, other programs on the machine hardly affect the last one.
 
 With `--soak`, clients send recordings of random formats for that many minutes; some close their connection
 early, and some files are cut. Each text is compared with that of the recording decoded alone, and the memory
@@ -75,10 +76,14 @@ def main() -> None:
             methods["faster-whisper"] = one_at_a_time(faster_whisper(options.faster_whisper))
         for transcribe in methods.values():
             transcribe(contents[0])
-        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
         for clients in options.concurrency:
             for name, transcribe in methods.items():
-                measure(name, clients, transcribe, contents, options.requests)
+                both = [psutil.Process(), process]
+                before = sum(sum(p.cpu_times()[:2]) for p in both)
+                line = measure(clients, transcribe, contents, options.requests)
+                used = (sum(sum(p.cpu_times()[:2]) for p in both) - before) / options.requests
+                print(f"{clients:3} clients  {name:<18} {line}  {used:6.2f} s of processor", flush=True)
 
 
 @contextlib.contextmanager
@@ -163,8 +168,8 @@ def faster_whisper(folder: str) -> Transcribe:
     return transcribe
 
 
-def measure(name: str, clients: int, transcribe: Transcribe, contents: list[bytes], requests: int) -> None:
-    """Print the throughput and the latencies of a method."""
+def measure(clients: int, transcribe: Transcribe, contents: list[bytes], requests: int) -> str:
+    """Return the throughput and the latencies of a method, as text."""
     sent = [contents[i % len(contents)] for i in range(requests)]
     audio = sum(soundfile.info(io.BytesIO(content)).duration for content in sent)
 
@@ -179,7 +184,7 @@ def measure(name: str, clients: int, transcribe: Transcribe, contents: list[byte
     seconds = time.perf_counter() - started
     median, late = (statistics.quantiles(latencies, n=20, method="inclusive")[i] for i in (9, 18))
     rates = f"{requests / seconds:7.3f} requests/s  {audio / seconds:6.2f} x real time"
-    print(f"{clients:3} clients  {name:<18} {rates}  p50 {median:7.2f} s  p95 {late:7.2f} s", flush=True)
+    return f"{rates}  p50 {median:7.2f} s  p95 {late:7.2f} s"
 
 
 def soak(

@@ -43,18 +43,13 @@ from slam_asr.version import describe_version
 
 STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.function}
 """Steps that are commands. Each writes a folder with a record, to which `--pointer` can write a pointer."""
+_FACTS = "slam_asr.artifacts.shipped:describe_default"
 OTHER_COMMANDS = {
     "transcribe": Command(
-        "slam_asr.stages.transcribe:transcribe",
-        "FILES…",
-        "transcribe audio files to text, JSON or subtitles",
-        "slam_asr.artifacts.shipped:describe_default",
+        "slam_asr.stages.transcribe:transcribe", "FILES…", "transcribe audio to text or subtitles", _FACTS
     ),
     "serve": Command(
-        "slam_asr.stages.serve:serve",
-        "[MODEL]",
-        "transcribe over HTTP, with OpenAI's interface",
-        "slam_asr.artifacts.shipped:describe_default",
+        "slam_asr.stages.serve:serve", "[MODEL]", "transcribe over HTTP, with OpenAI's interface", _FACTS
     ),
     "compare": Command(
         "slam_asr.stages.compare:compare",
@@ -65,9 +60,7 @@ OTHER_COMMANDS = {
         "slam_asr.stages.plan:plan", "RECIPE", "estimate memory, time and storage before anything is loaded"
     ),
     "copy-models": Command(
-        "slam_asr.pretrained.copy_to_bucket:copy_models",
-        "RECIPE",
-        "copy the recipe's frozen models to a bucket",
+        "slam_asr.pretrained.copy_to_bucket:copy_models", "RECIPE", "copy a recipe's models to a bucket"
     ),
     "features ls": Command(
         "slam_asr.features.maintenance:list_store", "STORE", "list what a feature store contains"
@@ -220,7 +213,8 @@ def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]
         positionals = ["RECIPE"]
     values = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options, rest = [], arguments[len(values) :]
-    if command == "transcribe" and _value_of("--model", arguments) is None:
+    by_default = command == "transcribe" or (command == "serve" and not values)
+    if by_default and _value_of("--model", arguments) is None:
         options.append(f"--model={_take_model(values)}")
     for positional in positionals:
         name = option_name(positional.strip("[…]").lower())
@@ -229,16 +223,8 @@ def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]
             values = []
         elif values:
             options.append(f"{name}={values.pop(0)}")
-        elif command == "serve" and _value_of(name, arguments) is None:
-            options.append(f"{name}={_default_model()}")
     # Values that are left over stay without an option's name, and the parser refuses them.
     return command, [*options, *values, *rest]
-
-
-def _default_model() -> str:
-    from slam_asr.artifacts.shipped import default_model
-
-    return default_model()
 
 
 def _take_model(words: list[str]) -> str:
@@ -246,10 +232,10 @@ def _take_model(words: list[str]) -> str:
 
     In earlier versions, the model always came first. It is removed from the words.
     """
-    from slam_asr.artifacts.shipped import is_model
+    from slam_asr.artifacts.shipped import default_model, is_model
 
     if not words or not is_model(words[0]):
-        return _default_model()
+        return default_model()
     print("note: a model before the files is now spelled --model MODEL", file=sys.stderr, flush=True)
     return words.pop(0)
 

@@ -134,11 +134,11 @@ class Batcher:
             self._count_waiting()
 
     def close(self) -> None:
-        """End the thread after the batch that is being decoded."""
+        """End the thread after the batch that is being decoded, but do not wait for a model to be loaded."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self.alive:
+        if self.recognizer is not None:
             self._thread.join()
 
     def _run(self) -> None:

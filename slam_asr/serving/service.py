@@ -271,6 +271,9 @@ class _EventStream(StreamingResponse):
         async with self._owned:
             try:
                 await super().__call__(scope, receive, send)
+            except Exception:
+                self._exchange.finish(500)
+                raise
             finally:
                 await self._events.aclose()
                 if not self._exchange.finished:

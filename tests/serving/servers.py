@@ -4,6 +4,7 @@ import contextlib
 import os
 import queue
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -85,3 +86,27 @@ def serving(model: str, folder: Path, *options: str) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait()
+
+
+def post(server: Server, content: bytes, headers: dict[str, str] | None = None) -> socket.socket:
+    """Begin a request by hand: the form's end is sent by `finish`."""
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="../../a.wav"\r\n\r\n'
+    length = len(head) + len(content) + len(b"\r\n--b--\r\n")
+    lines = {
+        "Host": server.url.removeprefix("http://"),
+        "Content-Type": "multipart/form-data; boundary=b",
+        "Content-Length": str(length),
+        "Connection": "close",
+        **(headers or {}),
+    }
+    connection = socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=20)
+    text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    connection.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\n{text}\r\n".encode() + head)
+    connection.sendall(content)
+    return connection
+
+
+def finish(connection: socket.socket) -> str:
+    """Send the end of a form and read the answer."""
+    connection.sendall(b"\r\n--b--\r\n")
+    return b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
