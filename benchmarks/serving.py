@@ -91,7 +91,7 @@ def serving(model: str, wait: str) -> Iterator[tuple[str, psutil.Process]]:
     """Run a server; yield its address and process."""
     command = [sys.executable, "-m", "slam_asr", "serve", "--model", model, "--port", "0"]
     command += ["--limits.wait", wait, "--limits.requests", "128", "--limits.deadline", "3600"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
         assert process.stdout is not None
         address = ""
         for line in process.stdout:

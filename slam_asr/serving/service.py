@@ -38,7 +38,7 @@ MAX_SECONDS_IN_MEMORY = 3600.0
 
 @dataclass(frozen=True)
 class Served:
-    """What is served, and to whom."""
+    """A model to serve, and the limits and keys of its clients."""
 
     load: Callable[[], Recognizer]
     """Loads the model."""

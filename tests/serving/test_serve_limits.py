@@ -47,6 +47,10 @@ def test_uploads_that_are_too_large_or_too_long_are_refused(strict, tmp_path):
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=20)
     assert error.value.code == 413
+    # One that announces far too much is refused before it is sent.
+    with post(strict, b"", {"Content-Length": str(10**10)}) as connection:
+        answer = b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
+        assert answer.startswith("HTTP/1.1 413") and "file_too_large" in answer
 
 
 def strict_name(server: Server) -> str:
