@@ -97,15 +97,15 @@ def test_batches_are_limited_by_positions_with_padding_and_beams():
     async def use(batcher):
         first = batcher.submit(pieces(0))
         await taken(first)
-        jobs = [
-            batcher.submit(pieces(n, positions=p)) for n, p in ((1, 20), (2, 30), (3, 40), (4, 500), (5, 1))
-        ]
+        lengths = {1: 20, 2: 30, 3: 40, 4: 40, 5: 500, 6: 1}
+        jobs = [batcher.submit(pieces(n, positions=length)) for n, length in lengths.items()]
         slow.go.set()
         await asyncio.gather(*map(texts, jobs))
 
     run(slow, use)
-    # Three of 50 · 2 positions would fit exactly; the fourth, of 510, is decoded alone.
-    assert slow.batches == [[0], [1, 2, 3], [4], [5]]
+    # Three of 50 · 2 positions fit exactly, because the first two are padded to the third. The fifth, of 510,
+    # is decoded alone.
+    assert slow.batches == [[0], [1, 2, 3], [4], [5], [6]]
 
 
 def test_a_batch_waits_for_more_requests_unless_it_is_full():

@@ -25,7 +25,15 @@ LONG = np.concatenate([x for f in (300, 500, 800) for x in (make_tone(3, frequen
 def server(model, tmp_path_factory):
     """A server with usual limits, which divides recordings into segments of five seconds."""
     with serving(
-        model, tmp_path_factory.mktemp("t"), "--limits.segment", "5", "--names", "tiny", "whisper-1"
+        model,
+        tmp_path_factory.mktemp("t"),
+        "--limits.segment",
+        "5",
+        "--limits.wait",
+        "0.1",
+        "--names",
+        "tiny",
+        "whisper-1",
     ) as s:
         yield s
 
@@ -97,21 +105,25 @@ def test_recordings_of_phones_and_browsers_and_silence_are_transcribed(server, a
 
 
 def test_requests_share_batches_and_each_gets_its_own_text(server, alone, tmp_path):
+    """The lengths show whose text it is, because the tiny model may write the same for all of them."""
     files = [
-        write_wav(tmp_path / f"{n}.wav", make_tone(1 + n % 5, frequency=200 + 90 * n)) for n in range(24)
+        write_wav(tmp_path / f"{n}.wav", make_tone(1 + n / 8, frequency=200 + 90 * n)) for n in range(24)
     ]
-    expected = [alone.transcribe(str(file)).text for file in files]
-    assert len(set(expected)) > 1, "texts that are all the same would show nothing"
+    expected = [(t.text, t.duration) for t in map(alone.transcribe, map(str, files))]
     before = [server.metric(f"slam_asr_batch_segments_{name}") for name in ("sum", "count")]
     client = server.client()
+
+    def ask(file: Path) -> tuple[str, float]:
+        made = client.audio.transcriptions.create(file=file, model="tiny", response_format="verbose_json")
+        return made.text, made.duration
+
     with ThreadPoolExecutor(24) as pool:
-        made = list(pool.map(lambda f: client.audio.transcriptions.create(file=f, model="tiny").text, files))
-    assert made == expected
+        assert list(pool.map(ask, files)) == expected
     segments, batches = (
         server.metric(f"slam_asr_batch_segments_{name}") - b
         for name, b in zip(("sum", "count"), before, strict=True)
     )
-    assert segments == 24 and batches <= 12
+    assert segments == 24 and batches < 20
 
 
 def test_models_and_probes(server):
