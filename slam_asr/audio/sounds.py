@@ -31,6 +31,8 @@ _SAMPLE_BYTES = {
 """Bytes of a sample by libsndfile's name of the encoding. Compressed ones are missing."""
 _NO_LENGTH = 2**62
 """libsndfile reports its maximum, 2**63 - 1, where a header has no length."""
+_BLOCK = 2**22
+"""Samples of all channels together that are decoded at once: 17 MB."""
 _Layout = Mp3 | list[tuple[int, int]]
 """The frames of an mp3, or where each of several joined files begins and ends in bytes."""
 
@@ -217,7 +219,14 @@ def _single(sound: soundfile.SoundFile) -> Sound:
 def _read(sound: soundfile.SoundFile, first: int, count: int) -> Iterator[np.ndarray]:
     if first:
         sound.seek(first)
-    yield sound.read(count, dtype="float32", always_2d=True)
+    # Blocks, because half an hour of silence in many channels is a small file, and many gigabytes of samples.
+    longest = max(1, _BLOCK // sound.channels)
+    while count > 0:
+        block = sound.read(min(longest, count), dtype="float32", always_2d=True)
+        if len(block) == 0:
+            return
+        yield block
+        count -= len(block)
 
 
 def _joined(sounds: list[Sound]) -> Sound:
@@ -227,9 +236,11 @@ def _joined(sounds: list[Sound]) -> Sound:
         for sound in sounds:
             taken = max(0, min(count, sound.frames - first))
             if taken:
-                blocks = list(sound.read(first, taken))
-                yield from blocks
-                if sum(map(len, blocks)) < taken:  # what follows would be at another time
+                done = 0
+                for block in sound.read(first, taken):
+                    yield block
+                    done += len(block)
+                if done < taken:  # what follows would be at another time
                     break
                 count -= taken
             first = max(0, first - sound.frames)
