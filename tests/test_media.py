@@ -1,6 +1,5 @@
 """Files of phones and browsers have the samples of the recording, or are refused in one sentence."""
 
-import contextlib
 import re
 import sys
 
@@ -49,9 +48,10 @@ def refusal(content: bytes, name: str = "x", **options) -> str:
 
 @pytest.mark.parametrize("name", [*FORMATS, "caf aac"])
 def test_a_recording_has_its_length_and_its_sound(name, tmp_path):
-    of = "m4a" if name == "caf aac" else name
-    _, codec, rate, _ = FORMATS[of]
-    original = sound(of)
+    # Core Audio gets the AAC of an m4a.
+    source = "m4a" if name == "caf aac" else name
+    _, codec, rate, _ = FORMATS[source]
+    original = sound(source)
     content = caf_with_aac(original, rate) if name == "caf aac" else encoded(name, original)
     path = tmp_path / "recording.bin"
     path.write_bytes(content)
@@ -80,27 +80,18 @@ def test_a_recording_has_its_length_and_its_sound(name, tmp_path):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_cut_file_is_refused_in_one_sentence(name):
-    content = encoded(name, sound(name))
+    content, refused = encoded(name, sound(name)), 0
     for place in np.linspace(17, len(content) - 1, 60).astype(int):
-        with contextlib.suppress(NotAtAFrame):
-            sentence = refusal_unless_between_frames(name, content, int(place))
+        try:
+            read_clip("x", content=content[:place])
+        except AudioError as error:
             assert re.fullmatch(
-                r"x (ends too early|is damaged|has no samples|cannot be read)[^\n]*\.", sentence
+                r"x (ends too early|is damaged|has no samples|cannot be read)[^\n]*\.", str(error)
             )
-
-
-class NotAtAFrame(Exception):
-    """The file was cut between two frames, which nothing in it contradicts."""
-
-
-def refusal_unless_between_frames(name: str, content: bytes, place: int) -> str:
-    try:
-        read_clip("x", content=content[:place])
-    except AudioError as error:
-        return str(error)
-    # AMR and AAC have no header with a length. Their frames have 13 and about 200 bytes here.
-    assert name in ("amr", "aac"), place
-    raise NotAtAFrame
+            refused += 1
+    # AMR and AAC have no header with a length, so a cut between two of their frames goes unnoticed. Their
+    # frames have 13 and about 200 bytes here.
+    assert refused == 60 if name not in ("amr", "aac") else refused >= 50
 
 
 @pytest.mark.parametrize("name", ["m4a", "webm", "mov pcm"])

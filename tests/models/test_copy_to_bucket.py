@@ -1,5 +1,7 @@
 """Models are copied into a bucket once, and can be loaded from the address that copying returns."""
 
+from pathlib import Path
+
 import pytest
 
 from slam_asr.config.recipe import load_recipe
@@ -31,9 +33,9 @@ def test_an_interrupted_copy_is_repeated(bucket, tiny_recipe):
     assert weights_sha256(locate_model(llm)) == weights_sha256(locate_model(recipe.llm.name))
 
 
-def test_names_on_the_hub_keep_their_owner(bucket, monkeypatch, tiny_models, tmp_path):
+def test_names_on_the_hub_keep_their_owner(bucket, monkeypatch, tiny_models):
     monkeypatch.setattr(
-        "slam_asr.pretrained.copy_to_bucket.locate_model", lambda name: tmp_path.__class__(tiny_models["llm"])
+        "slam_asr.pretrained.copy_to_bucket.locate_model", lambda name: Path(tiny_models["llm"])
     )
     assert copy_models("s3://bucket/models", models=["lmsys/vicuna-7b-v1.5"]) == [
         "s3://bucket/models/lmsys/vicuna-7b-v1.5"

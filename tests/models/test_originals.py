@@ -53,14 +53,13 @@ def fairseq_names(model, style: str) -> dict[str, torch.Tensor]:
     own = dict(model.state_dict())
     out = {"mask_emb": own.pop("masked_spec_embed")}
     for i in range(len(model.config.conv_dim)):
-        mine, theirs = f"feature_extractor.conv_layers.{i}", f"feature_extractor.conv_layers.{i}"
+        at = f"feature_extractor.conv_layers.{i}"
         for kind in ("weight", "bias"):
-            if f"{mine}.conv.{kind}" in own:
-                out[f"{theirs}.0.{kind}"] = own.pop(f"{mine}.conv.{kind}")
-            if f"{mine}.layer_norm.{kind}" in own:
-                out[f"{theirs}.{'2.1' if style == 'large' else '2'}.{kind}"] = own.pop(
-                    f"{mine}.layer_norm.{kind}"
-                )
+            if f"{at}.conv.{kind}" in own:
+                out[f"{at}.0.{kind}"] = own.pop(f"{at}.conv.{kind}")
+            if f"{at}.layer_norm.{kind}" in own:
+                norm = "2.1" if style == "large" else "2"
+                out[f"{at}.{norm}.{kind}"] = own.pop(f"{at}.layer_norm.{kind}")
     for kind in ("weight", "bias"):
         out[f"layer_norm.{kind}"] = own.pop(f"feature_projection.layer_norm.{kind}")
         out[f"post_extract_proj.{kind}"] = own.pop(f"feature_projection.projection.{kind}")

@@ -65,7 +65,7 @@ def test_equal_recognisers_differ_only_by_chance():
 
 def test_a_better_recogniser_is_significant_and_has_the_right_sign():
     first, words = random_errors(400, 0.1, 1)
-    second, _ = np.random.default_rng(2).binomial(words, 0.2), None
+    second = np.random.default_rng(2).binomial(words, 0.2)
     better = matched_pairs(first, second, words)
     assert better.p < 0.001 and better.low < better.difference < better.high < 0
     worse = matched_pairs(second, first, words)

@@ -100,7 +100,7 @@ def test_the_limit_is_never_exceeded_and_held_files_remain(tmp_path):
         while not done.is_set():
             # The lock keeps the folder unchanged while its sizes are added up.
             # Inodes ensure that a file with two names is counted once.
-            with DiskCache(tmp_path / "cache", limit)._locked("room"):
+            with DiskCache(tmp_path / "cache", limit)._locked(cache_module._CAPACITY_LOCK):
                 files = {}
                 for file in (tmp_path / "cache").iterdir():
                     with contextlib.suppress(FileNotFoundError):
@@ -200,8 +200,8 @@ def test_an_object_half_fetched_by_a_killed_process_is_fetched_by_the_one_that_w
 
 
 def test_an_object_may_have_the_name_of_a_lock(tmp_path):
-    cache = DiskCache(tmp_path, 3000)
-    assert hold(cache, "room").path.read_bytes() == content_of("room", 1000)
+    cache, name = DiskCache(tmp_path, 3000), cache_module._CAPACITY_LOCK
+    assert hold(cache, name).path.read_bytes() == content_of(name, 1000)
 
 
 @pytest.mark.parametrize(
