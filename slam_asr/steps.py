@@ -110,7 +110,7 @@ STEPS = {
         ),
         Step(
             "train",
-            "train the projector, with DeepSpeed",
+            "train the projector",
             output="checkpoint",
             pipelines=(TRAINING, SWEEP),
             processes="training.processes",

@@ -134,10 +134,10 @@ def _opened(
     if kind := kind_of(head):
         return [_of_media(stream, kind, path)]
     if may_be_mp3(head[:4]):
-        frames = _layout_of(file, "MP3")
-        if isinstance(frames, Mp3):
-            read = functools.partial(_read_mp3, frames, stream, file)
-            return [Sound(frames.frames, frames.sample_rate, frames.channels, read)]
+        mp3 = _layout_of(file, "MP3")
+        if isinstance(mp3, Mp3):
+            read = functools.partial(_read_mp3, mp3, stream, file)
+            return [Sound(mp3.samples_per_channel, mp3.sample_rate, mp3.channels, read)]
     stream.seek(0)
     try:
         # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as
@@ -173,16 +173,14 @@ def _of_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Sound:
     )
 
 
-def _read_mp3(
-    frames: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int
-) -> Iterator[np.ndarray]:
+def _read_mp3(mp3: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int) -> Iterator[np.ndarray]:
     # By its name, libsndfile reads a complete mp3 in two thirds of the time.
-    if frames.is_plain and first == 0 and count == frames.frames and not isinstance(file, bytes):
+    if mp3.is_plain and first == 0 and count == mp3.samples_per_channel and not isinstance(file, bytes):
         with soundfile.SoundFile(os.fsencode(file)) as sound:
             if sound.frames == count:
                 yield sound.read(count, dtype="float32", always_2d=True)
                 return
-    yield frames.read(stream, first, count)
+    yield mp3.read(stream, first, count)
 
 
 def _layout_of(file: Path | bytes, format: str) -> _Layout:

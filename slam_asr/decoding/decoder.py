@@ -83,7 +83,13 @@ class Decoder:
         self._prompt = model.prompt()
         self._searcher: Searcher | None = None
         self.store = (
-            FeatureStore(feature_store, model.config.encoder, model.trained.features.dtype, self.audio_ids)
+            FeatureStore(
+                feature_store,
+                model.config.encoder,
+                model.trained.features.dtype,
+                self.audio_ids,
+                recipe.features.cache_bytes,
+            )
             if feature_store
             else None
         )

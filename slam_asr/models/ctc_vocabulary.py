@@ -11,7 +11,7 @@ BLANK_TEXT = "\n"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """Matches a token that stands for a byte of a character that the vocabulary lacks (SentencePiece)."""
 _AT_ONCE = 1000
-"""Number of texts that are tokenized in one call."""
+"""Number of texts that are tokenised in one call."""
 
 
 class CtcVocabulary:

@@ -62,8 +62,9 @@ class Prompt:
         """Id of the token that ends a target."""
         self.main = self._tokenize(options.prompt, options.template)
         """The prompt for decoding and validation."""
-        self.drawn = [self._tokenize(p, options.template) for p in options.training_prompts] or [self.main]
-        """The prompts for training."""
+        training = [self._tokenize(p, options.template) for p in options.training_prompts]
+        self.for_training = training or [self.main]
+        """The prompts that training draws from."""
 
     @property
     def stops(self) -> list[int]:
@@ -71,11 +72,12 @@ class Prompt:
         return sorted({self.end, self.tokenizer.eos_token_id})
 
     def draw(self, seed: int, epoch: int, key: str) -> int:
-        """Return the index in `drawn` of the prompt for an utterance in an epoch.
+        """Return the index in `for_training` of the prompt for an utterance in an epoch.
 
         It depends on the arguments only, so it is the same on every process and after a restart.
         """
-        return random.Random(f"{seed}/{epoch}/{key}").randrange(len(self.drawn)) if len(self.drawn) > 1 else 0
+        count = len(self.for_training)
+        return random.Random(f"{seed}/{epoch}/{key}").randrange(count) if count > 1 else 0
 
     def with_answer(self, prompt: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
         """Tokenise prompt and answer together, and divide the ids between the two.
@@ -139,7 +141,8 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_
         )
     except (TemplateError, ValueError) as error:
         raise ModelError(
-            f"The chat template of {tokenizer.name_or_path} cannot be filled in: {one_sentence(error)}"
+            f"The chat template of {tokenizer.name_or_path} cannot be filled in, so set llm.template to a "
+            f"text of your own: {one_sentence(error)}"
         ) from error
     assert isinstance(text, str), "tokenize=False gives text"
     return text

@@ -110,7 +110,7 @@ def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(samples_of(utterance)))
     # Training draws one of several prompts; this takes the longest.
     before, (after, answer) = max(
-        ((p.before, prompt.with_answer(p, utterance.target)) for p in prompt.drawn),
+        ((p.before, prompt.with_answer(p, utterance.target)) for p in prompt.for_training),
         key=lambda tokens: len(tokens[0]) + sum(map(len, tokens[1])),
     )
     return Load(1.0, audio + len(before) + len(after) + len(answer), audio, len(answer))

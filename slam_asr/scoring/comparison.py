@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from slam_asr.artifacts.hypotheses import Hypothesis, scored_text
-from slam_asr.artifacts.scripts import comparable, separates_words
 from slam_asr.artifacts.word_errors import Measured, groups_of, measure
+from slam_asr.artifacts.writing_systems import comparable, separates_words
 from slam_asr.errors import InputError
 from slam_asr.scoring.analysis import percent
 from slam_asr.scoring.statistics import matched_pairs

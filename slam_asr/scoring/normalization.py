@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from slam_asr.artifacts.hypotheses import Hypothesis
-from slam_asr.artifacts.scripts import (
+from slam_asr.artifacts.writing_systems import (
     is_english,
     looks_english,
     normalise_any_language,

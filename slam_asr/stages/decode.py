@@ -82,7 +82,7 @@ def decode(
         with DecodeJournal(folder, decoding_digest, remote) as journal:
             decoded, facts = _decode(decoder, shard, journal, processes)
         _write(folder, recipe.decoding, decoded, decoder.utterances)
-        journal.close()
+        journal.discard()
         if not any(row.reference.strip() for row, _ in decoded):
             log_line("the manifests have no transcripts: there is nothing to score the hypotheses against")
         part = f" of {len(decoder.utterances)} utterances, work shard {shard}"

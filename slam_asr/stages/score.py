@@ -13,8 +13,8 @@ from slam_asr.artifacts.hypotheses import (
     write_hypotheses,
 )
 from slam_asr.artifacts.model_folder import read_config
-from slam_asr.artifacts.scripts import separates_words
 from slam_asr.artifacts.stage_record import Outcome, Record, require_record, run_stage
+from slam_asr.artifacts.writing_systems import separates_words
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
 from slam_asr.scoring.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio

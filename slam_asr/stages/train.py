@@ -101,6 +101,7 @@ def _train_in(
         published=published,
         rows={name: save_rows(folder / f"rows-{name}.npy", us) for name, us in checked.fitting.items()},
         init_from=str(checked.init_from) if checked.init_from else None,
+        init_adapter=checked.init_adapter,
         ctc_tokens=checked.ctc_tokens,
         inputs=checked.inputs,
     )

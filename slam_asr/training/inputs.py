@@ -13,7 +13,9 @@ from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.model_folder import (
+    ADAPTER,
     WEIGHTS,
+    adapter_file,
     fetch_model,
     projector_from_weights,
     read_config,
@@ -57,6 +59,8 @@ class CheckedInputs:
     """None if audio is encoded on the fly."""
     init_from: Path | None
     """Local folder of the model whose projector the training starts from."""
+    init_adapter: bool
+    """Whether the training also starts from that model's adapter."""
     ctc_tokens: list[int]
     """Token ids that the beginning's CTC distinguishes, the blank's first; empty without a beginning."""
     base: dict[str, Any]
@@ -110,6 +114,9 @@ def check_inputs(
     init_from = initial_projector(recipe, encoder, llm_folder, base)
     if init_from is not None:
         inputs["init_from"] = sha256_of_file(init_from / WEIGHTS)
+    init_adapter = init_from is not None and starts_from_adapter(recipe, init_from)
+    if init_from is not None and init_adapter:
+        inputs["init_adapter"] = sha256_of_file(adapter_file(init_from / ADAPTER))
     ctc_tokens: list[int] = []
     if recipe.projector.beginning.active:
         ctc_tokens = tokens_of_beginning(recipe, encoder, prompt.tokenizer, fitting)
@@ -128,6 +135,7 @@ def check_inputs(
         fitting=fitting,
         feature_store=feature_store,
         init_from=init_from,
+        init_adapter=init_adapter,
         ctc_tokens=ctc_tokens,
         base=base,
         inputs=inputs,
@@ -246,6 +254,43 @@ def initial_projector(
     return folder
 
 
+def starts_from_adapter(recipe: Recipe, folder: Path) -> bool:
+    """Return whether a training run starts from the adapter of the model that `projector.init_from` names.
+
+    Args:
+        recipe: its section `llm` is read.
+        folder: the model's local folder.
+
+    Raises:
+        ConfigurationError: the model has an adapter of another size or scale, or on other layers.
+    """
+    if not (folder / ADAPTER).is_dir():
+        return False
+    name = recipe.projector.init_from
+    if recipe.llm.tuning != "lora":
+        log_line(
+            f"warning: {name} was trained with a LoRA adapter, which is left out here: set llm.tuning to "
+            "lora to start from it too"
+        )
+        return False
+    ours, theirs = recipe.llm.lora, read_config(folder).typed_recipe.llm.lora
+    needed = [
+        f"llm.lora.{key} to {value}"
+        for key, value in (
+            ("rank", theirs.rank),
+            ("alpha", theirs.alpha),
+            ("targets", f"[{', '.join(theirs.targets)}]"),
+        )
+        if getattr(ours, key) != getattr(theirs, key)
+    ]
+    if needed:
+        raise ConfigurationError(
+            f"projector.init_from: the LoRA adapter of {name} does not fit the recipe's: set "
+            f"{', '.join(needed)}."
+        )
+    return True
+
+
 def check_llm(recipe: Recipe, folder: Path) -> Prompt:
     """Check that an LLM suits the recipe, without reading the values of its weights.
 
@@ -263,7 +308,7 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
     """
     trust = recipe.llm.trust_remote_code
     prompt = Prompt(require_usable_llm(folder, recipe.llm), recipe.llm)
-    longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.drawn))
+    longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.for_training))
     limit = llm_positions(folder, trust)
     if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:
         raise ConfigurationError(

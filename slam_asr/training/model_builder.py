@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader, StoreReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
-from slam_asr.artifacts.model_folder import read_config, read_projector
+from slam_asr.artifacts.model_folder import (
+    ADAPTER,
+    read_adapter,
+    read_config,
+    read_projector,
+    replace_weights,
+)
 from slam_asr.artifacts.utterances import read_rows
 from slam_asr.config.recipe import Recipe, Training
 from slam_asr.cores import usable_cores
@@ -61,7 +67,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
     draw = functools.partial(prompt.draw, recipe.training.seed)
     readers = {
         "train": BatchReader(
-            Examples(utterances["train"], source, recipe.projector, prompt, prompt.drawn, limit),
+            Examples(utterances["train"], source, recipe.projector, prompt, prompt.for_training, limit),
             source,
             draw,
             threads,
@@ -83,8 +89,8 @@ def _source(
     if store is None:
         return AudioReader(spec, recipe.features)
     audio_ids = [u.audio_id for utterances in manifests for u in utterances]
-    cache = int(recipe.features.cache_gigabytes * 1e9)
-    return StoreReader(FeatureStore(store, spec.fingerprint(), recipe.features.dtype, audio_ids, cache))
+    options = recipe.features
+    return StoreReader(FeatureStore(store, spec.fingerprint(), options.dtype, audio_ids, options.cache_bytes))
 
 
 def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple[Slam, list[LazyWeight]]:
@@ -105,6 +111,9 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     spec = describe_encoder(recipe.encoder)
     llm, lazy_weights = _load_llm(Path(job.llm_folder), options, recipe.llm.trust_remote_code)
     set_tuning(llm, recipe.llm, options.seed)
+    if job.init_from and job.init_adapter:
+        trained = [name for name, _ in llm.named_parameters() if ".lora_" in name]
+        replace_weights(llm, read_adapter(job.init_from), str(Path(job.init_from) / ADAPTER), trained)
     projector = build_initial_projector(job, recipe, spec.width, llm_width(llm))
     encoder = None
     if job.feature_store is None and recipe.encoder.tuning == "full":

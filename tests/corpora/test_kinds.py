@@ -496,6 +496,15 @@ def test_the_error_for_an_unreadable_table_has_a_remedy(tmp_path, header, row, c
     assert "\n" not in str(caught.value)
 
 
+def test_a_subsets_stamps_do_not_depend_on_tables_without_its_rows(tmp_path):
+    write_wav(tmp_path / "a.wav")
+    (tmp_path / "train.csv").write_text("audio,text\na.wav,one\n")
+    (tmp_path / "test.csv").write_text("audio,text\na.wav,two\n")
+    before = list(open_corpus(str(tmp_path), Data()).stamps("train"))
+    (tmp_path / "test.csv").write_text("audio,text\na.wav,two\na.wav,three\n")
+    assert list(open_corpus(str(tmp_path), Data()).stamps("train")) == before
+
+
 def test_the_error_for_a_damaged_table_or_another_encoding_names_the_file(tmp_path):
     (tmp_path / "t.csv").write_bytes("path,text\nx.wav,café\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"t\.csv is not UTF-8"):
