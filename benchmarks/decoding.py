@@ -57,16 +57,16 @@ def main() -> None:
     prompt = opened.prompt()
     manifest = read_manifest(options.manifest)
     utterances = manifest[:: max(1, len(manifest) // options.utterances)][: options.utterances]
-    seconds = sum(u.duration or 0.0 for u in utterances)
+    audio_seconds = sum(u.duration or 0.0 for u in utterances)
     print(
-        f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, "
+        f"{len(utterances)} utterances, {audio_seconds / len(utterances):.1f} s each on average, "
         f"{torch.get_num_threads()} threads, encoder.frames: {encoder_recipe.frames}"
     )
     encoder = describe_encoder(encoder_recipe).load(torch.float32)
     with torch.no_grad():
         frames = [encoder([encoder.prepare(load_utterance(u))])[0] for u in utterances]
-    audio = [opened.positions(len(f)) for f in frames]
-    positions = [n + len(prompt.main.before) + len(prompt.main.ids) for n in audio]
+    audio_positions = [opened.positions(len(f)) for f in frames]
+    positions = [n + len(prompt.main.before) + len(prompt.main.ids) for n in audio_positions]
     decoding = replace(opened.trained.decoding, nbest=1)
     models = {
         p: opened.load(replace(decoding, precision=p), with_encoder=False)
@@ -89,7 +89,9 @@ def main() -> None:
         started = time.perf_counter()
         for batch in batches:
             for i, answer in zip(
-                batch, searcher.decode([frames[i] for i in batch], [audio[i] for i in batch]), strict=True
+                batch,
+                searcher.decode([frames[i] for i in batch], [audio_positions[i] for i in batch]),
+                strict=True,
             ):
                 texts[i] = answer.text
         return texts, time.perf_counter() - started
@@ -121,7 +123,8 @@ def main() -> None:
             count = sum(a != b for a, b in zip(texts_of[name], fp32_texts, strict=True))
             differing = f"  {count}/{len(fp32_texts)} differ from fp32"
         print(
-            f"{name:44} {len(utterances) / median:7.2f} utterances/s {seconds / median:7.1f} × real time "
+            f"{name:44} {len(utterances) / median:7.2f} utterances/s "
+            f"{audio_seconds / median:7.1f} × real time "
             f"{statistics.median(ratios):6.2f} × ({', '.join(f'{r:.2f}' for r in ratios)})  "
             f"{equal}/{len(texts_of[name])} texts equal  WER {100 * wer:.1f} %{differing}"
         )

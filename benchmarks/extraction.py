@@ -54,14 +54,16 @@ def noise(folder: Path, count: int) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("corpus", nargs="?", help="folder with audio files")
-    parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("corpus", nargs="?", help="folder with FLAC files, such as a LibriSpeech tree")
+    parser.add_argument("--synthetic", action="store_true", help="noise instead of a corpus")
     parser.add_argument("--utterances", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--encoder", default="openai/whisper-tiny.en")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--batch-seconds", type=float, default=60.0)
     options = parser.parse_args()
+    if not (options.corpus or options.synthetic):
+        parser.error("give a corpus or --synthetic")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if options.synthetic:

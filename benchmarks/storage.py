@@ -1,6 +1,6 @@
 """Compare the speed of this project's verified transfers with that of bare boto3, on a local server.
 
-    python benchmarks/storage.py                         # 8 objects of 64 MB, 5 repeats: some minutes
+    python benchmarks/storage.py                         # 8 objects of 64 MiB, 5 repeats: some minutes
     python benchmarks/storage.py --objects 4 --megabytes 16 --repeats 3
 
 Both alternate on the same server (moto's, in a separate process); only the ratios within one run are
@@ -81,7 +81,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--objects", type=int, default=8)
-    parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--megabytes", type=int, default=64, help="size of each object, in MiB")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     server = start_server()

@@ -5,8 +5,9 @@
     python -m demo.make_speech copies --real LibriSpeech/train-clean-100 --out copies
 
 `demo` speaks random sentences of a small grammar: the corpus in demo/speech. `training` speaks the lines
-`<key> TEXT` of a file of transcripts, in pieces of 8 to 25 words. Text and speakers of its dev and test
-subsets occur nowhere else. `copies` writes real speech unchanged and at other speeds, with echo and noise.
+`<chapter>-<number> TEXT` of a file of transcripts, in pieces of 8 to 25 words. Text and speakers of its dev
+and test subsets occur nowhere else. `copies` writes real speech unchanged and at other speeds, with echo and
+noise.
 All write LibriSpeech's layout:
 
     <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.flac or .opus

@@ -71,7 +71,7 @@ def pieces(lines: list[str]) -> Iterator[str]:
 
 
 def select_texts(path: Path, seed: int) -> dict[str, list[str]]:
-    """Read the lines `<speaker>-<chapter>-<number> TEXT` of a file, and share them between the subsets.
+    """Read the lines `<chapter>-<number> TEXT` of a file, and share the chapters between the subsets.
 
     Returns:
         for each subset, its texts in random order. No chapter is in two subsets.

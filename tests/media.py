@@ -46,8 +46,8 @@ def encoded(name: str, samples: np.ndarray, picture: bool = False, **options: st
         track = add_audio(output, codec, rate, samples.shape[1]) if samples.size else None
         if video is not None:
             for number in range(25):
-                picture_of = np.full((32, 32, 3), 10 * number % 256, np.uint8)
-                output.mux(video.encode(av.VideoFrame.from_ndarray(picture_of, format="rgb24")))
+                pixels = np.full((32, 32, 3), 10 * number % 256, np.uint8)
+                output.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             output.mux(video.encode(None))
         for packet in packets_of(track, samples, rate) if track is not None else ():
             output.mux(packet)
@@ -96,8 +96,11 @@ def caf_with_aac(samples: np.ndarray, rate: int) -> bytes:
         track = source.streams.audio[0]
         extra = track.codec_context.extradata
         packets = [bytes(packet) for packet in source.demux(track) if packet.size]
+    # Integers of 7 bits per byte, here of two bytes each; all bytes but the last have the highest bit set.
     sizes = b"".join(bytes([0x80 | len(p) >> 7, len(p) & 0x7F]) for p in packets)
+    # Frames that the decoder outputs before the audio begins. A packet has 1024 frames.
     priming = 1024
+    # Numbers of packets, of valid frames, of priming frames, and of frames that pad the last packet.
     table = struct.pack(
         ">qqii", len(packets), len(samples), priming, 1024 * len(packets) - priming - len(samples)
     )

@@ -194,9 +194,10 @@ def test_the_key_names_exist_in_the_installed_deepspeed():
 
 @pytest.mark.parametrize("form", ["path", "keys"])
 def test_on_a_stages_command_line_it_is_refused_with_a_pointer_to_the_recipes_file(tmp_path, form):
-    from slam_asr.config.recipe import Recipe, Training
+    from slam_asr.cli import run
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(REFERENCE))
+    option = f"--training.deepspeed={path if form == 'path' else json.dumps(REFERENCE)}"
     with pytest.raises(UserError, match="write it into the recipe's file"):
-        Recipe(training=Training(deepspeed=str(path) if form == "path" else REFERENCE))
+        run("train", ["--recipe", "demo", "--train-manifest", "m", "--output", str(tmp_path / "out"), option])

@@ -1,4 +1,4 @@
-"""The demo listens: its word error rate is far below that of exchanged audio and of silence."""
+"""The demo's model uses its audio: its word error rate is far below those of its controls."""
 
 import json
 import subprocess

@@ -216,7 +216,7 @@ def options_of_pipelines():
 
 
 def _require_recipe(name):
-    assert name is None or name.endswith(".yaml") or name in shipped_recipes()
+    assert name.endswith(".yaml") or name in shipped_recipes()
 
 
 @every_page

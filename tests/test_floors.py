@@ -40,7 +40,7 @@ FLOORS = (
         "__init__",
     },
 )
-"""From the top down. What is in no folder is a room of its own."""
+"""From the top down. A module that is in no folder counts as one."""
 
 Imports = Mapping[str, set[str]]
 """The modules that each module imports."""
@@ -67,14 +67,14 @@ def _imported(file: Path, modules: set[str]) -> Iterator[str]:
                 yield name if name in modules else node.module
 
 
-def room_of(module: str) -> str:
-    """`slam_asr.training.loop` → `training`."""
+def folder_of(module: str) -> str:
+    """The folder of a module: `slam_asr.training.loop` → `training`."""
     return ([*module.split("."), "__init__"])[1]
 
 
-def floor_of(room: str) -> int:
-    """Number of a room's floor, from 0 at the top."""
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+def floor_of(folder: str) -> int:
+    """Number of a folder's floor, from 0 at the top."""
+    return next(number for number, folders in enumerate(FLOORS) if folder in folders)
 
 
 def wrong_arrows(imports: Imports) -> list[str]:
@@ -82,7 +82,7 @@ def wrong_arrows(imports: Imports) -> list[str]:
     wrong = []
     for module, imported in imports.items():
         for other in imported:
-            here, there = room_of(module), room_of(other)
+            here, there = folder_of(module), folder_of(other)
             # The files of a trade may import each other; those of the stages must not.
             apart = TRADES if here != there else {"stages"}
             if floor_of(there) < floor_of(here) or (here in apart and there in apart):
@@ -117,17 +117,17 @@ def circles(graph: Imports) -> list[list[str]]:
     return found
 
 
-def between_rooms(imports: Imports) -> dict[str, set[str]]:
-    """The rooms that each room imports from."""
-    rooms: dict[str, set[str]] = {}
+def between_folders(imports: Imports) -> dict[str, set[str]]:
+    """The other folders that each folder imports from."""
+    folders: dict[str, set[str]] = {}
     for module, imported in imports.items():
-        rooms.setdefault(room_of(module), set()).update(map(room_of, imported))
-    return {room: others - {room} for room, others in rooms.items()}
+        folders.setdefault(folder_of(module), set()).update(map(folder_of, imported))
+    return {folder: others - {folder} for folder, others in folders.items()}
 
 
-def test_every_room_has_a_floor():
+def test_every_folder_has_a_floor():
     for module in imports_of(PACKAGE):
-        floor_of(room_of(module))
+        floor_of(folder_of(module))
 
 
 def test_imports_only_lead_down_and_trades_do_not_import_each_other():
@@ -143,10 +143,10 @@ def test_the_package_imports_neither_the_pipelines_nor_the_demo():
             assert not outside & {name.partition(".")[0] for name in names}, file
 
 
-def test_no_files_and_no_rooms_import_each_other_in_a_circle():
+def test_no_files_and_no_folders_import_each_other_in_a_circle():
     imports = imports_of(PACKAGE)
     assert circles(imports) == []
-    assert circles(between_rooms(imports)) == []
+    assert circles(between_folders(imports)) == []
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_yaml_that_python_cannot_read_is_refused_in_one_sentence(text):
 
 @examples(80)
 @given(st.text(max_size=20), st.sampled_from(["lower", "upper", "as-is", "any"]))
-def test_normalisers_are_stable_and_keep_letters(text, form):
+def test_normalising_again_changes_nothing_and_no_text_with_letters_becomes_empty(text, form):
     def once(text: str) -> str:
         return normalise_any_language(text) if form == "any" else normalise(text, form)
 

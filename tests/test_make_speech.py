@@ -1,6 +1,8 @@
 """The demo's speech can be made again: texts and speakers are shared between subsets as the seed says.
 
-The synthesiser itself is not installed here; what it is asked to speak, and what happens to its audio, is."""
+The synthesiser itself is not installed here: the tests check which texts it gets, and what happens to its
+audio.
+"""
 
 import zipfile
 from concurrent.futures.process import BrokenProcessPool
@@ -35,7 +37,7 @@ def spelled(number: int) -> str:
 
 
 def plan(*arguments: object) -> list[make_speech.Chapter]:
-    """Plan the chapters of a command line, without its mandatory wheels."""
+    """Plan the chapters of a command line. `--wheels` is mandatory there, but planning does not read it."""
     _, args = make_speech.parse([*map(str, arguments), "--wheels", "nowhere"])
     return (make_speech.training_chapters if args.mode == "training" else make_speech.demo_chapters)(args)
 

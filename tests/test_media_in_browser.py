@@ -59,6 +59,7 @@ def test_recordings_of_a_browser_are_decoded_and_refused_if_they_are_cut(tmp_pat
         clip = read_clip(kind, content=content)
         # A recorder begins and ends when it is ready, on a busy machine later than it was asked to.
         assert clip.duration == pytest.approx(SECONDS, abs=1.0), kind
+        # Half a second, so the spectrum has one value per 2 Hz.
         middle = clip.samples[SAMPLE_RATE // 2 : SAMPLE_RATE]
         spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle))))
         assert np.argmax(spectrum) == 440 // 2, kind

@@ -95,8 +95,8 @@ def nodes_from_environment(expected: int) -> Nodes:
     missing = [name for name, value in variables.items() if not value]
     if missing:
         raise ConfigurationError(
-            f"{NUMBER} is {number}, but {' and '.join(missing)} is not set: each machine needs its rank, "
-            "counted from 0, and the address and port of the first machine."
+            f"{NUMBER} is {number}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+            "set: each machine needs its rank, counted from 0, and the address and port of the first machine."
         )
     try:
         nodes = Nodes(expected, int(variables[RANK]), variables[ADDRESS], int(variables[PORT]))

@@ -31,7 +31,8 @@ CHECKPOINTS = ["--training.checkpoint_every", "5"]
 """Recipe keys of the runs that are compared: the demo takes 40 steps, and a checkpoint every few steps lets
 an interrupted training run resume in the middle. It changes no loss."""
 PATIENCE = 3600.0
-"""Seconds to wait for a run to get as far as a test needs. On two cores, the demo takes 17 minutes."""
+"""Seconds to wait for a run to get as far as a test needs. On two cores, an earlier and larger demo took 17
+minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

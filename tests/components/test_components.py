@@ -1,4 +1,4 @@
-"""All components document their parameters, point to their result, and log any metric."""
+"""All components document their parameters and run in their image, and a metric may be NaN."""
 
 import inspect
 import json

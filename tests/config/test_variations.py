@@ -109,6 +109,9 @@ def test_invalid_variations_are_refused(entries, sentence):
 def test_a_file_with_another_structure_is_refused(tmp_path, text, sentence):
     with pytest.raises(UserError, match=sentence):
         read_variations(write_file(tmp_path, text))
+
+
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_variations(str(tmp_path / "absent.yaml"))
 

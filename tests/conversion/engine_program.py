@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
                 exclude_frozen_parameters=True,
             )
             weights = {
-                # Stage 0 in fp32 has no masters: the weights themselves are.
+                # The fp32 master copy; stage 0 in fp32 has none, and trains the model's weights directly.
                 name: engine.get_state(name, "weight").detach().clone()
                 for name in engine.groups.weights
             }

@@ -78,8 +78,7 @@ def refusal(recipe, checkpoint, tmp_path) -> str:
 
 
 def test_a_missing_file_is_named(recipe, tmp_path):
-    assert "There is no file or folder" in refusal(recipe, tmp_path / "no.pt", tmp_path)
-    assert "no.pt" in refusal(recipe, tmp_path / "no.pt", tmp_path)
+    assert f"There is no file or folder {tmp_path}/no.pt" in refusal(recipe, tmp_path / "no.pt", tmp_path)
 
 
 def test_half_precision_does_not_replace_the_fp32_weights_of_zero(recipe, step, tmp_path):

@@ -42,7 +42,6 @@ def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams)
     )
     main(
         [
-            # One utterance at a time, like the reference's results for single utterances.
             "decode",
             "--model",
             str(tmp_path / "model"),
@@ -56,6 +55,7 @@ def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams)
             str(beams),
             "--decoding.max_new_tokens",
             "40",
+            # One utterance at a time, like the reference's results for single utterances.
             "--decoding.positions_per_batch",
             "1",
         ]

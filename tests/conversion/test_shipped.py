@@ -58,7 +58,7 @@ def test_its_recipe_starts_from_it(name):
 @pytest.mark.parametrize("name", shipped_models())
 def test_its_card_describes_data_training_and_results(name):
     card = (fetch_model(name) / "README.md").read_text()
-    for said in (
+    for part in (
         "## Data",
         "## How it was trained",
         "## Word error rate",
@@ -68,7 +68,7 @@ def test_its_card_describes_data_training_and_results(name):
         "slam-asr train",
         "Licence",
     ):
-        assert said in card, said
+        assert part in card, part
     assert not re.search(r"/(?:tmp|work|root|home)/", card)
     (rate,) = re.findall(r"type: wer, value: ([\d.]+)", card)
     assert f"| {rate} % |" in card, "the front matter and the table have the same word error rate"
@@ -82,5 +82,5 @@ def test_it_fits_the_base_models_that_are_fetched(demo_models, name):
     spec, llm = describe_encoder(recipe.encoder), locate_model(recipe.llm.name)
     assert spec.fingerprint() == config.encoder and weights_sha256(llm) == config.llm_sha256
     projector = read_projector(fetch_model(name), config)
-    (said,) = projector([torch.zeros(recipe.projector.downsampling, spec.width)])
-    assert said.shape == (llm_width(describe_llm(llm)),) and torch.isfinite(said).all()
+    (position,) = projector([torch.zeros(recipe.projector.downsampling, spec.width)])
+    assert position.shape == (llm_width(describe_llm(llm)),) and torch.isfinite(position).all()

@@ -37,7 +37,7 @@ def test_a_model_without_a_record_is_copied_once_and_can_be_pointed_to(tmp_path)
     write_pointer(record, tmp_path / "pointer")
     folder = follow_pointer(tmp_path / "pointer")
     for file in (tmp_path / "model").iterdir():
-        assert (tmp_path / "store" / record.folder / file.name).read_bytes() == file.read_bytes()
+        assert record.file(file.name).read_bytes() == file.read_bytes()
     assert (
         adopt_trained_model(
             REQUESTED, str(tmp_path / "model"), str(tmp_path / "store" / "{fingerprint}")

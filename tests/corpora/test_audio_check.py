@@ -1,4 +1,4 @@
-"""Every candidate has a result, in the order of the candidates, by the state of its file at that moment."""
+"""Every candidate has a result, in the order of the candidates, from its file as it is when it is checked."""
 
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import Candidate, Rejection, audio_check

@@ -435,10 +435,10 @@ def test_resampled_cuts_are_read(tmp_path):
     assert isinstance(rejected, Rejection) and "transforms" in rejected.detail
 
 
-@pytest.mark.parametrize(("field", "value"), [("text", ["a"]), ("text", {"a": 1})])
-def test_the_text_of_a_cut_is_text(tmp_path, field, value):
+@pytest.mark.parametrize("value", [["a"], {"a": 1}])
+def test_a_cut_whose_text_is_not_text_is_refused(tmp_path, value):
     line = cut("a", "a.wav", "x")
-    line["supervisions"][0][field] = value
+    line["supervisions"][0]["text"] = value
     write_text(tmp_path / "cuts_train.jsonl", json.dumps(line) + "\n")
     with pytest.raises(UserError, match=r"line 1 is not a Lhotse cut .*its text is of type"):
         read_all(tmp_path / "cuts_train.jsonl")

@@ -1,4 +1,7 @@
-"""Base models may be elsewhere than in training, if their weights are the same; other options are refused."""
+"""Base models may be elsewhere than in training, if their weights are the same.
+
+Options that cannot change a trained model are refused.
+"""
 
 import json
 import shutil
@@ -94,7 +97,7 @@ def test_an_option_of_a_recipes_file_that_is_for_training_is_no_mistake(moved, t
 def test_a_run_takes_base_models_from_where_its_recipe_names_the_same_ones():
     model = "whisper-tiny.en-smollm2-135m"
     own = read_config(model).typed_recipe
-    moved = load_recipe("demo", {"encoder.name": "/mnt/whisper-tiny.en", "llm.name": "team/another-llm"})
-    placed = recipe_for_model(moved, model)
+    of_the_run = load_recipe("demo", {"encoder.name": "/mnt/whisper-tiny.en", "llm.name": "team/another-llm"})
+    placed = recipe_for_model(of_the_run, model)
     assert placed.encoder.name == "/mnt/whisper-tiny.en"
     assert placed.llm.name == own.llm.name

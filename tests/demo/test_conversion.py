@@ -101,12 +101,17 @@ def ctranslate2_variables(model) -> dict[str, np.ndarray]:
 
 
 def ctranslate2_bytes(variables: dict[str, np.ndarray]) -> bytes:
+    """The bytes of CTranslate2's model.bin: a header, the variables, and the names of tied weights."""
+
     def u(value: int, size: int = 4) -> bytes:
+        """An unsigned little-endian integer."""
         return value.to_bytes(size, "little")
 
     def string(text: str) -> bytes:
+        """A text that ends with a zero byte, after its length in bytes, which includes that byte."""
         return u(len(text) + 1, 2) + text.encode() + b"\0"
 
+    # Version of the format, name and revision of the specification, number of variables.
     data = u(6) + string("WhisperSpec") + u(3) + u(len(variables))
     for name, value in variables.items():
         code = {"float32": 0, "int8": 1, "int16": 2, "int32": 3, "float16": 4}[value.dtype.name]
@@ -118,6 +123,7 @@ def ctranslate2_bytes(variables: dict[str, np.ndarray]) -> bytes:
             + u(value.nbytes)
             + value.tobytes()
         )
+    # One alias: the output projection has the weights of the token embeddings.
     return data + u(1) + string("decoder/projection/weight") + string("decoder/embeddings/weight")
 
 

@@ -36,6 +36,7 @@ STORES, KILLS = (20, 3) if os.environ.get("SLAM_ASR_SOAK") else (1, 2)
 
 @pytest.fixture
 def manifest(tmp_path):
+    """The path of a manifest, and its utterances without the one that has the same audio as another."""
     utterances = utterances_in(tmp_path)
     duplicate = dataclasses.replace(utterances[0], key="the same audio again")
     write_manifest(tmp_path / "manifest.jsonl", [*utterances, duplicate])
@@ -183,9 +184,7 @@ def test_work_shards_fill_the_store_with_the_same_shards(
 
 
 @pytest.mark.slow
-def test_several_processes_fill_the_store_with_the_same_bytes(
-    tiny_models, many, undisturbed, tmp_path, monkeypatch
-):
+def test_several_processes_fill_the_store_with_the_same_bytes(tiny_models, many, undisturbed, tmp_path):
     extract_features(
         recipe(tiny_models, **SMALL, **{"features.processes": 2}), [str(many)], str(tmp_path / "store")
     )

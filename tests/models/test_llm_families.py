@@ -66,7 +66,7 @@ def byte_tokenizer(begin: str | None = None, adds_end: bool = False) -> PreTrain
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
-def world(request):
+def joined(request):
     kind, changes, begin = FAMILIES[request.param]
     tokenizer = byte_tokenizer(begin)
     config = CONFIG_MAPPING[kind](
@@ -89,9 +89,9 @@ def world(request):
     return model, prompt, [torch.randn(n, WIDTH, generator=generator) for n, _ in UTTERANCES]
 
 
-def make_batch(world, indices, lay_out=collate):
+def make_batch(joined, indices, lay_out=collate):
     """Lay out some of `UTTERANCES`."""
-    _, prompt, frames = world
+    _, prompt, frames = joined
     return lay_out(
         [
             Row(
@@ -105,10 +105,10 @@ def make_batch(world, indices, lay_out=collate):
     )
 
 
-def test_a_batchs_scores_are_the_sum_of_its_utterances(world):
-    together = make_batch(world, [0, 1, 2])
-    scores = score_answers(world[0](together), together.labels)
-    singles = [score_answers(world[0](b), b.labels) for b in (make_batch(world, [i]) for i in range(3))]
+def test_a_batchs_scores_are_the_sum_of_its_utterances(joined):
+    together = make_batch(joined, [0, 1, 2])
+    scores = score_answers(joined[0](together), together.labels)
+    singles = [score_answers(joined[0](b), b.labels) for b in (make_batch(joined, [i]) for i in range(3))]
     torch.testing.assert_close(scores.loss, sum(s.loss for s in singles), rtol=1e-5, atol=1e-5)
     assert scores.sums[1:].tolist() == sum(s.sums for s in singles)[1:].tolist()
 
@@ -117,8 +117,8 @@ NOT_PACKED = {"gemma-2"}
 """Gemma 2 caps its attention scores, which torch's attention cannot do; it gets padded batches."""
 
 
-def test_packed_padded_and_single_losses_and_gradients_agree(world, request):
-    model, name = copy.deepcopy(world[0]), request.node.callspec.params["world"]
+def test_packed_padded_and_single_losses_and_gradients_agree(joined, request):
+    model, name = copy.deepcopy(joined[0]), request.node.callspec.params["joined"]
     model = Slam(model.projector.requires_grad_(True), model.llm)
     assert allow_packing(model.llm) == (name not in NOT_PACKED)
     if name in NOT_PACKED:
@@ -131,11 +131,11 @@ def test_packed_padded_and_single_losses_and_gradients_agree(world, request):
         sum(s.loss for s in scores).backward()
         return sum(s.sums for s in scores), [p.grad.clone() for p in model.projector.parameters()]
 
-    packed, gradients = sums_and_gradients([make_batch(world, [0, 1, 2], pack)])
+    packed, gradients = sums_and_gradients([make_batch(joined, [0, 1, 2], pack)])
     for others in (
-        [make_batch(world, [0, 1, 2])],
-        [make_batch(world, [i]) for i in range(3)],
-        [make_batch(world, [i], pack) for i in range(3)],
+        [make_batch(joined, [0, 1, 2])],
+        [make_batch(joined, [i]) for i in range(3)],
+        [make_batch(joined, [i], pack) for i in range(3)],
     ):
         sums, theirs = sums_and_gradients(others)
         torch.testing.assert_close(sums, packed, rtol=1e-5, atol=1e-5)
@@ -182,14 +182,14 @@ def test_packed_utterances_stay_separate_with_attention_dropout():
     )
 
 
-def test_chunked_loss_and_gradients_equal_the_unchunked_ones(world, request, monkeypatch):
+def test_chunked_loss_and_gradients_equal_the_unchunked_ones(joined, request, monkeypatch):
     """For output layers with and without bias, tied and untied, unless the LLM changes logits afterwards."""
-    model, name = copy.deepcopy(world[0]), request.node.callspec.params["world"]
+    model, name = copy.deepcopy(joined[0]), request.node.callspec.params["joined"]
     model = Slam(model.projector.requires_grad_(True), model.llm)
     assert objective.allows_chunks(model.llm) == (name != "gemma-2")
     if name == "gemma-2":
         return
-    batch = make_batch(world, [0, 1, 2])
+    batch = make_batch(joined, [0, 1, 2])
     unchunked = score_answers(model(batch), batch.labels)
     (3 * unchunked.loss).backward()
     expected = [p.grad.clone() for p in model.projector.parameters()]
@@ -210,8 +210,8 @@ SEARCHES = [(1, 1.0), (3, 1.5), *([(3, 1.0), (1, 1.5)] if os.environ.get("SLAM_A
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("beams", "penalty"), SEARCHES)
-def test_batched_and_single_decoding_agree(world, beams, penalty):
-    model, prompt, frames = world
+def test_batched_and_single_decoding_agree(joined, beams, penalty):
+    model, prompt, frames = joined
     searcher = Searcher(model, prompt, Decoding(beams=beams, max_new_tokens=16, repetition_penalty=penalty))
     positions = [len(f) // 5 for f in frames]
     single = [searcher.decode([f], [n])[0] for f, n in zip(frames, positions, strict=True)]
@@ -219,24 +219,24 @@ def test_batched_and_single_decoding_agree(world, beams, penalty):
 
 
 @torch.no_grad()
-def test_projected_audio_enters_unscaled(world):
-    model, batch = world[0], make_batch(world, [1])
+def test_projected_audio_enters_unscaled(joined):
+    model, batch = joined[0], make_batch(joined, [1])
     torch.testing.assert_close(
         model.embed(batch)[batch.is_audio], model.projector(batch.audio, batch.positions)
     )
 
 
 @torch.no_grad()
-def test_logits_from_embeddings_equal_those_from_token_ids(world):
-    llm, batch = world[0].llm, make_batch(world, [1])
+def test_logits_from_embeddings_equal_those_from_token_ids(joined):
+    llm, batch = joined[0].llm, make_batch(joined, [1])
     ids = batch.token_ids[~batch.is_audio][None]
     embedded = llm(inputs_embeds=llm.get_input_embeddings()(ids)).logits
     torch.testing.assert_close(embedded, llm(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_target_logits_equal_those_of_the_full_sequence(world):
-    model, batch = world[0], make_batch(world, [1])
+def test_target_logits_equal_those_of_the_full_sequence(joined):
+    model, batch = joined[0], make_batch(joined, [1])
     full = model.llm(inputs_embeds=model.embed(batch)).logits[0]
     start = batch.answer_start - 1
     torch.testing.assert_close(
@@ -244,8 +244,8 @@ def test_target_logits_equal_those_of_the_full_sequence(world):
     )
 
 
-def test_targets_follow_the_references_rule(world):
-    tokenizer, batch = world[1].tokenizer, make_batch(world, [0, 1, 2])
+def test_targets_follow_the_references_rule(joined):
+    tokenizer, batch = joined[1].tokenizer, make_batch(joined, [0, 1, 2])
     text = "USER: Transcribe speech to text. \n ASSISTANT:"
     for row, (_, answer) in enumerate(UTTERANCES):
         expected = [*tokenizer(text + answer)["input_ids"], tokenizer.eos_token_id][
@@ -254,10 +254,10 @@ def test_targets_follow_the_references_rule(world):
         assert batch.labels[row][batch.labels[row] != IGNORED].tolist() == expected
 
 
-def test_gradient_checkpointing_changes_no_gradient(world):
-    batch, gradients = make_batch(world, [0, 1]), []
+def test_gradient_checkpointing_changes_no_gradient(joined):
+    batch, gradients = make_batch(joined, [0, 1]), []
     for checkpointed in (False, True):
-        model = copy.deepcopy(world[0])
+        model = copy.deepcopy(joined[0])
         model = Slam(model.projector, model.llm).train()
         if checkpointed:
             checkpoint_layers(model.llm)

@@ -16,7 +16,8 @@ UTTERANCES = ((12, "one"), (61, "two three four"), (7, "a much longer answer tha
 
 
 @pytest.fixture(scope="module")
-def world(tiny_models):
+def joined(tiny_models):
+    """The joined model, the prompt, and the encoder frames of each of `UTTERANCES`."""
     llm = load_llm(tiny_models["llm"], torch.float32)
     prompt = Prompt(load_tokenizer(tiny_models["llm"]), Llm())
     model = Slam(build_projector(Projector(hidden=16), WIDTH, llm.config.hidden_size), llm)
@@ -25,9 +26,9 @@ def world(tiny_models):
     return model, prompt, frames
 
 
-def make_batch(world, indices):
+def make_batch(joined, indices):
     """Collate some of `UTTERANCES`."""
-    _, prompt, frames = world
+    _, prompt, frames = joined
     return collate(
         [
             Row(
@@ -41,16 +42,16 @@ def make_batch(world, indices):
     )
 
 
-def test_a_batchs_scores_are_the_sum_of_its_utterances(world):
-    together = make_batch(world, [0, 1, 2])
-    scores = score_answers(world[0](together), together.labels)
-    singles = [score_answers(world[0](b), b.labels) for b in (make_batch(world, [i]) for i in range(3))]
+def test_a_batchs_scores_are_the_sum_of_its_utterances(joined):
+    together = make_batch(joined, [0, 1, 2])
+    scores = score_answers(joined[0](together), together.labels)
+    singles = [score_answers(joined[0](b), b.labels) for b in (make_batch(joined, [i]) for i in range(3))]
     torch.testing.assert_close(scores.loss, sum(s.loss for s in singles), rtol=1e-5, atol=1e-5)
     assert scores.sums[1:].tolist() == sum(s.sums for s in singles)[1:].tolist()
 
 
-def test_target_logits_equal_those_of_the_full_sequence(world):
-    model, batch = world[0], make_batch(world, [1])
+def test_target_logits_equal_those_of_the_full_sequence(joined):
+    model, batch = joined[0], make_batch(joined, [1])
     full = model.llm(inputs_embeds=model.embed(batch)).logits[0]
     start = batch.answer_start - 1
     torch.testing.assert_close(
@@ -58,8 +59,8 @@ def test_target_logits_equal_those_of_the_full_sequence(world):
     )
 
 
-def test_answers_start_in_one_column_and_end_with_eos(world):
-    batch, prompt = make_batch(world, [0, 1, 2]), world[1]
+def test_answers_start_in_one_column_and_end_with_eos(joined):
+    batch, prompt = make_batch(joined, [0, 1, 2]), joined[1]
     for row, (frames, answer) in enumerate(UTTERANCES):
         targets = batch.labels[row][batch.labels[row] != IGNORED].tolist()
         assert targets[-1] == prompt.tokenizer.eos_token_id
@@ -70,16 +71,16 @@ def test_answers_start_in_one_column_and_end_with_eos(world):
         assert text == ids + targets_with_end
 
 
-def test_only_the_projector_gets_gradients(world):
-    model, batch = world[0], make_batch(world, [0, 1])
+def test_only_the_projector_gets_gradients(joined):
+    model, batch = joined[0], make_batch(joined, [0, 1])
     model.zero_grad()
     score_answers(model(batch), batch.labels).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
     assert all(p.grad is None and not p.requires_grad for p in model.llm.parameters())
 
 
-def test_an_utterance_without_targets_has_a_zero_loss_with_zero_gradients(world):
-    model, batch = world[0], make_batch(world, [0])
+def test_an_utterance_without_targets_has_a_zero_loss_with_zero_gradients(joined):
+    model, batch = joined[0], make_batch(joined, [0])
     batch.labels.fill_(IGNORED)
     scores = score_answers(model(batch), batch.labels)
     model.zero_grad()

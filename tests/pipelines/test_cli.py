@@ -145,9 +145,12 @@ def test_options_override_the_recipe_and_leave_its_other_values(
     monkeypatch, tmp_path, tiny_recipe, tiny_corpus
 ):
     captured = {}
-    monkeypatch.setattr(
-        run_command, "_fetch_models", lambda request: captured.setdefault("recipe", request.recipe) and 1
-    )
+
+    def capture(request) -> int:
+        captured["recipe"] = request.recipe
+        return 1  # an exit code, which ends the run before its first step
+
+    monkeypatch.setattr(run_command, "_fetch_models", capture)
     cli.main(
         [
             "run",

@@ -111,7 +111,7 @@ IN_WORK_SHARDS = ("--decoding.parts", "3", "--decoding.positions_per_batch", "40
 
 @pytest.fixture(scope="module")
 def in_work_shards(finished, tiny_recipe, tiny_corpus) -> tuple[Path, subprocess.CompletedProcess]:
-    """The file of hypotheses of the undivided decoding, and a later run in the same folder."""
+    """The hypotheses of the undivided decoding, and a later run in the same folder, in three work shards."""
     output, _ = finished
     [before] = (output / "store" / "score").glob("*/hypotheses.jsonl")
     done = run(tiny_recipe, tiny_corpus, output, *IN_WORK_SHARDS)

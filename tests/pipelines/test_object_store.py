@@ -78,5 +78,6 @@ def test_compiled_pipeline_contains_no_credentials(bucket, tmp_path, monkeypatch
         check=True,
         capture_output=True,
     )
+    assert (tmp_path / "slam-asr.yaml").is_file()
     for file in tmp_path.rglob("*.yaml"):
         assert not any(secret in file.read_text() for secret in SECRETS)

@@ -24,7 +24,7 @@ class Words:
 
     drawn = (TokenizedPrompt("say", [], [1] * 12),)
 
-    def with_answer(self, spelling: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
+    def with_answer(self, prompt: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
         return [1] * 12, [2] * (len(answer.split()) + 1)
 
 

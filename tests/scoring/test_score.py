@@ -42,6 +42,8 @@ def model(tmp_path):
 
 @pytest.fixture
 def part_of(tmp_path):
+    """Write the record and hypotheses of work shard `number` of `of`; none if `of` is None, as before 0.2."""
+
     def decode(number, of, rows, name="", nbest=(), **inputs):
         def work(folder):
             write_hypotheses(folder / HYPOTHESES, rows)

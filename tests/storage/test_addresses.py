@@ -1,4 +1,4 @@
-"""An address without a bucket is refused everywhere in one sentence, as `s3://$BUCKET` if it is not set."""
+"""An address without a bucket, such as `s3://$BUCKET` with an unset variable, is refused in one sentence."""
 
 import pytest
 

@@ -140,7 +140,7 @@ def test_a_forked_process_has_its_own_connections(bucket):
     assert os.waitpid(child, 0)[1] == 0 and read_bytes("s3://bucket/x") == b"content"
 
 
-def failures(s3_server: str, tmp_path: Path):
+def failures(s3_server: str):
     """Ways to fail, as (environment variables, the server's answer); each is reported in one sentence."""
     userinfo = s3_server.replace("//", f"//{NAME}:{PASSWORD}@")
     yield {}, (403, "AccessDenied")
@@ -179,7 +179,7 @@ def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path
         lambda uri: upload(tmp_path / "file", uri),
     ]
     shown, failed = [], 0
-    for variables, answer in failures(faulty_s3.address, tmp_path):
+    for variables, answer in failures(faulty_s3.address):
         faulty_s3.rule = lambda request, answer=answer: answer
         with monkeypatch.context() as patch:
             for name, value in {

@@ -209,6 +209,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_never_a_mixture(bucket, 
     bucket.put_object(Key="store/x", Body=new)
     with pytest.raises(UserError, match="was replaced while it was read"):
         stream.readall()
+    # A fetch during which the object is replaced starts again.
     gets = []
 
     def replace(request):

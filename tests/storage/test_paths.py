@@ -96,8 +96,6 @@ def test_the_file_that_vouches_for_a_folder_is_published_last(bucket, tmp_path, 
     for name in ("x", "sub/y", "stage.json", ".hidden"):
         write_bytes(tmp_path / "folder" / name, name)
     order = []
-    from slam_asr.storage import paths
-
     monkeypatch.setattr(
         paths, "upload", lambda file, path, real=upload: (order.append(path), real(file, path))
     )

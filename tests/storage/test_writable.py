@@ -76,7 +76,7 @@ def test_a_missing_bucket_and_a_file_in_the_way_are_noticed_first(bucket, stage,
     assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
-def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+def test_a_folder_on_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", str(tmp_path / ".x.partial"))
 

@@ -1,7 +1,9 @@
 """A program for torchrun: the same steps with every engine, a restart, and a gradient that is not finite.
 
-Writes losses.json with three lists of losses by engine and precision: of an uninterrupted run, of one resumed
-from a saved state in a new engine of the same kind, and of one resumed in another kind.
+Writes losses.json. By engine and precision, it has three lists of losses: of an uninterrupted run, of one
+resumed from a saved state in a new engine of the same kind, and of one resumed in another kind. It also has
+the number of updates before the restart, whether a gradient that is not finite left the weights unchanged,
+and the loss of the step after it.
 """
 
 import copy
@@ -72,11 +74,11 @@ def run(engine: Engine, first: int, last: int, poison: int | None = None) -> lis
             inputs[-1, 0] = torch.nan
         total = torch.zeros((), device=DEVICE)
         mine = torch.arange(8)[rank::processes]
-        for last, part in ((False, mine[:1]), (True, mine[1:])):  # unequal sizes, if there are enough
-            loss = (
-                (engine.forward(inputs[part].to(DEVICE), last).float() - targets[part].to(DEVICE)) ** 2
-            ).sum()
-            engine.backward(loss, step_targets=8, last=last)
+        # Two micro-batches, the second one larger.
+        for is_last, part in ((False, mine[:1]), (True, mine[1:])):
+            outputs = engine.forward(inputs[part].to(DEVICE), is_last).float()
+            loss = ((outputs - targets[part].to(DEVICE)) ** 2).sum()
+            engine.backward(loss, step_targets=8, last=is_last)
             total += loss.detach()
         update = engine.step(1e-2 * (1 - number / 40))
         assert update.applied == (number != poison), (number, update)
@@ -106,9 +108,7 @@ def load(engine: Engine, folder: Path, updates: int, scale: dict[str, float]) ->
 def main(folder: Path) -> None:
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
-    start_process_group(
-        DEVICE, "deepspeed" if any(e.get("engine") is None for e in ENGINES.values()) else "ddp"
-    )
+    start_process_group(DEVICE, "deepspeed")
     results: dict[str, dict] = {}
     for precision in PRECISIONS:
         for i, kind in enumerate(ENGINES):

@@ -26,7 +26,7 @@ OPTIONS = {
     "training.learning_rate": 1e-3,
 }
 DTYPES = ["fp32", "fp8", *(["bf16"] if os.environ.get("SLAM_ASR_SOAK") else [])]
-"""Without loss, with the scales of fp8, and in `make soak` the dtype between them."""
+"""The dtype that loses nothing and the one that loses most; in `make soak` also the one between them."""
 
 
 @pytest.fixture(scope="module")

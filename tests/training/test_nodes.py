@@ -5,7 +5,6 @@ Each machine is a process tree with its own cache folder; they meet over a port.
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -52,7 +51,7 @@ def test_a_machine_reads_its_rank_from_the_environment(monkeypatch):
         ),
         (("2", "0", "host", "1"), 1, "training.nodes is 1, but PET_NNODES is 2 here"),
         (("3", "0", "host", "1"), 2, "training.nodes is 2, but PET_NNODES is 3 here"),
-        (("2", "", "host", ""), 2, "PET_NODE_RANK and PET_MASTER_PORT is not set"),
+        (("2", "", "host", ""), 2, "PET_NODE_RANK and PET_MASTER_PORT are not set"),
         (("2", "x", "host", "1"), 2, "PET_NODE_RANK is 'x'"),
         (("2", "2", "host", "1"), 2, "PET_NODE_RANK is 2: with 2 machines it must be 0 to 1"),
     ],
@@ -179,9 +178,9 @@ def test_a_lost_machine_ends_the_others_and_leaves_no_record(machines, bucket):
 
 
 @pytest.mark.slow
-def test_an_error_on_one_machine_is_reported_there_and_ends_the_other(machines, bucket):
+def test_a_loss_that_is_not_finite_ends_all_machines_with_a_message(machines, bucket):
     first, second = machines(
-        "differs",
+        "diverges",
         2,
         "--training.learning_rate",
         "1e30",
@@ -193,4 +192,3 @@ def test_an_error_on_one_machine_is_reported_there_and_ends_the_other(machines, 
     outputs = finish([first, second])
     assert (first.returncode, second.returncode) == (2, 2), "\n".join(outputs)
     assert any("was not finite for 3 steps in a row" in text for text in outputs)
-    assert signal.SIGKILL not in (-first.returncode, -second.returncode)

@@ -85,7 +85,7 @@ def big(tmp_path_factory) -> Path:
 def test_no_process_needs_memory_for_the_complete_llm(big, tmp_path, kind):
     """DeepSpeed itself takes about 45 MB, a sixth of this LLM."""
     peaks = {}
-    # That a complete LLM is noticed is shown with one engine.
+    # One engine suffices to show that this measurement notices a completely loaded LLM.
     first = kind == next(iter(ENGINES)) or os.environ.get("SLAM_ASR_SOAK")
     for way in ("complete", "sharded") if first else ("sharded",):
         folder = tmp_path / f"{kind} {way}"

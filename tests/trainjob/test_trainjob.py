@@ -309,7 +309,7 @@ def start(**changes):
 
 
 def as_the_api_reads(job):
-    # Two seconds of imports, in a test that needs them: all workers read this file, to collect its tests.
+    # Imported here, because it takes two seconds, and every worker of pytest-xdist imports this file.
     from kubeflow_trainer_api import models
 
     return models.TrainerV1alpha1TrainJob.from_dict(job)
@@ -799,7 +799,7 @@ def test_a_store_that_nodes_do_not_share_is_refused(cluster):
     assert not cluster.created
 
 
-def test_a_server_that_does_not_answer_is_reported(cluster, monkeypatch, tmp_path):
+def test_a_server_that_does_not_answer_is_reported(cluster):
     config = yaml.safe_load(Path(cluster.kubeconfig).read_text(encoding="utf-8"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

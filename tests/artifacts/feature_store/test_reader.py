@@ -112,7 +112,7 @@ def test_skipping_all_audio_is_refused(tiny_models, utterances):
         fit_to_window(utterances[2:], spec)
 
 
-def test_without_durations_lengths_come_from_the_files(utterances, tiny_models):
+def test_without_durations_lengths_come_from_the_files(utterances):
     for utterance in utterances:
         samples = samples_of(utterance)
         utterance.duration = None

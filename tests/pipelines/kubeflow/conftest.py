@@ -63,7 +63,7 @@ def kubernetes_at(monkeypatch, tmp_path):
 
 @pytest.fixture
 def cluster(kubernetes_at):
-    """A Kubernetes API with the pods of run-1."""
+    """Serve a Kubernetes API with the pods of run-1, and one of run-2; return what it says about each pod."""
     label = {"pipeline/runid": "run-1"}
     pods = {
         "a-train": (label | {"app.kubernetes.io/component": "train"}, "Running", "step 1\nlöss 2"),

@@ -162,8 +162,9 @@ def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program)
         f"run run-1: {created['display_name']}",
         f"{kubeflow.address}/#/runs/details/run-1",
     ]
-    # The time at the end of a name is replaced.
+    # The new run has not ended.
     assert program("resume", "run-1", "--new")[0] == 2
+    # When it has, it is started again too: the time at the end of its name is replaced, not appended to.
     kubeflow.polls["run-1"] = 9
     code, _, err = program("resume", "run-1", "--new")
     assert code == 0, err
@@ -284,7 +285,7 @@ def test_refusal_of_a_restart_has_the_servers_words_and_the_way_out(recording, k
 
 
 @recorded
-def test_server_without_the_old_api_shows_states_alone(recording, kubeflow, program, monkeypatch):
+def test_server_without_the_old_api_shows_states_alone(recording, kubeflow, program):
     run_id = recording("oom-killed")
     v2, v1 = kubeflow.recorded[run_id]
     kubeflow.recorded[run_id] = (v2, v1 | {"pipeline_runtime": {"workflow_manifest": "not JSON"}})
