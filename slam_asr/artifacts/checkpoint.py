@@ -36,6 +36,8 @@ from slam_asr.storage import (
 )
 from slam_asr.storage.local import PARTIAL
 
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints within the results of `train`."""
 DESCRIPTION = "checkpoint.json"
 LATEST, BEST = "latest", "best"
 CURVE = "curve.jsonl"

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from slam_asr.artifacts.checkpoint import MAIN, Checkpoint, all_complete, require
+from slam_asr.artifacts.checkpoint import CHECKPOINTS, MAIN, Checkpoint, all_complete, find, require
 from slam_asr.artifacts.model_folder import (
     ENCODER,
     LLM,
@@ -112,6 +112,8 @@ def find_source(
             return _from_file(local / SLAM_LLM_FILE, recipe, adapter)
         if weight_names(local):
             return _from_consolidated(local, recipe, adapter)
+        if (saved := find(join(checkpoint, CHECKPOINTS))) is not None:
+            return _from_training(_unfinished(checkpoint, saved), which, recipe)
     return _from_training(require_record(checkpoint, "train"), which, recipe)
 
 
@@ -127,7 +129,29 @@ def recipe_in(checkpoint: str) -> Recipe | None:
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
         return read_config(checkpoint).typed_recipe
     record = read_record(checkpoint) if exists(join(checkpoint, RECORD)) else None
+    if record is None and find(join(checkpoint, CHECKPOINTS)) is not None:
+        return load_recipe(fetch(join(checkpoint, "recipe.yaml")).read_text(encoding="utf-8"))
     return _recipe_of(record) if record and record.stage == "train" else None
+
+
+def _unfinished(folder: str, saved: Checkpoint) -> Record:
+    """Describe a training run that has saved a checkpoint but has not finished.
+
+    Raises:
+        ModelError: it is still in its beginning, in which the projector has not met the LLM yet.
+    """
+    if saved.phase != MAIN:
+        raise ModelError(
+            f"The training run in {folder} is still in its beginning, and its projector cannot be used with "
+            "the LLM yet: convert it later."
+        )
+    log_line(
+        f"note: the training run in {folder} has not finished; its latest checkpoint is of step {saved.step}"
+    )
+    bases = {key: saved.inputs[key] for key in ("encoder_fingerprint", "llm_sha256")}
+    recipe = load_recipe(fetch(join(folder, "recipe.yaml")).read_text(encoding="utf-8"))
+    names = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}
+    return Record("", facts=names | bases, stage="train", folder=folder, inputs=saved.inputs)
 
 
 def _recipe_of(trained: Record) -> Recipe:
@@ -135,7 +159,7 @@ def _recipe_of(trained: Record) -> Recipe:
 
 
 def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
-    place = join(trained.folder, "checkpoints")
+    place = join(trained.folder, CHECKPOINTS)
     # Checkpoints of the beginning have other weights, and are not averaged with those after it.
     sources = (
         [saved for saved in all_complete(place) if saved.phase == MAIN]

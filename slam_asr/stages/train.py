@@ -6,12 +6,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slam_asr.artifacts.checkpoint import CHECKPOINTS
 from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
 from slam_asr.config.recipe import Recipe, dump_recipe
 from slam_asr.progress import clock
 from slam_asr.runtime.worker import FAILURE
-from slam_asr.storage import digest, is_s3, join, local_path, require_writable, write_atomically, write_json
-from slam_asr.training.job import CHECKPOINTS, FACTS, TrainingJob
+from slam_asr.storage import (
+    digest,
+    is_s3,
+    join,
+    local_path,
+    require_writable,
+    write_atomically,
+    write_bytes,
+    write_json,
+)
+from slam_asr.training.job import FACTS, TrainingJob
 
 if TYPE_CHECKING:
     from slam_asr.training.inputs import CheckedInputs
@@ -90,6 +100,9 @@ def _train_in(
     for leftover in (FACTS, FAILURE):
         _remove(folder / leftover)
     write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
+    if is_s3(published):
+        # The other results are uploaded at the end; with this one, checkpoints can be converted before.
+        write_bytes(join(published, "recipe.yaml"), dump_recipe(recipe))
     job = TrainingJob(
         recipe=dump_recipe(recipe),
         train_manifest=train_manifest,

@@ -5,8 +5,6 @@ from typing import Any
 
 FACTS = "training.json"
 """File in which a finished training leaves the facts for its report."""
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints within the stage's output."""
 
 
 @dataclass

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from slam_asr.artifacts import checkpoint
-from slam_asr.artifacts.checkpoint import BEGINNING, CURVE, Checkpoint
+from slam_asr.artifacts.checkpoint import BEGINNING, CHECKPOINTS, CURVE, Checkpoint
 from slam_asr.errors import ConfigurationError
 from slam_asr.progress import log_line
 from slam_asr.storage import join, write_atomically
 from slam_asr.training.builder import Parts
 from slam_asr.training.checkpoint_writer import UNSAVED, CheckpointWriter, restore, take_snapshot
-from slam_asr.training.job import CHECKPOINTS
 from slam_asr.training.phases import enter_beginning, enter_main
 
 

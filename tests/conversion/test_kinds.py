@@ -8,7 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from slam_asr.artifacts.checkpoint import DESCRIPTION, LATEST, all_complete, file_name, folder_name
+from slam_asr.artifacts.checkpoint import (
+    BEGINNING,
+    DESCRIPTION,
+    LATEST,
+    Checkpoint,
+    all_complete,
+    file_name,
+    folder_name,
+    publish,
+)
 from slam_asr.artifacts.model_folder import read_adapter, read_config, read_projector
 from slam_asr.config.recipe import load_recipe
 from slam_asr.conversion import writers
@@ -214,6 +223,13 @@ def test_a_merged_llm_computes_the_logits_of_llm_and_adapter(tiny_recipe, tmp_pa
     again = convert_checkpoint(model.folder, str(tmp_path / "again"), to="llm")
     name = "model.safetensors"
     assert again.file(name).read_bytes() == record.file(name).read_bytes()
+
+
+def test_a_training_run_in_its_beginning_is_not_converted(tmp_path):
+    folder = tmp_path / "checkpoints"
+    publish(str(folder), Checkpoint(7, 0, 7, "ddp", 1, {}, phase=BEGINNING), keep=1)
+    with pytest.raises(UserError, match="is still in its beginning"):
+        convert_checkpoint(str(tmp_path), str(tmp_path / "model"))
 
 
 def test_an_adapter_can_be_written_in_half_precision(tiny_recipe, tmp_path):

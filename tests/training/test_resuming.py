@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from slam_asr.artifacts import checkpoint
+from slam_asr.artifacts.checkpoint import CHECKPOINTS
+from slam_asr.artifacts.model_folder import read_config
 from slam_asr.artifacts.stage_record import read_record
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.stages.train import train
 from slam_asr.training import resumer
-from slam_asr.training.job import CHECKPOINTS
 from slam_asr.training.launch import require_same_training
 from slam_asr.training.live import read_curve
 from tests.faults import FaultyProxy
@@ -208,6 +209,9 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_resumes(prepared, tmp_
         and "run the same command again to resume" in printed
     )
     assert "Traceback" not in printed and read_record(output) is None
+    # What has been saved can be converted, and tried, before the training run is finished.
+    model = convert_checkpoint(str(output), str(tmp_path / "model"))
+    assert read_config(model.folder).training["steps"] == found.step
     process = start(prepared, output, **options)
     printed = ended(process)
     assert process.returncode == 0 and f"resuming after step {found.step} of {FEWER}" in printed
