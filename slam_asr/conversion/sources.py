@@ -145,9 +145,7 @@ def _unfinished(folder: str, saved: Checkpoint) -> Record:
             f"The training run in {folder} is still in its beginning, and its projector cannot be used with "
             "the LLM yet: convert it later."
         )
-    log_line(
-        f"note: the training run in {folder} has not finished; its latest checkpoint is of step {saved.step}"
-    )
+    log_line(f"note: the training run in {folder} has not finished; it has done {saved.step} steps so far")
     bases = {key: saved.inputs[key] for key in ("encoder_fingerprint", "llm_sha256")}
     recipe = load_recipe(fetch(join(folder, "recipe.yaml")).read_text(encoding="utf-8"))
     names = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}

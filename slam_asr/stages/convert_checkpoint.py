@@ -32,8 +32,8 @@ def convert_checkpoint(
     """Convert a checkpoint to projector.safetensors and config.json, or to another format.
 
     Args:
-        checkpoint: folder that train wrote or is writing; or SLAM-LLM's model.pt, DeepSpeed's folder or what its
-            zero_to_fp32.py wrote, which need `recipe`; or the original file of Whisper, WavLM, HuBERT or
+        checkpoint: folder that train wrote or is writing; or SLAM-LLM's model.pt, DeepSpeed's folder or what
+            its zero_to_fp32.py wrote, which need `recipe`; or the original file of Whisper, WavLM, HuBERT or
             wav2vec 2.0; or a model folder; or a shipped model's name.
         output: folder of the model; {fingerprint} in it is replaced by a digest of the inputs.
         to: `model` writes this project's model folder; `huggingface` writes a folder that transformers loads
