@@ -34,6 +34,7 @@ from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from tests.conversion.test_slam_llm import lora_weights
 from tests.models.test_encoders import waves, write_waveform_model
 
+PROGRAM = Path(__file__).parent / "elsewhere_program.py"
 SECONDS = (0.9, 0.31, 2.0, 1.37, 0.02, 0.7, 2.6, 0.5)
 """Lengths of the utterances. One is too short for a frame of a waveform encoder, and one is longer than the
 window of the tiny Whisper, which is 2 s."""
@@ -287,42 +288,6 @@ def test_options_that_have_no_effect_and_code_of_an_llm_are_refused(tiny_recipe,
         convert_checkpoint(file, output, to="huggingface", recipe=trusting)
 
 
-ELSEWHERE = """
-import importlib.abc, json, sys
-
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "slam_asr":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocked())
-import numpy, torch
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
-
-folder, audio = sys.argv[1:]
-files = sorted(str(f) for f in __import__("pathlib").Path(audio).glob("*.wav"))
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, trust_remote_code=True)
-inputs = processor.apply_transcription_request(audio=files).to(model.device)
-answers = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-transcriber = pipeline("automatic-speech-recognition", folder, trust_remote_code=True)
-with open(files[0], "rb") as file:
-    content = file.read()
-found = {
-    "slam_asr": any(name.split(".")[0] == "slam_asr" for name in sys.modules),
-    "model": [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)],
-    "pipeline": [transcriber(file)["text"] for file in files],
-    "batched": [found["text"] for found in transcriber(files, batch_size=8)],
-    "bytes": transcriber(content, max_new_tokens=3)["text"],
-}
-try:
-    pipeline("automatic-speech-recognition", folder, trust_remote_code=False)
-except ValueError as error:
-    found["untrusted"] = str(error)
-print(json.dumps(found))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.cold
 def test_it_runs_on_a_machine_without_slam_asr(tiny_recipe, llm, tmp_path):
@@ -341,7 +306,7 @@ def test_it_runs_on_a_machine_without_slam_asr(tiny_recipe, llm, tmp_path):
     }
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, folder, str(tmp_path / "audio")],
+        [sys.executable, "-I", str(PROGRAM), folder, str(tmp_path / "audio")],
         capture_output=True,
         text=True,
         env=environment,
