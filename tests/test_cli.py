@@ -95,7 +95,8 @@ def test_the_usage_names_every_command(capsys):
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        ("transcribe", "transcribe FILES… [--model MODEL] [--format {text,json,srt}] "),
+        ("transcribe", "transcribe FILES… [--model MODEL] [--format {text,json,srt,vtt}] "),
+        ("serve", "serve [MODEL] [--host HOST] [--port PORT] "),
         ("features ls", "features ls STORE "),
         ("plan", "plan RECIPE [--gpus GPUS] "),
         ("score", "score --model MODEL --parts PARTS … --output OUTPUT "),
@@ -117,6 +118,9 @@ def test_usage_line_has_every_option_and_one_placeholder_for_the_keys_of_the_rec
         (["transcribe", MODEL, "x.wav"], [f"--model={MODEL}", "--files+=x.wav"]),
         (["transcribe", "x.wav", "--model", "m"], ["--files+=x.wav", "--model", "m"]),
         (["transcribe", "--files", "x.wav"], [f"--model={MODEL}", "--files", "x.wav"]),
+        (["serve"], [f"--model={MODEL}"]),
+        (["serve", "m", "--port", "1"], ["--model=m", "--port", "1"]),
+        (["serve", "--model", "m"], ["--model", "m"]),
         (["plan", "demo"], ["--recipe=demo"]),
         (["train", "demo", "--output", "o"], ["--recipe=demo", "--output", "o"]),
         (["features", "ls", "s"], ["--store=s"]),

@@ -56,27 +56,24 @@ class Job:
         """Number of pieces that are in a batch or decoded: the first ones."""
         self.submitted = time.monotonic()
         self._loop = asyncio.get_running_loop()
-        self._outcomes: asyncio.Queue[tuple[int, Answer | Exception]] = asyncio.Queue()
+        self._outcomes: asyncio.Queue[Answer | Exception] = asyncio.Queue()
 
-    def deliver(self, index: int, outcome: "Answer | Exception") -> None:
-        """Hand over the outcome of a piece, from any thread."""
+    def deliver(self, outcome: "Answer | Exception") -> None:
+        """Hand over the outcome of the next piece, from any thread."""
         with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody waits for it
-            self._loop.call_soon_threadsafe(self._outcomes.put_nowait, (index, outcome))
+            self._loop.call_soon_threadsafe(self._outcomes.put_nowait, outcome)
 
     async def answers(self) -> "AsyncIterator[Answer]":
-        """Yield the answers in the order of the pieces, each as soon as all earlier ones are there.
+        """Yield the answers in the order of the pieces, which is that in which the batcher takes them.
 
         Raises:
             DecodingError: the model failed.
         """
-        early: dict[int, Answer] = {}
-        for index in range(len(self.pieces)):
-            while index not in early:
-                number, outcome = await self._outcomes.get()
-                if isinstance(outcome, Exception):
-                    raise DecodingError from outcome
-                early[number] = outcome
-            yield early.pop(index)
+        for _ in self.pieces:
+            outcome = await self._outcomes.get()
+            if isinstance(outcome, Exception):
+                raise DecodingError from outcome
+            yield outcome
 
 
 class Batcher:
@@ -202,11 +199,11 @@ class Batcher:
             return
         self.metrics.batch_segments.observe(len(batch))
         self.metrics.batch_seconds.observe(time.monotonic() - started)
-        for (job, index), outcome in zip(batch, outcomes, strict=True):
+        for (job, _), outcome in zip(batch, outcomes, strict=True):
             if not isinstance(outcome, Exception):
                 self.metrics.close_calls.inc(bool(outcome.close))
                 self.metrics.cut.inc(outcome.cut)
-            job.deliver(index, outcome)
+            job.deliver(outcome)
 
     @property
     def _beams(self) -> int:

@@ -159,7 +159,12 @@ def test_a_piece_on_which_the_model_fails_ends_its_own_request_only():
 
 
 def test_silence_is_answered_at_once():
+    slow = Slow(budget=100)
+    slow.go.set()
+
     async def use(batcher):
         assert await texts(batcher.submit([])) == []
+        assert await texts(batcher.submit(pieces(1))) == ["text 1"], "the thread works on"
 
-    run(Slow(budget=100), use, wait=5)
+    run(slow, use)
+    assert slow.batches == [[1]]
